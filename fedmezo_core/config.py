@@ -1,0 +1,154 @@
+"""What the parties of a run must agree on: `RunConfig`, written once into the journal's genesis record."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedmezo_core.errors import ConfigError
+
+PROTOCOL_VERSION = 1
+"""The one protocol version spoken by this release (`fedmezo.v1`)."""
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,63}$"
+"""Names of runs and workers: they go into logs, metrics and file names as they are."""
+
+STEPS_MAX = 4096
+"""Most local steps in one assignment: one answer stays under the message limit."""
+COHORT_MAX = 4096
+"""Most workers in one round: a slot fits 16 bits and a commit fits one message."""
+MESSAGE_BYTES_MAX = 64 * 1024
+"""Largest message a worker may send."""
+COMMIT_PAIRS_MAX = 262_144
+"""Most pairs in one commit (1 MiB of coefficients)."""
+
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskConfig(_Frozen):
+    """How a row of data becomes a prompt and a loss."""
+
+    kind: Literal["classification", "instruction"] = "classification"
+    template: str = Field(
+        default="{text}",
+        description="The prompt; {column} is replaced by the row's value.",
+    )
+    label_column: str = Field(default="label", description="Column with the class (classification).")
+    verbalizers: dict[str, str] = Field(
+        default_factory=dict,
+        description="Class as written in the data -> word that the model should say for it.",
+    )
+    response_column: str = Field(
+        default="response", description="Column with the wanted answer (instruction)."
+    )
+    tokens_max: int = Field(default=256, ge=8, le=131_072)
+
+    @model_validator(mode="after")
+    def _check(self) -> TaskConfig:
+        if not self.columns():
+            raise ValueError(f"template {self.template!r} names no column; write one as {{text}}")
+        if self.kind == "classification" and len(self.verbalizers) < 2:
+            raise ValueError(
+                "classification needs at least two verbalizers, "
+                'for example {"negative" = " terrible", "positive" = " great"}'
+            )
+        return self
+
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the template names, in order of first use."""
+        return tuple(dict.fromkeys(re.findall(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}", self.template)))
+
+
+class LoraConfig(_Frozen):
+    """Train a LoRA adapter (Hu et al. 2021, peft's format) instead of all parameters."""
+
+    rank: int = Field(ge=1, le=1024)
+    alpha: float = Field(gt=0, allow_inf_nan=False)
+    target_modules: tuple[str, ...] = Field(min_length=1)
+
+
+class RunConfig(_Frozen):
+    """The run's contract: every party computes with exactly these values."""
+
+    run_id: Name
+    model: str = Field(min_length=1, description="Hugging Face name, or a folder's name.")
+    task: TaskConfig
+    lora: LoraConfig | None = None
+    seed: Seed = 1
+    rounds: int = Field(default=100, ge=1, le=10_000_000)
+    local_steps: int = Field(default=10, ge=1, le=STEPS_MAX)
+    batch_size: int = Field(default=16, ge=1, le=65_536)
+    distribution: Literal["rademacher", "gaussian"] = "rademacher"
+    eps: PositiveFloat = 1e-3
+    learning_rate: PositiveFloat = 1e-6
+    projected_grad_abs_max: PositiveFloat = Field(
+        default=1e4, description="The clip: workers clamp to it; anything beyond it is refused."
+    )
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    workers_min: int = Field(default=1, ge=1, le=COHORT_MAX, description="Ready before a round opens.")
+    quorum: int = Field(default=1, ge=1, le=COHORT_MAX, description="Least answers to commit.")
+    cohort_size_max: int = Field(default=64, ge=1, le=COHORT_MAX)
+    deadline_ms: int = Field(default=600_000, ge=100, le=7 * 24 * 3600 * 1000)
+    digest_every_rounds: int = Field(default=1, ge=1, le=1_000_000)
+    report_losses: bool = Field(
+        default=False, description="Let each answer carry the mean loss over its batches."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.quorum > self.cohort_size_max:
+            raise ValueError(
+                f"quorum {self.quorum} can never be met by a cohort of at most "
+                f"{self.cohort_size_max}; lower quorum or raise cohort_size_max"
+            )
+        if self.local_steps * self.cohort_size_max > COMMIT_PAIRS_MAX:
+            raise ValueError(
+                f"local_steps x cohort_size_max = {self.local_steps * self.cohort_size_max} pairs "
+                f"in one round; the most is {COMMIT_PAIRS_MAX}"
+            )
+        return self
+
+    @property
+    def recipe(self) -> str:
+        """The numeric recipe: two parties whose recipes differ would not build the same bits."""
+        return (
+            f"fedmezo-1 philox4x32-10 {self.distribution} {self.dtype} {self.rounding} "
+            f"eps={self.eps!r}"
+        )
+
+
+def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) -> str:
+    """One line a person can act on, for the first problem that pydantic found.
+
+    Names the key, the value that was given and what is allowed.
+    """
+    problem = error.errors(include_url=False)[0]
+    path: list[Any] = [*prefix, *problem["loc"]]
+    key = ".".join(str(part) for part in path) or "the settings"
+    message = problem["msg"].removeprefix("Value error, ")
+    more = "" if error.error_count() == 1 else f" ({error.error_count() - 1} more after this one)"
+    if problem["type"] == "missing":
+        return f"{where}: {key} is missing; set it{more}."
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: {key} is not a known setting; remove it or check its spelling{more}."
+    given = problem.get("input")
+    shown = f" = {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+    return f"{where}: {key}{shown} is not allowed: {message}{more}."
+
+
+def parse_run(values: dict[str, Any], where: str) -> RunConfig:
+    """Validate a run's values; a `ConfigError` names the key, the value and what is allowed."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(sentence_of(error, where)) from None

@@ -1,0 +1,155 @@
+"""Every error that FedMeZO raises on purpose.
+
+    FedMezoError
+      ConfigError            a setting, file or command-line value is wrong
+      DataError              a worker's or the held-out data cannot be used
+      ModelError             a model folder or name cannot be used
+      NumericError           a NaN, an infinity or an overflow in weights or coefficients
+        MeasurementError     a loss came out as NaN or infinity
+      MismatchError          two parties do not hold the same model, tokenizer or recipe
+      ProtocolError          a peer broke the protocol
+        VersionError         the peers share no protocol version
+        WrongRunError        the peer is in another run
+        UnknownWorkerError   no such worker is joined
+        StaleTicketError     an answer to a ticket that is not open (another epoch, round or slot)
+        EquivocationError    a second, different answer to one ticket
+        ScalarError          a projected gradient outside what the run allows
+        NotReadyError        the coordinator cannot take this now; a retry later can succeed
+      DivergedError          a party's weights are not the run's weights
+      JournalError           the journal cannot be opened, read or appended to
+        JournalLockedError   another process has the journal open
+        JournalCorruptError  the journal's bytes are not what was written
+        JournalFullError     the disk took no more records
+      UnavailableError       the other side cannot be reached; retrying may help
+
+Messages are one sentence for a person: what is wrong, with its name and value, and what to do next.
+Each class carries the gRPC status code that it travels as; `fedmezo_core.status` holds the one table
+back from a code and reason to a class.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FedMezoError(Exception):
+    """Root of the tree; `str(error)` is the sentence a user reads."""
+
+    status: ClassVar[str] = "INTERNAL"
+    """Name of the `grpc.StatusCode` this error travels as."""
+
+
+class ConfigError(FedMezoError):
+    """A setting is missing, malformed or out of its range."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class DataError(FedMezoError):
+    """A data file, column, label or template cannot be used."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class ModelError(FedMezoError):
+    """A model or tokenizer cannot be loaded or used."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class NumericError(FedMezoError):
+    """A weight, coefficient or result is NaN or infinite."""
+
+    status = "OUT_OF_RANGE"
+
+
+class MeasurementError(NumericError):
+    """A measurement gave a loss that is NaN or infinite."""
+
+
+class MismatchError(FedMezoError):
+    """Manifest, base weights, tokenizer or numeric recipe differ between two parties."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class ProtocolError(FedMezoError):
+    """A message that the protocol does not allow here."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class VersionError(ProtocolError):
+    """No protocol version is spoken by both sides."""
+
+    status = "UNIMPLEMENTED"
+
+
+class WrongRunError(ProtocolError):
+    """The message names another run than the one served here."""
+
+    status = "NOT_FOUND"
+
+
+class UnknownWorkerError(ProtocolError):
+    """The message comes from a worker that has not joined."""
+
+    status = "NOT_FOUND"
+
+
+class StaleTicketError(ProtocolError):
+    """The ticket is not open: another epoch, round or slot. The answer is dropped."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class EquivocationError(ProtocolError):
+    """A second answer to one ticket, with other bytes. The first one stands."""
+
+    status = "ALREADY_EXISTS"
+
+
+class ScalarError(ProtocolError):
+    """A projected gradient is not finite, outside the run's clip, or the count is wrong."""
+
+    status = "OUT_OF_RANGE"
+
+
+class NotReadyError(ProtocolError):
+    """The request is sound but cannot be served now (full, starting, or finished)."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class DivergedError(FedMezoError):
+    """A party's weights digest is not the run's."""
+
+    status = "DATA_LOSS"
+
+
+class JournalError(FedMezoError):
+    """The journal cannot be opened, read or appended to."""
+
+    status = "INTERNAL"
+
+
+class JournalLockedError(JournalError):
+    """Another process holds the journal."""
+
+
+class JournalCorruptError(JournalError):
+    """A record's bytes, order or hash are not what was appended."""
+
+    status = "DATA_LOSS"
+
+
+class JournalFullError(JournalError):
+    """The disk is full."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class UnavailableError(FedMezoError):
+    """The other side cannot be reached."""
+
+    status = "UNAVAILABLE"

@@ -1,0 +1,1 @@
+"""The wire contract `fedmezo.v1`: .proto files and the code generated from them."""
