@@ -245,13 +245,10 @@ class Answer(google.protobuf.message.Message):
     PROJECTED_GRADS_FIELD_NUMBER: builtins.int
     MEAN_LOSS_FIELD_NUMBER: builtins.int
     WEIGHTS_DIGEST64_FIELD_NUMBER: builtins.int
-    MEASURED_MS_FIELD_NUMBER: builtins.int
     mean_loss: builtins.float
     """Mean batch loss over the steps, in nats; only if the run reports losses."""
     weights_digest64: builtins.int
     """First 8 bytes (little-endian) of the digest of the weights it was measured on, when the assignment asks."""
-    measured_ms: builtins.int
-    """Wall time spent, in milliseconds."""
     @property
     def ticket(self) -> Global___Ticket:
         """As assigned."""
@@ -267,10 +264,9 @@ class Answer(google.protobuf.message.Message):
         projected_grads: collections.abc.Iterable[builtins.float] | None = ...,
         mean_loss: builtins.float | None = ...,
         weights_digest64: builtins.int | None = ...,
-        measured_ms: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "measured_ms", b"measured_ms", "projected_grads", b"projected_grads", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
     @typing.overload
@@ -640,7 +636,7 @@ class WorkerStatus(google.protobuf.message.Message):
     BYTES_UP_FIELD_NUMBER: builtins.int
     BYTES_DOWN_FIELD_NUMBER: builtins.int
     MEAN_LOSS_FIELD_NUMBER: builtins.int
-    MEASURED_MS_FIELD_NUMBER: builtins.int
+    ANSWERED_AFTER_MS_FIELD_NUMBER: builtins.int
     DIVERGED_FIELD_NUMBER: builtins.int
     COMPLAINT_FIELD_NUMBER: builtins.int
     MEASURING_FIELD_NUMBER: builtins.int
@@ -656,8 +652,8 @@ class WorkerStatus(google.protobuf.message.Message):
     """Protobuf bytes sent to it since this coordinator start, session messages only."""
     mean_loss: builtins.float
     """Mean loss of its last answer; only if the run reports losses."""
-    measured_ms: builtins.int
-    """Wall time of its last measurement, in milliseconds."""
+    answered_after_ms: builtins.int
+    """Time from its last assignment to its answer, in milliseconds, by the coordinator's clock."""
     diverged: builtins.bool
     """Whether its weights were found to differ."""
     complaint: builtins.str
@@ -673,13 +669,13 @@ class WorkerStatus(google.protobuf.message.Message):
         bytes_up: builtins.int = ...,
         bytes_down: builtins.int = ...,
         mean_loss: builtins.float | None = ...,
-        measured_ms: builtins.int = ...,
+        answered_after_ms: builtins.int = ...,
         diverged: builtins.bool = ...,
         complaint: builtins.str = ...,
         measuring: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "mean_loss", b"mean_loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "mean_loss", b"mean_loss", "measured_ms", b"measured_ms", "measuring", b"measuring", "rounds_answered", b"rounds_answered", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "answered_after_ms", b"answered_after_ms", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "mean_loss", b"mean_loss", "measuring", b"measuring", "rounds_answered", b"rounds_answered", "worker", b"worker"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
 
 Global___WorkerStatus: typing_extensions.TypeAlias = WorkerStatus

@@ -283,7 +283,6 @@ class Answered(google.protobuf.message.Message):
     PROJECTED_GRADS_FIELD_NUMBER: builtins.int
     MEAN_LOSS_FIELD_NUMBER: builtins.int
     WEIGHTS_DIGEST64_FIELD_NUMBER: builtins.int
-    MEASURED_MS_FIELD_NUMBER: builtins.int
     round: builtins.int
     """The round."""
     slot: builtins.int
@@ -292,8 +291,6 @@ class Answered(google.protobuf.message.Message):
     """Mean of the batch losses over the steps; set only if the run reports losses."""
     weights_digest64: builtins.int
     """First 8 bytes (little-endian) of the digest of the weights it was measured on; digest rounds only."""
-    measured_ms: builtins.int
-    """Wall time that the worker spent, in milliseconds."""
     @property
     def projected_grads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Projected gradients, one a local step, in order: (loss+ - loss-) / (2 eps)."""
@@ -306,10 +303,9 @@ class Answered(google.protobuf.message.Message):
         projected_grads: collections.abc.Iterable[builtins.float] | None = ...,
         mean_loss: builtins.float | None = ...,
         weights_digest64: builtins.int | None = ...,
-        measured_ms: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "measured_ms", b"measured_ms", "projected_grads", b"projected_grads", "round", b"round", "slot", b"slot", "weights_digest64", b"weights_digest64"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "round", b"round", "slot", b"slot", "weights_digest64", b"weights_digest64"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
     @typing.overload

@@ -1,0 +1,393 @@
+"""Between our dataclasses and `fedmezo.v1` messages: the only core module that knows protobuf.
+
+Decoding is strict: a missing or unknown kind, an enum that is not set, a digest of the wrong length or
+a number that is no number is a `ProtocolError` (or `JournalCorruptError` for a record), never a default.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from google.protobuf.message import DecodeError
+from pydantic import ValidationError
+
+from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig, sentence_of
+from fedmezo_core.errors import JournalCorruptError, ProtocolError
+from fedmezo_core.events import (
+    AnswerReceived,
+    Assign,
+    Assigned,
+    SendAnswer,
+    SendUnable,
+    Ticket,
+    UnableReceived,
+)
+from fedmezo_core.records import (
+    Answered,
+    Committed,
+    Diverged,
+    Evaluated,
+    Genesis,
+    Opened,
+    PairRun,
+    Record,
+    Started,
+)
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_proto.v1 import journal_pb2 as pb
+
+DIGEST_BYTES = 32
+
+_DISTRIBUTION = {
+    "rademacher": pb.DISTRIBUTION_RADEMACHER,
+    "gaussian": pb.DISTRIBUTION_GAUSSIAN,
+}
+_DTYPE = {"float32": pb.WEIGHT_TYPE_FLOAT32, "bfloat16": pb.WEIGHT_TYPE_BFLOAT16}
+_ROUNDING = {"stochastic": pb.ROUNDING_STOCHASTIC, "nearest": pb.ROUNDING_NEAREST}
+_KIND = {
+    "classification": pb.TASK_KIND_CLASSIFICATION,
+    "instruction": pb.TASK_KIND_INSTRUCTION,
+}
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def config_to_pb(config: RunConfig) -> pb.RunConfig:
+    """The contract as a message."""
+    message = pb.RunConfig(
+        run_id=config.run_id,
+        model=config.model,
+        task=pb.TaskConfig(
+            kind=_KIND[config.task.kind],
+            template=config.task.template,
+            label_column=config.task.label_column,
+            verbalizers=[
+                pb.Verbalizer(label=label, word=word)
+                for label, word in config.task.verbalizers.items()
+            ],
+            response_column=config.task.response_column,
+            tokens_max=config.task.tokens_max,
+        ),
+        seed=config.seed,
+        rounds=config.rounds,
+        local_steps=config.local_steps,
+        batch_size=config.batch_size,
+        distribution=_DISTRIBUTION[config.distribution],
+        eps=config.eps,
+        learning_rate=config.learning_rate,
+        projected_grad_abs_max=config.projected_grad_abs_max,
+        dtype=_DTYPE[config.dtype],
+        rounding=_ROUNDING[config.rounding],
+        workers_min=config.workers_min,
+        quorum=config.quorum,
+        cohort_size_max=config.cohort_size_max,
+        deadline_ms=config.deadline_ms,
+        digest_every_rounds=config.digest_every_rounds,
+        report_losses=config.report_losses,
+    )
+    if config.lora is not None:
+        message.lora.CopyFrom(
+            pb.LoraConfig(
+                rank=config.lora.rank,
+                alpha=config.lora.alpha,
+                target_modules=config.lora.target_modules,
+            )
+        )
+    return message
+
+
+def config_from_pb(message: pb.RunConfig) -> RunConfig:
+    """The contract from a message; `ProtocolError` if a value is not allowed."""
+    try:
+        return RunConfig(
+            run_id=message.run_id,
+            model=message.model,
+            task=TaskConfig(
+                kind=_name_of(_KIND, message.task.kind),
+                template=message.task.template,
+                label_column=message.task.label_column,
+                verbalizers={v.label: v.word for v in message.task.verbalizers},
+                response_column=message.task.response_column,
+                tokens_max=message.task.tokens_max,
+            ),
+            lora=(
+                LoraConfig(
+                    rank=message.lora.rank,
+                    alpha=message.lora.alpha,
+                    target_modules=tuple(message.lora.target_modules),
+                )
+                if message.HasField("lora")
+                else None
+            ),
+            seed=message.seed,
+            rounds=message.rounds,
+            local_steps=message.local_steps,
+            batch_size=message.batch_size,
+            distribution=_name_of(_DISTRIBUTION, message.distribution),
+            eps=message.eps,
+            learning_rate=message.learning_rate,
+            projected_grad_abs_max=message.projected_grad_abs_max,
+            dtype=_name_of(_DTYPE, message.dtype),
+            rounding=_name_of(_ROUNDING, message.rounding),
+            workers_min=message.workers_min,
+            quorum=message.quorum,
+            cohort_size_max=message.cohort_size_max,
+            deadline_ms=message.deadline_ms,
+            digest_every_rounds=message.digest_every_rounds,
+            report_losses=message.report_losses,
+        )
+    except ValidationError as error:
+        raise ProtocolError(sentence_of(error, "the run's configuration")) from None
+
+
+# ---------------------------------------------------------------- records
+
+
+def encode_record(record: Record) -> bytes:
+    """A record's bytes. They are written once, hashed as written, and never encoded again."""
+    return _record_to_pb(record).SerializeToString(deterministic=True)
+
+
+def decode_record(body: bytes) -> Record:
+    """A record from its bytes; `JournalCorruptError` if they are none."""
+    try:
+        message = pb.Record.FromString(body)
+        return _record_from_pb(message)
+    except (DecodeError, ProtocolError) as error:
+        raise JournalCorruptError(
+            f"A journal record of {len(body)} bytes cannot be read ({error}); "
+            "restore the journal from a copy, or check that the versions match."
+        ) from None
+
+
+def _record_to_pb(record: Record) -> pb.Record:
+    match record:
+        case Genesis():
+            return pb.Record(
+                genesis=pb.Genesis(
+                    config=config_to_pb(record.config),
+                    manifest_digest=record.manifest_digest,
+                    base_digest=record.base_digest,
+                    tokenizer_digest=record.tokenizer_digest,
+                    trainable_elements=record.trainable_elements,
+                    trainable_bytes=record.trainable_bytes,
+                )
+            )
+        case Started():
+            return pb.Record(started=pb.Started(epoch=record.epoch))
+        case Opened():
+            return pb.Record(
+                opened=pb.Opened(
+                    round=record.round, first_slot=record.first_slot, workers=record.workers
+                )
+            )
+        case Answered():
+            return pb.Record(
+                answered=pb.Answered(
+                    round=record.round,
+                    slot=record.slot,
+                    projected_grads=record.projected_grads,
+                    mean_loss=record.mean_loss,
+                    weights_digest64=record.weights_digest64,
+                )
+            )
+        case Committed():
+            return pb.Record(
+                committed=pb.Committed(
+                    round=record.round,
+                    runs=[
+                        pb.PairRun(first_seed=run.first_seed, coefficients=run.coefficients)
+                        for run in record.runs
+                    ],
+                    rounding_seed=record.rounding_seed,
+                )
+            )
+        case Diverged():
+            return pb.Record(diverged=diverged_to_pb(record))
+        case Evaluated():
+            return pb.Record(evaluated=evaluated_to_pb(record))
+
+
+def _record_from_pb(message: pb.Record) -> Record:
+    kind = message.WhichOneof("kind")
+    match kind:
+        case "genesis":
+            genesis = message.genesis
+            return Genesis(
+                config=config_from_pb(genesis.config),
+                manifest_digest=_digest(genesis.manifest_digest, "manifest_digest"),
+                base_digest=_digest(genesis.base_digest, "base_digest"),
+                tokenizer_digest=_digest(genesis.tokenizer_digest, "tokenizer_digest"),
+                trainable_elements=genesis.trainable_elements,
+                trainable_bytes=genesis.trainable_bytes,
+            )
+        case "started":
+            return Started(epoch=message.started.epoch)
+        case "opened":
+            opened = message.opened
+            return Opened(
+                round=opened.round, first_slot=opened.first_slot, workers=tuple(opened.workers)
+            )
+        case "answered":
+            answered = message.answered
+            return Answered(
+                round=answered.round,
+                slot=answered.slot,
+                projected_grads=tuple(answered.projected_grads),
+                mean_loss=answered.mean_loss if answered.HasField("mean_loss") else None,
+                weights_digest64=(
+                    answered.weights_digest64 if answered.HasField("weights_digest64") else None
+                ),
+            )
+        case "committed":
+            committed = message.committed
+            runs = tuple(
+                PairRun(first_seed=run.first_seed, coefficients=tuple(run.coefficients))
+                for run in committed.runs
+            )
+            if not all(math.isfinite(c) for run in runs for c in run.coefficients):
+                raise ProtocolError(
+                    f"the commit of round {committed.round} holds a coefficient that is no number"
+                )
+            return Committed(
+                round=committed.round, runs=runs, rounding_seed=committed.rounding_seed
+            )
+        case "diverged":
+            diverged = message.diverged
+            return Diverged(
+                round=diverged.round,
+                party=diverged.party,
+                found_digest64=diverged.found_digest64,
+                expected_digest64=diverged.expected_digest64,
+            )
+        case "evaluated":
+            return evaluated_from_pb(message.evaluated)
+        case _:
+            raise ProtocolError("its kind is not known to this version")
+
+
+def diverged_to_pb(record: Diverged) -> pb.Diverged:
+    """A divergence as a message."""
+    return pb.Diverged(
+        round=record.round,
+        party=record.party,
+        found_digest64=record.found_digest64,
+        expected_digest64=record.expected_digest64,
+    )
+
+
+def evaluated_to_pb(record: Evaluated) -> pb.Evaluated:
+    """An evaluation as a message."""
+    return pb.Evaluated(
+        round=record.round,
+        loss=record.loss,
+        accuracy=record.accuracy,
+        rows=record.rows,
+        weights_digest=record.weights_digest,
+        auc=record.auc,
+    )
+
+
+def evaluated_from_pb(message: pb.Evaluated) -> Evaluated:
+    """An evaluation from a message."""
+    return Evaluated(
+        round=message.round,
+        loss=message.loss,
+        accuracy=message.accuracy,
+        rows=message.rows,
+        weights_digest=_digest(message.weights_digest, "weights_digest"),
+        auc=message.auc if message.HasField("auc") else None,
+    )
+
+
+# ---------------------------------------------------------------- session messages
+
+
+def ticket_to_pb(ticket: Ticket) -> wire.Ticket:
+    """A ticket as a message."""
+    return wire.Ticket(epoch=ticket.epoch, round=ticket.round, slot=ticket.slot)
+
+
+def ticket_from_pb(message: wire.Ticket) -> Ticket:
+    """A ticket from a message."""
+    return Ticket(epoch=message.epoch, round=message.round, slot=message.slot)
+
+
+def assign_to_pb(assign: Assign) -> wire.SessionResponse:
+    """An assignment as a session message."""
+    return wire.SessionResponse(
+        assign=wire.Assign(
+            ticket=ticket_to_pb(assign.ticket),
+            first_seed=assign.first_seed,
+            steps=assign.steps,
+            want_digest=assign.want_digest,
+            deadline_ms=assign.deadline_ms,
+        )
+    )
+
+
+def assigned_from_pb(message: wire.Assign) -> Assigned:
+    """An assignment as the worker's machine takes it."""
+    return Assigned(
+        ticket=ticket_from_pb(message.ticket),
+        first_seed=message.first_seed,
+        steps=message.steps,
+        want_digest=message.want_digest,
+    )
+
+
+def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
+    """An answer as a session message."""
+    return wire.SessionRequest(
+        answer=wire.Answer(
+            ticket=ticket_to_pb(answer.ticket),
+            projected_grads=answer.projected_grads,
+            mean_loss=answer.mean_loss,
+            weights_digest64=answer.weights_digest64,
+        )
+    )
+
+
+def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
+    """An answer as the round machine takes it."""
+    return AnswerReceived(
+        worker=worker,
+        ticket=ticket_from_pb(message.ticket),
+        projected_grads=tuple(message.projected_grads),
+        mean_loss=message.mean_loss if message.HasField("mean_loss") else None,
+        weights_digest64=(
+            message.weights_digest64 if message.HasField("weights_digest64") else None
+        ),
+    )
+
+
+def unable_to_pb(unable: SendUnable) -> wire.SessionRequest:
+    """An inability as a session message; the reason is cut to what the contract allows."""
+    return wire.SessionRequest(
+        unable=wire.Unable(ticket=ticket_to_pb(unable.ticket), reason=unable.reason[:512])
+    )
+
+
+def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
+    """An inability as the round machine takes it; control characters cannot enter a log."""
+    reason = "".join(c if c.isprintable() else " " for c in message.reason[:512])
+    return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
+
+
+# ---------------------------------------------------------------- small pieces
+
+
+def _digest(value: bytes, field: str) -> bytes:
+    if len(value) != DIGEST_BYTES:
+        raise ProtocolError(f"{field} is {len(value)} bytes long, not {DIGEST_BYTES}")
+    return value
+
+
+def _name_of(names: Mapping[str, int], value: int) -> Any:
+    for name, number in names.items():
+        if number == value:
+            return name
+    raise ProtocolError(f"value {value} is none of {', '.join(names)} in this version")

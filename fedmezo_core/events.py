@@ -1,0 +1,294 @@
+"""What goes into the machines and what comes out: frozen dataclasses, no logic.
+
+Inputs are facts that a driver observed (a message came, time passed). Outputs are a `Ready`: records to
+append durably FIRST, then messages to send.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedmezo_core.records import Committed, Record
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """Names one measurement; the worker echoes it and anything else is stale.
+
+    `epoch` counts coordinator starts: without it, an answer from before a crash could be credited to
+    a seed that it was not measured on.
+    """
+
+    epoch: int
+    round: int
+    slot: int
+
+
+# ---------------------------------------------------------------- into the round machine
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady:
+    """A worker's session is open and every commit so far is on its way to it."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker's session ended."""
+
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerReceived:
+    """A worker answered."""
+
+    worker: str
+    ticket: Ticket
+    projected_grads: tuple[float, ...]
+    mean_loss: float | None
+    weights_digest64: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class UnableReceived:
+    """A worker could not measure."""
+
+    worker: str
+    ticket: Ticket
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaDigest:
+    """The coordinator's own replica has digested the weights after `round`."""
+
+    round: int
+    weights_digest64: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time passed; `now_ms` is monotonic and has no other meaning."""
+
+    now_ms: int
+
+
+RoundEvent = WorkerReady | WorkerLost | AnswerReceived | UnableReceived | ReplicaDigest | Tick
+
+
+# ---------------------------------------------------------------- out of the round machine
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Send work to a worker."""
+
+    worker: str
+    ticket: Ticket
+    first_seed: int
+    steps: int
+    want_digest: bool
+    deadline_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Tell a worker that its answer is durable."""
+
+    worker: str
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Tell a worker that its message was refused; `reason` is a class name in `errors`."""
+
+    worker: str
+    ticket: Ticket
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expel:
+    """End a worker's session: its weights are not the run's."""
+
+    worker: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Tell a worker that the run is over after `round`."""
+
+    worker: str
+    round: int
+
+
+RoundMessage = Assign | Ack | Refuse | Expel | Finish
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What the driver owes: make `records` durable, BEFORE it sends `messages`.
+
+    Every `Committed` among the records also goes to every connected worker, before `messages`.
+    """
+
+    records: tuple[Record, ...] = ()
+    messages: tuple[RoundMessage, ...] = ()
+
+
+# ---------------------------------------------------------------- the worker's session machine
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """The stream to the coordinator is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The stream broke."""
+
+
+@dataclass(frozen=True, slots=True)
+class Welcomed:
+    """The coordinator took the hello."""
+
+    epoch: int
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReceived:
+    """A commit came, live or in catching up; `record_bytes` as written to the journal."""
+
+    commit: Committed
+    record_bytes: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Assigned:
+    """Work came."""
+
+    ticket: Ticket
+    first_seed: int
+    steps: int
+    want_digest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """The answer to `ticket` is in the journal."""
+
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedByCoordinator:
+    """The message about `ticket` was refused."""
+
+    ticket: Ticket
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedByCoordinator:
+    """The run is over after `round`."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The engine finished what `Measure` asked for."""
+
+    ticket: Ticket
+    projected_grads: tuple[float, ...]
+    mean_loss: float
+    weights_digest64: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureFailed:
+    """The engine could not measure."""
+
+    ticket: Ticket
+    reason: str
+
+
+SessionEvent = (
+    Connected
+    | Disconnected
+    | Welcomed
+    | CommitReceived
+    | Assigned
+    | Acknowledged
+    | RefusedByCoordinator
+    | FinishedByCoordinator
+    | Measured
+    | MeasureFailed
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SendHello:
+    """Introduce this worker at the round and head it holds."""
+
+    round: int
+    head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyCommit:
+    """Fold a commit into the weights. Comes strictly in round order."""
+
+    commit: Committed
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Measure on the weights as they are after every `ApplyCommit` so far."""
+
+    ticket: Ticket
+    first_seed: int
+    steps: int
+    want_digest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SendAnswer:
+    """Send a measurement; `mean_loss` is None unless the run reports losses."""
+
+    ticket: Ticket
+    projected_grads: tuple[float, ...]
+    mean_loss: float | None
+    weights_digest64: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class SendUnable:
+    """Say that the measurement could not be made."""
+
+    ticket: Ticket
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReportWeights:
+    """Digest the weights after `round` and report it."""
+
+    round: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """The run is over; end cleanly."""
+
+
+SessionAction = SendHello | ApplyCommit | Measure | SendAnswer | SendUnable | ReportWeights | Leave

@@ -1,0 +1,168 @@
+"""The journal: an append-only, hash-chained list of records. The model is a base plus this list.
+
+`Journal` gives records their bytes, places and hashes and checks them on reading; a `JournalStore`
+holds the rows durably and decides nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedmezo_core.codec import decode_record, encode_record
+from fedmezo_core.errors import JournalCorruptError
+from fedmezo_core.records import Committed, Genesis, Record
+
+ZERO_HASH = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a store keeps for one record."""
+
+    seqno: int
+    """0-based place. Invariant: a store's rows are 0, 1, 2, ... without gaps."""
+
+    body: bytes
+    """The serialized record, exactly as it was first written."""
+
+    chain: bytes
+    """SHA-256 over the previous row's chain, this seqno and this body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A record in its place, with both hashes after it."""
+
+    row: Row
+    record: Record
+
+    head: bytes
+    """Names the model after this record; changes with genesis and commits only."""
+
+
+class JournalStore(Protocol):
+    """Durable home of the rows. `store_conformance` states what every implementation must do."""
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Write all rows or none, and return only once they are durable.
+
+        Any error means that the store must not be used again: what is on disk is known only after
+        it has been opened and verified anew.
+        """
+
+    def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
+        """At most `rows_max` rows from `from_seqno` on, in order."""
+
+    def __len__(self) -> int:
+        """Count of rows."""
+
+    def close(self) -> None:
+        """Release the file or connection."""
+
+
+class MemoryStore:
+    """The reference store: how every durable one must behave."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Keep all rows."""
+        for place, row in enumerate(rows, start=len(self._rows)):
+            if row.seqno != place:
+                raise JournalCorruptError(f"row {row.seqno} was appended at place {place}")
+        self._rows.extend(rows)
+
+    def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
+        """A slice of the rows."""
+        return tuple(self._rows[from_seqno : from_seqno + rows_max])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def chain_after(chain: bytes, seqno: int, body: bytes) -> bytes:
+    """chain(n) = SHA-256(chain(n-1) || uint64le(n) || bytes(n))."""
+    return hashlib.sha256(chain + seqno.to_bytes(8, "little") + body).digest()
+
+
+def head_after(head: bytes, body: bytes) -> bytes:
+    """head(n) = SHA-256(head(n-1) || bytes(n)), for genesis and commits."""
+    return hashlib.sha256(head + body).digest()
+
+
+class Journal:
+    """Appends records to a store and reads them back verified.
+
+    Invariant: `len(self)`, `chain` and `head` describe the store's last row.
+    """
+
+    PAGE_ROWS = 1024
+
+    def __init__(self, store: JournalStore) -> None:
+        self._store = store
+        self._length = 0
+        self.chain = ZERO_HASH
+        self.head = ZERO_HASH
+
+    def __len__(self) -> int:
+        return self._length
+
+    def load(self) -> Iterator[Entry]:
+        """Read everything from the start, verifying; afterwards the journal can be appended to.
+
+        Raises `JournalCorruptError` at the first row that is not what was written.
+        """
+        self._length, self.chain, self.head = 0, ZERO_HASH, ZERO_HASH
+        while rows := self._store.read(self._length, self.PAGE_ROWS):
+            for row in rows:
+                yield self._verify(row)
+
+    def _verify(self, row: Row) -> Entry:
+        if row.seqno != self._length:
+            raise JournalCorruptError(
+                f"The journal jumps from record {self._length - 1} to {row.seqno}; records are "
+                "missing. Restore the journal from a copy."
+            )
+        chain = chain_after(self.chain, row.seqno, row.body)
+        if chain != row.chain:
+            raise JournalCorruptError(
+                f"Journal record {row.seqno} is not what was written (its hash does not match); "
+                f"records 0 to {row.seqno - 1} are sound. Restore the journal from a copy."
+            )
+        return self._advance(row, decode_record(row.body))
+
+    def append(self, records: Sequence[Record]) -> list[Entry]:
+        """Append records durably, all or none."""
+        entries: list[Entry] = []
+        length, chain, head = self._length, self.chain, self.head
+        for record in records:
+            body = encode_record(record)
+            chain = chain_after(chain, length, body)
+            if isinstance(record, (Genesis, Committed)):
+                head = head_after(head, body)
+            entries.append(Entry(Row(length, body, chain), record, head))
+            length += 1
+        self._store.append([entry.row for entry in entries])
+        self._length, self.chain, self.head = length, chain, head
+        return entries
+
+    def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
+        """Rows as they are stored; the reader verifies."""
+        return self._store.read(from_seqno, rows_max)
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
+
+    def _advance(self, row: Row, record: Record) -> Entry:
+        self._length, self.chain = row.seqno + 1, row.chain
+        if isinstance(record, (Genesis, Committed)):
+            self.head = head_after(self.head, row.body)
+        return Entry(row, record, self.head)

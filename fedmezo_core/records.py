@@ -1,0 +1,121 @@
+"""What the journal holds: one frozen dataclass for each kind of record. No logic but arithmetic on seeds.
+
+`codec` gives their bytes, `journal` chains and stores them, `rounds` and `session` fold them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from fedmezo_core.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Genesis:
+    """Record 0: what the run is."""
+
+    config: RunConfig
+    manifest_digest: bytes
+    base_digest: bytes
+    tokenizer_digest: bytes
+    trainable_elements: int
+    trainable_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A coordinator start. Invariant: epochs are 1, 2, 3, ... in journal order."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A round's cohort (`first_slot` 0), or more slots for the open round."""
+
+    round: int
+    first_slot: int
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An accepted answer; the scalars are binary32 values held as floats."""
+
+    round: int
+    slot: int
+    projected_grads: tuple[float, ...]
+    mean_loss: float | None
+    weights_digest64: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PairRun:
+    """Pairs (first_seed + k, coefficients[k]); coefficients are binary32 values held as floats."""
+
+    first_seed: int
+    coefficients: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """A closed round's pairs in slot order. Invariant: rounds are 1, 2, 3, ... in journal order."""
+
+    round: int
+    runs: tuple[PairRun, ...]
+    rounding_seed: int
+
+    @property
+    def pairs(self) -> int:
+        """Count of pairs."""
+        return sum(len(run.coefficients) for run in self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class Diverged:
+    """A party's weights after `round` are not the run's."""
+
+    round: int
+    party: str
+    found_digest64: int
+    expected_digest64: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Held-out result of the weights after `round`."""
+
+    round: int
+    loss: float
+    accuracy: float
+    rows: int
+    weights_digest: bytes
+    auc: float | None = None
+
+
+Record = Genesis | Started | Opened | Answered | Committed | Diverged | Evaluated
+
+
+def first_seed_of(run_seed: int, round_: int, slot: int) -> int:
+    """Seed of local step 0 of `slot` in `round_`; step h uses this plus h.
+
+    The low 16 bits are zero, so that the seeds of one assignment (at most 4,096) never carry into
+    another's; the upper 48 come from SHA-256, so that runs, rounds and slots share no direction.
+    """
+    return _hash64("fedmezo seed v1", run_seed, round_, slot) & ~0xFFFF
+
+
+def rounding_seed_of(run_seed: int, round_: int) -> int:
+    """Key of the stochastic rounding at the commit of `round_`."""
+    return _hash64("fedmezo rounding v1", run_seed, round_)
+
+
+def digest64_of(digest: bytes) -> int:
+    """First 8 bytes of a digest as a little-endian integer: what an answer carries."""
+    return int.from_bytes(digest[:8], "little")
+
+
+def _hash64(domain: str, *numbers: int) -> int:
+    words = b"".join(number.to_bytes(8, "little") for number in numbers)
+    return int.from_bytes(hashlib.sha256(domain.encode() + b"\0" + words).digest()[:8], "little")
