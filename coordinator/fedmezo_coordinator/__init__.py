@@ -1,0 +1,1 @@
+"""The coordinator daemon: journal store, gRPC service, replica process, command lines. Serves without torch."""
