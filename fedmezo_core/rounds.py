@@ -1,0 +1,779 @@
+"""The coordinator's round machine: no clock, no socket, no disk, no entropy.
+
+    machine = RoundMachine()
+    for record in stored:               # a restart folds what the journal holds
+        machine.apply(record)
+    ready = machine.start(now_ms)       # then a new epoch
+    ready = machine.step(event)         # then one event at a time
+
+The driver owes every `Ready` in this order: append `records` durably, send each `Committed` among them
+to every connected worker, then send `messages`. A failed append ends the process.
+
+`step` decides. What a restart must rebuild lives in `RunState` and changes only in `apply`, which a
+live step and a restart both go through; what a restart may forget lives in `RoundMachine`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+from fedmezo_core.aggregate import bits_of, clip_of, coefficients_of, to_binary32
+from fedmezo_core.cohort import REPLICA_PARTY, agreed_digest, choose_cohort
+from fedmezo_core.config import COHORT_MAX, RunConfig
+from fedmezo_core.errors import (
+    EquivocationError,
+    JournalCorruptError,
+    JournalError,
+    NumericError,
+    ProtocolError,
+    ScalarError,
+    StaleTicketError,
+    UnknownWorkerError,
+)
+from fedmezo_core.events import (
+    Ack,
+    AnswerReceived,
+    Assign,
+    Expel,
+    Finish,
+    Ready,
+    Refuse,
+    ReplicaDigest,
+    RoundEvent,
+    RoundMessage,
+    Tick,
+    Ticket,
+    UnableReceived,
+    WorkerLost,
+    WorkerReady,
+)
+from fedmezo_core.records import (
+    Answered,
+    Committed,
+    Diverged,
+    Evaluated,
+    Genesis,
+    Opened,
+    PairRun,
+    Record,
+    Started,
+    first_seed_of,
+    rounding_seed_of,
+)
+
+RECENT_ROUNDS_MAX = 1000
+"""Summaries of rounds, evaluations and divergences kept for the status."""
+DIGESTS_KEPT_MAX = 8
+"""Rounds whose agreed digest, and whose replica digest, is remembered."""
+WORKERS_SEEN_MAX = 4 * COHORT_MAX
+"""Workers whose figures are kept for the status; the longest gone are forgotten first."""
+COMPLAINT_CHARS_MAX = 512
+"""Longest complaint kept."""
+
+
+class Phase(Enum):
+    """Where the run is."""
+
+    WAITING = "waiting"
+    """No round is open: fewer workers are ready than the run wants."""
+    OPEN = "open"
+    """Answers are coming in."""
+    FINISHED = "finished"
+    """All rounds are committed."""
+
+
+class Accepted(NamedTuple):
+    """An answer in the journal, with the epoch of the ticket that it was given to."""
+
+    epoch: int
+    record: Answered
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """A committed round, for the status. `mean_loss` is in nats, None if no answer carried one."""
+
+    round: int
+    mean_loss: float | None
+    answers: int
+
+
+@dataclass(slots=True)
+class RoundState:
+    """One round's slots and answers."""
+
+    round: int
+    cohort: list[str] = field(default_factory=list)
+    """Worker of each slot. A worker found diverged may come back under a later slot."""
+    slots: dict[str, int] = field(default_factory=dict)
+    """Worker -> its slot that counts. Invariant: none of these is in `excluded`."""
+    answers: dict[int, Accepted] = field(default_factory=dict)
+    """Slot -> the answer that stands."""
+    excluded: set[int] = field(default_factory=set)
+    """Answered slots that were measured on diverged weights: never committed."""
+
+    @property
+    def counting(self) -> int:
+        """Count of answers that may be committed."""
+        return len(self.answers) - len(self.excluded)
+
+    def counted(self) -> list[Answered]:
+        """Answers that may be committed, in slot order."""
+        return [self.answers[slot].record for slot in sorted(self.answers.keys() - self.excluded)]
+
+    def unanswered(self) -> Iterator[int]:
+        """Slots without an answer, ascending."""
+        return (slot for slot in range(len(self.cohort)) if slot not in self.answers)
+
+
+@dataclass(slots=True)
+class RunState:
+    """The journal, folded. Equal journals give equal states, live or after a restart."""
+
+    genesis: Genesis | None = None
+    epoch: int = 0
+    round: int = 0
+    """Last committed round."""
+    open: RoundState | None = None
+    """Invariant: `open.round == round + 1`."""
+    closed: RoundState | None = None
+    """The last committed round, so that a lost acknowledgement can be given again."""
+    agreed: dict[int, int] = field(default_factory=dict)
+    """Round -> first 64 bits of the digest of the weights after it, for the newest rounds known."""
+    diverged: dict[str, Diverged] = field(default_factory=dict)
+    """Parties found diverged whose weights have not agreed again in a committed digest round."""
+    divergences: deque[Diverged] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS_MAX))
+    evaluations: deque[Evaluated] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS_MAX))
+    recent_rounds: deque[RoundSummary] = field(
+        default_factory=lambda: deque(maxlen=RECENT_ROUNDS_MAX)
+    )
+
+    def apply(self, record: Record) -> None:
+        """Fold one record; `JournalCorruptError` if it cannot follow those before."""
+        if isinstance(record, Genesis):
+            if self.genesis is not None:
+                raise _misplaced("a second genesis", "exactly one, as the first record")
+            self.genesis = record
+            return
+        if self.genesis is None:
+            raise _misplaced(type(record).__name__, "a genesis as the first record")
+        match record:
+            case Started(epoch):
+                if epoch != self.epoch + 1:
+                    raise _misplaced(f"a start of epoch {epoch}", f"epoch {self.epoch + 1}")
+                self.epoch = epoch
+            case Opened():
+                self._apply_opened(record)
+            case Answered():
+                self._apply_answered(record)
+            case Committed():
+                self._apply_committed(record, self.genesis.config)
+            case Diverged():
+                self._apply_diverged(record)
+            case Evaluated():
+                self.evaluations.append(record)
+
+    def _apply_opened(self, record: Opened) -> None:
+        assert self.genesis is not None
+        current = self.open or RoundState(self.round + 1)
+        if (
+            record.round != current.round
+            or record.first_slot != len(current.cohort)
+            or record.round > self.genesis.config.rounds
+        ):
+            raise _misplaced(
+                f"an opening of round {record.round} from slot {record.first_slot}",
+                f"round {current.round} from slot {len(current.cohort)}, "
+                f"in a run of {self.genesis.config.rounds} rounds",
+            )
+        if (
+            not record.workers
+            or len(set(record.workers)) != len(record.workers)
+            or any(worker in current.slots for worker in record.workers)
+            or len(current.cohort) + len(record.workers) > COHORT_MAX
+        ):
+            raise _misplaced(
+                f"an opening of round {record.round} with workers {', '.join(record.workers) or '-'}",
+                f"at least one worker without a slot, none twice, at most {COHORT_MAX} slots",
+            )
+        for slot, worker in enumerate(record.workers, start=record.first_slot):
+            current.slots[worker] = slot
+        current.cohort.extend(record.workers)
+        self.open = current
+
+    def _apply_answered(self, record: Answered) -> None:
+        assert self.genesis is not None
+        current = self.open
+        if (
+            current is None
+            or record.round != current.round
+            or not 0 <= record.slot < len(current.cohort)
+            or record.slot in current.answers
+        ):
+            raise _misplaced(
+                f"an answer to slot {record.slot} of round {record.round}",
+                "an answer to a slot that is open and has none",
+            )
+        if is_digest_round(self.genesis.config, record.round) != (
+            record.weights_digest64 is not None
+        ):
+            raise _misplaced(
+                f"an answer to slot {record.slot} of round {record.round} "
+                f"{'without' if record.weights_digest64 is None else 'with'} a digest",
+                "a digest in each answer of a digest round and in no other",
+            )
+        current.answers[record.slot] = Accepted(self.epoch, record)
+
+    def _apply_committed(self, record: Committed, config: RunConfig) -> None:
+        current = self.open
+        if current is None or record.round != current.round:
+            raise _misplaced(
+                f"a commit of round {record.round}",
+                f"a commit of round {self.round + 1}, once open",
+            )
+        answers = current.counted()[: config.cohort_size_max]
+        if len(record.runs) != len(answers) or not answers:
+            raise _misplaced(
+                f"a commit of round {record.round} with {len(record.runs)} answers' pairs",
+                f"pairs of {len(answers)} answers",
+            )
+        if answers[0].weights_digest64 is not None:
+            self.agreed[record.round - 1] = answers[0].weights_digest64
+            _keep_newest(self.agreed)
+            for answer in answers:
+                self.diverged.pop(current.cohort[answer.slot], None)
+        losses = [answer.mean_loss for answer in answers if answer.mean_loss is not None]
+        mean_loss = math.fsum(losses) / len(losses) if losses else None
+        self.recent_rounds.append(RoundSummary(record.round, mean_loss, len(answers)))
+        self.round, self.open, self.closed = record.round, None, current
+
+    def _apply_diverged(self, record: Diverged) -> None:
+        self.divergences.append(record)
+        self.diverged.pop(record.party, None)
+        self.diverged[record.party] = record
+        if len(self.diverged) > COHORT_MAX:
+            del self.diverged[next(iter(self.diverged))]
+        current = self.open
+        if current is None or record.round != current.round - 1:
+            return
+        slot = current.slots.get(record.party)
+        accepted = None if slot is None else current.answers.get(slot)
+        if accepted and accepted.record.weights_digest64 == record.found_digest64:
+            del current.slots[record.party]
+            current.excluded.add(accepted.record.slot)
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """One worker since this coordinator start, for the status and for deciding."""
+
+    worker: str
+    ready: bool = False
+    """A session is open, and its weights are not known to differ."""
+    rounds_answered: int = 0
+    """Rounds committed with its answer."""
+    mean_loss: float | None = None
+    """Of its last accepted answer, in nats."""
+    complaint: str = ""
+    """Last thing it could not do or was refused for in this session; empty if none."""
+    told_diverged: bool = False
+    """It was connected when it was told that its weights differ."""
+
+
+class RoundMachine:
+    """Opens rounds, takes answers, compares weights, commits. See the module's text for its use."""
+
+    def __init__(self) -> None:
+        self.state = RunState()
+        self._started = False
+        self._workers: dict[str, WorkerView] = {}
+        self._now_ms = 0
+        self._closes_at_ms = 0
+        # Slots of the open round that can still answer: not answered, not given up.
+        self._awaited: set[int] = set()
+        self._replica_digests: dict[int, int] = {}
+        self._replica_agreed_round = -1
+        self._records: list[Record] = []
+        self._messages: list[RoundMessage] = []
+
+    # ------------------------------------------------------------ what the status shows
+
+    @property
+    def genesis(self) -> Genesis:
+        """What the run is; `JournalError` before a genesis was applied."""
+        if self.state.genesis is None:
+            raise JournalError(
+                "The journal holds no run yet; create the run with its genesis record first."
+            )
+        return self.state.genesis
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's contract."""
+        return self.genesis.config
+
+    @property
+    def phase(self) -> Phase:
+        """Where the run is."""
+        if self.state.round >= self.config.rounds:
+            return Phase.FINISHED
+        return Phase.WAITING if self.state.open is None else Phase.OPEN
+
+    @property
+    def round(self) -> int:
+        """Last committed round; 0 before the first."""
+        return self.state.round
+
+    @property
+    def epoch(self) -> int:
+        """Coordinator starts so far."""
+        return self.state.epoch
+
+    @property
+    def cohort(self) -> tuple[str, ...]:
+        """Worker of each slot of the open round; empty if none is open."""
+        return () if self.state.open is None else tuple(self.state.open.cohort)
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Workers whose answers the open round waits for, in slot order."""
+        cohort = self.cohort
+        return tuple(cohort[slot] for slot in sorted(self._awaited))
+
+    @property
+    def closes_at_ms(self) -> int | None:
+        """When the open round may close on its quorum, on the clock of `Tick`; None if none is open.
+
+        The driver owes a `Tick` then; ticks in between are welcome.
+        """
+        return None if self.state.open is None else self._closes_at_ms
+
+    @property
+    def diverged(self) -> frozenset[str]:
+        """Parties whose weights were found to differ and have not agreed since."""
+        parties = set(self.state.diverged)
+        if self._replica_trusted:
+            parties.discard(REPLICA_PARTY)
+        return frozenset(parties)
+
+    @property
+    def recent_rounds(self) -> Sequence[RoundSummary]:
+        """The newest committed rounds, oldest first, at most `RECENT_ROUNDS_MAX`."""
+        return self.state.recent_rounds
+
+    @property
+    def rounds_answered(self) -> dict[str, int]:
+        """Rounds committed with each worker's answer since the start, by name."""
+        return {view.worker: view.rounds_answered for view in self._workers.values()}
+
+    @property
+    def workers(self) -> Mapping[str, WorkerView]:
+        """Every worker seen since the start, by name; to be read, not changed."""
+        return self._workers
+
+    # ------------------------------------------------------------ driving it
+
+    def apply(self, record: Record) -> None:
+        """Fold a durable record: all of the journal before `start`.
+
+        Later, the driver applies what it appends by itself: evaluations, and divergences that other
+        comparisons found. Raises `JournalCorruptError` if the record cannot follow those before.
+        """
+        self.state.apply(record)
+
+    def start(self, now_ms: int = 0) -> Ready:
+        """Begin a new epoch at `now_ms`; its record must be durable before anything is sent.
+
+        An open round goes on with the answers it has, and with a whole deadline from now.
+        Raises `JournalError` without a genesis.
+        """
+        assert not self._started, "a machine starts once"
+        self._closes_at_ms = now_ms + self.config.deadline_ms
+        self._now_ms = now_ms
+        self._started = True
+        if self.state.open is not None:
+            self._awaited = set(self.state.open.unanswered())
+        self._record(Started(self.state.epoch + 1))
+        return self._take_ready()
+
+    def step(self, event: RoundEvent) -> Ready:
+        """Take one event; the driver owes what is returned before it calls again."""
+        assert self._started, "start comes before the first step"
+        match event:
+            case WorkerReady(worker):
+                self._worker_ready(worker)
+            case WorkerLost(worker):
+                if worker in self._workers:
+                    self._workers[worker].ready = False
+            case AnswerReceived():
+                try:
+                    self._answer(event)
+                except ProtocolError as error:
+                    self._refuse(event, error)
+            case UnableReceived():
+                try:
+                    self._unable(event)
+                except ProtocolError as error:
+                    self._refuse(event, error)
+            case ReplicaDigest():
+                self._replica_digest(event)
+            case Tick(now_ms):
+                self._now_ms = max(self._now_ms, now_ms)
+        self._advance()
+        return self._take_ready()
+
+    # ------------------------------------------------------------ events
+
+    def _worker_ready(self, worker: str) -> None:
+        if worker == REPLICA_PARTY:
+            self._messages.append(
+                Expel(
+                    worker,
+                    f"{REPLICA_PARTY!r} is the name of the coordinator's own weights; "
+                    "start the worker under another name.",
+                )
+            )
+            return
+        view = self._view(worker)
+        view.complaint = ""
+        known = self.state.diverged.get(worker)
+        if known is not None and not view.told_diverged:
+            # The coordinator went down, or the worker was away, between finding out and telling.
+            view.ready, view.told_diverged = False, True
+            self._messages.append(Expel(worker, _diverged_sentence(known)))
+            return
+        view.ready = True
+        if self.phase is Phase.FINISHED:
+            self._messages.append(Finish(worker, self.state.round))
+        elif self.state.open is not None:
+            slot = self.state.open.slots.get(worker)
+            if slot is not None and slot not in self.state.open.answers:
+                self._assign(slot)
+
+    def _answer(self, event: AnswerReceived) -> None:
+        state, ticket = self.state, event.ticket
+        view = self._ready_view(event.worker)
+        held = next(
+            (one for one in (state.open, state.closed) if one and one.round == ticket.round), None
+        )
+        if held is None or not self._owns(held, ticket.slot, event.worker):
+            raise self._stale(event.worker, ticket)
+        accepted = held.answers.get(ticket.slot)
+        if ticket.epoch != (state.epoch if accepted is None else accepted.epoch):
+            raise self._stale(event.worker, ticket)
+        if accepted is None and held is state.closed:
+            raise StaleTicketError(
+                f"Round {ticket.round} was committed without the answer of worker {event.worker} to "
+                f"slot {ticket.slot}; drop the answer and wait for the next assignment."
+            )
+        record = self._checked(event)
+        if accepted is None:
+            self._record(record)
+            self._awaited.discard(ticket.slot)
+            view.mean_loss = record.mean_loss
+        elif _content(record) != _content(accepted.record):
+            raise EquivocationError(
+                f"Worker {event.worker} gave a second, different answer to slot {ticket.slot} of "
+                f"round {ticket.round}; the first one stands: drop this one."
+            )
+        self._messages.append(Ack(event.worker, ticket))
+
+    def _checked(self, event: AnswerReceived) -> Answered:
+        """The answer as a record, its floats rounded to binary32, or the error that refuses it."""
+        config, ticket = self.config, event.ticket
+        who = f"Worker {event.worker}, round {ticket.round}, slot {ticket.slot}:"
+        if len(event.projected_grads) != config.local_steps:
+            raise ScalarError(
+                f"{who} {len(event.projected_grads)} projected gradients came, but the run has "
+                f"{config.local_steps} local steps; send one a step."
+            )
+        limit = clip_of(config.projected_grad_abs_max)
+        grads = []
+        for step, grad in enumerate(event.projected_grads):
+            if not math.isfinite(grad) or abs(grad) > limit:
+                raise ScalarError(
+                    f"{who} projected gradient {step} is {grad!r}, but must be finite and at most "
+                    f"{config.projected_grad_abs_max!r} in size; clamp it to "
+                    "projected_grad_abs_max, or answer that it cannot be measured."
+                )
+            try:
+                # One answer alone has the largest coefficients, so none can overflow at the commit.
+                coefficients_of((grad,), config.learning_rate, 1)
+                grads.append(to_binary32(grad))
+            except NumericError:
+                raise ScalarError(
+                    f"{who} projected gradient {step} is {grad!r}, which at learning rate "
+                    f"{config.learning_rate!r} gives no finite binary32 coefficient; start a run "
+                    "with a smaller learning_rate or projected_grad_abs_max."
+                ) from None
+        mean_loss = event.mean_loss
+        if mean_loss is not None:
+            if not config.report_losses:
+                raise ProtocolError(
+                    f"{who} the answer carries a mean loss, but this run keeps losses private; "
+                    "send it without, or start a run with report_losses on."
+                )
+            try:
+                mean_loss = to_binary32(mean_loss)
+            except NumericError:
+                raise ScalarError(
+                    f"{who} the mean loss is {event.mean_loss!r}, but must be a finite binary32 "
+                    "value; answer that it cannot be measured."
+                ) from None
+        digest64 = event.weights_digest64
+        if not is_digest_round(config, ticket.round):
+            digest64 = None
+        elif digest64 is None or not 0 <= digest64 < 2**64:
+            raise ProtocolError(
+                f"{who} the answer must carry the first 64 bits of its weights digest in this "
+                "round; send them as the assignment asks."
+            )
+        return Answered(ticket.round, ticket.slot, tuple(grads), mean_loss, digest64)
+
+    def _unable(self, event: UnableReceived) -> None:
+        ticket, current = event.ticket, self.state.open
+        view = self._ready_view(event.worker)
+        if (
+            current is None
+            or ticket.round != current.round
+            or ticket.epoch != self.state.epoch
+            or not self._owns(current, ticket.slot, event.worker)
+        ):
+            raise self._stale(event.worker, ticket)
+        view.complaint = event.reason[:COMPLAINT_CHARS_MAX]
+        self._awaited.discard(ticket.slot)
+
+    def _replica_digest(self, event: ReplicaDigest) -> None:
+        if event.round > self.state.round:
+            return  # Of a round that is not in this journal: nothing to compare it with.
+        self._replica_digests[event.round] = event.weights_digest64
+        _keep_newest(self._replica_digests)
+        self._judge_replica(event.round, self.state.agreed.get(event.round))
+
+    # ------------------------------------------------------------ rounds
+
+    def _advance(self) -> None:
+        """Open, close and commit as far as what is known allows."""
+        while self.phase is not Phase.FINISHED:
+            if not (self._open() if self.state.open is None else self._close()):
+                return
+
+    def _open(self) -> bool:
+        ready = [view.worker for view in self._workers.values() if view.ready]
+        if len(ready) < self.config.workers_min:
+            return False
+        round_ = self.state.round + 1
+        cohort = choose_cohort(self.config.seed, round_, ready, self.config.cohort_size_max)
+        self._closes_at_ms = self._now_ms + self.config.deadline_ms
+        self._add_slots(cohort)
+        return True
+
+    def _close(self) -> bool:
+        """Commit the open round if it is settled or overdue and enough answers agree."""
+        config, current = self.config, self.state.open
+        assert current is not None
+        overdue = self._now_ms >= self._closes_at_ms
+        if self._awaited and not overdue and current.counting < config.cohort_size_max:
+            return False
+        if current.counting >= config.quorum:
+            answers = self._agreeing(current)
+            if len(answers) >= config.quorum:
+                self._commit(current, answers[: config.cohort_size_max])
+                return True
+        self._extend(current, overdue)
+        return False
+
+    def _agreeing(self, current: RoundState) -> list[Answered]:
+        """The answers measured on the run's weights; everyone else is recorded and sent away.
+
+        Empty while nobody can tell which weights are the run's.
+        """
+        if not is_digest_round(self.config, current.round):
+            return current.counted()
+        before = current.round - 1
+        expected = agreed_digest(
+            [answer.weights_digest64 or 0 for answer in current.counted()],
+            self._replica_digests.get(before) if self._replica_trusted else None,
+        )
+        if expected is None:
+            return []
+        for answer in current.counted():
+            found = answer.weights_digest64 or 0
+            if found != expected:
+                worker = current.cohort[answer.slot]
+                record = Diverged(before, worker, found, expected)
+                self._record(record)
+                view = self._view(worker)
+                view.told_diverged = view.ready
+                if view.ready:
+                    self._messages.append(Expel(worker, _diverged_sentence(record)))
+                view.ready = False
+        self._judge_replica(before, expected)
+        return current.counted()
+
+    def _judge_replica(self, round_: int, expected: int | None) -> None:
+        """Compare the replica's digest after `round_`, if both are known; a new doubt is recorded."""
+        found = self._replica_digests.get(round_)
+        if found is None or expected is None:
+            return
+        if found == expected:
+            self._replica_agreed_round = max(self._replica_agreed_round, round_)
+        elif self._replica_trusted:
+            self._record(Diverged(round_, REPLICA_PARTY, found, expected))
+
+    def _commit(self, current: RoundState, answers: list[Answered]) -> None:
+        config = self.config
+        runs = tuple(
+            PairRun(
+                first_seed_of(config.seed, current.round, answer.slot),
+                coefficients_of(answer.projected_grads, config.learning_rate, len(answers)),
+            )
+            for answer in answers
+        )
+        self._record(Committed(current.round, runs, rounding_seed_of(config.seed, current.round)))
+        self._awaited.clear()
+        for answer in answers:
+            self._view(current.cohort[answer.slot]).rounds_answered += 1
+        if self.phase is Phase.FINISHED:
+            self._messages.extend(
+                Finish(view.worker, current.round) for view in self._workers.values() if view.ready
+            )
+
+    def _extend(self, current: RoundState, overdue: bool) -> None:
+        """Too few answers agree: ask workers that have no slot, and at the deadline everyone again."""
+        waiting = [
+            view.worker
+            for view in self._workers.values()
+            if view.ready and view.worker not in current.slots
+        ]
+        wanted = max(1, self.config.cohort_size_max - current.counting)
+        room = min(wanted, COHORT_MAX - len(current.cohort))
+        added = choose_cohort(self.config.seed, current.round, waiting, room)
+        if not added and not overdue:
+            return
+        self._closes_at_ms = self._now_ms + self.config.deadline_ms
+        if overdue:
+            for slot in current.unanswered():
+                view = self._workers.get(current.cohort[slot])
+                if view is not None and view.ready:
+                    self._assign(slot)
+        if added:
+            self._add_slots(added)
+
+    def _add_slots(self, workers: tuple[str, ...]) -> None:
+        first_slot = len(self.cohort)
+        self._record(Opened(self.state.round + 1, first_slot, workers))
+        for slot in range(first_slot, first_slot + len(workers)):
+            self._assign(slot)
+
+    def _assign(self, slot: int) -> None:
+        current, config = self.state.open, self.config
+        assert current is not None
+        self._awaited.add(slot)
+        self._messages.append(
+            Assign(
+                worker=current.cohort[slot],
+                ticket=Ticket(self.state.epoch, current.round, slot),
+                first_seed=first_seed_of(config.seed, current.round, slot),
+                steps=config.local_steps,
+                want_digest=is_digest_round(config, current.round),
+                deadline_ms=max(self._closes_at_ms - self._now_ms, 0),
+            )
+        )
+
+    # ------------------------------------------------------------ small parts
+
+    @property
+    def _replica_trusted(self) -> bool:
+        """The replica votes unless it was found diverged and has not agreed with a round since."""
+        found = self.state.diverged.get(REPLICA_PARTY)
+        return found is None or self._replica_agreed_round > found.round
+
+    @staticmethod
+    def _owns(held: RoundState, slot: int, worker: str) -> bool:
+        return 0 <= slot < len(held.cohort) and held.cohort[slot] == worker
+
+    def _view(self, worker: str) -> WorkerView:
+        view = self._workers.get(worker)
+        if view is None:
+            if len(self._workers) >= WORKERS_SEEN_MAX:
+                gone = next((one for one in self._workers.values() if not one.ready), None)
+                if gone is not None:
+                    del self._workers[gone.worker]
+            view = self._workers[worker] = WorkerView(worker)
+        return view
+
+    def _ready_view(self, worker: str) -> WorkerView:
+        view = self._workers.get(worker)
+        if view is None or not view.ready:
+            raise UnknownWorkerError(
+                f"Worker {worker} has not joined this coordinator start, or was sent away; "
+                "open a new session with hello first."
+            )
+        return view
+
+    def _stale(self, worker: str, ticket: Ticket) -> StaleTicketError:
+        return StaleTicketError(
+            f"Ticket (epoch {ticket.epoch}, round {ticket.round}, slot {ticket.slot}) of worker "
+            f"{worker} is not open: this is epoch {self.state.epoch} and the last committed round is "
+            f"{self.state.round}; drop it and wait for the next assignment."
+        )
+
+    def _refuse(self, event: AnswerReceived | UnableReceived, error: ProtocolError) -> None:
+        view = self._workers.get(event.worker)
+        # A stale ticket is no fault: an answer and a deadline may cross on the way.
+        if view is not None and not isinstance(error, StaleTicketError):
+            view.complaint = str(error)[:COMPLAINT_CHARS_MAX]
+        self._messages.append(Refuse(event.worker, event.ticket, type(error).__name__, str(error)))
+
+    def _record(self, record: Record) -> None:
+        self.apply(record)
+        self._records.append(record)
+
+    def _take_ready(self) -> Ready:
+        ready = Ready(tuple(self._records), tuple(self._messages))
+        self._records.clear()
+        self._messages.clear()
+        return ready
+
+
+def is_digest_round(config: RunConfig, round_: int) -> bool:
+    """Whether answers of `round_` carry the digest of the weights that they were measured on."""
+    return (round_ - 1) % config.digest_every_rounds == 0
+
+
+def _content(record: Answered) -> tuple[bytes, bytes | None, int | None]:
+    """What makes two answers the same, bit for bit."""
+    loss = None if record.mean_loss is None else bits_of((record.mean_loss,))
+    return bits_of(record.projected_grads), loss, record.weights_digest64
+
+
+def _diverged_sentence(record: Diverged) -> str:
+    return (
+        f"The weights of worker {record.party} after round {record.round} are not the run's: their "
+        f"digest begins {_digest_hex(record.found_digest64)}, the run's "
+        f"{_digest_hex(record.expected_digest64)}; restart the worker so that it rebuilds them from "
+        "the base and the journal."
+    )
+
+
+def _digest_hex(digest64: int) -> str:
+    """The digest's first 8 bytes, as `sha256sum` would print them."""
+    return digest64.to_bytes(8, "little").hex()
+
+
+def _keep_newest(by_round: dict[int, int]) -> None:
+    while len(by_round) > DIGESTS_KEPT_MAX:
+        del by_round[min(by_round)]
+
+
+def _misplaced(found: str, expected: str) -> JournalCorruptError:
+    return JournalCorruptError(
+        f"The journal holds {found} where {expected} must stand; "
+        "restore the journal file from a copy."
+    )

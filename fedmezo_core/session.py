@@ -1,0 +1,335 @@
+"""The worker's session machine: no clock, no socket, no disk, no entropy, no weights.
+
+It is told what came from the coordinator and from the engine, and says what to do next. Its driver owes:
+
+- Actions in the order given, one at a time. `Measure` alone runs beside further events; the machine
+  asks for nothing that touches the weights until that measurement's `Measured` or `MeasureFailed`.
+- `Measured` and `MeasureFailed` with the ticket of the `Measure` that they answer.
+- On a `ProtocolError` from `step`: the event was dropped and the state is as before; close the stream,
+  then send `Disconnected` and try again. On a `DivergedError`: stop.
+
+A machine outlives its streams. What it must not outlive is the weights: after a crash the worker starts
+again from the base and the journal with a new machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+from fedmezo_core.config import STEPS_MAX
+from fedmezo_core.errors import DivergedError, ProtocolError
+from fedmezo_core.events import (
+    Acknowledged,
+    ApplyCommit,
+    Assigned,
+    CommitReceived,
+    Connected,
+    Disconnected,
+    FinishedByCoordinator,
+    Leave,
+    Measure,
+    Measured,
+    MeasureFailed,
+    RefusedByCoordinator,
+    ReportWeights,
+    SendAnswer,
+    SendHello,
+    SendUnable,
+    SessionAction,
+    SessionEvent,
+    Ticket,
+    Welcomed,
+)
+
+COMMITS_QUEUED_MAX = 1024
+"""Most commits that wait for a running measurement; far more than a worker can be behind and useful."""
+REASON_CHARS_MAX = 512
+"""Longest reason sent with an Unable."""
+
+_Actions = tuple[SessionAction, ...]
+
+
+class SessionState(Enum):
+    """Where the session is. Whether a measurement runs is beside this."""
+
+    OFFLINE = "offline"
+    """No stream. Commits may be read from the journal."""
+    GREETING = "greeting"
+    """Hello is sent, welcome has not come."""
+    ONLINE = "online"
+    """Welcomed: commits and assignments come."""
+    LEFT = "left"
+    """The run is over and everything is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a measurement depends on; two assignments with equal work have equal answers."""
+
+    round: int
+    slot: int
+    first_seed: int
+    steps: int
+    want_digest: bool
+    head: bytes
+
+
+@dataclass(slots=True)
+class _Running:
+    work: _Work
+    given: Ticket
+    """The ticket in `Measure`: how the engine names this measurement."""
+    newest: Ticket
+    """The ticket to answer under: the work may be assigned again while it runs."""
+
+
+class SessionMachine:
+    """Follows commits, measures what is assigned, and answers each assignment once or again alike.
+
+    `head` is the 32-byte head at `round`: SHA-256 over the genesis and the commits up to it.
+    """
+
+    def __init__(self, round_: int, head: bytes, *, report_losses: bool) -> None:
+        self.state = SessionState.OFFLINE
+        self.round = round_
+        """Last commit received. Its `ApplyCommit` may still wait for a running measurement."""
+        self.head = head
+        self.epoch = 0
+        """Newest epoch that a coordinator welcomed this worker in."""
+        self.acknowledged: Ticket | None = None
+        """Newest ticket whose answer is durable."""
+        self.refusal: RefusedByCoordinator | None = None
+        """Newest refusal, except of stale tickets: those are normal after a restart or a deadline."""
+        self._report_losses = report_losses
+        self._head_before = b""
+        self._running: _Running | None = None
+        self._queued: deque[ApplyCommit] = deque()
+        self._next: Assigned | None = None
+        self._finish_pending = False
+        self._cached: tuple[_Work, Measured] | None = None
+
+    @property
+    def measuring(self) -> bool:
+        """Whether a `Measure` was given and has not ended."""
+        return self._running is not None
+
+    @property
+    def measuring_in_vain(self) -> bool:
+        """Whether the running measurement can no longer count: the driver may cut it short.
+
+        It then sends `MeasureFailed`, and what waits comes out at once.
+        """
+        return self._running is not None and not self._counts(self._running.work)
+
+    def step(self, event: SessionEvent) -> _Actions:
+        """Take one event. An event that is not allowed here raises and changes nothing.
+
+        `ProtocolError`: the peer, or the driver, broke the protocol. `DivergedError`: the coordinator's
+        journal went back behind what this worker holds.
+        """
+        handler = self._TRANSITIONS.get((self.state, type(event)))
+        if handler is None:
+            raise ProtocolError(
+                f"{type(event).__name__} came while the session is {self.state.value}; "
+                "close the stream and connect again."
+            )
+        return handler(self, event)
+
+    # ------------------------------------------------------------ the stream
+
+    def _connected(self, _event: Connected) -> _Actions:
+        self.state = SessionState.GREETING
+        return (SendHello(self.round, self.head),)
+
+    def _disconnected(self, _event: Disconnected) -> _Actions:
+        # The coordinator assigns, or finishes, anew after the next hello.
+        self.state = SessionState.OFFLINE
+        self._next, self._finish_pending = None, False
+        return ()
+
+    def _welcomed(self, event: Welcomed) -> _Actions:
+        if event.round < self.round or event.epoch < self.epoch:
+            raise DivergedError(
+                f"The coordinator is at epoch {event.epoch}, round {event.round}, but this worker was "
+                f"already at epoch {self.epoch}, round {self.round}: the coordinator's journal went "
+                "back; restore the newest journal, or restart the worker so that it rebuilds its "
+                "weights from this one."
+            )
+        self.state, self.epoch = SessionState.ONLINE, event.epoch
+        return ()
+
+    def _commit(self, event: CommitReceived) -> _Actions:
+        commit = event.commit
+        head_of = hashlib.sha256
+        if commit.round <= self.round:
+            if (
+                commit.round == self.round
+                and self._head_before
+                and head_of(self._head_before + event.record_bytes).digest() != self.head
+            ):
+                raise ProtocolError(
+                    f"A second commit of round {commit.round} came with other bytes than the first; "
+                    "check which coordinator this worker is connected to."
+                )
+            return ()
+        if commit.round != self.round + 1:
+            raise ProtocolError(
+                f"The commit of round {commit.round} came after that of round {self.round}: those in "
+                "between are missing; connect again to catch up."
+            )
+        if len(self._queued) >= COMMITS_QUEUED_MAX:
+            raise ProtocolError(
+                f"{len(self._queued)} commits wait for one measurement to end; cut it short, "
+                "then connect again to catch up."
+            )
+        self._head_before = self.head
+        self.head = head_of(self.head + event.record_bytes).digest()
+        self.round = commit.round
+        self._cached = None
+        if self._next is not None:  # Its round closed before it was begun.
+            self._next = None
+        if self._running is not None:
+            self._queued.append(ApplyCommit(commit))
+            return ()
+        return (ApplyCommit(commit),)
+
+    def _assigned(self, event: Assigned) -> _Actions:
+        ticket = event.ticket
+        if ticket.epoch != self.epoch or ticket.round != self.round + 1:
+            raise ProtocolError(
+                f"Epoch {ticket.epoch}, round {ticket.round} was assigned, but this session is in "
+                f"epoch {self.epoch} and its next round is {self.round + 1}; connect again to catch up."
+            )
+        if not 1 <= event.steps <= STEPS_MAX:
+            raise ProtocolError(
+                f"{event.steps} local steps were assigned; an assignment has 1 to {STEPS_MAX}."
+            )
+        work = self._work_of(event)
+        if self._cached is not None and self._cached[0] == work:
+            self._next = None
+            return (self._answer(self._cached[1], ticket),)
+        if self._running is not None:
+            if self._running.work == work:
+                self._running.newest, self._next = ticket, None
+            else:
+                self._next = event
+            return ()
+        return (self._measure(event),)
+
+    def _acknowledged(self, event: Acknowledged) -> _Actions:
+        self.acknowledged = event.ticket
+        return ()
+
+    def _refused(self, event: RefusedByCoordinator) -> _Actions:
+        if event.reason != "StaleTicketError":
+            self.refusal = event
+        return ()
+
+    def _finished(self, event: FinishedByCoordinator) -> _Actions:
+        if event.round != self.round:
+            raise ProtocolError(
+                f"The run was finished at round {event.round}, but this worker holds round "
+                f"{self.round}; connect again to catch up."
+            )
+        self._finish_pending = True
+        self._next = None
+        return () if self._running is not None else self._drained()
+
+    # ------------------------------------------------------------ the engine
+
+    def _measured(self, event: Measured) -> _Actions:
+        running = self._ended(event.ticket)
+        actions: _Actions = ()
+        if self._counts(running.work):
+            self._cached = (running.work, event)
+            if self._may_send(running.newest):
+                actions = (self._answer(event, running.newest),)
+        return actions + self._drained()
+
+    def _measure_failed(self, event: MeasureFailed) -> _Actions:
+        running = self._ended(event.ticket)
+        actions: _Actions = ()
+        if self._counts(running.work) and self._may_send(running.newest):
+            actions = (SendUnable(running.newest, event.reason[:REASON_CHARS_MAX]),)
+        return actions + self._drained()
+
+    def _ended(self, ticket: Ticket) -> _Running:
+        running = self._running
+        if running is None or running.given != ticket:
+            raise ProtocolError(
+                f"A measurement for round {ticket.round}, slot {ticket.slot} ended that is not the "
+                "one running; restart the worker."
+            )
+        self._running = None
+        return running
+
+    def _drained(self) -> _Actions:
+        """What waited for the measurement to end."""
+        actions: list[SessionAction] = list(self._queued)
+        self._queued.clear()
+        if self._next is not None:
+            event, self._next = self._next, None
+            actions.append(self._measure(event))
+        elif self._finish_pending:
+            self._finish_pending = False
+            self.state = SessionState.LEFT
+            actions += [ReportWeights(self.round), Leave()]
+        return tuple(actions)
+
+    # ------------------------------------------------------------ small parts
+
+    def _measure(self, event: Assigned) -> Measure:
+        self._running = _Running(self._work_of(event), event.ticket, event.ticket)
+        return Measure(event.ticket, event.first_seed, event.steps, event.want_digest)
+
+    def _work_of(self, event: Assigned) -> _Work:
+        ticket = event.ticket
+        return _Work(
+            ticket.round, ticket.slot, event.first_seed, event.steps, event.want_digest, self.head
+        )
+
+    def _counts(self, work: _Work) -> bool:
+        """Whether the work's round is still the next one."""
+        return work.round == self.round + 1 and work.head == self.head
+
+    def _may_send(self, ticket: Ticket) -> bool:
+        return self.state is SessionState.ONLINE and ticket.epoch == self.epoch
+
+    def _answer(self, measured: Measured, ticket: Ticket) -> SendAnswer:
+        return SendAnswer(
+            ticket=ticket,
+            projected_grads=measured.projected_grads,
+            mean_loss=measured.mean_loss if self._report_losses else None,
+            weights_digest64=measured.weights_digest64,
+        )
+
+    # Every legal pair; any other raises `ProtocolError`.
+    _TRANSITIONS: ClassVar[
+        dict[tuple[SessionState, type], Callable[[SessionMachine, Any], _Actions]]
+    ] = {
+        (SessionState.OFFLINE, Connected): _connected,
+        (SessionState.OFFLINE, CommitReceived): _commit,
+        (SessionState.OFFLINE, Measured): _measured,
+        (SessionState.OFFLINE, MeasureFailed): _measure_failed,
+        (SessionState.GREETING, Welcomed): _welcomed,
+        (SessionState.GREETING, Disconnected): _disconnected,
+        (SessionState.GREETING, Measured): _measured,
+        (SessionState.GREETING, MeasureFailed): _measure_failed,
+        (SessionState.ONLINE, CommitReceived): _commit,
+        (SessionState.ONLINE, Assigned): _assigned,
+        (SessionState.ONLINE, Acknowledged): _acknowledged,
+        (SessionState.ONLINE, RefusedByCoordinator): _refused,
+        (SessionState.ONLINE, FinishedByCoordinator): _finished,
+        (SessionState.ONLINE, Disconnected): _disconnected,
+        (SessionState.ONLINE, Measured): _measured,
+        (SessionState.ONLINE, MeasureFailed): _measure_failed,
+        # The coordinator's last words may cross the worker's.
+        (SessionState.LEFT, Acknowledged): _acknowledged,
+        (SessionState.LEFT, RefusedByCoordinator): _refused,
+        (SessionState.LEFT, Disconnected): lambda _machine, _event: (),
+    }
