@@ -1,0 +1,351 @@
+"""`materialize`: weights = base + journal, the one primitive. The arithmetic standard v1.
+
+An element's value is a fold over the journal. Within a commit it accumulates in float32, pair after
+pair in order: `acc = fl(acc + fl(c * z))`, starting from the element's value. At the commit's end it is
+rounded to the storage type: float32 as it is, bfloat16 stochastically (by the noise standard's bits
+under the commit's `rounding_seed`) or to nearest even. Elements never meet, so tiles, threads, slices
+and fused commits cannot change a bit. docs/arithmetic-standard-v1.md says the same in words.
+
+`materialize_reference` is the specification, in slow NumPy; `materialize` equals it bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedmezo_core.errors import MismatchError, NumericError
+from fedmezo_core.zo.noise import ELEMENTS_MAX, SEED_MAX, TENSOR_ID_MAX, Distribution, cpu, spec
+
+ARITHMETIC_VERSION: Final = 1
+"""Version of the arithmetic standard: another version means that some result has other bits."""
+
+CHUNK_WORK_MIN: Final = 1 << 20
+"""Least element-pairs (about 0.1 ms) worth handing to another thread."""
+CHUNKS_PER_THREAD: Final = 4
+"""Chunks are taken from a shared counter, so that a busy core does not hold up the rest."""
+
+
+class Rounding(StrEnum):
+    """How bfloat16 weights are rounded at a commit's end; float32 weights need none."""
+
+    STOCHASTIC = "stochastic"
+    NEAREST = "nearest"
+
+
+@dataclass(frozen=True, eq=False)
+class Commit:
+    """Pairs that are applied together: `w += sum(coefficients[k] * z(seeds[k]))`, in this order.
+
+    seeds: uint64 [pairs]. coefficients: float32 [pairs], finite. rounding_seed: below 2**64, keys the
+    bits of stochastic rounding. Raises NumericError where they are anything else.
+    """
+
+    seeds: npt.NDArray[np.uint64]
+    coefficients: npt.NDArray[np.float32]
+    rounding_seed: int
+
+    def __post_init__(self) -> None:
+        seeds, coefficients = self.seeds, self.coefficients
+        if seeds.dtype != np.uint64 or coefficients.dtype != np.float32:
+            raise NumericError(
+                f"A commit has {seeds.dtype} seeds and {coefficients.dtype} coefficients; "
+                "convert them to uint64 and float32 where they are made."
+            )
+        if seeds.ndim != 1 or seeds.shape != coefficients.shape:
+            raise NumericError(
+                f"A commit has seeds of shape {seeds.shape} and coefficients of shape "
+                f"{coefficients.shape}; give one coefficient for each seed."
+            )
+        finite = np.isfinite(coefficients)
+        if not finite.all():
+            pair = int(np.argmin(finite))
+            raise NumericError(
+                f"Coefficient {pair} of a commit, for seed {seeds[pair]}, is {coefficients[pair]}; "
+                "drop that pair or the whole commit."
+            )
+        if not 0 <= self.rounding_seed <= SEED_MAX:
+            raise NumericError(
+                f"The rounding seed {self.rounding_seed} is outside 0 .. 2**64 - 1; "
+                "take it from the journal as it is."
+            )
+        object.__setattr__(self, "seeds", np.ascontiguousarray(seeds))
+        object.__setattr__(self, "coefficients", np.ascontiguousarray(coefficients))
+
+
+def materialize(
+    out: torch.Tensor,
+    base: torch.Tensor,
+    commits: Sequence[Commit],
+    *,
+    tensor_id: int,
+    start: int = 0,
+    distribution: Distribution,
+    rounding: Rounding,
+    threads: int | None = None,
+    name: str | None = None,
+) -> None:
+    """out = base + commits, element by element, in order.
+
+    out, base: contiguous CPU tensors of one dtype (float32 or bfloat16) and one size, any shape; the
+    same memory (in place) or apart. `start`: index, inside its tensor, of out's first element, so that
+    a slice or row block can be made alone. `threads`: most threads to use, torch's number by default;
+    it changes no bit. `name`: what an error calls the tensor.
+
+    Everything is checked before the first write, except the results: NumericError for the first one
+    that is NaN or infinite (a bad weight or an overflow), after which `out` holds no usable values.
+    MismatchError where out and base do not fit each other.
+    """
+    size = _check(out, base, tensor_id, start)
+    if size == 0:
+        return
+    seeds, coefficients, commit_ends, rounding_seeds = _join(commits)
+    gaussian = distribution is Distribution.GAUSSIAN
+    stochastic = rounding is Rounding.STOCHASTIC
+    out_values, base_values = _values(out), _values(base)
+    wide = out.dtype == torch.float32
+    in_place = out.data_ptr() == base.data_ptr()
+    first, tensor = np.uint64(start), np.uint64(tensor_id)
+    bad: list[int] = []
+
+    def run(begin: int, end: int) -> None:
+        scratch = _scratch
+        control = cpu.exchange_float_control(cpu.STRICT_CONTROL)
+        try:
+            if wide:
+                found = cpu.materialize_float32(
+                    out_values, base_values, not in_place, np.uint64(begin), np.uint64(end), first,
+                    tensor, gaussian, seeds, coefficients,
+                    scratch.words_64, scratch.words, scratch.tile_values,
+                )  # fmt: skip
+            else:
+                found = cpu.materialize_bfloat16(
+                    out_values, base_values, np.uint64(begin), np.uint64(end), first,
+                    tensor, gaussian, stochastic, seeds, coefficients, commit_ends, rounding_seeds,
+                    scratch.words_64, scratch.words, scratch.tile_values,
+                )  # fmt: skip
+        finally:
+            cpu.exchange_float_control(control)
+        if found != cpu.FINITE:
+            bad.append(found)
+
+    _spread(run, start, size, len(seeds) + 1, threads)
+    if bad:
+        raise _not_finite(out, min(bad), tensor_id, start, name)
+
+
+def materialize_reference(
+    out: torch.Tensor,
+    base: torch.Tensor,
+    commits: Sequence[Commit],
+    *,
+    tensor_id: int,
+    start: int = 0,
+    distribution: Distribution,
+    rounding: Rounding,
+    name: str | None = None,
+) -> None:
+    """The specification of `materialize`: same arguments, same results, same errors; slow."""
+    size = _check(out, base, tensor_id, start)
+    elements = np.arange(start, start + size, dtype=np.int64)
+    stored = _values(base).copy()
+    for commit in commits:
+        acc = _float32(stored)
+        with np.errstate(over="ignore", invalid="ignore"):
+            for seed, coefficient in zip(commit.seeds, commit.coefficients, strict=True):
+                acc = acc + coefficient * spec.noise(elements, int(seed), tensor_id, distribution)
+        if out.dtype == torch.float32:
+            stored = acc
+        elif rounding is Rounding.STOCHASTIC:
+            addend = spec.rounding_bits(elements, commit.rounding_seed, tensor_id)
+            stored = _bfloat16(acc, addend)
+        else:
+            stored = _bfloat16(acc, np.uint32(0x7FFF) + ((acc.view(np.uint32) >> 16) & 1))
+    _values(out)[:] = stored
+    bad = ~np.isfinite(_float32(stored))
+    if bad.any():
+        raise _not_finite(out, int(np.argmax(bad)), tensor_id, start, name)
+
+
+def require_finite(tensor: torch.Tensor, *, tensor_id: int, name: str | None = None) -> None:
+    """Raise NumericError, naming the element, if any value of `tensor` (any device) is NaN or infinite."""
+    flat = tensor.detach().reshape(-1)
+    piece = 1 << 22  # a mask of the whole could be gigabytes
+    for begin in range(0, flat.numel(), piece):
+        finite = torch.isfinite(flat[begin : begin + piece])
+        if not finite.all():
+            offset = begin + int(torch.argmin(finite.to(torch.uint8)))
+            raise _not_finite(flat, offset, tensor_id, 0, name)
+
+
+def warm_up() -> None:
+    """Compile every kernel, or load it from numba's cache: seconds once, milliseconds later."""
+    commit = Commit(np.zeros(1, np.uint64), np.zeros(1, np.float32), 0)
+    for dtype in (torch.float32, torch.bfloat16):
+        weights = torch.zeros(1, dtype=dtype)
+        materialize(
+            weights, weights, [commit], tensor_id=0,
+            distribution=Distribution.RADEMACHER, rounding=Rounding.NEAREST, threads=1,
+        )  # fmt: skip
+
+
+# --- operands ----------------------------------------------------------------------------------------
+
+
+def _check(out: torch.Tensor, base: torch.Tensor, tensor_id: int, start: int) -> int:
+    """The number of elements, once all operands but the commits are known to be sound."""
+    size = out.numel()
+    if out.dtype != base.dtype or base.numel() != size:
+        raise MismatchError(
+            f"Tensor {tensor_id}: cannot make {size} {out.dtype} weights out of a base of "
+            f"{base.numel()} {base.dtype} weights; give both one size and one dtype."
+        )
+    if out.dtype not in (torch.float32, torch.bfloat16):
+        raise MismatchError(
+            f"Tensor {tensor_id} is {out.dtype}; load the model in float32 or bfloat16."
+        )
+    for tensor in (out, base):
+        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise MismatchError(
+                f"Tensor {tensor_id} is on {tensor.device} with strides {tensor.stride()}; "
+                "give a contiguous tensor on the CPU."
+            )
+    distance_bytes = abs(out.data_ptr() - base.data_ptr())
+    if 0 < distance_bytes < size * out.element_size():
+        raise MismatchError(
+            f"Tensor {tensor_id}: out and base overlap without being the same memory; "
+            "give one tensor twice, or two that are apart."
+        )
+    if not 0 <= tensor_id <= TENSOR_ID_MAX:
+        raise NumericError(
+            f"The tensor id {tensor_id} is outside 0 .. 2**32 - 1; use the manifest's."
+        )
+    if not 0 <= start <= ELEMENTS_MAX - size:
+        raise NumericError(
+            f"Tensor {tensor_id}: elements {start} .. {start + size} are outside 0 .. 2**48; "
+            "give the slice's place inside its tensor."
+        )
+    return size
+
+
+def _join(
+    commits: Sequence[Commit],
+) -> tuple[
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.float32],
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.uint64],
+]:
+    """All commits' (seeds, coefficients, number of pairs up to each commit's end, rounding seeds)."""
+    rounding_seeds = np.array([commit.rounding_seed for commit in commits], dtype=np.uint64)
+    if len(commits) == 1:
+        seeds, coefficients = commits[0].seeds, commits[0].coefficients
+        return seeds, coefficients, np.array([len(seeds)], dtype=np.uint64), rounding_seeds
+    lengths = [len(commit.seeds) for commit in commits]
+    return (
+        np.concatenate([np.empty(0, np.uint64), *(commit.seeds for commit in commits)]),
+        np.concatenate([np.empty(0, np.float32), *(commit.coefficients for commit in commits)]),
+        np.cumsum(lengths, dtype=np.uint64),
+        rounding_seeds,
+    )
+
+
+def _values(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The tensor's memory as a 1-D array: float32, or uint16 for bfloat16."""
+    flat = tensor.detach().view(-1)
+    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
+
+
+def _float32(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Stored values as float32, exactly."""
+    if stored.dtype == np.float32:
+        return stored
+    return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+def _bfloat16(values: npt.NDArray[np.float32], addend: Any) -> npt.NDArray[np.uint16]:
+    """Bits of (bits + addend) without the low half; NaN and infinities keep their upper half."""
+    bits = values.view(np.uint32)
+    rounded = np.where(np.isfinite(values), bits + addend, bits)
+    return (rounded >> 16).astype(np.uint16)
+
+
+def _not_finite(
+    tensor: torch.Tensor, offset: int, tensor_id: int, start: int, name: str | None
+) -> NumericError:
+    value = float(tensor.detach().view(-1)[offset])
+    called = f"Tensor {tensor_id}" if name is None else f"Tensor {tensor_id} ({name})"
+    return NumericError(
+        f"{called}: element {start + offset} is {value}; check the base weights, "
+        "or lower the learning rate or eps."
+    )
+
+
+# --- threads -----------------------------------------------------------------------------------------
+
+
+class _Scratch(threading.local):
+    """What one thread's kernels need besides their operands; made once for each thread."""
+
+    def __init__(self) -> None:
+        self.words = np.empty(cpu.SCRATCH_WORDS, dtype=np.uint32)
+        self.words_64 = self.words.view(np.uint64)
+        self.tile_values = np.zeros(cpu.TILE_ELEMENTS, dtype=np.float32)
+
+
+_scratch = _Scratch()
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def _shared_pool() -> ThreadPoolExecutor:
+    """Threads of our own, started when first needed: torch's OpenMP pool and numba's are not shared,
+    because neither allows two Python threads to enter it at once on every platform."""
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(max_workers=256, thread_name_prefix="materialize")
+            os.register_at_fork(after_in_child=_forget_pool)
+        return _pool
+
+
+def _forget_pool() -> None:
+    """After a fork, the child has the pool's object but none of its threads."""
+    global _pool
+    _pool = None
+
+
+def _spread(run: Any, start: int, size: int, pairs: int, threads: int | None) -> None:
+    """Call run(begin, end) over 0 .. size in tile-aligned chunks on up to `threads` threads."""
+    wanted = torch.get_num_threads() if threads is None else threads
+    used = max(1, min(wanted, size * pairs // CHUNK_WORK_MIN, size // cpu.TILE_ELEMENTS))
+    if used == 1:
+        run(0, size)
+        return
+    tile = cpu.TILE_ELEMENTS
+    tiles = -(-(start % tile + size) // tile)
+    chunks = min(used * CHUNKS_PER_THREAD, tiles)
+    edges = [max(0, tiles * i // chunks * tile - start % tile) for i in range(chunks)] + [size]
+    counter = itertools.count()
+
+    def drain() -> None:
+        while (chunk := next(counter)) < chunks:
+            run(edges[chunk], edges[chunk + 1])
+
+    pool = _shared_pool()
+    others = [pool.submit(drain) for _ in range(used - 1)]
+    try:
+        drain()
+    finally:
+        for other in others:
+            other.result()

@@ -1,0 +1,25 @@
+"""Noise standard v1: `z(seed, tensor_id, element)`, the same bits on every machine.
+
+`spec` is the specification in slow NumPy; `cpu` is the numba backend, equal to it bit for bit.
+docs/noise-standard-v1.md is the same standard in words.
+"""
+
+from __future__ import annotations
+
+from fedmezo_core.zo.noise.spec import (
+    ELEMENTS_MAX,
+    NOISE_VERSION,
+    SEED_MAX,
+    TENSOR_ID_MAX,
+    Distribution,
+    noise,
+)
+
+__all__ = [
+    "ELEMENTS_MAX",
+    "NOISE_VERSION",
+    "SEED_MAX",
+    "TENSOR_ID_MAX",
+    "Distribution",
+    "noise",
+]
