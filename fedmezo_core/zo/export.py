@@ -1,0 +1,101 @@
+"""Write a trained model as a folder that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedmezo_core.errors import ModelError
+from fedmezo_core.zo.model import quiet
+
+_BASE_LAYER = ".base_layer."
+
+
+def export_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write `model` and `tokenizer` to `folder` in Hugging Face's layout, safetensors only.
+
+    Of a LoRA model, the whole model with the adapter merged into it is written; its own weights stay
+    as they are. The folder appears complete or not at all. Raises `ModelError` if it exists and isn't
+    empty, or can't be written.
+    """
+
+    def write(target: Path) -> None:
+        plain, state = _merged(model)
+        plain.save_pretrained(target, state_dict=state)
+        tokenizer.save_pretrained(target)
+
+    _write_folder(Path(folder), write)
+
+
+def export_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the LoRA adapter of `model` alone to `folder`, in peft's layout, safetensors only.
+
+    Raises as `export_model` does, and `ModelError` for a model without adapter.
+    """
+    if not hasattr(model, "peft_config"):
+        raise ModelError("The model has no LoRA adapter to export; export the whole model.")
+    wrapped = cast("Any", model)
+    # "auto" would ask the model hub whether the embeddings were changed; they never are.
+    _write_folder(
+        Path(folder), lambda target: wrapped.save_pretrained(target, save_embedding_layers=False)
+    )
+
+
+def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
+    """The transformers model and, for a LoRA model, the state dict to write instead of its own."""
+    if not hasattr(model, "peft_config"):
+        return cast("PreTrainedModel", model), None
+    inner = cast("PreTrainedModel", cast("Any", model).get_base_model())
+    state = {
+        name.replace(_BASE_LAYER, "."): tensor
+        for name, tensor in inner.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, module in inner.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_delta_weight"):
+            weight = state[f"{name}.weight"]
+            # Added in float32, rounded to the weight's own type once.
+            delta = module.get_delta_weight("default").float()
+            state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
+    return inner, state
+
+
+def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    folder = folder.expanduser().absolute()
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ModelError(f"{folder} exists and is not empty; name another folder or remove it.")
+        partial.mkdir(parents=True)
+        with quiet():
+            write(partial)
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        # Replaces an empty folder; fails if somebody has filled it meanwhile.
+        partial.rename(folder)
+        _sync(folder.parent)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # safetensors reports a full disk as its own exception, with the system's words in it.
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split("\n", 1)[0].split())
+        raise ModelError(f"The model cannot be written to {folder} ({reason}).") from error
+    finally:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(partial)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,165 @@
+"""The manifest: which tensors of a model are trained, in which order, under which tensor id.
+
+Every party derives it from its own copy of the model, and all of them must derive the same one: the
+tensor id goes into the noise, so two parties that numbered their tensors differently would silently
+train different directions. Therefore
+
+- entries are sorted by name, by Unicode code point. The order in which modules were registered, or
+  in which a library walks them, can differ between releases; a sort of the names cannot;
+- a tensor that has several names (tied weights) is one entry, under the first of its names in that
+  same order;
+- buffers are no part of it: they are not trained;
+- in a LoRA run the entries are the adapter's A and B matrices and nothing else. In any other run
+  they are all parameters. `requires_grad` plays no part, so that no party can change the set by
+  freezing something.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from fedmezo_core.errors import MismatchError, ModelError
+
+_ADAPTER_NAME = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One trained tensor."""
+
+    tensor_id: int
+    """Position in the manifest, from 0; the tensor id of the noise standard."""
+    name: str
+    """Dotted parameter name in the model."""
+    shape: tuple[int, ...]
+    dtype: str
+    """`float32` or `bfloat16`."""
+
+    @property
+    def element_count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The ordered trained tensors of a run.
+
+    Invariant: entries are sorted by name, and `entries[i].tensor_id == i`.
+    """
+
+    entries: tuple[Entry, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    @property
+    def element_count(self) -> int:
+        """Number of trained parameters."""
+        return sum(entry.element_count for entry in self.entries)
+
+    def canonical_bytes(self) -> bytes:
+        r"""The bytes that the digest is taken over.
+
+        ASCII text: the line `fedmezo manifest 1`, then a line for each entry, of four fields with a
+        tab between them: tensor id in decimal, name as a JSON string (non-ASCII as \uXXXX), dtype,
+        shape as decimal lengths joined by `x` (empty for a scalar). Every line ends in a newline.
+        """
+        lines = ["fedmezo manifest 1"]
+        for entry in self.entries:
+            shape = "x".join(str(length) for length in entry.shape)
+            lines.append(f"{entry.tensor_id}\t{json.dumps(entry.name)}\t{entry.dtype}\t{shape}")
+        return ("\n".join(lines) + "\n").encode("ascii")
+
+    def digest(self) -> bytes:
+        """SHA-256 of `canonical_bytes`, 32 bytes."""
+        return hashlib.sha256(self.canonical_bytes()).digest()
+
+
+def unique_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter of `model` once, under the first of its names, sorted by name."""
+    by_name = sorted(model.named_parameters(remove_duplicate=False))
+    seen: set[int] = set()
+    unique: dict[str, nn.Parameter] = {}
+    for name, parameter in by_name:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            unique[name] = parameter
+    return unique
+
+
+def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
+    """Derive the manifest of `model`.
+
+    With `adapters_only`, the entries are the matrices of a LoRA adapter that peft has put into the
+    model; otherwise all parameters. Raises `ModelError` where there is nothing to train, or a tensor
+    that is neither float32 nor bfloat16, not contiguous, or shares only part of its memory with
+    another.
+    """
+    chosen = {
+        name: parameter
+        for name, parameter in unique_parameters(model).items()
+        if parameter.numel() > 0 and (not adapters_only or _ADAPTER_NAME.search(name))
+    }
+    if not chosen:
+        what = "LoRA adapter matrices" if adapters_only else "parameters"
+        raise ModelError(f"The model has no {what} to train; check the model and lora settings.")
+    entries: list[Entry] = []
+    owners: dict[int, str] = {}
+    for tensor_id, (name, parameter) in enumerate(chosen.items()):
+        dtype = _DTYPES.get(parameter.dtype)
+        if dtype is None:
+            raise ModelError(
+                f"Parameter {name} is {str(parameter.dtype).removeprefix('torch.')}, which cannot be "
+                "trained; load the model unquantised as float32 or bfloat16."
+            )
+        if not parameter.is_contiguous():
+            raise ModelError(
+                f"Parameter {name} is not contiguous in memory; make it contiguous before training."
+            )
+        storage = parameter.untyped_storage().data_ptr()
+        first = parameter.data_ptr()
+        if storage and first in owners:
+            raise ModelError(
+                f"Parameters {owners[first]} and {name} share memory without being one tied "
+                "parameter; tie them, or load a copy of the model in which they are separate."
+            )
+        owners[first] = name
+        entries.append(Entry(tensor_id, name, tuple(parameter.shape), dtype))
+    return Manifest(tuple(entries))
+
+
+def trained_tensors(model: nn.Module, manifest: Manifest) -> list[torch.Tensor]:
+    """The model's own tensors (no copies) in manifest order.
+
+    Raises `MismatchError` if one is missing, or of another shape or dtype than the manifest says.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tensors: list[torch.Tensor] = []
+    for entry in manifest:
+        tensor = parameters.get(entry.name)
+        if tensor is None:
+            raise MismatchError(
+                f"The model has no parameter {entry.name}, which the manifest names; load the model "
+                "that the run was started with."
+            )
+        found = (tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
+        if found != (entry.shape, entry.dtype):
+            raise MismatchError(
+                f"Parameter {entry.name} is {found[1]} {list(found[0])}, but the manifest says "
+                f"{entry.dtype} {list(entry.shape)}; load the model that the run was started with."
+            )
+        tensors.append(tensor.detach())
+    return tensors

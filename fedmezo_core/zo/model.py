@@ -1,0 +1,257 @@
+"""Load a causal language model and its tokenizer so that every party ends with the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from fedmezo_core.config import LoraConfig
+from fedmezo_core.errors import ConfigError, ModelError
+from fedmezo_core.zo.manifest import Manifest, manifest_of, trained_tensors, unique_parameters
+from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.noise import Distribution
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# transformers leaves these without types.
+_auto_model: Any = AutoModelForCausalLM
+_logging: Any = transformers_logging
+_ADAPTER = "default"
+"""Peft's own name for the only adapter of a model."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for forward passes, and what it is trained by."""
+
+    model: nn.Module
+    """A transformers model, or the `PeftModel` around it in a LoRA run; in eval mode, no gradients."""
+    tokenizer: PreTrainedTokenizerBase
+    manifest: Manifest
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    lora: LoraConfig | None = None,
+    run_seed: int = 0,
+    device: str = "cpu",
+    local_files_only: bool = False,
+) -> LoadedModel:
+    """Load a Hugging Face causal LM by hub name or from a folder.
+
+    Only safetensors files are read and no code that comes with a model is run. With `lora`, an
+    adapter is added (see `add_adapter`) whose first weights depend on `run_seed`, a u64. `device`
+    is a torch device. With `local_files_only` a name is looked up in the local cache alone.
+
+    Raises `ModelError` for a folder that holds no model, a name that can't be reached, a checkpoint
+    that lacks some of the model's tensors or holds a NaN or infinity, or a tokenizer that is missing;
+    `ConfigError` for LoRA target modules that the model doesn't have.
+    """
+    folder = Path(name_or_path).expanduser()
+    is_folder = folder.exists()
+    if is_folder:
+        _check_folder(folder, name_or_path)
+    elif name_or_path.startswith((".", "/", "~")):
+        raise ModelError(f"There is no model folder {name_or_path}; check the path.")
+    source = str(folder) if is_folder else name_or_path
+    common: dict[str, Any] = {
+        "local_files_only": local_files_only or is_folder,
+        "trust_remote_code": False,
+    }
+    with quiet():
+        try:
+            loaded, info = _auto_model.from_pretrained(
+                source,
+                dtype=_DTYPES[dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                device_map=None if device == "cpu" else {"": device},
+                **common,
+            )
+        except Exception as error:
+            # transformers raises almost any type here, up to ImportError for an unknown architecture.
+            raise _model_error(name_or_path, is_folder, "model", error) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        except Exception as error:
+            raise _model_error(name_or_path, is_folder, "tokenizer", error) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        # transformers would fill these at random, differently at every party.
+        lacking = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        raise ModelError(
+            f"The checkpoint of {name_or_path} lacks {len(lacking)} of the model's tensors or has "
+            f"them in another shape (first: {lacking[0]}); get a complete checkpoint of a causal "
+            "language model."
+        )
+    model: nn.Module = loaded
+    model.eval()
+    for name, parameter in unique_parameters(model).items():
+        parameter.data = parameter.data.contiguous()
+        _require_finite(name_or_path, name, parameter)
+    if lora is not None:
+        model = add_adapter(cast("PreTrainedModel", model), lora, run_seed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return LoadedModel(model, tokenizer, manifest_of(model, adapters_only=lora is not None))
+
+
+def add_adapter(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> nn.Module:
+    """Put a LoRA adapter (Hu et al. 2021) into `model` and return peft's wrapper, in eval mode.
+
+    Scale is alpha / rank, dropout 0, and the adapter is float32 even on a bfloat16 model: peft's
+    conventions. B is zero. A has the variance of peft's default (Kaiming uniform with a = sqrt 5,
+    that is 1 / (3 fan_in)), but comes from the noise standard, so that every party starts at the
+    same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`, and
+    the tensor id that the manifest gives to A.
+
+    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer.
+    """
+    for target in lora.target_modules:
+        matches = [
+            module
+            for name, module in model.named_modules()
+            if name == target or name.endswith(f".{target}")
+        ]
+        if not matches:
+            raise ConfigError(
+                f"Lora.target_modules: the model has no module {target}; its linear layers are "
+                f"{', '.join(_linear_names(model))}."
+            )
+        if not all(isinstance(module, (nn.Linear, Conv1D)) for module in matches):
+            raise ConfigError(
+                f"Lora.target_modules: {target} is no linear layer; the linear layers are "
+                f"{', '.join(_linear_names(model))}."
+            )
+    # Only LoRA runs need peft, and importing it takes seconds.
+    import peft
+
+    conv1d = any(
+        isinstance(module, Conv1D) and name.rsplit(".", 1)[-1] in lora.target_modules
+        for name, module in model.named_modules()
+    )
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast("int", lora.alpha),  # peft scales by it; any float works
+        target_modules=list(lora.target_modules),
+        lora_dropout=0.0,
+        fan_in_fan_out=conv1d,
+        task_type="CAUSAL_LM",
+        init_lora_weights=True,
+    )
+    with quiet():
+        wrapped: nn.Module = peft.get_peft_model(model, config, adapter_name=_ADAPTER)
+    wrapped.eval()
+    manifest = manifest_of(wrapped, adapters_only=True)
+    seeds = np.array([adapter_seed(run_seed)], dtype=np.uint64)
+    for entry, tensor in zip(manifest, trained_tensors(wrapped, manifest), strict=True):
+        zeros = torch.zeros(entry.shape, dtype=tensor.dtype)
+        if ".lora_A." in entry.name:
+            scale = np.array([1.0 / math.sqrt(3.0 * entry.shape[-1])], dtype=np.float32)
+            materialize(
+                zeros,
+                zeros,
+                [Commit(seeds, scale, 0)],
+                tensor_id=entry.tensor_id,
+                distribution=Distribution.GAUSSIAN,
+                rounding=Rounding.NEAREST,
+            )
+        tensor.copy_(zeros)
+    return wrapped
+
+
+def adapter_seed(run_seed: int) -> int:
+    """Seed of a LoRA adapter's first A matrices.
+
+    First 8 bytes, little-endian, of SHA-256(`fedmezo lora v1`, a zero byte, run seed as 8
+    little-endian bytes): no direction of the run uses it.
+    """
+    hashed = hashlib.sha256(b"fedmezo lora v1\0" + struct.pack("<Q", run_seed)).digest()
+    return int.from_bytes(hashed[:8], "little")
+
+
+def _check_folder(folder: Path, shown: str) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"{shown} is a file; name the folder with config.json and the weights.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{shown} is no model folder: it has no config.json; check the path.")
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise ModelError(
+                f"{shown} has its weights as pickle files, which can run code when they are loaded; "
+                "save the model as safetensors (save_pretrained does) and use that folder."
+            )
+        raise ModelError(f"{shown} has no weights: no .safetensors file; check the path.")
+
+
+def _model_error(shown: str, is_folder: bool, what: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
+    if len(reason) > 300:
+        reason = reason[:300] + "…"
+    if is_folder:
+        return ModelError(
+            f"The {what} in {shown} cannot be loaded ({reason.rstrip('.')}); the folder must hold a "
+            "causal language model and its tokenizer, as save_pretrained writes them."
+        )
+    return ModelError(
+        f"The {what} {shown} cannot be loaded: it is no folder here, and the model hub did not give "
+        f"it ({reason.rstrip('.')}); check the name and the network, or name a folder."
+    )
+
+
+def _require_finite(shown: str, name: str, parameter: torch.Tensor) -> None:
+    if not parameter.is_floating_point() or parameter.numel() == 0:
+        return
+    # Extremes carry NaN and infinities along, and need no temporary of the tensor's size.
+    low, high = torch.aminmax(parameter.detach())
+    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+        raise ModelError(
+            f"The weights of {shown} are damaged: {name} holds a NaN or an infinity; get the "
+            "checkpoint again, or load it as float32 if it was saved so."
+        )
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    return sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+        }
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' and peft's log lines, bars and warnings off a user's terminal."""
+    verbosity = _logging.get_verbosity()
+    bars = _logging.is_progress_bar_enabled()
+    _logging.set_verbosity_error()
+    _logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        _logging.set_verbosity(verbosity)
+        if bars:
+            _logging.enable_progress_bar()

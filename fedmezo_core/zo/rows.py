@@ -1,0 +1,184 @@
+"""Read a user's JSONL, CSV or Parquet files into rows of text."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedmezo_core.errors import DataError
+
+_CSV_FIELD_CHARACTERS_MAX = 1 << 28
+"""Longest field of a CSV file: 256 Mi characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of data, every value as text."""
+
+    values: dict[str, str]
+    file: str
+    """Path it was read from, for messages."""
+    number: int
+    """Row number in the file, from 1 (a CSV header is not counted)."""
+
+    @property
+    def place(self) -> str:
+        """Where a person finds it."""
+        return f"row {self.number} of {self.file}"
+
+
+def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
+    """Read `columns` of a .jsonl, .csv or .parquet file, or of all such files in a folder.
+
+    Files of a folder are read in the order of their names. Values become text: JSON and Parquet
+    strings as they are, integers in decimal, booleans as `true` and `false`, other numbers as Python
+    writes them. A UTF-8 byte order mark is skipped, and so are empty lines.
+
+    Raises `DataError`, naming the file and row: not readable, not UTF-8, malformed, without rows, a
+    column that no row has, or a row in which a column is missing or null.
+    """
+    rows: list[Row] = []
+    for file in _files(Path(path).expanduser()):
+        rows.extend(_rows_of(file, columns))
+    return rows
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(
+            (file for file in path.iterdir() if file.suffix.lower() in _READERS and file.is_file()),
+            key=lambda file: file.name,
+        )
+        if not files:
+            raise DataError(f"{path} holds no data: put .jsonl, .csv or .parquet files there.")
+        return files
+    if not path.exists():
+        raise DataError(f"There is no data file or folder {path}; check the path.")
+    if path.suffix.lower() not in _READERS:
+        hint = " (one JSON object in each line, with the ending .jsonl)" * (path.suffix == ".json")
+        raise DataError(f"{path} is not a .jsonl, .csv or .parquet file; convert it to one{hint}.")
+    return [path]
+
+
+def _rows_of(file: Path, columns: Sequence[str]) -> list[Row]:
+    try:
+        records = list(_READERS[file.suffix.lower()](file, columns))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 text (byte {error.start}); convert it to UTF-8."
+        ) from error
+    if not records:
+        raise DataError(f"{file} has no rows; give a file with at least one, or remove it.")
+    present = dict.fromkeys(name for _, record in records for name in record)
+    for column in columns:
+        if column not in present:
+            raise DataError(
+                f"{file} has no column {column}; its columns are {', '.join(present) or '(none)'}."
+            )
+    return [
+        Row({column: _text(file, number, record, column) for column in columns}, str(file), number)
+        for number, record in records
+    ]
+
+
+def _text(file: Path, number: int, record: dict[str, Any], column: str) -> str:
+    value = record.get(column)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return str(value)
+    if value is None:
+        raise DataError(f"Row {number} of {file} has no {column}; fill it in or remove the row.")
+    raise DataError(
+        f"Row {number} of {file}: {column} is {type(value).__name__}, not text or a number; "
+        "flatten it or name another column."
+    )
+
+
+def _read_jsonl(file: Path, _columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
+                raise DataError(f"Line {number} of {file} is not JSON ({reason}).") from error
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"Line {number} of {file} is not a JSON object; write each row as one line "
+                    'like {"text": "...", "label": "..."}.'
+                )
+            yield number, record
+
+
+def _read_csv(file: Path, _columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="") as lines, _long_csv_fields():
+        reader = csv.reader(lines, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) != len(header):
+                raise DataError(f"{file} names a column twice in its first line; rename one.")
+            number = 0
+            for fields in reader:
+                if not fields:
+                    continue
+                number += 1
+                if len(fields) != len(header):
+                    raise DataError(
+                        f"Row {number} of {file} (line {reader.line_num}) has {len(fields)} fields, "
+                        f"but the header has {len(header)}; quote fields that contain commas."
+                    )
+                yield number, dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise DataError(
+                f"Line {reader.line_num} of {file} is not valid CSV ({error}); check its quotes."
+            ) from error
+
+
+@contextmanager
+def _long_csv_fields() -> Iterator[None]:
+    """Documents can be longer than the 128 KiB that the csv module allows a field by default."""
+    limit = csv.field_size_limit(_CSV_FIELD_CHARACTERS_MAX)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    # Slow to import, and only Parquet files need it.
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            names = parquet.schema_arrow.names
+            wanted = [name for name in names if name in columns]
+            # Columns that are not wanted are not read, but a message can still list them.
+            blank = dict.fromkeys(names)
+            if not wanted and parquet.metadata.num_rows:
+                yield 1, blank
+                return
+            number = 0
+            for batch in parquet.iter_batches(columns=wanted):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, blank | record
+    except (pyarrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split("\n", 1)[0].split())
+        raise DataError(f"{file} is not a readable Parquet file ({reason}).") from error
+
+
+_Reader = Callable[[Path, Sequence[str]], Iterable[tuple[int, dict[str, Any]]]]
+_READERS: dict[str, _Reader] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -1,0 +1,450 @@
+"""From rows of text to a loss: prompts, verbalizers, responses, batches, evaluation.
+
+Two kinds of task (`TaskConfig.kind`):
+
+- `classification` by verbalizers, as in MeZO (Malladi et al. 2023): the loss is the cross-entropy
+  between the first tokens of the verbalizers, at the last position of the prompt. Only that
+  position's logits are computed.
+- `instruction`: the loss is the mean negative log-likelihood of the response's tokens and the
+  end-of-text token, given the prompt; the prompt itself is masked.
+
+Prompts are padded on the left, so that in every row the positions which matter are the last ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from fedmezo_core.config import TaskConfig
+from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
+from fedmezo_core.zo.rows import Row
+
+_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
+_IGNORED = -100
+"""Target of a position that is no part of the loss (torch's own convention)."""
+_TEXTS_PER_CALL = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as token ids."""
+
+    prompt: tuple[int, ...]
+    response: tuple[int, ...]
+    """Instruction: response and end-of-text token. Classification: empty."""
+    label: int
+    """Classification: index of the class among the verbalizers. Instruction: -1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """The encoded rows of one party."""
+
+    examples: tuple[Example, ...]
+    truncated_count: int
+    """Rows whose text was cut to fit `tokens_max`."""
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tensors of one forward pass, padded on the left."""
+
+    name: str
+    """What a message calls it."""
+    input_ids: torch.Tensor
+    """int64 [rows, tokens]"""
+    attention_mask: torch.Tensor
+    """int64 [rows, tokens]: 1 for a token, 0 for padding"""
+    position_ids: torch.Tensor
+    """int64 [rows, tokens]: from 0 at each row's first token"""
+    labels: torch.Tensor
+    """int64 [rows]: classes (classification)"""
+    targets: torch.Tensor
+    """int64 [rows, response tokens]: ends of the rows, -100 where masked (instruction)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Held-out result of one set of weights."""
+
+    loss: float
+    """Mean over rows (classification) or over response tokens (instruction), in nats."""
+    accuracy: float
+    """Share of rows whose largest verbalizer, or of response tokens whose largest logit, is right."""
+    auc: float | None
+    """Two classes: chance that a row of the second one scores above a row of the first. It does not
+    see a mere bias towards one class, which accuracy does. None otherwise, or if a class is absent."""
+    row_count: int
+    target_count: int
+    """What `loss` and `accuracy` are means over: rows, or response tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    loss_sum: float
+    target_count: int
+    correct_count: int
+    margins: list[float]
+    """Two classes: second logit minus first, for each row."""
+
+
+class Task:
+    """Encodes rows and computes losses for one `TaskConfig` and tokenizer."""
+
+    def __init__(
+        self, config: TaskConfig, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int
+    ) -> None:
+        """Resolve template and verbalizers; `vocabulary_size` is the model's number of embeddings.
+
+        Raises `ConfigError` for verbalizers that can't be told apart by their first tokens or that
+        run into the template's last word, `ModelError` for a tokenizer that doesn't fit.
+        """
+        self.config = config
+        self._tokenizer = tokenizer
+        self._vocabulary_size = vocabulary_size
+        # Odd items are names of columns.
+        self._template = _FIELD.split(config.template)
+        self._prefix = self._special_prefix()
+        self._labels = {label: index for index, label in enumerate(config.verbalizers)}
+        self._eos: int | None = tokenizer.eos_token_id
+        if config.kind == "classification":
+            self.verbalizer_ids = self._first_tokens()
+        else:
+            self.verbalizer_ids = ()
+            if self._eos is None:
+                raise ModelError(
+                    "The tokenizer has no end-of-text token, which instruction tuning needs; use a "
+                    "model whose tokenizer sets eos_token."
+                )
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the data must have, for `read_rows`."""
+        config = self.config
+        last = config.label_column if config.kind == "classification" else config.response_column
+        return tuple(dict.fromkeys([*config.columns(), last]))
+
+    # ------------------------------------------------------------------ text to tokens
+
+    def encode(self, rows: Sequence[Row]) -> Dataset:
+        """Encode `rows`; raises `DataError` for one whose label is unknown or whose prompt is empty.
+
+        A row that is longer than `tokens_max` loses text of its columns, never of the template: all
+        its columns are cut to the same number of characters, the largest that fits, keeping their
+        beginnings. In instruction tuning the response is cut first, but not below half of
+        `tokens_max`; a response that was cut has no end-of-text token.
+        """
+        if not rows:
+            raise DataError("There are no rows; give a data file with at least one.")
+        labels = [self._label(row) for row in rows]
+        prompts = self._tokens([self._prompt(row) for row in rows])
+        responses: list[list[int]] = [[] for _ in rows]
+        if self._eos is not None and self.config.kind == "instruction":
+            texts = [row.values[self.config.response_column] for row in rows]
+            responses = [[*tokens, self._eos] for tokens in self._tokens(texts)]
+        examples: list[Example] = []
+        truncated_count = 0
+        for row, label, tokens, response in zip(rows, labels, prompts, responses, strict=True):
+            prompt = [*self._prefix, *tokens]
+            if not prompt:
+                raise DataError(f"{row.place} gives an empty prompt; fill it in or remove the row.")
+            if len(prompt) + len(response) > self.config.tokens_max:
+                truncated_count += 1
+                prompt, response = self._truncated(row, len(prompt), response)
+            if max(*prompt, *response, 0) >= self._vocabulary_size:
+                raise ModelError(
+                    f"The tokenizer turns {row.place} into token {max(*prompt, *response)}, but the "
+                    f"model has only {self._vocabulary_size}; use the model's own tokenizer."
+                )
+            examples.append(Example(tuple(prompt), tuple(response), label))
+        return Dataset(tuple(examples), truncated_count)
+
+    def _prompt(self, row: Row, characters_max: int | None = None) -> str:
+        return "".join(
+            row.values[part][:characters_max] if index % 2 else part
+            for index, part in enumerate(self._template)
+        )
+
+    def _label(self, row: Row) -> int:
+        if self.config.kind != "classification":
+            return -1
+        label = row.values[self.config.label_column]
+        if label not in self._labels:
+            raise DataError(
+                f"{row.place}: label {label!r} is not among the run's labels "
+                f"({', '.join(map(repr, self._labels))}); correct the row or add a verbalizer for it."
+            )
+        return self._labels[label]
+
+    def _truncated(
+        self, row: Row, prompt_count: int, response: list[int]
+    ) -> tuple[list[int], list[int]]:
+        tokens_max = self.config.tokens_max
+        response = response[: max(tokens_max - prompt_count, tokens_max // 2)]
+        budget = tokens_max - len(response) - len(self._prefix)
+        # The largest cut that fits, by bisection: `fits` is always the tokens of `low` characters.
+        fits = self._tokens([self._prompt(row, 0)])[0]
+        if len(fits) > budget:
+            raise ConfigError(
+                f"The template alone takes {len(fits) + len(self._prefix)} tokens, too many for "
+                f"tokens_max = {tokens_max}; raise tokens_max or shorten the template."
+            )
+        low, high = 0, max(len(row.values[column]) for column in self.config.columns()) + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            tokens = self._tokens([self._prompt(row, middle)])[0]
+            if len(tokens) <= budget:
+                low, fits = middle, tokens
+            else:
+                high = middle
+        return [*self._prefix, *fits], response
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        tokens: list[list[int]] = []
+        for start in range(0, len(texts), _TEXTS_PER_CALL):
+            encoding = self._tokenizer(
+                list(texts[start : start + _TEXTS_PER_CALL]),
+                add_special_tokens=False,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            tokens.extend(encoding["input_ids"])
+        return tokens
+
+    def _special_prefix(self) -> list[int]:
+        """Special tokens that this tokenizer puts before every text, such as <s>."""
+        plain = self._tokens(["a"])[0]
+        special: list[int] = self._tokenizer("a", verbose=False)["input_ids"]
+        for start in range(len(special) - len(plain) + 1):
+            if special[start : start + len(plain)] == plain:
+                return special[:start]
+        return []
+
+    def _first_tokens(self) -> tuple[int, ...]:
+        tail = self._template[-1] or "."
+        chosen: dict[int, str] = {}
+        for word in self.config.verbalizers.values():
+            if not word.strip():
+                raise ConfigError("A verbalizer is empty; give every label a word.")
+            if self._template[-1][-1:].isalnum() and word[0].isascii() and word[0].isalnum():
+                raise ConfigError(
+                    f"Verbalizer {word!r} would run into the template's last word "
+                    f"({tail.split()[-1]!r}); write it with a leading space: {' ' + word!r}."
+                )
+            # Tokenised behind the template's end: some tokenizers treat the start of a text apart.
+            before, whole = self._tokens([tail, tail + word])
+            if whole[: len(before)] != before or len(whole) == len(before):
+                raise ConfigError(
+                    f"Verbalizer {word!r} melts into the end of the template ({tail[-20:]!r}) when it "
+                    "is tokenised; take spaces from the template's end and begin the verbalizer with "
+                    "one."
+                )
+            first = whole[len(before)]
+            if first in chosen:
+                raise ConfigError(
+                    f"Verbalizers {chosen[first]!r} and {word!r} begin with the same token "
+                    f"({self._tokenizer.decode([first])!r}), so the loss can't tell them apart; "
+                    "choose words that begin differently."
+                )
+            if first >= self._vocabulary_size:
+                raise ModelError(
+                    f"Verbalizer {word!r} is token {first}, but the model has only "
+                    f"{self._vocabulary_size}; use the model's own tokenizer."
+                )
+            chosen[first] = word
+        return tuple(chosen)
+
+    # ------------------------------------------------------------------ tokens to a loss
+
+    def collate(
+        self, examples: Sequence[Example], name: str, device: str | torch.device = "cpu"
+    ) -> Batch:
+        """Pad `examples` on the left into one `Batch` on `device`."""
+        rows = len(examples)
+        tokens = max(len(example.prompt) + len(example.response) for example in examples)
+        response_tokens = max(len(example.response) for example in examples)
+        # What a masked position holds doesn't matter; 0 is a token that every vocabulary has.
+        input_ids = np.zeros((rows, tokens), dtype=np.int64)
+        attention_mask = np.zeros((rows, tokens), dtype=np.int64)
+        position_ids = np.zeros((rows, tokens), dtype=np.int64)
+        targets = np.full((rows, response_tokens), _IGNORED, dtype=np.int64)
+        for index, example in enumerate(examples):
+            sequence = example.prompt + example.response
+            input_ids[index, tokens - len(sequence) :] = sequence
+            attention_mask[index, tokens - len(sequence) :] = 1
+            position_ids[index, tokens - len(sequence) :] = np.arange(len(sequence))
+            if example.response:
+                targets[index, response_tokens - len(example.response) :] = example.response
+        return Batch(
+            name=name,
+            input_ids=torch.from_numpy(input_ids).to(device),
+            attention_mask=torch.from_numpy(attention_mask).to(device),
+            position_ids=torch.from_numpy(position_ids).to(device),
+            labels=torch.tensor([example.label for example in examples], device=device),
+            targets=torch.from_numpy(targets).to(device),
+        )
+
+    def loss(self, model: nn.Module, batch: Batch) -> float:
+        """Mean loss of `batch` in nats, summed in float64; may be NaN or infinite."""
+        outcome = self._outcome(model, batch)
+        return outcome.loss_sum / outcome.target_count
+
+    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int) -> Evaluation:
+        """Loss and accuracy of the model over all of `dataset`, `batch_size` rows at a time.
+
+        Raises `MeasurementError` if a loss is NaN or infinite.
+        """
+        # Rows of like length together, so that little of a batch is padding. The sort is stable.
+        order = sorted(
+            range(len(dataset)),
+            key=lambda index: (
+                len(dataset.examples[index].prompt) + len(dataset.examples[index].response)
+            ),
+        )
+        device = next(model.parameters()).device
+        outcomes: list[_Outcome] = []
+        for start in range(0, len(order), batch_size):
+            examples = [dataset.examples[index] for index in order[start : start + batch_size]]
+            outcome = self._outcome(model, self.collate(examples, "evaluation", device))
+            if not math.isfinite(outcome.loss_sum):
+                raise MeasurementError(
+                    "The held-out loss is NaN or infinite; the weights have diverged, so use a "
+                    "smaller learning_rate or eps."
+                )
+            outcomes.append(outcome)
+        target_count = sum(outcome.target_count for outcome in outcomes)
+        margins = [margin for outcome in outcomes for margin in outcome.margins]
+        labels = [dataset.examples[index].label for index in order]
+        return Evaluation(
+            loss=math.fsum(outcome.loss_sum for outcome in outcomes) / target_count,
+            accuracy=sum(outcome.correct_count for outcome in outcomes) / target_count,
+            auc=_auc(margins, labels) if margins else None,
+            row_count=len(dataset),
+            target_count=target_count,
+        )
+
+    @torch.inference_mode()
+    def _outcome(self, model: nn.Module, batch: Batch) -> _Outcome:
+        if self.config.kind == "classification":
+            logits = _logits(model, batch, 1)[:, -1, list(self.verbalizer_ids)].double()
+            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+            two = len(self.verbalizer_ids) == 2
+            return _Outcome(
+                loss_sum=float(losses.sum()),
+                target_count=len(batch.labels),
+                correct_count=int((logits.argmax(dim=-1) == batch.labels).sum()),
+                margins=(logits[:, 1] - logits[:, 0]).tolist() if two else [],
+            )
+        response_tokens = batch.targets.shape[1]
+        # The logits at one position predict the next token.
+        logits = _logits(model, batch, response_tokens + 1)[:, :-1]
+        loss_sum, correct_count = 0.0, 0
+        # Row by row, so that the float32 copy is one row's and not the batch's.
+        for row, targets in zip(logits, batch.targets, strict=True):
+            losses = functional.cross_entropy(
+                row.float(), targets, ignore_index=_IGNORED, reduction="none"
+            )
+            loss_sum += float(losses.double().sum())
+            correct_count += int((row.argmax(dim=-1) == targets).sum())
+        target_count = int((batch.targets != _IGNORED).sum())
+        return _Outcome(loss_sum, target_count, correct_count, [])
+
+
+def _logits(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:
+    """Logits of the last `positions` positions: [rows, positions, vocabulary], the model's dtype."""
+    arguments: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+    }
+    # peft's wrapper passes on whatever the model inside takes.
+    inner = getattr(model, "get_base_model", lambda: model)()
+    accepted = inspect.signature(inner.forward).parameters
+    if "position_ids" in accepted:
+        arguments["position_ids"] = batch.position_ids
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = positions
+    logits: torch.Tensor = model(**arguments).logits
+    return logits[:, -positions:]
+
+
+def _auc(margins: Sequence[float], labels: Sequence[int]) -> float | None:
+    """Area under the ROC curve by ranks, ties counted half (Mann and Whitney 1947)."""
+    scores = np.asarray(margins)
+    second = np.asarray(labels) == 1
+    count_first, count_second = int((~second).sum()), int(second.sum())
+    if not count_first or not count_second:
+        return None
+    _, groups, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(sizes) - (sizes - 1) / 2.0)[groups]
+    above = float(ranks[second].sum()) - count_second * (count_second + 1) / 2.0
+    return above / (count_first * count_second)
+
+
+class Batches:
+    """Which rows a worker measures on: a pure function of run seed, worker, round and step.
+
+    The worker's steps, numbered through all rounds, read its rows in passes without replacement; each
+    pass has an order of its own. So a restarted worker repeats exactly what it would have done.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        dataset: Dataset,
+        *,
+        run_seed: int,
+        worker_name: str,
+        batch_size: int,
+        local_steps: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """`local_steps` is the run's, by which rounds and steps are numbered through."""
+        self._task = task
+        self._dataset = dataset
+        self._key = struct.pack("<Q", run_seed) + worker_name.encode()
+        self._batch_size = min(batch_size, len(dataset))
+        self._local_steps = local_steps
+        self._device = device
+        self._pass = -1
+        self._order: np.ndarray[Any, np.dtype[np.int64]] = np.empty(0, dtype=np.int64)
+
+    def indices(self, round_: int, step: int) -> list[int]:
+        """Rows of the batch of `step` (from 0) in `round_` (from 1)."""
+        first = ((round_ - 1) * self._local_steps + step) * self._batch_size
+        return list(self._rows(first, first + self._batch_size))
+
+    def batch(self, round_: int, step: int) -> Batch:
+        """The batch of `step` (from 0) in `round_` (from 1); a dataset smaller than a batch is one."""
+        examples = [self._dataset.examples[index] for index in self.indices(round_, step)]
+        return self._task.collate(examples, f"round {round_}, step {step}", self._device)
+
+    def _rows(self, start: int, stop: int) -> Iterator[int]:
+        for position in range(start, stop):
+            number, offset = divmod(position, len(self._dataset))
+            if number != self._pass:
+                self._pass, self._order = number, self._shuffled(number)
+            yield int(self._order[offset])
+
+    def _shuffled(self, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        hashed = hashlib.sha256(b"fedmezo batches v1\0" + struct.pack("<Q", number) + self._key)
+        key = int.from_bytes(hashed.digest()[:16], "little")
+        # Raw bits, because NumPy keeps those the same for ever, unlike its own permutation.
+        raw = np.random.Philox(key=key).random_raw(len(self._dataset))
+        return np.argsort(raw, kind="stable").astype(np.int64)

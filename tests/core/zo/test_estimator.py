@@ -1,0 +1,311 @@
+"""The estimator against a model whose weights really are perturbed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from fedmezo_core.config import LoraConfig, TaskConfig
+from fedmezo_core.errors import MeasurementError, ModelError
+from fedmezo_core.zo import estimator as estimator_module
+from fedmezo_core.zo.digest import base_digest
+from fedmezo_core.zo.estimator import Estimator, Measurement, Pair, local_steps
+from fedmezo_core.zo.manifest import Manifest, manifest_of, trained_tensors
+from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.model import add_adapter
+from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.rows import Row
+from fedmezo_core.zo.task import Batch, Task
+
+from .conftest import MODEL_KINDS, SENTENCES
+
+EPS = 1e-2
+LOCAL: list[Pair] = [(11, 0.02), (12, -0.03)]
+
+
+def _task(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[Task, Batch]:
+    config = TaskConfig(
+        kind="classification" if kind == "classification" else "instruction",
+        template="{text} All in all, it was",
+        verbalizers={"0": " terrible", "1": " great"},
+        response_column="text",
+        tokens_max=64,
+    )
+    task = Task(config, tokenizer, 384)
+    rows = [
+        Row({"text": text, "label": str(index % 2)}, "data.jsonl", index + 1)
+        for index, text in enumerate(SENTENCES)
+    ]
+    return task, task.collate(task.encode(rows).examples, "the test")
+
+
+def _estimator(
+    model: nn.Module,
+    manifest: Manifest,
+    task: Task,
+    distribution: Distribution = Distribution.RADEMACHER,
+) -> Estimator:
+    return Estimator(
+        model, manifest, task, distribution=distribution, rounding=Rounding.STOCHASTIC, threads=1
+    )
+
+
+def _naive_loss(
+    model: nn.Module,
+    manifest: Manifest,
+    task: Task,
+    batch: Batch,
+    pairs: Sequence[Pair],
+    rounding_seed: int,
+    distribution: Distribution,
+) -> float:
+    """The loss of a copy of the model whose weights are the base plus `pairs`."""
+    moved = copy.deepcopy(model)
+    commit = Commit(
+        np.array([pair[0] for pair in pairs], dtype=np.uint64),
+        np.array([pair[1] for pair in pairs], dtype=np.float32),
+        rounding_seed,
+    )
+    for entry, tensor in zip(manifest, trained_tensors(moved, manifest), strict=True):
+        materialize(
+            tensor,
+            tensor,
+            [commit],
+            tensor_id=entry.tensor_id,
+            distribution=distribution,
+            rounding=Rounding.STOCHASTIC,
+        )
+    return task.loss(moved, batch)
+
+
+def _assert_equals_naive(
+    model: nn.Module,
+    manifest: Manifest,
+    task: Task,
+    batch: Batch,
+    tolerance: float,
+    distribution: Distribution = Distribution.RADEMACHER,
+) -> None:
+    measured = _estimator(model, manifest, task, distribution).measure(batch, LOCAL, 99, EPS)
+    plus, minus = (
+        _naive_loss(model, manifest, task, batch, [*LOCAL, (99, step)], 99, distribution)
+        for step in (EPS, -EPS)
+    )
+    assert measured.loss_plus == pytest.approx(plus, rel=tolerance)
+    assert measured.loss_minus == pytest.approx(minus, rel=tolerance)
+    assert abs(plus - minus) > 100 * tolerance, "the perturbation shows"
+    assert measured.projected_grad == np.float32(
+        (measured.loss_plus - measured.loss_minus) / (2 * EPS)
+    )
+
+
+@pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_losses_equal_those_of_really_perturbed_weights(
+    kind: str,
+    blocks: bool,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if blocks:
+        monkeypatch.setattr(estimator_module, "BLOCK_BYTES", 1000)
+    model = model_of(kind)
+    for task_kind in ("classification", "instruction"):
+        task, batch = _task(tokenizer, task_kind)
+        _assert_equals_naive(model, manifest_of(model), task, batch, 2e-6)
+
+
+def test_gaussian_directions(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = model_of("llama-tied")
+    task, batch = _task(tokenizer, "classification")
+    _assert_equals_naive(model, manifest_of(model), task, batch, 2e-6, Distribution.GAUSSIAN)
+
+
+def test_bfloat16(model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase) -> None:
+    model = model_of("llama").to(torch.bfloat16)
+    task, batch = _task(tokenizer, "instruction")
+    # Blocks may sum in another order than one product does, and bfloat16 keeps 8 bits.
+    _assert_equals_naive(model, manifest_of(model), task, batch, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied"])
+def test_lora(
+    kind: str, model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    base: Any = model_of(kind)
+    targets = ("c_attn", "c_proj") if kind == "gpt2" else ("q_proj", "v_proj")
+    model = add_adapter(base, LoraConfig(rank=4, alpha=16, target_modules=targets), 5)
+    manifest = manifest_of(model, adapters_only=True)
+    task, batch = _task(tokenizer, "classification")
+    _assert_equals_naive(model, manifest, task, batch, 2e-6)
+
+
+def test_nothing_is_written_even_if_the_forward_pass_raises(
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of("gpt2")
+    task, batch = _task(tokenizer, "classification")
+    estimator = _estimator(model, manifest_of(model), task)
+    before = base_digest(model)
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    parameters = {name: id(value) for name, value in model.named_parameters()}
+    calm = estimator.measure(batch, LOCAL, 3, EPS)
+
+    def broken(*_: Any, **__: Any) -> torch.Tensor:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(functional, "layer_norm", broken)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            estimator.measure(batch, LOCAL, 3, EPS)
+    assert base_digest(model) == before
+    assert {name: id(value) for name, value in model.named_parameters()} == parameters
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert estimator.measure(batch, LOCAL, 3, EPS) == calm
+
+
+def test_a_loss_that_is_not_finite_is_refused_by_name(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model: Any = model_of("llama")
+    task, batch = _task(tokenizer, "classification")
+    model.model.norm.weight.mul_(1e38)
+    model.lm_head.weight.mul_(1e38)
+    with pytest.raises(
+        MeasurementError, match=r"loss at \+eps is (nan|inf) on the batch of the test"
+    ):
+        _estimator(model, manifest_of(model), task).measure(batch, [], 1, EPS)
+
+
+class _Direct(nn.Module):
+    """Wraps a model and reads one of its layers' weights without calling that layer."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.extra = nn.Linear(4, 4)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        position_ids: torch.Tensor,
+        use_cache: bool,
+    ) -> Any:
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+        )
+        output.logits = output.logits + self.extra.weight.sum()
+        return output
+
+
+def test_a_parameter_read_behind_its_owners_back_is_refused(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = _Direct(model_of("llama")).eval()
+    task, batch = _task(tokenizer, "classification")
+    with pytest.raises(ModelError, match=r"reads parameter extra\.weight outside the module"):
+        _estimator(model, manifest_of(model), task).measure(batch, [], 1, EPS)
+
+
+class _Nested(nn.Module):
+    """Owns a parameter, contains owners, and returns a view of its own parameter."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.shift = nn.Parameter(torch.randn(384))
+        self.view = _View()
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool
+    ) -> Any:
+        view = self.view()
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        output.logits = output.logits + self.shift + view
+        return output
+
+
+class _View(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(384))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight[None]
+
+
+def test_owners_inside_owners_and_views_of_parameters(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    torch.manual_seed(1)
+    model = _Nested(model_of("llama")).eval()
+    task, batch = _task(tokenizer, "classification")
+    _assert_equals_naive(model, manifest_of(model), task, batch, 2e-6)
+
+
+def test_bfloat16_rounding_cancels_out_of_the_difference(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """With eps far below a weight's spacing, the plus and minus sides still agree elsewhere."""
+    fine = model_of("llama").to(torch.bfloat16).float()
+    task, batch = _task(tokenizer, "instruction")
+    coarse = copy.deepcopy(fine).to(torch.bfloat16)
+    exact = _estimator(fine, manifest_of(fine), task)
+    rough = _estimator(coarse, manifest_of(coarse), task)
+    grads = [
+        (exact.measure(batch, [], seed, EPS), rough.measure(batch, [], seed, EPS))
+        for seed in range(12)
+    ]
+    truth = np.array([pair[0].projected_grad for pair in grads])
+    found = np.array([pair[1].projected_grad for pair in grads])
+    assert np.corrcoef(truth, found)[0, 1] > 0.9
+
+
+def test_local_steps_chain_their_own_pairs(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = model_of("llama-tied")
+    task, batch = _task(tokenizer, "classification")
+    estimator = _estimator(model, manifest_of(model), task)
+    arguments: dict[str, Any] = {
+        "first_seed": 1 << 40,
+        "count": 4,
+        "eps": EPS,
+        "learning_rate": 1e-3,
+    }
+    steps = local_steps(estimator, lambda _: batch, projected_grad_abs_max=1e4, **arguments)
+    assert steps.projected_grads.dtype == np.float32
+    local: list[Pair] = []
+    losses: list[float] = []
+    for step, found in enumerate(steps.projected_grads):
+        seed = (1 << 40) + step
+        measured: Measurement = estimator.measure(batch, local, seed, EPS)
+        assert float(found) == measured.projected_grad
+        local.append((seed, float(np.float32(-1e-3 * float(found)))))
+        losses += [measured.loss_plus, measured.loss_minus]
+    assert steps.loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-12)
+    again = local_steps(estimator, lambda _: batch, projected_grad_abs_max=1e4, **arguments)
+    assert again.projected_grads.tobytes() == steps.projected_grads.tobytes()
+
+    bound = float(np.abs(steps.projected_grads).min()) * 0.3
+    clipped = local_steps(estimator, lambda _: batch, projected_grad_abs_max=bound, **arguments)
+    assert np.abs(clipped.projected_grads).max() <= bound, "a float32 inside the run's clip"
+    assert np.sign(clipped.projected_grads[0]) == np.sign(steps.projected_grads[0])
