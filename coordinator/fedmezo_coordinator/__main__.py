@@ -1,0 +1,7 @@
+"""`python -m fedmezo_coordinator`."""
+
+import sys
+
+from fedmezo_coordinator.cli import main
+
+sys.exit(main())

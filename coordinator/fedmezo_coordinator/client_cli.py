@@ -1,0 +1,270 @@
+"""`fedmezo`: look at a run, check its journal, take its model home."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.live import Live
+
+from fedmezo_coordinator.store import SqliteStore
+from fedmezo_coordinator.view import agreement, run_view, seconds_left
+from fedmezo_core.client import CoordinatorClient
+from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, ModelError
+from fedmezo_core.journal import ZERO_HASH, Journal, MemoryStore, Row, head_after
+from fedmezo_core.program import run_program
+from fedmezo_core.records import (
+    Answered,
+    Committed,
+    Diverged,
+    Evaluated,
+    Genesis,
+    Opened,
+    Record,
+    Started,
+)
+from fedmezo_core.rounds import RoundMachine
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+app = typer.Typer(
+    name="fedmezo",
+    help="Look at a federated run, check its journal, take its model home.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+journal_app = typer.Typer(
+    help="Read a journal: a file, or a running coordinator's.", no_args_is_help=True
+)
+app.add_typer(journal_app, name="journal")
+
+Coordinator = Annotated[
+    str,
+    typer.Option(
+        "--coordinator", envvar="FEDMEZO_COORDINATOR", help="host:port of the coordinator"
+    ),
+]
+TlsCa = Annotated[
+    Path | None, typer.Option(help="PEM file of the CA to trust; without it, plain TCP")
+]
+JournalFile = Annotated[
+    Path | None,
+    typer.Argument(
+        help="journal file of a stopped coordinator; without it, --coordinator is asked"
+    ),
+]
+DEFAULT_ADDRESS = "127.0.0.1:7465"
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    return run_program("fedmezo", lambda: app(standalone_mode=True))
+
+
+@app.command()
+def status(
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
+) -> None:
+    """Show progress, workers, traffic, digests and evaluations of a run."""
+    answer = asyncio.run(_status(coordinator, tls_ca))
+    if as_json:
+        print(json.dumps(status_values(answer)))
+    else:
+        Console().print(run_view(answer))
+    if not agreement(answer)[0]:
+        raise DivergedError("Not all parties hold the same weights; restart those named above.")
+
+
+@app.command()
+def watch(
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    every_s: Annotated[float, typer.Option(min=0.1, help="seconds between looks")] = 1.0,
+) -> None:
+    """Follow a run until it is finished; Ctrl-C stops watching, not the run."""
+    asyncio.run(_watch(coordinator, tls_ca, every_s))
+
+
+@journal_app.command()
+def inspect(
+    path: JournalFile = None,
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+) -> None:
+    """Print the journal's records, one a line."""
+    for row, record in _records(path, coordinator, tls_ca):
+        if row.seqno >= from_seqno:
+            print(_json_line(row, record) if as_json else _line(row, record))
+
+
+@journal_app.command()
+def verify(
+    path: JournalFile = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
+) -> None:
+    """Check every hash, the order and the sense of the journal; prints its head."""
+    machine, head, count = RoundMachine(), ZERO_HASH, 0
+    for row, record in _records(path, coordinator, tls_ca):
+        machine.apply(record)
+        if isinstance(record, (Genesis, Committed)):
+            head = head_after(head, row.body)
+        count += 1
+    if count == 0:
+        raise JournalCorruptError("The journal is empty: no run has begun in it.")
+    print(
+        f"sound: {count} records, run {machine.config.run_id}, {machine.epoch} coordinator starts, "
+        f"{machine.round} rounds committed, head {head.hex()}"
+    )
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="folder to write; must not exist or be empty")],
+    model: Annotated[str, typer.Option(help="base model: hub name or folder")] = "",
+    journal: Annotated[
+        Path | None, typer.Option(help="journal file of a stopped coordinator")
+    ] = None,
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    round_: Annotated[
+        int | None, typer.Option("--round", min=0, help="stop after this round; default: the last")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+) -> None:
+    """Rebuild the model from base and journal, and write a Hugging Face folder."""
+    records = [record for _, record in _records(journal, coordinator, tls_ca)]
+    if not records or not isinstance(records[0], Genesis):
+        raise JournalCorruptError("The journal does not begin with a genesis record.")
+    genesis = records[0]
+    commits = [record for record in records if isinstance(record, Committed)]
+    if round_ is not None:
+        if round_ > len(commits):
+            raise ConfigError(
+                f"--round {round_} is not committed yet, the journal ends at round {len(commits)}; "
+                "choose an earlier one."
+            )
+        commits = commits[:round_]
+    try:
+        from fedmezo_core.zo.export import export_model
+        from fedmezo_core.zo.party import commits_of, open_party
+    except ImportError as error:
+        raise ModelError(
+            f"The package {error.name} is missing; install fedmezo[worker] to export."
+        ) from None
+    party = open_party(genesis.config, model or genesis.config.model, threads=threads)
+    party.check_same_base(genesis)
+    if commits:
+        party.weights.apply(1, commits_of(commits))
+    digest = party.weights.digest()
+    export_model(party.loaded.model, party.loaded.tokenizer, folder)
+    print(f"{folder}: the model after round {len(commits)}, weights digest {digest.hex()}")
+
+
+# ---------------------------------------------------------------- parts
+
+
+async def _status(address: str, tls_ca: Path | None) -> wire.GetStatusResponse:
+    async with CoordinatorClient(address, tls_ca) as client:
+        return await client.get_status()
+
+
+async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
+    console = Console()
+    async with CoordinatorClient(address, tls_ca) as client:
+        answer = await client.get_status()
+        first_seen = (answer.round, time.monotonic())
+        with Live(run_view(answer), console=console, auto_refresh=False) as live:
+            while answer.phase != wire.PHASE_FINISHED:
+                await asyncio.sleep(every_s)
+                answer = await client.get_status()
+                left = seconds_left(answer, first_seen, time.monotonic())
+                live.update(run_view(answer, seconds_left=left), refresh=True)
+
+
+def _records(path: Path | None, address: str, tls_ca: Path | None) -> Iterator[tuple[Row, Record]]:
+    """Every record, verified, from a file or from a coordinator."""
+    store = SqliteStore(path, create=False) if path else asyncio.run(_fetched(address, tls_ca))
+    try:
+        for entry in Journal(store).load():
+            yield entry.row, entry.record
+    finally:
+        store.close()
+
+
+async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
+    store = MemoryStore()
+    async with CoordinatorClient(address, tls_ca) as client:
+        async for page in client.journal_pages():
+            store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
+    return store
+
+
+def status_values(answer: wire.GetStatusResponse) -> dict[str, Any]:
+    """A status as plain values, digests in hex; the keys are the proto's field names."""
+    values: dict[str, Any] = MessageToDict(
+        answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    values["head"] = answer.head.hex()
+    for value, digest in zip(values["digests"], answer.digests, strict=True):
+        value["weights_digest"] = digest.weights_digest.hex()
+    for value, evaluation in zip(values["evaluations"], answer.evaluations, strict=True):
+        value["weights_digest"] = evaluation.weights_digest.hex()
+    return values
+
+
+def _line(row: Row, record: Record) -> str:
+    match record:
+        case Genesis(config):
+            text = f"genesis    run {config.run_id} on {config.model}, base {record.base_digest.hex()[:16]}"
+        case Started(epoch):
+            text = f"started    epoch {epoch}"
+        case Opened(round_, first_slot, workers):
+            text = f"opened     round {round_}, slots from {first_slot}: {', '.join(workers)}"
+        case Answered(round_, slot, grads):
+            text = f"answered   round {round_}, slot {slot}, {len(grads)} projected gradients"
+        case Committed(round_, runs):
+            text = f"committed  round {round_}, {len(runs)} answers, {record.pairs} pairs"
+        case Diverged(round_, party):
+            text = f"diverged   {party} after round {round_}"
+        case Evaluated(round_, loss, accuracy, rows):
+            text = (
+                f"evaluated  round {round_}: loss {loss:.4f}, accuracy {accuracy:.4f}, {rows} rows"
+            )
+    return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
+
+
+def _json_line(row: Row, record: Record) -> str:
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.hex()
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        if hasattr(value, "model_dump"):
+            return value.model_dump()
+        if hasattr(value, "__dataclass_fields__"):
+            return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+        return value
+
+    return json.dumps(
+        {
+            "seqno": row.seqno,
+            "chain": row.chain.hex(),
+            "kind": type(record).__name__.lower(),
+            **plain(record),
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,569 @@
+"""The one loop: event -> step -> append -> send. Owns the clock, the machine, the journal and the outboxes.
+
+Everything that changes the run goes through one queue and one task, so the machine needs no locks; the
+journal is touched by one thread only. An error from the journal ends the process: nothing is
+acknowledged after it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fedmezo_coordinator.admission import check_hello, check_run_id
+from fedmezo_coordinator.model_index import ModelIndex
+from fedmezo_core.codec import (
+    answer_from_pb,
+    assign_to_pb,
+    config_to_pb,
+    diverged_to_pb,
+    evaluated_from_pb,
+    evaluated_to_pb,
+    ticket_to_pb,
+    unable_from_pb,
+)
+from fedmezo_core.digests import REPLICA, DigestBoard, PartyDigest
+from fedmezo_core.errors import (
+    DivergedError,
+    FedMezoError,
+    JournalCorruptError,
+    NotReadyError,
+    ProtocolError,
+    UnavailableError,
+    UnknownWorkerError,
+)
+from fedmezo_core.events import (
+    Ack,
+    Assign,
+    Expel,
+    Finish,
+    Ready,
+    Refuse,
+    ReplicaDigest,
+    RoundEvent,
+    RoundMessage,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
+from fedmezo_core.journal import Entry, Journal, Row
+from fedmezo_core.records import Committed, Diverged, Evaluated, Genesis, Record, digest64_of
+from fedmezo_core.rounds import Phase, RoundMachine
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+log = logging.getLogger("fedmezo.coordinator")
+
+EVENTS_MAX = 4096
+"""Events that may wait for the loop; beyond it the senders wait."""
+BATCH_MAX = 256
+"""Events that share one append: group commit."""
+OUTBOX_MAX = 1024
+"""Messages that may wait for one worker; a worker that reads more slowly is cut off and catches up."""
+PAGE_RECORDS_MAX = 4096
+PAGE_RECORDS_DEFAULT = 1024
+PAGE_BYTES_MAX = 1024 * 1024
+WAIT_MS_MAX = 30_000
+TICK_MS = 200
+
+
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class Session:
+    """A worker's open stream, as the loop sees it."""
+
+    worker: str
+    outbox: asyncio.Queue[wire.SessionResponse | FedMezoError] = field(
+        default_factory=lambda: asyncio.Queue(OUTBOX_MAX)
+    )
+    ended: FedMezoError | None = None
+
+    def put(self, message: wire.SessionResponse) -> None:
+        """Queue a message; a full queue ends the session instead of holding anyone up."""
+        if self.ended is not None:
+            return
+        if self.outbox.qsize() >= OUTBOX_MAX - 1:
+            self.end(
+                NotReadyError(
+                    f"Worker {self.worker} reads more slowly than the run writes; reconnect to catch up."
+                )
+            )
+            return
+        self.outbox.put_nowait(message)
+
+    def end(self, error: FedMezoError) -> None:
+        """Let the stream end with `error` after what is queued."""
+        if self.ended is None:
+            self.ended = error
+            self.outbox.put_nowait(error)
+
+
+@dataclass
+class Traffic:
+    """What is counted for a worker since this start, over all its sessions."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    assigned_at_s: float | None = None
+    answered_after_ms: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Join:
+    session: Session
+    hello: wire.Hello
+    done: asyncio.Future[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Left:
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class _FromWorker:
+    session: Session
+    message: wire.SessionRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _FromReplica:
+    request: wire.ReportReplicaRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _Time:
+    now_ms: int
+
+
+_Item = _Join | _Left | _FromWorker | _FromReplica | _Time
+
+
+class Daemon:
+    """Serves one run from one journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        """`journal` is opened and not yet loaded; it must hold a genesis record."""
+        self._journal = journal
+        self._machine = RoundMachine()
+        self._index = ModelIndex()
+        self._digests = DigestBoard()
+        self._sessions: dict[str, Session] = {}
+        self._traffic: dict[str, Traffic] = {}
+        self._items: asyncio.Queue[_Item] = asyncio.Queue(EVENTS_MAX)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._news = asyncio.Event()
+        self._started_at_s = time.monotonic()
+        self._genesis: Genesis | None = None
+        self._genesis_body = b""
+        self.replica_secret = secrets.token_bytes(32)
+
+    # ------------------------------------------------------------ life
+
+    async def load(self) -> None:
+        """Verify and fold the journal, and make this start's epoch durable."""
+        entries = await self._on_disk(lambda: list(self._journal.load()))
+        for entry in entries:
+            self._index.fold(entry)
+            self._machine.apply(entry.record)
+        if not entries or not isinstance(entries[0].record, Genesis):
+            raise JournalCorruptError(
+                "The journal does not begin with a genesis record; restore it from a copy."
+            )
+        self._genesis = entries[0].record
+        self._genesis_body = entries[0].row.body
+        self._send(await self._append(self._machine.start(self._now_ms())))
+
+    async def serve(self) -> None:
+        """Run the loop until it is cancelled or the journal fails."""
+        ticker = asyncio.create_task(self._tick())
+        try:
+            while True:
+                await self._turn()
+        finally:
+            ticker.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await ticker
+
+    def end_sessions(self) -> None:
+        """Tell every worker that the coordinator is going away."""
+        for session in self._sessions.values():
+            session.end(UnavailableError("The coordinator is stopping; reconnect later."))
+
+    async def close(self) -> None:
+        """Close the journal; nothing is served afterwards."""
+        await self._on_disk(self._journal.close)
+        self._writer.shutdown()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_MS / 1000)
+            await self._items.put(_Time(self._now_ms()))
+
+    def _now_ms(self) -> int:
+        return int((time.monotonic() - self._started_at_s) * 1000)
+
+    # ------------------------------------------------------------ the loop
+
+    async def _turn(self) -> None:
+        """Take what waits, step, append once, then send in order."""
+        items = [await self._items.get()]
+        while len(items) < BATCH_MAX and not self._items.empty():
+            items.append(self._items.get_nowait())
+        readies: list[Ready] = []
+        for item in items:
+            if isinstance(item, _Join):
+                # A joining worker is sent the commits it lacks, so those must be durable by now.
+                await self._flush(readies)
+                readies = []
+                await self._join(item)
+            else:
+                readies += self._step(item)
+        await self._flush(readies)
+
+    async def _flush(self, readies: Sequence[Ready]) -> None:
+        records = tuple(record for ready in readies for record in ready.records)
+        messages = tuple(message for ready in readies for message in ready.messages)
+        if not records:
+            self._send(([], messages))
+            return
+        entries = iter((await self._append(Ready(records)))[0])
+        for ready in readies:
+            self._send(([next(entries) for _ in ready.records], ready.messages))
+
+    async def _append(self, ready: Ready) -> tuple[list[Entry], Sequence[RoundMessage]]:
+        entries = await self._on_disk(lambda: self._journal.append(ready.records))
+        for entry in entries:
+            self._index.fold(entry)
+            self._tell(entry.record)
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+        return entries, ready.messages
+
+    async def _on_disk(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._writer, work)
+
+    def _step(self, item: _Item) -> list[Ready]:
+        match item:
+            case _Time(now_ms):
+                return [self._machine.step(Tick(now_ms))]
+            case _Left(session):
+                if self._sessions.get(session.worker) is not session:
+                    return []
+                del self._sessions[session.worker]
+                log.info("worker %s left", session.worker)
+                return [self._machine.step(WorkerLost(session.worker))]
+            case _FromWorker(session, message):
+                if self._sessions.get(session.worker) is not session or session.ended is not None:
+                    return []
+                return self._from_worker(session, message)
+            case _FromReplica(request):
+                return self._from_replica(request)
+            case _Join():
+                raise AssertionError("joins are taken one by one")
+
+    def _from_worker(self, session: Session, message: wire.SessionRequest) -> list[Ready]:
+        worker = session.worker
+        match message.WhichOneof("kind"):
+            case "answer":
+                event: RoundEvent = answer_from_pb(worker, message.answer)
+                traffic = self._traffic[worker]
+                if traffic.assigned_at_s is not None:
+                    waited_s = time.monotonic() - traffic.assigned_at_s
+                    traffic.answered_after_ms = int(1000 * waited_s)
+                return [self._machine.step(event)]
+            case "unable":
+                unable = unable_from_pb(worker, message.unable)
+                log.warning("worker %s cannot measure: %s", worker, unable.reason)
+                return [self._machine.step(unable)]
+            case "weights_report":
+                report = message.weights_report
+                if len(report.weights_digest) != 32:
+                    session.end(
+                        ProtocolError(
+                            f"A weights digest has 32 bytes, this one {len(report.weights_digest)}; "
+                            "use the same FedMeZO version."
+                        )
+                    )
+                    return []
+                return self._digest_reported(
+                    PartyDigest(worker, report.round, report.weights_digest)
+                )
+            case kind:
+                session.end(
+                    ProtocolError(
+                        f"Message {kind or 'of no known kind'} has no place in an open session; "
+                        "use the same FedMeZO version."
+                    )
+                )
+                return []
+
+    def _from_replica(self, request: wire.ReportReplicaRequest) -> list[Ready]:
+        digest = request.weights_digest
+        readies = self._digest_reported(PartyDigest(REPLICA, request.round, digest))
+        readies.append(self._machine.step(ReplicaDigest(request.round, digest64_of(digest))))
+        if request.HasField("evaluation"):
+            readies.append(self._recorded(evaluated_from_pb(request.evaluation)))
+        return readies
+
+    def _digest_reported(self, digest: PartyDigest) -> list[Ready]:
+        known = {(d.party, d.round) for d in self._machine.state.divergences}
+        found = self._digests.report(digest)
+        return [self._recorded(d) for d in found if (d.party, d.round) not in known]
+
+    def _recorded(self, record: Diverged | Evaluated) -> Ready:
+        """A fact that the daemon found, not the machine: folded here, appended like the others."""
+        self._machine.apply(record)
+        return Ready(records=(record,))
+
+    async def _join(self, item: _Join) -> None:
+        """Admit a worker, or fail its `done` with what is wrong."""
+        session, hello = item.session, item.hello
+        try:
+            check_hello(hello, self.genesis, self._machine.round, self._index.head_at(hello.round))
+        except FedMezoError as error:
+            log.warning("refused a worker: %s", error)
+            if not item.done.done():
+                item.done.set_exception(error)
+            return
+        if item.done.done():  # the caller has gone away meanwhile
+            return
+        worker = session.worker
+        replaced = self._sessions.pop(worker, None)
+        if replaced is not None:
+            replaced.end(
+                ProtocolError(
+                    f"Another process has joined as worker {worker}; give each worker its own --name."
+                )
+            )
+            await self._flush([self._machine.step(WorkerLost(worker))])
+        missing = self._index.seqnos[hello.round + 1 :]
+        rows = await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in missing])
+        self._sessions[worker] = session
+        self._traffic.setdefault(worker, Traffic())
+        log.info("worker %s joined at round %d", worker, hello.round)
+        session.put(
+            wire.SessionResponse(
+                welcome=wire.Welcome(epoch=self._machine.epoch, round=self._machine.round)
+            )
+        )
+        for row in rows:
+            session.put(_commit_notice(row))
+        item.done.set_result(None)
+        await self._flush([self._machine.step(WorkerReady(worker))])
+
+    # ------------------------------------------------------------ out
+
+    def _send(self, step: tuple[Sequence[Entry], Sequence[RoundMessage]]) -> None:
+        """Commits to everyone first, then what the step addressed to one worker each."""
+        entries, messages = step
+        for entry in entries:
+            if isinstance(entry.record, Committed):
+                notice = _commit_notice(entry.row)
+                for session in self._sessions.values():
+                    session.put(notice)
+        for message in messages:
+            session_or_none = self._sessions.get(message.worker)
+            if session_or_none is not None:
+                self._send_one(session_or_none, message)
+
+    def _send_one(self, session: Session, message: RoundMessage) -> None:
+        match message:
+            case Assign():
+                self._traffic[session.worker].assigned_at_s = time.monotonic()
+                session.put(assign_to_pb(message))
+            case Ack(_, ticket):
+                session.put(wire.SessionResponse(ack=wire.Ack(ticket=ticket_to_pb(ticket))))
+            case Refuse(worker, ticket, reason, sentence):
+                log.warning("refused an answer of worker %s: %s", worker, sentence)
+                session.put(
+                    wire.SessionResponse(
+                        refused=wire.Refused(
+                            ticket=ticket_to_pb(ticket), reason=reason, message=sentence
+                        )
+                    )
+                )
+            case Expel(worker, sentence):
+                session.end(DivergedError(sentence))
+            case Finish(_, round_):
+                session.put(wire.SessionResponse(finished=wire.Finished(round=round_)))
+
+    def _tell(self, record: Record) -> None:
+        match record:
+            case Committed():
+                log.info("round %d committed, %d pairs", record.round, record.pairs)
+                if self._machine.phase is Phase.FINISHED and record.round == self._machine.round:
+                    log.info("the run is finished")
+            case Diverged():
+                log.error(
+                    "%s diverged: its weights after round %d have digest %016x, the run's have %016x",
+                    record.party,
+                    record.round,
+                    record.found_digest64,
+                    record.expected_digest64,
+                )
+            case _:
+                pass
+
+    # ------------------------------------------------------------ what the service calls
+
+    @property
+    def genesis(self) -> Genesis:
+        """Record 0."""
+        assert self._genesis is not None, "load() comes first"
+        return self._genesis
+
+    def describe(self, version: int) -> wire.GetRunResponse:
+        """What the run is."""
+        return wire.GetRunResponse(
+            protocol_version=version,
+            genesis=self._genesis_body,
+            round=self._machine.round,
+            epoch=self._machine.epoch,
+        )
+
+    async def join(self, hello: wire.Hello) -> Session:
+        """Open a session for a worker; raises what is wrong with its hello."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        session = Session(hello.worker)
+        await self._items.put(_Join(session, hello, done))
+        await done
+        return session
+
+    async def receive(self, session: Session, message: wire.SessionRequest) -> None:
+        """Take a message that came in an open session."""
+        self._traffic[session.worker].bytes_up += message.ByteSize()
+        await self._items.put(_FromWorker(session, message))
+
+    def sent(self, session: Session, message: wire.SessionResponse) -> None:
+        """Count a message that has gone out."""
+        self._traffic[session.worker].bytes_down += message.ByteSize()
+
+    async def leave(self, session: Session) -> None:
+        """A session's stream is gone."""
+        await self._items.put(_Left(session))
+
+    async def report_replica(self, request: wire.ReportReplicaRequest) -> None:
+        """Take the replica's report; only the process that the daemon started knows the secret."""
+        check_run_id(request.run_id, self.genesis.config.run_id)
+        if not hmac.compare_digest(request.secret, self.replica_secret):
+            raise UnknownWorkerError(
+                "Only the replica process that this coordinator started may report for it."
+            )
+        if len(request.weights_digest) != 32 or request.round > self._machine.round:
+            raise ProtocolError("The replica's report names no committed round or no digest.")
+        if request.HasField("evaluation"):
+            evaluated_from_pb(request.evaluation)
+        await self._items.put(_FromReplica(request))
+
+    async def read_journal(self, request: wire.ReadJournalRequest) -> wire.ReadJournalResponse:
+        """A page of records, after waiting for a first one if the caller wants to."""
+        check_run_id(request.run_id, self.genesis.config.run_id)
+        if request.records_max > PAGE_RECORDS_MAX or request.wait_ms > WAIT_MS_MAX:
+            raise ProtocolError(
+                f"records_max is at most {PAGE_RECORDS_MAX} and wait_ms at most {WAIT_MS_MAX}; ask for less."
+            )
+        deadline_s = time.monotonic() + request.wait_ms / 1000
+        while True:
+            news = self._news
+            rows, next_seqno = await self._page(request)
+            remaining_s = deadline_s - time.monotonic()
+            if rows or remaining_s <= 0:
+                break
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), remaining_s)
+        return wire.ReadJournalResponse(
+            entries=[
+                wire.JournalEntry(seqno=row.seqno, record=row.body, chain=row.chain) for row in rows
+            ],
+            next_seqno=next_seqno,
+            finished=self._machine.phase is Phase.FINISHED and next_seqno >= len(self._journal),
+        )
+
+    async def _page(self, request: wire.ReadJournalRequest) -> tuple[Sequence[Row], int]:
+        count_max = request.records_max or PAGE_RECORDS_DEFAULT
+        start, length = request.from_seqno, len(self._journal)
+        if start >= length:
+            return (), start
+        if request.commits_only:
+            places = self._index.seqnos_from(start, count_max)
+            rows: Sequence[Row] = await self._on_disk(
+                lambda: [self._journal.read(n, 1)[0] for n in places]
+            )
+            is_last = len(places) < count_max
+        else:
+            rows = await self._on_disk(lambda: self._journal.read(start, count_max))
+            is_last = False
+        kept = _within(rows, PAGE_BYTES_MAX)
+        if len(kept) == len(rows) and is_last:
+            return kept, length
+        return kept, kept[-1].seqno + 1 if kept else length
+
+    def status(self, run_id: str) -> wire.GetStatusResponse:
+        """The whole picture."""
+        check_run_id(run_id, self.genesis.config.run_id)
+        machine = self._machine
+        phases = {
+            Phase.WAITING: wire.PHASE_WAITING,
+            Phase.OPEN: wire.PHASE_OPEN,
+            Phase.FINISHED: wire.PHASE_FINISHED,
+        }
+        return wire.GetStatusResponse(
+            config=config_to_pb(self.genesis.config),
+            phase=phases[machine.phase],
+            round=machine.round,
+            epoch=machine.epoch,
+            records=len(self._journal),
+            head=self._journal.head,
+            workers=[self._worker_status(name) for name in sorted(self._traffic)],
+            evaluations=[evaluated_to_pb(e) for e in machine.state.evaluations],
+            digests=[
+                wire.PartyDigest(party=d.party, round=d.round, weights_digest=d.weights_digest)
+                for d in self._digests.newest()
+            ],
+            divergences=[diverged_to_pb(d) for d in machine.state.divergences],
+            recent_rounds=[
+                wire.RoundStatus(round=s.round, mean_loss=s.mean_loss, answers=s.answers)
+                for s in machine.state.recent_rounds
+            ],
+            trainable_bytes=self.genesis.trainable_bytes,
+            uptime_ms=self._now_ms(),
+        )
+
+    def _worker_status(self, name: str) -> wire.WorkerStatus:
+        traffic, view = self._traffic[name], self._machine.workers.get(name)
+        return wire.WorkerStatus(
+            worker=name,
+            connected=name in self._sessions,
+            rounds_answered=view.rounds_answered if view else 0,
+            bytes_up=traffic.bytes_up,
+            bytes_down=traffic.bytes_down,
+            mean_loss=view.mean_loss if view else None,
+            answered_after_ms=traffic.answered_after_ms,
+            diverged=name in self._machine.diverged,
+            complaint=view.complaint if view else "",
+            measuring=name in self._machine.awaited,
+        )
+
+
+def _commit_notice(row: Row) -> wire.SessionResponse:
+    return wire.SessionResponse(commit=wire.CommitNotice(record=row.body))
+
+
+def _within(rows: Sequence[Row], bytes_max: int) -> Sequence[Row]:
+    """The first rows that fit, and at least one."""
+    total = 0
+    for count, row in enumerate(rows):
+        total += len(row.body) + len(row.chain)
+        if total > bytes_max and count > 0:
+            return rows[:count]
+    return rows

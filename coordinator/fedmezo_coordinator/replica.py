@@ -1,0 +1,187 @@
+"""The replica: the coordinator's own copy of the model, in a process of its own.
+
+`describe` loads the base and prints what names it. `follow` replays the journal, digests the weights
+in digest rounds, evaluates them on held-out rows, and reports both to the daemon. Orders come as one
+JSON line on standard input; its end of file means that the daemon is gone. Errors leave as one line
+`<class>: <sentence>` on standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedmezo_coordinator.supervisor import USER_ERROR
+from fedmezo_core.backoff import delay_s
+from fedmezo_core.client import CoordinatorClient
+from fedmezo_core.codec import config_from_pb, decode_record
+from fedmezo_core.errors import FedMezoError, ModelError, UnavailableError
+from fedmezo_core.records import Committed, Evaluated
+from fedmezo_proto.v1 import journal_pb2 as pb
+
+WAIT_MS = 20_000
+LAG_ROUNDS_MAX = 8
+"""Further behind than this the replica catches up in one pass instead of digesting every round."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the child process."""
+    logging.disable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then stops us.
+    mode = (sys.argv[1:] if arguments is None else arguments)[0]
+    orders = json.loads(sys.stdin.readline())
+    try:
+        if mode == "describe":
+            print(json.dumps(describe(orders)), flush=True)
+        else:
+            threading.Thread(target=_end_with_parent, daemon=True).start()
+            asyncio.run(follow(orders))
+    except FedMezoError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    return 0
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.read(1):
+        pass
+    os._exit(0)
+
+
+def describe(orders: dict[str, Any]) -> dict[str, Any]:
+    """Load the base and say what names it; also checks the held-out rows."""
+    config = config_from_pb(pb.RunConfig.FromString(bytes.fromhex(orders["config"])))
+    copy = _Copy(orders, config)
+    genesis = copy.party.genesis()
+    return {
+        "manifest_digest": genesis.manifest_digest.hex(),
+        "base_digest": genesis.base_digest.hex(),
+        "tokenizer_digest": genesis.tokenizer_digest.hex(),
+        "trainable_elements": genesis.trainable_elements,
+        "trainable_bytes": genesis.trainable_bytes,
+    }
+
+
+class _Copy:
+    """The weights, and the rows to evaluate them on."""
+
+    def __init__(self, orders: dict[str, Any], config: Any) -> None:
+        try:
+            from fedmezo_core.zo.party import open_party
+            from fedmezo_core.zo.rows import read_rows
+        except ImportError as error:
+            raise ModelError(
+                f"The package {error.name} is missing; install fedmezo[worker] where the coordinator "
+                "keeps its replica."
+            ) from None
+        self.party = open_party(config, orders["model"], threads=orders["threads"])
+        task = self.party.task
+        heldout = orders["heldout"]
+        self.heldout = None if heldout is None else task.encode(read_rows(heldout, task.columns))
+
+    def apply(self, commits: list[Committed]) -> None:
+        from fedmezo_core.zo.party import commits_of
+
+        self.party.weights.apply(commits[0].round, commits_of(commits))
+
+    def evaluate(self, digest: bytes) -> Evaluated | None:
+        if self.heldout is None:
+            return None
+        result = self.party.task.evaluate(
+            self.party.loaded.model, self.heldout, self.party.config.batch_size
+        )
+        return Evaluated(
+            round=self.party.weights.round,
+            loss=result.loss,
+            accuracy=result.accuracy,
+            rows=result.row_count,
+            weights_digest=digest,
+            auc=result.auc,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Stops:
+    """At which rounds the replica pauses its replay to digest, and to evaluate."""
+
+    rounds: int
+    digest_every: int
+    evaluate_every: int
+    evaluated: frozenset[int]
+    """Rounds that the journal already holds an evaluation of."""
+
+    def digests(self, round_: int) -> bool:
+        return round_ % self.digest_every == 0 or round_ == self.rounds
+
+    def evaluates(self, round_: int) -> bool:
+        is_due = round_ % self.evaluate_every == 0 or round_ == self.rounds
+        return is_due and round_ not in self.evaluated
+
+
+async def follow(orders: dict[str, Any]) -> None:
+    """Follow the journal for as long as the daemon lives, then until the run is finished."""
+    secret = bytes.fromhex(orders["secret"])
+    run_id = orders["run_id"]
+    async with CoordinatorClient(orders["address"]) as client:
+        description = await client.get_run(run_id)
+        config = description.genesis.config
+        copy = _Copy(orders, config)
+        copy.party.check_same_base(description.genesis)
+        status = await client.get_status(run_id)
+        stops = _Stops(
+            rounds=config.rounds,
+            digest_every=config.digest_every_rounds,
+            evaluate_every=orders["evaluate_every_rounds"],
+            evaluated=frozenset(e.round for e in status.evaluations),
+        )
+        weights = copy.party.weights
+        waiting: list[Committed] = []
+        seqno, attempt = 0, 0
+
+        async def pause() -> None:
+            digest = weights.digest()
+            evaluation = copy.evaluate(digest) if stops.evaluates(weights.round) else None
+            await client.report_replica(run_id, secret, weights.round, digest, evaluation)
+
+        await pause()
+        while weights.round < config.rounds:
+            try:
+                page = await client.read_journal(
+                    seqno, run_id=run_id, commits_only=True, wait_ms=WAIT_MS
+                )
+                attempt = 0
+            except UnavailableError:
+                await asyncio.sleep(delay_s(attempt, random.random()))
+                attempt += 1
+                continue
+            seqno = page.next_seqno
+            records = [decode_record(entry.record) for entry in page.entries]
+            waiting += [record for record in records if isinstance(record, Committed)]
+            while waiting:
+                count = _next_stop(stops, [commit.round for commit in waiting])
+                commits, waiting = waiting[:count], waiting[count:]
+                copy.apply(commits)
+                if stops.digests(weights.round) or stops.evaluates(weights.round):
+                    await pause()
+
+
+def _next_stop(stops: _Stops, rounds: list[int]) -> int:
+    """How many of the waiting commits to apply in one pass."""
+    hurried = len(rounds) > LAG_ROUNDS_MAX
+    for count, round_ in enumerate(rounds, start=1):
+        if stops.evaluates(round_) or (stops.digests(round_) and not hurried):
+            return count
+    return len(rounds)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""The gRPC servicer and server: translate, map errors, bound everything. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+
+from fedmezo_coordinator.admission import choose_version
+from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.daemon import Session as WorkerSession
+from fedmezo_core.config import MESSAGE_BYTES_MAX
+from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
+from fedmezo_core.status import REASON_KEY
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
+
+log = logging.getLogger("fedmezo.coordinator")
+
+HELLO_TIMEOUT_S = 20.0
+"""A stream that does not introduce itself by then is closed."""
+
+SERVER_OPTIONS = (
+    # Without this a second coordinator binds the same port and silently takes half the workers.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.max_concurrent_streams", 16),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+    # A small compressed message can unpack to a large one.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
+)
+
+Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: FedMezoError) -> NoReturn:
+    """End a call with the error's status, reason and sentence."""
+    await context.abort(
+        getattr(grpc.StatusCode, error.status),
+        str(error),
+        trailing_metadata=((REASON_KEY, type(error).__name__),),
+    )
+
+
+def _mapped(handler: Handler) -> Handler:
+    """Let our errors leave a unary handler as statuses."""
+
+    @functools.wraps(handler)
+    async def wrapper(self: Any, request: Any, context: Any) -> Any:
+        try:
+            return await handler(self, request, context)
+        except FedMezoError as error:
+            await abort(context, error)
+
+    return wrapper  # type: ignore[return-value]
+
+
+class CoordinatorServicer(rpc.CoordinatorServiceServicer):
+    """`fedmezo.v1.CoordinatorService` over a daemon."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+
+    @_mapped
+    async def GetRun(  # noqa: N802 - the service's name for it
+        self,
+        request: wire.GetRunRequest,
+        context: grpc.aio.ServicerContext[wire.GetRunRequest, wire.GetRunResponse],
+    ) -> wire.GetRunResponse:
+        """What the run is."""
+        version = choose_version(list(request.protocol_versions))
+        self._daemon.status(request.run_id)
+        return self._daemon.describe(version)
+
+    @_mapped
+    async def ReadJournal(  # noqa: N802
+        self,
+        request: wire.ReadJournalRequest,
+        context: grpc.aio.ServicerContext[wire.ReadJournalRequest, wire.ReadJournalResponse],
+    ) -> wire.ReadJournalResponse:
+        """A page of the journal."""
+        return await self._daemon.read_journal(request)
+
+    @_mapped
+    async def GetStatus(  # noqa: N802
+        self,
+        request: wire.GetStatusRequest,
+        context: grpc.aio.ServicerContext[wire.GetStatusRequest, wire.GetStatusResponse],
+    ) -> wire.GetStatusResponse:
+        """The whole picture."""
+        return self._daemon.status(request.run_id)
+
+    @_mapped
+    async def ReportReplica(  # noqa: N802
+        self,
+        request: wire.ReportReplicaRequest,
+        context: grpc.aio.ServicerContext[wire.ReportReplicaRequest, wire.ReportReplicaResponse],
+    ) -> wire.ReportReplicaResponse:
+        """The replica's digest and evaluation."""
+        await self._daemon.report_replica(request)
+        return wire.ReportReplicaResponse()
+
+    async def Session(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[wire.SessionRequest],
+        context: grpc.aio.ServicerContext[wire.SessionRequest, wire.SessionResponse],
+    ) -> AsyncIterator[wire.SessionResponse]:
+        """A worker's stream: one task reads it, this one writes it."""
+        session: WorkerSession | None = None
+        reader: asyncio.Task[None] | None = None
+        try:
+            hello = await self._hello(request_iterator)
+            session = await self._daemon.join(hello)
+            reader = asyncio.create_task(self._read(request_iterator, session))
+            while True:
+                message = await session.outbox.get()
+                if isinstance(message, FedMezoError):
+                    raise message
+                self._daemon.sent(session, message)
+                yield message
+        except _HalfClosedError:
+            return
+        except FedMezoError as error:
+            await abort(context, error)
+        finally:
+            if reader is not None:
+                reader.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await reader
+            if session is not None:
+                await self._daemon.leave(session)
+
+    async def _hello(self, requests: AsyncIterator[wire.SessionRequest]) -> wire.Hello:
+        try:
+            first = await asyncio.wait_for(anext(requests), HELLO_TIMEOUT_S)
+        except (StopAsyncIteration, TimeoutError):
+            raise ProtocolError("A session begins with a hello; send it first.") from None
+        if first.WhichOneof("kind") != "hello":
+            raise ProtocolError("A session begins with a hello; send it first.")
+        return first.hello
+
+    async def _read(
+        self, requests: AsyncIterator[wire.SessionRequest], session: WorkerSession
+    ) -> None:
+        async for message in requests:
+            await self._daemon.receive(session, message)
+        # The worker is done; whatever it sent before has been queued ahead of this.
+        session.end(_HalfClosedError())
+
+
+class _HalfClosedError(FedMezoError):
+    """The worker said that it has nothing more to send: the session ends without an error."""
+
+
+async def start_server(
+    daemon: Daemon, listen: str, tls: tuple[Path, Path] | None, private: str
+) -> tuple[grpc.aio.Server, int]:
+    """Bind and start; returns the server and the port, which may have been 0 in `listen`.
+
+    `private` is a second address, a Unix socket, for the replica.
+    """
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    rpc.add_CoordinatorServiceServicer_to_server(CoordinatorServicer(daemon), server)
+    server.add_insecure_port(private)
+    try:
+        if tls is None:
+            port = server.add_insecure_port(listen)
+        else:
+            port = server.add_secure_port(listen, _credentials(*tls))
+    except RuntimeError:
+        raise ConfigError(
+            f"Cannot listen on {listen}: the address is in use by another process or not this "
+            "machine's; stop the other process, or choose another --listen."
+        ) from None
+    await server.start()
+    return server, port
+
+
+def _credentials(cert: Path, key: Path) -> grpc.ServerCredentials:
+    try:
+        pair = (key.read_bytes(), cert.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"The TLS file {error.filename} cannot be read ({error.strerror}); check tls_cert and tls_key."
+        ) from None
+    return grpc.ssl_server_credentials([pair])

@@ -1,0 +1,75 @@
+"""What `fedmezo-coordinator` is told: flags, FEDMEZO_COORDINATOR_* and a TOML file."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings
+
+from fedmezo_core.config import RunConfig, parse_run
+
+ENVIRONMENT_PREFIX = "FEDMEZO_COORDINATOR_"
+
+
+class CoordinatorSettings(BaseSettings):
+    """The coordinator of one federated run.
+
+    Settings come from flags, then from FEDMEZO_COORDINATOR_* in the environment, then from the TOML
+    file that --config names.
+    """
+
+    listen: str = Field(default="127.0.0.1:7465", description="host:port to listen on")
+    journal: Path = Field(default=Path("journal.db"), description="the run's journal")
+    model: str = Field(default="", description="Hugging Face name or folder of the base model")
+    heldout: Path | None = Field(
+        default=None, description="held-out rows (JSONL, CSV or Parquet) to evaluate the model on"
+    )
+    evaluate_every_rounds: int = Field(default=10, ge=1, description="how often to evaluate")
+    replica: bool = Field(
+        default=True,
+        description="keep a replica process beside the daemon that digests and evaluates the model",
+    )
+    replica_threads: int = Field(default=1, ge=1, le=1024, description="its CPU threads")
+    tls_cert: Path | None = Field(
+        default=None, description="PEM certificate chain to serve TLS with"
+    )
+    tls_key: Path | None = Field(default=None, description="PEM private key of tls_cert")
+    run: dict[str, Any] = Field(
+        default_factory=dict, description="the run's contract; fixed by the journal once it exists"
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or int(port) > 65535:
+            raise ValueError("write it as host:port, for example 127.0.0.1:7465")
+        return value
+
+    @model_validator(mode="after")
+    def _both_tls_files(self) -> CoordinatorSettings:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together; set both or neither")
+        return self
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        host = self.listen.rpartition(":")[0].strip("[]")
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
+
+    def run_config(self, where: str) -> RunConfig:
+        """The contract that these settings ask for; `ConfigError` names what is wrong with it."""
+        return parse_run({"model": model_label(self.model), **self.run}, where)
+
+
+def model_label(model: str) -> str:
+    """A hub name as it is; of a folder only its name, because paths are nobody else's business."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model

@@ -1,0 +1,126 @@
+"""What a person sees of a run: tables out of a status. Pure; rich draws them."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_proto.v1.journal_pb2 import Evaluated
+
+_PHASES = {
+    wire.PHASE_WAITING: "waiting for workers",
+    wire.PHASE_OPEN: "open",
+    wire.PHASE_FINISHED: "finished",
+}
+
+
+def size_text(byte_count: float) -> str:
+    """1,234 B, 12.1 kB, 1.3 MB: decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if byte_count < 1000 or unit == "GB":
+            return f"{byte_count:,.0f} {unit}" if unit == "B" else f"{byte_count:,.1f} {unit}"
+        byte_count /= 1000
+    raise AssertionError("the last unit has no bound")
+
+
+def duration_text(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def seconds_left(
+    status: wire.GetStatusResponse, first_seen: tuple[int, float], now_s: float
+) -> float | None:
+    """Time until the last round at the pace since `first_seen` (round, seconds); None if unknown."""
+    rounds = status.round - first_seen[0]
+    if rounds <= 0 or status.phase == wire.PHASE_FINISHED:
+        return None
+    return (now_s - first_seen[1]) / rounds * (status.config.rounds - status.round)
+
+
+def agreement(status: wire.GetStatusResponse) -> tuple[bool, str]:
+    """Whether all parties that reported a digest of the newest digested round hold the same weights."""
+    if not status.digests:
+        return True, "no digests yet"
+    newest = max(digest.round for digest in status.digests)
+    same = [digest for digest in status.digests if digest.round == newest]
+    kinds = {digest.weights_digest for digest in same}
+    names = ", ".join(digest.party for digest in same)
+    if len(kinds) == 1:
+        return True, f"round {newest}: {names} hold {next(iter(kinds)).hex()[:16]}"
+    return False, f"round {newest}: {names} DIFFER"
+
+
+def run_view(
+    status: wire.GetStatusResponse, *, seconds_left: float | None = None
+) -> RenderableType:
+    """The whole picture as tables."""
+    config = status.config
+    head = Table.grid(padding=(0, 2))
+    head.add_row("run", f"[bold]{config.run_id}[/] on {config.model}")
+    left = "" if seconds_left is None else f", about {duration_text(seconds_left)} left"
+    head.add_row(
+        "round",
+        f"{status.round} of {config.rounds} ({_PHASES.get(status.phase, 'unknown')}{left})",
+    )
+    losses = [r for r in status.recent_rounds if r.HasField("mean_loss")]
+    if losses:
+        head.add_row("training loss", f"{losses[-1].mean_loss:.4f}")
+    if status.evaluations:
+        first, last = status.evaluations[0], status.evaluations[-1]
+        head.add_row("held-out", f"{_evaluation(first)}  ->  {_evaluation(last)}")
+    equal, text = agreement(status)
+    head.add_row("weights", Text(text, style="" if equal else "bold red"))
+    head.add_row("journal", f"{status.records:,} records, head {status.head.hex()[:16]}")
+    parts: list[RenderableType] = [head, worker_table(status)]
+    parts += [
+        Text(
+            f"{divergence.party} diverged after round {divergence.round}: digest "
+            f"{divergence.found_digest64:016x}, the run's {divergence.expected_digest64:016x}",
+            style="bold red",
+        )
+        for divergence in status.divergences
+    ]
+    return Group(*parts)
+
+
+def worker_table(status: wire.GetStatusResponse) -> Table:
+    """One line a worker."""
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for name in ("worker", "state"):
+        table.add_column(name)
+    for name in ("rounds", "loss", "answer after", "up", "down"):
+        table.add_column(name, justify="right")
+    table.add_column("last complaint", overflow="fold")
+    for worker in status.workers:
+        table.add_row(
+            worker.worker,
+            _state(worker),
+            str(worker.rounds_answered),
+            f"{worker.mean_loss:.4f}" if worker.HasField("mean_loss") else "-",
+            f"{worker.answered_after_ms / 1000:.1f} s" if worker.answered_after_ms else "-",
+            size_text(worker.bytes_up),
+            size_text(worker.bytes_down),
+            worker.complaint,
+        )
+    return table
+
+
+def _state(worker: wire.WorkerStatus) -> str:
+    if worker.diverged:
+        return "[red]diverged[/]"
+    if not worker.connected:
+        return "[yellow]away[/]"
+    return "measuring" if worker.measuring else "ready"
+
+
+def _evaluation(evaluation: Evaluated) -> str:
+    auc = f", AUC {evaluation.auc:.3f}" if evaluation.HasField("auc") else ""
+    return (
+        f"round {evaluation.round}: loss {evaluation.loss:.4f}, accuracy "
+        f"{100 * evaluation.accuracy:.1f} %{auc}"
+    )

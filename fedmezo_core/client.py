@@ -1,0 +1,250 @@
+"""The gRPC client of a coordinator, for workers, the replica and the command line.
+
+The only core module that imports grpc. Every `grpc` error leaves it as one of ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from fedmezo_core.codec import decode_record, evaluated_to_pb
+from fedmezo_core.config import PROTOCOL_VERSION
+from fedmezo_core.errors import ConfigError, ProtocolError, UnavailableError, VersionError
+from fedmezo_core.journal import ZERO_HASH, head_after
+from fedmezo_core.records import Evaluated, Genesis
+from fedmezo_core.status import REASON_KEY, error_from
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
+
+CALL_TIMEOUT_S = 20.0
+RECEIVE_BYTES_MAX = 8 * 1024 * 1024
+"""Above the largest commit (`COMMIT_PAIRS_MAX` coefficients) and the largest journal page."""
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", RECEIVE_BYTES_MAX),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # Reconnecting is ours (full jitter); gRPC's own delay would add to it.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    # Workers on one machine must not share a connection: the server bounds streams a connection.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+_NOBODY_THERE = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        # What a connection that breaks in mid-call can look like.
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
+    }
+)
+"""Statuses that gRPC itself gives when a coordinator goes away; a retry may help."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDescription:
+    """What `GetRun` says."""
+
+    protocol_version: int
+    genesis: Genesis
+    head: bytes
+    """Head at genesis: names the base."""
+    round: int
+    epoch: int
+
+
+class CoordinatorClient:
+    """One channel to one coordinator; use it as an async context manager."""
+
+    def __init__(self, address: str, tls_ca: Path | None = None) -> None:
+        """`address` is host:port; `tls_ca` a PEM file to trust, or None for plain TCP."""
+        self.address = address
+        if tls_ca is None:
+            self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        else:
+            try:
+                roots = tls_ca.read_bytes()
+            except OSError as error:
+                raise ConfigError(
+                    f"tls_ca {tls_ca} cannot be read ({error.strerror}); give the CA's PEM file."
+                ) from None
+            self._channel = grpc.aio.secure_channel(
+                address, grpc.ssl_channel_credentials(roots), options=CHANNEL_OPTIONS
+            )
+        self._stub = rpc.CoordinatorServiceStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the channel and every stream on it."""
+        await self._channel.close()
+
+    async def get_run(self, run_id: str = "") -> RunDescription:
+        """What the run is."""
+        with self._errors_mapped():
+            answer = await self._stub.GetRun(
+                wire.GetRunRequest(protocol_versions=[PROTOCOL_VERSION], run_id=run_id),
+                timeout=CALL_TIMEOUT_S,
+            )
+        genesis = decode_record(answer.genesis)
+        if not isinstance(genesis, Genesis):
+            raise ProtocolError(
+                f"The coordinator at {self.address} described its run by a {type(genesis).__name__} "
+                "record; it is no FedMeZO coordinator of this version."
+            )
+        return RunDescription(
+            protocol_version=answer.protocol_version,
+            genesis=genesis,
+            head=head_after(ZERO_HASH, answer.genesis),
+            round=answer.round,
+            epoch=answer.epoch,
+        )
+
+    async def read_journal(
+        self,
+        from_seqno: int,
+        *,
+        run_id: str = "",
+        commits_only: bool = False,
+        wait_ms: int = 0,
+        records_max: int = 0,
+    ) -> wire.ReadJournalResponse:
+        """One page of the journal."""
+        with self._errors_mapped():
+            return await self._stub.ReadJournal(
+                wire.ReadJournalRequest(
+                    run_id=run_id,
+                    from_seqno=from_seqno,
+                    commits_only=commits_only,
+                    wait_ms=wait_ms,
+                    records_max=records_max,
+                ),
+                timeout=CALL_TIMEOUT_S + wait_ms / 1000,
+            )
+
+    async def journal_pages(
+        self, run_id: str = "", *, commits_only: bool = False
+    ) -> AsyncIterator[wire.ReadJournalResponse]:
+        """All pages that exist now."""
+        seqno = 0
+        while True:
+            page = await self.read_journal(seqno, run_id=run_id, commits_only=commits_only)
+            yield page
+            if not page.entries:
+                return
+            seqno = page.next_seqno
+
+    async def get_status(self, run_id: str = "") -> wire.GetStatusResponse:
+        """The whole picture."""
+        with self._errors_mapped():
+            return await self._stub.GetStatus(
+                wire.GetStatusRequest(run_id=run_id), timeout=CALL_TIMEOUT_S
+            )
+
+    async def report_replica(
+        self,
+        run_id: str,
+        secret: bytes,
+        round_: int,
+        weights_digest: bytes,
+        evaluation: Evaluated | None,
+    ) -> None:
+        """Hand in the replica's digest, and an evaluation if there is one."""
+        with self._errors_mapped():
+            await self._stub.ReportReplica(
+                wire.ReportReplicaRequest(
+                    run_id=run_id,
+                    secret=secret,
+                    round=round_,
+                    weights_digest=weights_digest,
+                    evaluation=None if evaluation is None else evaluated_to_pb(evaluation),
+                ),
+                timeout=CALL_TIMEOUT_S,
+            )
+
+    def session(self) -> SessionStream:
+        """A worker's stream; the first message sent must be the hello."""
+        return SessionStream(self._stub.Session(), self)
+
+    @contextmanager
+    def _errors_mapped(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.aio.AioRpcError as error:
+            metadata = dict(error.trailing_metadata() or ())
+            reason = str(metadata.get(REASON_KEY, ""))
+            details = error.details() or "no details"
+            if not reason and error.code() in _NOBODY_THERE:
+                raise UnavailableError(
+                    f"No coordinator answers at {self.address} ({details}); check the address, "
+                    "and that it is running."
+                ) from None
+            if not reason and error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise VersionError(
+                    f"What answers at {self.address} is no FedMeZO coordinator of this version; check "
+                    "the address, or upgrade the older of the two."
+                ) from None
+            raise error_from(error.code().name, reason, details) from None
+
+
+class SessionStream:
+    """Both directions of one session."""
+
+    def __init__(
+        self,
+        call: grpc.aio.StreamStreamCall[wire.SessionRequest, wire.SessionResponse],
+        client: CoordinatorClient,
+    ) -> None:
+        self._call = call
+        self._client = client
+
+    async def send(self, message: wire.SessionRequest) -> None:
+        """Send one message up."""
+        with self._client._errors_mapped():
+            try:
+                await self._call.write(message)
+            except asyncio.InvalidStateError:
+                # The stream has ended; reading says with which status.
+                await self._call.read()
+                raise UnavailableError("The coordinator ended the session.") from None
+
+    async def receive(self) -> wire.SessionResponse | None:
+        """The next message down, or None when the coordinator has ended the session."""
+        with self._client._errors_mapped():
+            message = await self._call.read()
+        if isinstance(message, wire.SessionResponse):
+            return message
+        return None
+
+    async def end(self) -> None:
+        """Say that nothing more will be sent."""
+        with self._client._errors_mapped():
+            await self._call.done_writing()
+
+    def cancel(self) -> None:
+        """Break off."""
+        self._call.cancel()

@@ -1,0 +1,104 @@
+"""Settings of a daemon: flags over environment over a TOML file, checked by pydantic."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from fedmezo_core.config import sentence_of
+from fedmezo_core.errors import ConfigError
+
+Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+def load_settings(
+    kind: type[Settings], arguments: Sequence[str], *, program: str, environment_prefix: str
+) -> Settings:
+    """Read `kind` from the command line, the environment and the file that `--config` names.
+
+    Environment names are the prefix and the key in upper case, nested keys after two underscores:
+    FEDMEZO_COORDINATOR_RUN__EPS. Raises `ConfigError` naming the key, the value and what is allowed;
+    `--help` and unknown flags end the process as argparse does.
+    """
+    arguments, config_path = _take_config_flag(arguments, f"{environment_prefix}CONFIG")
+    file_values = _read_toml(config_path) if config_path is not None else {}
+
+    class _Loaded(kind):  # type: ignore[misc, valid-type]
+        model_config = SettingsConfigDict(extra="forbid")
+
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], **_: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (
+                CliSettingsSource(
+                    settings_cls,
+                    cli_prog_name=program,
+                    cli_parse_args=list(arguments),
+                    cli_kebab_case=True,
+                    cli_implicit_flags=True,
+                    cli_hide_none_type=True,
+                    cli_avoid_json=False,
+                ),
+                EnvSettingsSource(
+                    settings_cls, env_prefix=environment_prefix, env_nested_delimiter="__"
+                ),
+                InitSettingsSource(settings_cls, init_kwargs=file_values),
+            )
+
+    _Loaded.__doc__ = kind.__doc__
+    _Loaded.__name__ = kind.__name__
+    try:
+        loaded: Settings = _Loaded()
+    except ValidationError as error:
+        where = str(config_path) if config_path is not None else program
+        raise ConfigError(sentence_of(error, where)) from None
+    except SettingsError as error:
+        raise ConfigError(
+            f"{program}: {error}; check the flags and {environment_prefix}*."
+        ) from None
+    return loaded
+
+
+def _take_config_flag(
+    arguments: Sequence[str], environment_name: str
+) -> tuple[list[str], Path | None]:
+    """Split off `--config FILE`: the file has to be read before the rest is parsed."""
+    rest: list[str] = []
+    path = os.environ.get(environment_name)
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--config":
+            path = next(waiting, "")
+        elif argument.startswith("--config="):
+            path = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    if path == "":
+        raise ConfigError("--config needs a file name; write --config coordinator.toml.")
+    return rest, Path(path) if path is not None else None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"The configuration file {path} cannot be read ({error.strerror}); check --config."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None

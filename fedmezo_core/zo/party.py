@@ -1,0 +1,135 @@
+"""One party's copy of a run: its model, task and weights, built alike at workers and at the replica."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import MismatchError
+from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.zo.digest import base_digest, tokenizer_digest
+from fedmezo_core.zo.materialize import Commit, Distribution, Rounding
+from fedmezo_core.zo.model import LoadedModel, load_model
+from fedmezo_core.zo.task import Task
+from fedmezo_core.zo.weights import Weights
+
+
+@dataclass(frozen=True)
+class Party:
+    """A model at its base weights, with everything that the run's configuration makes of it."""
+
+    config: RunConfig
+    loaded: LoadedModel
+    task: Task
+    weights: Weights
+    manifest_digest: bytes
+    base_digest: bytes
+    tokenizer_digest: bytes
+
+    @property
+    def distribution(self) -> Distribution:
+        """Of the run's directions."""
+        return Distribution[self.config.distribution.upper()]
+
+    @property
+    def rounding(self) -> Rounding:
+        """Of the run's commits."""
+        return Rounding[self.config.rounding.upper()]
+
+    def genesis(self) -> Genesis:
+        """The record that begins a run from this base."""
+        element_bytes = torch.finfo(getattr(torch, self.config.dtype)).bits // 8
+        elements = self.loaded.manifest.element_count
+        return Genesis(
+            config=self.config,
+            manifest_digest=self.manifest_digest,
+            base_digest=self.base_digest,
+            tokenizer_digest=self.tokenizer_digest,
+            trainable_elements=elements,
+            trainable_bytes=elements * element_bytes,
+        )
+
+    def check_same_base(self, genesis: Genesis) -> None:
+        """Refuse to go on from another base than the run's, and say what differs."""
+        ours = self.genesis()
+        for what, mine, theirs in (
+            ("tokenizer", ours.tokenizer_digest, genesis.tokenizer_digest),
+            ("manifest (the trainable tensors)", ours.manifest_digest, genesis.manifest_digest),
+            ("base weights", ours.base_digest, genesis.base_digest),
+        ):
+            if mine != theirs:
+                raise MismatchError(
+                    f"The {what} loaded here differ from the run's: digest {mine.hex()[:16]} instead "
+                    f"of {theirs.hex()[:16]}; load the same files of {genesis.config.model} as the "
+                    "coordinator."
+                )
+
+
+def open_party(
+    config: RunConfig,
+    model: str,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    local_files_only: bool = False,
+) -> Party:
+    """Load `model` (hub name or folder) for a run and digest it.
+
+    `threads` also sets torch's thread count for this process. Raises `ModelError`, `ConfigError`.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = load_model(
+        model,
+        dtype=config.dtype,
+        lora=config.lora,
+        run_seed=config.seed,
+        device=device,
+        local_files_only=local_files_only,
+    )
+    task = Task(config.task, loaded.tokenizer, _vocabulary_size(loaded))
+    weights = Weights(
+        loaded.model,
+        loaded.manifest,
+        distribution=Distribution[config.distribution.upper()],
+        rounding=Rounding[config.rounding.upper()],
+        threads=threads,
+    )
+    return Party(
+        config=config,
+        loaded=loaded,
+        task=task,
+        weights=weights,
+        manifest_digest=loaded.manifest.digest(),
+        base_digest=base_digest(loaded.model, threads=threads),
+        tokenizer_digest=tokenizer_digest(loaded.tokenizer),
+    )
+
+
+def commits_of(records: Sequence[Committed]) -> list[Commit]:
+    """The pairs of journaled commits as `materialize` takes them; coefficients are used as they are."""
+    return [
+        Commit(
+            seeds=np.concatenate(
+                [
+                    np.uint64(run.first_seed) + np.arange(len(run.coefficients), dtype=np.uint64)
+                    for run in record.runs
+                ]
+                or [np.empty(0, dtype=np.uint64)]
+            ),
+            coefficients=np.array(
+                [c for run in record.runs for c in run.coefficients], dtype=np.float32
+            ),
+            rounding_seed=record.rounding_seed,
+        )
+        for record in records
+    ]
+
+
+def _vocabulary_size(loaded: LoadedModel) -> int:
+    embeddings = loaded.model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])

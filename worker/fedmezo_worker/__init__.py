@@ -1,0 +1,1 @@
+"""The worker: forward-only measurements on private data, for a coordinator."""

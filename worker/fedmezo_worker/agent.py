@@ -1,0 +1,287 @@
+"""The one loop of a worker: stream and engine -> session machine -> stream and engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Sequence
+
+from fedmezo_core.backoff import delay_s
+from fedmezo_core.client import CoordinatorClient, RunDescription, SessionStream
+from fedmezo_core.codec import (
+    answer_to_pb,
+    assigned_from_pb,
+    decode_record,
+    ticket_from_pb,
+    unable_to_pb,
+)
+from fedmezo_core.config import PROTOCOL_VERSION
+from fedmezo_core.errors import (
+    FedMezoError,
+    MeasurementError,
+    NotReadyError,
+    ProtocolError,
+    UnavailableError,
+)
+from fedmezo_core.events import (
+    Acknowledged,
+    ApplyCommit,
+    CommitReceived,
+    Connected,
+    Disconnected,
+    FinishedByCoordinator,
+    Leave,
+    Measure,
+    Measured,
+    MeasureFailed,
+    RefusedByCoordinator,
+    ReportWeights,
+    SendAnswer,
+    SendHello,
+    SendUnable,
+    SessionAction,
+    SessionEvent,
+    Welcomed,
+)
+from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.session import SessionMachine
+from fedmezo_core.zo.party import Party
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_worker.engine import Engine
+from fedmezo_worker.settings import WorkerSettings
+
+log = logging.getLogger("fedmezo.worker")
+
+
+class Agent:
+    """Takes part in one run until it is finished."""
+
+    def __init__(self, settings: WorkerSettings, engine: Engine) -> None:
+        """`engine` does the numbers; the caller closes it."""
+        self._settings = settings
+        self._engine = engine
+        self._party: Party | None = None
+        self._genesis: Genesis | None = None
+        self._machine: SessionMachine | None = None
+        self._seqno = 0
+        self._measuring: asyncio.Task[Measured | MeasureFailed] | None = None
+        self._attempt = 0
+        self._is_behind = True
+        self._reachable_at_s = time.monotonic()
+
+    async def run(self) -> None:
+        """Join, follow and measure until the run is finished; reconnects by itself.
+
+        Raises the error that no retry can help, or `UnavailableError` after `give_up_after_s`.
+        """
+        async with CoordinatorClient(self._settings.coordinator, self._settings.tls_ca) as client:
+            try:
+                while not await self._attempt_once(client):
+                    pass
+            finally:
+                await self._drop_measurement()
+
+    async def _attempt_once(self, client: CoordinatorClient) -> bool:
+        """One connection, from catching up to its end; whether the run is finished."""
+        try:
+            if self._machine is None:
+                await self._prepare(client)
+            if self._is_behind and self._measuring is None:
+                await self._catch_up(client)
+                self._is_behind = False
+            return await self._session(client)
+        except (UnavailableError, NotReadyError) as error:
+            waited_s = time.monotonic() - self._reachable_at_s
+            if waited_s > self._settings.give_up_after_s:
+                raise
+            # It refuses a session only to a worker that must read the journal first, or when it is full.
+            self._is_behind |= isinstance(error, NotReadyError)
+            wait_s = delay_s(self._attempt, random.random())
+            self._attempt += 1
+            if self._attempt in (1, 5) or self._attempt % 20 == 0:
+                log.warning("%s Trying again.", error)
+            await asyncio.sleep(wait_s)
+            return False
+
+    def _reached(self) -> None:
+        self._attempt = 0
+        self._reachable_at_s = time.monotonic()
+
+    # ------------------------------------------------------------ before the stream
+
+    async def _prepare(self, client: CoordinatorClient) -> None:
+        """Learn what the run is, load model and data for it, and refuse a base that differs."""
+        description: RunDescription = await client.get_run(self._settings.run_id)
+        self._reached()
+        self._genesis = description.genesis
+        config = description.genesis.config
+        log.info("run %s: loading %s", config.run_id, self._settings.model or config.model)
+        self._party = await self._engine.load(self._settings, description.genesis)
+        self._machine = SessionMachine(0, description.head, report_losses=config.report_losses)
+        log.info("%d trainable elements", self._party.loaded.manifest.element_count)
+
+    async def _catch_up(self, client: CoordinatorClient) -> None:
+        """Read the commits that are missing; many are applied in one pass over the weights."""
+        assert self._machine is not None
+        assert self._genesis is not None
+        run_id = self._genesis.config.run_id
+        start = self._machine.round
+        while True:
+            page = await client.read_journal(self._seqno, run_id=run_id, commits_only=True)
+            actions: list[SessionAction] = []
+            for entry in page.entries:
+                event = _commit_event(entry.record)
+                if event is not None:
+                    actions += self._step(event)
+            await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
+            self._seqno = page.next_seqno
+            if not page.entries:
+                break
+        if self._machine.round > start:
+            log.info("caught up from round %d to %d", start, self._machine.round)
+
+    async def _apply(self, commits: Sequence[Committed]) -> None:
+        if commits:
+            await self._engine.apply(commits)
+
+    # ------------------------------------------------------------ the stream
+
+    async def _session(self, client: CoordinatorClient) -> bool:
+        """Keep one session until it ends; whether the run is finished."""
+        assert self._machine is not None
+        stream = client.session()
+        receiving: asyncio.Task[wire.SessionResponse | None] | None = None
+        try:
+            finished = await self._act(self._step(Connected()), stream)
+            while not finished:
+                if receiving is None:
+                    receiving = asyncio.create_task(stream.receive())
+                waiting = {receiving} | ({self._measuring} if self._measuring else set())
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                events: list[SessionEvent] = []
+                if receiving.done():
+                    message, receiving = receiving.result(), None
+                    if message is None:
+                        raise UnavailableError("The coordinator ended the session.")
+                    events.append(_event_of(message))
+                if self._measuring is not None and self._measuring.done():
+                    done, self._measuring = self._measuring, None
+                    events.append(done.result())
+                for event in events:
+                    finished = await self._act(self._step(event), stream) or finished
+                    if isinstance(event, Welcomed):
+                        self._reached()
+                        log.info("joined at round %d of epoch %d", event.round, event.epoch)
+                if self._machine.measuring_in_vain:
+                    self._engine.cut_short()
+            await stream.end()
+            await stream.receive()
+            return True
+        finally:
+            if receiving is not None:
+                receiving.cancel()
+                with contextlib.suppress(asyncio.CancelledError, FedMezoError):
+                    await receiving
+            stream.cancel()
+            self._machine.step(Disconnected())
+
+    def _step(self, event: SessionEvent) -> Sequence[SessionAction]:
+        """One step; an event that the machine does not allow ends this session, and a new one may work."""
+        assert self._machine is not None
+        try:
+            return self._machine.step(event)
+        except ProtocolError as error:
+            raise UnavailableError(str(error)) from None
+
+    async def _act(self, actions: Sequence[SessionAction], stream: SessionStream) -> bool:
+        """Do what the machine wants, in order; whether it wants to leave."""
+        commits: list[Committed] = []
+        for action in actions:
+            if isinstance(action, ApplyCommit):
+                commits.append(action.commit)
+                continue
+            await self._apply(commits)
+            commits = []
+            match action:
+                case SendHello(round_, head):
+                    await stream.send(self._hello(round_, head))
+                case Measure():
+                    self._measuring = asyncio.create_task(self._measure(action))
+                case SendAnswer():
+                    await stream.send(answer_to_pb(action))
+                case SendUnable():
+                    await stream.send(unable_to_pb(action))
+                case ReportWeights(round_):
+                    digest = await self._engine.digest()
+                    log.info("finished at round %d, weights %s", round_, digest.hex())
+                    report = wire.WeightsReport(round=round_, weights_digest=digest)
+                    await stream.send(wire.SessionRequest(weights_report=report))
+                case Leave():
+                    return True
+        await self._apply(commits)
+        return False
+
+    async def _measure(self, order: Measure) -> Measured | MeasureFailed:
+        try:
+            measured = await self._engine.measure(order)
+        except MeasurementError as error:
+            log.warning("round %d: %s", order.ticket.round, error)
+            return MeasureFailed(order.ticket, str(error))
+        log.info("round %d measured", order.ticket.round)
+        return measured
+
+    async def _drop_measurement(self) -> None:
+        if self._measuring is not None:
+            self._engine.cut_short()
+            await asyncio.wait({self._measuring})
+
+    def _hello(self, round_: int, head: bytes) -> wire.SessionRequest:
+        assert self._party is not None
+        config = self._party.config
+        return wire.SessionRequest(
+            hello=wire.Hello(
+                protocol_version=PROTOCOL_VERSION,
+                run_id=config.run_id,
+                worker=self._settings.name,
+                manifest_digest=self._party.manifest_digest,
+                base_digest=self._party.base_digest,
+                tokenizer_digest=self._party.tokenizer_digest,
+                recipe=config.recipe,
+                round=round_,
+                head=head,
+            )
+        )
+
+
+def _commit_event(record_bytes: bytes) -> CommitReceived | None:
+    record = decode_record(record_bytes)
+    return CommitReceived(record, record_bytes) if isinstance(record, Committed) else None
+
+
+def _event_of(message: wire.SessionResponse) -> SessionEvent:
+    match message.WhichOneof("kind"):
+        case "welcome":
+            return Welcomed(message.welcome.epoch, message.welcome.round)
+        case "commit":
+            event = _commit_event(message.commit.record)
+            if event is not None:
+                return event
+        case "assign":
+            return assigned_from_pb(message.assign)
+        case "ack":
+            return Acknowledged(ticket_from_pb(message.ack.ticket))
+        case "refused":
+            refused = message.refused
+            return RefusedByCoordinator(
+                ticket_from_pb(refused.ticket), refused.reason, refused.message
+            )
+        case "finished":
+            return FinishedByCoordinator(message.finished.round)
+        case _:
+            pass
+    raise ProtocolError(
+        "The coordinator sent a message that this version does not know; use the same FedMeZO version."
+    )

@@ -1,0 +1,153 @@
+"""The engine: everything that touches weights or data, on one thread, away from the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import ConfigError, MeasurementError
+from fedmezo_core.events import Measure, Measured
+from fedmezo_core.records import Committed, Genesis, digest64_of
+from fedmezo_core.zo.estimator import Estimator, local_steps
+from fedmezo_core.zo.party import Party, commits_of, open_party
+from fedmezo_core.zo.rows import read_rows
+from fedmezo_core.zo.task import Batch, Batches
+from fedmezo_core.zo.weights import Weights
+from fedmezo_worker.settings import WorkerSettings
+
+Result = TypeVar("Result")
+
+
+class CancelledMeasurementError(MeasurementError):
+    """The measurement can no longer count and was cut short."""
+
+
+class Engine:
+    """Loads, measures, applies and digests; one thing at a time, in the order of the calls."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._cut_short = threading.Event()
+        self._party: Party | None = None
+        self._batches: Batches | None = None
+        self._estimator: Estimator | None = None
+
+    async def load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
+        """Load model and data for the run; raises what is wrong with either."""
+        self._party = await self._run(lambda: self._load(settings, genesis))
+        return self._party
+
+    async def apply(self, commits: Sequence[Committed]) -> None:
+        """Fold commits into the weights, in one pass."""
+        await self._run(lambda: self._weights.apply(commits[0].round, commits_of(commits)))
+
+    async def digest(self) -> bytes:
+        """Digest of the weights, 32 bytes."""
+        return await self._run(lambda: self._weights.digest())
+
+    async def measure(self, order: Measure) -> Measured:
+        """Measure one assignment; `MeasurementError` if a loss is no number or it was cut short."""
+        self._cut_short.clear()
+        return await self._run(lambda: self._measure(order))
+
+    def cut_short(self) -> None:
+        """Let the running measurement end at its next step."""
+        self._cut_short.set()
+
+    async def close(self) -> None:
+        """Cut short what runs and wait for it."""
+        self._cut_short.set()
+        await asyncio.to_thread(self._thread.shutdown)
+
+    async def _run(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    # ------------------------------------------------------------ on the engine's thread
+
+    def _load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
+        config = genesis.config
+        _check_device(settings.device)
+        # The data first: a wrong column should not cost a model's loading time.
+        columns = (*config.task.columns(), _answer_column(config))
+        rows = read_rows(settings.data, tuple(dict.fromkeys(columns)))
+        party = open_party(
+            config,
+            settings.model or config.model,
+            device=settings.device,
+            threads=settings.threads,
+        )
+        party.check_same_base(genesis)
+        self._batches = Batches(
+            party.task,
+            party.task.encode(rows),
+            run_seed=config.seed,
+            worker_name=settings.name,
+            batch_size=config.batch_size,
+            local_steps=config.local_steps,
+            device=settings.device,
+        )
+        self._estimator = Estimator(
+            party.loaded.model,
+            party.loaded.manifest,
+            party.task,
+            distribution=party.distribution,
+            rounding=party.rounding,
+            threads=settings.threads,
+        )
+        return party
+
+    def _measure(self, order: Measure) -> Measured:
+        assert self._party is not None
+        assert self._estimator is not None
+        batches, config = self._batches, self._party.config
+        assert batches is not None
+        digest64 = digest64_of(self._weights.digest()) if order.want_digest else None
+
+        def batch_of(step: int) -> Batch:
+            if self._cut_short.is_set():
+                raise CancelledMeasurementError("the round closed before the measurement ended")
+            return batches.batch(order.ticket.round, step)
+
+        steps = local_steps(
+            self._estimator,
+            batch_of,
+            first_seed=order.first_seed,
+            count=order.steps,
+            eps=config.eps,
+            learning_rate=config.learning_rate,
+            projected_grad_abs_max=config.projected_grad_abs_max,
+        )
+        return Measured(
+            ticket=order.ticket,
+            projected_grads=tuple(steps.projected_grads.tolist()),
+            mean_loss=steps.loss,
+            weights_digest64=digest64,
+        )
+
+    @property
+    def _weights(self) -> Weights:
+        assert self._party is not None, "load comes first"
+        return self._party.weights
+
+
+def _answer_column(config: RunConfig) -> str:
+    task = config.task
+    return task.label_column if task.kind == "classification" else task.response_column
+
+
+def _check_device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ConfigError(f"device {device!r} is none that torch knows; use cpu or cuda.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu, or "
+            "install torch's CUDA build and a driver."
+        )

@@ -1,0 +1,54 @@
+"""What `fedmezo-worker` is told: flags, FEDMEZO_WORKER_* and a TOML file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings
+
+from fedmezo_core.config import NAME_PATTERN
+
+ENVIRONMENT_PREFIX = "FEDMEZO_WORKER_"
+
+
+class WorkerSettings(BaseSettings):
+    """A worker of a federated run: measures on its own data, sends only scalars.
+
+    Settings come from flags, then from FEDMEZO_WORKER_* in the environment, then from the TOML file
+    that --config names.
+    """
+
+    coordinator: str = Field(default="127.0.0.1:7465", description="host:port of the coordinator")
+    name: str = Field(description="this worker's name, unique in the run: a-z, 0-9 and -")
+    data: Path = Field(
+        description="its private rows: a JSONL, CSV or Parquet file, or a folder of them"
+    )
+    model: str = Field(
+        default="", description="model folder or hub name, if not the name that the run gives"
+    )
+    run_id: str = Field(default="", description="refuse any other run")
+    device: str = Field(default="cpu", description="torch device, for example cpu or cuda")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
+    tls_ca: Path | None = Field(
+        default=None, description="PEM file of the CA to trust; none: no TLS"
+    )
+    give_up_after_s: float = Field(
+        default=3600.0, ge=0, description="seconds without a coordinator before the worker ends"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.match(NAME_PATTERN, value):
+            raise ValueError("use 1 to 64 of a-z, 0-9 and -, beginning with a letter or digit")
+        return value
+
+    @field_validator("coordinator")
+    @classmethod
+    def _host_and_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("write it as host:port, for example 127.0.0.1:7465")
+        return value
