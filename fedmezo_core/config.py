@@ -42,7 +42,9 @@ class TaskConfig(_Frozen):
         default="{text}",
         description="The prompt; {column} is replaced by the row's value.",
     )
-    label_column: str = Field(default="label", description="Column with the class (classification).")
+    label_column: str = Field(
+        default="label", description="Column with the class (classification)."
+    )
     verbalizers: dict[str, str] = Field(
         default_factory=dict,
         description="Class as written in the data -> word that the model should say for it.",
@@ -95,7 +97,9 @@ class RunConfig(_Frozen):
     )
     dtype: Literal["float32", "bfloat16"] = "float32"
     rounding: Literal["stochastic", "nearest"] = "stochastic"
-    workers_min: int = Field(default=1, ge=1, le=COHORT_MAX, description="Ready before a round opens.")
+    workers_min: int = Field(
+        default=1, ge=1, le=COHORT_MAX, description="Ready before a round opens."
+    )
     quorum: int = Field(default=1, ge=1, le=COHORT_MAX, description="Least answers to commit.")
     cohort_size_max: int = Field(default=64, ge=1, le=COHORT_MAX)
     deadline_ms: int = Field(default=600_000, ge=100, le=7 * 24 * 3600 * 1000)

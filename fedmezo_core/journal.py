@@ -114,6 +114,11 @@ class Journal:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the store holds nothing yet, not even a genesis."""
+        return len(self._store) == 0
+
     def load(self) -> Iterator[Entry]:
         """Read everything from the start, verifying; afterwards the journal can be appended to.
 

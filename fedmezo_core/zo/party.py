@@ -73,7 +73,6 @@ def open_party(
     config: RunConfig,
     model: str,
     *,
-    device: str = "cpu",
     threads: int | None = None,
     local_files_only: bool = False,
 ) -> Party:
@@ -88,7 +87,6 @@ def open_party(
         dtype=config.dtype,
         lora=config.lora,
         run_seed=config.seed,
-        device=device,
         local_files_only=local_files_only,
     )
     task = Task(config.task, loaded.tokenizer, _vocabulary_size(loaded))

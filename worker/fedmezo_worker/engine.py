@@ -8,10 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import ConfigError, MeasurementError
+from fedmezo_core.errors import MeasurementError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis, digest64_of
 from fedmezo_core.zo.estimator import Estimator, local_steps
@@ -72,14 +70,12 @@ class Engine:
 
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
         config = genesis.config
-        _check_device(settings.device)
         # The data first: a wrong column should not cost a model's loading time.
         columns = (*config.task.columns(), _answer_column(config))
         rows = read_rows(settings.data, tuple(dict.fromkeys(columns)))
         party = open_party(
             config,
             settings.model or config.model,
-            device=settings.device,
             threads=settings.threads,
         )
         party.check_same_base(genesis)
@@ -90,7 +86,6 @@ class Engine:
             worker_name=settings.name,
             batch_size=config.batch_size,
             local_steps=config.local_steps,
-            device=settings.device,
         )
         self._estimator = Estimator(
             party.loaded.model,
@@ -139,15 +134,3 @@ class Engine:
 def _answer_column(config: RunConfig) -> str:
     task = config.task
     return task.label_column if task.kind == "classification" else task.response_column
-
-
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ConfigError(f"device {device!r} is none that torch knows; use cpu or cuda.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device {device!r} was asked for, but torch sees no CUDA device; use --device cpu, or "
-            "install torch's CUDA build and a driver."
-        )

@@ -29,7 +29,6 @@ class WorkerSettings(BaseSettings):
         default="", description="model folder or hub name, if not the name that the run gives"
     )
     run_id: str = Field(default="", description="refuse any other run")
-    device: str = Field(default="cpu", description="torch device, for example cpu or cuda")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
     tls_ca: Path | None = Field(
         default=None, description="PEM file of the CA to trust; none: no TLS"

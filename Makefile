@@ -1,0 +1,79 @@
+# The only entry point. `make` lists the targets; each sets up what it needs.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# torch comes first and alone: a looser requirement lets pip take the newest CUDA build for everyone.
+# On a machine without a GPU whose package index has no CPU build, name PyTorch's own CPU index here.
+TORCH ?= torch==2.13.0
+TORCH_INDEX_URL ?=
+# What the demo trains: a model folder or hub name, and a folder of data (see docs/data.md).
+MODEL ?=
+DATA ?=
+SEED ?= 1
+
+.PHONY: help setup demo test sim lint format proto check-proto bench wheel-test clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(VENV)/.installed  ## make the virtual environment with pinned versions
+
+$(VENV)/.installed: pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q pip==26.3
+	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	$(BIN)/python -m pip install -q -c requirements.lock --build-constraint requirements.lock --group dev -e '.[worker]'
+	touch $@
+
+demo: setup  ## four workers fine-tune a real language model over gRPC (about 8 minutes)
+	$(BIN)/python deploy/demo/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) --seed $(SEED)
+
+test: setup  ## run the tests (no GPU, no network)
+	$(BIN)/python -m pytest -n 2
+
+sim: setup  ## replay one simulated federation with its transcript: make sim SEED=7
+	$(BIN)/python -m tests.sim --seed $(SEED)
+
+lint: setup check-proto  ## ruff, mypy --strict, buf lint, generated code up to date
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/buf lint
+
+format: setup  ## let ruff rewrite the layout
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+PROTOS := $(wildcard proto/fedmezo_proto/v1/*.proto)
+PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
+
+proto: setup  ## generate the code for the .proto files
+	$(call PROTOC,proto)
+
+check-proto: setup
+	rm -rf build/proto && mkdir -p build/proto
+	$(call PROTOC,build/proto)
+	@for file in $$(cd build/proto && find . -type f); do \
+	  cmp -s build/proto/$$file proto/$$file || { \
+	    echo "proto/$$file does not match its .proto file; run 'make proto' and commit the result" >&2; exit 1; }; \
+	done
+
+bench: setup  ## measure replay and forward speed; writes build/reports/bench.json
+	$(BIN)/python benchmarks/bench.py
+
+wheel-test: setup  ## build the wheel, install it alone in a fresh environment, run the commands
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install -q -c requirements.lock build/wheel/*.whl
+	cd / && for program in fedmezo fedmezo-coordinator fedmezo-worker; do \
+	  $(abspath build/wheel/venv/bin)/$$program --help > /dev/null; done
+	@echo "the wheel installs without torch and its commands run"
+
+clean:  ## remove what was built, but not the downloaded models and data
+	rm -rf $(VENV) build/proto build/wheel build/reports .pytest_cache .mypy_cache .ruff_cache
