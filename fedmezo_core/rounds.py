@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -360,16 +360,6 @@ class RoundMachine:
         if self._replica_trusted:
             parties.discard(REPLICA_PARTY)
         return frozenset(parties)
-
-    @property
-    def recent_rounds(self) -> Sequence[RoundSummary]:
-        """The newest committed rounds, oldest first, at most `RECENT_ROUNDS_MAX`."""
-        return self.state.recent_rounds
-
-    @property
-    def rounds_answered(self) -> dict[str, int]:
-        """Rounds committed with each worker's answer since the start, by name."""
-        return {view.worker: view.rounds_answered for view in self._workers.values()}
 
     @property
     def workers(self) -> Mapping[str, WorkerView]:

@@ -1,0 +1,100 @@
+"""Hundreds of federations, and proof that the simulator would notice what it is there to notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from fedmezo_core.events import AnswerReceived, Ready, RoundEvent, Ticket
+from fedmezo_core.rounds import RoundMachine
+from tests.sim.checker import ViolationError
+from tests.sim.world import World
+
+SEEDS_A_BLOCK = 50
+CONTROL_SEEDS = 60
+
+
+@pytest.mark.parametrize("first", range(0, 400, SEEDS_A_BLOCK))
+def test_every_federation_stays_sound_and_finishes(first: int) -> None:
+    for seed in range(first, first + SEEDS_A_BLOCK):
+        World(seed).run()
+
+
+def test_a_seed_replays_exactly() -> None:
+    transcripts: list[list[str]] = [[], []]
+    for transcript in transcripts:
+        World(11, transcript=transcript).run()
+    assert transcripts[0] == transcripts[1]
+    assert len(transcripts[0]) > 50
+
+
+class RoundOnlyMachine(RoundMachine):
+    """A machine that matches answers by worker and round alone, as if there were no tickets."""
+
+    def step(self, event: RoundEvent) -> Ready:
+        """Credit any answer for the open round to the worker's own slot."""
+        current = self.state.open
+        if isinstance(event, AnswerReceived) and current and event.ticket.round == current.round:
+            slot = current.slots.get(event.worker)
+            if slot is not None:
+                ticket = Ticket(self.epoch, current.round, slot)
+                event = replace(event, ticket=ticket)
+        return super().step(event)
+
+
+def _caught(make: Callable[[int], World]) -> list[str]:
+    found = []
+    for seed in range(CONTROL_SEEDS):
+        try:
+            make(seed).run()
+        except ViolationError as violation:
+            found.append(str(violation))
+    assert all("python -m tests.sim --seed" in violation for violation in found)
+    return found
+
+
+def _with_lying_disk(seed: int, machine: Callable[[], RoundMachine] = RoundMachine) -> World:
+    """A network and a disk bad enough that a round is opened twice, with other slots."""
+    scenario = replace(
+        World(seed).scenario,
+        workers=4,
+        hostile=True,
+        lose_tail=True,
+        replica=False,
+        flips_max=0,
+        delay_ms_max=400,
+        heal_at_ms=10_000,
+        coordinator_crash_rate=0.3,
+        tear_rate=0.02,
+    )
+    config = scenario.config.model_copy(
+        update={
+            "workers_min": 2,
+            "quorum": 2,
+            "cohort_size_max": 4,
+            "rounds": 9,
+            "deadline_ms": 1000,
+        }
+    )
+    return World(seed, scenario=replace(scenario, config=config), machine=machine)
+
+
+def test_tickets_hold_even_when_the_disk_loses_an_opening() -> None:
+    assert _caught(_with_lying_disk) == []
+
+
+def test_control_matching_the_round_alone_is_caught() -> None:
+    found = _caught(lambda seed: _with_lying_disk(seed, RoundOnlyMachine))
+    assert sum("not measured on that slot's seed" in violation for violation in found) >= 2
+
+
+def test_control_sending_before_appending_is_caught() -> None:
+    def make(seed: int) -> World:
+        scenario = replace(World(seed).scenario, coordinator_crash_rate=0.2, heal_at_ms=10_000)
+        return World(seed, scenario=scenario, append_first=False)
+
+    found = _caught(make)
+    assert any("not in the journal" in violation for violation in found)
+    assert len(found) >= CONTROL_SEEDS // 4

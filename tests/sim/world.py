@@ -1,0 +1,629 @@
+"""A whole federation in memory, on one thread, from one seed.
+
+Round machine, journal and session machines are the real ones; their drivers, the network, the clock and
+the disk are simulated, and break as the seed says: streams tear, messages are delayed, doubled, lost or
+overtake each other, the coordinator and workers crash at the worst places, weights flip. `Checker` looks
+on, knows the truth, and raises `ViolationError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fedmezo_core.codec import decode_record, encode_record
+from fedmezo_core.config import RunConfig, TaskConfig
+from fedmezo_core.errors import DivergedError, ProtocolError
+from fedmezo_core.events import (
+    Ack,
+    Acknowledged,
+    AnswerReceived,
+    ApplyCommit,
+    Assign,
+    Assigned,
+    CommitReceived,
+    Connected,
+    Disconnected,
+    Expel,
+    Finish,
+    FinishedByCoordinator,
+    Leave,
+    Measure,
+    Measured,
+    MeasureFailed,
+    Ready,
+    Refuse,
+    RefusedByCoordinator,
+    ReplicaDigest,
+    ReportWeights,
+    RoundEvent,
+    RoundMessage,
+    SendAnswer,
+    SendHello,
+    SendUnable,
+    SessionEvent,
+    Tick,
+    UnableReceived,
+    Welcomed,
+    WorkerLost,
+    WorkerReady,
+)
+from fedmezo_core.journal import Entry, Journal, MemoryStore, Row
+from fedmezo_core.records import Committed, Genesis, Opened, Record, digest64_of
+from fedmezo_core.rounds import RoundMachine, RunState
+from fedmezo_core.session import SessionMachine
+from tests.sim.checker import BASE_WEIGHTS, Checker, ViolationError, measure, weights_after
+
+TICK_MS = 200
+EVENTS_MAX = 60_000
+"""A run that needs more has stopped making progress."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What one seed runs. Rates are per opportunity while faults last."""
+
+    workers: int
+    config: RunConfig
+    replica: bool
+    hostile: bool
+    """The network also loses, doubles and reorders inside a stream, and delivers after it tore."""
+    flips_max: int
+    """Workers whose weights change behind their back."""
+    lose_tail: bool
+    """A crash of the coordinator loses the newest record if it is an `Opened`: a disk that lied."""
+    heal_at_ms: int
+    """Faults end here."""
+    delay_ms_max: int
+    tear_rate: float
+    coordinator_crash_rate: float
+    worker_crash_rate: float
+    unable_rate: float
+    double_rate: float
+    drop_rate: float
+
+
+def draw_scenario(rng: random.Random) -> Scenario:
+    """Any scenario in which honest parties can finish and a flipped worker can be told apart."""
+    workers = rng.randint(1, 6)
+    quorum = rng.randint(1, workers)
+    replica = rng.random() < 0.5
+    can_flip = quorum >= 2 and (workers >= 3 or replica)
+    flips_max = 0 if not can_flip or rng.random() < 0.4 else (3 if replica else 1)
+    config = RunConfig(
+        run_id="sim",
+        model="none",
+        task=TaskConfig(verbalizers={"a": "a", "b": "b"}),
+        seed=rng.getrandbits(64),
+        rounds=rng.randint(2, 9),
+        local_steps=rng.randint(1, 4),
+        learning_rate=10.0 ** rng.uniform(-7, -1),
+        workers_min=rng.randint(1, workers),
+        quorum=quorum,
+        cohort_size_max=rng.randint(quorum, workers),
+        deadline_ms=rng.choice((300, 1000, 5000)),
+        digest_every_rounds=1 if flips_max else rng.randint(1, 3),
+        report_losses=rng.random() < 0.5,
+    )
+    calm = rng.random() < 0.15
+    hostile = rng.random() < 0.4
+
+    def rate(most: float) -> float:
+        return 0.0 if calm or rng.random() < 0.25 else rng.uniform(0, most)
+
+    return Scenario(
+        workers=workers,
+        config=config,
+        replica=replica,
+        hostile=hostile,
+        flips_max=flips_max,
+        lose_tail=hostile and rng.random() < 0.5,
+        heal_at_ms=rng.randint(1000, 20_000),
+        delay_ms_max=rng.choice((5, 50, 400)),
+        tear_rate=rate(0.05),
+        coordinator_crash_rate=rate(0.08),
+        worker_crash_rate=rate(0.05),
+        unable_rate=rate(0.2),
+        double_rate=rate(0.2),
+        drop_rate=rate(0.05) if hostile else 0.0,
+    )
+
+
+@dataclass(frozen=True)
+class Hello:
+    """First message up."""
+
+    round: int
+    head: bytes
+
+
+Up = Hello | SendAnswer | SendUnable
+Down = SessionEvent | Expel
+
+
+@dataclass(eq=False)
+class Stream:
+    """One connection of one worker to one coordinator start."""
+
+    worker: Worker
+    machine: RoundMachine
+    """Stands for the coordinator start that it leads to."""
+    alive: bool = True
+    up_after_ms: int = 0
+    down_after_ms: int = 0
+
+
+class World:
+    """Owns the clock, the dice and everybody."""
+
+    def __init__(
+        self,
+        seed: int,
+        *,
+        scenario: Scenario | None = None,
+        machine: Callable[[], RoundMachine] = RoundMachine,
+        append_first: bool = True,
+        transcript: list[str] | None = None,
+    ) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.scenario = scenario or draw_scenario(self.rng)
+        self.now_ms = 0
+        self.transcript = transcript
+        self.make_machine = machine
+        self.append_first = append_first
+        self._heap: list[tuple[int, int, Callable[[], None]]] = []
+        self._scheduled = 0
+        self.flips = 0
+        self.store = MemoryStore()
+        genesis = Genesis(self.scenario.config, bytes(32), bytes(32), bytes(32), 1, 4)
+        [entry] = Journal(self.store).append([genesis])
+        self.genesis_head = entry.head
+        self.checker = Checker(self.scenario.config)
+        self.coordinator = Coordinator(self)
+        self.workers = [Worker(self, f"w{n}") for n in range(self.scenario.workers)]
+        self.replica = Replica(self) if self.scenario.replica else None
+
+    @property
+    def faulty(self) -> bool:
+        """Whether faults still happen."""
+        return self.now_ms < self.scenario.heal_at_ms
+
+    def chance(self, rate: float) -> bool:
+        """One roll; always no once faults have ended."""
+        return self.faulty and rate > 0 and self.rng.random() < rate
+
+    def later(self, delay_ms: int, what: Callable[[], None]) -> None:
+        """Do `what` after `delay_ms`."""
+        self._scheduled += 1
+        heapq.heappush(self._heap, (self.now_ms + delay_ms, self._scheduled, what))
+
+    def say(self, who: str, what: object) -> None:
+        """A line of the transcript, if one is wanted."""
+        if self.transcript is not None:
+            self.transcript.append(f"{self.now_ms:>7} {who:<12} {what}")
+
+    def run(self) -> None:
+        """To the end of the run; raises `ViolationError`, naming the seed."""
+        try:
+            self._run()
+        except ViolationError as violation:
+            raise ViolationError(
+                f"{violation}; replay with: python -m tests.sim --seed {self.seed}"
+            ) from violation
+
+    def _run(self) -> None:
+        self.say("world", self.scenario)
+        self.coordinator.boot()
+        for worker in self.workers:
+            self.later(self.rng.randint(0, 500), worker.boot)
+        if self.replica is not None:
+            self.later(TICK_MS, self.replica.poll)
+        self.later(self.scenario.heal_at_ms, self._heal)
+        for _ in range(EVENTS_MAX):
+            if all(worker.left for worker in self.workers):
+                break
+            self.now_ms, _, what = heapq.heappop(self._heap)
+            what()
+        else:
+            raise ViolationError(
+                f"no progress: round {self.coordinator.machine.round} of "
+                f"{self.scenario.config.rounds} after {EVENTS_MAX} events"
+            )
+        self.coordinator.check_fold()
+        flipped = {worker.name for worker in self.workers if worker.flipped}
+        self.checker.at_end({w.name: w.weights for w in self.workers}, flipped)
+
+    def _heal(self) -> None:
+        # What silent loss left hanging ends as a keepalive would end it.
+        self.say("world", "faults end")
+        if self.scenario.hostile:
+            for worker in self.workers:
+                worker.tear()
+
+
+class Coordinator:
+    """The daemon's loop: step, append, send."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.up = False
+        self.machine = world.make_machine()
+        self.journal = Journal(world.store)
+        self.streams: dict[str, Stream] = {}
+        self.commits: list[Row] = []
+        self.heads: list[bytes] = []
+
+    def boot(self) -> None:
+        """Fold the journal, begin an epoch."""
+        self.machine = self.world.make_machine()
+        self.journal = Journal(self.world.store)
+        self.commits, self.heads = [], []
+        for entry in self.journal.load():
+            self.machine.apply(entry.record)
+            self._remember(entry)
+        self.up = True
+        self.perform(self.machine.start(self.world.now_ms))
+        if self.up:
+            self.world.say("coordinator", f"serving epoch {self.machine.epoch}")
+            self._tick(self.machine)
+
+    def crash(self) -> None:
+        """Everything but the store is lost."""
+        world = self.world
+        world.say("coordinator", "crash")
+        self.up = False
+        self.streams = {}
+        for worker in world.workers:
+            # What was sent before the crash may still arrive, until the worker notices.
+            world.later(
+                world.rng.randint(0, 2 * world.scenario.delay_ms_max), worker.tear_of_stream()
+            )
+        if world.scenario.lose_tail:
+            rows = world.store._rows
+            last = decode_record(rows[-1].body)
+            if isinstance(last, Opened):
+                rows.pop()
+                world.checker.forget(last)
+                world.say("disk", f"lost {last}")
+        world.later(world.rng.randint(10, 2000), self.boot)
+
+    def check_fold(self) -> None:
+        """A restart would rebuild exactly what is live."""
+        folded = RunState()
+        for entry in Journal(self.world.store).load():
+            folded.apply(entry.record)
+        if folded != self.machine.state:
+            raise ViolationError(f"a restart folds to {folded}, live is {self.machine.state}")
+
+    def step(self, event: RoundEvent) -> None:
+        """One event through the machine."""
+        self.perform(self.machine.step(event))
+
+    def perform(self, ready: Ready) -> None:
+        """Append, then send (or, for a control, the other way round); any point may be the last."""
+        world = self.world
+        parts = [partial(self._append, ready.records), partial(self._send, ready)]
+        if not world.append_first:
+            parts.reverse()
+        crash_at = world.rng.choice((0, 1, 2)) if self._crashes(ready) else 3
+        for number, part in enumerate(parts):
+            if crash_at == number:
+                self.crash()
+                return
+            part()
+        if crash_at == 2:
+            self.check_fold()
+            self.crash()
+
+    def _crashes(self, ready: Ready) -> bool:
+        rate = self.world.scenario.coordinator_crash_rate
+        return bool(ready.records) and self.world.chance(rate)
+
+    def _append(self, records: tuple[Record, ...]) -> None:
+        for entry in self.journal.append(records) if records else ():
+            self.world.say("journal", entry.record)
+            self.world.checker.appended(entry.record)
+            self._remember(entry)
+
+    def _remember(self, entry: Entry) -> None:
+        if isinstance(entry.record, Genesis | Committed):
+            self.commits.append(entry.row)
+            self.heads.append(entry.head)
+
+    def _send(self, ready: Ready) -> None:
+        for record in ready.records:
+            if isinstance(record, Committed):
+                for stream in self.streams.values():
+                    self._down(stream, CommitReceived(record, encode_record(record)))
+        for message in ready.messages:
+            stream_or_none = self.streams.get(message.worker)
+            if stream_or_none is not None:
+                self._down(stream_or_none, _down_of(message))
+                if isinstance(message, Assign):
+                    stream_or_none.worker.release()
+
+    def receive(self, stream: Stream, message: Up) -> None:
+        """A message from a worker came out of the network."""
+        world, name = self.world, stream.worker.name
+        if not self.up:
+            return
+        if isinstance(message, Hello):
+            if stream.alive and stream.machine is self.machine:
+                self._greet(stream, message)
+            return
+        if self.streams.get(name) is not stream and not world.scenario.hostile:
+            return
+        match message:
+            case SendAnswer():
+                self.step(
+                    AnswerReceived(
+                        name,
+                        message.ticket,
+                        message.projected_grads,
+                        message.mean_loss,
+                        message.weights_digest64,
+                    )
+                )
+            case SendUnable(ticket, reason):
+                self.step(UnableReceived(name, ticket, reason))
+
+    def _greet(self, stream: Stream, hello: Hello) -> None:
+        worker = stream.worker
+        if hello.round >= len(self.heads) or self.heads[hello.round] != hello.head:
+            raise ViolationError(
+                f"{worker.name} holds round {hello.round}, which is not in the journal"
+            )
+        if worker.name in self.streams:
+            self.lost(self.streams[worker.name])
+            if not self.up:
+                return
+        self.streams[worker.name] = stream
+        self._down(stream, Welcomed(self.machine.epoch, self.machine.round))
+        for row in self.commits[hello.round + 1 :]:
+            record = decode_record(row.body)
+            assert isinstance(record, Committed)
+            self._down(stream, CommitReceived(record, row.body))
+        self.step(WorkerReady(worker.name))
+
+    def lost(self, stream: Stream) -> None:
+        """The coordinator notices that a stream tore."""
+        if self.up and self.streams.get(stream.worker.name) is stream:
+            del self.streams[stream.worker.name]
+            self.step(WorkerLost(stream.worker.name))
+
+    def _down(self, stream: Stream, message: Down) -> None:
+        world = self.world
+        if not stream.alive or world.chance(world.scenario.drop_rate):
+            return
+        at_ms = world.now_ms + world.rng.randint(0, world.scenario.delay_ms_max)
+        if not (world.scenario.hostile and world.faulty):
+            at_ms = max(at_ms, stream.down_after_ms)
+        stream.down_after_ms = max(stream.down_after_ms, at_ms)
+        for _ in range(2 if world.scenario.hostile and world.chance(0.05) else 1):
+            world.later(at_ms - world.now_ms, lambda: stream.worker.receive(stream, message))
+
+    def _tick(self, machine: RoundMachine) -> None:
+        if self.up and self.machine is machine:
+            jump = self.world.rng.randint(-5000, 0) if self.world.chance(0.02) else 0
+            self.step(Tick(self.world.now_ms + jump))
+            self.world.later(TICK_MS, lambda: self._tick(machine))
+
+
+class Worker:
+    """The agent's loop around a session machine, with an oracle for an engine."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
+        self.name = name
+        self.left = False
+        self.flipped = False
+        self.weights = BASE_WEIGHTS
+        self.session: SessionMachine | None = None
+        self.stream: Stream | None = None
+        self.running: Measure | None = None
+        self.held_back: list[tuple[Stream, Up]] = []
+        """Under way when its stream tore; a hostile network hands it over at the worst time."""
+
+    def boot(self) -> None:
+        """Start from the base."""
+        self.weights, self.flipped, self.running = BASE_WEIGHTS, False, None
+        self.session = SessionMachine(
+            0, self.world.genesis_head, report_losses=self.world.scenario.config.report_losses
+        )
+        self.connect(self.session)
+
+    def crash(self, why: str) -> None:
+        """Everything is lost."""
+        self.world.say(self.name, f"crash: {why}")
+        self.tear()
+        self.session, self.running = None, None
+        self.world.later(self.world.rng.randint(10, 2000), self.boot)
+
+    def connect(self, session: SessionMachine) -> None:
+        """Catch up from the journal, then open a stream; again later if nobody is there."""
+        world = self.world
+        if session is not self.session or self.stream is not None or self.left:
+            return
+        if not world.coordinator.up:
+            world.later(world.rng.randint(50, 500), lambda: self.connect(session))
+            return
+        missing = world.coordinator.commits[session.round + 1 :]
+        for row in missing[: world.rng.randint(0, len(missing))]:
+            record = decode_record(row.body)
+            assert isinstance(record, Committed)
+            self.step(CommitReceived(record, row.body))
+        self.stream = Stream(self, world.coordinator.machine)
+        self.step(Connected())
+
+    def tear(self) -> None:
+        """The stream breaks; both ends notice some time later."""
+        stream, session, world = self.stream, self.session, self.world
+        if stream is None:
+            return
+        stream.alive = False
+        self.stream = None
+        world.later(world.rng.randint(0, 1000), lambda: world.coordinator.lost(stream))
+        if session is not None:
+            self.step(Disconnected())
+            world.later(world.rng.randint(10, 1500), lambda: self.connect(session))
+
+    def release(self) -> None:
+        """The network hands over what it held back: just now, the coordinator waits for an answer."""
+        for stream, message in self.held_back:
+            late_ms = self.world.rng.randint(0, 100)
+            self.world.later(late_ms, partial(self.world.coordinator.receive, stream, message))
+        self.held_back.clear()
+
+    def tear_of_stream(self) -> Callable[[], None]:
+        """What breaks the stream that is open now, whenever it is called."""
+        stream = self.stream
+
+        def tear() -> None:
+            if stream is not None and self.stream is stream:
+                self.tear()
+
+        return tear
+
+    def receive(self, stream: Stream, message: Down) -> None:
+        """A message came out of the network."""
+        if stream is not self.stream or self.session is None:
+            return
+        world = self.world
+        if world.chance(world.scenario.tear_rate):
+            world.say(self.name, "stream tears")
+            self.tear()
+            return
+        if world.chance(world.scenario.worker_crash_rate):
+            self.crash("kill -9")
+            return
+        if isinstance(message, Expel):
+            self.crash(message.message)
+            return
+        if isinstance(message, Acknowledged):
+            world.checker.acknowledged(self.name, message.ticket)
+        self.step(message)
+        may_flip = world.flips < world.scenario.flips_max and world.now_ms > 500
+        if may_flip and self.running is None and world.chance(0.03) and self.weights:
+            world.flips += 1
+            self.flipped = True
+            self.weights = hashlib.sha256(self.name.encode() + self.weights).digest()
+            world.say(self.name, "a bit of its weights flips")
+
+    def step(self, event: SessionEvent) -> None:
+        """One event through the machine, then what it asks for."""
+        assert self.session is not None
+        self.world.say(self.name, event)
+        try:
+            actions = self.session.step(event)
+        except ProtocolError as error:
+            if not self.world.scenario.hostile:
+                raise ViolationError(
+                    f"{self.name} was sent what breaks the protocol: {error}"
+                ) from error
+            self.world.say(self.name, error)
+            self.tear()
+            return
+        except DivergedError as error:
+            raise ViolationError(f"{self.name}: {error}") from error
+        for action in actions:
+            self.perform(action)
+
+    def perform(self, action: Any) -> None:
+        """One action of the session machine."""
+        world = self.world
+        match action:
+            case SendHello(round_, head):
+                self._up(Hello(round_, head))
+            case ApplyCommit(commit):
+                if self.running is not None:
+                    raise ViolationError(f"{self.name}: weights changed under a measurement")
+                self.weights = weights_after(self.weights, commit)
+            case Measure():
+                if self.running is not None:
+                    raise ViolationError(f"{self.name}: two measurements at once")
+                self.running = action
+                session = self.session
+                duration_ms = world.rng.choice((1, 20, 150, 900))
+                world.later(duration_ms, lambda: self._end_measure(session, action))
+            case SendAnswer():
+                world.checker.sent(self.name, action)
+                self._up(action)
+                if world.chance(world.scenario.double_rate):
+                    self._up(action)
+            case SendUnable():
+                self._up(action)
+            case ReportWeights(round_):
+                assert round_ == world.scenario.config.rounds
+            case Leave():
+                world.say(self.name, "leaves")
+                self.left = True
+                self.tear()
+
+    def _end_measure(self, session: SessionMachine | None, asked: Measure) -> None:
+        if session is not self.session or self.running is not asked:
+            return
+        self.running = None
+        if self.world.chance(self.world.scenario.unable_rate):
+            self.step(MeasureFailed(asked.ticket, "loss is nan"))
+            return
+        grads, loss = measure(self.name, asked.first_seed, asked.steps, self.weights)
+        digest64 = digest64_of(self.weights) if asked.want_digest else None
+        self.step(Measured(asked.ticket, grads, loss, digest64))
+
+    def _up(self, message: Up) -> None:
+        world, stream = self.world, self.stream
+        if stream is None or world.chance(world.scenario.drop_rate):
+            return
+        at_ms = world.now_ms + world.rng.randint(0, world.scenario.delay_ms_max)
+        if not (world.scenario.hostile and world.faulty):
+            at_ms = max(at_ms, stream.up_after_ms)
+        stream.up_after_ms = max(stream.up_after_ms, at_ms)
+
+        def arrive() -> None:
+            if stream.alive:
+                world.coordinator.receive(stream, message)
+            elif world.scenario.hostile and world.chance(0.9):
+                self.held_back.append((stream, message))
+
+        world.later(at_ms - world.now_ms, arrive)
+
+
+class Replica:
+    """The coordinator's own copy of the weights, in a process of its own."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.weights = BASE_WEIGHTS
+        self.round = 0
+
+    def poll(self) -> None:
+        """Apply the next commit, if there is one, and report."""
+        world, coordinator = self.world, self.world.coordinator
+        if coordinator.up:
+            if self.round + 1 < len(coordinator.commits):
+                record = decode_record(coordinator.commits[self.round + 1].body)
+                assert isinstance(record, Committed)
+                self.weights = weights_after(self.weights, record)
+                self.round = record.round
+            coordinator.step(ReplicaDigest(self.round, digest64_of(self.weights)))
+        world.later(world.rng.randint(20, 600), self.poll)
+
+
+def _down_of(message: RoundMessage) -> Down:
+    match message:
+        case Assign():
+            return Assigned(message.ticket, message.first_seed, message.steps, message.want_digest)
+        case Ack(_, ticket):
+            return Acknowledged(ticket)
+        case Refuse(_, ticket, reason, sentence):
+            return RefusedByCoordinator(ticket, reason, sentence)
+        case Finish(_, round_):
+            return FinishedByCoordinator(round_)
+        case Expel():
+            return message
