@@ -1,0 +1,467 @@
+"""`materialize` equals its specification, and no way of calling it changes a bit."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import itertools
+import json
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmezo_core.errors import MismatchError, NumericError
+from fedmezo_core.zo.materialize import (
+    Commit,
+    Rounding,
+    materialize,
+    materialize_reference,
+    require_finite,
+    warm_up,
+)
+from fedmezo_core.zo.noise import Distribution, cpu, spec
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "noise" / "v1.json"
+
+# (dtype, rounding): float32 has nothing to round.
+STORAGE = [
+    (torch.float32, Rounding.NEAREST),
+    (torch.bfloat16, Rounding.NEAREST),
+    (torch.bfloat16, Rounding.STOCHASTIC),
+]
+RADEMACHER: dict[str, Any] = {"distribution": Distribution.RADEMACHER, "rounding": Rounding.NEAREST}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
+    assert a.dtype == b.dtype
+    assert torch.equal(bits(a), bits(b))
+
+
+def commit_of(
+    generator: np.random.Generator, pairs: int, scale: float = 1e-3, rounding_seed: int = 0
+) -> Commit:
+    return Commit(
+        generator.integers(0, 2**64, pairs, dtype=np.uint64),
+        (generator.normal(size=pairs) * scale).astype(np.float32),
+        rounding_seed,
+    )
+
+
+def weights_of(generator: np.random.Generator, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Weights of many sizes, with zeros of both signs and subnormals among them."""
+    values = generator.normal(size=count) * 10.0 ** generator.integers(-6, 1, count)
+    values[generator.random(count) < 0.1] = 0.0
+    values[generator.random(count) < 0.1] = -0.0
+    values[generator.random(count) < 0.1] = 1e-40
+    return torch.from_numpy(values.astype(np.float32)).to(dtype)
+
+
+@st.composite
+def journals(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    lengths = draw(st.lists(st.integers(0, 11), max_size=5))
+    scale = draw(st.sampled_from([1.0, 1e-3, 1e-6, 1e-39]))
+    rounding_seeds = st.integers(0, 2**64 - 1)
+    return [commit_of(generator, n, scale, draw(rounding_seeds)) for n in lengths], generator
+
+
+places = st.integers(0, 5000) | st.sampled_from([2**32 - 700, 2**35 + 1, 2**48 - 6000])
+sizes = st.integers(0, 700) | st.integers(3000, 6000)
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    journals(),
+    st.sampled_from(STORAGE),
+    st.sampled_from(Distribution),
+    places,
+    sizes,
+    st.integers(0, 2**32 - 1),
+)
+def test_equals_the_reference(
+    journal: tuple[list[Commit], np.random.Generator],
+    storage: tuple[torch.dtype, Rounding],
+    distribution: Distribution,
+    start: int,
+    size: int,
+    tensor_id: int,
+) -> None:
+    commits, generator = journal
+    base = weights_of(generator, size, storage[0])
+    kept = base.clone()
+    how: dict[str, Any] = {
+        "tensor_id": tensor_id,
+        "start": start,
+        "distribution": distribution,
+        "rounding": storage[1],
+    }
+    expected, out = torch.empty_like(base), torch.empty_like(base)
+    materialize_reference(expected, base, commits, **how)
+    materialize(out, base, commits, **how)
+    assert_same_bits(out, expected)
+    assert_same_bits(base, kept)
+    materialize(base, base, commits, **how)
+    assert_same_bits(base, expected)
+
+
+def cut(draw: st.DataObject, whole: int) -> list[tuple[int, int]]:
+    """0 .. whole in up to five consecutive pieces."""
+    inner = draw.draw(st.lists(st.integers(0, whole), max_size=4))
+    edges = [0, *sorted(inner), whole]
+    return list(itertools.pairwise(edges))
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    journals(),
+    st.sampled_from(STORAGE),
+    st.sampled_from(Distribution),
+    places,
+    sizes,
+    st.sampled_from([1, 2, 3]),
+    st.data(),
+)
+def test_any_way_of_calling_gives_the_same_bits(
+    journal: tuple[list[Commit], np.random.Generator],
+    storage: tuple[torch.dtype, Rounding],
+    distribution: Distribution,
+    start: int,
+    size: int,
+    threads: int,
+    data: st.DataObject,
+) -> None:
+    commits, generator = journal
+    base = weights_of(generator, size, storage[0])
+    how: dict[str, Any] = {
+        "tensor_id": 4,
+        "distribution": distribution,
+        "rounding": storage[1],
+    }
+    at_once = torch.empty_like(base)
+    materialize(at_once, base, commits, start=start, **how)
+
+    # The journal in pieces, and within each the elements in other pieces, out of place then in place.
+    pieces = base.clone()
+    for first, last in cut(data, len(commits)):
+        source = pieces.clone()
+        for begin, end in cut(data, size):
+            materialize(
+                pieces[begin:end], source[begin:end], commits[first:last],
+                start=start + begin, threads=threads, **how,
+            )  # fmt: skip
+    assert_same_bits(pieces, at_once)
+
+    if storage[0] == torch.float32:
+        # float32: a commit's end leaves no trace, so commits may be cut and joined as well.
+        seeds = np.concatenate([np.empty(0, np.uint64), *(c.seeds for c in commits)])
+        coefficients = np.concatenate([np.empty(0, np.float32), *(c.coefficients for c in commits)])
+        joined = base.clone()
+        for first, last in cut(data, len(seeds)):
+            part = Commit(seeds[first:last], coefficients[first:last], 0)
+            materialize(joined, joined, [part], start=start, **how)
+        assert_same_bits(joined, at_once)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("distribution", list(Distribution))
+def test_threads_over_many_tiles(
+    storage: tuple[torch.dtype, Rounding], distribution: Distribution
+) -> None:
+    generator = np.random.default_rng(3)
+    commits = [commit_of(generator, n, rounding_seed=n) for n in (2, 5)]
+    base = weights_of(generator, 700_001, storage[0])
+    how: dict[str, Any] = {
+        "tensor_id": 4,
+        "start": 77,
+        "distribution": distribution,
+        "rounding": storage[1],
+    }
+    one, many = torch.empty_like(base), base.clone()
+    materialize(one, base, commits, threads=1, **how)
+    materialize(many, many, commits, threads=5, **how)
+    assert_same_bits(many, one)
+
+
+def test_callers_in_many_threads() -> None:
+    generator = np.random.default_rng(3)
+    commits = [commit_of(generator, 8)]
+    bases = [weights_of(generator, 300_000, torch.float32) for _ in range(6)]
+
+    def build(tensor_id: int, threads: int) -> torch.Tensor:
+        out = torch.empty_like(bases[tensor_id])
+        materialize(
+            out, bases[tensor_id], commits, tensor_id=tensor_id, threads=threads, **RADEMACHER
+        )
+        return out
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda tensor_id: build(tensor_id, 3), range(6)))
+    for tensor_id, out in enumerate(together):
+        assert_same_bits(out, build(tensor_id, 1))
+
+
+def golden_weights() -> list[dict[str, Any]]:
+    cases: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["weights"]
+    return cases
+
+
+@pytest.mark.parametrize("build", [materialize, materialize_reference])
+@pytest.mark.parametrize(
+    "case", golden_weights(), ids=lambda c: f"{c['distribution']}-{c['dtype']}-{c['rounding']}"
+)
+def test_golden_weights(build: Any, case: dict[str, Any]) -> None:
+    dtype = getattr(torch, case["dtype"])
+    base = ((torch.arange(48) - 24) / 512).to(dtype)
+    commits = [
+        Commit(
+            np.array([int(seed, 16) for seed in commit["seeds"]], dtype=np.uint64),
+            np.array([int(c, 16) for c in commit["coefficients"]], dtype=np.uint32).view(
+                np.float32
+            ),
+            int(commit["rounding_seed"], 16),
+        )
+        for commit in case["commits"]
+    ]
+    out = torch.empty_like(base)
+    build(
+        out, base, commits, tensor_id=case["tensor_id"], start=case["start"],
+        distribution=Distribution(case["distribution"]), rounding=Rounding(case["rounding"]),
+    )  # fmt: skip
+    digits = 8 if dtype == torch.float32 else 4
+    got = bits(out).tolist()
+    assert " ".join(f"{v & (16**digits - 1):0{digits}x}" for v in got) == case["result"]
+
+
+def test_nearest_rounds_like_torch() -> None:
+    generator = np.random.default_rng(5)
+    base = weights_of(generator, 9000, torch.bfloat16)
+    commit = commit_of(generator, 1, scale=1e-2)
+    rounded, exact = torch.empty_like(base), torch.empty(9000)
+    for distribution in Distribution:
+        materialize(
+            rounded, base, [commit], tensor_id=0,
+            distribution=distribution, rounding=Rounding.NEAREST,
+        )  # fmt: skip
+        materialize(
+            exact, base.float(), [commit], tensor_id=0,
+            distribution=distribution, rounding=Rounding.NEAREST,
+        )  # fmt: skip
+        assert_same_bits(rounded, exact.to(torch.bfloat16))
+
+
+def test_stochastic_rounding_is_right_on_average() -> None:
+    count = 1 << 16
+    base = torch.full((count,), 1.0, dtype=torch.bfloat16)
+    step = 2.0**-7  # between neighbours of 1 in bfloat16
+    out = torch.empty_like(base)
+    seeds = np.array([5], dtype=np.uint64)
+    coefficient = np.array([0.3 * step], dtype=np.float32)
+    materialize(
+        out, base, [Commit(seeds, coefficient, 123)], tensor_id=0,
+        distribution=Distribution.RADEMACHER, rounding=Rounding.STOCHASTIC,
+    )  # fmt: skip
+    up = spec.rademacher(np.arange(count, dtype=np.int64), 5, 0) > 0
+    moved = out.float().numpy() - 1.0
+    assert set(np.unique(moved[up])) == {0.0, step}
+    assert set(np.unique(moved[~up])) == {-step / 2, 0.0}  # below 1 the neighbours are half as far
+    assert abs(float((moved[up] > 0).mean()) - 0.3) < 0.01
+    assert abs(float((moved[~up] < 0).mean()) - 0.6) < 0.01
+    other = torch.empty_like(base)
+    materialize(
+        other, base, [Commit(seeds, coefficient, 124)], tensor_id=0,
+        distribution=Distribution.RADEMACHER, rounding=Rounding.STOCHASTIC,
+    )  # fmt: skip
+    assert not torch.equal(out, other)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+def test_subnormals_are_kept_even_where_torch_flushes_them(
+    storage: tuple[torch.dtype, Rounding],
+) -> None:
+    count = 400_000  # enough for the pool's threads to take part
+    base = torch.full((count,), 3e-40).to(storage[0])
+    commits = [
+        Commit(
+            np.arange(4, dtype=np.uint64), np.array([1e-41, 3e-42, 1e-45, -2e-41], np.float32), 9
+        )
+    ]
+    how: dict[str, Any] = {
+        "tensor_id": 0,
+        "distribution": Distribution.GAUSSIAN,
+        "rounding": storage[1],
+    }
+    expected, out = torch.empty_like(base), torch.empty_like(base)
+    materialize_reference(expected[:5000], base[:5000], commits, **how)
+    materialize(expected, base, commits, threads=1, **how)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormals")
+    try:
+        with concurrent.futures.ThreadPoolExecutor(1) as flushing:  # inherits the flushing mode
+            flushing.submit(materialize, out, base, commits, threads=4, **how).result()
+            flushed = torch.ones(1) * 1e-40
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushed.item() == 0.0  # the mode was on, and was restored in this thread
+    assert_same_bits(out, expected)
+    check = torch.empty_like(base[:5000])
+    materialize_reference(check, base[:5000], commits, **how)
+    assert_same_bits(check, out[:5000])
+    assert len(set(bits(out[:100]).tolist())) > 1
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="sets MXCSR's rounding bits")
+def test_the_rounding_mode_is_set_and_restored() -> None:
+    """A kernel must not run in whatever floating-point mode the caller's thread happens to have."""
+    before = cpu.exchange_float_control(cpu.STRICT_CONTROL)
+    toward_zero = np.uint64(int(cpu.STRICT_CONTROL) | 0x6000)
+    generator = np.random.default_rng(5)
+    base, commits = weights_of(generator, 5000, torch.float32), [commit_of(generator, 9)]
+    expected, out = torch.empty_like(base), torch.empty_like(base)
+    materialize(expected, base, commits, tensor_id=0, **RADEMACHER)
+    try:
+        cpu.exchange_float_control(toward_zero)
+        materialize(out, base, commits, tensor_id=0, **RADEMACHER)
+        restored = int(cpu.exchange_float_control(before)) & 0x6000
+    finally:
+        cpu.exchange_float_control(before)
+    assert_same_bits(out, expected)
+    assert restored == int(toward_zero) & 0x6000
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("build", [materialize, materialize_reference])
+def test_a_bad_weight_is_named(
+    storage: tuple[torch.dtype, Rounding], value: float, build: Any
+) -> None:
+    base = torch.zeros(9000, dtype=storage[0])
+    base[[4100, 8999]] = value
+    commits = [commit_of(np.random.default_rng(0), 3)] * 2
+    with pytest.raises(NumericError, match=r"Tensor 7 \(wte\): element 1004100 is (nan|-?inf)"):
+        build(
+            base.clone(), base, commits, tensor_id=7, start=1_000_000, name="wte",
+            distribution=Distribution.GAUSSIAN, rounding=storage[1],
+        )  # fmt: skip
+    with pytest.raises(NumericError, match="Tensor 7: element 4100 is"):
+        require_finite(base, tensor_id=7)
+    require_finite(base[:4100], tensor_id=7)
+
+
+@pytest.mark.parametrize("pattern", [0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFC00000])
+def test_no_nan_is_rounded_into_a_number(pattern: int) -> None:
+    base = torch.tensor([pattern >> 16], dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    for rounding in Rounding:
+        with pytest.raises(NumericError, match="element 0 is"):
+            materialize(
+                base.clone(), base, [commit_of(np.random.default_rng(0), 1)], tensor_id=0,
+                distribution=Distribution.RADEMACHER, rounding=rounding,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+def test_an_overflow_is_named(storage: tuple[torch.dtype, Rounding]) -> None:
+    """Also one that a later commit would have undone."""
+    base = torch.zeros(5000, dtype=storage[0])
+    base[4999] = torch.finfo(storage[0]).max
+    sign = spec.rademacher(np.array([4999], dtype=np.int64), 5, 0)[0]
+    huge = np.array([3e38], dtype=np.float32)
+    seeds = np.array([5], dtype=np.uint64)
+    commits = [Commit(seeds, sign * huge, 1), Commit(seeds, -sign * huge, 2)]
+    for build in (materialize, materialize_reference):
+        with pytest.raises(NumericError, match="Tensor 0: element 4999 is inf"):
+            build(
+                torch.empty_like(base), base, commits, tensor_id=0,
+                distribution=Distribution.RADEMACHER, rounding=storage[1],
+            )  # fmt: skip
+
+
+def test_bad_commits_are_refused() -> None:
+    seeds = np.arange(3, dtype=np.uint64)
+    for value in (np.nan, np.inf, -np.inf):
+        with pytest.raises(
+            NumericError, match=r"Coefficient 1 of a commit, for seed 1, is (nan|-?inf)"
+        ):
+            Commit(seeds, np.array([0, value, 0], dtype=np.float32), 0)
+    with pytest.raises(NumericError, match="one coefficient for each seed"):
+        Commit(seeds, np.zeros(2, np.float32), 0)
+    with pytest.raises(NumericError, match="uint64 and float32"):
+        Commit(seeds, np.zeros(3), 0)  # type: ignore[arg-type]  # float64, as a caller might
+    for rounding_seed in (-1, 2**64):
+        with pytest.raises(NumericError, match="rounding seed"):
+            Commit(seeds, np.zeros(3, np.float32), rounding_seed)
+
+
+def refused() -> Sequence[tuple[str, type[Exception], torch.Tensor, torch.Tensor, dict[str, int]]]:
+    zeros, memory = torch.zeros(8), torch.zeros(12)
+    return [
+        ("one size", MismatchError, zeros, torch.zeros(9), {}),
+        ("one dtype", MismatchError, zeros, zeros.bfloat16(), {}),
+        ("float32 or bfloat16", MismatchError, zeros.double(), zeros.double(), {}),
+        ("contiguous", MismatchError, zeros, torch.zeros(8, 2)[:, 0], {}),
+        ("CPU", MismatchError, zeros, zeros.to("meta"), {}),
+        ("overlap", MismatchError, memory[4:], memory[:8], {}),
+        ("tensor id", NumericError, zeros, zeros, {"tensor_id": 2**32}),
+        ("tensor id", NumericError, zeros, zeros, {"tensor_id": -1}),
+        ("elements", NumericError, zeros, zeros, {"start": -1}),
+        ("elements", NumericError, zeros, zeros, {"start": 2**48 - 7}),
+    ]
+
+
+@pytest.mark.parametrize(("message", "error", "out", "base", "place"), refused())
+@pytest.mark.parametrize("build", [materialize, materialize_reference])
+def test_bad_operands_are_refused_untouched(
+    build: Any,
+    message: str,
+    error: type[Exception],
+    out: torch.Tensor,
+    base: torch.Tensor,
+    place: dict[str, int],
+) -> None:
+    before = out.clone()
+    commit = commit_of(np.random.default_rng(0), 3)
+    with pytest.raises(error, match=message):
+        build(out, base, [commit], **{"tensor_id": 0, **place}, **RADEMACHER)
+    assert torch.equal(out, before)
+
+
+def test_shapes_parameters_and_empty_tensors() -> None:
+    commit = commit_of(np.random.default_rng(0), 3)
+    flat = torch.ones(6 * 50)
+    materialize(flat, flat, [commit], tensor_id=0, **RADEMACHER)
+    parameter = torch.nn.Parameter(torch.ones(6, 50))
+    materialize(parameter, parameter, [commit], tensor_id=0, **RADEMACHER)
+    assert_same_bits(parameter.detach().view(-1), flat)
+    row = torch.empty(2, 50)
+    materialize(row, torch.ones(2, 50), [commit], tensor_id=0, start=100, **RADEMACHER)
+    assert_same_bits(row, flat.view(6, 50)[2:4])
+    materialize(torch.empty(0), torch.empty(0), [commit], tensor_id=0, **RADEMACHER)
+    copied = torch.empty_like(flat)
+    materialize(copied, flat, [], tensor_id=0, **RADEMACHER)
+    assert_same_bits(copied, flat)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_has_its_own_threads() -> None:
+    warm_up()
+    commits = [commit_of(np.random.default_rng(0), 8)]
+    base = torch.ones(400_000)
+    out = torch.empty_like(base)
+    materialize(out, base, commits, tensor_id=0, threads=3, **RADEMACHER)
+    child = os.fork()
+    if child == 0:
+        again = torch.empty_like(base)
+        materialize(again, base, commits, tensor_id=0, threads=3, **RADEMACHER)
+        os._exit(0 if again.numpy().tobytes() == out.numpy().tobytes() else 1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0

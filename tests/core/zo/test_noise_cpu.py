@@ -1,0 +1,86 @@
+"""The numba backend equals the specification bit for bit, wherever a range begins and ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.noise import Distribution, cpu, noise
+from tests.core.zo.test_noise_spec import golden_noise, seeds, starts, tensor_ids
+
+ROW, TILE = 128, cpu.TILE_ELEMENTS
+
+
+def generated(
+    seed: int, tensor_id: int, start: int, count: int, distribution: Distribution, threads: int = 1
+) -> npt.NDArray[np.float32]:
+    """`z` by the kernels: minus zero is the one float to which adding z gives z, zeros included."""
+    out = torch.full((count,), -0.0)
+    pair = Commit(np.array([seed], np.uint64), np.ones(1, np.float32), 0)
+    materialize(
+        out, out, [pair], tensor_id=tensor_id, start=start, threads=threads,
+        distribution=distribution, rounding=Rounding.NEAREST,
+    )  # fmt: skip
+    return out.numpy()
+
+
+def assert_same_bits(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> None:
+    assert np.array_equal(a.view(np.uint32), b.view(np.uint32))
+
+
+@pytest.mark.parametrize("case", golden_noise(), ids=lambda case: f"{case['start']}")
+def test_golden_vectors(case: dict[str, Any]) -> None:
+    place = int(case["seed"], 16), case["tensor_id"], case["start"], len(case["rademacher"])
+    signs = generated(*place, Distribution.RADEMACHER)
+    assert "".join("+" if sign == 1 else "-" for sign in signs) == case["rademacher"]
+    normals = generated(*place, Distribution.GAUSSIAN)
+    assert " ".join(f"{bits:08x}" for bits in normals.view(np.uint32)) == case["gaussian"]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    seeds,
+    tensor_ids,
+    starts,
+    st.integers(0, 900) | st.integers(0, 9000),
+    st.sampled_from(Distribution),
+)
+def test_any_range(
+    seed: int, tensor_id: int, start: int, count: int, distribution: Distribution
+) -> None:
+    start = min(start, 2**48 - count)
+    elements = np.arange(start, start + count, dtype=np.int64)
+    expected = noise(elements, seed, tensor_id, distribution)
+    assert_same_bits(generated(seed, tensor_id, start, count, distribution), expected)
+
+
+@pytest.mark.parametrize("distribution", list(Distribution))
+@pytest.mark.parametrize("origin", [0, 2**35, 2**39])
+def test_every_alignment_and_length(distribution: Distribution, origin: int) -> None:
+    """All offsets around row and tile edges, with lengths around the same edges."""
+    elements = np.arange(origin, origin + 3 * TILE, dtype=np.int64)
+    expected = noise(elements, 12345, 6, distribution)
+    near = [0, 1, 2, 31, 32, 33, 63, 64, 65, 96, 127]
+    offsets = [*range(ROW + 1), *(TILE - step for step in near), TILE + 1]
+    lengths = [*near[1:], ROW, ROW + 1, TILE - 1, TILE, TILE + 1]
+    for i, offset in enumerate(offsets):
+        for length in lengths[i % 3 :: 3]:
+            got = generated(12345, 6, origin + offset, length, distribution)
+            assert_same_bits(got, expected[offset : offset + length])
+
+
+@pytest.mark.parametrize("distribution", list(Distribution))
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_threads_change_nothing(distribution: Distribution, threads: int) -> None:
+    count, start = 1_200_003, 2**33 - 12_345
+    whole = generated(9, 1, start, count, distribution)
+    assert_same_bits(generated(9, 1, start, count, distribution, threads), whole)
+    picked = np.random.default_rng(0).integers(0, count, 3000)
+    assert_same_bits(whole[picked], noise(picked + start, 9, 1, distribution))

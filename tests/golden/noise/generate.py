@@ -1,0 +1,109 @@
+"""Write v1.json from the specification. Run once for each version of the standard, never to fix a test.
+
+python tests/golden/noise/generate.py > tests/golden/noise/v1.json
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedmezo_core.zo.materialize import Commit, Rounding, materialize_reference
+from fedmezo_core.zo.noise import NOISE_VERSION, Distribution, spec
+
+PLACES = [
+    # (seed, tensor id, first element)
+    (0, 0, 0),
+    (1, 0, 0),
+    (0x9E3779B97F4A7C15, 7, 4090),
+    (0xFFFFFFFFFFFFFFFF, 0xFFFFFFFF, 2**32 - 40),
+    (0x0123456789ABCDEF, 271, 2**35 + 12_345),
+    # block 2**32: the counter's second word is not zero
+    (0x8000000000000001, 3, 2**34 - 24),
+    (0x0000000100000000, 1, 2**39 - 24),
+    (42, 2, 2**48 - 64),
+]
+COUNT = 64
+
+
+def hexadecimal(values: npt.NDArray[Any]) -> list[str]:
+    return [f"{int(value):0{values.dtype.itemsize * 2}x}" for value in values]
+
+
+def main() -> None:
+    noise = []
+    for seed, tensor_id, start in PLACES:
+        elements = np.arange(start, start + COUNT, dtype=np.int64)
+        signs = spec.rademacher(elements, seed, tensor_id)
+        normals = spec.gaussian(elements, seed, tensor_id)
+        bits = spec.rounding_bits(elements, seed, tensor_id).astype(np.uint16)
+        noise.append(
+            {
+                "seed": f"{seed:016x}",
+                "tensor_id": tensor_id,
+                "start": start,
+                "rademacher": "".join("+" if sign > 0 else "-" for sign in signs),
+                "gaussian": " ".join(hexadecimal(normals.view(np.uint32))),
+                "rounding": " ".join(hexadecimal(bits)),
+            }
+        )
+    weights = []
+    commits = [
+        Commit(
+            np.array([11, 2**63 + 5, 7, 7, 1], dtype=np.uint64),
+            np.array([1e-3, -2.5e-3, 0.0, 1e-9, -0.125], dtype=np.float32),
+            rounding_seed=99,
+        ),
+        Commit(
+            np.array([2**64 - 1], dtype=np.uint64),
+            np.array([3e-4], dtype=np.float32),
+            rounding_seed=2**64 - 1,
+        ),
+    ]
+    for distribution in Distribution:
+        for dtype, rounding in (
+            (torch.float32, Rounding.NEAREST),
+            (torch.bfloat16, Rounding.NEAREST),
+            (torch.bfloat16, Rounding.STOCHASTIC),
+        ):
+            base = (torch.arange(48, dtype=torch.float32) - 24).mul(2.0**-9).to(dtype)
+            out = torch.empty_like(base)
+            start = 2**33 - 16
+            materialize_reference(
+                out,
+                base,
+                commits,
+                tensor_id=5,
+                start=start,
+                distribution=distribution,
+                rounding=rounding,
+            )
+            bits_of = torch.uint32 if dtype == torch.float32 else torch.uint16
+            weights.append(
+                {
+                    "distribution": distribution.value,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "rounding": rounding.value,
+                    "base": "element i is (i - 24) / 512, for i = 0 .. 47",
+                    "tensor_id": 5,
+                    "start": start,
+                    "commits": [
+                        {
+                            "seeds": hexadecimal(commit.seeds),
+                            "coefficients": hexadecimal(commit.coefficients.view(np.uint32)),
+                            "rounding_seed": f"{commit.rounding_seed:016x}",
+                        }
+                        for commit in commits
+                    ],
+                    "result": " ".join(hexadecimal(out.view(bits_of).numpy())),
+                }
+            )
+    print(json.dumps({"version": NOISE_VERSION, "noise": noise, "weights": weights}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
