@@ -1,0 +1,98 @@
+"""Who takes part, whose weights count, and what becomes of the scalars."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmezo_core.aggregate import bits_of, clip_of, coefficients_of, to_binary32
+from fedmezo_core.cohort import agreed_digest, choose_cohort
+from fedmezo_core.errors import NumericError
+
+names = st.lists(st.text("abcdef0123456789", min_size=1, max_size=6), unique=True, max_size=20)
+binary32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@given(names, st.integers(0, 2**64 - 1), st.integers(1, 1000), st.integers(1, 20), st.randoms())
+def test_a_cohort_is_sorted_bounded_and_blind_to_order(
+    workers: list[str], seed: int, round_: int, size_max: int, shuffler: object
+) -> None:
+    cohort = choose_cohort(seed, round_, workers, size_max)
+    assert list(cohort) == sorted(set(cohort))
+    assert set(cohort) <= set(workers)
+    assert len(cohort) == min(len(workers), size_max)
+    assert cohort == choose_cohort(seed, round_, reversed(workers), size_max)
+
+
+def test_partial_participation_is_even_and_changes_with_the_run() -> None:
+    workers = [f"w{n}" for n in range(10)]
+    rounds = range(1, 2001)
+    counts = Counter(name for r in rounds for name in choose_cohort(7, r, workers, 3))
+    # Each of 10 workers is in 3 of 10 cohorts: 600 of 2,000, standard deviation 20.5.
+    assert all(abs(counts[name] - 600) < 5 * 20.5 for name in workers)
+    assert any(choose_cohort(7, r, workers, 3) != choose_cohort(8, r, workers, 3) for r in rounds)
+
+
+@pytest.mark.parametrize(
+    ("votes", "replica", "agreed"),
+    [
+        ([], None, None),
+        ([], 5, 5),
+        ([1], None, 1),
+        ([1], 1, 1),
+        ([1], 2, 2),  # a tie goes to the replica
+        ([1, 1], 2, 1),  # a majority does not
+        ([1, 2], None, None),
+        ([1, 2], 2, 2),
+        ([1, 2], 3, 3),  # nobody has more than half
+        ([1, 1, 2], None, 1),
+        ([1, 1, 2, 2], None, None),
+        ([1, 1, 2, 3], None, None),  # most, but not more than half
+        ([1, 1, 2, 2], 1, 1),
+        ([1, 1, 1, 2, 2], 2, 2),  # 3 of 6 is no majority
+        ([0, 0, 7], None, 0),
+    ],
+)
+def test_the_agreed_digest(votes: list[int], replica: int | None, agreed: int | None) -> None:
+    assert agreed_digest(votes, replica) == agreed
+    assert agreed_digest(votes[::-1], replica) == agreed
+
+
+@given(st.lists(binary32, min_size=1, max_size=8), st.floats(1e-12, 1.0), st.integers(1, 4096))
+def test_coefficients_are_within_the_three_roundings_of_the_exact_quotient(
+    grads: list[float], learning_rate: float, answers: int
+) -> None:
+    for grad, coefficient in zip(
+        grads, coefficients_of(grads, learning_rate, answers), strict=True
+    ):
+        exact = -Fraction(learning_rate) * Fraction(grad) / answers
+        error = abs(Fraction(coefficient) - exact)
+        assert error <= abs(exact) * Fraction(1, 2**23) + Fraction(1, 2**149)
+        assert coefficient == to_binary32(coefficient)
+
+
+def test_a_coefficient_is_the_negated_mean_step() -> None:
+    assert coefficients_of((2.0, -4.0, 0.0), 0.5, 2) == (-0.5, 1.0, -0.0)
+    assert math.copysign(1, coefficients_of((0.0,), 0.5, 1)[0]) == -1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 3.4028236e38])
+def test_what_is_no_binary32_is_refused(value: float) -> None:
+    with pytest.raises(NumericError, match="not a finite binary32"):
+        to_binary32(value)
+
+
+def test_the_clip_allows_its_own_binary32_rounding() -> None:
+    assert clip_of(0.1) == to_binary32(0.1) > 0.1
+    assert clip_of(1e4) == 1e4
+    assert clip_of(1e300) == 1e300
+
+
+def test_bits_tell_zeros_apart() -> None:
+    assert bits_of((0.0,)) != bits_of((-0.0,))
+    assert bits_of((1.5, -2.0)) == bytes.fromhex("0000c03f000000c0")

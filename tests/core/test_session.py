@@ -1,0 +1,461 @@
+"""The session machine: every (state, input) pair, and what each legal one does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmezo_core.config import STEPS_MAX
+from fedmezo_core.errors import DivergedError, ProtocolError
+from fedmezo_core.events import (
+    Acknowledged,
+    ApplyCommit,
+    Assigned,
+    CommitReceived,
+    Connected,
+    Disconnected,
+    FinishedByCoordinator,
+    Leave,
+    Measure,
+    Measured,
+    MeasureFailed,
+    RefusedByCoordinator,
+    ReportWeights,
+    SendAnswer,
+    SendHello,
+    SendUnable,
+    SessionAction,
+    SessionEvent,
+    Ticket,
+    Welcomed,
+)
+from fedmezo_core.records import Committed, PairRun
+from fedmezo_core.session import (
+    COMMITS_QUEUED_MAX,
+    REASON_CHARS_MAX,
+    SessionMachine,
+    SessionState,
+)
+
+HEAD = hashlib.sha256(b"genesis").digest()
+
+
+def commit_of(round_: int) -> CommitReceived:
+    commit = Committed(round_, (PairRun(round_ << 16, (0.5,)),), round_)
+    return CommitReceived(commit, b"commit %d" % round_)
+
+
+def assigned_of(round_: int, *, epoch: int = 1, slot: int = 0, steps: int = 2) -> Assigned:
+    return Assigned(Ticket(epoch, round_, slot), (round_ << 32) + (slot << 16), steps, True)
+
+
+def measured_of(ticket: Ticket) -> Measured:
+    return Measured(ticket, (1.0, 2.0), 0.7, 5)
+
+
+def answer_of(ticket: Ticket, loss: float | None = None) -> SendAnswer:
+    return SendAnswer(ticket, (1.0, 2.0), loss, 5)
+
+
+def online(round_: int = 0, epoch: int = 1, *, report_losses: bool = False) -> SessionMachine:
+    machine = SessionMachine(round_, HEAD, report_losses=report_losses)
+    machine.step(Connected())
+    machine.step(Welcomed(epoch, round_))
+    return machine
+
+
+def reconnect(machine: SessionMachine, epoch: int) -> None:
+    machine.step(Disconnected())
+    machine.step(Connected())
+    machine.step(Welcomed(epoch, machine.round))
+
+
+# ---------------------------------------------------------------- every pair
+
+
+def _offline() -> SessionMachine:
+    return SessionMachine(0, HEAD, report_losses=False)
+
+
+def _greeting() -> SessionMachine:
+    machine = _offline()
+    machine.step(Connected())
+    return machine
+
+
+def _measuring() -> SessionMachine:
+    machine = online()
+    machine.step(assigned_of(1))
+    return machine
+
+
+def _offline_measuring() -> SessionMachine:
+    machine = _measuring()
+    machine.step(Disconnected())
+    return machine
+
+
+def _greeting_measuring() -> SessionMachine:
+    machine = _offline_measuring()
+    machine.step(Connected())
+    return machine
+
+
+def _left() -> SessionMachine:
+    machine = online()
+    machine.step(FinishedByCoordinator(0))
+    return machine
+
+
+STATES: dict[str, Callable[[], SessionMachine]] = {
+    "offline": _offline,
+    "greeting": _greeting,
+    "online": online,
+    "measuring": _measuring,
+    "offline, measuring": _offline_measuring,
+    "greeting, measuring": _greeting_measuring,
+    "left": _left,
+}
+TICKET = Ticket(1, 1, 0)
+EVENTS: dict[str, SessionEvent] = {
+    "connected": Connected(),
+    "disconnected": Disconnected(),
+    "welcomed": Welcomed(1, 0),
+    "commit": commit_of(1),
+    "assigned": assigned_of(1),
+    "acknowledged": Acknowledged(TICKET),
+    "refused": RefusedByCoordinator(TICKET, "ScalarError", "no."),
+    "finished": FinishedByCoordinator(0),
+    "measured": measured_of(TICKET),
+    "failed": MeasureFailed(TICKET, "loss is nan"),
+}
+NONE: tuple[SessionAction, ...] = ()
+LEGAL: dict[tuple[str, str], tuple[SessionAction, ...]] = {
+    ("offline", "connected"): (SendHello(0, HEAD),),
+    ("offline", "commit"): (ApplyCommit(commit_of(1).commit),),
+    ("greeting", "welcomed"): NONE,
+    ("greeting", "disconnected"): NONE,
+    ("online", "disconnected"): NONE,
+    ("online", "commit"): (ApplyCommit(commit_of(1).commit),),
+    ("online", "assigned"): (Measure(TICKET, 1 << 32, 2, True),),
+    ("online", "acknowledged"): NONE,
+    ("online", "refused"): NONE,
+    ("online", "finished"): (ReportWeights(0), Leave()),
+    ("measuring", "disconnected"): NONE,
+    ("measuring", "commit"): NONE,
+    ("measuring", "assigned"): NONE,
+    ("measuring", "acknowledged"): NONE,
+    ("measuring", "refused"): NONE,
+    ("measuring", "finished"): NONE,
+    ("measuring", "measured"): (answer_of(TICKET),),
+    ("measuring", "failed"): (SendUnable(TICKET, "loss is nan"),),
+    ("offline, measuring", "connected"): (SendHello(0, HEAD),),
+    ("offline, measuring", "commit"): NONE,
+    ("offline, measuring", "measured"): NONE,
+    ("offline, measuring", "failed"): NONE,
+    ("greeting, measuring", "disconnected"): NONE,
+    ("greeting, measuring", "welcomed"): NONE,
+    ("greeting, measuring", "measured"): NONE,
+    ("greeting, measuring", "failed"): NONE,
+    ("left", "disconnected"): NONE,
+    ("left", "acknowledged"): NONE,
+    ("left", "refused"): NONE,
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("state", STATES)
+def test_every_state_and_input(state: str, event: str) -> None:
+    machine = STATES[state]()
+    before = deepcopy(vars(machine))
+    wanted = LEGAL.get((state, event))
+    if wanted is not None:
+        assert machine.step(EVENTS[event]) == wanted
+        return
+    with pytest.raises(ProtocolError, match=r"\.$"):
+        machine.step(EVENTS[event])
+    assert vars(machine) == before, "a refused event changes nothing"
+
+
+# ---------------------------------------------------------------- commits
+
+
+def test_commits_chain_the_head() -> None:
+    machine = online()
+    head = HEAD
+    for round_ in (1, 2, 3):
+        event = commit_of(round_)
+        assert machine.step(event) == (ApplyCommit(event.commit),)
+        head = hashlib.sha256(head + event.record_bytes).digest()
+        assert (machine.round, machine.head) == (round_, head)
+    assert machine.step(commit_of(3)) == ()
+    assert machine.step(commit_of(1)) == ()
+    assert machine.head == head
+
+
+def test_a_gap_and_a_rewritten_commit_are_refused() -> None:
+    machine = online()
+    machine.step(commit_of(1))
+    with pytest.raises(ProtocolError, match="those in between are missing"):
+        machine.step(commit_of(3))
+    with pytest.raises(ProtocolError, match="other bytes than the first"):
+        machine.step(CommitReceived(commit_of(1).commit, b"other"))
+    assert machine.round == 1
+
+
+@pytest.mark.parametrize(("epoch", "round_"), [(2, 4), (1, 5), (1, 9)])
+def test_a_coordinator_that_went_back_is_never_followed(epoch: int, round_: int) -> None:
+    machine = online(5, epoch=2)
+    machine.step(Disconnected())
+    machine.step(Connected())
+    with pytest.raises(DivergedError, match="journal went back"):
+        machine.step(Welcomed(epoch, round_))
+    assert machine.state is SessionState.GREETING
+
+
+def test_weights_never_change_under_a_measurement() -> None:
+    machine = _measuring()
+    assert machine.step(commit_of(1)) == ()
+    assert machine.measuring_in_vain
+    assert machine.step(assigned_of(2)) == ()
+    # The answer to round 1 is worth nothing now; what waited comes out in order.
+    assert machine.step(measured_of(TICKET)) == (
+        ApplyCommit(commit_of(1).commit),
+        Measure(Ticket(1, 2, 0), 2 << 32, 2, True),
+    )
+    assert not machine.measuring_in_vain
+
+
+def test_an_assignment_overtaken_by_its_commit_is_not_begun() -> None:
+    machine = _measuring()
+    machine.step(commit_of(1))
+    machine.step(assigned_of(2))
+    machine.step(commit_of(2))
+    actions = machine.step(MeasureFailed(TICKET, "cut short"))
+    assert actions == (ApplyCommit(commit_of(1).commit), ApplyCommit(commit_of(2).commit))
+    assert not machine.measuring
+
+
+def test_a_worker_hopelessly_behind_is_told_so() -> None:
+    machine = _measuring()
+    for round_ in range(1, COMMITS_QUEUED_MAX + 1):
+        machine.step(commit_of(round_))
+    with pytest.raises(ProtocolError, match="cut it short"):
+        machine.step(commit_of(COMMITS_QUEUED_MAX + 1))
+    actions = machine.step(MeasureFailed(TICKET, "cut short"))
+    assert len(actions) == COMMITS_QUEUED_MAX
+    assert machine.step(commit_of(COMMITS_QUEUED_MAX + 1))
+
+
+# ---------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize("report_losses", [False, True])
+def test_the_loss_leaves_only_if_the_run_says_so(report_losses: bool) -> None:
+    machine = online(report_losses=report_losses)
+    machine.step(assigned_of(1))
+    [answer] = machine.step(measured_of(TICKET))
+    assert answer == answer_of(TICKET, 0.7 if report_losses else None)
+
+
+def test_the_same_work_again_is_answered_from_the_cache_under_the_new_ticket() -> None:
+    machine = _measuring()
+    machine.step(measured_of(TICKET))
+    assert machine.step(assigned_of(1)) == (answer_of(TICKET),)
+    reconnect(machine, epoch=2)
+    assert machine.step(assigned_of(1, epoch=2)) == (answer_of(Ticket(2, 1, 0)),)
+
+
+@pytest.mark.parametrize("change", ["slot", "steps", "round"])
+def test_other_work_is_measured_anew(change: str) -> None:
+    machine = _measuring()
+    machine.step(measured_of(TICKET))
+    if change == "round":
+        machine.step(commit_of(1))
+    event = {
+        "slot": assigned_of(1, slot=3),
+        "steps": assigned_of(1, steps=3),
+        "round": assigned_of(2),
+    }[change]
+    [action] = machine.step(event)
+    assert isinstance(action, Measure)
+
+
+def test_work_assigned_again_while_it_runs_is_answered_under_the_newest_ticket() -> None:
+    machine = _measuring()
+    reconnect(machine, epoch=2)
+    assert machine.step(assigned_of(1, epoch=2)) == ()
+    assert machine.step(measured_of(TICKET)) == (answer_of(Ticket(2, 1, 0)),)
+
+
+def test_a_failure_is_reported_under_the_newest_ticket_too() -> None:
+    machine = _measuring()
+    reconnect(machine, epoch=2)
+    machine.step(assigned_of(1, epoch=2))
+    [unable] = machine.step(MeasureFailed(TICKET, "x" * 1000))
+    assert unable == SendUnable(Ticket(2, 1, 0), "x" * REASON_CHARS_MAX)
+
+
+def test_a_measurement_of_another_epoch_waits_to_be_asked_for() -> None:
+    machine = _measuring()
+    reconnect(machine, epoch=2)
+    assert machine.step(measured_of(TICKET)) == ()
+    assert machine.step(assigned_of(1, epoch=2)) == (answer_of(Ticket(2, 1, 0)),)
+
+
+def test_a_measurement_that_ended_offline_is_kept() -> None:
+    machine = _offline_measuring()
+    assert machine.step(measured_of(TICKET)) == ()
+    machine.step(Connected())
+    machine.step(Welcomed(1, 0))
+    assert machine.step(assigned_of(1)) == (answer_of(TICKET),)
+
+
+def test_other_work_in_the_same_round_waits_for_the_running_one() -> None:
+    machine = _measuring()
+    assert machine.step(assigned_of(1, slot=3)) == ()
+    actions = machine.step(measured_of(TICKET))
+    assert actions == (
+        answer_of(TICKET),
+        Measure(Ticket(1, 1, 3), assigned_of(1, slot=3).first_seed, 2, True),
+    )
+
+
+def test_work_that_waits_is_forgotten_with_its_stream() -> None:
+    machine = _measuring()
+    machine.step(assigned_of(1, slot=3))
+    machine.step(Disconnected())
+    assert machine.step(measured_of(TICKET)) == ()
+    assert not machine.measuring
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        assigned_of(2),
+        assigned_of(0),
+        assigned_of(1, epoch=2),
+        assigned_of(1, epoch=0),
+        assigned_of(1, steps=0),
+        assigned_of(1, steps=STEPS_MAX + 1),
+    ],
+)
+def test_a_wrong_assignment_is_refused(event: Assigned) -> None:
+    machine = online()
+    with pytest.raises(ProtocolError, match=r"assigned.*\.$"):
+        machine.step(event)
+    assert not machine.measuring
+
+
+def test_a_measurement_nobody_asked_for_is_refused() -> None:
+    machine = _measuring()
+    with pytest.raises(ProtocolError, match="not the one running"):
+        machine.step(measured_of(Ticket(1, 1, 7)))
+    assert machine.measuring
+
+
+def test_refusals_are_kept_except_of_stale_tickets() -> None:
+    machine = online()
+    machine.step(RefusedByCoordinator(TICKET, "StaleTicketError", "late."))
+    assert machine.refusal is None
+    refused = RefusedByCoordinator(TICKET, "ScalarError", "too large.")
+    machine.step(refused)
+    assert machine.refusal == refused
+    machine.step(Acknowledged(TICKET))
+    assert machine.acknowledged == TICKET
+
+
+# ---------------------------------------------------------------- the end
+
+
+def test_the_end_waits_for_the_measurement_and_the_commits() -> None:
+    machine = _measuring()
+    machine.step(commit_of(1))
+    assert machine.step(FinishedByCoordinator(1)) == ()
+    assert machine.step(measured_of(TICKET)) == (
+        ApplyCommit(commit_of(1).commit),
+        ReportWeights(1),
+        Leave(),
+    )
+    assert machine.state is SessionState.LEFT
+
+
+def test_an_end_that_was_not_reached_is_said_again_in_the_next_session() -> None:
+    machine = _measuring()
+    machine.step(commit_of(1))
+    machine.step(FinishedByCoordinator(1))
+    machine.step(Disconnected())
+    assert machine.step(measured_of(TICKET)) == (ApplyCommit(commit_of(1).commit),)
+    machine.step(Connected())
+    machine.step(Welcomed(1, 1))
+    assert machine.step(FinishedByCoordinator(1)) == (ReportWeights(1), Leave())
+
+
+@pytest.mark.parametrize("round_", [0, 2])
+def test_an_end_at_another_round_is_refused(round_: int) -> None:
+    machine = online()
+    machine.step(commit_of(1))
+    with pytest.raises(ProtocolError, match="catch up"):
+        machine.step(FinishedByCoordinator(round_))
+
+
+# ---------------------------------------------------------------- any order at all
+
+tickets = st.builds(Ticket, st.integers(1, 2), st.integers(0, 3), st.integers(0, 1))
+any_event = st.one_of(
+    st.just(Connected()),
+    st.just(Disconnected()),
+    st.builds(Welcomed, st.integers(1, 2), st.integers(0, 3)),
+    st.builds(commit_of, st.integers(1, 4)),
+    st.builds(
+        lambda ticket: assigned_of(ticket.round, epoch=ticket.epoch, slot=ticket.slot), tickets
+    ),
+    st.builds(Acknowledged, tickets),
+    st.builds(RefusedByCoordinator, tickets, st.just("ScalarError"), st.just("no.")),
+    st.builds(FinishedByCoordinator, st.integers(0, 4)),
+    st.builds(measured_of, tickets),
+    st.builds(MeasureFailed, tickets, st.just("no.")),
+)
+
+
+@given(st.lists(any_event, max_size=40))
+def test_any_sequence_acts_in_order_or_is_refused_without_a_trace(
+    events: list[SessionEvent],
+) -> None:
+    machine = _offline()
+    applied, running = 0, False
+    for event in events:
+        if isinstance(event, Measured | MeasureFailed) and machine._running is not None:
+            # Half of these would name a measurement that does not run.
+            event = measured_of(machine._running.given)
+            running = False
+        before = deepcopy(vars(machine))
+        try:
+            actions = machine.step(event)
+        except (ProtocolError, DivergedError):
+            assert vars(machine) == before
+            continue
+        for action in actions:
+            match action:
+                case ApplyCommit(commit):
+                    assert not running, "weights changed under a measurement"
+                    assert commit.round == applied + 1, "a commit out of order"
+                    applied = commit.round
+                case Measure(ticket):
+                    assert not running, "two measurements at once"
+                    assert ticket.round == applied + 1 == machine.round + 1
+                    running = True
+                case SendAnswer(ticket) | SendUnable(ticket):
+                    assert machine.state is SessionState.ONLINE
+                    assert ticket.epoch == machine.epoch
+                    assert ticket.round == machine.round + 1
+                case ReportWeights(round_):
+                    assert round_ == applied
+                case _:
+                    pass
+        assert running == machine.measuring
