@@ -11,6 +11,7 @@ from fedmezo_core.events import (
     Ready,
     Refuse,
     ReplicaDigest,
+    RoundEvent,
     Tick,
     Ticket,
     UnableReceived,
@@ -55,16 +56,20 @@ class RoundsDriver:
             self.machine.apply(record)
         return self._keep(self.machine.start(now_ms))
 
+    def step(self, event: RoundEvent) -> Ready:
+        """Any event."""
+        return self._keep(self.machine.step(event))
+
     def ready(self, *workers: str) -> Ready:
         """Workers become ready; what the last one led to."""
         ready = Ready()
         for worker in workers:
-            ready = self._keep(self.machine.step(WorkerReady(worker)))
+            ready = self.step(WorkerReady(worker))
         return ready
 
     def lost(self, worker: str) -> Ready:
         """A session ends."""
-        return self._keep(self.machine.step(WorkerLost(worker)))
+        return self.step(WorkerLost(worker))
 
     def answer(
         self,
@@ -81,7 +86,7 @@ class RoundsDriver:
         ticket = self.ticket(worker, slot, epoch=epoch, round_=round_)
         if not is_digest_round(self.config, ticket.round):
             digest = None
-        return self._keep(self.machine.step(AnswerReceived(worker, ticket, grads, loss, digest)))
+        return self.step(AnswerReceived(worker, ticket, grads, loss, digest))
 
     def unable(
         self,
@@ -94,15 +99,15 @@ class RoundsDriver:
     ) -> Ready:
         """A worker cannot measure."""
         ticket = self.ticket(worker, slot, epoch=epoch, round_=round_)
-        return self._keep(self.machine.step(UnableReceived(worker, ticket, reason)))
+        return self.step(UnableReceived(worker, ticket, reason))
 
     def tick(self, now_ms: int) -> Ready:
         """Time passes."""
-        return self._keep(self.machine.step(Tick(now_ms)))
+        return self.step(Tick(now_ms))
 
     def replica(self, round_: int, digest: int = TRUE_DIGEST64) -> Ready:
         """The replica reports."""
-        return self._keep(self.machine.step(ReplicaDigest(round_, digest)))
+        return self.step(ReplicaDigest(round_, digest))
 
     def ticket(
         self, worker: str, slot: int | None, *, epoch: int | None = None, round_: int | None = None
