@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	touch $@
 
 demo: setup  ## four workers fine-tune a real language model over gRPC (about 8 minutes)
-	$(BIN)/python deploy/demo/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) --seed $(SEED)
+	$(BIN)/python -m deploy.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) --seed $(SEED)
 
 test: setup  ## run the tests (no GPU, no network)
 	$(BIN)/python -m pytest -n 2
