@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
@@ -36,6 +36,11 @@ CHUNKS_PER_THREAD: Final = 4
 """Chunks are taken from a shared counter, so that a busy core does not hold up the rest."""
 
 
+_Joined = tuple[
+    npt.NDArray[np.uint64], npt.NDArray[np.float32], npt.NDArray[np.uint64], npt.NDArray[np.uint64]
+]
+
+
 class Rounding(StrEnum):
     """How bfloat16 weights are rounded at a commit's end; float32 weights need none."""
 
@@ -47,13 +52,15 @@ class Rounding(StrEnum):
 class Commit:
     """Pairs that are applied together: `w += sum(coefficients[k] * z(seeds[k]))`, in this order.
 
-    seeds: uint64 [pairs]. coefficients: float32 [pairs], finite. rounding_seed: below 2**64, keys the
-    bits of stochastic rounding. Raises NumericError where they are anything else.
+    seeds: uint64 [pairs]. coefficients: float32 [pairs], finite. Both are copied. rounding_seed: below
+    2**64, keys the bits of stochastic rounding. Raises NumericError where they are anything else.
     """
 
     seeds: npt.NDArray[np.uint64]
     coefficients: npt.NDArray[np.float32]
     rounding_seed: int
+    _joined: _Joined = field(init=False, repr=False)
+    """This commit alone as the kernels take it, made once rather than for each tensor."""
 
     def __post_init__(self) -> None:
         seeds, coefficients = self.seeds, self.coefficients
@@ -79,8 +86,13 @@ class Commit:
                 f"The rounding seed {self.rounding_seed} is outside 0 .. 2**64 - 1; "
                 "take it from the journal as it is."
             )
-        object.__setattr__(self, "seeds", np.ascontiguousarray(seeds))
-        object.__setattr__(self, "coefficients", np.ascontiguousarray(coefficients))
+        # Copies: a read-only or strided array (a message's bytes, say) would be another type to the
+        # kernels, compiled anew, and the caller's own could change under us.
+        object.__setattr__(self, "seeds", seeds.copy())
+        object.__setattr__(self, "coefficients", coefficients.copy())
+        ends = np.array([len(seeds)], dtype=np.uint64)
+        rounding_seeds = np.array([self.rounding_seed], dtype=np.uint64)
+        object.__setattr__(self, "_joined", (self.seeds, self.coefficients, ends, rounding_seeds))
 
 
 def materialize(
@@ -215,7 +227,7 @@ def _check(out: torch.Tensor, base: torch.Tensor, tensor_id: int, start: int) ->
             f"Tensor {tensor_id} is {out.dtype}; load the model in float32 or bfloat16."
         )
     for tensor in (out, base):
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if not tensor.is_cpu or not tensor.is_contiguous():
             raise MismatchError(
                 f"Tensor {tensor_id} is on {tensor.device} with strides {tensor.stride()}; "
                 "give a contiguous tensor on the CPU."
@@ -238,32 +250,25 @@ def _check(out: torch.Tensor, base: torch.Tensor, tensor_id: int, start: int) ->
     return size
 
 
-def _join(
-    commits: Sequence[Commit],
-) -> tuple[
-    npt.NDArray[np.uint64],
-    npt.NDArray[np.float32],
-    npt.NDArray[np.uint64],
-    npt.NDArray[np.uint64],
-]:
+def _join(commits: Sequence[Commit]) -> _Joined:
     """All commits' (seeds, coefficients, number of pairs up to each commit's end, rounding seeds)."""
-    rounding_seeds = np.array([commit.rounding_seed for commit in commits], dtype=np.uint64)
     if len(commits) == 1:
-        seeds, coefficients = commits[0].seeds, commits[0].coefficients
-        return seeds, coefficients, np.array([len(seeds)], dtype=np.uint64), rounding_seeds
+        return commits[0]._joined
     lengths = [len(commit.seeds) for commit in commits]
     return (
         np.concatenate([np.empty(0, np.uint64), *(commit.seeds for commit in commits)]),
         np.concatenate([np.empty(0, np.float32), *(commit.coefficients for commit in commits)]),
         np.cumsum(lengths, dtype=np.uint64),
-        rounding_seeds,
+        np.array([commit.rounding_seed for commit in commits], dtype=np.uint64),
     )
 
 
 def _values(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """The tensor's memory as a 1-D array: float32, or uint16 for bfloat16."""
-    flat = tensor.detach().view(-1)
-    return (flat if flat.dtype == torch.float32 else flat.view(torch.uint16)).numpy()
+    plain = tensor.detach() if tensor.requires_grad else tensor
+    wide = plain.dtype == torch.float32
+    array: npt.NDArray[Any] = (plain if wide else plain.view(torch.uint16)).numpy()
+    return array.reshape(-1)
 
 
 def _float32(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

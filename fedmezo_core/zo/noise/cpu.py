@@ -74,6 +74,7 @@ _KEY_STEP_0, _KEY_STEP_1 = U64(0x9E3779B9), U64(0xBB67AE85)
 _RADEMACHER, _GAUSSIAN, _ROUNDING = U64(1), U64(2), U64(3)
 _ROW, _HALF_ROW, _LANES, _ROWS, _TILE = U64(128), U64(64), U64(32), U64(32), U64(4096)
 _TOP_BIT = U64(0x80000000)
+_INFINITY = np.uint32(0x7F800000)
 _PAIR_WORDS = U64(64)  # 64-bit scratch words of one row of one pair
 _ZERO, _ONE, _TWO, _THREE = U64(0), U64(1), U64(2), U64(3)
 
@@ -152,14 +153,14 @@ def _top_bit(typing_context: Any, word: Any) -> Any:
 
 
 @_emitted
-def _is_not_finite(typing_context: Any, value: Any) -> Any:
-    """1 for NaN and infinities, else 0, as uint32."""
+def _larger_magnitude(typing_context: Any, magnitude: Any, value: Any) -> Any:
+    """The larger of `magnitude` and the bits of |value|: integers order as floats do, NaN on top."""
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        magnitude = builder.and_(builder.bitcast(values[0], _I32), _constant(0x7FFFFFFF))
-        return builder.zext(builder.icmp_unsigned(">=", magnitude, _constant(0x7F800000)), _I32)
+        bits = builder.and_(builder.bitcast(values[1], _I32), _constant(0x7FFFFFFF))
+        return builder.select(builder.icmp_unsigned(">", bits, values[0]), bits, values[0])
 
-    return types.uint32(types.float32), emit
+    return types.uint32(types.uint32, types.float32), emit
 
 
 @_emitted
@@ -184,11 +185,15 @@ def _narrow(typing_context: Any, value: Any) -> Any:
 
 
 def _emit_rounded(builder: Any, bits: Any, addend: Any) -> Any:
-    """(bits + addend) without its low 16 bits; NaN and infinities stay what they are."""
+    """(bits + addend) without its low 16 bits; nothing is added to NaN and infinities.
+
+    Choosing the addend, not the result: LLVM makes "keep the old value" a masked store, which some
+    CPUs run many times slower than a store.
+    """
     magnitude = builder.and_(bits, _constant(0x7FFFFFFF))
     finite = builder.icmp_unsigned("<", magnitude, _constant(0x7F800000))
-    rounded = builder.and_(builder.add(bits, addend), _constant(0xFFFF0000))
-    return builder.bitcast(builder.select(finite, rounded, bits), _F32)
+    added = builder.add(bits, builder.select(finite, addend, _constant(0)))
+    return builder.bitcast(builder.and_(added, _constant(0xFFFF0000)), _F32)
 
 
 @_emitted
@@ -366,6 +371,21 @@ def _add_rademacher(
         k += _ONE
 
 
+@_compiled
+def _set_rademacher(
+    out: Any, base: Any, at: Any, tile: Any, tensor: Any, seed: Any, plus: Any,
+    words_64: Any, words: Any,
+) -> None:  # fmt: skip
+    """out[at + e] = base[at + e] + one pair, over a whole tile: the usual perturbation, in one visit."""
+    _generate(words_64, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
+    minus = -plus
+    for row in range(_ROWS):
+        mask = np.uint32(_TOP_BIT >> row)
+        t = at + row * _ROW
+        for i in range(_ROW):
+            out[t + i] = base[t + i] + _choose(words[i], mask, plus, minus)
+
+
 @_inlined
 def _box_muller(radius_word: Any, angle_word: Any) -> Any:
     """`spec.box_muller`, operation by operation."""
@@ -446,19 +466,25 @@ def materialize_float32(
         tile, first = element // _TILE, element % _TILE
         last = min(_TILE, first + (end - at))
         row_begin, row_end = first // _ROW, (last + _ROW - _ONE) // _ROW
-        bad = np.uint32(0)
+        largest = np.uint32(0)
         if last - first == _TILE:
-            if out_of_place:
+            done = _ZERO
+            if out_of_place and not gaussian and pairs > _ZERO:
+                _set_rademacher(
+                    out, base, at, tile, tensor, seeds[0], coefficients[0], words_64, words
+                )
+                done = _ONE
+            elif out_of_place:
                 for i in range(_TILE):
                     out[at + i] = base[at + i]
             if gaussian:
                 _add_gaussian(out, at, _ZERO, _ROWS, tile, tensor,
-                              seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+                              seeds, coefficients, done, pairs, words_64, words)  # fmt: skip
             else:
                 _add_rademacher(out, at, _ZERO, _ROWS, tile, tensor,
-                                seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+                                seeds, coefficients, done, pairs, words_64, words)  # fmt: skip
             for i in range(_TILE):
-                bad |= _is_not_finite(out[at + i])
+                largest = _larger_magnitude(largest, out[at + i])
         else:
             for i in range(last - first):
                 tile_values[first + i] = base[at + i]
@@ -471,10 +497,10 @@ def materialize_float32(
             for i in range(last - first):
                 value = tile_values[first + i]
                 out[at + i] = value
-                bad |= _is_not_finite(value)
-        if bad != np.uint32(0):
+                largest = _larger_magnitude(largest, value)
+        if largest >= _INFINITY:
             for i in range(last - first):
-                if _is_not_finite(out[at + i]) != np.uint32(0):
+                if not np.isfinite(out[at + i]):
                     return np.int64(at + i)
         at += last - first
     return np.int64(FINITE)
@@ -507,14 +533,14 @@ def materialize_bfloat16(
             _round_rows(tile_values, row_begin, row_end, tile, tensor, stochastic,
                         rounding_seeds[commit], words_64, words)  # fmt: skip
             pair_begin = pair_end
-        bad = np.uint32(0)
+        largest = np.uint32(0)
         for i in range(last - first):
             value = tile_values[first + i]
             out[at + i] = _narrow(value)
-            bad |= _is_not_finite(value)
-        if bad != np.uint32(0):
+            largest = _larger_magnitude(largest, value)
+        if largest >= _INFINITY:
             for i in range(last - first):
-                if _is_not_finite(tile_values[first + i]) != np.uint32(0):
+                if not np.isfinite(tile_values[first + i]):
                     return np.int64(at + i)
         at += last - first
     return np.int64(FINITE)

@@ -402,6 +402,26 @@ def test_bad_commits_are_refused() -> None:
             Commit(seeds, np.zeros(3, np.float32), rounding_seed)
 
 
+def test_a_commit_takes_any_array_and_keeps_its_own() -> None:
+    seeds = np.arange(8, dtype=np.uint64)
+    coefficients = np.linspace(-1, 1, 8, dtype=np.float32)
+    plain, read = torch.zeros(500), torch.zeros(500)
+    materialize(plain, plain, [Commit(seeds[::2], coefficients[::2], 0)], tensor_id=0, **RADEMACHER)
+    compiled = len(cpu.materialize_float32.signatures)  # type: ignore[attr-defined]  # numba's
+    commit = Commit(
+        np.frombuffer(seeds[::2].tobytes(), np.uint64),
+        np.frombuffer(coefficients[::2].tobytes(), np.float32),
+        0,
+    )
+    materialize(read, read, [commit], tensor_id=0, **RADEMACHER)
+    assert_same_bits(read, plain)
+    assert len(cpu.materialize_float32.signatures) == compiled  # type: ignore[attr-defined]
+    own = Commit(seeds, coefficients, 0)
+    seeds[:], coefficients[:] = 0, np.nan
+    assert own.seeds.tolist() == list(range(8))
+    assert np.isfinite(own.coefficients).all()
+
+
 def refused() -> Sequence[tuple[str, type[Exception], torch.Tensor, torch.Tensor, dict[str, int]]]:
     zeros, memory = torch.zeros(8), torch.zeros(12)
     return [
