@@ -84,8 +84,8 @@ def test_selection_drops_neutral_wordless_and_repeated_texts() -> None:
         Snippet("tweets", "1", "Great!", 2.0),
         Snippet("movies", "2", "great", -2.0),
         Snippet("tweets", "3", ":-)", 3.0),
-        Snippet("tweets", "4", "it is", 0.49),
-        Snippet("tweets", "5", "it is so", -0.5),
+        Snippet("tweets", "4", "it is", 0.99),
+        Snippet("tweets", "5", "it is so", -1.0),
     ]
     assert prepare.select(rows) == [rows[0], rows[4]]
 
