@@ -305,7 +305,9 @@ def test_at_the_deadline_the_quorum_is_enough() -> None:
 def test_time_never_goes_back() -> None:
     run = RoundsDriver(workers_min=2)
     run.tick(700)
+    run.tick(100)
     run.ready("a", "b")
+    assert run.machine.closes_at_ms == 1700
     run.answer("a")
     run.tick(100)
     assert run.tick(1699) == Ready()
@@ -323,6 +325,7 @@ def test_losing_a_worker_keeps_its_slot_until_the_deadline() -> None:
     )
     run.lost("b")
     assert kinds(run.tick(1000)) == ["Committed"]
+    assert run.machine.awaited == ()
 
 
 def test_the_unable_are_not_waited_for() -> None:
@@ -418,6 +421,7 @@ def test_the_deadline_passes_after_a_restart_with_nobody_there() -> None:
     run.answer("a")
     run.restart()
     assert kinds(run.tick(1000)) == ["Committed"]
+    assert run.machine.awaited == ()
     assert run.machine.phase is Phase.WAITING
 
 
@@ -568,19 +572,51 @@ def test_no_worker_is_called_replica() -> None:
     assert run.machine.phase is Phase.WAITING
 
 
+def test_nobody_is_judged_by_fewer_votes_than_the_quorum() -> None:
+    run = RoundsDriver(workers_min=3, quorum=4)
+    run.ready("a", "b", "c")
+    run.answer("a")
+    run.answer("b", digest=WRONG_DIGEST64)
+    assert kinds(run.answer("c", digest=WRONG_DIGEST64)) == ["Answered", "Ack"]
+    run.ready("d")
+    run.ready("e")
+    run.replica(0)
+    assert kinds(run.answer("d")) == [
+        "Answered",
+        "Diverged",
+        "Diverged",
+        "Opened",
+        "Ack",
+        "Expel",
+        "Expel",
+        "Assign",
+    ]
+
+
+def test_a_replica_report_of_no_committed_round_is_no_vote() -> None:
+    run = RoundsDriver()
+    run.ready("a")
+    run.replica(1, WRONG_DIGEST64)
+    run.answer("a")
+    assert "Committed" in kinds(run.answer("a"))
+
+
 def test_answers_beyond_the_cohort_size_are_not_committed() -> None:
     run = RoundsDriver(workers_min=2, quorum=2, cohort_size_max=2)
     run.ready("a", "b")
     run.answer("a")
-    run.answer("b", digest=WRONG_DIGEST64)
-    run.ready("c")
-    run.tick(1000)
-    run.ready("d")
-    ready = run.answer("c")
-    assert kinds(ready)[:3] == ["Answered", "Diverged", "Committed"]
-    commit = ready.records[2]
+    run.answer("b", digest=3)
+    for worker, digest in (("c", 4), ("d", TRUE_DIGEST64)):
+        run.ready(worker)
+        assert kinds(run.answer(worker, digest=digest)) == ["Answered", "Ack"]
+    run.ready("e")
+    ready = run.answer("e")
+    assert kinds(ready)[:4] == ["Answered", "Diverged", "Diverged", "Committed"]
+    commit = ready.records[3]
     assert isinstance(commit, Committed)
-    assert len(commit.runs) == 2
+    assert [pairs.first_seed for pairs in commit.runs] == [
+        first_seed_of(run.config.seed, 1, slot) for slot in (0, 3)
+    ]
 
 
 # ---------------------------------------------------------------- the journal

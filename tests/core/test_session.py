@@ -385,6 +385,14 @@ def test_the_end_waits_for_the_measurement_and_the_commits() -> None:
     assert machine.state is SessionState.LEFT
 
 
+def test_the_end_replaces_work_that_waits() -> None:
+    machine = _measuring()
+    machine.step(assigned_of(1, slot=3))
+    machine.step(FinishedByCoordinator(0))
+    actions = machine.step(MeasureFailed(TICKET, "cut short"))
+    assert actions == (SendUnable(TICKET, "cut short"), ReportWeights(0), Leave())
+
+
 def test_an_end_that_was_not_reached_is_said_again_in_the_next_session() -> None:
     machine = _measuring()
     machine.step(commit_of(1))
