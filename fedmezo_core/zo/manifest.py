@@ -17,6 +17,7 @@ train different directions. Therefore
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -117,7 +118,6 @@ def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
         what = "LoRA adapter matrices" if adapters_only else "parameters"
         raise ModelError(f"The model has no {what} to train; check the model and lora settings.")
     entries: list[Entry] = []
-    owners: dict[int, str] = {}
     for tensor_id, (name, parameter) in enumerate(chosen.items()):
         dtype = _DTYPES.get(parameter.dtype)
         if dtype is None:
@@ -129,15 +129,18 @@ def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
             raise ModelError(
                 f"Parameter {name} is not contiguous in memory; make it contiguous before training."
             )
-        storage = parameter.untyped_storage().data_ptr()
-        first = parameter.data_ptr()
-        if storage and first in owners:
-            raise ModelError(
-                f"Parameters {owners[first]} and {name} share memory without being one tied "
-                "parameter; tie them, or load a copy of the model in which they are separate."
-            )
-        owners[first] = name
         entries.append(Entry(tensor_id, name, tuple(parameter.shape), dtype))
+    spans = sorted(
+        (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
+        for name, parameter in chosen.items()
+        if parameter.data_ptr()  # 0 on the meta device
+    )
+    for (_, end, one), (start, _, other) in itertools.pairwise(spans):
+        if start < end:
+            raise ModelError(
+                f"Parameters {min(one, other)} and {max(one, other)} share memory without being one "
+                "tied parameter; tie them, or load a copy of the model in which they are separate."
+            )
     return Manifest(tuple(entries))
 
 

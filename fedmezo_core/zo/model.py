@@ -86,6 +86,8 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
                 device_map=None if device == "cpu" else {"": device},
+                # The look for an adapter under this name would go to the network all the same.
+                adapter_kwargs={"local_files_only": common["local_files_only"]},
                 **common,
             )
         except Exception as error:
@@ -102,6 +104,11 @@ def load_model(
             f"The checkpoint of {name_or_path} lacks {len(lacking)} of the model's tensors or has "
             f"them in another shape (first: {lacking[0]}); get a complete checkpoint of a causal "
             "language model."
+        )
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{name_or_path} holds an adapter, not a whole model; merge it into its base model, save "
+            "that, and use the folder."
         )
     model: nn.Module = loaded
     model.eval()
@@ -134,12 +141,12 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> nn.M
         ]
         if not matches:
             raise ConfigError(
-                f"Lora.target_modules: the model has no module {target}; its linear layers are "
+                f"lora.target_modules: the model has no module {target}; its linear layers are "
                 f"{', '.join(_linear_names(model))}."
             )
         if not all(isinstance(module, (nn.Linear, Conv1D)) for module in matches):
             raise ConfigError(
-                f"Lora.target_modules: {target} is no linear layer; the linear layers are "
+                f"lora.target_modules: {target} is no linear layer; the linear layers are "
                 f"{', '.join(_linear_names(model))}."
             )
     # Only LoRA runs need peft, and importing it takes seconds.

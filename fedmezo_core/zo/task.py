@@ -18,11 +18,12 @@ import inspect
 import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from torch.nn import functional
@@ -36,6 +37,8 @@ _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
 _IGNORED = -100
 """Target of a position that is no part of the loss (torch's own convention)."""
 _TEXTS_PER_CALL = 1024
+_WINDOW_BATCHES = 8
+"""Batches whose rows are sorted by length together. More would save little padding (decision 0003)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,9 @@ class Task:
         for row, label, tokens, response in zip(rows, labels, prompts, responses, strict=True):
             prompt = [*self._prefix, *tokens]
             if not prompt:
-                raise DataError(f"{row.place} gives an empty prompt; fill it in or remove the row.")
+                raise DataError(
+                    f"In {row.place} the prompt is empty; fill the row in or remove it."
+                )
             if len(prompt) + len(response) > self.config.tokens_max:
                 truncated_count += 1
                 prompt, response = self._truncated(row, len(prompt), response)
@@ -187,7 +192,7 @@ class Task:
         label = row.values[self.config.label_column]
         if label not in self._labels:
             raise DataError(
-                f"{row.place}: label {label!r} is not among the run's labels "
+                f"In {row.place}, label {label!r} is not among the run's labels "
                 f"({', '.join(map(repr, self._labels))}); correct the row or add a verbalizer for it."
             )
         return self._labels[label]
@@ -400,8 +405,11 @@ def _auc(margins: Sequence[float], labels: Sequence[int]) -> float | None:
 class Batches:
     """Which rows a worker measures on: a pure function of run seed, worker, round and step.
 
-    The worker's steps, numbered through all rounds, read its rows in passes without replacement; each
-    pass has an order of its own. So a restarted worker repeats exactly what it would have done.
+    The worker's steps, numbered through all rounds, read its rows in passes; within a pass no row comes
+    twice, and each pass has an order of its own. So a restarted worker repeats exactly what it would
+    have done. A batch takes rows of like length: each `_WINDOW_BATCHES` batches' worth of shuffled
+    rows is sorted by length before it is cut, and then the batches are shuffled. On short texts that
+    saves a third of the tokens, which would be padding.
     """
 
     def __init__(
@@ -415,36 +423,46 @@ class Batches:
         local_steps: int,
         device: str | torch.device = "cpu",
     ) -> None:
-        """`local_steps` is the run's, by which rounds and steps are numbered through."""
+        """`local_steps` is the run's, by which rounds and steps are numbered through.
+
+        A dataset that is smaller than `batch_size` is one batch. What is left over at the end of a pass
+        is less than a batch, and other rows each time.
+        """
         self._task = task
         self._dataset = dataset
+        self._lengths = np.array(
+            [len(example.prompt) + len(example.response) for example in dataset.examples]
+        )
         self._key = struct.pack("<Q", run_seed) + worker_name.encode()
         self._batch_size = min(batch_size, len(dataset))
         self._local_steps = local_steps
         self._device = device
         self._pass = -1
-        self._order: np.ndarray[Any, np.dtype[np.int64]] = np.empty(0, dtype=np.int64)
+        self._batches: list[npt.NDArray[np.int64]] = []
 
     def indices(self, round_: int, step: int) -> list[int]:
         """Rows of the batch of `step` (from 0) in `round_` (from 1)."""
-        first = ((round_ - 1) * self._local_steps + step) * self._batch_size
-        return list(self._rows(first, first + self._batch_size))
+        number, place = divmod(
+            (round_ - 1) * self._local_steps + step, len(self._dataset) // self._batch_size
+        )
+        if number != self._pass:
+            self._pass, self._batches = number, self._shuffled(number)
+        return [int(index) for index in self._batches[place]]
 
     def batch(self, round_: int, step: int) -> Batch:
-        """The batch of `step` (from 0) in `round_` (from 1); a dataset smaller than a batch is one."""
+        """The batch of `step` (from 0) in `round_` (from 1)."""
         examples = [self._dataset.examples[index] for index in self.indices(round_, step)]
         return self._task.collate(examples, f"round {round_}, step {step}", self._device)
 
-    def _rows(self, start: int, stop: int) -> Iterator[int]:
-        for position in range(start, stop):
-            number, offset = divmod(position, len(self._dataset))
-            if number != self._pass:
-                self._pass, self._order = number, self._shuffled(number)
-            yield int(self._order[offset])
-
-    def _shuffled(self, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _shuffled(self, number: int) -> list[npt.NDArray[np.int64]]:
         hashed = hashlib.sha256(b"fedmezo batches v1\0" + struct.pack("<Q", number) + self._key)
-        key = int.from_bytes(hashed.digest()[:16], "little")
-        # Raw bits, because NumPy keeps those the same for ever, unlike its own permutation.
-        raw = np.random.Philox(key=key).random_raw(len(self._dataset))
-        return np.argsort(raw, kind="stable").astype(np.int64)
+        # Raw bits, because NumPy keeps those the same for ever, unlike its own permutations.
+        bits = np.random.Philox(key=int.from_bytes(hashed.digest()[:16], "little"))
+        size, count = self._batch_size, len(self._dataset) // self._batch_size
+        order = np.argsort(bits.random_raw(len(self._dataset)), kind="stable")[: size * count]
+        batches: list[npt.NDArray[np.int64]] = []
+        for first in range(0, len(order), _WINDOW_BATCHES * size):
+            window = order[first : first + _WINDOW_BATCHES * size]
+            window = window[np.argsort(self._lengths[window], kind="stable")]
+            batches += [window[start : start + size] for start in range(0, len(window), size)]
+        return [batches[place] for place in np.argsort(bits.random_raw(count), kind="stable")]
