@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
+from fedmezo_core.cohort import REPLICA_PARTY
 from fedmezo_core.config import NAME_PATTERN, PROTOCOL_VERSION
-from fedmezo_core.digests import REPLICA
 from fedmezo_core.errors import (
     DivergedError,
     MismatchError,
@@ -20,12 +20,16 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 CATCH_UP_ROUNDS_MAX = 512
 """Commits sent down a fresh session; a worker further behind reads the journal first."""
 
+# A status message travels in a header, and headers are bounded: what a caller sent is shown in part.
+NAME_CHARS_SHOWN_MAX = 64
+VERSIONS_SHOWN_MAX = 8
+
 
 def choose_version(offered: list[int]) -> int:
     """The newest version that both speak."""
     if PROTOCOL_VERSION in offered:
         return PROTOCOL_VERSION
-    spoken = ", ".join(map(str, sorted(offered))) or "none"
+    spoken = ", ".join(map(str, sorted(offered)[:VERSIONS_SHOWN_MAX])) or "none"
     raise VersionError(
         f"This coordinator speaks fedmezo protocol version {PROTOCOL_VERSION}, the caller {spoken}; "
         "upgrade the older of the two."
@@ -36,7 +40,7 @@ def check_run_id(asked: str, served: str) -> None:
     """Refuse a caller that means another run; an empty id means whichever is served."""
     if asked not in ("", served):
         raise WrongRunError(
-            f"Run {asked!r} is not served here, this coordinator serves {served!r}; "
+            f"Run {asked[:NAME_CHARS_SHOWN_MAX]!r} is not served here, this coordinator serves {served!r}; "
             "check the address and the run id."
         )
 
@@ -50,10 +54,10 @@ def check_hello(hello: wire.Hello, genesis: Genesis, round_: int, head_at_hello:
     if hello.protocol_version != PROTOCOL_VERSION:
         choose_version([hello.protocol_version])
     check_run_id(hello.run_id or "(none)", genesis.config.run_id)
-    if not re.match(NAME_PATTERN, hello.worker) or hello.worker == REPLICA:
+    if not re.fullmatch(NAME_PATTERN, hello.worker) or hello.worker == REPLICA_PARTY:
         raise ProtocolError(
             "A worker's name has 1 to 64 characters out of a-z, 0-9 and -, begins with a letter or "
-            f"digit, and is not {REPLICA!r}; set another --name."
+            f"digit, and is not {REPLICA_PARTY!r}; set another --name."
         )
     for what, theirs, ours in (
         ("manifest (the trainable tensors)", hello.manifest_digest, genesis.manifest_digest),

@@ -30,7 +30,8 @@ from fedmezo_core.codec import (
     ticket_to_pb,
     unable_from_pb,
 )
-from fedmezo_core.digests import REPLICA, DigestBoard, PartyDigest
+from fedmezo_core.cohort import REPLICA_PARTY
+from fedmezo_core.digests import DigestBoard, PartyDigest
 from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
@@ -287,11 +288,12 @@ class Daemon:
                 return [self._machine.step(unable)]
             case "weights_report":
                 report = message.weights_report
-                if len(report.weights_digest) != 32:
+                if len(report.weights_digest) != 32 or report.round > self._machine.round:
                     session.end(
                         ProtocolError(
-                            f"A weights digest has 32 bytes, this one {len(report.weights_digest)}; "
-                            "use the same FedMeZO version."
+                            f"A weights report names a committed round (so far {self._machine.round}, "
+                            f"not {report.round}) and a digest of 32 bytes (not "
+                            f"{len(report.weights_digest)}); use the same FedMeZO version."
                         )
                     )
                     return []
@@ -309,7 +311,7 @@ class Daemon:
 
     def _from_replica(self, request: wire.ReportReplicaRequest) -> list[Ready]:
         digest = request.weights_digest
-        readies = self._digest_reported(PartyDigest(REPLICA, request.round, digest))
+        readies = self._digest_reported(PartyDigest(REPLICA_PARTY, request.round, digest))
         readies.append(self._machine.step(ReplicaDigest(request.round, digest64_of(digest))))
         if request.HasField("evaluation"):
             readies.append(self._recorded(evaluated_from_pb(request.evaluation)))
@@ -422,8 +424,9 @@ class Daemon:
         assert self._genesis is not None, "load() comes first"
         return self._genesis
 
-    def describe(self, version: int) -> wire.GetRunResponse:
-        """What the run is."""
+    def describe(self, version: int, run_id: str) -> wire.GetRunResponse:
+        """What the run is, to a caller who means this one."""
+        check_run_id(run_id, self.genesis.config.run_id)
         return wire.GetRunResponse(
             protocol_version=version,
             genesis=self._genesis_body,

@@ -12,8 +12,9 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.digest import base_digest, tokenizer_digest
-from fedmezo_core.zo.materialize import Commit, Distribution, Rounding
+from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model import LoadedModel, load_model
+from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.task import Task
 from fedmezo_core.zo.weights import Weights
 
