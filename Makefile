@@ -27,6 +27,8 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(BIN)/python -m pip install -q pip==26.3
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
 	$(BIN)/python -m pip install -q -c requirements.lock --build-constraint requirements.lock --group dev -e '.[worker]'
+	# Compile the kernels once, instead of in every process that starts first.
+	$(BIN)/python -c 'from fedmezo_core.zo.materialize import warm_up; warm_up()'
 	touch $@
 
 demo: setup  ## four workers fine-tune a real language model over gRPC (about 8 minutes)
@@ -63,7 +65,7 @@ check-proto: setup
 	    echo "proto/$$file does not match its .proto file; run 'make proto' and commit the result" >&2; exit 1; }; \
 	done
 
-bench: setup  ## measure replay and forward speed; writes build/reports/bench.json
+bench: setup  ## measure replay beside the plain torch way; writes build/reports/bench.json
 	$(BIN)/python benchmarks/bench.py
 
 wheel-test: setup  ## build the wheel, install it alone in a fresh environment, run the commands

@@ -12,7 +12,7 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.digest import base_digest, tokenizer_digest
-from fedmezo_core.zo.materialize import Commit, Rounding
+from fedmezo_core.zo.materialize import Commit, Rounding, warm_up
 from fedmezo_core.zo.model import LoadedModel, load_model
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.task import Task
@@ -83,6 +83,8 @@ def open_party(
     """
     if threads is not None:
         torch.set_num_threads(threads)
+    # Kernels compile on a machine's first use; no round should wait for that.
+    warm_up()
     loaded = load_model(
         model,
         dtype=config.dtype,
