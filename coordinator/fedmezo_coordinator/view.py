@@ -78,6 +78,11 @@ def run_view(
     head.add_row("journal", f"{status.records:,} records, head {status.head.hex()[:16]}")
     parts: list[RenderableType] = [head, worker_table(status)]
     parts += [
+        Text(f"{worker.worker}: {worker.complaint}", style="yellow")
+        for worker in status.workers
+        if worker.complaint
+    ]
+    parts += [
         Text(
             f"{divergence.party} diverged after round {divergence.round}: digest "
             f"{divergence.found_digest64:016x}, the run's {divergence.expected_digest64:016x}",
@@ -95,7 +100,6 @@ def worker_table(status: wire.GetStatusResponse) -> Table:
         table.add_column(name)
     for name in ("rounds", "loss", "answer after", "up", "down"):
         table.add_column(name, justify="right")
-    table.add_column("last complaint", overflow="fold")
     for worker in status.workers:
         table.add_row(
             worker.worker,
@@ -105,7 +109,6 @@ def worker_table(status: wire.GetStatusResponse) -> Table:
             f"{worker.answered_after_ms / 1000:.1f} s" if worker.answered_after_ms else "-",
             size_text(worker.bytes_up),
             size_text(worker.bytes_down),
-            worker.complaint,
         )
     return table
 
