@@ -78,8 +78,7 @@ async def run(settings: CoordinatorSettings) -> None:
         serving = asyncio.create_task(daemon.serve())
         replica = asyncio.create_task(_keep_replica(settings, daemon, private))
         try:
-            await _first_of(serving, stop)
-            if serving.done():
+            if await _first_of(serving, stop):
                 serving.result()
             log.info("stopping")
         finally:
