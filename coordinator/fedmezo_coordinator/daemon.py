@@ -78,6 +78,10 @@ TICK_MS = 200
 Result = TypeVar("Result")
 
 
+class HalfClosedError(FedMezoError):
+    """The worker said that it has nothing more to send: the session ends without an error."""
+
+
 @dataclass(eq=False)
 class Session:
     """A worker's open stream, as the loop sees it."""
@@ -261,6 +265,7 @@ class Daemon:
                 if self._sessions.get(session.worker) is not session:
                     return []
                 del self._sessions[session.worker]
+                session.end(HalfClosedError())
                 log.info("worker %s left", session.worker)
                 return [self._machine.step(WorkerLost(session.worker))]
             case _FromWorker(session, message):
@@ -452,7 +457,7 @@ class Daemon:
         self._traffic[session.worker].bytes_down += message.ByteSize()
 
     async def leave(self, session: Session) -> None:
-        """A session's stream is gone."""
+        """A worker has closed its side of a session, or the session's stream is gone."""
         await self._items.put(_Left(session))
 
     async def report_replica(self, request: wire.ReportReplicaRequest) -> None:

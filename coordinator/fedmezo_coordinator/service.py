@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 
 from fedmezo_coordinator.admission import choose_version
-from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.daemon import Daemon, HalfClosedError
 from fedmezo_coordinator.daemon import Session as WorkerSession
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
@@ -78,8 +78,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     ) -> wire.GetRunResponse:
         """What the run is."""
         version = choose_version(list(request.protocol_versions))
-        self._daemon.status(request.run_id)
-        return self._daemon.describe(version)
+        return self._daemon.describe(version, request.run_id)
 
     @_mapped
     async def ReadJournal(  # noqa: N802
@@ -127,7 +126,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
                     raise message
                 self._daemon.sent(session, message)
                 yield message
-        except _HalfClosedError:
+        except HalfClosedError:
             return
         except FedMezoError as error:
             await abort(context, error)
@@ -153,12 +152,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     ) -> None:
         async for message in requests:
             await self._daemon.receive(session, message)
-        # The worker is done; whatever it sent before has been queued ahead of this.
-        session.end(_HalfClosedError())
-
-
-class _HalfClosedError(FedMezoError):
-    """The worker said that it has nothing more to send: the session ends without an error."""
+        # The worker is done; whatever it sent before is in the queue ahead of this.
+        await self._daemon.leave(session)
 
 
 async def start_server(
