@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedmezo_coordinator.supervisor import USER_ERROR
+from fedmezo_coordinator.supervisor import RETRY, USER_ERROR
 from fedmezo_core.backoff import delay_s
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.codec import config_from_pb, decode_record
@@ -39,20 +39,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then stops us.
     mode = (sys.argv[1:] if arguments is None else arguments)[0]
     orders = json.loads(sys.stdin.readline())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         if mode == "describe":
             print(json.dumps(describe(orders)), flush=True)
         else:
-            threading.Thread(target=_end_with_parent, daemon=True).start()
             asyncio.run(follow(orders))
     except FedMezoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return USER_ERROR
+        return RETRY if isinstance(error, UnavailableError) else USER_ERROR
     return 0
 
 
 def _end_with_parent() -> None:
-    while sys.stdin.read(1):
+    # Not through sys.stdin: a thread that waits in it breaks the interpreter's own end.
+    while os.read(0, 4096):
         pass
     os._exit(0)
 

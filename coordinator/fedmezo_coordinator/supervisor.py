@@ -25,6 +25,8 @@ from fedmezo_core.status import BY_REASON
 
 log = logging.getLogger("fedmezo.coordinator")
 
+RETRY = 1
+"""Exit status of a replica that did not reach the daemon; another one may."""
 USER_ERROR = 2
 """Exit status of a replica that a restart cannot help."""
 STOP_TIMEOUT_S = 10.0
@@ -57,8 +59,16 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         sys.executable, "-m", _MODULE, "describe", stdin=PIPE, stdout=PIPE, stderr=PIPE
     )
     try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         orders = _orders(settings, config=config_to_pb(config).SerializeToString().hex())
-        out, err = await process.communicate(orders)
+        # Its input stays open: the child ends when that does, however this process ends.
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(orders)
+            await process.stdin.drain()
+        out, err = await asyncio.gather(process.stdout.read(), process.stderr.read())
+        await process.wait()
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
