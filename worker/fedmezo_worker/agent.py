@@ -47,7 +47,7 @@ from fedmezo_core.events import (
     Welcomed,
 )
 from fedmezo_core.records import Committed, Genesis
-from fedmezo_core.session import SessionMachine
+from fedmezo_core.session import SessionMachine, SessionState
 from fedmezo_core.zo.party import Party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.engine import Engine
@@ -154,6 +154,7 @@ class Agent:
         assert self._machine is not None
         stream = client.session()
         receiving: asyncio.Task[wire.SessionResponse | None] | None = None
+        joined = False
         try:
             finished = await self._act(self._step(Connected()), stream)
             while not finished:
@@ -173,14 +174,24 @@ class Agent:
                 for event in events:
                     finished = await self._act(self._step(event), stream) or finished
                     if isinstance(event, Welcomed):
+                        joined = True
                         self._reached()
                         log.info("joined at round %d of epoch %d", event.round, event.epoch)
                 if self._machine.measuring_in_vain:
                     self._engine.cut_short()
             await stream.end()
-            await stream.receive()
+            # Until the coordinator closes too: breaking off now could lose what was just sent.
+            while await stream.receive() is not None:
+                pass
+            return True
+        except UnavailableError:
+            if self._machine.state is not SessionState.LEFT:
+                raise
+            log.warning("the coordinator went away before it took the last digest")
             return True
         finally:
+            if joined:
+                self._reachable_at_s = time.monotonic()
             if receiving is not None:
                 receiving.cancel()
                 with contextlib.suppress(asyncio.CancelledError, FedMezoError):

@@ -36,13 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def run(settings: WorkerSettings) -> None:
     """Work until the run is finished, or SIGTERM or Ctrl-C ends it; raises what stopped it otherwise."""
+    # First: a signal during the imports below must end the worker cleanly too.
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # Imported here: torch takes seconds, and a wrong flag should not.
     from fedmezo_worker.agent import Agent
     from fedmezo_worker.engine import Engine
 
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
     engine = Engine()
     working = asyncio.create_task(Agent(settings, engine).run())
     stopping = asyncio.create_task(stop.wait())

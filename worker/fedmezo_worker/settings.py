@@ -40,7 +40,7 @@ class WorkerSettings(BaseSettings):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not re.match(NAME_PATTERN, value):
+        if not re.fullmatch(NAME_PATTERN, value):
             raise ValueError("use 1 to 64 of a-z, 0-9 and -, beginning with a letter or digit")
         return value
 
