@@ -35,7 +35,7 @@ from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.task import Batch, Task
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 22
 """Linear layers with more bytes of weights than this are built and multiplied in blocks of rows."""
 _ALIGNMENT_BYTES = 64
 
