@@ -8,6 +8,9 @@ from pathlib import Path
 import typer.main
 
 from fedmezo_coordinator.client_cli import app
+from fedmezo_coordinator.settings import CoordinatorSettings
+from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
+from fedmezo_worker.settings import WorkerSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -56,3 +59,10 @@ def test_every_document_is_linked() -> None:
     linked = README + "".join(p.read_text() for p in (ROOT / "docs").rglob("*.md"))
     for path in (ROOT / "docs").rglob("*.md"):
         assert path.name in linked, f"nothing links to {path}"
+
+
+def test_every_setting_is_documented() -> None:
+    text = (ROOT / "docs/configuration.md").read_text()
+    for model in (RunConfig, TaskConfig, LoraConfig, CoordinatorSettings, WorkerSettings):
+        for name in model.model_fields:
+            assert f"`{name}`" in text, f"{model.__name__}.{name} is not in docs/configuration.md"
