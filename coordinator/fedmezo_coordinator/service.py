@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -133,8 +132,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         finally:
             if reader is not None:
                 reader.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await reader
+                # gather, because a cancellation of this handler must not be mistaken for the reader's:
+                # a handler that swallows its own leaks memory in grpc.
+                await asyncio.gather(reader, return_exceptions=True)
             if session is not None:
                 await self._daemon.leave(session)
 
