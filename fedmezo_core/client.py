@@ -6,6 +6,7 @@ The only core module that imports grpc. Every `grpc` error leaves it as one of o
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,14 +75,22 @@ class CoordinatorClient:
     def __init__(self, address: str, tls_ca: Path | None = None) -> None:
         """`address` is host:port; `tls_ca` a PEM file to trust, or None for plain TCP."""
         self.address = address
+        self._hint = (
+            "whether it serves TLS (then set tls_ca)"
+            if tls_ca is None
+            else "that it serves TLS, and whether its certificate is of that CA and names that host"
+        )
         if tls_ca is None:
             self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
             try:
                 roots = tls_ca.read_bytes()
-            except OSError as error:
+                # gRPC would say nothing about a file that holds no certificate.
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(tls_ca)
+            except OSError as error:  # SSLError is one
+                reason = "no certificate in it" if isinstance(error, ssl.SSLError) else error.strerror
                 raise ConfigError(
-                    f"tls_ca {tls_ca} cannot be read ({error.strerror}); give the CA's PEM file."
+                    f"tls_ca {tls_ca} cannot be read ({reason}); give the CA's PEM file."
                 ) from None
             self._channel = grpc.aio.secure_channel(
                 address, grpc.ssl_channel_credentials(roots), options=CHANNEL_OPTIONS
@@ -201,7 +210,7 @@ class CoordinatorClient:
             if not reason and error.code() in _NOBODY_THERE:
                 raise UnavailableError(
                     f"No coordinator answers at {self.address} ({details}); check the address, "
-                    "and that it is running."
+                    f"that it is running, and {self._hint}."
                 ) from None
             if not reason and error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 raise VersionError(

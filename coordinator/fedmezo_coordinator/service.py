@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -163,14 +164,15 @@ async def start_server(
 
     `private` is a second address, a Unix socket, for the replica.
     """
+    credentials = None if tls is None else _credentials(*tls)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     rpc.add_CoordinatorServiceServicer_to_server(CoordinatorServicer(daemon), server)
     server.add_insecure_port(private)
     try:
-        if tls is None:
+        if credentials is None:
             port = server.add_insecure_port(listen)
         else:
-            port = server.add_secure_port(listen, _credentials(*tls))
+            port = server.add_secure_port(listen, credentials)
     except RuntimeError:
         raise ConfigError(
             f"Cannot listen on {listen}: the address is in use by another process or not this "
@@ -183,6 +185,13 @@ async def start_server(
 def _credentials(cert: Path, key: Path) -> grpc.ServerCredentials:
     try:
         pair = (key.read_bytes(), cert.read_bytes())
+        # gRPC would only say that it cannot listen. No password: nobody is there to type one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"{cert} and {key} are not a PEM certificate chain and its unencrypted key "
+            f"({error.reason or error}); check tls_cert and tls_key."
+        ) from None
     except OSError as error:
         raise ConfigError(
             f"The TLS file {error.filename} cannot be read ({error.strerror}); check tls_cert and tls_key."
