@@ -177,12 +177,17 @@ class Programs:
         self._started.append(program)
         return program
 
+    def settings(self, run: dict[str, Any]) -> Path:
+        """A coordinator's TOML file."""
+        path = self.folder / f"coordinator-{len(self._started)}.toml"
+        path.write_text(toml_of({"run": run}))
+        return path
+
     async def coordinator(
         self, journal: Path, run: dict[str, Any], *arguments: str | Path, port: int = 0
     ) -> tuple[Program, str]:
         """A coordinator that serves, and its address."""
-        settings = self.folder / f"coordinator-{len(self._started)}.toml"
-        settings.write_text(toml_of({"run": run}))
+        settings = self.settings(run)
         program = self.start(
             "fedmezo_coordinator",
             *("--config", settings, "--journal", journal, "--listen", f"127.0.0.1:{port}"),

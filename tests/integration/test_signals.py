@@ -1,0 +1,113 @@
+"""SIGTERM and Ctrl-C end both daemons cleanly; kill -9 leaves no replica behind."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedmezo_core.client import CoordinatorClient
+from fedmezo_core.records import Genesis
+from tests.integration.harness import Program, Programs, run_values, until, write_genesis
+
+SECONDS = 20.0
+"""What "within seconds" may be on a machine that does much else."""
+
+
+async def test_workers_in_mid_measurement_end_within_seconds(
+    programs: Programs,
+    model_folder: Path,
+    data_files: list[Path],
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+) -> None:
+    journal = tmp_path / "journal.db"
+    # One measurement would take minutes.
+    changes = {"local_steps": 4096, "workers_min": 2, "quorum": 2}
+    write_genesis(journal, tiny_genesis(**changes))
+    coordinator, address = await programs.coordinator(
+        journal, run_values(**changes), "--no-replica"
+    )
+    both = [programs.worker(address, name, data_files[0], model_folder) for name in ("term", "int")]
+    async with CoordinatorClient(address) as client:
+
+        async def both_measure() -> bool:
+            return [w.measuring for w in (await client.get_status()).workers] == [True, True]
+
+        await until(both_measure, "both workers to measure")
+        both[0].send(signal.SIGTERM)
+        both[1].send(signal.SIGINT)
+        assert [await worker.wait(SECONDS) for worker in both] == [0, 0]
+
+        async def both_left() -> bool:
+            return not any(w.connected for w in (await client.get_status()).workers)
+
+        await until(both_left, "both workers to have left")
+        # A client that stays connected does not hold the coordinator up.
+        coordinator.send(signal.SIGINT)
+        assert await coordinator.wait(SECONDS) == 0
+
+
+async def replica_of(coordinator: Program) -> psutil.Process:
+    """The coordinator's child, once there is one."""
+
+    async def there() -> bool:
+        return bool(coordinator.children())
+
+    await until(there, "the replica")
+    return coordinator.children()[0]
+
+
+async def gone(process: psutil.Process) -> None:
+    async def ended() -> bool:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+    await until(ended, "the end of the replica", SECONDS)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGKILL, -9)]
+)
+async def test_the_replica_ends_with_its_coordinator(
+    programs: Programs,
+    model_folder: Path,
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+    number: signal.Signals,
+    status: int,
+) -> None:
+    journal = tmp_path / "journal.db"
+    write_genesis(journal, tiny_genesis())
+    coordinator, address = await programs.coordinator(
+        journal, run_values(), "--model", model_folder
+    )
+    replica = await replica_of(coordinator)
+    if (
+        number == signal.SIGKILL
+    ):  # The others may come at any time; this one when it waits for news.
+        async with CoordinatorClient(address) as client:
+
+            async def reported() -> bool:
+                return bool((await client.get_status()).digests)
+
+            await until(reported, "the replica's first digest")
+    coordinator.send(number)
+    assert await coordinator.wait(SECONDS) == status
+    await gone(replica)
+
+
+async def test_a_coordinator_that_still_loads_its_model_ends_too(
+    programs: Programs, model_folder: Path, tmp_path: Path
+) -> None:
+    settings = programs.settings(run_values())
+    coordinator = programs.start(
+        *("fedmezo_coordinator", "--config", settings, "--model", model_folder),
+        *("--listen", "127.0.0.1:0", "--journal", tmp_path / "journal.db"),
+    )
+    loading = await replica_of(coordinator)
+    coordinator.send(signal.SIGTERM)
+    assert await coordinator.wait(SECONDS) == 0
+    await gone(loading)
