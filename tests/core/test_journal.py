@@ -110,7 +110,11 @@ def test_one_flipped_bit_is_found(history: list[Record], data: st.DataObject) ->
     bit = data.draw(st.integers(0, 8 * len(old) - 1))
     new = bytearray(old)
     new[bit // 8] ^= 1 << bit % 8
-    rows[place] = dataclasses.replace(victim, **{field: bytes(new)})
+    rows[place] = (
+        dataclasses.replace(victim, body=bytes(new))
+        if field == "body"
+        else dataclasses.replace(victim, chain=bytes(new))
+    )
     damaged = MemoryStore()
     damaged.append(rows)
     with pytest.raises(JournalCorruptError, match=f"record {place} "):
