@@ -69,7 +69,8 @@ def load_settings(
         raise ConfigError(sentence_of(error, where)) from None
     except SettingsError as error:
         raise ConfigError(
-            f"{program}: {error}; check the flags and {environment_prefix}*."
+            f"{program}: {error}; write a table as JSON, for example --run '{{\"rounds\": 5}}', and "
+            f"check the flags and {environment_prefix}*."
         ) from None
     return loaded
 
