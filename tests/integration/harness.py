@@ -148,12 +148,15 @@ class Program:
 
     async def says(self, pattern: str) -> re.Match[str]:
         """The first match of `pattern` in what it says; fails if it ends without it."""
+        end_s = time.monotonic() + PATIENCE_S
         while True:
-            alive = self.running
+            alive = self.running and time.monotonic() < end_s
             found = re.search(pattern, self.said)
             if found:
                 return found
-            assert alive, f"{self.process.args!r} ended without {pattern!r}:\n{self.said}"
+            assert alive, (
+                f"{self.process.args!r} ended, or went on, without {pattern!r}:\n{self.said}"
+            )
             await asyncio.sleep(LOOK_EVERY_S)
 
     def end(self) -> None:

@@ -1,0 +1,163 @@
+"""The daemon's own parts: a worker's outbox, and what it serves without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedmezo_coordinator.daemon import OUTBOX_MAX, Daemon, Session
+from fedmezo_coordinator.store import SqliteStore
+from fedmezo_core.client import CoordinatorClient
+from fedmezo_core.codec import decode_record
+from fedmezo_core.errors import FedMezoError, JournalCorruptError, NotReadyError, ProtocolError
+from fedmezo_core.journal import Journal
+from fedmezo_core.records import Committed, Genesis, Opened, Started
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.integration.harness import (
+    config_of,
+    environment,
+    genesis_of,
+    hands,
+    records_of,
+    served,
+    until,
+)
+
+MESSAGE = wire.SessionResponse(ack=wire.Ack())
+
+
+def drained(session: Session) -> list[wire.SessionResponse | FedMezoError]:
+    return [session.outbox.get_nowait() for _ in range(session.outbox.qsize())]
+
+
+def test_a_worker_that_reads_slowly_is_cut_off_and_told_to_reconnect() -> None:
+    session = Session("slow")
+    for _ in range(3 * OUTBOX_MAX):
+        session.put(MESSAGE)
+    waiting = drained(session)
+    assert len(waiting) == OUTBOX_MAX
+    assert waiting[:-1] == [MESSAGE] * (OUTBOX_MAX - 1)
+    assert isinstance(waiting[-1], NotReadyError)
+    assert "Worker slow reads more slowly than the run writes" in str(waiting[-1])
+
+
+def test_a_session_ends_once_and_with_what_was_first() -> None:
+    session = Session("w1")
+    session.put(MESSAGE)
+    session.end(ProtocolError("first"))
+    session.end(ProtocolError("second"))
+    session.put(MESSAGE)
+    waiting = drained(session)
+    assert waiting[0] == MESSAGE
+    assert [str(item) for item in waiting[1:]] == ["first"]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "fedmezo_coordinator.cli",
+        "fedmezo_coordinator.client_cli",
+        "fedmezo_coordinator.daemon",
+        "fedmezo_coordinator.service",
+        "fedmezo_coordinator.replica",
+        "fedmezo_core.client",
+        "fedmezo_worker.cli",
+    ],
+)
+def test_importing_it_imports_no_library_of_numbers(module: str) -> None:
+    heavy = "{'torch', 'numba', 'numpy', 'transformers', 'pyarrow', 'safetensors', 'peft'}"
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
+async def test_a_journal_without_genesis_is_refused(tmp_path: Path) -> None:
+    journal = Journal(SqliteStore(tmp_path / "journal.db"))
+    daemon = Daemon(journal)
+    with pytest.raises(JournalCorruptError, match="does not begin with a genesis record"):
+        await daemon.load()
+    await daemon.close()
+
+
+async def test_every_start_is_an_epoch_in_the_journal(tmp_path: Path) -> None:
+    path, genesis = tmp_path / "journal.db", genesis_of(config_of())
+    for epoch in (1, 2, 3):
+        async with served(path, genesis) as at:
+            assert at.daemon.status("").epoch == epoch
+    assert records_of(path) == [genesis, Started(1), Started(2), Started(3)]
+
+
+async def test_the_status_shows_progress_traffic_and_losses(tmp_path: Path) -> None:
+    genesis = genesis_of(
+        config_of(rounds=2, workers_min=1, quorum=1, local_steps=1, report_losses=True)
+    )
+    async with served(tmp_path / "journal.db", genesis) as at:
+        assert at.daemon.status("").phase == wire.PHASE_WAITING
+        async with hands(at.address, genesis, "w1") as [hand]:
+            await hand.open()
+            assign = await hand.assigned()
+            status = at.daemon.status("")
+            assert status.phase == wire.PHASE_OPEN
+            assert status.workers[0].measuring
+            await hand.answer(assign, mean_loss=0.75)
+            await hand.answer(await hand.assigned(), mean_loss=0.25)
+            await hand.next("finished")
+            status = at.daemon.status("")
+    assert status.phase == wire.PHASE_FINISHED
+    assert [r.mean_loss for r in status.recent_rounds] == [0.75, 0.25]
+    worker = status.workers[0]
+    assert (worker.worker, worker.rounds_answered, worker.mean_loss) == ("w1", 2, 0.25)
+    assert worker.bytes_up > 0
+    assert worker.bytes_down == sum(m.ByteSize() for m in hand.received)
+    assert status.trainable_bytes == genesis.trainable_bytes
+
+
+async def test_a_worker_that_joins_later_gets_the_commits_it_lacks(tmp_path: Path) -> None:
+    genesis = genesis_of(config_of(rounds=9, workers_min=1, quorum=1, local_steps=1))
+    path = tmp_path / "journal.db"
+    async with served(path, genesis) as at, hands(at.address, genesis, "w1", "w2") as [first, late]:
+        await first.open()
+        for _ in range(3):
+            await first.answer(await first.assigned())
+        await first.assigned()
+        assert (await late.open()).round == 3
+        notices = [(await late.next("commit")).commit for _ in range(3)]
+        commits = [decode_record(notice.record) for notice in notices]
+        assert [getattr(commit, "round", None) for commit in commits] == [1, 2, 3]
+        assert [m.WhichOneof("kind") for m in late.received] == ["welcome", *["commit"] * 3]
+
+
+async def test_a_reconnecting_client_sees_the_same_run(tmp_path: Path) -> None:
+    genesis = genesis_of(config_of())
+    async with served(tmp_path / "journal.db", genesis) as at:
+        for _ in range(2):
+            async with CoordinatorClient(at.address) as client:
+                assert (await client.get_run()).genesis == genesis
+
+
+async def test_a_round_goes_on_without_a_worker_that_left_once_it_is_overdue(
+    tmp_path: Path,
+) -> None:
+    genesis = genesis_of(
+        config_of(rounds=1, workers_min=2, quorum=1, local_steps=1, deadline_ms=300)
+    )
+    path = tmp_path / "journal.db"
+    async with served(path, genesis) as at, hands(at.address, genesis, "w1", "w2") as [w1, w2]:
+        await w1.open()
+        await w2.open()
+        await w1.answer(await w1.assigned())
+        w2.stream.cancel()
+
+        async def finished() -> bool:
+            return at.daemon.status("").phase == wire.PHASE_FINISHED
+
+        await until(finished, "the deadline")
+    records = records_of(path)
+    assert isinstance(records[0], Genesis)
+    assert [r.workers for r in records if isinstance(r, Opened)] == [("w1", "w2")]
+    assert [len(r.runs) for r in records if isinstance(r, Committed)] == [1]

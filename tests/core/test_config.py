@@ -1,0 +1,121 @@
+"""The run's contract: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmezo_core.codec import config_from_pb, config_to_pb
+from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig, parse_run
+from fedmezo_core.errors import ConfigError
+
+VALUES: dict[str, Any] = {
+    "run_id": "run-1",
+    "model": "m",
+    "task": {"verbalizers": {"no": " bad", "yes": " good"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"rounds": 0},
+            "run: rounds = 0 is not allowed: Input should be greater than or equal to 1",
+        ),
+        ({"rounds": "many"}, "rounds = 'many' is not allowed"),
+        ({"eps": 0}, "eps = 0 is not allowed: Input should be greater than 0"),
+        ({"eps": float("inf")}, "eps = inf is not allowed"),
+        ({"learning_rate": float("nan")}, "learning_rate = nan is not allowed"),
+        ({"projected_grad_abs_max": -1}, "projected_grad_abs_max = -1 is not allowed"),
+        ({"seed": -1}, "seed = -1 is not allowed"),
+        ({"seed": 2**64}, "seed = 18446744073709551616 is not allowed"),
+        ({"dtype": "float8"}, "dtype = 'float8' is not allowed: Input should be 'float32' or"),
+        ({"distribution": "cauchy"}, "Input should be 'rademacher' or 'gaussian'"),
+        ({"run_id": "Run 1"}, "run_id = 'Run 1' is not allowed"),
+        ({"run_id": "run-1\n"}, "run_id = 'run-1\\n' is not allowed"),
+        ({"deadline_ms": 99}, "deadline_ms = 99 is not allowed"),
+        ({"local_steps": 4097}, "local_steps = 4097 is not allowed"),
+        ({"quorum": 65}, "quorum 65 can never be met by a cohort of at most 64"),
+        ({"local_steps": 4096, "cohort_size_max": 65}, "266240 pairs in one round"),
+        ({"round": 3}, "round is not a known setting"),
+        ({"task": {"verbalizers": {"a": " x", "b": " y"}, "tmplate": ""}}, "task.tmplate is not a"),
+        ({"task": {"template": "no field"}}, "names no column; write one as {text}"),
+        ({"task": {}}, "classification needs at least two verbalizers"),
+        ({"task": {"kind": "poetry"}}, "task.kind = 'poetry' is not allowed"),
+        (
+            {"lora": {"rank": 0, "alpha": 1, "target_modules": ["q"]}},
+            "lora.rank = 0 is not allowed",
+        ),
+        ({"lora": {"rank": 1, "alpha": 1, "target_modules": []}}, "lora.target_modules"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_run(VALUES | changes, "run")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["run_id", "model", "task"])
+def test_a_value_that_is_missing_is_named(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"the file: {key} is missing; set it"):
+        parse_run({k: v for k, v in VALUES.items() if k != key}, "the file")
+
+
+def test_more_than_one_problem_is_counted() -> None:
+    with pytest.raises(ConfigError, match=r"\(1 more after this one\)"):
+        parse_run(VALUES | {"rounds": 0, "eps": 0}, "run")
+
+
+def test_instruction_tuning_needs_no_verbalizers() -> None:
+    config = parse_run(
+        VALUES | {"task": {"kind": "instruction", "template": "{q} {q} {a b}"}}, "run"
+    )
+    assert config.task.columns() == ("q", "a b")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"eps": 2e-3}, {"dtype": "bfloat16"}, {"rounding": "nearest"}, {"distribution": "gaussian"}],
+)
+def test_the_recipe_names_all_that_the_bits_depend_on(changes: dict[str, Any]) -> None:
+    assert parse_run(VALUES | changes, "run").recipe != parse_run(VALUES, "run").recipe
+
+
+positive = st.floats(min_value=1e-300, max_value=1e300, allow_nan=False)
+words = st.text(max_size=20)
+configs = st.builds(
+    RunConfig,
+    run_id=st.from_regex(r"[a-z0-9][a-z0-9-]{0,63}", fullmatch=True),
+    model=st.text(min_size=1, max_size=50),
+    task=st.builds(
+        TaskConfig,
+        template=words.map(lambda text: text + "{text}"),
+        verbalizers=st.dictionaries(words, words, min_size=2, max_size=4),
+        tokens_max=st.integers(8, 131_072),
+    ),
+    lora=st.none()
+    | st.builds(
+        LoraConfig,
+        rank=st.integers(1, 1024),
+        alpha=positive,
+        target_modules=st.lists(words, min_size=1, max_size=3).map(tuple),
+    ),
+    seed=st.integers(0, 2**64 - 1),
+    rounds=st.integers(1, 10_000_000),
+    eps=positive,
+    learning_rate=positive,
+    report_losses=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    rounding=st.sampled_from(["stochastic", "nearest"]),
+    distribution=st.sampled_from(["rademacher", "gaussian"]),
+)
+
+
+@given(configs)
+def test_the_wire_keeps_every_value(config: RunConfig) -> None:
+    assert config_from_pb(config_to_pb(config)) == config

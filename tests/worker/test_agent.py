@@ -1,0 +1,86 @@
+"""The agent against a real daemon: how it ends, and how it goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from fedmezo_core.client import CoordinatorClient
+from fedmezo_core.errors import ProtocolError, UnavailableError
+from fedmezo_core.records import Genesis
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.integration.harness import served, until
+from tests.integration.parties import Workers
+
+
+async def test_a_replaced_worker_ends_with_the_reason(
+    workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    genesis = tiny_genesis(workers_min=2, quorum=2, rounds=2)
+    async with served(tmp_path / "journal.db", genesis) as at:
+        first = workers.start(at.address, "w1", data_files[0])
+
+        async def joined() -> bool:
+            return bool(at.daemon.status("").workers)
+
+        await until(joined, "the first worker")
+        second = workers.start(at.address, "w1", data_files[0])
+        error = await first.outcome()
+        assert isinstance(error, ProtocolError)
+        assert "Another process has joined as worker w1" in str(error)
+        other = workers.start(at.address, "w2", data_files[1])
+        assert [await second.outcome(), await other.outcome()] == [None, None]
+
+
+async def test_it_gives_up_on_a_coordinator_that_stays_away(
+    workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    async with served(tmp_path / "journal.db", tiny_genesis()) as at:
+        working = workers.start(at.address, "w1", data_files[0], give_up_after_s=0.5)
+
+        async def joined() -> bool:
+            return bool(at.daemon.status("").workers)
+
+        await until(joined, "the worker")
+    error = await working.outcome()
+    assert isinstance(error, UnavailableError)
+    assert at.address in str(error)
+
+
+async def test_a_coordinator_that_goes_away_at_the_very_end_is_no_error(
+    workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    """The run is over for the worker once it was told so, even if its last digest is lost."""
+    genesis = tiny_genesis(rounds=1, workers_min=1, quorum=1)
+    async with served(tmp_path / "journal.db", genesis) as at:
+        working = workers.start(at.address, "w1", data_files[0])
+        digest = working.engine.digest
+        told = asyncio.Event()
+        gone = asyncio.Event()
+
+        async def slow_digest() -> bytes:
+            told.set()
+            await gone.wait()
+            return await digest()
+
+        working.engine.digest = slow_digest  # type: ignore[method-assign]
+        await asyncio.wait_for(told.wait(), 60)
+    gone.set()
+    assert await asyncio.wait_for(working.outcome(), 30) is None
+
+
+async def test_a_finished_run_sends_a_late_worker_home_with_the_same_weights(
+    workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    genesis = tiny_genesis(rounds=2, workers_min=1, quorum=1)
+    async with (
+        served(tmp_path / "journal.db", genesis) as at,
+        CoordinatorClient(at.address) as client,
+    ):
+        assert await workers.start(at.address, "w1", data_files[0]).outcome() is None
+        assert await workers.start(at.address, "late", data_files[1]).outcome() is None
+        status = await client.get_status()
+    assert status.phase == wire.PHASE_FINISHED
+    assert {d.party for d in status.digests} == {"w1", "late"}
+    assert len({d.weights_digest for d in status.digests}) == 1

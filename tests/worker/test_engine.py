@@ -1,0 +1,93 @@
+"""The engine: measures, applies and digests, one thing at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from fedmezo_core.errors import MismatchError
+from fedmezo_core.events import Measure, Measured, Ticket
+from fedmezo_core.records import Committed, Genesis, PairRun, digest64_of, first_seed_of
+from fedmezo_worker.engine import CancelledMeasurementError, Engine
+from fedmezo_worker.settings import WorkerSettings
+
+MEASURE = Measure(Ticket(1, 1, 0), first_seed_of(7, 1, 0), steps=2, want_digest=True)
+
+
+@pytest.fixture
+def settings(model_folder: Path, data_files: list[Path]) -> WorkerSettings:
+    return WorkerSettings(name="w1", data=data_files[0], model=str(model_folder), threads=1)
+
+
+@pytest.fixture
+async def engine(
+    settings: WorkerSettings, tiny_genesis: Callable[..., Genesis]
+) -> AsyncIterator[Engine]:
+    """An engine at the base."""
+    made = Engine()
+    await made.load(settings, tiny_genesis())
+    yield made
+    await made.close()
+
+
+async def test_a_measurement_leaves_the_weights_as_they_are(engine: Engine) -> None:
+    before = await engine.digest()
+    measured = await engine.measure(MEASURE)
+    assert await engine.digest() == before
+    assert measured.weights_digest64 == digest64_of(before)
+    assert len(measured.projected_grads) == 2
+
+
+async def test_the_same_order_gives_the_same_bits(
+    engine: Engine, settings: WorkerSettings, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    other = Engine()
+    await other.load(settings, tiny_genesis())
+    try:
+        assert await engine.measure(MEASURE) == await other.measure(MEASURE)
+    finally:
+        await other.close()
+
+
+async def test_a_digest_is_taken_only_if_asked_for(engine: Engine) -> None:
+    measured = await engine.measure(Measure(MEASURE.ticket, MEASURE.first_seed, 1, False))
+    assert measured.weights_digest64 is None
+
+
+async def test_commits_one_by_one_or_at_once_give_the_same_weights(
+    engine: Engine, settings: WorkerSettings, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    commits = [Committed(k, (PairRun(k << 16, (0.5, -0.25)),), 99 + k) for k in (1, 2, 3)]
+    other = Engine()
+    await other.load(settings, tiny_genesis())
+    try:
+        await engine.apply(commits)
+        for commit in commits:
+            await other.apply([commit])
+        assert await engine.digest() == await other.digest()
+    finally:
+        await other.close()
+
+
+async def test_a_measurement_can_be_cut_short_at_its_next_step(engine: Engine) -> None:
+    order = Measure(MEASURE.ticket, MEASURE.first_seed, 4096, False)
+    measuring = asyncio.create_task(engine.measure(order))
+    await asyncio.sleep(0)  # Its start clears the flag; only then can it be cut short.
+    engine.cut_short()
+    with pytest.raises(CancelledMeasurementError):
+        await asyncio.wait_for(measuring, 30)
+    assert isinstance(await engine.measure(MEASURE), Measured)
+
+
+async def test_another_base_is_refused(
+    settings: WorkerSettings, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    genesis = tiny_genesis()
+    other = Genesis(genesis.config, genesis.manifest_digest, b"x" * 32, b"y" * 32, 1, 4)
+    engine = Engine()
+    with pytest.raises(MismatchError, match="load the same files of tiny as the coordinator"):
+        await engine.load(settings, other)
+    await engine.close()

@@ -1,0 +1,49 @@
+"""The worker's settings."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedmezo_core.errors import ConfigError
+from fedmezo_core.settings import load_settings
+from fedmezo_worker.settings import ENVIRONMENT_PREFIX, WorkerSettings
+
+GIVEN = {"--name": "w1", "--data": "rows.jsonl"}
+
+
+def load(changes: dict[str, str] | None = None) -> WorkerSettings:
+    flags = GIVEN | (changes or {})
+    return load_settings(
+        WorkerSettings,
+        [f"{flag}={value}" for flag, value in flags.items() if value != "absent"],
+        program="fedmezo-worker",
+        environment_prefix=ENVIRONMENT_PREFIX,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"--name": "Worker 1"}, "name = 'Worker 1' is not allowed: use 1 to 64 of a-z, 0-9 and -"),
+        ({"--name": "w1\n"}, "name = 'w1\\n' is not allowed"),
+        ({"--name": ""}, "name = '' is not allowed"),
+        ({"--name": "w" * 65}, "is not allowed: use 1 to 64"),
+        ({"--name": "absent"}, "fedmezo-worker: name is missing; set it"),
+        ({"--data": "absent"}, "fedmezo-worker: data is missing; set it"),
+        ({"--coordinator": "here"}, "coordinator = 'here' is not allowed: write it as host:port"),
+        ({"--coordinator": "here:0"}, "coordinator = 'here:0' is not allowed"),
+        ({"--threads": "0"}, "threads = '0' is not allowed"),
+        ({"--give-up-after-s": "-1"}, "give_up_after_s = '-1' is not allowed"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named(changes: dict[str, str], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(changes)
+    assert words in str(caught.value)
+
+
+def test_the_environment_names_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDMEZO_WORKER_NAME", "from-environment")
+    monkeypatch.setenv("FEDMEZO_WORKER_GIVE_UP_AFTER_S", "5.5")
+    settings = load({"--name": "absent"})
+    assert (settings.name, settings.give_up_after_s) == ("from-environment", 5.5)
