@@ -150,8 +150,12 @@ async def follow(orders: dict[str, Any]) -> None:
 
         async def pause() -> None:
             digest = weights.digest()
-            evaluation = copy.evaluate(digest) if stops.evaluates(weights.round) else None
-            await client.report_replica(run_id, secret, weights.round, digest, evaluation)
+            # The digest at once: a vote may wait for it, and an evaluation takes long.
+            await client.report_replica(run_id, secret, weights.round, digest, None)
+            is_newest = not any(stops.evaluates(commit.round) for commit in waiting)
+            if stops.evaluates(weights.round) and is_newest:
+                evaluation = copy.evaluate(digest)
+                await client.report_replica(run_id, secret, weights.round, digest, evaluation)
 
         await pause()
         while weights.round < config.rounds:
@@ -176,10 +180,15 @@ async def follow(orders: dict[str, Any]) -> None:
 
 
 def _next_stop(stops: _Stops, rounds: list[int]) -> int:
-    """How many of the waiting commits to apply in one pass."""
+    """How many of the waiting commits to apply in one pass.
+
+    Of several evaluations that are due only the newest is made: one that takes longer than the rounds
+    between two must not hold up the digests, or the end of the run.
+    """
     hurried = len(rounds) > LAG_ROUNDS_MAX
+    evaluated = max((round_ for round_ in rounds if stops.evaluates(round_)), default=None)
     for count, round_ in enumerate(rounds, start=1):
-        if stops.evaluates(round_) or (stops.digests(round_) and not hurried):
+        if round_ == evaluated or (stops.digests(round_) and not hurried):
             return count
     return len(rounds)
 
