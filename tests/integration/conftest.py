@@ -31,9 +31,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def data_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Four workers' rows, skewed differently."""
+    """Five workers' rows, skewed differently."""
     folder = tmp_path_factory.mktemp("data")
-    return [write_rows(folder / f"w{k}.jsonl", skew=k) for k in range(4)]
+    return [write_rows(folder / f"w{k}.jsonl", skew=k) for k in range(5)]
 
 
 @pytest.fixture(scope="session")

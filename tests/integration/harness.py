@@ -33,7 +33,7 @@ from fedmezo_core.rounds import RoundMachine
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 """Longest wait for anything; a busy machine may need most of it."""
 LOOK_EVERY_S = 0.02
 

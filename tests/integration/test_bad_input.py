@@ -195,14 +195,6 @@ def test_a_wrong_flag_costs_no_import_of_torch(programs: Programs) -> None:
     assert "name = 'Bad Name' is not allowed" in only_sentence(program, "fedmezo-worker")
 
 
-async def test_a_process_ends_with_status_1_and_the_sentence(
-    programs: Programs, model_folder: Path, address: str, tmp_path: Path
-) -> None:
-    program = programs.worker(address, "w1", tmp_path / "x.jsonl", model_folder)
-    assert await program.wait() == 1
-    assert "There is no data file" in only_sentence(program, "fedmezo-worker")
-
-
 async def test_a_loss_that_is_no_number_is_reported_and_the_run_goes_on(
     workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
 ) -> None:

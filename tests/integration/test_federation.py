@@ -12,7 +12,9 @@ import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from fedmezo_coordinator import client_cli
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import DivergedError
 from fedmezo_core.records import Answered, Committed, Diverged, Genesis, Started
@@ -29,6 +31,8 @@ from tests.integration.harness import (
 from tests.integration.parties import Workers
 
 ROUNDS = 8
+ALL_FIVE = {"rounds": ROUNDS, "workers_min": 5, "quorum": 5}
+"""Nothing is committed without everyone, so that who was slow cannot change the numbers."""
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +48,7 @@ def undisturbed(
         journal = tmp_path_factory.mktemp("undisturbed") / "journal.db"
         workers = Workers(model_folder)
         async with (
-            served(journal, tiny_genesis(rounds=ROUNDS)) as at,
+            served(journal, tiny_genesis(**ALL_FIVE)) as at,
             CoordinatorClient(at.address) as client,
         ):
             try:
@@ -60,6 +64,20 @@ def digests_of(status: wire.GetStatusResponse) -> dict[str, bytes]:
     return {digest.party: digest.weights_digest for digest in status.digests}
 
 
+def digest_rounds(status: wire.GetStatusResponse) -> dict[str, int]:
+    return {digest.party: digest.round for digest in status.digests}
+
+
+async def waits_only_for(client: CoordinatorClient, worker: str) -> None:
+    """Wait for a round in which everyone else has answered."""
+
+    async def does() -> bool:
+        status = await client.get_status()
+        return [w.worker for w in status.workers if w.measuring] == [worker]
+
+    await until(does, f"a round that lacks {worker} only")
+
+
 def assert_same_end(status: wire.GetStatusResponse, expected: wire.GetStatusResponse) -> None:
     """The same history and, at everyone who reported, the same weights."""
     assert status.phase == wire.PHASE_FINISHED
@@ -70,6 +88,7 @@ def assert_same_end(status: wire.GetStatusResponse, expected: wire.GetStatusResp
     assert not status.divergences
 
 
+@pytest.mark.timeout(600)
 async def test_separate_processes_agree_although_one_is_killed_and_one_comes_late(
     programs: Programs,
     workers: Workers,
@@ -79,49 +98,47 @@ async def test_separate_processes_agree_although_one_is_killed_and_one_comes_lat
     tmp_path: Path,
     undisturbed: wire.GetStatusResponse,
 ) -> None:
-    """The main job: a coordinator, its replica and four workers, each a process of its own."""
+    """The main job: a coordinator, its replica and four workers, each a process of its own.
+
+    A fifth worker, in this process, sets the pace.
+    """
     journal, exported = tmp_path / "journal.db", tmp_path / "exported"
     coordinator, address = await programs.coordinator(
-        *(journal, run_values(rounds=ROUNDS)),
+        *(journal, run_values(**ALL_FIVE)),
         *("--model", model_folder, "--heldout", heldout_file, "--evaluate-every-rounds", "4"),
     )
     processes = [
         programs.worker(address, f"w{k}", path, model_folder)
-        for k, path in enumerate(data_files, start=1)
+        for k, path in enumerate(data_files[:4], start=1)
     ]
+    pacemaker = workers.start(address, "w5", data_files[4])
     async with CoordinatorClient(address) as client:
-
-        async def second_round() -> bool:
-            return (await client.get_status()).round >= 1
-
-        await until(second_round, "the first commit")
-        # Stopped in mid-round: the others answer, then wait for it.
+        await at_round(client, 2)
+        pacemaker.engine.gate.clear()
+        await waits_only_for(client, "w5")
         processes[3].send(signal.SIGSTOP)
-
-        async def waits_for_w4() -> bool:
-            status = await client.get_status()
-            return [w.worker for w in status.workers if w.measuring] == ["w4"]
-
-        await until(waits_for_w4, "a round that lacks w4 only")
-        processes[3].send(signal.SIGKILL)
+        pacemaker.engine.gate.set()
+        await waits_only_for(client, "w4")
         stopped_at = (await client.get_status()).round
+        processes[3].send(signal.SIGKILL)
         processes[3] = programs.worker(address, "w4", data_files[3], model_folder)
         # The coordinator serves all this without torch in its process.
         assert not [m for m in loaded_libraries(coordinator.process.pid) if "torch" in m]
         assert [c for c in coordinator.children() if loads_torch(c)], "the replica"
         assert [await worker.wait() for worker in processes] == [0] * 4
+        assert await pacemaker.outcome() is None
 
         async def replica_is_done() -> bool:
-            return len((await client.get_status()).digests) == 5 and [
-                e.round for e in (await client.get_status()).evaluations
-            ] == [0, 4, 8]
+            status = await client.get_status()
+            evaluated = [evaluation.round for evaluation in status.evaluations]
+            return digest_rounds(status)["replica"] == ROUNDS and evaluated == [0, 4, 8]
 
         await until(replica_is_done, "the replica's last digest and evaluations")
         status = await client.get_status()
     assert 0 < stopped_at < ROUNDS
     assert f"caught up from round 0 to {stopped_at}" in processes[3].said
     assert_same_end(status, undisturbed)
-    assert set(digests_of(status)) == {"w1", "w2", "w3", "w4", "replica"}
+    assert set(digests_of(status)) == {"w1", "w2", "w3", "w4", "w5", "replica"}
 
     shown = programs.start("fedmezo_coordinator.client_cli", "status", "--coordinator", address)
     assert await shown.wait() == 0
@@ -144,13 +161,11 @@ async def test_separate_processes_agree_although_one_is_killed_and_one_comes_lat
     assert kinds.count("committed") == ROUNDS
     assert kinds.count("evaluated") == 3
 
-    taken = programs.start(
-        *("fedmezo_coordinator.client_cli", "export", str(exported)),
-        *("--model", model_folder, "--journal", journal, "--threads", "1"),
-    )
-    assert await taken.wait() == 0
+    flags = ["--model", str(model_folder), "--journal", str(journal), "--threads", "1"]
+    taken = CliRunner().invoke(client_cli.app, ["export", str(exported), *flags])
+    assert taken.exit_code == 0
     digest = digests_of(status)["replica"]
-    assert digest.hex() in taken.said
+    assert digest.hex() in taken.output
     AutoTokenizer.from_pretrained(exported)
     AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     genesis = records_of(journal)[0]
@@ -175,25 +190,20 @@ async def test_a_coordinator_killed_in_mid_round_goes_on_to_the_same_end(
     undisturbed: wire.GetStatusResponse,
 ) -> None:
     journal = tmp_path / "journal.db"
-    write_genesis(journal, tiny_genesis(rounds=ROUNDS))
-    run = run_values(rounds=ROUNDS)
+    write_genesis(journal, tiny_genesis(**ALL_FIVE))
+    run = run_values(**ALL_FIVE)
     first, address = await programs.coordinator(journal, run, "--no-replica")
     working = workers.start_all(address, data_files)
     async with CoordinatorClient(address) as client:
         await at_round(client, 2)
         working[3].engine.gate.clear()
-
-        async def half_answered() -> bool:
-            status = await client.get_status()
-            return [w.worker for w in status.workers if w.measuring] == ["w4"]
-
-        await until(half_answered, "a round with three answers of four")
+        await waits_only_for(client, "w4")
         first.send(signal.SIGKILL)
         await first.wait()
         port = int(address.rpartition(":")[2])
         second, _ = await programs.coordinator(journal, run, "--no-replica", port=port)
         working[3].engine.gate.set()
-        assert [await worker.outcome() for worker in working] == [None] * 4
+        assert [await worker.outcome() for worker in working] == [None] * 5
         status = await client.get_status()
     assert status.epoch == 2
     assert_same_end(status, undisturbed)
@@ -201,8 +211,8 @@ async def test_a_coordinator_killed_in_mid_round_goes_on_to_the_same_end(
     assert await second.wait() == 0
     records = records_of(journal)
     assert [r.epoch for r in records if isinstance(r, Started)] == [1, 2]
-    # Three answers were durable when the first one died, and were not measured again.
-    assert len([r for r in records if isinstance(r, Answered)]) == 4 * ROUNDS
+    # Four answers were durable when the first one died, and were not measured again.
+    assert len([r for r in records if isinstance(r, Answered)]) == 5 * ROUNDS
 
 
 async def at_round(client: CoordinatorClient, round_: int) -> None:
@@ -222,7 +232,7 @@ async def test_workers_survive_a_coordinator_that_is_gone_for_a_while(
     """Longer joined than `give_up_after_s`, then alone for less than it: nobody gives up."""
     journal = tmp_path / "journal.db"
     patience_s = 3.0
-    async with served(journal, tiny_genesis(rounds=ROUNDS)) as at:
+    async with served(journal, tiny_genesis(**ALL_FIVE)) as at:
         port = int(at.address.rpartition(":")[2])
         working = [
             workers.start(at.address, f"w{k}", path, give_up_after_s=patience_s)
@@ -244,7 +254,7 @@ async def test_workers_survive_a_coordinator_that_is_gone_for_a_while(
         served(journal, listen=f"127.0.0.1:{port}") as at,
         CoordinatorClient(at.address) as client,
     ):
-        assert [await worker.outcome() for worker in working] == [None] * 4
+        assert [await worker.outcome() for worker in working] == [None] * 5
         assert_same_end(await client.get_status(), undisturbed)
 
 
@@ -281,7 +291,7 @@ async def test_one_flipped_bit_is_reported_by_name_within_one_round(
     genesis = tiny_genesis(rounds=ROUNDS, quorum=3)
     journal = tmp_path / "journal.db"
     async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
-        working = workers.start_all(at.address, data_files)
+        working = workers.start_all(at.address, data_files[:4])
         await at_round(client, 2)
         faulty = working[2]
         faulty.engine.gate.clear()
