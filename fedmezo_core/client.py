@@ -88,7 +88,9 @@ class CoordinatorClient:
                 # gRPC would say nothing about a file that holds no certificate.
                 ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(tls_ca)
             except OSError as error:  # SSLError is one
-                reason = "no certificate in it" if isinstance(error, ssl.SSLError) else error.strerror
+                reason = (
+                    "no certificate in it" if isinstance(error, ssl.SSLError) else error.strerror
+                )
                 raise ConfigError(
                     f"tls_ca {tls_ca} cannot be read ({reason}); give the CA's PEM file."
                 ) from None

@@ -38,7 +38,8 @@ class CoordinatorSettings(BaseSettings):
     )
     tls_key: Path | None = Field(default=None, description="PEM private key of tls_cert")
     run: dict[str, Any] = Field(
-        default_factory=dict, description="the run's contract as JSON, or [run] in the file: see docs/configuration.md"
+        default_factory=dict,
+        description="the run's contract as JSON, or [run] in the file: see docs/configuration.md",
     )
 
     @field_validator("listen")

@@ -136,7 +136,7 @@ def test_after_an_error_nothing_more_is_taken(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "journal.db")
     Journal(store).append([Started(1)])
     store._db.pragma("max_page_count", store._db.pragma("page_count"))
-    with pytest.raises(JournalError, match="disk that holds .* is full"):
+    with pytest.raises(JournalError, match=r"disk that holds .* is full"):
         store.append([row(1, 1_000_000)])
     with pytest.raises(JournalError, match="failed before"):
         store.append([row(1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import struct
 
@@ -89,11 +90,10 @@ def test_every_record_survives_its_bytes(record: Record) -> None:
 
 
 @given(st.binary(max_size=64))
-def test_bytes_that_are_no_record_are_refused_by_name(body: bytes) -> None:
-    try:
+def test_bytes_that_are_no_record_are_refused(body: bytes) -> None:
+    """Whatever the bytes, it is a record or our error, never another exception."""
+    with contextlib.suppress(JournalCorruptError):
         decode_record(body)
-    except JournalCorruptError as error:
-        assert "journal record" in str(error)
 
 
 @given(st.lists(records, min_size=1, max_size=6), st.data())
