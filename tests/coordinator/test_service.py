@@ -430,10 +430,10 @@ async def test_the_replicas_digest_and_evaluation_are_recorded(journal: Path) ->
         secret = at.daemon.replica_secret
         await client.report_replica("tiny-run", secret, 0, b"d" * 32, evaluation)
 
-        async def shown() -> bool:
-            return bool(at.daemon.status("").evaluations)
+        async def written() -> bool:
+            return at.daemon.status("").records == 3
 
-        await until(shown, "the evaluation")
+        await until(written, "the evaluation")
         status = at.daemon.status("")
         assert [(d.party, d.round) for d in status.digests] == [("replica", 0)]
     assert evaluation in records_of(journal)
