@@ -132,11 +132,13 @@ class Agent:
         while True:
             page = await client.read_journal(self._seqno, run_id=run_id, commits_only=True)
             actions: list[SessionAction] = []
-            for entry in page.entries:
-                event = _commit_event(entry.record)
-                if event is not None:
-                    actions += self._step(event)
-            await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
+            try:
+                for entry in page.entries:
+                    event = _commit_event(entry.record)
+                    if event is not None:
+                        actions += self._step(event)
+            finally:
+                await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
             self._seqno = page.next_seqno
             if not page.entries:
                 break
@@ -162,16 +164,15 @@ class Agent:
                     receiving = asyncio.create_task(stream.receive())
                 waiting = {receiving} | ({self._measuring} if self._measuring else set())
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                events: list[SessionEvent] = []
+                if self._measuring is not None and self._measuring.done():
+                    # Before the message: that may end the session, and the machine must know.
+                    done, self._measuring = self._measuring, None
+                    finished = await self._act(self._step(done.result()), stream)
                 if receiving.done():
                     message, receiving = receiving.result(), None
                     if message is None:
                         raise UnavailableError("The coordinator ended the session.")
-                    events.append(_event_of(message))
-                if self._measuring is not None and self._measuring.done():
-                    done, self._measuring = self._measuring, None
-                    events.append(done.result())
-                for event in events:
+                    event = _event_of(message)
                     finished = await self._act(self._step(event), stream) or finished
                     if isinstance(event, Welcomed):
                         joined = True
@@ -208,8 +209,14 @@ class Agent:
             raise UnavailableError(str(error)) from None
 
     async def _act(self, actions: Sequence[SessionAction], stream: SessionStream) -> bool:
-        """Do what the machine wants, in order; whether it wants to leave."""
+        """Do what the machine wants, in order; whether it wants to leave.
+
+        A stream that breaks in between stops the sending only: the machine counts on every commit
+        that it has given out.
+        """
         commits: list[Committed] = []
+        broken: UnavailableError | None = None
+        leaves = False
         for action in actions:
             if isinstance(action, ApplyCommit):
                 commits.append(action.commit)
@@ -217,23 +224,36 @@ class Agent:
             await self._apply(commits)
             commits = []
             match action:
-                case SendHello(round_, head):
-                    await stream.send(self._hello(round_, head))
                 case Measure():
                     self._measuring = asyncio.create_task(self._measure(action))
-                case SendAnswer():
-                    await stream.send(answer_to_pb(action))
-                case SendUnable():
-                    await stream.send(unable_to_pb(action))
-                case ReportWeights(round_):
-                    digest = await self._engine.digest()
-                    log.info("finished at round %d, weights %s", round_, digest.hex())
-                    report = wire.WeightsReport(round=round_, weights_digest=digest)
-                    await stream.send(wire.SessionRequest(weights_report=report))
                 case Leave():
-                    return True
+                    leaves = True
+                case _ if broken is None:
+                    try:
+                        await stream.send(await self._message(action))
+                    except UnavailableError as error:
+                        broken = error
         await self._apply(commits)
-        return False
+        if broken is not None:
+            raise broken
+        return leaves
+
+    async def _message(
+        self, action: SendHello | SendAnswer | SendUnable | ReportWeights
+    ) -> wire.SessionRequest:
+        match action:
+            case SendHello(round_, head):
+                return self._hello(round_, head)
+            case SendAnswer():
+                return answer_to_pb(action)
+            case SendUnable():
+                return unable_to_pb(action)
+            case ReportWeights(round_):
+                digest = await self._engine.digest()
+                log.info("finished at round %d, weights %s", round_, digest.hex())
+                return wire.SessionRequest(
+                    weights_report=wire.WeightsReport(round=round_, weights_digest=digest)
+                )
 
     async def _measure(self, order: Measure) -> Measured | MeasureFailed:
         try:
