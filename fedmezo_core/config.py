@@ -138,13 +138,15 @@ def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) 
     """
     problem = error.errors(include_url=False)[0]
     path: list[Any] = [*prefix, *problem["loc"]]
-    key = ".".join(str(part) for part in path) or "the settings"
+    key = ".".join(str(part) for part in path)
     message = problem["msg"].removeprefix("Value error, ")
     more = "" if error.error_count() == 1 else f" ({error.error_count() - 1} more after this one)"
     if problem["type"] == "missing":
         return f"{where}: {key} is missing; set it{more}."
     if problem["type"] == "extra_forbidden":
         return f"{where}: {key} is not a known setting; remove it or check its spelling{more}."
+    if not key:
+        return f"{where}: {message}{more}."
     given = problem.get("input")
     shown = f" = {given!r}" if isinstance(given, (str, int, float, bool)) else ""
     return f"{where}: {key}{shown} is not allowed: {message}{more}."

@@ -28,12 +28,17 @@ class DigestBoard:
         """One a party, by name."""
         return [self._newest[party] for party in sorted(self._newest)]
 
+    def forget(self, party: str) -> None:
+        """Drop what a party reported."""
+        self._newest.pop(party, None)
+
     def report(self, digest: PartyDigest) -> list[Diverged]:
         """Take a digest; returns the parties that it shows to have diverged, each once a round.
 
         Which digest is the run's is decided as for answers, by `agreed_digest`.
         """
         self._newest[digest.party] = digest
+        self._named = {named for named in self._named if named[0] in self._newest}
         found_by = {
             d.party: digest64_of(d.weights_digest)
             for d in self._newest.values()

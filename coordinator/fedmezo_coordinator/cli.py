@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.service import start_server
+from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
 from fedmezo_coordinator.store import SqliteStore
 from fedmezo_coordinator.supervisor import ReplicaSupervisor, describe_base
@@ -51,12 +51,6 @@ async def run(settings: CoordinatorSettings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # Before the journal: a second coordinator must not wait for a model to load to be told.
-    journal = Journal(SqliteStore(settings.journal))
-    starting = asyncio.create_task(_prepare(settings, journal))
-    if not await _first_of(starting, stop):
-        return
-    daemon = starting.result()
     with tempfile.TemporaryDirectory(prefix="fedmezo-") as folder:
         # A private socket for the replica: it needs no TLS and no address that others can reach.
         private = f"unix:{Path(folder) / 'replica.sock'}"
@@ -65,7 +59,15 @@ async def run(settings: CoordinatorSettings) -> None:
             if settings.tls_cert and settings.tls_key
             else None
         )
-        server, port = await start_server(daemon, settings.listen, tls, private)
+        # Port and journal are taken first: nobody should wait for a model to load to be told that
+        # either is another process's.
+        server, port = bind_server(settings.listen, tls, private)
+        journal = Journal(SqliteStore(settings.journal))
+        starting = asyncio.create_task(_prepare(settings, journal))
+        if not await _first_of(starting, stop):
+            return
+        daemon = starting.result()
+        await start_server(server, daemon)
         host = settings.listen.rpartition(":")[0]
         if tls is None and not settings.is_loopback:
             log.warning(

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 
 from fedmezo_coordinator.store import SqliteStore
-from fedmezo_coordinator.view import agreement, run_view, seconds_left
+from fedmezo_coordinator.view import agreement, run_line, run_view, seconds_left
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, ModelError
 from fedmezo_core.journal import ZERO_HASH, Journal, MemoryStore, Row, head_after
@@ -184,12 +184,19 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
     async with CoordinatorClient(address, tls_ca) as client:
         answer = await client.get_status()
         first_seen = (answer.round, time.monotonic())
-        with Live(run_view(answer), console=console, auto_refresh=False) as live:
-            while answer.phase != wire.PHASE_FINISHED:
+        told = ""
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                left = seconds_left(answer, first_seen, time.monotonic())
+                if console.is_terminal:
+                    live.update(run_view(answer, seconds_left=left), refresh=True)
+                elif run_line(answer) != told:
+                    told = run_line(answer)
+                    print(told, flush=True)
+                if answer.phase == wire.PHASE_FINISHED:
+                    return
                 await asyncio.sleep(every_s)
                 answer = await client.get_status()
-                left = seconds_left(answer, first_seen, time.monotonic())
-                live.update(run_view(answer, seconds_left=left), refresh=True)
 
 
 def _records(path: Path | None, address: str, tls_ca: Path | None) -> Iterator[tuple[Row, Record]]:

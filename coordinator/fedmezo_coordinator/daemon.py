@@ -68,6 +68,8 @@ BATCH_MAX = 256
 """Events that share one append: group commit."""
 OUTBOX_MAX = 1024
 """Messages that may wait for one worker; a worker that reads more slowly is cut off and catches up."""
+WORKERS_MAX = 20_000
+"""Sessions at a time; one file descriptor each. Also the names whose figures are remembered."""
 PAGE_RECORDS_MAX = 4096
 PAGE_RECORDS_DEFAULT = 1024
 PAGE_BYTES_MAX = 1024 * 1024
@@ -367,6 +369,18 @@ class Daemon:
             session.put(_commit_notice(row))
         item.done.set_result(None)
         await self._flush([self._machine.step(WorkerReady(worker))])
+
+    def _make_room(self, worker: str) -> None:
+        """Refuse a session too many; forget the figures of the longest gone for a new name."""
+        if worker in self._traffic or len(self._traffic) < WORKERS_MAX:
+            return
+        gone = next((name for name in self._traffic if name not in self._sessions), None)
+        if gone is None:
+            raise NotReadyError(
+                f"{WORKERS_MAX} workers are connected, the most that one coordinator takes; try later."
+            )
+        del self._traffic[gone]
+        self._digests.forget(gone)
 
     # ------------------------------------------------------------ out
 

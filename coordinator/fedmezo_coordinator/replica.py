@@ -86,6 +86,7 @@ class _Copy:
             ) from None
         self.party = open_party(config, orders["model"], threads=orders["threads"])
         task = self.party.task
+        self.batch_size: int = orders["evaluate_batch_size"]
         heldout = orders["heldout"]
         self.heldout = None if heldout is None else task.encode(read_rows(heldout, task.columns))
 
@@ -97,9 +98,7 @@ class _Copy:
     def evaluate(self, digest: bytes) -> Evaluated | None:
         if self.heldout is None:
             return None
-        result = self.party.task.evaluate(
-            self.party.loaded.model, self.heldout, self.party.config.batch_size
-        )
+        result = self.party.task.evaluate(self.party.loaded.model, self.heldout, self.batch_size)
         return Evaluated(
             round=self.party.weights.round,
             loss=result.loss,

@@ -157,29 +157,32 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         await self._daemon.leave(session)
 
 
-async def start_server(
-    daemon: Daemon, listen: str, tls: tuple[Path, Path] | None, private: str
+def bind_server(
+    listen: str, tls: tuple[Path, Path] | None, private: str
 ) -> tuple[grpc.aio.Server, int]:
-    """Bind and start; returns the server and the port, which may have been 0 in `listen`.
+    """Take the addresses; returns the server and the port, which may have been 0 in `listen`.
 
-    `private` is a second address, a Unix socket, for the replica.
+    `private` is a second address, a Unix socket, for the replica. Callers wait until `start_server`.
+    Raises `ConfigError` for an address or TLS files that cannot be used.
     """
     credentials = None if tls is None else _credentials(*tls)
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    rpc.add_CoordinatorServiceServicer_to_server(CoordinatorServicer(daemon), server)
     server.add_insecure_port(private)
     try:
         if credentials is None:
-            port = server.add_insecure_port(listen)
-        else:
-            port = server.add_secure_port(listen, credentials)
+            return server, server.add_insecure_port(listen)
+        return server, server.add_secure_port(listen, credentials)
     except RuntimeError:
         raise ConfigError(
             f"Cannot listen on {listen}: the address is in use by another process or not this "
             "machine's; stop the other process, or choose another --listen."
         ) from None
+
+
+async def start_server(server: grpc.aio.Server, daemon: Daemon) -> None:
+    """Let a bound server answer for `daemon`."""
+    rpc.add_CoordinatorServiceServicer_to_server(CoordinatorServicer(daemon), server)
     await server.start()
-    return server, port
 
 
 def _credentials(cert: Path, key: Path) -> grpc.ServerCredentials:

@@ -28,6 +28,9 @@ class CoordinatorSettings(BaseSettings):
         default=None, description="held-out rows (JSONL, CSV or Parquet) to evaluate the model on"
     )
     evaluate_every_rounds: int = Field(default=10, ge=1, description="how often to evaluate")
+    evaluate_batch_size: int = Field(
+        default=32, ge=1, le=65_536, description="rows a forward pass when evaluating"
+    )
     replica: bool = Field(
         default=True,
         description="keep a replica process beside the daemon that digests and evaluates the model",

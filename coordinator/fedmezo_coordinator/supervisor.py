@@ -39,6 +39,7 @@ def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
         "model": settings.model,
         "heldout": None if settings.heldout is None else str(settings.heldout),
         "evaluate_every_rounds": settings.evaluate_every_rounds,
+        "evaluate_batch_size": settings.evaluate_batch_size,
         "threads": settings.replica_threads,
         **more,
     }

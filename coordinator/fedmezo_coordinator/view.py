@@ -55,6 +55,24 @@ def agreement(status: wire.GetStatusResponse) -> tuple[bool, str]:
     return False, f"round {newest}: {names} DIFFER"
 
 
+def run_line(status: wire.GetStatusResponse, seconds_left: float | None = None) -> str:
+    """The picture in one line, for output that is no terminal."""
+    parts = [f"round {status.round}/{status.config.rounds}"]
+    losses = [r.mean_loss for r in status.recent_rounds if r.HasField("mean_loss")]
+    if losses:
+        parts.append(f"training loss {losses[-1]:.4f}")
+    if status.evaluations:
+        parts.append(f"held-out at {_evaluation(status.evaluations[-1])}")
+    up = sum(worker.bytes_up for worker in status.workers)
+    down = sum(worker.bytes_down for worker in status.workers)
+    parts.append(f"up {size_text(up)}, down {size_text(down)}")
+    if status.phase == wire.PHASE_FINISHED:
+        parts.append("finished")
+    elif seconds_left is not None:
+        parts.append(f"about {duration_text(seconds_left)} left")
+    return "; ".join(parts)
+
+
 def run_view(
     status: wire.GetStatusResponse, *, seconds_left: float | None = None
 ) -> RenderableType:

@@ -24,7 +24,7 @@ from rich.live import Live
 from deploy.demo import report
 from deploy.demo.federation import Federation
 from deploy.demo.prepare import prepare
-from fedmezo_coordinator.view import run_view, seconds_left
+from fedmezo_coordinator.view import run_line, run_view, seconds_left
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import ConfigError, DivergedError, UnavailableError
 from fedmezo_core.program import run_program
@@ -127,6 +127,7 @@ def _start(federation: Federation, what: Plan) -> None:
             *("--model", what.model),
             *("--heldout", str(what.heldout)),
             *("--evaluate-every-rounds", str(what.settings["evaluate_every_rounds"])),
+            *("--replica-threads", "2"),
             *("--run", json.dumps(what.settings["run"])),
         ],
     )
@@ -171,7 +172,7 @@ async def _watch(federation: Federation) -> wire.GetStatusResponse:
                     live.update(run_view(status, seconds_left=left), refresh=True)
                 elif status.round > told:
                     told = status.round
-                    print(_line(status, left), flush=True)
+                    print(run_line(status, left), flush=True)
         await asyncio.to_thread(federation.wait_workers)
         federation.check()
     return status
@@ -183,22 +184,6 @@ def _is_complete(status: wire.GetStatusResponse, parties: int) -> bool:
         return False
     digests = [digest for digest in status.digests if digest.round == status.round]
     return len(digests) == parties and status.evaluations[-1].round == status.round
-
-
-def _line(status: wire.GetStatusResponse, left_s: float | None) -> str:
-    loss = [r.mean_loss for r in status.recent_rounds if r.HasField("mean_loss")]
-    parts = [f"round {status.round}/{status.config.rounds}"]
-    if loss:
-        parts.append(f"training loss {loss[-1]:.4f}")
-    if status.evaluations:
-        last = status.evaluations[-1]
-        parts.append(
-            f"held-out at round {last.round}: {100 * last.accuracy:.1f} %, {last.loss:.4f}"
-        )
-    parts.append("up " + " ".join(f"{w.worker} {w.bytes_up} B" for w in status.workers))
-    if left_s is not None:
-        parts.append(f"about {left_s:.0f} s left")
-    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ async def test_status_and_watch_of_a_running_coordinator(tmp_path: Path) -> None
             await hand.open()
             await hand.work_to_the_end()
             assert await watching.wait() == 0
-            assert "2 of 2 (finished)" in watching.said
+            assert watching.said.splitlines()[-1].startswith("round 2/2; ")
+        assert watching.said.rstrip().endswith("; finished")
     finally:
         programs.end()
 

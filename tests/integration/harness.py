@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.service import start_server
+from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_coordinator.store import SqliteStore
 from fedmezo_core.client import CoordinatorClient, SessionStream
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
@@ -284,7 +284,8 @@ async def served(
     daemon = Daemon(journal)
     await daemon.load()
     with tempfile.TemporaryDirectory() as folder:
-        server, port = await start_server(daemon, listen, tls, f"unix:{folder}/replica.sock")
+        server, port = bind_server(listen, tls, f"unix:{folder}/replica.sock")
+        await start_server(server, daemon)
         serving = asyncio.create_task(daemon.serve())
         try:
             yield Served(daemon, f"127.0.0.1:{port}", serving)
