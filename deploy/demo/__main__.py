@@ -127,7 +127,6 @@ def _start(federation: Federation, what: Plan) -> None:
             *("--model", what.model),
             *("--heldout", str(what.heldout)),
             *("--evaluate-every-rounds", str(what.settings["evaluate_every_rounds"])),
-            *("--replica-threads", "2"),
             *("--run", json.dumps(what.settings["run"])),
         ],
     )
