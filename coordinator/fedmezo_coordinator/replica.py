@@ -86,7 +86,6 @@ class _Copy:
             ) from None
         self.party = open_party(config, orders["model"], threads=orders["threads"])
         task = self.party.task
-        self.batch_size: int = orders["evaluate_batch_size"]
         heldout = orders["heldout"]
         self.heldout = None if heldout is None else task.encode(read_rows(heldout, task.columns))
 
@@ -95,10 +94,10 @@ class _Copy:
 
         self.party.weights.apply(commits[0].round, commits_of(commits))
 
-    def evaluate(self, digest: bytes) -> Evaluated | None:
+    def evaluate(self, digest: bytes, batch_size: int) -> Evaluated | None:
         if self.heldout is None:
             return None
-        result = self.party.task.evaluate(self.party.loaded.model, self.heldout, self.batch_size)
+        result = self.party.task.evaluate(self.party.loaded.model, self.heldout, batch_size)
         return Evaluated(
             round=self.party.weights.round,
             loss=result.loss,
@@ -153,7 +152,7 @@ async def follow(orders: dict[str, Any]) -> None:
             await client.report_replica(run_id, secret, weights.round, digest, None)
             is_newest = not any(stops.evaluates(commit.round) for commit in waiting)
             if stops.evaluates(weights.round) and is_newest:
-                evaluation = copy.evaluate(digest)
+                evaluation = copy.evaluate(digest, orders["evaluate_batch_size"])
                 await client.report_replica(run_id, secret, weights.round, digest, evaluation)
 
         await pause()
