@@ -82,5 +82,5 @@ def test_a_users_own_folder_needs_two_values_only(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_the_files_is_refused_with_what_it_must_hold(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="must hold a heldout.jsonl"):
+    with pytest.raises(ConfigError, match=r"must hold a heldout\.jsonl"):
         plan(given(tmp_path))
