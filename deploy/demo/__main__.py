@@ -10,6 +10,7 @@ import asyncio
 import json
 import re
 import shutil
+import signal
 import sys
 import time
 import tomllib
@@ -99,6 +100,9 @@ def demo(what: Plan) -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
     started_s = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # As Ctrl-C does: the processes must not outlive a closed terminal.
+        signal.signal(number, signal.default_int_handler)
     with Federation(OUTPUT) as federation:
         _start(federation, what)
         status = asyncio.run(_watch(federation))
