@@ -84,6 +84,16 @@ class HalfClosedError(FedMezoError):
     """The worker said that it has nothing more to send: the session ends without an error."""
 
 
+@dataclass
+class Traffic:
+    """What is counted for a worker since this start, over all its sessions."""
+
+    bytes_up: int = 0
+    bytes_down: int = 0
+    assigned_at_s: float | None = None
+    answered_after_ms: int = 0
+
+
 @dataclass(eq=False)
 class Session:
     """A worker's open stream, as the loop sees it."""
@@ -93,6 +103,8 @@ class Session:
         default_factory=lambda: asyncio.Queue(OUTBOX_MAX)
     )
     ended: FedMezoError | None = None
+    traffic: Traffic = field(default_factory=Traffic)
+    """The worker's, once it has joined: shared by all its sessions."""
 
     def put(self, message: wire.SessionResponse) -> None:
         """Queue a message; a full queue ends the session instead of holding anyone up."""
@@ -112,16 +124,6 @@ class Session:
         if self.ended is None:
             self.ended = error
             self.outbox.put_nowait(error)
-
-
-@dataclass
-class Traffic:
-    """What is counted for a worker since this start, over all its sessions."""
-
-    bytes_up: int = 0
-    bytes_down: int = 0
-    assigned_at_s: float | None = None
-    answered_after_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +190,7 @@ class Daemon:
             )
         self._genesis = entries[0].record
         self._genesis_body = entries[0].row.body
-        self._send(await self._append(self._machine.start(self._now_ms())))
+        await self._flush([self._machine.start(self._now_ms())])
 
     async def serve(self) -> None:
         """Run the loop until it is cancelled or the journal fails."""
@@ -238,23 +240,19 @@ class Daemon:
         await self._flush(readies)
 
     async def _flush(self, readies: Sequence[Ready]) -> None:
-        records = tuple(record for ready in readies for record in ready.records)
-        messages = tuple(message for ready in readies for message in ready.messages)
-        if not records:
-            self._send(([], messages))
-            return
-        entries = iter((await self._append(Ready(records)))[0])
+        records = [record for ready in readies for record in ready.records]
+        entries = iter(await self._append(records) if records else ())
         for ready in readies:
-            self._send(([next(entries) for _ in ready.records], ready.messages))
+            self._send([next(entries) for _ in ready.records], ready.messages)
 
-    async def _append(self, ready: Ready) -> tuple[list[Entry], Sequence[RoundMessage]]:
-        entries = await self._on_disk(lambda: self._journal.append(ready.records))
+    async def _append(self, records: Sequence[Record]) -> list[Entry]:
+        entries = await self._on_disk(lambda: self._journal.append(records))
         for entry in entries:
             self._index.fold(entry)
             self._tell(entry.record)
         news, self._news = self._news, asyncio.Event()
         news.set()
-        return entries, ready.messages
+        return entries
 
     async def _on_disk(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
@@ -284,7 +282,7 @@ class Daemon:
         match message.WhichOneof("kind"):
             case "answer":
                 event: RoundEvent = answer_from_pb(worker, message.answer)
-                traffic = self._traffic[worker]
+                traffic = session.traffic
                 if traffic.assigned_at_s is not None:
                     waited_s = time.monotonic() - traffic.assigned_at_s
                     traffic.answered_after_ms = int(1000 * waited_s)
@@ -339,6 +337,7 @@ class Daemon:
         session, hello = item.session, item.hello
         try:
             check_hello(hello, self.genesis, self._machine.round, self._index.head_at(hello.round))
+            self._make_room(session.worker)
         except FedMezoError as error:
             log.warning("refused a worker: %s", error)
             if not item.done.done():
@@ -358,7 +357,7 @@ class Daemon:
         missing = self._index.seqnos[hello.round + 1 :]
         rows = await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in missing])
         self._sessions[worker] = session
-        self._traffic.setdefault(worker, Traffic())
+        session.traffic = self._traffic.setdefault(worker, session.traffic)
         log.info("worker %s joined at round %d", worker, hello.round)
         session.put(
             wire.SessionResponse(
@@ -384,9 +383,8 @@ class Daemon:
 
     # ------------------------------------------------------------ out
 
-    def _send(self, step: tuple[Sequence[Entry], Sequence[RoundMessage]]) -> None:
+    def _send(self, entries: Sequence[Entry], messages: Sequence[RoundMessage]) -> None:
         """Commits to everyone first, then what the step addressed to one worker each."""
-        entries, messages = step
         for entry in entries:
             if isinstance(entry.record, Committed):
                 notice = _commit_notice(entry.row)
@@ -400,7 +398,7 @@ class Daemon:
     def _send_one(self, session: Session, message: RoundMessage) -> None:
         match message:
             case Assign():
-                self._traffic[session.worker].assigned_at_s = time.monotonic()
+                session.traffic.assigned_at_s = time.monotonic()
                 session.put(assign_to_pb(message))
             case Ack(_, ticket):
                 session.put(wire.SessionResponse(ack=wire.Ack(ticket=ticket_to_pb(ticket))))
@@ -463,12 +461,12 @@ class Daemon:
 
     async def receive(self, session: Session, message: wire.SessionRequest) -> None:
         """Take a message that came in an open session."""
-        self._traffic[session.worker].bytes_up += message.ByteSize()
+        session.traffic.bytes_up += message.ByteSize()
         await self._items.put(_FromWorker(session, message))
 
     def sent(self, session: Session, message: wire.SessionResponse) -> None:
         """Count a message that has gone out."""
-        self._traffic[session.worker].bytes_down += message.ByteSize()
+        session.traffic.bytes_down += message.ByteSize()
 
     async def leave(self, session: Session) -> None:
         """A worker has closed its side of a session, or the session's stream is gone."""

@@ -161,3 +161,24 @@ async def test_a_round_goes_on_without_a_worker_that_left_once_it_is_overdue(
     assert isinstance(records[0], Genesis)
     assert [r.workers for r in records if isinstance(r, Opened)] == [("w1", "w2")]
     assert [len(r.runs) for r in records if isinstance(r, Committed)] == [1]
+
+
+async def test_one_worker_too_many_is_refused_until_another_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedmezo_coordinator.daemon.WORKERS_MAX", 1)
+    genesis = genesis_of(config_of(workers_min=4, quorum=4))
+    async with served(tmp_path / "journal.db", genesis) as at:
+        async with hands(at.address, genesis, "w1") as (first,):
+            await first.open()
+            async with hands(at.address, genesis, "w2") as (second,):
+                with pytest.raises(NotReadyError, match="the most that one coordinator takes"):
+                    await second.open()
+
+        async def left() -> bool:
+            return not at.daemon.status("").workers[0].connected
+
+        await until(left, "the first worker to leave")
+        async with hands(at.address, genesis, "w2") as (second,):
+            await second.open()
+            assert [w.worker for w in at.daemon.status("").workers] == ["w2"]
