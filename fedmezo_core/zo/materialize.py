@@ -156,6 +156,74 @@ def materialize(
         raise _not_finite(out, min(bad), tensor_id, start, name)
 
 
+def materialize_fan(
+    outs: Sequence[torch.Tensor],
+    base: torch.Tensor,
+    commits: Sequence[Commit],
+    *,
+    tensor_id: int,
+    start: int = 0,
+    distribution: Distribution,
+    rounding: Rounding,
+    threads: int | None = None,
+    name: str | None = None,
+) -> None:
+    """outs[g] = base + commits[g] for each g: several perturbations of one base, from one reading of it.
+
+    Exactly what a call of `materialize` for each output gives, with the same arguments and errors.
+    outs: tensors apart from the base and from each other. Fast where the commits begin with the same
+    pairs (a worker's local steps) and then have at most one more each; neighbours whose last pairs are
+    opposite (one seed, +eps and -eps) share their noise, and equal rounding seeds share their bits.
+    """
+    size = _check_fan(outs, base, commits, tensor_id, start)
+    if size == 0:
+        return
+    plan = _plan_of(commits)
+    if plan is None:
+        for out, commit in zip(outs, commits, strict=True):
+            materialize(
+                out, base, [commit], tensor_id=tensor_id, start=start,
+                distribution=distribution, rounding=rounding, threads=threads, name=name,
+            )  # fmt: skip
+        return
+    gaussian = distribution is Distribution.GAUSSIAN
+    stochastic = rounding is Rounding.STOCHASTIC
+    addresses = np.array([out.data_ptr() for out in outs], dtype=np.uint64)
+    base_address = base.data_ptr()
+    dtype = base.dtype
+    ceiling = plan.ceilings[dtype]
+    in_doubt: list[int] = []
+
+    def run(begin: int, end: int) -> None:
+        scratch = _scratch
+        control = cpu.exchange_float_control(cpu.STRICT_CONTROL)
+        try:
+            if dtype == torch.float32:
+                finite = cpu.fan_float32(
+                    addresses, base_address, begin, end, start, tensor_id, gaussian,
+                    plan.seeds, plan.coefficients, plan.steps, plan.last_seeds,
+                    plan.last_coefficients, ceiling,
+                    scratch.words_64, scratch.words, scratch.tile_values, scratch.products,
+                )  # fmt: skip
+            else:
+                finite = cpu.fan_bfloat16(
+                    addresses, base_address, begin, end, start, tensor_id, gaussian, stochastic,
+                    plan.seeds, plan.coefficients, plan.steps, plan.last_seeds,
+                    plan.last_coefficients, plan.rounding_seeds, ceiling,
+                    scratch.words_64, scratch.words, scratch.tile_values, scratch.products,
+                    scratch.rounding_words_64, scratch.rounding_words,
+                )  # fmt: skip
+        finally:
+            cpu.exchange_float_control(control)
+        if not finite:
+            in_doubt.append(begin)
+
+    _spread(run, start, size, len(plan.seeds) + len(outs), threads)
+    if in_doubt:
+        for out in outs:
+            require_finite(out, tensor_id=tensor_id, start=start, name=name)
+
+
 def materialize_reference(
     out: torch.Tensor,
     base: torch.Tensor,
@@ -189,15 +257,20 @@ def materialize_reference(
         raise _not_finite(out, int(np.argmax(bad)), tensor_id, start, name)
 
 
-def require_finite(tensor: torch.Tensor, *, tensor_id: int, name: str | None = None) -> None:
-    """Raise NumericError, naming the element, if any value of `tensor` (any device) is NaN or infinite."""
+def require_finite(
+    tensor: torch.Tensor, *, tensor_id: int, start: int = 0, name: str | None = None
+) -> None:
+    """Raise NumericError, naming the element, if any value of `tensor` (any device) is NaN or infinite.
+
+    `start`: index, in the whole tensor, of the first value.
+    """
     flat = tensor.detach().reshape(-1)
     piece = 1 << 22  # a mask of the whole could be gigabytes
     for begin in range(0, flat.numel(), piece):
         finite = torch.isfinite(flat[begin : begin + piece])
         if not finite.all():
             offset = begin + int(torch.argmin(finite.to(torch.uint8)))
-            raise _not_finite(flat, offset, tensor_id, 0, name)
+            raise _not_finite(flat, offset, tensor_id, start, name)
 
 
 def warm_up() -> None:
@@ -207,6 +280,10 @@ def warm_up() -> None:
         weights = torch.zeros(1, dtype=dtype)
         materialize(
             weights, weights, [commit], tensor_id=0,
+            distribution=Distribution.RADEMACHER, rounding=Rounding.NEAREST, threads=1,
+        )  # fmt: skip
+        materialize_fan(
+            [torch.empty_like(weights)], weights, [commit], tensor_id=0,
             distribution=Distribution.RADEMACHER, rounding=Rounding.NEAREST, threads=1,
         )  # fmt: skip
 
@@ -248,6 +325,100 @@ def _check(out: torch.Tensor, base: torch.Tensor, tensor_id: int, start: int) ->
             "give the slice's place inside its tensor."
         )
     return size
+
+
+def _check_fan(
+    outs: Sequence[torch.Tensor],
+    base: torch.Tensor,
+    commits: Sequence[Commit],
+    tensor_id: int,
+    start: int,
+) -> int:
+    """The number of elements of each output, as `_check`; the outputs must be apart as well."""
+    if len(outs) != len(commits):
+        raise MismatchError(
+            f"Tensor {tensor_id}: {len(outs)} outputs for {len(commits)} commits; "
+            "give one output for each."
+        )
+    size = 0
+    for out in outs:
+        size = _check(out, base, tensor_id, start)
+    if size > 0:
+        begins = sorted([base.data_ptr(), *(out.data_ptr() for out in outs)])
+        size_bytes = size * base.element_size()
+        if any(after - before < size_bytes for before, after in itertools.pairwise(begins)):
+            raise MismatchError(
+                f"Tensor {tensor_id}: two outputs overlap, or one overlaps the base; "
+                "give each output memory of its own."
+            )
+    return size
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Commits of a fan as the kernels take them: the pairs that all begin with, and each one's last."""
+
+    seeds: npt.NDArray[np.uint64]
+    coefficients: npt.NDArray[np.float32]
+    steps: npt.NDArray[np.uint8]
+    """What each output does with its own pair: see `cpu.SHARED_STEP` and the others."""
+    last_seeds: npt.NDArray[np.uint64]
+    last_coefficients: npt.NDArray[np.float32]
+    rounding_seeds: npt.NDArray[np.uint64]
+    ceilings: dict[torch.dtype, np.uint32]
+    """Bits of the largest magnitude to which any of the last pairs can be added without overflow."""
+
+
+_latest: tuple[tuple[Commit, ...], _Plan | None] = (), None
+"""The last plan made: a measurement asks for the same one at each of its layers."""
+
+
+def _plan_of(commits: Sequence[Commit]) -> _Plan | None:
+    """How to make all outputs in one visit; None if the commits have too little in common."""
+    global _latest
+    asked = tuple(commits)
+    planned, plan = _latest
+    if planned != asked:  # commits are equal only if they are the same object
+        plan = _make_plan(asked)
+        _latest = asked, plan
+    return plan
+
+
+def _make_plan(commits: tuple[Commit, ...]) -> _Plan | None:
+    shared = max(0, max(len(commit.seeds) for commit in commits) - 1)
+    seeds, coefficients = commits[0].seeds[:shared], commits[0].coefficients[:shared]
+    for commit in commits:
+        if not np.array_equal(commit.seeds[:shared], seeds):
+            return None
+        begin = commit.coefficients[:shared]
+        if not np.array_equal(begin.view(np.uint32), coefficients.view(np.uint32)):
+            return None
+    steps = np.zeros(len(commits), dtype=np.uint8)
+    last_seeds = np.zeros(len(commits), dtype=np.uint64)
+    last_coefficients = np.zeros(len(commits), dtype=np.float32)
+    last_bits = last_coefficients.view(np.uint32)
+    for g, commit in enumerate(commits):
+        if len(commit.seeds) == shared:
+            continue
+        last_seeds[g], last_coefficients[g] = commit.seeds[shared], commit.coefficients[shared]
+        steps[g] = cpu.OWN_STEP
+        if (
+            g > 0
+            and steps[g - 1] == cpu.OWN_STEP
+            and last_seeds[g - 1] == last_seeds[g]
+            and last_bits[g - 1] == last_bits[g] ^ np.uint32(0x80000000)
+        ):
+            steps[g - 1 : g + 1] = cpu.BOTH_STEP, cpu.DONE_STEP
+    # |z| < 7 for every distribution; the hundredth covers the roundings, those of storage included.
+    reach = 7.0 * float(np.abs(last_coefficients).max())
+    ceilings = {
+        dtype: np.float32(max(0.0, 0.99 * torch.finfo(dtype).max - reach)).view(np.uint32)
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    return _Plan(
+        seeds, coefficients, steps, last_seeds, last_coefficients,
+        np.array([commit.rounding_seed for commit in commits], dtype=np.uint64), ceilings,
+    )  # fmt: skip
 
 
 def _join(commits: Sequence[Commit]) -> _Joined:
@@ -306,6 +477,9 @@ class _Scratch(threading.local):
         self.words = np.empty(cpu.SCRATCH_WORDS, dtype=np.uint32)
         self.words_64 = self.words.view(np.uint64)
         self.tile_values = np.zeros(cpu.TILE_ELEMENTS, dtype=np.float32)
+        self.products = np.zeros(cpu.TILE_ELEMENTS, dtype=np.float32)
+        self.rounding_words = np.empty(cpu.ROUNDING_WORDS, dtype=np.uint32)
+        self.rounding_words_64 = self.rounding_words.view(np.uint64)
 
 
 _scratch = _Scratch()

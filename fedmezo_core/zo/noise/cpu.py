@@ -27,6 +27,7 @@ from numba import njit
 from numba import types as numba_types
 from numba.core import cgutils as numba_cgutils
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 
 from fedmezo_core.zo.noise import spec
 
@@ -64,6 +65,8 @@ FUSED_PAIRS: Final = 4
 """Rademacher pairs added in one visit of a row: their +c and -c fill half the vector registers."""
 SCRATCH_WORDS: Final = FUSED_PAIRS * spec.ROW_ELEMENTS
 """uint32 words of scratch that a thread needs for block words."""
+ROUNDING_WORDS: Final = TILE_ELEMENTS // 2
+"""uint32 words of scratch that a thread needs for a tile's rounding bits, 16 an element."""
 FINITE: Final = -1
 """What a kernel returns when every result is finite; else the offset of the first that is not."""
 
@@ -230,6 +233,28 @@ def _round_nearest(typing_context: Any, value: Any) -> Any:
     return types.float32(types.float32), emit
 
 
+@_emitted
+def _float32_at(typing_context: Any, address: Any) -> Any:
+    """The memory at `address` as a pointer to float32, for `carray`."""
+    pointer = types.CPointer(types.float32)
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+    return pointer(types.uint64), emit
+
+
+@_emitted
+def _uint16_at(typing_context: Any, address: Any) -> Any:
+    """The memory at `address` as a pointer to uint16, for `carray`."""
+    pointer = types.CPointer(types.uint16)
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+    return pointer(types.uint64), emit
+
+
 # --- the floating-point environment ------------------------------------------------------------------
 
 _MACHINE: Final = platform.machine().lower()
@@ -373,17 +398,35 @@ def _add_rademacher(
 
 @_compiled
 def _set_rademacher(
-    out: Any, base: Any, at: Any, tile: Any, tensor: Any, seed: Any, plus: Any,
+    out: Any, at: Any, base: Any, base_at: Any, tile: Any, tensor: Any, seed: Any, plus: Any,
     words_64: Any, words: Any,
 ) -> None:  # fmt: skip
-    """out[at + e] = base[at + e] + one pair, over a whole tile: the usual perturbation, in one visit."""
+    """out[at + e] = base[base_at + e] + one pair, over a whole tile: a perturbation, in one visit."""
     _generate(words_64, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
     minus = -plus
     for row in range(_ROWS):
         mask = np.uint32(_TOP_BIT >> row)
-        t = at + row * _ROW
+        t, b = at + row * _ROW, base_at + row * _ROW
         for i in range(_ROW):
-            out[t + i] = base[t + i] + _choose(words[i], mask, plus, minus)
+            out[t + i] = base[b + i] + _choose(words[i], mask, plus, minus)
+
+
+@_compiled
+def _set_both_rademacher(
+    plus_out: Any, minus_out: Any, at: Any, base: Any, base_at: Any, tile: Any, tensor: Any,
+    seed: Any, plus: Any, words_64: Any, words: Any,
+) -> None:  # fmt: skip
+    """`_set_rademacher` for a pair and its opposite, from one reading of the base."""
+    _generate(words_64, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
+    minus = -plus
+    for row in range(_ROWS):
+        mask = np.uint32(_TOP_BIT >> row)
+        t, b = at + row * _ROW, base_at + row * _ROW
+        for i in range(_ROW):
+            value = base[b + i]
+            product = _choose(words[i], mask, plus, minus)
+            plus_out[t + i] = value + product
+            minus_out[t + i] = value - product
 
 
 @_inlined
@@ -471,7 +514,7 @@ def materialize_float32(
             done = _ZERO
             if out_of_place and not gaussian and pairs > _ZERO:
                 _set_rademacher(
-                    out, base, at, tile, tensor, seeds[0], coefficients[0], words_64, words
+                    out, at, base, at, tile, tensor, seeds[0], coefficients[0], words_64, words
                 )
                 done = _ONE
             elif out_of_place:
@@ -544,3 +587,183 @@ def materialize_bfloat16(
                     return np.int64(at + i)
         at += last - first
     return np.int64(FINITE)
+
+
+# --- several outputs from one base -------------------------------------------------------------------
+#
+# outs[g] = base + the pairs of `seeds` and `coefficients` + at most one more pair of its own, which
+# `last_seeds`, `last_coefficients` and `steps` (a step for each output, below) give. Operands are
+# addresses: making an array of a tensor costs more than a small block's arithmetic. They return whether
+# every magnitude before the last pair stayed within `ceiling` (float32 bits), chosen by the caller so
+# that no last pair can then make a result infinite.
+
+SHARED_STEP: Final = 0
+"""The output has no pair of its own."""
+OWN_STEP: Final = 1
+"""The output has a pair of its own."""
+BOTH_STEP: Final = 2
+"""The same, and the next output has its opposite: the same seed, the coefficient negated."""
+DONE_STEP: Final = 3
+"""The output is the second of two such."""
+
+
+@_compiled
+def _set_products(
+    products: Any, row_begin: Any, row_end: Any, tile: Any, tensor: Any, gaussian: Any,
+    seed: Any, coefficient: Any, words_64: Any, words: Any,
+) -> None:  # fmt: skip
+    """products[e] = fl(coefficient * z), e over the tile's rows row_begin .. row_end."""
+    if gaussian:
+        for row in range(row_begin, row_end):
+            block = (tile * _ROWS + row) * _LANES
+            _generate(words_64, _ZERO, block, seed, tensor, _GAUSSIAN)
+            for half in range(_TWO):
+                w = half * _HALF_ROW
+                t = row * _ROW + w
+                for i in range(_LANES):
+                    first, second = _box_muller(words[w + i], words[w + _LANES + i])
+                    products[t + i] = coefficient * first
+                    products[t + _LANES + i] = coefficient * second
+    else:
+        _generate(words_64, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
+        minus = -coefficient
+        for row in range(row_begin, row_end):
+            mask = np.uint32(_TOP_BIT >> row)
+            t = row * _ROW
+            for i in range(_ROW):
+                products[t + i] = _choose(words[i], mask, coefficient, minus)
+
+
+@_kernel
+def fan_float32(
+    outs: Any, base_address: Any, begin: Any, end: Any, start: Any, tensor: Any, gaussian: Any,
+    seeds: Any, coefficients: Any, steps: Any, last_seeds: Any, last_coefficients: Any, ceiling: Any,
+    words_64: Any, words: Any, tile_values: Any, products: Any,
+) -> Any:  # fmt: skip
+    """float32 in, float32 out."""
+    base = carray(_float32_at(U64(base_address)), end)
+    pairs = U64(seeds.shape[0])
+    largest = np.uint32(0)
+    at, stop = U64(begin), U64(end)
+    while at < stop:
+        element = U64(start) + at
+        tile, first = element // _TILE, element % _TILE
+        last = min(_TILE, first + (stop - at))
+        count = last - first
+        row_begin, row_end = first // _ROW, (last + _ROW - _ONE) // _ROW
+        source, source_at = base, at
+        if pairs > _ZERO:
+            for i in range(count):
+                tile_values[first + i] = base[at + i]
+            if gaussian:
+                _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, U64(tensor),
+                              seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+            else:
+                _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, U64(tensor),
+                                seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+            source, source_at = tile_values, first
+        for i in range(count):
+            largest = _larger_magnitude(largest, source[source_at + i])
+        for g in range(steps.shape[0]):
+            step, seed, coefficient = steps[g], last_seeds[g], last_coefficients[g]
+            out = carray(_float32_at(outs[g]), end)
+            if step == SHARED_STEP:
+                for i in range(count):
+                    out[at + i] = source[source_at + i]
+            elif step == OWN_STEP:
+                if count == _TILE and not gaussian:
+                    _set_rademacher(out, at, source, source_at, tile, U64(tensor),
+                                    seed, coefficient, words_64, words)  # fmt: skip
+                else:
+                    _set_products(products, row_begin, row_end, tile, U64(tensor), gaussian,
+                                  seed, coefficient, words_64, words)  # fmt: skip
+                    for i in range(count):
+                        out[at + i] = source[source_at + i] + products[first + i]
+            elif step == BOTH_STEP:
+                other = carray(_float32_at(outs[g + 1]), end)
+                if count == _TILE and not gaussian:
+                    _set_both_rademacher(out, other, at, source, source_at, tile, U64(tensor),
+                                         seed, coefficient, words_64, words)  # fmt: skip
+                else:
+                    _set_products(products, row_begin, row_end, tile, U64(tensor), gaussian,
+                                  seed, coefficient, words_64, words)  # fmt: skip
+                    for i in range(count):
+                        value, product = source[source_at + i], products[first + i]
+                        out[at + i] = value + product
+                        other[at + i] = value - product
+        at += count
+    return largest <= ceiling
+
+
+@_compiled
+def _round_sum(
+    out: Any, at: Any, tile_values: Any, products: Any, sign: Any, first: Any, last: Any,
+    stochastic: Any, rounding_words: Any,
+) -> None:  # fmt: skip
+    """out[at + e - first] = tile_values[e] + sign * products[e] in bfloat16, e over first .. last."""
+    e = first
+    while e < last:
+        row = e // _ROW
+        count = min(last, (row + _ONE) * _ROW) - e
+        t, w = at + e - first, (row >> _ONE) * _ROW + e % _ROW
+        if not stochastic:
+            for i in range(count):
+                out[t + i] = _narrow(_round_nearest(tile_values[e + i] + sign * products[e + i]))
+        elif row & _ONE == _ZERO:
+            for i in range(count):
+                value = tile_values[e + i] + sign * products[e + i]
+                out[t + i] = _narrow(_round_high(value, rounding_words[w + i]))
+        else:
+            for i in range(count):
+                value = tile_values[e + i] + sign * products[e + i]
+                out[t + i] = _narrow(_round_low(value, rounding_words[w + i]))
+        e += count
+
+
+@_kernel
+def fan_bfloat16(
+    outs: Any, base_address: Any, begin: Any, end: Any, start: Any, tensor: Any,
+    gaussian: Any, stochastic: Any,
+    seeds: Any, coefficients: Any, steps: Any, last_seeds: Any, last_coefficients: Any,
+    rounding_seeds: Any, ceiling: Any, words_64: Any, words: Any, tile_values: Any, products: Any,
+    rounding_words_64: Any, rounding_words: Any,
+) -> Any:  # fmt: skip
+    """bfloat16 bits in and out; the pairs before each output's own are of the same commit as that."""
+    base = carray(_uint16_at(U64(base_address)), end)
+    pairs = U64(seeds.shape[0])
+    largest = np.uint32(0)
+    at, stop = U64(begin), U64(end)
+    while at < stop:
+        element = U64(start) + at
+        tile, first = element // _TILE, element % _TILE
+        last = min(_TILE, first + (stop - at))
+        count = last - first
+        row_begin, row_end = first // _ROW, (last + _ROW - _ONE) // _ROW
+        for i in range(count):
+            tile_values[first + i] = _widen(base[at + i])
+        if gaussian:
+            _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, U64(tensor),
+                          seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+        else:
+            _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, U64(tensor),
+                            seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+        for i in range(count):
+            largest = _larger_magnitude(largest, tile_values[first + i])
+        for g in range(steps.shape[0]):
+            step, rounding_seed = steps[g], rounding_seeds[g]
+            if stochastic and (g == 0 or rounding_seed != rounding_seeds[g - 1]):
+                for group in range(row_begin >> _ONE, (row_end + _ONE) >> _ONE):
+                    block = (tile * U64(16) + group) * _LANES
+                    _generate(rounding_words_64, group * _PAIR_WORDS, block, rounding_seed,
+                              U64(tensor), _ROUNDING)  # fmt: skip
+            if step in (OWN_STEP, BOTH_STEP):
+                _set_products(products, row_begin, row_end, tile, U64(tensor), gaussian,
+                              last_seeds[g], last_coefficients[g], words_64, words)  # fmt: skip
+            elif step == SHARED_STEP:
+                products[first:last] = np.float32(-0.0)  # the one float whose sum changes nothing
+            sign = np.float32(-1 if step == DONE_STEP else 1)
+            out = carray(_uint16_at(outs[g]), end)
+            _round_sum(out, at, tile_values, products, sign, first, last,
+                       stochastic, rounding_words)  # fmt: skip
+        at += count
+    return largest <= ceiling

@@ -22,6 +22,7 @@ from fedmezo_core.zo.materialize import (
     Commit,
     Rounding,
     materialize,
+    materialize_fan,
     materialize_reference,
     require_finite,
     warm_up,
@@ -209,6 +210,157 @@ def test_callers_in_many_threads() -> None:
         together = list(pool.map(lambda tensor_id: build(tensor_id, 3), range(6)))
     for tensor_id, out in enumerate(together):
         assert_same_bits(out, build(tensor_id, 1))
+
+
+@st.composite
+def fans(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
+    """Commits as measurements have them (the same local pairs, then one more), and some unlike that."""
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    local = commit_of(generator, draw(st.sampled_from([0, 0, 1, 3, 5])))
+    last = st.tuples(st.integers(0, 2), st.sampled_from([1e-3, -1e-3, 0.0, -0.0, 1e-39, 2.0]))
+    rounding_seeds = st.sampled_from([5, 5, 2**64 - 1])
+    commits = []
+    for pair in draw(st.lists(st.none() | last, min_size=1, max_size=6)):
+        own = [] if pair is None else [pair]
+        seeds = [*local.seeds, *(np.uint64(seed) for seed, _ in own)]
+        coefficients = [*local.coefficients, *(np.float32(c) for _, c in own)]
+        commits.append(
+            Commit(
+                np.array(seeds, np.uint64),
+                np.array(coefficients, np.float32),
+                draw(rounding_seeds),
+            )
+        )
+    if draw(st.integers(0, 9)) == 0:
+        commits.append(commit_of(generator, draw(st.integers(0, 9))))
+    return commits, generator
+
+
+@settings(deadline=None, max_examples=120)
+@given(
+    fans(),
+    st.sampled_from(STORAGE),
+    st.sampled_from(Distribution),
+    places,
+    sizes,
+    st.sampled_from([1, 2, 3]),
+    st.data(),
+)
+def test_a_fan_equals_one_call_for_each_output(
+    fan: tuple[list[Commit], np.random.Generator],
+    storage: tuple[torch.dtype, Rounding],
+    distribution: Distribution,
+    start: int,
+    size: int,
+    threads: int,
+    data: st.DataObject,
+) -> None:
+    commits, generator = fan
+    base = weights_of(generator, size, storage[0])
+    kept = base.clone()
+    how: dict[str, Any] = {
+        "tensor_id": 4,
+        "distribution": distribution,
+        "rounding": storage[1],
+    }
+    outs = [torch.empty_like(base) for _ in commits]
+    for begin, end in cut(data, size):
+        materialize_fan(
+            [out[begin:end] for out in outs], base[begin:end], commits,
+            start=start + begin, threads=threads, **how,
+        )  # fmt: skip
+    assert_same_bits(base, kept)
+    for out, commit in zip(outs, commits, strict=True):
+        expected = torch.empty_like(base)
+        materialize_reference(expected, base, [commit], start=start, **how)
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("distribution", list(Distribution))
+def test_a_fan_in_threads_over_many_tiles(
+    storage: tuple[torch.dtype, Rounding], distribution: Distribution
+) -> None:
+    generator = np.random.default_rng(3)
+    base = weights_of(generator, 500_001, storage[0])
+    commits = [
+        Commit(np.array([7, 8], np.uint64), np.array([1e-5, eps], np.float32), 3)
+        for eps in (1e-3, -1e-3, 2e-3)
+    ]
+    how: dict[str, Any] = {
+        "tensor_id": 4,
+        "start": 77,
+        "distribution": distribution,
+        "rounding": storage[1],
+    }
+    outs = [torch.empty_like(base) for _ in commits]
+    materialize_fan(outs, base, commits, threads=5, **how)
+    for out, commit in zip(outs, commits, strict=True):
+        expected = torch.empty_like(base)
+        materialize(expected, base, [commit], threads=1, **how)
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("local", [0, 2])
+def test_a_fan_names_what_is_not_finite(storage: tuple[torch.dtype, Rounding], local: int) -> None:
+    how: dict[str, Any] = {
+        "tensor_id": 7,
+        "start": 1_000_000,
+        "name": "wte",
+        "rounding": storage[1],
+    }
+    pairs = [(k, 0.0) for k in range(local)]
+    huge = float(torch.finfo(storage[0]).max)
+
+    def fan(distribution: Distribution, base: torch.Tensor, eps: float) -> None:
+        commits = [
+            Commit(
+                np.array([*(seed for seed, _ in pairs), 5], np.uint64),
+                np.array([*(c for _, c in pairs), coefficient], np.float32),
+                1,
+            )
+            for coefficient in (eps, -eps)
+        ]
+        outs = [torch.empty_like(base), torch.empty_like(base)]
+        materialize_fan(outs, base, commits, distribution=distribution, **how)
+
+    for distribution in Distribution:
+        for value in (float("nan"), float("-inf")):
+            base = torch.zeros(9000, dtype=storage[0])
+            base[[4100, 8999]] = value
+            with pytest.raises(
+                NumericError, match=r"Tensor 7 \(wte\): element 1004100 is (nan|-inf)"
+            ):
+                fan(distribution, base, 1e-3)
+        base = torch.zeros(9000, dtype=storage[0])
+        base[5000] = huge
+        fan(distribution, base, 1e-3)  # close to the limit, and yet finite
+    with pytest.raises(NumericError, match=r"Tensor 7 \(wte\): element 1005000 is inf"):
+        fan(Distribution.RADEMACHER, base, huge / 2)
+
+
+def test_a_fan_whose_tensors_overlap_is_refused() -> None:
+    memory = torch.zeros(40)
+    commits = [commit_of(np.random.default_rng(0), 1)] * 2
+    place: dict[str, Any] = {"tensor_id": 3, **RADEMACHER}
+    apart = torch.zeros(8)
+    for first, second, base in (
+        (memory[:8], memory[4:12], apart),
+        (memory[:8], memory[:8], apart),
+        (apart, memory[:8], memory[:8]),
+        (memory[:8], apart, memory[7:15]),
+    ):
+        with pytest.raises(MismatchError, match="overlap"):
+            materialize_fan([first, second], base, commits, **place)
+    with pytest.raises(MismatchError, match="1 outputs for 2 commits"):
+        materialize_fan([apart], memory[:8], commits, **place)
+    with pytest.raises(MismatchError, match="one size"):
+        materialize_fan([apart, memory[:9]], memory[10:18], commits, **place)
+    assert not memory.any()
+    materialize_fan([memory[:8], memory[8:16]], apart, commits, **place)
+    materialize_fan([], apart, [], **place)
+    materialize_fan([memory[:0], memory[:0]], apart[:0], commits, **place)
 
 
 def golden_weights() -> list[dict[str, Any]]:
