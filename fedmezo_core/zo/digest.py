@@ -8,15 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.zo.manifest import Manifest, trained_tensors, unique_parameters
+from fedmezo_core.zo.homes import unique_homes
+from fedmezo_core.zo.manifest import Manifest, trained_tensors
 
 CHUNK_BYTES = 1 << 22
 """Bytes of a tensor hashed as one leaf (4 MiB). Part of the definition of every weights digest."""
@@ -35,13 +37,19 @@ def tensors_digest(
 
     over all chunks of the first tensor, then of the second, and so on. `header` must fix the
     number, order, dtypes and shapes of the tensors. `threads` (default: one for each core that this
-    process may use) can't change the result.
+    process may use) can't change the result. `tensors` are taken as they are needed, and dropped.
     """
     root = hashlib.sha256(header)
     workers = threads or len(os.sched_getaffinity(0))
+    leaves: deque[Future[bytes]] = deque()
     with ThreadPoolExecutor(max_workers=workers) as pool:
-        for leaf in pool.map(_leaf, _chunks(tensors)):
-            root.update(leaf)
+        for chunk in _chunks(tensors):
+            leaves.append(pool.submit(_leaf, chunk))
+            # A few ahead keep the threads busy; all of them would keep all the tensors.
+            if len(leaves) > 2 * workers:
+                root.update(leaves.popleft().result())
+        for leaf in leaves:
+            root.update(leaf.result())
     return root.digest()
 
 
@@ -82,14 +90,20 @@ def base_digest(model: nn.Module, *, threads: int | None = None) -> bytes:
         for name, value in model.state_dict().items()
         if name not in parameter_names and isinstance(value, torch.Tensor)
     }
-    named: dict[str, torch.Tensor] = {**unique_parameters(model), **buffers}
+    homes = unique_homes(model)
+    # Of an offloaded parameter the model holds shape and dtype alone.
+    named: dict[str, torch.Tensor] = {
+        **{name: home.parameter for name, home in homes.items()},
+        **buffers,
+    }
     lines = ["fedmezo base 1"]
     for name in sorted(named):
         shape = "x".join(str(length) for length in named[name].shape)
         dtype = str(named[name].dtype).removeprefix("torch.")
         lines.append(f"{json.dumps(name)}\t{dtype}\t{shape}")
     header = ("\n".join(lines) + "\n").encode("ascii")
-    return tensors_digest(header, (named[name] for name in sorted(named)), threads=threads)
+    values = (homes[name].read() if name in homes else buffers[name] for name in sorted(named))
+    return tensors_digest(header, values, threads=threads)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:

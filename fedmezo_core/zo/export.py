@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmezo_core.errors import ModelError
+from fedmezo_core.zo.homes import homes_of
 from fedmezo_core.zo.model import quiet
 
 _BASE_LAYER = ".base_layer."
@@ -56,8 +57,10 @@ def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, torch.Tensor] 
     if not hasattr(model, "peft_config"):
         return cast("PreTrainedModel", model), None
     inner = cast("PreTrainedModel", cast("Any", model).get_base_model())
+    homes = homes_of(inner)
     state = {
-        name.replace(_BASE_LAYER, "."): tensor
+        # transformers itself reads what is offloaded, but for the names that peft has changed.
+        name.replace(_BASE_LAYER, "."): homes[name].read() if _BASE_LAYER in name else tensor
         for name, tensor in inner.state_dict().items()
         if ".lora_" not in name
     }

@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from fedmezo_core.errors import MismatchError, ModelError
+from fedmezo_core.zo.homes import homes_of, unique_homes
 
 _ADAPTER_NAME = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
@@ -89,18 +90,6 @@ class Manifest:
         return hashlib.sha256(self.canonical_bytes()).digest()
 
 
-def unique_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter of `model` once, under the first of its names, sorted by name."""
-    by_name = sorted(model.named_parameters(remove_duplicate=False))
-    seen: set[int] = set()
-    unique: dict[str, nn.Parameter] = {}
-    for name, parameter in by_name:
-        if id(parameter) not in seen:
-            seen.add(id(parameter))
-            unique[name] = parameter
-    return unique
-
-
 def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
     """Derive the manifest of `model`.
 
@@ -110,30 +99,31 @@ def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
     another.
     """
     chosen = {
-        name: parameter
-        for name, parameter in unique_parameters(model).items()
-        if parameter.numel() > 0 and (not adapters_only or _ADAPTER_NAME.search(name))
+        name: home
+        for name, home in unique_homes(model).items()
+        if home.parameter.numel() > 0 and (not adapters_only or _ADAPTER_NAME.search(name))
     }
     if not chosen:
         what = "LoRA adapter matrices" if adapters_only else "parameters"
         raise ModelError(f"The model has no {what} to train; check the model and lora settings.")
     entries: list[Entry] = []
-    for tensor_id, (name, parameter) in enumerate(chosen.items()):
+    for tensor_id, (name, home) in enumerate(chosen.items()):
+        parameter = home.parameter
         dtype = _DTYPES.get(parameter.dtype)
         if dtype is None:
             raise ModelError(
                 f"Parameter {name} is {str(parameter.dtype).removeprefix('torch.')}, which cannot be "
                 "trained; load the model unquantised as float32 or bfloat16."
             )
-        if not parameter.is_contiguous():
+        if home.tensor is not None and not home.tensor.is_contiguous():
             raise ModelError(
                 f"Parameter {name} is not contiguous in memory; make it contiguous before training."
             )
         entries.append(Entry(tensor_id, name, tuple(parameter.shape), dtype))
     spans = sorted(
-        (parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes, name)
-        for name, parameter in chosen.items()
-        if parameter.data_ptr()  # 0 on the meta device
+        (home.tensor.data_ptr(), home.tensor.data_ptr() + home.tensor.nbytes, name)
+        for name, home in chosen.items()
+        if home.tensor is not None and not home.tensor.is_meta
     )
     for (_, end, one), (start, _, other) in itertools.pairwise(spans):
         if start < end:
@@ -145,24 +135,31 @@ def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
 
 
 def trained_tensors(model: nn.Module, manifest: Manifest) -> list[torch.Tensor]:
-    """The model's own tensors (no copies) in manifest order.
+    """The model's own tensors (no copies) in manifest order, wherever they are kept.
 
-    Raises `MismatchError` if one is missing, or of another shape or dtype than the manifest says.
+    Raises `MismatchError` if one is missing, or of another shape or dtype than the manifest says;
+    `ModelError` if one is kept in a file.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    homes = homes_of(model)
     tensors: list[torch.Tensor] = []
     for entry in manifest:
-        tensor = parameters.get(entry.name)
-        if tensor is None:
+        home = homes.get(entry.name)
+        if home is None:
             raise MismatchError(
                 f"The model has no parameter {entry.name}, which the manifest names; load the model "
                 "that the run was started with."
             )
-        found = (tuple(tensor.shape), _DTYPES.get(tensor.dtype, str(tensor.dtype)))
+        parameter = home.parameter
+        found = (tuple(parameter.shape), _DTYPES.get(parameter.dtype, str(parameter.dtype)))
         if found != (entry.shape, entry.dtype):
             raise MismatchError(
                 f"Parameter {entry.name} is {found[1]} {list(found[0])}, but the manifest says "
                 f"{entry.dtype} {list(entry.shape)}; load the model that the run was started with."
             )
-        tensors.append(tensor.detach())
+        if home.tensor is None:
+            raise ModelError(
+                f"Parameter {entry.name} is kept in a file, which is only read; load the model with "
+                "an offload_folder, into which trained weights are copied."
+            )
+        tensors.append(home.tensor)
     return tensors

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +27,18 @@ from transformers.utils import logging as transformers_logging
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ConfigError, ModelError
-from fedmezo_core.zo.manifest import Manifest, manifest_of, trained_tensors, unique_parameters
+from fedmezo_core.zo.homes import execution_device, move_into_mapped_memory, unique_homes
+from fedmezo_core.zo.manifest import Manifest, manifest_of, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.placement import Placement
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # transformers leaves these without types.
 _auto_model: Any = AutoModelForCausalLM
 _logging: Any = transformers_logging
+ON_CPU = Placement()
+"""Everything in the machine's memory, computed there."""
 _ADAPTER = "default"
 """Peft's own name for the only adapter of a model."""
 
@@ -54,18 +59,20 @@ def load_model(
     dtype: Literal["float32", "bfloat16"] = "float32",
     lora: LoraConfig | None = None,
     run_seed: int = 0,
-    device: str = "cpu",
+    placement: Placement = ON_CPU,
     local_files_only: bool = False,
 ) -> LoadedModel:
     """Load a Hugging Face causal LM by hub name or from a folder.
 
     Only safetensors files are read and no code that comes with a model is run. With `lora`, an
-    adapter is added (see `add_adapter`) whose first weights depend on `run_seed`, a u64. `device`
-    is a torch device. With `local_files_only` a name is looked up in the local cache alone.
+    adapter is added (see `add_adapter`) whose first weights depend on `run_seed`, a u64. `placement`
+    says which device it computes on, and where weights lie that don't fit into its memory. With
+    `local_files_only` a name is looked up in the local cache alone.
 
     Raises `ModelError` for a folder that holds no model, a name that can't be reached, a checkpoint
-    that lacks some of the model's tensors or holds a NaN or infinity, or a tokenizer that is missing;
-    `ConfigError` for LoRA target modules that the model doesn't have.
+    that lacks some of the model's tensors or holds a NaN or infinity, a tokenizer that is missing, or
+    weights that the placement has no room for; `ConfigError` for LoRA target modules that the model
+    doesn't have, and a device or offload folder that can't be used.
     """
     folder = Path(name_or_path).expanduser()
     is_folder = folder.exists()
@@ -78,16 +85,16 @@ def load_model(
         "local_files_only": local_files_only or is_folder,
         "trust_remote_code": False,
     }
-    with quiet():
+    with quiet(), placement.loading() as place:
         try:
             loaded, info = _auto_model.from_pretrained(
                 source,
                 dtype=_DTYPES[dtype],
                 use_safetensors=True,
                 output_loading_info=True,
-                device_map=None if device == "cpu" else {"": device},
                 # The look for an adapter under this name would go to the network all the same.
                 adapter_kwargs={"local_files_only": common["local_files_only"]},
+                **place,
                 **common,
             )
         except Exception as error:
@@ -97,29 +104,39 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
         except Exception as error:
             raise _model_error(name_or_path, is_folder, "tokenizer", error) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        # transformers would fill these at random, differently at every party.
-        lacking = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
-        raise ModelError(
-            f"The checkpoint of {name_or_path} lacks {len(lacking)} of the model's tensors or has "
-            f"them in another shape (first: {lacking[0]}); get a complete checkpoint of a causal "
-            "language model."
-        )
-    if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise ModelError(
-            f"{name_or_path} holds an adapter, not a whole model; merge it into its base model, save "
-            "that, and use the folder."
-        )
+        placement.check(name_or_path, getattr(loaded, "hf_device_map", {}))
+        _require_complete(name_or_path, loaded, info)
+        if placement.offload_folder is not None:
+            # What is trained can't stay in the checkpoint's own files, nor anything in passing ones.
+            passing = None if lora is None else Path(place["offload_folder"])
+            move_into_mapped_memory(loaded, placement.offload_folder, only_from=passing)
     model: nn.Module = loaded
     model.eval()
-    for name, parameter in unique_parameters(model).items():
-        parameter.data = parameter.data.contiguous()
-        _require_finite(name_or_path, name, parameter)
+    for name, home in unique_homes(model).items():
+        if home.offloaded is None:
+            home.parameter.data = home.parameter.data.contiguous()
+        _require_finite(name_or_path, name, home.read())
     if lora is not None:
         model = add_adapter(cast("PreTrainedModel", model), lora, run_seed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return LoadedModel(model, tokenizer, manifest_of(model, adapters_only=lora is not None))
+
+
+def _require_complete(shown: str, loaded: Any, info: Mapping[str, Any]) -> None:
+    if info["missing_keys"] or info["mismatched_keys"]:
+        # transformers would fill these at random, differently at every party.
+        lacking = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        raise ModelError(
+            f"The checkpoint of {shown} lacks {len(lacking)} of the model's tensors or has "
+            f"them in another shape (first: {lacking[0]}); get a complete checkpoint of a causal "
+            "language model."
+        )
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{shown} holds an adapter, not a whole model; merge it into its base model, save "
+            "that, and use the folder."
+        )
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> nn.Module:
@@ -168,6 +185,12 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> nn.M
     with quiet():
         wrapped: nn.Module = peft.get_peft_model(model, config, adapter_name=_ADAPTER)
     wrapped.eval()
+    for layer in wrapped.modules():
+        for side in ("lora_A", "lora_B"):
+            matrices: Any = getattr(layer, side, {})
+            # Beside an offloaded layer, peft leaves them empty. They are small enough to stay.
+            if _ADAPTER in matrices and matrices[_ADAPTER].weight.is_meta:
+                matrices[_ADAPTER].to_empty(device=execution_device(layer))
     manifest = manifest_of(wrapped, adapters_only=True)
     seeds = np.array([adapter_seed(run_seed)], dtype=np.uint64)
     for entry, tensor in zip(manifest, trained_tensors(wrapped, manifest), strict=True):
@@ -225,11 +248,11 @@ def _model_error(shown: str, is_folder: bool, what: str, error: Exception) -> Mo
     )
 
 
-def _require_finite(shown: str, name: str, parameter: torch.Tensor) -> None:
-    if not parameter.is_floating_point() or parameter.numel() == 0:
+def _require_finite(shown: str, name: str, values: torch.Tensor) -> None:
+    if not values.is_floating_point() or values.numel() == 0:
         return
     # Extremes carry NaN and infinities along, and need no temporary of the tensor's size.
-    low, high = torch.aminmax(parameter.detach())
+    low, high = torch.aminmax(values.detach())
     if not (math.isfinite(float(low)) and math.isfinite(float(high))):
         raise ModelError(
             f"The weights of {shown} are damaged: {name} holds a NaN or an infinity; get the "
@@ -249,8 +272,11 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' and peft's log lines, bars and warnings off a user's terminal."""
+    """Keep the log lines, bars and warnings of transformers, peft and accelerate off a terminal."""
     verbosity = _logging.get_verbosity()
+    accelerate = logging.getLogger("accelerate")
+    level = accelerate.level
+    accelerate.setLevel(logging.ERROR)
     bars = _logging.is_progress_bar_enabled()
     _logging.set_verbosity_error()
     _logging.disable_progress_bar()
@@ -259,6 +285,7 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        accelerate.setLevel(level)
         _logging.set_verbosity(verbosity)
         if bars:
             _logging.enable_progress_bar()

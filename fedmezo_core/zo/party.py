@@ -13,8 +13,9 @@ from fedmezo_core.errors import MismatchError
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.digest import base_digest, tokenizer_digest
 from fedmezo_core.zo.materialize import Commit, Rounding, warm_up
-from fedmezo_core.zo.model import LoadedModel, load_model
+from fedmezo_core.zo.model import ON_CPU, LoadedModel, load_model
 from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.placement import Placement
 from fedmezo_core.zo.task import Task
 from fedmezo_core.zo.weights import Weights
 
@@ -75,11 +76,13 @@ def open_party(
     model: str,
     *,
     threads: int | None = None,
+    placement: Placement = ON_CPU,
     local_files_only: bool = False,
 ) -> Party:
     """Load `model` (hub name or folder) for a run and digest it.
 
-    `threads` also sets torch's thread count for this process. Raises `ModelError`, `ConfigError`.
+    `threads` also sets torch's thread count for this process; `placement` says where the weights go,
+    which changes no bit of them. Raises `ModelError`, `ConfigError`.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -90,6 +93,7 @@ def open_party(
         dtype=config.dtype,
         lora=config.lora,
         run_seed=config.seed,
+        placement=placement,
         local_files_only=local_files_only,
     )
     task = Task(config.task, loaded.tokenizer, _vocabulary_size(loaded))

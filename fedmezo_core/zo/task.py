@@ -31,6 +31,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
+from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.rows import Row
 
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
@@ -322,7 +323,7 @@ class Task:
                 len(dataset.examples[index].prompt) + len(dataset.examples[index].response)
             ),
         )
-        device = next(model.parameters()).device
+        device = execution_device(model)
         outcomes: list[_Outcome] = []
         for start in range(0, len(order), batch_size):
             examples = [dataset.examples[index] for index in order[start : start + batch_size]]

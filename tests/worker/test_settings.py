@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from fedmezo_core.errors import ConfigError
@@ -33,6 +35,9 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
         ({"--coordinator": "here"}, "coordinator = 'here' is not allowed: write it as host:port"),
         ({"--coordinator": "here:0"}, "coordinator = 'here:0' is not allowed"),
         ({"--threads": "0"}, "threads = '0' is not allowed"),
+        ({"--device": "gpu"}, "device = 'gpu' is not allowed: use auto, cpu, cuda, or cuda: and"),
+        ({"--device-memory-max": "much"}, "device_memory_max = 'much' is not allowed"),
+        ({"--device-memory-max": "0"}, "device_memory_max = '0' is not allowed: use more than 0"),
         ({"--give-up-after-s": "-1"}, "give_up_after_s = '-1' is not allowed"),
     ],
 )
@@ -47,3 +52,10 @@ def test_the_environment_names_a_worker(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("FEDMEZO_WORKER_GIVE_UP_AFTER_S", "5.5")
     settings = load({"--name": "absent"})
     assert (settings.name, settings.give_up_after_s) == ("from-environment", 5.5)
+
+
+def test_where_to_compute() -> None:
+    settings = load({"--device": "cuda:1", "--device-memory-max": "8GiB", "--offload-folder": "/d"})
+    assert (settings.device, settings.device_memory_max) == ("cuda:1", 8 << 30)
+    assert settings.offload_folder == Path("/d")
+    assert load().device == "auto"

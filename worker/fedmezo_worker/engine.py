@@ -13,7 +13,9 @@ from fedmezo_core.errors import MeasurementError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis, digest64_of
 from fedmezo_core.zo.estimator import Estimator, local_steps
+from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.party import Party, commits_of, open_party
+from fedmezo_core.zo.placement import Placement
 from fedmezo_core.zo.rows import read_rows
 from fedmezo_core.zo.task import Batch, Batches
 from fedmezo_core.zo.weights import Weights
@@ -77,6 +79,9 @@ class Engine:
             config,
             settings.model or config.model,
             threads=settings.threads,
+            placement=Placement(
+                settings.device, settings.device_memory_max, settings.offload_folder
+            ),
         )
         party.check_same_base(genesis)
         self._batches = Batches(
@@ -86,6 +91,7 @@ class Engine:
             worker_name=settings.name,
             batch_size=config.batch_size,
             local_steps=config.local_steps,
+            device=execution_device(party.loaded.model),
         )
         self._estimator = Estimator(
             party.loaded.model,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import BaseSettings
 
 from fedmezo_core.config import NAME_PATTERN
@@ -30,6 +30,17 @@ class WorkerSettings(BaseSettings):
     )
     run_id: str = Field(default="", description="refuse any other run")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
+    device: str = Field(
+        default="auto",
+        description="auto (a CUDA device if there is one), cpu, cuda or cuda:1: where to compute",
+    )
+    device_memory_max: ByteSize | None = Field(
+        default=None,
+        description="what weights may take of the device's memory, as in 8GiB; none: what is free",
+    )
+    offload_folder: Path | None = Field(
+        default=None, description="folder on a disk for weights that no memory has room for"
+    )
     tls_ca: Path | None = Field(
         default=None, description="PEM file of the CA to trust; none: no TLS"
     )
@@ -42,6 +53,20 @@ class WorkerSettings(BaseSettings):
     def _name(cls, value: str) -> str:
         if not re.fullmatch(NAME_PATTERN, value):
             raise ValueError("use 1 to 64 of a-z, 0-9 and -, beginning with a letter or digit")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
+            raise ValueError("use auto, cpu, cuda, or cuda: and the device's number")
+        return value
+
+    @field_validator("device_memory_max")
+    @classmethod
+    def _memory(cls, value: ByteSize | None) -> ByteSize | None:
+        if value is not None and value <= 0:
+            raise ValueError("use more than 0 bytes, for example 8GiB")
         return value
 
     @field_validator("coordinator")
