@@ -138,13 +138,13 @@ def materialize(
                 found = cpu.materialize_float32(
                     out_values, base_values, not in_place, np.uint64(begin), np.uint64(end), first,
                     tensor, gaussian, seeds, coefficients,
-                    scratch.words_64, scratch.words, scratch.tile_values,
+                    scratch.words, scratch.tile_values,
                 )  # fmt: skip
             else:
                 found = cpu.materialize_bfloat16(
                     out_values, base_values, np.uint64(begin), np.uint64(end), first,
                     tensor, gaussian, stochastic, seeds, coefficients, commit_ends, rounding_seeds,
-                    scratch.words_64, scratch.words, scratch.tile_values,
+                    scratch.words, scratch.tile_values,
                 )  # fmt: skip
         finally:
             cpu.exchange_float_control(control)
@@ -203,15 +203,15 @@ def materialize_fan(
                     addresses, base_address, begin, end, start, tensor_id, gaussian,
                     plan.seeds, plan.coefficients, plan.steps, plan.last_seeds,
                     plan.last_coefficients, ceiling,
-                    scratch.words_64, scratch.words, scratch.tile_values, scratch.products,
+                    scratch.words, scratch.tile_values, scratch.products,
                 )  # fmt: skip
             else:
                 finite = cpu.fan_bfloat16(
                     addresses, base_address, begin, end, start, tensor_id, gaussian, stochastic,
                     plan.seeds, plan.coefficients, plan.steps, plan.last_seeds,
                     plan.last_coefficients, plan.rounding_seeds, ceiling,
-                    scratch.words_64, scratch.words, scratch.tile_values, scratch.products,
-                    scratch.rounding_words_64, scratch.rounding_words,
+                    scratch.words, scratch.tile_values, scratch.products,
+                    scratch.rounding_words,
                 )  # fmt: skip
         finally:
             cpu.exchange_float_control(control)
@@ -475,11 +475,9 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.words = np.empty(cpu.SCRATCH_WORDS, dtype=np.uint32)
-        self.words_64 = self.words.view(np.uint64)
         self.tile_values = np.zeros(cpu.TILE_ELEMENTS, dtype=np.float32)
         self.products = np.zeros(cpu.TILE_ELEMENTS, dtype=np.float32)
         self.rounding_words = np.empty(cpu.ROUNDING_WORDS, dtype=np.uint32)
-        self.rounding_words_64 = self.rounding_words.view(np.uint64)
 
 
 _scratch = _Scratch()

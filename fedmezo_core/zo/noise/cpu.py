@@ -2,13 +2,12 @@
 
 A kernel takes a range of a tensor and the pairs, and loops over tiles of 4,096 elements (one Philox
 slot cycle of Rademacher bits, 16 KB: an L1 cache's worth); commits and pairs are the inner loops, so a
-weight is read and written once however many pairs there are. Everything is written so that LLVM's
-loop vectoriser turns the innermost loops into SIMD:
+weight is read and written once however many pairs there are. How it becomes SIMD:
 
-- Philox runs in 64-bit lanes whose upper halves hold garbage: a 32x32 multiply reads lower halves only.
-- Blocks 2i and 2i+1 are computed side by side and stored as one 64-bit word, which on a little-endian
-  machine is the order of 32-bit words that the standard's rows want.
-- Indices are unsigned, or numba adds Python's negative-index test to every access.
+- Philox and Box-Muller are written out as LLVM vectors, because what limits them is latency: several
+  vectors must go through the same dependent steps side by side, which no loop vectoriser does.
+- Loops over elements are left to LLVM's loop vectoriser. Indices are unsigned, or numba adds Python's
+  negative-index test to every access.
 
 No operation is reassociated or fused: numba asks LLVM for strict IEEE arithmetic unless told
 otherwise, and the tests compare every path with the specification. All compiled code is in this file
@@ -23,6 +22,7 @@ from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]  # publishes no types
+from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
 from numba import njit
 from numba import types as numba_types
 from numba.core import cgutils as numba_cgutils
@@ -43,11 +43,6 @@ def _kernel(function: Function) -> Function:
 def _compiled(function: Function) -> Function:
     """A piece of a kernel."""
     return cast("Function", njit(error_model="numpy")(function))
-
-
-def _inlined(function: Function) -> Function:
-    """A piece of a kernel's innermost loop: vectorised only if inlined."""
-    return cast("Function", njit(forceinline=True, error_model="numpy")(function))
 
 
 def _emitted(function: Callable[Concatenate[Any, Operands], Any]) -> Callable[Operands, Any]:
@@ -71,20 +66,17 @@ FINITE: Final = -1
 """What a kernel returns when every result is finite; else the offset of the first that is not."""
 
 U64 = np.uint64
-_LOW, _SHIFT = U64(0xFFFFFFFF), U64(32)
-_MULTIPLIER_0, _MULTIPLIER_1 = U64(0xD2511F53), U64(0xCD9E8D57)
-_KEY_STEP_0, _KEY_STEP_1 = U64(0x9E3779B9), U64(0xBB67AE85)
 _RADEMACHER, _GAUSSIAN, _ROUNDING = U64(1), U64(2), U64(3)
 _ROW, _HALF_ROW, _LANES, _ROWS, _TILE = U64(128), U64(64), U64(32), U64(32), U64(4096)
 _TOP_BIT = U64(0x80000000)
 _INFINITY = np.uint32(0x7F800000)
-_PAIR_WORDS = U64(64)  # 64-bit scratch words of one row of one pair
 _ZERO, _ONE, _TWO, _THREE = U64(0), U64(1), U64(2), U64(3)
 
-_F1, _TWO_LN2, _TWO_TO_MINUS_31 = np.float32(1), spec.TWO_LN2, spec.TWO_TO_MINUS_31
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = spec.LOG
-_S0, _S1, _S2, _S3 = spec.SIN
-_C0, _C1, _C2, _C3 = spec.COS
+# Lanes of the vectors that are written out below; any number gives the same bits. Philox keeps 16 words
+# of state a lane in 4 vectors: more than eight lanes each fit only into the registers of AVX-512.
+_PHILOX_LANES: Final = 16 if get_host_cpu_features().get("avx512f") else 8
+_GAUSSIAN_LANES: Final = 16
+_PIECE = U64(_GAUSSIAN_LANES)
 
 _I32 = ir.IntType(32)
 _F32 = ir.FloatType()
@@ -107,52 +99,6 @@ def _choose(typing_context: Any, word: Any, mask: Any, clear: Any, set_: Any) ->
         return builder.select(is_clear, values[2], values[3])
 
     return types.float32(types.uint32, types.uint32, types.float32, types.float32), emit
-
-
-@_emitted
-def _radius_parts(typing_context: Any, word: Any) -> Any:
-    """(exponent as float32, mantissa) of the uniform that `word` stands for; see `spec.box_muller`."""
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        odd = builder.or_(builder.lshr(values[0], _constant(1)), _constant(1))
-        uniform = builder.bitcast(builder.sitofp(odd, _F32), _I32)
-        shifted = builder.add(uniform, _constant(spec.ONE - spec.SQRT_HALF))
-        exponent = builder.sub(_constant(158), builder.lshr(shifted, _constant(23)))
-        fraction = builder.and_(shifted, _constant(0x007FFFFF))
-        mantissa = builder.bitcast(builder.add(fraction, _constant(spec.SQRT_HALF)), _F32)
-        parts = [builder.sitofp(exponent, _F32), mantissa]
-        return context.make_tuple(builder, signature.return_type, parts)
-
-    return types.UniTuple(types.float32, 2)(types.uint32), emit
-
-
-@_emitted
-def _angle(typing_context: Any, word: Any) -> Any:
-    """The angle's low 30 bits as an odd multiple of 2, signed, in float32."""
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.sitofp(builder.or_(builder.shl(values[0], _constant(2)), _constant(2)), _F32)
-
-    return types.float32(types.uint32), emit
-
-
-@_emitted
-def _flip_by_bit_30(typing_context: Any, word: Any, value: Any) -> Any:
-    """`value` with its sign bit flipped by bit 30 of `word`."""
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        flip = builder.and_(builder.shl(values[0], _constant(1)), _constant(0x80000000))
-        return builder.bitcast(builder.xor(flip, builder.bitcast(values[1], _I32)), _F32)
-
-    return types.float32(types.uint32, types.float32), emit
-
-
-@_emitted
-def _top_bit(typing_context: Any, word: Any) -> Any:
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.icmp_signed("<", values[0], _constant(0))
-
-    return types.boolean(types.uint32), emit
 
 
 @_emitted
@@ -305,51 +251,115 @@ def exchange_float_control(control: Any) -> Any:
 # --- Philox ------------------------------------------------------------------------------------------
 
 
-@_inlined
-def _philox_round(c0: Any, c1: Any, c2: Any, c3: Any, key_0: Any, key_1: Any) -> Any:
-    """One round on 64-bit lanes: only the lower halves of arguments and results have a meaning."""
-    product_0 = _MULTIPLIER_0 * (c0 & _LOW)
-    product_1 = _MULTIPLIER_1 * (c2 & _LOW)
-    return (
-        (product_1 >> _SHIFT) ^ c1 ^ key_0,
-        product_1,
-        (product_0 >> _SHIFT) ^ c3 ^ key_1,
-        product_0,
-    )
+def _emit_splat(builder: Any, value: Any, lanes: int) -> Any:
+    """A vector of `lanes` times the scalar `value`."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, value, _constant(0))
+    zeros = ir.Constant(ir.VectorType(_I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(first, undefined, zeros)
 
 
-@_inlined
-def _philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    """Ten rounds, written out: the vectoriser takes innermost loops only."""
-    a, b = _KEY_STEP_0, _KEY_STEP_1
-    c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0, k1)
-    c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0 + a, k1 + b)
-    c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0 + U64(2) * a, k1 + U64(2) * b)
-    c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0 + U64(3) * a, k1 + U64(3) * b)
-    c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0 + U64(4) * a, k1 + U64(4) * b)
-    c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0 + U64(5) * a, k1 + U64(5) * b)
-    c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0 + U64(6) * a, k1 + U64(6) * b)
-    c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0 + U64(7) * a, k1 + U64(7) * b)
-    c0, c1, c2, c3 = _philox_round(c0, c1, c2, c3, k0 + U64(8) * a, k1 + U64(8) * b)
-    return _philox_round(c0, c1, c2, c3, k0 + U64(9) * a, k1 + U64(9) * b)
+def _emit_xor(builder: Any, a: Any, b: Any) -> Any:
+    """a ^ b, where each is a 32-bit integer or a vector of them."""
+    if isinstance(a.type, ir.VectorType) and not isinstance(b.type, ir.VectorType):
+        b = _emit_splat(builder, b, a.type.count)
+    elif isinstance(b.type, ir.VectorType) and not isinstance(a.type, ir.VectorType):
+        a = _emit_splat(builder, a, b.type.count)
+    return builder.xor(a, b)
+
+
+def _emit_product(builder: Any, word: Any, multiplier: int) -> tuple[Any, Any]:
+    """The (high, low) halves of multiplier * word, for a 32-bit integer or a vector of them.
+
+    A vector's even and odd lanes are multiplied apart: SIMD units multiply 32-bit integers in 64-bit
+    lanes, of which they read the lower halves.
+    """
+    i64 = ir.IntType(64)
+    if not isinstance(word.type, ir.VectorType):
+        product = builder.mul(builder.zext(word, i64), ir.Constant(i64, multiplier))
+        high = builder.trunc(builder.lshr(product, ir.Constant(i64, 32)), _I32)
+        return high, builder.trunc(product, _I32)
+    lanes = word.type.count
+    wide = ir.VectorType(i64, lanes // 2)
+    shift = ir.Constant(wide, [32] * (lanes // 2))
+    factor = ir.Constant(wide, [multiplier] * (lanes // 2))
+    pairs = builder.bitcast(word, wide)
+    even_lanes = builder.and_(pairs, ir.Constant(wide, [0xFFFFFFFF] * (lanes // 2)))
+    even = builder.bitcast(builder.mul(even_lanes, factor), word.type)
+    odd = builder.bitcast(builder.mul(builder.lshr(pairs, shift), factor), word.type)
+    halves = []
+    for half in (1, 0):
+        order = [half + 2 * (i // 2) + i % 2 * lanes for i in range(lanes)]
+        mask = ir.Constant(ir.VectorType(_I32, lanes), order)
+        halves.append(builder.shuffle_vector(even, odd, mask))
+    return halves[0], halves[1]
+
+
+@_emitted
+def _store_blocks(
+    typing_context: Any, words: Any, at: Any, block: Any, seed: Any, tensor: Any, domain: Any
+) -> Any:
+    """Philox4x32-10 of 32 blocks, all at once: word w of block `block + i` to words[at + 32 w + i].
+
+    The vectors go through each round side by side: a round's five dependent steps take longer than its
+    work, so that one vector after the other would leave the arithmetic units half idle. Where the
+    counter is the same for all blocks, the first two rounds are scalar.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        def low(value: Any) -> Any:
+            return builder.trunc(value, _I32)
+
+        def high(value: Any) -> Any:
+            return low(builder.lshr(value, ir.Constant(value.type, 32)))
+
+        def word_address(index: Any) -> Any:
+            address = builder.gep(array.data, [builder.add(values[1], ir.Constant(at.type, index))])
+            return builder.bitcast(address, ir.PointerType(vector))
+
+        at, block, seed, tensor, domain = values[1:]
+        array = context.make_array(signature.args[0])(context, builder, values[0])
+        vector = ir.VectorType(_I32, _PHILOX_LANES)
+        firsts = range(0, spec.LANES, _PHILOX_LANES)
+        states = [
+            (
+                builder.add(
+                    ir.Constant(vector, list(range(first, first + _PHILOX_LANES))),
+                    _emit_splat(builder, low(block), _PHILOX_LANES),
+                ),
+                high(block),
+                low(tensor),
+                low(domain),
+            )
+            for first in firsts
+        ]
+        for index in range(10):
+            key_0 = builder.add(low(seed), _constant(index * 0x9E3779B9 & 0xFFFFFFFF))
+            key_1 = builder.add(high(seed), _constant(index * 0xBB67AE85 & 0xFFFFFFFF))
+            for place, (c0, c1, c2, c3) in enumerate(states):
+                high_0, low_0 = _emit_product(builder, c0, 0xD2511F53)
+                high_1, low_1 = _emit_product(builder, c2, 0xCD9E8D57)
+                states[place] = (
+                    _emit_xor(builder, high_1, _emit_xor(builder, c1, key_0)),
+                    low_1,
+                    _emit_xor(builder, high_0, _emit_xor(builder, c3, key_1)),
+                    low_0,
+                )
+        for first, state in zip(firsts, states, strict=True):
+            for word, value in enumerate(state):
+                builder.store(value, word_address(word * spec.LANES + first), align=4)
+        return context.get_dummy_value()
+
+    return types.void(words, *[types.uint64] * 5), emit
 
 
 @_compiled
 def _generate(words: Any, at: Any, block: Any, seed: Any, tensor: Any, domain: Any) -> None:
-    """Words of blocks `block` .. `block + 31` (a multiple of 32) into `words[at : at + 64]`.
+    """Words of blocks `block` .. `block + 31` (a multiple of 32) into `words[at : at + 128]`.
 
-    `words` is uint64: read as uint32, it is word 0 of the 32 blocks, then word 1, 2 and 3.
+    First word 0 of the 32 blocks, then their words 1, 2 and 3: a row of the standard.
     """
-    key_0, key_1 = seed & _LOW, seed >> _SHIFT
-    low, high = block & _LOW, block >> _SHIFT
-    for i in range(U64(16)):
-        even = low + _TWO * i
-        a0, a1, a2, a3 = _philox(even, high, tensor, domain, key_0, key_1)
-        b0, b1, b2, b3 = _philox(even + _ONE, high, tensor, domain, key_0, key_1)
-        words[at + i] = (a0 & _LOW) | (b0 << _SHIFT)
-        words[at + U64(16) + i] = (a1 & _LOW) | (b1 << _SHIFT)
-        words[at + U64(32) + i] = (a2 & _LOW) | (b2 << _SHIFT)
-        words[at + U64(48) + i] = (a3 & _LOW) | (b3 << _SHIFT)
+    _store_blocks(words, at, block, seed, tensor, domain)
 
 
 # --- one tile, many pairs ----------------------------------------------------------------------------
@@ -363,13 +373,13 @@ def _generate(words: Any, at: Any, block: Any, seed: Any, tensor: Any, domain: A
 def _add_rademacher(
     target: Any, at: Any, row_begin: Any, row_end: Any, tile: Any, tensor: Any,
     seeds: Any, coefficients: Any, begin: Any, end: Any,
-    words_64: Any, words: Any,
+    words: Any,
 ) -> None:  # fmt: skip
     block = tile * _LANES
     k = begin
     while k + U64(4) <= end:
         for pair in range(U64(4)):
-            _generate(words_64, pair * _PAIR_WORDS, block, seeds[k + pair], tensor, _RADEMACHER)
+            _generate(words, pair * _ROW, block, seeds[k + pair], tensor, _RADEMACHER)
         plus_0, plus_1 = coefficients[k], coefficients[k + _ONE]
         plus_2, plus_3 = coefficients[k + _TWO], coefficients[k + _THREE]
         minus_0, minus_1, minus_2, minus_3 = -plus_0, -plus_1, -plus_2, -plus_3
@@ -385,7 +395,7 @@ def _add_rademacher(
                 target[t + i] = value
         k += U64(4)
     while k < end:
-        _generate(words_64, _ZERO, block, seeds[k], tensor, _RADEMACHER)
+        _generate(words, _ZERO, block, seeds[k], tensor, _RADEMACHER)
         plus = coefficients[k]
         minus = -plus
         for row in range(row_begin, row_end):
@@ -399,10 +409,10 @@ def _add_rademacher(
 @_compiled
 def _set_rademacher(
     out: Any, at: Any, base: Any, base_at: Any, tile: Any, tensor: Any, seed: Any, plus: Any,
-    words_64: Any, words: Any,
+    words: Any,
 ) -> None:  # fmt: skip
     """out[at + e] = base[base_at + e] + one pair, over a whole tile: a perturbation, in one visit."""
-    _generate(words_64, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
+    _generate(words, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
     minus = -plus
     for row in range(_ROWS):
         mask = np.uint32(_TOP_BIT >> row)
@@ -414,10 +424,10 @@ def _set_rademacher(
 @_compiled
 def _set_both_rademacher(
     plus_out: Any, minus_out: Any, at: Any, base: Any, base_at: Any, tile: Any, tensor: Any,
-    seed: Any, plus: Any, words_64: Any, words: Any,
+    seed: Any, plus: Any, words: Any,
 ) -> None:  # fmt: skip
     """`_set_rademacher` for a pair and its opposite, from one reading of the base."""
-    _generate(words_64, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
+    _generate(words, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
     minus = -plus
     for row in range(_ROWS):
         mask = np.uint32(_TOP_BIT >> row)
@@ -429,57 +439,131 @@ def _set_both_rademacher(
             minus_out[t + i] = value - product
 
 
-@_inlined
-def _box_muller(radius_word: Any, angle_word: Any) -> Any:
-    """`spec.box_muller`, operation by operation."""
-    exponent, mantissa = _radius_parts(radius_word)
-    x = mantissa - _F1
-    x2 = x * x
-    x4 = x2 * x2
-    low = (x * _L1 + _L0) + x2 * (x * _L3 + _L2)
-    high = (x * _L5 + _L4) + x2 * ((x * _L7 + _L6) + x2 * _L8)
-    radius = np.sqrt(exponent * _TWO_LN2 + x * (low + x4 * high))
-    y = _angle(angle_word) * _TWO_TO_MINUS_31
-    y2 = y * y
-    sine = y * (_S0 + y2 * (_S1 + y2 * (_S2 + y2 * _S3)))
-    cosine = _flip_by_bit_30(angle_word, _C0 + y2 * (_C1 + y2 * (_C2 + y2 * _C3)))
-    first, second = radius * cosine, radius * sine
-    if _top_bit(angle_word):
-        return second, first
-    return first, second
+def _emit_box_muller(builder: Any, radius_word: Any, angle_word: Any) -> tuple[Any, Any]:
+    """`spec.box_muller` of two vectors of words, operation by operation."""
+    lanes = radius_word.type.count
+    integers, floats = ir.VectorType(_I32, lanes), ir.VectorType(_F32, lanes)
+
+    def word(value: int) -> Any:
+        return ir.Constant(integers, [value] * lanes)
+
+    def number(value: Any) -> Any:
+        return ir.Constant(floats, [float(value)] * lanes)
+
+    def add(a: Any, b: Any) -> Any:
+        return builder.fadd(a, b)
+
+    def times(a: Any, b: Any) -> Any:
+        return builder.fmul(a, b)
+
+    def line(x: Any, constant: Any, slope: Any) -> Any:
+        return add(times(x, number(slope)), number(constant))
+
+    odd = builder.or_(builder.lshr(radius_word, word(1)), word(1))
+    uniform = builder.bitcast(builder.sitofp(odd, floats), integers)
+    shifted = builder.add(uniform, word(spec.ONE - spec.SQRT_HALF))
+    exponent = builder.sitofp(builder.sub(word(158), builder.lshr(shifted, word(23))), floats)
+    fraction = builder.and_(shifted, word(0x007FFFFF))
+    mantissa = builder.bitcast(builder.add(fraction, word(spec.SQRT_HALF)), floats)
+    l0, l1, l2, l3, l4, l5, l6, l7, l8 = spec.LOG
+    x = builder.fsub(mantissa, number(1))
+    x2 = times(x, x)
+    x4 = times(x2, x2)
+    low = add(line(x, l0, l1), times(x2, line(x, l2, l3)))
+    high = add(line(x, l4, l5), times(x2, add(line(x, l6, l7), times(x2, number(l8)))))
+    square = add(times(exponent, number(spec.TWO_LN2)), times(x, add(low, times(x4, high))))
+    square_root = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(floats, [floats]), f"llvm.sqrt.v{lanes}f32"
+    )
+    radius = builder.call(square_root, [square])
+
+    angle = builder.or_(builder.shl(angle_word, word(2)), word(2))
+    y = times(builder.sitofp(angle, floats), number(spec.TWO_TO_MINUS_31))
+    y2 = times(y, y)
+
+    def series(coefficients: Any) -> Any:
+        total = number(coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            total = add(number(coefficient), times(y2, total))
+        return total
+
+    flip = builder.and_(builder.shl(angle_word, word(1)), word(0x80000000))
+    cosine = builder.bitcast(builder.xor(flip, builder.bitcast(series(spec.COS), integers)), floats)
+    p, q = times(radius, cosine), times(radius, times(y, series(spec.SIN)))
+    swap = builder.icmp_signed("<", angle_word, word(0))
+    return builder.select(swap, q, p), builder.select(swap, p, q)
+
+
+def _gaussian_piece(add: bool) -> Any:
+    """An emitted function (target, at, words, from, coefficient): a piece of a row, for `_GAUSSIAN_LANES`
+    radius words from `words[from]` and their angle words 32 further. `add`: target[at ...] is
+    increased by the products with the coefficient, rather than set to them."""
+
+    def piece(
+        typing_context: Any, target: Any, at: Any, words: Any, word: Any, coefficient: Any
+    ) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            integers, floats = (ir.VectorType(kind, _GAUSSIAN_LANES) for kind in (_I32, _F32))
+
+            def address(argument: int, offset: int, vector: Any) -> Any:
+                array = context.make_array(signature.args[argument])(
+                    context, builder, values[argument]
+                )
+                index = builder.add(values[argument + 1], ir.Constant(ir.IntType(64), offset))
+                return builder.bitcast(builder.gep(array.data, [index]), ir.PointerType(vector))
+
+            factor = _emit_splat(builder, values[4], _GAUSSIAN_LANES)
+            radius_word = builder.load(address(2, 0, integers), align=4)
+            angle_word = builder.load(address(2, spec.LANES, integers), align=4)
+            both = _emit_box_muller(builder, radius_word, angle_word)
+            for half, value in enumerate(both):
+                place = address(0, half * spec.LANES, floats)
+                product = builder.fmul(factor, value)
+                if add:
+                    product = builder.fadd(builder.load(place, align=4), product)
+                builder.store(product, place, align=4)
+            return context.get_dummy_value()
+
+        place = types.uint64
+        return types.void(target, place, words, place, types.float32), emit
+
+    return _emitted(piece)
+
+
+_add_gaussian_piece = _gaussian_piece(add=True)
+_set_gaussian_piece = _gaussian_piece(add=False)
 
 
 @_compiled
 def _add_gaussian(
     target: Any, at: Any, row_begin: Any, row_end: Any, tile: Any, tensor: Any,
     seeds: Any, coefficients: Any, begin: Any, end: Any,
-    words_64: Any, words: Any,
+    words: Any,
 ) -> None:  # fmt: skip
     for k in range(begin, end):
         coefficient = coefficients[k]
         for row in range(row_begin, row_end):
             block = (tile * _ROWS + row) * _LANES
-            _generate(words_64, _ZERO, block, seeds[k], tensor, _GAUSSIAN)
+            _generate(words, _ZERO, block, seeds[k], tensor, _GAUSSIAN)
             for half in range(_TWO):
                 w = half * _HALF_ROW
                 t = at + row * _ROW + w
-                for i in range(_LANES):
-                    first, second = _box_muller(words[w + i], words[w + _LANES + i])
-                    target[t + i] += coefficient * first
-                    target[t + _LANES + i] += coefficient * second
+                for piece in range(_LANES // _PIECE):
+                    p = piece * _PIECE
+                    _add_gaussian_piece(target, t + p, words, w + p, coefficient)
 
 
 @_compiled
 def _round_rows(
     tile_values: Any, row_begin: Any, row_end: Any, tile: Any, tensor: Any, stochastic: Any,
-    rounding_seed: Any, words_64: Any, words: Any,
+    rounding_seed: Any, words: Any,
 ) -> None:  # fmt: skip
     """Round a commit's result to bfloat16, kept as float32. Whole pairs of rows; the rest is scratch."""
     for group in range(row_begin >> _ONE, (row_end + _ONE) >> _ONE):
         at = group * U64(256)
         if stochastic:
             block = (tile * U64(16) + group) * _LANES
-            _generate(words_64, _ZERO, block, rounding_seed, tensor, _ROUNDING)
+            _generate(words, _ZERO, block, rounding_seed, tensor, _ROUNDING)
             for i in range(_ROW):
                 tile_values[at + i] = _round_high(tile_values[at + i], words[i])
             for i in range(_ROW):
@@ -499,7 +583,7 @@ def _round_rows(
 @_kernel
 def materialize_float32(
     out: Any, base: Any, out_of_place: Any, begin: Any, end: Any, start: Any, tensor: Any,
-    gaussian: Any, seeds: Any, coefficients: Any, words_64: Any, words: Any, tile_values: Any,
+    gaussian: Any, seeds: Any, coefficients: Any, words: Any, tile_values: Any,
 ) -> Any:  # fmt: skip
     """float32 in, float32 out: commits' boundaries change nothing, so their pairs come joined."""
     pairs = U64(seeds.shape[0])
@@ -513,19 +597,17 @@ def materialize_float32(
         if last - first == _TILE:
             done = _ZERO
             if out_of_place and not gaussian and pairs > _ZERO:
-                _set_rademacher(
-                    out, at, base, at, tile, tensor, seeds[0], coefficients[0], words_64, words
-                )
+                _set_rademacher(out, at, base, at, tile, tensor, seeds[0], coefficients[0], words)
                 done = _ONE
             elif out_of_place:
                 for i in range(_TILE):
                     out[at + i] = base[at + i]
             if gaussian:
                 _add_gaussian(out, at, _ZERO, _ROWS, tile, tensor,
-                              seeds, coefficients, done, pairs, words_64, words)  # fmt: skip
+                              seeds, coefficients, done, pairs, words)  # fmt: skip
             else:
                 _add_rademacher(out, at, _ZERO, _ROWS, tile, tensor,
-                                seeds, coefficients, done, pairs, words_64, words)  # fmt: skip
+                                seeds, coefficients, done, pairs, words)  # fmt: skip
             for i in range(_TILE):
                 largest = _larger_magnitude(largest, out[at + i])
         else:
@@ -533,10 +615,10 @@ def materialize_float32(
                 tile_values[first + i] = base[at + i]
             if gaussian:
                 _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, tensor,
-                              seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+                              seeds, coefficients, _ZERO, pairs, words)  # fmt: skip
             else:
                 _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, tensor,
-                                seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+                                seeds, coefficients, _ZERO, pairs, words)  # fmt: skip
             for i in range(last - first):
                 value = tile_values[first + i]
                 out[at + i] = value
@@ -553,7 +635,7 @@ def materialize_float32(
 def materialize_bfloat16(
     out: Any, base: Any, begin: Any, end: Any, start: Any, tensor: Any, gaussian: Any, stochastic: Any,
     seeds: Any, coefficients: Any, commit_ends: Any, rounding_seeds: Any,
-    words_64: Any, words: Any, tile_values: Any,
+    words: Any, tile_values: Any,
 ) -> Any:  # fmt: skip
     """bfloat16 bits (uint16) in and out, rounded after each commit; `commit_ends` in pairs, uint64."""
     at = begin
@@ -569,12 +651,12 @@ def materialize_bfloat16(
             pair_end = commit_ends[commit]
             if gaussian:
                 _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, tensor,
-                              seeds, coefficients, pair_begin, pair_end, words_64, words)  # fmt: skip
+                              seeds, coefficients, pair_begin, pair_end, words)  # fmt: skip
             else:
                 _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, tensor,
-                                seeds, coefficients, pair_begin, pair_end, words_64, words)  # fmt: skip
+                                seeds, coefficients, pair_begin, pair_end, words)  # fmt: skip
             _round_rows(tile_values, row_begin, row_end, tile, tensor, stochastic,
-                        rounding_seeds[commit], words_64, words)  # fmt: skip
+                        rounding_seeds[commit], words)  # fmt: skip
             pair_begin = pair_end
         largest = np.uint32(0)
         for i in range(last - first):
@@ -610,22 +692,21 @@ DONE_STEP: Final = 3
 @_compiled
 def _set_products(
     products: Any, row_begin: Any, row_end: Any, tile: Any, tensor: Any, gaussian: Any,
-    seed: Any, coefficient: Any, words_64: Any, words: Any,
+    seed: Any, coefficient: Any, words: Any,
 ) -> None:  # fmt: skip
     """products[e] = fl(coefficient * z), e over the tile's rows row_begin .. row_end."""
     if gaussian:
         for row in range(row_begin, row_end):
             block = (tile * _ROWS + row) * _LANES
-            _generate(words_64, _ZERO, block, seed, tensor, _GAUSSIAN)
+            _generate(words, _ZERO, block, seed, tensor, _GAUSSIAN)
             for half in range(_TWO):
                 w = half * _HALF_ROW
                 t = row * _ROW + w
-                for i in range(_LANES):
-                    first, second = _box_muller(words[w + i], words[w + _LANES + i])
-                    products[t + i] = coefficient * first
-                    products[t + _LANES + i] = coefficient * second
+                for piece in range(_LANES // _PIECE):
+                    p = piece * _PIECE
+                    _set_gaussian_piece(products, t + p, words, w + p, coefficient)
     else:
-        _generate(words_64, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
+        _generate(words, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
         minus = -coefficient
         for row in range(row_begin, row_end):
             mask = np.uint32(_TOP_BIT >> row)
@@ -638,7 +719,7 @@ def _set_products(
 def fan_float32(
     outs: Any, base_address: Any, begin: Any, end: Any, start: Any, tensor: Any, gaussian: Any,
     seeds: Any, coefficients: Any, steps: Any, last_seeds: Any, last_coefficients: Any, ceiling: Any,
-    words_64: Any, words: Any, tile_values: Any, products: Any,
+    words: Any, tile_values: Any, products: Any,
 ) -> Any:  # fmt: skip
     """float32 in, float32 out."""
     base = carray(_float32_at(U64(base_address)), end)
@@ -657,10 +738,10 @@ def fan_float32(
                 tile_values[first + i] = base[at + i]
             if gaussian:
                 _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, U64(tensor),
-                              seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+                              seeds, coefficients, _ZERO, pairs, words)  # fmt: skip
             else:
                 _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, U64(tensor),
-                                seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+                                seeds, coefficients, _ZERO, pairs, words)  # fmt: skip
             source, source_at = tile_values, first
         for i in range(count):
             largest = _larger_magnitude(largest, source[source_at + i])
@@ -673,20 +754,20 @@ def fan_float32(
             elif step == OWN_STEP:
                 if count == _TILE and not gaussian:
                     _set_rademacher(out, at, source, source_at, tile, U64(tensor),
-                                    seed, coefficient, words_64, words)  # fmt: skip
+                                    seed, coefficient, words)  # fmt: skip
                 else:
                     _set_products(products, row_begin, row_end, tile, U64(tensor), gaussian,
-                                  seed, coefficient, words_64, words)  # fmt: skip
+                                  seed, coefficient, words)  # fmt: skip
                     for i in range(count):
                         out[at + i] = source[source_at + i] + products[first + i]
             elif step == BOTH_STEP:
                 other = carray(_float32_at(outs[g + 1]), end)
                 if count == _TILE and not gaussian:
                     _set_both_rademacher(out, other, at, source, source_at, tile, U64(tensor),
-                                         seed, coefficient, words_64, words)  # fmt: skip
+                                         seed, coefficient, words)  # fmt: skip
                 else:
                     _set_products(products, row_begin, row_end, tile, U64(tensor), gaussian,
-                                  seed, coefficient, words_64, words)  # fmt: skip
+                                  seed, coefficient, words)  # fmt: skip
                     for i in range(count):
                         value, product = source[source_at + i], products[first + i]
                         out[at + i] = value + product
@@ -725,8 +806,8 @@ def fan_bfloat16(
     outs: Any, base_address: Any, begin: Any, end: Any, start: Any, tensor: Any,
     gaussian: Any, stochastic: Any,
     seeds: Any, coefficients: Any, steps: Any, last_seeds: Any, last_coefficients: Any,
-    rounding_seeds: Any, ceiling: Any, words_64: Any, words: Any, tile_values: Any, products: Any,
-    rounding_words_64: Any, rounding_words: Any,
+    rounding_seeds: Any, ceiling: Any, words: Any, tile_values: Any, products: Any,
+    rounding_words: Any,
 ) -> Any:  # fmt: skip
     """bfloat16 bits in and out; the pairs before each output's own are of the same commit as that."""
     base = carray(_uint16_at(U64(base_address)), end)
@@ -743,10 +824,10 @@ def fan_bfloat16(
             tile_values[first + i] = _widen(base[at + i])
         if gaussian:
             _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, U64(tensor),
-                          seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+                          seeds, coefficients, _ZERO, pairs, words)  # fmt: skip
         else:
             _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, U64(tensor),
-                            seeds, coefficients, _ZERO, pairs, words_64, words)  # fmt: skip
+                            seeds, coefficients, _ZERO, pairs, words)  # fmt: skip
         for i in range(count):
             largest = _larger_magnitude(largest, tile_values[first + i])
         for g in range(steps.shape[0]):
@@ -754,11 +835,11 @@ def fan_bfloat16(
             if stochastic and (g == 0 or rounding_seed != rounding_seeds[g - 1]):
                 for group in range(row_begin >> _ONE, (row_end + _ONE) >> _ONE):
                     block = (tile * U64(16) + group) * _LANES
-                    _generate(rounding_words_64, group * _PAIR_WORDS, block, rounding_seed,
+                    _generate(rounding_words, group * _ROW, block, rounding_seed,
                               U64(tensor), _ROUNDING)  # fmt: skip
             if step in (OWN_STEP, BOTH_STEP):
                 _set_products(products, row_begin, row_end, tile, U64(tensor), gaussian,
-                              last_seeds[g], last_coefficients[g], words_64, words)  # fmt: skip
+                              last_seeds[g], last_coefficients[g], words)  # fmt: skip
             elif step == SHARED_STEP:
                 products[first:last] = np.float32(-0.0)  # the one float whose sum changes nothing
             sign = np.float32(-1 if step == DONE_STEP else 1)
