@@ -47,12 +47,14 @@ def bits_of(values: Sequence[float]) -> bytes:
 
 
 def coefficients_of(
-    projected_grads: Sequence[float], learning_rate: float, answers: int
+    projected_grads: Sequence[float], learning_rate: float, *, answers: int, probes: int
 ) -> tuple[float, ...]:
-    """Coefficients of one answer among `answers` that count equally.
+    """Coefficients of one answer among `answers` that count equally, each batch measured `probes` times.
 
-    Each is binary32( -(learning_rate * projected_grad) / answers ): two roundings to binary64, one to
-    binary32. It is the mean over workers of MeZO's step (Malladi et al. 2023, algorithm 1).
+    Each is binary32( -(learning_rate * projected_grad) / (answers * probes) ): two roundings to
+    binary64, one to binary32 (the divisor is an exact integer). It is the mean over workers and
+    directions of MeZO's step (Malladi et al. 2023, algorithms 1 and 2).
     Raises `NumericError` if one is not finite.
     """
-    return tuple(to_binary32(-(learning_rate * grad) / answers) for grad in projected_grads)
+    divisor = answers * probes
+    return tuple(to_binary32(-(learning_rate * grad) / divisor) for grad in projected_grads)

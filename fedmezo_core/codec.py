@@ -43,8 +43,16 @@ DIGEST_BYTES = 32
 _DISTRIBUTION = {
     "rademacher": pb.DISTRIBUTION_RADEMACHER,
     "gaussian": pb.DISTRIBUTION_GAUSSIAN,
+    "low_rank_1": pb.DISTRIBUTION_LOW_RANK_1,
+    "low_rank_2": pb.DISTRIBUTION_LOW_RANK_2,
+    "low_rank_4": pb.DISTRIBUTION_LOW_RANK_4,
 }
-_DTYPE = {"float32": pb.WEIGHT_TYPE_FLOAT32, "bfloat16": pb.WEIGHT_TYPE_BFLOAT16}
+_ESTIMATOR = {"two_sided": pb.ESTIMATOR_TWO_SIDED, "one_sided": pb.ESTIMATOR_ONE_SIDED}
+_DTYPE = {
+    "float32": pb.WEIGHT_TYPE_FLOAT32,
+    "bfloat16": pb.WEIGHT_TYPE_BFLOAT16,
+    "float16": pb.WEIGHT_TYPE_FLOAT16,
+}
 _ROUNDING = {"stochastic": pb.ROUNDING_STOCHASTIC, "nearest": pb.ROUNDING_NEAREST}
 _KIND = {
     "classification": pb.TASK_KIND_CLASSIFICATION,
@@ -87,6 +95,9 @@ def config_to_pb(config: RunConfig) -> pb.RunConfig:
         deadline_ms=config.deadline_ms,
         digest_every_rounds=config.digest_every_rounds,
         report_losses=config.report_losses,
+        # Left out at their defaults, so that a run without them has the same bytes as ever.
+        probes=None if config.probes == 1 else config.probes,
+        estimator=None if config.estimator == "two_sided" else _ESTIMATOR[config.estimator],
     )
     if config.lora is not None:
         message.lora.CopyFrom(
@@ -138,6 +149,12 @@ def config_from_pb(message: pb.RunConfig) -> RunConfig:
             deadline_ms=message.deadline_ms,
             digest_every_rounds=message.digest_every_rounds,
             report_losses=message.report_losses,
+            probes=message.probes if message.HasField("probes") else 1,
+            estimator=(
+                _name_of(_ESTIMATOR, message.estimator)
+                if message.HasField("estimator")
+                else "two_sided"
+            ),
         )
     except ValidationError as error:
         raise ProtocolError(sentence_of(error, "the run's configuration")) from None

@@ -17,7 +17,9 @@ NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,63}$"
 """Names of runs and workers: they go into logs, metrics and file names as they are."""
 
 STEPS_MAX = 4096
-"""Most local steps in one assignment: one answer stays under the message limit."""
+"""Most projected gradients in one answer, and so most local steps: it stays under the message limit."""
+PROBES_MAX = 1024
+"""Most directions measured on one batch."""
 COHORT_MAX = 4096
 """Most workers in one round: a slot fits 16 bits and a commit fits one message."""
 MESSAGE_BYTES_MAX = 64 * 1024
@@ -88,14 +90,26 @@ class RunConfig(_Frozen):
     seed: Seed = 1
     rounds: int = Field(default=100, ge=1, le=10_000_000)
     local_steps: int = Field(default=10, ge=1, le=STEPS_MAX)
+    probes: int = Field(
+        default=1,
+        ge=1,
+        le=PROBES_MAX,
+        description="Directions measured on each batch; a step averages over them.",
+    )
+    estimator: Literal["two_sided", "one_sided"] = Field(
+        default="two_sided",
+        description="Where losses are taken: at W + eps z and W - eps z, or at W + eps z and W.",
+    )
     batch_size: int = Field(default=16, ge=1, le=65_536)
-    distribution: Literal["rademacher", "gaussian"] = "rademacher"
+    distribution: Literal["rademacher", "gaussian", "low_rank_1", "low_rank_2", "low_rank_4"] = (
+        "rademacher"
+    )
     eps: PositiveFloat = 1e-3
     learning_rate: PositiveFloat = 1e-6
     projected_grad_abs_max: PositiveFloat = Field(
         default=1e4, description="The clip: workers clamp to it; anything beyond it is refused."
     )
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     workers_min: int = Field(
         default=1, ge=1, le=COHORT_MAX, description="Ready before a round opens."
@@ -115,20 +129,40 @@ class RunConfig(_Frozen):
                 f"quorum {self.quorum} can never be met by a cohort of at most "
                 f"{self.cohort_size_max}; lower quorum or raise cohort_size_max"
             )
-        if self.local_steps * self.cohort_size_max > COMMIT_PAIRS_MAX:
+        if self.pairs_per_answer > STEPS_MAX:
             raise ValueError(
-                f"local_steps x cohort_size_max = {self.local_steps * self.cohort_size_max} pairs "
-                f"in one round; the most is {COMMIT_PAIRS_MAX}"
+                f"local_steps x probes = {self.pairs_per_answer} projected gradients in one answer; "
+                f"the most is {STEPS_MAX}, so lower local_steps or probes"
+            )
+        pairs = self.pairs_per_answer * self.cohort_size_max
+        if pairs > COMMIT_PAIRS_MAX:
+            raise ValueError(
+                f"local_steps x probes x cohort_size_max = {pairs} pairs in one round; "
+                f"the most is {COMMIT_PAIRS_MAX}, so lower one of the three"
             )
         return self
 
     @property
+    def pairs_per_answer(self) -> int:
+        """Count of projected gradients in one answer; each becomes a pair of the commit."""
+        return self.local_steps * self.probes
+
+    @property
     def recipe(self) -> str:
-        """The numeric recipe: two parties whose recipes differ would not build the same bits."""
-        return (
+        """The numeric recipe: two parties whose recipes differ would not build the same bits.
+
+        What came later is named only where it is used: a party that doesn't know it differs, and
+        older parties still agree on all else.
+        """
+        recipe = (
             f"fedmezo-1 philox4x32-10 {self.distribution} {self.dtype} {self.rounding} "
             f"eps={self.eps!r}"
         )
+        if self.probes > 1:
+            recipe += f" probes={self.probes}"
+        if self.estimator != "two_sided":
+            recipe += f" {self.estimator}"
+        return recipe
 
 
 def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) -> str:

@@ -98,7 +98,7 @@ Record = Genesis | Started | Opened | Answered | Committed | Diverged | Evaluate
 
 
 def first_seed_of(run_seed: int, round_: int, slot: int) -> int:
-    """Seed of local step 0 of `slot` in `round_`; step h uses this plus h.
+    """Seed of the first pair of `slot` in `round_`; probe p of local step h uses this + h * probes + p.
 
     The low 16 bits are zero, so that the seeds of one assignment (at most 4,096) never carry into
     another's; the upper 48 come from SHA-256, so that runs, rounds and slots share no direction.

@@ -477,27 +477,28 @@ class RoundMachine:
         """The answer as a record, its floats rounded to binary32, or the error that refuses it."""
         config, ticket = self.config, event.ticket
         who = f"Worker {event.worker}, round {ticket.round}, slot {ticket.slot}:"
-        if len(event.projected_grads) != config.local_steps:
+        if len(event.projected_grads) != config.pairs_per_answer:
             raise ScalarError(
                 f"{who} {len(event.projected_grads)} projected gradients came, but the run has "
-                f"{config.local_steps} local steps; send one a step."
+                f"{config.local_steps} local steps of {config.probes} probes; "
+                f"send {config.pairs_per_answer}, one for each probe of each step."
             )
         limit = clip_of(config.projected_grad_abs_max)
         grads = []
-        for step, grad in enumerate(event.projected_grads):
+        for number, grad in enumerate(event.projected_grads):
             if not math.isfinite(grad) or abs(grad) > limit:
                 raise ScalarError(
-                    f"{who} projected gradient {step} is {grad!r}, but must be finite and at most "
+                    f"{who} projected gradient {number} is {grad!r}, but must be finite and at most "
                     f"{config.projected_grad_abs_max!r} in size; clamp it to "
                     "projected_grad_abs_max, or answer that it cannot be measured."
                 )
             try:
                 # One answer alone has the largest coefficients, so none can overflow at the commit.
-                coefficients_of((grad,), config.learning_rate, 1)
+                coefficients_of((grad,), config.learning_rate, answers=1, probes=config.probes)
                 grads.append(to_binary32(grad))
             except NumericError:
                 raise ScalarError(
-                    f"{who} projected gradient {step} is {grad!r}, which at learning rate "
+                    f"{who} projected gradient {number} is {grad!r}, which at learning rate "
                     f"{config.learning_rate!r} gives no finite binary32 coefficient; start a run "
                     "with a smaller learning_rate or projected_grad_abs_max."
                 ) from None
@@ -621,7 +622,12 @@ class RoundMachine:
         runs = tuple(
             PairRun(
                 first_seed_of(config.seed, current.round, answer.slot),
-                coefficients_of(answer.projected_grads, config.learning_rate, len(answers)),
+                coefficients_of(
+                    answer.projected_grads,
+                    config.learning_rate,
+                    answers=len(answers),
+                    probes=config.probes,
+                ),
             )
             for answer in answers
         )

@@ -33,7 +33,7 @@ from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.placement import Placement
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # transformers leaves these without types.
 _auto_model: Any = AutoModelForCausalLM
 _logging: Any = transformers_logging
@@ -56,7 +56,7 @@ class LoadedModel:
 def load_model(
     name_or_path: str,
     *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     lora: LoraConfig | None = None,
     run_seed: int = 0,
     placement: Placement = ON_CPU,

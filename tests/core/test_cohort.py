@@ -63,22 +63,36 @@ def test_the_agreed_digest(votes: list[int], replica: int | None, agreed: int | 
     assert agreed_digest(votes[::-1], replica) == agreed
 
 
-@given(st.lists(binary32, min_size=1, max_size=8), st.floats(1e-12, 1.0), st.integers(1, 4096))
+@given(
+    st.lists(binary32, min_size=1, max_size=8),
+    st.floats(1e-12, 1.0),
+    st.integers(1, 4096),
+    st.integers(1, 1024),
+)
 def test_coefficients_are_within_the_three_roundings_of_the_exact_quotient(
-    grads: list[float], learning_rate: float, answers: int
+    grads: list[float], learning_rate: float, answers: int, probes: int
 ) -> None:
-    for grad, coefficient in zip(
-        grads, coefficients_of(grads, learning_rate, answers), strict=True
-    ):
-        exact = -Fraction(learning_rate) * Fraction(grad) / answers
+    found = coefficients_of(grads, learning_rate, answers=answers, probes=probes)
+    for grad, coefficient in zip(grads, found, strict=True):
+        exact = -Fraction(learning_rate) * Fraction(grad) / (answers * probes)
         error = abs(Fraction(coefficient) - exact)
         assert error <= abs(exact) * Fraction(1, 2**23) + Fraction(1, 2**149)
         assert coefficient == to_binary32(coefficient)
 
 
 def test_a_coefficient_is_the_negated_mean_step() -> None:
-    assert coefficients_of((2.0, -4.0, 0.0), 0.5, 2) == (-0.5, 1.0, -0.0)
-    assert math.copysign(1, coefficients_of((0.0,), 0.5, 1)[0]) == -1
+    assert coefficients_of((2.0, -4.0, 0.0), 0.5, answers=2, probes=1) == (-0.5, 1.0, -0.0)
+    assert coefficients_of((2.0, -4.0), 0.5, answers=2, probes=2) == (-0.25, 0.5)
+    assert math.copysign(1, coefficients_of((0.0,), 0.5, answers=1, probes=1)[0]) == -1
+
+
+@given(st.lists(binary32, min_size=1, max_size=8), st.floats(1e-12, 1.0), st.integers(1, 4096))
+def test_one_probe_gives_the_bits_of_journals_from_before_there_were_more(
+    grads: list[float], learning_rate: float, answers: int
+) -> None:
+    before = tuple(to_binary32(-(learning_rate * grad) / answers) for grad in grads)
+    found = coefficients_of(grads, learning_rate, answers=answers, probes=1)
+    assert bits_of(found) == bits_of(before)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e39, 3.4028236e38])

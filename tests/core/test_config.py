@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fedmezo_core.codec import config_from_pb, config_to_pb
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig, parse_run
-from fedmezo_core.errors import ConfigError
+from fedmezo_core.errors import ConfigError, ProtocolError
+from fedmezo_proto.v1 import journal_pb2 as pb
 
 VALUES: dict[str, Any] = {
     "run_id": "run-1",
@@ -33,8 +34,21 @@ VALUES: dict[str, Any] = {
         ({"projected_grad_abs_max": -1}, "projected_grad_abs_max = -1 is not allowed"),
         ({"seed": -1}, "seed = -1 is not allowed"),
         ({"seed": 2**64}, "seed = 18446744073709551616 is not allowed"),
-        ({"dtype": "float8"}, "dtype = 'float8' is not allowed: Input should be 'float32' or"),
-        ({"distribution": "cauchy"}, "Input should be 'rademacher' or 'gaussian'"),
+        ({"dtype": "float8"}, "dtype = 'float8' is not allowed: Input should be 'float32', "),
+        ({"dtype": "float64"}, "Input should be 'float32', 'bfloat16' or 'float16'"),
+        ({"distribution": "cauchy"}, "Input should be 'rademacher', 'gaussian', 'low_rank_1'"),
+        ({"distribution": "low_rank_3"}, "distribution = 'low_rank_3' is not allowed"),
+        ({"estimator": "central"}, "estimator = 'central' is not allowed: Input should be 'two_"),
+        ({"probes": 0}, "probes = 0 is not allowed: Input should be greater than or equal to 1"),
+        ({"probes": 1025}, "probes = 1025 is not allowed"),
+        (
+            {"local_steps": 5, "probes": 820},
+            "local_steps x probes = 4100 projected gradients in one answer; the most is 4096",
+        ),
+        (
+            {"local_steps": 4, "probes": 1024, "cohort_size_max": 65},
+            "local_steps x probes x cohort_size_max = 266240 pairs in one round; the most is 262144",
+        ),
         ({"run_id": "Run 1"}, "run_id = 'Run 1' is not allowed"),
         ({"run_id": "run-1\n"}, "run_id = 'run-1\\n' is not allowed"),
         ({"deadline_ms": 99}, "deadline_ms = 99 is not allowed"),
@@ -80,7 +94,16 @@ def test_instruction_tuning_needs_no_verbalizers() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"eps": 2e-3}, {"dtype": "bfloat16"}, {"rounding": "nearest"}, {"distribution": "gaussian"}],
+    [
+        {"eps": 2e-3},
+        {"dtype": "bfloat16"},
+        {"dtype": "float16"},
+        {"rounding": "nearest"},
+        {"distribution": "gaussian"},
+        {"distribution": "low_rank_2"},
+        {"probes": 2},
+        {"estimator": "one_sided"},
+    ],
 )
 def test_the_recipe_names_all_that_the_bits_depend_on(changes: dict[str, Any]) -> None:
     assert parse_run(VALUES | changes, "run").recipe != parse_run(VALUES, "run").recipe
@@ -110,12 +133,35 @@ configs = st.builds(
     eps=positive,
     learning_rate=positive,
     report_losses=st.booleans(),
-    dtype=st.sampled_from(["float32", "bfloat16"]),
+    local_steps=st.integers(1, 4),
+    probes=st.integers(1, 1024),
+    estimator=st.sampled_from(["two_sided", "one_sided"]),
+    dtype=st.sampled_from(["float32", "bfloat16", "float16"]),
     rounding=st.sampled_from(["stochastic", "nearest"]),
-    distribution=st.sampled_from(["rademacher", "gaussian"]),
+    distribution=st.sampled_from(
+        ["rademacher", "gaussian", "low_rank_1", "low_rank_2", "low_rank_4"]
+    ),
 )
 
 
 @given(configs)
 def test_the_wire_keeps_every_value(config: RunConfig) -> None:
     assert config_from_pb(config_to_pb(config)) == config
+
+
+def test_a_run_of_before_probes_keeps_its_recipe_and_its_bytes() -> None:
+    """Workers and journals of the first release have these, and know no field 21 or 22."""
+    config = parse_run(VALUES, "run")
+    assert (config.probes, config.estimator, config.pairs_per_answer) == (1, "two_sided", 10)
+    assert config.recipe == "fedmezo-1 philox4x32-10 rademacher float32 stochastic eps=0.001"
+    message = config_to_pb(config)
+    assert not message.HasField("probes")
+    assert not message.HasField("estimator")
+
+
+@pytest.mark.parametrize("change", [{"probes": 0}, {"probes": 4097}, {"estimator": 0}])
+def test_a_probe_count_or_estimator_that_is_none_is_refused(change: dict[str, int]) -> None:
+    message = config_to_pb(parse_run(VALUES, "run"))
+    message.MergeFrom(pb.RunConfig(**change))  # type: ignore[arg-type]
+    with pytest.raises(ProtocolError):
+        config_from_pb(message)

@@ -277,6 +277,30 @@ def test_a_commit_is_the_mean_of_the_answers_in_slot_order() -> None:
     assert run.machine.workers["a"].rounds_answered == 1
 
 
+def test_a_commit_is_the_mean_over_the_probes_too() -> None:
+    run = RoundsDriver(workers_min=2, probes=2)
+    [first, _] = [m for m in run.ready("a", "b").messages if isinstance(m, Assign)]
+    assert first.steps == 2
+    run.answer("a", grads=(1.0, -2.0, 4.0, 8.0))
+    commit = run.answer("b", grads=(16.0, 0.0, 1.0, 1.0)).records[1]
+    assert isinstance(commit, Committed)
+    assert [one.coefficients for one in commit.runs] == [
+        (-0.125, 0.25, -0.5, -1.0),
+        (-2.0, -0.0, -0.125, -0.125),
+    ]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 6])
+def test_an_answer_has_a_projected_gradient_for_each_probe_of_each_step(count: int) -> None:
+    run = RoundsDriver(probes=2)
+    run.ready("a")
+    ready = run.answer("a", grads=(1.0,) * count)
+    assert refusal(ready) == "ScalarError"
+    [refused] = ready.messages
+    assert isinstance(refused, Refuse)
+    assert "2 local steps of 2 probes; send 4, one for each probe of each step." in refused.message
+
+
 def test_the_last_commit_finishes_everyone_and_later_comers_too() -> None:
     run = RoundsDriver(workers_min=2, rounds=1)
     run.ready("a", "b")

@@ -33,11 +33,11 @@ def weights_after(weights: bytes, commit: Committed) -> bytes:
 
 
 def measure(
-    worker: str, first_seed: int, steps: int, weights: bytes
+    worker: str, first_seed: int, pairs: int, weights: bytes
 ) -> tuple[tuple[float, ...], float]:
     """The oracle: what this worker's data gives along these seeds on these weights."""
     grads = []
-    for seed in range(first_seed, first_seed + steps):
+    for seed in range(first_seed, first_seed + pairs):
         digest = hashlib.sha256(weights + seed.to_bytes(8, "little") + worker.encode()).digest()
         grads.append(_binary32(int.from_bytes(digest[:4], "little") / 2**28 - 8))
     return tuple(grads), _binary32(abs(grads[0]))
@@ -119,7 +119,7 @@ class Checker:
         if self._is_sound(record):
             worker = self.cohort[record.slot]
             seed = first_seed_of(self.config.seed, record.round, record.slot)
-            grads, loss = measure(worker, seed, self.config.local_steps, self.weights[-1])
+            grads, loss = measure(worker, seed, self.config.pairs_per_answer, self.weights[-1])
             _require(
                 record.projected_grads == grads
                 and record.mean_loss == (loss if self.config.report_losses else None),
@@ -155,10 +155,11 @@ class Checker:
             seed = first_seed_of(self.config.seed, round_, answer.slot)
             # The oracle's scalar, not the journaled one: the two were compared when it was appended.
             grads, _ = measure(
-                self.cohort[answer.slot], seed, self.config.local_steps, self.weights[-1]
+                self.cohort[answer.slot], seed, self.config.pairs_per_answer, self.weights[-1]
             )
+            divisor = len(sound) * self.config.probes
             wanted = tuple(
-                _binary32(-(self.config.learning_rate * grad) / len(sound)) for grad in grads
+                _binary32(-(self.config.learning_rate * grad) / divisor) for grad in grads
             )
             _require(
                 (run.first_seed, run.coefficients) == (seed, wanted),

@@ -102,6 +102,8 @@ def draw_scenario(rng: random.Random) -> Scenario:
         seed=rng.getrandbits(64),
         rounds=rng.randint(2, 9),
         local_steps=rng.randint(1, 4),
+        probes=rng.choice((1, 1, 2, 3)),
+        estimator=rng.choice(("two_sided", "one_sided")),
         learning_rate=10.0 ** rng.uniform(-7, -1),
         workers_min=rng.randint(1, workers),
         quorum=quorum,
@@ -572,7 +574,8 @@ class Worker:
         if self.world.chance(self.world.scenario.unable_rate):
             self.step(MeasureFailed(asked.ticket, "loss is nan"))
             return
-        grads, loss = measure(self.name, asked.first_seed, asked.steps, self.weights)
+        pairs = asked.steps * self.world.scenario.config.probes
+        grads, loss = measure(self.name, asked.first_seed, pairs, self.weights)
         digest64 = digest64_of(self.weights) if asked.want_digest else None
         self.step(Measured(asked.ticket, grads, loss, digest64))
 

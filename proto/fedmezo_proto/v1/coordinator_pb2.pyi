@@ -255,7 +255,7 @@ class Answer(google.protobuf.message.Message):
 
     @property
     def projected_grads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """One a local step, in order; binary32, finite, at most the run's clip in size."""
+        """One for each probe of each local step, step by step; binary32, finite, at most the run's clip in size."""
 
     def __init__(
         self,
@@ -425,7 +425,7 @@ class Assign(google.protobuf.message.Message):
     WANT_DIGEST_FIELD_NUMBER: builtins.int
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     first_seed: builtins.int
-    """Seed of the first local step."""
+    """Seed of the first local step's first probe; probe p of step h has first_seed + h * probes + p."""
     steps: builtins.int
     """Local steps, 1 to 4096."""
     want_digest: builtins.bool

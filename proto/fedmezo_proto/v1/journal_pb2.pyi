@@ -43,6 +43,12 @@ class _DistributionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     """+1 or -1 with equal probability."""
     DISTRIBUTION_GAUSSIAN: _Distribution.ValueType  # 2
     """Standard normal."""
+    DISTRIBUTION_LOW_RANK_1: _Distribution.ValueType  # 3
+    """Product of a sign for the row and a sign for the column."""
+    DISTRIBUTION_LOW_RANK_2: _Distribution.ValueType  # 4
+    """Sum of two such products, over the square root of 2."""
+    DISTRIBUTION_LOW_RANK_4: _Distribution.ValueType  # 5
+    """Sum of four such products, over 2."""
 
 class Distribution(_Distribution, metaclass=_DistributionEnumTypeWrapper):
     """How a direction's elements are distributed."""
@@ -53,6 +59,12 @@ DISTRIBUTION_RADEMACHER: Distribution.ValueType  # 1
 """+1 or -1 with equal probability."""
 DISTRIBUTION_GAUSSIAN: Distribution.ValueType  # 2
 """Standard normal."""
+DISTRIBUTION_LOW_RANK_1: Distribution.ValueType  # 3
+"""Product of a sign for the row and a sign for the column."""
+DISTRIBUTION_LOW_RANK_2: Distribution.ValueType  # 4
+"""Sum of two such products, over the square root of 2."""
+DISTRIBUTION_LOW_RANK_4: Distribution.ValueType  # 5
+"""Sum of four such products, over 2."""
 Global___Distribution: typing_extensions.TypeAlias = Distribution
 
 class _WeightType:
@@ -67,6 +79,8 @@ class _WeightTypeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     """IEEE 754 binary32."""
     WEIGHT_TYPE_BFLOAT16: _WeightType.ValueType  # 2
     """bfloat16."""
+    WEIGHT_TYPE_FLOAT16: _WeightType.ValueType  # 3
+    """IEEE 754 binary16."""
 
 class WeightType(_WeightType, metaclass=_WeightTypeEnumTypeWrapper):
     """Storage type of the trainable weights."""
@@ -77,7 +91,33 @@ WEIGHT_TYPE_FLOAT32: WeightType.ValueType  # 1
 """IEEE 754 binary32."""
 WEIGHT_TYPE_BFLOAT16: WeightType.ValueType  # 2
 """bfloat16."""
+WEIGHT_TYPE_FLOAT16: WeightType.ValueType  # 3
+"""IEEE 754 binary16."""
 Global___WeightType: typing_extensions.TypeAlias = WeightType
+
+class _Estimator:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _EstimatorEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Estimator.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    ESTIMATOR_UNSPECIFIED: _Estimator.ValueType  # 0
+    """Not a value; refused."""
+    ESTIMATOR_TWO_SIDED: _Estimator.ValueType  # 1
+    """At W + eps z and at W - eps z."""
+    ESTIMATOR_ONE_SIDED: _Estimator.ValueType  # 2
+    """At W + eps z and at W, the latter once for all probes of a step."""
+
+class Estimator(_Estimator, metaclass=_EstimatorEnumTypeWrapper):
+    """Where the losses of a projected gradient are taken."""
+
+ESTIMATOR_UNSPECIFIED: Estimator.ValueType  # 0
+"""Not a value; refused."""
+ESTIMATOR_TWO_SIDED: Estimator.ValueType  # 1
+"""At W + eps z and at W - eps z."""
+ESTIMATOR_ONE_SIDED: Estimator.ValueType  # 2
+"""At W + eps z and at W, the latter once for all probes of a step."""
+Global___Estimator: typing_extensions.TypeAlias = Estimator
 
 class _Rounding:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -293,7 +333,9 @@ class Answered(google.protobuf.message.Message):
     """First 8 bytes (little-endian) of the digest of the weights it was measured on; digest rounds only."""
     @property
     def projected_grads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Projected gradients, one a local step, in order: (loss+ - loss-) / (2 eps)."""
+        """Projected gradients, one for each probe of each local step, step by step: (loss+ - loss-) / (2 eps)
+        two-sided, (loss+ - loss) / eps one-sided.
+        """
 
     def __init__(
         self,
@@ -553,6 +595,8 @@ class RunConfig(google.protobuf.message.Message):
     DEADLINE_MS_FIELD_NUMBER: builtins.int
     DIGEST_EVERY_ROUNDS_FIELD_NUMBER: builtins.int
     REPORT_LOSSES_FIELD_NUMBER: builtins.int
+    PROBES_FIELD_NUMBER: builtins.int
+    ESTIMATOR_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """[a-z0-9-], 1 to 64 characters."""
     model: builtins.str
@@ -562,7 +606,7 @@ class RunConfig(google.protobuf.message.Message):
     rounds: builtins.int
     """Rounds until the run is finished, 1 to 10,000,000."""
     local_steps: builtins.int
-    """Local steps an assignment, 1 to 4096."""
+    """Local steps an assignment, 1 to 4096; local_steps x probes at most 4096."""
     batch_size: builtins.int
     """Rows a batch, 1 to 65536."""
     distribution: Global___Distribution.ValueType
@@ -589,6 +633,10 @@ class RunConfig(google.protobuf.message.Message):
     """Weights are compared every this many rounds, 1 or more."""
     report_losses: builtins.bool
     """Whether answers carry the mean batch loss."""
+    probes: builtins.int
+    """Directions measured on each batch, 1 to 1024. Absent: 1."""
+    estimator: Global___Estimator.ValueType
+    """Where the losses are taken. Absent: two-sided."""
     @property
     def task(self) -> Global___TaskConfig:
         """The task."""
@@ -620,9 +668,16 @@ class RunConfig(google.protobuf.message.Message):
         deadline_ms: builtins.int = ...,
         digest_every_rounds: builtins.int = ...,
         report_losses: builtins.bool = ...,
+        probes: builtins.int | None = ...,
+        estimator: Global___Estimator.ValueType | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_lora", b"_lora", "lora", b"lora", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_lora", b"_lora", "batch_size", b"batch_size", "cohort_size_max", b"cohort_size_max", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "eps", b"eps", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed", "task", b"task", "workers_min", b"workers_min"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_estimator", b"_estimator", "_lora", b"_lora", "_probes", b"_probes", "estimator", b"estimator", "lora", b"lora", "probes", b"probes", "task", b"task"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_estimator", b"_estimator", "_lora", b"_lora", "_probes", b"_probes", "batch_size", b"batch_size", "cohort_size_max", b"cohort_size_max", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "eps", b"eps", "estimator", b"estimator", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "probes", b"probes", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed", "task", b"task", "workers_min", b"workers_min"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_estimator", b"_estimator"]) -> typing.Literal["estimator"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_lora", b"_lora"]) -> typing.Literal["lora"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_probes", b"_probes"]) -> typing.Literal["probes"] | None: ...
 
 Global___RunConfig: typing_extensions.TypeAlias = RunConfig
