@@ -1,43 +1,40 @@
-"""Two-point measurements of a loss, forward only, that never write to the model's weights.
+"""Measurements of projected gradients, forward only, that never write to the model's weights.
 
 SPSA (Spall 1992) as MeZO uses it (Malladi et al. 2023): for a direction z,
 
-    projected_grad = (loss(W + eps z) - loss(W - eps z)) / (2 eps)
+    projected_grad = (loss(W + eps z) - loss(W - eps z)) / (2 eps)     two-sided
+    projected_grad = (loss(W + eps z) - loss(W)) / eps                 one-sided
 
 Existing systems add eps z to the weights in place, run, and subtract it again, which in low precision
-doesn't lead back to the same weights. Here the perturbed values of a module's own parameters are built
-in scratch memory when that module runs, and thrown away when it returns. What is built is
-`W + local pairs ± eps z`, through the one primitive `materialize`, so a worker's uncommitted local
-steps need no copy of the weights either. If the forward pass raises, there is nothing to restore.
+doesn't lead back to the same weights. Here `Forward` computes all the losses in one pass, with weights
+that are built block by block through the one primitive `materialize`: `W + local pairs ± eps z`, so a
+worker's uncommitted local steps need no copy of the weights either.
 """
 
 from __future__ import annotations
 
-import functools
+import logging
 import math
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedmezo_core.errors import MeasurementError, ModelError
-from fedmezo_core.zo.manifest import Manifest, trained_tensors
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.errors import MeasurementError
+from fedmezo_core.zo.forward import Forward, InseparableError
+from fedmezo_core.zo.manifest import Manifest
+from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.task import Batch, Task
 
-BLOCK_BYTES = 1 << 22
-"""Linear layers with more bytes of weights than this are built and multiplied in blocks of rows."""
-_ALIGNMENT_BYTES = 64
+log = logging.getLogger("fedmezo.estimator")
+
+POINTS_MAX: Final = 16
+"""Most points in one pass: activations take as many copies of the batch."""
 
 Pair = tuple[int, float]
 """A seed (u64) and the float32 coefficient of its direction."""
@@ -45,13 +42,16 @@ Pair = tuple[int, float]
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One two-point evaluation on one seed."""
+    """The losses on both ends of one step along one seed's direction."""
 
     loss_plus: float
     """Mean loss at W + eps z, in nats (float64)."""
-    loss_minus: float
+    loss_other: float
+    """At W - eps z, or one-sided at W."""
     projected_grad: float
-    """A float32 value: the difference over 2 eps, rounded once."""
+    """A float32 value: the difference over 2 eps, or over eps, rounded once."""
+    loss: float
+    """The loss at W (one-sided), or the mean of both ends as its estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +59,9 @@ class LocalSteps:
     """What a worker answers to one assignment."""
 
     projected_grads: npt.NDArray[np.float32]
-    """[steps], clipped, in the order of the seeds."""
+    """[steps x probes], clipped, in the order of the seeds."""
     loss: float
-    """Mean of both losses over all steps, in nats."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Owned:
-    """A trained parameter as an attribute of the module that owns it."""
-
-    attribute: str
-    tensor_id: int
-    tensor: torch.Tensor
+    """Mean over all measurements of `Measurement.loss`, in nats."""
 
 
 class Estimator:
@@ -84,183 +75,112 @@ class Estimator:
         *,
         distribution: Distribution,
         rounding: Rounding,
+        one_sided: bool = False,
         threads: int | None = None,
     ) -> None:
         """`threads` is how many build perturbed weights (default: as `materialize` chooses).
 
-        Raises `MismatchError` if the model isn't the manifest's, `ModelError` for an embedding that
-        renormalises its own weights.
+        Raises as `Forward` does.
         """
         self._model = model
         self._task = task
-        self._distribution = distribution
-        self._rounding = rounding
-        self._threads = threads
-        self._scratch = _Scratch()
-        self._owners = _owners(model, manifest)
-        self._guard: _DirectReadGuard | None = _DirectReadGuard(manifest, model)
+        self._one_sided = one_sided
+        self._forward = Forward(
+            model, manifest, distribution=distribution, rounding=rounding, threads=threads
+        )
+        self._together: bool | None = None
+        """Whether all points go through the model in one pass; None until the first measurement."""
 
-    def measure(self, batch: Batch, local: Sequence[Pair], seed: int, eps: float) -> Measurement:
-        """Measure along the direction of `seed` at the weights plus `local` pairs.
+    def measure(
+        self, batch: Batch, local: Sequence[Pair], seeds: Sequence[int], eps: float
+    ) -> list[Measurement]:
+        """Measure along each seed's direction on one batch, at the weights plus `local` pairs.
 
-        In bfloat16 both perturbed weights are rounded with the same random bits, those of the
-        rounding seed `seed`: rounding then moves both losses alike, and cancels out of their
-        difference. Raises `MeasurementError` if a loss is NaN or infinite, `ModelError` if the
-        architecture reads a parameter where it can't be perturbed. The weights are never written.
+        In low precision the perturbed weights of all points are rounded with the same random bits,
+        those of the rounding seed `seeds[0]`: rounding then moves all losses alike, and cancels out
+        of their differences. Raises `MeasurementError` if a loss is NaN or infinite, `ModelError` if
+        the architecture reads a parameter where it can't be perturbed. The weights are never written.
         """
-        loss_plus, loss_minus = self._losses(batch, local, seed, eps)
-        for sign, loss in (("+", loss_plus), ("-", loss_minus)):
+        ends: list[Sequence[Pair]] = [()] if self._one_sided else []
+        for seed in seeds:
+            ends += [[(seed, eps)]] if self._one_sided else [[(seed, eps)], [(seed, -eps)]]
+        points = [_commit([*local, *end], rounding_seed=seeds[0]) for end in ends]
+        losses = self._losses(batch, points)
+        for end, loss in zip(ends, losses, strict=True):
             if not math.isfinite(loss):
+                where = "" if not end else "+eps " if end[0][1] > 0 else "-eps "
                 raise MeasurementError(
-                    f"The loss at {sign}eps is {loss} on the batch of {batch.name}; use a smaller "
-                    "eps or learning_rate, or check this worker's data."
+                    f"The loss at {where or 'the weights '}is {loss} on the batch of {batch.name}; "
+                    "use a smaller eps or learning_rate, or check this worker's data."
                 )
-        projected_grad = np.float32((loss_plus - loss_minus) / (2.0 * eps))
-        return Measurement(loss_plus, loss_minus, float(projected_grad))
-
-    def _losses(
-        self, batch: Batch, local: Sequence[Pair], seed: int, eps: float
-    ) -> tuple[float, float]:
-        """Both losses, by two forward passes one after the other."""
-        seeds = np.array([*(pair[0] for pair in local), seed], dtype=np.uint64)
-        losses: list[float] = []
-        for step in (eps, -eps):
-            coefficients = np.array([*(pair[1] for pair in local), step], dtype=np.float32)
-            with self._moved(Commit(seeds, coefficients, seed)):
-                losses.append(self._task.loss(self._model, batch))
-        return losses[0], losses[1]
-
-    # ------------------------------------------------------------------ moved weights
-
-    @contextmanager
-    def _moved(self, commit: Commit) -> Iterator[None]:
-        """While open, every owner of trained parameters computes with base + `commit`."""
-        with ExitStack() as stack:
-            for module, owned in self._owners.items():
-                stack.enter_context(_forward_as(module, self._moved_forward(module, owned, commit)))
-            stack.enter_context(self._guard or nullcontext())
-            yield
-        # The first pass has shown that no parameter is read behind its owner's back.
-        self._guard = None
-
-    def _moved_forward(
-        self, module: nn.Module, owned: list[_Owned], commit: Commit
-    ) -> Callable[..., Any]:
-        original: Callable[..., Any] = module.forward
-        if isinstance(module, nn.Embedding) and [item.attribute for item in owned] == ["weight"]:
-            run = functools.partial(self._run_embedding, original, owned[0], commit)
-        elif (
-            isinstance(module, nn.Linear)
-            and type(module).forward is nn.Linear.forward
-            and "forward" not in module.__dict__
-            and owned[-1].attribute == "weight"
-            and owned[-1].tensor.nbytes > BLOCK_BYTES
-        ):
-            run = functools.partial(self._run_linear, module, owned, commit)
+        if self._one_sided:
+            others, pluses, distance = [losses[0]] * len(seeds), losses[1:], eps
         else:
-            run = functools.partial(self._run_whole, original, module, owned, commit)
+            others, pluses, distance = losses[1::2], losses[::2], 2.0 * eps
+        return [
+            Measurement(
+                loss_plus=plus,
+                loss_other=other,
+                projected_grad=float(np.float32((plus - other) / distance)),
+                loss=other if self._one_sided else (plus + other) / 2.0,
+            )
+            for plus, other in zip(pluses, others, strict=True)
+        ]
 
-        # wraps: callers look at the signature of a model's forward.
-        @functools.wraps(original)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._scratch.frame():
-                return run(*args, **kwargs)
+    def _losses(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
+        """The loss at every point, in as few passes over the model as it allows."""
+        if self._together is None:
+            self._together = self._can_share_a_pass(batch, points[:2])
+        length = POINTS_MAX if self._together else 1
+        losses: list[float] = []
+        try:
+            for first in range(0, len(points), length):
+                losses += self._pass(batch, points[first : first + length])
+        except InseparableError as error:
+            self._go_singly(f"{error}")
+            return self._losses(batch, points)
+        return losses
 
-        return forward
+    def _pass(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
+        copies = batch if len(points) == 1 else batch.repeated(len(points))
+        with self._forward.at(points, *batch.input_ids.shape):
+            return self._task.losses(self._model, copies, len(points))
 
-    def _run_whole(
-        self,
-        original: Callable[..., Any],
-        module: nn.Module,
-        owned: list[_Owned],
-        commit: Commit,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Any module: all its own parameters at once."""
-        moved = {item.attribute: self._build(item, commit) for item in owned}
-        with _parameters_as(module, moved):
-            result = original(*args, **kwargs)
-        return _detached_from(result, [tensor.untyped_storage() for tensor in moved.values()])
+    def _can_share_a_pass(self, batch: Batch, points: Sequence[Commit]) -> bool:
+        """Whether two points in one pass give the losses that they give alone.
 
-    def _run_embedding(
-        self, original: Callable[..., Any], item: _Owned, commit: Commit, *args: Any, **kwargs: Any
-    ) -> Any:
-        """An embedding, or a subclass of it: only the rows that are looked up."""
+        They do unless an architecture mixes the rows of a batch.
+        """
+        alone = [self._pass(batch, [point])[0] for point in points]
+        if not all(map(math.isfinite, alone)):
+            return True
+        try:
+            shared = self._pass(batch, points)
+        except InseparableError as error:
+            self._go_singly(f"{error}")
+            return False
+        low_precision = next(self._model.parameters()).dtype != torch.float32
+        tolerance = 0.1 * abs(alone[0] - alone[1]) + (3e-2 if low_precision else 1e-3) * alone[0]
+        if all(abs(a - b) <= tolerance for a, b in zip(alone, shared, strict=True)):
+            return True
+        self._go_singly(f"losses {shared} in one pass are {alone} in two")
+        return False
 
-        def look_up(ids: torch.Tensor) -> torch.Tensor:
-            with self._unguarded():
-                unique, places = torch.unique(ids, return_inverse=True)
-                width = item.tensor.shape[1]
-                rows = self._scratch.take(len(unique) * width, item.tensor).view(-1, width)
-                for place, count, first in _runs(unique.tolist()):
-                    self._materialize(
-                        rows[place : place + count],
-                        item.tensor[first : first + count],
-                        item.tensor_id,
-                        first * width,
-                        commit,
-                    )
-            return functional.embedding(places, rows)
-
-        with _EmbeddingLookups(item.tensor, look_up):
-            return original(*args, **kwargs)
-
-    def _run_linear(
-        self, module: nn.Linear, owned: list[_Owned], commit: Commit, x: torch.Tensor
-    ) -> torch.Tensor:
-        """A large linear layer: blocks of rows of the weight, small enough for the cache."""
-        weight = owned[-1]
-        rows_max = max(1, BLOCK_BYTES // (weight.tensor.nbytes // module.out_features))
-        scratch = self._scratch.take(rows_max * module.in_features, weight.tensor)
-        inputs = x.reshape(-1, module.in_features)
-        outputs = inputs.new_empty(len(inputs), module.out_features)
-        for first in range(0, module.out_features, rows_max):
-            last = min(first + rows_max, module.out_features)
-            block = scratch[: (last - first) * module.in_features].view(-1, module.in_features)
-            with self._unguarded():
-                base = weight.tensor[first:last]
-                self._materialize(block, base, weight.tensor_id, first * module.in_features, commit)
-            torch.mm(inputs, block.t(), out=outputs[:, first:last])
-        if owned[0].attribute == "bias":
-            outputs += self._build(owned[0], commit)
-        elif module.bias is not None:
-            outputs += module.bias
-        return outputs.view(*x.shape[:-1], module.out_features)
-
-    def _build(self, item: _Owned, commit: Commit) -> torch.Tensor:
-        """`item` plus `commit`, in scratch."""
-        with self._unguarded():
-            out = self._scratch.take(item.tensor.numel(), item.tensor).view(item.tensor.shape)
-            self._materialize(out, item.tensor, item.tensor_id, 0, commit)
-        return out
-
-    def _materialize(
-        self, out: torch.Tensor, base: torch.Tensor, tensor_id: int, start: int, commit: Commit
-    ) -> None:
-        materialize(
-            out,
-            base,
-            [commit],
-            tensor_id=tensor_id,
-            start=start,
-            distribution=self._distribution,
-            rounding=self._rounding,
-            threads=self._threads,
+    def _go_singly(self, reason: str) -> None:
+        self._together = False
+        log.warning(
+            "%s: measuring with one pass for each loss, which takes longer: %s.",
+            type(self._model).__name__,
+            reason,
         )
 
-    @contextmanager
-    def _unguarded(self) -> Iterator[None]:
-        """Reading the base weights is our own doing here."""
-        guard = self._guard
-        if guard is None:
-            yield
-            return
-        guard.paused = True
-        try:
-            yield
-        finally:
-            guard.paused = False
+
+def _commit(pairs: Sequence[Pair], rounding_seed: int) -> Commit:
+    return Commit(
+        np.array([seed for seed, _ in pairs], dtype=np.uint64),
+        np.array([coefficient for _, coefficient in pairs], dtype=np.float32),
+        rounding_seed,
+    )
 
 
 def local_steps(
@@ -268,214 +188,33 @@ def local_steps(
     batch_of: Callable[[int], Batch],
     *,
     first_seed: int,
-    count: int,
+    steps: int,
+    probes: int,
     eps: float,
     learning_rate: float,
     projected_grad_abs_max: float,
 ) -> LocalSteps:
-    """Run one assignment: `count` MeZO steps from the current weights, none of them written.
+    """Run one assignment: `steps` MeZO steps from the current weights, none of them written.
 
-    Step h measures along seed `first_seed + h` on `batch_of(h)`, at the weights plus the pairs of the
-    steps before, and then appends its own pair (seed, float32(-learning_rate * g)), g being the
-    projected gradient clipped to ± `projected_grad_abs_max`. A pure function of weights, batches and
-    arguments. Raises as `Estimator.measure` does.
+    Step h measures along the `probes` seeds from `first_seed + h * probes` on `batch_of(h)`, at the
+    weights plus the pairs of the steps before, and then appends its own pairs
+    (seed, float32(-learning_rate * g / probes)), g being the projected gradient clipped to
+    ± `projected_grad_abs_max`. A pure function of weights, batches and arguments. Raises as
+    `Estimator.measure` does.
     """
     bound = np.float32(projected_grad_abs_max)
     if float(bound) > projected_grad_abs_max:
         # The nearest float32 may lie outside the run's clip, where the coordinator refuses it.
         bound = np.nextafter(bound, np.float32(0))
-    projected_grads = np.empty(count, dtype=np.float32)
+    projected_grads: list[np.float32] = []
     local: list[Pair] = []
     losses: list[float] = []
-    for step in range(count):
-        seed = first_seed + step
-        measurement = estimator.measure(batch_of(step), local, seed, eps)
-        clipped = np.clip(np.float32(measurement.projected_grad), -bound, bound)
-        projected_grads[step] = clipped
-        local.append((seed, float(np.float32(-learning_rate * float(clipped)))))
-        losses.append((measurement.loss_plus + measurement.loss_minus) / 2.0)
-    return LocalSteps(projected_grads, math.fsum(losses) / count)
-
-
-# ---------------------------------------------------------------------- parts
-
-
-class _Scratch:
-    """Reusable memory, handed out as a stack: a module may own parameters and contain others."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.device, torch.Tensor] = {}
-        self._used_bytes: dict[torch.device, int] = {}
-
-    @contextmanager
-    def frame(self) -> Iterator[None]:
-        """What is taken inside is given back at the end."""
-        used = dict(self._used_bytes)
-        try:
-            yield
-        finally:
-            self._used_bytes = used
-
-    def take(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """`count` aligned elements with the dtype and device of `like`: [count], not initialised."""
-        first = self._used_bytes.get(like.device, 0)
-        size = count * like.element_size()
-        last = first + size + -size % _ALIGNMENT_BYTES
-        buffer = self._buffers.get(like.device)
-        if buffer is None or len(buffer) < last:
-            # Tensors of outer frames keep the smaller buffer alive until they are done with it.
-            buffer = torch.empty(last, dtype=torch.uint8, device=like.device)
-            self._buffers[like.device] = buffer
-        self._used_bytes[like.device] = last
-        return buffer[first : first + size].view(like.dtype)
-
-
-class _EmbeddingLookups(TorchFunctionMode):
-    """Answers `functional.embedding` on one weight; all else runs as it is.
-
-    Subclasses of `nn.Embedding` shift positions or scale the result around that call, so this works
-    for them too.
-    """
-
-    def __init__(
-        self, weight: torch.Tensor, look_up: Callable[[torch.Tensor], torch.Tensor]
-    ) -> None:
-        super().__init__()
-        self._weight = weight
-        self._look_up = look_up
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.embedding:
-            ids = args[0] if args else kwargs["input"]
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if weight.data_ptr() == self._weight.data_ptr():
-                return self._look_up(ids)
-        return func(*args, **kwargs)
-
-
-class _DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types
-    """Refuses an architecture that reads a trained parameter outside its owner's forward.
-
-    Such a read would see the weights unperturbed, and the measurement would be silently wrong.
-    """
-
-    def __init__(self, manifest: Manifest, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.paused = False
-        spans = sorted(
-            (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, entry.name)
-            for entry, tensor in zip(manifest, trained_tensors(model, manifest), strict=True)
-        )
-        self._starts = [span[0] for span in spans]
-        self._spans = spans
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self.paused:
-            for value in _tensors((args, tuple(kwargs.values()))):
-                self._check(value, func)
-        return func(*args, **kwargs)
-
-    def _check(self, tensor: torch.Tensor, func: Any) -> None:
-        address = tensor.data_ptr()
-        index = bisect_right(self._starts, address) - 1
-        if index >= 0 and address < self._spans[index][1]:
-            raise ModelError(
-                f"This architecture reads parameter {self._spans[index][2]} outside the module that "
-                f"owns it ({func}), where it can't be perturbed; train a LoRA adapter on other "
-                "modules, or use another model."
-            )
-
-
-def _owners(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[_Owned]]:
-    """Modules with trained parameters of their own, and which; attributes sorted by name."""
-    tensors = trained_tensors(model, manifest)
-    by_address = {
-        tensor.data_ptr(): (entry.tensor_id, tensor)
-        for entry, tensor in zip(manifest, tensors, strict=True)
-    }
-    owners: dict[nn.Module, list[_Owned]] = {}
-    for name, module in model.named_modules():
-        owned = [
-            _Owned(attribute, *by_address[parameter.data_ptr()])
-            for attribute, parameter in sorted(module.named_parameters(recurse=False))
-            if parameter.data_ptr() in by_address
-        ]
-        if not owned:
-            continue
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            raise ModelError(
-                f"Embedding {name} renormalises its weights as it is used (max_norm), which breaks "
-                "replay; use a model without max_norm."
-            )
-        owners[module] = owned
-    return owners
-
-
-@contextmanager
-def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace `module.forward`, which `accelerate` may have replaced before us."""
-    before = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = before
-
-
-@contextmanager
-def _parameters_as(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let `module` see `tensors` in place of its own parameters, which stay untouched."""
-    parameters: dict[str, Any] = module._parameters
-    before = {name: parameters[name] for name in tensors}
-    parameters.update(tensors)
-    try:
-        yield
-    finally:
-        parameters.update(before)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _detached_from(result: Any, storages: Sequence[torch.UntypedStorage]) -> Any:
-    """Copy what a module returns of its own parameters: the scratch under it is used again."""
-    if isinstance(result, torch.Tensor):
-        address = result.untyped_storage().data_ptr()
-        shared = any(storage.data_ptr() == address for storage in storages)
-        return result.clone() if shared else result
-    if isinstance(result, tuple) and not hasattr(result, "_fields"):
-        return tuple(_detached_from(item, storages) for item in result)
-    if isinstance(result, list):
-        return [_detached_from(item, storages) for item in result]
-    return result
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Cut ascending `numbers` into runs of consecutive ones: (place, length, first number)."""
-    place = 0
-    for index in range(1, len(numbers) + 1):
-        if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
-            yield place, index - place, numbers[place]
-            place = index
+    for step in range(steps):
+        seeds = [first_seed + step * probes + probe for probe in range(probes)]
+        measured = estimator.measure(batch_of(step), local, seeds, eps)
+        for seed, measurement in zip(seeds, measured, strict=True):
+            clipped = np.clip(np.float32(measurement.projected_grad), -bound, bound)
+            projected_grads.append(clipped)
+            local.append((seed, float(np.float32(-learning_rate * float(clipped) / probes))))
+            losses.append(measurement.loss)
+    return LocalSteps(np.array(projected_grads, dtype=np.float32), math.fsum(losses) / len(losses))

@@ -82,6 +82,17 @@ class Batch:
     targets: torch.Tensor
     """int64 [rows, response tokens]: ends of the rows, -100 where masked (instruction)"""
 
+    def repeated(self, copies: int) -> Batch:
+        """This batch `copies` times over, one whole copy after the other."""
+        return Batch(
+            name=self.name,
+            input_ids=self.input_ids.repeat(copies, 1),
+            attention_mask=self.attention_mask.repeat(copies, 1),
+            position_ids=self.position_ids.repeat(copies, 1),
+            labels=self.labels.repeat(copies),
+            targets=self.targets.repeat(copies, 1),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -101,7 +112,8 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    loss_sum: float
+    row_losses: list[float]
+    """Sum over each row's targets, in nats."""
     target_count: int
     correct_count: int
     margins: list[float]
@@ -308,8 +320,16 @@ class Task:
 
     def loss(self, model: nn.Module, batch: Batch) -> float:
         """Mean loss of `batch` in nats, summed in float64; may be NaN or infinite."""
+        return self.losses(model, batch, 1)[0]
+
+    def losses(self, model: nn.Module, batch: Batch, copies: int) -> list[float]:
+        """Mean loss of each of the `copies` that a `Batch.repeated` consists of."""
         outcome = self._outcome(model, batch)
-        return outcome.loss_sum / outcome.target_count
+        rows, targets = len(outcome.row_losses) // copies, outcome.target_count // copies
+        return [
+            sum(outcome.row_losses[copy * rows : (copy + 1) * rows]) / targets
+            for copy in range(copies)
+        ]
 
     def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int) -> Evaluation:
         """Loss and accuracy of the model over all of `dataset`, `batch_size` rows at a time.
@@ -328,7 +348,7 @@ class Task:
         for start in range(0, len(order), batch_size):
             examples = [dataset.examples[index] for index in order[start : start + batch_size]]
             outcome = self._outcome(model, self.collate(examples, "evaluation", device))
-            if not math.isfinite(outcome.loss_sum):
+            if not math.isfinite(sum(outcome.row_losses)):
                 raise MeasurementError(
                     "The held-out loss is NaN or infinite; the weights have diverged, so use a "
                     "smaller learning_rate or eps."
@@ -338,7 +358,8 @@ class Task:
         margins = [margin for outcome in outcomes for margin in outcome.margins]
         labels = [dataset.examples[index].label for index in order]
         return Evaluation(
-            loss=math.fsum(outcome.loss_sum for outcome in outcomes) / target_count,
+            loss=math.fsum(loss for outcome in outcomes for loss in outcome.row_losses)
+            / target_count,
             accuracy=sum(outcome.correct_count for outcome in outcomes) / target_count,
             auc=_auc(margins, labels) if margins else None,
             row_count=len(dataset),
@@ -352,7 +373,7 @@ class Task:
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             two = len(self.verbalizer_ids) == 2
             return _Outcome(
-                loss_sum=float(losses.sum()),
+                row_losses=losses.tolist(),
                 target_count=len(batch.labels),
                 correct_count=int((logits.argmax(dim=-1) == batch.labels).sum()),
                 margins=(logits[:, 1] - logits[:, 0]).tolist() if two else [],
@@ -360,16 +381,17 @@ class Task:
         response_tokens = batch.targets.shape[1]
         # The logits at one position predict the next token.
         logits = _logits(model, batch, response_tokens + 1)[:, :-1]
-        loss_sum, correct_count = 0.0, 0
+        row_losses: list[float] = []
+        correct_count = 0
         # Row by row, so that the float32 copy is one row's and not the batch's.
         for row, targets in zip(logits, batch.targets, strict=True):
             losses = functional.cross_entropy(
                 row.float(), targets, ignore_index=_IGNORED, reduction="none"
             )
-            loss_sum += float(losses.double().sum())
+            row_losses.append(float(losses.double().sum()))
             correct_count += int((row.argmax(dim=-1) == targets).sum())
         target_count = int((batch.targets != _IGNORED).sum())
-        return _Outcome(loss_sum, target_count, correct_count, [])
+        return _Outcome(row_losses, target_count, correct_count, [])
 
 
 def _logits(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:

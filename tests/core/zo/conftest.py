@@ -14,6 +14,8 @@ from torch import nn
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -26,6 +28,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 SENTENCES = [
@@ -82,6 +88,25 @@ def make_model(kind: str) -> nn.Module:
         "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**llama, tie_word_embeddings=True)),
         "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**llama, tie_word_embeddings=True)),
         "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**llama, head_dim=8, sliding_window=16)),
+        "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**llama, head_dim=8)),
+        "qwen3-moe": lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(
+                **llama,
+                head_dim=8,  # type: ignore[call-arg]
+                moe_intermediate_size=24,
+                num_experts=4,
+                num_experts_per_tok=2,
+                mlp_only_layers=[1],
+            )
+        ),
+        "gemma3": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                **llama,
+                head_dim=8,
+                sliding_window=16,
+                layer_types=["sliding_attention", "full_attention"],
+            )
+        ),
         "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**llama, num_local_experts=4)),
         "opt": lambda: OPTForCausalLM(
             OPTConfig(
@@ -107,7 +132,9 @@ def make_model(kind: str) -> nn.Module:
     return model
 
 
-MODEL_KINDS = ("gpt2", "llama", "llama-tied", "qwen2", "gemma2", "mixtral", "opt")
+MODEL_KINDS = (
+    "gpt2", "llama", "llama-tied", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3-moe", "opt",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerBase
 from fedmezo_core.config import LoraConfig, TaskConfig
 from fedmezo_core.errors import MeasurementError, ModelError
 from fedmezo_core.zo import estimator as estimator_module
+from fedmezo_core.zo import forward as forward_module
 from fedmezo_core.zo.digest import base_digest
-from fedmezo_core.zo.estimator import Estimator, Measurement, Pair, local_steps
+from fedmezo_core.zo.estimator import Estimator, Pair, local_steps
 from fedmezo_core.zo.manifest import Manifest, manifest_of, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.model import add_adapter
@@ -53,9 +54,16 @@ def _estimator(
     manifest: Manifest,
     task: Task,
     distribution: Distribution = Distribution.RADEMACHER,
+    one_sided: bool = False,
 ) -> Estimator:
     return Estimator(
-        model, manifest, task, distribution=distribution, rounding=Rounding.STOCHASTIC, threads=1
+        model,
+        manifest,
+        task,
+        distribution=distribution,
+        rounding=Rounding.STOCHASTIC,
+        one_sided=one_sided,
+        threads=1,
     )
 
 
@@ -95,16 +103,17 @@ def _assert_equals_naive(
     tolerance: float,
     distribution: Distribution = Distribution.RADEMACHER,
 ) -> None:
-    measured = _estimator(model, manifest, task, distribution).measure(batch, LOCAL, 99, EPS)
+    estimator = _estimator(model, manifest, task, distribution)
+    measured = estimator.measure(batch, LOCAL, [99], EPS)[0]
     plus, minus = (
         _naive_loss(model, manifest, task, batch, [*LOCAL, (99, step)], 99, distribution)
         for step in (EPS, -EPS)
     )
     assert measured.loss_plus == pytest.approx(plus, rel=tolerance)
-    assert measured.loss_minus == pytest.approx(minus, rel=tolerance)
+    assert measured.loss_other == pytest.approx(minus, rel=tolerance)
     assert abs(plus - minus) > 100 * tolerance, "the perturbation shows"
     assert measured.projected_grad == np.float32(
-        (measured.loss_plus - measured.loss_minus) / (2 * EPS)
+        (measured.loss_plus - measured.loss_other) / (2 * EPS)
     )
 
 
@@ -116,13 +125,93 @@ def test_losses_equal_those_of_really_perturbed_weights(
     model_of: Callable[[str], nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     if blocks:
-        monkeypatch.setattr(estimator_module, "BLOCK_BYTES", 1000)
+        monkeypatch.setattr(forward_module, "LINEAR_BLOCK_BYTES", 1000)
+        monkeypatch.setattr(forward_module, "CONV1D_BLOCK_BYTES", 1000)
     model = model_of(kind)
     for task_kind in ("classification", "instruction"):
         task, batch = _task(tokenizer, task_kind)
         _assert_equals_naive(model, manifest_of(model), task, batch, 2e-6)
+    assert not caplog.records, "both losses came from one pass"
+
+
+@pytest.mark.parametrize("one_sided", [False, True], ids=["two-sided", "one-sided"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "mixtral"])
+def test_many_probes_measure_what_each_would_alone(
+    kind: str,
+    one_sided: bool,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(estimator_module, "POINTS_MAX", 5)
+    model = model_of(kind)
+    task, batch = _task(tokenizer, "classification")
+    manifest = manifest_of(model)
+    estimator = _estimator(model, manifest, task, one_sided=one_sided)
+    seeds = [99, 7, 3, 1 << 63]
+    measured = estimator.measure(batch, LOCAL, seeds, EPS)
+    for seed, measurement in zip(seeds, measured, strict=True):
+        ends = [[(seed, EPS)], [] if one_sided else [(seed, -EPS)]]
+        plus, other = (
+            _naive_loss(model, manifest, task, batch, [*LOCAL, *end], 99, Distribution.RADEMACHER)
+            for end in ends
+        )
+        distance = EPS if one_sided else 2 * EPS
+        assert measurement.loss_plus == pytest.approx(plus, rel=2e-6)
+        assert measurement.loss_other == pytest.approx(other, rel=2e-6)
+        assert measurement.projected_grad == pytest.approx((plus - other) / distance, rel=1e-2)
+        assert measurement.loss == pytest.approx(
+            other if one_sided else (plus + other) / 2, rel=2e-6
+        )
+
+
+class _Mixing(nn.Module):
+    """Wraps a model; its own parameter meets all rows at once, in another order of dimensions."""
+
+    def __init__(self, model: Any, *, silently: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.gain = nn.Linear(384, 1)
+        self.silently = silently
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool
+    ) -> Any:
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        if self.silently:
+            output.logits = output.logits * self.gain(output.logits).mean()
+        else:
+            output.logits = output.logits * self.gain(output.logits.transpose(0, 1)).transpose(0, 1)
+        return output
+
+
+@pytest.mark.parametrize("silently", [False, True])
+def test_a_model_that_mixes_rows_is_measured_point_by_point(
+    silently: bool,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(2)
+    model = _Mixing(model_of("llama"), silently=silently).eval()
+    task, batch = _task(tokenizer, "instruction")
+    estimator = _estimator(model, manifest_of(model), task)
+    for _ in range(2):
+        measured = estimator.measure(batch, LOCAL, [99], 0.1)[0]
+        for loss, step in ((measured.loss_plus, 0.1), (measured.loss_other, -0.1)):
+            pairs = [*LOCAL, (99, step)]
+            assert loss == pytest.approx(
+                _naive_loss(
+                    model, manifest_of(model), task, batch, pairs, 99, Distribution.RADEMACHER
+                ),
+                rel=2e-6,
+            )
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "one pass for each loss" in warning
+    assert ("in one pass are" if silently else "gain (Linear) sees input of shape [") in warning
 
 
 def test_gaussian_directions(
@@ -163,7 +252,7 @@ def test_nothing_is_written_even_if_the_forward_pass_raises(
     before = base_digest(model)
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     parameters = {name: id(value) for name, value in model.named_parameters()}
-    calm = estimator.measure(batch, LOCAL, 3, EPS)
+    calm = estimator.measure(batch, LOCAL, [3], EPS)
 
     def broken(*_: Any, **__: Any) -> torch.Tensor:
         raise RuntimeError("out of memory")
@@ -171,11 +260,11 @@ def test_nothing_is_written_even_if_the_forward_pass_raises(
     with monkeypatch.context() as patch:
         patch.setattr(functional, "layer_norm", broken)
         with pytest.raises(RuntimeError, match="out of memory"):
-            estimator.measure(batch, LOCAL, 3, EPS)
+            estimator.measure(batch, LOCAL, [3], EPS)
     assert base_digest(model) == before
     assert {name: id(value) for name, value in model.named_parameters()} == parameters
     assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
-    assert estimator.measure(batch, LOCAL, 3, EPS) == calm
+    assert estimator.measure(batch, LOCAL, [3], EPS) == calm
 
 
 def test_a_loss_that_is_not_finite_is_refused_by_name(
@@ -188,7 +277,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_name(
     with pytest.raises(
         MeasurementError, match=r"loss at \+eps is (nan|inf) on the batch of the test"
     ):
-        _estimator(model, manifest_of(model), task).measure(batch, [], 1, EPS)
+        _estimator(model, manifest_of(model), task).measure(batch, [], [1], EPS)
 
 
 class _Direct(nn.Module):
@@ -222,7 +311,7 @@ def test_a_parameter_read_behind_its_owners_back_is_refused(
     model = _Direct(model_of("llama")).eval()
     task, batch = _task(tokenizer, "classification")
     with pytest.raises(ModelError, match=r"reads parameter extra\.weight outside the module"):
-        _estimator(model, manifest_of(model), task).measure(batch, [], 1, EPS)
+        _estimator(model, manifest_of(model), task).measure(batch, [], [1], EPS)
 
 
 class _Nested(nn.Module):
@@ -271,7 +360,7 @@ def test_bfloat16_rounding_cancels_out_of_the_difference(
     exact = _estimator(fine, manifest_of(fine), task)
     rough = _estimator(coarse, manifest_of(coarse), task)
     grads = [
-        (exact.measure(batch, [], seed, EPS), rough.measure(batch, [], seed, EPS))
+        (exact.measure(batch, [], [seed], EPS)[0], rough.measure(batch, [], [seed], EPS)[0])
         for seed in range(12)
     ]
     truth = np.array([pair[0].projected_grad for pair in grads])
@@ -287,20 +376,26 @@ def test_local_steps_chain_their_own_pairs(
     estimator = _estimator(model, manifest_of(model), task)
     arguments: dict[str, Any] = {
         "first_seed": 1 << 40,
-        "count": 4,
+        "steps": 2,
+        "probes": 2,
         "eps": EPS,
         "learning_rate": 1e-3,
     }
     steps = local_steps(estimator, lambda _: batch, projected_grad_abs_max=1e4, **arguments)
     assert steps.projected_grads.dtype == np.float32
+    assert len(steps.projected_grads) == 4
     local: list[Pair] = []
     losses: list[float] = []
-    for step, found in enumerate(steps.projected_grads):
-        seed = (1 << 40) + step
-        measured: Measurement = estimator.measure(batch, local, seed, EPS)
-        assert float(found) == measured.projected_grad
-        local.append((seed, float(np.float32(-1e-3 * float(found)))))
-        losses += [measured.loss_plus, measured.loss_minus]
+    for step in range(2):
+        seeds = [(1 << 40) + 2 * step, (1 << 40) + 2 * step + 1]
+        found = steps.projected_grads[2 * step : 2 * step + 2]
+        measured = estimator.measure(batch, local, seeds, EPS)
+        assert found.tolist() == [measurement.projected_grad for measurement in measured]
+        local += [
+            (seed, float(np.float32(-1e-3 * float(grad) / 2)))
+            for seed, grad in zip(seeds, found, strict=True)
+        ]
+        losses += [measurement.loss for measurement in measured]
     assert steps.loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-12)
     again = local_steps(estimator, lambda _: batch, projected_grad_abs_max=1e4, **arguments)
     assert again.projected_grads.tobytes() == steps.projected_grads.tobytes()
