@@ -77,6 +77,7 @@ _ZERO, _ONE, _TWO, _THREE = U64(0), U64(1), U64(2), U64(3)
 _PHILOX_LANES: Final = 16 if get_host_cpu_features().get("avx512f") else 8
 _GAUSSIAN_LANES: Final = 16
 _PIECE = U64(_GAUSSIAN_LANES)
+_SIGN_LANES: Final = 16
 
 _I32 = ir.IntType(32)
 _F32 = ir.FloatType()
@@ -406,37 +407,96 @@ def _add_rademacher(
         k += _ONE
 
 
+def _rademacher_row(both: bool) -> Any:
+    """An emitted function (out, opposite, at, base, base_at, words, row, coefficient, largest): a row of
+    out[at + i] = base[base_at + i] + coefficient * z, and with `both` also opposite[at + i] = base - it.
+    It returns the larger of `largest` and the bits of the row's |base|.
+
+    Written out because LLVM would test at every row whether the arrays overlap.
+    """
+
+    def row(
+        typing_context: Any, out: Any, opposite: Any, at: Any, base: Any, base_at: Any,
+        words: Any, row: Any, coefficient: Any, largest: Any,
+    ) -> Any:  # fmt: skip
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            integers, floats = (ir.VectorType(kind, _SIGN_LANES) for kind in (_I32, _F32))
+            i64 = ir.IntType(64)
+
+            def address(argument: int, begin: Any, offset: int, vector: Any) -> Any:
+                array = context.make_array(signature.args[argument])(
+                    context, builder, values[argument]
+                )
+                index = builder.add(begin, ir.Constant(i64, offset))
+                return builder.bitcast(builder.gep(array.data, [index]), ir.PointerType(vector))
+
+            maximum = cgutils.get_or_insert_function(
+                builder.module,
+                ir.FunctionType(_I32, [integers]),
+                f"llvm.vector.reduce.umax.v{_SIGN_LANES}i32",
+            )
+            at, base_at = values[2], values[4]
+            factor = builder.bitcast(_emit_splat(builder, values[7], _SIGN_LANES), integers)
+            shift = _emit_splat(builder, builder.trunc(values[6], _I32), _SIGN_LANES)
+            sign = ir.Constant(integers, [0x80000000] * _SIGN_LANES)
+            magnitude = ir.Constant(integers, [0x7FFFFFFF] * _SIGN_LANES)
+            largest = _emit_splat(builder, values[8], _SIGN_LANES)
+            for offset in range(0, spec.ROW_ELEMENTS, _SIGN_LANES):
+                word = builder.load(address(5, ir.Constant(i64, 0), offset, integers), align=4)
+                flip = builder.and_(builder.shl(word, shift), sign)
+                product = builder.bitcast(builder.xor(flip, factor), floats)
+                value = builder.load(address(3, base_at, offset, floats), align=4)
+                place = address(0, at, offset, floats)
+                builder.store(builder.fadd(value, product), place, align=4)
+                if both:
+                    place = address(1, at, offset, floats)
+                    builder.store(builder.fsub(value, product), place, align=4)
+                bits = builder.and_(builder.bitcast(value, integers), magnitude)
+                larger = builder.icmp_unsigned(">", bits, largest)
+                largest = builder.select(larger, bits, largest)
+            return builder.call(maximum, [largest])
+
+        index = types.uint64
+        return types.uint32(
+            out, opposite, index, base, index, words, index, types.float32, types.uint32
+        ), emit
+
+    return _emitted(row)
+
+
+_set_rademacher_row = _rademacher_row(both=False)
+_set_both_rademacher_row = _rademacher_row(both=True)
+
+
 @_compiled
 def _set_rademacher(
-    out: Any, at: Any, base: Any, base_at: Any, tile: Any, tensor: Any, seed: Any, plus: Any,
+    out: Any, at: Any, base: Any, base_at: Any, tile: Any, tensor: Any, seed: Any, coefficient: Any,
     words: Any,
-) -> None:  # fmt: skip
-    """out[at + e] = base[base_at + e] + one pair, over a whole tile: a perturbation, in one visit."""
+) -> Any:  # fmt: skip
+    """out[at + e] = base[base_at + e] + one pair, over a whole tile; the bits of the largest |base|."""
     _generate(words, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
-    minus = -plus
+    largest = np.uint32(0)
     for row in range(_ROWS):
-        mask = np.uint32(_TOP_BIT >> row)
-        t, b = at + row * _ROW, base_at + row * _ROW
-        for i in range(_ROW):
-            out[t + i] = base[b + i] + _choose(words[i], mask, plus, minus)
+        largest = _set_rademacher_row(
+            out, out, at + row * _ROW, base, base_at + row * _ROW, words, row, coefficient, largest
+        )
+    return largest
 
 
 @_compiled
 def _set_both_rademacher(
-    plus_out: Any, minus_out: Any, at: Any, base: Any, base_at: Any, tile: Any, tensor: Any,
-    seed: Any, plus: Any, words: Any,
-) -> None:  # fmt: skip
+    out: Any, opposite: Any, at: Any, base: Any, base_at: Any, tile: Any, tensor: Any,
+    seed: Any, coefficient: Any, words: Any,
+) -> Any:  # fmt: skip
     """`_set_rademacher` for a pair and its opposite, from one reading of the base."""
     _generate(words, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
-    minus = -plus
+    largest = np.uint32(0)
     for row in range(_ROWS):
-        mask = np.uint32(_TOP_BIT >> row)
         t, b = at + row * _ROW, base_at + row * _ROW
-        for i in range(_ROW):
-            value = base[b + i]
-            product = _choose(words[i], mask, plus, minus)
-            plus_out[t + i] = value + product
-            minus_out[t + i] = value - product
+        largest = _set_both_rademacher_row(
+            out, opposite, t, base, b, words, row, coefficient, largest
+        )
+    return largest
 
 
 def _emit_box_muller(builder: Any, radius_word: Any, angle_word: Any) -> tuple[Any, Any]:
@@ -743,8 +803,10 @@ def fan_float32(
                 _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, U64(tensor),
                                 seeds, coefficients, _ZERO, pairs, words)  # fmt: skip
             source, source_at = tile_values, first
-        for i in range(count):
-            largest = _larger_magnitude(largest, source[source_at + i])
+        streamed = count == _TILE and not gaussian
+        if not streamed or steps[0] == SHARED_STEP:
+            for i in range(count):
+                largest = _larger_magnitude(largest, source[source_at + i])
         for g in range(steps.shape[0]):
             step, seed, coefficient = steps[g], last_seeds[g], last_coefficients[g]
             out = carray(_float32_at(outs[g]), end)
@@ -752,9 +814,10 @@ def fan_float32(
                 for i in range(count):
                     out[at + i] = source[source_at + i]
             elif step == OWN_STEP:
-                if count == _TILE and not gaussian:
-                    _set_rademacher(out, at, source, source_at, tile, U64(tensor),
-                                    seed, coefficient, words)  # fmt: skip
+                if streamed:
+                    in_tile = _set_rademacher(out, at, source, source_at, tile, U64(tensor),
+                                              seed, coefficient, words)  # fmt: skip
+                    largest = max(largest, in_tile)
                 else:
                     _set_products(products, row_begin, row_end, tile, U64(tensor), gaussian,
                                   seed, coefficient, words)  # fmt: skip
@@ -762,9 +825,10 @@ def fan_float32(
                         out[at + i] = source[source_at + i] + products[first + i]
             elif step == BOTH_STEP:
                 other = carray(_float32_at(outs[g + 1]), end)
-                if count == _TILE and not gaussian:
-                    _set_both_rademacher(out, other, at, source, source_at, tile, U64(tensor),
-                                         seed, coefficient, words)  # fmt: skip
+                if streamed:
+                    in_tile = _set_both_rademacher(out, other, at, source, source_at, tile,
+                                                   U64(tensor), seed, coefficient, words)  # fmt: skip
+                    largest = max(largest, in_tile)
                 else:
                     _set_products(products, row_begin, row_end, tile, U64(tensor), gaussian,
                                   seed, coefficient, words)  # fmt: skip
