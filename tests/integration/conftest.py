@@ -44,13 +44,15 @@ def heldout_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_genesis(model_folder: Path) -> Callable[..., Genesis]:
     """The genesis of a run on the tiny model, with changes to its contract."""
-    base: list[Genesis] = []
+    bases: dict[str, Genesis] = {}
 
     def genesis(**changes: Any) -> Genesis:
         config = config_of(**changes)
-        if not base:
-            base.append(open_party(config, str(model_folder), threads=1).genesis())
-        return replace(base[0], config=config)
+        base = bases.get(config.dtype)
+        if base is None:
+            base = open_party(config, str(model_folder), threads=1).genesis()
+            bases[config.dtype] = base
+        return replace(base, config=config)
 
     return genesis
 

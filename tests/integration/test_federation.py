@@ -7,6 +7,7 @@ import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +19,7 @@ from fedmezo_coordinator import client_cli
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import DivergedError
 from fedmezo_core.records import Answered, Committed, Diverged, Genesis, Started
-from fedmezo_core.zo.party import open_party
+from fedmezo_core.zo.party import commits_of, open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.harness import (
     Programs,
@@ -347,3 +348,50 @@ async def test_thirty_steps_cost_at_most_150_bytes_up_and_losses_travel_only_if_
         assert [answer.HasField("mean_loss") for answer in answers] == [report_losses] * 2
         assert status.workers[0].bytes_up == sum(message.ByteSize() for message in sent)
         assert status.workers[0].HasField("mean_loss") is report_losses
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"probes": 3, "estimator": "one_sided", "distribution": "gaussian"},
+        {"probes": 2, "dtype": "bfloat16"},
+    ],
+    ids=["one-sided", "bfloat16"],
+)
+async def test_several_probes_a_step_end_in_the_same_weights_at_a_late_joiner_and_an_auditor(
+    workers: Workers,
+    model_folder: Path,
+    data_files: list[Path],
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+    changes: dict[str, Any],
+) -> None:
+    journal = tmp_path / "journal.db"
+    genesis = tiny_genesis(rounds=5, workers_min=2, quorum=2, **changes)
+    async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
+        early = workers.start_all(at.address, data_files[:2])
+        await at_round(client, 2)
+        early[0].engine.gate.clear()
+        await waits_only_for(client, "w1")
+        late = workers.start(at.address, "w3", data_files[2])
+
+        async def has_joined() -> bool:
+            status = await client.get_status()
+            return any(worker.worker == "w3" and worker.connected for worker in status.workers)
+
+        await until(has_joined, "the late joiner")
+        early[0].engine.gate.set()
+        assert [await worker.outcome() for worker in (*early, late)] == [None] * 3
+        status = await client.get_status()
+    held = digests_of(status)
+    assert set(held) == {"w1", "w2", "w3"}
+    assert len(set(held.values())) == 1
+    assert not status.divergences
+
+    commits = [record for record in records_of(journal) if isinstance(record, Committed)]
+    per_answer = 2 * changes["probes"]
+    assert {len(run.coefficients) for commit in commits for run in commit.runs} == {per_answer}
+    auditor = open_party(genesis.config, str(model_folder), threads=1).weights
+    base = auditor.digest()
+    auditor.apply(1, commits_of(commits))
+    assert base != auditor.digest() == held["w1"]

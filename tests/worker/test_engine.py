@@ -52,6 +52,39 @@ async def test_the_same_order_gives_the_same_bits(
         await other.close()
 
 
+@pytest.mark.parametrize("estimator", ["two_sided", "one_sided"])
+async def test_a_projected_gradient_for_each_probe_of_each_step(
+    settings: WorkerSettings, tiny_genesis: Callable[..., Genesis], estimator: str
+) -> None:
+    engines = {probes: Engine() for probes in (1, 3)}
+    try:
+        for probes, engine in engines.items():
+            await engine.load(settings, tiny_genesis(probes=probes, estimator=estimator))
+        found = {probes: await engine.measure(MEASURE) for probes, engine in engines.items()}
+    finally:
+        for engine in engines.values():
+            await engine.close()
+    assert len(found[3].projected_grads) == MEASURE.steps * 3
+    # The first step's first probe is the run's with one: same seed, batch and weights.
+    assert found[3].projected_grads[0] == pytest.approx(found[1].projected_grads[0], rel=0.05)
+
+
+async def test_one_sided_gradients_come_near_the_two_sided(
+    settings: WorkerSettings, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    found = []
+    for estimator in ("two_sided", "one_sided"):
+        engine = Engine()
+        try:
+            await engine.load(settings, tiny_genesis(estimator=estimator, eps=1e-4))
+            found.append((await engine.measure(MEASURE)).projected_grads)
+        finally:
+            await engine.close()
+    assert found[0] != found[1]
+    # They differ by the curvature along z, which is proportional to eps.
+    assert found[0][0] == pytest.approx(found[1][0], abs=0.1)
+
+
 async def test_a_digest_is_taken_only_if_asked_for(engine: Engine) -> None:
     measured = await engine.measure(Measure(MEASURE.ticket, MEASURE.first_seed, 1, False))
     assert measured.weights_digest64 is None

@@ -99,6 +99,7 @@ class Engine:
             party.task,
             distribution=party.distribution,
             rounding=party.rounding,
+            one_sided=config.estimator == "one_sided",
             threads=settings.threads,
         )
         return party
@@ -120,7 +121,7 @@ class Engine:
             batch_of,
             first_seed=order.first_seed,
             steps=order.steps,
-            probes=1,
+            probes=config.probes,
             eps=config.eps,
             learning_rate=config.learning_rate,
             projected_grad_abs_max=config.projected_grad_abs_max,
