@@ -34,8 +34,8 @@ STORAGE_DTYPES: Final = (torch.float32, torch.bfloat16)
 """What weights may be stored as."""
 CHUNK_WORK_MIN: Final = 1 << 20
 """Least element-pairs (about 0.1 ms) worth handing to another thread."""
-CHUNKS_PER_THREAD: Final = 4
-"""Chunks are taken from a shared counter, so that a busy core does not hold up the rest."""
+CHUNKS_PER_THREAD: Final = 32
+"""Chunks are taken from a shared counter, so that a busy core holds up the rest by one chunk at most."""
 
 
 _Joined = tuple[
@@ -527,7 +527,8 @@ def _spread(run: Any, start: int, size: int, pairs: int, threads: int | None) ->
         return
     tile = cpu.TILE_ELEMENTS
     tiles = -(-(start % tile + size) // tile)
-    chunks = min(used * CHUNKS_PER_THREAD, tiles)
+    work = size * pairs // CHUNK_WORK_MIN
+    chunks = min(used * CHUNKS_PER_THREAD, max(used, work), tiles)
     edges = [max(0, tiles * i // chunks * tile - start % tile) for i in range(chunks)] + [size]
     counter = itertools.count()
 

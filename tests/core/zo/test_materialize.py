@@ -623,6 +623,34 @@ def test_shapes_parameters_and_empty_tensors() -> None:
     assert_same_bits(copied, flat)
 
 
+def test_nothing_is_compiled_after_the_warm_up() -> None:
+    """Compiling takes seconds: a kernel called with other types than before would take them in a round."""
+    warm_up()
+    kernels: list[Any] = [
+        cpu.materialize_float32,
+        cpu.materialize_bfloat16,
+        cpu.fan_float32,
+        cpu.fan_bfloat16,
+    ]
+    generator = np.random.default_rng(0)
+    local = commit_of(generator, 3, rounding_seed=2**64 - 1)
+    for (dtype, rounding), distribution in itertools.product(STORAGE, Distribution):
+        how: dict[str, Any] = {
+            "tensor_id": 2**32 - 1,
+            "start": 2**48 - 6000,
+            "distribution": distribution,
+            "rounding": rounding,
+        }
+        weights = torch.nn.Parameter(torch.zeros(60, 100, dtype=dtype), requires_grad=False)
+        outs = list(torch.empty(3, 60, 100, dtype=dtype))
+        for commits in ([], [local], [local, local]):
+            materialize(weights, weights, commits, **how)
+            materialize(outs[0], weights, commits, **how)
+        for fan in ([local], [local, local, local]):
+            materialize_fan(outs[: len(fan)], weights, fan, **how)
+    assert [len(kernel.signatures) for kernel in kernels] == [1] * len(kernels)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_has_its_own_threads() -> None:
     warm_up()
