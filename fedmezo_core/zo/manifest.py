@@ -31,7 +31,7 @@ from fedmezo_core.errors import MismatchError, ModelError
 from fedmezo_core.zo.homes import homes_of, unique_homes
 
 _ADAPTER_NAME = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,12 @@ class Entry:
     """Dotted parameter name in the model."""
     shape: tuple[int, ...]
     dtype: str
-    """`float32` or `bfloat16`."""
+    """`float32`, `bfloat16` or `float16`."""
+
+    @property
+    def columns(self) -> int:
+        """Length of the last dimension, 1 for a scalar: what the low-rank families call columns."""
+        return self.shape[-1] if self.shape else 1
 
     @property
     def element_count(self) -> int:
@@ -95,7 +100,7 @@ def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
 
     With `adapters_only`, the entries are the matrices of a LoRA adapter that peft has put into the
     model; otherwise all parameters. Raises `ModelError` where there is nothing to train, or a tensor
-    that is neither float32 nor bfloat16, not contiguous, or shares only part of its memory with
+    that is neither float32, bfloat16 nor float16, not contiguous, or shares only part of its memory with
     another.
     """
     chosen = {
@@ -113,7 +118,7 @@ def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
         if dtype is None:
             raise ModelError(
                 f"Parameter {name} is {str(parameter.dtype).removeprefix('torch.')}, which cannot be "
-                "trained; load the model unquantised as float32 or bfloat16."
+                "trained; load the model unquantised as float32, bfloat16 or float16."
             )
         if home.tensor is not None and not home.tensor.is_contiguous():
             raise ModelError(

@@ -2,8 +2,8 @@
 
 An element's value is a fold over the journal. Within a commit it accumulates in float32, pair after
 pair in order: `acc = fl(acc + fl(c * z))`, starting from the element's value. At the commit's end it is
-rounded to the storage type: float32 as it is, bfloat16 stochastically (by the noise standard's bits
-under the commit's `rounding_seed`) or to nearest even. Elements never meet, so tiles, threads, slices
+rounded to the storage type: float32 as it is, bfloat16 and float16 stochastically (by the noise
+standard's bits under the commit's `rounding_seed`) or to nearest even. Elements never meet, so tiles, threads, slices
 and fused commits cannot change a bit. docs/arithmetic-standard-v1.md says the same in words.
 
 `materialize_reference` is the specification, in slow NumPy; `materialize` equals it bit for bit.
@@ -30,7 +30,7 @@ from fedmezo_core.zo.noise import ELEMENTS_MAX, SEED_MAX, TENSOR_ID_MAX, Distrib
 ARITHMETIC_VERSION: Final = 1
 """Version of the arithmetic standard: another version means that some result has other bits."""
 
-STORAGE_DTYPES: Final = (torch.float32, torch.bfloat16)
+STORAGE_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 """What weights may be stored as."""
 CHUNK_WORK_MIN: Final = 1 << 20
 """Least element-pairs (about 0.1 ms) worth handing to another thread."""
@@ -44,7 +44,7 @@ _Joined = tuple[
 
 
 class Rounding(StrEnum):
-    """How bfloat16 weights are rounded at a commit's end; float32 weights need none."""
+    """How bfloat16 and float16 weights are rounded at a commit's end; float32 weights need none."""
 
     STOCHASTIC = "stochastic"
     NEAREST = "nearest"
@@ -106,15 +106,17 @@ def materialize(
     start: int = 0,
     distribution: Distribution,
     rounding: Rounding,
+    columns: int | None = None,
     threads: int | None = None,
     name: str | None = None,
 ) -> None:
     """out = base + commits, element by element, in order.
 
-    out, base: contiguous CPU tensors of one dtype (float32 or bfloat16) and one size, any shape; the
-    same memory (in place) or apart. `start`: index, inside its tensor, of out's first element, so that
-    a slice or row block can be made alone. `threads`: most threads to use, torch's number by default;
-    it changes no bit. `name`: what an error calls the tensor.
+    out, base: contiguous CPU tensors of one dtype (float32, bfloat16 or float16) and one size, any
+    shape; the same memory (in place) or apart. `start`: index, inside its tensor, of out's first
+    element, so that a slice or row block can be made alone. `columns`: length of the whole tensor's
+    last dimension, which only the low-rank families need; by default out's. `threads`: most threads to
+    use, torch's number by default; it changes no bit. `name`: what an error calls the tensor.
 
     Everything is checked before the first write, except the results: NumericError for the first one
     that is NaN or infinite (a bad weight or an overflow), after which `out` holds no usable values.
@@ -122,6 +124,13 @@ def materialize(
     """
     size = _check(out, base, tensor_id, start)
     if size == 0:
+        return
+    columns = _columns(out, columns, tensor_id)
+    if distribution.rank or out.dtype == torch.float16:
+        materialize_reference(
+            out, base, commits, tensor_id=tensor_id, start=start, distribution=distribution,
+            rounding=rounding, columns=columns, name=name,
+        )  # fmt: skip
         return
     seeds, coefficients, commit_ends, rounding_seeds = _join(commits)
     gaussian = distribution is Distribution.GAUSSIAN
@@ -167,6 +176,7 @@ def materialize_fan(
     start: int = 0,
     distribution: Distribution,
     rounding: Rounding,
+    columns: int | None = None,
     threads: int | None = None,
     name: str | None = None,
 ) -> None:
@@ -180,12 +190,14 @@ def materialize_fan(
     size, pointers, base_address = _check_fan(outs, base, commits, tensor_id, start)
     if size == 0 or not outs:
         return
-    plan = _plan_of(commits)
+    full_rank = distribution.rank == 0 and base.dtype != torch.float16
+    plan = _plan_of(commits) if full_rank else None
     if plan is None:
         for out, commit in zip(outs, commits, strict=True):
             materialize(
                 out, base, [commit], tensor_id=tensor_id, start=start,
-                distribution=distribution, rounding=rounding, threads=threads, name=name,
+                distribution=distribution, rounding=rounding, columns=columns, threads=threads,
+                name=name,
             )  # fmt: skip
         return
     gaussian = distribution is Distribution.GAUSSIAN
@@ -234,26 +246,24 @@ def materialize_reference(
     start: int = 0,
     distribution: Distribution,
     rounding: Rounding,
+    columns: int | None = None,
     name: str | None = None,
 ) -> None:
     """The specification of `materialize`: same arguments, same results, same errors; slow."""
     size = _check(out, base, tensor_id, start)
+    if size == 0:
+        return
+    columns = _columns(out, columns, tensor_id)
     elements = np.arange(start, start + size, dtype=np.int64)
-    stored = _values(base).copy()
+    acc = _float32(_values(base), out.dtype)
     for commit in commits:
-        acc = _float32(stored)
         with np.errstate(over="ignore", invalid="ignore"):
             for seed, coefficient in zip(commit.seeds, commit.coefficients, strict=True):
-                acc = acc + coefficient * spec.noise(elements, int(seed), tensor_id, distribution)
-        if out.dtype == torch.float32:
-            stored = acc
-        elif rounding is Rounding.STOCHASTIC:
-            addend = spec.rounding_bits(elements, commit.rounding_seed, tensor_id)
-            stored = _bfloat16(acc, addend)
-        else:
-            stored = _bfloat16(acc, np.uint32(0x7FFF) + ((acc.view(np.uint32) >> 16) & 1))
-    _values(out)[:] = stored
-    bad = ~np.isfinite(_float32(stored))
+                z = spec.noise(elements, int(seed), tensor_id, distribution, columns)
+                acc = acc + coefficient * z
+        acc = _rounded(acc, out.dtype, rounding, elements, commit.rounding_seed, tensor_id)
+    _values(out)[:] = _stored(acc, out.dtype)
+    bad = ~np.isfinite(acc)
     if bad.any():
         raise _not_finite(out, int(np.argmax(bad)), tensor_id, start, name)
 
@@ -302,7 +312,7 @@ def _check(out: torch.Tensor, base: torch.Tensor, tensor_id: int, start: int) ->
         )
     if out.dtype not in STORAGE_DTYPES:
         raise MismatchError(
-            f"Tensor {tensor_id} is {out.dtype}; load the model in float32 or bfloat16."
+            f"Tensor {tensor_id} is {out.dtype}; load the model in float32, bfloat16 or float16."
         )
     for tensor in (out, base):
         if not tensor.is_cpu or not tensor.is_contiguous():
@@ -449,26 +459,89 @@ def _join(commits: Sequence[Commit]) -> _Joined:
     )
 
 
+def _columns(out: torch.Tensor, columns: int | None, tensor_id: int) -> int:
+    """Length of the last dimension of the tensor that `out`, which has elements, is all or a part of."""
+    if columns is None:
+        return out.shape[-1] if out.ndim > 0 else 1
+    if not 0 < columns <= ELEMENTS_MAX:
+        raise NumericError(
+            f"Tensor {tensor_id}: {columns} columns are outside 1 .. 2**48; "
+            "give the length of the tensor's last dimension."
+        )
+    return columns
+
+
 def _values(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """The tensor's memory as a 1-D array: float32, or uint16 for bfloat16."""
+    """The tensor's memory as a 1-D array: float32, or uint16 for bfloat16 and float16."""
     plain = tensor.detach() if tensor.requires_grad else tensor
     wide = plain.dtype == torch.float32
     array: npt.NDArray[Any] = (plain if wide else plain.view(torch.uint16)).numpy()
     return array.reshape(-1)
 
 
-def _float32(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """Stored values as float32, exactly."""
-    if stored.dtype == np.float32:
-        return stored
-    return (stored.astype(np.uint32) << 16).view(np.float32)
+def _float32(stored: npt.NDArray[Any], dtype: torch.dtype) -> npt.NDArray[np.float32]:
+    """What `_values` of a tensor of `dtype` mean, exactly."""
+    if dtype == torch.float32:
+        return stored.copy()
+    if dtype == torch.bfloat16:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.view(np.float16).astype(np.float32)
 
 
-def _bfloat16(values: npt.NDArray[np.float32], addend: Any) -> npt.NDArray[np.uint16]:
-    """Bits of (bits + addend) without the low half; NaN and infinities keep their upper half."""
-    bits = values.view(np.uint32)
-    rounded = np.where(np.isfinite(values), bits + addend, bits)
-    return (rounded >> 16).astype(np.uint16)
+def _stored(values: npt.NDArray[np.float32], dtype: torch.dtype) -> npt.NDArray[Any]:
+    """The inverse of `_float32`, for values that `dtype` represents."""
+    if dtype == torch.float32:
+        return values
+    if dtype == torch.bfloat16:
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(np.float16).view(np.uint16)
+
+
+def _rounded(
+    acc: npt.NDArray[np.float32],
+    dtype: torch.dtype,
+    rounding: Rounding,
+    elements: npt.NDArray[np.int64],
+    rounding_seed: int,
+    tensor_id: int,
+) -> npt.NDArray[np.float32]:
+    """A commit's results as `dtype` represents them."""
+    if dtype == torch.float32:
+        return acc
+    bits = acc.view(np.uint32)
+    if dtype == torch.bfloat16:
+        addend: Any = np.uint32(0x7FFF) + (bits >> 16 & np.uint32(1))
+        if rounding is Rounding.STOCHASTIC:
+            addend = spec.rounding_bits(elements, rounding_seed, tensor_id)
+        # NaN and infinities keep their upper half.
+        rounded = np.where(np.isfinite(acc), bits + addend, bits)
+        return (rounded & np.uint32(0xFFFF0000)).view(np.float32)
+    if rounding is Rounding.NEAREST:
+        with np.errstate(over="ignore"):
+            return acc.astype(np.float16).astype(np.float32)
+    words = spec.rounding_words_float16(elements, rounding_seed, tensor_id)
+    return _float16_stochastic(acc, words)
+
+
+def _float16_stochastic(
+    acc: npt.NDArray[np.float32], words: npt.NDArray[np.uint32]
+) -> npt.NDArray[np.float32]:
+    """`acc` rounded to float16 by a random word for each, as float32."""
+    bits = acc.view(np.uint32)
+    magnitude = bits & np.uint32(0x7FFFFFFF)
+    # From 2**-14 on: 13 bits of the significand go, and the exponent's bias falls from 127 to 15.
+    normal = ((magnitude + (words >> 19)) >> 13) - np.uint32(112 << 10)
+    # Below, float16 is fixed-point, in units of 2**-24.
+    with np.errstate(over="ignore", invalid="ignore"):
+        units = magnitude.view(np.float32) * np.float32(2.0**24)
+        whole = np.floor(units)
+        uniform = (words >> 8).astype(np.float32) * np.float32(2.0**-24)
+        up = uniform < units - whole
+    small = np.where(magnitude < 0x38800000, whole, np.float32(0)).astype(np.uint32) + up
+    half = np.where(magnitude < 0x38800000, small, np.minimum(normal, np.uint32(0x7C00)))
+    half = np.where(magnitude > 0x7F800000, np.uint32(0x7E00), half)
+    signed = (half | bits >> 16 & np.uint32(0x8000)).astype(np.uint16)
+    return _float32(signed, torch.float16)
 
 
 def _not_finite(

@@ -66,6 +66,7 @@ class Weights:
                 tensor_id=entry.tensor_id,
                 distribution=self._distribution,
                 rounding=self._rounding,
+                columns=entry.columns,
                 threads=self._threads,
                 name=entry.name,
             )

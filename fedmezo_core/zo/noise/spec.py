@@ -1,6 +1,7 @@
 """The noise standard v1 as obvious, slow NumPy. This file *is* the specification.
 
-Every value is a pure function of (64-bit seed, tensor id, element index). A Philox4x32-10 block
+Every value is a pure function of (64-bit seed, tensor id, element index); those of the low-rank
+families depend on the length of the tensor's last dimension as well. A Philox4x32-10 block
 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives four 32-bit
 words. Each word is cut into `slots` values, the most significant bits first, laid out so that a *row*
 of 128 consecutive elements takes the same slot of the four words of 32 blocks:
@@ -44,14 +45,39 @@ ROW_ELEMENTS: Final = 4 * LANES
 DOMAIN_RADEMACHER: Final = 1
 DOMAIN_GAUSSIAN: Final = 2
 DOMAIN_ROUNDING: Final = 3
+DOMAIN_ROW_SIGNS: Final = 4
+DOMAIN_COLUMN_SIGNS: Final = 5
+DOMAIN_ROUNDING_FLOAT16: Final = 6
 """Fourth counter word: what the block's bits are for."""
+
+RANK_MAX: Final = 4
+"""Signs that each row and each column of a matrix has."""
 
 
 class Distribution(StrEnum):
-    """What the perturbation's elements are drawn from; mean 0 and variance 1."""
+    """What the perturbation's elements are drawn from; mean 0 and variance 1.
+
+    In the low-rank families a tensor is a matrix, whose columns are its last dimension, and the
+    perturbation is the sum of `rank` products of a sign for each row and one for each column.
+    """
 
     RADEMACHER = "rademacher"
     GAUSSIAN = "gaussian"
+    LOW_RANK_1 = "low_rank_1"
+    LOW_RANK_2 = "low_rank_2"
+    LOW_RANK_4 = "low_rank_4"
+
+    @property
+    def rank(self) -> int:
+        """Rank of a perturbation; 0 for the families whose perturbations have full rank."""
+        return _RANKS.get(self, 0)
+
+
+_RANKS: Final = {
+    Distribution.LOW_RANK_1: 1,
+    Distribution.LOW_RANK_2: 2,
+    Distribution.LOW_RANK_4: 4,
+}
 
 
 def _binary32(*patterns: int) -> Floats:
@@ -76,6 +102,12 @@ SIN: Final = _binary32(0x3F490FDB, 0xBDA55DDD, 0x3B232F49, 0xB816C981)
 """sin(pi/4 y) / y in y*y on [-1, 1], constant term first; error 3.2e-9."""
 COS: Final = _binary32(0x3F800000, 0xBE9DE9CE, 0x3C81D848, 0xB9A74225)
 """cos(pi/4 y) in y*y on [-1, 1], constant term first; error 3.8e-8."""
+LOW_RANK_SCALE: Final = {
+    1: _binary32(0x3F800000)[0],
+    2: _binary32(0x3F3504F3)[0],
+    4: _binary32(0x3F000000)[0],
+}
+"""1 / sqrt(rank): 1, 0.70710677 and 0.5."""
 
 
 def philox4x32(counter: tuple[Words, Words, Words, Words], seed: int) -> list[Words]:
@@ -174,8 +206,47 @@ def rounding_bits(elements: Elements, seed: int, tensor_id: int) -> Words:
     return (words >> (16 - 16 * slot).astype(np.uint32)) & np.uint32(0xFFFF)
 
 
-def noise(elements: Elements, seed: int, tensor_id: int, distribution: Distribution) -> Floats:
-    """`z(seed, tensor_id, element)` for an int64 array of element indices in any order, as float32."""
+def rounding_words_float16(elements: Elements, seed: int, tensor_id: int) -> Words:
+    """32 random bits an element, for stochastic rounding to float16."""
+    block, word, _ = locate(elements, slots=1)
+    return np.choose(word, block_words(block, seed, tensor_id, DOMAIN_ROUNDING_FLOAT16))
+
+
+def factor_signs(
+    indices: Elements, seed: int, tensor_id: int, domain: int
+) -> npt.NDArray[np.int32]:
+    """The four signs of each row or column, int32 [4, ...]: its four bits, the highest first; 1 is -1.
+
+    `domain` says whether `indices` number rows or columns.
+    """
+    block, word, slot = locate(indices, slots=8)
+    words = np.choose(word, block_words(block, seed, tensor_id, domain))
+    nibble = (words >> (28 - 4 * slot).astype(np.uint32)) & np.uint32(0xF)
+    bits = np.stack([nibble >> np.uint32(3 - k) & np.uint32(1) for k in range(RANK_MAX)])
+    return 1 - 2 * bits.astype(np.int32)
+
+
+def low_rank(elements: Elements, seed: int, tensor_id: int, rank: int, columns: int) -> Floats:
+    """Elements of sum over k < rank of u_k v_k^T, u_k and v_k vectors of signs, times 1 / sqrt(rank).
+
+    The factors of a lower rank are the first of a higher one's.
+    """
+    row_signs = factor_signs(elements // columns, seed, tensor_id, DOMAIN_ROW_SIGNS)[:rank]
+    column_signs = factor_signs(elements % columns, seed, tensor_id, DOMAIN_COLUMN_SIGNS)[:rank]
+    total = np.sum(row_signs * column_signs, axis=0, dtype=np.int32)
+    z: Floats = np.multiply(total.astype(np.float32), LOW_RANK_SCALE[rank], dtype=np.float32)
+    return z
+
+
+def noise(
+    elements: Elements, seed: int, tensor_id: int, distribution: Distribution, columns: int = 1
+) -> Floats:
+    """`z(seed, tensor_id, element)` for an int64 array of element indices in any order, as float32.
+
+    `columns`: length of the tensor's last dimension; only the low-rank families need it.
+    """
     if distribution is Distribution.RADEMACHER:
         return rademacher(elements, seed, tensor_id)
-    return gaussian(elements, seed, tensor_id)
+    if distribution is Distribution.GAUSSIAN:
+        return gaussian(elements, seed, tensor_id)
+    return low_rank(elements, seed, tensor_id, distribution.rank, columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import json
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from fedmezo_core.zo.materialize import (
     warm_up,
 )
 from fedmezo_core.zo.noise import Distribution, cpu, spec
+from tests.core.zo.test_noise_spec import columns_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "noise" / "v1.json"
 
@@ -36,6 +38,8 @@ STORAGE = [
     (torch.float32, Rounding.NEAREST),
     (torch.bfloat16, Rounding.NEAREST),
     (torch.bfloat16, Rounding.STOCHASTIC),
+    (torch.float16, Rounding.NEAREST),
+    (torch.float16, Rounding.STOCHASTIC),
 ]
 RADEMACHER: dict[str, Any] = {"distribution": Distribution.RADEMACHER, "rounding": Rounding.NEAREST}
 
@@ -86,6 +90,7 @@ sizes = st.integers(0, 700) | st.integers(3000, 6000)
     journals(),
     st.sampled_from(STORAGE),
     st.sampled_from(Distribution),
+    columns_of,
     places,
     sizes,
     st.integers(0, 2**32 - 1),
@@ -94,6 +99,7 @@ def test_equals_the_reference(
     journal: tuple[list[Commit], np.random.Generator],
     storage: tuple[torch.dtype, Rounding],
     distribution: Distribution,
+    columns: int,
     start: int,
     size: int,
     tensor_id: int,
@@ -104,6 +110,7 @@ def test_equals_the_reference(
     how: dict[str, Any] = {
         "tensor_id": tensor_id,
         "start": start,
+        "columns": columns,
         "distribution": distribution,
         "rounding": storage[1],
     }
@@ -128,6 +135,7 @@ def cut(draw: st.DataObject, whole: int) -> list[tuple[int, int]]:
     journals(),
     st.sampled_from(STORAGE),
     st.sampled_from(Distribution),
+    columns_of,
     places,
     sizes,
     st.sampled_from([1, 2, 3]),
@@ -137,6 +145,7 @@ def test_any_way_of_calling_gives_the_same_bits(
     journal: tuple[list[Commit], np.random.Generator],
     storage: tuple[torch.dtype, Rounding],
     distribution: Distribution,
+    columns: int,
     start: int,
     size: int,
     threads: int,
@@ -146,6 +155,7 @@ def test_any_way_of_calling_gives_the_same_bits(
     base = weights_of(generator, size, storage[0])
     how: dict[str, Any] = {
         "tensor_id": 4,
+        "columns": columns,
         "distribution": distribution,
         "rounding": storage[1],
     }
@@ -185,6 +195,7 @@ def test_threads_over_many_tiles(
     how: dict[str, Any] = {
         "tensor_id": 4,
         "start": 77,
+        "columns": 768,
         "distribution": distribution,
         "rounding": storage[1],
     }
@@ -241,6 +252,7 @@ def fans(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
     fans(),
     st.sampled_from(STORAGE),
     st.sampled_from(Distribution),
+    columns_of,
     places,
     sizes,
     st.sampled_from([1, 2, 3]),
@@ -250,6 +262,7 @@ def test_a_fan_equals_one_call_for_each_output(
     fan: tuple[list[Commit], np.random.Generator],
     storage: tuple[torch.dtype, Rounding],
     distribution: Distribution,
+    columns: int,
     start: int,
     size: int,
     threads: int,
@@ -260,6 +273,7 @@ def test_a_fan_equals_one_call_for_each_output(
     kept = base.clone()
     how: dict[str, Any] = {
         "tensor_id": 4,
+        "columns": columns,
         "distribution": distribution,
         "rounding": storage[1],
     }
@@ -290,6 +304,7 @@ def test_a_fan_in_threads_over_many_tiles(
     how: dict[str, Any] = {
         "tensor_id": 4,
         "start": 77,
+        "columns": 768,
         "distribution": distribution,
         "rounding": storage[1],
     }
@@ -389,15 +404,17 @@ def test_golden_weights(build: Any, case: dict[str, Any]) -> None:
     build(
         out, base, commits, tensor_id=case["tensor_id"], start=case["start"],
         distribution=Distribution(case["distribution"]), rounding=Rounding(case["rounding"]),
+        columns=case.get("columns"),
     )  # fmt: skip
     digits = 8 if dtype == torch.float32 else 4
     got = bits(out).tolist()
     assert " ".join(f"{v & (16**digits - 1):0{digits}x}" for v in got) == case["result"]
 
 
-def test_nearest_rounds_like_torch() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_nearest_rounds_like_torch(dtype: torch.dtype) -> None:
     generator = np.random.default_rng(5)
-    base = weights_of(generator, 9000, torch.bfloat16)
+    base = weights_of(generator, 9000, dtype)
     commit = commit_of(generator, 1, scale=1e-2)
     rounded, exact = torch.empty_like(base), torch.empty(9000)
     for distribution in Distribution:
@@ -409,7 +426,66 @@ def test_nearest_rounds_like_torch() -> None:
             exact, base.float(), [commit], tensor_id=0,
             distribution=distribution, rounding=Rounding.NEAREST,
         )  # fmt: skip
-        assert_same_bits(rounded, exact.to(torch.bfloat16))
+        assert_same_bits(rounded, exact.to(dtype))
+
+
+def float16_of_all_patterns() -> torch.Tensor:
+    patterns = torch.arange(65_536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
+    return patterns[torch.isfinite(patterns)]
+
+
+@pytest.mark.parametrize("rounding", list(Rounding))
+@pytest.mark.parametrize("build", [materialize, materialize_reference])
+def test_what_float16_represents_is_unchanged(build: Any, rounding: Rounding) -> None:
+    """Whatever the random bits; adding -0 keeps the sign of zeros too."""
+    base = float16_of_all_patterns()
+    sign = spec.rademacher(np.zeros(1, np.int64), 5, 0)[0]
+    for rounding_seed in range(8):
+        out = torch.empty_like(base)
+        nothing = Commit(np.array([], np.uint64), np.array([], np.float32), rounding_seed)
+        build(
+            out, base, [nothing], tensor_id=0,
+            distribution=Distribution.RADEMACHER, rounding=rounding,
+        )  # fmt: skip
+        assert_same_bits(out, base)
+        zero = Commit(np.array([5], np.uint64), np.array([-0.0 * sign], np.float32), rounding_seed)
+        build(
+            out, base, [zero], tensor_id=0, distribution=Distribution.RADEMACHER, rounding=rounding
+        )
+        assert torch.equal(out, base)
+
+
+def test_float16_rounds_to_a_neighbour_and_right_on_average() -> None:
+    """Also among subnormals, and to and from the smallest normal number."""
+    count, tensor_id = 1 << 15, 0
+    signs = spec.rademacher(np.arange(count, dtype=np.int64), 5, tensor_id)
+    unit = 2.0**-24
+    for value, step in ((1.0, 2.0**-10), (2.0**-14, unit), (1000 * unit, unit), (0.0, unit)):
+        base = torch.full((count,), value, dtype=torch.float16)
+        for share in (0.3, 1e-3):
+            commit = Commit(np.array([5], np.uint64), np.array([share * step], np.float32), 123)
+            out = torch.empty_like(base)
+            materialize(
+                out, base, [commit], tensor_id=tensor_id,
+                distribution=Distribution.RADEMACHER, rounding=Rounding.STOCHASTIC,
+            )  # fmt: skip
+            moved = (out.double().numpy() - value) * signs / step
+            assert ((moved >= 0) & (moved <= 1)).all()
+            error = np.abs(moved.mean() - share) / math.sqrt(share / count)
+            assert error < 4.5
+
+
+def test_float16_ties_and_the_limit() -> None:
+    base = torch.tensor([2048.0, 2050.0, 65504.0, 3 * 2.0**-24, 4 * 2.0**-24], dtype=torch.float16)
+    steps = [1.0, 1.0, 15.9, 2.0**-25, 2.0**-25]
+    expected = [2048.0, 2052.0, 65504.0, 4 * 2.0**-24, 4 * 2.0**-24]
+    for i, step in enumerate(steps):
+        sign = spec.rademacher(np.zeros(1, np.int64), 5, 0)[0]
+        commit = Commit(np.array([5], np.uint64), np.array([step * sign], np.float32), 0)
+        for build in (materialize, materialize_reference):
+            out = torch.empty(1, dtype=torch.float16)
+            build(out, base[i : i + 1], [commit], tensor_id=0, **RADEMACHER)
+            assert out.item() == expected[i]
 
 
 def test_stochastic_rounding_is_right_on_average() -> None:
@@ -442,12 +518,10 @@ def test_subnormals_are_kept_even_where_torch_flushes_them(
     storage: tuple[torch.dtype, Rounding],
 ) -> None:
     count = 400_000  # enough for the pool's threads to take part
-    base = torch.full((count,), 3e-40).to(storage[0])
-    commits = [
-        Commit(
-            np.arange(4, dtype=np.uint64), np.array([1e-41, 3e-42, 1e-45, -2e-41], np.float32), 9
-        )
-    ]
+    scale = 1.0 if storage[0] != torch.float16 else 2.0**110  # float16's begin below 6.1e-5
+    base = torch.full((count,), 3e-40 * scale).to(storage[0])
+    steps = np.array([1e-41, 3e-42, 1e-45, -2e-41]) * scale
+    commits = [Commit(np.arange(4, dtype=np.uint64), steps.astype(np.float32), 9)]
     how: dict[str, Any] = {
         "tensor_id": 0,
         "distribution": Distribution.GAUSSIAN,
@@ -527,7 +601,7 @@ def test_an_overflow_is_named(storage: tuple[torch.dtype, Rounding]) -> None:
     base = torch.zeros(5000, dtype=storage[0])
     base[4999] = torch.finfo(storage[0]).max
     sign = spec.rademacher(np.array([4999], dtype=np.int64), 5, 0)[0]
-    huge = np.array([3e38], dtype=np.float32)
+    huge = np.array([0.9 * torch.finfo(storage[0]).max], dtype=np.float32)
     seeds = np.array([5], dtype=np.uint64)
     commits = [Commit(seeds, sign * huge, 1), Commit(seeds, -sign * huge, 2)]
     for build in (materialize, materialize_reference):
@@ -579,7 +653,8 @@ def refused() -> Sequence[tuple[str, type[Exception], torch.Tensor, torch.Tensor
     return [
         ("one size", MismatchError, zeros, torch.zeros(9), {}),
         ("one dtype", MismatchError, zeros, zeros.bfloat16(), {}),
-        ("float32 or bfloat16", MismatchError, zeros.double(), zeros.double(), {}),
+        ("one dtype", MismatchError, zeros.half(), zeros.bfloat16(), {}),
+        ("float32, bfloat16 or float16", MismatchError, zeros.double(), zeros.double(), {}),
         ("contiguous", MismatchError, zeros, torch.zeros(8, 2)[:, 0], {}),
         ("CPU", MismatchError, zeros, zeros.to("meta"), {}),
         ("overlap", MismatchError, memory[4:], memory[:8], {}),
@@ -587,6 +662,8 @@ def refused() -> Sequence[tuple[str, type[Exception], torch.Tensor, torch.Tensor
         ("tensor id", NumericError, zeros, zeros, {"tensor_id": -1}),
         ("elements", NumericError, zeros, zeros, {"start": -1}),
         ("elements", NumericError, zeros, zeros, {"start": 2**48 - 7}),
+        ("columns", NumericError, zeros, zeros, {"columns": 0}),
+        ("columns", NumericError, zeros, zeros, {"columns": 2**48 + 1}),
     ]
 
 
@@ -614,6 +691,9 @@ def test_shapes_parameters_and_empty_tensors() -> None:
     parameter = torch.nn.Parameter(torch.ones(6, 50))
     materialize(parameter, parameter, [commit], tensor_id=0, **RADEMACHER)
     assert_same_bits(parameter.detach().view(-1), flat)
+    one = torch.ones(())
+    materialize(one, one, [commit], tensor_id=0, **RADEMACHER)
+    assert one == flat[0]
     row = torch.empty(2, 50)
     materialize(row, torch.ones(2, 50), [commit], tensor_id=0, start=100, **RADEMACHER)
     assert_same_bits(row, flat.view(6, 50)[2:4])
@@ -649,6 +729,26 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
         for fan in ([local], [local, local, local]):
             materialize_fan(outs[: len(fan)], weights, fan, **how)
     assert [len(kernel.signatures) for kernel in kernels] == [1] * len(kernels)
+
+
+def test_the_last_dimension_is_the_columns() -> None:
+    commit = commit_of(np.random.default_rng(0), 3)
+    how: dict[str, Any] = {"distribution": Distribution.LOW_RANK_2, "rounding": Rounding.NEAREST}
+    flat, matrix, deep = torch.ones(6 * 50), torch.ones(6, 50), torch.ones(3, 2, 50)
+    materialize(flat, flat, [commit], tensor_id=0, columns=50, **how)
+    materialize(matrix, matrix, [commit], tensor_id=0, **how)
+    materialize(deep, deep, [commit], tensor_id=0, **how)
+    assert_same_bits(matrix.view(-1), flat)
+    assert_same_bits(deep.view(-1), flat)
+    block = torch.empty(2, 50)
+    materialize(block, torch.ones(2, 50), [commit], tensor_id=0, start=100, **how)
+    assert_same_bits(block, matrix[2:4])
+    one, row = torch.ones(()), torch.ones(1)
+    materialize(one, one, [commit], tensor_id=0, **how)
+    materialize(row, row, [commit], tensor_id=0, **how)
+    assert one == row[0]
+    with pytest.raises(AssertionError):
+        assert_same_bits(flat, torch.ones(300))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -13,19 +13,32 @@ from hypothesis import strategies as st
 
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution, cpu, noise
-from tests.core.zo.test_noise_spec import golden_noise, seeds, starts, tensor_ids
+from tests.core.zo.test_noise_spec import (
+    LOW_RANK,
+    columns_of,
+    golden_noise,
+    seeds,
+    starts,
+    tensor_ids,
+)
 
 ROW, TILE = 128, cpu.TILE_ELEMENTS
 
 
 def generated(
-    seed: int, tensor_id: int, start: int, count: int, distribution: Distribution, threads: int = 1
+    seed: int,
+    tensor_id: int,
+    start: int,
+    count: int,
+    distribution: Distribution,
+    columns: int = 1,
+    threads: int = 1,
 ) -> npt.NDArray[np.float32]:
     """`z` by the kernels: minus zero is the one float to which adding z gives z, zeros included."""
     out = torch.full((count,), -0.0)
     pair = Commit(np.array([seed], np.uint64), np.ones(1, np.float32), 0)
     materialize(
-        out, out, [pair], tensor_id=tensor_id, start=start, threads=threads,
+        out, out, [pair], tensor_id=tensor_id, start=start, columns=columns, threads=threads,
         distribution=distribution, rounding=Rounding.NEAREST,
     )  # fmt: skip
     return out.numpy()
@@ -44,6 +57,15 @@ def test_golden_vectors(case: dict[str, Any]) -> None:
     assert " ".join(f"{bits:08x}" for bits in normals.view(np.uint32)) == case["gaussian"]
 
 
+@pytest.mark.parametrize("case", golden_noise("noise_added"), ids=lambda case: f"{case['start']}")
+@pytest.mark.parametrize("distribution", LOW_RANK)
+def test_golden_vectors_of_low_rank(case: dict[str, Any], distribution: Distribution) -> None:
+    expected = case[distribution].split()
+    place = int(case["seed"], 16), case["tensor_id"], case["start"], len(expected)
+    values = generated(*place, distribution, case["columns"])
+    assert [f"{bits:08x}" for bits in values.view(np.uint32)] == expected
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     seeds,
@@ -51,36 +73,37 @@ def test_golden_vectors(case: dict[str, Any]) -> None:
     starts,
     st.integers(0, 900) | st.integers(0, 9000),
     st.sampled_from(Distribution),
+    columns_of,
 )
 def test_any_range(
-    seed: int, tensor_id: int, start: int, count: int, distribution: Distribution
+    seed: int, tensor_id: int, start: int, count: int, distribution: Distribution, columns: int
 ) -> None:
     start = min(start, 2**48 - count)
     elements = np.arange(start, start + count, dtype=np.int64)
-    expected = noise(elements, seed, tensor_id, distribution)
-    assert_same_bits(generated(seed, tensor_id, start, count, distribution), expected)
+    expected = noise(elements, seed, tensor_id, distribution, columns)
+    assert_same_bits(generated(seed, tensor_id, start, count, distribution, columns), expected)
 
 
 @pytest.mark.parametrize("distribution", list(Distribution))
-@pytest.mark.parametrize("origin", [0, 2**35, 2**39])
-def test_every_alignment_and_length(distribution: Distribution, origin: int) -> None:
+@pytest.mark.parametrize(("origin", "columns"), [(0, 1), (2**35, 768), (2**39, 130)])
+def test_every_alignment_and_length(distribution: Distribution, origin: int, columns: int) -> None:
     """All offsets around row and tile edges, with lengths around the same edges."""
     elements = np.arange(origin, origin + 3 * TILE, dtype=np.int64)
-    expected = noise(elements, 12345, 6, distribution)
+    expected = noise(elements, 12345, 6, distribution, columns)
     near = [0, 1, 2, 31, 32, 33, 63, 64, 65, 96, 127]
     offsets = [*range(ROW + 1), *(TILE - step for step in near), TILE + 1]
     lengths = [*near[1:], ROW, ROW + 1, TILE - 1, TILE, TILE + 1]
     for i, offset in enumerate(offsets):
         for length in lengths[i % 3 :: 3]:
-            got = generated(12345, 6, origin + offset, length, distribution)
+            got = generated(12345, 6, origin + offset, length, distribution, columns)
             assert_same_bits(got, expected[offset : offset + length])
 
 
 @pytest.mark.parametrize("distribution", list(Distribution))
-@pytest.mark.parametrize("threads", [2, 3, 7])
-def test_threads_change_nothing(distribution: Distribution, threads: int) -> None:
+@pytest.mark.parametrize(("threads", "columns"), [(2, 768), (3, 2**40), (7, 5)])
+def test_threads_change_nothing(distribution: Distribution, threads: int, columns: int) -> None:
     count, start = 1_200_003, 2**33 - 12_345
-    whole = generated(9, 1, start, count, distribution)
-    assert_same_bits(generated(9, 1, start, count, distribution, threads), whole)
+    whole = generated(9, 1, start, count, distribution, columns)
+    assert_same_bits(generated(9, 1, start, count, distribution, columns, threads), whole)
     picked = np.random.default_rng(0).integers(0, count, 3000)
-    assert_same_bits(whole[picked], noise(picked + start, 9, 1, distribution))
+    assert_same_bits(whole[picked], noise(picked + start, 9, 1, distribution, columns))

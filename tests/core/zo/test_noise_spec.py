@@ -23,10 +23,16 @@ tensor_ids = st.integers(0, 2**32 - 1)
 starts = st.integers(0, 2**40) | st.integers(0, 300) | st.integers(2**48 - 2000, 2**48 - 1000)
 
 
-def golden_noise() -> list[dict[str, Any]]:
+LOW_RANK = [distribution for distribution in Distribution if distribution.rank]
+columns_of = (
+    st.integers(1, 40) | st.sampled_from([127, 128, 768, 4096, 5000]) | st.integers(1, 2**48)
+)
+
+
+def golden_noise(part: str = "noise") -> list[dict[str, Any]]:
     golden = json.loads(GOLDEN.read_text())
     assert golden["version"] == NOISE_VERSION == 1
-    cases: list[dict[str, Any]] = golden["noise"]
+    cases: list[dict[str, Any]] = golden[part]
     return cases
 
 
@@ -60,7 +66,19 @@ def test_golden_vectors(case: dict[str, Any]) -> None:
     assert " ".join(f"{bits:04x}" for bits in bits_16) == case["rounding"]
 
 
-@pytest.mark.parametrize("slots", [1, 2, 32])
+@pytest.mark.parametrize("case", golden_noise("noise_added"), ids=lambda case: f"{case['start']}")
+def test_golden_vectors_of_added_domains(case: dict[str, Any]) -> None:
+    seed, tensor_id, start = int(case["seed"], 16), case["tensor_id"], case["start"]
+    words = case["rounding_float16"].split()
+    elements = np.arange(start, start + len(words), dtype=np.int64)
+    for distribution in LOW_RANK:
+        values = noise(elements, seed, tensor_id, distribution, case["columns"])
+        assert [f"{bits:08x}" for bits in values.view(np.uint32)] == case[distribution].split()
+    got = spec.rounding_words_float16(elements, seed, tensor_id)
+    assert [f"{word:08x}" for word in got] == words
+
+
+@pytest.mark.parametrize("slots", [1, 2, 8, 32])
 def test_layout_gives_each_element_its_own_bits(slots: int) -> None:
     elements = np.arange(3 * 128 * slots, dtype=np.int64) + 2**40
     block, word, slot = spec.locate(elements, slots)
@@ -70,15 +88,23 @@ def test_layout_gives_each_element_its_own_bits(slots: int) -> None:
     assert np.array_equal(np.unique(block), np.arange(3 * 32) + 2**40 // (4 * slots))
 
 
-@given(seeds, tensor_ids, starts, st.sampled_from(Distribution), st.randoms(use_true_random=False))
+@given(
+    seeds,
+    tensor_ids,
+    starts,
+    st.sampled_from(Distribution),
+    columns_of,
+    st.randoms(use_true_random=False),
+)
 def test_an_element_does_not_depend_on_its_company(
-    seed: int, tensor_id: int, start: int, distribution: Distribution, random: Any
+    seed: int, tensor_id: int, start: int, distribution: Distribution, columns: int, random: Any
 ) -> None:
     elements = np.arange(start, start + 300, dtype=np.int64)
-    values = noise(elements, seed, tensor_id, distribution)
+    values = noise(elements, seed, tensor_id, distribution, columns)
     assert values.dtype == np.float32
     picked = random.sample(range(300), 20)
-    assert np.array_equal(noise(elements[picked], seed, tensor_id, distribution), values[picked])
+    again = noise(elements[picked], seed, tensor_id, distribution, columns)
+    assert np.array_equal(again, values[picked])
 
 
 def exact_box_muller(radius_word: Any, angle_word: Any) -> tuple[Any, Any]:
@@ -155,3 +181,61 @@ def test_rounding_bits_are_uniform() -> None:
     chi_squared = float(np.sum((counts - expected) ** 2 / expected))
     assert chi_squared < 255 + 5 * math.sqrt(2 * 255)
     assert abs(float((bits & 0xFF).mean()) - 127.5) < 4 * 73.9 / math.sqrt(1 << 18)
+
+
+@pytest.mark.parametrize("distribution", LOW_RANK)
+def test_a_low_rank_direction_is_what_its_name_says(distribution: Distribution) -> None:
+    rows, columns, rank = 200, 300, distribution.rank
+    elements = np.arange(rows * columns, dtype=np.int64)
+    matrix = noise(elements, 2026, 5, distribution, columns).reshape(rows, columns)
+    u = spec.factor_signs(np.arange(rows, dtype=np.int64), 2026, 5, spec.DOMAIN_ROW_SIGNS)
+    v = spec.factor_signs(np.arange(columns, dtype=np.int64), 2026, 5, spec.DOMAIN_COLUMN_SIGNS)
+    assert set(np.unique(u)) == set(np.unique(v)) == {-1, 1}
+    total = np.einsum("ki,kj->ij", u[:rank], v[:rank])
+    assert np.array_equal(matrix, total.astype(np.float32) * np.float32(1 / math.sqrt(rank)))
+    assert np.linalg.matrix_rank(total) == rank
+
+
+@pytest.mark.parametrize("distribution", LOW_RANK)
+def test_low_rank_moments(distribution: Distribution) -> None:
+    """Over seeds: mean 0, variance 1, unrelated elements, unrelated directions."""
+    rows, columns, count = 24, 40, 1500
+    elements = np.arange(rows * columns, dtype=np.int64)
+    values = np.stack([noise(elements, seed, 5, distribution, columns) for seed in range(count)])
+    directions = values.astype(np.float64)
+    rank = distribution.rank
+    z_scores = directions.sum(axis=0) / math.sqrt(count)
+    assert np.abs(z_scores).max() < 5.5
+    # The variance of z * z is 2 - 2 / rank: a direction's norm is fixed at rank 1.
+    squares = (directions**2 - 1).sum(axis=0) / math.sqrt(count)
+    assert np.abs(squares).max() < 1e-6 + 5.5 * math.sqrt(2 - 2 / rank)
+    # Two elements of one direction, in one row, in one column, and in neither.
+    grid = directions.reshape(count, rows, columns)
+    others = (grid[:, 0, 1:], grid[:, 1:, 0], grid[:, 1, 1:])
+    for other in others:
+        products = np.einsum("n,nk->k", grid[:, 0, 0], other) / math.sqrt(count)
+        assert np.abs(products).max() < 5.5
+    # The inner product of two directions has variance rows * columns, as of full rank.
+    inner = np.einsum("nd,nd->n", directions[:-1], directions[1:]) / math.sqrt(rows * columns)
+    assert abs(inner.mean()) * math.sqrt(count) < 4.5
+    assert 0.8 < inner.var() < 1.25
+
+
+def test_factors_are_unrelated_to_each_other_and_to_other_noise() -> None:
+    count = 1 << 16
+    indices = np.arange(count, dtype=np.int64)
+    factors = [
+        *spec.factor_signs(indices, 2026, 5, spec.DOMAIN_ROW_SIGNS),
+        *spec.factor_signs(indices, 2026, 5, spec.DOMAIN_COLUMN_SIGNS),
+        spec.factor_signs(indices, 2027, 5, spec.DOMAIN_ROW_SIGNS)[0],
+        spec.factor_signs(indices, 2026, 6, spec.DOMAIN_ROW_SIGNS)[0],
+        spec.rademacher(indices, 2026, 5),
+        np.where(spec.rounding_words_float16(indices, 2026, 5) >> 31 == 1, -1, 1),
+        np.ones(count),
+    ]
+    for one, other in itertools.combinations(factors, 2):
+        assert abs(float(np.sum(one * other, dtype=np.float64))) / math.sqrt(count) < 4.5
+    for factor in factors[:4]:
+        for lag in (1, 2, 8, 31, 32, 33, 64, 128, 1024):
+            total = float(np.sum(factor * np.roll(factor, lag), dtype=np.float64))
+            assert abs(total) / math.sqrt(count) < 4.5

@@ -1,10 +1,12 @@
-"""Write v1.json from the specification. Run once for each version of the standard, never to fix a test.
+"""Write v1.json from the specification. Run to add a domain or a type, never to fix a test: what is
+there stays, byte for byte.
 
 python tests/golden/noise/generate.py > tests/golden/noise/v1.json
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -28,6 +30,8 @@ PLACES = [
     (42, 2, 2**48 - 64),
 ]
 COUNT = 64
+COLUMNS = [1, 3, 64, 768, 4096, 11, 2**40, 5]
+"""Lengths of the last dimension, one for each place."""
 
 
 def hexadecimal(values: npt.NDArray[Any]) -> list[str]:
@@ -51,6 +55,31 @@ def main() -> None:
                 "rounding": " ".join(hexadecimal(bits)),
             }
         )
+    added = []
+    for (seed, tensor_id, start), columns in zip(PLACES, COLUMNS, strict=True):
+        elements = np.arange(start, start + COUNT, dtype=np.int64)
+        added.append(
+            {
+                "seed": f"{seed:016x}",
+                "tensor_id": tensor_id,
+                "start": start,
+                "columns": columns,
+                **{
+                    distribution.value: " ".join(
+                        hexadecimal(
+                            spec.noise(elements, seed, tensor_id, distribution, columns).view(
+                                np.uint32
+                            )
+                        )
+                    )
+                    for distribution in Distribution
+                    if distribution.rank
+                },
+                "rounding_float16": " ".join(
+                    hexadecimal(spec.rounding_words_float16(elements, seed, tensor_id))
+                ),
+            }
+        )
     weights = []
     commits = [
         Commit(
@@ -64,45 +93,57 @@ def main() -> None:
             rounding_seed=2**64 - 1,
         ),
     ]
-    for distribution in Distribution:
-        for dtype, rounding in (
-            (torch.float32, Rounding.NEAREST),
-            (torch.bfloat16, Rounding.NEAREST),
-            (torch.bfloat16, Rounding.STOCHASTIC),
-        ):
-            base = (torch.arange(48, dtype=torch.float32) - 24).mul(2.0**-9).to(dtype)
-            out = torch.empty_like(base)
-            start = 2**33 - 16
-            materialize_reference(
-                out,
-                base,
-                commits,
-                tensor_id=5,
-                start=start,
-                distribution=distribution,
-                rounding=rounding,
-            )
-            bits_of = torch.uint32 if dtype == torch.float32 else torch.uint16
-            weights.append(
-                {
-                    "distribution": distribution.value,
-                    "dtype": str(dtype).removeprefix("torch."),
-                    "rounding": rounding.value,
-                    "base": "element i is (i - 24) / 512, for i = 0 .. 47",
-                    "tensor_id": 5,
-                    "start": start,
-                    "commits": [
-                        {
-                            "seeds": hexadecimal(commit.seeds),
-                            "coefficients": hexadecimal(commit.coefficients.view(np.uint32)),
-                            "rounding_seed": f"{commit.rounding_seed:016x}",
-                        }
-                        for commit in commits
-                    ],
-                    "result": " ".join(hexadecimal(out.view(bits_of).numpy())),
-                }
-            )
-    print(json.dumps({"version": NOISE_VERSION, "noise": noise, "weights": weights}, indent=1))
+    first_types = [
+        (torch.float32, Rounding.NEAREST),
+        (torch.bfloat16, Rounding.NEAREST),
+        (torch.bfloat16, Rounding.STOCHASTIC),
+    ]
+    float16 = [(torch.float16, Rounding.NEAREST), (torch.float16, Rounding.STOCHASTIC)]
+    full_rank = [Distribution.RADEMACHER, Distribution.GAUSSIAN]
+    low_rank = [distribution for distribution in Distribution if distribution.rank]
+    cases = [
+        *itertools.product(full_rank, first_types),
+        *itertools.product(low_rank, first_types),
+        *itertools.product(Distribution, float16),
+    ]
+    for distribution, (dtype, rounding) in cases:
+        base = (torch.arange(48, dtype=torch.float32) - 24).mul(2.0**-9).to(dtype)
+        out = torch.empty_like(base)
+        start = 2**33 - 16
+        shape: dict[str, Any] = {"columns": 7} if distribution.rank else {}
+        materialize_reference(
+            out,
+            base,
+            commits,
+            tensor_id=5,
+            start=start,
+            distribution=distribution,
+            rounding=rounding,
+            **shape,
+        )
+        bits_of = torch.uint32 if dtype == torch.float32 else torch.uint16
+        weights.append(
+            {
+                "distribution": distribution.value,
+                "dtype": str(dtype).removeprefix("torch."),
+                "rounding": rounding.value,
+                "base": "element i is (i - 24) / 512, for i = 0 .. 47",
+                "tensor_id": 5,
+                "start": start,
+                **shape,
+                "commits": [
+                    {
+                        "seeds": hexadecimal(commit.seeds),
+                        "coefficients": hexadecimal(commit.coefficients.view(np.uint32)),
+                        "rounding_seed": f"{commit.rounding_seed:016x}",
+                    }
+                    for commit in commits
+                ],
+                "result": " ".join(hexadecimal(out.view(bits_of).numpy())),
+            }
+        )
+    golden = {"version": NOISE_VERSION, "noise": noise, "weights": weights, "noise_added": added}
+    print(json.dumps(golden, indent=1))
 
 
 if __name__ == "__main__":
