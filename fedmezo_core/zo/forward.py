@@ -17,9 +17,9 @@ from __future__ import annotations
 import functools
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 from torch import nn
@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.errors import ModelError
-from fedmezo_core.zo.manifest import Manifest, trained_tensors
+from fedmezo_core.zo.homes import hooked_parameters, offload_hooks, put_back
+from fedmezo_core.zo.manifest import Manifest, tensor_ids, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize_fan
 from fedmezo_core.zo.noise import Distribution
 
@@ -91,6 +92,7 @@ class Forward:
         self._rounding = rounding
         self._threads = threads
         self._scratch = _Scratch()
+        self._model = model
         self._owners = _owners(model, manifest)
         self._names = {module: name for name, module in model.named_modules()}
         self._guard: _DirectReadGuard | None = _DirectReadGuard(manifest, model)
@@ -106,6 +108,7 @@ class Forward:
         architecture reads a parameter where it can't be perturbed.
         """
         with ExitStack() as stack:
+            stack.enter_context(_emptied_after_errors(self._model))
             stack.enter_context(self._running(_Pass(tuple(points), rows, tokens)))
             for module, owned in self._owners.items():
                 stack.enter_context(_computing(module, functools.partial(self._moved, owned)))
@@ -288,18 +291,9 @@ class Forward:
             threads=self._threads,
         )
 
-    @contextmanager
-    def _unguarded(self) -> Iterator[None]:
+    def _unguarded(self) -> AbstractContextManager[None]:
         """Reading the base weights is our own doing here."""
-        guard = self._guard
-        if guard is None:
-            yield
-            return
-        guard.paused = True
-        try:
-            yield
-        finally:
-            guard.paused = False
+        return nullcontext() if self._guard is None else self._guard.aside()
 
     def _inseparable(self, module: nn.Module, seen: torch.Tensor) -> InseparableError:
         current = self._pass
@@ -381,13 +375,67 @@ class _DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # t
 
     def __init__(self, manifest: Manifest, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.paused = False
+        self._paused = False
+        self._model = model
+        self._names = tensor_ids(model, manifest).keys()
+        self._visiting: dict[str, tuple[int, int]] = {}
         spans = sorted(
             (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, entry.name)
             for entry, tensor in zip(manifest, trained_tensors(model, manifest), strict=True)
         )
         self._starts = [span[0] for span in spans]
         self._spans = spans
+
+    def __enter__(self) -> Self:
+        for prefix, module in self._model.named_modules():
+            for hook in offload_hooks(module):
+                hook.pre_forward = functools.partial(self._arriving, prefix, hook.pre_forward, hook)
+                hook.post_forward = functools.partial(
+                    self._leaving, prefix, hook.post_forward, hook
+                )
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for module in self._model.modules():
+            for hook in offload_hooks(module):
+                del hook.pre_forward, hook.post_forward
+        self._visiting.clear()
+
+    def _arriving(
+        self,
+        prefix: str,
+        original: Callable[..., Any],
+        hook: Any,
+        module: nn.Module,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Offloaded parameters are copied to the device: now they can be read there."""
+        with self.aside():
+            result = original(module, *args, **kwargs)
+        for name, _, parameter in hooked_parameters(prefix, module, hook):
+            if name in self._names:
+                first = parameter.data_ptr()
+                self._visiting[name] = first, first + parameter.nbytes
+        return result
+
+    def _leaving(
+        self, prefix: str, original: Callable[..., Any], hook: Any, module: nn.Module, output: Any
+    ) -> Any:
+        for name, _, _ in hooked_parameters(prefix, module, hook):
+            self._visiting.pop(name, None)
+        with self.aside():
+            return original(module, output)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While open, reads are no concern of the guard's."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
 
     def __torch_dispatch__(
         self,
@@ -397,7 +445,7 @@ class _DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # t
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not self.paused:
+        if not self._paused:
             for value in _tensors((args, tuple(kwargs.values()))):
                 self._check(value, func)
         return func(*args, **kwargs)
@@ -405,9 +453,11 @@ class _DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # t
     def _check(self, tensor: torch.Tensor, func: Any) -> None:
         address = tensor.data_ptr()
         index = bisect_right(self._starts, address) - 1
-        if index >= 0 and address < self._spans[index][1]:
+        read = [self._spans[index][2]] if index >= 0 and address < self._spans[index][1] else []
+        read += [name for name, (first, end) in self._visiting.items() if first <= address < end]
+        if read:
             raise ModelError(
-                f"This architecture reads parameter {self._spans[index][2]} outside the module that "
+                f"This architecture reads parameter {read[0]} outside the module that "
                 f"owns it ({func}), where it can't be perturbed; train a LoRA adapter on other "
                 "modules, or use another model."
             )
@@ -415,16 +465,14 @@ class _DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # t
 
 def _owners(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[_Owned]]:
     """Modules with trained parameters of their own, and which; attributes sorted by name."""
-    tensors = trained_tensors(model, manifest)
-    by_address = {
-        tensor.data_ptr(): entry.tensor_id for entry, tensor in zip(manifest, tensors, strict=True)
-    }
+    trained_tensors(model, manifest)
+    ids = tensor_ids(model, manifest)
     owners: dict[nn.Module, list[_Owned]] = {}
     for name, module in model.named_modules():
         owned = [
-            _Owned(attribute, by_address[parameter.data_ptr()])
-            for attribute, parameter in sorted(module.named_parameters(recurse=False))
-            if parameter.data_ptr() in by_address
+            _Owned(attribute, ids[path])
+            for attribute in sorted(module._parameters)
+            if (path := f"{name}.{attribute}" if name else attribute) in ids
         ]
         if not owned:
             continue
@@ -435,6 +483,15 @@ def _owners(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[_Owned
             )
         owners[module] = owned
     return owners
+
+
+@contextmanager
+def _emptied_after_errors(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        put_back(model)
+        raise
 
 
 @contextmanager

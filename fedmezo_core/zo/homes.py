@@ -56,10 +56,10 @@ class Home:
 def homes_of(model: nn.Module) -> dict[str, Home]:
     """The home of every parameter, under each of its names, sorted by name."""
     offloaded = {
-        f"{prefix}.{key}" if prefix else key: (hook.weights_map, key)
+        name: (hook.weights_map, key)
         for prefix, module in model.named_modules(remove_duplicate=False)
-        for hook in _offload_hooks(module)
-        for key, _ in module.named_parameters(recurse=hook.place_submodules, remove_duplicate=False)
+        for hook in offload_hooks(module)
+        for name, key, _ in hooked_parameters(prefix, module, hook)
     }
     homes: dict[str, Home] = {}
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -144,20 +144,31 @@ def put_back(model: nn.Module) -> None:
     accelerate would take some of them for up to date in the next pass.
     """
     for module in model.modules():
-        for hook in _offload_hooks(module):
-            parameters = module.named_parameters(recurse=hook.place_submodules)
-            if any(not parameter.is_meta for _, parameter in parameters):
+        for hook in offload_hooks(module):
+            if any(
+                not parameter.is_meta for _, _, parameter in hooked_parameters("", module, hook)
+            ):
                 hook.post_forward(module, ())
+
+
+def offload_hooks(module: nn.Module) -> Iterator[Any]:
+    """The hooks of accelerate that fill the module's parameters before it runs and empty them after."""
+    return (hook for hook in _hooks(module) if getattr(hook, "offload", False))
+
+
+def hooked_parameters(
+    prefix: str, module: nn.Module, hook: Any
+) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """What such a hook of the module called `prefix` offloads: (name in the model and in the module, it)."""
+    recurse = hook.place_submodules
+    for key, parameter in module.named_parameters(recurse=recurse, remove_duplicate=False):
+        yield f"{prefix}.{key}" if prefix else key, key, parameter
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:
     hook: Any = getattr(module, "_hf_hook", None)
     if hook is not None:
         yield from getattr(hook, "hooks", (hook,))
-
-
-def _offload_hooks(module: nn.Module) -> Iterator[Any]:
-    return (hook for hook in _hooks(module) if getattr(hook, "offload", False))
 
 
 def _innermost(weights: Any, key: str) -> tuple[Any, str]:

@@ -168,3 +168,10 @@ def trained_tensors(model: nn.Module, manifest: Manifest) -> list[torch.Tensor]:
             )
         tensors.append(home.tensor)
     return tensors
+
+
+def tensor_ids(model: nn.Module, manifest: Manifest) -> dict[str, int]:
+    """The tensor id of every trained parameter of `model`, under each of its names."""
+    homes = homes_of(model)
+    by_place = {homes[entry.name].place: entry.tensor_id for entry in manifest}
+    return {name: by_place[home.place] for name, home in homes.items() if home.place in by_place}

@@ -124,3 +124,26 @@ async def test_another_base_is_refused(
     with pytest.raises(MismatchError, match="load the same files of tiny as the coordinator"):
         await engine.load(settings, other)
     await engine.close()
+
+
+async def test_weights_on_a_disk_change_nothing(
+    engine: Engine,
+    settings: WorkerSettings,
+    tiny_genesis: Callable[..., Genesis],
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    room = (model_folder / "model.safetensors").stat().st_size // 2
+    changes = {"device_memory_max": room, "offload_folder": tmp_path}
+    commits = [Committed(k, (PairRun(k << 16, (0.5, -0.25)),), 99 + k) for k in (1, 2, 3)]
+    await engine.apply(commits)
+    expected = await engine.measure(MEASURE)
+    # Twice: a worker that starts again finds the base, not what the one before it has left.
+    for _ in range(2):
+        other = Engine()
+        await other.load(settings.model_copy(update=changes), tiny_genesis())
+        try:
+            await other.apply(commits)
+            assert await other.measure(MEASURE) == expected
+        finally:
+            await other.close()
