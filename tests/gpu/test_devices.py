@@ -86,12 +86,12 @@ def _weights(loaded: LoadedModel) -> Weights:
 
 
 @pytest.mark.parametrize("where", ["device", "memory", "disk"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_wherever_the_weights_lie(
     dtype: Any, where: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole_bytes = (
-        (folder / "model.safetensors").stat().st_size * (2 if dtype == "bfloat16" else 4) // 4
+        (folder / "model.safetensors").stat().st_size * (4 if dtype == "float32" else 2) // 4
     )
     placement = Placement("cuda", None if where == "device" else whole_bytes * 2 // 3)
     if where == "disk":

@@ -35,7 +35,9 @@ def _model(dtype: torch.dtype) -> nn.Module:
     return model.eval().to(dtype)
 
 
-@pytest.mark.parametrize(("dtype", "cycles"), [(torch.bfloat16, 1000)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "cycles"), [(torch.bfloat16, 1000), (torch.float16, 200)], ids=str
+)
 def test_cycles_of_learning_rate_zero_change_nothing(
     dtype: torch.dtype, cycles: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
