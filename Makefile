@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 # On a machine without a GPU whose package index has no CPU build, name PyTorch's own CPU index here.
 TORCH ?= torch==2.13.0
 TORCH_INDEX_URL ?=
+# torch's CUDA build brings its own Triton; beside the CPU build, the tests run the CUDA kernels in this
+# one's interpreter. (On macOS there is none.)
+TRITON ?= triton==3.7.0
 # What the demo trains: a model folder or hub name, and a folder of data (see docs/data.md).
 MODEL ?=
 DATA ?=
@@ -26,6 +29,8 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q pip==26.3
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
+	test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' 2> /dev/null || \
+	  $(BIN)/python -m pip install -q --no-deps $(TRITON)
 	$(BIN)/python -m pip install -q -c requirements.lock --build-constraint requirements.lock --group dev -e '.[worker]'
 	# Compile the kernels once, instead of in every process that starts first.
 	$(BIN)/python -c 'from fedmezo_core.zo.materialize import warm_up; warm_up()'

@@ -87,9 +87,9 @@ def test_lora_manifest_holds_the_adapter_alone(model_of: Callable[[str], nn.Modu
 
 
 def test_what_cannot_be_trained_is_refused() -> None:
-    half = _Small().half()
-    with pytest.raises(ModelError, match=r"a\.weight is float16"):
-        manifest_of(half)
+    double = _Small().double()
+    with pytest.raises(ModelError, match=r"a\.weight is float64"):
+        manifest_of(double)
     with pytest.raises(ModelError, match="no LoRA adapter matrices"):
         manifest_of(_Small(), adapters_only=True)
     strided = _Small()
