@@ -8,6 +8,8 @@ travels once, and if the pass raises, there is nothing to restore.
 
 - Linear layers (`nn.Linear`, GPT-2's `Conv1D`) are built and multiplied one block of rows at a time:
   scratch stays in the cache, and a vocabulary-sized matrix is never built whole.
+- With low-rank directions, a linear layer builds no weights: all copies of the batch are multiplied by
+  the base at once, and by the directions' factors.
 - Embeddings build only the rows that are looked up.
 - Any other module runs once for each point, on that point's copy, with all its own parameters.
 """
@@ -30,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.errors import ModelError
 from fedmezo_core.zo.homes import hooked_parameters, offload_hooks, put_back
+from fedmezo_core.zo.low_rank import Side, Split, Thin, split
 from fedmezo_core.zo.manifest import Manifest, tensor_ids, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize_fan
 from fedmezo_core.zo.noise import Distribution
@@ -38,6 +41,8 @@ LINEAR_BLOCK_BYTES = 2 << 20
 """Weights of an `nn.Linear` that are built at a time, all points together: a cache's worth."""
 CONV1D_BLOCK_BYTES = 8 << 20
 """The same for a `Conv1D`, each of whose blocks adds to the whole output: fewer and larger ones."""
+THIN_RANKS_PER_FULL_RANK: Final = 8
+"""Low-rank local pairs are thin products until their ranks add up to this part of the matrix's."""
 _ALIGNMENT_BYTES: Final = 64
 
 
@@ -164,8 +169,11 @@ class Forward:
         biases: list[Any] = [parameters["bias"]] * len(points)
         if "bias" in ids:
             biases = self._built(parameters["bias"], ids["bias"])
-        if isinstance(module, Conv1D):
-            blocks = self._blocks(weight, ids["weight"], CONV1D_BLOCK_BYTES)
+        parts = split(points) if self._distribution.rank else None
+        if parts is not None:
+            self._low_rank_product(module, ids["weight"], parts, flat, biases, result)
+        elif isinstance(module, Conv1D):
+            blocks = self._blocks(weight, ids["weight"], points, CONV1D_BLOCK_BYTES)
             for first, last, moved in blocks:
                 for (x_copy, out), bias, block in zip(copies, biases, moved, strict=True):
                     if first == 0:
@@ -173,11 +181,48 @@ class Forward:
                     else:
                         out.addmm_(x_copy[:, first:last], block)
         else:
-            for first, last, moved in self._blocks(weight, ids["weight"], LINEAR_BLOCK_BYTES):
+            blocks = self._blocks(weight, ids["weight"], points, LINEAR_BLOCK_BYTES)
+            for first, last, moved in blocks:
                 for (x_copy, out), bias, block in zip(copies, biases, moved, strict=True):
                     part = None if bias is None else bias[first:last]
                     _affine(x_copy, block.t(), part, out[:, first:last])
         return result.view(*x.shape[:-1], outputs)
+
+    def _low_rank_product(
+        self,
+        module: nn.Module,
+        tensor_id: int,
+        parts: Split,
+        x: torch.Tensor,
+        biases: Sequence[torch.Tensor | None],
+        out: torch.Tensor,
+    ) -> None:
+        """out = x @ (the weight at each point) + biases, without building weights.
+
+        The small terms come first and the base's product is added to them, so that in low precision
+        they are rounded for what they are.
+        """
+        weight = _parameter(module, "weight")
+        sides = [(Side.ROWS, weight.shape[0]), (Side.COLUMNS, weight.shape[1])]
+        outputs, inputs = reversed(sides) if isinstance(module, Conv1D) else sides
+        thin = Thin(tensor_id, self._distribution.rank, inputs, outputs)
+        copies = len(parts.own_seeds)
+        stacked = None if biases[0] is None else torch.stack([*biases]).unsqueeze(1)
+        thin.set_own(parts, x.view(copies, -1, x.shape[1]), stacked, out.view(copies, -1, out.shape[1]))
+        pairs = len(parts.shared.seeds)
+        if pairs * thin.rank * THIN_RANKS_PER_FULL_RANK > min(weight.shape):
+            bytes_max = CONV1D_BLOCK_BYTES if isinstance(module, Conv1D) else LINEAR_BLOCK_BYTES
+            blocks = self._blocks(weight, tensor_id, [parts.shared], bytes_max)
+        else:
+            if pairs:
+                thin.add_shared(parts, x, out)
+            blocks = iter([(0, len(weight), [weight])])
+        with self._unguarded():
+            for first, last, (block,) in blocks:
+                if isinstance(module, Conv1D):
+                    out.addmm_(x[:, first:last], block)
+                else:
+                    out[:, first:last].addmm_(x, block.t())
 
     def _embedding(
         self,
@@ -203,6 +248,7 @@ class Forward:
                         weight[first : first + length],
                         item.tensor_id,
                         first * width,
+                        points,
                     )
             if len(points) > 1:
                 if ids.dim() > 1 and len(ids) == 1:
@@ -253,18 +299,18 @@ class Forward:
     # ------------------------------------------------------------------ building weights
 
     def _blocks(
-        self, weight: torch.Tensor, tensor_id: int, bytes_max: int
+        self, weight: torch.Tensor, tensor_id: int, points: Sequence[Commit], bytes_max: int
     ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
         """Row ranges of `weight` and its rows at every point; each is overwritten by the next."""
         count, width = weight.shape
-        points = len(self._pass.points)
-        rows_max = max(1, min(count, bytes_max // (points * width * weight.element_size())))
-        scratch = [self._scratch.take(rows_max * width, weight) for _ in range(points)]
+        row_bytes = len(points) * width * weight.element_size()
+        rows_max = max(1, min(count, bytes_max // row_bytes))
+        scratch = [self._scratch.take(rows_max * width, weight) for _ in points]
         for first in range(0, count, rows_max):
             last = min(first + rows_max, count)
             blocks = [buffer[: (last - first) * width].view(-1, width) for buffer in scratch]
             with self._unguarded():
-                self._fan(blocks, weight[first:last], tensor_id, first * width)
+                self._fan(blocks, weight[first:last], tensor_id, first * width, points)
             yield first, last, blocks
 
     def _built(self, parameter: torch.Tensor, tensor_id: int) -> list[torch.Tensor]:
@@ -274,16 +320,21 @@ class Forward:
             for _ in self._pass.points
         ]
         with self._unguarded():
-            self._fan(outs, parameter, tensor_id, 0)
+            self._fan(outs, parameter, tensor_id, 0, self._pass.points)
         return outs
 
     def _fan(
-        self, outs: Sequence[torch.Tensor], base: torch.Tensor, tensor_id: int, start: int
+        self,
+        outs: Sequence[torch.Tensor],
+        base: torch.Tensor,
+        tensor_id: int,
+        start: int,
+        points: Sequence[Commit],
     ) -> None:
         materialize_fan(
             outs,
             base,
-            self._pass.points,
+            points,
             tensor_id=tensor_id,
             start=start,
             distribution=self._distribution,

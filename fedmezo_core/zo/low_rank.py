@@ -1,16 +1,22 @@
-"""The factors of low-rank directions: z = scale * sum over k of u_k v_k^T (noise standard, section 6).
+"""Low-rank directions in a forward pass, where their factors are all that is needed.
 
-A forward pass near the weights needs the factors alone: `x (W + c z)^T = x W^T + c scale (x V) U^T`.
+A direction of a matrix is z = scale * sum over k of u_k v_k^T (noise standard, section 6), so with x a
+batch of rows, x (W + c z)^T = x W^T + c scale (x V) U^T: the product with the base, and two thin ones.
+EGGROLL (Sarkar et al. 2025, arXiv 2511.16652) does the same with Gaussian factors.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from fedmezo_core.zo.materialize import Commit, common_pairs
 from fedmezo_core.zo.noise import spec
 
 
@@ -22,7 +28,7 @@ class Side(Enum):
 
 
 def factors(
-    seeds: Sequence[int],
+    seeds: Sequence[int] | npt.NDArray[np.uint64],
     tensor_id: int,
     side: Side,
     length: int,
@@ -36,5 +42,97 @@ def factors(
     `length`: rows (or columns) of the tensor as a matrix.
     """
     indices = np.arange(length, dtype=np.int64)
-    signs = [spec.factor_signs(indices, seed, tensor_id, side.value)[:rank] for seed in seeds]
+    signs = [spec.factor_signs(indices, int(seed), tensor_id, side.value)[:rank] for seed in seeds]
     return torch.from_numpy(np.stack(signs)).to(device, dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Points of a measurement as the pairs that all of them have, and at most one more of each."""
+
+    shared: Commit
+    own_seeds: npt.NDArray[np.uint64]
+    own_coefficients: npt.NDArray[np.float32]
+    """[points]; 0 where a point has no pair of its own."""
+    _on_device: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
+        default_factory=dict, repr=False
+    )
+
+    def coefficients(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(shared, own) coefficients with the dtype and device of `like`: [pairs, 1], [points, 1, 1].
+
+        Uploaded once for a measurement, rather than once for each of its layers.
+        """
+        key = like.dtype, like.device
+        if key not in self._on_device:
+            shared, own = (
+                torch.from_numpy(values).to(like.device, like.dtype)
+                for values in (self.shared.coefficients, self.own_coefficients)
+            )
+            self._on_device[key] = shared.view(-1, 1), own.view(-1, 1, 1)
+        return self._on_device[key]
+
+
+@functools.lru_cache(maxsize=32)
+def split(points: tuple[Commit, ...]) -> Split | None:
+    """The points' common pairs and own ones; None if a point has more than one of its own."""
+    count = common_pairs(points)
+    if count is None:
+        return None
+    first = points[0]
+    own_seeds = np.zeros(len(points), dtype=np.uint64)
+    own_coefficients = np.zeros(len(points), dtype=np.float32)
+    for index, point in enumerate(points):
+        if len(point.seeds) > count:
+            own_seeds[index] = point.seeds[count]
+            own_coefficients[index] = point.coefficients[count]
+    shared = Commit(first.seeds[:count], first.coefficients[:count], first.rounding_seed)
+    return Split(shared, own_seeds, own_coefficients)
+
+
+@dataclass(frozen=True, slots=True)
+class Thin:
+    """The directions of one weight matrix, as products with their factors."""
+
+    tensor_id: int
+    rank: int
+    inputs: tuple[Side, int]
+    """The factor that meets the rows of a batch, and its length."""
+    outputs: tuple[Side, int]
+
+    def set_own(
+        self, split: Split, x: torch.Tensor, biases: torch.Tensor | None, out: torch.Tensor
+    ) -> None:
+        """out[p] = x[p] @ (the pair that point p has of its own)^T + biases[p].
+
+        x, out: [points, rows, inputs], [points, rows, outputs]. biases: [points or 1, 1, outputs].
+        """
+        thin = torch.bmm(x, self._factors(split.own_seeds, self.inputs, x).transpose(1, 2))
+        thin.mul_(split.coefficients(x)[1]).mul_(self._scale)
+        factors_out = self._factors(split.own_seeds, self.outputs, x)
+        if biases is None:
+            torch.bmm(thin, factors_out, out=out)
+        else:
+            torch.baddbmm(biases, thin, factors_out, out=out)
+
+    def add_shared(self, split: Split, x: torch.Tensor, out: torch.Tensor) -> None:
+        """out += x @ (the pairs that all points have)^T; x, out: [rows, inputs], [rows, outputs]."""
+        seeds = split.shared.seeds
+        inputs, outputs = (
+            self._factors(seeds, side, x).flatten(0, 1) for side in (self.inputs, self.outputs)
+        )
+        thin = torch.mm(x, inputs.t()).view(len(x), len(seeds), self.rank)
+        thin.mul_(split.coefficients(x)[0]).mul_(self._scale)
+        out.addmm_(thin.flatten(1), outputs)
+
+    @property
+    def _scale(self) -> float:
+        return float(spec.LOW_RANK_SCALE[self.rank])
+
+    def _factors(
+        self, seeds: npt.NDArray[np.uint64], side: tuple[Side, int], like: torch.Tensor
+    ) -> torch.Tensor:
+        kind, length = side
+        return factors(
+            seeds, self.tensor_id, kind, length, self.rank, dtype=like.dtype, device=like.device
+        )

@@ -409,7 +409,8 @@ def _plan_of(commits: Sequence[Commit]) -> _Plan | None:
     return plan
 
 
-def _make_plan(commits: tuple[Commit, ...]) -> _Plan | None:
+def common_pairs(commits: Sequence[Commit]) -> int | None:
+    """With how many pairs, the same bits, all begin that have at most one more; None if with too few."""
     shared = max(0, max(len(commit.seeds) for commit in commits) - 1)
     seeds, coefficients = commits[0].seeds[:shared], commits[0].coefficients[:shared]
     for commit in commits:
@@ -418,6 +419,14 @@ def _make_plan(commits: tuple[Commit, ...]) -> _Plan | None:
         begin = commit.coefficients[:shared]
         if not np.array_equal(begin.view(np.uint32), coefficients.view(np.uint32)):
             return None
+    return shared
+
+
+def _make_plan(commits: tuple[Commit, ...]) -> _Plan | None:
+    shared = common_pairs(commits)
+    if shared is None:
+        return None
+    seeds, coefficients = commits[0].seeds[:shared], commits[0].coefficients[:shared]
     steps = np.zeros(len(commits), dtype=np.uint8)
     last_seeds = np.zeros(len(commits), dtype=np.uint64)
     last_coefficients = np.zeros(len(commits), dtype=np.float32)

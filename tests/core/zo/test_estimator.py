@@ -31,6 +31,7 @@ from .conftest import MODEL_KINDS, SENTENCES
 
 EPS = 1e-2
 LOCAL: list[Pair] = [(11, 0.02), (12, -0.03)]
+LOW_RANK = [distribution for distribution in Distribution if distribution.rank]
 
 
 def _task(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[Task, Batch]:
@@ -212,6 +213,68 @@ def test_a_model_that_mixes_rows_is_measured_point_by_point(
     (warning,) = (record.getMessage() for record in caplog.records)
     assert "one pass for each loss" in warning
     assert ("in one pass are" if silently else "gain (Linear) sees input of shape [") in warning
+
+
+@pytest.mark.parametrize("local_pairs", [0, 2, 20], ids="{}-local".format)
+@pytest.mark.parametrize("distribution", LOW_RANK)
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "qwen2", "mixtral"])
+def test_low_rank_directions(
+    kind: str,
+    distribution: Distribution,
+    local_pairs: int,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Thin products for none and few local pairs, built weights for so many that they fill the rank."""
+    model = model_of(kind)
+    manifest = manifest_of(model)
+    task, batch = _task(tokenizer, "classification")
+    local = [(40 + k, (-1) ** k * 0.01) for k in range(local_pairs)]
+    for one_sided in (False, True):
+        estimator = _estimator(model, manifest, task, distribution, one_sided)
+        for seed, measured in zip(
+            (99, 7), estimator.measure(batch, local, [99, 7], EPS), strict=True
+        ):
+            for loss, end in (
+                (measured.loss_plus, [(seed, EPS)]),
+                (measured.loss_other, [] if one_sided else [(seed, -EPS)]),
+            ):
+                naive = _naive_loss(
+                    model, manifest, task, batch, [*local, *end], 99, distribution
+                )
+                assert loss == pytest.approx(naive, rel=2e-6)
+    assert not caplog.records, "all losses came from one pass"
+
+
+def test_low_rank_in_low_precision(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Factors are not rounded into the weights: bfloat16's estimate is close to float32's."""
+    fine = model_of("llama").to(torch.bfloat16).float()
+    coarse = copy.deepcopy(fine).to(torch.bfloat16)
+    task, batch = _task(tokenizer, "instruction")
+    grads = [
+        [
+            _estimator(model, manifest_of(model), task, Distribution.LOW_RANK_1)
+            .measure(batch, [], [seed], EPS)[0]
+            .projected_grad
+            for seed in range(12)
+        ]
+        for model in (fine, coarse)
+    ]
+    assert np.corrcoef(*grads)[0, 1] > 0.9
+
+
+def test_low_rank_lora(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    base: Any = model_of("llama")
+    lora = LoraConfig(rank=4, alpha=16, target_modules=("q_proj", "v_proj"))
+    model = add_adapter(base, lora, 5)
+    manifest = manifest_of(model, adapters_only=True)
+    task, batch = _task(tokenizer, "classification")
+    _assert_equals_naive(model, manifest, task, batch, 2e-6, Distribution.LOW_RANK_2)
 
 
 def test_gaussian_directions(
