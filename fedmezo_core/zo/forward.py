@@ -11,31 +11,35 @@ travels once, and if the pass raises, there is nothing to restore.
 - With low-rank directions, a linear layer builds no weights: all copies of the batch are multiplied by
   the base at once, and by the directions' factors.
 - Embeddings build only the rows that are looked up.
+- Experts of a mixture run once for each point, and build only the experts that tokens go to.
 - Any other module runs once for each point, on that point's copy, with all its own parameters.
 """
 
 from __future__ import annotations
 
 import functools
-from bisect import bisect_right
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.errors import ModelError
-from fedmezo_core.zo.homes import hooked_parameters, offload_hooks, put_back
+from fedmezo_core.zo.experts import NotSlicedError, Slices, one_by_one
+from fedmezo_core.zo.guard import DirectReadGuard, tensors_in
+from fedmezo_core.zo.homes import put_back
 from fedmezo_core.zo.low_rank import Side, Split, Thin, split
 from fedmezo_core.zo.manifest import Manifest, tensor_ids, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize_fan
 from fedmezo_core.zo.noise import Distribution
+
+log = logging.getLogger("fedmezo.forward")
 
 LINEAR_BLOCK_BYTES = 2 << 20
 """Weights of an `nn.Linear` that are built at a time, all points together: a cache's worth."""
@@ -100,8 +104,10 @@ class Forward:
         self._model = model
         self._owners = _owners(model, manifest)
         self._names = {module: name for name, module in model.named_modules()}
-        self._guard: _DirectReadGuard | None = _DirectReadGuard(manifest, model)
+        self._guard: DirectReadGuard | None = DirectReadGuard(manifest, model)
         self._pass = _Pass((), 0, 0)
+        self._unsliced: set[nn.Module] = set()
+        self._told: set[type[nn.Module]] = set()
 
     @contextmanager
     def at(self, points: Sequence[Commit], rows: int, tokens: int) -> Iterator[None]:
@@ -141,7 +147,10 @@ class Forward:
             run = functools.partial(self._embedding, module, original, owned[0])
         elif "weight" in names and plain in (nn.Linear.forward, Conv1D.forward):
             run = functools.partial(self._product, module, owned)
+        elif (reference := one_by_one(module, original)) is not None:
+            run = functools.partial(self._experts, module, original, reference, owned)
         else:
+            self._tell_if_large(module, owned)
             run = functools.partial(self._whole, module, original, owned)
 
         # wraps: callers look at the signature of a model's forward.
@@ -207,8 +216,11 @@ class Forward:
         outputs, inputs = reversed(sides) if isinstance(module, Conv1D) else sides
         thin = Thin(tensor_id, self._distribution.rank, inputs, outputs)
         copies = len(parts.own_seeds)
-        stacked = None if biases[0] is None else torch.stack([*biases]).unsqueeze(1)
-        thin.set_own(parts, x.view(copies, -1, x.shape[1]), stacked, out.view(copies, -1, out.shape[1]))
+        given = [bias for bias in biases if bias is not None]
+        stacked = torch.stack(given).unsqueeze(1) if given else None
+        thin.set_own(
+            parts, x.view(copies, -1, x.shape[1]), stacked, out.view(copies, -1, out.shape[1])
+        )
         pairs = len(parts.shared.seeds)
         if pairs * thin.rank * THIN_RANKS_PER_FULL_RANK > min(weight.shape):
             bytes_max = CONV1D_BLOCK_BYTES if isinstance(module, Conv1D) else LINEAR_BLOCK_BYTES
@@ -272,8 +284,8 @@ class Forward:
         **kwargs: Any,
     ) -> Any:
         """Any module: once for each point, with all its own parameters."""
-        current = self._pass
-        if len(current.points) == 1:
+
+        def run(*args: Any, **kwargs: Any) -> Any:
             moved = {
                 item.attribute: self._built(_parameter(module, item.attribute), item.tensor_id)[0]
                 for item in owned
@@ -281,7 +293,56 @@ class Forward:
             with _parameters_as(module, moved):
                 result = original(*args, **kwargs)
             return _detached_from(result, [tensor.untyped_storage() for tensor in moved.values()])
-        seen = [tensor for tensor in _tensors((args, kwargs)) if tensor.dim()]
+
+        return self._point_by_point(module, run, *args, **kwargs)
+
+    def _experts(
+        self,
+        module: nn.Module,
+        original: Callable[..., Any],
+        reference: Callable[..., Any],
+        owned: list[_Owned],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """A mixture's experts: once for each point, with those that tokens go to, one at a time."""
+
+        def build(parameter: torch.Tensor, tensor_id: int, index: int) -> torch.Tensor:
+            with self._unguarded():
+                part = parameter[index]
+                # Memory of its own, not scratch: who knows how long a module keeps it.
+                built = torch.empty_like(part)
+                self._fan([built], part, tensor_id, index * part.numel(), self._pass.points)
+            return built
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            moved: dict[str, Any] = {}
+            for item in owned:
+                parameter = _parameter(module, item.attribute)
+                moved[item.attribute] = (
+                    Slices(parameter, functools.partial(build, parameter, item.tensor_id))
+                    if parameter.dim() > 2
+                    else self._built(parameter, item.tensor_id)[0]
+                )
+            with _parameters_as(module, moved):
+                return reference(*args, **kwargs)
+
+        if module not in self._unsliced:
+            try:
+                return self._point_by_point(module, run, *args, **kwargs)
+            except NotSlicedError as error:
+                self._unsliced.add(module)
+                self._tell(module, f"it {error}")
+        return self._whole(module, original, owned, *args, **kwargs)
+
+    def _point_by_point(
+        self, module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """The results of `run` at each point alone, on its copy's part of the arguments, as one."""
+        current = self._pass
+        if len(current.points) == 1:
+            return run(*args, **kwargs)
+        seen = [tensor for tensor in tensors_in((args, kwargs)) if tensor.dim()]
         shared = not any(current.copy_length(len(tensor)) for tensor in seen)
         results = []
         for index, point in enumerate(current.points):
@@ -290,7 +351,7 @@ class Forward:
                 self._running(_Pass((point,), current.rows, current.tokens)),
                 self._scratch.frame(),
             ):
-                results.append(self._whole(module, original, owned, *part(args), **part(kwargs)))
+                results.append(run(*part(args), **part(kwargs)))
         try:
             return _joined(results, current, shared)
         except InseparableError:
@@ -341,6 +402,26 @@ class Forward:
             rounding=self._rounding,
             threads=self._threads,
         )
+
+    def _tell_if_large(self, module: nn.Module, owned: Sequence[_Owned]) -> None:
+        for item in owned:
+            size_bytes = _parameter(module, item.attribute).nbytes
+            if size_bytes > LINEAR_BLOCK_BYTES:
+                self._tell(module, f"{item.attribute} has {size_bytes} bytes")
+                return
+
+    def _tell(self, module: nn.Module, why: str) -> None:
+        """Warn, once for each kind of module, that it is perturbed in the portable way."""
+        kind = type(module)
+        if kind not in self._told:
+            self._told.add(kind)
+            log.warning(
+                "%s (%s) is no kind of module that is perturbed block by block, and is built whole at "
+                "each point, which takes time and memory: %s.",
+                self._names[module],
+                kind.__name__,
+                why,
+            )
 
     def _unguarded(self) -> AbstractContextManager[None]:
         """Reading the base weights is our own doing here."""
@@ -418,102 +499,6 @@ class _EmbeddingLookups(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types
-    """Refuses an architecture that reads a trained parameter outside its owner's forward.
-
-    Such a read would see the weights unperturbed, and the measurement would be silently wrong.
-    """
-
-    def __init__(self, manifest: Manifest, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._paused = False
-        self._model = model
-        self._names = tensor_ids(model, manifest).keys()
-        self._visiting: dict[str, tuple[int, int]] = {}
-        spans = sorted(
-            (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, entry.name)
-            for entry, tensor in zip(manifest, trained_tensors(model, manifest), strict=True)
-        )
-        self._starts = [span[0] for span in spans]
-        self._spans = spans
-
-    def __enter__(self) -> Self:
-        for prefix, module in self._model.named_modules():
-            for hook in offload_hooks(module):
-                hook.pre_forward = functools.partial(self._arriving, prefix, hook.pre_forward, hook)
-                hook.post_forward = functools.partial(
-                    self._leaving, prefix, hook.post_forward, hook
-                )
-        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        for module in self._model.modules():
-            for hook in offload_hooks(module):
-                del hook.pre_forward, hook.post_forward
-        self._visiting.clear()
-
-    def _arriving(
-        self,
-        prefix: str,
-        original: Callable[..., Any],
-        hook: Any,
-        module: nn.Module,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Offloaded parameters are copied to the device: now they can be read there."""
-        with self.aside():
-            result = original(module, *args, **kwargs)
-        for name, _, parameter in hooked_parameters(prefix, module, hook):
-            if name in self._names:
-                first = parameter.data_ptr()
-                self._visiting[name] = first, first + parameter.nbytes
-        return result
-
-    def _leaving(
-        self, prefix: str, original: Callable[..., Any], hook: Any, module: nn.Module, output: Any
-    ) -> Any:
-        for name, _, _ in hooked_parameters(prefix, module, hook):
-            self._visiting.pop(name, None)
-        with self.aside():
-            return original(module, output)
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """While open, reads are no concern of the guard's."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not self._paused:
-            for value in _tensors((args, tuple(kwargs.values()))):
-                self._check(value, func)
-        return func(*args, **kwargs)
-
-    def _check(self, tensor: torch.Tensor, func: Any) -> None:
-        address = tensor.data_ptr()
-        index = bisect_right(self._starts, address) - 1
-        read = [self._spans[index][2]] if index >= 0 and address < self._spans[index][1] else []
-        read += [name for name, (first, end) in self._visiting.items() if first <= address < end]
-        if read:
-            raise ModelError(
-                f"This architecture reads parameter {read[0]} outside the module that "
-                f"owns it ({func}), where it can't be perturbed; train a LoRA adapter on other "
-                "modules, or use another model."
-            )
-
-
 def _owners(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[_Owned]]:
     """Modules with trained parameters of their own, and which; attributes sorted by name."""
     trained_tensors(model, manifest)
@@ -564,8 +549,8 @@ def _computing(
 
 
 @contextmanager
-def _parameters_as(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Let `module` see `tensors` in place of its own parameters, which stay untouched."""
+def _parameters_as(module: nn.Module, tensors: Mapping[str, Any]) -> Iterator[None]:
+    """Let `module` see `tensors` (or what stands for them) in place of its own parameters, which stay untouched."""
     parameters: dict[str, Any] = module._parameters
     before = {name: parameters[name] for name in tensors}
     parameters.update(tensors)
@@ -590,16 +575,6 @@ def _affine(
         torch.mm(x, weight, out=out)
     else:
         torch.addmm(bias, x, weight, out=out)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
 
 
 def _part(current: _Pass, index: int, value: Any) -> Any:

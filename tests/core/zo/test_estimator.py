@@ -20,8 +20,8 @@ from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo import forward as forward_module
 from fedmezo_core.zo.digest import base_digest
 from fedmezo_core.zo.estimator import Estimator, Pair, local_steps
-from fedmezo_core.zo.manifest import Manifest, manifest_of, trained_tensors
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.manifest import Manifest, manifest_of, tensor_ids, trained_tensors
+from fedmezo_core.zo.materialize import Commit, Rounding, materialize, materialize_fan
 from fedmezo_core.zo.model import add_adapter
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.rows import Row
@@ -169,6 +169,109 @@ def test_many_probes_measure_what_each_would_alone(
         )
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
+def test_only_the_experts_that_tokens_go_to_are_built(
+    kind: str,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = model_of(kind)
+    experts = model.model.layers[0].mlp.experts
+    manifest = manifest_of(model)
+    ids = tensor_ids(model, manifest)
+    down_proj = ids["model.layers.0.mlp.experts.down_proj"]
+    built: list[int] = []
+    fan = materialize_fan
+
+    def seen(outs: Sequence[torch.Tensor], base: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        if kwargs["tensor_id"] == down_proj:
+            built.append(kwargs["start"] // base.numel())
+        assert all(out.dim() < 3 for out in outs), "never all experts at once"
+        fan(outs, base, *args, **kwargs)
+
+    monkeypatch.setattr(forward_module, "materialize_fan", seen)
+    # To experts 0 and 1 alone.
+    experts.register_forward_pre_hook(lambda _, args: (args[0], args[1] % 2, args[2]))
+    task, batch = _task(tokenizer, "classification")
+    estimator = _estimator(model, manifest, task)
+    estimator.measure(batch, [], [5], EPS)
+    assert set(built) == {0, 1}
+
+
+class _Unsliced(nn.Module):
+    """Experts that are a class of transformers but for a forward that takes all at once."""
+
+    def _apply_gate(self) -> None:
+        """What marks such classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 384))
+        self.stack = nn.Parameter(torch.randn(2, 1, 384))
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight.sum(0) + torch.sum(self.stack, 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.plain(x)
+
+    forward.__wrapped__ = plain  # type: ignore[attr-defined]  # as functools.wraps leaves it
+
+
+class _Odd(nn.Module):
+    """A large parameter in a kind of module that nothing is known of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1500, 384))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight.mean(0)
+
+
+class _With(nn.Module):
+    def __init__(self, model: Any, extra: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.extra = extra
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool
+    ) -> Any:
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+        output.logits = self.extra(output.logits)
+        return output
+
+
+@pytest.mark.parametrize(
+    ("extra", "why"),
+    [
+        (_Unsliced, "it computes with all experts at once, in sum"),
+        (_Odd, "weight has 2304000 bytes"),
+    ],
+)
+def test_a_module_that_must_be_built_whole_is_named_once(
+    extra: type[nn.Module],
+    why: str,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(2)
+    model = _With(model_of("llama"), extra()).eval()
+    task, batch = _task(tokenizer, "instruction")
+    for _ in range(2):
+        _assert_equals_naive(model, manifest_of(model), task, batch, 2e-6)
+    warning = (
+        f"extra ({extra.__name__}) is no kind of module that is perturbed block by block, and is "
+        f"built whole at each point, which takes time and memory: {why}."
+    )
+    warnings = [record.getMessage() for record in caplog.records]
+    assert warnings == [warning] * 2, "once for each of two estimators"
+
+
 class _Mixing(nn.Module):
     """Wraps a model; its own parameter meets all rows at once, in another order of dimensions."""
 
@@ -240,9 +343,7 @@ def test_low_rank_directions(
                 (measured.loss_plus, [(seed, EPS)]),
                 (measured.loss_other, [] if one_sided else [(seed, -EPS)]),
             ):
-                naive = _naive_loss(
-                    model, manifest, task, batch, [*local, *end], 99, distribution
-                )
+                naive = _naive_loss(model, manifest, task, batch, [*local, *end], 99, distribution)
                 assert loss == pytest.approx(naive, rel=2e-6)
     assert not caplog.records, "all losses came from one pass"
 
@@ -263,7 +364,7 @@ def test_low_rank_in_low_precision(
         ]
         for model in (fine, coarse)
     ]
-    assert np.corrcoef(*grads)[0, 1] > 0.9
+    assert np.corrcoef(grads[0], grads[1])[0, 1] > 0.9
 
 
 def test_low_rank_lora(
