@@ -33,7 +33,7 @@ def groups(elements: int, *, tiny: bool = False) -> dict[str, Group]:
         subject = gpt2(shape)
         for tokens, turns, goal in ((64, 10, "at most 2.1"), (1024, 3, "at most 2.15")):
             yield from measuring.figures(
-                machine, subject, min(tokens, 16) if tiny else tokens, turns=turns, goal=goal
+                machine, subject, tokens // 16 if tiny else tokens, turns=turns, goal=goal
             )
 
     return {

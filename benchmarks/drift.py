@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 
 from benchmarks.figures import Figure
 from benchmarks.measuring import EPS, forward
@@ -47,7 +46,7 @@ def figures(subject: Subject, tokens: int, cycles: int) -> Iterator[Figure]:
     plain = PlainTorch(tensors, Distribution.GAUSSIAN)
     loss = forward(subject, batch)
     for cycle in range(cycles):
-        plain.measure(lambda: float(loss()), cycle + 1, EPS)  # type: ignore[arg-type]
+        plain.measure(loss, cycle + 1, EPS)
     moved = sum(
         float((tensor.float() - old).square().sum())
         for tensor, old in zip(tensors, start, strict=True)

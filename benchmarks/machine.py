@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,13 +33,14 @@ def wall_seconds(call: Call) -> float:
 
 
 def cuda_seconds(call: Call) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    event: Any = torch.cuda.Event  # torch leaves its constructor without types
+    begin, end = event(enable_timing=True), event(enable_timing=True)
     torch.cuda.synchronize()
     begin.record()
     call()
     end.record()
     torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from benchmarks.figures import Figure
-from benchmarks.machine import Call, Machine
+from benchmarks.machine import Machine
 from benchmarks.plain_torch import PlainTorch
 from benchmarks.roofline import Roofline
 from benchmarks.subjects import Subject
@@ -20,7 +20,7 @@ EPS = 1e-3
 PROBES = 8
 
 
-def forward(subject: Subject, batch: Batch) -> Call:
+def forward(subject: Subject, batch: Batch) -> Callable[[], float]:
     """The model's own forward with its own loss: transformers' plain way."""
     model: Any = subject.model
     ids = batch.input_ids

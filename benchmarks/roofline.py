@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -53,10 +54,12 @@ class Roofline:
         return max(weights_bytes / self.bytes_per_s, products / self.products_per_s)
 
     def figures(self) -> list[Figure]:
-        return [
-            Figure(
-                "roofline: a large copy, read and written together", self.bytes_per_s / 1e9, "GB/s"
-            ),
-            Figure("roofline: bfloat16 matrix product", 2 * self.products_per_s / 1e12, "TFLOP/s"),
-            Figure("roofline: float32 additions, computed", self.additions_per_s / 1e12, "T/s"),
+        copied, products = self.bytes_per_s / 1e9, 2 * self.products_per_s / 1e12
+        figures = [
+            Figure("roofline: a large copy, read and written together", copied, "GB/s"),
+            Figure("roofline: bfloat16 matrix product", products, "TFLOP/s"),
         ]
+        if math.isfinite(self.additions_per_s):
+            additions = self.additions_per_s / 1e12
+            figures.append(Figure("roofline: float32 additions, computed", additions, "T/s"))
+        return figures

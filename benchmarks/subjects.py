@@ -12,8 +12,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.zo.estimator import Estimator
@@ -106,8 +111,8 @@ def gpt2(
 def llama(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Subject:
     torch.manual_seed(0)
     with device:
-        model: nn.Module = LlamaForCausalLM(LlamaConfig(**shape)).to(dtype)
-    return Subject("Llama", model, device)
+        model: nn.Module = LlamaForCausalLM(LlamaConfig(**shape))
+    return Subject("Llama", model.to(dtype), device)
 
 
 def commit_of(pairs: int, number: int = 0) -> Commit:

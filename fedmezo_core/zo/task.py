@@ -389,7 +389,7 @@ class Task:
         row_losses: list[torch.Tensor] = []
         correct_count = 0
         for row, targets in zip(logits, batch.targets, strict=True):
-            losses = [
+            parts = [
                 functional.cross_entropy(
                     part.float(), target, ignore_index=_IGNORED, reduction="none"
                 )
@@ -397,7 +397,7 @@ class Task:
                     row.split(positions_max), targets.split(positions_max), strict=True
                 )
             ]
-            row_losses.append(torch.cat(losses).double().sum())
+            row_losses.append(torch.cat(parts).double().sum())
             if count_correct:
                 correct_count += int((row.argmax(dim=-1) == targets).sum())
         target_count = int((batch.targets != _IGNORED).sum())

@@ -13,10 +13,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import bench, bench_gpu, figures
+from benchmarks import bench, bench_gpu, figures, memory
 from benchmarks.figures import Figure
 from benchmarks.machine import Machine
 from benchmarks.plain_torch import PlainTorch
+from benchmarks.subjects import GPT2_TINY, gpt2
 from fedmezo_core.zo.noise import Distribution
 
 ROOT = Path(__file__).parents[2]
@@ -42,9 +43,22 @@ def _check(measured: list[Figure], path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", bench.groups(1))
-def test_each_group_of_the_bench_runs(group: str, tmp_path: Path) -> None:
+def test_each_group_of_the_bench_runs(
+    group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def peak_here(way: str, tokens: int, *, tiny: bool) -> float:
+        assert tiny
+        memory.passes(gpt2(GPT2_TINY), way, tokens)()
+        return 1.0
+
+    # A process each takes seconds to start; the test below starts one.
+    monkeypatch.setattr(memory, "peak_mb", peak_here)
     chosen = {group: bench.groups(ELEMENTS, tiny=True)[group]}
     _check(bench.collect(chosen), tmp_path / "reports" / "bench.json")
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
+    assert memory.peak_mb("measurement", 16, tiny=True) > 100
 
 
 def test_the_gpu_bench_runs_on_any_device(tmp_path: Path) -> None:
