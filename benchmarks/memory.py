@@ -1,7 +1,7 @@
 """Peak memory of a measurement beside that of inference.
 
-On a CPU each is a process of its own, of which the system says how large it was at its largest; on a
-CUDA device torch's allocator says it. A process does what its name says and nothing else: the
+On a CPU each is a process of its own, of which the system says how large it was at its largest since
+the model was built; on a CUDA device torch's allocator says it. A process does what its name says and nothing else: the
 measurement's very first pass makes three passes to see whether the architecture lets both points share
 one, and is part of it.
 """

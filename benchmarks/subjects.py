@@ -6,7 +6,7 @@ Weights and texts do not matter to time and memory, so none are downloaded.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.task import Batch, Example, Task
 from fedmezo_core.zo.weights import Weights
 
+COMMIT_PAIRS: Final = 40
+"""What four workers with ten local steps make of a round."""
 GPT2_SMALL: dict[str, Any] = {}
 """transformers' default shape: 124 M parameters, 50,257 words."""
 GPT2_TINY: dict[str, Any] = {
@@ -126,5 +128,5 @@ def commit_of(pairs: int, number: int = 0) -> Commit:
 
 
 def journal_of(pairs: int) -> list[Commit]:
-    """Commits of 40 pairs: what four workers with ten local steps make of a round."""
-    return [commit_of(40, number) for number in range(pairs // 40)]
+    """Commits of a run, `pairs` pairs in all."""
+    return [commit_of(COMMIT_PAIRS, number) for number in range(pairs // COMMIT_PAIRS)]
