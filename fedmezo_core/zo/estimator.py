@@ -159,7 +159,7 @@ class Estimator:
         except InseparableError as error:
             self._go_singly(f"{error}")
             return False
-        low_precision = next(self._model.parameters()).dtype != torch.float32
+        low_precision = any(value.dtype != torch.float32 for value in self._model.parameters())
         tolerance = 0.1 * abs(alone[0] - alone[1]) + (3e-2 if low_precision else 1e-3) * alone[0]
         if all(abs(a - b) <= tolerance for a, b in zip(alone, shared, strict=True)):
             return True
