@@ -7,7 +7,7 @@ the compressed base, close to the others' (LLM.int8, Dettmers et al. 2022; NF4, 
 from __future__ import annotations
 
 import importlib.util
-import warnings
+import logging
 from typing import Any, Final
 
 import torch
@@ -49,6 +49,8 @@ def compress_frozen(model: Any, manifest: Manifest, bits: int, device: torch.dev
     In place, layer by layer. The head that gives the logits stays as it is, and so does what is no
     linear layer (embeddings, norms, a mixture's experts), and in 4 bits what fills no whole blocks.
     """
+    # It says in each product of float32 inputs that it takes them as float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     trained = tensor_ids(model, manifest)
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
@@ -58,14 +60,11 @@ def compress_frozen(model: Any, manifest: Manifest, bits: int, device: torch.dev
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, _compressed(module, bits, device))
     model.to(device)
-    # Where inputs are float32, bitsandbytes says at each layer that it computes in float16.
-    warnings.filterwarnings("ignore", message=".*will be cast from .* during quantization")
 
 
 def _fills_blocks(module: Any) -> bool:
-    outputs, inputs = (
-        reversed(module.weight.shape) if isinstance(module, Conv1D) else module.weight.shape
-    )
+    sides = module.weight.shape
+    outputs, inputs = reversed(sides) if isinstance(module, Conv1D) else sides
     return outputs % OUTPUTS_PER_BLOCK == 0 and inputs % INPUTS_PER_BLOCK == 0
 
 
@@ -73,7 +72,6 @@ def _compressed(module: Any, bits: int, device: torch.device) -> nn.Module:
     import bitsandbytes.nn  # only here: it need not be installed
 
     layers: Any = bitsandbytes.nn  # without types
-
     weight = module.weight.detach()
     if isinstance(module, Conv1D):
         weight = weight.t().contiguous()
