@@ -63,7 +63,7 @@ def compress_frozen(model: Any, manifest: Manifest, bits: int, device: torch.dev
 
 
 def _fills_blocks(module: Any) -> bool:
-    sides = module.weight.shape
+    sides: torch.Size = module.weight.shape
     outputs, inputs = reversed(sides) if isinstance(module, Conv1D) else sides
     return outputs % OUTPUTS_PER_BLOCK == 0 and inputs % INPUTS_PER_BLOCK == 0
 
