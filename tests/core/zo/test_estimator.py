@@ -265,8 +265,8 @@ def test_a_module_that_must_be_built_whole_is_named_once(
     for _ in range(2):
         _assert_equals_naive(model, manifest_of(model), task, batch, 2e-6)
     warning = (
-        f"extra ({extra.__name__}) is no kind of module that is perturbed block by block, and is "
-        f"built whole at each point, which takes time and memory: {why}."
+        f"extra ({extra.__name__}) is not perturbed block by block but whole, once for each point, "
+        f"which takes time and memory: {why}."
     )
     warnings = [record.getMessage() for record in caplog.records]
     assert warnings == [warning] * 2, "once for each of two estimators"
@@ -476,6 +476,25 @@ def test_a_parameter_read_behind_its_owners_back_is_refused(
     task, batch = _task(tokenizer, "classification")
     with pytest.raises(ModelError, match=r"reads parameter extra\.weight outside the module"):
         _estimator(model, manifest_of(model), task).measure(batch, [], [1], EPS)
+
+
+@pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_2])
+def test_a_parameter_that_the_module_around_its_owner_reads_is_built_there(
+    distribution: Distribution,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Mamba's mixer computes with the weight of its convolution, which never runs."""
+    model = model_of("mamba")
+    task, batch = _task(tokenizer, "instruction")
+    _assert_equals_naive(model, manifest_of(model), task, batch, 2e-6, distribution)
+    ours = [record for record in caplog.records if record.name.startswith("fedmezo")]
+    (warning,) = (record.getMessage() for record in ours)
+    assert warning == (
+        "backbone.layers.0.mixer (MambaMixer) is not perturbed block by block but whole, once for each "
+        "point, which takes time and memory: it reads backbone.layers.0.mixer.conv1d.weight directly."
+    )
 
 
 class _Nested(nn.Module):
