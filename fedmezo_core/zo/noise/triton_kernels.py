@@ -1,0 +1,484 @@
+"""The CUDA backend in Triton: `materialize` fused over pairs and commits, equal to `spec` bit for bit.
+
+One warp a program and one Philox block a lane: the four words of a lane's block are the values of four
+columns of its rows, so a program keeps four tensors, one for each word, and a value's bit is brought up
+by a shift that is known when the kernel is compiled. A program's values stay in registers while it goes
+through all pairs: each weight is read and written once.
+
+- Elements come as rows of 128 (`spec.ROW_ELEMENTS`), whole row pairs at a time, because a block of
+  rounding bits serves two rows. Of low-rank directions a program takes a rectangle of its matrix instead.
+- No multiply is fused with an add: every launch says `enable_fp_fusion=False`. Values are rounded to the
+  storage type by integer arithmetic of our own, and sqrt is the correctly rounded one.
+- Nothing is told about alignment (`do_not_specialize`): Triton would vectorise accesses, and then give a
+  lane values of four blocks, so that each block's words were made by four lanes.
+- Addresses and element indices are 64-bit; within a program's tile, 32 bits are enough.
+- A result that is NaN or infinite leaves the smallest such element index in `bad`; nothing else is told,
+  so that no launch has to be waited for.
+
+This file imports Triton, so it is itself imported only where there is a CUDA device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+import triton
+import triton.language as tl
+
+from fedmezo_core.zo.noise import spec
+
+NO_ELEMENT: Final = 2**63 - 1
+"""What `bad` holds while every result is finite."""
+RECORD: Final = 4
+"""32-bit integers of a line of a table: see `apply` and `fan`."""
+
+# Families, storage types and sides as the kernels know them.
+RADEMACHER: Final = tl.constexpr(0)
+GAUSSIAN: Final = tl.constexpr(1)
+LOW_RANK: Final = tl.constexpr(2)
+FLOAT32: Final = tl.constexpr(0)
+BFLOAT16: Final = tl.constexpr(1)
+FLOAT16: Final = tl.constexpr(2)
+
+_SIGN: Final = tl.constexpr(0x80000000)
+_MAGNITUDE: Final = tl.constexpr(0x7FFFFFFF)
+_INFINITY: Final = tl.constexpr(0x7F800000)
+_NO_ELEMENT: Final = tl.constexpr(NO_ELEMENT)
+
+_DOMAIN_RADEMACHER: Final = tl.constexpr(spec.DOMAIN_RADEMACHER)
+_DOMAIN_GAUSSIAN: Final = tl.constexpr(spec.DOMAIN_GAUSSIAN)
+_DOMAIN_ROUNDING: Final = tl.constexpr(spec.DOMAIN_ROUNDING)
+_DOMAIN_ROUNDING_FLOAT16: Final = tl.constexpr(spec.DOMAIN_ROUNDING_FLOAT16)
+_DOMAIN_ROW_SIGNS: Final = tl.constexpr(spec.DOMAIN_ROW_SIGNS)
+_DOMAIN_COLUMN_SIGNS: Final = tl.constexpr(spec.DOMAIN_COLUMN_SIGNS)
+
+_ONE_MINUS_SQRT_HALF: Final = tl.constexpr(spec.ONE - spec.SQRT_HALF)
+_SQRT_HALF: Final = tl.constexpr(spec.SQRT_HALF)
+_TWO_LN2: Final = tl.constexpr(float(spec.TWO_LN2))
+_TWO_TO_MINUS_31: Final = tl.constexpr(float(spec.TWO_TO_MINUS_31))
+_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8 = (tl.constexpr(float(value)) for value in spec.LOG)
+_S0, _S1, _S2, _S3 = (tl.constexpr(float(value)) for value in spec.SIN)
+_C0, _C1, _C2, _C3 = (tl.constexpr(float(value)) for value in spec.COS)
+
+
+# --- words ------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _philox(
+    low: tl.tensor, high: tl.tensor, seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, domain: tl.constexpr
+) -> tl.tensor:
+    """Philox4x32-10 of the blocks `low + high * 2**32`: four uint32 tensors of the shape of `low`."""
+    c0 = low
+    c1 = high
+    c2 = tensor
+    c3 = tl.full((), domain, tl.uint32)
+    k0 = seed_low
+    k1 = seed_high
+    for _ in tl.static_range(10):
+        # One 32 by 32 to 64 bit multiplication gives both halves.
+        product_0 = c0.to(tl.uint64) * 0xD2511F53
+        product_1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product_1.to(tl.uint32)
+        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product_0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _blocks(blocks: tl.tensor, seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, domain: tl.constexpr) -> tl.tensor:
+    """`_philox` of blocks that are 64-bit, each with a high half of its own."""
+    high = (blocks >> 32).to(tl.uint32)
+    return _philox(blocks.to(tl.uint32), high, seed_low, seed_high, tensor, domain)
+
+
+@triton.jit
+def _chosen(which: tl.tensor, w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor) -> tl.tensor:
+    """Word `which` of the four."""
+    return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
+
+
+@triton.jit
+def _line(table: tl.tensor, index: tl.tensor) -> tl.tensor:
+    """A line of a table, as four uint32."""
+    place = table + index.to(tl.int64) * 4
+    return (
+        tl.load(place).to(tl.uint32, bitcast=True),
+        tl.load(place + 1).to(tl.uint32, bitcast=True),
+        tl.load(place + 2).to(tl.uint32, bitcast=True),
+        tl.load(place + 3).to(tl.uint32, bitcast=True),
+    )
+
+
+# --- where a program's values are ---------------------------------------------------------------------
+
+
+@triton.jit
+def _tile(
+    program: tl.tensor, start: tl.tensor, size: tl.tensor, columns: tl.tensor,
+    first_row: tl.tensor, end_row: tl.tensor, first_column: tl.tensor, end_column: tl.tensor,
+    FAMILY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """(element, within, low, high, rows, origin) of a program's values of word 0; word w is 32 w further.
+
+    element: int64 [A, B, 32], their indices in the tensor. within: int32, their places from `origin`
+    on; those from `low` to below `high` are asked for. rows: int64 [A, 1, 1] (low rank).
+    origin: the tile's first element, or column (low rank). [A, B] are [row of a pair, pair], or
+    [row, run of 128 columns] (low rank).
+    """
+    a = tl.arange(0, A)[:, None, None]
+    b = tl.arange(0, B)[None, :, None]
+    lane = tl.arange(0, 32)[None, None, :]
+    if FAMILY == LOW_RANK:
+        first = first_column // (B * 128)
+        across = (end_column - 1) // (B * 128) - first + 1
+        origin = (first + program % across) * (B * 128)
+        rows = (first_row + program // across * A) + a.to(tl.int64)
+        within = b * 128 + lane
+        element = rows * columns + origin + within
+        low, high = first_column - origin, end_column - origin
+    else:
+        origin = (start // (A * B * 128) + program) * (A * B * 128)
+        rows = tl.zeros([1, 1, 1], tl.int64)
+        within = (b * A + a) * 128 + lane
+        element = origin + within
+        low, high = start - origin, start + size - origin
+    low = tl.maximum(low, 0).to(tl.int32)
+    high = tl.minimum(high, A * B * 128).to(tl.int32)
+    return element, within, low, high, rows, origin
+
+
+@triton.jit
+def _inside(
+    within: tl.tensor, low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, FAMILY: tl.constexpr, W: tl.constexpr
+) -> tl.tensor:
+    """Which values of word W are asked for."""
+    inside = (within + 32 * W >= low) & (within + 32 * W < high)
+    if FAMILY == LOW_RANK:
+        inside = inside & (rows < end_row)
+    return inside
+
+
+# --- noise -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _normals(radius_word: tl.tensor, angle_word: tl.tensor) -> tl.tensor:
+    """`spec.box_muller`, operation by operation."""
+    odd = ((radius_word >> 1) | 1).to(tl.int32, bitcast=True).to(tl.float32)
+    shifted = odd.to(tl.uint32, bitcast=True) + _ONE_MINUS_SQRT_HALF
+    exponent = (158 - (shifted >> 23)).to(tl.int32).to(tl.float32)
+    mantissa = ((shifted & 0x007FFFFF) + _SQRT_HALF).to(tl.float32, bitcast=True)
+    x = mantissa - 1.0
+    x2 = x * x
+    x4 = x2 * x2
+    low = (x * _L1 + _L0) + x2 * (x * _L3 + _L2)
+    high = (x * _L5 + _L4) + x2 * ((x * _L7 + _L6) + x2 * _L8)
+    radius = tl.sqrt_rn(exponent * _TWO_LN2 + x * (low + x4 * high))
+    y = ((angle_word << 2) | 2).to(tl.int32, bitcast=True).to(tl.float32) * _TWO_TO_MINUS_31
+    y2 = y * y
+    sine = y * (_S0 + y2 * (_S1 + y2 * (_S2 + y2 * _S3)))
+    cosine = _C0 + y2 * (_C1 + y2 * (_C2 + y2 * _C3))
+    flip = (angle_word << 1) & _SIGN
+    cosine = (cosine.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+    p = radius * cosine
+    q = radius * sine
+    swap = angle_word >= _SIGN
+    return tl.where(swap, q, p), tl.where(swap, p, q)
+
+
+@triton.jit
+def _draw(
+    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor, rows: tl.tensor,
+    FAMILY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """A direction in a program's tile, as `_moved` takes it: one tensor for each word, one for the rows."""
+    lane = tl.arange(0, 32)[None, None, :]
+    line = origin // 128
+    row_word = tl.zeros([1, 1, 1], tl.uint32)
+    if FAMILY == GAUSSIAN:
+        place = (tl.arange(0, B)[None, :, None] * A + tl.arange(0, A)[:, None, None]) * 32 + lane
+        block = line * 32
+        low = block.to(tl.uint32) + place.to(tl.uint32)
+        high = (block >> 32).to(tl.uint32)
+        w0, w1, w2, w3 = _philox(low, high, seed_low, seed_high, tensor, _DOMAIN_GAUSSIAN)
+        n0, n1 = _normals(w0, w1)
+        n2, n3 = _normals(w2, w3)
+    else:
+        SLOTS: tl.constexpr = 32 if FAMILY == RADEMACHER else 8
+        WIDTH: tl.constexpr = 32 // SLOTS
+        DOMAIN: tl.constexpr = (
+            _DOMAIN_RADEMACHER if FAMILY == RADEMACHER else _DOMAIN_COLUMN_SIGNS
+        )
+        block = line // SLOTS * 32
+        low = block.to(tl.uint32) + lane.to(tl.uint32)
+        high = (block >> 32).to(tl.uint32)
+        n0, n1, n2, n3 = _philox(low, high, seed_low, seed_high, tensor, DOMAIN)
+        # The slots of this tile's first row or columns come to the top.
+        shift = ((line % SLOTS) * WIDTH).to(tl.uint32)
+        n0, n1, n2, n3 = n0 << shift, n1 << shift, n2 << shift, n3 << shift
+        if FAMILY == LOW_RANK:
+            blocks = (rows >> 10) * 32 + (rows & 31)
+            r0, r1, r2, r3 = _blocks(blocks, seed_low, seed_high, tensor, _DOMAIN_ROW_SIGNS)
+            row_word = _chosen((rows >> 5) & 3, r0, r1, r2, r3)
+            row_word = row_word << (((rows >> 7) & 7) * 4).to(tl.uint32)
+    return n0, n1, n2, n3, row_word
+
+
+@triton.jit
+def _signed(bits: tl.tensor, word: tl.tensor) -> tl.tensor:
+    """The float of `bits`, with its sign flipped where the top bit of `word` is 1."""
+    return (bits ^ (word & _SIGN)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _moved(
+    acc: tl.tensor, noise: tl.tensor, row_word: tl.tensor, coefficient: tl.tensor,
+    FAMILY: tl.constexpr, RANK: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """acc + fl(coefficient * z) for one word; `coefficient` as the bits of a float."""
+    if FAMILY == GAUSSIAN:
+        product = coefficient.to(tl.float32, bitcast=True) * noise
+    elif FAMILY == RADEMACHER:
+        slot = tl.arange(0, B)[None, :, None] * A + tl.arange(0, A)[:, None, None]
+        product = _signed(coefficient, noise << slot.to(tl.uint32))
+    else:
+        word = (noise << (tl.arange(0, B)[None, :, None] * 4).to(tl.uint32)) ^ row_word
+        if RANK == 1:
+            product = _signed(coefficient, word)
+        else:
+            # Sums of a few +-1 / sqrt(rank) are exact, and a zero is +0.
+            SCALE: tl.constexpr = 0x3F3504F3 if RANK == 2 else 0x3F000000
+            unit = tl.full((), SCALE, tl.uint32)
+            z = _signed(unit, word) + _signed(unit, word << 1)
+            if RANK == 4:
+                z = z + (_signed(unit, word << 2) + _signed(unit, word << 3))
+            product = coefficient.to(tl.float32, bitcast=True) * z
+    return acc + product
+
+
+# --- storage -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _widened(stored: tl.tensor, STORAGE: tl.constexpr) -> tl.tensor:
+    """What is stored, as float32, exactly."""
+    if STORAGE == BFLOAT16:
+        return (stored.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    elif STORAGE == FLOAT16:
+        return stored.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return stored
+
+
+@triton.jit
+def _narrowed(value: tl.tensor, STORAGE: tl.constexpr) -> tl.tensor:
+    """The inverse of `_widened`, for values that the storage type represents."""
+    if STORAGE == BFLOAT16:
+        return (value.to(tl.uint32, bitcast=True) >> 16).to(tl.int16)
+    elif STORAGE == FLOAT16:
+        return value.to(tl.float16).to(tl.int16, bitcast=True)
+    else:
+        return value
+
+
+@triton.jit
+def _rounding_words(
+    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor, element: tl.tensor,
+    FAMILY: tl.constexpr, STORAGE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """What `_rounded` needs for each word: [1, B, 32] for whole row pairs, else one for each value."""
+    HALVES: tl.constexpr = STORAGE == BFLOAT16
+    DOMAIN: tl.constexpr = _DOMAIN_ROUNDING if HALVES else _DOMAIN_ROUNDING_FLOAT16
+    if FAMILY == LOW_RANK:
+        # A row of the matrix begins anywhere, so that neighbours may come from any two blocks.
+        words = ()
+        for w in tl.static_range(4):
+            place = element + 32 * w
+            line = place >> 7
+            blocks = ((line >> 1) if HALVES else line) * 32 + (place & 31)
+            w0, w1, w2, w3 = _blocks(blocks, seed_low, seed_high, tensor, DOMAIN)
+            word = _chosen((place >> 5) & 3, w0, w1, w2, w3)
+            if HALVES:
+                word = word << ((line & 1) * 16).to(tl.uint32)
+            words = words + (word,)
+        return words
+    else:
+        lane = tl.arange(0, 32)[None, None, :]
+        place = tl.arange(0, B)[None, :, None] * 32 + lane
+        block = origin // 256 * 32
+        if not HALVES:
+            place = (tl.arange(0, B)[None, :, None] * A + tl.arange(0, A)[:, None, None]) * 32 + lane
+            block = origin // 128 * 32
+        low = block.to(tl.uint32) + place.to(tl.uint32)
+        high = (block >> 32).to(tl.uint32)
+        return _philox(low, high, seed_low, seed_high, tensor, DOMAIN)
+
+
+@triton.jit
+def _rounded(
+    value: tl.tensor, word: tl.tensor,
+    FAMILY: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr, A: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """A commit's result as the storage type represents it, in float32 (arithmetic standard, `round`)."""
+    bits = value.to(tl.uint32, bitcast=True)
+    magnitude = bits & _MAGNITUDE
+    if STORAGE == BFLOAT16:
+        if STOCHASTIC:
+            if FAMILY != LOW_RANK:
+                word = word << (tl.arange(0, A)[:, None, None] * 16).to(tl.uint32)
+            addend = word >> 16
+        else:
+            addend = 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(magnitude < _INFINITY, bits + addend, bits) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True)
+    elif STORAGE == FLOAT16:
+        # From 2**-14 on, 13 bits of the significand go; below, float16 is in units of 2**-24.
+        small = magnitude < 0x38800000
+        units = tl.where(small, magnitude, 0).to(tl.float32, bitcast=True) * 16777216.0
+        if STOCHASTIC:
+            addend = word >> 19
+            whole = tl.floor(units)
+            uniform = (word >> 8).to(tl.int32, bitcast=True).to(tl.float32) * (2.0**-24)
+            whole = tl.where(uniform < units - whole, whole + 1.0, whole)
+        else:
+            addend = 0x0FFF + ((bits >> 13) & 1)
+            # Above 2**23, float32 has no fractions: the addition rounds, ties to even.
+            whole = (units + 8388608.0) - 8388608.0
+        normal = (magnitude + addend) & 0xFFFFE000
+        normal = tl.where(normal < 0x47800000, normal, _INFINITY)
+        normal = tl.where(magnitude > _INFINITY, magnitude, normal)
+        tiny = (whole * (2.0**-24)).to(tl.uint32, bitcast=True)
+        return (tl.where(small, tiny, normal) | (bits & _SIGN)).to(tl.float32, bitcast=True)
+    else:
+        return value
+
+
+@triton.jit
+def _read(
+    base: tl.tensor, element: tl.tensor, within: tl.tensor, low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, whole: tl.tensor,
+    FAMILY: tl.constexpr, STORAGE: tl.constexpr, W: tl.constexpr, EMPTY: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The values of word W as float32; EMPTY where nothing is asked for."""
+    if whole:
+        stored = tl.load(base + (element + 32 * W))
+    else:
+        mask = _inside(within, low, high, rows, end_row, FAMILY, W)
+        stored = tl.load(base + (element + 32 * W), mask=mask, other=0)
+    return _widened(stored, STORAGE)
+
+
+@triton.jit
+def _write(
+    out: tl.tensor, value: tl.tensor, element: tl.tensor, within: tl.tensor, low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, whole: tl.tensor,
+    FAMILY: tl.constexpr, STORAGE: tl.constexpr, W: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    stored = _narrowed(value, STORAGE)
+    if whole:
+        tl.store(out + (element + 32 * W), stored)
+    else:
+        mask = _inside(within, low, high, rows, end_row, FAMILY, W)
+        tl.store(out + (element + 32 * W), stored, mask=mask)
+
+
+@triton.jit
+def _magnitude_of(value: tl.tensor) -> tl.tensor:
+    return (value.to(tl.uint32, bitcast=True) & _MAGNITUDE).to(tl.int32)
+
+
+@triton.jit
+def _first_bad(value: tl.tensor, element: tl.tensor, mask: tl.tensor, W: tl.constexpr) -> tl.tensor:
+    """The least index of a value of word W that is asked for and not finite."""
+    bad = mask & (_magnitude_of(value) >= _INFINITY)
+    return tl.min(tl.ravel(tl.where(bad, element + 32 * W, _NO_ELEMENT)), axis=0)
+
+
+@triton.jit
+def _note_bad(
+    bad: tl.tensor, v0: tl.tensor, v1: tl.tensor, v2: tl.tensor, v3: tl.tensor,
+    element: tl.tensor, within: tl.tensor, low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, FAMILY: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Leave the index of the first of these values that is NaN or infinite in `bad`."""
+    # Integers order as magnitudes do, NaN on top.
+    largest = tl.maximum(
+        tl.maximum(_magnitude_of(v0), _magnitude_of(v1)),
+        tl.maximum(_magnitude_of(v2), _magnitude_of(v3)),
+    )
+    if tl.max(tl.ravel(largest), axis=0) >= _INFINITY:
+        first = _first_bad(v0, element, _inside(within, low, high, rows, end_row, FAMILY, 0), 0)
+        at = _first_bad(v1, element, _inside(within, low, high, rows, end_row, FAMILY, 1), 1)
+        first = tl.minimum(first, at)
+        at = _first_bad(v2, element, _inside(within, low, high, rows, end_row, FAMILY, 2), 2)
+        first = tl.minimum(first, at)
+        at = _first_bad(v3, element, _inside(within, low, high, rows, end_row, FAMILY, 3), 3)
+        first = tl.minimum(first, at)
+        tl.atomic_min(bad, first)
+
+
+# --- kernels -----------------------------------------------------------------------------------------
+
+_FREE = [
+    "start", "size", "columns", "tensor", "first_row", "end_row", "first_column", "end_column",
+    "pairs", "commits", "draws", "stride", "rows", "width", "place",
+]  # fmt: skip
+_POINTERS = ["out", "base", "table", "bad", "lookups"]
+
+
+@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_POINTERS)
+def apply(
+    out: tl.tensor, base: tl.tensor, table: tl.tensor, bad: tl.tensor, pairs: tl.int64, commits: tl.int64,
+    tensor: tl.int64, start: tl.int64, size: tl.int64, columns: tl.int64,
+    first_row: tl.int64, end_row: tl.int64, first_column: tl.int64, end_column: tl.int64,
+    FAMILY: tl.constexpr, RANK: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
+) -> None:  # fmt: skip
+    """out = base + commits, rounded at each commit's end.
+
+    `table`: a line for each pair (seed low, high, coefficient), then one for each commit (rounding
+    seed low, high, number of pairs up to its end).
+    """
+    tensor_word = tensor.to(tl.uint32)
+    program = tl.program_id(0).to(tl.int64)
+    element, within, low, high, rows, origin = _tile(
+        program, start, size, columns, first_row, end_row, first_column, end_column, FAMILY, A, B
+    )
+    read = base - start
+    whole = (high - low == A * B * 128)
+    a0 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0, 0)
+    a1 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1, 0)
+    a2 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2, 0)
+    a3 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3, 0)
+    first = tl.zeros((), tl.int32)
+    for m in range(0, commits.to(tl.int32)):
+        rounding_low, rounding_high, end, _ = _line(table, pairs.to(tl.int32) + m)
+        last = end.to(tl.int32, bitcast=True)
+        for k in range(first, last):
+            seed_low, seed_high, coefficient, _ = _line(table, k)
+            n0, n1, n2, n3, row = _draw(
+                seed_low, seed_high, tensor_word, origin, rows, FAMILY, A, B
+            )
+            a0 = _moved(a0, n0, row, coefficient, FAMILY, RANK, A, B)
+            a1 = _moved(a1, n1, row, coefficient, FAMILY, RANK, A, B)
+            a2 = _moved(a2, n2, row, coefficient, FAMILY, RANK, A, B)
+            a3 = _moved(a3, n3, row, coefficient, FAMILY, RANK, A, B)
+        first = last
+        if STORAGE != FLOAT32:
+            r0, r1, r2, r3 = rounding_low, rounding_low, rounding_low, rounding_low
+            if STOCHASTIC:
+                r0, r1, r2, r3 = _rounding_words(
+                    rounding_low, rounding_high, tensor_word, origin, element, FAMILY, STORAGE, A, B
+                )
+            a0 = _rounded(a0, r0, FAMILY, STORAGE, STOCHASTIC, A)
+            a1 = _rounded(a1, r1, FAMILY, STORAGE, STOCHASTIC, A)
+            a2 = _rounded(a2, r2, FAMILY, STORAGE, STOCHASTIC, A)
+            a3 = _rounded(a3, r3, FAMILY, STORAGE, STOCHASTIC, A)
+    write = out - start
+    _write(write, a0, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+    _write(write, a1, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+    _write(write, a2, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+    _write(write, a3, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+    _note_bad(bad, a0, a1, a2, a3, element, within, low, high, rows, end_row, FAMILY)
