@@ -119,7 +119,7 @@ def _line(table: tl.tensor, index: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _tile(
-    program: tl.tensor, start: tl.tensor, size: tl.tensor, columns: tl.tensor,
+    start: tl.tensor, size: tl.tensor, columns: tl.tensor,
     first_row: tl.tensor, end_row: tl.tensor, first_column: tl.tensor, end_column: tl.tensor,
     FAMILY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
@@ -130,6 +130,7 @@ def _tile(
     origin: the tile's first element, or column (low rank). [A, B] are [row of a pair, pair], or
     [row, run of 128 columns] (low rank).
     """
+    program = tl.program_id(0).to(tl.int64)
     a = tl.arange(0, A)[:, None, None]
     b = tl.arange(0, B)[None, :, None]
     lane = tl.arange(0, 32)[None, None, :]
@@ -150,6 +151,18 @@ def _tile(
     low = tl.maximum(low, 0).to(tl.int32)
     high = tl.minimum(high, A * B * 128).to(tl.int32)
     return element, within, low, high, rows, origin
+
+
+@triton.jit
+def _is_whole(
+    low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor,
+    FAMILY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Whether all of a program's values are asked for: then no access needs a mask."""
+    if FAMILY == LOW_RANK:
+        return (high - low == B * 128) & (tl.max(tl.ravel(rows), axis=0) < end_row)
+    else:
+        return high - low == A * B * 128
 
 
 @triton.jit
@@ -230,9 +243,15 @@ def _draw(
 
 
 @triton.jit
+def _flipped(bits: tl.tensor, word: tl.tensor) -> tl.tensor:
+    """The bits of a float, its sign flipped where the top bit of `word` is 1."""
+    return bits ^ (word & _SIGN)
+
+
+@triton.jit
 def _signed(bits: tl.tensor, word: tl.tensor) -> tl.tensor:
-    """The float of `bits`, with its sign flipped where the top bit of `word` is 1."""
-    return (bits ^ (word & _SIGN)).to(tl.float32, bitcast=True)
+    """`_flipped` as a float."""
+    return _flipped(bits, word).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -247,16 +266,19 @@ def _moved(
         slot = tl.arange(0, B)[None, :, None] * A + tl.arange(0, A)[:, None, None]
         product = _signed(coefficient, noise << slot.to(tl.uint32))
     else:
-        word = (noise << (tl.arange(0, B)[None, :, None] * 4).to(tl.uint32)) ^ row_word
+        # The row's sign goes into the constant first, once for all columns.
+        column_word = noise << (tl.arange(0, B)[None, :, None] * 4).to(tl.uint32)
         if RANK == 1:
-            product = _signed(coefficient, word)
+            product = _signed(_flipped(coefficient, row_word), column_word)
         else:
             # Sums of a few +-1 / sqrt(rank) are exact, and a zero is +0.
             SCALE: tl.constexpr = 0x3F3504F3 if RANK == 2 else 0x3F000000
             unit = tl.full((), SCALE, tl.uint32)
-            z = _signed(unit, word) + _signed(unit, word << 1)
+            z = _signed(_flipped(unit, row_word), column_word)
+            z += _signed(_flipped(unit, row_word << 1), column_word << 1)
             if RANK == 4:
-                z = z + (_signed(unit, word << 2) + _signed(unit, word << 3))
+                z += _signed(_flipped(unit, row_word << 2), column_word << 2)
+                z += _signed(_flipped(unit, row_word << 3), column_word << 3)
             product = coefficient.to(tl.float32, bitcast=True) * z
     return acc + product
 
@@ -288,35 +310,41 @@ def _narrowed(value: tl.tensor, STORAGE: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def _rounding_words(
-    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor, element: tl.tensor,
-    FAMILY: tl.constexpr, STORAGE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor,
+    STORAGE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """What `_rounded` needs for each word: [1, B, 32] for whole row pairs, else one for each value."""
-    HALVES: tl.constexpr = STORAGE == BFLOAT16
-    DOMAIN: tl.constexpr = _DOMAIN_ROUNDING if HALVES else _DOMAIN_ROUNDING_FLOAT16
-    if FAMILY == LOW_RANK:
-        # A row of the matrix begins anywhere, so that neighbours may come from any two blocks.
-        words = ()
-        for w in tl.static_range(4):
-            place = element + 32 * w
-            line = place >> 7
-            blocks = ((line >> 1) if HALVES else line) * 32 + (place & 31)
-            w0, w1, w2, w3 = _blocks(blocks, seed_low, seed_high, tensor, DOMAIN)
-            word = _chosen((place >> 5) & 3, w0, w1, w2, w3)
-            if HALVES:
-                word = word << ((line & 1) * 16).to(tl.uint32)
-            words = words + (word,)
-        return words
-    else:
-        lane = tl.arange(0, 32)[None, None, :]
-        place = tl.arange(0, B)[None, :, None] * 32 + lane
+    """What `_rounded` needs for whole row pairs: a tensor for each word, [1, B, 32] or [A, B, 32]."""
+    lane = tl.arange(0, 32)[None, None, :]
+    pair = tl.arange(0, B)[None, :, None]
+    if STORAGE == BFLOAT16:
+        DOMAIN: tl.constexpr = _DOMAIN_ROUNDING
+        place = pair * 32 + lane
         block = origin // 256 * 32
-        if not HALVES:
-            place = (tl.arange(0, B)[None, :, None] * A + tl.arange(0, A)[:, None, None]) * 32 + lane
-            block = origin // 128 * 32
-        low = block.to(tl.uint32) + place.to(tl.uint32)
-        high = (block >> 32).to(tl.uint32)
-        return _philox(low, high, seed_low, seed_high, tensor, DOMAIN)
+    else:
+        DOMAIN: tl.constexpr = _DOMAIN_ROUNDING_FLOAT16
+        place = (pair * A + tl.arange(0, A)[:, None, None]) * 32 + lane
+        block = origin // 128 * 32
+    low = block.to(tl.uint32) + place.to(tl.uint32)
+    high = (block >> 32).to(tl.uint32)
+    return _philox(low, high, seed_low, seed_high, tensor, DOMAIN)
+
+
+@triton.jit
+def _rounding_word(
+    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, element: tl.tensor,
+    STORAGE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """What `_rounded` needs for any elements, a Philox block for each: a matrix's row begins anywhere."""
+    line = element >> 7
+    if STORAGE == BFLOAT16:
+        blocks = (line >> 1) * 32 + (element & 31)
+        w0, w1, w2, w3 = _blocks(blocks, seed_low, seed_high, tensor, _DOMAIN_ROUNDING)
+        word = _chosen((element >> 5) & 3, w0, w1, w2, w3) << ((line & 1) * 16).to(tl.uint32)
+    else:
+        blocks = line * 32 + (element & 31)
+        w0, w1, w2, w3 = _blocks(blocks, seed_low, seed_high, tensor, _DOMAIN_ROUNDING_FLOAT16)
+        word = _chosen((element >> 5) & 3, w0, w1, w2, w3)
+    return word
 
 
 @triton.jit
@@ -359,11 +387,49 @@ def _rounded(
 
 
 @triton.jit
+def _all_rounding_words(
+    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor, element: tl.tensor,
+    FAMILY: tl.constexpr, STORAGE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """What `_rounded` needs, for each of the four words."""
+    if FAMILY == LOW_RANK:
+        return (
+            _rounding_word(seed_low, seed_high, tensor, element, STORAGE),
+            _rounding_word(seed_low, seed_high, tensor, element + 32, STORAGE),
+            _rounding_word(seed_low, seed_high, tensor, element + 64, STORAGE),
+            _rounding_word(seed_low, seed_high, tensor, element + 96, STORAGE),
+        )
+    else:
+        return _rounding_words(seed_low, seed_high, tensor, origin, STORAGE, A, B)
+
+
+@triton.jit
+def _all_rounded(
+    v0: tl.tensor, v1: tl.tensor, v2: tl.tensor, v3: tl.tensor,
+    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor, element: tl.tensor,
+    FAMILY: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """All four words of a tile, `_rounded` with bits made here."""
+    r0, r1, r2, r3 = seed_low, seed_low, seed_low, seed_low
+    if STOCHASTIC:
+        r0, r1, r2, r3 = _all_rounding_words(
+            seed_low, seed_high, tensor, origin, element, FAMILY, STORAGE, A, B
+        )
+    return (
+        _rounded(v0, r0, FAMILY, STORAGE, STOCHASTIC, A),
+        _rounded(v1, r1, FAMILY, STORAGE, STOCHASTIC, A),
+        _rounded(v2, r2, FAMILY, STORAGE, STOCHASTIC, A),
+        _rounded(v3, r3, FAMILY, STORAGE, STOCHASTIC, A),
+    )
+
+
+@triton.jit
 def _read(
     base: tl.tensor, element: tl.tensor, within: tl.tensor, low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, whole: tl.tensor,
-    FAMILY: tl.constexpr, STORAGE: tl.constexpr, W: tl.constexpr, EMPTY: tl.constexpr,
+    FAMILY: tl.constexpr, STORAGE: tl.constexpr, W: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """The values of word W as float32; EMPTY where nothing is asked for."""
+    """The values of word W as float32; zeros where nothing is asked for."""
     if whole:
         stored = tl.load(base + (element + 32 * W))
     else:
@@ -421,64 +487,182 @@ def _note_bad(
 
 # --- kernels -----------------------------------------------------------------------------------------
 
-_FREE = [
-    "start", "size", "columns", "tensor", "first_row", "end_row", "first_column", "end_column",
-    "pairs", "commits", "draws", "stride", "rows", "width", "place",
+_NUMBERS: Final = [
+    "pairs", "commits", "draws", "stride", "place", "tensor", "start", "size", "columns",
+    "first_row", "end_row", "first_column", "end_column", "base_rows", "length",
 ]  # fmt: skip
-_POINTERS = ["out", "base", "table", "bad", "lookups"]
+_POINTERS: Final = ["out", "base", "table", "bad", "looked_up", "seeds"]
 
 
-@triton.jit(do_not_specialize=_FREE, do_not_specialize_on_alignment=_POINTERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def apply(
-    out: tl.tensor, base: tl.tensor, table: tl.tensor, bad: tl.tensor, pairs: tl.int64, commits: tl.int64,
-    tensor: tl.int64, start: tl.int64, size: tl.int64, columns: tl.int64,
-    first_row: tl.int64, end_row: tl.int64, first_column: tl.int64, end_column: tl.int64,
+    out: tl.tensor, base: tl.tensor, table: tl.tensor, bad: tl.tensor,
+    pairs: tl.int64, commits: tl.int64, tensor: tl.int64, start: tl.int64, size: tl.int64,
+    columns: tl.int64, first_row: tl.int64, end_row: tl.int64,
+    first_column: tl.int64, end_column: tl.int64,
     FAMILY: tl.constexpr, RANK: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr,
 ) -> None:  # fmt: skip
     """out = base + commits, rounded at each commit's end.
 
-    `table`: a line for each pair (seed low, high, coefficient), then one for each commit (rounding
+    `table`: a line for each pair (seed low, seed high, coefficient), then one for each commit (rounding
     seed low, high, number of pairs up to its end).
     """
     tensor_word = tensor.to(tl.uint32)
-    program = tl.program_id(0).to(tl.int64)
     element, within, low, high, rows, origin = _tile(
-        program, start, size, columns, first_row, end_row, first_column, end_column, FAMILY, A, B
+        start, size, columns, first_row, end_row, first_column, end_column, FAMILY, A, B
     )
+    whole = _is_whole(low, high, rows, end_row, FAMILY, A, B)
     read = base - start
-    whole = (high - low == A * B * 128)
-    a0 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0, 0)
-    a1 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1, 0)
-    a2 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2, 0)
-    a3 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3, 0)
+    a0 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+    a1 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+    a2 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+    a3 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
     first = tl.zeros((), tl.int32)
-    for m in range(0, commits.to(tl.int32)):
-        rounding_low, rounding_high, end, _ = _line(table, pairs.to(tl.int32) + m)
+    for commit in range(0, commits.to(tl.int32)):
+        rounding_low, rounding_high, end, _ = _line(table, pairs.to(tl.int32) + commit)
         last = end.to(tl.int32, bitcast=True)
-        for k in range(first, last):
-            seed_low, seed_high, coefficient, _ = _line(table, k)
-            n0, n1, n2, n3, row = _draw(
+        for pair in range(first, last):
+            seed_low, seed_high, coefficient, _ = _line(table, pair)
+            n0, n1, n2, n3, row_word = _draw(
                 seed_low, seed_high, tensor_word, origin, rows, FAMILY, A, B
             )
-            a0 = _moved(a0, n0, row, coefficient, FAMILY, RANK, A, B)
-            a1 = _moved(a1, n1, row, coefficient, FAMILY, RANK, A, B)
-            a2 = _moved(a2, n2, row, coefficient, FAMILY, RANK, A, B)
-            a3 = _moved(a3, n3, row, coefficient, FAMILY, RANK, A, B)
+            a0 = _moved(a0, n0, row_word, coefficient, FAMILY, RANK, A, B)
+            a1 = _moved(a1, n1, row_word, coefficient, FAMILY, RANK, A, B)
+            a2 = _moved(a2, n2, row_word, coefficient, FAMILY, RANK, A, B)
+            a3 = _moved(a3, n3, row_word, coefficient, FAMILY, RANK, A, B)
         first = last
         if STORAGE != FLOAT32:
-            r0, r1, r2, r3 = rounding_low, rounding_low, rounding_low, rounding_low
-            if STOCHASTIC:
-                r0, r1, r2, r3 = _rounding_words(
-                    rounding_low, rounding_high, tensor_word, origin, element, FAMILY, STORAGE, A, B
-                )
-            a0 = _rounded(a0, r0, FAMILY, STORAGE, STOCHASTIC, A)
-            a1 = _rounded(a1, r1, FAMILY, STORAGE, STOCHASTIC, A)
-            a2 = _rounded(a2, r2, FAMILY, STORAGE, STOCHASTIC, A)
-            a3 = _rounded(a3, r3, FAMILY, STORAGE, STOCHASTIC, A)
+            a0, a1, a2, a3 = _all_rounded(
+                a0, a1, a2, a3, rounding_low, rounding_high, tensor_word, origin, element,
+                FAMILY, STORAGE, STOCHASTIC, A, B,
+            )  # fmt: skip
     write = out - start
     _write(write, a0, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
     _write(write, a1, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
     _write(write, a2, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
     _write(write, a3, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
     _note_bad(bad, a0, a1, a2, a3, element, within, low, high, rows, end_row, FAMILY)
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+def fan(
+    out: tl.tensor, stride: tl.int64, base: tl.tensor, table: tl.tensor, bad: tl.tensor,
+    place: tl.int64, pairs: tl.int64, draws: tl.int64, tensor: tl.int64, start: tl.int64,
+    size: tl.int64, columns: tl.int64, first_row: tl.int64, end_row: tl.int64,
+    first_column: tl.int64, end_column: tl.int64, looked_up: tl.tensor, base_rows: tl.int64,
+    FAMILY: tl.constexpr, RANK: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SHARED_BITS: tl.constexpr, LOOKUP: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> None:  # fmt: skip
+    """Several outputs, `stride` elements apart, from one reading of the base.
+
+    `table`: a line for each pair that all outputs begin with (seed low, seed high, coefficient); one for
+    each further direction (seed low, high, its first output, the one after its last); and one for each
+    output (rounding seed low, high, coefficient of its direction, whether it has one).
+    SHARED_BITS: all rounding seeds are the same. LOOKUP: instead of one range of the base, its rows (of
+    `columns` elements) that `looked_up` names, one after the other; axis 1 of the launch counts them.
+    `bad[place]` gets the first index that is not finite, or is not in the base.
+    """
+    tensor_word = tensor.to(tl.uint32)
+    outputs = pairs.to(tl.int32) + draws.to(tl.int32)
+    read = base
+    if LOOKUP:
+        row = tl.program_id(1).to(tl.int64)
+        first_row = tl.load(looked_up + row)
+        known = (first_row >= 0) & (first_row < base_rows)
+        if not known:
+            tl.atomic_min(bad + place, tl.where(first_row < 0, _NO_ELEMENT - 1, first_row * columns))
+        start = first_row * columns
+        size = tl.where(known, columns, 0)
+        end_row = tl.where(known, first_row + 1, first_row)
+        write = out + (row * columns - start)
+    else:
+        read = base - start
+        write = out - start
+    element, within, low, high, rows, origin = _tile(
+        start, size, columns, first_row, end_row, first_column, end_column, FAMILY, A, B
+    )
+    whole = _is_whole(low, high, rows, end_row, FAMILY, A, B)
+    a0 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+    a1 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+    a2 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+    a3 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+    for pair in range(0, pairs.to(tl.int32)):
+        seed_low, seed_high, coefficient, _ = _line(table, pair)
+        n0, n1, n2, n3, row_word = _draw(
+            seed_low, seed_high, tensor_word, origin, rows, FAMILY, A, B
+        )
+        a0 = _moved(a0, n0, row_word, coefficient, FAMILY, RANK, A, B)
+        a1 = _moved(a1, n1, row_word, coefficient, FAMILY, RANK, A, B)
+        a2 = _moved(a2, n2, row_word, coefficient, FAMILY, RANK, A, B)
+        a3 = _moved(a3, n3, row_word, coefficient, FAMILY, RANK, A, B)
+    ROUNDED: tl.constexpr = STORAGE != FLOAT32
+    MADE_ONCE: tl.constexpr = SHARED_BITS and ROUNDED and STOCHASTIC
+    if MADE_ONCE:
+        bits_low, bits_high, _, _ = _line(table, outputs)
+        r0, r1, r2, r3 = _all_rounding_words(
+            bits_low, bits_high, tensor_word, origin, element, FAMILY, STORAGE, A, B
+        )
+    for draw in range(0, draws.to(tl.int32)):
+        seed_low, seed_high, first, end = _line(table, pairs.to(tl.int32) + draw)
+        n0, n1, n2, n3, row_word = _draw(
+            seed_low, seed_high, tensor_word, origin, rows, FAMILY, A, B
+        )
+        for g in range(first.to(tl.int32, bitcast=True), end.to(tl.int32, bitcast=True)):
+            rounding_low, rounding_high, coefficient, moves = _line(table, outputs + g)
+            v0, v1, v2, v3 = a0, a1, a2, a3
+            if moves != 0:
+                v0 = _moved(v0, n0, row_word, coefficient, FAMILY, RANK, A, B)
+                v1 = _moved(v1, n1, row_word, coefficient, FAMILY, RANK, A, B)
+                v2 = _moved(v2, n2, row_word, coefficient, FAMILY, RANK, A, B)
+                v3 = _moved(v3, n3, row_word, coefficient, FAMILY, RANK, A, B)
+            if MADE_ONCE:
+                v0 = _rounded(v0, r0, FAMILY, STORAGE, STOCHASTIC, A)
+                v1 = _rounded(v1, r1, FAMILY, STORAGE, STOCHASTIC, A)
+                v2 = _rounded(v2, r2, FAMILY, STORAGE, STOCHASTIC, A)
+                v3 = _rounded(v3, r3, FAMILY, STORAGE, STOCHASTIC, A)
+            elif ROUNDED:
+                v0, v1, v2, v3 = _all_rounded(
+                    v0, v1, v2, v3, rounding_low, rounding_high, tensor_word, origin, element,
+                    FAMILY, STORAGE, STOCHASTIC, A, B,
+                )  # fmt: skip
+            to = write + g.to(tl.int64) * stride
+            _write(to, v0, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+            _write(to, v1, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+            _write(to, v2, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+            _write(to, v3, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+            _note_bad(
+                bad + place, v0, v1, v2, v3, element, within, low, high, rows, end_row, FAMILY
+            )
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+def signs(
+    out: tl.tensor, seeds: tl.tensor, tensor: tl.int64, length: tl.int64,
+    DOMAIN: tl.constexpr, RANK: tl.constexpr,
+) -> None:  # fmt: skip
+    """out[s, k, i] = sign k of row (or column) i of the direction of `seeds[s]`; s is axis 1 of the launch."""
+    seed = tl.load(seeds + tl.program_id(1)).to(tl.uint64, bitcast=True)
+    slot = tl.arange(0, 8)[:, None]
+    lane = tl.arange(0, 32)[None, :]
+    group = tl.program_id(0).to(tl.int64)
+    blocks = group * 32 + lane.to(tl.int64)
+    w0, w1, w2, w3 = _blocks(
+        blocks, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), tensor.to(tl.uint32), DOMAIN
+    )
+    place = out + tl.program_id(1).to(tl.int64) * RANK * length
+    first = group * 1024 + slot * 128 + lane
+    for k in tl.static_range(RANK):
+        shift = (slot * 4 + k).to(tl.uint32)
+        _store_signs(place + k * length, w0 << shift, first, length)
+        _store_signs(place + k * length, w1 << shift, first + 32, length)
+        _store_signs(place + k * length, w2 << shift, first + 64, length)
+        _store_signs(place + k * length, w3 << shift, first + 96, length)
+
+
+@triton.jit
+def _store_signs(
+    place: tl.tensor, word: tl.tensor, index: tl.tensor, length: tl.tensor
+) -> tl.tensor:
+    value = tl.where(word >= _SIGN, -1.0, 1.0)
+    tl.store(place + index, value.to(place.dtype.element_ty), mask=index < length)
