@@ -105,7 +105,7 @@ def _chosen(which: tl.tensor, w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: t
 @triton.jit
 def _line(table: tl.tensor, index: tl.tensor) -> tl.tensor:
     """A line of a table, as four uint32."""
-    place = table + index.to(tl.int64) * 4
+    place = table + index * 4
     return (
         tl.load(place).to(tl.uint32, bitcast=True),
         tl.load(place + 1).to(tl.uint32, bitcast=True),
@@ -626,7 +626,7 @@ def fan(
                     v0, v1, v2, v3, rounding_low, rounding_high, tensor_word, origin, element,
                     FAMILY, STORAGE, STOCHASTIC, A, B,
                 )  # fmt: skip
-            to = write + g.to(tl.int64) * stride
+            to = write + stride * g
             _write(to, v0, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
             _write(to, v1, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
             _write(to, v2, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
@@ -666,3 +666,156 @@ def _store_signs(
 ) -> tl.tensor:
     value = tl.where(word >= _SIGN, -1.0, 1.0)
     tl.store(place + index, value.to(place.dtype.element_ty), mask=index < length)
+
+
+# --- launches ----------------------------------------------------------------------------------------
+
+_FAMILIES: Final = {
+    spec.Distribution.RADEMACHER: RADEMACHER.value,
+    spec.Distribution.GAUSSIAN: GAUSSIAN.value,
+}
+_STORAGES: Final = {
+    torch.float32: FLOAT32.value,
+    torch.bfloat16: BFLOAT16.value,
+    torch.float16: FLOAT16.value,
+}
+LAUNCH: Final[dict[str, Any]] = {"num_warps": 1, "enable_fp_fusion": False}
+"""How every kernel is compiled: one warp a program, and no fused multiply-add."""
+
+
+def constants(
+    kernel: str, distribution: spec.Distribution, dtype: torch.dtype, stochastic: bool
+) -> dict[str, Any]:
+    """The compile-time arguments that `apply` and `fan` have in common, tile shapes among them.
+
+    The shapes are the largest that need no spills on sm_80 and sm_90 (docs/decisions/0011).
+    """
+    rounded = dtype != torch.float32 and stochastic
+    if distribution.rank:
+        a, b = (2, 2) if rounded else (4, 2) if kernel == "fan" else (4, 4)
+    elif distribution is spec.Distribution.GAUSSIAN:
+        a, b = 2, 2
+    elif kernel == "fan" or (rounded and dtype == torch.float16):
+        a, b = 2, 4
+    else:
+        a, b = 2, 16 if dtype == torch.float32 else 8
+    return {
+        "FAMILY": _FAMILIES.get(distribution, LOW_RANK.value),
+        "RANK": distribution.rank,
+        "STORAGE": _STORAGES[dtype],
+        "STOCHASTIC": rounded,
+        "A": a,
+        "B": b,
+    }
+
+
+def materialize(
+    out: torch.Tensor,
+    base: torch.Tensor,
+    table: torch.Tensor,
+    pairs: int,
+    commits: int,
+    bad: torch.Tensor,
+    *,
+    tensor_id: int,
+    start: int,
+    columns: int,
+    distribution: spec.Distribution,
+    stochastic: bool,
+) -> None:
+    """One launch of `apply` (up to three for a low-rank slice that begins or ends inside a row)."""
+    chosen = constants("apply", distribution, base.dtype, stochastic)
+    to, read = _stored(out), _stored(base)
+    for box, programs in _boxes(start, base.numel(), columns, chosen):
+        apply[(programs,)](
+            to, read, table, bad, pairs, commits, tensor_id, start, base.numel(), columns, *box,
+            **chosen, **LAUNCH,
+        )  # fmt: skip
+
+
+def materialize_fan(
+    first_out: torch.Tensor,
+    stride: int,
+    base: torch.Tensor,
+    table: torch.Tensor,
+    pairs: int,
+    draws: int,
+    shared_bits: bool,
+    bad: torch.Tensor,
+    place: int,
+    *,
+    tensor_id: int,
+    start: int,
+    columns: int,
+    distribution: spec.Distribution,
+    stochastic: bool,
+    rows: torch.Tensor | None = None,
+) -> None:
+    """One launch of `fan`, as for `materialize`; with `rows` (int64), it looks up those of `base`."""
+    chosen = constants("fan", distribution, base.dtype, stochastic)
+    chosen |= {"SHARED_BITS": shared_bits, "LOOKUP": rows is not None}
+    to, read = _stored(first_out), _stored(base)
+    if rows is not None:
+        boxes = [((0, 0, 0, columns), _programs_of_any_row(columns, chosen))]
+        grid: tuple[int, ...] = (0, rows.numel())
+    else:
+        boxes, grid = list(_boxes(start, base.numel(), columns, chosen)), (0,)
+    for box, programs in boxes:
+        fan[(programs, *grid[1:])](
+            to, stride, read, table, bad, place, pairs, draws, tensor_id, start, base.numel(),
+            columns, *box, bad if rows is None else rows, base.numel() // columns,
+            **chosen, **LAUNCH,
+        )  # fmt: skip
+
+
+def factor_signs(
+    out: torch.Tensor, seeds: torch.Tensor, tensor_id: int, domain: int, rank: int, length: int
+) -> None:
+    """out: contiguous [seeds, rank, length] of any float type; seeds: int64, the bits of the seeds."""
+    grid = (-(-length // 1024), seeds.numel())
+    signs[grid](out, seeds, tensor_id, length, DOMAIN=domain, RANK=rank, **LAUNCH)
+
+
+def _stored(tensor: torch.Tensor) -> torch.Tensor:
+    """As the kernels take it: float32, or the bits of bfloat16 and float16."""
+    plain = tensor.detach()
+    return plain if plain.dtype == torch.float32 else plain.view(torch.int16)
+
+
+def _boxes(
+    start: int, size: int, columns: int, chosen: dict[str, Any]
+) -> list[tuple[tuple[int, int, int, int], int]]:
+    """What each launch covers, (first row, end row, first column, end column), and in how many programs.
+
+    Low-rank directions are made by rectangles: a range that begins or ends inside a row takes more.
+    """
+    height, width = chosen["A"], chosen["B"] * spec.ROW_ELEMENTS
+    if chosen["FAMILY"] != LOW_RANK.value:
+        tile, last = height * width, start + size - 1
+        return [((0, 0, 0, 0), last // tile - start // tile + 1)]
+    first, end = start // columns, (start + size) // columns
+    head, tail = start % columns, (start + size) % columns
+    boxes = []
+    if first == end:
+        boxes.append((first, first + 1, head, tail))
+    else:
+        if head:
+            boxes.append((first, first + 1, head, columns))
+            first += 1
+        if first < end:
+            boxes.append((first, end, 0, columns))
+        if tail:
+            boxes.append((end, end + 1, 0, tail))
+    return [
+        (box, -(-(box[1] - box[0]) // height) * ((box[3] - 1) // width - box[2] // width + 1))
+        for box in boxes
+    ]
+
+
+def _programs_of_any_row(columns: int, chosen: dict[str, Any]) -> int:
+    """Enough programs for one row of `columns` elements, wherever it begins."""
+    height, width = chosen["A"], chosen["B"] * spec.ROW_ELEMENTS
+    if chosen["FAMILY"] == LOW_RANK.value:
+        return -(-columns // width)
+    tile = height * width
+    return (columns + tile - 2) // tile + 1
