@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.errors import ModelError
+from fedmezo_core.zo import devices
 from fedmezo_core.zo.homes import hooked_parameters, offload_hooks, put_back
 from fedmezo_core.zo.manifest import Manifest, tensor_ids, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize_fan
@@ -38,6 +39,8 @@ LINEAR_BLOCK_BYTES = 2 << 20
 """Weights of an `nn.Linear` that are built at a time, all points together: a cache's worth."""
 CONV1D_BLOCK_BYTES = 8 << 20
 """The same for a `Conv1D`, each of whose blocks adds to the whole output: fewer and larger ones."""
+DEVICE_BLOCK_BYTES = 32 << 20
+"""The same for both where a block is built and multiplied by launches: fits into a GPU's L2 cache."""
 _ALIGNMENT_BYTES: Final = 64
 
 
@@ -109,6 +112,7 @@ class Forward:
         """
         with ExitStack() as stack:
             stack.enter_context(_emptied_after_errors(self._model))
+            stack.enter_context(devices.finite_results())
             stack.enter_context(self._running(_Pass(tuple(points), rows, tokens)))
             for module, owned in self._owners.items():
                 stack.enter_context(_computing(module, functools.partial(self._moved, owned)))
@@ -193,11 +197,21 @@ class Forward:
 
         def look_up(ids: torch.Tensor) -> torch.Tensor:
             with self._unguarded():
-                unique, places = torch.unique(ids, return_inverse=True)
+                if weight.is_cpu:
+                    unique, places = torch.unique(ids, return_inverse=True)
+                else:  # finding the distinct ones would wait for the device
+                    unique, places = ids.reshape(-1), torch.arange(ids.numel(), device=ids.device)
+                    places = places.view(ids.shape)
                 count, width = len(unique), weight.shape[1]
                 rows = self._scratch.take(len(points) * count * width, weight)
                 rows = rows.view(len(points), count, width)
-                for place, length, first in _runs(unique.tolist()):
+                if not weight.is_cpu:
+                    devices.materialize_rows(
+                        list(rows), weight, unique, points, tensor_id=item.tensor_id,
+                        distribution=self._distribution,
+                        stochastic=self._rounding is Rounding.STOCHASTIC,
+                    )  # fmt: skip
+                for place, length, first in _runs(unique.tolist()) if weight.is_cpu else ():
                     self._fan(
                         [table[place : place + length] for table in rows],
                         weight[first : first + length],
@@ -258,6 +272,8 @@ class Forward:
         """Row ranges of `weight` and its rows at every point; each is overwritten by the next."""
         count, width = weight.shape
         points = len(self._pass.points)
+        if not weight.is_cpu:
+            bytes_max = DEVICE_BLOCK_BYTES
         rows_max = max(1, min(count, bytes_max // (points * width * weight.element_size())))
         scratch = [self._scratch.take(rows_max * width, weight) for _ in range(points)]
         for first in range(0, count, rows_max):

@@ -11,6 +11,7 @@ from enum import Enum
 import numpy as np
 import torch
 
+from fedmezo_core.zo import devices
 from fedmezo_core.zo.noise import spec
 
 
@@ -35,6 +36,10 @@ def factors(
 
     `length`: rows (or columns) of the tensor as a matrix.
     """
+    if device.type != "cpu":
+        return devices.factor_signs(
+            seeds, tensor_id, side.value, length, rank, dtype=dtype, device=device
+        )
     indices = np.arange(length, dtype=np.int64)
     signs = [spec.factor_signs(indices, seed, tensor_id, side.value)[:rank] for seed in seeds]
     return torch.from_numpy(np.stack(signs)).to(device, dtype)

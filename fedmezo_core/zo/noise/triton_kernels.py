@@ -67,7 +67,12 @@ _C0, _C1, _C2, _C3 = (tl.constexpr(float(value)) for value in spec.COS)
 
 @triton.jit
 def _philox(
-    low: tl.tensor, high: tl.tensor, seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, domain: tl.constexpr
+    low: tl.tensor,
+    high: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    tensor: tl.tensor,
+    domain: tl.constexpr,
 ) -> tl.tensor:
     """Philox4x32-10 of the blocks `low + high * 2**32`: four uint32 tensors of the shape of `low`."""
     c0 = low
@@ -90,14 +95,22 @@ def _philox(
 
 
 @triton.jit
-def _blocks(blocks: tl.tensor, seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, domain: tl.constexpr) -> tl.tensor:
+def _blocks(
+    blocks: tl.tensor,
+    seed_low: tl.tensor,
+    seed_high: tl.tensor,
+    tensor: tl.tensor,
+    domain: tl.constexpr,
+) -> tl.tensor:
     """`_philox` of blocks that are 64-bit, each with a high half of its own."""
     high = (blocks >> 32).to(tl.uint32)
     return _philox(blocks.to(tl.uint32), high, seed_low, seed_high, tensor, domain)
 
 
 @triton.jit
-def _chosen(which: tl.tensor, w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor) -> tl.tensor:
+def _chosen(
+    which: tl.tensor, w0: tl.tensor, w1: tl.tensor, w2: tl.tensor, w3: tl.tensor
+) -> tl.tensor:
     """Word `which` of the four."""
     return tl.where(which < 2, tl.where(which == 0, w0, w1), tl.where(which == 2, w2, w3))
 
@@ -167,7 +180,13 @@ def _is_whole(
 
 @triton.jit
 def _inside(
-    within: tl.tensor, low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, FAMILY: tl.constexpr, W: tl.constexpr
+    within: tl.tensor,
+    low: tl.tensor,
+    high: tl.tensor,
+    rows: tl.tensor,
+    end_row: tl.tensor,
+    FAMILY: tl.constexpr,
+    W: tl.constexpr,
 ) -> tl.tensor:
     """Which values of word W are asked for."""
     inside = (within + 32 * W >= low) & (within + 32 * W < high)
@@ -224,9 +243,7 @@ def _draw(
     else:
         SLOTS: tl.constexpr = 32 if FAMILY == RADEMACHER else 8
         WIDTH: tl.constexpr = 32 // SLOTS
-        DOMAIN: tl.constexpr = (
-            _DOMAIN_RADEMACHER if FAMILY == RADEMACHER else _DOMAIN_COLUMN_SIGNS
-        )
+        DOMAIN: tl.constexpr = _DOMAIN_RADEMACHER if FAMILY == RADEMACHER else _DOMAIN_COLUMN_SIGNS
         block = line // SLOTS * 32
         low = block.to(tl.uint32) + lane.to(tl.uint32)
         high = (block >> 32).to(tl.uint32)
@@ -314,16 +331,14 @@ def _rounding_words(
     STORAGE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """What `_rounded` needs for whole row pairs: a tensor for each word, [1, B, 32] or [A, B, 32]."""
-    lane = tl.arange(0, 32)[None, None, :]
-    pair = tl.arange(0, B)[None, :, None]
-    if STORAGE == BFLOAT16:
-        DOMAIN: tl.constexpr = _DOMAIN_ROUNDING
-        place = pair * 32 + lane
-        block = origin // 256 * 32
-    else:
-        DOMAIN: tl.constexpr = _DOMAIN_ROUNDING_FLOAT16
-        place = (pair * A + tl.arange(0, A)[:, None, None]) * 32 + lane
+    HALVES: tl.constexpr = STORAGE == BFLOAT16
+    DOMAIN: tl.constexpr = _DOMAIN_ROUNDING if HALVES else _DOMAIN_ROUNDING_FLOAT16
+    place = tl.arange(0, B)[None, :, None]
+    block = origin // 256 * 32
+    if not HALVES:
+        place = place * A + tl.arange(0, A)[:, None, None]
         block = origin // 128 * 32
+    place = place * 32 + tl.arange(0, 32)[None, None, :]
     low = block.to(tl.uint32) + place.to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
     return _philox(low, high, seed_low, seed_high, tensor, DOMAIN)
@@ -519,7 +534,7 @@ def apply(
     a2 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
     a3 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
     first = tl.zeros((), tl.int32)
-    for commit in range(0, commits.to(tl.int32)):
+    for commit in range(commits.to(tl.int32)):
         rounding_low, rounding_high, end, _ = _line(table, pairs.to(tl.int32) + commit)
         last = end.to(tl.int32, bitcast=True)
         for pair in range(first, last):
@@ -561,7 +576,7 @@ def fan(
     output (rounding seed low, high, coefficient of its direction, whether it has one).
     SHARED_BITS: all rounding seeds are the same. LOOKUP: instead of one range of the base, its rows (of
     `columns` elements) that `looked_up` names, one after the other; axis 1 of the launch counts them.
-    `bad[place]` gets the first index that is not finite, or is not in the base.
+    `bad[place]` gets the first index that is not finite, or the base's size for a row that is not there.
     """
     tensor_word = tensor.to(tl.uint32)
     outputs = pairs.to(tl.int32) + draws.to(tl.int32)
@@ -571,7 +586,7 @@ def fan(
         first_row = tl.load(looked_up + row)
         known = (first_row >= 0) & (first_row < base_rows)
         if not known:
-            tl.atomic_min(bad + place, tl.where(first_row < 0, _NO_ELEMENT - 1, first_row * columns))
+            tl.atomic_min(bad + place, base_rows * columns)
         start = first_row * columns
         size = tl.where(known, columns, 0)
         end_row = tl.where(known, first_row + 1, first_row)
@@ -587,7 +602,7 @@ def fan(
     a1 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
     a2 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
     a3 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
-    for pair in range(0, pairs.to(tl.int32)):
+    for pair in range(pairs.to(tl.int32)):
         seed_low, seed_high, coefficient, _ = _line(table, pair)
         n0, n1, n2, n3, row_word = _draw(
             seed_low, seed_high, tensor_word, origin, rows, FAMILY, A, B
@@ -603,7 +618,7 @@ def fan(
         r0, r1, r2, r3 = _all_rounding_words(
             bits_low, bits_high, tensor_word, origin, element, FAMILY, STORAGE, A, B
         )
-    for draw in range(0, draws.to(tl.int32)):
+    for draw in range(draws.to(tl.int32)):
         seed_low, seed_high, first, end = _line(table, pairs.to(tl.int32) + draw)
         n0, n1, n2, n3, row_word = _draw(
             seed_low, seed_high, tensor_word, origin, rows, FAMILY, A, B
@@ -692,10 +707,11 @@ def constants(
     """
     rounded = dtype != torch.float32 and stochastic
     if distribution.rank:
-        a, b = (2, 2) if rounded else (4, 2) if kernel == "fan" else (4, 4)
+        large = kernel == "apply" and dtype == torch.float32
+        a, b = (2, 2) if rounded else (4, 4) if large else (4, 2)
     elif distribution is spec.Distribution.GAUSSIAN:
         a, b = 2, 2
-    elif kernel == "fan" or (rounded and dtype == torch.float16):
+    elif kernel == "fan" or rounded:
         a, b = 2, 4
     else:
         a, b = 2, 16 if dtype == torch.float32 else 8
@@ -782,6 +798,11 @@ def _stored(tensor: torch.Tensor) -> torch.Tensor:
     return plain if plain.dtype == torch.float32 else plain.view(torch.int16)
 
 
+def _shape(chosen: dict[str, Any]) -> tuple[int, int]:
+    """(rows of a program's rectangle, its columns); their product is a program's elements."""
+    return int(chosen["A"]), int(chosen["B"]) * spec.ROW_ELEMENTS
+
+
 def _boxes(
     start: int, size: int, columns: int, chosen: dict[str, Any]
 ) -> list[tuple[tuple[int, int, int, int], int]]:
@@ -789,7 +810,7 @@ def _boxes(
 
     Low-rank directions are made by rectangles: a range that begins or ends inside a row takes more.
     """
-    height, width = chosen["A"], chosen["B"] * spec.ROW_ELEMENTS
+    height, width = _shape(chosen)
     if chosen["FAMILY"] != LOW_RANK.value:
         tile, last = height * width, start + size - 1
         return [((0, 0, 0, 0), last // tile - start // tile + 1)]
@@ -814,7 +835,7 @@ def _boxes(
 
 def _programs_of_any_row(columns: int, chosen: dict[str, Any]) -> int:
     """Enough programs for one row of `columns` elements, wherever it begins."""
-    height, width = chosen["A"], chosen["B"] * spec.ROW_ELEMENTS
+    height, width = _shape(chosen)
     if chosen["FAMILY"] == LOW_RANK.value:
         return -(-columns // width)
     tile = height * width
