@@ -385,7 +385,7 @@ def _rounded(
         units = tl.where(small, magnitude, 0).to(tl.float32, bitcast=True) * 16777216.0
         if STOCHASTIC:
             addend = word >> 19
-            whole = tl.floor(units)
+            whole = units.to(tl.int32).to(tl.float32)
             uniform = (word >> 8).to(tl.int32, bitcast=True).to(tl.float32) * (2.0**-24)
             whole = tl.where(uniform < units - whole, whole + 1.0, whole)
         else:
