@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.errors import ModelError
+from fedmezo_core.zo import devices
 from fedmezo_core.zo.experts import NotSlicedError, Slices, one_by_one
 from fedmezo_core.zo.guard import DirectReadError, DirectReadGuard, tensors_in
 from fedmezo_core.zo.homes import put_back
@@ -45,6 +46,8 @@ LINEAR_BLOCK_BYTES = 2 << 20
 """Weights of an `nn.Linear` that are built at a time, all points together: a cache's worth."""
 CONV1D_BLOCK_BYTES = 8 << 20
 """The same for a `Conv1D`, each of whose blocks adds to the whole output: fewer and larger ones."""
+DEVICE_BLOCK_BYTES = 32 << 20
+"""The same for both where a block is built and multiplied by launches: fits into a GPU's L2 cache."""
 THIN_RANKS_PER_FULL_RANK: Final = 8
 """Low-rank local pairs are thin products until their ranks add up to this part of the matrix's."""
 _ALIGNMENT_BYTES: Final = 64
@@ -129,6 +132,7 @@ class Forward:
         """
         with ExitStack() as stack:
             stack.enter_context(_emptied_after_errors(self._model))
+            stack.enter_context(devices.finite_results())
             stack.enter_context(self._running(_Pass(tuple(points), rows, tokens)))
             for module, owned in self._owners.items():
                 stack.enter_context(_computing(module, functools.partial(self._moved, owned)))
@@ -280,6 +284,28 @@ class Forward:
         weight = item.parameter
         points = self._pass.points
 
+        def look_up_on_device(ids: torch.Tensor) -> torch.Tensor:
+            """Each copy's rows at its own point: finding the distinct ones would wait for the device."""
+            if len(points) > 1:
+                if ids.dim() > 1 and len(ids) == 1:
+                    ids = ids.expand(len(points) * self._pass.rows, *ids.shape[1:])
+                elif self._pass.copy_length(len(ids)) is None:
+                    raise self._inseparable(module, ids)
+            with self._unguarded():
+                rows = weight.new_empty(*ids.shape, weight.shape[1])
+                parts = zip(rows.chunk(len(points)), ids.chunk(len(points)), points, strict=True)
+                for out, part, point in parts:
+                    devices.materialize_rows(
+                        [out],
+                        weight,
+                        part.reshape(-1),
+                        [point],
+                        tensor_id=item.tensor_id,
+                        distribution=self._distribution,
+                        stochastic=self._rounding is Rounding.STOCHASTIC,
+                    )
+            return rows
+
         def look_up(ids: torch.Tensor) -> torch.Tensor:
             with self._unguarded():
                 unique, places = torch.unique(ids, return_inverse=True)
@@ -304,7 +330,8 @@ class Forward:
                 places = places + tables.view(-1, *[1] * (places.dim() - 1))
             return functional.embedding(places, rows.view(-1, width))
 
-        with _EmbeddingLookups(weight, look_up):
+        away = devices.elsewhere(weight.device)
+        with _EmbeddingLookups(weight, look_up_on_device if away else look_up):
             return original(*args, **kwargs)
 
     def _whole(
@@ -392,6 +419,8 @@ class Forward:
         """Row ranges of `weight` and its rows at every point; each is overwritten by the next."""
         count, width = weight.shape
         row_bytes = len(points) * width * weight.element_size()
+        if devices.elsewhere(weight.device):
+            bytes_max = DEVICE_BLOCK_BYTES
         rows_max = max(1, min(count, bytes_max // row_bytes))
         scratch = [self._scratch.take(rows_max * width, weight) for _ in points]
         for first in range(0, count, rows_max):
@@ -428,6 +457,7 @@ class Forward:
             distribution=self._distribution,
             rounding=self._rounding,
             threads=self._threads,
+            name=self._parameter_names[tensor_id],
         )
 
     def _tell_if_large(self, module: nn.Module, owned: Sequence[_Owned]) -> None:

@@ -93,7 +93,12 @@ def open_party(
     if threads is not None:
         torch.set_num_threads(threads)
     # Kernels compile on a machine's first use; no round should wait for that.
-    warm_up()
+    warm_up(
+        placement.torch_device(),
+        dtype=torch.float32 if config.lora else getattr(torch, config.dtype),
+        distribution=Distribution[config.distribution.upper()],
+        rounding=Rounding[config.rounding.upper()],
+    )
     loaded = load_model(
         model,
         dtype=config.dtype,
