@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-gpu sim lint format proto check-proto bench wheel-test clean
+.PHONY: help setup demo test test-gpu sim lint format proto check-proto bench bench-gpu wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -75,8 +75,11 @@ check-proto: setup
 	    echo "proto/$$file does not match its .proto file; run 'make proto' and commit the result" >&2; exit 1; }; \
 	done
 
-bench: setup  ## measure replay beside the plain torch way; writes build/reports/bench.json
-	$(BIN)/python benchmarks/bench.py
+bench: setup  ## replay, measuring, memory and catch-up beside plain torch; build/reports/bench.json
+	$(BIN)/python -m benchmarks.bench
+
+bench-gpu: setup  ## the same on a CUDA device, with its roofline; build/reports/bench-gpu.json
+	$(BIN)/python -m benchmarks.bench_gpu
 
 wheel-test: setup  ## build the wheel, install it alone in a fresh environment, run the commands
 	rm -rf build/wheel && mkdir -p build/wheel

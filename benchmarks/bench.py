@@ -1,172 +1,92 @@
-"""`make bench`: how fast the journal is replayed, beside the plain torch loop, in one run.
-
-A rate is billions of (parameter, pair) products per second of CPU time of all threads together, so
-that other programs on the machine disturb it little; the best of a few repeats. "torch" regenerates
-one whole tensor per pair with a generator seeded for that pair and adds it, as MeZO and its federated
-descendants do; its scratch tensor is kept between pairs, which is kinder than they are.
-"""
+"""`make bench`: our figures on this machine's CPU, each beside the plain torch way, in one run."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import argparse
+from collections.abc import Callable, Iterator
+from itertools import chain
 
-import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize, warm_up
-from fedmezo_core.zo.noise import Distribution
+from benchmarks import catch_up, drift, measuring, memory, replay
+from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
+from benchmarks.machine import Machine
+from benchmarks.subjects import GPT2_SMALL, GPT2_TINY, gpt2
+from fedmezo_core.zo.allocator import keep_freed_memory
+from fedmezo_core.zo.materialize import warm_up
 
+REPORT = REPORTS / "bench.json"
 ELEMENTS = 124_000_000
-"""Parameters of GPT-2 small, as one tensor."""
-REPORT = Path(__file__).parents[1] / "build" / "reports" / "bench.json"
-RATE = "G param·pair/core-s"
+"""Parameters of GPT-2 small."""
+BFLOAT16_SHAPE = {**GPT2_TINY, "n_embd": 64}
+
+Group = Callable[[], Iterator[Figure]]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One measured value; `goal` is empty where there is none."""
+def groups(elements: int, *, tiny: bool = False) -> dict[str, Group]:
+    """Everything that can be measured alone. `tiny`: only to see that it runs."""
+    machine = Machine()
+    shape = GPT2_TINY if tiny else GPT2_SMALL
 
-    name: str
-    value: float
-    unit: str
-    goal: str = ""
+    def measurements() -> Iterator[Figure]:
+        subject = gpt2(shape)
+        for tokens, turns, goal in ((64, 10, "at most 2.1"), (1024, 3, "at most 2.15")):
+            yield from measuring.figures(
+                machine, subject, tokens // 16 if tiny else tokens, turns=turns, goal=goal
+            )
 
-
-def pairs(count: int) -> Commit:
-    generator = np.random.default_rng(count)
-    return Commit(
-        generator.integers(0, 2**64, count, dtype=np.uint64),
-        (generator.normal(size=count) * 1e-6).astype(np.float32),
-        rounding_seed=count,
-    )
-
-
-def best_seconds(
-    call: Callable[[], object], repeats: int, clock: Callable[[], float] = time.process_time
-) -> float:
-    seconds = []
-    for _ in range(repeats):
-        begin = clock()
-        call()
-        seconds.append(clock() - begin)
-    return min(seconds)
-
-
-def replay(
-    out: torch.Tensor,
-    base: torch.Tensor,
-    count: int,
-    distribution: Distribution,
-    threads: int = 1,
-) -> Callable[[], None]:
-    commit = pairs(count)
-
-    def call() -> None:
-        materialize(
-            out,
-            base,
-            [commit],
-            tensor_id=0,
-            distribution=distribution,
-            rounding=Rounding.STOCHASTIC,
-            threads=threads,
-        )
-
-    return call
+    return {
+        "replay": lambda: chain(
+            replay.figures(machine, replay.FULL_RANK, elements),
+            replay.speed_up(elements),
+            replay.small_call(),
+        ),
+        "low-rank": lambda: chain(
+            replay.figures(machine, replay.LOW_RANK, elements),
+            replay.products(machine, elements),
+            measuring.low_rank(machine, gpt2(shape), 16 if tiny else 64, turns=3),
+        ),
+        "measuring": measurements,
+        "memory": lambda: memory.figures(16 if tiny else 64, tiny=tiny),
+        "catch-up": lambda: catch_up.figures(machine, gpt2(shape), 80 if tiny else 2000),
+        "drift": lambda: drift.figures(
+            gpt2(BFLOAT16_SHAPE, dtype=torch.bfloat16), 8, 10 if tiny else 1000
+        ),
+    }
 
 
-def torch_loop(
-    weights: torch.Tensor, scratch: torch.Tensor, count: int, distribution: Distribution
-) -> Callable[[], None]:
-    commit = pairs(count)
-    generator = torch.Generator()
-
-    def call() -> None:
-        for seed, coefficient in zip(commit.seeds, commit.coefficients, strict=True):
-            generator.manual_seed(int(seed) >> 1)  # torch takes signed seeds
-            if distribution is Distribution.GAUSSIAN:
-                scratch.normal_(generator=generator)
-            else:
-                scratch.random_(0, 2, generator=generator).mul_(2).sub_(1)
-            weights.add_(scratch, alpha=float(coefficient))
-
-    return call
-
-
-def measure() -> list[Figure]:
-    torch.set_num_threads(1)
-    warm_up()
-    weights = torch.randn(ELEMENTS).mul_(0.02)
-    other = torch.empty_like(weights)
-    other.zero_()  # touched: page faults are not what is measured
-    figures = []
-    for distribution, count, goal in (
-        (Distribution.RADEMACHER, 64, "at least 5"),
-        (Distribution.GAUSSIAN, 8, "at least 0.4"),
-    ):
-        seconds = best_seconds(replay(weights, weights, count, distribution), 4)
-        ours = ELEMENTS * count / seconds / 1e9
-        name = f"{distribution}, {count} pairs, float32, 1 thread"
-        figures.append(Figure(f"materialize {name}", ours, RATE, goal))
-        seconds = best_seconds(torch_loop(weights, other, 2, distribution), 2)
-        plain = ELEMENTS * 2 / seconds / 1e9
-        figures.append(Figure(f"torch, {distribution}, one tensor per pair, 1 thread", plain, RATE))
-        figures.append(Figure(f"materialize / torch, {distribution}", ours / plain, "ratio"))
-
-    cores = len(os.sched_getaffinity(0))
-    call = replay(weights, weights, 64, Distribution.RADEMACHER)
-    one = best_seconds(call, 4, time.perf_counter)
-    call = replay(weights, weights, 64, Distribution.RADEMACHER, threads=cores)
-    many = best_seconds(call, 4, time.perf_counter)
-    figures.append(Figure(f"speed-up from 1 to {cores} threads, wall clock", one / many, "ratio"))
-
-    for distribution in Distribution:
-        seconds = best_seconds(replay(other, weights, 1, distribution), 4)
-        rate = ELEMENTS / seconds / 1e9
-        figures.append(
-            Figure(f"perturbation {distribution}, 1 pair, out of place, 1 thread", rate, RATE)
-        )
-    halves = weights.bfloat16()
-    seconds = best_seconds(replay(halves, halves, 64, Distribution.RADEMACHER), 3)
-    name = "materialize rademacher, 64 pairs, bfloat16, stochastic rounding, 1 thread"
-    figures.append(Figure(name, ELEMENTS * 64 / seconds / 1e9, RATE))
-
-    few = replay(other[:16], weights[:16], 1, Distribution.RADEMACHER)
-    calls = 1000
-    seconds = best_seconds(lambda: [few() for _ in range(calls)], 20) / calls
-    figures.append(Figure("a call on 16 elements", seconds * 1e6, "us of CPU", "at most 20"))
+def collect(chosen: dict[str, Group]) -> list[Figure]:
+    """All figures, with a line on standard error for each as it is ready: some take a minute."""
+    console = Console(stderr=True, width=120)
+    figures: list[Figure] = []
+    for group in chosen.values():
+        for figure in group():
+            console.print(f"[dim]{figure.name}: {figure.shown} {figure.unit}[/]", highlight=False)
+            figures.append(figure)
     return figures
 
 
-def show(figures: Sequence[Figure]) -> None:
-    table = Table(
-        title=f"{ELEMENTS / 1e6:.0f} M parameters, {platform.machine()}, torch {torch.__version__}"
-    )
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    table.add_column("unit")
-    table.add_column("goal")
-    for figure in figures:
-        table.add_row(figure.name, f"{figure.value:.2f}", figure.unit, figure.goal)
-    Console(width=120).print(table)
-
-
 def main() -> None:
-    figures = measure()
-    show(figures)
-    REPORT.parent.mkdir(parents=True, exist_ok=True)
-    REPORT.write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
-    print(
-        f"wrote {REPORT.relative_to(Path.cwd())}" if REPORT.is_relative_to(Path.cwd()) else REPORT
+    parser = argparse.ArgumentParser(description=__doc__)
+    names = list(groups(1))
+    parser.add_argument("--elements", type=int, default=ELEMENTS, help="of the replayed tensor")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="measure these")
+    parser.add_argument(
+        "--markdown", action="store_true", help="measure nothing, print the last report"
     )
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(read(REPORT)), end="")
+        return
+    keep_freed_memory()  # as a worker does
+    torch.set_num_threads(1)
+    warm_up()
+    available = groups(arguments.elements)
+    figures = collect({name: available[name] for name in arguments.only})
+    show(figures, f"{Machine().describe()}, torch {torch.__version__}")
+    write(figures, REPORT)
+    print(f"wrote {REPORT}")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ class _Copy:
 
     def __init__(self, orders: dict[str, Any], config: Any) -> None:
         try:
+            from fedmezo_core.zo.allocator import keep_freed_memory
             from fedmezo_core.zo.party import open_party
             from fedmezo_core.zo.rows import read_rows
         except ImportError as error:
@@ -84,6 +85,7 @@ class _Copy:
                 f"The package {error.name} is missing; install fedmezo[worker] where the coordinator "
                 "keeps its replica."
             ) from None
+        keep_freed_memory()
         self.party = open_party(config, orders["model"], threads=orders["threads"])
         task = self.party.task
         heldout = orders["heldout"]

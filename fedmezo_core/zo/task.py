@@ -37,6 +37,9 @@ from fedmezo_core.zo.rows import Row
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
 _IGNORED = -100
 """Target of a position that is no part of the loss (torch's own convention)."""
+_LOSS_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
+"""Logits whose losses are taken at a time: the temporary, as large, stays in the CPU's cache, or is
+small beside a GPU's memory while there are few launches."""
 _TEXTS_PER_CALL = 1024
 _WINDOW_BATCHES = 8
 """Batches whose rows are sorted by length together. More would save little padding (decision 0003)."""
@@ -116,6 +119,7 @@ class _Outcome:
     """Sum over each row's targets, in nats."""
     target_count: int
     correct_count: int
+    """0 where nobody asked to count."""
     margins: list[float]
     """Two classes: second logit minus first, for each row."""
 
@@ -324,7 +328,7 @@ class Task:
 
     def losses(self, model: nn.Module, batch: Batch, copies: int) -> list[float]:
         """Mean loss of each of the `copies` that a `Batch.repeated` consists of."""
-        outcome = self._outcome(model, batch)
+        outcome = self._outcome(model, batch, count_correct=False)
         rows, targets = len(outcome.row_losses) // copies, outcome.target_count // copies
         return [
             sum(outcome.row_losses[copy * rows : (copy + 1) * rows]) / targets
@@ -367,7 +371,7 @@ class Task:
         )
 
     @torch.inference_mode()
-    def _outcome(self, model: nn.Module, batch: Batch) -> _Outcome:
+    def _outcome(self, model: nn.Module, batch: Batch, *, count_correct: bool = True) -> _Outcome:
         if self.config.kind == "classification":
             logits = _logits(model, batch, 1)[:, -1, list(self.verbalizer_ids)].double()
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
@@ -381,17 +385,27 @@ class Task:
         response_tokens = batch.targets.shape[1]
         # The logits at one position predict the next token.
         logits = _logits(model, batch, response_tokens + 1)[:, :-1]
-        row_losses: list[float] = []
+        positions_max = max(1, _chunk_elements(logits) // logits.shape[-1])
+        row_losses: list[torch.Tensor] = []
         correct_count = 0
-        # Row by row, so that the float32 copy is one row's and not the batch's.
         for row, targets in zip(logits, batch.targets, strict=True):
-            losses = functional.cross_entropy(
-                row.float(), targets, ignore_index=_IGNORED, reduction="none"
-            )
-            row_losses.append(float(losses.double().sum()))
-            correct_count += int((row.argmax(dim=-1) == targets).sum())
+            parts = [
+                functional.cross_entropy(
+                    part.float(), target, ignore_index=_IGNORED, reduction="none"
+                )
+                for part, target in zip(
+                    row.split(positions_max), targets.split(positions_max), strict=True
+                )
+            ]
+            row_losses.append(torch.cat(parts).double().sum())
+            if count_correct:
+                correct_count += int((row.argmax(dim=-1) == targets).sum())
         target_count = int((batch.targets != _IGNORED).sum())
-        return _Outcome(row_losses, target_count, correct_count, [])
+        return _Outcome(torch.stack(row_losses).tolist(), target_count, correct_count, [])
+
+
+def _chunk_elements(logits: torch.Tensor) -> int:
+    return _LOSS_CHUNK_ELEMENTS.get(logits.device.type, _LOSS_CHUNK_ELEMENTS["cpu"])
 
 
 def _logits(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:

@@ -41,6 +41,9 @@ async def run(settings: WorkerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # Imported here: torch takes seconds, and a wrong flag should not.
+    from fedmezo_core.zo.allocator import keep_freed_memory
+
+    keep_freed_memory()
     from fedmezo_worker.agent import Agent
     from fedmezo_worker.engine import Engine
 

@@ -1,0 +1,79 @@
+"""Figures: what is measured, beside its goal, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.table import Table
+
+REPORTS: Final = Path(__file__).parents[1] / "build" / "reports"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured value."""
+
+    name: str
+    value: float
+    unit: str
+    goal: str = ""
+    """`at least 10` or `at most 2.1`; empty where there is none."""
+
+    @property
+    def missed(self) -> bool:
+        """Whether there is a goal that the value does not reach."""
+        if not self.goal:
+            return False
+        bound = float(self.goal.split()[-1])
+        return self.value < bound if self.goal.startswith("at least") else self.value > bound
+
+    @property
+    def shown(self) -> str:
+        """The value with three significant digits, or all that are before the point."""
+        if self.value == 0 or abs(self.value) >= 100:
+            return f"{self.value:,.0f}"
+        if abs(self.value) < 0.01:
+            return f"{self.value:.1e}"
+        return f"{self.value:.{2 if abs(self.value) < 10 else 1}f}"
+
+
+def write(figures: Sequence[Figure], path: Path) -> None:
+    """The report: a list of {name, value, unit, goal}."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False)
+    path.write_text(text + "\n")
+
+
+def read(path: Path) -> list[Figure]:
+    return [Figure(**item) for item in json.loads(path.read_text())]
+
+
+def show(figures: Sequence[Figure], title: str, console: Console | None = None) -> None:
+    """Print the table; a goal that is missed stands out, also without colours."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure", max_width=66)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("unit", no_wrap=True)
+    table.add_column("goal", no_wrap=True)
+    for figure in figures:
+        goal = figure.goal
+        if figure.missed:
+            goal = f"[bold red]{goal}: missed[/]"
+        elif goal:
+            goal = f"[green]{goal}[/]"
+        table.add_row(figure.name, figure.shown, figure.unit, goal)
+    (console or Console(width=120)).print(table)
+
+
+def markdown(figures: Sequence[Figure]) -> str:
+    """The table as docs/benchmarks.md has it."""
+    lines = ["| figure | value | unit | goal |", "|---|---|---|---|"]
+    for figure in figures:
+        goal = f"**missed**: {figure.goal}" if figure.missed else figure.goal
+        lines.append(f"| {figure.name} | {figure.shown} | {figure.unit} | {goal} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,29 @@
+"""What the C library does with freed memory."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Final
+
+# Parameters of glibc's mallopt (malloc.h).
+_TRIM_THRESHOLD: Final = -1
+_MMAP_THRESHOLD: Final = -3
+_ARENA_MAX: Final = -8
+_KEPT_BYTES_MAX: Final = 1 << 30
+"""Larger blocks go back to the system when they are freed."""
+
+
+def keep_freed_memory() -> bool:
+    """Let this process reuse the memory that it frees; True where the C library can be told so.
+
+    Every pass over a model asks for the same activations again. By default glibc gives blocks of that
+    size back to the system and takes them anew, page by page: a tenth to a fifth of a measurement on
+    1,024 tokens. Kept, the peak stays what it is. Call it before there are threads: memory that
+    several arenas keep would be kept several times.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    options = (_ARENA_MAX, 1), (_MMAP_THRESHOLD, _KEPT_BYTES_MAX), (_TRIM_THRESHOLD, 2**31 - 1)
+    accepted = [mallopt(option, value) == 1 for option, value in options]
+    return all(accepted)
