@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test sim lint format proto check-proto bench bench-gpu wheel-test clean
+.PHONY: help setup demo test test-gpu sim lint format proto check-proto bench bench-gpu wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,11 @@ demo: setup  ## four workers fine-tune a real language model over gRPC (about 8 
 
 test: setup  ## run the tests (no GPU, no network)
 	$(BIN)/python -m pytest -n 2
+
+test-gpu: setup  ## run the tests that need a CUDA device
+	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
+	  echo "make test-gpu: PyTorch sees no CUDA device here; run it on a machine with one, with PyTorch's CUDA build" >&2; exit 1; }
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu
 
 sim: setup  ## replay one simulated federation with its transcript: make sim SEED=7
 	$(BIN)/python -m tests.sim --seed $(SEED)

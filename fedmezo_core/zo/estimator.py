@@ -26,6 +26,7 @@ from torch import nn
 
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.zo.forward import Forward, InseparableError
+from fedmezo_core.zo.guard import DirectReadError
 from fedmezo_core.zo.manifest import Manifest
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.noise import Distribution
@@ -143,8 +144,12 @@ class Estimator:
 
     def _pass(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
         copies = batch if len(points) == 1 else batch.repeated(len(points))
-        with self._forward.at(points, *batch.input_ids.shape):
-            return self._task.losses(self._model, copies, len(points))
+        while True:
+            try:
+                with self._forward.at(points, *batch.input_ids.shape):
+                    return self._task.losses(self._model, copies, len(points))
+            except DirectReadError as error:
+                self._forward.build_further_out(error)
 
     def _can_share_a_pass(self, batch: Batch, points: Sequence[Commit]) -> bool:
         """Whether two points in one pass give the losses that they give alone.
@@ -159,7 +164,7 @@ class Estimator:
         except InseparableError as error:
             self._go_singly(f"{error}")
             return False
-        low_precision = next(self._model.parameters()).dtype != torch.float32
+        low_precision = any(value.dtype != torch.float32 for value in self._model.parameters())
         tolerance = 0.1 * abs(alone[0] - alone[1]) + (3e-2 if low_precision else 1e-3) * alone[0]
         if all(abs(a - b) <= tolerance for a, b in zip(alone, shared, strict=True)):
             return True

@@ -31,8 +31,9 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.errors import ModelError
+from fedmezo_core.zo import devices
 from fedmezo_core.zo.experts import NotSlicedError, Slices, one_by_one
-from fedmezo_core.zo.guard import DirectReadGuard, tensors_in
+from fedmezo_core.zo.guard import DirectReadError, DirectReadGuard, tensors_in
 from fedmezo_core.zo.homes import put_back
 from fedmezo_core.zo.low_rank import Side, Split, Thin, split
 from fedmezo_core.zo.manifest import Manifest, tensor_ids, trained_tensors
@@ -45,6 +46,8 @@ LINEAR_BLOCK_BYTES = 2 << 20
 """Weights of an `nn.Linear` that are built at a time, all points together: a cache's worth."""
 CONV1D_BLOCK_BYTES = 8 << 20
 """The same for a `Conv1D`, each of whose blocks adds to the whole output: fewer and larger ones."""
+DEVICE_BLOCK_BYTES = 32 << 20
+"""The same for both where a block is built and multiplied by launches: fits into a GPU's L2 cache."""
 THIN_RANKS_PER_FULL_RANK: Final = 8
 """Low-rank local pairs are thin products until their ranks add up to this part of the matrix's."""
 _ALIGNMENT_BYTES: Final = 64
@@ -56,10 +59,18 @@ class InseparableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Owned:
-    """A trained parameter as an attribute of the module that owns it."""
+    """A trained parameter, as an attribute of the module that holds it."""
 
+    holder: nn.Module
     attribute: str
     tensor_id: int
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """As it is now: offloaded weights are on the device only for a while."""
+        parameter = self.holder._parameters[self.attribute]
+        assert parameter is not None
+        return parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +114,7 @@ class Forward:
         self._scratch = _Scratch()
         self._model = model
         self._owners = _owners(model, manifest)
+        self._parameter_names = [entry.name for entry in manifest]
         self._names = {module: name for name, module in model.named_modules()}
         self._guard: DirectReadGuard | None = DirectReadGuard(manifest, model)
         self._pass = _Pass((), 0, 0)
@@ -115,11 +127,12 @@ class Forward:
 
         `rows`, `tokens`: shape of one copy. A batch for one point is a single copy, and any model can
         compute it; with more points, a forward pass raises `InseparableError` where a module sees
-        input whose copies cannot be told apart. Raises `ModelError` in the first pass if the
-        architecture reads a parameter where it can't be perturbed.
+        input whose copies cannot be told apart. Raises `DirectReadError` in a first pass if the
+        architecture reads a parameter outside its owner (see `build_further_out`).
         """
         with ExitStack() as stack:
             stack.enter_context(_emptied_after_errors(self._model))
+            stack.enter_context(devices.finite_results())
             stack.enter_context(self._running(_Pass(tuple(points), rows, tokens)))
             for module, owned in self._owners.items():
                 stack.enter_context(_computing(module, functools.partial(self._moved, owned)))
@@ -127,6 +140,27 @@ class Forward:
             yield
         # The first pass has shown that no parameter is read behind its owner's back.
         self._guard = None
+
+    def build_further_out(self, error: DirectReadError) -> None:
+        """Let the next pass build what was read directly where the module around its owner runs.
+
+        Raises `error` if there is no such module within the model, the parameter has several owners, or
+        it is offloaded (and thus on the device only while its owner runs).
+        """
+        owning = [
+            (module, owned)
+            for module, owned in self._owners.items()
+            if any(self._parameter_names[item.tensor_id] == error.name for item in owned)
+        ]
+        path = self._names[owning[0][0]] if len(owning) == 1 else ""
+        parent: nn.Module = nn.ModuleList()
+        while path and isinstance(parent, nn.ModuleList | nn.ModuleDict):
+            path = path.rpartition(".")[0]
+            parent = self._model.get_submodule(path)
+        if not path or any(item.parameter.is_meta for item in owning[0][1]):
+            raise error
+        self._owners.setdefault(parent, []).extend(self._owners.pop(owning[0][0]))
+        self._tell(parent, f"it reads {error.name} directly")
 
     @contextmanager
     def _running(self, new: _Pass) -> Iterator[None]:
@@ -140,10 +174,12 @@ class Forward:
         self, owned: list[_Owned], module: nn.Module, original: Callable[..., Any]
     ) -> Callable[..., Any]:
         """What `module` does instead of `original`, its forward."""
-        names = [item.attribute for item in owned]
+        names = [item.attribute for item in owned if item.holder is module]
         plain = getattr(original, "__func__", None)
         run: Callable[..., Any]
-        if isinstance(module, nn.Embedding) and names == ["weight"]:
+        if len(names) < len(owned):
+            run = functools.partial(self._whole, module, original, owned)
+        elif isinstance(module, nn.Embedding) and names == ["weight"]:
             run = functools.partial(self._embedding, module, original, owned[0])
         elif "weight" in names and plain in (nn.Linear.forward, Conv1D.forward):
             run = functools.partial(self._product, module, owned)
@@ -211,7 +247,7 @@ class Forward:
         The small terms come first and the base's product is added to them, so that in low precision
         they are rounded for what they are.
         """
-        weight = _parameter(module, "weight")
+        weight: Any = module._parameters["weight"]
         sides = [(Side.ROWS, weight.shape[0]), (Side.COLUMNS, weight.shape[1])]
         outputs, inputs = reversed(sides) if isinstance(module, Conv1D) else sides
         thin = Thin(tensor_id, self._distribution.rank, inputs, outputs)
@@ -245,8 +281,30 @@ class Forward:
         **kwargs: Any,
     ) -> Any:
         """An embedding, or a subclass of it: only the rows that are looked up."""
-        weight = _parameter(module, item.attribute)
+        weight = item.parameter
         points = self._pass.points
+
+        def look_up_on_device(ids: torch.Tensor) -> torch.Tensor:
+            """Each copy's rows at its own point: finding the distinct ones would wait for the device."""
+            if len(points) > 1:
+                if ids.dim() > 1 and len(ids) == 1:
+                    ids = ids.expand(len(points) * self._pass.rows, *ids.shape[1:])
+                elif self._pass.copy_length(len(ids)) is None:
+                    raise self._inseparable(module, ids)
+            with self._unguarded():
+                rows = weight.new_empty(*ids.shape, weight.shape[1])
+                parts = zip(rows.chunk(len(points)), ids.chunk(len(points)), points, strict=True)
+                for out, part, point in parts:
+                    devices.materialize_rows(
+                        [out],
+                        weight,
+                        part.reshape(-1),
+                        [point],
+                        tensor_id=item.tensor_id,
+                        distribution=self._distribution,
+                        stochastic=self._rounding is Rounding.STOCHASTIC,
+                    )
+            return rows
 
         def look_up(ids: torch.Tensor) -> torch.Tensor:
             with self._unguarded():
@@ -272,7 +330,8 @@ class Forward:
                 places = places + tables.view(-1, *[1] * (places.dim() - 1))
             return functional.embedding(places, rows.view(-1, width))
 
-        with _EmbeddingLookups(weight, look_up):
+        away = devices.elsewhere(weight.device)
+        with _EmbeddingLookups(weight, look_up_on_device if away else look_up):
             return original(*args, **kwargs)
 
     def _whole(
@@ -286,13 +345,10 @@ class Forward:
         """Any module: once for each point, with all its own parameters."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            moved = {
-                item.attribute: self._built(_parameter(module, item.attribute), item.tensor_id)[0]
-                for item in owned
-            }
-            with _parameters_as(module, moved):
+            moved = [self._built(item.parameter, item.tensor_id)[0] for item in owned]
+            with _parameters_as(owned, moved):
                 result = original(*args, **kwargs)
-            return _detached_from(result, [tensor.untyped_storage() for tensor in moved.values()])
+            return _detached_from(result, [tensor.untyped_storage() for tensor in moved])
 
         return self._point_by_point(module, run, *args, **kwargs)
 
@@ -316,15 +372,13 @@ class Forward:
             return built
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            moved: dict[str, Any] = {}
-            for item in owned:
-                parameter = _parameter(module, item.attribute)
-                moved[item.attribute] = (
-                    Slices(parameter, functools.partial(build, parameter, item.tensor_id))
-                    if parameter.dim() > 2
-                    else self._built(parameter, item.tensor_id)[0]
-                )
-            with _parameters_as(module, moved):
+            moved = [
+                Slices(item.parameter, functools.partial(build, item.parameter, item.tensor_id))
+                if item.parameter.dim() > 2
+                else self._built(item.parameter, item.tensor_id)[0]
+                for item in owned
+            ]
+            with _parameters_as(owned, moved):
                 return reference(*args, **kwargs)
 
         if module not in self._unsliced:
@@ -365,6 +419,8 @@ class Forward:
         """Row ranges of `weight` and its rows at every point; each is overwritten by the next."""
         count, width = weight.shape
         row_bytes = len(points) * width * weight.element_size()
+        if devices.elsewhere(weight.device):
+            bytes_max = DEVICE_BLOCK_BYTES
         rows_max = max(1, min(count, bytes_max // row_bytes))
         scratch = [self._scratch.take(rows_max * width, weight) for _ in points]
         for first in range(0, count, rows_max):
@@ -401,11 +457,12 @@ class Forward:
             distribution=self._distribution,
             rounding=self._rounding,
             threads=self._threads,
+            name=self._parameter_names[tensor_id],
         )
 
     def _tell_if_large(self, module: nn.Module, owned: Sequence[_Owned]) -> None:
         for item in owned:
-            size_bytes = _parameter(module, item.attribute).nbytes
+            size_bytes = item.parameter.nbytes
             if size_bytes > LINEAR_BLOCK_BYTES:
                 self._tell(module, f"{item.attribute} has {size_bytes} bytes")
                 return
@@ -416,8 +473,8 @@ class Forward:
         if kind not in self._told:
             self._told.add(kind)
             log.warning(
-                "%s (%s) is no kind of module that is perturbed block by block, and is built whole at "
-                "each point, which takes time and memory: %s.",
+                "%s (%s) is not perturbed block by block but whole, once for each point, which takes "
+                "time and memory: %s.",
                 self._names[module],
                 kind.__name__,
                 why,
@@ -506,7 +563,7 @@ def _owners(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[_Owned
     owners: dict[nn.Module, list[_Owned]] = {}
     for name, module in model.named_modules():
         owned = [
-            _Owned(attribute, ids[path])
+            _Owned(module, attribute, ids[path])
             for attribute in sorted(module._parameters)
             if (path := f"{name}.{attribute}" if name else attribute) in ids
         ]
@@ -549,22 +606,20 @@ def _computing(
 
 
 @contextmanager
-def _parameters_as(module: nn.Module, tensors: Mapping[str, Any]) -> Iterator[None]:
-    """Let `module` see `tensors` (or what stands for them) in place of its own parameters, which stay untouched."""
-    parameters: dict[str, Any] = module._parameters
-    before = {name: parameters[name] for name in tensors}
-    parameters.update(tensors)
+def _parameters_as(owned: Sequence[_Owned], tensors: Sequence[Any]) -> Iterator[None]:
+    """Let modules see `tensors` (or what stands for them) in place of parameters, which stay untouched."""
+    before = [item.parameter for item in owned]
+
+    def put(values: Sequence[Any]) -> None:
+        for item, value in zip(owned, values, strict=True):
+            parameters: dict[str, Any] = item.holder._parameters
+            parameters[item.attribute] = value
+
+    put(tensors)
     try:
         yield
     finally:
-        parameters.update(before)
-
-
-def _parameter(module: nn.Module, attribute: str) -> torch.Tensor:
-    """The module's own parameter as it is now: offloaded weights are on the device only for a while."""
-    parameter = module._parameters[attribute]
-    assert parameter is not None
-    return parameter
+        put(before)
 
 
 def _affine(

@@ -17,6 +17,17 @@ from fedmezo_core.zo.homes import hooked_parameters, offload_hooks
 from fedmezo_core.zo.manifest import Manifest, tensor_ids, trained_tensors
 
 
+class DirectReadError(ModelError):
+    """A trained parameter was read outside the module that owns it."""
+
+    def __init__(self, name: str, func: Any) -> None:
+        super().__init__(
+            f"This architecture reads parameter {name} outside the module that owns it ({func}), where it "
+            "can't be perturbed; train a LoRA adapter on other modules, or use another model."
+        )
+        self.name = name
+
+
 class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives no types
     """Refuses an architecture that reads a trained parameter outside its owner's forward.
 
@@ -106,11 +117,7 @@ class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         read = [self._spans[index][2]] if index >= 0 and address < self._spans[index][1] else []
         read += [name for name, (first, end) in self._visiting.items() if first <= address < end]
         if read:
-            raise ModelError(
-                f"This architecture reads parameter {read[0]} outside the module that "
-                f"owns it ({func}), where it can't be perturbed; train a LoRA adapter on other "
-                "modules, or use another model."
-            )
+            raise DirectReadError(read[0], func)
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

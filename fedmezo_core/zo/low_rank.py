@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedmezo_core.zo import devices
 from fedmezo_core.zo.materialize import Commit, common_pairs
 from fedmezo_core.zo.noise import spec
 
@@ -41,6 +42,16 @@ def factors(
 
     `length`: rows (or columns) of the tensor as a matrix.
     """
+    if devices.elsewhere(device):
+        return devices.factor_signs(
+            [int(seed) for seed in seeds],
+            tensor_id,
+            side.value,
+            length,
+            rank,
+            dtype=dtype,
+            device=device,
+        )
     indices = np.arange(length, dtype=np.int64)
     signs = [spec.factor_signs(indices, int(seed), tensor_id, side.value)[:rank] for seed in seeds]
     return torch.from_numpy(np.stack(signs)).to(device, dtype)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 
 from fedmezo_core.errors import MismatchError, NumericError
+from fedmezo_core.zo import devices
 from fedmezo_core.zo.noise import ELEMENTS_MAX, SEED_MAX, TENSOR_ID_MAX, Distribution, cpu, spec
 
 ARITHMETIC_VERSION: Final = 1
@@ -112,8 +113,8 @@ def materialize(
 ) -> None:
     """out = base + commits, element by element, in order.
 
-    out, base: contiguous CPU tensors of one dtype (float32, bfloat16 or float16) and one size, any
-    shape; the same memory (in place) or apart. `start`: index, inside its tensor, of out's first
+    out, base: contiguous tensors on one device, of one dtype (float32, bfloat16 or float16) and one size,
+    any shape; the same memory (in place) or apart. `start`: index, inside its tensor, of out's first
     element, so that a slice or row block can be made alone. `columns`: length of the whole tensor's
     last dimension, which only the low-rank families need; by default out's. `threads`: most threads to
     use, torch's number by default; it changes no bit. `name`: what an error calls the tensor.
@@ -126,6 +127,13 @@ def materialize(
     if size == 0:
         return
     columns = _columns(out, columns, tensor_id)
+    if devices.elsewhere(out.device):
+        if not devices.materialize(
+            out, base, commits, tensor_id=tensor_id, start=start, distribution=distribution,
+            stochastic=rounding is Rounding.STOCHASTIC, columns=columns,
+        ):  # fmt: skip
+            require_finite(out, tensor_id=tensor_id, start=start, name=name)
+        return
     if distribution.rank or out.dtype == torch.float16:
         materialize_reference(
             out, base, commits, tensor_id=tensor_id, start=start, distribution=distribution,
@@ -186,9 +194,18 @@ def materialize_fan(
     outs: tensors apart from the base and from each other. Fast where the commits begin with the same
     pairs (a worker's local steps) and then have at most one more each; neighbours whose last pairs are
     opposite (one seed, +eps and -eps) share their noise, and equal rounding seeds share their bits.
+
+    Away from the CPU nothing waits for the device: what is not finite, `devices.finite_results` raises.
     """
     size, pointers, base_address = _check_fan(outs, base, commits, tensor_id, start)
     if size == 0 or not outs:
+        return
+    if devices.elsewhere(base.device):
+        devices.materialize_fan(
+            outs, base, commits, tensor_id=tensor_id, start=start, distribution=distribution,
+            stochastic=rounding is Rounding.STOCHASTIC, columns=_columns(base, columns, tensor_id),
+            name=name,
+        )  # fmt: skip
         return
     full_rank = distribution.rank == 0 and base.dtype != torch.float16
     plan = _plan_of(commits) if full_rank else None
@@ -254,6 +271,10 @@ def materialize_reference(
     if size == 0:
         return
     columns = _columns(out, columns, tensor_id)
+    if not out.is_cpu:
+        raise MismatchError(
+            f"Tensor {tensor_id} is on {out.device}; the specification needs the CPU."
+        )
     elements = np.arange(start, start + size, dtype=np.int64)
     acc = _float32(_values(base), out.dtype)
     for commit in commits:
@@ -284,8 +305,19 @@ def require_finite(
             raise _not_finite(flat, offset, tensor_id, start, name)
 
 
-def warm_up() -> None:
-    """Compile every kernel, or load it from numba's cache: seconds once, milliseconds later."""
+def warm_up(
+    device: torch.device | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    distribution: Distribution = Distribution.RADEMACHER,
+    rounding: Rounding = Rounding.STOCHASTIC,
+) -> None:
+    """Compile every CPU kernel, or load it from a cache: seconds once, milliseconds later.
+
+    For another device as well, those of one storage type, distribution and rounding: a run's.
+    """
+    if device is not None and devices.elsewhere(device):
+        devices.warm_up(device, dtype, distribution, rounding is Rounding.STOCHASTIC)
     commit = Commit(np.zeros(1, np.uint64), np.zeros(1, np.float32), 0)
     for dtype in STORAGE_DTYPES:
         weights = torch.zeros(1, dtype=dtype)
@@ -315,10 +347,10 @@ def _check(out: torch.Tensor, base: torch.Tensor, tensor_id: int, start: int) ->
             f"Tensor {tensor_id} is {out.dtype}; load the model in float32, bfloat16 or float16."
         )
     for tensor in (out, base):
-        if not tensor.is_cpu or not tensor.is_contiguous():
+        if tensor.device != out.device or tensor.is_meta or not tensor.is_contiguous():
             raise MismatchError(
                 f"Tensor {tensor_id} is on {tensor.device} with strides {tensor.stride()}; "
-                "give a contiguous tensor on the CPU."
+                "give contiguous tensors on one device, the CPU or another."
             )
     distance_bytes = abs(out.data_ptr() - base.data_ptr())
     if 0 < distance_bytes < size * out.element_size():
@@ -362,7 +394,7 @@ def _check_fan(
     )
     for tensor in (base, *outs):
         sound = sound and tensor.dtype is dtype and tensor.numel() == size
-        sound = sound and tensor.is_cpu and tensor.is_contiguous()
+        sound = sound and tensor.device == base.device and tensor.is_contiguous()
     if not sound:
         for out in outs:
             _check(out, base, tensor_id, start)

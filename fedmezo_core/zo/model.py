@@ -166,8 +166,9 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> nn.M
                 f"lora.target_modules: {target} is no linear layer; the linear layers are "
                 f"{', '.join(_linear_names(model))}."
             )
-    # Only LoRA runs need peft, and importing it takes seconds.
-    import peft
+    with quiet():
+        # Only LoRA runs need peft, and importing it takes seconds.
+        import peft
 
     conv1d = any(
         isinstance(module, Conv1D) and name.rsplit(".", 1)[-1] in lora.target_modules
@@ -272,11 +273,12 @@ def _linear_names(model: nn.Module) -> list[str]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the log lines, bars and warnings of transformers, peft and accelerate off a terminal."""
+    """Keep the log lines, bars and warnings of transformers, peft and what they use off a terminal."""
     verbosity = _logging.get_verbosity()
-    accelerate = logging.getLogger("accelerate")
-    level = accelerate.level
-    accelerate.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("accelerate", "bitsandbytes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     bars = _logging.is_progress_bar_enabled()
     _logging.set_verbosity_error()
     _logging.disable_progress_bar()
@@ -285,7 +287,8 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        accelerate.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         _logging.set_verbosity(verbosity)
         if bars:
             _logging.enable_progress_bar()

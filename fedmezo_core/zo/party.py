@@ -11,6 +11,7 @@ import torch
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.zo.compressed import check_compressible, compress_frozen
 from fedmezo_core.zo.digest import base_digest, tokenizer_digest
 from fedmezo_core.zo.materialize import Commit, Rounding, warm_up
 from fedmezo_core.zo.model import ON_CPU, LoadedModel, load_model
@@ -77,23 +78,34 @@ def open_party(
     *,
     threads: int | None = None,
     placement: Placement = ON_CPU,
+    frozen_base_bits: int | None = None,
     local_files_only: bool = False,
 ) -> Party:
     """Load `model` (hub name or folder) for a run and digest it.
 
     `threads` also sets torch's thread count for this process; `placement` says where the weights go,
-    which changes no bit of them. Raises `ModelError`, `ConfigError`.
+    which changes no bit of them; `frozen_base_bits` compresses what a LoRA run leaves frozen (see
+    `compress_frozen`), after it was digested. Raises `ModelError`, `ConfigError`.
     """
+    if frozen_base_bits is not None:
+        check_compressible(has_adapter=config.lora is not None, placement=placement)
+    device = placement.torch_device()
     if threads is not None:
         torch.set_num_threads(threads)
     # Kernels compile on a machine's first use; no round should wait for that.
-    warm_up()
+    warm_up(
+        placement.torch_device(),
+        dtype=torch.float32 if config.lora else getattr(torch, config.dtype),
+        distribution=Distribution[config.distribution.upper()],
+        rounding=Rounding[config.rounding.upper()],
+    )
     loaded = load_model(
         model,
         dtype=config.dtype,
         lora=config.lora,
         run_seed=config.seed,
-        placement=placement,
+        # Compressing reads the whole base, which the device may have no room for.
+        placement=placement if frozen_base_bits is None else ON_CPU,
         local_files_only=local_files_only,
     )
     task = Task(config.task, loaded.tokenizer, _vocabulary_size(loaded))
@@ -104,7 +116,7 @@ def open_party(
         rounding=Rounding[config.rounding.upper()],
         threads=threads,
     )
-    return Party(
+    party = Party(
         config=config,
         loaded=loaded,
         task=task,
@@ -113,6 +125,9 @@ def open_party(
         base_digest=base_digest(loaded.model, threads=threads),
         tokenizer_digest=tokenizer_digest(loaded.tokenizer),
     )
+    if frozen_base_bits is not None:
+        compress_frozen(loaded.model, loaded.manifest, frozen_base_bits, device)
+    return party
 
 
 def commits_of(records: Sequence[Committed]) -> list[Commit]:

@@ -38,6 +38,7 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
         ({"--device": "gpu"}, "device = 'gpu' is not allowed: use auto, cpu, cuda, or cuda: and"),
         ({"--device-memory-max": "much"}, "device_memory_max = 'much' is not allowed"),
         ({"--device-memory-max": "0"}, "device_memory_max = '0' is not allowed: use more than 0"),
+        ({"--frozen-base-bits": "2"}, "frozen_base_bits = '2' is not allowed: use 8 or 4"),
         ({"--give-up-after-s": "-1"}, "give_up_after_s = '-1' is not allowed"),
     ],
 )
@@ -59,3 +60,4 @@ def test_where_to_compute() -> None:
     assert (settings.device, settings.device_memory_max) == ("cuda:1", 8 << 30)
     assert settings.offload_folder == Path("/d")
     assert load().device == "auto"
+    assert load({"--frozen-base-bits": "4"}).frozen_base_bits == 4

@@ -82,6 +82,7 @@ class Engine:
             placement=Placement(
                 settings.device, settings.device_memory_max, settings.offload_folder
             ),
+            frozen_base_bits=settings.frozen_base_bits,
         )
         party.check_same_base(genesis)
         self._batches = Batches(

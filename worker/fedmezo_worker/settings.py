@@ -41,6 +41,10 @@ class WorkerSettings(BaseSettings):
     offload_folder: Path | None = Field(
         default=None, description="folder on a disk for weights that no memory has room for"
     )
+    frozen_base_bits: int | None = Field(
+        default=None,
+        description="in a run with lora: keep the frozen base in 8 or 4 bits, with bitsandbytes",
+    )
     tls_ca: Path | None = Field(
         default=None, description="PEM file of the CA to trust; none: no TLS"
     )
@@ -67,6 +71,13 @@ class WorkerSettings(BaseSettings):
     def _memory(cls, value: ByteSize | None) -> ByteSize | None:
         if value is not None and value <= 0:
             raise ValueError("use more than 0 bytes, for example 8GiB")
+        return value
+
+    @field_validator("frozen_base_bits")
+    @classmethod
+    def _bits(cls, value: int | None) -> int | None:
+        if value not in {None, 4, 8}:
+            raise ValueError("use 8 or 4, or leave it out")
         return value
 
     @field_validator("coordinator")

@@ -1,6 +1,7 @@
 """Noise standard v1: `z(seed, tensor_id, element)`, the same bits on every machine.
 
-`spec` is the specification in slow NumPy; `cpu` is the numba backend, equal to it bit for bit.
+`spec` is the specification in slow NumPy; `cpu` (numba), `triton_kernels` (CUDA) and `portable` (torch) equal it
+bit for bit.
 docs/noise-standard-v1.md is the same standard in words.
 """
 

@@ -20,6 +20,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OPTConfig,
@@ -105,6 +107,17 @@ def make_model(kind: str) -> nn.Module:
                 head_dim=8,
                 sliding_window=16,
                 layer_types=["sliding_attention", "full_attention"],
+            )
+        ),
+        "mamba": lambda: MambaForCausalLM(
+            MambaConfig(
+                vocab_size=384,
+                hidden_size=32,
+                state_size=4,
+                num_hidden_layers=2,
+                bos_token_id=0,
+                eos_token_id=0,
+                pad_token_id=None,
             )
         ),
         "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**llama, num_local_experts=4)),

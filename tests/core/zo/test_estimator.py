@@ -15,7 +15,8 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig, TaskConfig
-from fedmezo_core.errors import MeasurementError, ModelError
+from fedmezo_core.errors import MeasurementError, ModelError, NumericError
+from fedmezo_core.zo import devices
 from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo import forward as forward_module
 from fedmezo_core.zo.digest import base_digest
@@ -265,8 +266,8 @@ def test_a_module_that_must_be_built_whole_is_named_once(
     for _ in range(2):
         _assert_equals_naive(model, manifest_of(model), task, batch, 2e-6)
     warning = (
-        f"extra ({extra.__name__}) is no kind of module that is perturbed block by block, and is "
-        f"built whole at each point, which takes time and memory: {why}."
+        f"extra ({extra.__name__}) is not perturbed block by block but whole, once for each point, "
+        f"which takes time and memory: {why}."
     )
     warnings = [record.getMessage() for record in caplog.records]
     assert warnings == [warning] * 2, "once for each of two estimators"
@@ -478,6 +479,25 @@ def test_a_parameter_read_behind_its_owners_back_is_refused(
         _estimator(model, manifest_of(model), task).measure(batch, [], [1], EPS)
 
 
+@pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_2])
+def test_a_parameter_that_the_module_around_its_owner_reads_is_built_there(
+    distribution: Distribution,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Mamba's mixer computes with the weight of its convolution, which never runs."""
+    model = model_of("mamba")
+    task, batch = _task(tokenizer, "instruction")
+    _assert_equals_naive(model, manifest_of(model), task, batch, 2e-6, distribution)
+    ours = [record for record in caplog.records if record.name.startswith("fedmezo")]
+    (warning,) = (record.getMessage() for record in ours)
+    assert warning == (
+        "backbone.layers.0.mixer (MambaMixer) is not perturbed block by block but whole, once for each "
+        "point, which takes time and memory: it reads backbone.layers.0.mixer.conv1d.weight directly."
+    )
+
+
 class _Nested(nn.Module):
     """Owns a parameter, contains owners, and returns a view of its own parameter."""
 
@@ -530,6 +550,48 @@ def test_bfloat16_rounding_cancels_out_of_the_difference(
     truth = np.array([pair[0].projected_grad for pair in grads])
     found = np.array([pair[1].projected_grad for pair in grads])
     assert np.corrcoef(truth, found)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_2])
+@pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "opt", "mixtral", "gemma3"])
+def test_away_from_the_cpu(
+    kind: str,
+    distribution: Distribution,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What runs on another device, with the CPU standing for one that has no kernels."""
+    model = model_of(kind)
+    manifest = manifest_of(model)
+    task, batch = _task(tokenizer, "classification")
+    naive = {
+        (seed, step): _naive_loss(
+            model, manifest, task, batch, [*LOCAL, (seed, step)], 99, distribution
+        )
+        for seed in (99, 7)
+        for step in (EPS, -EPS)
+    }
+    monkeypatch.setattr(devices, "elsewhere", lambda device: True)
+    monkeypatch.setattr(devices, "kernels", lambda device: None)
+    estimator = _estimator(model, manifest, task, distribution)
+    for seed, measured in zip((99, 7), estimator.measure(batch, LOCAL, [99, 7], EPS), strict=True):
+        assert measured.loss_plus == pytest.approx(naive[seed, EPS], rel=2e-6)
+        assert measured.loss_other == pytest.approx(naive[seed, -EPS], rel=2e-6)
+
+
+def test_a_result_that_is_not_finite_is_named_at_the_end_of_a_pass_on_a_device(
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = model_of("llama").half()
+    model.model.layers[0].mlp.up_proj.weight[3, 1] = 65504.0
+    task, batch = _task(tokenizer, "classification")
+    monkeypatch.setattr(devices, "elsewhere", lambda device: True)
+    monkeypatch.setattr(devices, "kernels", lambda device: None)
+    with pytest.raises(NumericError, match=r"mlp.up_proj.weight\): element 97 is NaN or infinite"):
+        _estimator(model, manifest_of(model), task).measure(batch, [], [1], 64.0)
 
 
 def test_local_steps_chain_their_own_pairs(

@@ -1,0 +1,392 @@
+"""The CUDA kernels in Triton's interpreter and the portable path, against the specification.
+
+Both work on CPU tensors here: the public functions would take their CPU path, so what lies behind them is
+called. The interpreter is slow (a program of a kernel takes 0.01 to 0.5 s): tensors are small.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedmezo_core.errors import NumericError
+from fedmezo_core.zo import devices
+from fedmezo_core.zo.materialize import Commit, Rounding, materialize_reference
+from fedmezo_core.zo.noise import Distribution, portable, spec
+from tests.core.zo.test_materialize import (
+    STORAGE,
+    assert_same_bits,
+    bits,
+    commit_of,
+    fans,
+    golden_weights,
+    journals,
+    places,
+    weights_of,
+)
+from tests.core.zo.test_noise_spec import columns_of
+
+# The interpreter is NumPy, which says when a float overflows or a NaN is made.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
+
+Backend = ModuleType | None
+CPU = torch.device("cpu")
+
+
+def interpreted() -> ModuleType:
+    """The kernels, which this process's Triton interprets."""
+    pytest.importorskip("triton", reason="Triton is not installed: nothing to interpret")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("TRITON_INTERPRET is not 1: these kernels would need a GPU")
+    from fedmezo_core.zo.noise import triton_kernels
+
+    return triton_kernels
+
+
+@pytest.fixture(params=["interpreted", "portable"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The CPU as a device whose kernels are the interpreted ones, or which has none."""
+    use(monkeypatch, interpreted() if request.param == "interpreted" else None)
+    return str(request.param)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, None)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, found: Backend) -> None:
+    monkeypatch.setattr(devices, "kernels", lambda device: found)
+
+
+def check(
+    commits: Sequence[Commit],
+    base: torch.Tensor,
+    *,
+    rounding: Rounding,
+    start: int,
+    columns: int,
+    distribution: Distribution,
+    tensor_id: int = 2**32 - 1,
+) -> None:
+    """Out of place and in place equal the specification; all at once equals one commit at a time."""
+    how: dict[str, Any] = {"tensor_id": tensor_id, "columns": columns, "distribution": distribution}
+    expected = torch.empty_like(base)
+    materialize_reference(expected, base, commits, start=start, rounding=rounding, **how)
+    how["stochastic"] = rounding is Rounding.STOCHASTIC
+    out, kept = torch.empty_like(base), base.clone()
+    assert devices.materialize(out, base, commits, start=start, **how)
+    assert_same_bits(out, expected)
+    assert_same_bits(base, kept)
+    for commit in commits:
+        assert devices.materialize(base, base, [commit], start=start, **how)
+    assert_same_bits(base, expected)
+
+
+# Tile edges, starts in mid-tile and mid-row, indices that need 64 bits, blocks that need their high word.
+WHERE = [
+    (0, 300, 100),
+    (4096 - 130, 264, 7 * 37),
+    (2**33 + 4097, 140, 96),
+    (2**34 - 5, 12, 2**40),
+    (2**48 - 300, 300, 299),
+]
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("distribution", list(Distribution))
+def test_kernels_equal_the_specification(
+    distribution: Distribution,
+    storage: tuple[torch.dtype, Rounding],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, interpreted())
+    generator = np.random.default_rng(5)
+    which = STORAGE.index(storage) + list(Distribution).index(distribution)
+    start, size, columns = WHERE[which % len(WHERE)]
+    commits = [
+        commit_of(generator, 2, 1e-3, 5),
+        commit_of(generator, 1, 1e-39, 2**64 - 1),
+    ]
+    check(
+        commits, weights_of(generator, size, storage[0]), rounding=storage[1], start=start,
+        columns=columns, distribution=distribution,
+    )  # fmt: skip
+
+
+def test_whole_tiles_take_the_unmasked_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, interpreted())
+    generator = np.random.default_rng(6)
+    for distribution, start in ((Distribution.RADEMACHER, 2**32 - 8), (Distribution.LOW_RANK_2, 0)):
+        check(
+            [commit_of(generator, 1)], weights_of(generator, 4200, torch.float32),
+            rounding=Rounding.NEAREST, start=start, columns=1050, distribution=distribution,
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("without_kernels")
+@settings(deadline=None, max_examples=60)
+@given(
+    journals(),
+    st.sampled_from(STORAGE),
+    st.sampled_from(Distribution),
+    columns_of,
+    places,
+    st.integers(1, 700),
+)
+def test_the_portable_path_equals_the_specification(
+    journal: tuple[list[Commit], np.random.Generator],
+    storage: tuple[torch.dtype, Rounding],
+    distribution: Distribution,
+    columns: int,
+    start: int,
+    size: int,
+) -> None:
+    commits, generator = journal
+    check(
+        commits, weights_of(generator, size, storage[0]), rounding=storage[1], start=start,
+        columns=columns, distribution=distribution,
+    )  # fmt: skip
+
+
+def test_pieces_of_the_portable_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, None)
+    monkeypatch.setattr(portable, "PIECE_ELEMENTS", 100)
+    generator = np.random.default_rng(7)
+    check(
+        [commit_of(generator, 2, rounding_seed=3)], weights_of(generator, 450, torch.bfloat16),
+        rounding=Rounding.STOCHASTIC, start=50, columns=7, distribution=Distribution.LOW_RANK_4,
+    )  # fmt: skip
+
+
+def golden_cases() -> list[Any]:
+    """All for the portable path; for the slow interpreter, a few."""
+    cases = golden_weights()
+    names = [f"{c['distribution']}-{c['dtype']}-{c['rounding']}" for c in cases]
+    few = [names.index(name) for name in (
+        "gaussian-float32-nearest", "rademacher-bfloat16-stochastic", "low_rank_2-float16-stochastic",
+        "low_rank_4-bfloat16-nearest",
+    )]  # fmt: skip
+    return [
+        pytest.param("portable", c, id=f"portable-{n}") for n, c in zip(names, cases, strict=True)
+    ] + [pytest.param("interpreted", cases[k], id=f"interpreted-{names[k]}") for k in few]
+
+
+@pytest.mark.parametrize(("backend", "case"), golden_cases(), indirect=["backend"])
+def test_golden_weights(backend: str, case: dict[str, Any]) -> None:
+    dtype = getattr(torch, case["dtype"])
+    base = ((torch.arange(48) - 24) / 512).to(dtype)
+    commits = [
+        Commit(
+            np.array([int(seed, 16) for seed in commit["seeds"]], dtype=np.uint64),
+            np.array([int(c, 16) for c in commit["coefficients"]], np.uint32).view(np.float32),
+            int(commit["rounding_seed"], 16),
+        )
+        for commit in case["commits"]
+    ]
+    out = torch.empty_like(base)
+    assert devices.materialize(
+        out, base, commits, tensor_id=case["tensor_id"], start=case["start"],
+        distribution=Distribution(case["distribution"]),
+        stochastic=case["rounding"] == "stochastic", columns=case.get("columns", 48),
+    )  # fmt: skip
+    digits = 8 if dtype == torch.float32 else 4
+    got = bits(out).tolist()
+    assert " ".join(f"{v & (16**digits - 1):0{digits}x}" for v in got) == case["result"]
+
+
+def fan(
+    outs: Sequence[torch.Tensor], base: torch.Tensor, commits: Sequence[Commit], **how: Any
+) -> None:
+    devices.materialize_fan(outs, base, commits, name="wte", **how)
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+@pytest.mark.parametrize("distribution", list(Distribution))
+def test_a_fan_of_the_kernels(
+    distribution: Distribution,
+    storage: tuple[torch.dtype, Rounding],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two ends of one direction, the weights themselves, another direction; then with other bits."""
+    use(monkeypatch, interpreted())
+    generator = np.random.default_rng(8)
+    ends: list[list[tuple[int, float]]] = [[(7, 1e-3)], [(7, -1e-3)], [], [(9, -0.0)]]
+    start, size, columns = 4096 - 130, 120, 7 * 37
+    base = weights_of(generator, size, storage[0])
+    local = [] if distribution.rank else [(1, 2e-3)]
+    for rounding_seeds in ([5] * 4, [5, 6]):
+        commits = [
+            Commit(
+                np.array([seed for seed, _ in [*local, *end]], np.uint64),
+                np.array([c for _, c in [*local, *end]], np.float32),
+                rounding_seed,
+            )
+            for end, rounding_seed in zip(ends, rounding_seeds, strict=False)
+        ]
+        outs = list(torch.empty(len(commits), size, dtype=storage[0]))
+        how: dict[str, Any] = {
+            "tensor_id": 4, "start": start, "columns": columns, "distribution": distribution,
+        }  # fmt: skip
+        with devices.finite_results():
+            fan(outs, base, commits, stochastic=storage[1] is Rounding.STOCHASTIC, **how)
+        for out, commit in zip(outs, commits, strict=True):
+            expected = torch.empty_like(base)
+            materialize_reference(expected, base, [commit], rounding=storage[1], **how)
+            assert_same_bits(out, expected)
+
+
+@settings(deadline=None, max_examples=12)
+@given(fans(), st.booleans())
+def test_any_fan_equals_one_call_for_each_output(
+    journal: tuple[list[Commit], np.random.Generator], by_kernels: bool
+) -> None:
+    """Also of commits that have nothing in common, and outputs that lie anywhere."""
+    commits, generator = journal
+    base = weights_of(generator, 150, torch.bfloat16)
+    outs = [torch.empty_like(base) for _ in commits]
+    how: dict[str, Any] = {
+        "tensor_id": 4, "start": 77, "columns": 150, "distribution": Distribution.RADEMACHER,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch, devices.finite_results():
+        use(patch, interpreted() if by_kernels else None)
+        fan(outs, base, commits, stochastic=True, **how)
+    for out, commit in zip(outs, commits, strict=True):
+        expected = torch.empty_like(base)
+        materialize_reference(expected, base, [commit], rounding=Rounding.STOCHASTIC, **how)
+        assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("distribution", [Distribution.GAUSSIAN, Distribution.LOW_RANK_1])
+def test_rows_that_are_looked_up(backend: str, distribution: Distribution) -> None:
+    generator = np.random.default_rng(9)
+    table = weights_of(generator, 9 * 50, torch.float16).view(9, 50)
+    rows = torch.tensor([8, 0, 3, 3])
+    commits = [
+        Commit(np.array([7], np.uint64), np.array([eps], np.float32), 5) for eps in (1e-3, -1e-3)
+    ]
+    outs = list(torch.empty(2, 4, 50, dtype=torch.float16))
+    how: dict[str, Any] = {"tensor_id": 3, "distribution": distribution}
+    with devices.finite_results():
+        devices.materialize_rows(outs, table, rows, commits, stochastic=True, **how)
+    for out, commit in zip(outs, commits, strict=True):
+        expected = torch.empty_like(table)
+        materialize_reference(expected, table, [commit], rounding=Rounding.STOCHASTIC, **how)
+        assert_same_bits(out, expected[rows])
+    for unknown in (9, -1, 2**40):
+        with (
+            pytest.raises(NumericError, match="Tensor 3: a row was looked up"),
+            devices.finite_results(),
+        ):
+            devices.materialize_rows(
+                outs, table, torch.tensor([1, unknown, 2, 2]), commits, stochastic=True, **how
+            )
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+def test_what_is_not_finite_is_named(backend: str, storage: tuple[torch.dtype, Rounding]) -> None:
+    how: dict[str, Any] = {
+        "tensor_id": 7, "columns": 600, "start": 2**33, "distribution": Distribution.RADEMACHER,
+        "stochastic": storage[1] is Rounding.STOCHASTIC,
+    }  # fmt: skip
+    commits = [commit_of(np.random.default_rng(0), 1)] * 2
+    for value in (float("nan"), float("-inf")):
+        base = torch.zeros(600, dtype=storage[0])
+        base[[410, 599]] = value
+        assert not devices.materialize(torch.empty_like(base), base, commits, **how)
+        outs = [torch.empty_like(base), torch.empty_like(base)]
+        with (
+            pytest.raises(
+                NumericError, match=rf"Tensor 7 \(wte\): element {2**33 + 410} is NaN or inf"
+            ),
+            devices.finite_results(),
+        ):
+            fan(outs, base, commits, **how)
+    huge = float(torch.finfo(storage[0]).max)
+    overflow = Commit(np.array([5], np.uint64), np.array([0.9 * huge], np.float32), 1)
+    base = torch.full((3,), huge).to(storage[0])
+    assert not devices.materialize(torch.empty_like(base), base, [overflow], **how)
+    with devices.finite_results():  # an error of one pass is not the next one's
+        fan([outs[0][:3]], torch.zeros(3, dtype=storage[0]), commits[:1], **how)
+
+
+def test_an_overflow_outside_the_range_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile's other elements are computed too, and must not be reported."""
+    use(monkeypatch, interpreted())
+    seeds = np.arange(4, dtype=np.uint64)
+    signs = [spec.rademacher(np.array([40]), int(seed), 0)[0] for seed in seeds]
+    # Back and forth for element 40; where the signs are others, two steps in a row overflow.
+    steps = np.array([1, -1, 1, -1]) * 3e38 * np.array(signs)
+    commit = Commit(seeds, steps.astype(np.float32), 0)
+    base = torch.full((1,), 1.0)
+    assert devices.materialize(
+        base, base, [commit], tensor_id=0, start=40, columns=1, stochastic=False,
+        distribution=Distribution.RADEMACHER,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_factor_signs(backend: str, dtype: torch.dtype) -> None:
+    domain = spec.DOMAIN_COLUMN_SIGNS if dtype == torch.float16 else spec.DOMAIN_ROW_SIGNS
+    seeds, length = [3, 2**64 - 1], 1500
+    got = devices.factor_signs(seeds, 9, domain, length, 4, dtype=dtype, device=CPU)
+    assert got.dtype == dtype
+    indices = np.arange(length, dtype=np.int64)
+    for signs, seed in zip(got, seeds, strict=True):
+        expected = torch.from_numpy(spec.factor_signs(indices, seed, 9, domain))
+        assert torch.equal(signs.to(torch.int32), expected)
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[None]:
+    devices.kernels.cache_clear()
+    yield
+    devices.kernels.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_device_without_kernels_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert devices.kernels(torch.device("meta")) is None
+        assert devices.kernels(torch.device("meta")) is None
+    assert [
+        record.message for record in caplog.records if "meta: weights are built" in record.message
+    ]
+    assert len(caplog.records) == 1
+
+
+def test_tables_are_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, interpreted())
+    uploads: list[torch.Tensor] = []
+    plain: Callable[..., torch.Tensor] = devices._uploaded
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        uploads.append(plain(*arguments))
+        return uploads[-1]
+
+    monkeypatch.setattr(devices, "_uploaded", counted)
+    commits = [commit_of(np.random.default_rng(k), 1) for k in range(2)]
+    how: dict[str, Any] = {
+        "start": 0, "columns": 8, "distribution": Distribution.RADEMACHER, "stochastic": False,
+    }  # fmt: skip
+    with devices.finite_results():
+        for tensor_id in range(3):
+            base = torch.ones(8)
+            fan(list(torch.empty(2, 8)), base, commits, tensor_id=tensor_id, **how)
+            assert devices.materialize(base, base, commits, tensor_id=tensor_id, **how)
+    assert len(uploads) == 2
+
+
+def test_warming_up_launches_everything(backend: str) -> None:
+    devices.warm_up(CPU, torch.bfloat16, Distribution.LOW_RANK_1, True)
