@@ -73,7 +73,9 @@ def compiled(
     constants = {(function.arg_names.index(name),): value for name, value in chosen.items()}
     source = ASTSource(fn=function, signature=signature, constexprs=constants)
     target = GPUTarget("cuda", arch, 32)
-    return triton.compile(source, target=target, options=dict(kernels.LAUNCH)), chosen
+    return triton.compile(
+        source, target=target, options=kernels.options(kernel, distribution)
+    ), chosen
 
 
 def measured(

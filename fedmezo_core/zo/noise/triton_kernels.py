@@ -136,12 +136,12 @@ def _tile(
     first_row: tl.tensor, end_row: tl.tensor, first_column: tl.tensor, end_column: tl.tensor,
     FAMILY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """(element, within, low, high, rows, origin) of a program's values of word 0; word w is 32 w further.
+    """(begin, within, low, high, rows, origin) of a program's values of word 0; word w is 32 w further.
 
-    element: int64 [A, B, 32], their indices in the tensor. within: int32, their places from `origin`
-    on; those from `low` to below `high` are asked for. rows: int64 [A, 1, 1] (low rank).
-    origin: the tile's first element, or column (low rank). [A, B] are [row of a pair, pair], or
-    [row, run of 128 columns] (low rank).
+    The tensor's elements are begin + within, [A, B, 32]: int64 [A or 1, 1, 1] and int32, so that an
+    address is a sum of 64-bit numbers which few values share and of constants. Those from `low` to below
+    `high` within are asked for. rows: int64 [A, 1, 1] (low rank). origin: the tile's first element, or
+    column (low rank). [A, B] are [row of a pair, pair], or [row, run of 128 columns] (low rank).
     """
     program = tl.program_id(0).to(tl.int64)
     a = tl.arange(0, A)[:, None, None]
@@ -153,17 +153,17 @@ def _tile(
         origin = (first + program % across) * (B * 128)
         rows = (first_row + program // across * A) + a.to(tl.int64)
         within = b * 128 + lane
-        element = rows * columns + origin + within
+        begin = rows * columns + origin
         low, high = first_column - origin, end_column - origin
     else:
         origin = (start // (A * B * 128) + program) * (A * B * 128)
         rows = tl.zeros([1, 1, 1], tl.int64)
         within = (b * A + a) * 128 + lane
-        element = origin + within
+        begin = rows + origin
         low, high = start - origin, start + size - origin
     low = tl.maximum(low, 0).to(tl.int32)
     high = tl.minimum(high, A * B * 128).to(tl.int32)
-    return element, within, low, high, rows, origin
+    return begin, within, low, high, rows, origin
 
 
 @triton.jit
@@ -441,29 +441,31 @@ def _all_rounded(
 
 @triton.jit
 def _read(
-    base: tl.tensor, element: tl.tensor, within: tl.tensor, low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, whole: tl.tensor,
+    base: tl.tensor, begin: tl.tensor, within: tl.tensor, low: tl.tensor, high: tl.tensor,
+    rows: tl.tensor, end_row: tl.tensor, whole: tl.tensor,
     FAMILY: tl.constexpr, STORAGE: tl.constexpr, W: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The values of word W as float32; zeros where nothing is asked for."""
     if whole:
-        stored = tl.load(base + (element + 32 * W))
+        stored = tl.load(base + begin + (within + 32 * W))
     else:
         mask = _inside(within, low, high, rows, end_row, FAMILY, W)
-        stored = tl.load(base + (element + 32 * W), mask=mask, other=0)
+        stored = tl.load(base + begin + (within + 32 * W), mask=mask, other=0)
     return _widened(stored, STORAGE)
 
 
 @triton.jit
 def _write(
-    out: tl.tensor, value: tl.tensor, element: tl.tensor, within: tl.tensor, low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, whole: tl.tensor,
+    out: tl.tensor, value: tl.tensor, begin: tl.tensor, within: tl.tensor, low: tl.tensor,
+    high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, whole: tl.tensor,
     FAMILY: tl.constexpr, STORAGE: tl.constexpr, W: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     stored = _narrowed(value, STORAGE)
     if whole:
-        tl.store(out + (element + 32 * W), stored)
+        tl.store(out + begin + (within + 32 * W), stored)
     else:
         mask = _inside(within, low, high, rows, end_row, FAMILY, W)
-        tl.store(out + (element + 32 * W), stored, mask=mask)
+        tl.store(out + begin + (within + 32 * W), stored, mask=mask)
 
 
 @triton.jit
@@ -479,25 +481,29 @@ def _first_bad(value: tl.tensor, element: tl.tensor, mask: tl.tensor, W: tl.cons
 
 
 @triton.jit
-def _note_bad(
-    bad: tl.tensor, v0: tl.tensor, v1: tl.tensor, v2: tl.tensor, v3: tl.tensor,
-    element: tl.tensor, within: tl.tensor, low: tl.tensor, high: tl.tensor, rows: tl.tensor, end_row: tl.tensor, FAMILY: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Leave the index of the first of these values that is NaN or infinite in `bad`."""
-    # Integers order as magnitudes do, NaN on top.
-    largest = tl.maximum(
+def _largest(v0: tl.tensor, v1: tl.tensor, v2: tl.tensor, v3: tl.tensor) -> tl.tensor:
+    """The largest of four magnitudes, as bits: integers order as magnitudes do, NaN on top."""
+    return tl.maximum(
         tl.maximum(_magnitude_of(v0), _magnitude_of(v1)),
         tl.maximum(_magnitude_of(v2), _magnitude_of(v3)),
     )
-    if tl.max(tl.ravel(largest), axis=0) >= _INFINITY:
-        first = _first_bad(v0, element, _inside(within, low, high, rows, end_row, FAMILY, 0), 0)
-        at = _first_bad(v1, element, _inside(within, low, high, rows, end_row, FAMILY, 1), 1)
-        first = tl.minimum(first, at)
-        at = _first_bad(v2, element, _inside(within, low, high, rows, end_row, FAMILY, 2), 2)
-        first = tl.minimum(first, at)
-        at = _first_bad(v3, element, _inside(within, low, high, rows, end_row, FAMILY, 3), 3)
-        first = tl.minimum(first, at)
-        tl.atomic_min(bad, first)
+
+
+@triton.jit
+def _note_bad(
+    bad: tl.tensor, v0: tl.tensor, v1: tl.tensor, v2: tl.tensor, v3: tl.tensor,
+    element: tl.tensor, within: tl.tensor, low: tl.tensor, high: tl.tensor,
+    rows: tl.tensor, end_row: tl.tensor, FAMILY: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Leave the index of the first of these values that is NaN or infinite in `bad`."""
+    first = _first_bad(v0, element, _inside(within, low, high, rows, end_row, FAMILY, 0), 0)
+    at = _first_bad(v1, element, _inside(within, low, high, rows, end_row, FAMILY, 1), 1)
+    first = tl.minimum(first, at)
+    at = _first_bad(v2, element, _inside(within, low, high, rows, end_row, FAMILY, 2), 2)
+    first = tl.minimum(first, at)
+    at = _first_bad(v3, element, _inside(within, low, high, rows, end_row, FAMILY, 3), 3)
+    first = tl.minimum(first, at)
+    tl.atomic_min(bad, first)
 
 
 # --- kernels -----------------------------------------------------------------------------------------
@@ -524,15 +530,16 @@ def apply(
     seed low, high, number of pairs up to its end).
     """
     tensor_word = tensor.to(tl.uint32)
-    element, within, low, high, rows, origin = _tile(
+    begin, within, low, high, rows, origin = _tile(
         start, size, columns, first_row, end_row, first_column, end_column, FAMILY, A, B
     )
+    element = begin + within
     whole = _is_whole(low, high, rows, end_row, FAMILY, A, B)
     read = base - start
-    a0 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
-    a1 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
-    a2 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
-    a3 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+    a0 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+    a1 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+    a2 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+    a3 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
     first = tl.zeros((), tl.int32)
     for commit in range(commits.to(tl.int32)):
         rounding_low, rounding_high, end, _ = _line(table, pairs.to(tl.int32) + commit)
@@ -553,11 +560,12 @@ def apply(
                 FAMILY, STORAGE, STOCHASTIC, A, B,
             )  # fmt: skip
     write = out - start
-    _write(write, a0, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
-    _write(write, a1, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
-    _write(write, a2, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
-    _write(write, a3, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
-    _note_bad(bad, a0, a1, a2, a3, element, within, low, high, rows, end_row, FAMILY)
+    _write(write, a0, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+    _write(write, a1, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+    _write(write, a2, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+    _write(write, a3, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+    if tl.max(tl.ravel(_largest(a0, a1, a2, a3)), axis=0) >= _INFINITY:
+        _note_bad(bad, a0, a1, a2, a3, element, within, low, high, rows, end_row, FAMILY)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
@@ -594,14 +602,15 @@ def fan(
     else:
         read = base - start
         write = out - start
-    element, within, low, high, rows, origin = _tile(
+    begin, within, low, high, rows, origin = _tile(
         start, size, columns, first_row, end_row, first_column, end_column, FAMILY, A, B
     )
+    element = begin + within
     whole = _is_whole(low, high, rows, end_row, FAMILY, A, B)
-    a0 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
-    a1 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
-    a2 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
-    a3 = _read(read, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+    a0 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+    a1 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+    a2 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+    a3 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
     for pair in range(pairs.to(tl.int32)):
         seed_low, seed_high, coefficient, _ = _line(table, pair)
         n0, n1, n2, n3, row_word = _draw(
@@ -618,6 +627,7 @@ def fan(
         r0, r1, r2, r3 = _all_rounding_words(
             bits_low, bits_high, tensor_word, origin, element, FAMILY, STORAGE, A, B
         )
+    largest = tl.zeros([A, B, 32], tl.int32)
     for draw in range(draws.to(tl.int32)):
         seed_low, seed_high, first, end = _line(table, pairs.to(tl.int32) + draw)
         n0, n1, n2, n3, row_word = _draw(
@@ -642,10 +652,20 @@ def fan(
                     FAMILY, STORAGE, STOCHASTIC, A, B,
                 )  # fmt: skip
             to = write + stride * g
-            _write(to, v0, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
-            _write(to, v1, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
-            _write(to, v2, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
-            _write(to, v3, element, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+            _write(to, v0, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+            _write(to, v1, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+            _write(to, v2, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+            _write(to, v3, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+            largest = tl.maximum(largest, _largest(v0, v1, v2, v3))
+    # To say where inside the loop would keep indices and masks in registers that it needs.
+    if tl.max(tl.ravel(largest), axis=0) >= _INFINITY:
+        _, _, _, end = _line(table, outputs - 1)
+        for g in range(end.to(tl.int32, bitcast=True)):
+            to = write + stride * g
+            v0 = _read(to, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+            v1 = _read(to, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+            v2 = _read(to, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+            v3 = _read(to, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
             _note_bad(
                 bad + place, v0, v1, v2, v3, element, within, low, high, rows, end_row, FAMILY
             )
@@ -694,8 +714,15 @@ _STORAGES: Final = {
     torch.bfloat16: BFLOAT16.value,
     torch.float16: FLOAT16.value,
 }
-LAUNCH: Final[dict[str, Any]] = {"num_warps": 1, "enable_fp_fusion": False}
-"""How every kernel is compiled: one warp a program, and no fused multiply-add."""
+
+
+def options(kernel: str, distribution: spec.Distribution) -> dict[str, Any]:
+    """How a kernel is compiled: one warp a program, and no fused multiply-add."""
+    chosen: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
+    if kernel == "fan" and distribution is spec.Distribution.GAUSSIAN:
+        # Left alone, the assembler spills to stay at 128. (Others take fewer registers if left alone.)
+        chosen["maxnreg"] = 160
+    return chosen
 
 
 def constants(
@@ -703,7 +730,7 @@ def constants(
 ) -> dict[str, Any]:
     """The compile-time arguments that `apply` and `fan` have in common, tile shapes among them.
 
-    The shapes are the largest that need no spills on sm_80 and sm_90 (docs/decisions/0011).
+    The shapes are chosen by the assembly (docs/decisions/0011).
     """
     rounded = dtype != torch.float32 and stochastic
     if distribution.rank:
@@ -745,7 +772,7 @@ def materialize(
     for box, programs in _boxes(start, base.numel(), columns, chosen):
         apply[(programs,)](
             to, read, table, bad, pairs, commits, tensor_id, start, base.numel(), columns, *box,
-            **chosen, **LAUNCH,
+            **chosen, **options("apply", distribution),
         )  # fmt: skip
 
 
@@ -780,7 +807,7 @@ def materialize_fan(
         fan[(programs, *grid[1:])](
             to, stride, read, table, bad, place, pairs, draws, tensor_id, start, base.numel(),
             columns, *box, bad if rows is None else rows, base.numel() // columns,
-            **chosen, **LAUNCH,
+            **chosen, **options("fan", distribution),
         )  # fmt: skip
 
 
@@ -789,7 +816,9 @@ def factor_signs(
 ) -> None:
     """out: contiguous [seeds, rank, length] of any float type; seeds: int64, the bits of the seeds."""
     grid = (-(-length // 1024), seeds.numel())
-    signs[grid](out, seeds, tensor_id, length, DOMAIN=domain, RANK=rank, **LAUNCH)
+    signs[grid](
+        out, seeds, tensor_id, length, DOMAIN=domain, RANK=rank, num_warps=1, enable_fp_fusion=False
+    )
 
 
 def _stored(tensor: torch.Tensor) -> torch.Tensor:
