@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -31,7 +31,12 @@ from fedmezo_core.zo.noise import ELEMENTS_MAX, SEED_MAX, TENSOR_ID_MAX, Distrib
 ARITHMETIC_VERSION: Final = 1
 """Version of the arithmetic standard: another version means that some result has other bits."""
 
-STORAGE_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+STORAGE: Final = {
+    torch.float32: cpu.FLOAT32,
+    torch.bfloat16: cpu.BFLOAT16,
+    torch.float16: cpu.FLOAT16,
+}
+STORAGE_DTYPES: Final = tuple(STORAGE)
 """What weights may be stored as."""
 CHUNK_WORK_MIN: Final = 1 << 20
 """Least element-pairs (about 0.1 ms) worth handing to another thread."""
@@ -134,43 +139,45 @@ def materialize(
         ):  # fmt: skip
             require_finite(out, tensor_id=tensor_id, start=start, name=name)
         return
-    if distribution.rank or out.dtype == torch.float16:
-        materialize_reference(
-            out, base, commits, tensor_id=tensor_id, start=start, distribution=distribution,
-            rounding=rounding, columns=columns, name=name,
-        )  # fmt: skip
-        return
     seeds, coefficients, commit_ends, rounding_seeds = _join(commits)
     gaussian = distribution is Distribution.GAUSSIAN
     stochastic = rounding is Rounding.STOCHASTIC
-    out_values, base_values = _values(out), _values(base)
-    wide = out.dtype == torch.float32
-    in_place = out.data_ptr() == base.data_ptr()
-    first, tensor = np.uint64(start), np.uint64(tensor_id)
+    rank = distribution.rank
+    storage = STORAGE[out.dtype]
     bad: list[int] = []
+    if storage == cpu.FLOAT32 and rank == 0:
+        out_values, base_values = _values(out), _values(base)
+        in_place = out.data_ptr() == base.data_ptr()
+        first, tensor = np.uint64(start), np.uint64(tensor_id)
+
+        def compute(begin: int, end: int, scratch: _Scratch) -> Any:
+            return cpu.materialize_float32(
+                out_values, base_values, not in_place, np.uint64(begin), np.uint64(end), first,
+                tensor, gaussian, seeds, coefficients,
+                scratch.words, scratch.tile_values,
+            )  # fmt: skip
+    else:
+        out_address, base_address = out.data_ptr(), base.data_ptr()
+
+        def compute(begin: int, end: int, scratch: _Scratch) -> Any:
+            return cpu.materialize_tiles(
+                out_address, base_address, begin, end, start, tensor_id,
+                storage, stochastic, gaussian, rank, columns,
+                seeds, coefficients, commit_ends, rounding_seeds,
+                scratch.words, scratch.tile_values, scratch.row_patterns, scratch.patterns, scratch.used_patterns,
+                scratch.random_bits,
+            )  # fmt: skip
 
     def run(begin: int, end: int) -> None:
-        scratch = _scratch
         control = cpu.exchange_float_control(cpu.STRICT_CONTROL)
         try:
-            if wide:
-                found = cpu.materialize_float32(
-                    out_values, base_values, not in_place, np.uint64(begin), np.uint64(end), first,
-                    tensor, gaussian, seeds, coefficients,
-                    scratch.words, scratch.tile_values,
-                )  # fmt: skip
-            else:
-                found = cpu.materialize_bfloat16(
-                    out_values, base_values, np.uint64(begin), np.uint64(end), first,
-                    tensor, gaussian, stochastic, seeds, coefficients, commit_ends, rounding_seeds,
-                    scratch.words, scratch.tile_values,
-                )  # fmt: skip
+            found = compute(begin, end, _scratch)
         finally:
             cpu.exchange_float_control(control)
         if found != cpu.FINITE:
             bad.append(found)
 
-    _spread(run, start, size, len(seeds) + 1, threads)
+    _spread(run, start, size, len(seeds) + 1, _grain(rank, columns, size), threads)
     if bad:
         raise _not_finite(out, min(bad), tensor_id, start, name)
 
@@ -207,8 +214,8 @@ def materialize_fan(
             name=name,
         )  # fmt: skip
         return
-    full_rank = distribution.rank == 0 and base.dtype != torch.float16
-    plan = _plan_of(commits) if full_rank else None
+    columns = _columns(base, columns, tensor_id)
+    plan = _plan_of(commits)
     if plan is None:
         for out, commit in zip(outs, commits, strict=True):
             materialize(
@@ -220,15 +227,15 @@ def materialize_fan(
     gaussian = distribution is Distribution.GAUSSIAN
     stochastic = rounding is Rounding.STOCHASTIC
     addresses = np.array(pointers, dtype=np.uint64)
-    dtype = base.dtype
-    ceiling = plan.ceilings[dtype]
+    storage, rank = STORAGE[base.dtype], distribution.rank
+    ceiling = plan.ceilings[base.dtype]
     in_doubt: list[int] = []
 
     def run(begin: int, end: int) -> None:
         scratch = _scratch
         control = cpu.exchange_float_control(cpu.STRICT_CONTROL)
         try:
-            if dtype == torch.float32:
+            if storage == cpu.FLOAT32 and rank == 0:
                 finite = cpu.fan_float32(
                     addresses, base_address, begin, end, start, tensor_id, gaussian,
                     plan.seeds, plan.coefficients, plan.steps, plan.last_seeds,
@@ -236,19 +243,21 @@ def materialize_fan(
                     scratch.words, scratch.tile_values, scratch.products,
                 )  # fmt: skip
             else:
-                finite = cpu.fan_bfloat16(
-                    addresses, base_address, begin, end, start, tensor_id, gaussian, stochastic,
+                finite = cpu.fan_tiles(
+                    addresses, base_address, begin, end, start, tensor_id,
+                    storage, stochastic, gaussian, rank, columns,
                     plan.seeds, plan.coefficients, plan.steps, plan.last_seeds,
                     plan.last_coefficients, plan.rounding_seeds, ceiling,
-                    scratch.words, scratch.tile_values, scratch.products,
-                    scratch.rounding_words,
+                    scratch.words, scratch.tile_values, scratch.row_patterns, scratch.patterns, scratch.used_patterns,
+                    scratch.random_bits, scratch.products, scratch.sums,
                 )  # fmt: skip
         finally:
             cpu.exchange_float_control(control)
         if not finite:
             in_doubt.append(begin)
 
-    _spread(run, start, size, len(plan.seeds) + len(outs), threads)
+    pairs = len(plan.seeds) + len(outs)
+    _spread(run, start, size, pairs, _grain(rank, columns, size), threads)
     if in_doubt:
         for out in outs:
             require_finite(out, tensor_id=tensor_id, start=start, name=name)
@@ -599,14 +608,26 @@ def _not_finite(
 # --- threads -----------------------------------------------------------------------------------------
 
 
+def _aligned(count: int, dtype: Any) -> npt.NDArray[Any]:
+    """Zeros from a cache line's beginning on: a vector across two lines is read twice."""
+    line_bytes = 64
+    memory = np.zeros(count * 4 + line_bytes, dtype=np.uint8)
+    begin = -memory.ctypes.data % line_bytes
+    return memory[begin : begin + count * 4].view(dtype)
+
+
 class _Scratch(threading.local):
     """What one thread's kernels need besides their operands; made once for each thread."""
 
     def __init__(self) -> None:
-        self.words = np.empty(cpu.SCRATCH_WORDS, dtype=np.uint32)
-        self.tile_values = np.zeros(cpu.TILE_ELEMENTS, dtype=np.float32)
-        self.products = np.zeros(cpu.TILE_ELEMENTS, dtype=np.float32)
-        self.rounding_words = np.empty(cpu.ROUNDING_WORDS, dtype=np.uint32)
+        self.words = _aligned(cpu.SCRATCH_WORDS, np.uint32)
+        self.tile_values = _aligned(cpu.MATRIX_ELEMENTS + cpu.VECTOR_LANES, np.float32)
+        self.row_patterns = _aligned(cpu.FUSED_PATTERNS * cpu.MATRIX_ROWS_MAX, np.uint32)
+        self.patterns = _aligned(cpu.PATTERN_VALUES, np.float32)
+        self.used_patterns = np.zeros(cpu.FUSED_PATTERNS, dtype=np.uint64)
+        self.random_bits = _aligned(cpu.FAN_ELEMENTS, np.uint32)
+        self.products = _aligned(cpu.FAN_ELEMENTS + cpu.VECTOR_LANES, np.float32)
+        self.sums = _aligned(cpu.TILE_ELEMENTS, np.float32)
 
 
 _scratch = _Scratch()
@@ -631,19 +652,34 @@ def _forget_pool() -> None:
     _pool = None
 
 
-def _spread(run: Any, start: int, size: int, pairs: int, threads: int | None) -> None:
-    """Call run(begin, end) over 0 .. size in tile-aligned chunks on up to `threads` threads."""
-    used = min(size * pairs // CHUNK_WORK_MIN, size // cpu.TILE_ELEMENTS)
+def _grain(rank: int, columns: int, size: int) -> int:
+    """Elements that a chunk for a thread should be multiples of."""
+    if rank == 0:
+        return cpu.TILE_ELEMENTS
+    # Whole rows of a matrix share patterns; a chunk of one long row has none to share.
+    rows = max(1, cpu.MATRIX_ELEMENTS // columns)
+    return rows * columns if columns <= cpu.MATRIX_ELEMENTS else cpu.MATRIX_ELEMENTS
+
+
+def _spread(
+    run: Callable[[int, int], None],
+    start: int,
+    size: int,
+    pairs: int,
+    grain: int,
+    threads: int | None,
+) -> None:
+    """Call run(begin, end) over 0 .. size in chunks that begin at a grain, on up to `threads` threads."""
+    used = min(size * pairs // CHUNK_WORK_MIN, size // grain)
     if used > 1:
         used = min(used, torch.get_num_threads() if threads is None else threads)
     if used <= 1:
         run(0, size)
         return
-    tile = cpu.TILE_ELEMENTS
-    tiles = -(-(start % tile + size) // tile)
+    grains = -(-(start % grain + size) // grain)
     work = size * pairs // CHUNK_WORK_MIN
-    chunks = min(used * CHUNKS_PER_THREAD, max(used, work), tiles)
-    edges = [max(0, tiles * i // chunks * tile - start % tile) for i in range(chunks)] + [size]
+    chunks = min(used * CHUNKS_PER_THREAD, max(used, work), grains)
+    edges = [max(0, grains * i // chunks * grain - start % grain) for i in range(chunks)] + [size]
     counter = itertools.count()
 
     def drain() -> None:

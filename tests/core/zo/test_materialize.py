@@ -708,9 +708,9 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     warm_up()
     kernels: list[Any] = [
         cpu.materialize_float32,
-        cpu.materialize_bfloat16,
+        cpu.materialize_tiles,
         cpu.fan_float32,
-        cpu.fan_bfloat16,
+        cpu.fan_tiles,
     ]
     generator = np.random.default_rng(0)
     local = commit_of(generator, 3, rounding_seed=2**64 - 1)
