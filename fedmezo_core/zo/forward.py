@@ -44,7 +44,7 @@ log = logging.getLogger("fedmezo.forward")
 
 LINEAR_BLOCK_BYTES = 2 << 20
 """Weights of an `nn.Linear` that are built at a time, all points together: a cache's worth."""
-CONV1D_BLOCK_BYTES = 8 << 20
+CONV1D_BLOCK_BYTES = 4 << 20
 """The same for a `Conv1D`, each of whose blocks adds to the whole output: fewer and larger ones."""
 DEVICE_BLOCK_BYTES = 32 << 20
 """The same for both where a block is built and multiplied by launches: fits into a GPU's L2 cache."""
