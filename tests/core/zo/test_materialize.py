@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmezo_core.errors import MismatchError, NumericError
+from fedmezo_core.zo.low_rank import Side, factors
 from fedmezo_core.zo.materialize import (
     Commit,
     Rounding,
@@ -711,6 +712,7 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
         cpu.materialize_tiles,
         cpu.fan_float32,
         cpu.fan_tiles,
+        cpu.factor_signs,
     ]
     generator = np.random.default_rng(0)
     local = commit_of(generator, 3, rounding_seed=2**64 - 1)
@@ -728,6 +730,11 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
             materialize(outs[0], weights, commits, **how)
         for fan in ([local], [local, local, local]):
             materialize_fan(outs[: len(fan)], weights, fan, **how)
+        for side in Side if distribution.rank else ():
+            factors(
+                [2**64 - 1], 2**32 - 1, side, 50000, distribution.rank,
+                dtype=dtype, device=torch.device("cpu"),
+            )  # fmt: skip
     assert [len(kernel.signatures) for kernel in kernels] == [1] * len(kernels)
 
 
