@@ -325,11 +325,8 @@ def warm_up(
 
     For another device as well, those of one storage type, distribution and rounding: a run's.
     """
-    from fedmezo_core.zo.low_rank import Side, factors  # which is built on this module
-
     if device is not None and devices.elsewhere(device):
         devices.warm_up(device, dtype, distribution, rounding is Rounding.STOCHASTIC)
-    factors([0], 0, Side.ROWS, 1, 1, dtype=torch.float32, device=torch.device("cpu"))
     commit = Commit(np.zeros(1, np.uint64), np.zeros(1, np.float32), 0)
     for dtype in STORAGE_DTYPES:
         weights = torch.zeros(1, dtype=dtype)
@@ -341,6 +338,10 @@ def warm_up(
             [torch.empty_like(weights)], weights, [commit], tensor_id=0,
             distribution=Distribution.RADEMACHER, rounding=Rounding.NEAREST, threads=1,
         )  # fmt: skip
+    signs = np.empty(1, dtype=np.float32)
+    cpu.factor_signs(
+        signs.ctypes.data, True, 0, commit.seeds, 0, spec.DOMAIN_ROW_SIGNS, 1, 1, _scratch.words
+    )
 
 
 # --- operands ----------------------------------------------------------------------------------------

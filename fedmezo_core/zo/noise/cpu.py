@@ -2,7 +2,8 @@
 
 A kernel takes a range of a tensor and the pairs, and loops over tiles of 4,096 elements (one Philox
 slot cycle of Rademacher bits, 16 KB: an L1 cache's worth); commits and pairs are the inner loops, so a
-weight is read and written once however many pairs there are. How it becomes SIMD:
+weight is read and written once however many pairs there are. Low-rank pairs have larger tiles, of a
+matrix, because its rows share work. How it becomes SIMD:
 
 - Philox and Box-Muller are written out as LLVM vectors, because what limits them is latency: several
   vectors must go through the same dependent steps side by side, which no loop vectoriser does.
@@ -1161,9 +1162,10 @@ def _round_run(
 
 # --- a range of a tensor -----------------------------------------------------------------------------
 #
-# Both take: out and base, 1-D; the range begin .. end of them; `start`, the element index of out[0];
-# the journal's pairs; and a thread's scratch (64-bit words, the same memory as 32-bit words, and one
-# tile of float32). They return FINITE, or the offset in out of the first result that is NaN or infinite.
+# Both take: out and base, 1-D, or their addresses; the range begin .. end of them; `start`, the element
+# index of out[0]; the journal's pairs; and a thread's scratch. They return FINITE, or the offset in out of
+# the first result that is NaN or infinite. float32 pairs of full rank, which need neither rounding nor
+# rows, have a kernel that works in `out` itself.
 
 
 @_kernel
@@ -1171,7 +1173,7 @@ def materialize_float32(
     out: Any, base: Any, out_of_place: Any, begin: Any, end: Any, start: Any, tensor: Any,
     gaussian: Any, seeds: Any, coefficients: Any, words: Any, tile_values: Any,
 ) -> Any:  # fmt: skip
-    """float32 in, float32 out: commits' boundaries change nothing, so their pairs come joined."""
+    """float32, full rank: commits' boundaries change nothing, so their pairs come joined."""
     pairs = U64(seeds.shape[0])
     at = begin
     while at < end:
@@ -1334,7 +1336,7 @@ def fan_float32(
     seeds: Any, coefficients: Any, steps: Any, last_seeds: Any, last_coefficients: Any, ceiling: Any,
     words: Any, tile_values: Any, products: Any,
 ) -> Any:  # fmt: skip
-    """float32 in, float32 out."""
+    """float32, full rank."""
     base = carray(_float32_at(U64(base_address)), end)
     pairs = U64(seeds.shape[0])
     largest = np.uint32(0)

@@ -224,6 +224,78 @@ def test_callers_in_many_threads() -> None:
         assert_same_bits(out, build(tensor_id, 1))
 
 
+@pytest.mark.parametrize("storage", STORAGE[::2], ids=str)
+@pytest.mark.parametrize(
+    ("distribution", "columns", "start", "size"),
+    [
+        # Tiles of whole rows, and of wide matrices' columns; rows' ends between them.
+        (Distribution.LOW_RANK_1, 1, 2**34, 2100),
+        (Distribution.LOW_RANK_1, 7001, 8000, 40_000),
+        (Distribution.LOW_RANK_1, 769, 100, 90_000),
+        (Distribution.LOW_RANK_2, 3, 3 * 900 + 1, 6000),
+        (Distribution.LOW_RANK_2, 2300, 2**36 + 11, 25_000),
+        (Distribution.LOW_RANK_4, 16, 5, 20_000),
+        (Distribution.LOW_RANK_4, 577, 577 * 1020 + 300, 30_000),
+    ],
+)
+def test_matrices_of_many_tiles(
+    storage: tuple[torch.dtype, Rounding],
+    distribution: Distribution,
+    columns: int,
+    start: int,
+    size: int,
+) -> None:
+    generator = np.random.default_rng(columns)
+    commits = [commit_of(generator, n, rounding_seed=n) for n in (9, 2, 3)]
+    how: dict[str, Any] = {
+        "tensor_id": 4,
+        "start": start,
+        "columns": columns,
+        "distribution": distribution,
+        "rounding": storage[1],
+    }
+    base = weights_of(generator, size, storage[0])
+    expected, out = torch.empty_like(base), torch.empty_like(base)
+    materialize_reference(expected, base, commits, **how)
+    materialize(out, base, commits, **how)
+    assert_same_bits(out, expected)
+    materialize_fan([out], base, commits[:1], **how)
+    materialize_reference(expected, base, commits[:1], **how)
+    assert_same_bits(out, expected)
+    # One direction alone, coefficient 1: the reference's zeros have the sign of the coefficient.
+    zeros = torch.full_like(base[:5000], -0.0)
+    for coefficient in (1.0, -1.0, -0.0):
+        commit = Commit(np.array([3], np.uint64), np.array([coefficient], np.float32), 1)
+        materialize(out[:5000], zeros, [commit], **how)
+        materialize_reference(expected[:5000], zeros, [commit], **how)
+        assert_same_bits(out[:5000], expected[:5000])
+
+
+def test_the_first_element_that_is_not_finite_is_named_also_in_a_later_tile() -> None:
+    """A wide matrix's tiles end in mid-row."""
+    base = torch.zeros(20, 3000)
+    base[5, 10] = base[2, 2900] = float("inf")
+    with pytest.raises(NumericError, match=f"element {2 * 3000 + 2900} is inf"):
+        materialize(
+            base, base, [commit_of(np.random.default_rng(0), 3)], tensor_id=0,
+            distribution=Distribution.LOW_RANK_4, rounding=Rounding.NEAREST,
+        )  # fmt: skip
+
+
+def test_a_zero_of_a_huge_coefficient_is_a_zero() -> None:
+    """1.4142135 times the coefficient is infinite, 0 times it is not."""
+    huge = Commit(np.array([3], np.uint64), np.array([3e38], np.float32), 0)
+    z = spec.low_rank(np.arange(40), 3, 0, rank=2, columns=40)
+    place = int(np.argmin(np.abs(z)))
+    assert z[place] == 0
+    out = torch.zeros(1)
+    materialize(
+        out, out, [huge], tensor_id=0, start=place, columns=40,
+        distribution=Distribution.LOW_RANK_2, rounding=Rounding.NEAREST,
+    )  # fmt: skip
+    assert out.item() == 0.0
+
+
 @st.composite
 def fans(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
     """Commits as measurements have them (the same local pairs, then one more), and some unlike that."""
@@ -454,6 +526,27 @@ def test_what_float16_represents_is_unchanged(build: Any, rounding: Rounding) ->
             out, base, [zero], tensor_id=0, distribution=Distribution.RADEMACHER, rounding=rounding
         )
         assert torch.equal(out, base)
+
+
+@pytest.mark.parametrize("rounding", list(Rounding))
+@pytest.mark.parametrize("step", [3e-9, 2.0**-25, 1e-6, 3e-5, 0.01, 15.9])
+def test_float16_of_any_size_equals_the_reference(rounding: Rounding, step: float) -> None:
+    base = float16_of_all_patterns()
+    base = base[base.abs() < 65_000]
+    commits = [
+        Commit(np.array([k], np.uint64), np.array([step], np.float32), 2**64 - 1 - k)
+        for k in range(3)
+    ]
+    how: dict[str, Any] = {
+        "tensor_id": 1,
+        "start": 1000,
+        "distribution": Distribution.RADEMACHER,
+        "rounding": rounding,
+    }
+    expected, out = torch.empty_like(base), torch.empty_like(base)
+    materialize_reference(expected, base, commits, **how)
+    materialize(out, base, commits, **how)
+    assert_same_bits(out, expected)
 
 
 def test_float16_rounds_to_a_neighbour_and_right_on_average() -> None:
@@ -730,11 +823,9 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
             materialize(outs[0], weights, commits, **how)
         for fan in ([local], [local, local, local]):
             materialize_fan(outs[: len(fan)], weights, fan, **how)
-        for side in Side if distribution.rank else ():
-            factors(
-                [2**64 - 1], 2**32 - 1, side, 50000, distribution.rank,
-                dtype=dtype, device=torch.device("cpu"),
-            )  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for side in Side:
+            factors([2**64 - 1], 2**32 - 1, side, 9, 4, dtype=dtype, device=torch.device("cpu"))
     assert [len(kernel.signatures) for kernel in kernels] == [1] * len(kernels)
 
 

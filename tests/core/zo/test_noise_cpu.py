@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmezo_core.zo.low_rank import Side, factors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
-from fedmezo_core.zo.noise import Distribution, cpu, noise
+from fedmezo_core.zo.noise import Distribution, cpu, noise, spec
 from tests.core.zo.test_noise_spec import (
     LOW_RANK,
     columns_of,
@@ -107,3 +108,20 @@ def test_threads_change_nothing(distribution: Distribution, threads: int, column
     assert_same_bits(generated(9, 1, start, count, distribution, columns, threads), whole)
     picked = np.random.default_rng(0).integers(0, count, 3000)
     assert_same_bits(whole[picked], noise(picked + start, 9, 1, distribution, columns))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("side", list(Side))
+def test_factors(dtype: torch.dtype, rank: int, side: Side) -> None:
+    seeds = [0, 7, 2**63, 2**64 - 1]
+    for length in (1, 127, 128, 130, 1023, 1024, 1025, 2500):
+        for some in (seeds, seeds[2:3], []):
+            got = factors(
+                some, 2**32 - 1, side, length, rank, dtype=dtype, device=torch.device("cpu")
+            )
+            assert got.dtype == dtype
+            assert got.shape == (len(some), rank, length)
+            for signs, seed in zip(got, some, strict=True):
+                expected = spec.factor_signs(np.arange(length), seed, 2**32 - 1, side.value)[:rank]
+                assert torch.equal(signs, torch.from_numpy(expected).to(dtype))
