@@ -218,16 +218,14 @@ class Forward:
         if parts is not None:
             self._low_rank_product(module, ids["weight"], parts, flat, biases, result)
         elif isinstance(module, Conv1D):
-            blocks = self._blocks(weight, ids["weight"], points, CONV1D_BLOCK_BYTES)
-            for first, last, moved in blocks:
+            for first, last, moved in self._blocks(module, ids["weight"], points):
                 for (x_copy, out), bias, block in zip(copies, biases, moved, strict=True):
                     if first == 0:
                         _affine(x_copy[:, :last], block, bias, out)
                     else:
                         out.addmm_(x_copy[:, first:last], block)
         else:
-            blocks = self._blocks(weight, ids["weight"], points, LINEAR_BLOCK_BYTES)
-            for first, last, moved in blocks:
+            for first, last, moved in self._blocks(module, ids["weight"], points):
                 for (x_copy, out), bias, block in zip(copies, biases, moved, strict=True):
                     part = None if bias is None else bias[first:last]
                     _affine(x_copy, block.t(), part, out[:, first:last])
@@ -259,8 +257,7 @@ class Forward:
         )
         pairs = len(parts.shared.seeds)
         if pairs * thin.rank * THIN_RANKS_PER_FULL_RANK > min(weight.shape):
-            bytes_max = CONV1D_BLOCK_BYTES if isinstance(module, Conv1D) else LINEAR_BLOCK_BYTES
-            blocks = self._blocks(weight, tensor_id, [parts.shared], bytes_max)
+            blocks = self._blocks(module, tensor_id, [parts.shared])
         else:
             if pairs:
                 thin.add_shared(parts, x, out)
@@ -284,13 +281,18 @@ class Forward:
         weight = item.parameter
         points = self._pass.points
 
-        def look_up_on_device(ids: torch.Tensor) -> torch.Tensor:
-            """Each copy's rows at its own point: finding the distinct ones would wait for the device."""
+        def of_all_copies(ids: torch.Tensor) -> torch.Tensor:
+            """`ids` (or what stands in their places), repeated where one row is meant for all."""
             if len(points) > 1:
                 if ids.dim() > 1 and len(ids) == 1:
-                    ids = ids.expand(len(points) * self._pass.rows, *ids.shape[1:])
-                elif self._pass.copy_length(len(ids)) is None:
+                    return ids.expand(len(points) * self._pass.rows, *ids.shape[1:])
+                if self._pass.copy_length(len(ids)) is None:
                     raise self._inseparable(module, ids)
+            return ids
+
+        def look_up_on_device(ids: torch.Tensor) -> torch.Tensor:
+            """Each copy's rows at its own point: finding the distinct ones would wait for the device."""
+            ids = of_all_copies(ids)
             with self._unguarded():
                 rows = weight.new_empty(*ids.shape, weight.shape[1])
                 parts = zip(rows.chunk(len(points)), ids.chunk(len(points)), points, strict=True)
@@ -321,10 +323,7 @@ class Forward:
                         points,
                     )
             if len(points) > 1:
-                if ids.dim() > 1 and len(ids) == 1:
-                    places = places.expand(len(points) * self._pass.rows, *places.shape[1:])
-                elif self._pass.copy_length(len(ids)) is None:
-                    raise self._inseparable(module, ids)
+                places = of_all_copies(places)
                 tables = torch.arange(len(points), device=ids.device) * count
                 tables = tables.repeat_interleave(len(places) // len(points))
                 places = places + tables.view(-1, *[1] * (places.dim() - 1))
@@ -414,11 +413,13 @@ class Forward:
     # ------------------------------------------------------------------ building weights
 
     def _blocks(
-        self, weight: torch.Tensor, tensor_id: int, points: Sequence[Commit], bytes_max: int
+        self, module: nn.Module, tensor_id: int, points: Sequence[Commit]
     ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
-        """Row ranges of `weight` and its rows at every point; each is overwritten by the next."""
+        """Row ranges of `module`'s weight and its rows at every point; each is overwritten by the next."""
+        weight: Any = module._parameters["weight"]
         count, width = weight.shape
         row_bytes = len(points) * width * weight.element_size()
+        bytes_max = CONV1D_BLOCK_BYTES if isinstance(module, Conv1D) else LINEAR_BLOCK_BYTES
         if devices.elsewhere(weight.device):
             bytes_max = DEVICE_BLOCK_BYTES
         rows_max = max(1, min(count, bytes_max // row_bytes))

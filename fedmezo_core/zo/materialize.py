@@ -207,14 +207,13 @@ def materialize_fan(
     size, pointers, base_address = _check_fan(outs, base, commits, tensor_id, start)
     if size == 0 or not outs:
         return
+    columns = _columns(base, columns, tensor_id)
     if devices.elsewhere(base.device):
         devices.materialize_fan(
             outs, base, commits, tensor_id=tensor_id, start=start, distribution=distribution,
-            stochastic=rounding is Rounding.STOCHASTIC, columns=_columns(base, columns, tensor_id),
-            name=name,
+            stochastic=rounding is Rounding.STOCHASTIC, columns=columns, name=name,
         )  # fmt: skip
         return
-    columns = _columns(base, columns, tensor_id)
     plan = _plan_of(commits)
     if plan is None:
         for out, commit in zip(outs, commits, strict=True):

@@ -93,12 +93,10 @@ def open_party(
     if threads is not None:
         torch.set_num_threads(threads)
     # Kernels compile on a machine's first use; no round should wait for that.
-    warm_up(
-        placement.torch_device(),
-        dtype=torch.float32 if config.lora else getattr(torch, config.dtype),
-        distribution=Distribution[config.distribution.upper()],
-        rounding=Rounding[config.rounding.upper()],
-    )
+    distribution = Distribution[config.distribution.upper()]
+    rounding = Rounding[config.rounding.upper()]
+    trained_dtype = torch.float32 if config.lora else getattr(torch, config.dtype)
+    warm_up(device, dtype=trained_dtype, distribution=distribution, rounding=rounding)
     loaded = load_model(
         model,
         dtype=config.dtype,
@@ -112,8 +110,8 @@ def open_party(
     weights = Weights(
         loaded.model,
         loaded.manifest,
-        distribution=Distribution[config.distribution.upper()],
-        rounding=Rounding[config.rounding.upper()],
+        distribution=distribution,
+        rounding=rounding,
         threads=threads,
     )
     party = Party(
