@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
-from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig, sentence_of
+from fedmezo_core.config import STEPS_MAX, LoraConfig, RunConfig, TaskConfig, sentence_of
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.events import (
     AnswerReceived,
@@ -23,6 +23,7 @@ from fedmezo_core.events import (
     SendUnable,
     Ticket,
     UnableReceived,
+    Work,
 )
 from fedmezo_core.records import (
     Answered,
@@ -426,26 +427,47 @@ def ticket_from_pb(message: wire.Ticket) -> Ticket:
     return Ticket(epoch=message.epoch, round=message.round, slot=message.slot)
 
 
-def assign_to_pb(assign: Assign) -> wire.SessionResponse:
-    """An assignment as a session message."""
+def assign_to_pb(assign: Assign, config: RunConfig) -> wire.SessionResponse:
+    """An assignment as a session message; what the contract says is left out."""
+    work = assign.work
+    first_seed = min(work.seeds)
+    offsets = [seed - first_seed for seed in work.seeds]
     return wire.SessionResponse(
         assign=wire.Assign(
             ticket=ticket_to_pb(assign.ticket),
-            first_seed=assign.first_seed,
-            steps=assign.steps,
-            want_digest=assign.want_digest,
+            first_seed=first_seed,
+            steps=len(work.seeds) // config.probes,
+            want_digest=work.want_digest,
             deadline_ms=assign.deadline_ms,
+            learning_rate=None
+            if work.learning_rate == config.learning_rate
+            else work.learning_rate,
+            eps=None if work.eps == config.eps else work.eps,
+            seed_offsets=() if offsets == list(range(len(offsets))) else offsets,
         )
     )
 
 
-def assigned_from_pb(message: wire.Assign) -> Assigned:
+def assigned_from_pb(message: wire.Assign, config: RunConfig) -> Assigned:
     """An assignment as the worker's machine takes it."""
+    count = message.steps * config.probes
+    if not 1 <= count <= STEPS_MAX or len(message.seed_offsets) not in (0, count):
+        raise ProtocolError(
+            f"{message.steps} steps of {config.probes} probes were assigned with "
+            f"{len(message.seed_offsets)} seed offsets; use the same FedMeZO version."
+        )
+    offsets = message.seed_offsets or range(count)
+    if message.first_seed + max(offsets) >= 2**64:
+        raise ProtocolError("A seed of 2^64 or more was assigned; use the same FedMeZO version.")
+    rate = message.learning_rate if message.HasField("learning_rate") else config.learning_rate
     return Assigned(
         ticket=ticket_from_pb(message.ticket),
-        first_seed=message.first_seed,
-        steps=message.steps,
-        want_digest=message.want_digest,
+        work=Work(
+            seeds=tuple(message.first_seed + offset for offset in offsets),
+            learning_rate=_positive(rate, "learning rate"),
+            eps=_positive(message.eps if message.HasField("eps") else config.eps, "eps"),
+            want_digest=message.want_digest,
+        ),
     )
 
 
@@ -457,6 +479,7 @@ def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
             projected_grads=answer.projected_grads,
             mean_loss=answer.mean_loss,
             weights_digest64=answer.weights_digest64,
+            rows=answer.rows,
         )
     )
 
@@ -471,6 +494,7 @@ def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
         weights_digest64=(
             message.weights_digest64 if message.HasField("weights_digest64") else None
         ),
+        rows=message.rows if message.HasField("rows") else None,
     )
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmezo_core.aggregate import bits_of, clip_of, coefficients_of, to_binary32
+from fedmezo_core.aggregate import Share, bits_of, clip_of, coefficients_of, to_binary32
 from fedmezo_core.cohort import agreed_digest, choose_cohort
 from fedmezo_core.errors import NumericError
+from tests.core.rounds_driver import config_of
 
 names = st.lists(st.text("abcdef0123456789", min_size=1, max_size=6), unique=True, max_size=20)
 binary32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -63,6 +65,15 @@ def test_the_agreed_digest(votes: list[int], replica: int | None, agreed: int | 
     assert agreed_digest(votes[::-1], replica) == agreed
 
 
+def alone_of(
+    grads: Sequence[float], learning_rate: float, *, answers: int, probes: int
+) -> tuple[float, ...]:
+    """Coefficients of one answer among `answers` alike, for a number of gradients that need not fit."""
+    share = Share(tuple(range(len(grads))), tuple(grads), learning_rate)
+    others = [Share((), (), learning_rate)] * (answers - 1)
+    return coefficients_of([share, *others], config_of(probes=probes))[0]
+
+
 @given(
     st.lists(binary32, min_size=1, max_size=8),
     st.floats(1e-12, 1.0),
@@ -72,7 +83,7 @@ def test_the_agreed_digest(votes: list[int], replica: int | None, agreed: int | 
 def test_coefficients_are_within_the_three_roundings_of_the_exact_quotient(
     grads: list[float], learning_rate: float, answers: int, probes: int
 ) -> None:
-    found = coefficients_of(grads, learning_rate, answers=answers, probes=probes)
+    found = alone_of(grads, learning_rate, answers=answers, probes=probes)
     for grad, coefficient in zip(grads, found, strict=True):
         exact = -Fraction(learning_rate) * Fraction(grad) / (answers * probes)
         error = abs(Fraction(coefficient) - exact)
@@ -81,9 +92,9 @@ def test_coefficients_are_within_the_three_roundings_of_the_exact_quotient(
 
 
 def test_a_coefficient_is_the_negated_mean_step() -> None:
-    assert coefficients_of((2.0, -4.0, 0.0), 0.5, answers=2, probes=1) == (-0.5, 1.0, -0.0)
-    assert coefficients_of((2.0, -4.0), 0.5, answers=2, probes=2) == (-0.25, 0.5)
-    assert math.copysign(1, coefficients_of((0.0,), 0.5, answers=1, probes=1)[0]) == -1
+    assert alone_of((2.0, -4.0, 0.0), 0.5, answers=2, probes=1) == (-0.5, 1.0, -0.0)
+    assert alone_of((2.0, -4.0), 0.5, answers=2, probes=2) == (-0.25, 0.5)
+    assert math.copysign(1, alone_of((0.0,), 0.5, answers=1, probes=1)[0]) == -1
 
 
 @given(st.lists(binary32, min_size=1, max_size=8), st.floats(1e-12, 1.0), st.integers(1, 4096))
@@ -91,7 +102,7 @@ def test_one_probe_gives_the_bits_of_journals_from_before_there_were_more(
     grads: list[float], learning_rate: float, answers: int
 ) -> None:
     before = tuple(to_binary32(-(learning_rate * grad) / answers) for grad in grads)
-    found = coefficients_of(grads, learning_rate, answers=answers, probes=1)
+    found = alone_of(grads, learning_rate, answers=answers, probes=1)
     assert bits_of(found) == bits_of(before)
 
 

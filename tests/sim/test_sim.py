@@ -76,6 +76,8 @@ def _with_lying_disk(seed: int, machine: Callable[[], RoundMachine] = RoundMachi
             "cohort_size_max": 4,
             "rounds": 9,
             "deadline_ms": 1000,
+            # Of shared seeds, every slot has the same.
+            "seed_policy": "per_worker",
         }
     )
     return World(seed, scenario=replace(scenario, config=config), machine=machine)
