@@ -16,7 +16,7 @@ from fedmezo_core.zo.noise import Distribution
 ELEMENTS = 40_000
 
 
-def _vector(update: dict[int, float], distribution: Distribution) -> npt.NDArray[np.float32]:
+def _vector(update: dict[int, float], distribution: Distribution) -> npt.NDArray[np.float64]:
     vector = torch.zeros(ELEMENTS // 200, 200)
     commit = Commit(
         np.array(list(update), dtype=np.uint64),
@@ -31,7 +31,7 @@ def _vector(update: dict[int, float], distribution: Distribution) -> npt.NDArray
         distribution=distribution,
         rounding=Rounding.NEAREST,
     )
-    return vector.numpy().reshape(-1)
+    return vector.numpy().reshape(-1).astype(np.float64)
 
 
 def _updates(policy: str) -> list[dict[int, float]]:
