@@ -65,6 +65,10 @@ class Committed:
     round: int
     runs: tuple[PairRun, ...]
     rounding_seed: int
+    decay: float = 1.0
+    """Multiplies each weight before the pairs are added; a binary32 value in (0, 1]."""
+    from_base: bool = False
+    """Whether the commit is applied to the base weights instead of those of the round before."""
 
     @property
     def pairs(self) -> int:

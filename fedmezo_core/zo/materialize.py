@@ -68,12 +68,16 @@ class Commit:
     seeds: uint64 [pairs]. coefficients: float32 [pairs], finite. Both are copied. rounding_seed: below
     2**64, keys the bits of stochastic rounding. decay: a binary32 value in (0, 1]; 1 is none. Raises
     NumericError where they are anything else.
+
+    from_base: in a journal, that this commit starts from the run's base weights instead of those of the
+    round before. `Weights` sees to that; what `materialize` takes starts from what it is given.
     """
 
     seeds: npt.NDArray[np.uint64]
     coefficients: npt.NDArray[np.float32]
     rounding_seed: int
     decay: float = 1.0
+    from_base: bool = False
     _joined: Joined = field(init=False, repr=False)
     """This commit alone as the kernels take it, made once rather than for each tensor."""
 
@@ -143,6 +147,7 @@ def materialize(
     MismatchError where out and base do not fit each other.
     """
     size = _check(out, base, tensor_id, start)
+    _refuse_from_base(commits)
     if size == 0:
         return
     columns = _columns(out, columns, tensor_id)
@@ -222,6 +227,7 @@ def materialize_fan(
     Away from the CPU nothing waits for the device: what is not finite, `devices.finite_results` raises.
     """
     size, pointers, base_address = _check_fan(outs, base, commits, tensor_id, start)
+    _refuse_from_base(commits)
     if size == 0 or not outs:
         return
     columns = _columns(base, columns, tensor_id)
@@ -293,6 +299,7 @@ def materialize_reference(
 ) -> None:
     """The specification of `materialize`: same arguments, same results, same errors; slow."""
     size = _check(out, base, tensor_id, start)
+    _refuse_from_base(commits)
     if size == 0:
         return
     columns = _columns(out, columns, tensor_id)
@@ -399,6 +406,10 @@ def _check(out: torch.Tensor, base: torch.Tensor, tensor_id: int, start: int) ->
             "give the slice's place inside its tensor."
         )
     return size
+
+
+def _refuse_from_base(commits: Sequence[Commit]) -> None:
+    assert not any(commit.from_base for commit in commits), "Weights.apply knows the run's base"
 
 
 def _check_fan(
