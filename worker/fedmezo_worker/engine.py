@@ -139,28 +139,20 @@ class Engine:
         assert self._estimator is not None
         batches, config = self._batches, self._party.config
         assert batches is not None
-        digest64 = digest64_of(self._weights.digest()) if order.want_digest else None
+        digest64 = digest64_of(self._weights.digest()) if order.work.want_digest else None
 
         def batch_of(step: int) -> Batch:
             if self._cut_short.is_set():
                 raise CancelledMeasurementError("the round closed before the measurement ended")
             return batches.batch(order.ticket.round, step)
 
-        steps = local_steps(
-            self._estimator,
-            batch_of,
-            first_seed=order.first_seed,
-            steps=order.steps,
-            probes=config.probes,
-            eps=config.eps,
-            learning_rate=config.learning_rate,
-            projected_grad_abs_max=config.projected_grad_abs_max,
-        )
+        steps = local_steps(self._estimator, batch_of, order.work, config)
         return Measured(
             ticket=order.ticket,
             projected_grads=tuple(steps.projected_grads.tolist()),
             mean_loss=steps.loss,
             weights_digest64=digest64,
+            rows=batches.row_count,
         )
 
     def _evaluate(self) -> HeldOutResult | None:
