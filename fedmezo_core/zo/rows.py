@@ -32,8 +32,10 @@ class Row:
         return f"row {self.number} of {self.file}"
 
 
-def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
+def read_rows(path: str | Path, columns: Sequence[str], *, keep_others: bool = False) -> list[Row]:
     """Read `columns` of a .jsonl, .csv or .parquet file, or of all such files in a folder.
+
+    With `keep_others` a row also has what it holds in other columns, where that is text or a number.
 
     Files of a folder are read in the order of their names. Values become text: JSON and Parquet
     strings as they are, integers in decimal, booleans as `true` and `false`, other numbers as Python
@@ -44,7 +46,7 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
     """
     rows: list[Row] = []
     for file in _files(Path(path).expanduser()):
-        rows.extend(_rows_of(file, columns))
+        rows.extend(_rows_of(file, columns, keep_others))
     return rows
 
 
@@ -65,9 +67,9 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _rows_of(file: Path, columns: Sequence[str]) -> list[Row]:
+def _rows_of(file: Path, columns: Sequence[str], keep_others: bool) -> list[Row]:
     try:
-        records = list(_READERS[file.suffix.lower()](file, columns))
+        records = list(_READERS[file.suffix.lower()](file, None if keep_others else columns))
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
@@ -82,10 +84,19 @@ def _rows_of(file: Path, columns: Sequence[str]) -> list[Row]:
             raise DataError(
                 f"{file} has no column {column}; its columns are {', '.join(present) or '(none)'}."
             )
-    return [
-        Row({column: _text(file, number, record, column) for column in columns}, str(file), number)
-        for number, record in records
-    ]
+
+    def values(number: int, record: dict[str, Any]) -> dict[str, str]:
+        needed = {column: _text(file, number, record, column) for column in columns}
+        if not keep_others:
+            return needed
+        others = {
+            column: _text(file, number, record, column)
+            for column, value in record.items()
+            if column not in needed and isinstance(value, (str, int, float))
+        }
+        return needed | others
+
+    return [Row(values(number, record), str(file), number) for number, record in records]
 
 
 def _text(file: Path, number: int, record: dict[str, Any], column: str) -> str:
@@ -104,7 +115,7 @@ def _text(file: Path, number: int, record: dict[str, Any], column: str) -> str:
     )
 
 
-def _read_jsonl(file: Path, _columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -122,7 +133,7 @@ def _read_jsonl(file: Path, _columns: Sequence[str]) -> Iterator[tuple[int, dict
             yield number, record
 
 
-def _read_csv(file: Path, _columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines, _long_csv_fields():
         reader = csv.reader(lines, strict=True)
         try:
@@ -156,7 +167,9 @@ def _long_csv_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(
+    file: Path, columns: Sequence[str] | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     # Slow to import, and only Parquet files need it.
     import pyarrow
     import pyarrow.parquet
@@ -164,7 +177,7 @@ def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
-            wanted = [name for name in names if name in columns]
+            wanted = [name for name in names if columns is None or name in columns]
             # Columns that are not wanted are not read, but a message can still list them.
             blank = dict.fromkeys(names)
             if not wanted and parquet.metadata.num_rows:
@@ -180,5 +193,5 @@ def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
         raise DataError(f"{file} is not a readable Parquet file ({reason}).") from error
 
 
-_Reader = Callable[[Path, Sequence[str]], Iterable[tuple[int, dict[str, Any]]]]
+_Reader = Callable[[Path, Sequence[str] | None], Iterable[tuple[int, dict[str, Any]]]]
 _READERS: dict[str, _Reader] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

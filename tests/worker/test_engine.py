@@ -11,7 +11,8 @@ import pytest
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket
 from fedmezo_core.records import Committed, Genesis, PairRun, digest64_of, first_seed_of
-from fedmezo_worker.engine import CancelledMeasurementError, Engine
+from fedmezo_worker.engine import Engine
+from fedmezo_worker.scorer import CancelledMeasurementError
 from fedmezo_worker.settings import WorkerSettings
 
 MEASURE = Measure(Ticket(1, 1, 0), first_seed_of(7, 1, 0), steps=2, want_digest=True)
