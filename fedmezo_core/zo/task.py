@@ -403,14 +403,16 @@ class Task:
         logits, log_likelihoods = outcome.class_logits, -np.array(outcome.row_losses)
         if not (np.isfinite(logits).all() and np.isfinite(log_likelihoods).all()):
             raise _not_finite(batch)
-        classes = list(self._labels)
+        is_class = self.config.kind == "classification"
+        classes = list(self._labels) if is_class else []
         likeliest = [classes[index] for index in logits.argmax(axis=1)] if classes else []
+        answer = self.config.label_column if is_class else self.config.response_column
         rows = len(batch.examples) // copies
         parts = [slice(copy * rows, (copy + 1) * rows) for copy in range(copies)]
         return [
             Predictions(
                 rows=[dict(example.values) for example in batch.examples[part]],
-                wanted=[self._wanted(example) for example in batch.examples[part]],
+                wanted=[example.values[answer] for example in batch.examples[part]],
                 classes=list(classes),
                 logits=logits[part],
                 predicted=likeliest[part],
@@ -419,11 +421,6 @@ class Task:
             )
             for part in parts
         ]
-
-    def _wanted(self, example: Example) -> str:
-        config = self.config
-        is_class = config.kind == "classification"
-        return example.values[config.label_column if is_class else config.response_column]
 
     def generated(self, batch: Batch, next_tokens: Callable[[Batch], torch.Tensor]) -> list[str]:
         """What is written behind each row's prompt, greedily.
