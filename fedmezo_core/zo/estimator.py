@@ -129,15 +129,17 @@ class Estimator:
             others, pluses, distance = [losses[0]] * len(seeds), losses[1:], eps
         else:
             others, pluses, distance = losses[1::2], losses[::2], 2.0 * eps
-        return [
-            Measurement(
-                loss_plus=plus,
-                loss_other=other,
-                projected_grad=float(np.float32((plus - other) / distance)),
-                loss=other if self._one_sided else (plus + other) / 2.0,
-            )
-            for plus, other in zip(pluses, others, strict=True)
-        ]
+        # Scores may be as large as they like: infinity is clipped like anything beyond the clip.
+        with np.errstate(over="ignore"):
+            return [
+                Measurement(
+                    loss_plus=plus,
+                    loss_other=other,
+                    projected_grad=float(np.float32((plus - other) / distance)),
+                    loss=other if self._one_sided else (plus + other) / 2.0,
+                )
+                for plus, other in zip(pluses, others, strict=True)
+            ]
 
     def _losses(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
         """The loss at every point, in as few passes over the model as it allows."""

@@ -133,5 +133,8 @@ def _detail(error: BaseException) -> str:
     """Where it was raised and what it says, on one line; what it says may hold data."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
-    message = " ".join(str(error).split())[:_LOG_CHARS_MAX]
+    try:
+        message = " ".join(str(error).split())[:_LOG_CHARS_MAX]
+    except Exception:  # Its class is a user's too.
+        message = "(its message cannot be had)"
     return f"{place}: {message}" if message else place

@@ -7,7 +7,7 @@ from fedmezo_core.zo.objective import Predictions
 
 def error_rate(predictions: Predictions) -> float:
     """1 - accuracy (classification): the share of rows whose largest logit is a wrong class's."""
-    pairs = zip(predictions.predicted, predictions.wanted, strict=True)
+    pairs = zip(_predicted(predictions), predictions.wanted, strict=True)
     return sum(predicted != wanted for predicted, wanted in pairs) / len(predictions.rows)
 
 
@@ -16,7 +16,7 @@ def one_minus_macro_f1(predictions: Predictions) -> float:
 
     F1 is averaged over the classes that the batch holds or that the model predicts for it.
     """
-    wanted, predicted = predictions.wanted, predictions.predicted
+    wanted, predicted = predictions.wanted, _predicted(predictions)
     scores = []
     for name in sorted({*wanted, *predicted}):
         right = sum(a == b == name for a, b in zip(wanted, predicted, strict=True))
@@ -29,5 +29,13 @@ def one_minus_exact_match(predictions: Predictions) -> float:
 
     White space around either is left out of the comparison, upper and lower case is not.
     """
+    if not predictions.texts:
+        raise ValueError("no text was generated: set generated_tokens_max above 0")
     pairs = zip(predictions.texts, predictions.wanted, strict=True)
     return sum(text.strip() != wanted.strip() for text, wanted in pairs) / len(predictions.rows)
+
+
+def _predicted(predictions: Predictions) -> list[str]:
+    if not predictions.predicted:
+        raise ValueError("there are no classes: this objective is for kind = classification")
+    return predictions.predicted

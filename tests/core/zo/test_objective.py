@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -23,13 +24,15 @@ from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, MeasurementError
 from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo import objectives
-from fedmezo_core.zo.estimator import Estimator, Pair
+from fedmezo_core.zo.estimator import Estimator, Pair, local_steps
 from fedmezo_core.zo.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution
-from fedmezo_core.zo.objective import Objective, Predictions, load_objective
+from fedmezo_core.zo.objective import SCORE_ABS_MAX, Objective, Predictions, load_objective
 from fedmezo_core.zo.rows import Row
 from fedmezo_core.zo.task import Batch, Task
+from fedmezo_core.zo.weights import Weights
+from tests.integration.parties import TEXTS
 
 from .conftest import SENTENCES
 
@@ -215,6 +218,33 @@ def test_a_text_ends_before_the_end_of_text(tokenizer: PreTrainedTokenizerBase) 
     assert torch.equal(last.position_ids[:, -1], first.position_ids[:, -1] + 2)
 
 
+def test_the_largest_scores_are_clipped(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    task, batch = _task(tokenizer, "classification", 0)
+    model, scores = model_of("gpt2"), iter([SCORE_ABS_MAX, -SCORE_ABS_MAX])
+    estimator = Estimator(
+        model,
+        manifest_of(model),
+        task,
+        distribution=Distribution.RADEMACHER,
+        rounding=Rounding.STOCHASTIC,
+        objective=lambda _: next(scores),
+    )
+    steps = local_steps(
+        estimator,
+        lambda _: batch,
+        first_seed=99,
+        steps=1,
+        probes=1,
+        eps=1e-3,
+        learning_rate=1e-6,
+        projected_grad_abs_max=1e4,
+    )
+    assert steps.projected_grads.tolist() == [1e4]
+    assert steps.loss == 0.0
+
+
 def test_a_diverged_model_is_not_scored(
     model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -288,6 +318,18 @@ def test_an_exceptions_message_stays_on_this_machine(
     assert record.getMessage().endswith(": " + " ".join(str(error).split()))
 
 
+def test_an_exception_that_cannot_even_be_printed() -> None:
+    class WorseError(Exception):
+        def __str__(self) -> str:
+            raise ValueError
+
+    def function(_: Predictions) -> float:
+        raise WorseError
+
+    with pytest.raises(MeasurementError, match="raised WorseError; this worker's log"):
+        Objective("m:f", function)(PREDICTIONS)
+
+
 def test_an_int_that_no_float_holds_is_an_error_like_others() -> None:
     with pytest.raises(MeasurementError, match="raised OverflowError"):
         Objective("m:f", lambda _: 10**400)(PREDICTIONS)
@@ -298,6 +340,19 @@ def test_what_the_ready_made_ones_return() -> None:
     # a: 2 right of 3 wanted, 2 predicted; b and c: none.
     assert objectives.one_minus_macro_f1(PREDICTIONS) == pytest.approx(1 - (4 / 5) / 3)
     assert objectives.one_minus_exact_match(PREDICTIONS) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (objectives.error_rate, "kind = classification"),
+        (objectives.one_minus_macro_f1, "kind = classification"),
+        (objectives.one_minus_exact_match, "generated_tokens_max above 0"),
+    ],
+)
+def test_what_the_ready_made_ones_need(function: Callable[..., float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        function(replace(PREDICTIONS, predicted=[], texts=[]))
 
 
 # ---------------------------------------------------------------------- where it comes from
@@ -346,3 +401,48 @@ def test_what_cannot_be_loaded_is_one_sentence(name: str, words: str) -> None:
     assert f"Objective {name}: " in str(caught.value)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------- training by it alone
+
+
+def test_accuracy_rises_by_the_error_rate_alone(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """From 24 to about 50 %; with random signs of the steps it stays near where it was."""
+    config = TaskConfig(
+        template="{text} It was",
+        verbalizers={"negative": " terrible", "positive": " great"},
+        tokens_max=64,
+        objective=NAME,
+    )
+    task = Task(config, tokenizer, 384)
+    trained, held_out = (
+        task.encode(
+            [
+                Row({"text": f"{TEXTS[label][n % 4]} {n}", "label": label}, "data.jsonl", n + 1)
+                for n in numbers
+                for label in TEXTS
+            ]
+        )
+        for numbers in (range(64), range(100, 200))
+    )
+    options: dict[str, Any] = {
+        "distribution": Distribution.RADEMACHER,
+        "rounding": Rounding.STOCHASTIC,
+        "threads": 1,
+    }
+    model = model_of("gpt2")
+    manifest = manifest_of(model)
+    weights = Weights(model, manifest, **options)
+    estimator = Estimator(model, manifest, task, objective=objectives.error_rate, **options)
+    chance = np.random.default_rng(2)
+    before = task.evaluate(model, held_out, 64).accuracy
+    for step in range(1, 41):
+        picked = chance.choice(len(trained), 64, replace=False)
+        batch = task.collate([trained.examples[index] for index in picked], "the test")
+        seeds = np.arange(8, dtype=np.uint64) + np.uint64((2 << 32) + (step << 16))
+        measured = estimator.measure(batch, [], [int(seed) for seed in seeds], 3e-2)
+        grads = np.array([m.projected_grad for m in measured], dtype=np.float32)
+        weights.apply(step, [Commit(seeds, np.float32(-1e-3 / 8) * grads, step)])
+    assert task.evaluate(model, held_out, 64).accuracy > before + 0.1

@@ -127,3 +127,19 @@ def test_bad_files_are_refused_in_one_sentence(
         read_rows(path, ("text",))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_other_columns_are_kept_where_they_are_text_or_numbers(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"data.{ending}"
+    _write(path, [{"text": "a", "source": "page 1", "grade": "3"}])
+    (row,) = read_rows(path, ("text",), keep_others=True)
+    assert row.values == {"text": "a", "source": "page 1", "grade": "3"}
+    assert read_rows(path, ("text",))[0].values == {"text": "a"}
+
+
+def test_other_columns_that_are_neither_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a", "n": 3, "yes": true, "none": null, "list": [1]}\n')
+    (row,) = read_rows(path, ("text",), keep_others=True)
+    assert row.values == {"text": "a", "n": "3", "yes": "true"}
