@@ -8,29 +8,27 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import MeasurementError
+from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis, digest64_of
 from fedmezo_core.zo.estimator import Estimator, local_steps
 from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.zo.objective import Objective, load_objective
 from fedmezo_core.zo.party import Party, commits_of, open_party
 from fedmezo_core.zo.placement import Placement
 from fedmezo_core.zo.rows import Row, read_rows
 from fedmezo_core.zo.task import Batch, Batches, Dataset
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.evaluations import HeldOutResult
+from fedmezo_worker.scorer import CancelledMeasurementError, Scorer
 from fedmezo_worker.settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
 
 Result = TypeVar("Result")
-
-
-class CancelledMeasurementError(MeasurementError):
-    """The measurement can no longer count and was cut short."""
 
 
 class _EvaluationCutShortError(Exception):
@@ -48,6 +46,7 @@ class Engine:
         self._batches: Batches | None = None
         self._heldout: Dataset | None = None
         self._estimator: Estimator | None = None
+        self._scorer: Scorer | None = None
 
     async def load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
         """Load model and data for the run; raises what is wrong with either."""
@@ -63,12 +62,20 @@ class Engine:
         return await self._run(lambda: self._weights.digest())
 
     async def measure(self, order: Measure) -> Measured:
-        """Measure one assignment; `MeasurementError` if a loss is no number or it was cut short."""
+        """Measure one assignment.
+
+        `MeasurementError` if a loss is no number, the objective fails, or it was cut short.
+        """
         self._cut_short.clear()
         return await self._run(lambda: self._measure(order))
 
+    def set_deadline(self, deadline_s: float) -> None:
+        """Until when, by `time.monotonic`, an objective may take; holds for a running measurement too."""
+        if self._scorer is not None:
+            self._scorer.deadline_s = deadline_s
+
     def cut_short(self) -> None:
-        """Let the running measurement end at its next step."""
+        """Let the running measurement end before its next pass, without its objective if that is running."""
         self._cut_short.set()
 
     def evaluate(self) -> asyncio.Future[HeldOutResult | None]:
@@ -97,10 +104,11 @@ class Engine:
 
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
         config = genesis.config
-        # The data first: a wrong column should not cost a model's loading time.
+        # What is quick first: a wrong name or column should not cost a model's loading time.
+        objective = _objective(settings, config)
         columns = (*config.task.columns(), _answer_column(config))
         columns = tuple(dict.fromkeys(columns))
-        rows = read_rows(settings.data, columns)
+        rows = read_rows(settings.data, columns, keep_others=objective is not None)
         heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, columns)
         party = open_party(
             config,
@@ -114,15 +122,18 @@ class Engine:
         party.check_same_base(genesis)
         if settings.heldout is not None:
             self._heldout = _encoded(party, settings.heldout, heldout_rows)
+        dataset = _encoded(party, settings.data, rows)
+        _check_positions(party, dataset)
         self._batches = Batches(
             party.task,
-            _encoded(party, settings.data, rows),
+            dataset,
             run_seed=config.seed,
             worker_name=settings.name,
             batch_size=config.batch_size,
             local_steps=config.local_steps,
             device=execution_device(party.loaded.model),
         )
+        self._scorer = None if objective is None else Scorer(objective, self._cut_short)
         self._estimator = Estimator(
             party.loaded.model,
             party.loaded.manifest,
@@ -131,6 +142,8 @@ class Engine:
             rounding=party.rounding,
             one_sided=config.estimator == "one_sided",
             threads=settings.threads,
+            objective=self._scorer,
+            before_pass=self._end_if_cut_short,
         )
         return party
 
@@ -139,11 +152,12 @@ class Engine:
         assert self._estimator is not None
         batches, config = self._batches, self._party.config
         assert batches is not None
+        if self._scorer is not None:
+            self._scorer.check_free()
         digest64 = digest64_of(self._weights.digest()) if order.work.want_digest else None
 
         def batch_of(step: int) -> Batch:
-            if self._cut_short.is_set():
-                raise CancelledMeasurementError("the round closed before the measurement ended")
+            self._end_if_cut_short()
             return batches.batch(order.ticket.round, step)
 
         steps = local_steps(self._estimator, batch_of, order.work, config)
@@ -178,6 +192,10 @@ class Engine:
             party.weights.round, result.loss, result.accuracy, result.auc, result.row_count
         )
 
+    def _end_if_cut_short(self) -> None:
+        if self._cut_short.is_set():
+            raise CancelledMeasurementError("the round closed before the measurement ended")
+
     @property
     def _weights(self) -> Weights:
         assert self._party is not None, "load comes first"
@@ -196,3 +214,32 @@ def _encoded(party: Party, path: Path, rows: Sequence[Row]) -> Dataset:
 def _answer_column(config: RunConfig) -> str:
     task = config.task
     return task.label_column if task.kind == "classification" else task.response_column
+
+
+def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:
+    """The run's objective, whose code runs only if this worker's operator named it too."""
+    wanted, trusted = config.task.objective, settings.objective
+    if wanted == trusted:
+        return load_objective(wanted) if wanted else None
+    if not wanted:
+        raise ConfigError(
+            f"The run scores batches by their loss, not by {trusted}; start this worker without "
+            "--objective."
+        )
+    raise ConfigError(
+        f"The run scores batches by {wanted}; start this worker with --objective {wanted} if you "
+        "trust that code."
+    )
+
+
+def _check_positions(party: Party, dataset: Dataset) -> None:
+    """Refuse to generate behind the last position that the model knows."""
+    generated = party.config.task.generated_tokens_max
+    longest = max(len(example.prompt) for example in dataset.examples)
+    model_config: Any = party.loaded.model.config
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if generated and positions is not None and longest + generated > positions:
+        raise ConfigError(
+            f"A prompt of {longest} tokens and {generated} generated ones don't fit the model's "
+            f"{positions} positions; lower tokens_max or generated_tokens_max."
+        )

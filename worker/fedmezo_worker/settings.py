@@ -39,6 +39,10 @@ class WorkerSettings(BaseSettings):
         default="", description="model folder or hub name, if not the name that the run gives"
     )
     run_id: str = Field(default="", description="refuse any other run")
+    objective: str = Field(
+        default="",
+        description="the module:function of the run's objective: its code runs here, on these rows",
+    )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
     device: str = Field(
         default="auto",
