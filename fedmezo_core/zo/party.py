@@ -101,6 +101,7 @@ def open_party(
         model,
         dtype=config.dtype,
         lora=config.lora,
+        train=config.train,
         run_seed=config.seed,
         # Compressing reads the whole base, which the device may have no room for.
         placement=placement if frozen_base_bits is None else ON_CPU,
