@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ModelError
+from fedmezo_core.zo.adapters import read_adapter
 from fedmezo_core.zo.homes import execution_device, move_into_mapped_memory, unique_homes
 from fedmezo_core.zo.manifest import Manifest, manifest_of, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
@@ -59,6 +60,7 @@ def load_model(
     *,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     lora: LoraConfig | None = None,
+    adapter: Path | None = None,
     train: Sequence[str] = (),
     run_seed: int = 0,
     placement: Placement = ON_CPU,
@@ -67,8 +69,8 @@ def load_model(
     """Load a Hugging Face causal LM by hub name or from a folder.
 
     Only safetensors files are read and no code that comes with a model is run. With `lora`, an
-    adapter is added (see `add_adapter`) whose first weights depend on `run_seed`, a u64; with `train`,
-    only the parameters of the modules that it names are in the manifest. `placement`
+    adapter is added (see `add_adapter`) whose first weights are those in the folder `adapter`, or
+    else depend on `run_seed`, a u64; with `train`, only the parameters of the modules that it names are in the manifest. `placement`
     says which device it computes on, and where weights lie that don't fit into its memory. With
     `local_files_only` a name is looked up in the local cache alone.
 
@@ -120,7 +122,7 @@ def load_model(
             home.parameter.data = home.parameter.data.contiguous()
         _require_finite(name_or_path, name, home.read())
     if lora is not None:
-        model = add_adapter(cast("PreTrainedModel", model), lora, run_seed)
+        model = add_adapter(cast("PreTrainedModel", model), lora, run_seed, adapter)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     manifest = manifest_of(model, adapters_only=lora is not None, train=train)
@@ -143,16 +145,19 @@ def _require_complete(shown: str, loaded: Any, info: Mapping[str, Any]) -> None:
         )
 
 
-def add_adapter(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> nn.Module:
+def add_adapter(
+    model: PreTrainedModel, lora: LoraConfig, run_seed: int, folder: Path | None = None
+) -> nn.Module:
     """Put a LoRA adapter (Hu et al. 2021) into `model` and return peft's wrapper, in eval mode.
 
     Scale is alpha / rank, dropout 0, and the adapter is float32 even on a bfloat16 model: peft's
     conventions. B is zero. A has the variance of peft's default (Kaiming uniform with a = sqrt 5,
     that is 1 / (3 fan_in)), but comes from the noise standard, so that every party starts at the
     same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`, and
-    the tensor id that the manifest gives to A.
+    the tensor id that the manifest gives to A. With `folder`, both are read from there instead.
 
-    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer.
+    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer, or for an adapter
+    that isn't as `lora` says (see `read_adapter`).
     """
     targets = lora_targets(model, lora)
     with quiet():
@@ -178,6 +183,11 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> nn.M
             if _ADAPTER in matrices and matrices[_ADAPTER].weight.is_meta:
                 matrices[_ADAPTER].to_empty(device=execution_device(layer))
     manifest = manifest_of(wrapped, adapters_only=True)
+    if folder is not None:
+        weights = read_adapter(folder, lora, manifest)
+        for value, tensor in zip(weights, trained_tensors(wrapped, manifest), strict=True):
+            tensor.copy_(value)
+        return wrapped
     seeds = np.array([adapter_seed(run_seed)], dtype=np.uint64)
     for entry, tensor in zip(manifest, trained_tensors(wrapped, manifest), strict=True):
         zeros = torch.zeros(entry.shape, dtype=tensor.dtype)
