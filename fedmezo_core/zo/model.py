@@ -117,6 +117,9 @@ def load_model(
             move_into_mapped_memory(loaded, placement.offload_folder, only_from=passing)
     model: nn.Module = loaded
     model.eval()
+    head = loaded.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous)
     for name, home in unique_homes(model).items():
         if home.offloaded is None:
             home.parameter.data = home.parameter.data.contiguous()
@@ -127,6 +130,16 @@ def load_model(
         parameter.requires_grad_(False)
     manifest = manifest_of(model, adapters_only=lora is not None, train=train)
     return LoadedModel(model, tokenizer, manifest)
+
+
+def _contiguous(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy a head's input, which is a slice of few positions, to one place.
+
+    Otherwise torch multiplies row by row of the batch, in bfloat16 by a copy of the weight for each.
+    """
+    return tuple(
+        value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs
+    )
 
 
 def _require_complete(shown: str, loaded: Any, info: Mapping[str, Any]) -> None:

@@ -90,6 +90,22 @@ def test_lora_starts_at_the_same_bits_at_every_party(
         assert torch.equal(tensor, expected)
 
 
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_head_multiplies_all_rows_at_once(
+    lora: LoraConfig | None, folder_of: Callable[[str], Path]
+) -> None:
+    """torch takes a slice of positions row by row, in bfloat16 with a copy of the weight for each."""
+    model: Any = load_model(str(folder_of("llama")), lora=lora).model
+    seen: list[bool] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+    ids = torch.arange(24).view(2, 12)
+    with torch.inference_mode():
+        last = model(input_ids=ids, logits_to_keep=1).logits
+        assert torch.allclose(last, model(input_ids=ids).logits[:, -1:], atol=1e-5)
+    assert seen == [True, True]
+
+
 def test_lora_with_zero_b_changes_nothing(folder_of: Callable[[str], Path]) -> None:
     ids = torch.arange(12)[None]
     path = str(folder_of("gpt2"))
