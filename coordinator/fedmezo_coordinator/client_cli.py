@@ -136,6 +136,13 @@ def verify(
 def export(
     folder: Annotated[Path, typer.Argument(help="folder to write; must not exist or be empty")],
     model: Annotated[str, typer.Option(help="base model: hub name or folder")] = "",
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder of the adapter that the run began from, if it did")
+    ] = None,
+    adapter_only: Annotated[
+        bool,
+        typer.Option("--adapter-only", help="write the run's LoRA adapter alone, in peft's layout"),
+    ] = False,
     journal: Annotated[
         Path | None, typer.Option(help="journal file of a stopped coordinator")
     ] = None,
@@ -151,6 +158,8 @@ def export(
     if not records or not isinstance(records[0], Genesis):
         raise JournalCorruptError("The journal does not begin with a genesis record.")
     genesis = records[0]
+    if adapter_only and genesis.config.lora is None:
+        raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
     commits = [record for record in records if isinstance(record, Committed)]
     if round_ is not None:
         if round_ > len(commits):
@@ -160,19 +169,25 @@ def export(
             )
         commits = commits[:round_]
     try:
-        from fedmezo_core.zo.export import export_model
+        from fedmezo_core.zo.export import export_adapter, export_model
         from fedmezo_core.zo.party import commits_of, open_party
     except ImportError as error:
         raise ModelError(
             f"The package {error.name} is missing; install fedmezo[worker] to export."
         ) from None
-    party = open_party(genesis.config, model or genesis.config.model, threads=threads)
+    party = open_party(
+        genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
+    )
     party.check_same_base(genesis)
     if commits:
         party.weights.apply(1, commits_of(commits))
     digest = party.weights.digest()
-    export_model(party.loaded.model, party.loaded.tokenizer, folder)
-    print(f"{folder}: the model after round {len(commits)}, weights digest {digest.hex()}")
+    if adapter_only:
+        export_adapter(party.loaded.model, folder)
+    else:
+        export_model(party.loaded.model, party.loaded.tokenizer, folder)
+    what = "adapter" if adapter_only else "model"
+    print(f"{folder}: the {what} after round {len(commits)}, weights digest {digest.hex()}")
 
 
 @app.command()

@@ -43,6 +43,13 @@ log = logging.getLogger("fedmezo.estimator")
 
 POINTS_MAX: Final = 16
 """Most points in one pass: activations take as many copies of the batch."""
+PREFIX_SHARE_MIN: Final = 0.5
+"""From this part of the model on, frozen and run first, there may be more: a pass computes it once."""
+PREFIX_POINTS_MAX: Final = 64
+"""Most points in such a pass."""
+PREFIX_TOKENS_MAX: Final = 1 << 16
+"""Most tokens of all copies in it, where that lets more than `POINTS_MAX` in: the memory of activations
+is then what 16 points of 16 rows of 256 tokens take."""
 
 Result = TypeVar("Result")
 Pair = tuple[int, float]
@@ -148,7 +155,7 @@ class Estimator:
         """The loss at every point, in as few passes over the model as it allows."""
         if self._together is None:
             self._together = self._can_share_a_pass(batch, points[:2])
-        length = POINTS_MAX if self._together else 1
+        length = self._points_max(batch) if self._together else 1
         measure = self._task_losses if self._objective is None else self._scores
         losses: list[float] = []
         try:
@@ -158,6 +165,12 @@ class Estimator:
             self._go_singly(f"{error}")
             return self._losses(batch, points)
         return losses
+
+    def _points_max(self, batch: Batch) -> int:
+        if self._forward.prefix_share < PREFIX_SHARE_MIN:
+            return POINTS_MAX
+        room = PREFIX_TOKENS_MAX // batch.input_ids.numel()
+        return max(POINTS_MAX, min(room, PREFIX_POINTS_MAX))
 
     def _task_losses(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
         return self._pass(
@@ -213,6 +226,8 @@ class Estimator:
         tolerance = 0.1 * abs(alone[0] - alone[1]) + (3e-2 if low_precision else 1e-3) * alone[0]
         if all(abs(a - b) <= tolerance for a, b in zip(alone, shared, strict=True)):
             return True
+        if self._forward.compute_every_copy():
+            return self._can_share_a_pass(batch, points)
         self._go_singly(f"losses {shared} in one pass are {alone} in two")
         return False
 

@@ -113,6 +113,7 @@ class Engine:
         party = open_party(
             config,
             settings.model or config.model,
+            adapter=settings.adapter,
             threads=settings.threads,
             placement=Placement(
                 settings.device, settings.device_memory_max, settings.offload_folder

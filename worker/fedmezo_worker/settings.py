@@ -38,6 +38,10 @@ class WorkerSettings(BaseSettings):
     model: str = Field(
         default="", description="model folder or hub name, if not the name that the run gives"
     )
+    adapter: Path | None = Field(
+        default=None,
+        description="folder of the adapter (peft's layout) that the run begins from, if it does",
+    )
     run_id: str = Field(default="", description="refuse any other run")
     objective: str = Field(
         default="",
