@@ -11,13 +11,13 @@ from typing import TypeVar
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.events import Measure, Measured
-from fedmezo_core.records import Committed, Genesis, digest64_of
-from fedmezo_core.zo.estimator import Estimator, local_steps
-from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.party import Party, commits_of, open_party
 from fedmezo_core.zo.placement import Placement
 from fedmezo_core.zo.rows import read_rows
-from fedmezo_core.zo.task import Batch, Batches
+from fedmezo_core.zo.task import Batches
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.settings import WorkerSettings
 
@@ -85,54 +85,26 @@ class Engine:
             frozen_base_bits=settings.frozen_base_bits,
         )
         party.check_same_base(genesis)
-        self._batches = Batches(
-            party.task,
-            party.task.encode(rows),
-            run_seed=config.seed,
-            worker_name=settings.name,
-            batch_size=config.batch_size,
-            local_steps=config.local_steps,
-            device=execution_device(party.loaded.model),
-        )
-        self._estimator = Estimator(
-            party.loaded.model,
-            party.loaded.manifest,
-            party.task,
-            distribution=party.distribution,
-            rounding=party.rounding,
-            one_sided=config.estimator == "one_sided",
-            threads=settings.threads,
-        )
+        self._batches = open_batches(party, rows, settings.name)
+        self._estimator = open_estimator(party, threads=settings.threads)
         return party
 
     def _measure(self, order: Measure) -> Measured:
         assert self._party is not None
         assert self._estimator is not None
-        batches, config = self._batches, self._party.config
-        assert batches is not None
-        digest64 = digest64_of(self._weights.digest()) if order.want_digest else None
-
-        def batch_of(step: int) -> Batch:
-            if self._cut_short.is_set():
-                raise CancelledMeasurementError("the round closed before the measurement ended")
-            return batches.batch(order.ticket.round, step)
-
-        steps = local_steps(
+        assert self._batches is not None
+        return measure(
+            self._party,
             self._estimator,
-            batch_of,
-            first_seed=order.first_seed,
-            steps=order.steps,
-            probes=config.probes,
-            eps=config.eps,
-            learning_rate=config.learning_rate,
-            projected_grad_abs_max=config.projected_grad_abs_max,
+            self._batches,
+            order,
+            digest=self._weights.digest,
+            before_step=self._check_not_cut_short,
         )
-        return Measured(
-            ticket=order.ticket,
-            projected_grads=tuple(steps.projected_grads.tolist()),
-            mean_loss=steps.loss,
-            weights_digest64=digest64,
-        )
+
+    def _check_not_cut_short(self) -> None:
+        if self._cut_short.is_set():
+            raise CancelledMeasurementError("the round closed before the measurement ended")
 
     @property
     def _weights(self) -> Weights:

@@ -1,0 +1,79 @@
+"""From an assignment to its answer: what a worker computes, wherever that worker runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from fedmezo_core.events import Measure, Measured
+from fedmezo_core.records import digest64_of
+from fedmezo_core.zo.estimator import Estimator, local_steps
+from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.rows import Row
+from fedmezo_core.zo.task import Batch, Batches
+
+
+def open_estimator(party: Party, *, threads: int | None = None) -> Estimator:
+    """The run's estimator on a party's model. Raises as `Estimator` does."""
+    return Estimator(
+        party.loaded.model,
+        party.loaded.manifest,
+        party.task,
+        distribution=party.distribution,
+        rounding=party.rounding,
+        one_sided=party.config.estimator == "one_sided",
+        threads=threads,
+    )
+
+
+def open_batches(party: Party, rows: Sequence[Row], worker: str) -> Batches:
+    """The batches of one worker of the run; raises as `Task.encode` does."""
+    config = party.config
+    return Batches(
+        party.task,
+        party.task.encode(rows),
+        run_seed=config.seed,
+        worker_name=worker,
+        batch_size=config.batch_size,
+        local_steps=config.local_steps,
+        device=execution_device(party.loaded.model),
+    )
+
+
+def measure(
+    party: Party,
+    estimator: Estimator,
+    batches: Batches,
+    order: Measure,
+    *,
+    digest: Callable[[], bytes],
+    before_step: Callable[[], None],
+) -> Measured:
+    """Measure one assignment on the party's weights, which are not written.
+
+    `digest` is asked for the weights' digest if the order wants it; `before_step` may raise to end
+    the measurement. Raises as `Estimator.measure` does.
+    """
+    config = party.config
+    digest64 = digest64_of(digest()) if order.want_digest else None
+
+    def batch_of(step: int) -> Batch:
+        before_step()
+        return batches.batch(order.ticket.round, step)
+
+    steps = local_steps(
+        estimator,
+        batch_of,
+        first_seed=order.first_seed,
+        steps=order.steps,
+        probes=config.probes,
+        eps=config.eps,
+        learning_rate=config.learning_rate,
+        projected_grad_abs_max=config.projected_grad_abs_max,
+    )
+    return Measured(
+        ticket=order.ticket,
+        projected_grads=tuple(steps.projected_grads.tolist()),
+        mean_loss=steps.loss,
+        weights_digest64=digest64,
+    )
