@@ -90,10 +90,12 @@ class Federation:
         self.journal = Journal(MemoryStore() if store is None else store)
         self.train_losses: dict[int, list[float]] = {}
         """Round -> mean loss of each answer over its batches, whether or not the run reports them."""
-        self.measuring_s = 0.0
-        """CPU time of all measurements."""
+        self.forwards = 0
+        """Forward passes of one batch, of all workers."""
+        self.working_s = 0.0
+        """CPU time of all workers' measurements."""
         self.applying_s = 0.0
-        """CPU time of one party's commits and digests."""
+        """CPU time that each worker takes to apply commits and digest its weights."""
         self._judge = judge
         self._estimator = open_estimator(party, threads=threads)
         self._machine = RoundMachine()
@@ -153,6 +155,7 @@ class Federation:
             complaints = [view.complaint for view in self._machine.workers.values()]
             reason = next(filter(None, complaints), "too few workers are there")
             raise StalledError(f"Round {self.round + 1} cannot be closed: {reason}")
+        self._judge_if_due(is_last=True)
 
     # ------------------------------------------------------------ the coordinator
 
@@ -194,12 +197,12 @@ class Federation:
         worker.bytes_down += len(body)
         self._down.append((worker, body))
 
-    def _judge_if_due(self) -> None:
+    def _judge_if_due(self, *, is_last: bool = False) -> None:
         """Record what the replica would find."""
         weights = self.party.weights
-        if self._judge is None or not self._judge.is_due(weights.round):
+        found = None if self._judge is None else self._judge.judge(weights.round, is_last=is_last)
+        if found is None:
             return
-        found = self._judge.judge(weights.round)
         record = Evaluated(
             round=weights.round,
             loss=found.loss,
@@ -266,8 +269,11 @@ class Federation:
             return MeasureFailed(order.ticket, str(error))
         finally:
             self.applying_s += digested - begin
-            self.measuring_s += time.process_time() - digested
+            self.working_s += time.process_time() - digested
         self.train_losses.setdefault(order.ticket.round, []).append(measured.mean_loss)
+        pairs, probes = len(measured.projected_grads), self.party.config.probes
+        two_sided = self.party.config.estimator == "two_sided"
+        self.forwards += 2 * pairs if two_sided else pairs + pairs // probes
         return measured
 
     def _weights_digest(self) -> bytes:

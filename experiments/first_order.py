@@ -56,8 +56,12 @@ class FedAvg:
         """Rounds done."""
         self.train_losses: dict[int, list[float]] = {}
         """Round -> mean loss of each worker over its batches."""
-        self.training_s = 0.0
+        self.forwards = 0
+        """Forward passes of one batch, of all workers; as many backward ones."""
+        self.working_s = 0.0
         """CPU time of all workers' local steps."""
+        self.applying_s = 0.0
+        """Nothing worth counting: a worker only takes what comes."""
         self.bytes_up = 0
         self.bytes_down = 0
         self._judge = judge
@@ -92,7 +96,8 @@ class FedAvg:
                 for step in range(self.party.config.local_steps)
             ]
             loss = train(self.party, self._first_order, batches)
-            self.training_s += time.process_time() - begin
+            self.working_s += time.process_time() - begin
+            self.forwards += len(batches)
             self.train_losses.setdefault(self.round + 1, []).append(loss)
             self.bytes_down += self._weights_bytes
             self.bytes_up += self._weights_bytes
@@ -105,7 +110,7 @@ class FedAvg:
         self.round += 1
 
     def _judge_if_due(self) -> None:
-        if self._judge is not None and self._judge.is_due(self.round):
+        if self._judge is not None:
             self._judge.judge(self.round)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fedmezo_core.zo.party import Party
 from fedmezo_core.zo.rows import Row
-from fedmezo_core.zo.task import Evaluation
+from fedmezo_core.zo.task import Dataset, Evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,19 @@ class Point:
 class Judge:
     """Evaluates a party's model when it is due: before the first round, every n rounds, and at the end.
 
-    In between it may take fewer rows, which are the first of them: then points on the way are less sure
-    than the first and the last.
+    A curve is drawn through evaluations on the same rows, which may be the first few of all; what is
+    said of the beginning and of the end comes from all of them.
     """
 
     party: Party
     rows: Sequence[Row]
     every_rounds: int
     batch_size: int = 64
-    rows_between: int | None = None
-    points: list[Point] = field(default_factory=list)
+    curve_rows: int | None = None
+    """Rows behind each point of the curve; None: all."""
+    curve: list[Point] = field(default_factory=list)
+    whole: list[Point] = field(default_factory=list)
+    """On all rows: before the first round and after the last."""
     seconds: float = 0.0
     """CPU time so far."""
 
@@ -44,28 +47,38 @@ class Judge:
         """Raises as `Task.encode` does."""
         task = self.party.task
         self._all = task.encode(self.rows)
-        few = self.rows_between is not None and self.rows_between < len(self.rows)
-        self._few = task.encode(self.rows[: self.rows_between]) if few else self._all
+        few = self.curve_rows is not None and self.curve_rows < len(self.rows)
+        self._few = task.encode(self.rows[: self.curve_rows]) if few else self._all
 
-    def is_due(self, round_: int) -> bool:
-        """Whether the model after `round_` is to be judged."""
-        return round_ % self.every_rounds == 0 or round_ == self.party.config.rounds
+    def judge(self, round_: int, *, is_last: bool = False) -> Evaluation | None:
+        """Evaluate and remember, if the model after `round_` is due and was not judged yet.
 
-    def judge(self, round_: int) -> Evaluation:
-        """Evaluate and remember; raises as `Task.evaluate` does."""
+        Raises as `Task.evaluate` does.
+        """
+        is_end = is_last or round_ in (0, self.party.config.rounds)
+        is_due = is_end or round_ % self.every_rounds == 0
+        if not is_due or (self.whole and self.whole[-1].round == round_):
+            return None
         begin = time.process_time()
-        party = self.party
-        dataset = self._all if round_ in (0, party.config.rounds) else self._few
-        found = party.task.evaluate(party.loaded.model, dataset, self.batch_size)
-        self.points.append(
-            Point(
-                round=round_,
-                loss=found.loss,
-                accuracy=found.accuracy,
-                calibrated_accuracy=found.calibrated_accuracy,
-                auc=found.auc,
-                rows=found.row_count,
-            )
-        )
+        found = self._evaluate(self._few)
+        if not self.curve or self.curve[-1].round < round_:
+            self.curve.append(_point(round_, found))
+        if is_end:
+            found = found if self._few is self._all else self._evaluate(self._all)
+            self.whole.append(_point(round_, found))
         self.seconds += time.process_time() - begin
         return found
+
+    def _evaluate(self, dataset: Dataset) -> Evaluation:
+        return self.party.task.evaluate(self.party.loaded.model, dataset, self.batch_size)
+
+
+def _point(round_: int, found: Evaluation) -> Point:
+    return Point(
+        round=round_,
+        loss=found.loss,
+        accuracy=found.accuracy,
+        calibrated_accuracy=found.calibrated_accuracy,
+        auc=found.auc,
+        rows=found.row_count,
+    )

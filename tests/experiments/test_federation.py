@@ -99,7 +99,7 @@ def test_it_is_a_function_of_its_arguments_in_any_store(
         assert sorted(federation.train_losses) == [1, 2, 3, 4, 5, 6]
         assert {len(losses) for losses in federation.train_losses.values()} == {4}
         chains.append(federation.journal.chain)
-        assert federation.measuring_s > 0
+        assert federation.working_s > 0
     assert chains[0] == chains[1]
 
 
@@ -110,13 +110,15 @@ def test_evaluations_are_recorded_and_do_not_change_the_run(
     plain = Federation(party_of(model_folder), rows)
     plain.run()
     party, store = party_of(model_folder), MemoryStore()
-    judge = Judge(party, read_rows(heldout_file, COLUMNS), every_rounds=4, rows_between=4)
+    judge = Judge(party, read_rows(heldout_file, COLUMNS), every_rounds=4, curve_rows=4)
     judged = Federation(party, rows, judge=judge, store=store)
     judged.run()
     assert judged.journal.head == plain.journal.head
     found = [record for record in records_in(store) if isinstance(record, Evaluated)]
     assert [(record.round, record.rows) for record in found] == [(0, 10), (4, 4), (6, 10)]
-    losses = [point.loss for point in judge.points]
+    assert [(point.round, point.rows) for point in judge.curve] == [(0, 4), (4, 4), (6, 4)]
+    assert [(point.round, point.rows) for point in judge.whole] == [(0, 10), (6, 10)]
+    losses = [judge.whole[0].loss, judge.curve[1].loss, judge.whole[1].loss]
     assert [record.loss for record in found] == pytest.approx(losses)
     assert found[-1].weights_digest == party.weights.digest()
 
