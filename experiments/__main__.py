@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import os
+import signal
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markdown import Markdown
 
-from benchmarks.figures import REPORTS, Figure, show
+from benchmarks.figures import REPORTS, Figure
 from experiments import memory, report
 from experiments.catalogue import EXPERIMENTS, Changes, Experiment, run_of
-from experiments.runs import KEPT, Result, Run, execute_and_keep, kept
+from experiments.runs import KEPT, Processes, Result, Run, kept, key_of
 from experiments.settings import CACHE, Settings
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.program import run_program
@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(report.redraw(target, EXPERIMENTS[target]))
         return 0
 
+    # As Ctrl-C does: the processes must not outlive this one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
     def run() -> None:
         changes = changes_of(given.set, quick=given.quick)
         experiment(Order(targets, given.seeds, given.jobs, given.fresh, changes))
@@ -96,16 +99,19 @@ def experiment(order: Order) -> None:
     """Do all runs of all targets, then report each target."""
     runs = {target: _runs(EXPERIMENTS[target], order) for target in order.targets}
     _prepare(runs)
-    everything = [run for arms in runs.values() for of_arm in arms.values() for run in of_arm]
-    results = _results(list(dict.fromkeys(everything)), order)
+    # Arms of several targets may be the same run, such as the one that differs in nothing.
+    everything = {
+        key_of(run): run for arms in runs.values() for of_arm in arms.values() for run in of_arm
+    }
+    results = _results(everything, order)
     for target, arms in runs.items():
         described = EXPERIMENTS[target]
-        found = {arm: [results[run] for run in of_arm] for arm, of_arm in arms.items()}
+        found = {arm: [results[key_of(run)] for run in of_arm] for arm, of_arm in arms.items()}
         peaks: list[Figure] = []
         if described.against:
             peaks = memory.figures({arm: of_arm[0] for arm, of_arm in arms.items()})
         paths = report.write_all(target, described, found, peaks, order.reports)
-        show([*report.figures(described, found), *peaks], described.title)
+        Console(width=160).print(Markdown(paths[1].read_text()))
         print("\n".join(f"wrote {path}" for path in paths))
 
 
@@ -132,38 +138,31 @@ def _prepare(runs: dict[str, dict[str, list[Run]]]) -> None:
         prepare(CACHE)
 
 
-def _results(runs: Sequence[Run], order: Order) -> dict[Run, Result]:
-    """Of every run, kept or done now, several at a time in processes of their own."""
+def _results(runs: Mapping[str, Run], order: Order) -> dict[str, Result]:
+    """Of every run by its key, kept or done now, several at a time in processes of their own."""
     console = Console(stderr=True, width=120)
-    results: dict[Run, Result] = {}
-    for run in () if order.fresh else runs:
+    results: dict[str, Result] = {}
+    for key, run in {} if order.fresh else runs.items():
         if (result := kept(run, order.kept)) is not None:
-            results[run] = result
-    missing = [run for run in runs if run not in results]
+            results[key] = result
+    missing = {key: run for key, run in runs.items() if key not in results}
     console.print(f"{len(runs)} runs, {len(results)} of them kept from before")
-    # Each process has its own cores; torch reads this when it is imported there.
-    os.environ["OMP_NUM_THREADS"] = os.environ["NUMBA_NUM_THREADS"] = "1"
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ProcessPoolExecutor(
-        min(order.jobs, max(len(missing), 1)),
-        mp_context=multiprocessing.get_context("spawn"),
-        # A process that has held a model keeps its memory.
-        max_tasks_per_child=1,
-    )
-    with pool:
-        futures = {pool.submit(execute_and_keep, run, order.kept): run for run in missing}
+    processes = Processes(order.kept)
+    with ThreadPoolExecutor(order.jobs) as pool:
+        futures = {pool.submit(processes.result, run): key for key, run in missing.items()}
         try:
             for number, future in enumerate(as_completed(futures), start=1):
-                run, result = futures[future], future.result()
-                results[run] = result
-                console.print(f"{number}/{len(missing)} {_line(run, result)}", highlight=False)
+                key, result = futures[future], future.result()
+                results[key] = result
+                console.print(f"{number}/{len(missing)} {_line(result)}", highlight=False)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            processes.end()
             raise
     return results
 
 
-def _line(run: Run, result: Result) -> str:
+def _line(result: Result) -> str:
+    run = result.run
     method = "FedMeZO" if run.first_order is None else "BP-FedAvg"
     end = result.whole[-1]
     what = result.ended or f"accuracy {end.accuracy:.3f}, loss {end.loss:.3f}"

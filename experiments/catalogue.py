@@ -139,7 +139,6 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
             at_equal_forwards("one_sided", 4),
             at_equal_forwards("one_sided", 9),
         ),
-        panels=BY_FORWARDS,
     ),
 }
 

@@ -176,7 +176,7 @@ def markdown(
         costs = _costs(arm, runs)
         by_name = {figure.name.removeprefix(f"{arm}: "): figure for figure in costs}
         row = [arm, *(_spread(ends, metric) for metric in METRICS)]
-        row += [by_name["rounds"].shown]
+        row += [f"{by_name['rounds'].value:.4g}"]
         passes = by_name["forward passes of one batch, all workers"].shown
         row += [passes + " + as many back" if runs[0].backwards else passes]
         row += [by_name[f"bytes {way}, all workers"].shown for way in ("up", "down")]
@@ -218,7 +218,7 @@ def _conditions(results: Mapping[str, Sequence[Result]]) -> str:
     seeds = len({run.run.config.seed for run in runs})
     spread = "; means, ± half of most minus least" if seeds > 1 else ""
     return (
-        f"{first.run.config.model}, {first.run.settings.data}; {first.whole[0].rows:,} held-out rows, "
+        f"{Path(first.run.settings.model).name}, {first.run.settings.data}; {first.whole[0].rows:,} held-out rows, "
         f"curves on {first.curve[0].rows:,} of them; {seeds} seed{'s' if seeds > 1 else ''}{spread}. "
         f"Accuracies in per cent. {first.machine}."
     )

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Final
@@ -24,6 +25,8 @@ from experiments.first_order import FedAvg, FirstOrder
 from experiments.judging import Judge, Point
 from experiments.settings import Settings, load_data
 from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import FedMezoError
+from fedmezo_core.program import run_program
 from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.placement import Placement
@@ -41,6 +44,10 @@ CODE: Final = (
     ),
 )
 """Sources that a result depends on."""
+
+
+class RunError(FedMezoError):
+    """A run's process failed."""
 
 
 class Run(BaseModel):
@@ -164,15 +171,51 @@ def kept(run: Run, folder: Path = KEPT) -> Result | None:
     return Result.model_validate_json(path.read_text()) if path.exists() else None
 
 
-def execute_and_keep(run: Run, folder: Path = KEPT) -> Result:
+def execute_and_keep(run: Run, folder: Path = KEPT) -> None:
     """Do it and write the result beside those of others, all or nothing."""
     path = folder / f"{key_of(run)}.json"
     result = execute(run)
     folder.mkdir(parents=True, exist_ok=True)
     passing = path.with_suffix(f".{os.getpid()}.part")
-    passing.write_text(json.dumps(json.loads(result.model_dump_json()), indent=1) + "\n")
+    passing.write_text(result.model_dump_json(indent=1) + "\n")
     passing.replace(path)
-    return result
+
+
+class Processes:
+    """Runs in processes of their own, which end with this one: a process that held a model keeps its memory."""
+
+    def __init__(self, folder: Path = KEPT) -> None:
+        self._folder = folder
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    def result(self, run: Run) -> Result:
+        """Do it and wait for it; raises `RunError` if that process failed."""
+        if self._ended:
+            raise RunError("The experiment was broken off.")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.runs", str(self._folder)],
+            stdin=subprocess.PIPE,
+            text=True,
+            # One thread each: as many of them run as there are cores.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._running.add(process)
+        process.communicate(run.model_dump_json())
+        self._running.discard(process)
+        result = kept(run, self._folder)
+        if process.returncode or result is None:
+            raise RunError(
+                f"A run ended with status {process.returncode}; what it said is above. Those that were "
+                "finished are kept."
+            )
+        return result
+
+    def end(self) -> None:
+        """End all that are running."""
+        self._ended = True
+        for process in list(self._running):
+            process.terminate()
 
 
 @functools.cache
@@ -195,3 +238,12 @@ def _files_hash(folder: str) -> str:
             content = f"{facts.st_mtime_ns}".encode() if large else path.read_bytes()
             hashed.update(f"{path.relative_to(folder)}\0{facts.st_size}\0".encode() + content)
     return hashed.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_program(
+            "experiments",
+            lambda: execute_and_keep(Run.model_validate_json(sys.stdin.read()), Path(sys.argv[1])),
+        )
+    )
