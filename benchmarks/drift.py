@@ -10,6 +10,8 @@ from benchmarks.figures import Figure
 from benchmarks.measuring import EPS, forward
 from benchmarks.plain_torch import PlainTorch
 from benchmarks.subjects import Subject
+from fedmezo_core.config import RunConfig
+from fedmezo_core.events import Work
 from fedmezo_core.zo.estimator import local_steps
 from fedmezo_core.zo.manifest import trained_tensors
 from fedmezo_core.zo.materialize import Commit
@@ -22,17 +24,14 @@ def figures(subject: Subject, tokens: int, cycles: int) -> Iterator[Figure]:
     estimator = subject.estimator(Distribution.RADEMACHER)
     weights = subject.weights(Distribution.RADEMACHER)
     before, changed = weights.digest(), 0
+    config = RunConfig(run_id="drift", model="none", task=subject.task.config)
     for cycle in range(cycles):
         first_seed = cycle << 16
         steps = local_steps(
             estimator,
             lambda _: batch,
-            first_seed=first_seed,
-            steps=1,
-            probes=1,
-            eps=EPS,
-            learning_rate=0.0,
-            projected_grad_abs_max=1e4,
+            Work((first_seed,), learning_rate=0.0, eps=EPS, want_digest=False),
+            config,
         )
         coefficients = np.float32(-0.0) * steps.projected_grads
         commit = Commit(np.array([first_seed], np.uint64), coefficients, rounding_seed=cycle)

@@ -70,11 +70,15 @@ class Experiment:
 
 PERSONAL: Final[dict[str, dict[str, Any]]] = {
     "frozen": {},
+    "last loss": {"personal_rate": "last_loss", "report_losses": True},
+    "mean loss": {"personal_rate": "mean_loss", "report_losses": True},
+    "update distance": {"personal_rate": "update_distance"},
+    "random": {"personal_rate": "random"},
 }
 """What a worker's own learning rate follows -> values of `RunConfig`."""
 
 
-def at_equal_forwards(estimator: str, probes: int) -> Arm:
+def at_equal_forwards(estimator: str, probes: int, *, normalized_step: bool = False) -> Arm:
     """As many forward passes a round as two-sided MeZO has; more probes allow a larger rate.
 
     The variance of a step falls with the number of directions that it averages, and the largest rate
@@ -83,7 +87,10 @@ def at_equal_forwards(estimator: str, probes: int) -> Arm:
     passes = 2 * probes if estimator == "two_sided" else probes + 1
     steps = max(1, 2 * RUN["local_steps"] // passes)
     name = f"{estimator.replace('_', '-')}, {probes} probe{'s' if probes > 1 else ''}"
-    values = {"estimator": estimator, "probes": probes, "local_steps": steps}
+    values: dict[str, Any] = {"estimator": estimator, "probes": probes, "local_steps": steps}
+    if normalized_step:
+        name += ", normalised"
+        values["normalized_step"] = True
     return Arm(f"{name}, {steps} steps", values, rate_factor=float(probes))
 
 
@@ -138,6 +145,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
             at_equal_forwards("one_sided", 1),
             at_equal_forwards("one_sided", 4),
             at_equal_forwards("one_sided", 9),
+            at_equal_forwards("one_sided", 9, normalized_step=True),
         ),
     ),
 }

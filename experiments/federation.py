@@ -38,6 +38,7 @@ from fedmezo_core.events import (
     Measured,
     MeasureFailed,
     Ready,
+    ReplicaEvaluated,
     ReportWeights,
     SendAnswer,
     SendHello,
@@ -103,12 +104,17 @@ class Federation:
         [entry] = self.journal.append([genesis])
         self._machine.apply(genesis)
         self._genesis_head = entry.head
-        report_losses = party.config.report_losses
+        config = party.config
         self.workers = {
             name: Worker(
                 name,
                 open_batches(party, own, name),
-                SessionMachine(0, entry.head, report_losses=report_losses),
+                SessionMachine(
+                    0,
+                    entry.head,
+                    report_losses=config.report_losses,
+                    report_rows=config.weighting == "rows",
+                ),
             )
             for name, own in rows.items()
         }
@@ -135,7 +141,7 @@ class Federation:
     def run(self) -> None:
         """All rounds.
 
-        Raises `StalledError` if no round can close any more, `NumericError` or `MeasurementError` if the
+        Raises `StalledError` if the run pauses or no round can close any more, `NumericError` or `MeasurementError` if the
         weights have grown too large to apply a commit or to be judged.
         """
         self._flush(self._machine.start())
@@ -149,11 +155,12 @@ class Federation:
                 self._from_worker(worker, wire.SessionRequest.FromString(message))
             else:
                 worker, message = self._down.popleft()
-                event = event_of(wire.SessionResponse.FromString(message))
+                event = event_of(wire.SessionResponse.FromString(message), self.party.config)
                 self._act(worker, worker.machine.step(event))
         if self._machine.phase is not Phase.FINISHED:
             complaints = [view.complaint for view in self._machine.workers.values()]
-            reason = next(filter(None, complaints), "too few workers are there")
+            reasons = [self._machine.reason, *complaints, "too few workers are there"]
+            reason = next(filter(None, reasons))
             raise StalledError(f"Round {self.round + 1} cannot be closed: {reason}")
         self._judge_if_due(is_last=True)
 
@@ -190,7 +197,7 @@ class Federation:
                     self._send(worker, commit_to_pb(entry.row))
         for message in ready.messages:
             assert not isinstance(message, Expel), "workers that share weights cannot differ"
-            self._send(self.workers[message.worker], message_to_pb(message))
+            self._send(self.workers[message.worker], message_to_pb(message, self.party.config))
 
     def _send(self, worker: Worker, message: wire.SessionResponse) -> None:
         body = message.SerializeToString()
@@ -211,8 +218,7 @@ class Federation:
             weights_digest=self._weights_digest(),
             auc=found.auc,
         )
-        self._machine.apply(record)
-        self._flush(Ready(records=(record,)))
+        self._flush(self._machine.step(ReplicaEvaluated(record)))
 
     # ------------------------------------------------------------ the workers
 
@@ -253,7 +259,7 @@ class Federation:
         weights = self.party.weights
         assert order.ticket.round == weights.round + 1, "the shared weights have moved on"
         begin = time.process_time()
-        if order.want_digest:
+        if order.work.want_digest:
             self._weights_digest()
         digested = time.process_time()
         try:

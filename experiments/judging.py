@@ -53,24 +53,27 @@ class Judge:
     def judge(self, round_: int, *, is_last: bool = False) -> Evaluation | None:
         """Evaluate and remember, if the model after `round_` is due and was not judged yet.
 
-        Raises as `Task.evaluate` does.
+        Returns what is new on the curve, whose points are comparable with each other. Raises as `Task.evaluate` does.
         """
         is_end = is_last or round_ in (0, self.party.config.rounds)
         is_due = is_end or round_ % self.every_rounds == 0
-        if not is_due or (self.whole and self.whole[-1].round == round_):
-            return None
         begin = time.process_time()
-        found = self._evaluate(self._few)
-        if not self.curve or self.curve[-1].round < round_:
+        found = None
+        if is_due and _is_news(round_, self.curve):
+            found = self._evaluate(self._few)
             self.curve.append(_point(round_, found))
-        if is_end:
-            found = found if self._few is self._all else self._evaluate(self._all)
-            self.whole.append(_point(round_, found))
+        if is_end and _is_news(round_, self.whole):
+            reused = found if self._few is self._all else None
+            self.whole.append(_point(round_, reused or self._evaluate(self._all)))
         self.seconds += time.process_time() - begin
         return found
 
     def _evaluate(self, dataset: Dataset) -> Evaluation:
         return self.party.task.evaluate(self.party.loaded.model, dataset, self.batch_size)
+
+
+def _is_news(round_: int, points: Sequence[Point]) -> bool:
+    return not points or points[-1].round < round_
 
 
 def _point(round_: int, found: Evaluation) -> Point:

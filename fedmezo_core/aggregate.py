@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import NumericError
 
 
@@ -46,15 +48,71 @@ def bits_of(values: Sequence[float]) -> bytes:
     return struct.pack(f"<{len(values)}f", *values)
 
 
-def coefficients_of(
-    projected_grads: Sequence[float], learning_rate: float, *, answers: int, probes: int
-) -> tuple[float, ...]:
-    """Coefficients of one answer among `answers` that count equally, each batch measured `probes` times.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One answer's part in a round's mean."""
 
-    Each is binary32( -(learning_rate * projected_grad) / (answers * probes) ): two roundings to
-    binary64, one to binary32 (the divisor is an exact integer). It is the mean over workers and
-    directions of MeZO's step (Malladi et al. 2023, algorithms 1 and 2).
+    seeds: tuple[int, ...]
+    projected_grads: tuple[float, ...]
+    """One for each seed, step by step."""
+    learning_rate: float
+    weight: int = 1
+    """Its count of rows where answers are weighted by them; otherwise 1."""
+
+
+def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[float, ...]]:
+    """Coefficients of each answer's seeds in a round that commits `shares`.
+
+    Each is binary32( -(learning_rate * grad * weight) / (sum of weights * probes) ), every operation
+    rounded to binary64 from the left, the divisor an exact integer: the mean over workers and directions
+    of MeZO's step (Malladi et al. 2023, algorithms 1 and 2). With `normalized_step`, `grad` is the
+    projected gradient over the root mean square of its step's (see `normalized`).
     Raises `NumericError` if one is not finite.
     """
-    divisor = answers * probes
-    return tuple(to_binary32(-(learning_rate * grad) / divisor) for grad in projected_grads)
+    steps = [_steps(share.projected_grads, config.probes) for share in shares]
+    if config.normalized_step:
+        # The same step of all workers together: a federation is one pool of probes.
+        for number in range(len(steps[0])):
+            together = normalized([grad for each in steps for grad in each[number]])
+            for place, each in enumerate(steps):
+                each[number] = together[place * config.probes : (place + 1) * config.probes]
+    divisor = sum(share.weight for share in shares) * config.probes
+    return [
+        tuple(
+            to_binary32(-(share.learning_rate * grad * share.weight) / divisor)
+            for step in each
+            for grad in step
+        )
+        for share, each in zip(shares, steps, strict=True)
+    ]
+
+
+def normalized(projected_grads: Sequence[float]) -> list[float]:
+    """Projected gradients over their root mean square; all 0 if that is 0.
+
+    FZOO (Dang et al. 2025) divides by the standard deviation of the perturbed losses; eps takes that to
+    this, up to the gradients' mean, which is nearly 0. About 0 instead of about the mean, no result is
+    larger than the square root of their count, and a single one is allowed.
+    """
+    size = math.sqrt(math.fsum(g * g for g in projected_grads) / len(projected_grads))
+    return [grad / size if size > 0 else 0.0 for grad in projected_grads]
+
+
+def decay_of(config: RunConfig, factor: float) -> float:
+    """What a commit multiplies the weights by: binary32( (1 - rate * weight_decay) ^ local_steps ).
+
+    Decoupled from the gradient, as in AdamW (Loshchilov & Hutter 2019). `factor` times the contract's
+    learning rate is the round's. The power is a product, so that every machine rounds it alike.
+    """
+    once = 1.0 - config.learning_rate * factor * config.weight_decay
+    power = 1.0
+    for _ in range(config.local_steps if config.weight_decay else 0):
+        power *= once
+    return to_binary32(power)
+
+
+def _steps(projected_grads: Sequence[float], probes: int) -> list[list[float]]:
+    return [
+        list(projected_grads[first : first + probes])
+        for first in range(0, len(projected_grads), probes)
+    ]

@@ -143,6 +143,7 @@ class CoordinatorClient:
         commits_only: bool = False,
         wait_ms: int = 0,
         records_max: int = 0,
+        from_newest_base: bool = False,
     ) -> wire.ReadJournalResponse:
         """One page of the journal."""
         with self._errors_mapped():
@@ -153,6 +154,7 @@ class CoordinatorClient:
                     commits_only=commits_only,
                     wait_ms=wait_ms,
                     records_max=records_max,
+                    from_newest_base=from_newest_base,
                 ),
                 timeout=CALL_TIMEOUT_S + wait_ms / 1000,
             )

@@ -13,7 +13,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
-from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig, sentence_of
+from fedmezo_core.config import STEPS_MAX, LoraConfig, RunConfig, TaskConfig, sentence_of
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.events import (
     AnswerReceived,
@@ -23,6 +23,7 @@ from fedmezo_core.events import (
     SendUnable,
     Ticket,
     UnableReceived,
+    Work,
 )
 from fedmezo_core.records import (
     Answered,
@@ -32,8 +33,11 @@ from fedmezo_core.records import (
     Genesis,
     Opened,
     PairRun,
+    Paused,
     Record,
+    Resumed,
     Started,
+    Stopped,
 )
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
@@ -54,6 +58,50 @@ _DTYPE = {
     "float16": pb.WEIGHT_TYPE_FLOAT16,
 }
 _ROUNDING = {"stochastic": pb.ROUNDING_STOCHASTIC, "nearest": pb.ROUNDING_NEAREST}
+_SCHEDULE = {
+    "constant": pb.SCHEDULE_CONSTANT,
+    "linear": pb.SCHEDULE_LINEAR,
+    "cosine": pb.SCHEDULE_COSINE,
+}
+_WEIGHTING = {"uniform": pb.WEIGHTING_UNIFORM, "rows": pb.WEIGHTING_ROWS}
+_PERSONAL_RATE = {
+    "frozen": pb.PERSONAL_RATE_FROZEN,
+    "last_loss": pb.PERSONAL_RATE_LAST_LOSS,
+    "mean_loss": pb.PERSONAL_RATE_MEAN_LOSS,
+    "update_distance": pb.PERSONAL_RATE_UPDATE_DISTANCE,
+    "random": pb.PERSONAL_RATE_RANDOM,
+}
+_SEED_POLICY = {
+    "per_worker": pb.SEED_POLICY_PER_WORKER,
+    "shared": pb.SEED_POLICY_SHARED,
+    "pool": pb.SEED_POLICY_POOL,
+}
+_POOL_SAMPLING = {
+    "uniform": pb.POOL_SAMPLING_UNIFORM,
+    "weighted": pb.POOL_SAMPLING_WEIGHTED,
+}
+_OPTIONAL: Mapping[str, Mapping[str, int] | None] = {
+    "probes": None,
+    "estimator": _ESTIMATOR,
+    "normalized_step": None,
+    "schedule": _SCHEDULE,
+    "warmup_rounds": None,
+    "final_rate_fraction": None,
+    "eps_follows_rate": None,
+    "weight_decay": None,
+    "weighting": _WEIGHTING,
+    "personal_rate": _PERSONAL_RATE,
+    "personal_rate_amplitude": None,
+    "seed_policy": _SEED_POLICY,
+    "pool_size": None,
+    "pool_sampling": _POOL_SAMPLING,
+    "rebase_every_rounds": None,
+    "pause_loss_factor": None,
+    "pause_rounds": None,
+    "early_stop_evaluations": None,
+}
+"""Fields of the contract that are left out of the message at their defaults, so that a run without
+them has the same bytes as ever; with the names of those that are enums."""
 _KIND = {
     "classification": pb.TASK_KIND_CLASSIFICATION,
     "instruction": pb.TASK_KIND_INSTRUCTION,
@@ -78,6 +126,8 @@ def config_to_pb(config: RunConfig) -> pb.RunConfig:
             ],
             response_column=config.task.response_column,
             tokens_max=config.task.tokens_max,
+            objective=config.task.objective or None,
+            generated_tokens_max=config.task.generated_tokens_max or None,
         ),
         seed=config.seed,
         rounds=config.rounds,
@@ -95,10 +145,12 @@ def config_to_pb(config: RunConfig) -> pb.RunConfig:
         deadline_ms=config.deadline_ms,
         digest_every_rounds=config.digest_every_rounds,
         report_losses=config.report_losses,
-        # Left out at their defaults, so that a run without them has the same bytes as ever.
-        probes=None if config.probes == 1 else config.probes,
-        estimator=None if config.estimator == "two_sided" else _ESTIMATOR[config.estimator],
+        train=config.train,
     )
+    for name, numbers in _OPTIONAL.items():
+        value = getattr(config, name)
+        if value != RunConfig.model_fields[name].default:
+            setattr(message, name, value if numbers is None else numbers[value])
     if config.lora is not None:
         message.lora.CopyFrom(
             pb.LoraConfig(
@@ -112,6 +164,12 @@ def config_to_pb(config: RunConfig) -> pb.RunConfig:
 
 def config_from_pb(message: pb.RunConfig) -> RunConfig:
     """The contract from a message; `ProtocolError` if a value is not allowed."""
+    optional = {
+        name: value if numbers is None else _name_of(numbers, value)
+        for name, numbers in _OPTIONAL.items()
+        if message.HasField(name)  # type: ignore[arg-type]
+        for value in [getattr(message, name)]
+    }
     try:
         return RunConfig(
             run_id=message.run_id,
@@ -123,6 +181,8 @@ def config_from_pb(message: pb.RunConfig) -> RunConfig:
                 verbalizers={v.label: v.word for v in message.task.verbalizers},
                 response_column=message.task.response_column,
                 tokens_max=message.task.tokens_max,
+                objective=message.task.objective,
+                generated_tokens_max=message.task.generated_tokens_max,
             ),
             lora=(
                 LoraConfig(
@@ -149,12 +209,8 @@ def config_from_pb(message: pb.RunConfig) -> RunConfig:
             deadline_ms=message.deadline_ms,
             digest_every_rounds=message.digest_every_rounds,
             report_losses=message.report_losses,
-            probes=message.probes if message.HasField("probes") else 1,
-            estimator=(
-                _name_of(_ESTIMATOR, message.estimator)
-                if message.HasField("estimator")
-                else "two_sided"
-            ),
+            train=tuple(message.train),
+            **optional,
         )
     except ValidationError as error:
         raise ProtocolError(sentence_of(error, "the run's configuration")) from None
@@ -198,7 +254,11 @@ def _record_to_pb(record: Record) -> pb.Record:
         case Opened():
             return pb.Record(
                 opened=pb.Opened(
-                    round=record.round, first_slot=record.first_slot, workers=record.workers
+                    round=record.round,
+                    first_slot=record.first_slot,
+                    workers=record.workers,
+                    learning_rates=record.learning_rates,
+                    eps=record.eps,
                 )
             )
         case Answered():
@@ -209,6 +269,7 @@ def _record_to_pb(record: Record) -> pb.Record:
                     projected_grads=record.projected_grads,
                     mean_loss=record.mean_loss,
                     weights_digest64=record.weights_digest64,
+                    rows=record.rows,
                 )
             )
         case Committed():
@@ -220,12 +281,20 @@ def _record_to_pb(record: Record) -> pb.Record:
                         for run in record.runs
                     ],
                     rounding_seed=record.rounding_seed,
+                    decay=None if record.decay == 1.0 else record.decay,
+                    from_base=record.from_base,
                 )
             )
         case Diverged():
             return pb.Record(diverged=diverged_to_pb(record))
         case Evaluated():
             return pb.Record(evaluated=evaluated_to_pb(record))
+        case Paused():
+            return pb.Record(paused=pb.Paused(round=record.round, reason=record.reason))
+        case Resumed():
+            return pb.Record(resumed=pb.Resumed(rate_factor=record.rate_factor))
+        case Stopped():
+            return pb.Record(stopped=pb.Stopped(round=record.round, reason=record.reason))
 
 
 def _record_from_pb(message: pb.Record) -> Record:
@@ -245,8 +314,17 @@ def _record_from_pb(message: pb.Record) -> Record:
             return Started(epoch=message.started.epoch)
         case "opened":
             opened = message.opened
+            if len(opened.learning_rates) not in (0, len(opened.workers)):
+                raise ProtocolError(
+                    f"round {opened.round} opens with {len(opened.learning_rates)} learning rates "
+                    f"for {len(opened.workers)} workers"
+                )
             return Opened(
-                round=opened.round, first_slot=opened.first_slot, workers=tuple(opened.workers)
+                round=opened.round,
+                first_slot=opened.first_slot,
+                workers=tuple(opened.workers),
+                learning_rates=tuple(_positive(r, "learning rate") for r in opened.learning_rates),
+                eps=_positive(opened.eps, "eps") if opened.HasField("eps") else None,
             )
         case "answered":
             answered = message.answered
@@ -258,6 +336,7 @@ def _record_from_pb(message: pb.Record) -> Record:
                 weights_digest64=(
                     answered.weights_digest64 if answered.HasField("weights_digest64") else None
                 ),
+                rows=answered.rows if answered.HasField("rows") else None,
             )
         case "committed":
             committed = message.committed
@@ -269,8 +348,17 @@ def _record_from_pb(message: pb.Record) -> Record:
                 raise ProtocolError(
                     f"the commit of round {committed.round} holds a coefficient that is no number"
                 )
+            decay = committed.decay if committed.HasField("decay") else 1.0
+            if not 0 < decay <= 1:
+                raise ProtocolError(
+                    f"the commit of round {committed.round} multiplies the weights by {decay!r}"
+                )
             return Committed(
-                round=committed.round, runs=runs, rounding_seed=committed.rounding_seed
+                round=committed.round,
+                runs=runs,
+                rounding_seed=committed.rounding_seed,
+                decay=decay,
+                from_base=committed.from_base,
             )
         case "diverged":
             diverged = message.diverged
@@ -282,6 +370,12 @@ def _record_from_pb(message: pb.Record) -> Record:
             )
         case "evaluated":
             return evaluated_from_pb(message.evaluated)
+        case "paused":
+            return Paused(message.paused.round, message.paused.reason)
+        case "resumed":
+            return Resumed(_positive(message.resumed.rate_factor, "rate factor"))
+        case "stopped":
+            return Stopped(message.stopped.round, message.stopped.reason)
         case _:
             raise ProtocolError("its kind is not known to this version")
 
@@ -333,26 +427,47 @@ def ticket_from_pb(message: wire.Ticket) -> Ticket:
     return Ticket(epoch=message.epoch, round=message.round, slot=message.slot)
 
 
-def assign_to_pb(assign: Assign) -> wire.SessionResponse:
-    """An assignment as a session message."""
+def assign_to_pb(assign: Assign, config: RunConfig) -> wire.SessionResponse:
+    """An assignment as a session message; what the contract says is left out."""
+    work = assign.work
+    first_seed = min(work.seeds)
+    offsets = [seed - first_seed for seed in work.seeds]
     return wire.SessionResponse(
         assign=wire.Assign(
             ticket=ticket_to_pb(assign.ticket),
-            first_seed=assign.first_seed,
-            steps=assign.steps,
-            want_digest=assign.want_digest,
+            first_seed=first_seed,
+            steps=len(work.seeds) // config.probes,
+            want_digest=work.want_digest,
             deadline_ms=assign.deadline_ms,
+            learning_rate=None
+            if work.learning_rate == config.learning_rate
+            else work.learning_rate,
+            eps=None if work.eps == config.eps else work.eps,
+            seed_offsets=() if offsets == list(range(len(offsets))) else offsets,
         )
     )
 
 
-def assigned_from_pb(message: wire.Assign) -> Assigned:
+def assigned_from_pb(message: wire.Assign, config: RunConfig) -> Assigned:
     """An assignment as the worker's machine takes it."""
+    count = message.steps * config.probes
+    if not 1 <= count <= STEPS_MAX or len(message.seed_offsets) not in (0, count):
+        raise ProtocolError(
+            f"{message.steps} steps of {config.probes} probes were assigned with "
+            f"{len(message.seed_offsets)} seed offsets; use the same FedMeZO version."
+        )
+    offsets = message.seed_offsets or range(count)
+    if message.first_seed + max(offsets) >= 2**64:
+        raise ProtocolError("A seed of 2^64 or more was assigned; use the same FedMeZO version.")
+    rate = message.learning_rate if message.HasField("learning_rate") else config.learning_rate
     return Assigned(
         ticket=ticket_from_pb(message.ticket),
-        first_seed=message.first_seed,
-        steps=message.steps,
-        want_digest=message.want_digest,
+        work=Work(
+            seeds=tuple(message.first_seed + offset for offset in offsets),
+            learning_rate=_positive(rate, "learning rate"),
+            eps=_positive(message.eps if message.HasField("eps") else config.eps, "eps"),
+            want_digest=message.want_digest,
+        ),
     )
 
 
@@ -364,6 +479,7 @@ def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
             projected_grads=answer.projected_grads,
             mean_loss=answer.mean_loss,
             weights_digest64=answer.weights_digest64,
+            rows=answer.rows,
         )
     )
 
@@ -378,6 +494,7 @@ def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
         weights_digest64=(
             message.weights_digest64 if message.HasField("weights_digest64") else None
         ),
+        rows=message.rows if message.HasField("rows") else None,
     )
 
 
@@ -400,6 +517,12 @@ def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
 def _digest(value: bytes, field: str) -> bytes:
     if len(value) != DIGEST_BYTES:
         raise ProtocolError(f"{field} is {len(value)} bytes long, not {DIGEST_BYTES}")
+    return value
+
+
+def _positive(value: float, what: str) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise ProtocolError(f"a {what} of {value!r} is not finite and above 0")
     return value
 
 

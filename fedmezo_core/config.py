@@ -26,6 +26,8 @@ MESSAGE_BYTES_MAX = 64 * 1024
 """Largest message a worker may send."""
 COMMIT_PAIRS_MAX = 262_144
 """Most pairs in one commit (1 MiB of coefficients)."""
+POOL_SIZE_MAX = 65_536
+"""Most seeds of a pool: the low 16 bits of a first seed are zero."""
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -55,6 +57,17 @@ class TaskConfig(_Frozen):
         default="response", description="Column with the wanted answer (instruction)."
     )
     tokens_max: int = Field(default=256, ge=8, le=131_072)
+    objective: str = Field(
+        default="",
+        pattern=r"^([A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)?$",
+        description="module:function that scores a batch instead of the loss above; lower is better.",
+    )
+    generated_tokens_max: int = Field(
+        default=0,
+        ge=0,
+        le=4096,
+        description="Tokens generated from each prompt for the objective to score; 0: none.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> TaskConfig:
@@ -64,6 +77,10 @@ class TaskConfig(_Frozen):
             raise ValueError(
                 "classification needs at least two verbalizers, "
                 'for example {"negative" = " terrible", "positive" = " great"}'
+            )
+        if self.generated_tokens_max and not self.objective:
+            raise ValueError(
+                "generated_tokens_max is for an objective to score; name one, or set it to 0"
             )
         return self
 
@@ -109,6 +126,60 @@ class RunConfig(_Frozen):
     projected_grad_abs_max: PositiveFloat = Field(
         default=1e4, description="The clip: workers clamp to it; anything beyond it is refused."
     )
+    normalized_step: bool = Field(
+        default=False,
+        description="Divide projected gradients by their root mean square before the step (FZOO).",
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="How the learning rate goes down over the rounds."
+    )
+    warmup_rounds: int = Field(
+        default=0, ge=0, description="Rounds over which the learning rate first goes up."
+    )
+    final_rate_fraction: float = Field(
+        default=0.0, ge=0, le=1, description="Where the schedule ends, as a part of learning_rate."
+    )
+    eps_follows_rate: bool = Field(
+        default=False, description="Let eps go up and down with the learning rate's schedule."
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        le=1e6,
+        description="Each local step takes learning_rate x weight_decay of every weight away.",
+    )
+    weighting: Literal["uniform", "rows"] = Field(
+        default="uniform",
+        description="How answers are averaged: alike, or by each worker's count of rows.",
+    )
+    personal_rate: Literal["frozen", "last_loss", "mean_loss", "update_distance", "random"] = Field(
+        default="frozen",
+        description="What a worker's own learning rate follows (FedMeZO, proposition 3.7).",
+    )
+    personal_rate_amplitude: PositiveFloat | None = Field(
+        default=None,
+        description="The most by which it differs from learning_rate; by default half of that.",
+    )
+    seed_policy: Literal["per_worker", "shared", "pool"] = Field(
+        default="per_worker",
+        description="Whose directions: each worker's own, the round's, or of one pool for the run.",
+    )
+    pool_size: int = Field(default=1024, ge=1, le=POOL_SIZE_MAX, description="Seeds in the pool.")
+    pool_sampling: Literal["uniform", "weighted"] = Field(
+        default="uniform",
+        description="Seeds are drawn alike, or by the size of their projected gradients so far.",
+    )
+    rebase_every_rounds: int = Field(
+        default=64,
+        ge=1,
+        le=1_000_000,
+        description="A pool's commit is taken from the base every so many rounds.",
+    )
+    train: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        default=(),
+        max_length=4096,
+        description="Modules whose own parameters are trained, by name; empty: all.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     workers_min: int = Field(
@@ -121,9 +192,45 @@ class RunConfig(_Frozen):
     report_losses: bool = Field(
         default=False, description="Let each answer carry the mean loss over its batches."
     )
+    pause_loss_factor: float = Field(
+        default=3.0,
+        gt=1,
+        allow_inf_nan=False,
+        description="The run pauses when its loss stays above so many times its first one ...",
+    )
+    pause_rounds: int = Field(default=5, ge=0, description="... for so many rounds; 0: never.")
+    early_stop_evaluations: int = Field(
+        default=0,
+        ge=0,
+        description="The run ends after so many evaluations without a better loss; 0: never.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        if self.train and self.lora is not None:
+            raise ValueError(
+                "train and lora exclude each other: an adapter is all that a run with lora trains; "
+                "name its modules in lora.target_modules"
+            )
+        if self.personal_rate in ("last_loss", "mean_loss") and not self.report_losses:
+            raise ValueError(
+                f"personal_rate {self.personal_rate!r} follows the workers' losses; set report_losses, "
+                "or choose update_distance, which needs none"
+            )
+        if self.rate_amplitude >= self.learning_rate:
+            raise ValueError(
+                f"personal_rate_amplitude {self.personal_rate_amplitude} would take a learning rate "
+                f"to 0 or below; it must be below learning_rate = {self.learning_rate}"
+            )
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"learning_rate x weight_decay = {self.learning_rate * self.weight_decay:g} leaves "
+                "nothing of the weights; it must be below 1"
+            )
+        if self.warmup_rounds >= self.rounds:
+            raise ValueError(
+                f"warmup_rounds {self.warmup_rounds} must be below rounds = {self.rounds}"
+            )
         if self.quorum > self.cohort_size_max:
             raise ValueError(
                 f"quorum {self.quorum} can never be met by a cohort of at most "
@@ -148,6 +255,13 @@ class RunConfig(_Frozen):
         return self.local_steps * self.probes
 
     @property
+    def rate_amplitude(self) -> float:
+        """The most by which a worker's own rate differs from `learning_rate`; 0 if it never does."""
+        if self.personal_rate == "frozen":
+            return 0.0
+        return self.personal_rate_amplitude or self.learning_rate / 2
+
+    @property
     def recipe(self) -> str:
         """The numeric recipe: two parties whose recipes differ would not build the same bits.
 
@@ -162,6 +276,14 @@ class RunConfig(_Frozen):
             recipe += f" probes={self.probes}"
         if self.estimator != "two_sided":
             recipe += f" {self.estimator}"
+        if self.normalized_step:
+            recipe += " normalized"
+        if self.weight_decay:
+            recipe += " decay"
+        if self.seed_policy == "pool":
+            recipe += " pool"
+        if self.task.objective:
+            recipe += f" objective={self.task.objective}"
         return recipe
 
 

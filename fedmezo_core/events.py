@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmezo_core.records import Committed, Record
+from fedmezo_core.records import Committed, Evaluated, Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,19 @@ class Ticket:
     epoch: int
     round: int
     slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an assignment asks for; the same from the coordinator's decision to the engine."""
+
+    seeds: tuple[int, ...]
+    """Probe p of local step h measures along the direction of seed h * probes + p of these."""
+    learning_rate: float
+    """Of the local steps."""
+    eps: float
+    want_digest: bool
+    """Whether the answer carries the digest of the weights that it starts from."""
 
 
 # ---------------------------------------------------------------- into the round machine
@@ -50,6 +63,7 @@ class AnswerReceived:
     projected_grads: tuple[float, ...]
     mean_loss: float | None
     weights_digest64: int | None
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +84,28 @@ class ReplicaDigest:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaEvaluated:
+    """The coordinator's own replica was evaluated on held-out rows."""
+
+    evaluation: Evaluated
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time passed; `now_ms` is monotonic and has no other meaning."""
 
     now_ms: int
 
 
-RoundEvent = WorkerReady | WorkerLost | AnswerReceived | UnableReceived | ReplicaDigest | Tick
+RoundEvent = (
+    WorkerReady
+    | WorkerLost
+    | AnswerReceived
+    | UnableReceived
+    | ReplicaDigest
+    | ReplicaEvaluated
+    | Tick
+)
 
 
 # ---------------------------------------------------------------- out of the round machine
@@ -88,9 +117,7 @@ class Assign:
 
     worker: str
     ticket: Ticket
-    first_seed: int
-    steps: int
-    want_digest: bool
+    work: Work
     deadline_ms: int
 
 
@@ -169,6 +196,8 @@ class CommitReceived:
 
     commit: Committed
     record_bytes: bytes
+    head_before: bytes = b""
+    """Set where the commits before are left out, because this one is taken from the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +205,7 @@ class Assigned:
     """Work came."""
 
     ticket: Ticket
-    first_seed: int
-    steps: int
-    want_digest: bool
+    work: Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +239,8 @@ class Measured:
     projected_grads: tuple[float, ...]
     mean_loss: float
     weights_digest64: int | None
+    rows: int
+    """Rows of this worker's data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,19 +285,18 @@ class Measure:
     """Measure on the weights as they are after every `ApplyCommit` so far."""
 
     ticket: Ticket
-    first_seed: int
-    steps: int
-    want_digest: bool
+    work: Work
 
 
 @dataclass(frozen=True, slots=True)
 class SendAnswer:
-    """Send a measurement; `mean_loss` is None unless the run reports losses."""
+    """Send a measurement; `mean_loss` and `rows` are None unless the run asks for them."""
 
     ticket: Ticket
     projected_grads: tuple[float, ...]
     mean_loss: float | None
     weights_digest64: int | None
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

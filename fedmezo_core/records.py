@@ -37,6 +37,10 @@ class Opened:
     round: int
     first_slot: int
     workers: tuple[str, ...]
+    learning_rates: tuple[float, ...] = ()
+    """One for each of `workers`; empty where all have the contract's."""
+    eps: float | None = None
+    """The round's; None where it is the contract's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class Answered:
     projected_grads: tuple[float, ...]
     mean_loss: float | None
     weights_digest64: int | None
+    rows: int | None = None
+    """Rows of the worker's data; only in runs that weight answers by them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +66,18 @@ class PairRun:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A closed round's pairs in slot order. Invariant: rounds are 1, 2, 3, ... in journal order."""
+    """A closed round's pairs in slot order, or by seed where seeds are shared.
+
+    Invariant: rounds are 1, 2, 3, ... in journal order.
+    """
 
     round: int
     runs: tuple[PairRun, ...]
     rounding_seed: int
+    decay: float = 1.0
+    """What every weight is multiplied by first: a binary32 value in (0, 1]."""
+    from_base: bool = False
+    """Applied to the base instead of to the weights so far, of which it holds everything."""
 
     @property
     def pairs(self) -> int:
@@ -94,7 +107,41 @@ class Evaluated:
     auc: float | None = None
 
 
-Record = Genesis | Started | Opened | Answered | Committed | Diverged | Evaluated
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """The run was stopped after `round` for a person to look at."""
+
+    round: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A person let a paused run go on, with learning rates `rate_factor` times what they were."""
+
+    rate_factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """The run ended after `round`, before the last one of its contract."""
+
+    round: int
+    reason: str
+
+
+Record = (
+    Genesis
+    | Started
+    | Opened
+    | Answered
+    | Committed
+    | Diverged
+    | Evaluated
+    | Paused
+    | Resumed
+    | Stopped
+)
 
 
 def first_seed_of(run_seed: int, round_: int, slot: int) -> int:

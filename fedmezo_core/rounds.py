@@ -17,15 +17,23 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from fedmezo_core.aggregate import bits_of, clip_of, coefficients_of, to_binary32
+from fedmezo_core.aggregate import (
+    Share,
+    bits_of,
+    clip_of,
+    coefficients_of,
+    decay_of,
+    to_binary32,
+)
 from fedmezo_core.cohort import REPLICA_PARTY, agreed_digest, choose_cohort
 from fedmezo_core.config import COHORT_MAX, RunConfig
 from fedmezo_core.errors import (
+    ConfigError,
     EquivocationError,
     JournalCorruptError,
     JournalError,
@@ -44,14 +52,18 @@ from fedmezo_core.events import (
     Ready,
     Refuse,
     ReplicaDigest,
+    ReplicaEvaluated,
     RoundEvent,
     RoundMessage,
     Tick,
     Ticket,
     UnableReceived,
+    Work,
     WorkerLost,
     WorkerReady,
 )
+from fedmezo_core.health import Health
+from fedmezo_core.rates import SIGNAL_ROUNDS, own_rates, schedule_factor, update_distances
 from fedmezo_core.records import (
     Answered,
     Committed,
@@ -60,11 +72,14 @@ from fedmezo_core.records import (
     Genesis,
     Opened,
     PairRun,
+    Paused,
     Record,
+    Resumed,
     Started,
-    first_seed_of,
+    Stopped,
     rounding_seed_of,
 )
+from fedmezo_core.seeds import Pool, runs_of, seeds_of
 
 RECENT_ROUNDS_MAX = 1000
 """Summaries of rounds, evaluations and divergences kept for the status."""
@@ -74,6 +89,10 @@ WORKERS_SEEN_MAX = 4 * COHORT_MAX
 """Workers whose figures are kept for the status; the longest gone are forgotten first."""
 COMPLAINT_CHARS_MAX = 512
 """Longest complaint kept."""
+FRUITLESS_DEADLINES_MAX = 2
+"""Deadlines in a row at which every worker had said that it cannot measure, before the run pauses."""
+ROWS_MAX = 2**40
+"""Most rows that a worker may claim."""
 
 
 class Phase(Enum):
@@ -84,7 +103,9 @@ class Phase(Enum):
     OPEN = "open"
     """Answers are coming in."""
     FINISHED = "finished"
-    """All rounds are committed."""
+    """All rounds are committed, or the run was stopped early."""
+    PAUSED = "paused"
+    """Nothing is assigned until a person resumes the run."""
 
 
 class Accepted(NamedTuple):
@@ -116,6 +137,10 @@ class RoundState:
     """Slot -> the answer that stands."""
     excluded: set[int] = field(default_factory=set)
     """Answered slots that were measured on diverged weights: never committed."""
+    rates: list[float] = field(default_factory=list)
+    """Learning rate of each slot."""
+    eps: float | None = None
+    """The round's, or None for the contract's."""
 
     @property
     def counting(self) -> int:
@@ -152,6 +177,17 @@ class RunState:
     recent_rounds: deque[RoundSummary] = field(
         default_factory=lambda: deque(maxlen=RECENT_ROUNDS_MAX)
     )
+    rate_factor: float = 1.0
+    """Product of the factors that the run was resumed with."""
+    paused: Paused | None = None
+    stopped: Stopped | None = None
+    health: Health = field(default_factory=Health)
+    pool: Pool | None = None
+    """Of runs that draw their seeds from one."""
+    losses: dict[str, deque[float]] = field(default_factory=dict)
+    """Worker -> mean losses of its newest committed answers; the longest silent come first."""
+    distances: dict[str, float] = field(default_factory=dict)
+    """Worker -> how far its newest committed update was from the mean update."""
 
     def apply(self, record: Record) -> None:
         """Fold one record; `JournalCorruptError` if it cannot follow those before."""
@@ -159,6 +195,8 @@ class RunState:
             if self.genesis is not None:
                 raise _misplaced("a second genesis", "exactly one, as the first record")
             self.genesis = record
+            if record.config.seed_policy == "pool":
+                self.pool = Pool.of(record.config)
             return
         if self.genesis is None:
             raise _misplaced(type(record).__name__, "a genesis as the first record")
@@ -177,6 +215,54 @@ class RunState:
                 self._apply_diverged(record)
             case Evaluated():
                 self.evaluations.append(record)
+                self.health.evaluated(record, self.genesis.config.pause_loss_factor)
+            case Paused():
+                if self.paused is not None or record.round != self.round:
+                    raise _misplaced(
+                        f"a pause after round {record.round}",
+                        f"a pause after round {self.round} of a run that goes on",
+                    )
+                self.paused = record
+            case Resumed(rate_factor):
+                if self.paused is None:
+                    raise _misplaced("a resumption", "a pause before it")
+                self.paused = None
+                self.rate_factor *= rate_factor
+                self.health.resumed()
+            case Stopped():
+                if self.stopped is not None or record.round != self.round:
+                    raise _misplaced(
+                        f"an end after round {record.round}",
+                        f"an end after round {self.round}, once",
+                    )
+                self.stopped = record
+
+    def signals(self) -> Mapping[str, float]:
+        """What personal learning rates follow: of each worker, as far as it is known."""
+        assert self.genesis is not None
+        match self.genesis.config.personal_rate:
+            case "last_loss":
+                return {worker: losses[-1] for worker, losses in self.losses.items()}
+            case "mean_loss":
+                return {w: math.fsum(losses) / len(losses) for w, losses in self.losses.items()}
+            case "update_distance":
+                return self.distances
+            case "frozen" | "random":
+                return {}
+
+    def shares(self, current: RoundState, answers: Sequence[Answered]) -> list[Share]:
+        """What each answer puts into the round's mean."""
+        assert self.genesis is not None
+        config = self.genesis.config
+        return [
+            Share(
+                seeds=seeds_of(config, current.round, answer.slot, self.pool),
+                projected_grads=answer.projected_grads,
+                learning_rate=current.rates[answer.slot],
+                weight=answer.rows or 1,
+            )
+            for answer in answers
+        ]
 
     def _apply_opened(self, record: Opened) -> None:
         assert self.genesis is not None
@@ -204,6 +290,9 @@ class RunState:
         for slot, worker in enumerate(record.workers, start=record.first_slot):
             current.slots[worker] = slot
         current.cohort.extend(record.workers)
+        contract = [self.genesis.config.learning_rate] * len(record.workers)
+        current.rates.extend(record.learning_rates or contract)
+        current.eps = record.eps
         self.open = current
 
     def _apply_answered(self, record: Answered) -> None:
@@ -237,11 +326,13 @@ class RunState:
                 f"a commit of round {self.round + 1}, once open",
             )
         answers = current.counted()[: config.cohort_size_max]
-        if len(record.runs) != len(answers) or not answers:
+        expected_runs = len(answers) if config.seed_policy == "per_worker" else len(record.runs)
+        if len(record.runs) != expected_runs or not answers:
             raise _misplaced(
                 f"a commit of round {record.round} with {len(record.runs)} answers' pairs",
                 f"pairs of {len(answers)} answers",
             )
+        self._learn(record, current, answers, config)
         if answers[0].weights_digest64 is not None:
             self.agreed[record.round - 1] = answers[0].weights_digest64
             _keep_newest(self.agreed)
@@ -250,7 +341,58 @@ class RunState:
         losses = [answer.mean_loss for answer in answers if answer.mean_loss is not None]
         mean_loss = math.fsum(losses) / len(losses) if losses else None
         self.recent_rounds.append(RoundSummary(record.round, mean_loss, len(answers)))
+        if mean_loss is not None:
+            self.health.trained(record.round, mean_loss, config.pause_loss_factor)
         self.round, self.open, self.closed = record.round, None, current
+
+    def _learn(
+        self, record: Committed, current: RoundState, answers: list[Answered], config: RunConfig
+    ) -> None:
+        """Keep what later rates and seeds depend on."""
+        for answer in answers:
+            if answer.mean_loss is not None and config.personal_rate in ("last_loss", "mean_loss"):
+                worker = current.cohort[answer.slot]
+                losses = self.losses.pop(worker, None) or deque(maxlen=SIGNAL_ROUNDS)
+                losses.append(answer.mean_loss)
+                self.losses[worker] = losses
+        _keep_latest(self.losses)
+        if config.personal_rate == "update_distance":
+            self._keep_distances(current, answers, config)
+        if self.pool is not None:
+            shares = self.shares(current, answers)
+            outside = [run for run in record.runs if not self.pool.holds(run)]
+            if outside:
+                raise _misplaced(
+                    f"a commit of round {record.round} with seed {outside[0].first_seed:016x}",
+                    f"seeds of the run's pool of {config.pool_size}",
+                )
+            self.pool.commit(record)
+            for share in shares:
+                self.pool.measured(share.seeds, share.projected_grads)
+
+    def _keep_distances(
+        self, current: RoundState, answers: list[Answered], config: RunConfig
+    ) -> None:
+        assert self.genesis is not None
+        shares = self.shares(current, answers)
+        total = sum(share.weight for share in shares)
+        updates: list[dict[int, float]] = []
+        for share, coefficients in zip(shares, coefficients_of(shares, config), strict=True):
+            update: dict[int, float] = {}
+            for seed, coefficient in zip(share.seeds, coefficients, strict=True):
+                # A coefficient is the update's own one times the answer's part in the mean.
+                update[seed] = update.get(seed, 0.0) + coefficient * total / share.weight
+            updates.append(update)
+        distances = update_distances(
+            updates,
+            [share.weight / total for share in shares],
+            self.genesis.trainable_elements,
+        )
+        for answer, distance in zip(answers, distances, strict=True):
+            worker = current.cohort[answer.slot]
+            self.distances.pop(worker, None)
+            self.distances[worker] = distance
+        _keep_latest(self.distances)
 
     def _apply_diverged(self, record: Diverged) -> None:
         self.divergences.append(record)
@@ -283,6 +425,8 @@ class WorkerView:
     """Last thing it could not do or was refused for in this session; empty if none."""
     told_diverged: bool = False
     """It was connected when it was told that its weights differ."""
+    learning_rate: float | None = None
+    """Of its last assignment."""
 
 
 class RoundMachine:
@@ -298,6 +442,8 @@ class RoundMachine:
         self._awaited: set[int] = set()
         self._replica_digests: dict[int, int] = {}
         self._replica_agreed_round = -1
+        # Deadlines in a row at which the open round had no answer and no worker that could give one.
+        self._fruitless_deadlines = 0
         self._records: list[Record] = []
         self._messages: list[RoundMessage] = []
 
@@ -320,8 +466,10 @@ class RoundMachine:
     @property
     def phase(self) -> Phase:
         """Where the run is."""
-        if self.state.round >= self.config.rounds:
+        if self.state.round >= self.config.rounds or self.state.stopped is not None:
             return Phase.FINISHED
+        if self.state.paused is not None:
+            return Phase.PAUSED
         return Phase.WAITING if self.state.open is None else Phase.OPEN
 
     @property
@@ -344,6 +492,12 @@ class RoundMachine:
         """Workers whose answers the open round waits for, in slot order."""
         cohort = self.cohort
         return tuple(cohort[slot] for slot in sorted(self._awaited))
+
+    @property
+    def reason(self) -> str:
+        """Why the run is paused, or was stopped early; empty if it is neither."""
+        found = self.state.stopped or self.state.paused
+        return found.reason if found is not None else ""
 
     @property
     def closes_at_ms(self) -> int | None:
@@ -371,8 +525,8 @@ class RoundMachine:
     def apply(self, record: Record) -> None:
         """Fold a durable record: all of the journal before `start`.
 
-        Later, the driver applies what it appends by itself: evaluations, and divergences that other
-        comparisons found. Raises `JournalCorruptError` if the record cannot follow those before.
+        Later, the driver applies what it appends by itself: divergences that other comparisons found.
+        Raises `JournalCorruptError` if the record cannot follow those before.
         """
         self.state.apply(record)
 
@@ -389,6 +543,27 @@ class RoundMachine:
         if self.state.open is not None:
             self._awaited = set(self.state.open.unanswered())
         self._record(Started(self.state.epoch + 1))
+        return self._take_ready()
+
+    def resume(self, rate_factor: float) -> Ready:
+        """Let a paused run go on, with learning rates `rate_factor` times what they were.
+
+        Raises `ConfigError` if the run is not paused, or the factor not above 0.
+        """
+        assert self._started, "start comes before a resumption"
+        if self.phase is not Phase.PAUSED:
+            raise ConfigError(
+                f"The run is {self.phase.value}, not paused, so there is nothing to resume; start the "
+                "coordinator without resume."
+            )
+        if not (math.isfinite(rate_factor) and rate_factor > 0):
+            raise ConfigError(
+                f"The learning rates cannot be multiplied by {rate_factor!r}; give a number above 0."
+            )
+        self._record(Resumed(rate_factor))
+        self._fruitless_deadlines = 0
+        self._closes_at_ms = self._now_ms + self.config.deadline_ms
+        self._advance()
         return self._take_ready()
 
     def step(self, event: RoundEvent) -> Ready:
@@ -412,6 +587,9 @@ class RoundMachine:
                     self._refuse(event, error)
             case ReplicaDigest():
                 self._replica_digest(event)
+            case ReplicaEvaluated(evaluation):
+                self._record(evaluation)
+                self._judge_health()
             case Tick(now_ms):
                 self._now_ms = max(self._now_ms, now_ms)
         self._advance()
@@ -440,7 +618,7 @@ class RoundMachine:
         view.ready = True
         if self.phase is Phase.FINISHED:
             self._messages.append(Finish(worker, self.state.round))
-        elif self.state.open is not None:
+        elif self.phase is Phase.OPEN and self.state.open is not None:
             slot = self.state.open.slots.get(worker)
             if slot is not None and slot not in self.state.open.answers:
                 self._assign(slot)
@@ -461,7 +639,7 @@ class RoundMachine:
                 f"Round {ticket.round} was committed without the answer of worker {event.worker} to "
                 f"slot {ticket.slot}; drop the answer and wait for the next assignment."
             )
-        record = self._checked(event)
+        record = self._checked(event, held.rates[ticket.slot])
         if accepted is None:
             self._record(record)
             self._awaited.discard(ticket.slot)
@@ -473,7 +651,7 @@ class RoundMachine:
             )
         self._messages.append(Ack(event.worker, ticket))
 
-    def _checked(self, event: AnswerReceived) -> Answered:
+    def _checked(self, event: AnswerReceived, learning_rate: float) -> Answered:
         """The answer as a record, its floats rounded to binary32, or the error that refuses it."""
         config, ticket = self.config, event.ticket
         who = f"Worker {event.worker}, round {ticket.round}, slot {ticket.slot}:"
@@ -484,6 +662,8 @@ class RoundMachine:
                 f"send {config.pairs_per_answer}, one for each probe of each step."
             )
         limit = clip_of(config.projected_grad_abs_max)
+        # A pool's seed can come more than once in an answer.
+        repeats = len(event.projected_grads) if config.seed_policy == "pool" else 1
         grads = []
         for number, grad in enumerate(event.projected_grads):
             if not math.isfinite(grad) or abs(grad) > limit:
@@ -494,12 +674,12 @@ class RoundMachine:
                 )
             try:
                 # One answer alone has the largest coefficients, so none can overflow at the commit.
-                coefficients_of((grad,), config.learning_rate, answers=1, probes=config.probes)
+                to_binary32(learning_rate * grad * repeats / config.probes)
                 grads.append(to_binary32(grad))
             except NumericError:
                 raise ScalarError(
                     f"{who} projected gradient {number} is {grad!r}, which at learning rate "
-                    f"{config.learning_rate!r} gives no finite binary32 coefficient; start a run "
+                    f"{learning_rate!r} gives no finite binary32 coefficient; start a run "
                     "with a smaller learning_rate or projected_grad_abs_max."
                 ) from None
         mean_loss = event.mean_loss
@@ -524,7 +704,14 @@ class RoundMachine:
                 f"{who} the answer must carry the first 64 bits of its weights digest in this "
                 "round; send them as the assignment asks."
             )
-        return Answered(ticket.round, ticket.slot, tuple(grads), mean_loss, digest64)
+        if (event.rows is not None) != (config.weighting == "rows"):
+            raise ProtocolError(
+                f"{who} the answer {'lacks' if event.rows is None else 'carries'} a count of rows, but "
+                f"this run's weighting is {config.weighting!r}; use the same FedMeZO version."
+            )
+        if event.rows is not None and not 1 <= event.rows <= ROWS_MAX:
+            raise ScalarError(f"{who} {event.rows} rows are claimed; send 1 to {ROWS_MAX}.")
+        return Answered(ticket.round, ticket.slot, tuple(grads), mean_loss, digest64, event.rows)
 
     def _unable(self, event: UnableReceived) -> None:
         ticket, current = event.ticket, self.state.open
@@ -550,7 +737,7 @@ class RoundMachine:
 
     def _advance(self) -> None:
         """Open, close and commit as far as what is known allows."""
-        while self.phase is not Phase.FINISHED:
+        while self.phase in (Phase.WAITING, Phase.OPEN):
             if not (self._open() if self.state.open is None else self._close()):
                 return
 
@@ -618,27 +805,65 @@ class RoundMachine:
             self._record(Diverged(round_, REPLICA_PARTY, found, expected))
 
     def _commit(self, current: RoundState, answers: list[Answered]) -> None:
-        config = self.config
-        runs = tuple(
-            PairRun(
-                first_seed_of(config.seed, current.round, answer.slot),
-                coefficients_of(
-                    answer.projected_grads,
-                    config.learning_rate,
-                    answers=len(answers),
-                    probes=config.probes,
-                ),
-            )
-            for answer in answers
-        )
-        self._record(Committed(current.round, runs, rounding_seed_of(config.seed, current.round)))
+        self._complain_of_the_late(current)
+        self._record(self._committed(current, answers))
         self._awaited.clear()
+        self._fruitless_deadlines = 0
         for answer in answers:
             self._view(current.cohort[answer.slot]).rounds_answered += 1
+        self._judge_health()
         if self.phase is Phase.FINISHED:
-            self._messages.extend(
-                Finish(view.worker, current.round) for view in self._workers.values() if view.ready
+            self._finish_all()
+
+    def _committed(self, current: RoundState, answers: list[Answered]) -> Committed:
+        """The record that closes the round."""
+        config, pool = self.config, self.state.pool
+        shares = self.state.shares(current, answers)
+        coefficients = coefficients_of(shares, config)
+        if config.seed_policy == "per_worker":
+            runs = tuple(
+                PairRun(share.seeds[0], values)
+                for share, values in zip(shares, coefficients, strict=True)
             )
+        else:
+            terms: dict[int, list[float]] = {}
+            for share, values in zip(shares, coefficients, strict=True):
+                for seed, value in zip(share.seeds, values, strict=True):
+                    terms.setdefault(seed, []).append(value)
+            runs = runs_of([(seed, to_binary32(math.fsum(terms[seed]))) for seed in sorted(terms)])
+        record = Committed(
+            current.round,
+            runs,
+            rounding_seed_of(config.seed, current.round),
+            decay_of(config, self._factor(current.round)),
+        )
+        if pool is None or current.round % config.rebase_every_rounds:
+            return record
+        return pool.from_base(record)
+
+    def _complain_of_the_late(self, current: RoundState) -> None:
+        for slot in self._awaited:
+            view = self._workers.get(current.cohort[slot])
+            if view is not None and view.ready and self._now_ms >= self._closes_at_ms:
+                view.complaint = (
+                    f"did not answer round {current.round} within {self.config.deadline_ms} ms"
+                )
+
+    def _judge_health(self) -> None:
+        """Stop the run if it no longer gets better, pause it if it has gone wrong."""
+        if self.phase in (Phase.FINISHED, Phase.PAUSED):
+            return
+        config, state = self.config, self.state
+        if reason := state.health.no_better(config.early_stop_evaluations):
+            self._record(Stopped(state.round, reason))
+            self._finish_all()
+        elif reason := state.health.gone_wrong(config.pause_loss_factor, config.pause_rounds):
+            self._record(Paused(state.round, reason))
+
+    def _finish_all(self) -> None:
+        self._messages.extend(
+            Finish(view.worker, self.state.round) for view in self._workers.values() if view.ready
+        )
 
     def _extend(self, current: RoundState, overdue: bool) -> None:
         """Too few answers agree: ask workers that have no slot, and at the deadline everyone again."""
@@ -652,6 +877,8 @@ class RoundMachine:
         added = choose_cohort(self.config.seed, current.round, waiting, room)
         if not added and not overdue:
             return
+        if overdue and self._pauses_fruitless(current):
+            return
         self._closes_at_ms = self._now_ms + self.config.deadline_ms
         if overdue:
             for slot in current.unanswered():
@@ -661,9 +888,39 @@ class RoundMachine:
         if added:
             self._add_slots(added)
 
+    def _pauses_fruitless(self, current: RoundState) -> bool:
+        """Pause a run in which nobody can measure any more; weights that overflow look like this."""
+        unable = [
+            view
+            for worker in current.slots
+            if (view := self._workers.get(worker)) is not None and view.ready
+        ]
+        fruitless = bool(unable) and not current.answers and not self._awaited
+        self._fruitless_deadlines = self._fruitless_deadlines + 1 if fruitless else 0
+        if not self.config.pause_rounds or self._fruitless_deadlines < FRUITLESS_DEADLINES_MAX:
+            return False
+        self._record(
+            Paused(
+                self.state.round,
+                f"no worker could measure round {current.round} in {self._fruitless_deadlines} "
+                f"attempts; {unable[-1].worker} says: {unable[-1].complaint}"[:COMPLAINT_CHARS_MAX],
+            )
+        )
+        return True
+
+    def _factor(self, round_: int) -> float:
+        """What the contract's learning rate is multiplied by in `round_`."""
+        return schedule_factor(self.config, round_) * self.state.rate_factor
+
     def _add_slots(self, workers: tuple[str, ...]) -> None:
-        first_slot = len(self.cohort)
-        self._record(Opened(self.state.round + 1, first_slot, workers))
+        config, round_, first_slot = self.config, self.state.round + 1, len(self.cohort)
+        factor = self._factor(round_)
+        rates = tuple(
+            factor * rate for rate in own_rates(config, round_, workers, self.state.signals())
+        )
+        same = all(rate == config.learning_rate for rate in rates)
+        eps = config.eps * factor if config.eps_follows_rate and factor != 1.0 else None
+        self._record(Opened(round_, first_slot, workers, () if same else rates, eps))
         for slot in range(first_slot, first_slot + len(workers)):
             self._assign(slot)
 
@@ -671,13 +928,17 @@ class RoundMachine:
         current, config = self.state.open, self.config
         assert current is not None
         self._awaited.add(slot)
+        self._view(current.cohort[slot]).learning_rate = current.rates[slot]
         self._messages.append(
             Assign(
                 worker=current.cohort[slot],
                 ticket=Ticket(self.state.epoch, current.round, slot),
-                first_seed=first_seed_of(config.seed, current.round, slot),
-                steps=config.local_steps,
-                want_digest=is_digest_round(config, current.round),
+                work=Work(
+                    seeds=seeds_of(config, current.round, slot, self.state.pool),
+                    learning_rate=current.rates[slot],
+                    eps=config.eps if current.eps is None else current.eps,
+                    want_digest=is_digest_round(config, current.round),
+                ),
                 deadline_ms=max(self._closes_at_ms - self._now_ms, 0),
             )
         )
@@ -743,10 +1004,10 @@ def is_digest_round(config: RunConfig, round_: int) -> bool:
     return (round_ - 1) % config.digest_every_rounds == 0
 
 
-def _content(record: Answered) -> tuple[bytes, bytes | None, int | None]:
+def _content(record: Answered) -> tuple[bytes, bytes | None, int | None, int | None]:
     """What makes two answers the same, bit for bit."""
     loss = None if record.mean_loss is None else bits_of((record.mean_loss,))
-    return bits_of(record.projected_grads), loss, record.weights_digest64
+    return bits_of(record.projected_grads), loss, record.weights_digest64, record.rows
 
 
 def _diverged_sentence(record: Diverged) -> str:
@@ -766,6 +1027,11 @@ def _digest_hex(digest64: int) -> str:
 def _keep_newest(by_round: dict[int, int]) -> None:
     while len(by_round) > DIGESTS_KEPT_MAX:
         del by_round[min(by_round)]
+
+
+def _keep_latest(by_worker: dict[str, Any]) -> None:
+    while len(by_worker) > WORKERS_SEEN_MAX:
+        del by_worker[next(iter(by_worker))]
 
 
 def _misplaced(found: str, expected: str) -> JournalCorruptError:

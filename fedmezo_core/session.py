@@ -44,6 +44,7 @@ from fedmezo_core.events import (
     SessionEvent,
     Ticket,
     Welcomed,
+    Work,
 )
 
 COMMITS_QUEUED_MAX = 1024
@@ -68,20 +69,18 @@ class SessionState(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
-    """What a measurement depends on; two assignments with equal work have equal answers."""
+class _Job:
+    """What a measurement depends on; two assignments of equal jobs have equal answers."""
 
     round: int
     slot: int
-    first_seed: int
-    steps: int
-    want_digest: bool
+    work: Work
     head: bytes
 
 
 @dataclass(slots=True)
 class _Running:
-    work: _Work
+    job: _Job
     given: Ticket
     """The ticket in `Measure`: how the engine names this measurement."""
     newest: Ticket
@@ -94,7 +93,9 @@ class SessionMachine:
     `head` is the 32-byte head at `round`: SHA-256 over the genesis and the commits up to it.
     """
 
-    def __init__(self, round_: int, head: bytes, *, report_losses: bool) -> None:
+    def __init__(
+        self, round_: int, head: bytes, *, report_losses: bool, report_rows: bool = False
+    ) -> None:
         self.state = SessionState.OFFLINE
         self.round = round_
         """Last commit received. Its `ApplyCommit` may still wait for a running measurement."""
@@ -106,12 +107,13 @@ class SessionMachine:
         self.refusal: RefusedByCoordinator | None = None
         """Newest refusal, except of stale tickets: those are normal after a restart or a deadline."""
         self._report_losses = report_losses
+        self._report_rows = report_rows
         self._head_before = b""
         self._running: _Running | None = None
         self._queued: deque[ApplyCommit] = deque()
         self._next: Assigned | None = None
         self._finish_pending = False
-        self._cached: tuple[_Work, Measured] | None = None
+        self._cached: tuple[_Job, Measured] | None = None
 
     @property
     def measuring(self) -> bool:
@@ -124,7 +126,7 @@ class SessionMachine:
 
         It then sends `MeasureFailed`, and what waits comes out at once.
         """
-        return self._running is not None and not self._counts(self._running.work)
+        return self._running is not None and not self._counts(self._running.job)
 
     def step(self, event: SessionEvent) -> _Actions:
         """Take one event. An event that is not allowed here raises and changes nothing.
@@ -177,7 +179,8 @@ class SessionMachine:
                     "check which coordinator this worker is connected to."
                 )
             return ()
-        if commit.round != self.round + 1:
+        jumps = commit.from_base and len(event.head_before) == len(self.head)
+        if commit.round != self.round + 1 and not jumps:
             raise ProtocolError(
                 f"The commit of round {commit.round} came after that of round {self.round}: those in "
                 "between are missing; connect again to catch up."
@@ -187,8 +190,8 @@ class SessionMachine:
                 f"{len(self._queued)} commits wait for one measurement to end; cut it short, "
                 "then connect again to catch up."
             )
-        self._head_before = self.head
-        self.head = head_of(self.head + event.record_bytes).digest()
+        self._head_before = event.head_before if jumps else self.head
+        self.head = head_of(self._head_before + event.record_bytes).digest()
         self.round = commit.round
         self._cached = None
         if self._next is not None:  # Its round closed before it was begun.
@@ -205,16 +208,16 @@ class SessionMachine:
                 f"Epoch {ticket.epoch}, round {ticket.round} was assigned, but this session is in "
                 f"epoch {self.epoch} and its next round is {self.round + 1}; connect again to catch up."
             )
-        if not 1 <= event.steps <= STEPS_MAX:
+        if not 1 <= len(event.work.seeds) <= STEPS_MAX:
             raise ProtocolError(
-                f"{event.steps} local steps were assigned; an assignment has 1 to {STEPS_MAX}."
+                f"{len(event.work.seeds)} seeds were assigned; an assignment has 1 to {STEPS_MAX}."
             )
-        work = self._work_of(event)
-        if self._cached is not None and self._cached[0] == work:
+        job = self._job_of(event)
+        if self._cached is not None and self._cached[0] == job:
             self._next = None
             return (self._answer(self._cached[1], ticket),)
         if self._running is not None:
-            if self._running.work == work:
+            if self._running.job == job:
                 self._running.newest, self._next = ticket, None
             else:
                 self._next = event
@@ -245,8 +248,8 @@ class SessionMachine:
     def _measured(self, event: Measured) -> _Actions:
         running = self._ended(event.ticket)
         actions: _Actions = ()
-        if self._counts(running.work):
-            self._cached = (running.work, event)
+        if self._counts(running.job):
+            self._cached = (running.job, event)
             if self._may_send(running.newest):
                 actions = (self._answer(event, running.newest),)
         return actions + self._drained()
@@ -254,7 +257,7 @@ class SessionMachine:
     def _measure_failed(self, event: MeasureFailed) -> _Actions:
         running = self._ended(event.ticket)
         actions: _Actions = ()
-        if self._counts(running.work) and self._may_send(running.newest):
+        if self._counts(running.job) and self._may_send(running.newest):
             actions = (SendUnable(running.newest, event.reason[:REASON_CHARS_MAX]),)
         return actions + self._drained()
 
@@ -284,18 +287,15 @@ class SessionMachine:
     # ------------------------------------------------------------ small parts
 
     def _measure(self, event: Assigned) -> Measure:
-        self._running = _Running(self._work_of(event), event.ticket, event.ticket)
-        return Measure(event.ticket, event.first_seed, event.steps, event.want_digest)
+        self._running = _Running(self._job_of(event), event.ticket, event.ticket)
+        return Measure(event.ticket, event.work)
 
-    def _work_of(self, event: Assigned) -> _Work:
-        ticket = event.ticket
-        return _Work(
-            ticket.round, ticket.slot, event.first_seed, event.steps, event.want_digest, self.head
-        )
+    def _job_of(self, event: Assigned) -> _Job:
+        return _Job(event.ticket.round, event.ticket.slot, event.work, self.head)
 
-    def _counts(self, work: _Work) -> bool:
-        """Whether the work's round is still the next one."""
-        return work.round == self.round + 1 and work.head == self.head
+    def _counts(self, job: _Job) -> bool:
+        """Whether the job's round is still the next one."""
+        return job.round == self.round + 1 and job.head == self.head
 
     def _may_send(self, ticket: Ticket) -> bool:
         return self.state is SessionState.ONLINE and ticket.epoch == self.epoch
@@ -306,6 +306,7 @@ class SessionMachine:
             projected_grads=measured.projected_grads,
             mean_loss=measured.mean_loss if self._report_losses else None,
             weights_digest64=measured.weights_digest64,
+            rows=measured.rows if self._report_rows else None,
         )
 
     # Every legal pair; any other raises `ProtocolError`.

@@ -103,6 +103,10 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     daemon = Daemon(journal)
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
+    if settings.resume:
+        await daemon.resume(settings.resume_rate_factor)
+    elif daemon.pause_reason:
+        log.error("the run is paused: %s; start with --resume true to go on", daemon.pause_reason)
     return daemon
 
 

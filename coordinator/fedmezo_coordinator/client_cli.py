@@ -28,8 +28,11 @@ from fedmezo_core.records import (
     Evaluated,
     Genesis,
     Opened,
+    Paused,
     Record,
+    Resumed,
     Started,
+    Stopped,
 )
 from fedmezo_core.rounds import RoundMachine
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -241,13 +244,20 @@ def _line(row: Row, record: Record) -> str:
         case Answered(round_, slot, grads):
             text = f"answered   round {round_}, slot {slot}, {len(grads)} projected gradients"
         case Committed(round_, runs):
-            text = f"committed  round {round_}, {len(runs)} answers, {record.pairs} pairs"
+            base = " from the base" if record.from_base else ""
+            text = f"committed  round {round_}, {len(runs)} runs, {record.pairs} pairs{base}"
         case Diverged(round_, party):
             text = f"diverged   {party} after round {round_}"
         case Evaluated(round_, loss, accuracy, rows):
             text = (
                 f"evaluated  round {round_}: loss {loss:.4f}, accuracy {accuracy:.4f}, {rows} rows"
             )
+        case Paused(round_, reason):
+            text = f"paused     after round {round_}: {reason}"
+        case Resumed(rate_factor):
+            text = f"resumed    learning rates times {rate_factor:g}"
+        case Stopped(round_, reason):
+            text = f"stopped    after round {round_}: {reason}"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 

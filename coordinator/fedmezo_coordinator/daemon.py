@@ -31,6 +31,7 @@ from fedmezo_core.codec import (
     unable_from_pb,
 )
 from fedmezo_core.cohort import REPLICA_PARTY
+from fedmezo_core.config import RunConfig
 from fedmezo_core.digests import DigestBoard, PartyDigest
 from fedmezo_core.errors import (
     DivergedError,
@@ -49,6 +50,7 @@ from fedmezo_core.events import (
     Ready,
     Refuse,
     ReplicaDigest,
+    ReplicaEvaluated,
     RoundEvent,
     RoundMessage,
     Tick,
@@ -56,7 +58,16 @@ from fedmezo_core.events import (
     WorkerReady,
 )
 from fedmezo_core.journal import Entry, Journal, Row
-from fedmezo_core.records import Committed, Diverged, Evaluated, Genesis, Record, digest64_of
+from fedmezo_core.records import (
+    Committed,
+    Diverged,
+    Genesis,
+    Paused,
+    Record,
+    Resumed,
+    Stopped,
+    digest64_of,
+)
 from fedmezo_core.rounds import Phase, RoundMachine
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -192,6 +203,15 @@ class Daemon:
         self._genesis_body = entries[0].row.body
         await self._flush([self._machine.start(self._now_ms())])
 
+    async def resume(self, rate_factor: float) -> None:
+        """Let a paused run go on; before `serve`. Raises `ConfigError` if it is not paused."""
+        await self._flush([self._machine.resume(rate_factor)])
+
+    @property
+    def pause_reason(self) -> str:
+        """Why the run is paused; empty if it is not."""
+        return self._machine.reason if self._machine.phase is Phase.PAUSED else ""
+
     async def serve(self) -> None:
         """Run the loop until it is cancelled or the journal fails."""
         ticker = asyncio.create_task(self._tick())
@@ -319,7 +339,8 @@ class Daemon:
         readies = self._digest_reported(PartyDigest(REPLICA_PARTY, request.round, digest))
         readies.append(self._machine.step(ReplicaDigest(request.round, digest64_of(digest))))
         if request.HasField("evaluation"):
-            readies.append(self._recorded(evaluated_from_pb(request.evaluation)))
+            evaluation = evaluated_from_pb(request.evaluation)
+            readies.append(self._machine.step(ReplicaEvaluated(evaluation)))
         return readies
 
     def _digest_reported(self, digest: PartyDigest) -> list[Ready]:
@@ -327,7 +348,7 @@ class Daemon:
         found = self._digests.report(digest)
         return [self._recorded(d) for d in found if (d.party, d.round) not in known]
 
-    def _recorded(self, record: Diverged | Evaluated) -> Ready:
+    def _recorded(self, record: Diverged) -> Ready:
         """A fact that the daemon found, not the machine: folded here, appended like the others."""
         self._machine.apply(record)
         return Ready(records=(record,))
@@ -406,7 +427,7 @@ class Daemon:
                 session.traffic.assigned_at_s = time.monotonic()
             case _:
                 pass
-        session.put(message_to_pb(message))
+        session.put(message_to_pb(message, self.genesis.config))
 
     def _tell(self, record: Record) -> None:
         match record:
@@ -422,6 +443,12 @@ class Daemon:
                     record.found_digest64,
                     record.expected_digest64,
                 )
+            case Paused(round_, reason):
+                log.error("the run is paused after round %d: %s", round_, reason)
+            case Resumed(rate_factor):
+                log.info("the run is resumed, with learning rates times %g", rate_factor)
+            case Stopped(round_, reason):
+                log.info("the run ends after round %d: %s", round_, reason)
             case _:
                 pass
 
@@ -484,10 +511,12 @@ class Daemon:
             raise ProtocolError(
                 f"records_max is at most {PAGE_RECORDS_MAX} and wait_ms at most {WAIT_MS_MAX}; ask for less."
             )
+        if request.from_newest_base and not request.commits_only:
+            raise ProtocolError("from_newest_base goes with commits_only; set both or neither.")
         deadline_s = time.monotonic() + request.wait_ms / 1000
         while True:
             news = self._news
-            rows, next_seqno = await self._page(request)
+            rows, next_seqno, head_before = await self._page(request)
             remaining_s = deadline_s - time.monotonic()
             if rows or remaining_s <= 0:
                 break
@@ -499,14 +528,20 @@ class Daemon:
             ],
             next_seqno=next_seqno,
             finished=self._machine.phase is Phase.FINISHED and next_seqno >= len(self._journal),
+            head_before=head_before,
         )
 
-    async def _page(self, request: wire.ReadJournalRequest) -> tuple[Sequence[Row], int]:
+    async def _page(self, request: wire.ReadJournalRequest) -> tuple[Sequence[Row], int, bytes]:
+        """Rows, where to read on, and the head before the first row if that is taken from the base."""
         count_max = request.records_max or PAGE_RECORDS_DEFAULT
-        start, length = request.from_seqno, len(self._journal)
+        start, length, head_before = request.from_seqno, len(self._journal), b""
         if start >= length:
-            return (), start
+            return (), start, b""
         if request.commits_only:
+            base_round = self._index.newest_base_round
+            if request.from_newest_base and base_round and self._index.seqnos[base_round] >= start:
+                start = self._index.seqnos[base_round]
+                head_before = self._index.head_at(base_round - 1)
             places = self._index.seqnos_from(start, count_max)
             rows: Sequence[Row] = await self._on_disk(
                 lambda: [self._journal.read(n, 1)[0] for n in places]
@@ -517,8 +552,8 @@ class Daemon:
             is_last = False
         kept = _within(rows, PAGE_BYTES_MAX)
         if len(kept) == len(rows) and is_last:
-            return kept, length
-        return kept, kept[-1].seqno + 1 if kept else length
+            return kept, length, head_before
+        return kept, kept[-1].seqno + 1 if kept else length, head_before
 
     def status(self, run_id: str) -> wire.GetStatusResponse:
         """The whole picture."""
@@ -528,6 +563,7 @@ class Daemon:
             Phase.WAITING: wire.PHASE_WAITING,
             Phase.OPEN: wire.PHASE_OPEN,
             Phase.FINISHED: wire.PHASE_FINISHED,
+            Phase.PAUSED: wire.PHASE_PAUSED,
         }
         return wire.GetStatusResponse(
             config=config_to_pb(self.genesis.config),
@@ -549,6 +585,7 @@ class Daemon:
             ],
             trainable_bytes=self.genesis.trainable_bytes,
             uptime_ms=self._now_ms(),
+            reason=machine.reason,
         )
 
     def _worker_status(self, name: str) -> wire.WorkerStatus:
@@ -564,14 +601,17 @@ class Daemon:
             diverged=name in self._machine.diverged,
             complaint=view.complaint if view else "",
             measuring=name in self._machine.awaited,
+            learning_rate=view.learning_rate if view else None,
         )
 
 
-def message_to_pb(message: Assign | Ack | Refuse | Finish) -> wire.SessionResponse:
+def message_to_pb(
+    message: Assign | Ack | Refuse | Finish, config: RunConfig
+) -> wire.SessionResponse:
     """What the round machine addresses to a worker, as a session message."""
     match message:
         case Assign():
-            return assign_to_pb(message)
+            return assign_to_pb(message, config)
         case Ack(_, ticket):
             return wire.SessionResponse(ack=wire.Ack(ticket=ticket_to_pb(ticket)))
         case Refuse(_, ticket, reason, sentence):

@@ -19,12 +19,16 @@ class ModelIndex:
     def __init__(self) -> None:
         self.seqnos = array("Q")
         self._heads = bytearray()
+        self.newest_base_round = 0
+        """Round of the newest commit from the base; 0 before there is one."""
 
     def fold(self, entry: Entry) -> None:
         """Take one more entry."""
         if isinstance(entry.record, (Genesis, Committed)):
             self.seqnos.append(entry.row.seqno)
             self._heads += entry.head
+        if isinstance(entry.record, Committed) and entry.record.from_base:
+            self.newest_base_round = entry.record.round
 
     def head_at(self, round_: int) -> bytes:
         """Head after `round_`; empty for a round that is not committed."""

@@ -9,6 +9,7 @@ JSON line on standard input; its end of file means that the daemon is gone. Erro
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
@@ -146,9 +147,10 @@ async def follow(orders: dict[str, Any]) -> None:
         )
         weights = copy.party.weights
         waiting: list[Committed] = []
-        seqno, attempt = 0, 0
+        seqno, attempt, evaluated_round = 0, 0, -1
 
         async def pause() -> None:
+            nonlocal evaluated_round
             digest = weights.digest()
             # The digest at once: a vote may wait for it, and an evaluation takes long.
             await client.report_replica(run_id, secret, weights.round, digest, None)
@@ -156,19 +158,26 @@ async def follow(orders: dict[str, Any]) -> None:
             if stops.evaluates(weights.round) and is_newest:
                 evaluation = copy.evaluate(digest, orders["evaluate_batch_size"])
                 await client.report_replica(run_id, secret, weights.round, digest, evaluation)
+                evaluated_round = weights.round
 
         await pause()
-        while weights.round < config.rounds:
+        finished = False
+        while not finished:
             try:
                 page = await client.read_journal(
-                    seqno, run_id=run_id, commits_only=True, wait_ms=WAIT_MS
+                    seqno,
+                    run_id=run_id,
+                    commits_only=True,
+                    wait_ms=WAIT_MS,
+                    # Nobody asks for the digests of rounds that were over before this process began.
+                    from_newest_base=seqno == 0,
                 )
                 attempt = 0
             except UnavailableError:
                 await asyncio.sleep(delay_s(attempt, random.random()))
                 attempt += 1
                 continue
-            seqno = page.next_seqno
+            seqno, finished = page.next_seqno, page.finished
             records = [decode_record(entry.record) for entry in page.entries]
             waiting += [record for record in records if isinstance(record, Committed)]
             while waiting:
@@ -177,6 +186,10 @@ async def follow(orders: dict[str, Any]) -> None:
                 copy.apply(commits)
                 if stops.digests(weights.round) or stops.evaluates(weights.round):
                     await pause()
+        if weights.round not in (config.rounds, evaluated_round):
+            # The run was stopped early: this was its last round.
+            stops = dataclasses.replace(stops, rounds=weights.round)
+            await pause()
 
 
 def _next_stop(stops: _Stops, rounds: list[int]) -> int:

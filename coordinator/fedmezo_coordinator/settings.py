@@ -36,6 +36,10 @@ class CoordinatorSettings(BaseSettings):
         description="keep a replica process beside the daemon that digests and evaluates the model",
     )
     replica_threads: int = Field(default=1, ge=1, le=1024, description="its CPU threads")
+    resume: bool = Field(default=False, description="let a paused run go on")
+    resume_rate_factor: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="multiply its learning rates by this"
+    )
     tls_cert: Path | None = Field(
         default=None, description="PEM certificate chain to serve TLS with"
     )
@@ -57,6 +61,12 @@ class CoordinatorSettings(BaseSettings):
     def _both_tls_files(self) -> CoordinatorSettings:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together; set both or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _factor_with_resume(self) -> CoordinatorSettings:
+        if self.resume_rate_factor != 1.0 and not self.resume:
+            raise ValueError("resume_rate_factor needs resume; set that too, or leave both out")
         return self
 
     @property

@@ -13,6 +13,7 @@ _PHASES = {
     wire.PHASE_WAITING: "waiting for workers",
     wire.PHASE_OPEN: "open",
     wire.PHASE_FINISHED: "finished",
+    wire.PHASE_PAUSED: "PAUSED",
 }
 
 
@@ -66,8 +67,12 @@ def run_line(status: wire.GetStatusResponse, seconds_left: float | None = None) 
     up = sum(worker.bytes_up for worker in status.workers)
     down = sum(worker.bytes_down for worker in status.workers)
     parts.append(f"up {size_text(up)}, down {size_text(down)}")
-    if status.phase == wire.PHASE_FINISHED:
+    if status.phase == wire.PHASE_PAUSED:
+        parts.append(f"PAUSED: {status.reason}")
+    elif status.phase == wire.PHASE_FINISHED:
         parts.append("finished")
+        if status.reason:
+            parts.append(status.reason)
     elif seconds_left is not None:
         parts.append(f"about {duration_text(seconds_left)} left")
     return "; ".join(parts)
@@ -85,6 +90,11 @@ def run_view(
         "round",
         f"{status.round} of {config.rounds} ({_PHASES.get(status.phase, 'unknown')}{left})",
     )
+    if status.reason:
+        paused = status.phase == wire.PHASE_PAUSED
+        head.add_row("because", Text(status.reason, style="bold red" if paused else ""))
+    if status.phase == wire.PHASE_PAUSED:
+        head.add_row("", "start the coordinator with --resume true to go on")
     losses = [r for r in status.recent_rounds if r.HasField("mean_loss")]
     if losses:
         head.add_row("training loss", f"{losses[-1].mean_loss:.4f}")
@@ -116,7 +126,7 @@ def worker_table(status: wire.GetStatusResponse) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="bold")
     for name in ("worker", "state"):
         table.add_column(name)
-    for name in ("rounds", "loss", "answer after", "up", "down"):
+    for name in ("rounds", "loss", "rate", "answer after", "up", "down"):
         table.add_column(name, justify="right")
     for worker in status.workers:
         table.add_row(
@@ -124,6 +134,7 @@ def worker_table(status: wire.GetStatusResponse) -> Table:
             _state(worker),
             str(worker.rounds_answered),
             f"{worker.mean_loss:.4f}" if worker.HasField("mean_loss") else "-",
+            f"{worker.learning_rate:.3g}" if worker.HasField("learning_rate") else "-",
             f"{worker.answered_after_ms / 1000:.1f} s" if worker.answered_after_ms else "-",
             size_text(worker.bytes_up),
             size_text(worker.bytes_down),

@@ -54,26 +54,17 @@ def measure(
     `digest` is asked for the weights' digest if the order wants it; `before_step` may raise to end
     the measurement. Raises as `Estimator.measure` does.
     """
-    config = party.config
-    digest64 = digest64_of(digest()) if order.want_digest else None
+    digest64 = digest64_of(digest()) if order.work.want_digest else None
 
     def batch_of(step: int) -> Batch:
         before_step()
         return batches.batch(order.ticket.round, step)
 
-    steps = local_steps(
-        estimator,
-        batch_of,
-        first_seed=order.first_seed,
-        steps=order.steps,
-        probes=config.probes,
-        eps=config.eps,
-        learning_rate=config.learning_rate,
-        projected_grad_abs_max=config.projected_grad_abs_max,
-    )
+    steps = local_steps(estimator, batch_of, order.work, party.config)
     return Measured(
         ticket=order.ticket,
         projected_grads=tuple(steps.projected_grads.tolist()),
         mean_loss=steps.loss,
         weights_digest64=digest64,
+        rows=batches.row_count,
     )

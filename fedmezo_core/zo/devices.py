@@ -129,6 +129,14 @@ def materialize_fan(
             )  # fmt: skip
             bad[place] = torch.minimum(bad[place], first)
         return
+    if any(commit.decay != 1.0 for commit in commits):
+        assert rows is None, "no measurement looks up rows at a commit with a decay"
+        for out, commit in zip(outs, commits, strict=True):
+            _launch_apply(
+                found, out, base, [commit], tensor_id, start, columns, distribution, stochastic,
+                bad[place : place + 1],
+            )  # fmt: skip
+        return
     with _current(base.device):
         for begin, end, stride in _runs_of_equal_distance(outs):
             for table in _fan_tables(tuple(commits[begin:end]), base.device):
@@ -151,6 +159,7 @@ def materialize_rows(
 ) -> None:
     """outs[g] = the rows `rows` of `table` + commits[g]: an embedding's lookup, without waiting.
 
+    No commit has a decay.
     outs: contiguous [rows, columns] each, apart from each other. table: contiguous [any, columns], a whole
     tensor. rows: int64, 1-D, on the device of the table, which is not the CPU.
     """
@@ -302,9 +311,9 @@ def _not_finite(what: _Asked, element: int) -> NumericError:
 # --- tables ------------------------------------------------------------------------------------------
 
 
-def _plain(commit: Commit) -> tuple[portable.Pairs, int]:
+def _plain(commit: Commit) -> portable.PlainCommit:
     pairs = zip(commit.seeds.tolist(), commit.coefficients.tolist(), strict=True)
-    return list(pairs), commit.rounding_seed
+    return list(pairs), commit.rounding_seed, commit.decay
 
 
 def _uploaded(array: npt.NDArray[np.int64 | np.int32], device: torch.device) -> torch.Tensor:
@@ -318,31 +327,37 @@ def _halves(numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
     return np.stack([low, high], axis=1).astype(np.uint32)
 
 
-def _pair_lines(commit: Commit, first: int, last: int) -> npt.NDArray[np.uint32]:
-    """Lines of a table for pairs `first` to `last` of a commit: seed low, seed high, coefficient, 0."""
-    lines = np.zeros((last - first, 4), dtype=np.uint32)
-    lines[:, :2] = _halves(commit.seeds[first:last])
-    lines[:, 2] = commit.coefficients[first:last].view(np.uint32)
+def _pair_lines(
+    seeds: npt.NDArray[np.uint64], coefficients: npt.NDArray[np.float32]
+) -> npt.NDArray[np.uint32]:
+    """Lines of a table for these pairs: seed low, seed high, coefficient, 0."""
+    lines = np.zeros((len(seeds), 4), dtype=np.uint32)
+    lines[:, :2] = _halves(seeds)
+    lines[:, 2] = coefficients.view(np.uint32)
     return lines
+
+
+def _first_lines(commit: Commit, count: int) -> npt.NDArray[np.uint32]:
+    """`_pair_lines` of a commit's first `count` pairs, or of all if it has fewer."""
+    return _pair_lines(commit.seeds[:count], commit.coefficients[:count])
 
 
 @functools.lru_cache(TABLES_MAX)
 def _apply_table(
-    commits: tuple[Commit, ...], joined: bool, device: torch.device
+    commits: tuple[Commit, ...], endless: bool, device: torch.device
 ) -> tuple[torch.Tensor, int, int]:
-    """(lines for the kernel `apply`, pairs, commits); `joined`: as one commit, which float32 allows."""
-    pairs = [_pair_lines(commit, 0, len(commit.seeds)) for commit in commits]
-    lengths = np.cumsum([len(commit.seeds) for commit in commits], dtype=np.uint32)
-    ends = np.zeros((len(commits), 4), dtype=np.uint32)
-    if commits:
-        ends[:, :2] = _halves(np.array([commit.rounding_seed for commit in commits], np.uint64))
-        ends[:, 2] = lengths
-    if joined:
-        ends = ends[-1:]
-    count = sum(map(len, pairs))
+    """(lines for the kernel `apply`, pairs, commits); `endless`: see `materialize.join`."""
+    from fedmezo_core.zo.materialize import join
+
+    seeds, coefficients, commit_ends, rounding_seeds, decays = join(commits, endless=endless)
+    ends = np.zeros((len(commit_ends), 4), dtype=np.uint32)
+    ends[:, :2] = _halves(rounding_seeds)
+    ends[:, 2] = commit_ends
+    ends[:, 3] = decays.view(np.uint32)
     # One more line, so that no table is empty.
-    lines = np.concatenate([*pairs, ends, np.zeros((1, 4), np.uint32)]).view(np.int32)
-    return _uploaded(lines, device), count, len(ends)
+    nothing = np.zeros((1, 4), np.uint32)
+    lines = np.concatenate([_pair_lines(seeds, coefficients), ends, nothing]).view(np.int32)
+    return _uploaded(lines, device), len(seeds), len(ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -361,9 +376,9 @@ def _fan_tables(commits: tuple[Commit, ...], device: torch.device) -> list[_FanT
     """What makes the outputs of `commits`: one launch if they differ in their last pair at most, else
     one for each."""
     shared = max(0, max(len(commit.seeds) for commit in commits) - 1)
-    first = _pair_lines(commits[0], 0, min(shared, len(commits[0].seeds)))
+    first = _first_lines(commits[0], shared)
     alike = all(
-        len(commit.seeds) >= shared and np.array_equal(_pair_lines(commit, 0, shared), first)
+        len(commit.seeds) >= shared and np.array_equal(_first_lines(commit, shared), first)
         for commit in commits
     )
     if not alike:
@@ -394,7 +409,7 @@ def _fan_table(
     directions = np.zeros((len(draws), 4), dtype=np.uint32)
     directions[:, :2] = _halves(np.array([seed for seed, _, _ in draws], np.uint64))
     directions[:, 2:] = [draw[1:] for draw in draws]
-    lines = np.concatenate([_pair_lines(commits[0], 0, shared), directions, outputs])
+    lines = np.concatenate([_first_lines(commits[0], shared), directions, outputs])
     return _FanTable(
         _uploaded(lines.view(np.int32), device), shared, len(draws),
         bool((rounding_seeds == rounding_seeds[0]).all()), first_output,
@@ -414,10 +429,12 @@ def _launch_apply(
     columns: int,
     distribution: Distribution,
     stochastic: bool,
+    bad: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The first bad element, or `NO_ELEMENT`, on the device."""
+    """The first bad element, or `NO_ELEMENT`, on the device; in `bad` (int64 [1]) if it is given."""
     table, pairs, count = _apply_table(tuple(commits), base.dtype == torch.float32, base.device)
-    bad = torch.full((1,), NO_ELEMENT, device=base.device)
+    if bad is None:
+        bad = torch.full((1,), NO_ELEMENT, device=base.device)
     with _current(base.device):
         found.materialize(
             out, base, table, pairs, count, bad, tensor_id=tensor_id, start=start, columns=columns,

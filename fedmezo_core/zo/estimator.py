@@ -24,7 +24,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from fedmezo_core.aggregate import Share, coefficients_of
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import MeasurementError
+from fedmezo_core.events import Work
 from fedmezo_core.zo.forward import Forward, InseparableError
 from fedmezo_core.zo.guard import DirectReadError
 from fedmezo_core.zo.manifest import Manifest
@@ -189,37 +192,33 @@ def _commit(pairs: Sequence[Pair], rounding_seed: int) -> Commit:
 
 
 def local_steps(
-    estimator: Estimator,
-    batch_of: Callable[[int], Batch],
-    *,
-    first_seed: int,
-    steps: int,
-    probes: int,
-    eps: float,
-    learning_rate: float,
-    projected_grad_abs_max: float,
+    estimator: Estimator, batch_of: Callable[[int], Batch], work: Work, config: RunConfig
 ) -> LocalSteps:
-    """Run one assignment: `steps` MeZO steps from the current weights, none of them written.
+    """Run one assignment: MeZO steps from the current weights, none of them written.
 
-    Step h measures along the `probes` seeds from `first_seed + h * probes` on `batch_of(h)`, at the
-    weights plus the pairs of the steps before, and then appends its own pairs
-    (seed, float32(-learning_rate * g / probes)), g being the projected gradient clipped to
-    ± `projected_grad_abs_max`. A pure function of weights, batches and arguments. Raises as
-    `Estimator.measure` does.
+    Step h measures along its `config.probes` seeds of `work.seeds` on `batch_of(h)`, at the weights plus
+    the pairs of the steps before, and then appends its own pairs: the coefficients that a round of this
+    step alone would be committed with (see `coefficients_of`), its projected gradients being clipped to
+    ± `config.projected_grad_abs_max`. Weight decay comes with the commit. A pure function of weights,
+    batches and arguments. Raises as `Estimator.measure` does.
     """
-    bound = np.float32(projected_grad_abs_max)
-    if float(bound) > projected_grad_abs_max:
+    bound = np.float32(config.projected_grad_abs_max)
+    if float(bound) > config.projected_grad_abs_max:
         # The nearest float32 may lie outside the run's clip, where the coordinator refuses it.
         bound = np.nextafter(bound, np.float32(0))
-    projected_grads: list[np.float32] = []
+    projected_grads: list[float] = []
     local: list[Pair] = []
     losses: list[float] = []
-    for step in range(steps):
-        seeds = [first_seed + step * probes + probe for probe in range(probes)]
-        measured = estimator.measure(batch_of(step), local, seeds, eps)
-        for seed, measurement in zip(seeds, measured, strict=True):
-            clipped = np.clip(np.float32(measurement.projected_grad), -bound, bound)
-            projected_grads.append(clipped)
-            local.append((seed, float(np.float32(-learning_rate * float(clipped) / probes))))
-            losses.append(measurement.loss)
+    for first in range(0, len(work.seeds), config.probes):
+        seeds = work.seeds[first : first + config.probes]
+        batch = batch_of(first // config.probes)
+        measured = estimator.measure(batch, local, seeds, work.eps)
+        grads = [
+            float(np.clip(np.float32(measurement.projected_grad), -bound, bound))
+            for measurement in measured
+        ]
+        [coefficients] = coefficients_of([Share(seeds, tuple(grads), work.learning_rate)], config)
+        projected_grads += grads
+        local += zip(seeds, coefficients, strict=True)
+        losses += [measurement.loss for measurement in measured]
     return LocalSteps(np.array(projected_grads, dtype=np.float32), math.fsum(losses) / len(losses))

@@ -104,7 +104,7 @@ class Split:
 
 @functools.lru_cache(maxsize=32)
 def split(points: tuple[Commit, ...]) -> Split | None:
-    """The points' common pairs and own ones; None if a point has more than one of its own."""
+    """The points' common pairs and own ones; None if a point has more than one of its own, or a decay."""
     count = common_pairs(points)
     if count is None:
         return None

@@ -1,8 +1,8 @@
 """`materialize`: weights = base + journal, the one primitive. The arithmetic standard v1.
 
 An element's value is a fold over the journal. Within a commit it accumulates in float32, pair after
-pair in order: `acc = fl(acc + fl(c * z))`, starting from the element's value. At the commit's end it is
-rounded to the storage type: float32 as it is, bfloat16 and float16 stochastically (by the noise
+pair in order: `acc = fl(acc + fl(c * z))`, starting from the element's value, or from `fl(value * decay)`
+where the commit has a weight decay. At the commit's end it is rounded to the storage type: float32 as it is, bfloat16 and float16 stochastically (by the noise
 standard's bits under the commit's `rounding_seed`) or to nearest even. Elements never meet, so tiles, threads, slices
 and fused commits cannot change a bit. docs/arithmetic-standard-v1.md says the same in words.
 
@@ -44,9 +44,14 @@ CHUNKS_PER_THREAD: Final = 32
 """Chunks are taken from a shared counter, so that a busy core holds up the rest by one chunk at most."""
 
 
-_Joined = tuple[
-    npt.NDArray[np.uint64], npt.NDArray[np.float32], npt.NDArray[np.uint64], npt.NDArray[np.uint64]
+Joined = tuple[
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.float32],
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.uint64],
+    npt.NDArray[np.float32],
 ]
+"""Commits as one: seeds, coefficients, number of pairs up to each end, rounding seeds, decays."""
 
 
 class Rounding(StrEnum):
@@ -58,16 +63,22 @@ class Rounding(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Commit:
-    """Pairs that are applied together: `w += sum(coefficients[k] * z(seeds[k]))`, in this order.
+    """Pairs that are applied together: `w = decay * w + sum(coefficients[k] * z(seeds[k]))`, in this order.
 
     seeds: uint64 [pairs]. coefficients: float32 [pairs], finite. Both are copied. rounding_seed: below
-    2**64, keys the bits of stochastic rounding. Raises NumericError where they are anything else.
+    2**64, keys the bits of stochastic rounding. decay: a binary32 value in (0, 1]; 1 is none. Raises
+    NumericError where they are anything else.
+
+    from_base: in a journal, that this commit starts from the run's base weights instead of those of the
+    round before. `Weights` sees to that; what `materialize` takes starts from what it is given.
     """
 
     seeds: npt.NDArray[np.uint64]
     coefficients: npt.NDArray[np.float32]
     rounding_seed: int
-    _joined: _Joined = field(init=False, repr=False)
+    decay: float = 1.0
+    from_base: bool = False
+    _joined: Joined = field(init=False, repr=False)
     """This commit alone as the kernels take it, made once rather than for each tensor."""
 
     def __post_init__(self) -> None:
@@ -94,13 +105,20 @@ class Commit:
                 f"The rounding seed {self.rounding_seed} is outside 0 .. 2**64 - 1; "
                 "take it from the journal as it is."
             )
+        if not 0.0 < self.decay <= 1.0 or float(np.float32(self.decay)) != self.decay:
+            raise NumericError(
+                f"The decay {self.decay} of a commit is no float32 above 0 and up to 1; "
+                "take it from the journal as it is."
+            )
         # Copies: a read-only or strided array (a message's bytes, say) would be another type to the
         # kernels, compiled anew, and the caller's own could change under us.
         object.__setattr__(self, "seeds", seeds.copy())
         object.__setattr__(self, "coefficients", coefficients.copy())
         ends = np.array([len(seeds)], dtype=np.uint64)
         rounding_seeds = np.array([self.rounding_seed], dtype=np.uint64)
-        object.__setattr__(self, "_joined", (self.seeds, self.coefficients, ends, rounding_seeds))
+        decays = np.array([self.decay], dtype=np.float32)
+        joined = self.seeds, self.coefficients, ends, rounding_seeds, decays
+        object.__setattr__(self, "_joined", joined)
 
 
 def materialize(
@@ -129,6 +147,7 @@ def materialize(
     MismatchError where out and base do not fit each other.
     """
     size = _check(out, base, tensor_id, start)
+    _refuse_from_base(commits)
     if size == 0:
         return
     columns = _columns(out, columns, tensor_id)
@@ -139,11 +158,13 @@ def materialize(
         ):  # fmt: skip
             require_finite(out, tensor_id=tensor_id, start=start, name=name)
         return
-    seeds, coefficients, commit_ends, rounding_seeds = _join(commits)
+    storage = STORAGE[out.dtype]
+    seeds, coefficients, commit_ends, rounding_seeds, decays = join(
+        commits, endless=storage == cpu.FLOAT32
+    )
     gaussian = distribution is Distribution.GAUSSIAN
     stochastic = rounding is Rounding.STOCHASTIC
     rank = distribution.rank
-    storage = STORAGE[out.dtype]
     bad: list[int] = []
     if storage == cpu.FLOAT32 and rank == 0:
         out_values, base_values = _values(out), _values(base)
@@ -153,7 +174,7 @@ def materialize(
         def compute(begin: int, end: int, scratch: _Scratch) -> Any:
             return cpu.materialize_float32(
                 out_values, base_values, not in_place, np.uint64(begin), np.uint64(end), first,
-                tensor, gaussian, seeds, coefficients,
+                tensor, gaussian, seeds, coefficients, commit_ends, decays,
                 scratch.words, scratch.tile_values,
             )  # fmt: skip
     else:
@@ -163,7 +184,7 @@ def materialize(
             return cpu.materialize_tiles(
                 out_address, base_address, begin, end, start, tensor_id,
                 storage, stochastic, gaussian, rank, columns,
-                seeds, coefficients, commit_ends, rounding_seeds,
+                seeds, coefficients, commit_ends, rounding_seeds, decays,
                 scratch.words, scratch.tile_values, scratch.row_patterns, scratch.patterns, scratch.used_patterns,
                 scratch.random_bits,
             )  # fmt: skip
@@ -200,11 +221,13 @@ def materialize_fan(
     Exactly what a call of `materialize` for each output gives, with the same arguments and errors.
     outs: tensors apart from the base and from each other. Fast where the commits begin with the same
     pairs (a worker's local steps) and then have at most one more each; neighbours whose last pairs are
-    opposite (one seed, +eps and -eps) share their noise, and equal rounding seeds share their bits.
+    opposite (one seed, +eps and -eps) share their noise, and equal rounding seeds share their bits. A
+    commit with a decay, which no measurement has, shares nothing.
 
     Away from the CPU nothing waits for the device: what is not finite, `devices.finite_results` raises.
     """
     size, pointers, base_address = _check_fan(outs, base, commits, tensor_id, start)
+    _refuse_from_base(commits)
     if size == 0 or not outs:
         return
     columns = _columns(base, columns, tensor_id)
@@ -276,6 +299,7 @@ def materialize_reference(
 ) -> None:
     """The specification of `materialize`: same arguments, same results, same errors; slow."""
     size = _check(out, base, tensor_id, start)
+    _refuse_from_base(commits)
     if size == 0:
         return
     columns = _columns(out, columns, tensor_id)
@@ -287,6 +311,8 @@ def materialize_reference(
     acc = _float32(_values(base), out.dtype)
     for commit in commits:
         with np.errstate(over="ignore", invalid="ignore"):
+            if commit.decay != 1.0:
+                acc = acc * np.float32(commit.decay)
             for seed, coefficient in zip(commit.seeds, commit.coefficients, strict=True):
                 z = spec.noise(elements, int(seed), tensor_id, distribution, columns)
                 acc = acc + coefficient * z
@@ -382,6 +408,10 @@ def _check(out: torch.Tensor, base: torch.Tensor, tensor_id: int, start: int) ->
     return size
 
 
+def _refuse_from_base(commits: Sequence[Commit]) -> None:
+    assert not any(commit.from_base for commit in commits), "Weights.apply knows the run's base"
+
+
 def _check_fan(
     outs: Sequence[torch.Tensor],
     base: torch.Tensor,
@@ -454,7 +484,12 @@ def _plan_of(commits: Sequence[Commit]) -> _Plan | None:
 
 
 def common_pairs(commits: Sequence[Commit]) -> int | None:
-    """With how many pairs, the same bits, all begin that have at most one more; None if with too few."""
+    """With how many pairs, the same bits, all begin that have at most one more; None if with too few.
+
+    None as well if one has a decay: before any pair, it has made another number of the base.
+    """
+    if any(commit.decay != 1.0 for commit in commits):
+        return None
     shared = max(0, max(len(commit.seeds) for commit in commits) - 1)
     seeds, coefficients = commits[0].seeds[:shared], commits[0].coefficients[:shared]
     for commit in commits:
@@ -499,16 +534,30 @@ def _make_plan(commits: tuple[Commit, ...]) -> _Plan | None:
     )  # fmt: skip
 
 
-def _join(commits: Sequence[Commit]) -> _Joined:
-    """All commits' (seeds, coefficients, number of pairs up to each commit's end, rounding seeds)."""
+def join(commits: Sequence[Commit], *, endless: bool) -> Joined:
+    """All commits as the kernels take them.
+
+    `endless`: a commit's end changes nothing (float32), so that those without a decay continue the one
+    before them, and a journal without decays is a single commit.
+    """
     if len(commits) == 1:
         return commits[0]._joined
     lengths = [len(commit.seeds) for commit in commits]
+    ends = np.cumsum(lengths, dtype=np.uint64)
+    rounding_seeds = np.array([commit.rounding_seed for commit in commits], dtype=np.uint64)
+    decays = np.array([commit.decay for commit in commits], dtype=np.float32)
+    if endless and len(commits) > 1:
+        begins = decays != 1
+        begins[0] = True
+        # A commit is the last of its run if the next one begins another.
+        lasts = np.append(begins[1:], True)
+        ends, rounding_seeds, decays = ends[lasts], rounding_seeds[lasts], decays[begins]
     return (
         np.concatenate([np.empty(0, np.uint64), *(commit.seeds for commit in commits)]),
         np.concatenate([np.empty(0, np.float32), *(commit.coefficients for commit in commits)]),
-        np.cumsum(lengths, dtype=np.uint64),
-        np.array([commit.rounding_seed for commit in commits], dtype=np.uint64),
+        ends,
+        rounding_seeds,
+        decays,
     )
 
 

@@ -113,6 +113,8 @@ def open_party(
         distribution=distribution,
         rounding=rounding,
         threads=threads,
+        keeps_base=config.seed_policy == "pool",
+        base_folder=placement.offload_folder,
     )
     party = Party(
         config=config,
@@ -143,6 +145,8 @@ def commits_of(records: Sequence[Committed]) -> list[Commit]:
                 [c for run in record.runs for c in run.coefficients], dtype=np.float32
             ),
             rounding_seed=record.rounding_seed,
+            decay=record.decay,
+            from_base=record.from_base,
         )
         for record in records
     ]

@@ -488,6 +488,11 @@ class Batches:
         self._pass = -1
         self._batches: list[npt.NDArray[np.int64]] = []
 
+    @property
+    def row_count(self) -> int:
+        """Rows of the worker's data."""
+        return len(self._dataset)
+
     def indices(self, round_: int, step: int) -> list[int]:
         """Rows of the batch of `step` (from 0) in `round_` (from 1)."""
         number, place = divmod(

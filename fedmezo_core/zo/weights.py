@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from torch import nn
 
-from fedmezo_core.errors import DivergedError
+from fedmezo_core.errors import DivergedError, MismatchError
+from fedmezo_core.zo import devices
 from fedmezo_core.zo.digest import weights_digest
+from fedmezo_core.zo.kept_base import KeptBase
 from fedmezo_core.zo.manifest import Manifest, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution
@@ -16,8 +20,8 @@ from fedmezo_core.zo.noise import Distribution
 class Weights:
     """A model's trained tensors and the round whose commit was applied last.
 
-    Invariant: the tensors hold the base with the commits of rounds 1 to `round`, in order, and
-    nothing else ever writes to them.
+    Invariant: the tensors hold what the commits of rounds 1 to `round`, in order, make of the base
+    (the last one that starts from it, and those after that), and nothing else ever writes to them.
     """
 
     def __init__(
@@ -28,11 +32,15 @@ class Weights:
         distribution: Distribution,
         rounding: Rounding,
         threads: int | None = None,
+        keeps_base: bool = False,
+        base_folder: Path | None = None,
     ) -> None:
         """Take `model` at its base weights, that is at round 0.
 
         `threads` is how many apply and digest (default: as `materialize` chooses, and one for each
-        core). Raises `MismatchError` if the model isn't the manifest's.
+        core). `keeps_base`: copy the base to a disk, which commits that start from it need, in
+        `base_folder` or where `KeptBase` finds one. Raises `MismatchError` if the model isn't the
+        manifest's, `ConfigError` if the disk has no room.
         """
         self.model = model
         self.manifest = manifest
@@ -40,28 +48,51 @@ class Weights:
         self._distribution = distribution
         self._rounding = rounding
         self._threads = threads
-        self._damaged = False
-        trained_tensors(model, manifest)
+        self._interrupted_round: int | None = None
+        tensors = trained_tensors(model, manifest)
+        self._base = KeptBase(tensors, base_folder) if keeps_base else None
 
     def apply(self, first_round: int, commits: Sequence[Commit]) -> None:
         """Apply the commits of rounds `first_round`, `first_round` + 1, ... in place, in one pass.
 
-        Many at once give the same bits as one at a time. Raises `DivergedError` if `first_round`
-        isn't the round after `round`, and `NumericError` if a coefficient or a resulting weight is
-        NaN or infinite; after the latter these weights are of no more use.
+        Many at once give the same bits as one at a time. What comes before a commit that starts from
+        the base needs not be applied: neither is what `commits` has before it, nor must it be there
+        at all. Raises `DivergedError` if the first commit that counts is neither of the round after
+        `round` nor, starting from the base, of a later one, `MismatchError` if the base was not
+        kept, and `NumericError` if a resulting weight is NaN or infinite; after the latter these
+        weights are of no more use.
         """
         self._check()
-        if first_round != self.round + 1:
+        base = None
+        from_base = [k for k, commit in enumerate(commits) if commit.from_base]
+        if from_base:
+            first_round += from_base[-1]
+            commits = [
+                replace(commits[from_base[-1]], from_base=False),
+                *commits[from_base[-1] + 1 :],
+            ]
+            base = self._base
+            if base is None:
+                raise MismatchError(
+                    f"The commit of round {first_round} starts from the base weights, which were not "
+                    "kept here; load the model with the configuration of the run in the journal."
+                )
+        if first_round <= self.round or (base is None and first_round != self.round + 1):
             raise DivergedError(
                 f"The commit of round {first_round} cannot be applied to weights at round "
                 f"{self.round}; replay the journal from round {self.round + 1}."
             )
         tensors = trained_tensors(self.model, self.manifest)
-        self._damaged = True
+        self._interrupted_round = first_round
         for entry, tensor in zip(self.manifest, tensors, strict=True):
+            source = tensor
+            if base is not None:
+                source = base[entry.tensor_id]
+                if devices.elsewhere(tensor.device):
+                    source = tensor.copy_(source)
             materialize(
                 tensor,
-                tensor,
+                source,
                 commits,
                 tensor_id=entry.tensor_id,
                 distribution=self._distribution,
@@ -70,8 +101,10 @@ class Weights:
                 threads=self._threads,
                 name=entry.name,
             )
-        self._damaged = False
-        self.round += len(commits)
+            if base is not None:
+                base.release(entry.tensor_id)
+        self._interrupted_round = None
+        self.round = first_round + len(commits) - 1
 
     def digest(self) -> bytes:
         """Digest of the weights after `round` (see `weights_digest`), 32 bytes."""
@@ -79,8 +112,8 @@ class Weights:
         return weights_digest(self.model, self.manifest, threads=self._threads)
 
     def _check(self) -> None:
-        if self._damaged:
+        if self._interrupted_round is not None:
             raise DivergedError(
-                f"An error interrupted the commit of round {self.round + 1}, so these weights are no "
+                f"An error interrupted the commit of round {self._interrupted_round}, so these weights are no "
                 "round's; start again from the base checkpoint."
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedmezo_core.config import RunConfig, TaskConfig
+from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.events import (
     AnswerReceived,
     Expel,
@@ -27,17 +27,24 @@ WRONG_DIGEST64 = 0xBAD
 
 def config_of(**values: Any) -> RunConfig:
     """A small run's contract, with `values` on top."""
-    base: dict[str, Any] = {
-        "run_id": "test",
-        "model": "none",
-        "task": TaskConfig(verbalizers={"no": "no", "yes": "yes"}),
-        "rounds": 3,
-        "local_steps": 2,
-        "learning_rate": 0.5,
-        "projected_grad_abs_max": 100.0,
-        "deadline_ms": 1000,
-    }
-    return RunConfig.model_validate(base | values)
+    return RunConfig.model_validate(_BASE | values)
+
+
+def parse(**values: Any) -> RunConfig:
+    """The same as a user's settings are read."""
+    return parse_run(_BASE | values, "here")
+
+
+_BASE: dict[str, Any] = {
+    "run_id": "test",
+    "model": "none",
+    "task": TaskConfig(verbalizers={"no": "no", "yes": "yes"}),
+    "rounds": 3,
+    "local_steps": 2,
+    "learning_rate": 0.5,
+    "projected_grad_abs_max": 100.0,
+    "deadline_ms": 1000,
+}
 
 
 class RoundsDriver:
@@ -54,11 +61,11 @@ class RoundsDriver:
         self.machine = RoundMachine()
         for record in self.records:
             self.machine.apply(record)
-        return self._keep(self.machine.start(now_ms))
+        return self.keep(self.machine.start(now_ms))
 
     def step(self, event: RoundEvent) -> Ready:
         """Any event."""
-        return self._keep(self.machine.step(event))
+        return self.keep(self.machine.step(event))
 
     def ready(self, *workers: str) -> Ready:
         """Workers become ready; what the last one led to."""
@@ -81,12 +88,13 @@ class RoundsDriver:
         digest: int | None = TRUE_DIGEST64,
         epoch: int | None = None,
         round_: int | None = None,
+        rows: int | None = None,
     ) -> Ready:
         """An answer, by default to the worker's own ticket of the open round."""
         ticket = self.ticket(worker, slot, epoch=epoch, round_=round_)
         if not is_digest_round(self.config, ticket.round):
             digest = None
-        return self.step(AnswerReceived(worker, ticket, grads, loss, digest))
+        return self.step(AnswerReceived(worker, ticket, grads, loss, digest, rows))
 
     def unable(
         self,
@@ -129,7 +137,8 @@ class RoundsDriver:
             state.apply(record)
         return state
 
-    def _keep(self, ready: Ready) -> Ready:
+    def keep(self, ready: Ready) -> Ready:
+        """Take the records that a step owes."""
         self.records.extend(ready.records)
         assert self.folded() == self.machine.state, "a restart would fold to another state"
         return ready

@@ -18,6 +18,7 @@ from fedmezo_core.events import (
     Ready,
     Refuse,
     Ticket,
+    Work,
     WorkerReady,
 )
 from fedmezo_core.records import (
@@ -56,6 +57,12 @@ def assigned(ready: Ready) -> dict[str, Ticket]:
     return {m.worker: m.ticket for m in ready.messages if isinstance(m, Assign)}
 
 
+def work_of(run: RoundsDriver, slot: int) -> Work:
+    """What `slot` of round 1 is asked for."""
+    first, config = first_seed_of(run.config.seed, 1, slot), run.config
+    return Work((first, first + 1), config.learning_rate, config.eps, want_digest=True)
+
+
 # ---------------------------------------------------------------- opening
 
 
@@ -71,9 +78,7 @@ def test_a_round_opens_when_enough_workers_are_ready() -> None:
         Assign(
             worker=worker,
             ticket=Ticket(1, 1, slot),
-            first_seed=first_seed_of(run.config.seed, 1, slot),
-            steps=2,
-            want_digest=True,
+            work=work_of(run, slot),
             deadline_ms=1000,
         )
         for slot, worker in enumerate("ab")
@@ -100,7 +105,7 @@ def test_digests_are_wanted_every_so_many_rounds() -> None:
     wanted = []
     ready = run.ready("a")
     while run.machine.phase is not Phase.FINISHED:
-        wanted += [m.want_digest for m in ready.messages if isinstance(m, Assign)]
+        wanted += [m.work.want_digest for m in ready.messages if isinstance(m, Assign)]
         ready = run.answer("a")
     assert wanted == [True, False, True, False, True]
 
@@ -280,7 +285,7 @@ def test_a_commit_is_the_mean_of_the_answers_in_slot_order() -> None:
 def test_a_commit_is_the_mean_over_the_probes_too() -> None:
     run = RoundsDriver(workers_min=2, probes=2)
     [first, _] = [m for m in run.ready("a", "b").messages if isinstance(m, Assign)]
-    assert first.steps == 2
+    assert len(first.work.seeds) == 4
     run.answer("a", grads=(1.0, -2.0, 4.0, 8.0))
     commit = run.answer("b", grads=(16.0, 0.0, 1.0, 1.0)).records[1]
     assert isinstance(commit, Committed)
@@ -344,9 +349,7 @@ def test_losing_a_worker_keeps_its_slot_until_the_deadline() -> None:
     run.answer("a")
     assert run.lost("b") == Ready()
     assert run.machine.round == 0
-    assert run.ready("b").messages[0] == Assign(
-        "b", Ticket(1, 1, 1), first_seed_of(run.config.seed, 1, 1), 2, True, 1000
-    )
+    assert run.ready("b").messages[0] == Assign("b", Ticket(1, 1, 1), work_of(run, 1), 1000)
     run.lost("b")
     assert kinds(run.tick(1000)) == ["Committed"]
     assert run.machine.awaited == ()

@@ -111,10 +111,10 @@ def shown(item: Record | RoundMessage) -> str:
             return f"committed round={round_} {pairs}"
         case Diverged(round_, party, found, expected):
             return f"diverged round={round_} party={party} found={found:x} expected={expected:x}"
-        case Assign(worker, ticket, first_seed, _, want_digest, deadline_ms):
+        case Assign(worker, ticket, work, deadline_ms):
             return (
                 f"assign {worker} ticket={ticket.epoch}/{ticket.round}/{ticket.slot} "
-                f"seed={first_seed:016x} want_digest={want_digest} deadline_ms={deadline_ms}"
+                f"seed={work.seeds[0]:016x} want_digest={work.want_digest} deadline_ms={deadline_ms}"
             )
         case Ack(worker, ticket):
             return f"ack {worker} ticket={ticket.epoch}/{ticket.round}/{ticket.slot}"

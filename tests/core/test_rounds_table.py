@@ -256,13 +256,13 @@ def _check(run: RoundsDriver, ready: Ready, now_ms: int) -> None:
             assert seeds == sorted(set(seeds), key=order.index)
     for message in ready.messages:
         match message:
-            case Assign(worker, ticket, first_seed):
+            case Assign(worker, ticket, work):
                 current = machine.state.open
                 assert current is not None
                 assert machine.workers[worker].ready
                 assert ticket == Ticket(machine.epoch, machine.round + 1, current.slots[worker])
                 assert ticket.slot not in current.answers
-                assert first_seed == first_seed_of(config.seed, ticket.round, ticket.slot)
+                assert work.seeds[0] == first_seed_of(config.seed, ticket.round, ticket.slot)
             case Ack(_, ticket):
                 assert (ticket.round, ticket.slot) in answered
             case Finish(worker, round_):

@@ -33,6 +33,7 @@ from fedmezo_core.events import (
     SessionEvent,
     Ticket,
     Welcomed,
+    Work,
 )
 from fedmezo_core.records import Committed, PairRun
 from fedmezo_core.session import (
@@ -50,12 +51,17 @@ def commit_of(round_: int) -> CommitReceived:
     return CommitReceived(commit, b"commit %d" % round_)
 
 
+def work_of(round_: int, slot: int = 0, steps: int = 2) -> Work:
+    first = (round_ << 32) + (slot << 16)
+    return Work(tuple(range(first, first + steps)), 1e-6, 1e-3, want_digest=True)
+
+
 def assigned_of(round_: int, *, epoch: int = 1, slot: int = 0, steps: int = 2) -> Assigned:
-    return Assigned(Ticket(epoch, round_, slot), (round_ << 32) + (slot << 16), steps, True)
+    return Assigned(Ticket(epoch, round_, slot), work_of(round_, slot, steps))
 
 
 def measured_of(ticket: Ticket) -> Measured:
-    return Measured(ticket, (1.0, 2.0), 0.7, 5)
+    return Measured(ticket, (1.0, 2.0), 0.7, 5, 24)
 
 
 def answer_of(ticket: Ticket, loss: float | None = None) -> SendAnswer:
@@ -142,7 +148,7 @@ LEGAL: dict[tuple[str, str], tuple[SessionAction, ...]] = {
     ("greeting", "disconnected"): NONE,
     ("online", "disconnected"): NONE,
     ("online", "commit"): (ApplyCommit(commit_of(1).commit),),
-    ("online", "assigned"): (Measure(TICKET, 1 << 32, 2, True),),
+    ("online", "assigned"): (Measure(TICKET, work_of(1)),),
     ("online", "acknowledged"): NONE,
     ("online", "refused"): NONE,
     ("online", "finished"): (ReportWeights(0), Leave()),
@@ -226,7 +232,7 @@ def test_weights_never_change_under_a_measurement() -> None:
     # The answer to round 1 is worth nothing now; what waited comes out in order.
     assert machine.step(measured_of(TICKET)) == (
         ApplyCommit(commit_of(1).commit),
-        Measure(Ticket(1, 2, 0), 2 << 32, 2, True),
+        Measure(Ticket(1, 2, 0), work_of(2)),
     )
     assert not machine.measuring_in_vain
 
@@ -322,7 +328,7 @@ def test_other_work_in_the_same_round_waits_for_the_running_one() -> None:
     actions = machine.step(measured_of(TICKET))
     assert actions == (
         answer_of(TICKET),
-        Measure(Ticket(1, 1, 3), assigned_of(1, slot=3).first_seed, 2, True),
+        Measure(Ticket(1, 1, 3), work_of(1, 3)),
     )
 
 

@@ -77,13 +77,32 @@ def _measured(loaded: LoadedModel) -> Measurement:
     return estimator.measure(batch, [(11, 0.02)], [99], 1e-2)[0]
 
 
-def _weights(loaded: LoadedModel) -> Weights:
+def _weights(loaded: LoadedModel, *, keeps_base: bool = False) -> Weights:
     return Weights(
         loaded.model,
         loaded.manifest,
         distribution=Distribution.RADEMACHER,
         rounding=Rounding.STOCHASTIC,
+        keeps_base=keeps_base,
     )
+
+
+@pytest.mark.parametrize("offloads", [False, True], ids=["device", "memory"])
+def test_a_commit_that_starts_from_the_base(offloads: bool, folder: Path) -> None:
+    size = (folder / "model.safetensors").stat().st_size // 2
+    placement = Placement("cuda", size * 2 // 3 if offloads else None)
+    pairs = np.array([7], np.uint64), np.array([0.03], np.float32)
+    last = [Commit(*pairs, 2, decay=0.5, from_base=True), Commit(*pairs, 3)]
+    digests = set()
+    for where in (Placement("cpu"), placement):
+        loaded = load_model(str(folder), dtype="bfloat16", placement=where)
+        weights = _weights(loaded, keeps_base=True)
+        weights.apply(1, COMMITS)
+        weights.apply(2, last)
+        digests.add(weights.digest())
+    plain = load_model(str(folder), dtype="bfloat16")
+    _weights(plain).apply(1, [Commit(*pairs, 2, decay=0.5), Commit(*pairs, 3)])
+    assert digests == {_weights(plain).digest()}
 
 
 @pytest.mark.parametrize("where", ["device", "memory", "disk"])

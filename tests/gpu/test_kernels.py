@@ -73,8 +73,9 @@ def test_equals_the_specification(
     commits = [
         commit_of(generator, 5, 1e-3, 5),
         commit_of(generator, 0, 1.0, 7),
-        commit_of(generator, 1, 1e-39, 2**64 - 1),
+        commit_of(generator, 1, 1e-39, 2**64 - 1, decay=1 - 1e-4),
         commit_of(generator, 3, 1.0, 0),
+        commit_of(generator, 0, 1.0, 8, decay=3e-38),
     ]
     for start, size, columns in places(distribution):
         how: dict[str, Any] = {

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fedmezo_core.aggregate import decay_of
 from fedmezo_core.config import RunConfig
 from fedmezo_core.events import SendAnswer, Ticket
+from fedmezo_core.rates import schedule_factor
 from fedmezo_core.records import (
     Answered,
     Committed,
@@ -16,9 +20,9 @@ from fedmezo_core.records import (
     Record,
     Started,
     digest64_of,
-    first_seed_of,
     rounding_seed_of,
 )
+from fedmezo_core.seeds import Pool, seeds_of
 
 BASE_WEIGHTS = hashlib.sha256(b"base").digest()
 
@@ -28,19 +32,23 @@ class ViolationError(AssertionError):
 
 
 def weights_after(weights: bytes, commit: Committed) -> bytes:
-    """Stands for the weights: 32 bytes that depend on every commit and on their order."""
+    """Stands for the weights: 32 bytes that depend on every commit since the base, and on their order."""
+    weights = BASE_WEIGHTS if commit.from_base else weights
     return hashlib.sha256(weights + repr(commit).encode()).digest()
 
 
-def measure(
-    worker: str, first_seed: int, pairs: int, weights: bytes
-) -> tuple[tuple[float, ...], float]:
+def measure(worker: str, seeds: Sequence[int], weights: bytes) -> tuple[tuple[float, ...], float]:
     """The oracle: what this worker's data gives along these seeds on these weights."""
     grads = []
-    for seed in range(first_seed, first_seed + pairs):
+    for seed in seeds:
         digest = hashlib.sha256(weights + seed.to_bytes(8, "little") + worker.encode()).digest()
         grads.append(_binary32(int.from_bytes(digest[:4], "little") / 2**28 - 8))
     return tuple(grads), _binary32(abs(grads[0]))
+
+
+def rows_of(worker: str) -> int:
+    """How many rows of data a worker says it has."""
+    return 10 + 7 * len(worker) + worker.encode()[-1] % 5
 
 
 @dataclass
@@ -52,9 +60,16 @@ class Checker:
     """True weights after each committed round."""
     epoch: int = 0
     cohort: list[str] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    """Learning rate of each slot of the open round, as journaled."""
+    pool: Pool | None = None
     answers: dict[tuple[int, int], Answered] = field(default_factory=dict)
     named: set[tuple[int, str, int]] = field(default_factory=set)
     sent_answers: set[tuple[str, SendAnswer]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if self.config.seed_policy == "pool":
+            self.pool = Pool.of(self.config)
 
     @property
     def open_round(self) -> int:
@@ -67,10 +82,11 @@ class Checker:
             case Started(epoch):
                 self.epoch += 1
                 _require(epoch == self.epoch, f"epoch {epoch} follows {self.epoch - 1}")
-            case Opened(round_, first_slot, workers):
+            case Opened(round_, first_slot, workers, rates):
                 _require(round_ == self.open_round, f"round {round_} opened out of turn")
                 _require(first_slot == len(self.cohort), f"slots of round {round_} have a gap")
                 self.cohort += workers
+                self.rates += rates or [self.config.learning_rate] * len(workers)
             case Answered():
                 self._answered(record)
             case Committed():
@@ -83,6 +99,7 @@ class Checker:
     def forget(self, record: Opened) -> None:
         """The disk lost the newest record."""
         del self.cohort[record.first_slot :]
+        del self.rates[record.first_slot :]
 
     def sent(self, worker: str, answer: SendAnswer) -> None:
         """A worker sent an answer."""
@@ -118,10 +135,10 @@ class Checker:
         self.answers[record.round, record.slot] = record
         if self._is_sound(record):
             worker = self.cohort[record.slot]
-            seed = first_seed_of(self.config.seed, record.round, record.slot)
-            grads, loss = measure(worker, seed, self.config.pairs_per_answer, self.weights[-1])
+            grads, loss = measure(worker, self._seeds(record), self.weights[-1])
             _require(
                 record.projected_grads == grads
+                and record.rows == (rows_of(worker) if self.config.weighting == "rows" else None)
                 and record.mean_loss == (loss if self.config.report_losses else None),
                 f"{what} by {worker} was not measured on that slot's seed and that round's weights",
             )
@@ -148,32 +165,57 @@ class Checker:
             _require(answer in sound or key in self.named, f"{key} was not named by round {round_}")
         sound = sound[: self.config.cohort_size_max]
         _require(len(sound) >= self.config.quorum, f"round {round_} has {len(sound)} answers")
-        _require(
-            len(record.runs) == len(sound), f"round {round_} commits {len(record.runs)} answers"
-        )
-        for run, answer in zip(record.runs, sound, strict=True):
-            seed = first_seed_of(self.config.seed, round_, answer.slot)
-            # The oracle's scalar, not the journaled one: the two were compared when it was appended.
-            grads, _ = measure(
-                self.cohort[answer.slot], seed, self.config.pairs_per_answer, self.weights[-1]
-            )
-            divisor = len(sound) * self.config.probes
-            wanted = tuple(
-                _binary32(-(self.config.learning_rate * grad) / divisor) for grad in grads
-            )
-            _require(
-                (run.first_seed, run.coefficients) == (seed, wanted),
-                f"round {round_} commits {run}, the oracle says {wanted} from seed {seed}",
-            )
+        self._check_pairs(record, sound)
         _require(
             record.rounding_seed == rounding_seed_of(self.config.seed, round_), "rounding seed"
         )
+        if self.pool is not None:
+            drawn = [self._seeds(answer) for answer in sound]
+            for seeds, answer in zip(drawn, sound, strict=True):
+                self.pool.measured(seeds, answer.projected_grads)
+            self.pool.commit(record)
         self.weights.append(weights_after(self.weights[-1], record))
-        self.cohort = []
+        self.cohort, self.rates = [], []
+
+    def _seeds(self, answer: Answered) -> tuple[int, ...]:
+        return seeds_of(self.config, answer.round, answer.slot, self.pool)
+
+    def _check_pairs(self, record: Committed, sound: list[Answered]) -> None:
+        """The commit holds what the oracle's scalars come to, once for each direction."""
+        total = sum(answer.rows or 1 for answer in sound)
+        wanted: dict[int, list[float]] = {}
+        for answer in sound:
+            seeds = self._seeds(answer)
+            # The oracle's scalar, not the journaled one: the two were compared when it was appended.
+            grads, _ = measure(self.cohort[answer.slot], seeds, self.weights[-1])
+            for seed, grad in zip(seeds, grads, strict=True):
+                term = -(self.rates[answer.slot] * grad * (answer.rows or 1))
+                wanted.setdefault(seed, []).append(_binary32(term / (total * self.config.probes)))
+        sums = {seed: _binary32(math.fsum(terms)) for seed, terms in wanted.items()}
+        decay = decay_of(self.config, schedule_factor(self.config, record.round))
+        whole = decay * (self.pool.decay if self.pool is not None and record.from_base else 1.0)
+        _require(record.decay == _binary32(whole), f"round {record.round} decays otherwise")
+        if record.from_base:
+            assert self.pool is not None
+            for number, before in enumerate(self.pool.coefficients):
+                seed = self.pool.first_seed + number
+                sums[seed] = _binary32(decay * before + sums.get(seed, 0.0))
+        found = {
+            run.first_seed + number: coefficient
+            for run in record.runs
+            for number, coefficient in enumerate(run.coefficients)
+        }
+        _require(found == sums, f"round {record.round} commits {found}, the oracle says {sums}")
 
 
 def _answer_of(record: Answered, ticket: Ticket) -> SendAnswer:
-    return SendAnswer(ticket, record.projected_grads, record.mean_loss, record.weights_digest64)
+    return SendAnswer(
+        ticket,
+        record.projected_grads,
+        record.mean_loss,
+        record.weights_digest64,
+        record.rows,
+    )
 
 
 def _binary32(value: float) -> float:

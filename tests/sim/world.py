@@ -53,11 +53,18 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal import Entry, Journal, MemoryStore, Row
+from fedmezo_core.journal import ZERO_HASH, Entry, Journal, MemoryStore, Row, head_after
 from fedmezo_core.records import Committed, Genesis, Opened, Record, digest64_of
 from fedmezo_core.rounds import RoundMachine, RunState
 from fedmezo_core.session import SessionMachine
-from tests.sim.checker import BASE_WEIGHTS, Checker, ViolationError, measure, weights_after
+from tests.sim.checker import (
+    BASE_WEIGHTS,
+    Checker,
+    ViolationError,
+    measure,
+    rows_of,
+    weights_after,
+)
 
 TICK_MS = 200
 EVENTS_MAX = 60_000
@@ -88,6 +95,21 @@ class Scenario:
     drop_rate: float
 
 
+def draw_learning(rng: random.Random) -> dict[str, Any]:
+    """How the run learns: rates, averages and whose directions."""
+    return {
+        "schedule": rng.choice(("constant", "linear", "cosine")),
+        "warmup_rounds": rng.choice((0, 1)),
+        "weighting": rng.choice(("uniform", "rows")),
+        "weight_decay": rng.choice((0.0, 0.1)),
+        "personal_rate": rng.choice(("frozen", "update_distance", "random")),
+        "seed_policy": rng.choice(("per_worker", "per_worker", "shared", "pool")),
+        "pool_size": rng.choice((1, 3, 50)),
+        "pool_sampling": rng.choice(("uniform", "weighted")),
+        "rebase_every_rounds": rng.choice((1, 2, 3, 64)),
+    }
+
+
 def draw_scenario(rng: random.Random) -> Scenario:
     """Any scenario in which honest parties can finish and a flipped worker can be told apart."""
     workers = rng.randint(1, 6)
@@ -111,6 +133,9 @@ def draw_scenario(rng: random.Random) -> Scenario:
         deadline_ms=rng.choice((300, 1000, 5000)),
         digest_every_rounds=1 if flips_max else rng.randint(1, 3),
         report_losses=rng.random() < 0.5,
+        # The oracle's losses are noise, which would look like a run gone wrong.
+        pause_rounds=0,
+        **draw_learning(rng),
     )
     calm = rng.random() < 0.15
     hostile = rng.random() < 0.4
@@ -370,6 +395,7 @@ class Coordinator:
                         message.projected_grads,
                         message.mean_loss,
                         message.weights_digest64,
+                        message.rows,
                     )
                 )
             case SendUnable(ticket, reason):
@@ -435,8 +461,12 @@ class Worker:
     def boot(self) -> None:
         """Start from the base."""
         self.weights, self.flipped, self.running = BASE_WEIGHTS, False, None
+        config = self.world.scenario.config
         self.session = SessionMachine(
-            0, self.world.genesis_head, report_losses=self.world.scenario.config.report_losses
+            0,
+            self.world.genesis_head,
+            report_losses=config.report_losses,
+            report_rows=config.weighting == "rows",
         )
         self.connect(self.session)
 
@@ -455,6 +485,7 @@ class Worker:
         if not world.coordinator.up:
             world.later(world.rng.randint(50, 500), lambda: self.connect(session))
             return
+        self._jump(session)
         missing = world.coordinator.commits[session.round + 1 :]
         for row in missing[: world.rng.randint(0, len(missing))]:
             record = decode_record(row.body)
@@ -462,6 +493,18 @@ class Worker:
             self.step(CommitReceived(record, row.body))
         self.stream = Stream(self, world.coordinator.machine)
         self.step(Connected())
+
+    def _jump(self, session: SessionMachine) -> None:
+        """Begin at the newest commit from the base, now and then."""
+        rows, head = self.world.coordinator.commits, ZERO_HASH
+        newest: CommitReceived | None = None
+        for row in rows:
+            record = decode_record(row.body)
+            if isinstance(record, Committed) and record.from_base:
+                newest = CommitReceived(record, row.body, head_before=head)
+            head = head_after(head, row.body)
+        if newest is not None and newest.commit.round > session.round and self.world.chance(0.5):
+            self.step(newest)
 
     def tear(self) -> None:
         """The stream breaks; both ends notice some time later."""
@@ -546,6 +589,8 @@ class Worker:
                 if self.running is not None:
                     raise ViolationError(f"{self.name}: weights changed under a measurement")
                 self.weights = weights_after(self.weights, commit)
+                if commit.from_base:
+                    self.flipped = False  # Nothing of the old weights is left.
             case Measure():
                 if self.running is not None:
                     raise ViolationError(f"{self.name}: two measurements at once")
@@ -574,10 +619,9 @@ class Worker:
         if self.world.chance(self.world.scenario.unable_rate):
             self.step(MeasureFailed(asked.ticket, "loss is nan"))
             return
-        pairs = asked.steps * self.world.scenario.config.probes
-        grads, loss = measure(self.name, asked.first_seed, pairs, self.weights)
-        digest64 = digest64_of(self.weights) if asked.want_digest else None
-        self.step(Measured(asked.ticket, grads, loss, digest64))
+        grads, loss = measure(self.name, asked.work.seeds, self.weights)
+        digest64 = digest64_of(self.weights) if asked.work.want_digest else None
+        self.step(Measured(asked.ticket, grads, loss, digest64, rows_of(self.name)))
 
     def _up(self, message: Up) -> None:
         world, stream = self.world, self.stream
@@ -621,7 +665,7 @@ class Replica:
 def _down_of(message: RoundMessage) -> Down:
     match message:
         case Assign():
-            return Assigned(message.ticket, message.first_seed, message.steps, message.want_digest)
+            return Assigned(message.ticket, message.work)
         case Ack(_, ticket):
             return Acknowledged(ticket)
         case Refuse(_, ticket, reason, sentence):

@@ -9,12 +9,22 @@ from pathlib import Path
 import pytest
 
 from fedmezo_core.errors import MismatchError
-from fedmezo_core.events import Measure, Measured, Ticket
+from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, PairRun, digest64_of, first_seed_of
 from fedmezo_worker.engine import CancelledMeasurementError, Engine
 from fedmezo_worker.settings import WorkerSettings
 
-MEASURE = Measure(Ticket(1, 1, 0), first_seed_of(7, 1, 0), steps=2, want_digest=True)
+FIRST_SEED = first_seed_of(7, 1, 0)
+STEPS = 2
+
+
+def measure_of(pairs: int, *, eps: float = 1e-3, want_digest: bool = True) -> Measure:
+    """An order for so many projected gradients."""
+    seeds = tuple(range(FIRST_SEED, FIRST_SEED + pairs))
+    return Measure(Ticket(1, 1, 0), Work(seeds, 1e-6, eps, want_digest))
+
+
+MEASURE = measure_of(STEPS)
 
 
 @pytest.fixture
@@ -60,11 +70,14 @@ async def test_a_projected_gradient_for_each_probe_of_each_step(
     try:
         for probes, engine in engines.items():
             await engine.load(settings, tiny_genesis(probes=probes, estimator=estimator))
-        found = {probes: await engine.measure(MEASURE) for probes, engine in engines.items()}
+        found = {
+            probes: await engine.measure(measure_of(STEPS * probes))
+            for probes, engine in engines.items()
+        }
     finally:
         for engine in engines.values():
             await engine.close()
-    assert len(found[3].projected_grads) == MEASURE.steps * 3
+    assert len(found[3].projected_grads) == STEPS * 3
     # The first step's first probe is the run's with one: same seed, batch and weights.
     assert found[3].projected_grads[0] == pytest.approx(found[1].projected_grads[0], rel=0.05)
 
@@ -77,7 +90,7 @@ async def test_one_sided_gradients_come_near_the_two_sided(
         engine = Engine()
         try:
             await engine.load(settings, tiny_genesis(estimator=estimator, eps=1e-4))
-            found.append((await engine.measure(MEASURE)).projected_grads)
+            found.append((await engine.measure(measure_of(STEPS, eps=1e-4))).projected_grads)
         finally:
             await engine.close()
     assert found[0] != found[1]
@@ -86,7 +99,7 @@ async def test_one_sided_gradients_come_near_the_two_sided(
 
 
 async def test_a_digest_is_taken_only_if_asked_for(engine: Engine) -> None:
-    measured = await engine.measure(Measure(MEASURE.ticket, MEASURE.first_seed, 1, False))
+    measured = await engine.measure(measure_of(1, want_digest=False))
     assert measured.weights_digest64 is None
 
 
@@ -106,7 +119,7 @@ async def test_commits_one_by_one_or_at_once_give_the_same_weights(
 
 
 async def test_a_measurement_can_be_cut_short_at_its_next_step(engine: Engine) -> None:
-    order = Measure(MEASURE.ticket, MEASURE.first_seed, 4096, False)
+    order = measure_of(4096)
     measuring = asyncio.create_task(engine.measure(order))
     await asyncio.sleep(0)  # Its start clears the flag; only then can it be cut short.
     engine.cut_short()

@@ -18,7 +18,7 @@ from fedmezo_core.codec import (
     ticket_from_pb,
     unable_to_pb,
 )
-from fedmezo_core.config import PROTOCOL_VERSION
+from fedmezo_core.config import PROTOCOL_VERSION, RunConfig
 from fedmezo_core.errors import (
     FedMezoError,
     MeasurementError,
@@ -120,7 +120,12 @@ class Agent:
         config = description.genesis.config
         log.info("run %s: loading %s", config.run_id, self._settings.model or config.model)
         self._party = await self._engine.load(self._settings, description.genesis)
-        self._machine = SessionMachine(0, description.head, report_losses=config.report_losses)
+        self._machine = SessionMachine(
+            0,
+            description.head,
+            report_losses=config.report_losses,
+            report_rows=config.weighting == "rows",
+        )
         log.info("%d trainable elements", self._party.loaded.manifest.element_count)
 
     async def _catch_up(self, client: CoordinatorClient) -> None:
@@ -130,11 +135,13 @@ class Agent:
         run_id = self._genesis.config.run_id
         start = self._machine.round
         while True:
-            page = await client.read_journal(self._seqno, run_id=run_id, commits_only=True)
+            page = await client.read_journal(
+                self._seqno, run_id=run_id, commits_only=True, from_newest_base=True
+            )
             actions: list[SessionAction] = []
             try:
-                for entry in page.entries:
-                    event = _commit_event(entry.record)
+                for number, entry in enumerate(page.entries):
+                    event = _commit_event(entry.record, b"" if number else page.head_before)
                     if event is not None:
                         actions += self._step(event)
             finally:
@@ -154,6 +161,7 @@ class Agent:
     async def _session(self, client: CoordinatorClient) -> bool:
         """Keep one session until it ends; whether the run is finished."""
         assert self._machine is not None
+        assert self._genesis is not None
         stream = client.session()
         receiving: asyncio.Task[wire.SessionResponse | None] | None = None
         joined = False
@@ -172,7 +180,7 @@ class Agent:
                     message, receiving = receiving.result(), None
                     if message is None:
                         raise UnavailableError("The coordinator ended the session.")
-                    event = event_of(message)
+                    event = event_of(message, self._genesis.config)
                     finished = await self._act(self._step(event), stream) or finished
                     if isinstance(event, Welcomed):
                         joined = True
@@ -289,12 +297,14 @@ def hello_of(party: Party, worker: str, round_: int, head: bytes) -> wire.Sessio
     )
 
 
-def _commit_event(record_bytes: bytes) -> CommitReceived | None:
+def _commit_event(record_bytes: bytes, head_before: bytes = b"") -> CommitReceived | None:
     record = decode_record(record_bytes)
-    return CommitReceived(record, record_bytes) if isinstance(record, Committed) else None
+    if not isinstance(record, Committed):
+        return None
+    return CommitReceived(record, record_bytes, head_before)
 
 
-def event_of(message: wire.SessionResponse) -> SessionEvent:
+def event_of(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
     """A message from the coordinator as the session machine takes it."""
     match message.WhichOneof("kind"):
         case "welcome":
@@ -304,7 +314,7 @@ def event_of(message: wire.SessionResponse) -> SessionEvent:
             if event is not None:
                 return event
         case "assign":
-            return assigned_from_pb(message.assign)
+            return assigned_from_pb(message.assign, config)
         case "ack":
             return Acknowledged(ticket_from_pb(message.ack.ticket))
         case "refused":

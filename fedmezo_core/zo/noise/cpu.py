@@ -1160,21 +1160,32 @@ def _round_run(
             tile_values[at + i] = _nearest_float16(tile_values[at + i])
 
 
+@_compiled
+def _decay(values: Any, at: Any, count: Any, decay: Any) -> None:
+    """values[at : at + count] times a commit's decay."""
+    if decay != np.float32(1):
+        for i in range(count):
+            values[at + i] *= decay
+
+
 # --- a range of a tensor -----------------------------------------------------------------------------
 #
 # Both take: out and base, 1-D, or their addresses; the range begin .. end of them; `start`, the element
-# index of out[0]; the journal's pairs; and a thread's scratch. They return FINITE, or the offset in out of
-# the first result that is NaN or infinite. float32 pairs of full rank, which need neither rounding nor
-# rows, have a kernel that works in `out` itself.
+# index of out[0]; the journal's pairs; for each commit the number of pairs up to its end (uint64) and its
+# decay; and a thread's scratch. They return FINITE, or the offset in out of the first result that is NaN
+# or infinite. float32 pairs of full rank, which need neither rounding nor rows, have a kernel that works
+# in `out` itself. In float32 a commit's end changes nothing, so that commits without a decay come as a
+# part of the one before.
 
 
 @_kernel
 def materialize_float32(
     out: Any, base: Any, out_of_place: Any, begin: Any, end: Any, start: Any, tensor: Any,
-    gaussian: Any, seeds: Any, coefficients: Any, words: Any, tile_values: Any,
+    gaussian: Any, seeds: Any, coefficients: Any, commit_ends: Any, decays: Any,
+    words: Any, tile_values: Any,
 ) -> Any:  # fmt: skip
-    """float32, full rank: commits' boundaries change nothing, so their pairs come joined."""
-    pairs = U64(seeds.shape[0])
+    """float32, full rank."""
+    commits = U64(commit_ends.shape[0])
     at = begin
     while at < end:
         element = start + at
@@ -1183,30 +1194,43 @@ def materialize_float32(
         row_begin, row_end = first // _ROW, (last + _ROW - _ONE) // _ROW
         largest = np.uint32(0)
         if last - first == _TILE:
-            done = _ZERO
-            if out_of_place and not gaussian and pairs > _ZERO:
+            pair = _ZERO
+            if (
+                out_of_place
+                and not gaussian
+                and commits > _ZERO
+                and commit_ends[0] > _ZERO
+                and decays[0] == np.float32(1)
+            ):
                 _set_rademacher(out, at, base, at, tile, tensor, seeds[0], coefficients[0], words)
-                done = _ONE
+                pair = _ONE
             elif out_of_place:
                 for i in range(_TILE):
                     out[at + i] = base[at + i]
-            if gaussian:
-                _add_gaussian(out, at, _ZERO, _ROWS, tile, tensor,
-                              seeds, coefficients, done, pairs, words)  # fmt: skip
-            else:
-                _add_rademacher(out, at, _ZERO, _ROWS, tile, tensor,
-                                seeds, coefficients, done, pairs, words)  # fmt: skip
+            for commit in range(commits):
+                _decay(out, at, _TILE, decays[commit])
+                if gaussian:
+                    _add_gaussian(out, at, _ZERO, _ROWS, tile, tensor,
+                                  seeds, coefficients, pair, commit_ends[commit], words)  # fmt: skip
+                else:
+                    _add_rademacher(out, at, _ZERO, _ROWS, tile, tensor,
+                                    seeds, coefficients, pair, commit_ends[commit], words)  # fmt: skip
+                pair = commit_ends[commit]
             for i in range(_TILE):
                 largest = _larger_magnitude(largest, out[at + i])
         else:
             for i in range(last - first):
                 tile_values[first + i] = base[at + i]
-            if gaussian:
-                _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, tensor,
-                              seeds, coefficients, _ZERO, pairs, words)  # fmt: skip
-            else:
-                _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, tensor,
-                                seeds, coefficients, _ZERO, pairs, words)  # fmt: skip
+            pair = _ZERO
+            for commit in range(commits):
+                _decay(tile_values, first, last - first, decays[commit])
+                if gaussian:
+                    _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, tensor,
+                                  seeds, coefficients, pair, commit_ends[commit], words)  # fmt: skip
+                else:
+                    _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, tensor,
+                                    seeds, coefficients, pair, commit_ends[commit], words)  # fmt: skip
+                pair = commit_ends[commit]
             for i in range(last - first):
                 value = tile_values[first + i]
                 out[at + i] = value
@@ -1223,10 +1247,10 @@ def materialize_float32(
 def materialize_tiles(
     out_address: Any, base_address: Any, begin: Any, end: Any, start: Any, tensor: Any,
     storage: Any, stochastic: Any, gaussian: Any, rank: Any, columns: Any,
-    seeds: Any, coefficients: Any, commit_ends: Any, rounding_seeds: Any,
+    seeds: Any, coefficients: Any, commit_ends: Any, rounding_seeds: Any, decays: Any,
     words: Any, tile_values: Any, row_patterns: Any, patterns: Any, used: Any, random_bits: Any,
 ) -> Any:  # fmt: skip
-    """Any storage and distribution, rounded after each commit; `commit_ends` in pairs, uint64."""
+    """Any storage and distribution, rounded after each commit."""
     commits = U64(commit_ends.shape[0])
     at, stop = U64(begin), U64(end)
     origin, base_at, out_at = U64(start), U64(base_address), U64(out_address)
@@ -1252,9 +1276,7 @@ def materialize_tiles(
             next_tile = base_at + next_begin * item_bytes
             pair = _ZERO
             for commit in range(commits):
-                # In float32 a commit's end changes nothing.
-                if storage == FLOAT32 and commit + _ONE < commits:
-                    continue
+                _decay(tile_values, first, rows * width, decays[commit])
                 _add_pairs(tile_values, first, rows, width, element, tensor_id, gaussian, rank_, stride,
                            seeds, coefficients, pair, commit_ends[commit],
                            words, row_patterns, patterns, used,

@@ -24,6 +24,8 @@ _LOW: Final = 0xFFFFFFFF
 
 Pairs = Sequence[tuple[int, float]]
 """Seeds and the coefficients of their directions, which float32 represents."""
+PlainCommit = tuple[Pairs, int, float]
+"""Pairs, the seed of their rounding, and the decay before them, which float32 represents."""
 
 
 def philox(blocks: torch.Tensor, seed: int, tensor_id: int, domain: int) -> list[torch.Tensor]:
@@ -175,7 +177,7 @@ def rounded(
 def materialize(
     out: torch.Tensor,
     base: torch.Tensor,
-    commits: Sequence[tuple[Pairs, int]],
+    commits: Sequence[PlainCommit],
     elements: torch.Tensor | int,
     *,
     tensor_id: int,
@@ -183,7 +185,7 @@ def materialize(
     stochastic: bool,
     columns: int,
 ) -> torch.Tensor:
-    """out = base + commits, each with its rounding seed; both flat and on one device.
+    """out = base + commits; both flat and on one device.
 
     `elements`: index in the tensor of the first, or int64 indices of all. Returns the least index of a
     result that is NaN or infinite, `NO_ELEMENT` if there is none: int64, a tensor without dimensions.
@@ -196,7 +198,9 @@ def materialize(
         else:
             here = elements[piece]
         value = base[piece].to(torch.float32, copy=True)
-        for pairs, rounding_seed in commits:
+        for pairs, rounding_seed, decay in commits:
+            if decay != 1.0:
+                value = value * decay
             for seed, coefficient in pairs:
                 value = value + noise(here, seed, tensor_id, distribution, columns) * coefficient
             value = rounded(value, base.dtype, stochastic, here, rounding_seed, tensor_id)

@@ -51,6 +51,8 @@ class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumType
     """Answers are coming in."""
     PHASE_FINISHED: _Phase.ValueType  # 3
     """All rounds are committed."""
+    PHASE_PAUSED: _Phase.ValueType  # 4
+    """Nothing goes on until a person resumes the run."""
 
 class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
     """Where a round is."""
@@ -63,6 +65,8 @@ PHASE_OPEN: Phase.ValueType  # 2
 """Answers are coming in."""
 PHASE_FINISHED: Phase.ValueType  # 3
 """All rounds are committed."""
+PHASE_PAUSED: Phase.ValueType  # 4
+"""Nothing goes on until a person resumes the run."""
 Global___Phase: typing_extensions.TypeAlias = Phase
 
 @typing.final
@@ -245,10 +249,13 @@ class Answer(google.protobuf.message.Message):
     PROJECTED_GRADS_FIELD_NUMBER: builtins.int
     MEAN_LOSS_FIELD_NUMBER: builtins.int
     WEIGHTS_DIGEST64_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
     mean_loss: builtins.float
     """Mean batch loss over the steps, in nats; only if the run reports losses."""
     weights_digest64: builtins.int
     """First 8 bytes (little-endian) of the digest of the weights it was measured on, when the assignment asks."""
+    rows: builtins.int
+    """Rows of its data; only if the run weights answers by them."""
     @property
     def ticket(self) -> Global___Ticket:
         """As assigned."""
@@ -264,11 +271,14 @@ class Answer(google.protobuf.message.Message):
         projected_grads: collections.abc.Iterable[builtins.float] | None = ...,
         mean_loss: builtins.float | None = ...,
         weights_digest64: builtins.int | None = ...,
+        rows: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_rows", b"_rows"]) -> typing.Literal["rows"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_weights_digest64", b"_weights_digest64"]) -> typing.Literal["weights_digest64"] | None: ...
 
@@ -415,7 +425,9 @@ Global___CommitNotice: typing_extensions.TypeAlias = CommitNotice
 
 @typing.final
 class Assign(google.protobuf.message.Message):
-    """One assignment: measure along z(first_seed), z(first_seed + 1), ... on the weights after round - 1."""
+    """One assignment: measure along the directions of its seeds on the weights after round - 1. Probe p of
+    local step h has seed first_seed + k, k being h * probes + p, or seed_offsets[k] where those are given.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -424,17 +436,28 @@ class Assign(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     WANT_DIGEST_FIELD_NUMBER: builtins.int
     DEADLINE_MS_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_FIELD_NUMBER: builtins.int
+    EPS_FIELD_NUMBER: builtins.int
+    SEED_OFFSETS_FIELD_NUMBER: builtins.int
     first_seed: builtins.int
-    """Seed of the first local step's first probe; probe p of step h has first_seed + h * probes + p."""
+    """What seeds are counted from."""
     steps: builtins.int
     """Local steps, 1 to 4096."""
     want_digest: builtins.bool
     """Whether the answer must carry the digest of the weights it starts from."""
     deadline_ms: builtins.int
     """Time until the round may close without this answer, in milliseconds."""
+    learning_rate: builtins.float
+    """Learning rate of the local steps. Absent: the contract's."""
+    eps: builtins.float
+    """Perturbation scale. Absent: the contract's."""
     @property
     def ticket(self) -> Global___Ticket:
         """Echo it."""
+
+    @property
+    def seed_offsets(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """steps x probes of them, below 65536, or none."""
 
     def __init__(
         self,
@@ -444,9 +467,16 @@ class Assign(google.protobuf.message.Message):
         steps: builtins.int = ...,
         want_digest: builtins.bool = ...,
         deadline_ms: builtins.int = ...,
+        learning_rate: builtins.float | None = ...,
+        eps: builtins.float | None = ...,
+        seed_offsets: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ticket", b"ticket"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["deadline_ms", b"deadline_ms", "first_seed", b"first_seed", "steps", b"steps", "ticket", b"ticket", "want_digest", b"want_digest"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_eps", b"_eps", "_learning_rate", b"_learning_rate", "eps", b"eps", "learning_rate", b"learning_rate", "ticket", b"ticket"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_eps", b"_eps", "_learning_rate", b"_learning_rate", "deadline_ms", b"deadline_ms", "eps", b"eps", "first_seed", b"first_seed", "learning_rate", b"learning_rate", "seed_offsets", b"seed_offsets", "steps", b"steps", "ticket", b"ticket", "want_digest", b"want_digest"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_eps", b"_eps"]) -> typing.Literal["eps"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
 
 Global___Assign: typing_extensions.TypeAlias = Assign
 
@@ -529,6 +559,7 @@ class ReadJournalRequest(google.protobuf.message.Message):
     RECORDS_MAX_FIELD_NUMBER: builtins.int
     COMMITS_ONLY_FIELD_NUMBER: builtins.int
     WAIT_MS_FIELD_NUMBER: builtins.int
+    FROM_NEWEST_BASE_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run; empty means whichever is served here."""
     from_seqno: builtins.int
@@ -539,6 +570,8 @@ class ReadJournalRequest(google.protobuf.message.Message):
     """Only genesis and commits: all that the weights depend on."""
     wait_ms: builtins.int
     """Waits up to this long for a first record, in milliseconds, 0 to 30000."""
+    from_newest_base: builtins.bool
+    """With commits_only: begins at the newest commit from the base, if that is at or after `from_seqno`."""
     def __init__(
         self,
         *,
@@ -547,8 +580,9 @@ class ReadJournalRequest(google.protobuf.message.Message):
         records_max: builtins.int = ...,
         commits_only: builtins.bool = ...,
         wait_ms: builtins.int = ...,
+        from_newest_base: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["commits_only", b"commits_only", "from_seqno", b"from_seqno", "records_max", b"records_max", "run_id", b"run_id", "wait_ms", b"wait_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["commits_only", b"commits_only", "from_newest_base", b"from_newest_base", "from_seqno", b"from_seqno", "records_max", b"records_max", "run_id", b"run_id", "wait_ms", b"wait_ms"]) -> None: ...
 
 Global___ReadJournalRequest: typing_extensions.TypeAlias = ReadJournalRequest
 
@@ -587,10 +621,13 @@ class ReadJournalResponse(google.protobuf.message.Message):
     ENTRIES_FIELD_NUMBER: builtins.int
     NEXT_SEQNO_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
+    HEAD_BEFORE_FIELD_NUMBER: builtins.int
     next_seqno: builtins.int
     """Where to read on."""
     finished: builtins.bool
     """Whether the run is finished and nothing more will follow."""
+    head_before: builtins.bytes
+    """If the page begins with a commit from the base: the head before it. 32 bytes or none."""
     @property
     def entries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___JournalEntry]:
         """In order."""
@@ -601,8 +638,9 @@ class ReadJournalResponse(google.protobuf.message.Message):
         entries: collections.abc.Iterable[Global___JournalEntry] | None = ...,
         next_seqno: builtins.int = ...,
         finished: builtins.bool = ...,
+        head_before: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["entries", b"entries", "finished", b"finished", "next_seqno", b"next_seqno"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries", "finished", b"finished", "head_before", b"head_before", "next_seqno", b"next_seqno"]) -> None: ...
 
 Global___ReadJournalResponse: typing_extensions.TypeAlias = ReadJournalResponse
 
@@ -640,6 +678,7 @@ class WorkerStatus(google.protobuf.message.Message):
     DIVERGED_FIELD_NUMBER: builtins.int
     COMPLAINT_FIELD_NUMBER: builtins.int
     MEASURING_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_FIELD_NUMBER: builtins.int
     worker: builtins.str
     """Name."""
     connected: builtins.bool
@@ -660,6 +699,8 @@ class WorkerStatus(google.protobuf.message.Message):
     """Last thing it could not do, or was refused for; empty if none."""
     measuring: builtins.bool
     """Whether its answer is awaited now."""
+    learning_rate: builtins.float
+    """Learning rate of its last assignment since this coordinator start."""
     def __init__(
         self,
         *,
@@ -673,9 +714,13 @@ class WorkerStatus(google.protobuf.message.Message):
         diverged: builtins.bool = ...,
         complaint: builtins.str = ...,
         measuring: builtins.bool = ...,
+        learning_rate: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "mean_loss", b"mean_loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "answered_after_ms", b"answered_after_ms", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "mean_loss", b"mean_loss", "measuring", b"measuring", "rounds_answered", b"rounds_answered", "worker", b"worker"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "answered_after_ms", b"answered_after_ms", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "measuring", b"measuring", "rounds_answered", b"rounds_answered", "worker", b"worker"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
 
 Global___WorkerStatus: typing_extensions.TypeAlias = WorkerStatus
@@ -753,6 +798,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     RECENT_ROUNDS_FIELD_NUMBER: builtins.int
     TRAINABLE_BYTES_FIELD_NUMBER: builtins.int
     UPTIME_MS_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     """Where it is."""
     round: builtins.int
@@ -767,6 +813,8 @@ class GetStatusResponse(google.protobuf.message.Message):
     """Bytes of the trainable weights: what one party would send by shipping them."""
     uptime_ms: builtins.int
     """Milliseconds since this coordinator start."""
+    reason: builtins.str
+    """Why the run is paused, or ended early; empty if neither."""
     @property
     def config(self) -> fedmezo_proto.v1.journal_pb2.RunConfig:
         """The run's contract."""
@@ -807,9 +855,10 @@ class GetStatusResponse(google.protobuf.message.Message):
         recent_rounds: collections.abc.Iterable[Global___RoundStatus] | None = ...,
         trainable_bytes: builtins.int = ...,
         uptime_ms: builtins.int = ...,
+        reason: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "divergences", b"divergences", "epoch", b"epoch", "evaluations", b"evaluations", "head", b"head", "phase", b"phase", "recent_rounds", b"recent_rounds", "records", b"records", "round", b"round", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "divergences", b"divergences", "epoch", b"epoch", "evaluations", b"evaluations", "head", b"head", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "round", b"round", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
 
 Global___GetStatusResponse: typing_extensions.TypeAlias = GetStatusResponse
 

@@ -119,6 +119,146 @@ ESTIMATOR_ONE_SIDED: Estimator.ValueType  # 2
 """At W + eps z and at W, the latter once for all probes of a step."""
 Global___Estimator: typing_extensions.TypeAlias = Estimator
 
+class _Schedule:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ScheduleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Schedule.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SCHEDULE_UNSPECIFIED: _Schedule.ValueType  # 0
+    """Not a value; refused."""
+    SCHEDULE_CONSTANT: _Schedule.ValueType  # 1
+    """It stays."""
+    SCHEDULE_LINEAR: _Schedule.ValueType  # 2
+    """In a straight line."""
+    SCHEDULE_COSINE: _Schedule.ValueType  # 3
+    """Half a cosine wave."""
+
+class Schedule(_Schedule, metaclass=_ScheduleEnumTypeWrapper):
+    """How the learning rate goes down over the rounds, after its warm-up."""
+
+SCHEDULE_UNSPECIFIED: Schedule.ValueType  # 0
+"""Not a value; refused."""
+SCHEDULE_CONSTANT: Schedule.ValueType  # 1
+"""It stays."""
+SCHEDULE_LINEAR: Schedule.ValueType  # 2
+"""In a straight line."""
+SCHEDULE_COSINE: Schedule.ValueType  # 3
+"""Half a cosine wave."""
+Global___Schedule: typing_extensions.TypeAlias = Schedule
+
+class _Weighting:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _WeightingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Weighting.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    WEIGHTING_UNSPECIFIED: _Weighting.ValueType  # 0
+    """Not a value; refused."""
+    WEIGHTING_UNIFORM: _Weighting.ValueType  # 1
+    """All alike."""
+    WEIGHTING_ROWS: _Weighting.ValueType  # 2
+    """By the count of each worker's rows."""
+
+class Weighting(_Weighting, metaclass=_WeightingEnumTypeWrapper):
+    """How answers are averaged."""
+
+WEIGHTING_UNSPECIFIED: Weighting.ValueType  # 0
+"""Not a value; refused."""
+WEIGHTING_UNIFORM: Weighting.ValueType  # 1
+"""All alike."""
+WEIGHTING_ROWS: Weighting.ValueType  # 2
+"""By the count of each worker's rows."""
+Global___Weighting: typing_extensions.TypeAlias = Weighting
+
+class _PersonalRate:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PersonalRateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PersonalRate.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PERSONAL_RATE_UNSPECIFIED: _PersonalRate.ValueType  # 0
+    """Not a value; refused."""
+    PERSONAL_RATE_FROZEN: _PersonalRate.ValueType  # 1
+    """Nothing: all have the same."""
+    PERSONAL_RATE_LAST_LOSS: _PersonalRate.ValueType  # 2
+    """Its loss of the last round that it answered."""
+    PERSONAL_RATE_MEAN_LOSS: _PersonalRate.ValueType  # 3
+    """Its mean loss of the last five."""
+    PERSONAL_RATE_UPDATE_DISTANCE: _PersonalRate.ValueType  # 4
+    """How far its update was from the mean update."""
+    PERSONAL_RATE_RANDOM: _PersonalRate.ValueType  # 5
+    """Chance."""
+
+class PersonalRate(_PersonalRate, metaclass=_PersonalRateEnumTypeWrapper):
+    """What a worker's own learning rate follows."""
+
+PERSONAL_RATE_UNSPECIFIED: PersonalRate.ValueType  # 0
+"""Not a value; refused."""
+PERSONAL_RATE_FROZEN: PersonalRate.ValueType  # 1
+"""Nothing: all have the same."""
+PERSONAL_RATE_LAST_LOSS: PersonalRate.ValueType  # 2
+"""Its loss of the last round that it answered."""
+PERSONAL_RATE_MEAN_LOSS: PersonalRate.ValueType  # 3
+"""Its mean loss of the last five."""
+PERSONAL_RATE_UPDATE_DISTANCE: PersonalRate.ValueType  # 4
+"""How far its update was from the mean update."""
+PERSONAL_RATE_RANDOM: PersonalRate.ValueType  # 5
+"""Chance."""
+Global___PersonalRate: typing_extensions.TypeAlias = PersonalRate
+
+class _SeedPolicy:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _SeedPolicyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_SeedPolicy.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    SEED_POLICY_UNSPECIFIED: _SeedPolicy.ValueType  # 0
+    """Not a value; refused."""
+    SEED_POLICY_PER_WORKER: _SeedPolicy.ValueType  # 1
+    """Each worker's own."""
+    SEED_POLICY_SHARED: _SeedPolicy.ValueType  # 2
+    """The same for all workers of a round."""
+    SEED_POLICY_POOL: _SeedPolicy.ValueType  # 3
+    """Drawn from one pool for the whole run."""
+
+class SeedPolicy(_SeedPolicy, metaclass=_SeedPolicyEnumTypeWrapper):
+    """Whose directions are measured."""
+
+SEED_POLICY_UNSPECIFIED: SeedPolicy.ValueType  # 0
+"""Not a value; refused."""
+SEED_POLICY_PER_WORKER: SeedPolicy.ValueType  # 1
+"""Each worker's own."""
+SEED_POLICY_SHARED: SeedPolicy.ValueType  # 2
+"""The same for all workers of a round."""
+SEED_POLICY_POOL: SeedPolicy.ValueType  # 3
+"""Drawn from one pool for the whole run."""
+Global___SeedPolicy: typing_extensions.TypeAlias = SeedPolicy
+
+class _PoolSampling:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PoolSamplingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PoolSampling.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    POOL_SAMPLING_UNSPECIFIED: _PoolSampling.ValueType  # 0
+    """Not a value; refused."""
+    POOL_SAMPLING_UNIFORM: _PoolSampling.ValueType  # 1
+    """All alike."""
+    POOL_SAMPLING_WEIGHTED: _PoolSampling.ValueType  # 2
+    """By the size of their projected gradients so far."""
+
+class PoolSampling(_PoolSampling, metaclass=_PoolSamplingEnumTypeWrapper):
+    """How seeds are drawn from a pool."""
+
+POOL_SAMPLING_UNSPECIFIED: PoolSampling.ValueType  # 0
+"""Not a value; refused."""
+POOL_SAMPLING_UNIFORM: PoolSampling.ValueType  # 1
+"""All alike."""
+POOL_SAMPLING_WEIGHTED: PoolSampling.ValueType  # 2
+"""By the size of their projected gradients so far."""
+Global___PoolSampling: typing_extensions.TypeAlias = PoolSampling
+
 class _Rounding:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -180,6 +320,9 @@ class Record(google.protobuf.message.Message):
     COMMITTED_FIELD_NUMBER: builtins.int
     DIVERGED_FIELD_NUMBER: builtins.int
     EVALUATED_FIELD_NUMBER: builtins.int
+    PAUSED_FIELD_NUMBER: builtins.int
+    RESUMED_FIELD_NUMBER: builtins.int
+    STOPPED_FIELD_NUMBER: builtins.int
     @property
     def genesis(self) -> Global___Genesis:
         """Always and only record 0."""
@@ -208,6 +351,18 @@ class Record(google.protobuf.message.Message):
     def evaluated(self) -> Global___Evaluated:
         """The coordinator's replica was evaluated on held-out data."""
 
+    @property
+    def paused(self) -> Global___Paused:
+        """The run was stopped for a person to look at."""
+
+    @property
+    def resumed(self) -> Global___Resumed:
+        """A person let it go on."""
+
+    @property
+    def stopped(self) -> Global___Stopped:
+        """The run ended before its last round."""
+
     def __init__(
         self,
         *,
@@ -218,10 +373,13 @@ class Record(google.protobuf.message.Message):
         committed: Global___Committed | None = ...,
         diverged: Global___Diverged | None = ...,
         evaluated: Global___Evaluated | None = ...,
+        paused: Global___Paused | None = ...,
+        resumed: Global___Resumed | None = ...,
+        stopped: Global___Stopped | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answered", b"answered", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "started", b"started"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "started", b"started"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated"] | None: ...
+    def HasField(self, field_name: typing.Literal["answered", b"answered", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "started", b"started", "stopped", b"stopped"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped"] | None: ...
 
 Global___Record: typing_extensions.TypeAlias = Record
 
@@ -293,13 +451,21 @@ class Opened(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     FIRST_SLOT_FIELD_NUMBER: builtins.int
     WORKERS_FIELD_NUMBER: builtins.int
+    LEARNING_RATES_FIELD_NUMBER: builtins.int
+    EPS_FIELD_NUMBER: builtins.int
     round: builtins.int
     """1, 2, 3, ... without gaps."""
     first_slot: builtins.int
     """Slot of the first worker named below; 0 when the round opens."""
+    eps: builtins.float
+    """Perturbation scale of the round. Absent: the contract's."""
     @property
     def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Worker names, slot by slot."""
+
+    @property
+    def learning_rates(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Learning rate of each of these slots; empty: the contract's, for all."""
 
     def __init__(
         self,
@@ -307,8 +473,12 @@ class Opened(google.protobuf.message.Message):
         round: builtins.int = ...,
         first_slot: builtins.int = ...,
         workers: collections.abc.Iterable[builtins.str] | None = ...,
+        learning_rates: collections.abc.Iterable[builtins.float] | None = ...,
+        eps: builtins.float | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["first_slot", b"first_slot", "round", b"round", "workers", b"workers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_eps", b"_eps", "eps", b"eps"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_eps", b"_eps", "eps", b"eps", "first_slot", b"first_slot", "learning_rates", b"learning_rates", "round", b"round", "workers", b"workers"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_eps", b"_eps"]) -> typing.Literal["eps"] | None: ...
 
 Global___Opened: typing_extensions.TypeAlias = Opened
 
@@ -323,6 +493,7 @@ class Answered(google.protobuf.message.Message):
     PROJECTED_GRADS_FIELD_NUMBER: builtins.int
     MEAN_LOSS_FIELD_NUMBER: builtins.int
     WEIGHTS_DIGEST64_FIELD_NUMBER: builtins.int
+    ROWS_FIELD_NUMBER: builtins.int
     round: builtins.int
     """The round."""
     slot: builtins.int
@@ -331,6 +502,8 @@ class Answered(google.protobuf.message.Message):
     """Mean of the batch losses over the steps; set only if the run reports losses."""
     weights_digest64: builtins.int
     """First 8 bytes (little-endian) of the digest of the weights it was measured on; digest rounds only."""
+    rows: builtins.int
+    """Rows of the worker's data; only if answers are weighted by them."""
     @property
     def projected_grads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Projected gradients, one for each probe of each local step, step by step: (loss+ - loss-) / (2 eps)
@@ -345,11 +518,14 @@ class Answered(google.protobuf.message.Message):
         projected_grads: collections.abc.Iterable[builtins.float] | None = ...,
         mean_loss: builtins.float | None = ...,
         weights_digest64: builtins.int | None = ...,
+        rows: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "round", b"round", "slot", b"slot", "weights_digest64", b"weights_digest64"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "rows", b"rows", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "round", b"round", "rows", b"rows", "slot", b"slot", "weights_digest64", b"weights_digest64"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_rows", b"_rows"]) -> typing.Literal["rows"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_weights_digest64", b"_weights_digest64"]) -> typing.Literal["weights_digest64"] | None: ...
 
@@ -381,8 +557,9 @@ Global___PairRun: typing_extensions.TypeAlias = PairRun
 
 @typing.final
 class Committed(google.protobuf.message.Message):
-    """A closed round. Applying it: for each element, acc = value; for each pair in order,
-    acc = acc + coefficient * z(seed); then round once to the storage type.
+    """A closed round. Applying it: for each element, acc = value, times `decay` if there is one; for each
+    pair in order, acc = acc + coefficient * z(seed); then round once to the storage type. The value is
+    that after the round before, or with `from_base` that of the base.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -390,13 +567,19 @@ class Committed(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     RUNS_FIELD_NUMBER: builtins.int
     ROUNDING_SEED_FIELD_NUMBER: builtins.int
+    DECAY_FIELD_NUMBER: builtins.int
+    FROM_BASE_FIELD_NUMBER: builtins.int
     round: builtins.int
     """The round that closed. Commits are in round order without gaps."""
     rounding_seed: builtins.int
     """Key of the deterministic stochastic rounding of this commit."""
+    decay: builtins.float
+    """What every weight is multiplied by first, above 0 and below 1. Absent: 1."""
+    from_base: builtins.bool
+    """This commit holds all that the rounds so far made of the base, and is applied to the base."""
     @property
     def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PairRun]:
-        """In slot order."""
+        """In slot order; of shared and pooled seeds each once, ascending."""
 
     def __init__(
         self,
@@ -404,10 +587,76 @@ class Committed(google.protobuf.message.Message):
         round: builtins.int = ...,
         runs: collections.abc.Iterable[Global___PairRun] | None = ...,
         rounding_seed: builtins.int = ...,
+        decay: builtins.float | None = ...,
+        from_base: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["round", b"round", "rounding_seed", b"rounding_seed", "runs", b"runs"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_decay", b"_decay", "decay", b"decay"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_decay", b"_decay", "decay", b"decay", "from_base", b"from_base", "round", b"round", "rounding_seed", b"rounding_seed", "runs", b"runs"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_decay", b"_decay"]) -> typing.Literal["decay"] | None: ...
 
 Global___Committed: typing_extensions.TypeAlias = Committed
+
+@typing.final
+class Paused(google.protobuf.message.Message):
+    """The run was stopped after `round` for a person to look at. Nothing is assigned until it is resumed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """Last committed round."""
+    reason: builtins.str
+    """One sentence."""
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "round", b"round"]) -> None: ...
+
+Global___Paused: typing_extensions.TypeAlias = Paused
+
+@typing.final
+class Resumed(google.protobuf.message.Message):
+    """A person let a paused run go on."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RATE_FACTOR_FIELD_NUMBER: builtins.int
+    rate_factor: builtins.float
+    """What learning rates are multiplied by from now on, on top of earlier factors. Finite, above 0."""
+    def __init__(
+        self,
+        *,
+        rate_factor: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["rate_factor", b"rate_factor"]) -> None: ...
+
+Global___Resumed: typing_extensions.TypeAlias = Resumed
+
+@typing.final
+class Stopped(google.protobuf.message.Message):
+    """The run ended after `round`, before the last one of its contract."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """Last committed round."""
+    reason: builtins.str
+    """One sentence."""
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "round", b"round"]) -> None: ...
+
+Global___Stopped: typing_extensions.TypeAlias = Stopped
 
 @typing.final
 class Diverged(google.protobuf.message.Message):
@@ -513,6 +762,8 @@ class TaskConfig(google.protobuf.message.Message):
     VERBALIZERS_FIELD_NUMBER: builtins.int
     RESPONSE_COLUMN_FIELD_NUMBER: builtins.int
     TOKENS_MAX_FIELD_NUMBER: builtins.int
+    OBJECTIVE_FIELD_NUMBER: builtins.int
+    GENERATED_TOKENS_MAX_FIELD_NUMBER: builtins.int
     kind: Global___TaskKind.ValueType
     """The kind of loss."""
     template: builtins.str
@@ -523,6 +774,10 @@ class TaskConfig(google.protobuf.message.Message):
     """Column that holds the wanted answer (instruction)."""
     tokens_max: builtins.int
     """Longest row in tokens, 8 to 131072; longer prompts are cut."""
+    objective: builtins.str
+    """module:function that scores a batch instead of a loss. Absent: none."""
+    generated_tokens_max: builtins.int
+    """Tokens generated from each prompt for the objective, 0 to 4096. Absent: 0."""
     @property
     def verbalizers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Verbalizer]:
         """At least two (classification)."""
@@ -536,8 +791,15 @@ class TaskConfig(google.protobuf.message.Message):
         verbalizers: collections.abc.Iterable[Global___Verbalizer] | None = ...,
         response_column: builtins.str = ...,
         tokens_max: builtins.int = ...,
+        objective: builtins.str | None = ...,
+        generated_tokens_max: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kind", b"kind", "label_column", b"label_column", "response_column", b"response_column", "template", b"template", "tokens_max", b"tokens_max", "verbalizers", b"verbalizers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_generated_tokens_max", b"_generated_tokens_max", "_objective", b"_objective", "generated_tokens_max", b"generated_tokens_max", "objective", b"objective"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_generated_tokens_max", b"_generated_tokens_max", "_objective", b"_objective", "generated_tokens_max", b"generated_tokens_max", "kind", b"kind", "label_column", b"label_column", "objective", b"objective", "response_column", b"response_column", "template", b"template", "tokens_max", b"tokens_max", "verbalizers", b"verbalizers"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_generated_tokens_max", b"_generated_tokens_max"]) -> typing.Literal["generated_tokens_max"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_objective", b"_objective"]) -> typing.Literal["objective"] | None: ...
 
 Global___TaskConfig: typing_extensions.TypeAlias = TaskConfig
 
@@ -597,6 +859,23 @@ class RunConfig(google.protobuf.message.Message):
     REPORT_LOSSES_FIELD_NUMBER: builtins.int
     PROBES_FIELD_NUMBER: builtins.int
     ESTIMATOR_FIELD_NUMBER: builtins.int
+    NORMALIZED_STEP_FIELD_NUMBER: builtins.int
+    SCHEDULE_FIELD_NUMBER: builtins.int
+    WARMUP_ROUNDS_FIELD_NUMBER: builtins.int
+    FINAL_RATE_FRACTION_FIELD_NUMBER: builtins.int
+    EPS_FOLLOWS_RATE_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: builtins.int
+    WEIGHTING_FIELD_NUMBER: builtins.int
+    PERSONAL_RATE_FIELD_NUMBER: builtins.int
+    PERSONAL_RATE_AMPLITUDE_FIELD_NUMBER: builtins.int
+    SEED_POLICY_FIELD_NUMBER: builtins.int
+    POOL_SIZE_FIELD_NUMBER: builtins.int
+    POOL_SAMPLING_FIELD_NUMBER: builtins.int
+    REBASE_EVERY_ROUNDS_FIELD_NUMBER: builtins.int
+    TRAIN_FIELD_NUMBER: builtins.int
+    PAUSE_LOSS_FACTOR_FIELD_NUMBER: builtins.int
+    PAUSE_ROUNDS_FIELD_NUMBER: builtins.int
+    EARLY_STOP_EVALUATIONS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """[a-z0-9-], 1 to 64 characters."""
     model: builtins.str
@@ -637,6 +916,38 @@ class RunConfig(google.protobuf.message.Message):
     """Directions measured on each batch, 1 to 1024. Absent: 1."""
     estimator: Global___Estimator.ValueType
     """Where the losses are taken. Absent: two-sided."""
+    normalized_step: builtins.bool
+    """Whether projected gradients are divided by their root mean square. Absent: false."""
+    schedule: Global___Schedule.ValueType
+    """Absent: constant."""
+    warmup_rounds: builtins.int
+    """Below rounds. Absent: 0."""
+    final_rate_fraction: builtins.float
+    """0 to 1. Absent: 0."""
+    eps_follows_rate: builtins.bool
+    """Absent: false."""
+    weight_decay: builtins.float
+    """0 or more; learning_rate x weight_decay below 1. Absent: 0."""
+    weighting: Global___Weighting.ValueType
+    """Absent: uniform."""
+    personal_rate: Global___PersonalRate.ValueType
+    """Absent: frozen."""
+    personal_rate_amplitude: builtins.float
+    """Above 0, below learning_rate. Absent: half of it."""
+    seed_policy: Global___SeedPolicy.ValueType
+    """Absent: per worker."""
+    pool_size: builtins.int
+    """1 to 65536. Absent: 1024."""
+    pool_sampling: Global___PoolSampling.ValueType
+    """Absent: uniform."""
+    rebase_every_rounds: builtins.int
+    """1 or more. Absent: 64."""
+    pause_loss_factor: builtins.float
+    """Above 1. Absent: 3."""
+    pause_rounds: builtins.int
+    """0: never. Absent: 5."""
+    early_stop_evaluations: builtins.int
+    """0: never. Absent: 0."""
     @property
     def task(self) -> Global___TaskConfig:
         """The task."""
@@ -644,6 +955,10 @@ class RunConfig(google.protobuf.message.Message):
     @property
     def lora(self) -> Global___LoraConfig:
         """Absent: all parameters are trained."""
+
+    @property
+    def train(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Names of the modules whose own parameters are trained. Empty: all."""
 
     def __init__(
         self,
@@ -670,14 +985,63 @@ class RunConfig(google.protobuf.message.Message):
         report_losses: builtins.bool = ...,
         probes: builtins.int | None = ...,
         estimator: Global___Estimator.ValueType | None = ...,
+        normalized_step: builtins.bool | None = ...,
+        schedule: Global___Schedule.ValueType | None = ...,
+        warmup_rounds: builtins.int | None = ...,
+        final_rate_fraction: builtins.float | None = ...,
+        eps_follows_rate: builtins.bool | None = ...,
+        weight_decay: builtins.float | None = ...,
+        weighting: Global___Weighting.ValueType | None = ...,
+        personal_rate: Global___PersonalRate.ValueType | None = ...,
+        personal_rate_amplitude: builtins.float | None = ...,
+        seed_policy: Global___SeedPolicy.ValueType | None = ...,
+        pool_size: builtins.int | None = ...,
+        pool_sampling: Global___PoolSampling.ValueType | None = ...,
+        rebase_every_rounds: builtins.int | None = ...,
+        train: collections.abc.Iterable[builtins.str] | None = ...,
+        pause_loss_factor: builtins.float | None = ...,
+        pause_rounds: builtins.int | None = ...,
+        early_stop_evaluations: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_estimator", b"_estimator", "_lora", b"_lora", "_probes", b"_probes", "estimator", b"estimator", "lora", b"lora", "probes", b"probes", "task", b"task"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_estimator", b"_estimator", "_lora", b"_lora", "_probes", b"_probes", "batch_size", b"batch_size", "cohort_size_max", b"cohort_size_max", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "eps", b"eps", "estimator", b"estimator", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "probes", b"probes", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "seed", b"seed", "task", b"task", "workers_min", b"workers_min"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "early_stop_evaluations", b"early_stop_evaluations", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "lora", b"lora", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "rebase_every_rounds", b"rebase_every_rounds", "schedule", b"schedule", "seed_policy", b"seed_policy", "task", b"task", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "batch_size", b"batch_size", "cohort_size_max", b"cohort_size_max", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "early_stop_evaluations", b"early_stop_evaluations", "eps", b"eps", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "rebase_every_rounds", b"rebase_every_rounds", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "schedule", b"schedule", "seed", b"seed", "seed_policy", b"seed_policy", "task", b"task", "train", b"train", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting", "workers_min", b"workers_min"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_early_stop_evaluations", b"_early_stop_evaluations"]) -> typing.Literal["early_stop_evaluations"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_eps_follows_rate", b"_eps_follows_rate"]) -> typing.Literal["eps_follows_rate"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_estimator", b"_estimator"]) -> typing.Literal["estimator"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_final_rate_fraction", b"_final_rate_fraction"]) -> typing.Literal["final_rate_fraction"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_lora", b"_lora"]) -> typing.Literal["lora"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_normalized_step", b"_normalized_step"]) -> typing.Literal["normalized_step"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_pause_loss_factor", b"_pause_loss_factor"]) -> typing.Literal["pause_loss_factor"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_pause_rounds", b"_pause_rounds"]) -> typing.Literal["pause_rounds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_personal_rate", b"_personal_rate"]) -> typing.Literal["personal_rate"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_personal_rate_amplitude", b"_personal_rate_amplitude"]) -> typing.Literal["personal_rate_amplitude"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_pool_sampling", b"_pool_sampling"]) -> typing.Literal["pool_sampling"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_pool_size", b"_pool_size"]) -> typing.Literal["pool_size"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_probes", b"_probes"]) -> typing.Literal["probes"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_rebase_every_rounds", b"_rebase_every_rounds"]) -> typing.Literal["rebase_every_rounds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_schedule", b"_schedule"]) -> typing.Literal["schedule"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_seed_policy", b"_seed_policy"]) -> typing.Literal["seed_policy"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_warmup_rounds", b"_warmup_rounds"]) -> typing.Literal["warmup_rounds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_weight_decay", b"_weight_decay"]) -> typing.Literal["weight_decay"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_weighting", b"_weighting"]) -> typing.Literal["weighting"] | None: ...
 
 Global___RunConfig: typing_extensions.TypeAlias = RunConfig

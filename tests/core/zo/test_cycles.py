@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from fedmezo_core.config import TaskConfig
+from fedmezo_core.config import RunConfig, TaskConfig
+from fedmezo_core.events import Work
 from fedmezo_core.zo.estimator import Estimator, local_steps
 from fedmezo_core.zo.manifest import manifest_of
 from fedmezo_core.zo.materialize import Commit, Rounding
@@ -57,18 +58,15 @@ def test_cycles_of_learning_rate_zero_change_nothing(
         "threads": 1,
     }
     estimator = Estimator(model, manifest, task, **options)
+    config = RunConfig(run_id="cycles", model="none", task=task.config)
     weights = Weights(model, manifest, **options)
     before, seen = weights.digest(), set()
     for cycle in range(cycles):
         steps = local_steps(
             estimator,
             lambda _: batch,
-            first_seed=cycle << 16,
-            steps=1,
-            probes=1,
-            eps=1e-3,
-            learning_rate=0.0,
-            projected_grad_abs_max=1e4,
+            Work((cycle << 16,), learning_rate=0.0, eps=1e-3, want_digest=False),
+            config,
         )
         seen.add(float(steps.projected_grads[0]))
         pairs = np.array([cycle << 16], np.uint64), np.float32(-0.0) * steps.projected_grads

@@ -28,6 +28,8 @@ from tests.core.zo.test_materialize import (
     bits,
     commit_of,
     fans,
+    golden_name,
+    golden_operands,
     golden_weights,
     journals,
     places,
@@ -117,7 +119,7 @@ def test_kernels_equal_the_specification(
     start, size, columns = WHERE[which % len(WHERE)]
     commits = [
         commit_of(generator, 2, 1e-3, 5),
-        commit_of(generator, 1, 1e-39, 2**64 - 1),
+        commit_of(generator, 1, 1e-39, 2**64 - 1, decay=0.9),
     ]
     check(
         commits, weights_of(generator, size, storage[0]), rounding=storage[1], start=start,
@@ -173,10 +175,11 @@ def test_pieces_of_the_portable_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def golden_cases() -> list[Any]:
     """All for the portable path; for the slow interpreter, a few."""
     cases = golden_weights()
-    names = [f"{c['distribution']}-{c['dtype']}-{c['rounding']}" for c in cases]
+    names = [golden_name(case) for case in cases]
     few = [names.index(name) for name in (
         "gaussian-float32-nearest", "rademacher-bfloat16-stochastic", "low_rank_2-float16-stochastic",
-        "low_rank_4-bfloat16-nearest",
+        "low_rank_4-bfloat16-nearest", "rademacher-float32-nearest-decay",
+        "gaussian-float16-stochastic-decay",
     )]  # fmt: skip
     return [
         pytest.param("portable", c, id=f"portable-{n}") for n, c in zip(names, cases, strict=True)
@@ -185,23 +188,14 @@ def golden_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("backend", "case"), golden_cases(), indirect=["backend"])
 def test_golden_weights(backend: str, case: dict[str, Any]) -> None:
-    dtype = getattr(torch, case["dtype"])
-    base = ((torch.arange(48) - 24) / 512).to(dtype)
-    commits = [
-        Commit(
-            np.array([int(seed, 16) for seed in commit["seeds"]], dtype=np.uint64),
-            np.array([int(c, 16) for c in commit["coefficients"]], np.uint32).view(np.float32),
-            int(commit["rounding_seed"], 16),
-        )
-        for commit in case["commits"]
-    ]
+    base, commits = golden_operands(case)
     out = torch.empty_like(base)
     assert devices.materialize(
         out, base, commits, tensor_id=case["tensor_id"], start=case["start"],
         distribution=Distribution(case["distribution"]),
         stochastic=case["rounding"] == "stochastic", columns=case.get("columns", 48),
     )  # fmt: skip
-    digits = 8 if dtype == torch.float32 else 4
+    digits = 8 if base.dtype == torch.float32 else 4
     got = bits(out).tolist()
     assert " ".join(f"{v & (16**digits - 1):0{digits}x}" for v in got) == case["result"]
 
@@ -266,6 +260,45 @@ def test_any_fan_equals_one_call_for_each_output(
         expected = torch.empty_like(base)
         materialize_reference(expected, base, [commit], rounding=Rounding.STOCHASTIC, **how)
         assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("storage", STORAGE[::2], ids=str)
+def test_commits_with_and_without_decay(
+    storage: tuple[torch.dtype, Rounding], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of commits that float32 takes as one, an empty one among them; tiny weights."""
+    use(monkeypatch, interpreted())
+    generator = np.random.default_rng(12)
+    decays = [1.0, 1.0, 1 - 1e-4, 2.0**-149, 1.0, 0.5, 1.0]
+    commits = [commit_of(generator, k % 2, 1e-39, k, decay) for k, decay in enumerate(decays)]
+    for distribution in (Distribution.RADEMACHER, Distribution.LOW_RANK_2):
+        check(
+            commits, weights_of(generator, 100, storage[0]) * 1e-3, rounding=storage[1], start=4000,
+            columns=37, distribution=distribution,
+        )  # fmt: skip
+
+
+def test_a_fan_of_commits_with_a_decay(backend: str) -> None:
+    generator = np.random.default_rng(13)
+    base = weights_of(generator, 130, torch.bfloat16)
+    pairs = np.array([7], np.uint64), np.array([1e-3], np.float32)
+    commits = [Commit(*pairs, 5, decay=0.5), Commit(*pairs, 5), Commit(*pairs, 6, decay=0.25)]
+    how: dict[str, Any] = {
+        "tensor_id": 7, "start": 77, "columns": 13, "distribution": Distribution.RADEMACHER,
+    }  # fmt: skip
+    outs = list(torch.empty(3, 130, dtype=torch.bfloat16))
+    with devices.finite_results():
+        fan(outs, base, commits, stochastic=True, **how)
+    for out, commit in zip(outs, commits, strict=True):
+        expected = torch.empty_like(base)
+        materialize_reference(expected, base, [commit], rounding=Rounding.STOCHASTIC, **how)
+        assert_same_bits(out, expected)
+    base[60] = float("inf")
+    with (
+        pytest.raises(NumericError, match=r"Tensor 7 \(wte\): element 137 is NaN or inf"),
+        devices.finite_results(),
+    ):
+        fan(outs, base, commits, stochastic=True, **how)
 
 
 @pytest.mark.parametrize("distribution", [Distribution.GAUSSIAN, Distribution.LOW_RANK_1])

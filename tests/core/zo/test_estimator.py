@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.config import LoraConfig, TaskConfig
+from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
 from fedmezo_core.errors import MeasurementError, ModelError, NumericError
+from fedmezo_core.events import Work
 from fedmezo_core.zo import devices
 from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo import forward as forward_module
@@ -600,14 +601,10 @@ def test_local_steps_chain_their_own_pairs(
     model = model_of("llama-tied")
     task, batch = _task(tokenizer, "classification")
     estimator = _estimator(model, manifest_of(model), task)
-    arguments: dict[str, Any] = {
-        "first_seed": 1 << 40,
-        "steps": 2,
-        "probes": 2,
-        "eps": EPS,
-        "learning_rate": 1e-3,
-    }
-    steps = local_steps(estimator, lambda _: batch, projected_grad_abs_max=1e4, **arguments)
+    first_seed = 1 << 40
+    work = Work(tuple(range(first_seed, first_seed + 4)), 1e-3, EPS, want_digest=False)
+    config = RunConfig(run_id="local", model="none", task=task.config, probes=2)
+    steps = local_steps(estimator, lambda _: batch, work, config)
     assert steps.projected_grads.dtype == np.float32
     assert len(steps.projected_grads) == 4
     local: list[Pair] = []
@@ -623,10 +620,11 @@ def test_local_steps_chain_their_own_pairs(
         ]
         losses += [measurement.loss for measurement in measured]
     assert steps.loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-12)
-    again = local_steps(estimator, lambda _: batch, projected_grad_abs_max=1e4, **arguments)
+    again = local_steps(estimator, lambda _: batch, work, config)
     assert again.projected_grads.tobytes() == steps.projected_grads.tobytes()
 
     bound = float(np.abs(steps.projected_grads).min()) * 0.3
-    clipped = local_steps(estimator, lambda _: batch, projected_grad_abs_max=bound, **arguments)
+    narrow = config.model_copy(update={"projected_grad_abs_max": bound})
+    clipped = local_steps(estimator, lambda _: batch, work, narrow)
     assert np.abs(clipped.projected_grads).max() <= bound, "a float32 inside the run's clip"
     assert np.sign(clipped.projected_grads[0]) == np.sign(steps.projected_grads[0])

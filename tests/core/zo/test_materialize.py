@@ -8,6 +8,7 @@ import json
 import math
 import os
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmezo_core.errors import MismatchError, NumericError
-from fedmezo_core.zo.low_rank import Side, factors
+from fedmezo_core.zo.low_rank import Side, factors, split
 from fedmezo_core.zo.materialize import (
     Commit,
     Rounding,
@@ -55,12 +56,17 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def commit_of(
-    generator: np.random.Generator, pairs: int, scale: float = 1e-3, rounding_seed: int = 0
+    generator: np.random.Generator,
+    pairs: int,
+    scale: float = 1e-3,
+    rounding_seed: int = 0,
+    decay: float = 1.0,
 ) -> Commit:
     return Commit(
         generator.integers(0, 2**64, pairs, dtype=np.uint64),
         (generator.normal(size=pairs) * scale).astype(np.float32),
         rounding_seed,
+        decay=float(np.float32(decay)),
     )
 
 
@@ -73,13 +79,21 @@ def weights_of(generator: np.random.Generator, count: int, dtype: torch.dtype) -
     return torch.from_numpy(values.astype(np.float32)).to(dtype)
 
 
+# A run's, the two nearest to 1 and 0, and one that makes subnormals of ordinary weights.
+DECAYS = [1 - 1e-4, 0.5, 1 - 2.0**-24, 2.0**-149, 3e-38]
+
+
 @st.composite
 def journals(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
+    """Without decays, with some, or all of them with one."""
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     lengths = draw(st.lists(st.integers(0, 11), max_size=5))
     scale = draw(st.sampled_from([1.0, 1e-3, 1e-6, 1e-39]))
     rounding_seeds = st.integers(0, 2**64 - 1)
-    return [commit_of(generator, n, scale, draw(rounding_seeds)) for n in lengths], generator
+    decays = st.sampled_from(draw(st.sampled_from([[1.0], [1.0, 1.0, *DECAYS], DECAYS])))
+    return [
+        commit_of(generator, n, scale, draw(rounding_seeds), draw(decays)) for n in lengths
+    ], generator
 
 
 places = st.integers(0, 5000) | st.sampled_from([2**32 - 700, 2**35 + 1, 2**48 - 6000])
@@ -175,13 +189,19 @@ def test_any_way_of_calling_gives_the_same_bits(
     assert_same_bits(pieces, at_once)
 
     if storage[0] == torch.float32:
-        # float32: a commit's end leaves no trace, so commits may be cut and joined as well.
-        seeds = np.concatenate([np.empty(0, np.uint64), *(c.seeds for c in commits)])
-        coefficients = np.concatenate([np.empty(0, np.float32), *(c.coefficients for c in commits)])
+        # float32: a commit's end leaves no trace, so commits may be cut and joined as well, up to the
+        # next decay.
+        decayed = [k for k, commit in enumerate(commits) if commit.decay != 1.0]
         joined = base.clone()
-        for first, last in cut(data, len(seeds)):
-            part = Commit(seeds[first:last], coefficients[first:last], 0)
-            materialize(joined, joined, [part], start=start, **how)
+        for begin, end in itertools.pairwise(sorted({0, *decayed, len(commits)})):
+            together = commits[begin:end]
+            seeds = np.concatenate([commit.seeds for commit in together])
+            coefficients = np.concatenate([commit.coefficients for commit in together])
+            decay = together[0].decay
+            for first, last in cut(data, len(seeds)):
+                part = Commit(seeds[first:last], coefficients[first:last], 0, decay=decay)
+                materialize(joined, joined, [part], start=start, **how)
+                decay = 1.0
         assert_same_bits(joined, at_once)
 
 
@@ -191,7 +211,7 @@ def test_threads_over_many_tiles(
     storage: tuple[torch.dtype, Rounding], distribution: Distribution
 ) -> None:
     generator = np.random.default_rng(3)
-    commits = [commit_of(generator, n, rounding_seed=n) for n in (2, 5)]
+    commits = [commit_of(generator, n, rounding_seed=n, decay=n / 5) for n in (2, 5)]
     base = weights_of(generator, 700_001, storage[0])
     how: dict[str, Any] = {
         "tensor_id": 4,
@@ -246,7 +266,7 @@ def test_matrices_of_many_tiles(
     size: int,
 ) -> None:
     generator = np.random.default_rng(columns)
-    commits = [commit_of(generator, n, rounding_seed=n) for n in (9, 2, 3)]
+    commits = [commit_of(generator, n, rounding_seed=n, decay=n / 9) for n in (9, 2, 3)]
     how: dict[str, Any] = {
         "tensor_id": 4,
         "start": start,
@@ -313,6 +333,7 @@ def fans(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
                 np.array(seeds, np.uint64),
                 np.array(coefficients, np.float32),
                 draw(rounding_seeds),
+                decay=0.75 if draw(st.integers(0, 19)) == 0 else 1.0,
             )
         )
     if draw(st.integers(0, 9)) == 0:
@@ -452,36 +473,111 @@ def test_a_fan_whose_tensors_overlap_is_refused() -> None:
 
 
 def golden_weights() -> list[dict[str, Any]]:
-    cases: list[dict[str, Any]] = json.loads(GOLDEN.read_text())["weights"]
-    return cases
+    golden = json.loads(GOLDEN.read_text())
+    return [*golden["weights"], *golden["weights_decay"]]
 
 
-@pytest.mark.parametrize("build", [materialize, materialize_reference])
-@pytest.mark.parametrize(
-    "case", golden_weights(), ids=lambda c: f"{c['distribution']}-{c['dtype']}-{c['rounding']}"
-)
-def test_golden_weights(build: Any, case: dict[str, Any]) -> None:
+def golden_name(case: dict[str, Any]) -> str:
+    name = f"{case['distribution']}-{case['dtype']}-{case['rounding']}"
+    return f"{name}-decay" if "base_bits" in case else name
+
+
+def golden_operands(case: dict[str, Any]) -> tuple[torch.Tensor, list[Commit]]:
+    """(base, commits)."""
+
+    def floats(digits: Sequence[str]) -> Any:
+        return np.array([int(value, 16) for value in digits], np.uint32).view(np.float32)
+
     dtype = getattr(torch, case["dtype"])
     base = ((torch.arange(48) - 24) / 512).to(dtype)
+    if "base_bits" in case:
+        stored = np.array([int(value, 16) for value in case["base_bits"].split()])
+        base = torch.from_numpy(
+            stored.astype(np.uint32 if dtype == torch.float32 else np.uint16)
+        ).view(dtype)
     commits = [
         Commit(
             np.array([int(seed, 16) for seed in commit["seeds"]], dtype=np.uint64),
-            np.array([int(c, 16) for c in commit["coefficients"]], dtype=np.uint32).view(
-                np.float32
-            ),
+            floats(commit["coefficients"]),
             int(commit["rounding_seed"], 16),
+            decay=float(floats([commit.get("decay", "3f800000")])[0]),
         )
         for commit in case["commits"]
     ]
+    return base, commits
+
+
+@pytest.mark.parametrize("build", [materialize, materialize_reference])
+@pytest.mark.parametrize("case", golden_weights(), ids=golden_name)
+def test_golden_weights(build: Any, case: dict[str, Any]) -> None:
+    base, commits = golden_operands(case)
     out = torch.empty_like(base)
     build(
         out, base, commits, tensor_id=case["tensor_id"], start=case["start"],
         distribution=Distribution(case["distribution"]), rounding=Rounding(case["rounding"]),
         columns=case.get("columns"),
     )  # fmt: skip
-    digits = 8 if dtype == torch.float32 else 4
+    digits = 8 if base.dtype == torch.float32 else 4
     got = bits(out).tolist()
     assert " ".join(f"{v & (16**digits - 1):0{digits}x}" for v in got) == case["result"]
+
+
+@pytest.mark.parametrize("storage", STORAGE, ids=str)
+def test_a_decay_comes_before_the_pairs_and_is_rounded_by_itself(
+    storage: tuple[torch.dtype, Rounding],
+) -> None:
+    """Also that of a commit without pairs, and whatever the distribution."""
+    generator = np.random.default_rng(11)
+    base = weights_of(generator, 9000, storage[0])
+    how: dict[str, Any] = {"tensor_id": 4, "rounding": storage[1]}
+    decay = np.float32(0.9)
+    shrunk = torch.from_numpy(base.float().numpy() * decay)
+    for distribution in Distribution:
+        pairs = commit_of(generator, 3)
+        commit = Commit(pairs.seeds, pairs.coefficients, 5, decay=float(decay))
+        out = torch.empty_like(base)
+        materialize(out, base, [commit], distribution=distribution, **how)
+        if storage[0] == torch.float32:
+            exact = torch.empty_like(shrunk)
+            materialize(exact, shrunk, [pairs], distribution=distribution, **how)
+            assert_same_bits(out, exact)
+        nothing = Commit(np.empty(0, np.uint64), np.empty(0, np.float32), 5, decay=float(decay))
+        materialize(out, base, [nothing], distribution=distribution, **how)
+        if storage[0] == torch.float32:
+            assert_same_bits(out, shrunk)
+        elif storage[1] is Rounding.NEAREST:
+            assert_same_bits(out, shrunk.to(storage[0]))
+        else:
+            spacing = torch.finfo(storage[0]).eps * shrunk.abs() + 2.0**-24
+            assert ((out.float() - shrunk).abs() <= spacing).all()
+    assert shrunk[base == 0].eq(0).all()
+
+
+def test_commits_with_a_decay_have_no_pairs_in_common() -> None:
+    """Thin products are of pairs alone: a decay needs the weights built."""
+    commits = [commit_of(np.random.default_rng(0), 2, decay=decay) for decay in (1.0, 1.0, 0.5)]
+    assert split(tuple(commits[:2])) is not None
+    assert split(tuple(commits)) is None
+
+
+@pytest.mark.parametrize("storage", STORAGE[::2], ids=str)
+def test_a_thousand_commits_with_and_without_decay(storage: tuple[torch.dtype, Rounding]) -> None:
+    generator = np.random.default_rng(12)
+    commits = [
+        commit_of(generator, k % 3, 1e-3, k, 0.999 if generator.random() < 0.3 else 1.0)
+        for k in range(1000)
+    ]
+    base = weights_of(generator, 4600, storage[0])
+    how: dict[str, Any] = {
+        "tensor_id": 4, "start": 77, "distribution": Distribution.RADEMACHER, "rounding": storage[1],
+    }  # fmt: skip
+    fused, one_by_one, expected = torch.empty_like(base), base.clone(), torch.empty_like(base)
+    materialize(fused, base, commits, **how)
+    for commit in commits:
+        materialize(one_by_one, one_by_one, [commit], **how)
+    assert_same_bits(fused, one_by_one)
+    materialize_reference(expected, base, commits, **how)
+    assert_same_bits(fused, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -615,7 +711,8 @@ def test_subnormals_are_kept_even_where_torch_flushes_them(
     scale = 1.0 if storage[0] != torch.float16 else 2.0**110  # float16's begin below 6.1e-5
     base = torch.full((count,), 3e-40 * scale).to(storage[0])
     steps = np.array([1e-41, 3e-42, 1e-45, -2e-41]) * scale
-    commits = [Commit(np.arange(4, dtype=np.uint64), steps.astype(np.float32), 9)]
+    pairs = np.arange(4, dtype=np.uint64), steps.astype(np.float32)
+    commits = [Commit(*pairs, 9), Commit(*pairs, 10, decay=0.75)]
     how: dict[str, Any] = {
         "tensor_id": 0,
         "distribution": Distribution.GAUSSIAN,
@@ -667,7 +764,7 @@ def test_a_bad_weight_is_named(
 ) -> None:
     base = torch.zeros(9000, dtype=storage[0])
     base[[4100, 8999]] = value
-    commits = [commit_of(np.random.default_rng(0), 3)] * 2
+    commits = [commit_of(np.random.default_rng(0), 3, decay=decay) for decay in (1.0, 1e-40)]
     with pytest.raises(NumericError, match=r"Tensor 7 \(wte\): element 1004100 is (nan|-?inf)"):
         build(
             base.clone(), base, commits, tensor_id=7, start=1_000_000, name="wte",
@@ -720,6 +817,9 @@ def test_bad_commits_are_refused() -> None:
     for rounding_seed in (-1, 2**64):
         with pytest.raises(NumericError, match="rounding seed"):
             Commit(seeds, np.zeros(3, np.float32), rounding_seed)
+    for decay in (0.0, -0.5, 1.5, 0.1, 1e-300, 1e300, math.nan, math.inf):
+        with pytest.raises(NumericError, match=f"The decay {re.escape(str(decay))} of a commit"):
+            Commit(seeds, np.zeros(3, np.float32), 0, decay=decay)
 
 
 def test_a_commit_takes_any_array_and_keeps_its_own() -> None:
@@ -809,6 +909,7 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     ]
     generator = np.random.default_rng(0)
     local = commit_of(generator, 3, rounding_seed=2**64 - 1)
+    decayed = commit_of(generator, 3, decay=0.5)
     for (dtype, rounding), distribution in itertools.product(STORAGE, Distribution):
         how: dict[str, Any] = {
             "tensor_id": 2**32 - 1,
@@ -818,10 +919,10 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
         }
         weights = torch.nn.Parameter(torch.zeros(60, 100, dtype=dtype), requires_grad=False)
         outs = list(torch.empty(3, 60, 100, dtype=dtype))
-        for commits in ([], [local], [local, local]):
+        for commits in ([], [local], [local, local], [local, decayed, local], [decayed]):
             materialize(weights, weights, commits, **how)
             materialize(outs[0], weights, commits, **how)
-        for fan in ([local], [local, local, local]):
+        for fan in ([local], [local, local, local], [local, decayed]):
             materialize_fan(outs[: len(fan)], weights, fan, **how)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for side in Side:

@@ -38,6 +38,79 @@ def hexadecimal(values: npt.NDArray[Any]) -> list[str]:
     return [f"{int(value):0{values.dtype.itemsize * 2}x}" for value in values]
 
 
+def bits_of(values: torch.Tensor) -> str:
+    width = torch.uint32 if values.dtype == torch.float32 else torch.uint16
+    return " ".join(hexadecimal(values.view(width).numpy()))
+
+
+def decayed_weights() -> list[dict[str, Any]]:
+    """Commits with a decay, without, and without pairs; the base has zeros, subnormals, huge numbers."""
+    commits = [
+        Commit(
+            np.array([11, 2**63 + 5], dtype=np.uint64),
+            np.array([1e-3, -2.5e-3], dtype=np.float32),
+            rounding_seed=99,
+            decay=float(np.float32(0.9999)),
+        ),
+        Commit(np.array([7], dtype=np.uint64), np.array([1e-6], dtype=np.float32), rounding_seed=3),
+        Commit(
+            np.array([], dtype=np.uint64),
+            np.array([], dtype=np.float32),
+            rounding_seed=2**64 - 1,
+            decay=float(np.float32(0.7)),
+        ),
+        Commit(
+            np.array([2**64 - 1], dtype=np.uint64),
+            np.array([0.0], dtype=np.float32),
+            rounding_seed=4,
+            decay=2.0**-12,
+        ),
+    ]
+    types = [
+        (torch.float32, Rounding.NEAREST),
+        *itertools.product(
+            (torch.bfloat16, torch.float16), (Rounding.NEAREST, Rounding.STOCHASTIC)
+        ),
+    ]
+    cases = []
+    for distribution, (dtype, rounding) in itertools.product(Distribution, types):
+        values = (torch.arange(48, dtype=torch.float32) - 24) / 512
+        tiny = 2.0**-24 if dtype == torch.float16 else 2.0**-133
+        values[:8] = torch.tensor([0.0, -0.0, tiny, -3 * tiny, 1.0, -60000.0, 2.0**-14, 2.0**-126])
+        base = values.to(dtype)
+        out = torch.empty_like(base)
+        start = 2**33 - 16
+        shape: dict[str, Any] = {"columns": 7} if distribution.rank else {}
+        materialize_reference(
+            out, base, commits, tensor_id=5, start=start, distribution=distribution,
+            rounding=rounding, **shape,
+        )  # fmt: skip
+        cases.append(
+            {
+                "distribution": distribution.value,
+                "dtype": str(dtype).removeprefix("torch."),
+                "rounding": rounding.value,
+                "base_bits": bits_of(base),
+                "tensor_id": 5,
+                "start": start,
+                **shape,
+                "commits": [
+                    {
+                        "seeds": hexadecimal(commit.seeds),
+                        "coefficients": hexadecimal(commit.coefficients.view(np.uint32)),
+                        "rounding_seed": f"{commit.rounding_seed:016x}",
+                        "decay": hexadecimal(np.array([commit.decay], np.float32).view(np.uint32))[
+                            0
+                        ],
+                    }
+                    for commit in commits
+                ],
+                "result": bits_of(out),
+            }
+        )
+    return cases
+
+
 def main() -> None:
     noise = []
     for seed, tensor_id, start in PLACES:
@@ -121,7 +194,6 @@ def main() -> None:
             rounding=rounding,
             **shape,
         )
-        bits_of = torch.uint32 if dtype == torch.float32 else torch.uint16
         weights.append(
             {
                 "distribution": distribution.value,
@@ -139,10 +211,16 @@ def main() -> None:
                     }
                     for commit in commits
                 ],
-                "result": " ".join(hexadecimal(out.view(bits_of).numpy())),
+                "result": bits_of(out),
             }
         )
-    golden = {"version": NOISE_VERSION, "noise": noise, "weights": weights, "noise_added": added}
+    golden = {
+        "version": NOISE_VERSION,
+        "noise": noise,
+        "weights": weights,
+        "noise_added": added,
+        "weights_decay": decayed_weights(),
+    }
     print(json.dumps(golden, indent=1))
 
 
