@@ -108,6 +108,11 @@ def test_every_arm_is_a_run_that_is_allowed(quick: bool) -> None:
         assert set(experiment.against) <= {arm.name for arm in experiment.arms}
 
 
+def test_every_experiment_has_a_target_of_make() -> None:
+    makefile = (runs.ROOT / "Makefile").read_text()
+    assert f"\nEXPERIMENTS := {' '.join(EXPERIMENTS)}\n" in makefile
+
+
 def test_any_value_of_a_run_or_of_the_settings_can_be_given() -> None:
     given = ["learning_rate=1e-3", "clients=3", "eps_follows_rate=true", "schedule=cosine"]
     changes = program.changes_of([*given, 'task={"template": "{text} so", "verbalizers": {}}'])
