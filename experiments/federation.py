@@ -108,7 +108,7 @@ class Federation:
         self.workers = {
             name: Worker(
                 name,
-                open_batches(party, own, name),
+                open_batches(party, party.task.encode(own), name),
                 SessionMachine(
                     0,
                     entry.head,

@@ -66,7 +66,9 @@ class FedAvg:
         self.bytes_down = 0
         self._judge = judge
         self._first_order = first_order
-        self._batches = {name: open_batches(party, own, name) for name, own in rows.items()}
+        self._batches = {
+            name: open_batches(party, party.task.encode(own), name) for name, own in rows.items()
+        }
         counts = {name: len(own) for name, own in rows.items()}
         by_rows = first_order.average == "rows"
         self._shares = {

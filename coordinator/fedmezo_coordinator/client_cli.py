@@ -1,4 +1,4 @@
-"""`fedmezo`: look at a run, check its journal, take its model home."""
+"""`fedmezo`: split data, look at a run, check its journal, take its model home."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
+from fedmezo_coordinator.splitting import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.store import SqliteStore
 from fedmezo_coordinator.view import agreement, run_line, run_view, seconds_left
 from fedmezo_core.client import CoordinatorClient
@@ -39,7 +40,7 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 app = typer.Typer(
     name="fedmezo",
-    help="Look at a federated run, check its journal, take its model home.",
+    help="Split data, look at a federated run, check its journal, take its model home.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -172,6 +173,56 @@ def export(
     digest = party.weights.digest()
     export_model(party.loaded.model, party.loaded.tokenizer, folder)
     print(f"{folder}: the model after round {len(commits)}, weights digest {digest.hex()}")
+
+
+@app.command()
+def split(
+    data: Annotated[
+        Path, typer.Argument(help="rows: a JSONL, CSV or Parquet file, or a folder of them")
+    ],
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist or be empty")],
+    splitter: Annotated[
+        Splitter,
+        typer.Option(
+            help="iid: equal shares at random; dirichlet: uneven shares of each class of --by; "
+            "category: whole categories of --by"
+        ),
+    ] = Splitter.IID,
+    workers: Annotated[
+        int | None, typer.Option(help="how many; for category the default is one a category")
+    ] = None,
+    names: Annotated[str, typer.Option(help="the workers' names, with commas between them")] = "",
+    by: Annotated[str | None, typer.Option(help="column with the class or category")] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="dirichlet: smaller is more uneven (0.5 if not given)"),
+    ] = None,
+    rows_min: Annotated[
+        int | None,
+        typer.Option(
+            help="dirichlet: least rows of a worker, taken from the largest (1 if not given)"
+        ),
+    ] = None,
+    heldout: Annotated[
+        str, typer.Option(help="rows to hold out first: a share, or a number of rows")
+    ] = "0.1",
+    seed: Annotated[int, typer.Option(min=0, help="the same seed and rows: the same files")] = 1,
+) -> None:
+    """Split rows into one file for each worker and a held-out one, for an experiment."""
+    options = SplitOptions(
+        splitter=splitter,
+        workers=workers,
+        names=tuple(name.strip() for name in names.split(",")) if names else (),
+        by=by,
+        alpha=alpha,
+        rows_min=rows_min,
+        heldout=heldout,
+        seed=seed,
+    )
+    written = split_file(data, out, options)
+    console = Console()
+    console.print(split_view(written, console.width))
+    print(f"{out}: {', '.join(part.file_name for part in written.parts)}")
 
 
 # ---------------------------------------------------------------- parts

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import digest64_of
 from fedmezo_core.zo.estimator import Estimator, local_steps
 from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.party import Party
-from fedmezo_core.zo.rows import Row
-from fedmezo_core.zo.task import Batch, Batches
+from fedmezo_core.zo.task import Batch, Batches, Dataset
 
 
 def open_estimator(party: Party, *, threads: int | None = None) -> Estimator:
@@ -26,12 +25,12 @@ def open_estimator(party: Party, *, threads: int | None = None) -> Estimator:
     )
 
 
-def open_batches(party: Party, rows: Sequence[Row], worker: str) -> Batches:
-    """The batches of one worker of the run; raises as `Task.encode` does."""
+def open_batches(party: Party, dataset: Dataset, worker: str) -> Batches:
+    """The batches that one worker of the run takes from its data."""
     config = party.config
     return Batches(
         party.task,
-        party.task.encode(rows),
+        dataset,
         run_seed=config.seed,
         worker_name=worker,
         batch_size=config.batch_size,

@@ -159,9 +159,8 @@ def materialize_rows(
 ) -> None:
     """outs[g] = the rows `rows` of `table` + commits[g]: an embedding's lookup, without waiting.
 
-    No commit has a decay.
     outs: contiguous [rows, columns] each, apart from each other. table: contiguous [any, columns], a whole
-    tensor. rows: int64, 1-D, on the device of the table, which is not the CPU.
+    tensor. rows: int64, 1-D, on the device of the table, which is not the CPU. No commit has a decay.
     """
     materialize_fan(
         outs, table, commits, tensor_id=tensor_id, start=0, distribution=distribution,

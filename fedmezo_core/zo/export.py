@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmezo_core.errors import ModelError
+from fedmezo_core.folders import whole_folder
 from fedmezo_core.zo.homes import homes_of
 from fedmezo_core.zo.model import quiet
 
@@ -74,31 +71,11 @@ def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, torch.Tensor] 
 
 
 def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    folder = folder.expanduser().absolute()
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise ModelError(f"{folder} exists and is not empty; name another folder or remove it.")
-        partial.mkdir(parents=True)
-        with quiet():
+        with whole_folder(folder, ModelError) as partial, quiet():
             write(partial)
-        for path in [*partial.rglob("*"), partial]:
-            _sync(path)
-        # Replaces an empty folder; fails if somebody has filled it meanwhile.
-        partial.rename(folder)
-        _sync(folder.parent)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # safetensors reports a full disk as its own exception, with the system's words in it.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split("\n", 1)[0].split())
+        folder = folder.expanduser().absolute()
         raise ModelError(f"The model cannot be written to {folder} ({reason}).") from error
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(partial)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

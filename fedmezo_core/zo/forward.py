@@ -125,12 +125,13 @@ class Forward:
     def at(self, points: Sequence[Commit], rows: int, tokens: int) -> Iterator[None]:
         """While open, the model computes copy k of a batch at base + `points[k]`.
 
-        No point has a decay. `rows`, `tokens`: shape of one copy. A batch for one point is a single copy, and any model can
-        compute it; with more points, a forward pass raises `InseparableError` where a module sees
-        input whose copies cannot be told apart. Raises `DirectReadError` in a first pass if the
-        architecture reads a parameter outside its owner (see `build_further_out`).
+        A point is the weights plus pairs: none has a decay, or starts from the base. `rows`,
+        `tokens`: shape of one copy. A batch for one point is a single copy, and any model can compute
+        it; with more points, a forward pass raises `InseparableError` where a module sees input whose
+        copies cannot be told apart. Raises `DirectReadError` in a first pass if the architecture
+        reads a parameter outside its owner (see `build_further_out`).
         """
-        assert all(point.decay == 1.0 for point in points), "a point is the weights plus pairs"
+        assert not any(point.decay != 1.0 or point.from_base for point in points)
         with ExitStack() as stack:
             stack.enter_context(_emptied_after_errors(self._model))
             stack.enter_context(devices.finite_results())

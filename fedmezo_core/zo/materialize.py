@@ -2,9 +2,10 @@
 
 An element's value is a fold over the journal. Within a commit it accumulates in float32, pair after
 pair in order: `acc = fl(acc + fl(c * z))`, starting from the element's value, or from `fl(value * decay)`
-where the commit has a weight decay. At the commit's end it is rounded to the storage type: float32 as it is, bfloat16 and float16 stochastically (by the noise
-standard's bits under the commit's `rounding_seed`) or to nearest even. Elements never meet, so tiles, threads, slices
-and fused commits cannot change a bit. docs/arithmetic-standard-v1.md says the same in words.
+where the commit has a weight decay. At the commit's end it is rounded to the storage type: float32 as it
+is, bfloat16 and float16 stochastically (by the noise standard's bits under the commit's `rounding_seed`)
+or to nearest even. Elements never meet, so tiles, threads, slices and fused commits cannot change a bit.
+docs/arithmetic-standard-v1.md says the same in words.
 
 `materialize_reference` is the specification, in slow NumPy; `materialize` equals it bit for bit.
 """
@@ -546,7 +547,7 @@ def join(commits: Sequence[Commit], *, endless: bool) -> Joined:
     ends = np.cumsum(lengths, dtype=np.uint64)
     rounding_seeds = np.array([commit.rounding_seed for commit in commits], dtype=np.uint64)
     decays = np.array([commit.decay for commit in commits], dtype=np.float32)
-    if endless and len(commits) > 1:
+    if endless and commits:
         begins = decays != 1
         begins[0] = True
         # A commit is the last of its run if the next one begins another.

@@ -1,8 +1,10 @@
-"""Read a user's JSONL, CSV or Parquet files into rows of text."""
+"""Read a user's JSONL, CSV or Parquet files: as rows of text, or whole, to write them again."""
 
 from __future__ import annotations
 
 import csv
+import datetime
+import decimal
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +32,47 @@ class Row:
     def place(self) -> str:
         """Where a person finds it."""
         return f"row {self.number} of {self.file}"
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRow:
+    """One row of data with all its columns, every value as the file has it."""
+
+    values: dict[str, Any]
+    file: Path
+    """Path it was read from, for messages."""
+    number: int
+    """As `Row.number`."""
+
+    def text(self, column: str) -> str:
+        """Its value of `column` as text; raises `DataError` as `read_rows` does."""
+        return _text(self.file, self.number, self.values, column)
+
+    def json_line(self) -> bytes:
+        """Itself as a line of a JSONL file, in UTF-8.
+
+        Dates and times of a Parquet file become ISO 8601 text, decimal numbers text. Raises `DataError`
+        for what JSON cannot hold: binary values, NaN and infinities.
+        """
+        try:
+            line = _json(self.values)
+        except (TypeError, ValueError) as error:
+            column = next(name for name, value in self.values.items() if not _is_json(value))
+            raise DataError(
+                f"Row {self.number} of {self.file}: {column} holds a value that JSON cannot hold "
+                f"({error}); convert it or remove the column."
+            ) from error
+        # A lone half of a surrogate pair is no UTF-8; Python's escape for it is also JSON's.
+        return line.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def read_whole_rows(path: str | Path) -> list[WholeRow]:
+    """Read files as `read_rows` does, but every column that a row has, whatever its value is."""
+    return [
+        WholeRow(record, file, number)
+        for file in _files(Path(path).expanduser())
+        for number, record in _records_of(file, None)
+    ]
 
 
 def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
@@ -65,7 +108,8 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _rows_of(file: Path, columns: Sequence[str]) -> list[Row]:
+def _records_of(file: Path, columns: Sequence[str] | None) -> list[tuple[int, dict[str, Any]]]:
+    """Numbered records with at least `columns`, or with all columns."""
     try:
         records = list(_READERS[file.suffix.lower()](file, columns))
     except OSError as error:
@@ -76,6 +120,11 @@ def _rows_of(file: Path, columns: Sequence[str]) -> list[Row]:
         ) from error
     if not records:
         raise DataError(f"{file} has no rows; give a file with at least one, or remove it.")
+    return records
+
+
+def _rows_of(file: Path, columns: Sequence[str]) -> list[Row]:
+    records = _records_of(file, columns)
     present = dict.fromkeys(name for _, record in records for name in record)
     for column in columns:
         if column not in present:
@@ -104,7 +153,28 @@ def _text(file: Path, number: int, record: dict[str, Any], column: str) -> str:
     )
 
 
-def _read_jsonl(file: Path, _columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        _json(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _plain(value: Any) -> str:
+    """What JSON has no type for, as text."""
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _read_jsonl(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -122,7 +192,7 @@ def _read_jsonl(file: Path, _columns: Sequence[str]) -> Iterator[tuple[int, dict
             yield number, record
 
 
-def _read_csv(file: Path, _columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines, _long_csv_fields():
         reader = csv.reader(lines, strict=True)
         try:
@@ -156,15 +226,22 @@ def _long_csv_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(
+    file: Path, columns: Sequence[str] | None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     # Slow to import, and only Parquet files need it.
-    import pyarrow
-    import pyarrow.parquet
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"{file} needs the package pyarrow, which is missing; install fedmezo[worker]."
+        ) from error
 
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
-            wanted = [name for name in names if name in columns]
+            wanted = [name for name in names if columns is None or name in columns]
             # Columns that are not wanted are not read, but a message can still list them.
             blank = dict.fromkeys(names)
             if not wanted and parquet.metadata.num_rows:
@@ -180,5 +257,5 @@ def _read_parquet(file: Path, columns: Sequence[str]) -> Iterator[tuple[int, dic
         raise DataError(f"{file} is not a readable Parquet file ({reason}).") from error
 
 
-_Reader = Callable[[Path, Sequence[str]], Iterable[tuple[int, dict[str, Any]]]]
+_Reader = Callable[[Path, Sequence[str] | None], Iterable[tuple[int, dict[str, Any]]]]
 _READERS: dict[str, _Reader] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

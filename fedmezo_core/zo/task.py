@@ -18,7 +18,7 @@ import inspect
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -339,10 +339,17 @@ class Task:
             for copy in range(copies)
         ]
 
-    def evaluate(self, model: nn.Module, dataset: Dataset, batch_size: int) -> Evaluation:
+    def evaluate(
+        self,
+        model: nn.Module,
+        dataset: Dataset,
+        batch_size: int,
+        *,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
         """Loss and accuracy of the model over all of `dataset`, `batch_size` rows at a time.
 
-        Raises `MeasurementError` if a loss is NaN or infinite.
+        What `before_batch` raises ends it. Raises `MeasurementError` if a loss is NaN or infinite.
         """
         # Rows of like length together, so that little of a batch is padding. The sort is stable.
         order = sorted(
@@ -354,6 +361,7 @@ class Task:
         device = execution_device(model)
         outcomes: list[_Outcome] = []
         for start in range(0, len(order), batch_size):
+            before_batch()
             examples = [dataset.examples[index] for index in order[start : start + batch_size]]
             outcome = self._outcome(model, self.collate(examples, "evaluation", device))
             if not math.isfinite(sum(outcome.row_losses)):

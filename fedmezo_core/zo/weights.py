@@ -114,6 +114,6 @@ class Weights:
     def _check(self) -> None:
         if self._interrupted_round is not None:
             raise DivergedError(
-                f"An error interrupted the commit of round {self._interrupted_round}, so these weights are no "
-                "round's; start again from the base checkpoint."
+                f"An error interrupted the commit of round {self._interrupted_round}, so these weights "
+                "are no round's; start again from the base checkpoint."
             )

@@ -38,7 +38,8 @@ def test_its_loss_is_the_tasks_loss(model_folder: Path, data_files: list[Path], 
         else {"response_column": "label"}
     )
     party = party_of(model_folder, task=task)
-    batch = open_batches(party, read_rows(data_files[0], COLUMNS), "w1").batch(1, 0)
+    dataset = party.task.encode(read_rows(data_files[0], COLUMNS))
+    batch = open_batches(party, dataset, "w1").batch(1, 0)
     expected = party.task.loss(party.loaded.model, batch)
     assert float(differentiable_loss(party, batch)) == pytest.approx(expected, rel=1e-5)
 
@@ -80,7 +81,7 @@ def test_workers_count_equally_or_by_their_rows(model_folder: Path, data_files: 
     alone = []
     for name, own in rows.items():
         party = party_of(model_folder, rounds=1)
-        batches = open_batches(party, own, name)
+        batches = open_batches(party, party.task.encode(own), name)
         train(party, first_order, [batches.batch(1, step) for step in range(2)])
         alone.append(weights(party))
     for average, shares in (("uniform", (1 / 2, 1 / 2)), ("rows", (24 / 32, 8 / 32))):

@@ -127,6 +127,36 @@ def test_a_data_file_that_cannot_be_used(
     assert str(path) in said
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "has no rows"),
+        (b'{"text": "a"}\n', "has no column label; its columns are text"),
+        (b'{"text": "a", "label": "so-so"}\n', "label 'so-so' is not among the run's labels"),
+    ],
+)
+def test_held_out_rows_that_cannot_be_used(
+    complaint: Said, tmp_path: Path, content: bytes, words: str
+) -> None:
+    path = tmp_path / "heldout.jsonl"
+    path.write_bytes(content)
+    said = complaint(heldout=path)
+    assert words in said
+    assert str(path) in said
+    assert f"There is no data file or folder {tmp_path}/gone.csv" in complaint(
+        heldout=tmp_path / "gone.csv"
+    )
+
+
+def test_evaluations_that_cannot_be_written(
+    complaint: Said, tmp_path: Path, data_files: list[Path]
+) -> None:
+    path = tmp_path / "nowhere" / "evaluations.jsonl"
+    said = complaint(heldout=data_files[1], evaluations=path, status=2)
+    assert f"evaluations = '{path}' cannot be written (No such file or directory)" in said
+    assert "name another file" in said
+
+
 def test_a_folder_without_data(complaint: Said, tmp_path: Path) -> None:
     assert "put .jsonl, .csv or .parquet files there" in complaint(data=tmp_path)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import pytest
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, PairRun, digest64_of, first_seed_of
+from fedmezo_core.zo.party import open_party
+from fedmezo_core.zo.rows import read_rows
 from fedmezo_worker.engine import CancelledMeasurementError, Engine
 from fedmezo_worker.settings import WorkerSettings
 
@@ -128,6 +132,79 @@ async def test_a_measurement_can_be_cut_short_at_its_next_step(engine: Engine) -
     assert isinstance(await engine.measure(MEASURE), Measured)
 
 
+@pytest.fixture
+async def evaluating_engine(
+    settings: WorkerSettings, tiny_genesis: Callable[..., Genesis], heldout_file: Path
+) -> AsyncIterator[Engine]:
+    """An engine at the base, with held-out rows."""
+    made = Engine()
+    await made.load(settings.model_copy(update={"heldout": heldout_file}), tiny_genesis())
+    yield made
+    await made.close()
+
+
+async def test_rows_that_were_cut_are_counted(
+    settings: WorkerSettings,
+    tiny_genesis: Callable[..., Genesis],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "fedmezo.worker")
+    path = tmp_path / "rows.jsonl"
+    short = '{"text": "Short.", "label": "positive"}\n'
+    path.write_text(short + short.replace("Short.", "A very long story. " * 99))
+    engine = Engine()
+    changes = {"data": path, "heldout": settings.data}
+    await engine.load(settings.model_copy(update=changes), tiny_genesis())
+    await engine.close()
+    assert f"{path}: 2 rows, 1 of them cut to 32 tokens" in caplog.messages
+    assert f"{settings.data}: 24 rows" in caplog.messages
+
+
+async def test_evaluations_change_no_bit(engine: Engine, evaluating_engine: Engine) -> None:
+    commit = Committed(1, (PairRun(1 << 16, (0.5, -0.25)),), 99)
+    at_base = await evaluating_engine.evaluate()
+    assert at_base is not None
+    assert (at_base.round, at_base.rows) == (0, 10)
+    assert await evaluating_engine.measure(MEASURE) == await engine.measure(MEASURE)
+    for each in (engine, evaluating_engine):
+        await each.apply([commit])
+    later = await evaluating_engine.evaluate()
+    assert later is not None
+    assert later.round == 1
+    assert later.loss != at_base.loss
+    order = replace(MEASURE, ticket=Ticket(1, 2, 0))
+    assert await evaluating_engine.measure(order) == await engine.measure(order)
+    assert await evaluating_engine.evaluate() == later
+
+
+async def test_an_evaluation_is_the_replicas(
+    evaluating_engine: Engine,
+    model_folder: Path,
+    heldout_file: Path,
+    tiny_genesis: Callable[..., Genesis],
+) -> None:
+    party = open_party(tiny_genesis().config, str(model_folder), threads=1)
+    rows = party.task.encode(read_rows(heldout_file, party.task.columns))
+    expected = party.task.evaluate(party.loaded.model, rows, 32)
+    found = await evaluating_engine.evaluate()
+    assert found is not None
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert (found.accuracy, found.auc) == (expected.accuracy, expected.auc)
+
+
+async def test_an_evaluation_can_be_cut_short_at_its_next_batch(evaluating_engine: Engine) -> None:
+    evaluating = evaluating_engine.evaluate()
+    evaluating_engine.cut_evaluation_short()
+    assert await evaluating in (None, await evaluating_engine.evaluate())
+    measuring = asyncio.create_task(evaluating_engine.measure(MEASURE))
+    await asyncio.sleep(0)
+    cut = evaluating_engine.evaluate()  # It waits for the measurement, and so has not begun.
+    evaluating_engine.cut_evaluation_short()
+    assert await cut is None
+    assert isinstance(await measuring, Measured), "only the evaluation was cut short"
+
+
 async def test_another_base_is_refused(
     settings: WorkerSettings, tiny_genesis: Callable[..., Genesis]
 ) -> None:
@@ -140,23 +217,31 @@ async def test_another_base_is_refused(
 
 
 async def test_weights_on_a_disk_change_nothing(
-    engine: Engine,
+    evaluating_engine: Engine,
     settings: WorkerSettings,
     tiny_genesis: Callable[..., Genesis],
     model_folder: Path,
+    heldout_file: Path,
     tmp_path: Path,
 ) -> None:
     room = (model_folder / "model.safetensors").stat().st_size // 2
-    changes = {"device_memory_max": room, "offload_folder": tmp_path}
+    changes = {
+        "device_memory_max": room,
+        "offload_folder": tmp_path,
+        "heldout": heldout_file,
+    }
     commits = [Committed(k, (PairRun(k << 16, (0.5, -0.25)),), 99 + k) for k in (1, 2, 3)]
-    await engine.apply(commits)
-    expected = await engine.measure(MEASURE)
+    await evaluating_engine.apply(commits)
+    expected = await evaluating_engine.measure(MEASURE)
+    evaluated = await evaluating_engine.evaluate()
     # Twice: a worker that starts again finds the base, not what the one before it has left.
     for _ in range(2):
         other = Engine()
         await other.load(settings.model_copy(update=changes), tiny_genesis())
         try:
             await other.apply(commits)
+            assert await other.measure(MEASURE) == expected
+            assert await other.evaluate() == evaluated
             assert await other.measure(MEASURE) == expected
         finally:
             await other.close()

@@ -39,6 +39,11 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
         ({"--device-memory-max": "much"}, "device_memory_max = 'much' is not allowed"),
         ({"--device-memory-max": "0"}, "device_memory_max = '0' is not allowed: use more than 0"),
         ({"--frozen-base-bits": "2"}, "frozen_base_bits = '2' is not allowed: use 8 or 4"),
+        ({"--evaluate-every-rounds": "0"}, "evaluate_every_rounds = '0' is not allowed"),
+        (
+            {"--evaluations": "here.jsonl"},
+            "fedmezo-worker: evaluations needs heldout, the rows to evaluate on; set both.",
+        ),
         ({"--give-up-after-s": "-1"}, "give_up_after_s = '-1' is not allowed"),
     ],
 )
@@ -61,3 +66,9 @@ def test_where_to_compute() -> None:
     assert settings.offload_folder == Path("/d")
     assert load().device == "auto"
     assert load({"--frozen-base-bits": "4"}).frozen_base_bits == 4
+
+
+def test_what_to_evaluate_on() -> None:
+    assert (load().heldout, load().evaluate_every_rounds, load().evaluations) == (None, 10, None)
+    settings = load({"--heldout": "own.csv", "--evaluations": "here.jsonl"})
+    assert (settings.heldout, settings.evaluations) == (Path("own.csv"), Path("here.jsonl"))

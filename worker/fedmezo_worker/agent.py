@@ -7,7 +7,8 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
+from typing import Any
 
 from fedmezo_core.backoff import delay_s
 from fedmezo_core.client import CoordinatorClient, RunDescription, SessionStream
@@ -51,9 +52,15 @@ from fedmezo_core.session import SessionMachine, SessionState
 from fedmezo_core.zo.party import Party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.engine import Engine
+from fedmezo_worker.evaluations import Evaluations, HeldOutResult
 from fedmezo_worker.settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
+
+ANSWERED_IDLE_S = 0.1
+"""Idle for so long after an answer, a worker was not the last one, and has time to evaluate."""
+UNASKED_IDLE_S = 1.0
+"""The same without an assignment: it is not in the round's cohort."""
 
 
 class Agent:
@@ -68,6 +75,11 @@ class Agent:
         self._machine: SessionMachine | None = None
         self._seqno = 0
         self._measuring: asyncio.Task[Measured | MeasureFailed] | None = None
+        self._evaluations: Evaluations | None = None
+        self._evaluating: asyncio.Task[None] | None = None
+        self._evaluation_is_cuttable = True
+        self._has_answered = False
+        """Whether an answer was sent since the last commit: until the next one there is time."""
         self._attempt = 0
         self._is_behind = True
         self._reachable_at_s = time.monotonic()
@@ -82,7 +94,8 @@ class Agent:
                 while not await self._attempt_once(client):
                     pass
             finally:
-                await self._drop_measurement()
+                await self._drop_work()
+        await self._evaluate_the_end()
 
     async def _attempt_once(self, client: CoordinatorClient) -> bool:
         """One connection, from catching up to its end; whether the run is finished."""
@@ -119,7 +132,13 @@ class Agent:
         self._genesis = description.genesis
         config = description.genesis.config
         log.info("run %s: loading %s", config.run_id, self._settings.model or config.model)
-        self._party = await self._engine.load(self._settings, description.genesis)
+        settings = self._settings
+        evaluations = None
+        if settings.heldout is not None:
+            evaluations = Evaluations(
+                settings.evaluate_every_rounds, config.rounds, settings.evaluations
+            )
+        self._party = await self._engine.load(settings, description.genesis)
         self._machine = SessionMachine(
             0,
             description.head,
@@ -127,6 +146,10 @@ class Agent:
             report_rows=config.weighting == "rows",
         )
         log.info("%d trainable elements", self._party.loaded.manifest.element_count)
+        if evaluations is not None:
+            # Now, because a worker that comes late goes on from the base at once.
+            self._evaluations = evaluations
+            await self._evaluate(self._engine.evaluate())
 
     async def _catch_up(self, client: CoordinatorClient) -> None:
         """Read the commits that are missing; many are applied in one pass over the weights."""
@@ -154,6 +177,8 @@ class Agent:
 
     async def _apply(self, commits: Sequence[Committed]) -> None:
         if commits:
+            self._has_answered = False
+            self._make_way()
             await self._engine.apply(commits)
 
     # ------------------------------------------------------------ the stream
@@ -170,12 +195,25 @@ class Agent:
             while not finished:
                 if receiving is None:
                     receiving = asyncio.create_task(stream.receive())
-                waiting = {receiving} | ({self._measuring} if self._measuring else set())
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                idle_s = self._idle_s_before_evaluating()
+                if idle_s == 0:
+                    self._begin_evaluation()
+                    idle_s = None
+                waiting: set[asyncio.Task[Any]] = {receiving}
+                waiting |= {task for task in (self._measuring, self._evaluating) if task}
+                done, _ = await asyncio.wait(
+                    waiting, timeout=idle_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    self._begin_evaluation()
+                    continue
+                if self._evaluating is not None and self._evaluating.done():
+                    evaluated, self._evaluating = self._evaluating, None
+                    evaluated.result()
                 if self._measuring is not None and self._measuring.done():
                     # Before the message: that may end the session, and the machine must know.
-                    done, self._measuring = self._measuring, None
-                    finished = await self._act(self._step(done.result()), stream)
+                    measured, self._measuring = self._measuring, None
+                    finished = await self._act(self._step(measured.result()), stream)
                 if receiving.done():
                     message, receiving = receiving.result(), None
                     if message is None:
@@ -233,12 +271,14 @@ class Agent:
             commits = []
             match action:
                 case Measure():
+                    self._make_way()
                     self._measuring = asyncio.create_task(self._measure(action))
                 case Leave():
                     leaves = True
                 case _ if broken is None:
                     try:
                         await stream.send(await self._message(action))
+                        self._has_answered |= isinstance(action, (SendAnswer, SendUnable))
                     except UnavailableError as error:
                         broken = error
         await self._apply(commits)
@@ -258,6 +298,7 @@ class Agent:
             case SendUnable():
                 return unable_to_pb(action)
             case ReportWeights(round_):
+                self._make_way()
                 digest = await self._engine.digest()
                 log.info("finished at round %d, weights %s", round_, digest.hex())
                 return wire.SessionRequest(
@@ -273,10 +314,58 @@ class Agent:
         log.info("round %d measured", order.ticket.round)
         return measured
 
-    async def _drop_measurement(self) -> None:
-        if self._measuring is not None:
+    async def _drop_work(self) -> None:
+        running = {task for task in (self._measuring, self._evaluating) if task}
+        if running:
             self._engine.cut_short()
-            await asyncio.wait({self._measuring})
+            self._engine.cut_evaluation_short()
+            await asyncio.wait(running)
+
+    # ------------------------------------------------------------ evaluation
+
+    def _idle_s_before_evaluating(self) -> float | None:
+        """How long nothing more must come until the weights are evaluated; None: they are not now."""
+        assert self._machine is not None
+        round_ = self._machine.round
+        is_free = self._measuring is None and self._evaluating is None
+        if self._evaluations is None or not is_free or not self._evaluations.is_due(round_):
+            return None
+        if not self._has_answered:
+            return UNASKED_IDLE_S
+        return 0.0 if self._evaluations.must_finish(round_) else ANSWERED_IDLE_S
+
+    def _begin_evaluation(self) -> None:
+        assert self._machine is not None
+        assert self._evaluations is not None
+        round_ = self._machine.round
+        self._evaluation_is_cuttable = not self._evaluations.must_finish(round_)
+        self._evaluations.begin(round_)
+        self._evaluating = asyncio.create_task(self._evaluate(self._engine.evaluate()))
+
+    def _make_way(self) -> None:
+        """Let an evaluation end, if it may, because the engine has something else to do."""
+        if self._evaluating is not None and self._evaluation_is_cuttable:
+            self._engine.cut_evaluation_short()
+
+    async def _evaluate(self, evaluating: Awaitable[HeldOutResult | None]) -> None:
+        assert self._evaluations is not None
+        try:
+            result = await evaluating
+        except MeasurementError as error:
+            assert self._machine is not None
+            log.warning("round %d: %s", self._machine.round, error)
+            return
+        if result is not None:
+            self._evaluations.add(result)
+
+    async def _evaluate_the_end(self) -> None:
+        if self._evaluations is None:
+            return
+        assert self._machine is not None
+        last = self._evaluations.last
+        if last is None or last.round != self._machine.round:
+            await self._evaluate(self._engine.evaluate())
+        self._evaluations.log_summary()
 
 
 def hello_of(party: Party, worker: str, round_: int, head: bytes) -> wire.SessionRequest:

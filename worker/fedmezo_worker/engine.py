@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from fedmezo_core.config import RunConfig
@@ -16,10 +18,13 @@ from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.party import Party, commits_of, open_party
 from fedmezo_core.zo.placement import Placement
-from fedmezo_core.zo.rows import read_rows
-from fedmezo_core.zo.task import Batches
+from fedmezo_core.zo.rows import Row, read_rows
+from fedmezo_core.zo.task import Batches, Dataset
 from fedmezo_core.zo.weights import Weights
+from fedmezo_worker.evaluations import HeldOutResult
 from fedmezo_worker.settings import WorkerSettings
+
+log = logging.getLogger("fedmezo.worker")
 
 Result = TypeVar("Result")
 
@@ -28,14 +33,20 @@ class CancelledMeasurementError(MeasurementError):
     """The measurement can no longer count and was cut short."""
 
 
+class _EvaluationCutShortError(Exception):
+    """Something more urgent came."""
+
+
 class Engine:
-    """Loads, measures, applies and digests; one thing at a time, in the order of the calls."""
+    """Loads, measures, applies, digests and evaluates; one thing at a time, in the order of the calls."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._cut_short = threading.Event()
+        self._evaluation_cut_short = threading.Event()
         self._party: Party | None = None
         self._batches: Batches | None = None
+        self._heldout: Dataset | None = None
         self._estimator: Estimator | None = None
 
     async def load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
@@ -60,9 +71,23 @@ class Engine:
         """Let the running measurement end at its next step."""
         self._cut_short.set()
 
+    def evaluate(self) -> asyncio.Future[HeldOutResult | None]:
+        """Evaluate the weights on the worker's held-out rows; None if it was cut short.
+
+        It is in the order of the calls at once, not only when it is awaited. `MeasurementError` if the
+        loss is no number.
+        """
+        self._evaluation_cut_short.clear()
+        return asyncio.get_running_loop().run_in_executor(self._thread, self._evaluate)
+
+    def cut_evaluation_short(self) -> None:
+        """Let the running evaluation end at its next batch."""
+        self._evaluation_cut_short.set()
+
     async def close(self) -> None:
         """Cut short what runs and wait for it."""
         self._cut_short.set()
+        self._evaluation_cut_short.set()
         await asyncio.to_thread(self._thread.shutdown)
 
     async def _run(self, work: Callable[[], Result]) -> Result:
@@ -74,7 +99,9 @@ class Engine:
         config = genesis.config
         # The data first: a wrong column should not cost a model's loading time.
         columns = (*config.task.columns(), _answer_column(config))
-        rows = read_rows(settings.data, tuple(dict.fromkeys(columns)))
+        columns = tuple(dict.fromkeys(columns))
+        rows = read_rows(settings.data, columns)
+        heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, columns)
         party = open_party(
             config,
             settings.model or config.model,
@@ -85,7 +112,9 @@ class Engine:
             frozen_base_bits=settings.frozen_base_bits,
         )
         party.check_same_base(genesis)
-        self._batches = open_batches(party, rows, settings.name)
+        if settings.heldout is not None:
+            self._heldout = _encoded(party, settings.heldout, heldout_rows)
+        self._batches = open_batches(party, _encoded(party, settings.data, rows), settings.name)
         self._estimator = open_estimator(party, threads=settings.threads)
         return party
 
@@ -106,10 +135,42 @@ class Engine:
         if self._cut_short.is_set():
             raise CancelledMeasurementError("the round closed before the measurement ended")
 
+    def _evaluate(self) -> HeldOutResult | None:
+        party, heldout = self._party, self._heldout
+        assert party is not None
+        assert heldout is not None, "the settings name no held-out rows"
+
+        def go_on() -> None:
+            if self._evaluation_cut_short.is_set():
+                raise _EvaluationCutShortError
+
+        try:
+            result = party.task.evaluate(
+                party.loaded.model,
+                heldout,
+                # There is room for these: a measurement takes each row of a batch at least twice.
+                party.config.batch_size,
+                before_batch=go_on,
+            )
+        except _EvaluationCutShortError:
+            return None
+        return HeldOutResult(
+            party.weights.round, result.loss, result.accuracy, result.auc, result.row_count
+        )
+
     @property
     def _weights(self) -> Weights:
         assert self._party is not None, "load comes first"
         return self._party.weights
+
+
+def _encoded(party: Party, path: Path, rows: Sequence[Row]) -> Dataset:
+    dataset = party.task.encode(rows)
+    cut = ""
+    if dataset.truncated_count:
+        cut = f", {dataset.truncated_count} of them cut to {party.config.task.tokens_max} tokens"
+    log.info("%s: %d rows%s", path, len(dataset), cut)
+    return dataset
 
 
 def _answer_column(config: RunConfig) -> str:

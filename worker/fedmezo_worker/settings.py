@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pydantic import ByteSize, Field, field_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
 from fedmezo_core.config import NAME_PATTERN
@@ -24,6 +24,16 @@ class WorkerSettings(BaseSettings):
     name: str = Field(description="this worker's name, unique in the run: a-z, 0-9 and -")
     data: Path = Field(
         description="its private rows: a JSONL, CSV or Parquet file, or a folder of them"
+    )
+    heldout: Path | None = Field(
+        default=None,
+        description="rows of its own to evaluate the model on, in files as for data; stays here",
+    )
+    evaluate_every_rounds: int = Field(
+        default=10, ge=1, description="how often; always at the base and at the end"
+    )
+    evaluations: Path | None = Field(
+        default=None, description="JSONL file that each evaluation is appended to"
     )
     model: str = Field(
         default="", description="model folder or hub name, if not the name that the run gives"
@@ -87,3 +97,9 @@ class WorkerSettings(BaseSettings):
         if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise ValueError("write it as host:port, for example 127.0.0.1:7465")
         return value
+
+    @model_validator(mode="after")
+    def _rows_to_evaluate_on(self) -> WorkerSettings:
+        if self.evaluations is not None and self.heldout is None:
+            raise ValueError("evaluations needs heldout, the rows to evaluate on; set both")
+        return self

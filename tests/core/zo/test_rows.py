@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import datetime
+import decimal
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedmezo_core.errors import DataError
-from fedmezo_core.zo.rows import read_rows
+from fedmezo_core.zo.rows import read_rows, read_whole_rows
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 
@@ -127,3 +129,47 @@ def test_bad_files_are_refused_in_one_sentence(
         read_rows(path, ("text",))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
+
+
+def test_whole_rows_keep_every_column_and_value(tmp_path: Path) -> None:
+    lines = [
+        '{"text": "Grüße", "label": 1, "tags": ["a", {"b": null}], "score": 0.1}',
+        '{"other": true, "half": "\\ud800"}',
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("\n\n".join(lines), encoding="utf-8")
+    rows = read_whole_rows(path)
+    assert [row.json_line().decode() for row in rows] == [f"{line}\n" for line in lines]
+    assert rows[0].text("label") == "1"
+    with pytest.raises(DataError, match=r"Row 3 of .*data\.jsonl has no label"):
+        rows[1].text("label")
+
+
+def test_whole_rows_of_the_three_formats_are_the_same(tmp_path: Path) -> None:
+    records = [{"text": 'a,\n"b"', "label": "x"}, {"text": "\u2028", "label": "y"}]
+    lines = []
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        _write(tmp_path / f"data{suffix}", records)
+        lines.append([row.json_line() for row in read_whole_rows(tmp_path / f"data{suffix}")])
+    assert lines[0] == lines[1] == lines[2]
+    (tmp_path / "again.jsonl").write_bytes(b"".join(lines[0]))
+    assert [row.values for row in read_rows(tmp_path / "again.jsonl", ("text", "label"))] == records
+
+
+def test_what_json_has_no_type_for(tmp_path: Path) -> None:
+    moment = datetime.datetime(2024, 5, 6, 7, 8, tzinfo=datetime.UTC)
+    path = tmp_path / "data.parquet"
+    table = {"day": [moment.date()], "at": [moment], "price": [decimal.Decimal("1.50")]}
+    pq.write_table(pa.table(table), path)
+    assert json.loads(read_whole_rows(path)[0].json_line()) == {
+        "day": "2024-05-06",
+        "at": "2024-05-06T07:08:00+00:00",
+        "price": "1.50",
+    }
+    for value in (b"bytes", float("nan"), [float("inf")]):
+        pq.write_table(pa.table({"text": ["a"], "odd": [value]}), path)
+        with pytest.raises(
+            DataError, match=r"Row 1 of .*data.parquet: odd holds a value that JSON cannot hold \("
+        ) as caught:
+            read_whole_rows(path)[0].json_line()
+        assert "\n" not in str(caught.value)

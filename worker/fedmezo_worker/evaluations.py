@@ -1,0 +1,100 @@
+"""What a worker learns from held-out rows of its own: when it looks, and where it says so.
+
+Log and file are this machine's. Nothing of them is sent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedmezo_core.errors import ConfigError
+
+log = logging.getLogger("fedmezo.worker")
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutResult:
+    """One set of weights on the worker's held-out rows; the keys of a line in its file."""
+
+    round: int
+    """The round whose commit the weights hold; 0 for the base."""
+    loss: float
+    accuracy: float
+    auc: float | None
+    rows: int
+
+    def __str__(self) -> str:
+        auc = "" if self.auc is None else f", AUC {self.auc:.3f}"
+        return f"loss {self.loss:.4f}, accuracy {100 * self.accuracy:.1f} %{auc}"
+
+
+class Evaluations:
+    """The results so far, and which round is evaluated next.
+
+    Every `every_rounds` rounds, in an idle moment; what the next round interrupts is given up. But of
+    two that are due one after the other at least one is made, even if the next round waits for it.
+    """
+
+    def __init__(self, every_rounds: int, rounds: int, file: Path | None) -> None:
+        """`rounds` are the run's: the last is evaluated when nothing else is left to do.
+
+        Raises `ConfigError` if `file` cannot be appended to.
+        """
+        self._every_rounds = every_rounds
+        self._rounds = rounds
+        self._file = file
+        self._tried_round = 0
+        self.first: HeldOutResult | None = None
+        self.last: HeldOutResult | None = None
+        if file is not None:
+            try:
+                with file.open("a"):
+                    pass
+            except OSError as error:
+                raise ConfigError(
+                    f"evaluations = {str(file)!r} cannot be written ({error.strerror or error}); name "
+                    "another file."
+                ) from error
+
+    def is_due(self, round_: int) -> bool:
+        """Whether the weights of `round_` are to be evaluated, if there is time."""
+        in_turn = round_ % self._every_rounds == 0
+        return in_turn and self._tried_round < round_ < self._rounds
+
+    def must_finish(self, round_: int) -> bool:
+        """Whether the one that was due before `round_` is missing, so that this one is not given up."""
+        last_round = 0 if self.last is None else self.last.round
+        return round_ - last_round >= 2 * self._every_rounds
+
+    def begin(self, round_: int) -> None:
+        """Note that `round_` was tried; it is not due again."""
+        self._tried_round = round_
+
+    def add(self, result: HeldOutResult) -> None:
+        """Log a result, and append it to the file."""
+        self.first = self.first or result
+        self.last = result
+        log.info("round %d: held-out %s, %d rows", result.round, result, result.rows)
+        if self._file is None:
+            return
+        try:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(result)) + "\n")
+        except OSError as error:
+            # A full disk is no reason to leave the run.
+            log.warning("%s cannot be written (%s)", self._file, error.strerror or error)
+
+    def log_summary(self) -> None:
+        """Log the first result beside the last."""
+        if self.first is not None and self.last is not None and self.first is not self.last:
+            log.info(
+                "held-out, %d rows: round %d %s -> round %d %s",
+                self.last.rows,
+                self.first.round,
+                self.first,
+                self.last.round,
+                self.last,
+            )
