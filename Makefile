@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-gpu sim lint format proto check-proto bench bench-gpu wheel-test clean
+.PHONY: help setup demo test test-gpu sim lint format proto check-proto bench bench-gpu experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -80,6 +80,18 @@ bench: setup  ## replay, measuring, memory and catch-up beside plain torch; buil
 
 bench-gpu: setup  ## the same on a CUDA device, with its roofline; build/reports/bench-gpu.json
 	$(BIN)/python -m benchmarks.bench_gpu
+
+# `make experiments` does all of them; a finished run is kept, so what was broken off goes on where it was.
+# EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set rounds=5" or EXPERIMENT=--fresh.
+EXPERIMENT ?=
+EXPERIMENTS := accuracy personalised local-steps clients distributions precision estimators
+.PHONY: $(EXPERIMENTS:%=experiment-%)
+
+experiments: setup  ## all experiments: build/reports/<name>.md, .png, .json; one alone: make experiment-accuracy
+	$(BIN)/python -m experiments all $(EXPERIMENT)
+
+$(EXPERIMENTS:%=experiment-%): experiment-%: setup
+	$(BIN)/python -m experiments $* $(EXPERIMENT)
 
 wheel-test: setup  ## build the wheel, install it alone in a fresh environment, run the commands
 	rm -rf build/wheel && mkdir -p build/wheel

@@ -31,6 +31,7 @@ from fedmezo_core.codec import (
     unable_from_pb,
 )
 from fedmezo_core.cohort import REPLICA_PARTY
+from fedmezo_core.config import RunConfig
 from fedmezo_core.digests import DigestBoard, PartyDigest
 from fedmezo_core.errors import (
     DivergedError,
@@ -385,7 +386,7 @@ class Daemon:
             )
         )
         for row in rows:
-            session.put(_commit_notice(row))
+            session.put(commit_to_pb(row))
         item.done.set_result(None)
         await self._flush([self._machine.step(WorkerReady(worker))])
 
@@ -407,7 +408,7 @@ class Daemon:
         """Commits to everyone first, then what the step addressed to one worker each."""
         for entry in entries:
             if isinstance(entry.record, Committed):
-                notice = _commit_notice(entry.row)
+                notice = commit_to_pb(entry.row)
                 for session in self._sessions.values():
                     session.put(notice)
         for message in messages:
@@ -417,24 +418,16 @@ class Daemon:
 
     def _send_one(self, session: Session, message: RoundMessage) -> None:
         match message:
+            case Expel(_, sentence):
+                session.end(DivergedError(sentence))
+                return
+            case Refuse(worker, _, _, sentence):
+                log.warning("refused an answer of worker %s: %s", worker, sentence)
             case Assign():
                 session.traffic.assigned_at_s = time.monotonic()
-                session.put(assign_to_pb(message, self.genesis.config))
-            case Ack(_, ticket):
-                session.put(wire.SessionResponse(ack=wire.Ack(ticket=ticket_to_pb(ticket))))
-            case Refuse(worker, ticket, reason, sentence):
-                log.warning("refused an answer of worker %s: %s", worker, sentence)
-                session.put(
-                    wire.SessionResponse(
-                        refused=wire.Refused(
-                            ticket=ticket_to_pb(ticket), reason=reason, message=sentence
-                        )
-                    )
-                )
-            case Expel(worker, sentence):
-                session.end(DivergedError(sentence))
-            case Finish(_, round_):
-                session.put(wire.SessionResponse(finished=wire.Finished(round=round_)))
+            case _:
+                pass
+        session.put(message_to_pb(message, self.genesis.config))
 
     def _tell(self, record: Record) -> None:
         match record:
@@ -612,7 +605,25 @@ class Daemon:
         )
 
 
-def _commit_notice(row: Row) -> wire.SessionResponse:
+def message_to_pb(
+    message: Assign | Ack | Refuse | Finish, config: RunConfig
+) -> wire.SessionResponse:
+    """What the round machine addresses to a worker, as a session message."""
+    match message:
+        case Assign():
+            return assign_to_pb(message, config)
+        case Ack(_, ticket):
+            return wire.SessionResponse(ack=wire.Ack(ticket=ticket_to_pb(ticket)))
+        case Refuse(_, ticket, reason, sentence):
+            return wire.SessionResponse(
+                refused=wire.Refused(ticket=ticket_to_pb(ticket), reason=reason, message=sentence)
+            )
+        case Finish(_, round_):
+            return wire.SessionResponse(finished=wire.Finished(round=round_))
+
+
+def commit_to_pb(row: Row) -> wire.SessionResponse:
+    """A commit as it stands in the journal, as a session message."""
     return wire.SessionResponse(commit=wire.CommitNotice(record=row.body))
 
 

@@ -123,6 +123,10 @@ class Evaluation:
     auc: float | None
     """Two classes: chance that a row of the second one scores above a row of the first. It does not
     see a mere bias towards one class, which accuracy does. None otherwise, or if a class is absent."""
+    calibrated_accuracy: float | None
+    """Two classes: accuracy if every row above the median margin were called the second one. As `auc`
+    it does not see a bias, but it is in the units of accuracy. It supposes that half of the rows are of
+    either class. None where `auc` is."""
     row_count: int
     target_count: int
     """What `loss` and `accuracy` are means over: rows, or response tokens."""
@@ -388,11 +392,13 @@ class Task:
         target_count = sum(outcome.target_count for outcome in outcomes)
         margins = [margin for outcome in outcomes for margin in outcome.margins]
         labels = [dataset.examples[index].label for index in order]
+        auc = _auc(margins, labels) if margins else None
         return Evaluation(
             loss=math.fsum(loss for outcome in outcomes for loss in outcome.row_losses)
             / target_count,
             accuracy=sum(outcome.correct_count for outcome in outcomes) / target_count,
-            auc=_auc(margins, labels) if margins else None,
+            auc=auc,
+            calibrated_accuracy=None if auc is None else _calibrated_accuracy(margins, labels),
             row_count=len(dataset),
             target_count=target_count,
         )
@@ -456,7 +462,7 @@ class Task:
 
         Raises `MeasurementError` if a logit is NaN or infinite.
         """
-        logits = _logits(model, batch, 1)[:, -1]
+        logits = logits_of(model, batch, 1)[:, -1]
         largest = logits.max(dim=-1)
         if not bool(largest.values.isfinite().all()):
             raise _not_finite(batch)
@@ -472,7 +478,7 @@ class Task:
     @torch.inference_mode()
     def _outcome(self, model: nn.Module, batch: Batch, *, count_correct: bool = True) -> _Outcome:
         if self.config.kind == "classification":
-            logits = _logits(model, batch, 1)[:, -1, list(self.verbalizer_ids)].double()
+            logits = logits_of(model, batch, 1)[:, -1, list(self.verbalizer_ids)].double()
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             two = len(self.verbalizer_ids) == 2
             return _Outcome(
@@ -484,7 +490,7 @@ class Task:
             )
         response_tokens = batch.targets.shape[1]
         # The logits at one position predict the next token.
-        logits = _logits(model, batch, response_tokens + 1)[:, :-1]
+        logits = logits_of(model, batch, response_tokens + 1)[:, :-1]
         positions_max = max(1, _chunk_elements(logits) // logits.shape[-1])
         row_losses: list[torch.Tensor] = []
         correct_count = 0
@@ -518,7 +524,7 @@ def _chunk_elements(logits: torch.Tensor) -> int:
     return _LOSS_CHUNK_ELEMENTS.get(logits.device.type, _LOSS_CHUNK_ELEMENTS["cpu"])
 
 
-def _logits(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:
+def logits_of(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:
     """Logits of the last `positions` positions: [rows, positions, vocabulary], the model's dtype."""
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids,
@@ -547,6 +553,11 @@ def _auc(margins: Sequence[float], labels: Sequence[int]) -> float | None:
     ranks = (np.cumsum(sizes) - (sizes - 1) / 2.0)[groups]
     above = float(ranks[second].sum()) - count_second * (count_second + 1) / 2.0
     return above / (count_first * count_second)
+
+
+def _calibrated_accuracy(margins: Sequence[float], labels: Sequence[int]) -> float:
+    scores = np.asarray(margins)
+    return float(np.mean((scores > np.median(scores)) == (np.asarray(labels) == 1)))
 
 
 class Batches:

@@ -218,7 +218,7 @@ class Agent:
                     message, receiving = receiving.result(), None
                     if message is None:
                         raise UnavailableError("The coordinator ended the session.")
-                    event = _event_of(message, self._genesis.config)
+                    event = event_of(message, self._genesis.config)
                     if message.WhichOneof("kind") == "assign":
                         self._engine.set_deadline(
                             time.monotonic() + message.assign.deadline_ms / 1000
@@ -295,7 +295,8 @@ class Agent:
     ) -> wire.SessionRequest:
         match action:
             case SendHello(round_, head):
-                return self._hello(round_, head)
+                assert self._party is not None
+                return hello_of(self._party, self._settings.name, round_, head)
             case SendAnswer():
                 return answer_to_pb(action)
             case SendUnable():
@@ -370,22 +371,23 @@ class Agent:
             await self._evaluate(self._engine.evaluate())
         self._evaluations.log_summary()
 
-    def _hello(self, round_: int, head: bytes) -> wire.SessionRequest:
-        assert self._party is not None
-        config = self._party.config
-        return wire.SessionRequest(
-            hello=wire.Hello(
-                protocol_version=PROTOCOL_VERSION,
-                run_id=config.run_id,
-                worker=self._settings.name,
-                manifest_digest=self._party.manifest_digest,
-                base_digest=self._party.base_digest,
-                tokenizer_digest=self._party.tokenizer_digest,
-                recipe=config.recipe,
-                round=round_,
-                head=head,
-            )
+
+def hello_of(party: Party, worker: str, round_: int, head: bytes) -> wire.SessionRequest:
+    """How `worker` introduces itself at the round and head that it holds."""
+    config = party.config
+    return wire.SessionRequest(
+        hello=wire.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=config.run_id,
+            worker=worker,
+            manifest_digest=party.manifest_digest,
+            base_digest=party.base_digest,
+            tokenizer_digest=party.tokenizer_digest,
+            recipe=config.recipe,
+            round=round_,
+            head=head,
         )
+    )
 
 
 def _commit_event(record_bytes: bytes, head_before: bytes = b"") -> CommitReceived | None:
@@ -395,7 +397,8 @@ def _commit_event(record_bytes: bytes, head_before: bytes = b"") -> CommitReceiv
     return CommitReceived(record, record_bytes, head_before)
 
 
-def _event_of(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
+def event_of(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
+    """A message from the coordinator as the session machine takes it."""
     match message.WhichOneof("kind"):
         case "welcome":
             return Welcomed(message.welcome.epoch, message.welcome.round)

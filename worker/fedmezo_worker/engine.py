@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured
-from fedmezo_core.records import Committed, Genesis, digest64_of
-from fedmezo_core.zo.estimator import Estimator, local_steps
-from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.objective import Objective, load_objective
 from fedmezo_core.zo.party import Party, commits_of, open_party
 from fedmezo_core.zo.placement import Placement
 from fedmezo_core.zo.rows import Row, read_rows
-from fedmezo_core.zo.task import Batch, Batches, Dataset
+from fedmezo_core.zo.task import Batches, Dataset
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.evaluations import HeldOutResult
 from fedmezo_worker.scorer import CancelledMeasurementError, Scorer
@@ -125,23 +125,10 @@ class Engine:
             self._heldout = _encoded(party, settings.heldout, heldout_rows)
         dataset = _encoded(party, settings.data, rows)
         _check_positions(party, dataset)
-        self._batches = Batches(
-            party.task,
-            dataset,
-            run_seed=config.seed,
-            worker_name=settings.name,
-            batch_size=config.batch_size,
-            local_steps=config.local_steps,
-            device=execution_device(party.loaded.model),
-        )
+        self._batches = open_batches(party, dataset, settings.name)
         self._scorer = None if objective is None else Scorer(objective, self._cut_short)
-        self._estimator = Estimator(
-            party.loaded.model,
-            party.loaded.manifest,
-            party.task,
-            distribution=party.distribution,
-            rounding=party.rounding,
-            one_sided=config.estimator == "one_sided",
+        self._estimator = open_estimator(
+            party,
             threads=settings.threads,
             objective=self._scorer,
             before_pass=self._end_if_cut_short,
@@ -151,23 +138,16 @@ class Engine:
     def _measure(self, order: Measure) -> Measured:
         assert self._party is not None
         assert self._estimator is not None
-        batches, config = self._batches, self._party.config
-        assert batches is not None
+        assert self._batches is not None
         if self._scorer is not None:
             self._scorer.check_free()
-        digest64 = digest64_of(self._weights.digest()) if order.work.want_digest else None
-
-        def batch_of(step: int) -> Batch:
-            self._end_if_cut_short()
-            return batches.batch(order.ticket.round, step)
-
-        steps = local_steps(self._estimator, batch_of, order.work, config)
-        return Measured(
-            ticket=order.ticket,
-            projected_grads=tuple(steps.projected_grads.tolist()),
-            mean_loss=steps.loss,
-            weights_digest64=digest64,
-            rows=batches.row_count,
+        return measure(
+            self._party,
+            self._estimator,
+            self._batches,
+            order,
+            digest=self._weights.digest,
+            before_step=self._end_if_cut_short,
         )
 
     def _evaluate(self) -> HeldOutResult | None:

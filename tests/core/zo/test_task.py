@@ -166,6 +166,9 @@ def test_evaluation_does_not_depend_on_the_batch_size(
     seconds = [margin for margin, label in margins if label == 1]
     above = sum((s > f) + 0.5 * (s == f) for s in seconds for f in firsts)
     assert found.auc == pytest.approx(above / (len(firsts) * len(seconds)))
+    ranked = sorted(margins)
+    right = sum((place >= 8) == (label == 1) for place, (_, label) in enumerate(ranked))
+    assert found.calibrated_accuracy == right / 16
     assert found.loss == pytest.approx(
         task.loss(model, task.collate(dataset.examples, "")), rel=1e-5
     )
@@ -174,7 +177,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(
     answers = Task(_instruction(), tokenizer, 384)
     encoded = answers.encode(_answers())
     tokens = answers.evaluate(model, encoded, size)
-    assert tokens.auc is None
+    assert tokens.auc is tokens.calibrated_accuracy is None
     assert tokens.target_count == sum(len(example.response) for example in encoded.examples)
     assert tokens.loss == pytest.approx(
         answers.loss(model, answers.collate(encoded.examples, "")), rel=1e-5

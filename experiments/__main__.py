@@ -1,0 +1,173 @@
+"""Run experiments and report on them.
+
+python -m experiments TARGET... [--seeds N] [--quick] [--fresh] [--jobs N] [--set KEY=VALUE]
+
+A target is one of the catalogue's, or `all`. Finished runs are kept under build/experiments, so that a
+second call goes on where the first was broken off.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from benchmarks.figures import REPORTS, Figure
+from experiments import memory, report
+from experiments.catalogue import EXPERIMENTS, Changes, Experiment, run_of
+from experiments.runs import KEPT, Processes, Result, Run, kept, key_of
+from experiments.settings import CACHE, Settings
+from fedmezo_core.errors import ConfigError
+from fedmezo_core.program import run_program
+
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command line asks for."""
+
+    targets: Sequence[str]
+    seeds: int | None = None
+    jobs: int = 2
+    fresh: bool = False
+    changes: Changes = field(default_factory=Changes)
+    kept: Path = KEPT
+    reports: Path = REPORTS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="experiments", description=__doc__.splitlines()[0])
+    parser.add_argument("targets", nargs="+", choices=[*EXPERIMENTS, ALL], metavar="TARGET")
+    parser.add_argument("--seeds", type=int, help="of each arm, if not the experiment's own number")
+    parser.add_argument("--quick", action="store_true", help="sizes that say nothing")
+    parser.add_argument("--fresh", action="store_true", help="run again what was kept")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--redraw", action="store_true", help="run nothing, draw the kept curves")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a value of the run or of the settings for all arms; VALUE is JSON or text",
+    )
+    given = parser.parse_args(arguments)
+    targets = list(EXPERIMENTS) if ALL in given.targets else list(dict.fromkeys(given.targets))
+    if given.redraw:
+        for target in targets:
+            print(report.redraw(target, EXPERIMENTS[target]))
+        return 0
+
+    # As Ctrl-C does: the processes must not outlive this one.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def run() -> None:
+        changes = changes_of(given.set, quick=given.quick)
+        experiment(Order(targets, given.seeds, given.jobs, given.fresh, changes))
+
+    return run_program("experiments", run)
+
+
+def changes_of(given: Sequence[str], *, quick: bool = False) -> Changes:
+    """`KEY=VALUE` by whose value it is. `task.template` and the like are given as task={...}."""
+    run: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for item in given:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: write it as KEY=VALUE.")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        # A run's `model` is only a name in its journal: what is loaded is the settings' one.
+        (settings if key in Settings.model_fields else run)[key] = value
+    return Changes(run, settings, quick)
+
+
+def experiment(order: Order) -> None:
+    """Do all runs of all targets, then report each target."""
+    runs = {target: _runs(EXPERIMENTS[target], order) for target in order.targets}
+    _prepare(runs)
+    # Arms of several targets may be the same run, such as the one that differs in nothing.
+    everything = {
+        key_of(run): run for arms in runs.values() for of_arm in arms.values() for run in of_arm
+    }
+    results = _results(everything, order)
+    for target, arms in runs.items():
+        described = EXPERIMENTS[target]
+        found = {arm: [results[key_of(run)] for run in of_arm] for arm, of_arm in arms.items()}
+        peaks: list[Figure] = []
+        if described.against:
+            peaks = memory.figures({arm: of_arm[0] for arm, of_arm in arms.items()})
+        paths = report.write_all(target, described, found, peaks, order.reports)
+        Console(width=160).print(Markdown(paths[1].read_text()))
+        print("\n".join(f"wrote {path}" for path in paths))
+
+
+def _runs(described: Experiment, order: Order) -> dict[str, list[Run]]:
+    seeds = order.seeds or (1 if order.changes.quick else described.seeds)
+    return {
+        arm.name: [run_of(described, arm, seed, order.changes) for seed in range(1, seeds + 1)]
+        for arm in described.arms
+    }
+
+
+def _prepare(runs: dict[str, dict[str, list[Run]]]) -> None:
+    """Fetch the demo's model and data if a run uses them."""
+    folders = {
+        Path(folder)
+        for arms in runs.values()
+        for of_arm in arms.values()
+        for run in of_arm
+        for folder in (run.settings.model, run.settings.data)
+    }
+    if any(folder.is_relative_to(CACHE) for folder in folders):
+        from deploy.demo.prepare import prepare
+
+        prepare(CACHE)
+
+
+def _results(runs: Mapping[str, Run], order: Order) -> dict[str, Result]:
+    """Of every run by its key, kept or done now, several at a time in processes of their own."""
+    console = Console(stderr=True, width=120)
+    results: dict[str, Result] = {}
+    for key, run in {} if order.fresh else runs.items():
+        if (result := kept(run, order.kept)) is not None:
+            results[key] = result
+    missing = {key: run for key, run in runs.items() if key not in results}
+    console.print(f"{len(runs)} runs, {len(results)} of them kept from before")
+    processes = Processes(order.kept)
+    with ThreadPoolExecutor(order.jobs) as pool:
+        futures = {pool.submit(processes.result, run): key for key, run in missing.items()}
+        try:
+            for number, future in enumerate(as_completed(futures), start=1):
+                key, result = futures[future], future.result()
+                results[key] = result
+                console.print(f"{number}/{len(missing)} {_line(result)}", highlight=False)
+        except BaseException:
+            processes.end()
+            raise
+    return results
+
+
+def _line(result: Result) -> str:
+    run = result.run
+    method = "FedMeZO" if run.first_order is None else "BP-FedAvg"
+    end = result.whole[-1]
+    what = result.ended or f"accuracy {end.accuracy:.3f}, loss {end.loss:.3f}"
+    return f"{method}, seed {run.config.seed}, {result.wall_s:.0f} s: {what}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

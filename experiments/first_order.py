@@ -1,0 +1,155 @@
+"""The baseline: federated averaging (McMahan et al. 2017) of back-propagated AdamW steps.
+
+A benchmark, not a part of the service. Everything that is not the method is the same as in `federation`:
+the base, what is trained (all parameters, or the LoRA adapter of the run's configuration, from the same
+first values), the workers' rows and their batches, the number of local steps, the held-out rows.
+
+Each round every worker starts from the global weights with a fresh optimizer, as FedMeZO's own baseline
+does, makes its local steps, and sends its weights; the global weights become their mean.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch.nn import functional
+
+from experiments.judging import Judge
+from fedmezo_core.errors import MeasurementError
+from fedmezo_core.zo.assignment import open_batches
+from fedmezo_core.zo.homes import homes_of
+from fedmezo_core.zo.manifest import trained_tensors
+from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.rows import Row
+from fedmezo_core.zo.task import Batch, logits_of
+
+
+class FirstOrder(BaseModel):
+    """What a first-order run has beside the run's configuration, whose learning rate it does not use."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    average: Literal["uniform", "rows"] = "uniform"
+    """Workers count equally, as in FedMeZO, or by their number of rows, as in FedAvg's paper."""
+
+
+class FedAvg:
+    """One run of federated averaging."""
+
+    def __init__(
+        self,
+        party: Party,
+        rows: Mapping[str, Sequence[Row]],
+        first_order: FirstOrder,
+        *,
+        judge: Judge | None = None,
+    ) -> None:
+        """`party` is at its base, which this run overwrites. Raises as `Task.encode` does."""
+        self.party = party
+        self.round = 0
+        """Rounds done."""
+        self.train_losses: dict[int, list[float]] = {}
+        """Round -> mean loss of each worker over its batches."""
+        self.forwards = 0
+        """Forward passes of one batch, of all workers; as many backward ones."""
+        self.working_s = 0.0
+        """CPU time of all workers' local steps."""
+        self.applying_s = 0.0
+        """Nothing worth counting: a worker only takes what comes."""
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._judge = judge
+        self._first_order = first_order
+        self._batches = {
+            name: open_batches(party, party.task.encode(own), name) for name, own in rows.items()
+        }
+        counts = {name: len(own) for name, own in rows.items()}
+        by_rows = first_order.average == "rows"
+        self._shares = {
+            name: counts[name] / sum(counts.values()) if by_rows else 1 / len(counts)
+            for name in rows
+        }
+        self._tensors = trained_tensors(party.loaded.model, party.loaded.manifest)
+        self._weights_bytes = sum(tensor.nbytes for tensor in self._tensors)
+
+    def run(self) -> None:
+        """All rounds; raises `MeasurementError` if a loss is NaN or infinite."""
+        self._judge_if_due()
+        while self.round < self.party.config.rounds:
+            self._round()
+            self._judge_if_due()
+
+    def _round(self) -> None:
+        start = [tensor.detach().clone() for tensor in self._tensors]
+        mean = [torch.zeros_like(tensor) for tensor in self._tensors]
+        for name, share in self._shares.items():
+            with torch.no_grad():
+                for tensor, value in zip(self._tensors, start, strict=True):
+                    tensor.copy_(value)
+            begin = time.process_time()
+            batches = [
+                self._batches[name].batch(self.round + 1, step)
+                for step in range(self.party.config.local_steps)
+            ]
+            loss = train(self.party, self._first_order, batches)
+            self.working_s += time.process_time() - begin
+            self.forwards += len(batches)
+            self.train_losses.setdefault(self.round + 1, []).append(loss)
+            self.bytes_down += self._weights_bytes
+            self.bytes_up += self._weights_bytes
+            with torch.no_grad():
+                for total, tensor in zip(mean, self._tensors, strict=True):
+                    total.add_(tensor, alpha=share)
+        with torch.no_grad():
+            for tensor, value in zip(self._tensors, mean, strict=True):
+                tensor.copy_(value)
+        self.round += 1
+
+    def _judge_if_due(self) -> None:
+        if self._judge is not None:
+            self._judge.judge(self.round)
+
+
+def train(party: Party, first_order: FirstOrder, batches: Sequence[Batch]) -> float:
+    """AdamW steps on the party's own tensors, one for each batch; their mean loss in nats."""
+    homes = homes_of(party.loaded.model)
+    parameters = [homes[entry.name].parameter for entry in party.loaded.manifest]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=first_order.learning_rate,
+        weight_decay=first_order.weight_decay,
+        foreach=False,  # as fast on a CPU, without temporaries of the model's size
+    )
+    losses = []
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        for batch in batches:
+            loss = differentiable_loss(party, batch)
+            if not torch.isfinite(loss):
+                raise MeasurementError(f"The loss is {loss.item()} on the batch of {batch.name}.")
+            torch.autograd.backward([loss])
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(loss.item())
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(False)
+    return sum(losses) / len(losses)
+
+
+def differentiable_loss(party: Party, batch: Batch) -> torch.Tensor:
+    """The task's loss with a graph behind it: what `Task.loss` gives as a number."""
+    task, model = party.task, party.loaded.model
+    if task.config.kind == "classification":
+        logits = logits_of(model, batch, 1)[:, -1, list(task.verbalizer_ids)]
+        return functional.cross_entropy(logits.float(), batch.labels)
+    logits = logits_of(model, batch, batch.targets.shape[1] + 1)[:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())

@@ -1,0 +1,87 @@
+"""How good the global model is: the same held-out rows and the same code for every method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.rows import Row
+from fedmezo_core.zo.task import Dataset, Evaluation
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """The global model after a round."""
+
+    round: int
+    loss: float
+    accuracy: float
+    calibrated_accuracy: float | None
+    auc: float | None
+    rows: int
+
+
+@dataclass
+class Judge:
+    """Evaluates a party's model when it is due: before the first round, every n rounds, and at the end.
+
+    A curve is drawn through evaluations on the same rows, which may be the first few of all; what is
+    said of the beginning and of the end comes from all of them.
+    """
+
+    party: Party
+    rows: Sequence[Row]
+    every_rounds: int
+    batch_size: int = 64
+    curve_rows: int | None = None
+    """Rows behind each point of the curve; None: all."""
+    curve: list[Point] = field(default_factory=list)
+    whole: list[Point] = field(default_factory=list)
+    """On all rows: before the first round and after the last."""
+    seconds: float = 0.0
+    """CPU time so far."""
+
+    def __post_init__(self) -> None:
+        """Raises as `Task.encode` does."""
+        task = self.party.task
+        self._all = task.encode(self.rows)
+        few = self.curve_rows is not None and self.curve_rows < len(self.rows)
+        self._few = task.encode(self.rows[: self.curve_rows]) if few else self._all
+
+    def judge(self, round_: int, *, is_last: bool = False) -> Evaluation | None:
+        """Evaluate and remember, if the model after `round_` is due and was not judged yet.
+
+        Returns what is new on the curve, whose points are comparable with each other. Raises as `Task.evaluate` does.
+        """
+        is_end = is_last or round_ in (0, self.party.config.rounds)
+        is_due = is_end or round_ % self.every_rounds == 0
+        begin = time.process_time()
+        found = None
+        if is_due and _is_news(round_, self.curve):
+            found = self._evaluate(self._few)
+            self.curve.append(_point(round_, found))
+        if is_end and _is_news(round_, self.whole):
+            reused = found if self._few is self._all else None
+            self.whole.append(_point(round_, reused or self._evaluate(self._all)))
+        self.seconds += time.process_time() - begin
+        return found
+
+    def _evaluate(self, dataset: Dataset) -> Evaluation:
+        return self.party.task.evaluate(self.party.loaded.model, dataset, self.batch_size)
+
+
+def _is_news(round_: int, points: Sequence[Point]) -> bool:
+    return not points or points[-1].round < round_
+
+
+def _point(round_: int, found: Evaluation) -> Point:
+    return Point(
+        round=round_,
+        loss=found.loss,
+        accuracy=found.accuracy,
+        calibrated_accuracy=found.calibrated_accuracy,
+        auc=found.auc,
+        rows=found.row_count,
+    )

@@ -1,0 +1,93 @@
+"""Peak memory of each way to train beside that of inference, on the same batch of the same model.
+
+Each way is a process of its own, which loads the run's model, forgets what loading took, makes a few
+passes and says how large it was at its largest.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from benchmarks.figures import Figure
+from benchmarks.memory import forget_peak, peak_kib
+from experiments.first_order import FirstOrder, train
+from experiments.runs import Run
+from experiments.settings import load_data
+from fedmezo_core.zo.allocator import keep_freed_memory
+from fedmezo_core.zo.assignment import open_estimator
+from fedmezo_core.zo.party import Party, open_party
+from fedmezo_core.zo.rows import Row
+from fedmezo_core.zo.task import Batch
+
+PASSES = 2
+INFERENCE = "inference"
+TRAINING = "training"
+
+
+def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[], object]:
+    """One pass of a way, on the longest batch that the rows can make."""
+    batch = longest_batch(run, party, rows)
+    if way == INFERENCE:
+        return lambda: party.task.loss(party.loaded.model, batch)
+    first_order = run.first_order
+    if isinstance(first_order, FirstOrder):
+        return lambda: train(party, first_order, [batch])
+    estimator = open_estimator(party, threads=run.settings.threads)
+    seeds = list(range(1, run.config.probes + 1))
+    # With a pair of an earlier local step, as most measurements have.
+    return lambda: estimator.measure(batch, [(0, 1e-9)], seeds, run.config.eps)
+
+
+def longest_batch(run: Run, party: Party, rows: Sequence[Row]) -> Batch:
+    """The batch that takes most memory."""
+    examples = sorted(
+        party.task.encode(rows).examples,
+        key=lambda example: len(example.prompt) + len(example.response),
+    )
+    return party.task.collate(examples[-run.config.batch_size :], "the longest rows")
+
+
+def peak_mb(run: Run, way: str) -> float:
+    """Largest resident memory of a fresh process."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "experiments.memory", way],
+        input=run.model_dump_json(),
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return float(finished.stdout.split()[-1]) / 1024
+
+
+def figures(runs: dict[str, Run]) -> list[Figure]:
+    """Of inference and of a worker of each arm; the arms share model and data."""
+    first = next(iter(runs.values()))
+    plain = first.model_copy(update={"first_order": None})
+    inference = peak_mb(plain, INFERENCE)
+    found = [Figure("peak memory of inference", inference, "MB")]
+    for name, run in runs.items():
+        peak = peak_mb(run, TRAINING)
+        found.append(Figure(f"{name}: peak memory of a worker", peak, "MB"))
+        found.append(
+            Figure(f"{name}: peak memory of a worker ÷ inference", peak / inference, "ratio")
+        )
+    return found
+
+
+def main() -> None:
+    """The process that is looked at: prints its peak in KiB."""
+    run = Run.model_validate_json(sys.stdin.read())
+    keep_freed_memory()
+    party = open_party(run.config, run.settings.model, threads=run.settings.threads)
+    rows = next(iter(load_data(run.settings, run.config.task).clients.values()))
+    call = passes(run, party, rows, sys.argv[1])
+    forget_peak()
+    for _ in range(PASSES):
+        call()
+    print(peak_kib())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""One run: what it is made of, what came out of it, and where that is kept.
+
+A finished run is kept under the hash of everything that its result depends on, so that a collection of
+runs that was broken off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict
+
+from benchmarks.machine import Machine
+from experiments.federation import LOST, Federation
+from experiments.first_order import FedAvg, FirstOrder
+from experiments.judging import Judge, Point
+from experiments.settings import Settings, load_data
+from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import FedMezoError
+from fedmezo_core.program import run_program
+from fedmezo_core.zo.allocator import keep_freed_memory
+from fedmezo_core.zo.party import open_party
+from fedmezo_core.zo.placement import Placement
+
+ROOT: Final = Path(__file__).parents[1]
+KEPT: Final = Path("build/experiments")
+CODE: Final = (
+    "proto/fedmezo_proto/v1/*.proto",
+    "fedmezo_core/**/*.py",
+    "coordinator/fedmezo_coordinator/*.py",
+    "worker/fedmezo_worker/*.py",
+    *(
+        f"experiments/{name}.py"
+        for name in ("federation", "first_order", "judging", "runs", "settings")
+    ),
+)
+"""Sources that a result depends on."""
+
+
+class RunError(FedMezoError):
+    """A run's process failed."""
+
+
+class Run(BaseModel):
+    """One training run: everything that its result depends on, beside code, model and data."""
+
+    model_config = ConfigDict(frozen=True)
+
+    settings: Settings
+    config: RunConfig
+    first_order: FirstOrder | None = None
+    """Federated averaging of back-propagated steps instead of FedMeZO."""
+
+
+class Result(BaseModel):
+    """What came out of a run."""
+
+    run: Run
+    curve: list[Point]
+    """Held-out results by round, all on the same rows, which may be fewer than all."""
+    whole: list[Point]
+    """On all held-out rows: before the first round and after the last, if it came so far."""
+    train_losses: list[float]
+    """Mean over the workers' batches, by round from 1."""
+    rounds: int
+    """Done."""
+    ended: str
+    """Why it ended before its last round; empty if it did not."""
+    workers: int
+    bytes_up: int
+    """Of all workers: messages for FedMeZO, trained weights for averaging."""
+    bytes_down: int
+    forwards: int
+    """Forward passes of one batch, of all workers."""
+    backwards: int
+    workers_cpu_s: float
+    """CPU time of all workers' measurements or local steps."""
+    apply_cpu_s: float
+    """CPU time that each worker takes to apply all commits and digest its weights."""
+    judging_cpu_s: float
+    wall_s: float
+    """With evaluations, without loading the model."""
+    trained_elements: int
+    trained_bytes: int
+    head: str
+    """Of the journal, as hexadecimal digits; empty for averaging."""
+    machine: str
+
+
+def execute(run: Run) -> Result:
+    """Do it; a run that cannot go on is a result too."""
+    keep_freed_memory()
+    settings, config = run.settings, run.config
+    data = load_data(settings, config.task)
+    party = open_party(
+        config, settings.model, threads=settings.threads, placement=Placement(settings.device)
+    )
+    judge = Judge(
+        party,
+        data.heldout,
+        every_rounds=settings.evaluate_every_rounds,
+        batch_size=settings.evaluate_batch_size,
+        curve_rows=settings.curve_rows,
+    )
+    method: Federation | FedAvg = (
+        Federation(party, data.clients, judge=judge, threads=settings.threads)
+        if run.first_order is None
+        else FedAvg(party, data.clients, run.first_order, judge=judge)
+    )
+    begin = time.perf_counter()
+    ended = ""
+    try:
+        method.run()
+    except LOST as error:
+        ended = f"{type(error).__name__}: {error}"
+    genesis = party.genesis()
+    return Result(
+        run=run,
+        curve=judge.curve,
+        whole=judge.whole,
+        train_losses=[
+            sum(losses) / len(losses) for _, losses in sorted(method.train_losses.items())
+        ],
+        rounds=method.round,
+        ended=ended,
+        workers=len(data.clients),
+        bytes_up=method.bytes_up,
+        bytes_down=method.bytes_down,
+        forwards=method.forwards,
+        backwards=0 if isinstance(method, Federation) else method.forwards,
+        workers_cpu_s=method.working_s,
+        apply_cpu_s=method.applying_s,
+        judging_cpu_s=judge.seconds,
+        wall_s=time.perf_counter() - begin,
+        trained_elements=genesis.trainable_elements,
+        trained_bytes=genesis.trainable_bytes,
+        head=method.journal.head.hex() if isinstance(method, Federation) else "",
+        machine=Machine().describe(),
+    )
+
+
+# ---------------------------------------------------------------- kept results
+
+
+def key_of(run: Run) -> str:
+    """Hash over the run, the sources, the versions, the model and the data."""
+    hashed = hashlib.sha256()
+    for part in (
+        run.model_dump_json(),
+        _code_hash(),
+        _files_hash(run.settings.model),
+        _files_hash(run.settings.data),
+        f"torch {torch.__version__}, transformers {transformers.__version__}",
+    ):
+        hashed.update(hashlib.sha256(part.encode()).digest())
+    return hashed.hexdigest()[:24]
+
+
+def kept(run: Run, folder: Path = KEPT) -> Result | None:
+    """The result of an equal run that was finished before."""
+    path = folder / f"{key_of(run)}.json"
+    return Result.model_validate_json(path.read_text()) if path.exists() else None
+
+
+def execute_and_keep(run: Run, folder: Path = KEPT) -> None:
+    """Do it and write the result beside those of others, all or nothing."""
+    path = folder / f"{key_of(run)}.json"
+    result = execute(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    passing = path.with_suffix(f".{os.getpid()}.part")
+    passing.write_text(result.model_dump_json(indent=1) + "\n")
+    passing.replace(path)
+
+
+class Processes:
+    """Runs in processes of their own, which end with this one: a process that held a model keeps its memory."""
+
+    def __init__(self, folder: Path = KEPT) -> None:
+        self._folder = folder
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+
+    def result(self, run: Run) -> Result:
+        """Do it and wait for it; raises `RunError` if that process failed."""
+        if self._ended:
+            raise RunError("The experiment was broken off.")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.runs", str(self._folder)],
+            stdin=subprocess.PIPE,
+            text=True,
+            # One thread each: as many of them run as there are cores.
+            env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self._running.add(process)
+        process.communicate(run.model_dump_json())
+        self._running.discard(process)
+        result = kept(run, self._folder)
+        if process.returncode or result is None:
+            raise RunError(
+                f"A run ended with status {process.returncode}; what it said is above. Those that were "
+                "finished are kept."
+            )
+        return result
+
+    def end(self) -> None:
+        """End all that are running."""
+        self._ended = True
+        for process in list(self._running):
+            process.terminate()
+
+
+@functools.cache
+def _code_hash() -> str:
+    hashed = hashlib.sha256()
+    for pattern in CODE:
+        for path in sorted(ROOT.glob(pattern)):
+            hashed.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return hashed.hexdigest()
+
+
+@functools.cache
+def _files_hash(folder: str) -> str:
+    """Over what is in a folder's files; of large ones the name, size and time, which is quick."""
+    hashed = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            facts = path.stat()
+            large = facts.st_size > 1 << 24
+            content = f"{facts.st_mtime_ns}".encode() if large else path.read_bytes()
+            hashed.update(f"{path.relative_to(folder)}\0{facts.st_size}\0".encode() + content)
+    return hashed.hexdigest()
+
+
+if __name__ == "__main__":
+    sys.exit(
+        run_program(
+            "experiments",
+            lambda: execute_and_keep(Run.model_validate_json(sys.stdin.read()), Path(sys.argv[1])),
+        )
+    )

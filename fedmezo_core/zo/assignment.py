@@ -1,0 +1,78 @@
+"""From an assignment to its answer: what a worker computes, wherever that worker runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedmezo_core.events import Measure, Measured
+from fedmezo_core.records import digest64_of
+from fedmezo_core.zo.estimator import Estimator, local_steps
+from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.zo.objective import Predictions
+from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.task import Batch, Batches, Dataset
+
+
+def open_estimator(
+    party: Party,
+    *,
+    threads: int | None = None,
+    objective: Callable[[Predictions], float] | None = None,
+    before_pass: Callable[[], None] = lambda: None,
+) -> Estimator:
+    """The run's estimator on a party's model; arguments and errors as of `Estimator`."""
+    return Estimator(
+        party.loaded.model,
+        party.loaded.manifest,
+        party.task,
+        distribution=party.distribution,
+        rounding=party.rounding,
+        one_sided=party.config.estimator == "one_sided",
+        threads=threads,
+        objective=objective,
+        before_pass=before_pass,
+    )
+
+
+def open_batches(party: Party, dataset: Dataset, worker: str) -> Batches:
+    """The batches that one worker of the run takes from its data."""
+    config = party.config
+    return Batches(
+        party.task,
+        dataset,
+        run_seed=config.seed,
+        worker_name=worker,
+        batch_size=config.batch_size,
+        local_steps=config.local_steps,
+        device=execution_device(party.loaded.model),
+    )
+
+
+def measure(
+    party: Party,
+    estimator: Estimator,
+    batches: Batches,
+    order: Measure,
+    *,
+    digest: Callable[[], bytes],
+    before_step: Callable[[], None],
+) -> Measured:
+    """Measure one assignment on the party's weights, which are not written.
+
+    `digest` is asked for the weights' digest if the order wants it; `before_step` may raise to end
+    the measurement. Raises as `Estimator.measure` does.
+    """
+    digest64 = digest64_of(digest()) if order.work.want_digest else None
+
+    def batch_of(step: int) -> Batch:
+        before_step()
+        return batches.batch(order.ticket.round, step)
+
+    steps = local_steps(estimator, batch_of, order.work, party.config)
+    return Measured(
+        ticket=order.ticket,
+        projected_grads=tuple(steps.projected_grads.tolist()),
+        mean_loss=steps.loss,
+        weights_digest64=digest64,
+        rows=batches.row_count,
+    )

@@ -1,0 +1,333 @@
+"""Experiments: what arms are made of, runs that are kept, and what is reported."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import figures
+from experiments import __main__ as program
+from experiments import memory, report, runs
+from experiments.catalogue import EXPERIMENTS, Arm, Changes, Experiment, run_of
+from experiments.first_order import FirstOrder
+from experiments.judging import Point
+from experiments.runs import Result, Run
+from experiments.settings import Settings, load_data, split
+from fedmezo_core.errors import ConfigError
+from fedmezo_core.zo.party import open_party
+from fedmezo_core.zo.rows import Row
+from tests.integration.harness import TASK
+from tests.integration.parties import write_rows
+
+LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["c_attn"]}
+
+
+def row(number: int, label: str = "a") -> Row:
+    return Row({"text": f"{number}", "label": label}, "file", number)
+
+
+@pytest.fixture(scope="module")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("experiments-data")
+    for number, name in enumerate(("films", "tweets")):
+        write_rows(folder / f"{name}.train.jsonl", skew=number, count=30)
+    write_rows(folder / "heldout.jsonl", count=8)
+    return folder
+
+
+@pytest.fixture
+def changes(model_folder: Path, data_folder: Path) -> Changes:
+    """The tiny model and data instead of the demo's."""
+    run = {"task": TASK, "rounds": 3, "local_steps": 2, "batch_size": 4, "learning_rate": 1e-3}
+    settings = {
+        "model": str(model_folder),
+        "data": str(data_folder),
+        "clients": 2,
+        "heldout_per_label": 3,
+        "curve_rows": 6,
+        "evaluate_every_rounds": 2,
+    }
+    return Changes(run, settings)
+
+
+# ---------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 4, 5, 9, 40])
+def test_every_row_goes_to_one_of_as_many_clients_as_asked(clients: int) -> None:
+    domains = {
+        name: [row(number) for number in range(100 * place, 100 * place + 60)]
+        for place, name in enumerate(("amazon", "movies", "nyt", "tweets"))
+    }
+    dealt = split(domains, clients)
+    assert len(dealt) == clients
+    assert sorted(r.number for rows in dealt.values() for r in rows) == sorted(
+        r.number for rows in domains.values() for r in rows
+    )
+    assert all(dealt.values())
+    if clients >= 4:
+        # Nobody has rows of two domains.
+        assert all(len({r.number // 100 for r in rows}) == 1 for rows in dealt.values())
+    if clients == 4:
+        assert dealt == domains
+
+
+def test_rows_that_are_held_out_are_not_trained_on(data_folder: Path) -> None:
+    settings = Settings(data=str(data_folder), heldout_per_label=3, clients=2)
+    task = run_of(EXPERIMENTS["accuracy"], Arm("any"), 1, Changes()).config.task
+    data = load_data(settings, task)
+    assert list(data.clients) == ["films", "tweets"]
+    assert len(data.heldout) == 8 + 2 * 2 * 3
+    assert {len(rows) for rows in data.clients.values()} == {30 - 6}
+    trained = {(r.file, r.number) for rows in data.clients.values() for r in rows}
+    assert not trained & {(r.file, r.number) for r in data.heldout}
+    taken = [r for r in data.heldout if "train" in r.file]
+    assert sum(r.values["label"] == "positive" for r in taken) == len(taken) / 2
+    fewer = load_data(settings.model_copy(update={"train_rows_max": 5}), task)
+    assert {len(rows) for rows in fewer.clients.values()} == {5}
+    assert fewer.heldout == data.heldout
+
+
+# ---------------------------------------------------------------- the catalogue
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_arm_is_a_run_that_is_allowed(quick: bool) -> None:
+    for experiment in EXPERIMENTS.values():
+        made = [run_of(experiment, arm, 1, Changes(quick=quick)) for arm in experiment.arms]
+        assert len({arm.name for arm in experiment.arms}) == len(experiment.arms)
+        assert len({run.model_dump_json() for run in made}) == len(made), experiment.title
+        assert len(experiment.arms) <= len(report.COLOURS)
+        assert set(experiment.against) <= {arm.name for arm in experiment.arms}
+
+
+def test_every_experiment_has_a_target_of_make() -> None:
+    makefile = (runs.ROOT / "Makefile").read_text()
+    assert f"\nEXPERIMENTS := {' '.join(EXPERIMENTS)}\n" in makefile
+
+
+def test_any_value_of_a_run_or_of_the_settings_can_be_given() -> None:
+    given = ["learning_rate=1e-3", "clients=3", "eps_follows_rate=true", "schedule=cosine"]
+    changes = program.changes_of([*given, 'task={"template": "{text} so", "verbalizers": {}}'])
+    assert changes.run["learning_rate"] == 1e-3
+    assert changes.settings == {"clients": 3}
+    values = {**changes.run, "task": TASK}
+    run = run_of(
+        EXPERIMENTS["accuracy"], Arm("x", rate_factor=2.0), 5, replace(changes, run=values)
+    )
+    assert run.config.learning_rate == 2e-3
+    assert (run.config.seed, run.config.workers_min, run.config.quorum) == (5, 3, 3)
+    assert run.config.schedule == "cosine"
+    with pytest.raises(ConfigError, match="KEY=VALUE"):
+        program.changes_of(["rounds"])
+    with pytest.raises(ConfigError, match="learning"):
+        run_of(EXPERIMENTS["accuracy"], Arm("x", {"learning": 1}), 1, Changes())
+
+
+def test_estimators_are_compared_at_equal_forward_passes() -> None:
+    for arm in EXPERIMENTS["estimators"].arms:
+        run = run_of(EXPERIMENTS["estimators"], arm, 1, Changes()).config
+        passes = 2 * run.probes if run.estimator == "two_sided" else run.probes + 1
+        assert run.local_steps * passes == 20
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize(
+    ("arm", "forwards", "backwards"),
+    [
+        (Arm("zo"), 2 * 3 * 2 * 2, 0),
+        (Arm("probes", {"probes": 3, "estimator": "one_sided"}), 2 * 3 * 2 * 4, 0),
+        (Arm("bp", first_order=FirstOrder(learning_rate=1e-2)), 2 * 3 * 2, 2 * 3 * 2),
+    ],
+    ids=lambda value: value.name if isinstance(value, Arm) else None,
+)
+def test_a_run_says_what_it_came_to_and_what_it_cost(
+    changes: Changes, arm: Arm, forwards: int, backwards: int
+) -> None:
+    result = runs.execute(run_of(EXPERIMENTS["accuracy"], arm, 1, changes))
+    assert [point.round for point in result.curve] == [0, 2, 3]
+    assert [(point.round, point.rows) for point in result.whole] == [(0, 20), (3, 20)]
+    assert {point.rows for point in result.curve} == {6}
+    assert (result.rounds, len(result.train_losses), result.ended) == (3, 3, "")
+    assert (result.forwards, result.backwards) == (forwards, backwards)
+    assert result.bytes_up > 0 < result.bytes_down
+    if arm.first_order:
+        assert result.bytes_up == 2 * 3 * result.trained_bytes
+        assert not result.head
+    else:
+        assert result.bytes_up < 2 * 3 * 150
+        assert len(result.head) == 64
+
+
+def test_a_run_that_is_lost_is_a_result(changes: Changes) -> None:
+    arm = Arm("wild", {"learning_rate": 1e30, "projected_grad_abs_max": 1e7})
+    result = runs.execute(run_of(EXPERIMENTS["accuracy"], arm, 1, changes))
+    assert result.ended
+    assert result.rounds < 3
+    assert [point.round for point in result.whole] == [0]
+    text = report.markdown(EXPERIMENTS["accuracy"], {"wild": [result]}, [])
+    assert "1 of 1 seeds lost" in text
+    assert result.ended in text
+
+
+def test_a_finished_run_is_kept_until_anything_changes(changes: Changes, tmp_path: Path) -> None:
+    run = run_of(EXPERIMENTS["accuracy"], Arm("x"), 1, changes)
+    assert runs.kept(run, tmp_path) is None
+    runs.execute_and_keep(run, tmp_path)
+    found = runs.kept(run, tmp_path)
+    assert found is not None
+    assert found.run == run
+    again = runs.execute(run)
+    assert (again.head, again.curve) == (found.head, found.curve)
+    others = [
+        run_of(EXPERIMENTS["accuracy"], Arm("x"), 2, changes),
+        run_of(EXPERIMENTS["accuracy"], Arm("x", {"eps": 1e-2}), 1, changes),
+        run_of(EXPERIMENTS["accuracy"], Arm("x", first_order=FirstOrder()), 1, changes),
+        run_of(EXPERIMENTS["accuracy"], Arm("x", settings={"curve_rows": 4}), 1, changes),
+    ]
+    assert all(runs.kept(other, tmp_path) is None for other in others)
+
+
+def test_a_run_in_a_process_of_its_own_and_one_that_fails_there(
+    changes: Changes, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    processes = runs.Processes(tmp_path)
+    run = run_of(EXPERIMENTS["accuracy"], Arm("x", {"rounds": 1}), 1, changes)
+    assert processes.result(run).rounds == 1
+    bad = Arm("x", {"lora": {**LORA, "target_modules": ["q_proj"]}})
+    with pytest.raises(runs.RunError, match="ended with status 2"):
+        processes.result(run_of(EXPERIMENTS["accuracy"], bad, 1, changes))
+    assert "q_proj" in capfd.readouterr().err
+    processes.end()
+    with pytest.raises(runs.RunError, match="broken off"):
+        processes.result(run)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_memory_is_taken_on_the_longest_batch(changes: Changes) -> None:
+    run = run_of(EXPERIMENTS["accuracy"], Arm("x"), 1, changes)
+    party = open_party(run.config, run.settings.model, threads=1)
+    rows = next(iter(load_data(run.settings, run.config.task).clients.values()))
+    batch = memory.longest_batch(run, party, rows)
+    lengths = [len(example.prompt) for example in party.task.encode(rows).examples]
+    assert batch.input_ids.shape == (4, max(lengths))
+    bp = run_of(EXPERIMENTS["accuracy"], Arm("x", first_order=FirstOrder()), 1, changes)
+    for way in (memory.INFERENCE, memory.TRAINING):
+        for made in (run, bp):
+            memory.passes(made, party, rows, way)()
+
+
+def test_memory_is_that_of_processes_of_their_own(changes: Changes) -> None:
+    run = run_of(EXPERIMENTS["accuracy"], Arm("x"), 1, changes)
+    found = memory.figures({"FedMeZO": run})
+    assert [figure.unit for figure in found] == ["MB", "MB", "ratio"]
+    assert found[0].value > 100
+    assert 0.9 < found[2].value < 1.5
+
+
+# ---------------------------------------------------------------- the whole program
+
+
+TINY = Experiment(
+    "Tiny arms",
+    (
+        Arm("ours"),
+        Arm("ours, LoRA", {"lora": LORA}, rate_factor=10.0),
+        Arm("theirs", first_order=FirstOrder(learning_rate=1e-2)),
+    ),
+    panels=EXPERIMENTS["accuracy"].panels,
+    against={"ours": "theirs"},
+    goals={"theirs ÷ ours: bytes up": "at least 10"},
+)
+
+
+def test_an_experiment_reports_and_goes_on_where_it_was(
+    changes: Changes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "accuracy", TINY)
+    done: list[Run] = []
+
+    class Here(runs.Processes):
+        """Without a process each, which takes seconds to start."""
+
+        def result(self, run: Run) -> Result:
+            done.append(run)
+            runs.execute_and_keep(run, tmp_path / "kept")
+            found = runs.kept(run, tmp_path / "kept")
+            assert found is not None
+            return found
+
+    monkeypatch.setattr(program, "Processes", Here)
+    peaks = [figures.Figure("peak memory of inference", 500.0, "MB")]
+    monkeypatch.setattr(memory, "figures", lambda runs: peaks)
+    order = program.Order(
+        ["accuracy"],
+        seeds=2,
+        jobs=1,
+        changes=changes,
+        kept=tmp_path / "kept",
+        reports=tmp_path / "reports",
+    )
+    program.experiment(order)
+    assert len(done) == 6
+    program.experiment(order)
+    assert len(done) == 6, "all were kept"
+    program.experiment(replace(order, fresh=True, seeds=1))
+    assert len(done) == 9
+
+    rows = json.loads((tmp_path / "reports/accuracy.json").read_text())
+    assert all(set(item) == {"name", "value", "unit", "goal"} for item in rows)
+    assert all(math.isfinite(item["value"]) for item in rows)
+    names = [item["name"] for item in rows]
+    assert len(set(names)) == len(names)
+    by_name = {item["name"]: item for item in rows}
+    assert by_name["theirs ÷ ours: bytes up"]["goal"] == "at least 10"
+    assert by_name["theirs ÷ ours: bytes up"]["value"] > 10
+    assert by_name["theirs: backward passes of one batch, all workers"]["value"] == 12
+    assert "ours: held-out accuracy, behind theirs" in by_name
+    text = (tmp_path / "reports/accuracy.md").read_text()
+    for name in ("before", "ours", "ours, LoRA", "theirs", "inference"):
+        assert f"| {name} |" in text
+    picture = tmp_path / "reports/accuracy.png"
+    assert picture.stat().st_size > 10_000
+    picture.unlink()
+    assert report.redraw("accuracy", TINY, tmp_path / "reports") == picture
+    assert picture.exists()
+
+
+def curve_point(round_: int, accuracy: float) -> Point:
+    return Point(round_, 1.0, accuracy, None, None, 10)
+
+
+def test_a_line_is_the_mean_of_the_seeds_that_came_so_far() -> None:
+    curve = report.Curve(
+        "arm",
+        [[0, 5], [0]],
+        [
+            {"round": 1.0, "forwards": 8.0, "bytes": 2.0},
+            {"round": 1.0, "forwards": 8.0, "bytes": 4.0},
+        ],
+        {"accuracy": [[0.5, 0.9], [0.7]], "auc": [[None, None], [None]]},
+    )
+    assert curve.line("accuracy", "round") == [(0, 0.6, 0.5, 0.7), (5, 0.9, 0.9, 0.9)]
+    assert curve.line("accuracy", "forwards")[-1][0] == 40
+    assert curve.line("auc", "round") == []
+
+
+def test_the_command_says_what_there_is() -> None:
+    asked: dict[str, Any] = {"capture_output": True, "text": True, "cwd": runs.ROOT}
+    run = subprocess.run([sys.executable, "-m", "experiments", "nothing"], **asked)
+    assert run.returncode == 2
+    for target in EXPERIMENTS:
+        assert target in run.stderr

@@ -1,0 +1,147 @@
+"""A federation in one process is a networked run without the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.federation import Federation, StalledError
+from experiments.judging import Judge
+from fedmezo_coordinator.store import SqliteStore
+from fedmezo_core.client import CoordinatorClient
+from fedmezo_core.codec import encode_record
+from fedmezo_core.errors import MeasurementError
+from fedmezo_core.journal import Journal, JournalStore, MemoryStore
+from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Record
+from fedmezo_core.zo.estimator import Estimator
+from fedmezo_core.zo.party import Party, open_party
+from fedmezo_core.zo.rows import Row, read_rows
+from tests.integration.harness import config_of, entries_of, served
+from tests.integration.parties import Workers
+
+COLUMNS = ("text", "label")
+
+
+def rows_of(files: list[Path]) -> dict[str, list[Row]]:
+    return {f"w{k}": read_rows(path, COLUMNS) for k, path in enumerate(files, start=1)}
+
+
+def party_of(model: Path, **changes: Any) -> Party:
+    return open_party(config_of(**changes), str(model), threads=1)
+
+
+def records_in(store: MemoryStore | SqliteStore) -> list[Record]:
+    return [entry.record for entry in Journal(store).load()]
+
+
+def by_kind(records: list[Record], *kinds: type) -> set[bytes]:
+    return {encode_record(record) for record in records if isinstance(record, kinds)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cohort_size_max": 3, "quorum": 3, "digest_every_rounds": 2, "report_losses": True},
+        {"probes": 3, "estimator": "one_sided", "distribution": "gaussian", "dtype": "bfloat16"},
+        {"lora": {"rank": 2, "alpha": 4.0, "target_modules": ["c_attn"]}, "learning_rate": 1e-2},
+        {"seed_policy": "shared", "weighting": "rows", "weight_decay": 1.0},
+        {"seed_policy": "pool", "pool_size": 8, "rebase_every_rounds": 2},
+        {"personal_rate": "update_distance", "schedule": "cosine", "normalized_step": True},
+    ],
+    ids=["plain", "not-everyone", "one-sided-bfloat16", "lora", "shared", "pool", "personal"],
+)
+async def test_it_ends_in_the_head_of_a_networked_run_with_the_same_bytes_of_traffic(
+    workers: Workers,
+    model_folder: Path,
+    data_files: list[Path],
+    tmp_path: Path,
+    changes: dict[str, Any],
+) -> None:
+    rows = rows_of(data_files[:4])
+    values = {"rounds": 4, "workers_min": 4, **changes}
+    store = MemoryStore()
+    federation = Federation(party_of(model_folder, **values), rows, store=store)
+    genesis = federation.party.genesis()
+    federation.run()
+
+    path = tmp_path / "journal.db"
+    async with served(path, genesis) as at, CoordinatorClient(at.address) as client:
+        working = workers.start_all(at.address, data_files[:4])
+        assert [await worker.outcome() for worker in working] == [None] * 4
+        status = await client.get_status()
+    networked = entries_of(path)
+
+    assert federation.journal.head == networked[-1].head == status.head
+    ours, theirs = records_in(store), [entry.record for entry in networked]
+    assert len(ours) == len(theirs)
+    commits = [encode_record(record) for record in ours if isinstance(record, Committed)]
+    assert commits == [encode_record(r) for r in theirs if isinstance(r, Committed)]
+    # Over the network answers come in the order in which workers are done: the same set of records.
+    for kinds in ((Genesis,), (Opened,), (Answered,)):
+        assert by_kind(ours, *kinds) == by_kind(theirs, *kinds)
+    assert {d.weights_digest for d in status.digests if d.round == 4} == {
+        federation.party.weights.digest()
+    }
+    for counted in status.workers:
+        mine = federation.workers[counted.worker]
+        assert (mine.bytes_up, mine.bytes_down) == (counted.bytes_up, counted.bytes_down)
+
+
+def test_it_is_a_function_of_its_arguments_in_any_store(
+    model_folder: Path, data_files: list[Path], tmp_path: Path
+) -> None:
+    chains = []
+    stores: tuple[JournalStore, ...] = (MemoryStore(), SqliteStore(tmp_path / "journal.db"))
+    for store in stores:
+        federation = Federation(party_of(model_folder), rows_of(data_files[:4]), store=store)
+        federation.run()
+        assert federation.round == 6
+        assert sorted(federation.train_losses) == [1, 2, 3, 4, 5, 6]
+        assert {len(losses) for losses in federation.train_losses.values()} == {4}
+        chains.append(federation.journal.chain)
+        assert federation.working_s > 0
+    assert chains[0] == chains[1]
+
+
+def test_evaluations_are_recorded_and_do_not_change_the_run(
+    model_folder: Path, data_files: list[Path], heldout_file: Path
+) -> None:
+    rows = rows_of(data_files[:4])
+    plain = Federation(party_of(model_folder), rows)
+    plain.run()
+    party, store = party_of(model_folder), MemoryStore()
+    judge = Judge(party, read_rows(heldout_file, COLUMNS), every_rounds=4, curve_rows=4)
+    judged = Federation(party, rows, judge=judge, store=store)
+    judged.run()
+    assert judged.journal.head == plain.journal.head
+    found = [record for record in records_in(store) if isinstance(record, Evaluated)]
+    assert [(record.round, record.rows) for record in found] == [(0, 4), (4, 4), (6, 4)]
+    assert [(point.round, point.rows) for point in judge.curve] == [(0, 4), (4, 4), (6, 4)]
+    assert [(point.round, point.rows) for point in judge.whole] == [(0, 10), (6, 10)]
+    losses = [point.loss for point in judge.curve]
+    assert [record.loss for record in found] == pytest.approx(losses)
+    assert found[-1].weights_digest == party.weights.digest()
+
+
+def test_dozens_of_workers(model_folder: Path, data_files: list[Path]) -> None:
+    rows = {f"w{k:02}": read_rows(data_files[k % 5], COLUMNS) for k in range(40)}
+    many = {"workers_min": 40, "quorum": 40, "rounds": 2}
+    federation = Federation(party_of(model_folder, **many), rows)
+    federation.run()
+    assert federation.round == 2
+
+
+def test_a_run_that_cannot_go_on_says_why(
+    model_folder: Path, data_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Federation(party_of(model_folder), rows_of(data_files[:4]))
+
+    def fail(*_: object) -> None:
+        raise MeasurementError("The loss is nan.")
+
+    monkeypatch.setattr(Estimator, "measure", fail)
+    with pytest.raises(StalledError, match="Round 1 cannot be closed: The loss is nan"):
+        federation.run()
