@@ -29,8 +29,8 @@ def check_compressible(*, has_adapter: bool, placement: Placement) -> None:
     """Raise `ConfigError` if a base can't be compressed here, before anything is loaded."""
     if not has_adapter:
         raise ConfigError(
-            "frozen_base_bits: this run trains all parameters, so nothing is frozen; leave it out, or "
-            "join a run with lora."
+            "frozen_base_bits: this run trains no adapter, and only the base under one is compressed; "
+            "leave it out, or join a run with lora."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
