@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -15,8 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from fedmezo_core.config import LoraConfig, TaskConfig
 from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo.estimator import Estimator, Measurement, Pair
+from fedmezo_core.zo.forward import Forward
 from fedmezo_core.zo.manifest import Manifest, manifest_of
-from fedmezo_core.zo.materialize import Rounding
+from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model import add_adapter
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.rows import Row
@@ -152,6 +154,34 @@ def test_frozen_layers_see_one_copy(
     assert _losses(every.measure(batch, LOCAL, [5, 6, 7], EPS)) == pytest.approx(
         _losses(measured), rel=2e-6
     )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma3"])
+def test_a_cache_has_all_copies(kind: str, model_of: Callable[[str], nn.Module]) -> None:
+    """What a frozen layer keeps must fit what it gets later in the same pass, as in generating."""
+    model: Any = model_of(kind)
+    manifest = manifest_of(model, train=[_last_layer(kind)])
+    options: dict[str, Any] = {
+        "distribution": Distribution.RADEMACHER,
+        "rounding": Rounding.STOCHASTIC,
+        "threads": 1,
+    }
+    points = [
+        Commit(np.array([5], np.uint64), np.array([step], np.float32), 1) for step in (EPS, -EPS)
+    ]
+    ids = torch.arange(20).view(2, 10)
+    together = Forward(model, manifest, **options)
+    with torch.inference_mode():
+        for _ in range(2):
+            with together.at(points, 2, 10):
+                first = model(ids.repeat(2, 1), use_cache=True)
+                second = model(ids[:, :1].repeat(2, 1), past_key_values=first.past_key_values)
+            alone = []
+            for point in points:
+                with Forward(model, manifest, **options).at([point], 2, 10):
+                    one = model(ids, use_cache=True)
+                    alone.append(model(ids[:, :1], past_key_values=one.past_key_values).logits)
+            assert torch.allclose(second.logits, torch.cat(alone), atol=1e-5)
 
 
 @pytest.mark.parametrize("train", [["wte"], ["h.0.ln_1"], []])
