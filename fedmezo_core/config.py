@@ -101,6 +101,10 @@ class LoraConfig(_Frozen):
         min_length=1,
         description="Names of modules or ends of them; or one regular expression; or all-linear.",
     )
+    freeze_a: bool = Field(
+        default=False,
+        description="Train B alone and leave A as it begins (LoRA-FA), for example fitted to texts.",
+    )
 
     @field_validator("target_modules", mode="before")
     @classmethod

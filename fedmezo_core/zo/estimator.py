@@ -44,7 +44,8 @@ log = logging.getLogger("fedmezo.estimator")
 POINTS_MAX: Final = 16
 """Most points in one pass: activations take as many copies of the batch."""
 PREFIX_SHARE_MIN: Final = 0.5
-"""From this part of the model on, frozen and run first, there may be more: a pass computes it once."""
+"""From this part of the model on, frozen and run first, there may be more with low-rank directions: each
+pass computes that part once. Weights that are built would come in too small blocks (decision 0014)."""
 PREFIX_POINTS_MAX: Final = 64
 """Most points in such a pass."""
 PREFIX_TOKENS_MAX: Final = 1 << 16
@@ -107,6 +108,7 @@ class Estimator:
         self._one_sided = one_sided
         self._objective = objective
         self._before_pass = before_pass
+        self._builds_weights = not distribution.rank
         self._forward = Forward(
             model, manifest, distribution=distribution, rounding=rounding, threads=threads
         )
@@ -167,7 +169,7 @@ class Estimator:
         return losses
 
     def _points_max(self, batch: Batch) -> int:
-        if self._forward.prefix_share < PREFIX_SHARE_MIN:
+        if self._builds_weights or self._forward.prefix_share < PREFIX_SHARE_MIN:
             return POINTS_MAX
         room = PREFIX_TOKENS_MAX // batch.input_ids.numel()
         return max(POINTS_MAX, min(room, PREFIX_POINTS_MAX))

@@ -236,7 +236,10 @@ class Forward:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             current = self._pass
-            if not self._alike or not _divides(current, (args, kwargs)):
+            divides = (
+                self._alike and _is_plain((args, kwargs)) and _divides(current, (args, kwargs))
+            )
+            if not divides:
                 return original(*args, **kwargs)
             part = functools.partial(_part, current, 0)
             try:
@@ -749,6 +752,17 @@ def _joined(results: Sequence[Any], current: _Pass, shared: bool) -> Any:
     elif first is None:
         return None
     raise InseparableError
+
+
+def _is_plain(arguments: Any) -> bool:
+    """Whether nothing in a module's arguments can keep what it computes for later, as a cache does."""
+    if isinstance(arguments, Mapping):
+        return all(map(_is_plain, arguments.values()))
+    if isinstance(arguments, (list, tuple)):
+        return all(map(_is_plain, arguments))
+    return arguments is None or isinstance(
+        arguments, torch.Tensor | int | float | str | torch.dtype | torch.device
+    )
 
 
 def _divides(current: _Pass, arguments: Any) -> bool:

@@ -128,7 +128,12 @@ def load_model(
         model = add_adapter(cast("PreTrainedModel", model), lora, run_seed, adapter)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    manifest = manifest_of(model, adapters_only=lora is not None, train=train)
+    manifest = manifest_of(
+        model,
+        adapters_only=lora is not None,
+        freeze_a=lora is not None and lora.freeze_a,
+        train=train,
+    )
     return LoadedModel(model, tokenizer, manifest)
 
 
