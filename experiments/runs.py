@@ -23,11 +23,13 @@ from benchmarks.machine import Machine
 from experiments.federation import LOST, Federation
 from experiments.first_order import FedAvg, FirstOrder
 from experiments.judging import Judge, Point
-from experiments.settings import Settings, load_data
+from experiments.settings import Data, Settings, load_data
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import FedMezoError
+from fedmezo_core.errors import FedMezoError, ModelError
 from fedmezo_core.program import run_program
 from fedmezo_core.zo.allocator import keep_freed_memory
+from fedmezo_core.zo.export import export_adapter
+from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.placement import Placement
 
@@ -102,7 +104,11 @@ def execute(run: Run) -> Result:
     settings, config = run.settings, run.config
     data = load_data(settings, config.task)
     party = open_party(
-        config, settings.model, threads=settings.threads, placement=Placement(settings.device)
+        config,
+        settings.model,
+        adapter=fitted_adapter(settings, config, data) if settings.fit_rows else None,
+        threads=settings.threads,
+        placement=Placement(settings.device),
     )
     judge = Judge(
         party,
@@ -149,6 +155,25 @@ def execute(run: Run) -> Result:
 
 
 # ---------------------------------------------------------------- kept results
+
+
+def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path:
+    """Folder of an adapter that is fitted to `data.fitting`; made once for all runs that differ in nothing
+    that it depends on."""
+    assert config.lora is not None, "fit_rows is for runs with an adapter"
+    depends = [settings.model, settings.data, settings.fit_rows, settings.heldout_per_label]
+    text = f"{depends} {config.lora!r} {config.task!r} {_code_hash()}"
+    folder = KEPT / "adapters" / hashlib.sha256(text.encode()).hexdigest()[:24]
+    if not folder.exists():
+        party = open_party(config, settings.model, threads=settings.threads)
+        fit_adapter(party, data.fitting)
+        try:
+            export_adapter(party.loaded.model, folder)
+        except ModelError:
+            # Another run's process was faster.
+            if not folder.exists():
+                raise
+    return folder
 
 
 def key_of(run: Run) -> str:

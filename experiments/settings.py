@@ -61,6 +61,8 @@ class Settings(BaseModel):
     heldout_per_label: int = Field(default=100, ge=0)
     """Rows of each label that are taken out of each training file, beside those of heldout.jsonl: on
     VADER's four domains 400 + 4 x 2 x 100 = 1,200 rows, half of them of either label."""
+    fit_rows: int = Field(default=0, ge=0)
+    """Of each domain, unlabelled and nobody's: what a run's first adapter is fitted to. 0: not fitted."""
     evaluate_every_rounds: int = Field(default=5, ge=1)
     heldout_rows_max: int | None = Field(default=None, ge=1)
     """Of all held-out rows; None: all."""
@@ -90,6 +92,8 @@ class Data(BaseModel):
 
     clients: dict[str, list[Row]]
     heldout: list[Row]
+    fitting: list[Row]
+    """What an adapter is fitted to; neither trained on nor judged by."""
 
 
 def load_data(settings: Settings, task: TaskConfig) -> Data:
@@ -109,18 +113,22 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
         raise ConfigError(f"{folder} holds no <domain>.train.jsonl; run `make demo` or see docs.")
     heldout = read_rows(folder / "heldout.jsonl", columns)
     domains: dict[str, list[Row]] = {}
+    fitting: list[Row] = []
     for file in files:
         rows = read_rows(file, columns)
         taken = _last_of_each(rows, last, settings.heldout_per_label)
         heldout += [row for number, row in enumerate(rows) if number in taken]
-        domains[file.name.split(".")[0]] = [
-            row for number, row in enumerate(rows) if number not in taken
-        ]
+        left = [row for number, row in enumerate(rows) if number not in taken]
+        # The last ones, so that what clients hold is the same rows with and without them but these.
+        first_fitted = len(left) - settings.fit_rows
+        fitting += left[first_fitted:]
+        domains[file.name.split(".")[0]] = left[:first_fitted]
     heldout.sort(key=lambda row: hashlib.sha256(repr(sorted(row.values.items())).encode()).digest())
     clients = split(domains, settings.clients)
     return Data(
         clients={name: rows[: settings.train_rows_max] for name, rows in clients.items()},
         heldout=heldout[: settings.heldout_rows_max],
+        fitting=fitting,
     )
 
 

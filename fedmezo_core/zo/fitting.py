@@ -86,4 +86,5 @@ def _whitening(inputs: torch.Tensor, rank: int, name: str) -> torch.Tensor:
             f"What {name} sees varies in fewer than {rank} directions; give more different rows, or a "
             "smaller rank."
         )
-    return (directions[:rank] / sizes).float()
+    fitted: torch.Tensor = (directions[:rank] / sizes).float()
+    return fitted
