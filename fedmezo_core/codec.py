@@ -157,6 +157,7 @@ def config_to_pb(config: RunConfig) -> pb.RunConfig:
                 rank=config.lora.rank,
                 alpha=config.lora.alpha,
                 target_modules=config.lora.target_modules,
+                freeze_a=config.lora.freeze_a or None,
             )
         )
     return message
@@ -189,6 +190,7 @@ def config_from_pb(message: pb.RunConfig) -> RunConfig:
                     rank=message.lora.rank,
                     alpha=message.lora.alpha,
                     target_modules=tuple(message.lora.target_modules),
+                    freeze_a=message.lora.freeze_a,
                 )
                 if message.HasField("lora")
                 else None

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedmezo_core.errors import ConfigError
 
@@ -28,6 +28,9 @@ COMMIT_PAIRS_MAX = 262_144
 """Most pairs in one commit (1 MiB of coefficients)."""
 POOL_SIZE_MAX = 65_536
 """Most seeds of a pool: the low 16 bits of a first seed are zero."""
+
+ALL_LINEAR = "all-linear"
+"""In peft's words: a LoRA adapter on every linear layer but the head."""
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -94,7 +97,33 @@ class LoraConfig(_Frozen):
 
     rank: int = Field(ge=1, le=1024)
     alpha: float = Field(gt=0, allow_inf_nan=False)
-    target_modules: tuple[str, ...] = Field(min_length=1)
+    target_modules: tuple[str, ...] = Field(
+        min_length=1,
+        description="Names of modules or ends of them; or one regular expression; or all-linear.",
+    )
+    freeze_a: bool = Field(
+        default=False,
+        description="Train B alone and leave A as it begins (LoRA-FA), for example fitted to texts.",
+    )
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @property
+    def target_expression(self) -> str | None:
+        """What peft takes as a string instead of a list: `ALL_LINEAR`, or a regular expression.
+
+        Names of modules consist of letters, digits, `_`, `-` and dots; a single item with anything else
+        is an expression, which must match a module's whole name.
+        """
+        first = self.target_modules[0]
+        if len(self.target_modules) > 1 or (
+            first != ALL_LINEAR and re.fullmatch(r"[\w.-]+", first)
+        ):
+            return None
+        return first
 
 
 class RunConfig(_Frozen):

@@ -15,6 +15,7 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
+from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
 from fedmezo_coordinator.splitting import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.store import SqliteStore
 from fedmezo_coordinator.view import agreement, run_line, run_view, seconds_left
@@ -36,6 +37,7 @@ from fedmezo_core.records import (
     Stopped,
 )
 from fedmezo_core.rounds import RoundMachine
+from fedmezo_core.settings import load_settings
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 app = typer.Typer(
@@ -136,6 +138,13 @@ def verify(
 def export(
     folder: Annotated[Path, typer.Argument(help="folder to write; must not exist or be empty")],
     model: Annotated[str, typer.Option(help="base model: hub name or folder")] = "",
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder of the adapter that the run began from, if it did")
+    ] = None,
+    adapter_only: Annotated[
+        bool,
+        typer.Option("--adapter-only", help="write the run's LoRA adapter alone, in peft's layout"),
+    ] = False,
     journal: Annotated[
         Path | None, typer.Option(help="journal file of a stopped coordinator")
     ] = None,
@@ -151,6 +160,8 @@ def export(
     if not records or not isinstance(records[0], Genesis):
         raise JournalCorruptError("The journal does not begin with a genesis record.")
     genesis = records[0]
+    if adapter_only and genesis.config.lora is None:
+        raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
     commits = [record for record in records if isinstance(record, Committed)]
     if round_ is not None:
         if round_ > len(commits):
@@ -160,19 +171,65 @@ def export(
             )
         commits = commits[:round_]
     try:
-        from fedmezo_core.zo.export import export_model
+        from fedmezo_core.zo.export import export_adapter, export_model
         from fedmezo_core.zo.party import commits_of, open_party
     except ImportError as error:
         raise ModelError(
             f"The package {error.name} is missing; install fedmezo[worker] to export."
         ) from None
-    party = open_party(genesis.config, model or genesis.config.model, threads=threads)
+    party = open_party(
+        genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
+    )
     party.check_same_base(genesis)
     if commits:
         party.weights.apply(1, commits_of(commits))
     digest = party.weights.digest()
-    export_model(party.loaded.model, party.loaded.tokenizer, folder)
-    print(f"{folder}: the model after round {len(commits)}, weights digest {digest.hex()}")
+    if adapter_only:
+        export_adapter(party.loaded.model, folder)
+    else:
+        export_model(party.loaded.model, party.loaded.tokenizer, folder)
+    what = "adapter" if adapter_only else "model"
+    print(f"{folder}: the {what} after round {len(commits)}, weights digest {digest.hex()}")
+
+
+@app.command()
+def adapter(
+    folder: Annotated[Path, typer.Argument(help="folder to write; must not exist or be empty")],
+    config: Annotated[Path, typer.Option(help="the coordinator's TOML file, with [run.lora]")],
+    data: Annotated[
+        Path,
+        typer.Option(help="texts like the workers': a JSONL, CSV or Parquet file, or a folder"),
+    ],
+    rows_max: Annotated[int, typer.Option(min=1, help="rows to read at most")] = 1000,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+) -> None:
+    """Fit a run's first adapter to texts, and write it in peft's layout; see docs/configuration.md."""
+    settings = load_settings(
+        CoordinatorSettings,
+        ["--config", str(config)],
+        program="fedmezo adapter",
+        environment_prefix=ENVIRONMENT_PREFIX,
+    )
+    try:
+        from fedmezo_core.zo.export import export_adapter
+        from fedmezo_core.zo.fitting import fit_adapter
+        from fedmezo_core.zo.party import open_party
+        from fedmezo_core.zo.rows import read_rows
+    except ImportError as error:
+        raise ModelError(
+            f"The package {error.name} is missing; install fedmezo[worker] to fit an adapter."
+        ) from None
+    run = settings.run_config(f"[run] in {config}")
+    if run.lora is None:
+        raise ConfigError(f"{config} has no [run.lora], so there is no adapter to fit; add one.")
+    party = open_party(run, settings.model, threads=threads)
+    rows = read_rows(data, party.task.columns)[:rows_max]
+    fit_adapter(party, rows)
+    export_adapter(party.loaded.model, folder)
+    print(
+        f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
+        f'"{folder}" at the coordinator and at every worker'
+    )
 
 
 @app.command()

@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fedmezo_coordinator.supervisor import RETRY, USER_ERROR
@@ -87,7 +88,13 @@ class _Copy:
                 "keeps its replica."
             ) from None
         keep_freed_memory()
-        self.party = open_party(config, orders["model"], threads=orders["threads"])
+        adapter = orders["adapter"]
+        self.party = open_party(
+            config,
+            orders["model"],
+            adapter=None if adapter is None else Path(adapter),
+            threads=orders["threads"],
+        )
         task = self.party.task
         heldout = orders["heldout"]
         self.heldout = None if heldout is None else task.encode(read_rows(heldout, task.columns))

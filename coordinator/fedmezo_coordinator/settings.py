@@ -24,6 +24,10 @@ class CoordinatorSettings(BaseSettings):
     listen: str = Field(default="127.0.0.1:7465", description="host:port to listen on")
     journal: Path = Field(default=Path("journal.db"), description="the run's journal")
     model: str = Field(default="", description="Hugging Face name or folder of the base model")
+    adapter: Path | None = Field(
+        default=None,
+        description="in a run with lora: folder of the adapter (peft's layout) that it begins from",
+    )
     heldout: Path | None = Field(
         default=None, description="held-out rows (JSONL, CSV or Parquet) to evaluate the model on"
     )

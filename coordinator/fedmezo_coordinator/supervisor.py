@@ -37,6 +37,7 @@ def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
     """What the child reads from its standard input; its end of file means that the parent is gone."""
     orders = {
         "model": settings.model,
+        "adapter": None if settings.adapter is None else str(settings.adapter),
         "heldout": None if settings.heldout is None else str(settings.heldout),
         "evaluate_every_rounds": settings.evaluate_every_rounds,
         "evaluate_batch_size": settings.evaluate_batch_size,

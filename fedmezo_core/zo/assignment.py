@@ -8,12 +8,19 @@ from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import digest64_of
 from fedmezo_core.zo.estimator import Estimator, local_steps
 from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.party import Party
 from fedmezo_core.zo.task import Batch, Batches, Dataset
 
 
-def open_estimator(party: Party, *, threads: int | None = None) -> Estimator:
-    """The run's estimator on a party's model. Raises as `Estimator` does."""
+def open_estimator(
+    party: Party,
+    *,
+    threads: int | None = None,
+    objective: Callable[[Predictions], float] | None = None,
+    before_pass: Callable[[], None] = lambda: None,
+) -> Estimator:
+    """The run's estimator on a party's model; arguments and errors as of `Estimator`."""
     return Estimator(
         party.loaded.model,
         party.loaded.manifest,
@@ -22,6 +29,8 @@ def open_estimator(party: Party, *, threads: int | None = None) -> Estimator:
         rounding=party.rounding,
         one_sided=party.config.estimator == "one_sided",
         threads=threads,
+        objective=objective,
+        before_pass=before_pass,
     )
 
 

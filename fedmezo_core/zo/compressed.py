@@ -29,8 +29,8 @@ def check_compressible(*, has_adapter: bool, placement: Placement) -> None:
     """Raise `ConfigError` if a base can't be compressed here, before anything is loaded."""
     if not has_adapter:
         raise ConfigError(
-            "frozen_base_bits: this run trains all parameters, so nothing is frozen; leave it out, or "
-            "join a run with lora."
+            "frozen_base_bits: this run trains no adapter, and only the base under one is compressed; "
+            "leave it out, or join a run with lora."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -56,7 +56,8 @@ def compress_frozen(model: Any, manifest: Manifest, bits: int, device: torch.dev
     for name, module in list(model.named_modules()):
         frozen = not any(path.startswith(f"{name}.") for path in trained)
         whole = type(module) in (nn.Linear, Conv1D) and (bits == 8 or _fills_blocks(module))
-        if whole and frozen and module is not head:
+        # An adapter's matrices are small, and never compressed.
+        if whole and frozen and module is not head and ".lora_" not in name:
             parent, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(parent), attribute, _compressed(module, bits, device))
     model.to(device)

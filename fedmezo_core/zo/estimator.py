@@ -9,6 +9,9 @@ Existing systems add eps z to the weights in place, run, and subtract it again, 
 doesn't lead back to the same weights. Here `Forward` computes all the losses in one pass, with weights
 that are built block by block through the one primitive `materialize`: `W + local pairs ± eps z`, so a
 worker's uncommitted local steps need no copy of the weights either.
+
+Nothing asks the loss for a gradient, so an objective may stand in its place: any number that can be
+computed from what the model says to a batch.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +36,23 @@ from fedmezo_core.zo.guard import DirectReadError
 from fedmezo_core.zo.manifest import Manifest
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.task import Batch, Task
 
 log = logging.getLogger("fedmezo.estimator")
 
 POINTS_MAX: Final = 16
 """Most points in one pass: activations take as many copies of the batch."""
+PREFIX_SHARE_MIN: Final = 0.5
+"""From this part of the model on, frozen and run first, there may be more with low-rank directions: each
+pass computes that part once. Weights that are built would come in too small blocks (decision 0014)."""
+PREFIX_POINTS_MAX: Final = 64
+"""Most points in such a pass."""
+PREFIX_TOKENS_MAX: Final = 1 << 16
+"""Most tokens of all copies in it, where that lets more than `POINTS_MAX` in: the memory of activations
+is then what 16 points of 16 rows of 256 tokens take."""
 
+Result = TypeVar("Result")
 Pair = tuple[int, float]
 """A seed (u64) and the float32 coefficient of its direction."""
 
@@ -49,7 +62,7 @@ class Measurement:
     """The losses on both ends of one step along one seed's direction."""
 
     loss_plus: float
-    """Mean loss at W + eps z, in nats (float64)."""
+    """Mean loss at W + eps z, in nats (float64), or the objective's score."""
     loss_other: float
     """At W - eps z, or one-sided at W."""
     projected_grad: float
@@ -81,14 +94,21 @@ class Estimator:
         rounding: Rounding,
         one_sided: bool = False,
         threads: int | None = None,
+        objective: Callable[[Predictions], float] | None = None,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """`threads` is how many build perturbed weights (default: as `materialize` chooses).
 
-        Raises as `Forward` does.
+        With an `objective`, which returns finite numbers or raises, a point's loss is what that makes
+        of the predictions there. `before_pass` is called before each pass over the model, and may
+        raise to end a measurement. Raises as `Forward` does.
         """
         self._model = model
         self._task = task
         self._one_sided = one_sided
+        self._objective = objective
+        self._before_pass = before_pass
+        self._builds_weights = not distribution.rank
         self._forward = Forward(
             model, manifest, distribution=distribution, rounding=rounding, threads=threads
         )
@@ -121,49 +141,86 @@ class Estimator:
             others, pluses, distance = [losses[0]] * len(seeds), losses[1:], eps
         else:
             others, pluses, distance = losses[1::2], losses[::2], 2.0 * eps
-        return [
-            Measurement(
-                loss_plus=plus,
-                loss_other=other,
-                projected_grad=float(np.float32((plus - other) / distance)),
-                loss=other if self._one_sided else (plus + other) / 2.0,
-            )
-            for plus, other in zip(pluses, others, strict=True)
-        ]
+        # Scores may be as large as they like: infinity is clipped like anything beyond the clip.
+        with np.errstate(over="ignore"):
+            return [
+                Measurement(
+                    loss_plus=plus,
+                    loss_other=other,
+                    projected_grad=float(np.float32((plus - other) / distance)),
+                    loss=other if self._one_sided else (plus + other) / 2.0,
+                )
+                for plus, other in zip(pluses, others, strict=True)
+            ]
 
     def _losses(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
         """The loss at every point, in as few passes over the model as it allows."""
         if self._together is None:
             self._together = self._can_share_a_pass(batch, points[:2])
-        length = POINTS_MAX if self._together else 1
+        length = self._points_max(batch) if self._together else 1
+        measure = self._task_losses if self._objective is None else self._scores
         losses: list[float] = []
         try:
             for first in range(0, len(points), length):
-                losses += self._pass(batch, points[first : first + length])
+                losses += measure(batch, points[first : first + length])
         except InseparableError as error:
             self._go_singly(f"{error}")
             return self._losses(batch, points)
         return losses
 
-    def _pass(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
-        copies = batch if len(points) == 1 else batch.repeated(len(points))
+    def _points_max(self, batch: Batch) -> int:
+        if self._builds_weights or self._forward.prefix_share < PREFIX_SHARE_MIN:
+            return POINTS_MAX
+        room = PREFIX_TOKENS_MAX // batch.input_ids.numel()
+        return max(POINTS_MAX, min(room, PREFIX_POINTS_MAX))
+
+    def _task_losses(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
+        return self._pass(
+            points,
+            batch if len(points) == 1 else batch.repeated(len(points)),
+            lambda copies: self._task.losses(self._model, copies, len(points)),
+        )
+
+    def _scores(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
+        """The objective's scores, from one pass and one more for each token that is generated."""
+        assert self._objective is not None
+        task, copies = self._task, batch.repeated(len(points))
+
+        def next_tokens(rows: Batch) -> torch.Tensor:
+            return self._pass(points, rows, lambda rows: task.next_tokens(self._model, rows))
+
+        texts = task.generated(copies, next_tokens) if task.config.generated_tokens_max else []
+        predictions = self._pass(
+            points,
+            copies,
+            lambda copies: task.predictions(self._model, copies, len(points), texts),
+        )
+        return [self._objective(part) for part in predictions]
+
+    def _pass(
+        self, points: Sequence[Commit], copies: Batch, compute: Callable[[Batch], Result]
+    ) -> Result:
+        """What `compute` gives while the model computes each of the `copies` at its own point."""
+        rows, tokens = copies.input_ids.shape
         while True:
+            self._before_pass()
             try:
-                with self._forward.at(points, *batch.input_ids.shape):
-                    return self._task.losses(self._model, copies, len(points))
+                with self._forward.at(points, rows // len(points), tokens):
+                    return compute(copies)
             except DirectReadError as error:
                 self._forward.build_further_out(error)
 
     def _can_share_a_pass(self, batch: Batch, points: Sequence[Commit]) -> bool:
         """Whether two points in one pass give the losses that they give alone.
 
-        They do unless an architecture mixes the rows of a batch.
+        They do unless an architecture mixes the rows of a batch. An objective's scores say less: they
+        may be equal although the losses are not.
         """
-        alone = [self._pass(batch, [point])[0] for point in points]
+        alone = [self._task_losses(batch, [point])[0] for point in points]
         if not all(map(math.isfinite, alone)):
             return True
         try:
-            shared = self._pass(batch, points)
+            shared = self._task_losses(batch, points)
         except InseparableError as error:
             self._go_singly(f"{error}")
             return False
@@ -171,6 +228,8 @@ class Estimator:
         tolerance = 0.1 * abs(alone[0] - alone[1]) + (3e-2 if low_precision else 1e-3) * alone[0]
         if all(abs(a - b) <= tolerance for a, b in zip(alone, shared, strict=True)):
             return True
+        if self._forward.compute_every_copy():
+            return self._can_share_a_pass(batch, points)
         self._go_singly(f"losses {shared} in one pass are {alone} in two")
         return False
 

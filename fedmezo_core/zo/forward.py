@@ -13,6 +13,9 @@ travels once, and if the pass raises, there is nothing to restore.
 - Embeddings build only the rows that are looked up.
 - Experts of a mixture run once for each point, and build only the experts that tokens go to.
 - Any other module runs once for each point, on that point's copy, with all its own parameters.
+
+Until the first module with trained parameters runs, all copies are alike: whatever is frozen and runs
+before it (an embedding, a decoder layer) computes the first copy alone, and its result is repeated.
 """
 
 from __future__ import annotations
@@ -118,6 +121,12 @@ class Forward:
         self._names = {module: name for name, module in model.named_modules()}
         self._guard: DirectReadGuard | None = DirectReadGuard(manifest, model)
         self._pass = _Pass((), 0, 0)
+        self._alike = False
+        """Whether all copies in the running pass are the same still."""
+        self._frozen = _frozen(model, self._owners)
+        self._computed_once: dict[nn.Module, None] = {}
+        """Those of `_frozen` that ran while all copies were alike, in the first pass that had several."""
+        self._prefix_share: float | None = None
         self._unsliced: set[nn.Module] = set()
         self._told: set[type[nn.Module]] = set()
 
@@ -138,10 +147,31 @@ class Forward:
             stack.enter_context(self._running(_Pass(tuple(points), rows, tokens)))
             for module, owned in self._owners.items():
                 stack.enter_context(_computing(module, functools.partial(self._moved, owned)))
+            self._alike = len(points) > 1
+            for module in self._frozen if self._alike else ():
+                stack.enter_context(_computing(module, self._once))
             stack.enter_context(self._guard or nullcontext())
             yield
+        if len(points) > 1 and self._prefix_share is None:
+            # No others are looked at again: which run first is the same in every pass.
+            self._frozen = list(self._computed_once)
+            whole, prefix = _computing_elements([self._model]), _computing_elements(self._frozen)
+            self._prefix_share = prefix / max(1, whole)
         # The first pass has shown that no parameter is read behind its owner's back.
         self._guard = None
+
+    @property
+    def prefix_share(self) -> float:
+        """The part of the model that computes one copy for all; 0 before the first pass with several.
+
+        Measured in parameters, without those that are looked up.
+        """
+        return self._prefix_share or 0.0
+
+    def compute_every_copy(self) -> bool:
+        """Let frozen modules compute all copies from now on; False if they did already."""
+        did, self._frozen, self._prefix_share = bool(self._frozen), [], 0.0
+        return did
 
     def build_further_out(self, error: DirectReadError) -> None:
         """Let the next pass build what was read directly where the module around its owner runs.
@@ -194,8 +224,31 @@ class Forward:
         # wraps: callers look at the signature of a model's forward.
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self._alike = False
             with self._scratch.frame():
                 return run(*args, **kwargs)
+
+        return forward
+
+    def _once(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        """What a frozen `module` does: while all copies are alike, it computes the first one."""
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            current = self._pass
+            divides = (
+                self._alike and _is_plain((args, kwargs)) and _divides(current, (args, kwargs))
+            )
+            if not divides:
+                return original(*args, **kwargs)
+            part = functools.partial(_part, current, 0)
+            try:
+                result = _repeated(original(*part(args), **part(kwargs)), current)
+            except InseparableError:
+                self._frozen = [other for other in self._frozen if other is not module]
+                return original(*args, **kwargs)
+            self._computed_once[module] = None
+            return result
 
         return forward
 
@@ -581,6 +634,37 @@ def _owners(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[_Owned
     return owners
 
 
+def _frozen(model: nn.Module, owners: Mapping[nn.Module, object]) -> list[nn.Module]:
+    """The outermost modules that compute with parameters none of which is trained."""
+    has_trained = {
+        module for module in model.modules() if any(inner in owners for inner in module.modules())
+    }
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        # A list of modules is never called, only what is in it.
+        if module not in has_trained and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            if next(module.parameters(), None) is not None:
+                found.append(module)
+            return
+        for child in module.children():
+            visit(child)
+
+    visit(model)
+    return list(dict.fromkeys(found))
+
+
+def _computing_elements(modules: Sequence[nn.Module]) -> int:
+    """Parameters in the modules, but for those that are looked up."""
+    return sum(
+        parameter.numel()
+        for module in modules
+        for inner in module.modules()
+        if not isinstance(inner, nn.Embedding)
+        for parameter in inner.parameters(recurse=False)
+    )
+
+
 @contextmanager
 def _emptied_after_errors(model: nn.Module) -> Iterator[None]:
     try:
@@ -666,6 +750,46 @@ def _joined(results: Sequence[Any], current: _Pass, shared: bool) -> Any:
     elif isinstance(first, (list, tuple)) and not hasattr(first, "_fields"):
         return type(first)(_joined(part, current, shared) for part in zip(*results, strict=True))
     elif first is None:
+        return None
+    raise InseparableError
+
+
+def _is_plain(arguments: Any) -> bool:
+    """Whether nothing in a module's arguments can keep what it computes for later, as a cache does."""
+    if isinstance(arguments, Mapping):
+        return all(map(_is_plain, arguments.values()))
+    if isinstance(arguments, (list, tuple)):
+        return all(map(_is_plain, arguments))
+    return arguments is None or isinstance(
+        arguments, torch.Tensor | int | float | str | torch.dtype | torch.device
+    )
+
+
+def _divides(current: _Pass, arguments: Any) -> bool:
+    """Whether copies can be told apart in a module's arguments, as far as one can see."""
+    seen = [tensor for tensor in tensors_in(arguments) if tensor.dim()]
+    whole = (
+        tensor.dim() > 2
+        and tensor.is_floating_point()
+        and len(tensor) > 1
+        and current.copy_length(len(tensor)) is None
+        for tensor in seen
+    )
+    return any(current.copy_length(len(tensor)) for tensor in seen) and not any(whole)
+
+
+def _repeated(result: Any, current: _Pass) -> Any:
+    """A module's result on one copy, for all copies; what is of length 1 is meant for every row."""
+    if isinstance(result, torch.Tensor) and result.dim():
+        if len(result) in (current.rows, current.rows * current.tokens):
+            return result.repeat(len(current.points), *[1] * (result.dim() - 1))
+        if len(result) == 1:
+            return result
+    elif isinstance(result, Mapping):
+        return type(result)(**{key: _repeated(item, current) for key, item in result.items()})
+    elif isinstance(result, (list, tuple)) and not hasattr(result, "_fields"):
+        return type(result)(_repeated(item, current) for item in result)
+    elif result is None:
         return None
     raise InseparableError
 

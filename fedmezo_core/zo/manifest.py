@@ -9,9 +9,11 @@ train different directions. Therefore
 - a tensor that has several names (tied weights) is one entry, under the first of its names in that
   same order;
 - buffers are no part of it: they are not trained;
-- in a LoRA run the entries are the adapter's A and B matrices and nothing else. In any other run
-  they are all parameters. `requires_grad` plays no part, so that no party can change the set by
-  freezing something.
+- in a LoRA run the entries are the adapter's A and B matrices and nothing else, or with `freeze_a`
+  its B matrices. In any other run
+  they are all parameters, or those of the modules that the run's `train` names; a tied tensor is one
+  of them if any of its names is. `requires_grad` plays no part, so that no party can change the set
+  by freezing something.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -29,8 +31,9 @@ from torch import nn
 
 from fedmezo_core.errors import MismatchError, ModelError
 from fedmezo_core.zo.homes import homes_of, unique_homes
+from fedmezo_core.zo.selection import parameters_inside
 
-_ADAPTER_NAME = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
+_ADAPTER_NAME = re.compile(r"\.lora_([AB])\.[^.]+\.weight$")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -95,18 +98,31 @@ class Manifest:
         return hashlib.sha256(self.canonical_bytes()).digest()
 
 
-def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
+def manifest_of(
+    model: nn.Module,
+    *,
+    adapters_only: bool = False,
+    freeze_a: bool = False,
+    train: Sequence[str] = (),
+) -> Manifest:
     """Derive the manifest of `model`.
 
     With `adapters_only`, the entries are the matrices of a LoRA adapter that peft has put into the
-    model; otherwise all parameters. Raises `ModelError` where there is nothing to train, or a tensor
-    that is neither float32, bfloat16 nor float16, not contiguous, or shares only part of its memory with
-    another.
+    model, with `freeze_a` of these the B alone; with `train`, the parameters of the modules that it names (see `parameters_inside`); otherwise
+    all parameters. Raises `ConfigError` for a name that means nothing in the model, `ModelError` where
+    there is nothing to train, or a tensor that is neither float32, bfloat16 nor float16, not contiguous,
+    or shares only part of its memory with another.
     """
+    every = homes_of(model)
+    inside = parameters_inside(model, train) if train else every.keys()
+    places = {every[name].place for name in inside}
+    unique = unique_homes(model)
     chosen = {
         name: home
-        for name, home in unique_homes(model).items()
-        if home.parameter.numel() > 0 and (not adapters_only or _ADAPTER_NAME.search(name))
+        for name, home in unique.items()
+        if home.parameter.numel() > 0
+        and home.place in places
+        and (not adapters_only or _is_trained_side(name, freeze_a))
     }
     if not chosen:
         what = "LoRA adapter matrices" if adapters_only else "parameters"
@@ -127,16 +143,21 @@ def manifest_of(model: nn.Module, *, adapters_only: bool = False) -> Manifest:
         entries.append(Entry(tensor_id, name, tuple(parameter.shape), dtype))
     spans = sorted(
         (home.tensor.data_ptr(), home.tensor.data_ptr() + home.tensor.nbytes, name)
-        for name, home in chosen.items()
+        for name, home in unique.items()
         if home.tensor is not None and not home.tensor.is_meta
     )
     for (_, end, one), (start, _, other) in itertools.pairwise(spans):
-        if start < end:
+        if start < end and (one in chosen or other in chosen):
             raise ModelError(
                 f"Parameters {min(one, other)} and {max(one, other)} share memory without being one "
                 "tied parameter; tie them, or load a copy of the model in which they are separate."
             )
     return Manifest(tuple(entries))
+
+
+def _is_trained_side(name: str, freeze_a: bool) -> bool:
+    found = _ADAPTER_NAME.search(name)
+    return found is not None and not (freeze_a and found[1] == "A")
 
 
 def trained_tensors(model: nn.Module, manifest: Manifest) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ import logging
 import math
 import struct
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +26,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from fedmezo_core.config import LoraConfig
-from fedmezo_core.errors import ConfigError, ModelError
+from fedmezo_core.errors import ModelError
+from fedmezo_core.zo.adapters import read_adapter
 from fedmezo_core.zo.homes import execution_device, move_into_mapped_memory, unique_homes
 from fedmezo_core.zo.manifest import Manifest, manifest_of, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.placement import Placement
+from fedmezo_core.zo.selection import lora_targets
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # transformers leaves these without types.
@@ -58,6 +60,8 @@ def load_model(
     *,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     lora: LoraConfig | None = None,
+    adapter: Path | None = None,
+    train: Sequence[str] = (),
     run_seed: int = 0,
     placement: Placement = ON_CPU,
     local_files_only: bool = False,
@@ -65,13 +69,14 @@ def load_model(
     """Load a Hugging Face causal LM by hub name or from a folder.
 
     Only safetensors files are read and no code that comes with a model is run. With `lora`, an
-    adapter is added (see `add_adapter`) whose first weights depend on `run_seed`, a u64. `placement`
+    adapter is added (see `add_adapter`) whose first weights are those in the folder `adapter`, or
+    else depend on `run_seed`, a u64; with `train`, only the parameters of the modules that it names are in the manifest. `placement`
     says which device it computes on, and where weights lie that don't fit into its memory. With
     `local_files_only` a name is looked up in the local cache alone.
 
     Raises `ModelError` for a folder that holds no model, a name that can't be reached, a checkpoint
     that lacks some of the model's tensors or holds a NaN or infinity, a tokenizer that is missing, or
-    weights that the placement has no room for; `ConfigError` for LoRA target modules that the model
+    weights that the placement has no room for; `ConfigError` for modules to train that the model
     doesn't have, and a device or offload folder that can't be used.
     """
     folder = Path(name_or_path).expanduser()
@@ -112,15 +117,34 @@ def load_model(
             move_into_mapped_memory(loaded, placement.offload_folder, only_from=passing)
     model: nn.Module = loaded
     model.eval()
+    head = loaded.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous)
     for name, home in unique_homes(model).items():
         if home.offloaded is None:
             home.parameter.data = home.parameter.data.contiguous()
         _require_finite(name_or_path, name, home.read())
     if lora is not None:
-        model = add_adapter(cast("PreTrainedModel", model), lora, run_seed)
+        model = add_adapter(cast("PreTrainedModel", model), lora, run_seed, adapter)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return LoadedModel(model, tokenizer, manifest_of(model, adapters_only=lora is not None))
+    manifest = manifest_of(
+        model,
+        adapters_only=lora is not None,
+        freeze_a=lora is not None and lora.freeze_a,
+        train=train,
+    )
+    return LoadedModel(model, tokenizer, manifest)
+
+
+def _contiguous(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy a head's input, which is a slice of few positions, to one place.
+
+    Otherwise torch multiplies row by row of the batch, in bfloat16 by a copy of the weight for each.
+    """
+    return tuple(
+        value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs
+    )
 
 
 def _require_complete(shown: str, loaded: Any, info: Mapping[str, Any]) -> None:
@@ -139,47 +163,31 @@ def _require_complete(shown: str, loaded: Any, info: Mapping[str, Any]) -> None:
         )
 
 
-def add_adapter(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> nn.Module:
+def add_adapter(
+    model: PreTrainedModel, lora: LoraConfig, run_seed: int, folder: Path | None = None
+) -> nn.Module:
     """Put a LoRA adapter (Hu et al. 2021) into `model` and return peft's wrapper, in eval mode.
 
     Scale is alpha / rank, dropout 0, and the adapter is float32 even on a bfloat16 model: peft's
     conventions. B is zero. A has the variance of peft's default (Kaiming uniform with a = sqrt 5,
     that is 1 / (3 fan_in)), but comes from the noise standard, so that every party starts at the
     same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`, and
-    the tensor id that the manifest gives to A.
+    the tensor id that the manifest gives to A. With `folder`, both are read from there instead.
 
-    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer.
+    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer, or for an adapter
+    that isn't as `lora` says (see `read_adapter`).
     """
-    for target in lora.target_modules:
-        matches = [
-            module
-            for name, module in model.named_modules()
-            if name == target or name.endswith(f".{target}")
-        ]
-        if not matches:
-            raise ConfigError(
-                f"lora.target_modules: the model has no module {target}; its linear layers are "
-                f"{', '.join(_linear_names(model))}."
-            )
-        if not all(isinstance(module, (nn.Linear, Conv1D)) for module in matches):
-            raise ConfigError(
-                f"lora.target_modules: {target} is no linear layer; the linear layers are "
-                f"{', '.join(_linear_names(model))}."
-            )
+    targets = lora_targets(model, lora)
     with quiet():
         # Only LoRA runs need peft, and importing it takes seconds.
         import peft
 
-    conv1d = any(
-        isinstance(module, Conv1D) and name.rsplit(".", 1)[-1] in lora.target_modules
-        for name, module in model.named_modules()
-    )
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=cast("int", lora.alpha),  # peft scales by it; any float works
-        target_modules=list(lora.target_modules),
+        target_modules=lora.target_expression or list(lora.target_modules),
         lora_dropout=0.0,
-        fan_in_fan_out=conv1d,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
         task_type="CAUSAL_LM",
         init_lora_weights=True,
     )
@@ -193,6 +201,11 @@ def add_adapter(model: PreTrainedModel, lora: LoraConfig, run_seed: int) -> nn.M
             if _ADAPTER in matrices and matrices[_ADAPTER].weight.is_meta:
                 matrices[_ADAPTER].to_empty(device=execution_device(layer))
     manifest = manifest_of(wrapped, adapters_only=True)
+    if folder is not None:
+        weights = read_adapter(folder, lora, manifest)
+        for value, tensor in zip(weights, trained_tensors(wrapped, manifest), strict=True):
+            tensor.copy_(value)
+        return wrapped
     seeds = np.array([adapter_seed(run_seed)], dtype=np.uint64)
     for entry, tensor in zip(manifest, trained_tensors(wrapped, manifest), strict=True):
         zeros = torch.zeros(entry.shape, dtype=tensor.dtype)
@@ -259,16 +272,6 @@ def _require_finite(shown: str, name: str, values: torch.Tensor) -> None:
             f"The weights of {shown} are damaged: {name} holds a NaN or an infinity; get the "
             "checkpoint again, or load it as float32 if it was saved so."
         )
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    return sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D))
-        }
-    )
 
 
 @contextmanager

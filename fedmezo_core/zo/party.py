@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import MismatchError
+from fedmezo_core.errors import ConfigError, MismatchError
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.compressed import check_compressible, compress_frozen
 from fedmezo_core.zo.digest import base_digest, tokenizer_digest
@@ -59,6 +60,7 @@ class Party:
     def check_same_base(self, genesis: Genesis) -> None:
         """Refuse to go on from another base than the run's, and say what differs."""
         ours = self.genesis()
+        also = ", and begin from the same adapter, or none" if genesis.config.lora else ""
         for what, mine, theirs in (
             ("tokenizer", ours.tokenizer_digest, genesis.tokenizer_digest),
             ("manifest (the trainable tensors)", ours.manifest_digest, genesis.manifest_digest),
@@ -68,7 +70,7 @@ class Party:
                 raise MismatchError(
                     f"The {what} loaded here differ from the run's: digest {mine.hex()[:16]} instead "
                     f"of {theirs.hex()[:16]}; load the same files of {genesis.config.model} as the "
-                    "coordinator."
+                    f"coordinator{also}."
                 )
 
 
@@ -76,6 +78,7 @@ def open_party(
     config: RunConfig,
     model: str,
     *,
+    adapter: Path | None = None,
     threads: int | None = None,
     placement: Placement = ON_CPU,
     frozen_base_bits: int | None = None,
@@ -83,10 +86,15 @@ def open_party(
 ) -> Party:
     """Load `model` (hub name or folder) for a run and digest it.
 
+    `adapter` is the folder of the LoRA adapter that the run begins from; without it, a fresh one.
     `threads` also sets torch's thread count for this process; `placement` says where the weights go,
     which changes no bit of them; `frozen_base_bits` compresses what a LoRA run leaves frozen (see
     `compress_frozen`), after it was digested. Raises `ModelError`, `ConfigError`.
     """
+    if adapter is not None and config.lora is None:
+        raise ConfigError(
+            "adapter: this run trains no adapter; leave it out, or begin a run with lora."
+        )
     if frozen_base_bits is not None:
         check_compressible(has_adapter=config.lora is not None, placement=placement)
     device = placement.torch_device()
@@ -101,6 +109,8 @@ def open_party(
         model,
         dtype=config.dtype,
         lora=config.lora,
+        adapter=adapter,
+        train=config.train,
         run_seed=config.seed,
         # Compressing reads the whole base, which the device may have no room for.
         placement=placement if frozen_base_bits is None else ON_CPU,

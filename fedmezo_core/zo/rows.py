@@ -75,8 +75,10 @@ def read_whole_rows(path: str | Path) -> list[WholeRow]:
     ]
 
 
-def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
+def read_rows(path: str | Path, columns: Sequence[str], *, keep_others: bool = False) -> list[Row]:
     """Read `columns` of a .jsonl, .csv or .parquet file, or of all such files in a folder.
+
+    With `keep_others` a row also has what it holds in other columns, where that is text or a number.
 
     Files of a folder are read in the order of their names. Values become text: JSON and Parquet
     strings as they are, integers in decimal, booleans as `true` and `false`, other numbers as Python
@@ -87,7 +89,7 @@ def read_rows(path: str | Path, columns: Sequence[str]) -> list[Row]:
     """
     rows: list[Row] = []
     for file in _files(Path(path).expanduser()):
-        rows.extend(_rows_of(file, columns))
+        rows.extend(_rows_of(file, columns, keep_others))
     return rows
 
 
@@ -123,18 +125,27 @@ def _records_of(file: Path, columns: Sequence[str] | None) -> list[tuple[int, di
     return records
 
 
-def _rows_of(file: Path, columns: Sequence[str]) -> list[Row]:
-    records = _records_of(file, columns)
+def _rows_of(file: Path, columns: Sequence[str], keep_others: bool) -> list[Row]:
+    records = _records_of(file, None if keep_others else columns)
     present = dict.fromkeys(name for _, record in records for name in record)
     for column in columns:
         if column not in present:
             raise DataError(
                 f"{file} has no column {column}; its columns are {', '.join(present) or '(none)'}."
             )
-    return [
-        Row({column: _text(file, number, record, column) for column in columns}, str(file), number)
-        for number, record in records
-    ]
+
+    def values(number: int, record: dict[str, Any]) -> dict[str, str]:
+        needed = {column: _text(file, number, record, column) for column in columns}
+        if not keep_others:
+            return needed
+        others = {
+            column: _text(file, number, record, column)
+            for column, value in record.items()
+            if column not in needed and isinstance(value, (str, int, float))
+        }
+        return needed | others
+
+    return [Row(values(number, record), str(file), number) for number, record in records]
 
 
 def _text(file: Path, number: int, record: dict[str, Any], column: str) -> str:

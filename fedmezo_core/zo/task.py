@@ -18,8 +18,8 @@ import inspect
 import math
 import re
 import struct
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
 from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.rows import Row
 
 _FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
@@ -54,6 +55,8 @@ class Example:
     """Instruction: response and end-of-text token. Classification: empty."""
     label: int
     """Classification: index of the class among the verbalizers. Instruction: -1."""
+    values: Mapping[str, str] = field(default_factory=dict)
+    """The row itself, kept for an objective only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class Batch:
     """int64 [rows]: classes (classification)"""
     targets: torch.Tensor
     """int64 [rows, response tokens]: ends of the rows, -100 where masked (instruction)"""
+    examples: tuple[Example, ...]
+    """What the rows were made of."""
 
     def repeated(self, copies: int) -> Batch:
         """This batch `copies` times over, one whole copy after the other."""
@@ -94,6 +99,16 @@ class Batch:
             position_ids=self.position_ids.repeat(copies, 1),
             labels=self.labels.repeat(copies),
             targets=self.targets.repeat(copies, 1),
+            examples=self.examples * copies,
+        )
+
+    def continued(self, tokens: torch.Tensor) -> Batch:
+        """This batch with one more token at the end of each row: int64 [rows]."""
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, tokens[:, None]], dim=1),
+            attention_mask=functional.pad(self.attention_mask, (0, 1), value=1),
+            position_ids=torch.cat([self.position_ids, self.position_ids[:, -1:] + 1], dim=1),
         )
 
 
@@ -126,6 +141,8 @@ class _Outcome:
     """0 where nobody asked to count."""
     margins: list[float]
     """Two classes: second logit minus first, for each row."""
+    class_logits: npt.NDArray[np.float32]
+    """[rows, classes]"""
 
 
 class Task:
@@ -198,7 +215,8 @@ class Task:
                     f"The tokenizer turns {row.place} into token {max(*prompt, *response)}, but the "
                     f"model has only {self._vocabulary_size}; use the model's own tokenizer."
                 )
-            examples.append(Example(tuple(prompt), tuple(response), label))
+            values = row.values if self.config.objective else {}
+            examples.append(Example(tuple(prompt), tuple(response), label, values))
         return Dataset(tuple(examples), truncated_count)
 
     def _prompt(self, row: Row, characters_max: int | None = None) -> str:
@@ -324,6 +342,7 @@ class Task:
             position_ids=torch.from_numpy(position_ids).to(device),
             labels=torch.tensor([example.label for example in examples], device=device),
             targets=torch.from_numpy(targets).to(device),
+            examples=tuple(examples),
         )
 
     def loss(self, model: nn.Module, batch: Batch) -> float:
@@ -384,6 +403,78 @@ class Task:
             target_count=target_count,
         )
 
+    # ------------------------------------------------------------------ what an objective sees
+
+    def predictions(
+        self, model: nn.Module, batch: Batch, copies: int, texts: Sequence[str]
+    ) -> list[Predictions]:
+        """What `model` makes of each of the `copies` that a `Batch.repeated` consists of.
+
+        `texts` is what it generated for the rows, if anything. Raises `MeasurementError` if what it
+        computes is NaN or infinite.
+        """
+        outcome = self._outcome(model, batch, count_correct=False)
+        logits, log_likelihoods = outcome.class_logits, -np.array(outcome.row_losses)
+        if not (np.isfinite(logits).all() and np.isfinite(log_likelihoods).all()):
+            raise _not_finite(batch)
+        is_class = self.config.kind == "classification"
+        classes = list(self._labels) if is_class else []
+        likeliest = [classes[index] for index in logits.argmax(axis=1)] if classes else []
+        answer = self.config.label_column if is_class else self.config.response_column
+        rows = len(batch.examples) // copies
+        parts = [slice(copy * rows, (copy + 1) * rows) for copy in range(copies)]
+        return [
+            Predictions(
+                rows=[dict(example.values) for example in batch.examples[part]],
+                wanted=[example.values[answer] for example in batch.examples[part]],
+                classes=list(classes),
+                logits=logits[part],
+                predicted=likeliest[part],
+                log_likelihoods=log_likelihoods[part],
+                texts=list(texts[part]),
+            )
+            for part in parts
+        ]
+
+    def generated(self, batch: Batch, next_tokens: Callable[[Batch], torch.Tensor]) -> list[str]:
+        """What is written behind each row's prompt, greedily.
+
+        `next_tokens` gives the token that follows each row: `Task.next_tokens`, at whatever weights.
+        A text ends before the end-of-text token, or with `generated_tokens_max` tokens.
+        """
+        prompts = [replace(example, response=()) for example in batch.examples]
+        rows = self.collate(prompts, batch.name, batch.input_ids.device)
+        ended = torch.zeros(len(prompts), dtype=torch.bool, device=batch.input_ids.device)
+        columns: list[torch.Tensor] = []
+        while len(columns) < self.config.generated_tokens_max and not bool(ended.all()):
+            if columns:
+                rows = rows.continued(columns[-1])
+            # The whole rows again for each token: a cache of keys and values would be faster, but a
+            # module that runs once for each point could not tell whose keys are whose.
+            columns.append(next_tokens(rows))
+            if self._eos is not None:
+                ended |= columns[-1] == self._eos
+        return [self._text(tokens) for tokens in torch.stack(columns, dim=1).tolist()]
+
+    @torch.inference_mode()
+    def next_tokens(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The likeliest token behind each row: int64 [rows].
+
+        Raises `MeasurementError` if a logit is NaN or infinite.
+        """
+        logits = logits_of(model, batch, 1)[:, -1]
+        largest = logits.max(dim=-1)
+        if not bool(largest.values.isfinite().all()):
+            raise _not_finite(batch)
+        return largest.indices
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        end = tokens.index(self._eos) if self._eos in tokens else len(tokens)
+        text = self._tokenizer.decode(
+            list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
     @torch.inference_mode()
     def _outcome(self, model: nn.Module, batch: Batch, *, count_correct: bool = True) -> _Outcome:
         if self.config.kind == "classification":
@@ -395,6 +486,7 @@ class Task:
                 target_count=len(batch.labels),
                 correct_count=int((logits.argmax(dim=-1) == batch.labels).sum()),
                 margins=(logits[:, 1] - logits[:, 0]).tolist() if two else [],
+                class_logits=logits.float().cpu().numpy(),
             )
         response_tokens = batch.targets.shape[1]
         # The logits at one position predict the next token.
@@ -415,7 +507,17 @@ class Task:
             if count_correct:
                 correct_count += int((row.argmax(dim=-1) == targets).sum())
         target_count = int((batch.targets != _IGNORED).sum())
-        return _Outcome(torch.stack(row_losses).tolist(), target_count, correct_count, [])
+        no_logits = np.empty((len(row_losses), 0), dtype=np.float32)
+        return _Outcome(
+            torch.stack(row_losses).tolist(), target_count, correct_count, [], no_logits
+        )
+
+
+def _not_finite(batch: Batch) -> MeasurementError:
+    return MeasurementError(
+        f"The model computes NaN or infinity on the batch of {batch.name}; use a smaller eps or "
+        "learning_rate, or check this worker's data."
+    )
 
 
 def _chunk_elements(logits: torch.Tensor) -> int:

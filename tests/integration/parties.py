@@ -41,12 +41,14 @@ TEXTS = {
 }
 
 
-def write_rows(path: Path, *, skew: int = 0, count: int = 24) -> Path:
-    """Labelled rows; `skew` turns the balance of the classes."""
+def write_rows(
+    path: Path, *, skew: int = 0, count: int = 24, more: dict[str, str] | None = None
+) -> Path:
+    """Labelled rows; `skew` turns the balance of the classes, each row has `more` columns."""
     rows = []
     for number in range(count):
         label = "positive" if number % (2 + skew) == 0 else "negative"
-        rows.append({"text": f"{TEXTS[label][number % 4]} {number}", "label": label})
+        rows.append({"text": f"{TEXTS[label][number % 4]} {number}", "label": label} | (more or {}))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -274,6 +274,7 @@ def test_what_the_base_is_described_from(
     orders = {
         "config": config_to_pb(config_of(**run)).SerializeToString().hex(),
         "model": str(model_folder),
+        "adapter": None,
         "heldout": None,
         "threads": 1,
     }

@@ -15,7 +15,8 @@ from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, PairRun, digest64_of, first_seed_of
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.rows import read_rows
-from fedmezo_worker.engine import CancelledMeasurementError, Engine
+from fedmezo_worker.engine import Engine
+from fedmezo_worker.scorer import CancelledMeasurementError
 from fedmezo_worker.settings import WorkerSettings
 
 FIRST_SEED = first_seed_of(7, 1, 0)

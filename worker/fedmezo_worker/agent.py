@@ -219,6 +219,10 @@ class Agent:
                     if message is None:
                         raise UnavailableError("The coordinator ended the session.")
                     event = event_of(message, self._genesis.config)
+                    if message.WhichOneof("kind") == "assign":
+                        self._engine.set_deadline(
+                            time.monotonic() + message.assign.deadline_ms / 1000
+                        )
                     finished = await self._act(self._step(event), stream) or finished
                     if isinstance(event, Welcomed):
                         joined = True

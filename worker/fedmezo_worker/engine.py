@@ -8,29 +8,27 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import MeasurementError
+from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
 from fedmezo_core.zo.estimator import Estimator
+from fedmezo_core.zo.objective import Objective, load_objective
 from fedmezo_core.zo.party import Party, commits_of, open_party
 from fedmezo_core.zo.placement import Placement
 from fedmezo_core.zo.rows import Row, read_rows
 from fedmezo_core.zo.task import Batches, Dataset
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.evaluations import HeldOutResult
+from fedmezo_worker.scorer import CancelledMeasurementError, Scorer
 from fedmezo_worker.settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
 
 Result = TypeVar("Result")
-
-
-class CancelledMeasurementError(MeasurementError):
-    """The measurement can no longer count and was cut short."""
 
 
 class _EvaluationCutShortError(Exception):
@@ -48,6 +46,7 @@ class Engine:
         self._batches: Batches | None = None
         self._heldout: Dataset | None = None
         self._estimator: Estimator | None = None
+        self._scorer: Scorer | None = None
 
     async def load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
         """Load model and data for the run; raises what is wrong with either."""
@@ -63,12 +62,20 @@ class Engine:
         return await self._run(lambda: self._weights.digest())
 
     async def measure(self, order: Measure) -> Measured:
-        """Measure one assignment; `MeasurementError` if a loss is no number or it was cut short."""
+        """Measure one assignment.
+
+        `MeasurementError` if a loss is no number, the objective fails, or it was cut short.
+        """
         self._cut_short.clear()
         return await self._run(lambda: self._measure(order))
 
+    def set_deadline(self, deadline_s: float) -> None:
+        """Until when, by `time.monotonic`, an objective may take; holds for a running measurement too."""
+        if self._scorer is not None:
+            self._scorer.deadline_s = deadline_s
+
     def cut_short(self) -> None:
-        """Let the running measurement end at its next step."""
+        """Let the running measurement end before its next pass, without its objective if that is running."""
         self._cut_short.set()
 
     def evaluate(self) -> asyncio.Future[HeldOutResult | None]:
@@ -97,14 +104,16 @@ class Engine:
 
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
         config = genesis.config
-        # The data first: a wrong column should not cost a model's loading time.
+        # What is quick first: a wrong name or column should not cost a model's loading time.
+        objective = _objective(settings, config)
         columns = (*config.task.columns(), _answer_column(config))
         columns = tuple(dict.fromkeys(columns))
-        rows = read_rows(settings.data, columns)
+        rows = read_rows(settings.data, columns, keep_others=objective is not None)
         heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, columns)
         party = open_party(
             config,
             settings.model or config.model,
+            adapter=settings.adapter,
             threads=settings.threads,
             placement=Placement(
                 settings.device, settings.device_memory_max, settings.offload_folder
@@ -114,26 +123,32 @@ class Engine:
         party.check_same_base(genesis)
         if settings.heldout is not None:
             self._heldout = _encoded(party, settings.heldout, heldout_rows)
-        self._batches = open_batches(party, _encoded(party, settings.data, rows), settings.name)
-        self._estimator = open_estimator(party, threads=settings.threads)
+        dataset = _encoded(party, settings.data, rows)
+        _check_positions(party, dataset)
+        self._batches = open_batches(party, dataset, settings.name)
+        self._scorer = None if objective is None else Scorer(objective, self._cut_short)
+        self._estimator = open_estimator(
+            party,
+            threads=settings.threads,
+            objective=self._scorer,
+            before_pass=self._end_if_cut_short,
+        )
         return party
 
     def _measure(self, order: Measure) -> Measured:
         assert self._party is not None
         assert self._estimator is not None
         assert self._batches is not None
+        if self._scorer is not None:
+            self._scorer.check_free()
         return measure(
             self._party,
             self._estimator,
             self._batches,
             order,
             digest=self._weights.digest,
-            before_step=self._check_not_cut_short,
+            before_step=self._end_if_cut_short,
         )
-
-    def _check_not_cut_short(self) -> None:
-        if self._cut_short.is_set():
-            raise CancelledMeasurementError("the round closed before the measurement ended")
 
     def _evaluate(self) -> HeldOutResult | None:
         party, heldout = self._party, self._heldout
@@ -158,6 +173,10 @@ class Engine:
             party.weights.round, result.loss, result.accuracy, result.auc, result.row_count
         )
 
+    def _end_if_cut_short(self) -> None:
+        if self._cut_short.is_set():
+            raise CancelledMeasurementError("the round closed before the measurement ended")
+
     @property
     def _weights(self) -> Weights:
         assert self._party is not None, "load comes first"
@@ -176,3 +195,32 @@ def _encoded(party: Party, path: Path, rows: Sequence[Row]) -> Dataset:
 def _answer_column(config: RunConfig) -> str:
     task = config.task
     return task.label_column if task.kind == "classification" else task.response_column
+
+
+def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:
+    """The run's objective, whose code runs only if this worker's operator named it too."""
+    wanted, trusted = config.task.objective, settings.objective
+    if wanted == trusted:
+        return load_objective(wanted) if wanted else None
+    if not wanted:
+        raise ConfigError(
+            f"The run scores batches by their loss, not by {trusted}; start this worker without "
+            "--objective."
+        )
+    raise ConfigError(
+        f"The run scores batches by {wanted}; start this worker with --objective {wanted} if you "
+        "trust that code."
+    )
+
+
+def _check_positions(party: Party, dataset: Dataset) -> None:
+    """Refuse to generate behind the last position that the model knows."""
+    generated = party.config.task.generated_tokens_max
+    longest = max(len(example.prompt) for example in dataset.examples)
+    model_config: Any = party.loaded.model.config
+    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if generated and positions is not None and longest + generated > positions:
+        raise ConfigError(
+            f"A prompt of {longest} tokens and {generated} generated ones don't fit the model's "
+            f"{positions} positions; lower tokens_max or generated_tokens_max."
+        )

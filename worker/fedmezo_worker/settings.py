@@ -38,7 +38,15 @@ class WorkerSettings(BaseSettings):
     model: str = Field(
         default="", description="model folder or hub name, if not the name that the run gives"
     )
+    adapter: Path | None = Field(
+        default=None,
+        description="folder of the adapter (peft's layout) that the run begins from, if it does",
+    )
     run_id: str = Field(default="", description="refuse any other run")
+    objective: str = Field(
+        default="",
+        description="the module:function of the run's objective: its code runs here, on these rows",
+    )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
     device: str = Field(
         default="auto",

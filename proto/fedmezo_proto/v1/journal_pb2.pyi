@@ -812,10 +812,13 @@ class LoraConfig(google.protobuf.message.Message):
     RANK_FIELD_NUMBER: builtins.int
     ALPHA_FIELD_NUMBER: builtins.int
     TARGET_MODULES_FIELD_NUMBER: builtins.int
+    FREEZE_A_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """1 to 1024."""
     alpha: builtins.float
     """Scale; the update is alpha / rank * B A. Finite, above 0."""
+    freeze_a: builtins.bool
+    """Whether the A matrices stay as they begin, and only the B matrices are trained. Absent: false."""
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Module name endings, as in peft."""
@@ -826,8 +829,11 @@ class LoraConfig(google.protobuf.message.Message):
         rank: builtins.int = ...,
         alpha: builtins.float = ...,
         target_modules: collections.abc.Iterable[builtins.str] | None = ...,
+        freeze_a: builtins.bool | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["alpha", b"alpha", "rank", b"rank", "target_modules", b"target_modules"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_freeze_a", b"_freeze_a", "freeze_a", b"freeze_a"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_freeze_a", b"_freeze_a", "alpha", b"alpha", "freeze_a", b"freeze_a", "rank", b"rank", "target_modules", b"target_modules"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_freeze_a", b"_freeze_a"]) -> typing.Literal["freeze_a"] | None: ...
 
 Global___LoraConfig: typing_extensions.TypeAlias = LoraConfig
 

@@ -137,7 +137,7 @@ def test_what_cannot_be_compressed_is_refused(
     folder = str(folder_of("llama"))
     task = TaskConfig(kind="classification", template="{text}", verbalizers={"0": " a", "1": " b"})
     plain = RunConfig(run_id="r", model="m", task=task)
-    with pytest.raises(ConfigError, match="trains all parameters, so nothing is frozen"):
+    with pytest.raises(ConfigError, match="this run trains no adapter"):
         open_party(plain, folder, frozen_base_bits=8)
     lora = LoraConfig(rank=4, alpha=16, target_modules=("q_proj",))
     config = RunConfig(run_id="r", model="m", task=task, lora=lora)

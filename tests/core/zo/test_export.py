@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from .conftest import MODEL_KINDS
 TARGETS = {"llama-tied": ("q_proj", "down_proj"), "gpt2": ("c_attn", "c_proj")}
 
 
-def _move(model: nn.Module, adapters_only: bool = False) -> None:
+def _move(model: nn.Module, adapters_only: bool = False, train: Sequence[str] = ()) -> None:
     weights = Weights(
         model,
-        manifest_of(model, adapters_only=adapters_only),
+        manifest_of(model, adapters_only=adapters_only, train=train),
         distribution=Distribution.RADEMACHER,
         rounding=Rounding.STOCHASTIC,
     )
@@ -65,6 +65,32 @@ def test_from_pretrained_gives_the_same_weights(
     names = {path.name for path in (tmp_path / "deep" / "out").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "moved"),
+    [
+        ("llama-tied", ["lm_head"], {"model.embed_tokens.weight"}),
+        ("llama", ["layers.1.mlp.down_proj"], {"model.layers.1.mlp.down_proj.weight"}),
+        ("gpt2", ["h.1.ln_2"], {"transformer.h.1.ln_2.weight", "transformer.h.1.ln_2.bias"}),
+    ],
+)
+def test_only_what_was_trained_has_moved(
+    kind: str,
+    train: list[str],
+    moved: set[str],
+    tmp_path: Path,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model = model_of(kind)
+    _move(model, train=train)
+    export_model(model, tokenizer, tmp_path / "out")
+    back: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert base_digest(back) == base_digest(model), "tied weights are tied still"
+    before = model_of(kind).state_dict()
+    different = {name for name, value in back.named_parameters() if not value.equal(before[name])}
+    assert different == moved
 
 
 @pytest.mark.parametrize("kind", list(TARGETS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig
-from fedmezo_core.errors import DivergedError, MismatchError, ModelError, NumericError
+from fedmezo_core.errors import ConfigError, DivergedError, MismatchError, ModelError, NumericError
 from fedmezo_core.zo.digest import (
     CHUNK_BYTES,
     base_digest,
@@ -84,6 +85,64 @@ def test_lora_manifest_holds_the_adapter_alone(model_of: Callable[[str], nn.Modu
     manifest = manifest_of(model, adapters_only=True)
     assert len(manifest) == 2 * 2 * 2
     assert all(".lora_A." in entry.name or ".lora_B." in entry.name for entry in manifest)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("model.layers.1.mlp",), r"model\.layers\.1\.mlp\..*"),
+        (("layers.1.mlp", "norm"), r"model\.(layers\.1\.mlp\..*|norm\.weight)"),
+        (("q_proj",), r"model\.layers\.\d\.self_attn\.q_proj\.weight"),
+        (("layers.*.mlp.*_proj",), r"model\.layers\.\d\.mlp\..*"),
+        (("model",), r"model\..*"),
+        (("lm_head", "model.layers.0.*norm"), r"(lm_head|model\.layers\.0\.\w+norm)\.weight"),
+    ],
+)
+def test_only_named_modules_are_trained(
+    names: tuple[str, ...], expected: str, model_of: Callable[[str], nn.Module]
+) -> None:
+    model = model_of("llama")
+    every = [entry.name for entry in manifest_of(model)]
+    manifest = manifest_of(model, train=names)
+    assert [entry.tensor_id for entry in manifest] == list(range(len(manifest)))
+    found = [entry.name for entry in manifest]
+    assert found == [name for name in every if re.fullmatch(expected, name)]
+    assert 0 < len(found) < len(every)
+
+
+@pytest.mark.parametrize("names", [("lm_head",), ("model.embed_tokens",)])
+def test_a_tied_tensor_is_trained_under_either_of_its_names(
+    names: tuple[str, ...], model_of: Callable[[str], nn.Module]
+) -> None:
+    manifest = manifest_of(model_of("llama-tied"), train=names)
+    assert [entry.name for entry in manifest] == ["lm_head.weight"], "its first name"
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("norm", "layers.7"), r"train: the model has no module layers\.7; .*called .*q_proj.*"),
+        (("proj",), r"no module proj;"),
+        (("model.*.mlp",), r"no module model\.\*\.mlp;"),
+        (("norm.weight", "wrong"), r"no module norm\.weight, wrong;"),
+        (("act_fn",), r"train: act_fn has no parameters"),
+    ],
+)
+def test_a_name_that_means_nothing_is_refused(
+    names: tuple[str, ...], sentence: str, model_of: Callable[[str], nn.Module]
+) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        manifest_of(model_of("llama"), train=names)
+
+
+def test_only_trained_tensors_are_refused() -> None:
+    small = _Small()
+    small.z.double()
+    assert [entry.name for entry in manifest_of(small, train=["b"])] == ["a.weight"]
+    shared = _Small()
+    shared.z.weight = nn.Parameter(shared.b.weight.detach())
+    with pytest.raises(ModelError, match=r"a\.weight and z\.weight share memory"):
+        manifest_of(shared, train=["b"])
 
 
 def test_what_cannot_be_trained_is_refused() -> None:

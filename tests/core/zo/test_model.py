@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,22 @@ def test_lora_starts_at_the_same_bits_at_every_party(
         assert torch.equal(tensor, expected)
 
 
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_the_head_multiplies_all_rows_at_once(
+    lora: LoraConfig | None, folder_of: Callable[[str], Path]
+) -> None:
+    """torch takes a slice of positions row by row, in bfloat16 with a copy of the weight for each."""
+    model: Any = load_model(str(folder_of("llama")), lora=lora).model
+    seen: list[bool] = []
+    head = model.get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+    ids = torch.arange(24).view(2, 12)
+    with torch.inference_mode():
+        last = model(input_ids=ids, logits_to_keep=1).logits
+        assert torch.allclose(last, model(input_ids=ids).logits[:, -1:], atol=1e-5)
+    assert seen == [True, True]
+
+
 def test_lora_with_zero_b_changes_nothing(folder_of: Callable[[str], Path]) -> None:
     ids = torch.arange(12)[None]
     path = str(folder_of("gpt2"))
@@ -103,10 +120,58 @@ def test_lora_targets_that_do_not_fit(folder: Path) -> None:
     for target, sentence in (
         ("wrong", r"no module wrong; its linear layers are .*q_proj"),
         ("embed_tokens", "embed_tokens is no linear layer"),
+        ("layers.3.mlp.up_proj", r"no module layers\.3\.mlp\.up_proj; its linear"),
+        (r".*layers\.1\.mlp", r"is no linear layer \(model\.layers\.1\.mlp\)"),
+        (r"up_(proj)", r"no module whose whole name matches the regular expression up_\(proj\)"),
+        (r"up_(proj", r"up_\(proj is no regular expression \(missing \)"),
     ):
         lora = LoraConfig(rank=2, alpha=4, target_modules=(target,))
         with pytest.raises(ConfigError, match=sentence):
             load_model(str(folder), lora=lora)
+    lora = LoraConfig(rank=2, alpha=4, target_modules=("q_proj", "one", "v_proj", "two"))
+    with pytest.raises(ConfigError, match=r"no module one, two; its linear"):
+        load_model(str(folder), lora=lora)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (
+            ["layers.1.self_attn.q_proj", "model.layers.0.mlp.up_proj"],
+            r"1\.self_attn\.q|0\.mlp\.up",
+        ),
+        (r".*\.1\.mlp\.(up|down)_proj", r"1\.mlp\.(up|down)"),
+        ("q_proj", r"\d\.self_attn\.q"),
+        ("all-linear", r"\d\.(self_attn\.[qkvo]|mlp\.(gate|up|down))"),
+    ],
+)
+def test_lora_targets_as_in_peft(
+    targets: list[str] | str, expected: str, folder_of: Callable[[str], Path]
+) -> None:
+    lora = LoraConfig.model_validate({"rank": 128, "alpha": 256, "target_modules": targets})
+    loaded = load_model(str(folder_of("llama")), lora=lora)
+    found = {
+        re.sub(r"^base_model\.model\.model\.layers\.|_proj\.lora_.*", "", entry.name)
+        for entry in loaded.manifest
+    }
+    linear = {
+        f"{layer}.{name}"
+        for layer in "01"
+        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    }  # fmt: skip
+    assert found == {name for name in linear if re.fullmatch(expected, name)}
+    assert {entry.shape[0] for entry in loaded.manifest if ".lora_A." in entry.name} == {128}
+    module: Any = loaded.model.get_submodule("base_model.model.model.layers.1")
+    layers = [layer for layer in module.modules() if hasattr(layer, "lora_A")]
+    assert {layer.scaling["default"] for layer in layers} == {2.0}
+
+
+def test_only_named_modules_are_trained(folder_of: Callable[[str], Path]) -> None:
+    loaded = load_model(str(folder_of("llama")), train=("layers.1",))
+    assert len(loaded.manifest) == 9
+    assert all(entry.name.startswith("model.layers.1.") for entry in loaded.manifest)
+    with pytest.raises(ConfigError, match=r"train: the model has no module layers\.2;"):
+        load_model(str(folder_of("llama")), train=("layers.1", "layers.2"))
 
 
 def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:

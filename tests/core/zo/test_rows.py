@@ -173,3 +173,19 @@ def test_what_json_has_no_type_for(tmp_path: Path) -> None:
         ) as caught:
             read_whole_rows(path)[0].json_line()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_other_columns_are_kept_where_they_are_text_or_numbers(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"data.{ending}"
+    _write(path, [{"text": "a", "source": "page 1", "grade": "3"}])
+    (row,) = read_rows(path, ("text",), keep_others=True)
+    assert row.values == {"text": "a", "source": "page 1", "grade": "3"}
+    assert read_rows(path, ("text",))[0].values == {"text": "a"}
+
+
+def test_other_columns_that_are_neither_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a", "n": 3, "yes": true, "none": null, "list": [1]}\n')
+    (row,) = read_rows(path, ("text",), keep_others=True)
+    assert row.values == {"text": "a", "n": "3", "yes": "true"}

@@ -1,0 +1,89 @@
+"""An adapter that is fitted to texts before it is trained: A from the data, B zero.
+
+The rows of A are the main directions of what a module sees, each scaled to unit size there (principal
+components, whitened; as EVA initialises LoRA, Paischer et al. 2024). With A left as it is (`freeze_a`,
+LoRA-FA, Zhang et al. 2023) the trained B has inputs that are alike in size and hardly correlated. A step
+along random directions can't adapt to the curvature of each parameter as AdamW does, so it needs this.
+
+No labels are used, and nothing is trained here: any texts like the workers' will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmezo_core.errors import ConfigError, DataError
+from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.rows import Row
+
+BATCH_ROWS = 32
+
+
+@torch.inference_mode()
+def fit_adapter(party: Party, rows: Sequence[Row]) -> None:
+    """Replace the A matrices of a LoRA run's party by fitted ones, in place.
+
+    Of each row, the positions count that a loss depends on directly: the prompt's last one
+    (classification), or the response's (instruction). Raises `ConfigError` for a run without adapter,
+    `DataError` if there are fewer positions than the adapter's rank.
+    """
+    lora = party.config.lora
+    if lora is None:
+        raise ConfigError("The run has no adapter to fit; give it a [run.lora].")
+    model: Any = party.loaded.model
+    layers = {
+        name: layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "lora_A") and layer.lora_A
+    }
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    dataset = party.task.encode(rows)
+    for first in range(0, len(dataset), BATCH_ROWS):
+        batch = party.task.collate(dataset.examples[first : first + BATCH_ROWS], "fitting")
+        ends = max(1, batch.targets.shape[1])
+        counts = (
+            batch.targets != -100
+            if batch.targets.shape[1]
+            else torch.ones(len(batch.input_ids), 1, dtype=torch.bool)
+        )
+        handles = [
+            layer.register_forward_pre_hook(_collector(seen[name], ends, counts))
+            for name, layer in layers.items()
+        ]
+        try:
+            party.task.loss(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    for name, layer in layers.items():
+        [matrix] = layer.lora_A.values()
+        matrix.weight.copy_(_whitening(torch.cat(seen[name]), lora.rank, name))
+
+
+def _collector(into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any:
+    def collect(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        into.append(inputs[0][:, -ends:][counts].float())
+
+    return collect
+
+
+def _whitening(inputs: torch.Tensor, rank: int, name: str) -> torch.Tensor:
+    """[rank, inputs]: the largest right singular vectors over the root mean square along them."""
+    count, width = inputs.shape
+    if count < rank or width < rank:
+        raise DataError(
+            f"{count} positions of {width} inputs at {name} can't fit an adapter of rank {rank}; give more "
+            "rows, or a smaller rank."
+        )
+    _, sizes, directions = torch.linalg.svd(inputs.double(), full_matrices=False)
+    sizes = sizes[:rank, None] / count**0.5
+    if not bool((sizes > 1e-6 * sizes[0]).all()):
+        raise DataError(
+            f"What {name} sees varies in fewer than {rank} directions; give more different rows, or a "
+            "smaller rank."
+        )
+    return (directions[:rank] / sizes).float()

@@ -1,0 +1,73 @@
+"""Calls the run's objective on a thread of its own: a function that never ends holds up nobody."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from typing import Final
+
+from fedmezo_core.errors import MeasurementError
+from fedmezo_core.zo.objective import Objective, Predictions
+
+LOOK_EVERY_S: Final = 0.05
+"""How soon a waiting engine sees that its measurement was cut short."""
+
+
+class CancelledMeasurementError(MeasurementError):
+    """The measurement can no longer count and was cut short."""
+
+
+class Scorer:
+    """Scores by an objective until a deadline; a call that overruns is left behind, for none can be ended.
+
+    A function that never lets go of Python's interpreter lock is beyond this: nothing else runs then.
+    """
+
+    def __init__(self, objective: Objective, cut_short: threading.Event) -> None:
+        """`cut_short` ends a wait early."""
+        self.deadline_s = math.inf
+        """By `time.monotonic`; may be moved while a call runs."""
+        self._objective = objective
+        self._cut_short = cut_short
+        self._thread: threading.Thread | None = None
+
+    def check_free(self) -> None:
+        """Raise `MeasurementError` while a call that was left behind still runs."""
+        if self._thread is not None and self._thread.is_alive():
+            raise MeasurementError(
+                f"Objective {self._objective.name} is still busy with an earlier round; raise "
+                "deadline_ms, make it faster, or restart this worker if it hangs."
+            )
+
+    def __call__(self, predictions: Predictions) -> float:
+        """The score. Raises `MeasurementError` as the objective does, or if it isn't done in time."""
+        self.check_free()
+        outcome: list[float | MeasurementError] = []
+
+        def call() -> None:
+            try:
+                outcome.append(self._objective(predictions))
+            except MeasurementError as error:
+                outcome.append(error)
+
+        # A daemon: the program's end doesn't wait for it.
+        thread = self._thread = threading.Thread(target=call, name="objective", daemon=True)
+        thread.start()
+        while True:
+            thread.join(max(0.0, min(self.deadline_s - time.monotonic(), LOOK_EVERY_S)))
+            if not thread.is_alive():
+                break
+            if self._cut_short.is_set():
+                raise CancelledMeasurementError(
+                    f"the round closed while objective {self._objective.name} was still at work"
+                )
+            if time.monotonic() >= self.deadline_s:
+                raise MeasurementError(
+                    f"Objective {self._objective.name} takes longer than the round's deadline; raise "
+                    "deadline_ms or make it faster."
+                )
+        (result,) = outcome
+        if isinstance(result, MeasurementError):
+            raise result
+        return result
