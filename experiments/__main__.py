@@ -1,6 +1,6 @@
 """Run experiments and report on them.
 
-python -m experiments TARGET... [--seeds N] [--quick] [--fresh] [--jobs N] [--set KEY=VALUE]
+python -m experiments TARGET... [--seeds N] [--quick] [--fresh] [--jobs N] [--set KEY=VALUE] [--plan]
 
 A target is one of the catalogue's, or `all`. Finished runs are kept under build/experiments, so that a
 second call goes on where the first was broken off.
@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.table import Table
 
 from benchmarks.figures import REPORTS, Figure
 from experiments import memory, report
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="KEY=VALUE",
         help="a value of the run or of the settings for all arms; VALUE is JSON or text",
     )
+    parser.add_argument("--plan", action="store_true", help="run nothing, say how much there is")
     given = parser.parse_args(arguments)
     targets = list(EXPERIMENTS) if ALL in given.targets else list(dict.fromkeys(given.targets))
     if given.redraw:
@@ -73,7 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         changes = changes_of(given.set, quick=given.quick)
-        experiment(Order(targets, given.seeds, given.jobs, given.fresh, changes))
+        order = Order(targets, given.seeds, given.jobs, given.fresh, changes)
+        if given.plan:
+            plan(order)
+        else:
+            experiment(order)
 
     return run_program("experiments", run)
 
@@ -109,10 +115,44 @@ def experiment(order: Order) -> None:
         found = {arm: [results[key_of(run)] for run in of_arm] for arm, of_arm in arms.items()}
         peaks: list[Figure] = []
         if described.against:
-            peaks = memory.figures({arm: of_arm[0] for arm, of_arm in arms.items()})
+            first = {arm: of_arm[0] for arm, of_arm in arms.items()}
+            peaks = memory.figures(first, order.kept, fresh=order.fresh)
         paths = report.write_all(target, described, found, peaks, order.reports)
         Console(width=160).print(Markdown(paths[1].read_text()))
         print("\n".join(f"wrote {path}" for path in paths))
+
+
+def plan(order: Order) -> None:
+    """Say how many runs and passes the targets take; runs that several have in common count once."""
+    table = Table(title="one pass: one batch forward; a first-order step counts as three")
+    for column in ("target", "runs", "kept", "passes to do", "in passes of 16 rows"):
+        table.add_column(column, justify="left" if column == "target" else "right")
+    seen: set[str] = set()
+    total = [0, 0, 0, 0.0]
+    for target in order.targets:
+        arms = _runs(EXPERIMENTS[target], order)
+        runs = {key_of(run): run for of_arm in arms.values() for run in of_arm}
+        new = {key: run for key, run in runs.items() if key not in seen}
+        seen |= set(new)
+        missing = [run for run in new.values() if order.fresh or kept(run, order.kept) is None]
+        passes = [passes_of(run) for run in missing]
+        alike = sum(n * run.config.batch_size / 16 for n, run in zip(passes, missing, strict=True))
+        row = [len(new), len(new) - len(missing), sum(passes), alike]
+        total = [before + more for before, more in zip(total, row, strict=True)]
+        table.add_row(target, *(f"{value:,.0f}" for value in row))
+    table.add_row("all", *(f"{value:,.0f}" for value in total))
+    Console(width=120).print(table)
+
+
+def passes_of(run: Run) -> int:
+    """Forward passes of one batch that a run takes; a backward one counts as two."""
+    config = run.config
+    workers = min(run.settings.clients, config.cohort_size_max)
+    if run.first_order is not None:
+        each = 3
+    else:
+        each = 2 * config.probes if config.estimator == "two_sided" else config.probes + 1
+    return config.rounds * workers * config.local_steps * each
 
 
 def _runs(described: Experiment, order: Order) -> dict[str, list[Run]]:

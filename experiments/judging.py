@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
 
 from fedmezo_core.zo.party import Party
 from fedmezo_core.zo.rows import Row
@@ -37,6 +43,8 @@ class Judge:
     batch_size: int = 64
     curve_rows: int | None = None
     """Rows behind each point of the curve; None: all."""
+    kept: Path | None = None
+    """Folder for what the base comes to, which is the same in most runs; None: it is not kept."""
     curve: list[Point] = field(default_factory=list)
     whole: list[Point] = field(default_factory=list)
     """On all rows: before the first round and after the last."""
@@ -60,16 +68,41 @@ class Judge:
         begin = time.process_time()
         found = None
         if is_due and _is_news(round_, self.curve):
-            found = self._evaluate(self._few)
+            found = self._evaluate(self._few, round_)
             self.curve.append(_point(round_, found))
         if is_end and _is_news(round_, self.whole):
             reused = found if self._few is self._all else None
-            self.whole.append(_point(round_, reused or self._evaluate(self._all)))
+            self.whole.append(_point(round_, reused or self._evaluate(self._all, round_)))
         self.seconds += time.process_time() - begin
         return found
 
-    def _evaluate(self, dataset: Dataset) -> Evaluation:
-        return self.party.task.evaluate(self.party.loaded.model, dataset, self.batch_size)
+    def _evaluate(self, dataset: Dataset, round_: int) -> Evaluation:
+        task, model = self.party.task, self.party.loaded.model
+        if round_ or self.kept is None:
+            return task.evaluate(model, dataset, self.batch_size)
+        config = self.party.config
+        facts = (
+            self.party.base_digest.hex(),
+            config.dtype,
+            config.task.model_dump_json(),
+            self.batch_size,
+            dataset.examples,
+            torch.__version__,
+        )
+        path = self.kept / f"base-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
+        if path.exists():
+            return Evaluation(**json.loads(path.read_text()))
+        found = task.evaluate(model, dataset, self.batch_size)
+        write_whole(path, json.dumps(asdict(found)))
+        return found
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    passing = path.with_suffix(f".{os.getpid()}.part")
+    passing.write_text(text + "\n")
+    passing.replace(path)
 
 
 def _is_news(round_: int, points: Sequence[Point]) -> bool:

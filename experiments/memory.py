@@ -9,11 +9,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from benchmarks.figures import Figure
 from benchmarks.memory import forget_peak, peak_kib
 from experiments.first_order import FirstOrder, train
-from experiments.runs import Run
+from experiments.judging import write_whole
+from experiments.runs import KEPT, Run, key_of
 from experiments.settings import load_data
 from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.assignment import open_estimator
@@ -61,14 +63,22 @@ def peak_mb(run: Run, way: str) -> float:
     return float(finished.stdout.split()[-1]) / 1024
 
 
-def figures(runs: dict[str, Run]) -> list[Figure]:
+def kept_peak_mb(run: Run, way: str, folder: Path, *, fresh: bool = False) -> float:
+    """The same, or what it was before, if nothing has changed since."""
+    path = folder / f"memory-{way}-{key_of(run)}.json"
+    if fresh or not path.exists():
+        write_whole(path, f"{peak_mb(run, way)}")
+    return float(path.read_text())
+
+
+def figures(runs: dict[str, Run], folder: Path = KEPT, *, fresh: bool = False) -> list[Figure]:
     """Of inference and of a worker of each arm; the arms share model and data."""
     first = next(iter(runs.values()))
     plain = first.model_copy(update={"first_order": None})
-    inference = peak_mb(plain, INFERENCE)
+    inference = kept_peak_mb(plain, INFERENCE, folder, fresh=fresh)
     found = [Figure("peak memory of inference", inference, "MB")]
     for name, run in runs.items():
-        peak = peak_mb(run, TRAINING)
+        peak = kept_peak_mb(run, TRAINING, folder, fresh=fresh)
         found.append(Figure(f"{name}: peak memory of a worker", peak, "MB"))
         found.append(
             Figure(f"{name}: peak memory of a worker ÷ inference", peak / inference, "ratio")

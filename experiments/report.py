@@ -177,7 +177,7 @@ def markdown(
         by_name = {figure.name.removeprefix(f"{arm}: "): figure for figure in costs}
         row = [arm, *(_spread(ends, metric) for metric in METRICS)]
         row += [f"{by_name['rounds'].value:.4g}"]
-        passes = by_name["forward passes of one batch, all workers"].shown
+        passes = f"{by_name['forward passes of one batch, all workers'].value:,.0f}"
         row += [passes + " + as many back" if runs[0].backwards else passes]
         row += [by_name[f"bytes {way}, all workers"].shown for way in ("up", "down")]
         row += [by_name["core-hours, all workers"].shown]

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from benchmarks.machine import Machine
 from experiments.federation import LOST, Federation
 from experiments.first_order import FedAvg, FirstOrder
-from experiments.judging import Judge, Point
+from experiments.judging import Judge, Point, write_whole
 from experiments.settings import Data, Settings, load_data
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import FedMezoError, ModelError
@@ -98,8 +98,8 @@ class Result(BaseModel):
     machine: str
 
 
-def execute(run: Run) -> Result:
-    """Do it; a run that cannot go on is a result too."""
+def execute(run: Run, folder: Path | None = None) -> Result:
+    """Do it; a run that cannot go on is a result too. What the base comes to is kept in `folder`."""
     keep_freed_memory()
     settings, config = run.settings, run.config
     data = load_data(settings, config.task)
@@ -116,6 +116,7 @@ def execute(run: Run) -> Result:
         every_rounds=settings.evaluate_every_rounds,
         batch_size=settings.evaluate_batch_size,
         curve_rows=settings.curve_rows,
+        kept=folder,
     )
     method: Federation | FedAvg = (
         Federation(party, data.clients, judge=judge, threads=settings.threads)
@@ -198,12 +199,8 @@ def kept(run: Run, folder: Path = KEPT) -> Result | None:
 
 def execute_and_keep(run: Run, folder: Path = KEPT) -> None:
     """Do it and write the result beside those of others, all or nothing."""
-    path = folder / f"{key_of(run)}.json"
-    result = execute(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    passing = path.with_suffix(f".{os.getpid()}.part")
-    passing.write_text(result.model_dump_json(indent=1) + "\n")
-    passing.replace(path)
+    result = execute(run, folder)
+    write_whole(folder / f"{key_of(run)}.json", result.model_dump_json(indent=1))
 
 
 class Processes:
