@@ -12,7 +12,14 @@ from typing import Any, Final, Literal
 
 from experiments.first_order import FirstOrder
 from experiments.runs import Run
-from experiments.settings import FULL_RATE, LORA, LORA_RATE, RUN, Settings, config_of
+from experiments.settings import (
+    FIRST_ORDER_LORA,
+    FULL_RATE,
+    LORA_RATE,
+    RUN,
+    Settings,
+    config_of,
+)
 
 Metric = Literal["accuracy", "calibrated_accuracy", "auc", "loss"]
 Axis = Literal["round", "forwards", "bytes"]
@@ -64,6 +71,8 @@ class Experiment:
     against: Mapping[str, str] = field(default_factory=dict)
     """Arm -> the arm that it is held against; the report then has the peak memory of both methods
     beside that of inference, too."""
+    paced_by: str = ""
+    """The arm whose last training loss the others are timed to."""
     goals: Mapping[str, str] = field(default_factory=dict)
     """Name of a figure -> its goal."""
 
@@ -78,75 +87,105 @@ PERSONAL: Final[dict[str, dict[str, Any]]] = {
 """What a worker's own learning rate follows -> values of `RunConfig`."""
 
 
-def at_equal_forwards(estimator: str, probes: int, *, normalized_step: bool = False) -> Arm:
-    """As many forward passes a round as two-sided MeZO has; more probes allow a larger rate.
-
-    The variance of a step falls with the number of directions that it averages, and the largest rate
-    that is stable grows with it (Malladi et al. 2023, section 4).
-    """
-    passes = 2 * probes if estimator == "two_sided" else probes + 1
-    steps = max(1, 2 * RUN["local_steps"] // passes)
-    name = f"{estimator.replace('_', '-')}, {probes} probe{'s' if probes > 1 else ''}"
-    values: dict[str, Any] = {"estimator": estimator, "probes": probes, "local_steps": steps}
-    if normalized_step:
-        name += ", normalised"
-        values["normalized_step"] = True
-    return Arm(f"{name}, {steps} steps", values, rate_factor=float(probes))
-
+CLASSIC: Final[dict[str, Any]] = {
+    "estimator": "two_sided",
+    "probes": 1,
+    "normalized_step": False,
+    "learning_rate": 0.03,
+    "local_steps": 10,
+    "rounds": 15,
+}
+"""Two-sided MeZO, one direction a batch, ten local steps a round: 300 forward passes a worker."""
+WHOLE: Final[dict[str, Any]] = {"lora": None, "dtype": "float32", "local_steps": 10, "rounds": 4}
 
 EXPERIMENTS: Final[dict[str, Experiment]] = {
     "accuracy": Experiment(
         "FedMeZO against federated averaging with back-propagation",
         (
-            Arm("FedMeZO, full"),
-            Arm("FedMeZO, LoRA", {"lora": LORA, "eps": 1e-2}, rate_factor=50.0),
-            Arm("BP-FedAvg, full", first_order=FirstOrder(learning_rate=FULL_RATE)),
-            Arm("BP-FedAvg, LoRA", {"lora": LORA}, first_order=FirstOrder(learning_rate=LORA_RATE)),
+            Arm("FedMeZO", {"probes": 63, "rounds": 100}),
+            Arm(
+                "BP-FedAvg, full",
+                {**WHOLE, "probes": 1},
+                {"evaluate_every_rounds": 1},
+                first_order=FirstOrder(learning_rate=FULL_RATE),
+            ),
+            Arm(
+                "BP-FedAvg, LoRA",
+                {**WHOLE, "probes": 1, "lora": FIRST_ORDER_LORA},
+                {"evaluate_every_rounds": 1},
+                first_order=FirstOrder(learning_rate=LORA_RATE),
+            ),
         ),
         panels=BY_BYTES,
-        seeds=3,
-        against={
-            "FedMeZO, full": "BP-FedAvg, full",
-            "FedMeZO, LoRA": "BP-FedAvg, LoRA",
+        seeds=2,
+        run={"batch_size": 16},
+        settings={"heldout_rows_max": None, "evaluate_every_rounds": 25},
+        against={"FedMeZO": "BP-FedAvg, full"},
+        goals={
+            "FedMeZO: held-out accuracy, behind BP-FedAvg, full": "at most 0.03",
+            "BP-FedAvg, full ÷ FedMeZO: bytes up": "at least 1000",
+            "BP-FedAvg, full ÷ FedMeZO: bytes down": "at least 1000",
         },
+    ),
+    "estimators": Experiment(
+        "Estimators",
+        (
+            Arm("two-sided MeZO, 300 forwards", CLASSIC),
+            Arm("two-sided MeZO, 100 forwards", {**CLASSIC, "rounds": 5}),
+            Arm("one-sided, 16 probes, 289 forwards", {"rounds": 17}),
+            Arm(
+                "one-sided, 16 probes, plain step, 289 forwards",
+                {"rounds": 17, "normalized_step": False, "learning_rate": 0.6},
+            ),
+            Arm("one-sided, 16 probes, 4 x batch, 85 forwards", {"rounds": 5, "batch_size": 16}),
+            Arm(
+                "one-sided, 32 probes, 4 x batch, 99 forwards",
+                {"rounds": 3, "probes": 32, "batch_size": 16},
+            ),
+        ),
+        panels=BY_FORWARDS,
     ),
     "personalised": Experiment(
         "Personalised learning rates",
         tuple(Arm(name, values) for name, values in PERSONAL.items()),
+        seeds=5,
+        run={"rounds": 20, "schedule": "constant", "learning_rate": 0.5},
+        settings={"evaluate_every_rounds": 1000, "heldout_rows_max": 200},
+        paced_by="frozen",
+    ),
+    "distributions": Experiment(
+        "Distribution of directions",
+        tuple(
+            Arm(name.replace("_", " "), {"distribution": name})
+            for name in ("rademacher", "gaussian", "low_rank_1")
+        ),
         seeds=3,
     ),
+    "precision": Experiment(
+        "Precision of the trained weights",
+        (
+            Arm("float32", {"dtype": "float32"}),
+            Arm("bfloat16, stochastic", {"rounding": "stochastic"}),
+            Arm("bfloat16, nearest", {"rounding": "nearest"}),
+        ),
+        seeds=3,
+        run={"lora": None, "train": ["layers.29.mlp.down_proj"], "learning_rate": 0.1},
+    ),
     "local-steps": Experiment(
-        "Local steps between two commits",
-        tuple(Arm(f"H = {steps}", {"local_steps": steps}) for steps in (10, 30, 50)),
+        "Local steps between two commits, at equal forwards",
+        tuple(
+            Arm(f"H = {steps}", {**CLASSIC, "local_steps": steps, "rounds": 150 // steps})
+            for steps in (10, 30, 50)
+        ),
         panels=BY_FORWARDS,
+        settings={"evaluate_every_rounds": 2},
     ),
     "clients": Experiment(
         "Number of clients",
         tuple(Arm(f"{count} clients", settings={"clients": count}) for count in (3, 5, 9, 20, 40)),
         panels=BY_FORWARDS,
-    ),
-    "distributions": Experiment(
-        "Distribution of directions",
-        tuple(Arm(name, {"distribution": name}) for name in ("rademacher", "gaussian")),
-    ),
-    "precision": Experiment(
-        "Precision of the weights",
-        (
-            Arm("float32"),
-            Arm("bfloat16, stochastic", {"dtype": "bfloat16", "rounding": "stochastic"}),
-            Arm("bfloat16, nearest", {"dtype": "bfloat16", "rounding": "nearest"}),
-        ),
-    ),
-    "estimators": Experiment(
-        "Estimators at equal forward passes",
-        (
-            at_equal_forwards("two_sided", 1),
-            at_equal_forwards("two_sided", 5),
-            at_equal_forwards("one_sided", 1),
-            at_equal_forwards("one_sided", 4),
-            at_equal_forwards("one_sided", 9),
-            at_equal_forwards("one_sided", 9, normalized_step=True),
-        ),
+        run={"rounds": 10},
+        settings={"evaluate_every_rounds": 5},
     ),
 }
 

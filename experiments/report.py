@@ -24,6 +24,8 @@ AXES: Final[dict[Axis, str]] = {
     "forwards": "forward passes of one batch, all workers",
     "bytes": "bytes sent up and down, all workers",
 }
+PACE_ROUNDS: Final = 5
+"""Rounds whose training losses are averaged before they are compared."""
 # Okabe and Ito's colours, which all common forms of colour blindness tell apart; lines and markers
 # differ as well.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -95,6 +97,8 @@ def figures(experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> 
     for arm, baseline in experiment.against.items():
         if arm in results and baseline in results:
             found += _against(arm, baseline, results)
+    if experiment.paced_by in results:
+        found += _pace(experiment.paced_by, results)
     return [with_goal(experiment, figure) for figure in found]
 
 
@@ -134,6 +138,45 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
         Figure(f"{arm}: bytes down, all workers", mean("bytes_down"), "B"),
         Figure(f"{arm}: trained parameters", mean("trained_elements"), "parameters"),
         Figure(f"{arm}: core-hours, all workers", hours, "h"),
+    ]
+
+
+def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
+    """Rounds until the baseline's last training loss, seed by seed: the mean of PACE_ROUNDS rounds each.
+
+    A run that does not come so far counts as all its rounds.
+    """
+    found = []
+    for arm, runs in results.items():
+        rounds, changes = [], []
+        for run, paced in zip(runs, results[baseline], strict=False):
+            aim = _smooth(paced.train_losses)[-1]
+            reached = [place for place, loss in enumerate(_smooth(run.train_losses)) if loss <= aim]
+            # Place 0 is known after PACE_ROUNDS rounds.
+            rounds.append(PACE_ROUNDS + reached[0] if reached else run.rounds)
+            changes.append(_smooth(run.train_losses)[-1] - aim)
+        name = f"{arm}: rounds to the last training loss of {baseline}"
+        found += [
+            Figure(name, sum(rounds) / len(rounds), "rounds"),
+            Figure(f"{name}, most − least of the seeds", max(rounds) - min(rounds), "rounds"),
+            Figure(
+                f"{arm}: last training loss, less {baseline}'s, same seeds",
+                sum(changes) / len(changes),
+                "nats",
+            ),
+            Figure(
+                f"{arm}: last training loss, less {baseline}'s, most − least of the seeds",
+                max(changes) - min(changes),
+                "nats",
+            ),
+        ]
+    return found
+
+
+def _smooth(losses: Sequence[float]) -> list[float]:
+    return [
+        sum(losses[first : first + PACE_ROUNDS]) / PACE_ROUNDS
+        for first in range(len(losses) - PACE_ROUNDS + 1)
     ]
 
 

@@ -106,7 +106,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
     party = open_party(
         config,
         settings.model,
-        adapter=fitted_adapter(settings, config, data) if settings.fit_rows else None,
+        adapter=fitted_adapter(settings, config, data),
         threads=settings.threads,
         placement=Placement(settings.device),
     )
@@ -158,10 +158,13 @@ def execute(run: Run, folder: Path | None = None) -> Result:
 # ---------------------------------------------------------------- kept results
 
 
-def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path:
-    """Folder of an adapter that is fitted to `data.fitting`; made once for all runs that differ in nothing
-    that it depends on."""
-    assert config.lora is not None, "fit_rows is for runs with an adapter"
+def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path | None:
+    """Folder of an adapter fitted to `data.fitting`, for runs that leave A as it begins.
+
+    It is made once for all runs that differ in nothing that it depends on.
+    """
+    if config.lora is None or not config.lora.freeze_a:
+        return None
     depends = [settings.model, settings.data, settings.fit_rows, settings.heldout_per_label]
     text = f"{depends} {config.lora!r} {config.task!r} {_code_hash()}"
     folder = KEPT / "adapters" / hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -44,13 +45,10 @@ log = logging.getLogger("fedmezo.estimator")
 POINTS_MAX: Final = 16
 """Most points in one pass: activations take as many copies of the batch."""
 PREFIX_SHARE_MIN: Final = 0.5
-"""From this part of the model on, frozen and run first, there may be more with low-rank directions: each
-pass computes that part once. Weights that are built would come in too small blocks (decision 0014)."""
-PREFIX_POINTS_MAX: Final = 64
-"""Most points in such a pass."""
-PREFIX_TOKENS_MAX: Final = 1 << 16
-"""Most tokens of all copies in it, where that lets more than `POINTS_MAX` in: the memory of activations
-is then what 16 points of 16 rows of 256 tokens take."""
+"""From this part of the model on, frozen and run first, it is computed once for all passes of a batch."""
+PREFIX_TOKENS_MAX: Final = 1 << 11
+"""Then passes can be small: most tokens of all copies in one, or 2 points. Their activations are a few
+per cent of the memory of inference."""
 
 Result = TypeVar("Result")
 Pair = tuple[int, float]
@@ -157,22 +155,26 @@ class Estimator:
         """The loss at every point, in as few passes over the model as it allows."""
         if self._together is None:
             self._together = self._can_share_a_pass(batch, points[:2])
-        length = self._points_max(batch) if self._together else 1
+        length = self._points_max(batch, len(points)) if self._together else 1
         measure = self._task_losses if self._objective is None else self._scores
         losses: list[float] = []
+        # Generating is passes of several batches.
+        one_batch = self._objective is None and length < len(points)
         try:
-            for first in range(0, len(points), length):
-                losses += measure(batch, points[first : first + length])
+            with self._forward.remembering() if one_batch else nullcontext():
+                for first in range(0, len(points), length):
+                    losses += measure(batch, points[first : first + length])
         except InseparableError as error:
             self._go_singly(f"{error}")
             return self._losses(batch, points)
         return losses
 
-    def _points_max(self, batch: Batch) -> int:
+    def _points_max(self, batch: Batch, count: int) -> int:
+        """Points a pass; where passes are small, about as many in each, so that none has a single one."""
         if self._builds_weights or self._forward.prefix_share < PREFIX_SHARE_MIN:
             return POINTS_MAX
-        room = PREFIX_TOKENS_MAX // batch.input_ids.numel()
-        return max(POINTS_MAX, min(room, PREFIX_POINTS_MAX))
+        most = min(max(2, PREFIX_TOKENS_MAX // batch.input_ids.numel()), POINTS_MAX)
+        return math.ceil(count / max(1, count // most))
 
     def _task_losses(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
         return self._pass(

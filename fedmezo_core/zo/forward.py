@@ -127,6 +127,9 @@ class Forward:
         self._computed_once: dict[nn.Module, None] = {}
         """Those of `_frozen` that ran while all copies were alike, in the first pass that had several."""
         self._prefix_share: float | None = None
+        self._remembered: list[tuple[nn.Module, Any]] | None = None
+        """What frozen modules gave for one copy, in the order of their calls in a pass; None: not kept."""
+        self._calls = 0
         self._unsliced: set[nn.Module] = set()
         self._told: set[type[nn.Module]] = set()
 
@@ -147,7 +150,7 @@ class Forward:
             stack.enter_context(self._running(_Pass(tuple(points), rows, tokens)))
             for module, owned in self._owners.items():
                 stack.enter_context(_computing(module, functools.partial(self._moved, owned)))
-            self._alike = len(points) > 1
+            self._alike, self._calls = len(points) > 1, 0
             for module in self._frozen if self._alike else ():
                 stack.enter_context(_computing(module, self._once))
             stack.enter_context(self._guard or nullcontext())
@@ -167,6 +170,18 @@ class Forward:
         Measured in parameters, without those that are looked up.
         """
         return self._prefix_share or 0.0
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """While open, all passes are of one batch: what comes before the trained part is computed once.
+
+        It is kept for one copy, so that passes can be small and still not repeat that work.
+        """
+        self._remembered = []
+        try:
+            yield
+        finally:
+            self._remembered = None
 
     def compute_every_copy(self) -> bool:
         """Let frozen modules compute all copies from now on; False if they did already."""
@@ -243,7 +258,16 @@ class Forward:
                 return original(*args, **kwargs)
             part = functools.partial(_part, current, 0)
             try:
-                result = _repeated(original(*part(args), **part(kwargs)), current)
+                known = self._remembered or []
+                if self._calls < len(known) and known[self._calls][0] is module:
+                    single = known[self._calls][1]
+                else:
+                    single = original(*part(args), **part(kwargs))
+                    if self._remembered is not None:
+                        del self._remembered[self._calls :]
+                        self._remembered.append((module, single))
+                self._calls += 1
+                result = _repeated(single, current)
             except InseparableError:
                 self._frozen = [other for other in self._frozen if other is not module]
                 return original(*args, **kwargs)
