@@ -18,11 +18,14 @@ class LossWatch:
     """The round since which every loss was above the allowed multiple of the first one."""
 
     def see(self, round_: int, loss: float, factor: float) -> None:
-        """Take the loss of `round_`; beyond `factor` times the first one it is high."""
+        """Take the loss of `round_`; beyond `factor` times the first one it is high.
+
+        A first loss of 0 or below, as an objective's scores can be, is nothing to take multiples of.
+        """
         if self.first is None:
             self.first = loss
         self.newest, self.newest_round = loss, round_
-        if loss <= factor * self.first:
+        if self.first <= 0 or loss <= factor * self.first:
             self.high_since = None
         elif self.high_since is None:
             self.high_since = round_
