@@ -170,11 +170,12 @@ class Estimator:
         return losses
 
     def _points_max(self, batch: Batch, count: int) -> int:
-        """Points a pass; where passes are small, about as many in each, so that none has a single one."""
+        """Points a pass; where passes are small, none shall have a single one, which computes all anew."""
         if self._builds_weights or self._forward.prefix_share < PREFIX_SHARE_MIN:
             return POINTS_MAX
         most = min(max(2, PREFIX_TOKENS_MAX // batch.input_ids.numel()), POINTS_MAX)
-        return math.ceil(count / max(1, count // most))
+        lengths = (*range(most, 1, -1), most + 1, most + 2)
+        return next((length for length in lengths if count % length != 1), most)
 
     def _task_losses(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
         return self._pass(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -303,40 +304,55 @@ def test_a_result_that_cannot_be_repeated_is_computed_for_every_copy(
 
 
 @pytest.mark.parametrize("distribution", [Distribution.LOW_RANK_1, Distribution.RADEMACHER])
-def test_more_low_rank_points_fit_into_a_pass_where_most_is_frozen(
+def test_many_points_take_several_passes_but_one_prefix(
     distribution: Distribution,
     model_of: Callable[[str], nn.Module],
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_of("llama")
-    rows = _Rows(model.get_submodule("model.layers.0"))
+    frozen = _Rows(model.get_submodule("model.layers.0"))
+    after = _Rows(model.get_submodule("model.norm"))
     task = _task(tokenizer)
     batch = _batch(task)
     manifest = manifest_of(model, train=["layers.1.mlp"])
+    every = _estimator(model, manifest, task, distribution, once=False)
+    expected = _losses(every.measure(batch, LOCAL, range(40), EPS))
     estimator = _estimator(model, manifest, task, distribution)
-    estimator.measure(batch, [], [1], EPS)
-    rows.taken()
+    estimator.measure(batch, LOCAL, [1], EPS)
 
-    def passes() -> int:
-        """Of 80 points."""
-        measured = estimator.measure(batch, [], range(40), EPS)
-        assert _losses(measured) == pytest.approx(_losses(expected), rel=2e-6)
-        seen = rows.taken()
-        assert set(seen) == {4}, "one copy"
-        return len(seen)
+    def passes() -> list[int]:
+        """Points in each pass, of 80."""
+        frozen.taken(), after.taken()
+        assert _losses(estimator.measure(batch, LOCAL, range(40), EPS)) == pytest.approx(
+            expected, rel=2e-6
+        )
+        assert frozen.taken() == [4], "one copy, once"
+        return [rows // 4 for rows in after.taken()]
 
-    expected = estimator.measure(batch, [], range(40), EPS)
-    assert len(rows.taken()) == 5, "one layer of two, and a head: too little"
+    assert passes() == [16] * 5, "one layer of two, and a head: passes stay large"
     monkeypatch.setattr(estimator_module, "PREFIX_SHARE_MIN", 0.2)
-    if distribution is Distribution.RADEMACHER:
-        assert passes() == 5
-        return
-    assert passes() == 2, "64 points and 16"
-    monkeypatch.setattr(estimator_module, "PREFIX_TOKENS_MAX", 20 * batch.input_ids.numel())
-    assert passes() == 4
+    monkeypatch.setattr(estimator_module, "PREFIX_TOKENS_MAX", 5 * batch.input_ids.numel())
+    assert passes() == ([16] * 5 if distribution is Distribution.RADEMACHER else [5] * 16)
     monkeypatch.setattr(estimator_module, "PREFIX_TOKENS_MAX", 1)
-    assert passes() == 5, "never fewer points than without a prefix"
+    assert min(passes()) >= 2, "a single point would compute the prefix again"
+
+
+def test_another_batch_is_not_taken_for_the_one_before(
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, task = model_of("llama"), _task(tokenizer)
+    manifest = manifest_of(model, train=["layers.1.mlp"])
+    monkeypatch.setattr(estimator_module, "POINTS_MAX", 2)
+    once, every = (_estimator(model, manifest, task, once=on) for on in (True, False))
+    first = _batch(task)
+    other = dataclasses.replace(first, input_ids=first.input_ids.flip(1))
+    for batch in (first, other, first):
+        assert _losses(once.measure(batch, LOCAL, [9, 8, 7], EPS)) == pytest.approx(
+            _losses(every.measure(batch, LOCAL, [9, 8, 7], EPS)), rel=2e-6
+        )
 
 
 class _Counting(nn.Module):
