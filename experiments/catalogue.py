@@ -102,7 +102,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "accuracy": Experiment(
         "FedMeZO against federated averaging with back-propagation",
         (
-            Arm("FedMeZO", {"probes": 63, "rounds": 100}),
+            Arm("FedMeZO", {"probes": 31, "rounds": 60}),
             Arm(
                 "BP-FedAvg, full",
                 {**WHOLE, "probes": 1},
@@ -119,7 +119,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         panels=BY_BYTES,
         seeds=2,
         run={"batch_size": 16},
-        settings={"heldout_rows_max": None, "evaluate_every_rounds": 25},
+        settings={"heldout_rows_max": None, "evaluate_every_rounds": 20},
         against={"FedMeZO": "BP-FedAvg, full"},
         goals={
             "FedMeZO: held-out accuracy, behind BP-FedAvg, full": "at most 0.03",
@@ -149,7 +149,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         "Personalised learning rates",
         tuple(Arm(name, values) for name, values in PERSONAL.items()),
         seeds=5,
-        run={"rounds": 20, "schedule": "constant", "learning_rate": 0.5},
+        run={"rounds": 20, "schedule": "constant", "learning_rate": 0.5, "dtype": "bfloat16"},
         settings={"evaluate_every_rounds": 1000, "heldout_rows_max": 200},
         paced_by="frozen",
     ),
@@ -164,9 +164,9 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "precision": Experiment(
         "Precision of the trained weights",
         (
-            Arm("float32", {"dtype": "float32"}),
-            Arm("bfloat16, stochastic", {"rounding": "stochastic"}),
-            Arm("bfloat16, nearest", {"rounding": "nearest"}),
+            Arm("float32"),
+            Arm("bfloat16, stochastic", {"dtype": "bfloat16", "rounding": "stochastic"}),
+            Arm("bfloat16, nearest", {"dtype": "bfloat16", "rounding": "nearest"}),
         ),
         seeds=3,
         run={"lora": None, "train": ["layers.29.mlp.down_proj"], "learning_rate": 0.1},

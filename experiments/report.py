@@ -144,17 +144,22 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
 def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
     """Rounds until the baseline's last training loss, seed by seed: the mean of PACE_ROUNDS rounds each.
 
-    A run that does not come so far counts as all its rounds.
+    A run that does not come so far counts as all its rounds; seeds of which one of the two was lost do
+    not count.
     """
     found = []
     for arm, runs in results.items():
         rounds, changes = [], []
         for run, paced in zip(runs, results[baseline], strict=False):
-            aim = _smooth(paced.train_losses)[-1]
-            reached = [place for place, loss in enumerate(_smooth(run.train_losses)) if loss <= aim]
-            # Place 0 is known after PACE_ROUNDS rounds.
-            rounds.append(PACE_ROUNDS + reached[0] if reached else run.rounds)
-            changes.append(_smooth(run.train_losses)[-1] - aim)
+            if run.ended or paced.ended:
+                continue
+            aim, ours = _smooth(paced.train_losses)[-1], _smooth(run.train_losses)
+            reached = [place for place, loss in enumerate(ours) if loss <= aim]
+            # The last place is known after all rounds.
+            rounds.append(run.rounds - len(ours) + 1 + reached[0] if reached else run.rounds)
+            changes.append(ours[-1] - aim)
+        if not rounds:
+            continue
         name = f"{arm}: rounds to the last training loss of {baseline}"
         found += [
             Figure(name, sum(rounds) / len(rounds), "rounds"),
@@ -174,10 +179,9 @@ def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:
-    return [
-        sum(losses[first : first + PACE_ROUNDS]) / PACE_ROUNDS
-        for first in range(len(losses) - PACE_ROUNDS + 1)
-    ]
+    """Means of each PACE_ROUNDS rounds that follow one another, or the one of all if they are fewer."""
+    width = min(PACE_ROUNDS, len(losses))
+    return [sum(losses[first : first + width]) / width for first in range(len(losses) - width + 1)]
 
 
 def _against(arm: str, baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:

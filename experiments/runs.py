@@ -25,7 +25,7 @@ from experiments.first_order import FedAvg, FirstOrder
 from experiments.judging import Judge, Point, write_whole
 from experiments.settings import Data, Settings, load_data
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import FedMezoError, ModelError
+from fedmezo_core.errors import ConfigError, FedMezoError, ModelError
 from fedmezo_core.program import run_program
 from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.export import export_adapter
@@ -165,6 +165,11 @@ def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path | 
     """
     if config.lora is None or not config.lora.freeze_a:
         return None
+    if not data.fitting:
+        raise ConfigError(
+            f"lora.freeze_a needs rows to fit the adapter to, and {settings.data} leaves none; raise "
+            "fit_rows (a domain gives at most a tenth of its rows), or leave out freeze_a."
+        )
     depends = [settings.model, settings.data, settings.fit_rows, settings.heldout_per_label]
     text = f"{depends} {config.lora!r} {config.task!r} {_code_hash()}"
     folder = KEPT / "adapters" / hashlib.sha256(text.encode()).hexdigest()[:24]

@@ -38,7 +38,7 @@ RUN: dict[str, Any] = {
     "schedule": "linear",
     "eps": 1e-3,
     "distribution": "low_rank_1",
-    "dtype": "bfloat16",
+    "dtype": "float32",
     "lora": LORA,
     "digest_every_rounds": 10,
     "task": {
@@ -76,7 +76,8 @@ class Settings(BaseModel):
     """Rows of each label that are taken out of each training file, beside those of heldout.jsonl: on
     VADER's four domains 400 + 4 x 2 x 100 = 1,200 rows, half of them of either label."""
     fit_rows: int = Field(default=100, ge=0)
-    """Of each domain, nobody's and used without labels: what an adapter with `freeze_a` is fitted to."""
+    """Of each domain, nobody's and used without labels: what an adapter with `freeze_a` is fitted to. At
+    most a tenth of what the domain has for training."""
     evaluate_every_rounds: int = Field(default=10, ge=1)
     heldout_rows_max: int | None = Field(default=300, ge=1)
     """Of all held-out rows; None: all."""
@@ -134,7 +135,7 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
         heldout += [row for number, row in enumerate(rows) if number in taken]
         left = [row for number, row in enumerate(rows) if number not in taken]
         # The last ones, so that what clients hold is the same rows with and without them but these.
-        first_fitted = len(left) - settings.fit_rows
+        first_fitted = len(left) - min(settings.fit_rows, len(left) // 10)
         fitting += left[first_fitted:]
         domains[file.name.split(".")[0]] = left[:first_fitted]
     heldout.sort(key=lambda row: hashlib.sha256(repr(sorted(row.values.items())).encode()).digest())

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,13 +43,29 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def changes(model_folder: Path, data_folder: Path) -> Changes:
-    """The tiny model and data instead of the demo's."""
-    run = {"task": TASK, "rounds": 3, "local_steps": 2, "batch_size": 4, "learning_rate": 1e-3}
+    """The tiny model and data instead of the demo's, and plain MeZO instead of the recipe."""
+    run = {
+        "task": TASK,
+        "rounds": 3,
+        "local_steps": 2,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "estimator": "two_sided",
+        "probes": 1,
+        "normalized_step": False,
+        "distribution": "rademacher",
+        "dtype": "float32",
+        "lora": None,
+        "train": (),
+    }
     settings = {
         "model": str(model_folder),
         "data": str(data_folder),
         "clients": 2,
         "heldout_per_label": 3,
+        "heldout_rows_max": None,
+        "fit_rows": 0,
         "curve_rows": 6,
         "evaluate_every_rounds": 2,
     }
@@ -77,7 +95,7 @@ def test_every_row_goes_to_one_of_as_many_clients_as_asked(clients: int) -> None
 
 
 def test_rows_that_are_held_out_are_not_trained_on(data_folder: Path) -> None:
-    settings = Settings(data=str(data_folder), heldout_per_label=3, clients=2)
+    settings = Settings(data=str(data_folder), heldout_per_label=3, fit_rows=0, clients=2)
     task = run_of(EXPERIMENTS["accuracy"], Arm("any"), 1, Changes()).config.task
     data = load_data(settings, task)
     assert list(data.clients) == ["films", "tweets"]
@@ -92,6 +110,21 @@ def test_rows_that_are_held_out_are_not_trained_on(data_folder: Path) -> None:
     assert fewer.heldout == data.heldout
 
 
+def test_a_domain_gives_at_most_a_tenth_of_its_rows_to_fit_an_adapter_to(
+    data_folder: Path, changes: Changes
+) -> None:
+    settings = Settings(data=str(data_folder), heldout_per_label=3, fit_rows=100, clients=2)
+    task = run_of(EXPERIMENTS["accuracy"], Arm("any"), 1, Changes()).config.task
+    data = load_data(settings, task)
+    assert {len(rows) for rows in data.clients.values()} == {24 - 2}
+    assert len(data.fitting) == 2 * 2
+    trained = {(r.file, r.number) for rows in data.clients.values() for r in rows}
+    assert not trained & {(r.file, r.number) for r in data.fitting}
+    fitted = Arm("fitted", {"lora": {**LORA, "freeze_a": True}})
+    with pytest.raises(ConfigError, match="leaves none; raise fit_rows"):
+        runs.execute(run_of(EXPERIMENTS["accuracy"], fitted, 1, changes))
+
+
 # ---------------------------------------------------------------- the catalogue
 
 
@@ -100,14 +133,20 @@ def test_every_arm_is_a_run_that_is_allowed(quick: bool) -> None:
     for experiment in EXPERIMENTS.values():
         made = [run_of(experiment, arm, 1, Changes(quick=quick)) for arm in experiment.arms]
         assert len({arm.name for arm in experiment.arms}) == len(experiment.arms)
-        assert len({run.model_dump_json() for run in made}) == len(made), experiment.title
+        # Quick runs are of one size, so arms that differ in size alone are then the same.
+        distinct = len({run.model_dump_json() for run in made})
+        assert distinct == len(made) or quick, experiment.title
         assert len(experiment.arms) <= len(report.COLOURS)
-        assert set(experiment.against) <= {arm.name for arm in experiment.arms}
+        names = {arm.name for arm in experiment.arms}
+        others = {*experiment.against.values(), *filter(None, [experiment.paced_by])}
+        assert {*experiment.against, *others} <= names
 
 
 def test_every_experiment_has_a_target_of_make() -> None:
     makefile = (runs.ROOT / "Makefile").read_text()
-    assert f"\nEXPERIMENTS := {' '.join(EXPERIMENTS)}\n" in makefile
+    found = re.search(r"^EXPERIMENTS := (.+)$", makefile, re.MULTILINE)
+    assert found is not None
+    assert sorted(found[1].split()) == sorted(EXPERIMENTS)
 
 
 def test_any_value_of_a_run_or_of_the_settings_can_be_given() -> None:
@@ -128,11 +167,20 @@ def test_any_value_of_a_run_or_of_the_settings_can_be_given() -> None:
         run_of(EXPERIMENTS["accuracy"], Arm("x", {"learning": 1}), 1, Changes())
 
 
-def test_estimators_are_compared_at_equal_forward_passes() -> None:
-    for arm in EXPERIMENTS["estimators"].arms:
-        run = run_of(EXPERIMENTS["estimators"], arm, 1, Changes()).config
-        passes = 2 * run.probes if run.estimator == "two_sided" else run.probes + 1
-        assert run.local_steps * passes == 20
+def forwards_of_a_worker(experiment: Experiment, arm: Arm) -> int:
+    run = run_of(experiment, arm, 1, Changes()).config
+    passes = 2 * run.probes if run.estimator == "two_sided" else run.probes + 1
+    return run.rounds * run.local_steps * passes
+
+
+def test_arms_take_the_forward_passes_that_they_are_named_after() -> None:
+    experiment = EXPERIMENTS["estimators"]
+    for arm in experiment.arms:
+        named = re.search(r"(\d+) forwards$", arm.name)
+        assert named is not None, arm.name
+        assert forwards_of_a_worker(experiment, arm) == int(named[1]), arm.name
+    experiment = EXPERIMENTS["local-steps"]
+    assert {forwards_of_a_worker(experiment, arm) for arm in experiment.arms} == {300}
 
 
 # ---------------------------------------------------------------- runs
@@ -223,9 +271,9 @@ def test_the_plan_counts_what_a_run_takes(
     text = capsys.readouterr().out
     # The arm that differs in nothing is in both, and counted once.
     rows = [[cell.strip() for cell in line.split("│")[1:6]] for line in text.splitlines()]
-    assert ["distributions", "4", "0", "96", "24"] in rows
+    assert ["distributions", "6", "0", "144", "36"] in rows
     assert ["precision", "4", "0", "96", "24"] in rows
-    assert ["all", "8", "0", "192", "48"] in rows
+    assert ["all", "10", "0", "240", "60"] in rows
 
 
 # ---------------------------------------------------------------- memory
@@ -354,6 +402,42 @@ def test_a_line_is_the_mean_of_the_seeds_that_came_so_far() -> None:
     assert curve.line("accuracy", "round") == [(0, 0.6, 0.5, 0.7), (5, 0.9, 0.9, 0.9)]
     assert curve.line("accuracy", "forwards")[-1][0] == 40
     assert curve.line("auc", "round") == []
+
+
+def result_of(losses: list[float], ended: str = "") -> Result:
+    """A result of which only the training losses matter."""
+    values: dict[str, Any] = {"train_losses": losses, "rounds": len(losses), "ended": ended}
+    return Result.model_construct(**values)
+
+
+def test_losses_are_smoothed_over_as_many_rounds() -> None:
+    assert report._smooth([1.0, 2.0, 3.0, 4.0, 5.0, 16.0]) == [3.0, 6.0]
+    assert report._smooth([1.0, 4.0]) == [2.5]
+
+
+def test_pace_is_the_round_that_comes_to_the_last_loss_of_the_baseline_with_the_same_seed() -> None:
+    slow = [float(loss) for loss in range(10, 0, -1)]
+    faster = [10.0, 8.0, 6.0, 4.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    worse = [10.0] * 10
+    results = {
+        "slow": [result_of(slow), result_of(slow)],
+        "other": [result_of(faster), result_of(worse)],
+        "lost": [result_of([], "lost"), result_of([1.0], "lost")],
+    }
+    found = {figure.name: figure.value for figure in report._pace("slow", results)}
+    rounds = "rounds to the last training loss of slow"
+    assert found[f"slow: {rounds}"] == 10
+    # The mean of the last five rounds is 3: 2.8 after seven rounds with one seed, never with the other.
+    assert found[f"other: {rounds}"] == (7 + 10) / 2
+    assert found[f"other: {rounds}, most − least of the seeds"] == 10 - 7
+    change = "last training loss, less slow's"
+    assert found[f"slow: {change}, same seeds"] == 0
+    assert found[f"other: {change}, same seeds"] == pytest.approx((1.0 - 3 + 10 - 3) / 2)
+    assert found[f"other: {change}, most − least of the seeds"] == pytest.approx(9.0)
+    assert not [name for name in found if name.startswith("lost")]
+    # A quick run has fewer rounds than are averaged.
+    quick = report._pace("slow", {"slow": [result_of([2.0, 1.0])]})
+    assert [figure.value for figure in quick] == [2, 0, 0, 0]
 
 
 def test_the_command_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
