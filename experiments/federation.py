@@ -269,7 +269,6 @@ class Federation:
                 worker.batches,
                 order,
                 digest=self._weights_digest,
-                before_step=lambda: None,
             )
         except MeasurementError as error:
             return MeasureFailed(order.ticket, str(error))

@@ -356,10 +356,13 @@ class RunState:
                 losses.append(answer.mean_loss)
                 self.losses[worker] = losses
         _keep_latest(self.losses)
-        if config.personal_rate == "update_distance":
-            self._keep_distances(current, answers, config)
+        measures_distances = config.personal_rate == "update_distance"
+        if not measures_distances and self.pool is None:
+            return
+        shares = self.shares(current, answers)
+        if measures_distances:
+            self._keep_distances([current.cohort[a.slot] for a in answers], shares, config)
         if self.pool is not None:
-            shares = self.shares(current, answers)
             outside = [run for run in record.runs if not self.pool.holds(run)]
             if outside:
                 raise _misplaced(
@@ -371,10 +374,9 @@ class RunState:
                 self.pool.measured(share.seeds, share.projected_grads)
 
     def _keep_distances(
-        self, current: RoundState, answers: list[Answered], config: RunConfig
+        self, workers: Sequence[str], shares: Sequence[Share], config: RunConfig
     ) -> None:
         assert self.genesis is not None
-        shares = self.shares(current, answers)
         total = sum(share.weight for share in shares)
         updates: list[dict[int, float]] = []
         for share, coefficients in zip(shares, coefficients_of(shares, config), strict=True):
@@ -388,8 +390,7 @@ class RunState:
             [share.weight / total for share in shares],
             self.genesis.trainable_elements,
         )
-        for answer, distance in zip(answers, distances, strict=True):
-            worker = current.cohort[answer.slot]
+        for worker, distance in zip(workers, distances, strict=True):
             self.distances.pop(worker, None)
             self.distances[worker] = distance
         _keep_latest(self.distances)
@@ -805,7 +806,8 @@ class RoundMachine:
             self._record(Diverged(round_, REPLICA_PARTY, found, expected))
 
     def _commit(self, current: RoundState, answers: list[Answered]) -> None:
-        self._complain_of_the_late(current)
+        if self._now_ms >= self._closes_at_ms:
+            self._complain_of_the_late(current)
         self._record(self._committed(current, answers))
         self._awaited.clear()
         self._fruitless_deadlines = 0
@@ -844,7 +846,7 @@ class RoundMachine:
     def _complain_of_the_late(self, current: RoundState) -> None:
         for slot in self._awaited:
             view = self._workers.get(current.cohort[slot])
-            if view is not None and view.ready and self._now_ms >= self._closes_at_ms:
+            if view is not None and view.ready:
                 view.complaint = (
                     f"did not answer round {current.round} within {self.config.deadline_ms} ms"
                 )

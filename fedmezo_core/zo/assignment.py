@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from fedmezo_core.events import Measure, Measured
@@ -10,7 +11,7 @@ from fedmezo_core.zo.estimator import Estimator, local_steps
 from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.party import Party
-from fedmezo_core.zo.task import Batch, Batches, Dataset
+from fedmezo_core.zo.task import Batches, Dataset
 
 
 def open_estimator(
@@ -55,19 +56,14 @@ def measure(
     order: Measure,
     *,
     digest: Callable[[], bytes],
-    before_step: Callable[[], None],
 ) -> Measured:
     """Measure one assignment on the party's weights, which are not written.
 
-    `digest` is asked for the weights' digest if the order wants it; `before_step` may raise to end
-    the measurement. Raises as `Estimator.measure` does.
+    `digest` is asked for the weights' digest if the order wants it. Raises as `Estimator.measure` does.
     """
     digest64 = digest64_of(digest()) if order.work.want_digest else None
 
-    def batch_of(step: int) -> Batch:
-        before_step()
-        return batches.batch(order.ticket.round, step)
-
+    batch_of = functools.partial(batches.batch, order.ticket.round)
     steps = local_steps(estimator, batch_of, order.work, party.config)
     return Measured(
         ticket=order.ticket,

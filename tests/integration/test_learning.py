@@ -180,12 +180,16 @@ async def test_a_diverging_run_pauses_and_a_person_lets_it_go_on(
 
         await until(goes_on, "a round after the pause")
         now = await client.get_status()
-        assert now.phase != wire.PHASE_PAUSED
         assert now.workers[0].learning_rate == pytest.approx(3e-6)
     worker.task.cancel()
     resumed.end()
-    kinds = [type(record) for record in records_of(journal)]
+    records = records_of(journal)
+    kinds = [type(record) for record in records]
     assert kinds.index(Paused) < kinds.index(Resumed)
+    # It went on with the smaller rate, until the weights, still as bad as they were, paused it again.
+    opened = [r for r in records[kinds.index(Resumed) :] if isinstance(r, Opened)]
+    assert opened[0].round == status.round + 1
+    assert list(opened[0].learning_rates) == pytest.approx([3e-6])
 
     refused = programs.start(
         "fedmezo_coordinator", "--journal", str(journal), "--no-replica", "--resume",

@@ -147,7 +147,6 @@ class Engine:
             self._batches,
             order,
             digest=self._weights.digest,
-            before_step=self._end_if_cut_short,
         )
 
     def _evaluate(self) -> HeldOutResult | None:
