@@ -14,7 +14,7 @@ from fedmezo_core.codec import decode_record
 from fedmezo_core.records import Committed, Genesis, Opened, Paused, Resumed
 from fedmezo_core.zo.party import commits_of, open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import Programs, records_of, run_values, served, until
+from tests.integration.harness import Programs, records_of, run_values, served, until, write_genesis
 from tests.integration.parties import Workers
 
 THREE: dict[str, Any] = {"workers_min": 3, "quorum": 3}
@@ -191,8 +191,10 @@ async def test_a_diverging_run_pauses_and_a_person_lets_it_go_on(
     assert opened[0].round == status.round + 1
     assert list(opened[0].learning_rates) == pytest.approx([3e-6])
 
+    healthy = tmp_path / "healthy.db"
+    write_genesis(healthy, tiny_genesis(**way))
     refused = programs.start(
-        "fedmezo_coordinator", "--journal", str(journal), "--no-replica", "--resume",
+        "fedmezo_coordinator", "--journal", str(healthy), "--no-replica", "--resume",
         "--listen", "127.0.0.1:0",
     )  # fmt: skip
     assert await refused.wait() == 2
