@@ -102,7 +102,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "accuracy": Experiment(
         "FedMeZO against federated averaging with back-propagation",
         (
-            Arm("FedMeZO", {"probes": 31, "rounds": 60}),
+            Arm("FedMeZO", {"probes": 63, "rounds": 100}),
             Arm(
                 "BP-FedAvg, full",
                 {**WHOLE, "probes": 1},
@@ -149,7 +149,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         "Personalised learning rates",
         tuple(Arm(name, values) for name, values in PERSONAL.items()),
         seeds=5,
-        run={"rounds": 20, "schedule": "constant", "learning_rate": 0.5, "dtype": "bfloat16"},
+        run={"rounds": 20, "schedule": "constant", "learning_rate": 0.5},
         settings={"evaluate_every_rounds": 1000, "heldout_rows_max": 200},
         paced_by="frozen",
     ),
