@@ -67,6 +67,10 @@ class RunDescription:
     """Head at genesis: names the base."""
     round: int
     epoch: int
+    genesis_body: bytes = b""
+    """Record 0 as it was written."""
+    checkpoint_key: bytes = b""
+    """What the coordinator signs with; empty if it does not."""
 
 
 class CoordinatorClient:
@@ -133,17 +137,20 @@ class CoordinatorClient:
             head=head_after(ZERO_HASH, answer.genesis),
             round=answer.round,
             epoch=answer.epoch,
+            genesis_body=answer.genesis,
+            checkpoint_key=answer.checkpoint_key,
         )
 
     async def read_journal(
         self,
-        from_seqno: int,
+        from_seqno: int = 0,
         *,
         run_id: str = "",
         commits_only: bool = False,
         wait_ms: int = 0,
         records_max: int = 0,
         from_newest_base: bool = False,
+        from_round: int = 0,
     ) -> wire.ReadJournalResponse:
         """One page of the journal."""
         with self._errors_mapped():
@@ -155,6 +162,7 @@ class CoordinatorClient:
                     wait_ms=wait_ms,
                     records_max=records_max,
                     from_newest_base=from_newest_base,
+                    from_round=from_round,
                 ),
                 timeout=CALL_TIMEOUT_S + wait_ms / 1000,
             )

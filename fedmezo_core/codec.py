@@ -27,6 +27,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.records import (
     Answered,
+    Checkpoint,
     Committed,
     Diverged,
     Evaluated,
@@ -297,6 +298,16 @@ def _record_to_pb(record: Record) -> pb.Record:
             return pb.Record(resumed=pb.Resumed(rate_factor=record.rate_factor))
         case Stopped():
             return pb.Record(stopped=pb.Stopped(round=record.round, reason=record.reason))
+        case Checkpoint():
+            return pb.Record(
+                checkpoint=pb.Checkpoint(
+                    epoch=record.epoch,
+                    round=record.round,
+                    head=record.head,
+                    key=record.key,
+                    signature=record.signature,
+                )
+            )
 
 
 def _record_from_pb(message: pb.Record) -> Record:
@@ -378,6 +389,15 @@ def _record_from_pb(message: pb.Record) -> Record:
             return Resumed(_positive(message.resumed.rate_factor, "rate factor"))
         case "stopped":
             return Stopped(message.stopped.round, message.stopped.reason)
+        case "checkpoint":
+            found = message.checkpoint
+            return Checkpoint(
+                epoch=found.epoch,
+                round=found.round,
+                head=_digest(found.head, "head"),
+                key=_digest(found.key, "key") if found.key else b"",
+                signature=found.signature,
+            )
         case _:
             raise ProtocolError("its kind is not known to this version")
 
@@ -482,6 +502,7 @@ def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
             mean_loss=answer.mean_loss,
             weights_digest64=answer.weights_digest64,
             rows=answer.rows,
+            head64=answer.head64,
         )
     )
 

@@ -188,6 +188,8 @@ class Welcomed:
 
     epoch: int
     round: int
+    head: bytes = b""
+    """Head after `round`, which the commits that follow must lead to; empty if it was not said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +215,8 @@ class Acknowledged:
     """The answer to `ticket` is in the journal."""
 
     ticket: Ticket
+    head: bytes = b""
+    """Head after the round before the ticket's, as the coordinator has it; empty if it was not said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,6 +301,8 @@ class SendAnswer:
     mean_loss: float | None
     weights_digest64: int | None
     rows: int | None = None
+    head64: int | None = None
+    """First 64 bits of the head that it was measured at, where no digest says more."""
 
 
 @dataclass(frozen=True, slots=True)

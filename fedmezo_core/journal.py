@@ -145,10 +145,16 @@ class Journal:
 
     def append(self, records: Sequence[Record]) -> list[Entry]:
         """Append records durably, all or none."""
+        return self._append([(encode_record(record), record) for record in records])
+
+    def append_bodies(self, bodies: Sequence[bytes]) -> list[Entry]:
+        """Append records of another journal, as they were written there; raises as `decode_record` does."""
+        return self._append([(body, decode_record(body)) for body in bodies])
+
+    def _append(self, records: Sequence[tuple[bytes, Record]]) -> list[Entry]:
         entries: list[Entry] = []
         length, chain, head = self._length, self.chain, self.head
-        for record in records:
-            body = encode_record(record)
+        for body, record in records:
             chain = chain_after(chain, length, body)
             if isinstance(record, (Genesis, Committed)):
                 head = head_after(head, body)

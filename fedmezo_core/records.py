@@ -130,6 +130,18 @@ class Stopped:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """In a party's own copy of the run: what the coordinator had said, and signed, of its history."""
+
+    epoch: int
+    round: int
+    head: bytes
+    key: bytes = b""
+    """The coordinator's public key; empty if it signs nothing."""
+    signature: bytes = b""
+
+
 Record = (
     Genesis
     | Started
@@ -141,6 +153,7 @@ Record = (
     | Paused
     | Resumed
     | Stopped
+    | Checkpoint
 )
 
 

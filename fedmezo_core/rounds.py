@@ -66,6 +66,7 @@ from fedmezo_core.health import Health
 from fedmezo_core.rates import SIGNAL_ROUNDS, own_rates, schedule_factor, update_distances
 from fedmezo_core.records import (
     Answered,
+    Checkpoint,
     Committed,
     Diverged,
     Evaluated,
@@ -188,6 +189,8 @@ class RunState:
     """Worker -> mean losses of its newest committed answers; the longest silent come first."""
     distances: dict[str, float] = field(default_factory=dict)
     """Worker -> how far its newest committed update was from the mean update."""
+    copied: bool = False
+    """Whether these are a copy's commits, without how they came about."""
 
     def apply(self, record: Record) -> None:
         """Fold one record; `JournalCorruptError` if it cannot follow those before."""
@@ -204,7 +207,7 @@ class RunState:
             case Started(epoch):
                 if epoch != self.epoch + 1:
                     raise _misplaced(f"a start of epoch {epoch}", f"epoch {self.epoch + 1}")
-                self.epoch = epoch
+                self.epoch, self.copied = epoch, False
             case Opened():
                 self._apply_opened(record)
             case Answered():
@@ -236,6 +239,13 @@ class RunState:
                         f"an end after round {self.round}, once",
                     )
                 self.stopped = record
+            case Checkpoint(epoch, round_):
+                if self.open is not None or round_ != self.round or epoch < self.epoch:
+                    raise _misplaced(
+                        f"a checkpoint of epoch {epoch}, round {round_}",
+                        f"one of epoch {self.epoch} or later, round {self.round}, between two rounds",
+                    )
+                self.epoch, self.copied = epoch, True
 
     def signals(self) -> Mapping[str, float]:
         """What personal learning rates follow: of each worker, as far as it is known."""
@@ -320,6 +330,12 @@ class RunState:
 
     def _apply_committed(self, record: Committed, config: RunConfig) -> None:
         current = self.open
+        if self.copied and current is None and record.round == self.round + 1:
+            if self.pool is not None:
+                self.pool.commit(record)
+            self.recent_rounds.append(RoundSummary(record.round, None, len(record.runs)))
+            self.round = record.round
+            return
         if current is None or record.round != current.round:
             raise _misplaced(
                 f"a commit of round {record.round}",

@@ -46,6 +46,7 @@ from fedmezo_core.events import (
     Welcomed,
     Work,
 )
+from fedmezo_core.records import digest64_of
 
 COMMITS_QUEUED_MAX = 1024
 """Most commits that wait for a running measurement; far more than a worker can be behind and useful."""
@@ -109,6 +110,8 @@ class SessionMachine:
         self._report_losses = report_losses
         self._report_rows = report_rows
         self._head_before = b""
+        # What the welcome said of a round that this worker had not reached yet.
+        self._promised: Welcomed | None = None
         self._running: _Running | None = None
         self._queued: deque[ApplyCommit] = deque()
         self._next: Assigned | None = None
@@ -162,7 +165,9 @@ class SessionMachine:
                 "back; restore the newest journal, or restart the worker so that it rebuilds its "
                 "weights from this one."
             )
-        self.state, self.epoch = SessionState.ONLINE, event.epoch
+        if event.round == self.round:
+            self._check_head(event.head, self.head, event.round)
+        self.state, self.epoch, self._promised = SessionState.ONLINE, event.epoch, event
         return ()
 
     def _commit(self, event: CommitReceived) -> _Actions:
@@ -190,9 +195,11 @@ class SessionMachine:
                 f"{len(self._queued)} commits wait for one measurement to end; cut it short, "
                 "then connect again to catch up."
             )
-        self._head_before = event.head_before if jumps else self.head
-        self.head = head_of(self._head_before + event.record_bytes).digest()
-        self.round = commit.round
+        head_before = event.head_before if jumps else self.head
+        head = head_of(head_before + event.record_bytes).digest()
+        if self._promised is not None and self._promised.round == commit.round:
+            self._check_head(self._promised.head, head, commit.round)
+        self._head_before, self.head, self.round = head_before, head, commit.round
         self._cached = None
         if self._next is not None:  # Its round closed before it was begun.
             self._next = None
@@ -215,7 +222,7 @@ class SessionMachine:
         job = self._job_of(event)
         if self._cached is not None and self._cached[0] == job:
             self._next = None
-            return (self._answer(self._cached[1], ticket),)
+            return (self._answer(job, self._cached[1], ticket),)
         if self._running is not None:
             if self._running.job == job:
                 self._running.newest, self._next = ticket, None
@@ -225,6 +232,11 @@ class SessionMachine:
         return (self._measure(event),)
 
     def _acknowledged(self, event: Acknowledged) -> _Actions:
+        before = event.ticket.round - 1
+        if before == self.round:
+            self._check_head(event.head, self.head, before)
+        elif before == self.round - 1 and self._head_before:
+            self._check_head(event.head, self._head_before, before)
         self.acknowledged = event.ticket
         return ()
 
@@ -251,7 +263,7 @@ class SessionMachine:
         if self._counts(running.job):
             self._cached = (running.job, event)
             if self._may_send(running.newest):
-                actions = (self._answer(event, running.newest),)
+                actions = (self._answer(running.job, event, running.newest),)
         return actions + self._drained()
 
     def _measure_failed(self, event: MeasureFailed) -> _Actions:
@@ -286,6 +298,15 @@ class SessionMachine:
 
     # ------------------------------------------------------------ small parts
 
+    @staticmethod
+    def _check_head(said: bytes, held: bytes, round_: int) -> None:
+        if said and said != held:
+            raise DivergedError(
+                f"The coordinator's history up to round {round_} is not the one that this worker was told "
+                f"(head {said.hex()[:16]} instead of {held.hex()[:16]}); find out which journal is "
+                "served, then restart the worker so that it rebuilds its weights."
+            )
+
     def _measure(self, event: Assigned) -> Measure:
         self._running = _Running(self._job_of(event), event.ticket, event.ticket)
         return Measure(event.ticket, event.work)
@@ -300,13 +321,15 @@ class SessionMachine:
     def _may_send(self, ticket: Ticket) -> bool:
         return self.state is SessionState.ONLINE and ticket.epoch == self.epoch
 
-    def _answer(self, measured: Measured, ticket: Ticket) -> SendAnswer:
+    def _answer(self, job: _Job, measured: Measured, ticket: Ticket) -> SendAnswer:
+        has_digest = measured.weights_digest64 is not None
         return SendAnswer(
             ticket=ticket,
             projected_grads=measured.projected_grads,
             mean_loss=measured.mean_loss if self._report_losses else None,
             weights_digest64=measured.weights_digest64,
             rows=measured.rows if self._report_rows else None,
+            head64=None if has_digest else digest64_of(job.head),
         )
 
     # Every legal pair; any other raises `ProtocolError`.

@@ -14,13 +14,14 @@ from pathlib import Path
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
-from fedmezo_coordinator.store import SqliteStore
 from fedmezo_coordinator.supervisor import ReplicaSupervisor, describe_base
+from fedmezo_core.checkpoints import open_signer
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.journal import Journal
 from fedmezo_core.program import run_program
 from fedmezo_core.settings import load_settings
+from fedmezo_core.store import SqliteStore
 
 PROGRAM = "fedmezo-coordinator"
 STOP_GRACE_S = 2.0
@@ -77,6 +78,7 @@ async def run(settings: CoordinatorSettings) -> None:
                 port,
             )
         log.info("run %s is served at %s:%d", daemon.genesis.config.run_id, host, port)
+        log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
         serving = asyncio.create_task(daemon.serve())
         replica = asyncio.create_task(_keep_replica(settings, daemon, private))
         try:
@@ -100,7 +102,8 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         log.info("new run %s: loading %s to name its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
         journal.append([genesis])
-    daemon = Daemon(journal)
+    beside = settings.journal.with_name(settings.journal.name + ".key")
+    daemon = Daemon(journal, open_signer(settings.signing_key or beside))
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
     if settings.resume:

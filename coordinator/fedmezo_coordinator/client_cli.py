@@ -17,14 +17,15 @@ from rich.live import Live
 
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
 from fedmezo_coordinator.splitting import SplitOptions, Splitter, split_file, split_view
-from fedmezo_coordinator.store import SqliteStore
 from fedmezo_coordinator.view import agreement, run_line, run_view, seconds_left
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, ModelError
 from fedmezo_core.journal import ZERO_HASH, Journal, MemoryStore, Row, head_after
+from fedmezo_core.journal_copy import verified
 from fedmezo_core.program import run_program
 from fedmezo_core.records import (
     Answered,
+    Checkpoint,
     Committed,
     Diverged,
     Evaluated,
@@ -38,6 +39,7 @@ from fedmezo_core.records import (
 )
 from fedmezo_core.rounds import RoundMachine
 from fedmezo_core.settings import load_settings
+from fedmezo_core.store import SqliteStore
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 app = typer.Typer(
@@ -120,18 +122,29 @@ def verify(
     path: JournalFile = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
 ) -> None:
     """Check every hash, the order and the sense of the journal; prints its head."""
-    machine, head, count = RoundMachine(), ZERO_HASH, 0
-    for row, record in _records(path, coordinator, tls_ca):
-        machine.apply(record)
-        if isinstance(record, (Genesis, Committed)):
-            head = head_after(head, row.body)
-        count += 1
-    if count == 0:
-        raise JournalCorruptError("The journal is empty: no run has begun in it.")
-    print(
-        f"sound: {count} records, run {machine.config.run_id}, {machine.epoch} coordinator starts, "
-        f"{machine.round} rounds committed, head {head.hex()}"
-    )
+    print(_verified_line(_records(path, coordinator, tls_ca)))
+
+
+@journal_app.command()
+def restore(
+    copy: Annotated[Path, typer.Argument(help="a worker's journal_copy, or another journal file")],
+    journal: Annotated[Path, typer.Argument(help="journal to write; must not exist")],
+) -> None:
+    """Write a coordinator's journal from a verified copy; start the coordinator with it to go on."""
+    if journal.exists():
+        raise ConfigError(f"{journal} exists; give the name of a new file.")
+    line = _verified_line(_records(copy, "", None))
+    source = SqliteStore(copy, create=False)
+    try:
+        target = SqliteStore(journal)
+        try:
+            while rows := source.read(len(target), Journal.PAGE_ROWS):
+                target.append(rows)
+        finally:
+            target.close()
+    finally:
+        source.close()
+    print(f"{line}\nwrote {journal}")
 
 
 @app.command()
@@ -310,14 +323,39 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
                 answer = await client.get_status()
 
 
-def _records(path: Path | None, address: str, tls_ca: Path | None) -> Iterator[tuple[Row, Record]]:
+Records = Iterator[tuple[Row, Record]]
+
+
+def _records(path: Path | None, address: str, tls_ca: Path | None) -> Records:
     """Every record, verified, from a file or from a coordinator."""
     store = SqliteStore(path, create=False) if path else asyncio.run(_fetched(address, tls_ca))
     try:
-        for entry in Journal(store).load():
+        for entry in verified(Journal(store)):
             yield entry.row, entry.record
     finally:
         store.close()
+
+
+def _verified_line(records: Records) -> str:
+    """What a journal comes to, once all of it is verified and folded."""
+    machine, head, count = RoundMachine(), ZERO_HASH, 0
+    signed: Checkpoint | None = None
+    for row, record in records:
+        machine.apply(record)
+        if isinstance(record, (Genesis, Committed)):
+            head = head_after(head, row.body)
+        if isinstance(record, Checkpoint) and record.signature:
+            signed = record
+        count += 1
+    if count == 0:
+        raise JournalCorruptError("The journal is empty: no run has begun in it.")
+    line = (
+        f"sound: {count} records, run {machine.config.run_id}, {machine.epoch} coordinator starts, "
+        f"{machine.round} rounds committed, head {head.hex()}"
+    )
+    if signed is not None:
+        line += f"; signed up to round {signed.round} by {signed.key.hex()}"
+    return line
 
 
 async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
@@ -366,6 +404,9 @@ def _line(row: Row, record: Record) -> str:
             text = f"resumed    learning rates times {rate_factor:g}"
         case Stopped(round_, reason):
             text = f"stopped    after round {round_}: {reason}"
+        case Checkpoint(epoch, round_, head):
+            signed = f"signed by {record.key.hex()[:16]}" if record.signature else "not signed"
+            text = f"checkpoint epoch {epoch}, round {round_}, head {head.hex()[:16]}, {signed}"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 

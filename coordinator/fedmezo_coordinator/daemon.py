@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from fedmezo_coordinator.admission import check_hello, check_run_id
 from fedmezo_coordinator.model_index import ModelIndex
+from fedmezo_core.checkpoints import Signer
 from fedmezo_core.codec import (
     answer_from_pb,
     assign_to_pb,
@@ -171,9 +172,13 @@ _Item = _Join | _Left | _FromWorker | _FromReplica | _Time
 class Daemon:
     """Serves one run from one journal."""
 
-    def __init__(self, journal: Journal) -> None:
-        """`journal` is opened and not yet loaded; it must hold a genesis record."""
+    def __init__(self, journal: Journal, signer: Signer | None = None) -> None:
+        """`journal` is opened and not yet loaded; it must hold a genesis record.
+
+        Without a `signer` checkpoints are not signed.
+        """
         self._journal = journal
+        self._signer = signer
         self._machine = RoundMachine()
         self._index = ModelIndex()
         self._digests = DigestBoard()
@@ -302,6 +307,15 @@ class Daemon:
         match message.WhichOneof("kind"):
             case "answer":
                 event: RoundEvent = answer_from_pb(worker, message.answer)
+                if not self._knows_history_of(message.answer):
+                    session.end(
+                        DivergedError(
+                            f"Worker {worker} measured round {message.answer.ticket.round} after another "
+                            "history than this journal's; restart the worker, so that it rebuilds from "
+                            "base and journal."
+                        )
+                    )
+                    return []
                 traffic = session.traffic
                 if traffic.assigned_at_s is not None:
                     waited_s = time.monotonic() - traffic.assigned_at_s
@@ -333,6 +347,13 @@ class Daemon:
                     )
                 )
                 return []
+
+    def _knows_history_of(self, answer: wire.Answer) -> bool:
+        """Whether an answer names, if it names one, the head that its round began from."""
+        if not answer.HasField("head64"):
+            return True
+        head = self._index.head_at(max(answer.ticket.round - 1, 0))
+        return not head or digest64_of(head) == answer.head64
 
     def _from_replica(self, request: wire.ReportReplicaRequest) -> list[Ready]:
         digest = request.weights_digest
@@ -380,11 +401,15 @@ class Daemon:
         self._sessions[worker] = session
         session.traffic = self._traffic.setdefault(worker, session.traffic)
         log.info("worker %s joined at round %d", worker, hello.round)
-        session.put(
-            wire.SessionResponse(
-                welcome=wire.Welcome(epoch=self._machine.epoch, round=self._machine.round)
-            )
+        round_ = self._machine.round
+        head = self._index.head_at(round_)
+        welcome = wire.Welcome(
+            epoch=self._machine.epoch,
+            round=round_,
+            head=head,
+            signature=self._signature(round_, head),
         )
+        session.put(wire.SessionResponse(welcome=welcome))
         for row in rows:
             session.put(commit_to_pb(row))
         item.done.set_result(None)
@@ -408,7 +433,8 @@ class Daemon:
         """Commits to everyone first, then what the step addressed to one worker each."""
         for entry in entries:
             if isinstance(entry.record, Committed):
-                notice = commit_to_pb(entry.row)
+                signature = self._signature(entry.record.round, entry.head)
+                notice = commit_to_pb(entry.row, signature)
                 for session in self._sessions.values():
                     session.put(notice)
         for message in messages:
@@ -427,7 +453,15 @@ class Daemon:
                 session.traffic.assigned_at_s = time.monotonic()
             case _:
                 pass
-        session.put(message_to_pb(message, self.genesis.config))
+        sent = message_to_pb(message, self.genesis.config)
+        if isinstance(message, Ack):
+            sent.ack.head = self._index.head_at(message.ticket.round - 1)
+        session.put(sent)
+
+    def _signature(self, round_: int, head: bytes) -> bytes:
+        if self._signer is None:
+            return b""
+        return self._signer.sign(self.genesis.config.run_id, round_, head)
 
     def _tell(self, record: Record) -> None:
         match record:
@@ -460,6 +494,11 @@ class Daemon:
         assert self._genesis is not None, "load() comes first"
         return self._genesis
 
+    @property
+    def checkpoint_key(self) -> bytes:
+        """Public key that checkpoints are signed with; empty if they are not."""
+        return b"" if self._signer is None else self._signer.public_key
+
     def describe(self, version: int, run_id: str) -> wire.GetRunResponse:
         """What the run is, to a caller who means this one."""
         check_run_id(run_id, self.genesis.config.run_id)
@@ -468,6 +507,7 @@ class Daemon:
             genesis=self._genesis_body,
             round=self._machine.round,
             epoch=self._machine.epoch,
+            checkpoint_key=self.checkpoint_key,
         )
 
     async def join(self, hello: wire.Hello) -> Session:
@@ -511,8 +551,10 @@ class Daemon:
             raise ProtocolError(
                 f"records_max is at most {PAGE_RECORDS_MAX} and wait_ms at most {WAIT_MS_MAX}; ask for less."
             )
-        if request.from_newest_base and not request.commits_only:
-            raise ProtocolError("from_newest_base goes with commits_only; set both or neither.")
+        if (request.from_newest_base or request.from_round) and not request.commits_only:
+            raise ProtocolError(
+                "from_newest_base and from_round go with commits_only; set that too, or neither."
+            )
         deadline_s = time.monotonic() + request.wait_ms / 1000
         while True:
             news = self._news
@@ -534,7 +576,10 @@ class Daemon:
     async def _page(self, request: wire.ReadJournalRequest) -> tuple[Sequence[Row], int, bytes]:
         """Rows, where to read on, and the head before the first row if that is taken from the base."""
         count_max = request.records_max or PAGE_RECORDS_DEFAULT
-        start, length, head_before = request.from_seqno, len(self._journal), b""
+        length, head_before = len(self._journal), b""
+        start = request.from_seqno
+        if request.from_round:
+            start = self._index.seqno_of(request.from_round, length)
         if start >= length:
             return (), start, b""
         if request.commits_only:
@@ -622,9 +667,9 @@ def message_to_pb(
             return wire.SessionResponse(finished=wire.Finished(round=round_))
 
 
-def commit_to_pb(row: Row) -> wire.SessionResponse:
-    """A commit as it stands in the journal, as a session message."""
-    return wire.SessionResponse(commit=wire.CommitNotice(record=row.body))
+def commit_to_pb(row: Row, signature: bytes = b"") -> wire.SessionResponse:
+    """A commit as it stands in the journal, as a session message; with its checkpoint's signature."""
+    return wire.SessionResponse(commit=wire.CommitNotice(record=row.body, signature=signature))
 
 
 def _within(rows: Sequence[Row], bytes_max: int) -> Sequence[Row]:

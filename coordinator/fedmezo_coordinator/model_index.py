@@ -34,6 +34,10 @@ class ModelIndex:
         """Head after `round_`; empty for a round that is not committed."""
         return bytes(self._heads[32 * round_ : 32 * round_ + 32])
 
+    def seqno_of(self, round_: int, default: int) -> int:
+        """Place of a round's commit; `default` for a round that is not committed."""
+        return self.seqnos[round_] if round_ < len(self.seqnos) else default
+
     def seqnos_from(self, seqno: int, count_max: int) -> Sequence[int]:
         """Places of genesis and commits at or after `seqno`."""
         start = bisect_left(self.seqnos, seqno)

@@ -44,6 +44,11 @@ class CoordinatorSettings(BaseSettings):
     resume_rate_factor: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="multiply its learning rates by this"
     )
+    signing_key: Path | None = Field(
+        default=None,
+        description="PEM file with the Ed25519 key that signs checkpoints, made if it is not there; "
+        "none: beside the journal, with .key added to its name",
+    )
     tls_cert: Path | None = Field(
         default=None, description="PEM certificate chain to serve TLS with"
     )

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from fedmezo_coordinator.daemon import OUTBOX_MAX, Daemon, Session
-from fedmezo_coordinator.store import SqliteStore
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.codec import decode_record
 from fedmezo_core.errors import FedMezoError, JournalCorruptError, NotReadyError, ProtocolError
 from fedmezo_core.journal import Journal
 from fedmezo_core.records import Committed, Genesis, Opened, Started
+from fedmezo_core.store import SqliteStore
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.harness import (
     config_of,

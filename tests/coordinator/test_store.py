@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator.store import SqliteStore
 from fedmezo_core.errors import (
     JournalCorruptError,
     JournalError,
@@ -16,6 +15,7 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.journal import Journal, JournalStore
 from fedmezo_core.records import Opened, Started
+from fedmezo_core.store import SqliteStore
 from tests.store_conformance import StoreConformance, row
 
 

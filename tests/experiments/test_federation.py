@@ -9,12 +9,12 @@ import pytest
 
 from experiments.federation import Federation, StalledError
 from experiments.judging import Judge
-from fedmezo_coordinator.store import SqliteStore
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.codec import encode_record
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.journal import Journal, JournalStore, MemoryStore
 from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Record
+from fedmezo_core.store import SqliteStore
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.party import Party, open_party
 from fedmezo_core.zo.rows import Row, read_rows

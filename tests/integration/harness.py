@@ -23,13 +23,14 @@ import psutil
 
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.service import bind_server, start_server
-from fedmezo_coordinator.store import SqliteStore
+from fedmezo_core.checkpoints import Signer
 from fedmezo_core.client import CoordinatorClient, SessionStream
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
 from fedmezo_core.errors import FedMezoError, UnavailableError
 from fedmezo_core.journal import Entry, Journal
 from fedmezo_core.records import Answered, Genesis, Record
 from fedmezo_core.rounds import RoundMachine
+from fedmezo_core.store import SqliteStore
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 ROOT = Path(__file__).parents[2]
@@ -275,13 +276,14 @@ async def served(
     *,
     listen: str = "127.0.0.1:0",
     tls: tuple[Path, Path] | None = None,
+    signer: Signer | None = None,
 ) -> AsyncIterator[Served]:
     """Serve the journal at `path`, which `genesis` begins if it is new."""
     journal = Journal(SqliteStore(path))
     if journal.is_empty:
         assert genesis is not None
         journal.append([genesis])
-    daemon = Daemon(journal)
+    daemon = Daemon(journal, signer)
     await daemon.load()
     with tempfile.TemporaryDirectory() as folder:
         server, port = bind_server(listen, tls, f"unix:{folder}/replica.sock")

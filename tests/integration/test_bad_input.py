@@ -15,12 +15,12 @@ import psutil
 import pytest
 
 from fedmezo_coordinator.replica import describe
-from fedmezo_coordinator.store import SqliteStore
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.codec import config_to_pb
 from fedmezo_core.errors import DataError, FedMezoError, JournalError, ModelError
 from fedmezo_core.journal import Journal
 from fedmezo_core.records import Genesis
+from fedmezo_core.store import SqliteStore
 from fedmezo_worker import cli as worker_cli
 from tests.integration.harness import (
     Program,

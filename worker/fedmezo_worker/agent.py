@@ -53,6 +53,7 @@ from fedmezo_core.zo.party import Party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.evaluations import Evaluations, HeldOutResult
+from fedmezo_worker.history import History
 from fedmezo_worker.settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
@@ -73,7 +74,8 @@ class Agent:
         self._party: Party | None = None
         self._genesis: Genesis | None = None
         self._machine: SessionMachine | None = None
-        self._seqno = 0
+        wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
+        self._history = History(settings.journal_copy, wanted)
         self._measuring: asyncio.Task[Measured | MeasureFailed] | None = None
         self._evaluations: Evaluations | None = None
         self._evaluating: asyncio.Task[None] | None = None
@@ -95,6 +97,7 @@ class Agent:
                     pass
             finally:
                 await self._drop_work()
+                await self._history.close()
         await self._evaluate_the_end()
 
     async def _attempt_once(self, client: CoordinatorClient) -> bool:
@@ -146,6 +149,9 @@ class Agent:
             report_rows=config.weighting == "rows",
         )
         log.info("%d trainable elements", self._party.loaded.manifest.element_count)
+        async for page in self._history.open(description):
+            events = [_commit_event(entry.row.body) for entry in page]
+            await self._take_commits([event for event in events if event is not None])
         if evaluations is not None:
             # Now, because a worker that comes late goes on from the base at once.
             self._evaluations = evaluations
@@ -159,21 +165,31 @@ class Agent:
         start = self._machine.round
         while True:
             page = await client.read_journal(
-                self._seqno, run_id=run_id, commits_only=True, from_newest_base=True
+                run_id=run_id,
+                commits_only=True,
+                from_round=self._machine.round + 1,
+                # A copy holds every commit.
+                from_newest_base=not self._history.keeps,
             )
-            actions: list[SessionAction] = []
-            try:
-                for number, entry in enumerate(page.entries):
-                    event = _commit_event(entry.record, b"" if number else page.head_before)
-                    if event is not None:
-                        actions += self._step(event)
-            finally:
-                await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
-            self._seqno = page.next_seqno
             if not page.entries:
                 break
+            events = [
+                _commit_event(entry.record, b"" if number else page.head_before)
+                for number, entry in enumerate(page.entries)
+            ]
+            await self._history.add([entry.record for entry in page.entries])
+            await self._take_commits([event for event in events if event is not None])
         if self._machine.round > start:
             log.info("caught up from round %d to %d", start, self._machine.round)
+
+    async def _take_commits(self, events: Sequence[CommitReceived]) -> None:
+        """Follow commits that did not come down a stream."""
+        actions: list[SessionAction] = []
+        try:
+            for event in events:
+                actions += self._step(event)
+        finally:
+            await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
 
     async def _apply(self, commits: Sequence[Committed]) -> None:
         if commits:
@@ -223,7 +239,8 @@ class Agent:
                         self._engine.set_deadline(
                             time.monotonic() + message.assign.deadline_ms / 1000
                         )
-                    finished = await self._act(self._step(event), stream) or finished
+                    actions = await self._take(event, message)
+                    finished = await self._act(actions, stream) or finished
                     if isinstance(event, Welcomed):
                         joined = True
                         self._reached()
@@ -249,6 +266,19 @@ class Agent:
                     await receiving
             stream.cancel()
             self._machine.step(Disconnected())
+
+    async def _take(
+        self, event: SessionEvent, message: wire.SessionResponse
+    ) -> Sequence[SessionAction]:
+        """Step, with the coordinator's signatures checked and commits kept before they are acted on."""
+        assert self._machine is not None
+        before = self._machine.round
+        actions = self._step(event)
+        if isinstance(event, Welcomed):
+            await self._history.welcomed(message.welcome, self._machine.round)
+        elif self._machine.round > before:
+            await self._history.committed(message.commit, self._machine.round, self._machine.head)
+        return actions
 
     def _step(self, event: SessionEvent) -> Sequence[SessionAction]:
         """One step; an event that the machine does not allow ends this session, and a new one may work."""
@@ -401,7 +431,8 @@ def event_of(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
     """A message from the coordinator as the session machine takes it."""
     match message.WhichOneof("kind"):
         case "welcome":
-            return Welcomed(message.welcome.epoch, message.welcome.round)
+            welcome = message.welcome
+            return Welcomed(welcome.epoch, welcome.round, welcome.head)
         case "commit":
             event = _commit_event(message.commit.record)
             if event is not None:
@@ -409,7 +440,7 @@ def event_of(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
         case "assign":
             return assigned_from_pb(message.assign, config)
         case "ack":
-            return Acknowledged(ticket_from_pb(message.ack.ticket))
+            return Acknowledged(ticket_from_pb(message.ack.ticket), message.ack.head)
         case "refused":
             refused = message.refused
             return RefusedByCoordinator(

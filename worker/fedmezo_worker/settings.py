@@ -42,6 +42,15 @@ class WorkerSettings(BaseSettings):
         default=None,
         description="folder of the adapter (peft's layout) that the run begins from, if it does",
     )
+    journal_copy: Path | None = Field(
+        default=None,
+        description="file to keep this worker's own copy of the run's history in; the run can be "
+        "rebuilt from it, and after a restart it shows whether the coordinator's history went back",
+    )
+    checkpoint_key: str = Field(
+        default="",
+        description="public key (64 hex digits) that the coordinator must sign with; none: any",
+    )
     run_id: str = Field(default="", description="refuse any other run")
     objective: str = Field(
         default="",
@@ -75,6 +84,13 @@ class WorkerSettings(BaseSettings):
     def _name(cls, value: str) -> str:
         if not re.fullmatch(NAME_PATTERN, value):
             raise ValueError("use 1 to 64 of a-z, 0-9 and -, beginning with a letter or digit")
+        return value
+
+    @field_validator("checkpoint_key")
+    @classmethod
+    def _key(cls, value: str) -> str:
+        if not re.fullmatch("([0-9a-f]{64})?", value):
+            raise ValueError("use the 64 hex digits that the coordinator logs at its start")
         return value
 
     @field_validator("device")

@@ -103,6 +103,7 @@ class GetRunResponse(google.protobuf.message.Message):
     GENESIS_FIELD_NUMBER: builtins.int
     ROUND_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
+    CHECKPOINT_KEY_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """The version chosen for this conversation."""
     genesis: builtins.bytes
@@ -111,6 +112,8 @@ class GetRunResponse(google.protobuf.message.Message):
     """Last committed round; 0 before the first."""
     epoch: builtins.int
     """Coordinator starts so far."""
+    checkpoint_key: builtins.bytes
+    """Ed25519 public key that signs this run's checkpoints. 32 bytes; empty if they are not signed."""
     def __init__(
         self,
         *,
@@ -118,8 +121,9 @@ class GetRunResponse(google.protobuf.message.Message):
         genesis: builtins.bytes = ...,
         round: builtins.int = ...,
         epoch: builtins.int = ...,
+        checkpoint_key: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "genesis", b"genesis", "protocol_version", b"protocol_version", "round", b"round"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_key", b"checkpoint_key", "epoch", b"epoch", "genesis", b"genesis", "protocol_version", b"protocol_version", "round", b"round"]) -> None: ...
 
 Global___GetRunResponse: typing_extensions.TypeAlias = GetRunResponse
 
@@ -250,12 +254,17 @@ class Answer(google.protobuf.message.Message):
     MEAN_LOSS_FIELD_NUMBER: builtins.int
     WEIGHTS_DIGEST64_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    HEAD64_FIELD_NUMBER: builtins.int
     mean_loss: builtins.float
     """Mean batch loss over the steps, in nats; only if the run reports losses."""
     weights_digest64: builtins.int
     """First 8 bytes (little-endian) of the digest of the weights it was measured on, when the assignment asks."""
     rows: builtins.int
     """Rows of its data; only if the run weights answers by them."""
+    head64: builtins.int
+    """First 8 bytes (little-endian) of the head that it was measured at. Left out beside weights_digest64,
+    which says more.
+    """
     @property
     def ticket(self) -> Global___Ticket:
         """As assigned."""
@@ -272,9 +281,12 @@ class Answer(google.protobuf.message.Message):
         mean_loss: builtins.float | None = ...,
         weights_digest64: builtins.int | None = ...,
         rows: builtins.int | None = ...,
+        head64: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_head64", b"_head64", "_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "head64", b"head64", "mean_loss", b"mean_loss", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_head64", b"_head64", "_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "head64", b"head64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_head64", b"_head64"]) -> typing.Literal["head64"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
     @typing.overload
@@ -391,17 +403,25 @@ class Welcome(google.protobuf.message.Message):
 
     EPOCH_FIELD_NUMBER: builtins.int
     ROUND_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """Coordinator starts so far."""
     round: builtins.int
     """Last committed round. Missing commits follow at once."""
+    head: builtins.bytes
+    """Head after it. 32 bytes."""
+    signature: builtins.bytes
+    """The checkpoint of this round and head, signed with the run's key. 64 bytes, or empty without one."""
     def __init__(
         self,
         *,
         epoch: builtins.int = ...,
         round: builtins.int = ...,
+        head: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "round", b"round"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "head", b"head", "round", b"round", "signature", b"signature"]) -> None: ...
 
 Global___Welcome: typing_extensions.TypeAlias = Welcome
 
@@ -412,14 +432,20 @@ class CommitNotice(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     RECORD_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     record: builtins.bytes
     """Serialized `Record` of kind `committed`."""
+    signature: builtins.bytes
+    """The checkpoint of its round and of the head after it, signed with the run's key. 64 bytes. Empty
+    without a key, and on commits up to the welcome's round, whose checkpoint covers them.
+    """
     def __init__(
         self,
         *,
         record: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["record", b"record"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["record", b"record", "signature", b"signature"]) -> None: ...
 
 Global___CommitNotice: typing_extensions.TypeAlias = CommitNotice
 
@@ -487,6 +513,9 @@ class Ack(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     TICKET_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    head: builtins.bytes
+    """Head after the round before the ticket's: the history that the answer was counted for. 32 bytes."""
     @property
     def ticket(self) -> Global___Ticket:
         """As answered."""
@@ -495,9 +524,10 @@ class Ack(google.protobuf.message.Message):
         self,
         *,
         ticket: Global___Ticket | None = ...,
+        head: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ticket", b"ticket"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ticket", b"ticket"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["head", b"head", "ticket", b"ticket"]) -> None: ...
 
 Global___Ack: typing_extensions.TypeAlias = Ack
 
@@ -560,6 +590,7 @@ class ReadJournalRequest(google.protobuf.message.Message):
     COMMITS_ONLY_FIELD_NUMBER: builtins.int
     WAIT_MS_FIELD_NUMBER: builtins.int
     FROM_NEWEST_BASE_FIELD_NUMBER: builtins.int
+    FROM_ROUND_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run; empty means whichever is served here."""
     from_seqno: builtins.int
@@ -572,6 +603,8 @@ class ReadJournalRequest(google.protobuf.message.Message):
     """Waits up to this long for a first record, in milliseconds, 0 to 30000."""
     from_newest_base: builtins.bool
     """With commits_only: begins at the newest commit from the base, if that is at or after `from_seqno`."""
+    from_round: builtins.int
+    """With commits_only: begin at this round's commit, whatever from_seqno says. 0: at from_seqno."""
     def __init__(
         self,
         *,
@@ -581,8 +614,9 @@ class ReadJournalRequest(google.protobuf.message.Message):
         commits_only: builtins.bool = ...,
         wait_ms: builtins.int = ...,
         from_newest_base: builtins.bool = ...,
+        from_round: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["commits_only", b"commits_only", "from_newest_base", b"from_newest_base", "from_seqno", b"from_seqno", "records_max", b"records_max", "run_id", b"run_id", "wait_ms", b"wait_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["commits_only", b"commits_only", "from_newest_base", b"from_newest_base", "from_round", b"from_round", "from_seqno", b"from_seqno", "records_max", b"records_max", "run_id", b"run_id", "wait_ms", b"wait_ms"]) -> None: ...
 
 Global___ReadJournalRequest: typing_extensions.TypeAlias = ReadJournalRequest
 

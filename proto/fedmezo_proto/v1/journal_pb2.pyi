@@ -323,6 +323,7 @@ class Record(google.protobuf.message.Message):
     PAUSED_FIELD_NUMBER: builtins.int
     RESUMED_FIELD_NUMBER: builtins.int
     STOPPED_FIELD_NUMBER: builtins.int
+    CHECKPOINT_FIELD_NUMBER: builtins.int
     @property
     def genesis(self) -> Global___Genesis:
         """Always and only record 0."""
@@ -363,6 +364,10 @@ class Record(google.protobuf.message.Message):
     def stopped(self) -> Global___Stopped:
         """The run ended before its last round."""
 
+    @property
+    def checkpoint(self) -> Global___Checkpoint:
+        """What the coordinator had signed, in a copy that another party keeps."""
+
     def __init__(
         self,
         *,
@@ -376,10 +381,11 @@ class Record(google.protobuf.message.Message):
         paused: Global___Paused | None = ...,
         resumed: Global___Resumed | None = ...,
         stopped: Global___Stopped | None = ...,
+        checkpoint: Global___Checkpoint | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answered", b"answered", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "started", b"started", "stopped", b"stopped"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped"] | None: ...
+    def HasField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "started", b"started", "stopped", b"stopped"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "checkpoint"] | None: ...
 
 Global___Record: typing_extensions.TypeAlias = Record
 
@@ -657,6 +663,42 @@ class Stopped(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["reason", b"reason", "round", b"round"]) -> None: ...
 
 Global___Stopped: typing_extensions.TypeAlias = Stopped
+
+@typing.final
+class Checkpoint(google.protobuf.message.Message):
+    """In a copy of the run that another party keeps: the coordinator's newest word on its history. From the
+    first one on, and up to a coordinator start, a copy holds the run's commits without how they came about.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: builtins.int
+    ROUND_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
+    epoch: builtins.int
+    """Coordinator starts so far."""
+    round: builtins.int
+    """Last committed round."""
+    head: builtins.bytes
+    """Head after it. 32 bytes."""
+    key: builtins.bytes
+    """Ed25519 public key of the coordinator. 32 bytes, or empty if it signs nothing."""
+    signature: builtins.bytes
+    """Of this round and head (fedmezo_core.checkpoints). 64 bytes, or empty."""
+    def __init__(
+        self,
+        *,
+        epoch: builtins.int = ...,
+        round: builtins.int = ...,
+        head: builtins.bytes = ...,
+        key: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["epoch", b"epoch", "head", b"head", "key", b"key", "round", b"round", "signature", b"signature"]) -> None: ...
+
+Global___Checkpoint: typing_extensions.TypeAlias = Checkpoint
 
 @typing.final
 class Diverged(google.protobuf.message.Message):

@@ -1,0 +1,108 @@
+"""Signed checkpoints: who the coordinator is, and what it says the run's history is.
+
+A checkpoint is a note in the manner of C2SP's tlog-checkpoint, three lines that anyone can rebuild:
+
+    fedmezo.v1/<run id>
+    <round>
+    <head after it, base64>
+
+signed with Ed25519 (RFC 8032), so the signature alone travels. The coordinator makes one for each commit.
+Two valid signatures of different heads for one round prove that it told two histories.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+
+from fedmezo_core.errors import ConfigError, DivergedError
+
+KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+
+
+def checkpoint_text(run_id: str, round_: int, head: bytes) -> bytes:
+    """What is signed: the run, a round, and the 32-byte head after it."""
+    return f"fedmezo.v1/{run_id}\n{round_}\n{base64.b64encode(head).decode()}\n".encode()
+
+
+class Signer:
+    """The coordinator's key."""
+
+    def __init__(self, key: Ed25519PrivateKey) -> None:
+        self._key = key
+        self.public_key = key.public_key().public_bytes_raw()
+        """32 bytes: what workers check signatures with."""
+
+    def sign(self, run_id: str, round_: int, head: bytes) -> bytes:
+        """64 bytes; equal for equal arguments."""
+        return self._key.sign(checkpoint_text(run_id, round_, head))
+
+
+def open_signer(path: Path) -> Signer:
+    """The key in a PEM file, made there (readable by its owner only) if there is none.
+
+    Raises `ConfigError` if the file cannot be written, or holds no unencrypted Ed25519 key.
+    """
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return Signer(_read(path))
+    except OSError as error:
+        raise ConfigError(
+            f"The key {path} that signs this run's checkpoints cannot be made ({error.strerror}); "
+            "make its folder writable, or set signing_key."
+        ) from None
+    key = Ed25519PrivateKey.generate()
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        file.flush()
+        os.fsync(file.fileno())
+    return Signer(key)
+
+
+def _read(path: Path) -> Ed25519PrivateKey:
+    try:
+        key = load_pem_private_key(path.read_bytes(), password=None)
+    except OSError as error:
+        raise ConfigError(
+            f"The key {path} cannot be read ({error.strerror}); check signing_key."
+        ) from None
+    except (ValueError, TypeError):
+        key = None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ConfigError(
+            f"{path} holds no unencrypted Ed25519 private key in PEM; check signing_key, or move the "
+            "file away so that a new key is made."
+        )
+    return key
+
+
+class Witness:
+    """Checks what a coordinator signs for one run; `key` is its public key, 32 bytes."""
+
+    def __init__(self, run_id: str, key: bytes) -> None:
+        self.run_id = run_id
+        self.key = key
+        self._key = Ed25519PublicKey.from_public_bytes(key)
+
+    def check(self, round_: int, head: bytes, signature: bytes) -> None:
+        """Raises `DivergedError` unless `signature` is the key's for this round and head."""
+        try:
+            self._key.verify(signature, checkpoint_text(self.run_id, round_, head))
+        except InvalidSignature:
+            raise DivergedError(
+                f"The coordinator's signature for round {round_} is not of key {self.key.hex()} over the "
+                f"history that this party holds (head {head.hex()[:16]}); find out who serves run "
+                f"{self.run_id}, and which journal it serves."
+            ) from None
