@@ -115,7 +115,6 @@ def test_a_copy_that_is_opened_again_gives_its_commits_and_goes_on(signer: Signe
     assert [entry.row.body for entry in found] == [entry.row.body for entry in entries[1:]]
     assert copy.round == 3
     copy.add([encode_record(commit(4))])
-    assert Journal(store).load  # it still verifies
     assert sum(1 for _ in verified(Journal(store))) == len(store)
 
 
@@ -135,7 +134,7 @@ def test_a_checkpoint_that_does_not_fit_the_commits_is_found(signer: Signer, fie
     journal = Journal(store)
     last = [entry.record for entry in journal.load()][-1]
     assert isinstance(last, Checkpoint)
-    wrong = replace(last, **{field: bytes(len(getattr(last, field)))})
+    wrong = replace(last, head=bytes(32)) if field == "head" else replace(last, signature=bytes(64))
     journal.append([wrong])
     with pytest.raises(JournalCorruptError, match=r"checkpoint of round 3|signature for round 3"):
         list(verified(Journal(store)))

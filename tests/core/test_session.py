@@ -473,3 +473,51 @@ def test_any_sequence_acts_in_order_or_is_refused_without_a_trace(
                 case _:
                     pass
         assert running == machine.measuring
+
+
+# ---------------------------------------------------------------- heads
+
+
+def head_at(round_: int) -> bytes:
+    """The head after the commits of `commit_of`."""
+    head = HEAD
+    for number in range(1, round_ + 1):
+        head = hashlib.sha256(head + commit_of(number).record_bytes).digest()
+    return head
+
+
+def test_an_answer_names_the_head_that_it_was_measured_at_where_no_digest_says_more() -> None:
+    machine = online()
+    machine.step(commit_of(1))
+    assigned = assigned_of(2)
+    machine.step(assigned)
+    [answer] = machine.step(Measured(assigned.ticket, (1.0, 2.0), 0.7, None, 24))
+    assert isinstance(answer, SendAnswer)
+    assert answer.head64 == int.from_bytes(head_at(1)[:8], "little")
+
+
+@pytest.mark.parametrize("welcomed_at", [1, 2])
+def test_a_welcome_binds_the_coordinator_to_the_head_that_it_names(welcomed_at: int) -> None:
+    machine = SessionMachine(0, HEAD, report_losses=False)
+    machine.step(commit_of(1))
+    machine.step(Connected())
+    if welcomed_at == 1:
+        with pytest.raises(DivergedError, match="history up to round 1 is not the one"):
+            machine.step(Welcomed(1, 1, b"x" * 32))
+        machine.step(Welcomed(1, 1, head_at(1)))
+        return
+    machine.step(Welcomed(1, 2, b"x" * 32))
+    before = deepcopy(machine)
+    with pytest.raises(DivergedError, match="history up to round 2 is not the one"):
+        machine.step(commit_of(2))
+    assert (machine.round, machine.head) == (before.round, before.head), "nothing was applied"
+
+
+@pytest.mark.parametrize("round_", [1, 2])
+def test_an_acknowledgement_of_another_history_is_refused(round_: int) -> None:
+    machine = online()
+    machine.step(commit_of(1))
+    ticket = Ticket(1, round_, 0)
+    machine.step(Acknowledged(ticket, head_at(round_ - 1)))
+    with pytest.raises(DivergedError, match=f"history up to round {round_ - 1} is not the one"):
+        machine.step(Acknowledged(ticket, b"x" * 32))

@@ -6,7 +6,7 @@ import hashlib
 import math
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fedmezo_core.aggregate import decay_of
 from fedmezo_core.config import RunConfig
@@ -103,7 +103,7 @@ class Checker:
 
     def sent(self, worker: str, answer: SendAnswer) -> None:
         """A worker sent an answer."""
-        self.sent_answers.add((worker, answer))
+        self.sent_answers.add((worker, replace(answer, head64=None)))
 
     def acknowledged(self, worker: str, ticket: Ticket) -> None:
         """A worker was told that its answer is durable."""

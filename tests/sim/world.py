@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -371,7 +371,7 @@ class Coordinator:
         for message in ready.messages:
             stream_or_none = self.streams.get(message.worker)
             if stream_or_none is not None:
-                self._down(stream_or_none, _down_of(message))
+                self._down(stream_or_none, _down_of(message, self.heads))
                 if isinstance(message, Assign):
                     stream_or_none.worker.release()
 
@@ -412,7 +412,8 @@ class Coordinator:
             if not self.up:
                 return
         self.streams[worker.name] = stream
-        self._down(stream, Welcomed(self.machine.epoch, self.machine.round))
+        round_ = self.machine.round
+        self._down(stream, Welcomed(self.machine.epoch, round_, self.heads[round_]))
         for row in self.commits[hello.round + 1 :]:
             record = decode_record(row.body)
             assert isinstance(record, Committed)
@@ -662,12 +663,12 @@ class Replica:
         world.later(world.rng.randint(20, 600), self.poll)
 
 
-def _down_of(message: RoundMessage) -> Down:
+def _down_of(message: RoundMessage, heads: Sequence[bytes]) -> Down:
     match message:
         case Assign():
             return Assigned(message.ticket, message.work)
         case Ack(_, ticket):
-            return Acknowledged(ticket)
+            return Acknowledged(ticket, heads[ticket.round - 1])
         case Refuse(_, ticket, reason, sentence):
             return RefusedByCoordinator(ticket, reason, sentence)
         case Finish(_, round_):

@@ -1,0 +1,138 @@
+"""Write a journal of each kind of run as this version writes them, with what it comes to.
+
+Run to add the journals of a new version, never to fix a test: those of earlier versions stay, byte for byte.
+
+python -m tests.golden.journals.generate v1
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedmezo_core.aggregate import to_binary32
+from fedmezo_core.checkpoints import Signer
+from fedmezo_core.codec import encode_record
+from fedmezo_core.config import RunConfig
+from fedmezo_core.journal import Journal, MemoryStore
+from fedmezo_core.journal_copy import JournalCopy
+from fedmezo_core.records import (
+    Answered,
+    Checkpoint,
+    Committed,
+    Diverged,
+    Evaluated,
+    Opened,
+    PairRun,
+    Paused,
+    Record,
+    Resumed,
+    Started,
+    Stopped,
+)
+from fedmezo_core.store import SqliteStore
+from tests.core.test_golden_journals import HERE, outcome
+from tests.integration.harness import config_of, genesis_of
+from tests.sim.world import World
+
+Test = Callable[[RunConfig, list[Record]], bool]
+
+
+WANTED: dict[str, Test] = {
+    "per-worker": lambda config, records: (
+        config.seed_policy == "per_worker"
+        and any(isinstance(record, Diverged) for record in records)
+    ),
+    "shared": lambda config, _records: config.seed_policy == "shared" and config.report_losses,
+    "pool": lambda config, records: (
+        config.seed_policy == "pool"
+        and any(isinstance(r, Committed) and r.from_base for r in records)
+    ),
+}
+"""Name of a journal -> what makes a simulated run one of that kind."""
+ROWS_MAX = 300
+
+
+def main() -> None:
+    folder = HERE / sys.argv[1]
+    folder.mkdir()
+    outcomes: dict[str, Any] = {}
+    for name, wanted in WANTED.items():
+        store = simulated(wanted)
+        write(store, folder / f"{name}.db")
+        outcomes[name] = outcome(folder / f"{name}.db")
+    write(paused(), folder / "paused.db")
+    outcomes["paused"] = outcome(folder / "paused.db")
+    write(copied(simulated(WANTED["per-worker"])), folder / "copy.db")
+    outcomes["copy"] = outcome(folder / "copy.db")
+    (folder / "outcomes.json").write_text(json.dumps(outcomes, indent=1) + "\n")
+
+
+def simulated(wanted: Test) -> MemoryStore:
+    """The journal of the first seed whose run is of the wanted kind and not long."""
+    for seed in range(100_000):
+        world = World(seed)
+        world.run()
+        records = [entry.record for entry in Journal(world.store).load()]
+        if len(records) <= ROWS_MAX and wanted(world.scenario.config, records):
+            return world.store
+    raise AssertionError("no simulated run is of this kind")
+
+
+def paused() -> MemoryStore:
+    """A run with every kind of record that no simulated one has."""
+    config = config_of(
+        workers_min=1, quorum=1, dtype="bfloat16", weight_decay=1.0, digest_every_rounds=2
+    )
+    store = MemoryStore()
+    journal = Journal(store)
+    evaluated = Evaluated(1, 0.7, 0.5, 40, b"w" * 32, 0.6)
+    journal.append(
+        [
+            genesis_of(config),
+            Started(1),
+            Opened(1, 0, ("w1",), (2e-3,), 1e-4),
+            Answered(1, 0, (0.5, -2.0), None, 12),
+            Committed(1, (PairRun(1 << 16, (1e-3, -4e-3)),), 77, to_binary32(0.999)),
+            evaluated,
+            Paused(1, "held-out loss is 3 times its best"),
+            Started(2),
+            Resumed(0.5),
+            Opened(2, 0, ("w1", "w2")),
+            Answered(2, 1, (1.0, 1.5), None, None),
+            Committed(2, (PairRun(2 << 16, (2e-3, 3e-3)),), 78, to_binary32(0.9995)),
+            Stopped(2, "no better for 5 evaluations"),
+        ]
+    )
+    return store
+
+
+def copied(store: MemoryStore) -> MemoryStore:
+    """A worker's signed copy of a journal."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    signer = Signer(Ed25519PrivateKey.from_private_bytes(b"golden journals of fedmezo, key."))
+    target = MemoryStore()
+    copy = JournalCopy(Journal(target))
+    entries = list(Journal(store).load())
+    config = entries[0].record.config  # type: ignore[union-attr]
+    list(copy.begin(encode_record(entries[0].record), 1, signer.public_key))
+    for entry in entries:
+        if isinstance(entry.record, Committed):
+            round_, head = entry.record.round, entry.head
+            signature = signer.sign(config.run_id, round_, head)
+            copy.add([entry.row.body], Checkpoint(2, round_, head, signer.public_key, signature))
+    return target
+
+
+def write(store: MemoryStore, path: Path) -> None:
+    file = SqliteStore(path)
+    file.append(store.read(0, len(store)))
+    file.close()
+
+
+if __name__ == "__main__":
+    main()
