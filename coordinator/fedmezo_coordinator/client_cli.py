@@ -15,9 +15,9 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
+from fedmezo_coordinator.journal_place import open_store
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
 from fedmezo_coordinator.splitting import SplitOptions, Splitter, split_file, split_view
-from fedmezo_coordinator.store import SqliteStore
 from fedmezo_coordinator.view import agreement, run_line, run_view, seconds_left
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, ModelError
@@ -61,10 +61,12 @@ Coordinator = Annotated[
 TlsCa = Annotated[
     Path | None, typer.Option(help="PEM file of the CA to trust; without it, plain TCP")
 ]
-JournalFile = Annotated[
-    Path | None,
+JournalPlace = Annotated[
+    str | None,
     typer.Argument(
-        help="journal file of a stopped coordinator; without it, --coordinator is asked"
+        metavar="JOURNAL",
+        help="journal file of a stopped coordinator, or its postgresql:// URL; "
+        "without it, --coordinator is asked",
     ),
 ]
 DEFAULT_ADDRESS = "127.0.0.1:7465"
@@ -103,25 +105,25 @@ def watch(
 
 @journal_app.command()
 def inspect(
-    path: JournalFile = None,
+    journal: JournalPlace = None,
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
     from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     """Print the journal's records, one a line."""
-    for row, record in _records(path, coordinator, tls_ca):
+    for row, record in _records(journal, coordinator, tls_ca):
         if row.seqno >= from_seqno:
             print(_json_line(row, record) if as_json else _line(row, record))
 
 
 @journal_app.command()
 def verify(
-    path: JournalFile = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
+    journal: JournalPlace = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
 ) -> None:
     """Check every hash, the order and the sense of the journal; prints its head."""
     machine, head, count = RoundMachine(), ZERO_HASH, 0
-    for row, record in _records(path, coordinator, tls_ca):
+    for row, record in _records(journal, coordinator, tls_ca):
         machine.apply(record)
         if isinstance(record, (Genesis, Committed)):
             head = head_after(head, row.body)
@@ -146,7 +148,8 @@ def export(
         typer.Option("--adapter-only", help="write the run's LoRA adapter alone, in peft's layout"),
     ] = False,
     journal: Annotated[
-        Path | None, typer.Option(help="journal file of a stopped coordinator")
+        str | None,
+        typer.Option(help="journal file of a stopped coordinator, or its postgresql:// URL"),
     ] = None,
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
@@ -310,9 +313,13 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
                 answer = await client.get_status()
 
 
-def _records(path: Path | None, address: str, tls_ca: Path | None) -> Iterator[tuple[Row, Record]]:
-    """Every record, verified, from a file or from a coordinator."""
-    store = SqliteStore(path, create=False) if path else asyncio.run(_fetched(address, tls_ca))
+def _records(
+    journal: str | None, address: str, tls_ca: Path | None
+) -> Iterator[tuple[Row, Record]]:
+    """Every record, verified, from a journal or from a coordinator."""
+    store = (
+        open_store(journal, read_only=True) if journal else asyncio.run(_fetched(address, tls_ca))
+    )
     try:
         for entry in Journal(store).load():
             yield entry.row, entry.record

@@ -22,7 +22,13 @@ class CoordinatorSettings(BaseSettings):
     """
 
     listen: str = Field(default="127.0.0.1:7465", description="host:port to listen on")
-    journal: Path = Field(default=Path("journal.db"), description="the run's journal")
+    journal: str = Field(
+        default="journal.db", description="the run's journal: a file, or a postgresql:// URL"
+    )
+    standby: bool = Field(
+        default=False,
+        description="wait while another coordinator holds the journal, and take over when it ends",
+    )
     model: str = Field(default="", description="Hugging Face name or folder of the base model")
     adapter: Path | None = Field(
         default=None,
