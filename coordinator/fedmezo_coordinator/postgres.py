@@ -50,6 +50,8 @@ log = logging.getLogger("fedmezo.coordinator")
 
 RECONNECT_S = 30.0
 """How long a PostgreSQL that has gone away is waited for, at the start and in the middle of a run."""
+RETRY_CAP_S = 1.0
+"""Longest wait between two attempts; a database has few coordinators that could storm it."""
 CONNECT_S = 5.0
 """Longest wait for one connection."""
 ANSWER_S = 20.0
@@ -133,19 +135,19 @@ class PostgresStore:
         read_only: bool = False,
         standby: bool = False,
         give_up: threading.Event | None = None,
-        patience_s: float = RECONNECT_S,
+        patience_s: float | None = None,
     ) -> None:
         """Connect, check the server, lock, migrate and raise the fence.
 
         `read_only` does none of the last three and reads beside a running coordinator. `standby` waits
-        for the lock, without limit, until `give_up` is set. Raises `JournalError` and its kinds, or
-        `ConfigError` for a URL that cannot be used.
+        for the lock, without limit, until `give_up` is set. `patience_s` is instead of `RECONNECT_S`.
+        Raises `JournalError` and its kinds, or `ConfigError` for a URL that cannot be used.
         """
         self._place = place
         self._read_only = read_only
         self._standby = standby
         self._give_up = give_up or threading.Event()
-        self._patience_s = patience_s
+        self._patience_s = RECONNECT_S if patience_s is None else patience_s
         self._holder = uuid.uuid4()
         self._fence = 0
         self._length = 0
@@ -252,14 +254,13 @@ class PostgresStore:
                 if not self._is_lost(error):
                     raise self._named(error) from None
                 self._drop()
-                if (
-                    self._standing_by
-                ):  # That may last for days, with a restart of PostgreSQL every night.
+                if self._standing_by:
+                    # That may last for days, with a restart of PostgreSQL every night.
                     attempt, self._standing_by = 0, False
                 if attempt == 0:
                     self._patience_ends_s = time.monotonic() + self._patience_s
                     log.warning("%s; trying for %g s", self._away(error), self._patience_s)
-                wait_s = delay_s(attempt, random.random(), cap_s=2.0)
+                wait_s = delay_s(attempt, random.random(), cap_s=RETRY_CAP_S)
                 attempt += 1
                 if time.monotonic() + wait_s > self._patience_ends_s:
                     raise self._gone(error) from None

@@ -10,12 +10,14 @@ import contextlib
 import os
 import pwd
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
+import pytest
 
 USER = "postgres"
 PASSWORD = "open sesame/@:#"
@@ -40,6 +42,12 @@ def missing() -> str:
     if os.geteuid() == 0 and not _has_account():
         return "PostgreSQL does not run as root, and there is no user postgres to run it as"
     return ""
+
+
+def skip_without_server() -> None:
+    """Skip the module that calls it where no server can be started, unless one is asked for."""
+    if missing() and os.environ.get("FEDMEZO_TEST_POSTGRES") != "required":
+        pytest.skip(missing(), allow_module_level=True)
 
 
 def _has_account() -> bool:
@@ -95,15 +103,14 @@ class Server:
 
     def kill(self) -> None:
         """SIGKILL to the server and all its processes; nobody flushes anything."""
-        pid = int((self.data / "postmaster.pid").read_text().split()[0])
+        server = psutil.Process(int((self.data / "postmaster.pid").read_text().split()[0]))
         # Stopped first, so that it cannot start new ones or clean up when its children die.
-        os.kill(pid, signal.SIGSTOP)
-        children = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False
-        )
-        for process in [pid, *map(int, children.stdout.split())]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        server.suspend()
+        processes = [server, *server.children()]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes, PATIENCE_S)
 
     def remove(self) -> None:
         """Stop the server and delete its folder."""
@@ -113,9 +120,7 @@ class Server:
 
     def url(self, journal: str, *, database: str = USER, password: str = ENCODED) -> str:
         """The setting of a journal in this server."""
-        return (
-            f"postgresql://{USER}:{password}@127.0.0.1:{self.port}/{database}?journal={journal}"
-        )
+        return f"postgresql://{USER}:{password}@127.0.0.1:{self.port}/{database}?journal={journal}"
 
     def query(self, sql: str) -> str:
         """Run statements as the administrator; what they answer."""
