@@ -167,6 +167,20 @@ def test_after_its_session_was_ended_and_a_standby_took_over_the_old_one_writes_
             assert count(server, name) == 2
 
 
+def test_a_coordinator_that_comes_back_after_its_successor_has_ended_writes_nothing(
+    server: Server, name: str
+) -> None:
+    """The lock is free by then, and the rows are as it left them; still the journal is not its own."""
+    with store_at(server.url(name)) as old:
+        old.append([row(0)])
+        with standby(server.url(name)) as opening:
+            server.query(f"SELECT pg_terminate_backend({holder_of(server, name)})")
+            opening.result(PATIENCE_S).close()
+            with pytest.raises(FencedError):
+                old.append([row(1)])
+        assert count(server, name) == 1
+
+
 def test_a_coordinator_whose_session_lives_is_fenced_all_the_same(
     server: Server, name: str
 ) -> None:
