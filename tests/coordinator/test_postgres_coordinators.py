@@ -151,5 +151,25 @@ async def test_nothing_is_acknowledged_while_postgresql_is_away_and_the_round_go
         await acknowledged
         await hand.work_to_the_end()
     await coordinator.says("PostgreSQL is back")
+    coordinator.send(signal.SIGTERM)
+    assert await coordinator.wait() == 0
     answers = [r for r in records_at(url) if isinstance(r, Answered)]
     assert [a.round for a in answers] == [1, 2, 3]
+
+
+async def test_a_signal_ends_a_coordinator_that_waits_for_its_postgresql(
+    programs: Programs, server: Server, url: str
+) -> None:
+    coordinator, address = await programs.coordinator(url, RUN, "--no-replica")
+    async with hands(address, GENESIS, "w1") as [hand]:
+        await hand.open()
+        assign = await hand.assigned()
+        server.stop("immediate")
+        try:
+            await hand.answer(assign)
+            await coordinator.says("trying for 30 s")
+            coordinator.send(signal.SIGTERM)
+            assert await coordinator.wait(15) == 0
+        finally:
+            server.start()
+    assert not any(isinstance(record, Answered) for record in records_at(url))

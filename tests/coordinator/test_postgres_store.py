@@ -249,6 +249,22 @@ def test_an_append_that_was_committed_but_not_answered_is_not_made_twice(
         assert store.read(0, 9) == tuple(row(n) for n in range(4))
 
 
+def test_a_server_that_falls_silent_counts_as_lost(
+    server: Server, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a link that drops everything and tells nobody."""
+    monkeypatch.setattr(postgres, "ANSWER_S", 1.0)
+    with store_through_proxy(server, name) as (store, proxy), ThreadPoolExecutor(1) as pool:
+        store.append([row(0)])
+        proxy.mute = True
+        sent = pool.submit(store.append, [row(1)])
+        until(lambda: count(server, name) == 2, "the commit")
+        proxy.mute = False
+        sent.result(PATIENCE_S)
+        store.append([row(2)])
+        assert store.read(0, 9) == tuple(row(n) for n in range(3))
+
+
 def test_an_append_that_never_arrived_is_made_again(server: Server, name: str) -> None:
     with store_through_proxy(server, name) as (store, proxy), ThreadPoolExecutor(1) as pool:
         store.append([row(0)])
