@@ -59,8 +59,9 @@ def _has_account() -> bool:
 class Server:
     """One cluster. `stop` and `start` as often as a test likes; `remove` when it is done."""
 
-    def __init__(self, **settings: str) -> None:
-        """Make the cluster and start it, with `settings` of postgresql.conf."""
+    def __init__(self, *, netns: str = "", **settings: str) -> None:
+        """Make the cluster and start it, with `settings` of postgresql.conf, maybe in a network namespace."""
+        self._netns = netns
         found = binaries()
         assert found is not None
         self._bin = found
@@ -80,11 +81,13 @@ class Server:
             *("--auth-local=trust", "--auth-host=scram-sha-256", f"--pwfile={secret}"),
         )
         self.configure(
-            listen_addresses="127.0.0.1",
-            port=str(self.port),
-            unix_socket_directories=str(self.folder),
-            max_connections="40",
-            **settings,
+            **{
+                "listen_addresses": "127.0.0.1",
+                "port": str(self.port),
+                "unix_socket_directories": str(self.folder),
+                "max_connections": "40",
+                **settings,
+            }
         )
         self.start()
 
@@ -144,6 +147,8 @@ class Server:
         command = [str(self._bin / program), *arguments]
         if os.geteuid() == 0:
             command = ["runuser", "-u", "postgres", "--", *command]
+        if self._netns:
+            command = ["ip", "netns", "exec", self._netns, *command]
         # Files, not pipes: the server inherits them, and a pipe would be open for as long as it lives.
         with tempfile.TemporaryFile("w+") as said:
             done = subprocess.run(
@@ -157,9 +162,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(**settings: str) -> Iterator[Server]:
+def running(*, netns: str = "", **settings: str) -> Iterator[Server]:
     """A server for as long as the block lasts."""
-    server = Server(**settings)
+    server = Server(netns=netns, **settings)
     try:
         yield server
     finally:
