@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-gpu sim lint format proto check-proto bench bench-gpu experiments wheel-test clean
+.PHONY: help setup demo test test-gpu test-postgres postgres-server sim lint format proto check-proto bench bench-gpu experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -46,6 +46,17 @@ test-gpu: setup  ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
 	  echo "make test-gpu: PyTorch sees no CUDA device here; run it on a machine with one, with PyTorch's CUDA build" >&2; exit 1; }
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu
+
+test-postgres: setup postgres-server  ## run the tests that need a PostgreSQL server; as root, install it first
+	FEDMEZO_TEST_POSTGRES=required $(BIN)/python -m pytest tests/coordinator/test_postgres_store.py \
+	  tests/coordinator/test_postgres_coordinators.py tests/coordinator/test_postgres_partition.py
+
+# The tests start a throwaway cluster themselves, as the user `postgres` if they run as root.
+postgres-server:
+	@command -v initdb > /dev/null || ls /usr/lib/postgresql/*/bin/initdb > /dev/null 2>&1 || { \
+	  test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qy postgresql; } || { \
+	  echo "PostgreSQL's server is missing; install it (Debian: apt-get install postgresql) and try again" >&2; exit 1; }
 
 sim: setup  ## replay one simulated federation with its transcript: make sim SEED=7
 	$(BIN)/python -m tests.sim --seed $(SEED)

@@ -18,6 +18,7 @@
       DivergedError          a party's weights are not the run's weights
       JournalError           the journal cannot be opened, read or appended to
         JournalLockedError   another process has the journal open
+          FencedError        another coordinator has taken the journal over; this one writes no more
         JournalCorruptError  the journal's bytes are not what was written
         JournalFullError     the disk took no more records
       UnavailableError       the other side cannot be reached; retrying may help
@@ -135,6 +136,10 @@ class JournalError(FedMezoError):
 
 class JournalLockedError(JournalError):
     """Another process holds the journal."""
+
+
+class FencedError(JournalLockedError):
+    """Another coordinator has taken the journal over since this one opened it."""
 
 
 class JournalCorruptError(JournalError):

@@ -8,10 +8,13 @@ import logging
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.journal_place import journal_shown, key_beside, open_store
 from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
 from fedmezo_coordinator.supervisor import ReplicaSupervisor, describe_base
@@ -21,10 +24,11 @@ from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.journal import Journal
 from fedmezo_core.program import run_program
 from fedmezo_core.settings import load_settings
-from fedmezo_core.store import SqliteStore
 
 PROGRAM = "fedmezo-coordinator"
 STOP_GRACE_S = 2.0
+CHECK_JOURNAL_EVERY_S = 5.0
+"""A coordinator with nothing to write learns so soon that another has taken its journal over."""
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -49,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until SIGTERM or Ctrl-C; raises what stopped it otherwise."""
-    stop = asyncio.Event()
+    stop, give_up = asyncio.Event(), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     with tempfile.TemporaryDirectory(prefix="fedmezo-") as folder:
@@ -61,9 +65,13 @@ async def run(settings: CoordinatorSettings) -> None:
             else None
         )
         # Port and journal are taken first: nobody should wait for a model to load to be told that
-        # either is another process's.
-        server, port = bind_server(settings.listen, tls, private)
-        journal = Journal(SqliteStore(settings.journal))
+        # either is another process's. A standby takes no port before it serves: workers would connect
+        # to it, and wait.
+        bound = None if settings.standby else bind_server(settings.listen, tls, private)
+        journal = await _open(settings, stop, give_up)
+        if journal is None:
+            return
+        server, port = bound or bind_server(settings.listen, tls, private)
         starting = asyncio.create_task(_prepare(settings, journal))
         if not await _first_of(starting, stop):
             return
@@ -79,19 +87,53 @@ async def run(settings: CoordinatorSettings) -> None:
             )
         log.info("run %s is served at %s:%d", daemon.genesis.config.run_id, host, port)
         log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
-        serving = asyncio.create_task(daemon.serve())
+        serving = asyncio.create_task(_serve(daemon))
         replica = asyncio.create_task(_keep_replica(settings, daemon, private))
         try:
             if await _first_of(serving, stop):
                 serving.result()
             log.info("stopping")
         finally:
+            give_up.set()
             daemon.end_sessions()
             replica.cancel()
             await server.stop(STOP_GRACE_S)
             serving.cancel()
             await asyncio.gather(replica, serving, return_exceptions=True)
             await daemon.close()
+
+
+async def _open(
+    settings: CoordinatorSettings, stop: asyncio.Event, give_up: threading.Event
+) -> Journal | None:
+    """Open the journal in a thread, because a standby may wait for days; None if `stop` came first."""
+    opening = asyncio.create_task(
+        asyncio.to_thread(open_store, settings.journal, standby=settings.standby, give_up=give_up)
+    )
+    if await _first_of(opening, stop):
+        return Journal(opening.result())
+    give_up.set()
+    return None
+
+
+async def _serve(daemon: Daemon) -> None:
+    """Serve until the journal fails, also if it fails while there is nothing to write."""
+    serving = asyncio.create_task(daemon.serve())
+    checking = asyncio.create_task(_check_journal(daemon))
+    try:
+        done, _ = await asyncio.wait({serving, checking}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in (serving, checking):
+            task.cancel()
+        await asyncio.gather(serving, checking, return_exceptions=True)
+
+
+async def _check_journal(daemon: Daemon) -> None:
+    while True:
+        await asyncio.sleep(CHECK_JOURNAL_EVERY_S)
+        await daemon.check_journal()
 
 
 async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
@@ -102,8 +144,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         log.info("new run %s: loading %s to name its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
         journal.append([genesis])
-    beside = settings.journal.with_name(settings.journal.name + ".key")
-    daemon = Daemon(journal, open_signer(settings.signing_key or beside))
+    daemon = Daemon(journal, open_signer(settings.signing_key or key_beside(settings.journal)))
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
     if settings.resume:
@@ -120,7 +161,7 @@ def _check_same_run(settings: CoordinatorSettings, fixed: RunConfig) -> None:
     for key, value in asked.items():
         if value != written[key]:
             raise ConfigError(
-                f"The journal {settings.journal} belongs to a run with {key} = {written[key]!r}, the "
+                f"The journal {journal_shown(settings.journal)} belongs to a run with {key} = {written[key]!r}, the "
                 f"settings say {value!r}; take the setting back, or give the new run another --journal."
             )
 
@@ -137,7 +178,7 @@ async def _keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: 
     await supervisor.keep()
 
 
-async def _first_of(task: asyncio.Task[Daemon] | asyncio.Task[None], stop: asyncio.Event) -> bool:
+async def _first_of(task: asyncio.Task[Any], stop: asyncio.Event) -> bool:
     """Wait for the task or for the signal; False if the signal came first (the task is cancelled)."""
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)

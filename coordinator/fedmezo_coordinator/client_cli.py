@@ -15,6 +15,7 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
+from fedmezo_coordinator.journal_place import journal_shown, open_store
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
 from fedmezo_coordinator.splitting import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.view import agreement, run_line, run_view, seconds_left
@@ -39,7 +40,6 @@ from fedmezo_core.records import (
 )
 from fedmezo_core.rounds import RoundMachine
 from fedmezo_core.settings import load_settings
-from fedmezo_core.store import SqliteStore
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 app = typer.Typer(
@@ -63,10 +63,12 @@ Coordinator = Annotated[
 TlsCa = Annotated[
     Path | None, typer.Option(help="PEM file of the CA to trust; without it, plain TCP")
 ]
-JournalFile = Annotated[
-    Path | None,
+JournalPlace = Annotated[
+    str | None,
     typer.Argument(
-        help="journal file of a stopped coordinator; without it, --coordinator is asked"
+        metavar="JOURNAL",
+        help="journal file of a stopped coordinator, or its postgresql:// URL; "
+        "without it, --coordinator is asked",
     ),
 ]
 DEFAULT_ADDRESS = "127.0.0.1:7465"
@@ -105,46 +107,50 @@ def watch(
 
 @journal_app.command()
 def inspect(
-    path: JournalFile = None,
+    journal: JournalPlace = None,
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
     from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     """Print the journal's records, one a line."""
-    for row, record in _records(path, coordinator, tls_ca):
+    for row, record in _records(journal, coordinator, tls_ca):
         if row.seqno >= from_seqno:
             print(_json_line(row, record) if as_json else _line(row, record))
 
 
 @journal_app.command()
 def verify(
-    path: JournalFile = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
+    journal: JournalPlace = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
 ) -> None:
     """Check every hash, the order and the sense of the journal; prints its head."""
-    print(_verified_line(_records(path, coordinator, tls_ca)))
+    print(_verified_line(_records(journal, coordinator, tls_ca)))
 
 
 @journal_app.command()
 def restore(
-    copy: Annotated[Path, typer.Argument(help="a worker's journal_copy, or another journal file")],
-    journal: Annotated[Path, typer.Argument(help="journal to write; must not exist")],
+    copy: Annotated[str, typer.Argument(help="a worker's journal_copy, or another journal file")],
+    journal: Annotated[
+        str, typer.Argument(help="journal to write, a new file or an empty one's URL")
+    ],
 ) -> None:
     """Write a coordinator's journal from a verified copy; start the coordinator with it to go on."""
-    if journal.exists():
-        raise ConfigError(f"{journal} exists; give the name of a new file.")
     line = _verified_line(_records(copy, "", None))
-    source = SqliteStore(copy, create=False)
+    source = open_store(copy, read_only=True)
     try:
-        target = SqliteStore(journal)
+        target = open_store(journal)
         try:
+            if len(target):
+                raise ConfigError(
+                    f"{journal_shown(journal)} holds a run already; give the name of a new journal."
+                )
             while rows := source.read(len(target), Journal.PAGE_ROWS):
                 target.append(rows)
         finally:
             target.close()
     finally:
         source.close()
-    print(f"{line}\nwrote {journal}")
+    print(f"{line}\nwrote {journal_shown(journal)}")
 
 
 @app.command()
@@ -159,7 +165,8 @@ def export(
         typer.Option("--adapter-only", help="write the run's LoRA adapter alone, in peft's layout"),
     ] = False,
     journal: Annotated[
-        Path | None, typer.Option(help="journal file of a stopped coordinator")
+        str | None,
+        typer.Option(help="journal file of a stopped coordinator, or its postgresql:// URL"),
     ] = None,
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
@@ -326,9 +333,11 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
 Records = Iterator[tuple[Row, Record]]
 
 
-def _records(path: Path | None, address: str, tls_ca: Path | None) -> Records:
-    """Every record, verified, from a file or from a coordinator."""
-    store = SqliteStore(path, create=False) if path else asyncio.run(_fetched(address, tls_ca))
+def _records(journal: str | None, address: str, tls_ca: Path | None) -> Records:
+    """Every record, verified, from a journal or from a coordinator."""
+    store = (
+        open_store(journal, read_only=True) if journal else asyncio.run(_fetched(address, tls_ca))
+    )
     try:
         for entry in verified(Journal(store)):
             yield entry.row, entry.record

@@ -233,6 +233,10 @@ class Daemon:
         for session in self._sessions.values():
             session.end(UnavailableError("The coordinator is stopping; reconnect later."))
 
+    async def check_journal(self) -> None:
+        """See that the journal is still there and still ours; raises `JournalError` if not."""
+        await self._on_disk(lambda: self._journal.read(0, 1))
+
     async def close(self) -> None:
         """Close the journal; nothing is served afterwards."""
         await self._on_disk(self._journal.close)

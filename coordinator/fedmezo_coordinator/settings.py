@@ -22,7 +22,13 @@ class CoordinatorSettings(BaseSettings):
     """
 
     listen: str = Field(default="127.0.0.1:7465", description="host:port to listen on")
-    journal: Path = Field(default=Path("journal.db"), description="the run's journal")
+    journal: str = Field(
+        default="journal.db", description="the run's journal: a file, or a postgresql:// URL"
+    )
+    standby: bool = Field(
+        default=False,
+        description="wait while another coordinator holds the journal, and take over when it ends",
+    )
     model: str = Field(default="", description="Hugging Face name or folder of the base model")
     adapter: Path | None = Field(
         default=None,
@@ -47,7 +53,7 @@ class CoordinatorSettings(BaseSettings):
     signing_key: Path | None = Field(
         default=None,
         description="PEM file with the Ed25519 key that signs checkpoints, made if it is not there; "
-        "none: beside the journal, with .key added to its name",
+        "none: beside the journal, with .key added to its name (of one in a database, in the working folder)",
     )
     tls_cert: Path | None = Field(
         default=None, description="PEM certificate chain to serve TLS with"

@@ -188,7 +188,7 @@ class Programs:
         return path
 
     async def coordinator(
-        self, journal: Path, run: dict[str, Any], *arguments: str | Path, port: int = 0
+        self, journal: Path | str, run: dict[str, Any], *arguments: str | Path, port: int = 0
     ) -> tuple[Program, str]:
         """A coordinator that serves, and its address."""
         settings = self.settings(run)
