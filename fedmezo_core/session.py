@@ -8,6 +8,9 @@ It is told what came from the coordinator and from the engine, and says what to 
 - On a `ProtocolError` from `step`: the event was dropped and the state is as before; close the stream,
   then send `Disconnected` and try again. On a `DivergedError`: stop.
 
+In a buffered run (`staleness_max` above 0) a measurement goes on while rounds are committed, and is answered
+as long as it is at most so many rounds old; the commits wait until it ends.
+
 A machine outlives its streams. What it must not outlive is the weights: after a crash the worker starts
 again from the base and the journal with a new machine.
 """
@@ -70,12 +73,18 @@ class SessionState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What a measurement depends on; two assignments of equal jobs have equal answers."""
+    """What a measurement depends on; two assignments of equal jobs have equal answers.
+
+    The weights are those before `round`: a machine follows one history, so there are no others.
+    """
 
     round: int
     slot: int
     work: Work
-    head: bytes
+
+    @classmethod
+    def of(cls, event: Assigned) -> _Job:
+        return cls(event.ticket.round, event.ticket.slot, event.work)
 
 
 @dataclass(slots=True)
@@ -94,7 +103,13 @@ class SessionMachine:
     """
 
     def __init__(
-        self, round_: int, head: bytes, *, report_losses: bool, report_rows: bool = False
+        self,
+        round_: int,
+        head: bytes,
+        *,
+        report_losses: bool,
+        report_rows: bool = False,
+        staleness_max: int = 0,
     ) -> None:
         self.state = SessionState.OFFLINE
         self.round = round_
@@ -108,6 +123,7 @@ class SessionMachine:
         """Newest refusal, except of stale tickets: those are normal after a restart or a deadline."""
         self._report_losses = report_losses
         self._report_rows = report_rows
+        self._staleness_max = staleness_max
         self._head_before = b""
         self._running: _Running | None = None
         self._queued: deque[ApplyCommit] = deque()
@@ -126,7 +142,9 @@ class SessionMachine:
 
         It then sends `MeasureFailed`, and what waits comes out at once.
         """
-        return self._running is not None and not self._counts(self._running.job)
+        if self._running is None:
+            return False
+        return self._finish_pending or not self._counts(self._running.job.round)
 
     def step(self, event: SessionEvent) -> _Actions:
         """Take one event. An event that is not allowed here raises and changes nothing.
@@ -193,9 +211,8 @@ class SessionMachine:
         self._head_before = event.head_before if jumps else self.head
         self.head = head_of(self._head_before + event.record_bytes).digest()
         self.round = commit.round
-        self._cached = None
-        if self._next is not None:  # Its round closed before it was begun.
-            self._next = None
+        if self._cached is not None and not self._counts(self._cached[0].round):
+            self._cached = None
         if self._running is not None:
             self._queued.append(ApplyCommit(commit))
             return ()
@@ -203,7 +220,8 @@ class SessionMachine:
 
     def _assigned(self, event: Assigned) -> _Actions:
         ticket = event.ticket
-        if ticket.epoch != self.epoch or ticket.round != self.round + 1:
+        is_ahead = ticket.round > self.round + 1
+        if ticket.epoch != self.epoch or is_ahead or not self._counts(ticket.round):
             raise ProtocolError(
                 f"Epoch {ticket.epoch}, round {ticket.round} was assigned, but this session is in "
                 f"epoch {self.epoch} and its next round is {self.round + 1}; connect again to catch up."
@@ -212,7 +230,7 @@ class SessionMachine:
             raise ProtocolError(
                 f"{len(event.work.seeds)} seeds were assigned; an assignment has 1 to {STEPS_MAX}."
             )
-        job = self._job_of(event)
+        job = _Job.of(event)
         if self._cached is not None and self._cached[0] == job:
             self._next = None
             return (self._answer(self._cached[1], ticket),)
@@ -222,7 +240,7 @@ class SessionMachine:
             else:
                 self._next = event
             return ()
-        return (self._measure(event),)
+        return self._begin(event)
 
     def _acknowledged(self, event: Acknowledged) -> _Actions:
         self.acknowledged = event.ticket
@@ -248,7 +266,7 @@ class SessionMachine:
     def _measured(self, event: Measured) -> _Actions:
         running = self._ended(event.ticket)
         actions: _Actions = ()
-        if self._counts(running.job):
+        if self._counts(running.job.round):
             self._cached = (running.job, event)
             if self._may_send(running.newest):
                 actions = (self._answer(event, running.newest),)
@@ -257,7 +275,7 @@ class SessionMachine:
     def _measure_failed(self, event: MeasureFailed) -> _Actions:
         running = self._ended(event.ticket)
         actions: _Actions = ()
-        if self._counts(running.job) and self._may_send(running.newest):
+        if self._counts(running.job.round) and self._may_send(running.newest):
             actions = (SendUnable(running.newest, event.reason[:REASON_CHARS_MAX]),)
         return actions + self._drained()
 
@@ -277,7 +295,7 @@ class SessionMachine:
         self._queued.clear()
         if self._next is not None:
             event, self._next = self._next, None
-            actions.append(self._measure(event))
+            actions += self._begin(event)
         elif self._finish_pending:
             self._finish_pending = False
             self.state = SessionState.LEFT
@@ -286,16 +304,26 @@ class SessionMachine:
 
     # ------------------------------------------------------------ small parts
 
-    def _measure(self, event: Assigned) -> Measure:
-        self._running = _Running(self._job_of(event), event.ticket, event.ticket)
-        return Measure(event.ticket, event.work)
+    def _begin(self, event: Assigned) -> _Actions:
+        """Measure, if the weights are those that the assignment means; the newest never go back.
 
-    def _job_of(self, event: Assigned) -> _Job:
-        return _Job(event.ticket.round, event.ticket.slot, event.work, self.head)
+        An overtaken assignment that could still be answered is given back, so that newer work comes.
+        """
+        ticket = event.ticket
+        if ticket.round == self.round + 1:
+            self._running = _Running(_Job.of(event), ticket, ticket)
+            return (Measure(ticket, event.work),)
+        if not self._counts(ticket.round):
+            return ()
+        reason = (
+            f"the weights before round {ticket.round} are no longer held, this worker has those after "
+            f"round {self.round}"
+        )
+        return (SendUnable(ticket, reason),)
 
-    def _counts(self, job: _Job) -> bool:
-        """Whether the job's round is still the next one."""
-        return job.round == self.round + 1 and job.head == self.head
+    def _counts(self, round_: int) -> bool:
+        """Whether an answer to an assignment of `round_` can still be committed."""
+        return self.round + 1 - round_ <= self._staleness_max
 
     def _may_send(self, ticket: Ticket) -> bool:
         return self.state is SessionState.ONLINE and ticket.epoch == self.epoch

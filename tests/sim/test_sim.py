@@ -55,7 +55,9 @@ def _caught(make: Callable[[int], World], seeds: int = CONTROL_SEEDS) -> list[st
     return found
 
 
-def _with_lying_disk(seed: int, machine: Callable[[], RoundMachine] = RoundMachine) -> World:
+def _with_lying_disk(
+    seed: int, machine: Callable[[], RoundMachine] = RoundMachine, buffer_answers: int = 0
+) -> World:
     """A network and a disk bad enough that a round is opened twice, with other slots."""
     scenario = replace(
         World(seed).scenario,
@@ -78,13 +80,16 @@ def _with_lying_disk(seed: int, machine: Callable[[], RoundMachine] = RoundMachi
             "deadline_ms": 1000,
             # Of shared seeds, every slot has the same.
             "seed_policy": "per_worker",
+            "buffer_answers": buffer_answers,
+            "staleness_max_rounds": 3,
         }
     )
     return World(seed, scenario=replace(scenario, config=config), machine=machine)
 
 
-def test_tickets_hold_even_when_the_disk_loses_an_opening() -> None:
-    assert _caught(_with_lying_disk) == []
+@pytest.mark.parametrize("buffer_answers", [0, 2])
+def test_tickets_hold_even_when_the_disk_loses_an_opening(buffer_answers: int) -> None:
+    assert _caught(lambda seed: _with_lying_disk(seed, buffer_answers=buffer_answers)) == []
 
 
 def test_control_matching_the_round_alone_is_caught() -> None:
