@@ -44,6 +44,19 @@ class RoundOnlyMachine(RoundMachine):
         return super().step(event)
 
 
+class AgelessMachine(RoundMachine):
+    """A machine that takes a late answer for one to the newest assignment, as if it had no age."""
+
+    def step(self, event: RoundEvent) -> Ready:
+        """Credit an answer of an earlier round to the worker's own slot of the open one."""
+        current = self.state.open
+        if isinstance(event, AnswerReceived) and current and event.ticket.round < current.round:
+            slot = current.slots.get(event.worker)
+            if slot is not None:
+                event = replace(event, ticket=Ticket(self.epoch, current.round, slot))
+        return super().step(event)
+
+
 def _caught(make: Callable[[int], World], seeds: int = CONTROL_SEEDS) -> list[str]:
     found = []
     for seed in range(seeds):
@@ -95,6 +108,24 @@ def test_tickets_hold_even_when_the_disk_loses_an_opening(buffer_answers: int) -
 def test_control_matching_the_round_alone_is_caught() -> None:
     found = _caught(lambda seed: _with_lying_disk(seed, RoundOnlyMachine), seeds=300)
     assert sum("not measured on that slot's seed" in violation for violation in found) >= 2
+
+
+def test_control_forgetting_how_old_an_answer_is_is_caught() -> None:
+    def make(seed: int) -> World:
+        return _with_lying_disk(seed, AgelessMachine, buffer_answers=2)
+
+    found = _caught(make)
+    assert sum("not measured on that slot's seed" in violation for violation in found) >= 2
+
+
+def test_buffered_runs_are_among_the_federations_and_their_answers_grow_old() -> None:
+    ages: list[int] = []
+    for seed in range(SEEDS_A_BLOCK):
+        world = World(seed)
+        world.run()
+        if world.scenario.config.buffer_answers:
+            ages += world.checker.ages
+    assert 0 < sum(age > 0 for age in ages) < len(ages)
 
 
 def test_control_sending_before_appending_is_caught() -> None:
