@@ -10,6 +10,7 @@ import pytest
 from fedmezo_core.events import AnswerReceived, Ready, RoundEvent, Ticket
 from fedmezo_core.rounds import RoundMachine
 from tests.sim.checker import ViolationError
+from tests.sim.slow_worker import play
 from tests.sim.world import World
 
 SEEDS_A_BLOCK = 50
@@ -126,6 +127,12 @@ def test_buffered_runs_are_among_the_federations_and_their_answers_grow_old() ->
         if world.scenario.config.buffer_answers:
             ages += world.checker.ages
     assert 0 < sum(age > 0 for age in ages) < len(ages)
+
+
+def test_a_slow_worker_does_not_hold_a_buffered_run_up_and_is_heard() -> None:
+    synchronous, buffered = play(rounds=30), play(rounds=60, buffer_answers=4)
+    assert buffered.answers_a_second > 5 * synchronous.answers_a_second
+    assert 0 < buffered.slow_share < synchronous.slow_share
 
 
 def test_control_sending_before_appending_is_caught() -> None:

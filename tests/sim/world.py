@@ -470,6 +470,8 @@ class Worker:
         self.session: SessionMachine | None = None
         self.stream: Stream | None = None
         self.running: Measure | None = None
+        self.duration_ms: int | None = None
+        """How long a measurement takes; None: as the dice say."""
         self.held_back: list[tuple[Stream, Up]] = []
         """Under way when its stream tore; a hostile network hands it over at the worst time."""
 
@@ -612,7 +614,7 @@ class Worker:
                     raise ViolationError(f"{self.name}: two measurements at once")
                 self.running = action
                 session = self.session
-                duration_ms = world.rng.choice((1, 20, 150, 900))
+                duration_ms = self.duration_ms or world.rng.choice((1, 20, 150, 900))
                 world.later(duration_ms, lambda: self._end_measure(session, action))
             case SendAnswer():
                 world.checker.sent(self.name, action)
