@@ -1043,6 +1043,8 @@ class RoundMachine:
         else:
             room = max(1, config.cohort_size_max - current.counting)
         room = min(room, COHORT_MAX - len(current.cohort))
+        if room <= 0:
+            return ()
         free = [worker for worker in self._idle if self._is_free(current, worker)]
         return choose_cohort(config.seed, current.round, free, room)
 

@@ -275,7 +275,8 @@ class SessionMachine:
     def _measure_failed(self, event: MeasureFailed) -> _Actions:
         running = self._ended(event.ticket)
         actions: _Actions = ()
-        if self._counts(running.job.round) and self._may_send(running.newest):
+        is_wanted = self._counts(running.job.round) and not self._finish_pending
+        if is_wanted and self._may_send(running.newest):
             actions = (SendUnable(running.newest, event.reason[:REASON_CHARS_MAX]),)
         return actions + self._drained()
 

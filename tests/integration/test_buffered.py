@@ -96,3 +96,4 @@ async def test_fast_workers_do_not_wait_and_a_late_answer_counts_with_its_age(
     digests = {digest.party: digest.weights_digest for digest in status.digests}
     assert digests == dict.fromkeys(["fast-0", "fast-1", "slow"], party.weights.digest())
     assert not status.divergences
+    assert not any(worker.complaint for worker in status.workers)
