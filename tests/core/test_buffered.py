@@ -344,7 +344,7 @@ moves = st.lists(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     moves,
     st.integers(1, 4),
