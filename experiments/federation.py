@@ -114,6 +114,7 @@ class Federation:
                     entry.head,
                     report_losses=config.report_losses,
                     report_rows=config.weighting == "rows",
+                    staleness_max=config.staleness_max,
                 ),
             )
             for name, own in rows.items()

@@ -98,6 +98,16 @@ def normalized(projected_grads: Sequence[float]) -> list[float]:
     return [grad / size if size > 0 else 0.0 for grad in projected_grads]
 
 
+def staleness_discount(config: RunConfig, rounds_old: int) -> float:
+    """What the learning rate of an answer that was measured `rounds_old` rounds before its commit is
+    multiplied by: (1 + rounds_old) ^ -staleness_exponent, above 0, at most 1.
+
+    FedBuff's polynomial discount (Nguyen et al. 2022, section 5, after FedAsync, Xie et al. 2019). As
+    there, the divisor of the mean stays: answers that are all old make a smaller step.
+    """
+    return float((1.0 + rounds_old) ** -config.staleness_exponent) if rounds_old else 1.0
+
+
 def decay_of(config: RunConfig, factor: float) -> float:
     """What a commit multiplies the weights by: binary32( (1 - rate * weight_decay) ^ local_steps ).
 

@@ -35,6 +35,7 @@ from fedmezo_core.records import (
     Opened,
     PairRun,
     Paused,
+    Place,
     Record,
     Resumed,
     Started,
@@ -100,6 +101,9 @@ _OPTIONAL: Mapping[str, Mapping[str, int] | None] = {
     "pause_loss_factor": None,
     "pause_rounds": None,
     "early_stop_evaluations": None,
+    "buffer_answers": None,
+    "staleness_max_rounds": None,
+    "staleness_exponent": None,
 }
 """Fields of the contract that are left out of the message at their defaults, so that a run without
 them has the same bytes as ever; with the names of those that are enums."""
@@ -286,6 +290,8 @@ def _record_to_pb(record: Record) -> pb.Record:
                     rounding_seed=record.rounding_seed,
                     decay=None if record.decay == 1.0 else record.decay,
                     from_base=record.from_base,
+                    staleness=[record.round - place.round for place in record.answers],
+                    slots=[place.slot for place in record.answers],
                 )
             )
         case Diverged():
@@ -372,6 +378,7 @@ def _record_from_pb(message: pb.Record) -> Record:
                 rounding_seed=committed.rounding_seed,
                 decay=decay,
                 from_base=committed.from_base,
+                answers=_places_of(committed),
             )
         case "diverged":
             diverged = message.diverged
@@ -400,6 +407,20 @@ def _record_from_pb(message: pb.Record) -> Record:
             )
         case _:
             raise ProtocolError("its kind is not known to this version")
+
+
+def _places_of(message: pb.Committed) -> tuple[Place, ...]:
+    if len(message.staleness) != len(message.slots) or any(
+        age >= message.round for age in message.staleness
+    ):
+        raise ProtocolError(
+            f"the commit of round {message.round} names {len(message.slots)} slots of rounds that are "
+            f"{list(message.staleness)} before it"
+        )
+    return tuple(
+        Place(message.round - age, slot)
+        for age, slot in zip(message.staleness, message.slots, strict=True)
+    )
 
 
 def diverged_to_pb(record: Diverged) -> pb.Diverged:

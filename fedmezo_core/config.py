@@ -26,6 +26,10 @@ MESSAGE_BYTES_MAX = 64 * 1024
 """Largest message a worker may send."""
 COMMIT_PAIRS_MAX = 262_144
 """Most pairs in one commit (1 MiB of coefficients)."""
+STALENESS_MAX = 256
+"""Most rounds that an answer may be old: far fewer than the commits that may wait for a measurement."""
+HELD_PAIRS_MAX = 8 * COMMIT_PAIRS_MAX
+"""Most pairs of all the rounds that a coordinator remembers for late answers (64 MiB of numbers)."""
 POOL_SIZE_MAX = 65_536
 """Most seeds of a pool: the low 16 bits of a first seed are zero."""
 
@@ -216,6 +220,24 @@ class RunConfig(_Frozen):
     )
     quorum: int = Field(default=1, ge=1, le=COHORT_MAX, description="Least answers to commit.")
     cohort_size_max: int = Field(default=64, ge=1, le=COHORT_MAX)
+    buffer_answers: int = Field(
+        default=0,
+        ge=0,
+        le=COHORT_MAX,
+        description="A round commits with so many answers, of this round or earlier ones; 0: its own.",
+    )
+    staleness_max_rounds: int = Field(
+        default=10,
+        ge=0,
+        le=STALENESS_MAX,
+        description="With buffer_answers: an answer that is more rounds old is refused.",
+    )
+    staleness_exponent: float = Field(
+        default=0.5,
+        ge=0,
+        le=100,
+        description="With buffer_answers: one that is s rounds old counts (1 + s)^-this (FedBuff).",
+    )
     deadline_ms: int = Field(default=600_000, ge=100, le=7 * 24 * 3600 * 1000)
     digest_every_rounds: int = Field(default=1, ge=1, le=1_000_000)
     report_losses: bool = Field(
@@ -270,18 +292,54 @@ class RunConfig(_Frozen):
                 f"local_steps x probes = {self.pairs_per_answer} projected gradients in one answer; "
                 f"the most is {STEPS_MAX}, so lower local_steps or probes"
             )
-        pairs = self.pairs_per_answer * self.cohort_size_max
+        pairs = self.pairs_per_answer * self.answers_max
         if pairs > COMMIT_PAIRS_MAX:
+            most = "buffer_answers" if self.buffer_answers else "cohort_size_max"
             raise ValueError(
-                f"local_steps x probes x cohort_size_max = {pairs} pairs in one round; "
+                f"local_steps x probes x {most} = {pairs} pairs in one round; "
                 f"the most is {COMMIT_PAIRS_MAX}, so lower one of the three"
             )
+        if self.buffer_answers:
+            self._check_buffered(pairs)
         return self
+
+    def _check_buffered(self, pairs: int) -> None:
+        if self.quorum > self.buffer_answers:
+            raise ValueError(
+                f"quorum {self.quorum} is more than the buffer_answers = {self.buffer_answers} that a "
+                "round commits with; lower quorum or raise buffer_answers"
+            )
+        if self.seed_policy == "shared":
+            raise ValueError(
+                "seed_policy 'shared' has everyone of a round measure along the same directions, but "
+                "with buffer_answers rounds overlap; choose per_worker or pool, or set buffer_answers to 0"
+            )
+        if self.seed_policy == "pool" and self.pool_sampling == "weighted":
+            raise ValueError(
+                "pool_sampling 'weighted' draws from chances that change with each commit, so the seeds "
+                "of a late answer could not be drawn again; choose uniform, or set buffer_answers to 0"
+            )
+        held = pairs * (self.staleness_max_rounds + 1)
+        if held > HELD_PAIRS_MAX:
+            raise ValueError(
+                "local_steps x probes x buffer_answers x (staleness_max_rounds + 1) = "
+                f"{held} pairs to remember; the most is {HELD_PAIRS_MAX}, so lower one of the four"
+            )
 
     @property
     def pairs_per_answer(self) -> int:
         """Count of projected gradients in one answer; each becomes a pair of the commit."""
         return self.local_steps * self.probes
+
+    @property
+    def answers_max(self) -> int:
+        """Most answers in one commit."""
+        return self.buffer_answers or self.cohort_size_max
+
+    @property
+    def staleness_max(self) -> int:
+        """How many rounds old an answer may be when it is committed; 0 in a synchronous run."""
+        return self.staleness_max_rounds if self.buffer_answers else 0
 
     @property
     def rate_amplitude(self) -> float:
@@ -311,6 +369,8 @@ class RunConfig(_Frozen):
             recipe += " decay"
         if self.seed_policy == "pool":
             recipe += " pool"
+        if self.buffer_answers:
+            recipe += " buffered"
         if self.task.objective:
             recipe += f" objective={self.task.objective}"
         return recipe

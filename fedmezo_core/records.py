@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedmezo_core.config import RunConfig
 
@@ -41,6 +42,13 @@ class Opened:
     """One for each of `workers`; empty where all have the contract's."""
     eps: float | None = None
     """The round's; None where it is the contract's."""
+
+
+class Place(NamedTuple):
+    """A slot of a round: what one measurement was assigned to. Places sort by age, oldest first."""
+
+    round: int
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +86,10 @@ class Committed:
     """What every weight is multiplied by first: a binary32 value in (0, 1]."""
     from_base: bool = False
     """Applied to the base instead of to the weights so far, of which it holds everything."""
+
+    answers: tuple[Place, ...] = ()
+    """Of a buffered round: the answers that it is made of, in the order of `runs` where each has its
+    own. How old one is, is `round` minus its place's. Empty where they are the round's own."""
 
     @property
     def pairs(self) -> int:

@@ -28,6 +28,7 @@ from fedmezo_core.aggregate import (
     clip_of,
     coefficients_of,
     decay_of,
+    staleness_discount,
     to_binary32,
 )
 from fedmezo_core.cohort import REPLICA_PARTY, agreed_digest, choose_cohort
@@ -74,6 +75,7 @@ from fedmezo_core.records import (
     Opened,
     PairRun,
     Paused,
+    Place,
     Record,
     Resumed,
     Started,
@@ -85,7 +87,8 @@ from fedmezo_core.seeds import Pool, runs_of, seeds_of
 RECENT_ROUNDS_MAX = 1000
 """Summaries of rounds, evaluations and divergences kept for the status."""
 DIGESTS_KEPT_MAX = 8
-"""Rounds whose agreed digest, and whose replica digest, is remembered."""
+"""Rounds whose agreed digest, and whose replica digest, is remembered; beside those that an answer of a
+buffered run may be old."""
 WORKERS_SEEN_MAX = 4 * COHORT_MAX
 """Workers whose figures are kept for the status; the longest gone are forgotten first."""
 COMPLAINT_CHARS_MAX = 512
@@ -127,17 +130,20 @@ class RoundSummary:
 
 @dataclass(slots=True)
 class RoundState:
-    """One round's slots and answers."""
+    """One round's slots, and the answers to them."""
 
     round: int
     cohort: list[str] = field(default_factory=list)
-    """Worker of each slot. A worker found diverged may come back under a later slot."""
+    """Worker of each slot. A worker found diverged may come back under a later slot, and one of a
+    buffered run takes one slot after the other."""
     slots: dict[str, int] = field(default_factory=dict)
-    """Worker -> its slot that counts. Invariant: none of these is in `excluded`."""
+    """Worker -> its newest slot that counts. Invariant: none of these is in `excluded`."""
     answers: dict[int, Accepted] = field(default_factory=dict)
     """Slot -> the answer that stands."""
     excluded: set[int] = field(default_factory=set)
     """Answered slots that were measured on diverged weights: never committed."""
+    committed: set[int] = field(default_factory=set)
+    """Answered slots that a commit holds, of this round or of a later one."""
     rates: list[float] = field(default_factory=list)
     """Learning rate of each slot."""
     eps: float | None = None
@@ -145,16 +151,13 @@ class RoundState:
 
     @property
     def counting(self) -> int:
-        """Count of answers that may be committed."""
-        return len(self.answers) - len(self.excluded)
+        """Count of answers that may yet be committed."""
+        return len(self.answers) - len(self.excluded) - len(self.committed)
 
     def counted(self) -> list[Answered]:
-        """Answers that may be committed, in slot order."""
-        return [self.answers[slot].record for slot in sorted(self.answers.keys() - self.excluded)]
-
-    def unanswered(self) -> Iterator[int]:
-        """Slots without an answer, ascending."""
-        return (slot for slot in range(len(self.cohort)) if slot not in self.answers)
+        """Answers that may yet be committed, in slot order."""
+        left = self.answers.keys() - self.excluded - self.committed
+        return [self.answers[slot].record for slot in sorted(left)]
 
 
 @dataclass(slots=True)
@@ -166,9 +169,11 @@ class RunState:
     round: int = 0
     """Last committed round."""
     open: RoundState | None = None
-    """Invariant: `open.round == round + 1`."""
-    closed: RoundState | None = None
-    """The last committed round, so that a lost acknowledgement can be given again."""
+    """Invariant: `open.round == round + 1`. In a buffered run it has no slots as long as only answers to
+    earlier rounds wait for its commit."""
+    earlier: deque[RoundState] = field(default_factory=deque)
+    """The newest committed rounds, oldest first: those whose slots may still be answered, and one more,
+    so that a lost acknowledgement can be given again."""
     agreed: dict[int, int] = field(default_factory=dict)
     """Round -> first 64 bits of the digest of the weights after it, for the newest rounds known."""
     diverged: dict[str, Diverged] = field(default_factory=dict)
@@ -247,6 +252,60 @@ class RunState:
                     )
                 self.epoch, self.copied = epoch, True
 
+    @property
+    def closed(self) -> RoundState | None:
+        """The last committed round."""
+        return self.earlier[-1] if self.earlier else None
+
+    def held(self, round_: int) -> RoundState | None:
+        """The round with its slots, if it is open or one of the newest committed ones."""
+        if self.open is not None and self.open.round == round_:
+            return self.open
+        place = round_ - self.round - 1 + len(self.earlier)
+        return self.earlier[place] if 0 <= place < len(self.earlier) else None
+
+    def age(self, round_: int) -> int:
+        """How many rounds old an answer of `round_` is for the next commit."""
+        return self.round + 1 - round_
+
+    def answerable(self) -> Iterator[RoundState]:
+        """Rounds whose answers the next commit may hold, oldest first."""
+        assert self.genesis is not None
+        for held in self.earlier:
+            if self.age(held.round) <= self.genesis.config.staleness_max:
+                yield held
+        if self.open is not None:
+            yield self.open
+
+    @property
+    def counting(self) -> int:
+        """Count of answers that may be committed next."""
+        return sum(held.counting for held in self.answerable())
+
+    def counted(self) -> list[Answered]:
+        """Answers that may be committed next, by round and slot."""
+        return [answer for held in self.answerable() for answer in held.counted()]
+
+    def worker_of(self, place: Place) -> str:
+        """Whose slot it is; of a round that is held."""
+        held = self.held(place.round)
+        assert held is not None
+        return held.cohort[place.slot]
+
+    def assignment_of(self, worker: str) -> Place | None:
+        """What the worker was assigned last, if that can still be answered and is not."""
+        for held in reversed(list(self.answerable())):
+            slot = held.slots.get(worker)
+            if slot is not None:
+                return None if slot in held.answers else Place(held.round, slot)
+        return None
+
+    def outstanding(self) -> dict[str, Place]:
+        """Worker -> what `assignment_of` says, by round and slot."""
+        workers = {worker for held in self.answerable() for worker in held.slots}
+        found = [(self.assignment_of(worker), worker) for worker in workers]
+        return {worker: place for place, worker in sorted(p for p in found if p[0]) if place}
+
     def signals(self) -> Mapping[str, float]:
         """What personal learning rates follow: of each worker, as far as it is known."""
         assert self.genesis is not None
@@ -260,19 +319,24 @@ class RunState:
             case "frozen" | "random":
                 return {}
 
-    def shares(self, current: RoundState, answers: Sequence[Answered]) -> list[Share]:
-        """What each answer puts into the round's mean."""
+    def shares(self, answers: Sequence[Answered]) -> list[Share]:
+        """What each answer puts into the next commit's mean."""
         assert self.genesis is not None
         config = self.genesis.config
-        return [
-            Share(
-                seeds=seeds_of(config, current.round, answer.slot, self.pool),
-                projected_grads=answer.projected_grads,
-                learning_rate=current.rates[answer.slot],
-                weight=answer.rows or 1,
+        shares = []
+        for answer in answers:
+            held = self.held(answer.round)
+            assert held is not None
+            discount = staleness_discount(config, self.age(answer.round))
+            shares.append(
+                Share(
+                    seeds=seeds_of(config, answer.round, answer.slot, self.pool),
+                    projected_grads=answer.projected_grads,
+                    learning_rate=held.rates[answer.slot] * discount,
+                    weight=answer.rows or 1,
+                )
             )
-            for answer in answers
-        ]
+        return shares
 
     def _apply_opened(self, record: Opened) -> None:
         assert self.genesis is not None
@@ -290,7 +354,7 @@ class RunState:
         if (
             not record.workers
             or len(set(record.workers)) != len(record.workers)
-            or any(worker in current.slots for worker in record.workers)
+            or any(self._is_taken(current, worker) for worker in record.workers)
             or len(current.cohort) + len(record.workers) > COHORT_MAX
         ):
             raise _misplaced(
@@ -305,14 +369,22 @@ class RunState:
         current.eps = record.eps
         self.open = current
 
+    def _is_taken(self, current: RoundState, worker: str) -> bool:
+        """Whether the worker can have no more slots of the round: one, or in a buffered run one a time."""
+        assert self.genesis is not None
+        slot = current.slots.get(worker)
+        is_answered = slot in current.answers
+        return slot is not None and not (self.genesis.config.buffer_answers and is_answered)
+
     def _apply_answered(self, record: Answered) -> None:
         assert self.genesis is not None
-        current = self.open
+        held = self.held(record.round)
         if (
-            current is None
-            or record.round != current.round
-            or not 0 <= record.slot < len(current.cohort)
-            or record.slot in current.answers
+            held is None
+            or self.age(record.round) > self.genesis.config.staleness_max
+            or self.round >= self.genesis.config.rounds
+            or not 0 <= record.slot < len(held.cohort)
+            or record.slot in held.answers
         ):
             raise _misplaced(
                 f"an answer to slot {record.slot} of round {record.round}",
@@ -326,7 +398,14 @@ class RunState:
                 f"{'without' if record.weights_digest64 is None else 'with'} a digest",
                 "a digest in each answer of a digest round and in no other",
             )
-        current.answers[record.slot] = Accepted(self.epoch, record)
+        held.answers[record.slot] = Accepted(self.epoch, record)
+        self._open_for_waiting()
+
+    def _open_for_waiting(self) -> None:
+        """Answers to earlier rounds wait for a commit, so there is a round that it will close."""
+        assert self.genesis is not None
+        if self.open is None and self.counting and self.round < self.genesis.config.rounds:
+            self.open = RoundState(self.round + 1)
 
     def _apply_committed(self, record: Committed, config: RunConfig) -> None:
         current = self.open
@@ -341,33 +420,54 @@ class RunState:
                 f"a commit of round {record.round}",
                 f"a commit of round {self.round + 1}, once open",
             )
-        answers = current.counted()[: config.cohort_size_max]
-        expected_runs = len(answers) if config.seed_policy == "per_worker" else len(record.runs)
-        if len(record.runs) != expected_runs or not answers:
-            raise _misplaced(
-                f"a commit of round {record.round} with {len(record.runs)} answers' pairs",
-                f"pairs of {len(answers)} answers",
-            )
-        self._learn(record, current, answers, config)
-        if answers[0].weights_digest64 is not None:
-            self.agreed[record.round - 1] = answers[0].weights_digest64
-            _keep_newest(self.agreed)
-            for answer in answers:
-                self.diverged.pop(current.cohort[answer.slot], None)
+        answers = self._answers_of(record, config)
+        workers = [self.worker_of(Place(answer.round, answer.slot)) for answer in answers]
+        self._learn(record, workers, answers, config)
+        for worker, answer in zip(workers, answers, strict=True):
+            if answer.weights_digest64 is not None:
+                self.agreed[answer.round - 1] = answer.weights_digest64
+                self.diverged.pop(worker, None)
+        _keep_newest(self.agreed, config)
         losses = [answer.mean_loss for answer in answers if answer.mean_loss is not None]
         mean_loss = math.fsum(losses) / len(losses) if losses else None
         self.recent_rounds.append(RoundSummary(record.round, mean_loss, len(answers)))
         if mean_loss is not None:
             self.health.trained(record.round, mean_loss, config.pause_loss_factor)
-        self.round, self.open, self.closed = record.round, None, current
+        for answer in answers:
+            held = self.held(answer.round)
+            assert held is not None
+            held.committed.add(answer.slot)
+        self.round, self.open = record.round, None
+        self.earlier.append(current)
+        while len(self.earlier) > config.staleness_max + 1:
+            self.earlier.popleft()
+        self._open_for_waiting()
+
+    def _answers_of(self, record: Committed, config: RunConfig) -> list[Answered]:
+        """The answers that a commit is made of; `JournalCorruptError` if it cannot be made of them."""
+        waiting = self.counted()
+        if config.buffer_answers:
+            by_place = {Place(answer.round, answer.slot): answer for answer in waiting}
+            answers = [by_place[place] for place in record.answers if place in by_place]
+            is_sound = len(answers) == len(record.answers) <= config.answers_max and sorted(
+                set(record.answers)
+            ) == list(record.answers)
+        else:
+            answers, is_sound = waiting[: config.answers_max], not record.answers
+        expected_runs = len(answers) if config.seed_policy == "per_worker" else len(record.runs)
+        if len(record.runs) != expected_runs or not answers or not is_sound:
+            raise _misplaced(
+                f"a commit of round {record.round} with {len(record.runs)} answers' pairs",
+                f"pairs of {len(answers)} answers, each of them once",
+            )
+        return answers
 
     def _learn(
-        self, record: Committed, current: RoundState, answers: list[Answered], config: RunConfig
+        self, record: Committed, workers: list[str], answers: list[Answered], config: RunConfig
     ) -> None:
         """Keep what later rates and seeds depend on."""
-        for answer in answers:
+        for worker, answer in zip(workers, answers, strict=True):
             if answer.mean_loss is not None and config.personal_rate in ("last_loss", "mean_loss"):
-                worker = current.cohort[answer.slot]
                 losses = self.losses.pop(worker, None) or deque(maxlen=SIGNAL_ROUNDS)
                 losses.append(answer.mean_loss)
                 self.losses[worker] = losses
@@ -375,9 +475,9 @@ class RunState:
         measures_distances = config.personal_rate == "update_distance"
         if not measures_distances and self.pool is None:
             return
-        shares = self.shares(current, answers)
+        shares = self.shares(answers)
         if measures_distances:
-            self._keep_distances([current.cohort[a.slot] for a in answers], shares, config)
+            self._keep_distances(workers, shares, config)
         if self.pool is not None:
             outside = [run for run in record.runs if not self.pool.holds(run)]
             if outside:
@@ -417,14 +517,18 @@ class RunState:
         self.diverged[record.party] = record
         if len(self.diverged) > COHORT_MAX:
             del self.diverged[next(iter(self.diverged))]
-        current = self.open
-        if current is None or record.round != current.round - 1:
+        held = self.held(record.round + 1)
+        if held is None:
             return
-        slot = current.slots.get(record.party)
-        accepted = None if slot is None else current.answers.get(slot)
-        if accepted and accepted.record.weights_digest64 == record.found_digest64:
-            del current.slots[record.party]
-            current.excluded.add(accepted.record.slot)
+        differing = {
+            answer.slot
+            for answer in held.counted()
+            if held.cohort[answer.slot] == record.party
+            and answer.weights_digest64 == record.found_digest64
+        }
+        held.excluded |= differing
+        if held.slots.get(record.party) in differing:
+            del held.slots[record.party]
 
 
 @dataclass(slots=True)
@@ -455,8 +559,11 @@ class RoundMachine:
         self._workers: dict[str, WorkerView] = {}
         self._now_ms = 0
         self._closes_at_ms = 0
-        # Slots of the open round that can still answer: not answered, not given up.
-        self._awaited: set[int] = set()
+        # Worker -> its assignment that can still be answered: neither answered, nor given up, nor too old.
+        self._awaited: dict[str, Place] = {}
+        # Ready workers, without and with such an assignment.
+        self._idle: set[str] = set()
+        self._working: set[str] = set()
         self._replica_digests: dict[int, int] = {}
         self._replica_agreed_round = -1
         # Deadlines in a row at which the open round had no answer and no worker that could give one.
@@ -506,9 +613,8 @@ class RoundMachine:
 
     @property
     def awaited(self) -> tuple[str, ...]:
-        """Workers whose answers the open round waits for, in slot order."""
-        cohort = self.cohort
-        return tuple(cohort[slot] for slot in sorted(self._awaited))
+        """Workers that have an assignment which they can still answer, by round and slot."""
+        return tuple(sorted(self._awaited, key=self._awaited.__getitem__))
 
     @property
     def reason(self) -> str:
@@ -557,8 +663,7 @@ class RoundMachine:
         self._closes_at_ms = now_ms + self.config.deadline_ms
         self._now_ms = now_ms
         self._started = True
-        if self.state.open is not None:
-            self._awaited = set(self.state.open.unanswered())
+        self._awaited = self.state.outstanding()
         self._record(Started(self.state.epoch + 1))
         return self._take_ready()
 
@@ -591,7 +696,7 @@ class RoundMachine:
                 self._worker_ready(worker)
             case WorkerLost(worker):
                 if worker in self._workers:
-                    self._workers[worker].ready = False
+                    self._set_ready(worker, False)
             case AnswerReceived():
                 try:
                     self._answer(event)
@@ -629,37 +734,35 @@ class RoundMachine:
         known = self.state.diverged.get(worker)
         if known is not None and not view.told_diverged:
             # The coordinator went down, or the worker was away, between finding out and telling.
-            view.ready, view.told_diverged = False, True
+            view.told_diverged = True
+            self._set_ready(worker, False)
             self._messages.append(Expel(worker, _diverged_sentence(known)))
             return
-        view.ready = True
+        self._set_ready(worker, True)
         if self.phase is Phase.FINISHED:
             self._messages.append(Finish(worker, self.state.round))
-        elif self.phase is Phase.OPEN and self.state.open is not None:
-            slot = self.state.open.slots.get(worker)
-            if slot is not None and slot not in self.state.open.answers:
-                self._assign(slot)
+        elif self.phase is not Phase.PAUSED:
+            place = self.state.assignment_of(worker)
+            if place is not None:
+                self._assign(place)
 
     def _answer(self, event: AnswerReceived) -> None:
         state, ticket = self.state, event.ticket
         view = self._ready_view(event.worker)
-        held = next(
-            (one for one in (state.open, state.closed) if one and one.round == ticket.round), None
-        )
+        held = state.held(ticket.round)
         if held is None or not self._owns(held, ticket.slot, event.worker):
             raise self._stale(event.worker, ticket)
         accepted = held.answers.get(ticket.slot)
         if ticket.epoch != (state.epoch if accepted is None else accepted.epoch):
             raise self._stale(event.worker, ticket)
-        if accepted is None and held is state.closed:
-            raise StaleTicketError(
-                f"Round {ticket.round} was committed without the answer of worker {event.worker} to "
-                f"slot {ticket.slot}; drop the answer and wait for the next assignment."
-            )
+        if accepted is None and held is not state.open:
+            self._check_not_too_late(event)
         record = self._checked(event, held.rates[ticket.slot])
         if accepted is None:
+            if state.open is None:
+                self._restart_deadline()
             self._record(record)
-            self._awaited.discard(ticket.slot)
+            self._await_no_more(event.worker, Place(ticket.round, ticket.slot))
             view.mean_loss = record.mean_loss
         elif _content(record) != _content(accepted.record):
             raise EquivocationError(
@@ -667,6 +770,22 @@ class RoundMachine:
                 f"round {ticket.round}; the first one stands: drop this one."
             )
         self._messages.append(Ack(event.worker, ticket))
+
+    def _check_not_too_late(self, event: AnswerReceived) -> None:
+        """Refuse the answer to a committed round's ticket that no later commit can hold."""
+        ticket, oldest = event.ticket, self.config.staleness_max
+        if self.phase is not Phase.FINISHED and self.state.age(ticket.round) <= oldest:
+            return
+        late = (
+            f", and it is {self.state.age(ticket.round)} rounds old, more than staleness_max_rounds = "
+            f"{oldest}"
+            if oldest and self.phase is not Phase.FINISHED
+            else ""
+        )
+        raise StaleTicketError(
+            f"Round {ticket.round} was committed without the answer of worker {event.worker} to "
+            f"slot {ticket.slot}{late}; drop the answer and wait for the next assignment."
+        )
 
     def _checked(self, event: AnswerReceived, learning_rate: float) -> Answered:
         """The answer as a record, its floats rounded to binary32, or the error that refuses it."""
@@ -731,23 +850,23 @@ class RoundMachine:
         return Answered(ticket.round, ticket.slot, tuple(grads), mean_loss, digest64, event.rows)
 
     def _unable(self, event: UnableReceived) -> None:
-        ticket, current = event.ticket, self.state.open
+        ticket, held = event.ticket, self.state.held(event.ticket.round)
         view = self._ready_view(event.worker)
         if (
-            current is None
-            or ticket.round != current.round
+            held is None
+            or self.state.age(ticket.round) > self.config.staleness_max
             or ticket.epoch != self.state.epoch
-            or not self._owns(current, ticket.slot, event.worker)
+            or not self._owns(held, ticket.slot, event.worker)
         ):
             raise self._stale(event.worker, ticket)
         view.complaint = event.reason[:COMPLAINT_CHARS_MAX]
-        self._awaited.discard(ticket.slot)
+        self._await_no_more(event.worker, Place(ticket.round, ticket.slot))
 
     def _replica_digest(self, event: ReplicaDigest) -> None:
         if event.round > self.state.round:
             return  # Of a round that is not in this journal: nothing to compare it with.
         self._replica_digests[event.round] = event.weights_digest64
-        _keep_newest(self._replica_digests)
+        _keep_newest(self._replica_digests, self.config)
         self._judge_replica(event.round, self.state.agreed.get(event.round))
 
     # ------------------------------------------------------------ rounds
@@ -759,12 +878,12 @@ class RoundMachine:
                 return
 
     def _open(self) -> bool:
-        ready = [view.worker for view in self._workers.values() if view.ready]
-        if len(ready) < self.config.workers_min:
+        if len(self._idle) + len(self._working) < self.config.workers_min:
             return False
-        round_ = self.state.round + 1
-        cohort = choose_cohort(self.config.seed, round_, ready, self.config.cohort_size_max)
-        self._closes_at_ms = self._now_ms + self.config.deadline_ms
+        cohort = self._choose(RoundState(self.state.round + 1))
+        if not cohort:
+            return False
+        self._restart_deadline()
         self._add_slots(cohort)
         return True
 
@@ -773,43 +892,63 @@ class RoundMachine:
         config, current = self.config, self.state.open
         assert current is not None
         overdue = self._now_ms >= self._closes_at_ms
-        if self._awaited and not overdue and current.counting < config.cohort_size_max:
+        if config.buffer_answers:
+            wanted = config.quorum if overdue else config.buffer_answers
+        elif self._awaited and not overdue and current.counting < config.cohort_size_max:
             return False
-        if current.counting >= config.quorum:
-            answers = self._agreeing(current)
-            if len(answers) >= config.quorum:
-                self._commit(current, answers[: config.cohort_size_max])
+        else:
+            wanted = config.quorum
+        if self.state.counting >= wanted:
+            answers = self._agreeing()
+            if len(answers) >= wanted:
+                self._commit(current, answers[: config.answers_max])
                 return True
         self._extend(current, overdue)
         return False
 
-    def _agreeing(self, current: RoundState) -> list[Answered]:
+    def _agreeing(self) -> list[Answered]:
         """The answers measured on the run's weights; everyone else is recorded and sent away.
 
-        Empty while nobody can tell which weights are the run's.
+        Without those of which nobody can tell yet whether their weights are the run's.
         """
-        if not is_digest_round(self.config, current.round):
-            return current.counted()
-        before = current.round - 1
-        expected = agreed_digest(
-            [answer.weights_digest64 or 0 for answer in current.counted()],
-            self._replica_digests.get(before) if self._replica_trusted else None,
-        )
-        if expected is None:
-            return []
-        for answer in current.counted():
-            found = answer.weights_digest64 or 0
-            if found != expected:
-                worker = current.cohort[answer.slot]
-                record = Diverged(before, worker, found, expected)
-                self._record(record)
-                view = self._view(worker)
-                view.told_diverged = view.ready
-                if view.ready:
-                    self._messages.append(Expel(worker, _diverged_sentence(record)))
-                view.ready = False
-        self._judge_replica(before, expected)
-        return current.counted()
+        agreeing: list[Answered] = []
+        for held in list(self.state.answerable()):
+            if not is_digest_round(self.config, held.round):
+                agreeing += held.counted()
+            elif held.counting and (expected := self._expected_digest(held)) is not None:
+                self._send_away_differing(held, expected)
+                self._judge_replica(held.round - 1, expected)
+                agreeing += held.counted()
+        return agreeing
+
+    def _expected_digest(self, held: RoundState) -> int | None:
+        """What the weights before `held` should be: as agreed at an earlier commit, or by a vote now.
+
+        A worker has one vote, however many answers. Fewer workers than the quorum decide nothing without
+        the replica.
+        """
+        before = held.round - 1
+        if before in self.state.agreed:
+            return self.state.agreed[before]
+        replica = self._replica_digests.get(before) if self._replica_trusted else None
+        votes = {held.cohort[a.slot]: a.weights_digest64 or 0 for a in held.counted()}
+        if replica is None and len(votes) < self.config.quorum:
+            return None
+        return agreed_digest(list(votes.values()), replica)
+
+    def _send_away_differing(self, held: RoundState, expected: int) -> None:
+        """Record who has other weights, once each, and end its session."""
+        found = [(held.cohort[a.slot], a.weights_digest64 or 0) for a in held.counted()]
+        for worker, digest64 in dict.fromkeys(found):
+            if digest64 == expected:
+                continue
+            record = Diverged(held.round - 1, worker, digest64, expected)
+            self._record(record)
+            view = self._view(worker)
+            view.told_diverged = view.ready
+            if view.ready:
+                self._messages.append(Expel(worker, _diverged_sentence(record)))
+            self._set_ready(worker, False)
 
     def _judge_replica(self, round_: int, expected: int | None) -> None:
         """Compare the replica's digest after `round_`, if both are known; a new doubt is recorded."""
@@ -822,13 +961,22 @@ class RoundMachine:
             self._record(Diverged(round_, REPLICA_PARTY, found, expected))
 
     def _commit(self, current: RoundState, answers: list[Answered]) -> None:
-        if self._now_ms >= self._closes_at_ms:
-            self._complain_of_the_late(current)
+        workers = {self.state.worker_of(Place(answer.round, answer.slot)) for answer in answers}
+        overdue = self._now_ms >= self._closes_at_ms
         self._record(self._committed(current, answers))
-        self._awaited.clear()
+        late = {
+            worker: place
+            for worker, place in self._awaited.items()
+            if self.state.age(place.round) > self.config.staleness_max
+        }
+        if overdue or self.config.buffer_answers:
+            self._complain_of(late)
+        for worker, place in late.items():
+            self._await_no_more(worker, place)
+        self._restart_deadline()
         self._fruitless_deadlines = 0
-        for answer in answers:
-            self._view(current.cohort[answer.slot]).rounds_answered += 1
+        for worker in workers:
+            self._view(worker).rounds_answered += 1
         self._judge_health()
         if self.phase is Phase.FINISHED:
             self._finish_all()
@@ -836,7 +984,7 @@ class RoundMachine:
     def _committed(self, current: RoundState, answers: list[Answered]) -> Committed:
         """The record that closes the round."""
         config, pool = self.config, self.state.pool
-        shares = self.state.shares(current, answers)
+        shares = self.state.shares(answers)
         coefficients = coefficients_of(shares, config)
         if config.seed_policy == "per_worker":
             runs = tuple(
@@ -854,18 +1002,22 @@ class RoundMachine:
             runs,
             rounding_seed_of(config.seed, current.round),
             decay_of(config, self._factor(current.round)),
+            answers=tuple(Place(a.round, a.slot) for a in answers if config.buffer_answers),
         )
         if pool is None or current.round % config.rebase_every_rounds:
             return record
         return pool.from_base(record)
 
-    def _complain_of_the_late(self, current: RoundState) -> None:
-        for slot in self._awaited:
-            view = self._workers.get(current.cohort[slot])
-            if view is not None and view.ready:
-                view.complaint = (
-                    f"did not answer round {current.round} within {self.config.deadline_ms} ms"
-                )
+    def _complain_of(self, late: Mapping[str, Place]) -> None:
+        config = self.config
+        within = (
+            f"before it was more than {config.staleness_max} rounds old"
+            if config.buffer_answers
+            else f"within {config.deadline_ms} ms"
+        )
+        for worker in late.keys() & self._working:
+            round_ = late[worker].round
+            self._view(worker).complaint = f"did not answer round {round_} {within}"
 
     def _judge_health(self) -> None:
         """Stop the run if it no longer gets better, pause it if it has gone wrong."""
@@ -884,27 +1036,45 @@ class RoundMachine:
         )
 
     def _extend(self, current: RoundState, overdue: bool) -> None:
-        """Too few answers agree: ask workers that have no slot, and at the deadline everyone again."""
-        waiting = [
-            view.worker
-            for view in self._workers.values()
-            if view.ready and view.worker not in current.slots
-        ]
-        wanted = max(1, self.config.cohort_size_max - current.counting)
-        room = min(wanted, COHORT_MAX - len(current.cohort))
-        added = choose_cohort(self.config.seed, current.round, waiting, room)
+        """Too few answers agree: ask workers that are free, and at the deadline everyone again."""
+        added = self._choose(current)
         if not added and not overdue:
             return
         if overdue and self._pauses_fruitless(current):
             return
-        self._closes_at_ms = self._now_ms + self.config.deadline_ms
+        if overdue or not self.config.buffer_answers:
+            self._restart_deadline()
         if overdue:
-            for slot in current.unanswered():
-                view = self._workers.get(current.cohort[slot])
-                if view is not None and view.ready:
-                    self._assign(slot)
+            for worker, place in self.state.outstanding().items():
+                if worker in self._idle or worker in self._working:
+                    self._assign(place)
         if added:
             self._add_slots(added)
+
+    def _choose(self, current: RoundState) -> tuple[str, ...]:
+        """Workers to give slots of `current` to: ready, without an assignment, as many as may work."""
+        config = self.config
+        if config.buffer_answers:
+            room = max(0, config.cohort_size_max - len(self._working))
+        else:
+            room = max(1, config.cohort_size_max - current.counting)
+        room = min(room, COHORT_MAX - len(current.cohort))
+        if room <= 0:
+            return ()
+        free = [worker for worker in self._idle if self._is_free(current, worker)]
+        return choose_cohort(config.seed, current.round, free, room)
+
+    def _is_free(self, current: RoundState, idle: str) -> bool:
+        """Whether a worker that has no assignment may be given a slot of `current`.
+
+        One that said that it cannot measure stays out of the round. And a buffered round that has
+        enough answers, of which nobody can tell yet whether they agree, needs more workers, not more
+        answers.
+        """
+        slot = current.slots.get(idle)
+        return slot is None or (
+            slot in current.answers and current.counting < self.config.buffer_answers
+        )
 
     def _pauses_fruitless(self, current: RoundState) -> bool:
         """Pause a run in which nobody can measure any more; weights that overflow look like this."""
@@ -940,26 +1110,33 @@ class RoundMachine:
         eps = config.eps * factor if config.eps_follows_rate and factor != 1.0 else None
         self._record(Opened(round_, first_slot, workers, () if same else rates, eps))
         for slot in range(first_slot, first_slot + len(workers)):
-            self._assign(slot)
+            self._assign(Place(round_, slot))
 
-    def _assign(self, slot: int) -> None:
-        current, config = self.state.open, self.config
-        assert current is not None
-        self._awaited.add(slot)
-        self._view(current.cohort[slot]).learning_rate = current.rates[slot]
+    def _assign(self, place: Place) -> None:
+        held, config, (round_, slot) = self.state.held(place.round), self.config, place
+        assert held is not None
+        worker = held.cohort[slot]
+        self._awaited[worker] = place
+        self._sort_in(worker)
+        self._view(worker).learning_rate = held.rates[slot]
+        later_rounds = config.staleness_max - self.state.age(round_)
         self._messages.append(
             Assign(
-                worker=current.cohort[slot],
-                ticket=Ticket(self.state.epoch, current.round, slot),
+                worker=worker,
+                ticket=Ticket(self.state.epoch, round_, slot),
                 work=Work(
-                    seeds=seeds_of(config, current.round, slot, self.state.pool),
-                    learning_rate=current.rates[slot],
-                    eps=config.eps if current.eps is None else current.eps,
-                    want_digest=is_digest_round(config, current.round),
+                    seeds=seeds_of(config, round_, slot, self.state.pool),
+                    learning_rate=held.rates[slot],
+                    eps=config.eps if held.eps is None else held.eps,
+                    want_digest=is_digest_round(config, round_),
                 ),
-                deadline_ms=max(self._closes_at_ms - self._now_ms, 0),
+                deadline_ms=max(self._closes_at_ms - self._now_ms, 0)
+                + later_rounds * config.deadline_ms,
             )
         )
+
+    def _restart_deadline(self) -> None:
+        self._closes_at_ms = self._now_ms + self.config.deadline_ms
 
     # ------------------------------------------------------------ small parts
 
@@ -968,6 +1145,23 @@ class RoundMachine:
         """The replica votes unless it was found diverged and has not agreed with a round since."""
         found = self.state.diverged.get(REPLICA_PARTY)
         return found is None or self._replica_agreed_round > found.round
+
+    def _set_ready(self, worker: str, ready: bool) -> None:
+        self._view(worker).ready = ready
+        self._sort_in(worker)
+
+    def _await_no_more(self, worker: str, place: Place) -> None:
+        if self._awaited.get(worker) == place:
+            del self._awaited[worker]
+            self._sort_in(worker)
+
+    def _sort_in(self, worker: str) -> None:
+        """Keep `_idle` and `_working` what they say they are."""
+        view = self._workers.get(worker)
+        self._idle.discard(worker)
+        self._working.discard(worker)
+        if view is not None and view.ready:
+            (self._working if worker in self._awaited else self._idle).add(worker)
 
     @staticmethod
     def _owns(held: RoundState, slot: int, worker: str) -> bool:
@@ -1042,8 +1236,8 @@ def _digest_hex(digest64: int) -> str:
     return digest64.to_bytes(8, "little").hex()
 
 
-def _keep_newest(by_round: dict[int, int]) -> None:
-    while len(by_round) > DIGESTS_KEPT_MAX:
+def _keep_newest(by_round: dict[int, int], config: RunConfig) -> None:
+    while len(by_round) > DIGESTS_KEPT_MAX + config.staleness_max:
         del by_round[min(by_round)]
 
 

@@ -69,9 +69,8 @@ class Pool:
         after = dataclasses.replace(self, coefficients=list(self.coefficients))
         after.commit(record)
         runs = (PairRun(self.first_seed, tuple(map(to_binary32, after.coefficients))),)
-        return Committed(
-            record.round, runs, record.rounding_seed, to_binary32(after.decay), from_base=True
-        )
+        decay = to_binary32(after.decay)
+        return dataclasses.replace(record, runs=runs, decay=decay, from_base=True)
 
     def measured(self, seeds: Sequence[int], projected_grads: Sequence[float]) -> None:
         """Fold the projected gradients of a committed answer."""

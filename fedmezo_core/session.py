@@ -8,6 +8,9 @@ It is told what came from the coordinator and from the engine, and says what to 
 - On a `ProtocolError` from `step`: the event was dropped and the state is as before; close the stream,
   then send `Disconnected` and try again. On a `DivergedError`: stop.
 
+In a buffered run (`staleness_max` above 0) a measurement goes on while rounds are committed, and is answered
+as long as it is at most so many rounds old; the commits wait until it ends.
+
 A machine outlives its streams. What it must not outlive is the weights: after a crash the worker starts
 again from the base and the journal with a new machine.
 """
@@ -71,12 +74,18 @@ class SessionState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What a measurement depends on; two assignments of equal jobs have equal answers."""
+    """What a measurement depends on; two assignments of equal jobs have equal answers.
+
+    The weights are those before `round`: a machine follows one history, so there are no others.
+    """
 
     round: int
     slot: int
     work: Work
-    head: bytes
+
+    @classmethod
+    def of(cls, event: Assigned) -> _Job:
+        return cls(event.ticket.round, event.ticket.slot, event.work)
 
 
 @dataclass(slots=True)
@@ -86,6 +95,8 @@ class _Running:
     """The ticket in `Measure`: how the engine names this measurement."""
     newest: Ticket
     """The ticket to answer under: the work may be assigned again while it runs."""
+    head: bytes
+    """Names the weights that it is made on."""
 
 
 class SessionMachine:
@@ -95,7 +106,13 @@ class SessionMachine:
     """
 
     def __init__(
-        self, round_: int, head: bytes, *, report_losses: bool, report_rows: bool = False
+        self,
+        round_: int,
+        head: bytes,
+        *,
+        report_losses: bool,
+        report_rows: bool = False,
+        staleness_max: int = 0,
     ) -> None:
         self.state = SessionState.OFFLINE
         self.round = round_
@@ -109,6 +126,7 @@ class SessionMachine:
         """Newest refusal, except of stale tickets: those are normal after a restart or a deadline."""
         self._report_losses = report_losses
         self._report_rows = report_rows
+        self._staleness_max = staleness_max
         self._head_before = b""
         # What the welcome said of a round that this worker had not reached yet.
         self._promised: Welcomed | None = None
@@ -116,7 +134,7 @@ class SessionMachine:
         self._queued: deque[ApplyCommit] = deque()
         self._next: Assigned | None = None
         self._finish_pending = False
-        self._cached: tuple[_Job, Measured] | None = None
+        self._cached: tuple[_Running, Measured] | None = None
 
     @property
     def measuring(self) -> bool:
@@ -129,7 +147,9 @@ class SessionMachine:
 
         It then sends `MeasureFailed`, and what waits comes out at once.
         """
-        return self._running is not None and not self._counts(self._running.job)
+        if self._running is None:
+            return False
+        return self._finish_pending or not self._counts(self._running.job.round)
 
     def step(self, event: SessionEvent) -> _Actions:
         """Take one event. An event that is not allowed here raises and changes nothing.
@@ -200,9 +220,8 @@ class SessionMachine:
         if self._promised is not None and self._promised.round == commit.round:
             self._check_head(self._promised.head, head, commit.round)
         self._head_before, self.head, self.round = head_before, head, commit.round
-        self._cached = None
-        if self._next is not None:  # Its round closed before it was begun.
-            self._next = None
+        if self._cached is not None and not self._counts(self._cached[0].job.round):
+            self._cached = None
         if self._running is not None:
             self._queued.append(ApplyCommit(commit))
             return ()
@@ -210,7 +229,8 @@ class SessionMachine:
 
     def _assigned(self, event: Assigned) -> _Actions:
         ticket = event.ticket
-        if ticket.epoch != self.epoch or ticket.round != self.round + 1:
+        is_ahead = ticket.round > self.round + 1
+        if ticket.epoch != self.epoch or is_ahead or not self._counts(ticket.round):
             raise ProtocolError(
                 f"Epoch {ticket.epoch}, round {ticket.round} was assigned, but this session is in "
                 f"epoch {self.epoch} and its next round is {self.round + 1}; connect again to catch up."
@@ -219,17 +239,17 @@ class SessionMachine:
             raise ProtocolError(
                 f"{len(event.work.seeds)} seeds were assigned; an assignment has 1 to {STEPS_MAX}."
             )
-        job = self._job_of(event)
-        if self._cached is not None and self._cached[0] == job:
+        job = _Job.of(event)
+        if self._cached is not None and self._cached[0].job == job:
             self._next = None
-            return (self._answer(job, self._cached[1], ticket),)
+            return (self._answer(*self._cached, ticket),)
         if self._running is not None:
             if self._running.job == job:
                 self._running.newest, self._next = ticket, None
             else:
                 self._next = event
             return ()
-        return (self._measure(event),)
+        return self._begin(event)
 
     def _acknowledged(self, event: Acknowledged) -> _Actions:
         before = event.ticket.round - 1
@@ -260,16 +280,17 @@ class SessionMachine:
     def _measured(self, event: Measured) -> _Actions:
         running = self._ended(event.ticket)
         actions: _Actions = ()
-        if self._counts(running.job):
-            self._cached = (running.job, event)
+        if self._counts(running.job.round):
+            self._cached = (running, event)
             if self._may_send(running.newest):
-                actions = (self._answer(running.job, event, running.newest),)
+                actions = (self._answer(running, event, running.newest),)
         return actions + self._drained()
 
     def _measure_failed(self, event: MeasureFailed) -> _Actions:
         running = self._ended(event.ticket)
         actions: _Actions = ()
-        if self._counts(running.job) and self._may_send(running.newest):
+        is_wanted = self._counts(running.job.round) and not self._finish_pending
+        if is_wanted and self._may_send(running.newest):
             actions = (SendUnable(running.newest, event.reason[:REASON_CHARS_MAX]),)
         return actions + self._drained()
 
@@ -289,7 +310,7 @@ class SessionMachine:
         self._queued.clear()
         if self._next is not None:
             event, self._next = self._next, None
-            actions.append(self._measure(event))
+            actions += self._begin(event)
         elif self._finish_pending:
             self._finish_pending = False
             self.state = SessionState.LEFT
@@ -307,21 +328,31 @@ class SessionMachine:
                 "served, then restart the worker so that it rebuilds its weights."
             )
 
-    def _measure(self, event: Assigned) -> Measure:
-        self._running = _Running(self._job_of(event), event.ticket, event.ticket)
-        return Measure(event.ticket, event.work)
+    def _begin(self, event: Assigned) -> _Actions:
+        """Measure, if the weights are those that the assignment means; the newest never go back.
 
-    def _job_of(self, event: Assigned) -> _Job:
-        return _Job(event.ticket.round, event.ticket.slot, event.work, self.head)
+        An overtaken assignment that could still be answered is given back, so that newer work comes.
+        """
+        ticket = event.ticket
+        if ticket.round == self.round + 1:
+            self._running = _Running(_Job.of(event), ticket, ticket, self.head)
+            return (Measure(ticket, event.work),)
+        if not self._counts(ticket.round):
+            return ()
+        reason = (
+            f"the weights before round {ticket.round} are no longer held, this worker has those after "
+            f"round {self.round}"
+        )
+        return (SendUnable(ticket, reason),)
 
-    def _counts(self, job: _Job) -> bool:
-        """Whether the job's round is still the next one."""
-        return job.round == self.round + 1 and job.head == self.head
+    def _counts(self, round_: int) -> bool:
+        """Whether an answer to an assignment of `round_` can still be committed."""
+        return self.round + 1 - round_ <= self._staleness_max
 
     def _may_send(self, ticket: Ticket) -> bool:
         return self.state is SessionState.ONLINE and ticket.epoch == self.epoch
 
-    def _answer(self, job: _Job, measured: Measured, ticket: Ticket) -> SendAnswer:
+    def _answer(self, running: _Running, measured: Measured, ticket: Ticket) -> SendAnswer:
         has_digest = measured.weights_digest64 is not None
         return SendAnswer(
             ticket=ticket,
@@ -329,7 +360,7 @@ class SessionMachine:
             mean_loss=measured.mean_loss if self._report_losses else None,
             weights_digest64=measured.weights_digest64,
             rows=measured.rows if self._report_rows else None,
-            head64=None if has_digest else digest64_of(job.head),
+            head64=None if has_digest else digest64_of(running.head),
         )
 
     # Every legal pair; any other raises `ProtocolError`.

@@ -400,7 +400,9 @@ def _line(row: Row, record: Record) -> str:
             text = f"answered   round {round_}, slot {slot}, {len(grads)} projected gradients"
         case Committed(round_, runs):
             base = " from the base" if record.from_base else ""
-            text = f"committed  round {round_}, {len(runs)} runs, {record.pairs} pairs{base}"
+            ages = [round_ - place.round for place in record.answers]
+            old = f", answers {', '.join(map(str, ages))} rounds old" if ages else ""
+            text = f"committed  round {round_}, {len(runs)} runs, {record.pairs} pairs{base}{old}"
         case Diverged(round_, party):
             text = f"diverged   {party} after round {round_}"
         case Evaluated(round_, loss, accuracy, rows):

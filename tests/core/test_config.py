@@ -55,6 +55,23 @@ VALUES: dict[str, Any] = {
         ({"local_steps": 4097}, "local_steps = 4097 is not allowed"),
         ({"quorum": 65}, "quorum 65 can never be met by a cohort of at most 64"),
         ({"local_steps": 4096, "cohort_size_max": 65}, "266240 pairs in one round"),
+        ({"buffer_answers": 4097}, "buffer_answers = 4097 is not allowed"),
+        ({"staleness_max_rounds": 257}, "staleness_max_rounds = 257 is not allowed"),
+        ({"staleness_exponent": -1}, "staleness_exponent = -1 is not allowed"),
+        ({"buffer_answers": 2, "quorum": 3}, "quorum 3 is more than the buffer_answers = 2"),
+        ({"buffer_answers": 2, "seed_policy": "shared"}, "choose per_worker or pool"),
+        (
+            {"buffer_answers": 2, "seed_policy": "pool", "pool_sampling": "weighted"},
+            "the seeds of a late answer could not be drawn again; choose uniform",
+        ),
+        (
+            {"buffer_answers": 65, "local_steps": 4096},
+            "local_steps x probes x buffer_answers = 266240 pairs in one round",
+        ),
+        (
+            {"buffer_answers": 64, "local_steps": 4096, "staleness_max_rounds": 8},
+            "= 2359296 pairs to remember; the most is 2097152, so lower one of the four",
+        ),
         ({"round": 3}, "round is not a known setting"),
         ({"task": {"verbalizers": {"a": " x", "b": " y"}, "tmplate": ""}}, "task.tmplate is not a"),
         ({"task": {"template": "no field"}}, "names no column; write one as {text}"),
@@ -103,6 +120,7 @@ def test_instruction_tuning_needs_no_verbalizers() -> None:
         {"distribution": "low_rank_2"},
         {"probes": 2},
         {"estimator": "one_sided"},
+        {"buffer_answers": 2},
     ],
 )
 def test_the_recipe_names_all_that_the_bits_depend_on(changes: dict[str, Any]) -> None:
@@ -133,6 +151,9 @@ configs = st.builds(
     eps=positive,
     learning_rate=positive,
     report_losses=st.booleans(),
+    buffer_answers=st.integers(0, 8),
+    staleness_max_rounds=st.integers(0, 20),
+    staleness_exponent=st.floats(0, 2),
     local_steps=st.integers(1, 4),
     probes=st.integers(1, 1024),
     estimator=st.sampled_from(["two_sided", "one_sided"]),

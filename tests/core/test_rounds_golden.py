@@ -108,7 +108,8 @@ def shown(item: Record | RoundMessage) -> str:
             )
         case Committed(round_, runs):
             pairs = " ".join(f"{r.first_seed:016x}:{_list(r.coefficients)}" for r in runs)
-            return f"committed round={round_} {pairs}"
+            places = ",".join(f"{place.round}/{place.slot}" for place in item.answers)
+            return f"committed round={round_} {pairs}" + (f" answers={places}" if places else "")
         case Diverged(round_, party, found, expected):
             return f"diverged round={round_} party={party} found={found:x} expected={expected:x}"
         case Assign(worker, ticket, work, deadline_ms):

@@ -59,11 +59,16 @@ class Checker:
     weights: list[bytes] = field(default_factory=lambda: [BASE_WEIGHTS])
     """True weights after each committed round."""
     epoch: int = 0
-    cohort: list[str] = field(default_factory=list)
-    rates: list[float] = field(default_factory=list)
-    """Learning rate of each slot of the open round, as journaled."""
+    cohorts: dict[int, list[str]] = field(default_factory=dict)
+    """Round -> worker of each slot."""
+    rates: dict[int, list[float]] = field(default_factory=dict)
+    """Round -> learning rate of each slot, as journaled."""
     pool: Pool | None = None
     answers: dict[tuple[int, int], Answered] = field(default_factory=dict)
+    committed: set[tuple[int, int]] = field(default_factory=set)
+    """Round and slot of every answer that a commit holds."""
+    ages: list[int] = field(default_factory=list)
+    """How many rounds old each committed answer was."""
     named: set[tuple[int, str, int]] = field(default_factory=set)
     sent_answers: set[tuple[str, SendAnswer]] = field(default_factory=set)
 
@@ -84,9 +89,11 @@ class Checker:
                 _require(epoch == self.epoch, f"epoch {epoch} follows {self.epoch - 1}")
             case Opened(round_, first_slot, workers, rates):
                 _require(round_ == self.open_round, f"round {round_} opened out of turn")
-                _require(first_slot == len(self.cohort), f"slots of round {round_} have a gap")
-                self.cohort += workers
-                self.rates += rates or [self.config.learning_rate] * len(workers)
+                cohort = self.cohorts.setdefault(round_, [])
+                _require(first_slot == len(cohort), f"slots of round {round_} have a gap")
+                cohort += workers
+                contract = [self.config.learning_rate] * len(workers)
+                self.rates.setdefault(round_, []).extend(rates or contract)
             case Answered():
                 self._answered(record)
             case Committed():
@@ -98,8 +105,8 @@ class Checker:
 
     def forget(self, record: Opened) -> None:
         """The disk lost the newest record."""
-        del self.cohort[record.first_slot :]
-        del self.rates[record.first_slot :]
+        del self.cohorts[record.round][record.first_slot :]
+        del self.rates[record.round][record.first_slot :]
 
     def sent(self, worker: str, answer: SendAnswer) -> None:
         """A worker sent an answer."""
@@ -130,12 +137,14 @@ class Checker:
 
     def _answered(self, record: Answered) -> None:
         what = f"answer to round {record.round}, slot {record.slot}"
-        _require(record.round == self.open_round, f"{what} outside its round")
+        age = self.open_round - record.round
+        _require(0 <= age <= self.config.staleness_max, f"{what} outside its rounds")
         _require((record.round, record.slot) not in self.answers, f"second {what}")
         self.answers[record.round, record.slot] = record
         if self._is_sound(record):
-            worker = self.cohort[record.slot]
-            grads, loss = measure(worker, self._seeds(record), self.weights[-1])
+            worker = self.cohorts[record.round][record.slot]
+            weights = self.weights[record.round - 1]
+            grads, loss = measure(worker, self._seeds(record), weights)
             _require(
                 record.projected_grads == grads
                 and record.rows == (rows_of(worker) if self.config.weighting == "rows" else None)
@@ -158,13 +167,16 @@ class Checker:
     def _committed(self, record: Committed) -> None:
         round_ = record.round
         _require(round_ == self.open_round, f"commit of round {round_} out of turn")
-        answers = [self.answers[key] for key in sorted(self.answers) if key[0] == round_]
-        sound = [answer for answer in answers if self._is_sound(answer)]
-        for answer in answers:
-            key = (round_ - 1, self.cohort[answer.slot], answer.weights_digest64)
-            _require(answer in sound or key in self.named, f"{key} was not named by round {round_}")
-        sound = sound[: self.config.cohort_size_max]
-        _require(len(sound) >= self.config.quorum, f"round {round_} has {len(sound)} answers")
+        sound = self._buffered(record) if self.config.buffer_answers else self._own(round_)
+        most = self.config.answers_max
+        _require(
+            self.config.quorum <= len(sound) <= most, f"round {round_} has {len(sound)} answers"
+        )
+        for answer in sound:
+            key = (answer.round, answer.slot)
+            _require(key not in self.committed, f"the answer to {key} is committed twice")
+            self.committed.add(key)
+            self.ages.append(round_ - answer.round)
         self._check_pairs(record, sound)
         _require(
             record.rounding_seed == rounding_seed_of(self.config.seed, round_), "rounding seed"
@@ -175,7 +187,27 @@ class Checker:
                 self.pool.measured(seeds, answer.projected_grads)
             self.pool.commit(record)
         self.weights.append(weights_after(self.weights[-1], record))
-        self.cohort, self.rates = [], []
+
+    def _own(self, round_: int) -> list[Answered]:
+        """What the commit of a synchronous round must be made of."""
+        answers = [self.answers[key] for key in sorted(self.answers) if key[0] == round_]
+        sound = [answer for answer in answers if self._is_sound(answer)]
+        for answer in answers:
+            key = (round_ - 1, self.cohorts[round_][answer.slot], answer.weights_digest64)
+            _require(answer in sound or key in self.named, f"{key} was not named by round {round_}")
+        return sound[: self.config.cohort_size_max]
+
+    def _buffered(self, record: Committed) -> list[Answered]:
+        """What the commit of a buffered round says that it is made of: sound answers, not too old."""
+        answers = [self.answers[place] for place in record.answers if place in self.answers]
+        _require(len(answers) == len(record.answers), f"{record} holds an answer that nobody gave")
+        for answer in answers:
+            age = record.round - answer.round
+            _require(
+                self._is_sound(answer) and 0 <= age <= self.config.staleness_max,
+                f"round {record.round} commits {answer}, which is {age} rounds old or unsound",
+            )
+        return answers
 
     def _seeds(self, answer: Answered) -> tuple[int, ...]:
         return seeds_of(self.config, answer.round, answer.slot, self.pool)
@@ -187,9 +219,12 @@ class Checker:
         for answer in sound:
             seeds = self._seeds(answer)
             # The oracle's scalar, not the journaled one: the two were compared when it was appended.
-            grads, _ = measure(self.cohort[answer.slot], seeds, self.weights[-1])
+            worker = self.cohorts[answer.round][answer.slot]
+            grads, _ = measure(worker, seeds, self.weights[answer.round - 1])
+            discount = (1.0 + record.round - answer.round) ** -self.config.staleness_exponent
+            rate = self.rates[answer.round][answer.slot] * discount
             for seed, grad in zip(seeds, grads, strict=True):
-                term = -(self.rates[answer.slot] * grad * (answer.rows or 1))
+                term = -(rate * grad * (answer.rows or 1))
                 wanted.setdefault(seed, []).append(_binary32(term / (total * self.config.probes)))
         sums = {seed: _binary32(math.fsum(terms)) for seed, terms in wanted.items()}
         decay = decay_of(self.config, schedule_factor(self.config, record.round))

@@ -10,6 +10,7 @@ import pytest
 from fedmezo_core.events import AnswerReceived, Ready, RoundEvent, Ticket
 from fedmezo_core.rounds import RoundMachine
 from tests.sim.checker import ViolationError
+from tests.sim.slow_worker import play
 from tests.sim.world import World
 
 SEEDS_A_BLOCK = 50
@@ -44,6 +45,19 @@ class RoundOnlyMachine(RoundMachine):
         return super().step(event)
 
 
+class AgelessMachine(RoundMachine):
+    """A machine that takes a late answer for one to the newest assignment, as if it had no age."""
+
+    def step(self, event: RoundEvent) -> Ready:
+        """Credit an answer of an earlier round to the worker's own slot of the open one."""
+        current = self.state.open
+        if isinstance(event, AnswerReceived) and current and event.ticket.round < current.round:
+            slot = current.slots.get(event.worker)
+            if slot is not None:
+                event = replace(event, ticket=Ticket(self.epoch, current.round, slot))
+        return super().step(event)
+
+
 def _caught(make: Callable[[int], World], seeds: int = CONTROL_SEEDS) -> list[str]:
     found = []
     for seed in range(seeds):
@@ -55,7 +69,9 @@ def _caught(make: Callable[[int], World], seeds: int = CONTROL_SEEDS) -> list[st
     return found
 
 
-def _with_lying_disk(seed: int, machine: Callable[[], RoundMachine] = RoundMachine) -> World:
+def _with_lying_disk(
+    seed: int, machine: Callable[[], RoundMachine] = RoundMachine, buffer_answers: int = 0
+) -> World:
     """A network and a disk bad enough that a round is opened twice, with other slots."""
     scenario = replace(
         World(seed).scenario,
@@ -78,18 +94,45 @@ def _with_lying_disk(seed: int, machine: Callable[[], RoundMachine] = RoundMachi
             "deadline_ms": 1000,
             # Of shared seeds, every slot has the same.
             "seed_policy": "per_worker",
+            "buffer_answers": buffer_answers,
+            "staleness_max_rounds": 3,
         }
     )
     return World(seed, scenario=replace(scenario, config=config), machine=machine)
 
 
-def test_tickets_hold_even_when_the_disk_loses_an_opening() -> None:
-    assert _caught(_with_lying_disk) == []
+@pytest.mark.parametrize("buffer_answers", [0, 2])
+def test_tickets_hold_even_when_the_disk_loses_an_opening(buffer_answers: int) -> None:
+    assert _caught(lambda seed: _with_lying_disk(seed, buffer_answers=buffer_answers)) == []
 
 
 def test_control_matching_the_round_alone_is_caught() -> None:
     found = _caught(lambda seed: _with_lying_disk(seed, RoundOnlyMachine), seeds=300)
     assert sum("not measured on that slot's seed" in violation for violation in found) >= 2
+
+
+def test_control_forgetting_how_old_an_answer_is_is_caught() -> None:
+    def make(seed: int) -> World:
+        return _with_lying_disk(seed, AgelessMachine, buffer_answers=2)
+
+    found = _caught(make)
+    assert sum("not measured on that slot's seed" in violation for violation in found) >= 2
+
+
+def test_buffered_runs_are_among_the_federations_and_their_answers_grow_old() -> None:
+    ages: list[int] = []
+    for seed in range(SEEDS_A_BLOCK):
+        world = World(seed)
+        world.run()
+        if world.scenario.config.buffer_answers:
+            ages += world.checker.ages
+    assert 0 < sum(age > 0 for age in ages) < len(ages)
+
+
+def test_a_slow_worker_does_not_hold_a_buffered_run_up_and_is_heard() -> None:
+    synchronous, buffered = play(rounds=30), play(rounds=60, buffer_answers=4)
+    assert buffered.answers_a_second > 5 * synchronous.answers_a_second
+    assert 0 < buffered.slow_share < synchronous.slow_share
 
 
 def test_control_sending_before_appending_is_caught() -> None:

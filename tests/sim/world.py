@@ -110,6 +110,19 @@ def draw_learning(rng: random.Random) -> dict[str, Any]:
     }
 
 
+def draw_buffering(rng: random.Random, learning: dict[str, Any], quorum: int) -> dict[str, Any]:
+    """Whether rounds are buffered, which not every way to learn goes with."""
+    is_shared = learning["seed_policy"] == "shared"
+    is_weighted = (learning["seed_policy"], learning["pool_sampling"]) == ("pool", "weighted")
+    if is_shared or is_weighted or rng.random() < 0.4:
+        return {}
+    return {
+        "buffer_answers": quorum + rng.choice((0, 0, 1, 2, 6)),
+        "staleness_max_rounds": rng.choice((0, 1, 3, 10)),
+        "staleness_exponent": rng.choice((0.0, 0.5, 1.0)),
+    }
+
+
 def draw_scenario(rng: random.Random) -> Scenario:
     """Any scenario in which honest parties can finish and a flipped worker can be told apart."""
     workers = rng.randint(1, 6)
@@ -117,6 +130,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
     replica = rng.random() < 0.5
     can_flip = quorum >= 2 and (workers >= 3 or replica)
     flips_max = 0 if not can_flip or rng.random() < 0.4 else (3 if replica else 1)
+    learning = draw_learning(rng)
     config = RunConfig(
         run_id="sim",
         model="none",
@@ -135,7 +149,8 @@ def draw_scenario(rng: random.Random) -> Scenario:
         report_losses=rng.random() < 0.5,
         # The oracle's losses are noise, which would look like a run gone wrong.
         pause_rounds=0,
-        **draw_learning(rng),
+        **learning,
+        **draw_buffering(rng, learning, quorum),
     )
     calm = rng.random() < 0.15
     hostile = rng.random() < 0.4
@@ -456,6 +471,8 @@ class Worker:
         self.session: SessionMachine | None = None
         self.stream: Stream | None = None
         self.running: Measure | None = None
+        self.duration_ms: int | None = None
+        """How long a measurement takes; None: as the dice say."""
         self.held_back: list[tuple[Stream, Up]] = []
         """Under way when its stream tore; a hostile network hands it over at the worst time."""
 
@@ -468,6 +485,7 @@ class Worker:
             self.world.genesis_head,
             report_losses=config.report_losses,
             report_rows=config.weighting == "rows",
+            staleness_max=config.staleness_max,
         )
         self.connect(self.session)
 
@@ -597,7 +615,7 @@ class Worker:
                     raise ViolationError(f"{self.name}: two measurements at once")
                 self.running = action
                 session = self.session
-                duration_ms = world.rng.choice((1, 20, 150, 900))
+                duration_ms = self.duration_ms or world.rng.choice((1, 20, 150, 900))
                 world.later(duration_ms, lambda: self._end_measure(session, action))
             case SendAnswer():
                 world.checker.sent(self.name, action)

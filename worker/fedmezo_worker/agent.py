@@ -147,6 +147,7 @@ class Agent:
             description.head,
             report_losses=config.report_losses,
             report_rows=config.weighting == "rows",
+            staleness_max=config.staleness_max,
         )
         log.info("%d trainable elements", self._party.loaded.manifest.element_count)
         async for page in self._history.open(description):
@@ -364,9 +365,13 @@ class Agent:
         is_free = self._measuring is None and self._evaluating is None
         if self._evaluations is None or not is_free or not self._evaluations.is_due(round_):
             return None
+        assert self._genesis is not None
+        must_finish = self._evaluations.must_finish(round_)
+        if must_finish and self._genesis.config.buffer_answers:
+            return 0.0  # There is never time, and nobody waits for this worker.
         if not self._has_answered:
             return UNASKED_IDLE_S
-        return 0.0 if self._evaluations.must_finish(round_) else ANSWERED_IDLE_S
+        return 0.0 if must_finish else ANSWERED_IDLE_S
 
     def _begin_evaluation(self) -> None:
         assert self._machine is not None

@@ -453,6 +453,9 @@ Global___CommitNotice: typing_extensions.TypeAlias = CommitNotice
 class Assign(google.protobuf.message.Message):
     """One assignment: measure along the directions of its seeds on the weights after round - 1. Probe p of
     local step h has seed first_seed + k, k being h * probes + p, or seed_offsets[k] where those are given.
+
+    In a buffered run an assignment of an earlier round is repeated in a new session: a worker that still
+    measures it, or has measured it, answers; any other says `unable` and is assigned new work.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -472,7 +475,7 @@ class Assign(google.protobuf.message.Message):
     want_digest: builtins.bool
     """Whether the answer must carry the digest of the weights it starts from."""
     deadline_ms: builtins.int
-    """Time until the round may close without this answer, in milliseconds."""
+    """Time until a commit without this answer may make it worthless, in milliseconds."""
     learning_rate: builtins.float
     """Learning rate of the local steps. Absent: the contract's."""
     eps: builtins.float

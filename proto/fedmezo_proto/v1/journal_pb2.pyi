@@ -450,7 +450,9 @@ Global___Started: typing_extensions.TypeAlias = Started
 
 @typing.final
 class Opened(google.protobuf.message.Message):
-    """A round's cohort, or more slots for the round that is open."""
+    """A round's cohort, or more slots for the round that is open. In a buffered run a worker gets one slot
+    after the other.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -575,6 +577,8 @@ class Committed(google.protobuf.message.Message):
     ROUNDING_SEED_FIELD_NUMBER: builtins.int
     DECAY_FIELD_NUMBER: builtins.int
     FROM_BASE_FIELD_NUMBER: builtins.int
+    STALENESS_FIELD_NUMBER: builtins.int
+    SLOTS_FIELD_NUMBER: builtins.int
     round: builtins.int
     """The round that closed. Commits are in round order without gaps."""
     rounding_seed: builtins.int
@@ -585,7 +589,19 @@ class Committed(google.protobuf.message.Message):
     """This commit holds all that the rounds so far made of the base, and is applied to the base."""
     @property
     def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PairRun]:
-        """In slot order; of shared and pooled seeds each once, ascending."""
+        """In the order of the answers: by slot, or as listed below; of shared and pooled seeds each once,
+        ascending.
+        """
+
+    @property
+    def staleness(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """In a buffered run, of each answer in it, oldest first: how many rounds before `round` the one is that
+        it was assigned and measured in. Its discount is in the coefficients.
+        """
+
+    @property
+    def slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """In a buffered run, of each of these answers: its slot in the round that it was assigned in."""
 
     def __init__(
         self,
@@ -595,9 +611,11 @@ class Committed(google.protobuf.message.Message):
         rounding_seed: builtins.int = ...,
         decay: builtins.float | None = ...,
         from_base: builtins.bool = ...,
+        staleness: collections.abc.Iterable[builtins.int] | None = ...,
+        slots: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_decay", b"_decay", "decay", b"decay"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_decay", b"_decay", "decay", b"decay", "from_base", b"from_base", "round", b"round", "rounding_seed", b"rounding_seed", "runs", b"runs"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_decay", b"_decay", "decay", b"decay", "from_base", b"from_base", "round", b"round", "rounding_seed", b"rounding_seed", "runs", b"runs", "slots", b"slots", "staleness", b"staleness"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_decay", b"_decay"]) -> typing.Literal["decay"] | None: ...
 
 Global___Committed: typing_extensions.TypeAlias = Committed
@@ -924,6 +942,9 @@ class RunConfig(google.protobuf.message.Message):
     PAUSE_LOSS_FACTOR_FIELD_NUMBER: builtins.int
     PAUSE_ROUNDS_FIELD_NUMBER: builtins.int
     EARLY_STOP_EVALUATIONS_FIELD_NUMBER: builtins.int
+    BUFFER_ANSWERS_FIELD_NUMBER: builtins.int
+    STALENESS_MAX_ROUNDS_FIELD_NUMBER: builtins.int
+    STALENESS_EXPONENT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """[a-z0-9-], 1 to 64 characters."""
     model: builtins.str
@@ -996,6 +1017,14 @@ class RunConfig(google.protobuf.message.Message):
     """0: never. Absent: 5."""
     early_stop_evaluations: builtins.int
     """0: never. Absent: 0."""
+    buffer_answers: builtins.int
+    """A round commits with so many answers, whichever of the newest rounds they were assigned in, and every
+    worker is assigned new work as soon as it has answered; 1 to 4096. Absent: a round waits for its cohort.
+    """
+    staleness_max_rounds: builtins.int
+    """Answers assigned more rounds ago than this are refused, 0 to 256. Absent: 10."""
+    staleness_exponent: builtins.float
+    """An answer that is s rounds old counts (1 + s) to the power of minus this; 0 to 100. Absent: 0.5."""
     @property
     def task(self) -> Global___TaskConfig:
         """The task."""
@@ -1050,9 +1079,14 @@ class RunConfig(google.protobuf.message.Message):
         pause_loss_factor: builtins.float | None = ...,
         pause_rounds: builtins.int | None = ...,
         early_stop_evaluations: builtins.int | None = ...,
+        buffer_answers: builtins.int | None = ...,
+        staleness_max_rounds: builtins.int | None = ...,
+        staleness_exponent: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "early_stop_evaluations", b"early_stop_evaluations", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "lora", b"lora", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "rebase_every_rounds", b"rebase_every_rounds", "schedule", b"schedule", "seed_policy", b"seed_policy", "task", b"task", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "batch_size", b"batch_size", "cohort_size_max", b"cohort_size_max", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "early_stop_evaluations", b"early_stop_evaluations", "eps", b"eps", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "rebase_every_rounds", b"rebase_every_rounds", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "schedule", b"schedule", "seed", b"seed", "seed_policy", b"seed_policy", "task", b"task", "train", b"train", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting", "workers_min", b"workers_min"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_buffer_answers", b"_buffer_answers", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "buffer_answers", b"buffer_answers", "early_stop_evaluations", b"early_stop_evaluations", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "lora", b"lora", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "rebase_every_rounds", b"rebase_every_rounds", "schedule", b"schedule", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_buffer_answers", b"_buffer_answers", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "batch_size", b"batch_size", "buffer_answers", b"buffer_answers", "cohort_size_max", b"cohort_size_max", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "early_stop_evaluations", b"early_stop_evaluations", "eps", b"eps", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "rebase_every_rounds", b"rebase_every_rounds", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "schedule", b"schedule", "seed", b"seed", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "train", b"train", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting", "workers_min", b"workers_min"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_buffer_answers", b"_buffer_answers"]) -> typing.Literal["buffer_answers"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_early_stop_evaluations", b"_early_stop_evaluations"]) -> typing.Literal["early_stop_evaluations"] | None: ...
     @typing.overload
@@ -1085,6 +1119,10 @@ class RunConfig(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_schedule", b"_schedule"]) -> typing.Literal["schedule"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed_policy", b"_seed_policy"]) -> typing.Literal["seed_policy"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_staleness_exponent", b"_staleness_exponent"]) -> typing.Literal["staleness_exponent"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_staleness_max_rounds", b"_staleness_max_rounds"]) -> typing.Literal["staleness_max_rounds"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_warmup_rounds", b"_warmup_rounds"]) -> typing.Literal["warmup_rounds"] | None: ...
     @typing.overload
