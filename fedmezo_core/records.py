@@ -1,4 +1,7 @@
-"""What the journal holds: one frozen dataclass for each kind of record. No logic but arithmetic on seeds.
+"""What the journal holds: one dataclass for each kind of record. No logic but arithmetic on seeds.
+
+None is ever changed. `Answered` and `PairRun` are not frozen all the same: a start makes one for every
+answer and pair run of the journal, and a frozen one takes three times as long to make.
 
 `codec` gives their bytes, `journal` chains and stores them, `rounds` and `session` fold them.
 """
@@ -43,7 +46,7 @@ class Opened:
     """The round's; None where it is the contract's."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Answered:
     """An accepted answer; the scalars are binary32 values held as floats."""
 
@@ -56,7 +59,7 @@ class Answered:
     """Rows of the worker's data; only in runs that weight answers by them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class PairRun:
     """Pairs (first_seed + k, coefficients[k]); coefficients are binary32 values held as floats."""
 
