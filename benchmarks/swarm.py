@@ -61,7 +61,9 @@ def preamble(method: str, authority: str) -> bytes:
     path = (SERVICE + method).encode()
     # Static table: :method POST, :scheme https, :path, :authority, content-type; and te by name.
     headers = b"\x83\x87\x04" + _text(path) + b"\x01" + _text(authority.encode())
-    headers += b"\x0f\x10" + _text(b"application/grpc") + b"\x00" + _text(b"te") + _text(b"trailers")
+    headers += (
+        b"\x0f\x10" + _text(b"application/grpc") + b"\x00" + _text(b"te") + _text(b"trailers")
+    )
     return (
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
         + settings
@@ -135,7 +137,9 @@ class Swarm:
         """Connect all workers; returns once all are welcomed."""
         for worker in self.workers:
             self._later(worker, 0.0)
-        self.run(lambda: self.welcomed == len(self.workers), timeout_s, "all workers to be welcomed")
+        self.run(
+            lambda: self.welcomed == len(self.workers), timeout_s, "all workers to be welcomed"
+        )
 
     @property
     def welcomed(self) -> int:

@@ -21,7 +21,7 @@ from fedmezo_core.config import PROTOCOL_VERSION
 from fedmezo_core.errors import ConfigError, ProtocolError, UnavailableError, VersionError
 from fedmezo_core.journal import ZERO_HASH, head_after
 from fedmezo_core.records import Evaluated, Genesis
-from fedmezo_core.status import REASON_KEY, error_from
+from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY, error_from
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 
@@ -221,7 +221,8 @@ class CoordinatorClient:
                     f"What answers at {self.address} is no FedMeZO coordinator of this version; check "
                     "the address, or upgrade the older of the two."
                 ) from None
-            raise error_from(error.code().name, reason, details) from None
+            hint = str(metadata.get(RETRY_AFTER_KEY, ""))
+            raise error_from(error.code().name, reason, details, hint) from None
 
 
 class SessionStream:

@@ -336,8 +336,7 @@ def _record_from_pb(message: pb.Record) -> Record:
         case "committed":
             committed = message.committed
             runs = tuple(
-                PairRun(run.first_seed, tuple(run.coefficients[:]))
-                for run in committed.runs
+                PairRun(run.first_seed, tuple(run.coefficients[:])) for run in committed.runs
             )
             # A sum of finite binary32 values is finite in binary64; infinities and NaN stay in it.
             if not all(math.isfinite(sum(run.coefficients)) for run in runs):

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hmac
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from fedmezo_coordinator.admission import check_hello, check_run_id
+from google.protobuf.message import DecodeError
+
+from fedmezo_coordinator.admission import CATCH_UP_ROUNDS_MAX, check_hello, check_run_id
+from fedmezo_coordinator.door import Door
+from fedmezo_coordinator.lag import LoopLag
 from fedmezo_coordinator.model_index import ModelIndex
+from fedmezo_coordinator.outbox import Outbox, Outgoing
 from fedmezo_core.codec import (
     answer_from_pb,
     assign_to_pb,
@@ -79,6 +86,14 @@ BATCH_MAX = 256
 """Events that share one append: group commit."""
 OUTBOX_MAX = 1024
 """Messages that may wait for one worker; a worker that reads more slowly is cut off and catches up."""
+OUTBOX_BYTES_MAX = 8 * 1024 * 1024
+"""The same in bytes; the largest commit has somewhat more than 1 MiB."""
+RECENT_BYTES_MAX = 8 * 1024 * 1024
+"""Newest commits that are kept in memory for workers that come back."""
+SLICE = 64
+"""Workers served, or events taken, before everything else on the loop gets its turn."""
+NOTED_A_SECOND_MAX = 20
+"""Workers whose coming and going gets a line of its own in the log; of more, only the count."""
 WORKERS_MAX = 20_000
 """Sessions at a time; one file descriptor each. Also the names whose figures are remembered."""
 PAGE_RECORDS_MAX = 4096
@@ -95,7 +110,7 @@ class HalfClosedError(FedMezoError):
     """The worker said that it has nothing more to send: the session ends without an error."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Traffic:
     """What is counted for a worker since this start, over all its sessions."""
 
@@ -105,23 +120,23 @@ class Traffic:
     answered_after_ms: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Session:
     """A worker's open stream, as the loop sees it."""
 
     worker: str
-    outbox: asyncio.Queue[wire.SessionResponse | FedMezoError] = field(
-        default_factory=lambda: asyncio.Queue(OUTBOX_MAX)
-    )
+    outbox: Outbox = field(default_factory=Outbox)
     ended: FedMezoError | None = None
     traffic: Traffic = field(default_factory=Traffic)
     """The worker's, once it has joined: shared by all its sessions."""
 
-    def put(self, message: wire.SessionResponse) -> None:
+    def put(self, message: Outgoing) -> None:
         """Queue a message; a full queue ends the session instead of holding anyone up."""
         if self.ended is not None:
             return
-        if self.outbox.qsize() >= OUTBOX_MAX - 1:
+        full = self.outbox.qsize() >= OUTBOX_MAX - 1
+        # A queue that is empty takes a message of any size.
+        if full or self.outbox.bytes_waiting > OUTBOX_BYTES_MAX:
             self.end(
                 NotReadyError(
                     f"Worker {self.worker} reads more slowly than the run writes; reconnect to catch up."
@@ -171,18 +186,26 @@ _Item = _Join | _Left | _FromWorker | _FromReplica | _Time
 class Daemon:
     """Serves one run from one journal."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: Journal, door: Door | None = None) -> None:
         """`journal` is opened and not yet loaded; it must hold a genesis record."""
+        self.door = door or Door()
         self._journal = journal
         self._machine = RoundMachine()
         self._index = ModelIndex()
         self._digests = DigestBoard()
+        self._recent: deque[Row] = deque()
+        self._recent_bytes = 0
         self._sessions: dict[str, Session] = {}
+        self._overflowed: list[Session] = []
+        self._noted = 0
+        self._noted_second = 0
+        self._loading = True
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[_Item] = asyncio.Queue(EVENTS_MAX)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._news = asyncio.Event()
         self._started_at_s = time.monotonic()
+        self._lag = LoopLag()
         self._genesis: Genesis | None = None
         self._genesis_body = b""
         self.replica_secret = secrets.token_bytes(32)
@@ -191,17 +214,43 @@ class Daemon:
 
     async def load(self) -> None:
         """Verify and fold the journal, and make this start's epoch durable."""
-        entries = await self._on_disk(lambda: list(self._journal.load()))
-        for entry in entries:
-            self._index.fold(entry)
-            self._machine.apply(entry.record)
-        if not entries or not isinstance(entries[0].record, Genesis):
+        try:
+            await self._on_disk(self._fold_journal)
+        finally:
+            self._loading = False
+        if self._genesis is None:
             raise JournalCorruptError(
                 "The journal does not begin with a genesis record; restore it from a copy."
             )
-        self._genesis = entries[0].record
-        self._genesis_body = entries[0].row.body
         await self._flush([self._machine.start(self._now_ms())])
+
+    def _fold_journal(self) -> None:
+        """Everything from the start, one record after the other: a million do not fit in a list.
+
+        Runs in the journal's thread; nothing is served yet.
+        """
+        collects = gc.isenabled()
+        gc.disable()  # Nothing here makes cycles, and looking for them takes a tenth of the time.
+        try:
+            for entry in self._journal.load():
+                if not self._loading:
+                    return  # given up
+                if entry.row.seqno == 0 and isinstance(entry.record, Genesis):
+                    self._genesis, self._genesis_body = entry.record, entry.row.body
+                self._index.fold(entry)
+                self._machine.apply(entry.record)
+                if type(entry.record) is Committed:
+                    self._remember(entry.row)
+        finally:
+            if collects:
+                gc.enable()
+
+    def _remember(self, row: Row) -> None:
+        """Keep a commit for workers that come back; the oldest make room."""
+        self._recent.append(row)
+        self._recent_bytes += len(row.body)
+        while self._recent_bytes > RECENT_BYTES_MAX or len(self._recent) > CATCH_UP_ROUNDS_MAX:
+            self._recent_bytes -= len(self._recent.popleft().body)
 
     async def resume(self, rate_factor: float) -> None:
         """Let a paused run go on; before `serve`. Raises `ConfigError` if it is not paused."""
@@ -214,14 +263,14 @@ class Daemon:
 
     async def serve(self) -> None:
         """Run the loop until it is cancelled or the journal fails."""
-        ticker = asyncio.create_task(self._tick())
+        watchers = [asyncio.create_task(self._tick()), asyncio.create_task(self._lag.watch())]
         try:
             while True:
                 await self._turn()
         finally:
-            ticker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await ticker
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
 
     def end_sessions(self) -> None:
         """Tell every worker that the coordinator is going away."""
@@ -249,7 +298,9 @@ class Daemon:
         while len(items) < BATCH_MAX and not self._items.empty():
             items.append(self._items.get_nowait())
         readies: list[Ready] = []
-        for item in items:
+        for number, item in enumerate(items, start=1):
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
             if isinstance(item, _Join):
                 # A joining worker is sent the commits it lacks, so those must be durable by now.
                 await self._flush(readies)
@@ -258,18 +309,23 @@ class Daemon:
             else:
                 readies += self._step(item)
         await self._flush(readies)
+        while self._overflowed:
+            # Its stream may stay blocked for as long as it reads nothing: the run goes on without it.
+            await self._flush(self._step(_Left(self._overflowed.pop())))
 
     async def _flush(self, readies: Sequence[Ready]) -> None:
         records = [record for ready in readies for record in ready.records]
         entries = iter(await self._append(records) if records else ())
         for ready in readies:
-            self._send([next(entries) for _ in ready.records], ready.messages)
+            await self._send([next(entries) for _ in ready.records], ready.messages)
 
     async def _append(self, records: Sequence[Record]) -> list[Entry]:
         entries = await self._on_disk(lambda: self._journal.append(records))
         for entry in entries:
             self._index.fold(entry)
             self._tell(entry.record)
+            if type(entry.record) is Committed:
+                self._remember(entry.row)
         news, self._news = self._news, asyncio.Event()
         news.set()
         return entries
@@ -280,13 +336,14 @@ class Daemon:
     def _step(self, item: _Item) -> list[Ready]:
         match item:
             case _Time(now_ms):
+                self._note_the_rest()
                 return [self._machine.step(Tick(now_ms))]
             case _Left(session):
                 if self._sessions.get(session.worker) is not session:
                     return []
                 del self._sessions[session.worker]
                 session.end(HalfClosedError())
-                log.info("worker %s left", session.worker)
+                self._note("worker %s left", session.worker)
                 return [self._machine.step(WorkerLost(session.worker))]
             case _FromWorker(session, message):
                 if self._sessions.get(session.worker) is not session or session.ended is not None:
@@ -375,20 +432,51 @@ class Daemon:
                 )
             )
             await self._flush([self._machine.step(WorkerLost(worker))])
-        missing = self._index.seqnos[hello.round + 1 :]
-        rows = await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in missing])
+        rows = await self._commits_after(hello.round)
+        if item.done.done():
+            return
         self._sessions[worker] = session
         session.traffic = self._traffic.setdefault(worker, session.traffic)
-        log.info("worker %s joined at round %d", worker, hello.round)
-        session.put(
+        self._note("worker %s joined at round %d", worker, hello.round)
+        self._put(
+            session,
             wire.SessionResponse(
                 welcome=wire.Welcome(epoch=self._machine.epoch, round=self._machine.round)
-            )
+            ),
         )
         for row in rows:
-            session.put(commit_to_pb(row))
+            self._put(session, commit_to_pb(row).SerializeToString())
         item.done.set_result(None)
         await self._flush([self._machine.step(WorkerReady(worker))])
+
+    async def _commits_after(self, round_: int) -> Sequence[Row]:
+        """All commits that a worker at `round_` lacks; most who come back lack one or none."""
+        missing = self._index.seqnos[round_ + 1 :]
+        kept = min(len(self._recent), len(missing))
+        rows = list(self._recent)[len(self._recent) - kept :]
+        older = missing[: len(missing) - kept]
+        if older:
+            rows[:0] = await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in older])
+        return rows
+
+    def _note(self, line: str, *values: object) -> None:
+        """Log that a worker came or went, unless too many do."""
+        self._noted += 1
+        if self._noted <= NOTED_A_SECOND_MAX:
+            log.info(line, *values)
+
+    def _note_the_rest(self) -> None:
+        """Once a second, by the ticks."""
+        if self._now_ms() // 1000 == self._noted_second:
+            return
+        self._noted_second = self._now_ms() // 1000
+        if self._noted > NOTED_A_SECOND_MAX:
+            log.info(
+                "%d more workers joined or left, %d are connected",
+                self._noted - NOTED_A_SECOND_MAX,
+                len(self._sessions),
+            )
+        self._noted = 0
 
     def _make_room(self, worker: str) -> None:
         """Refuse a session too many; forget the figures of the longest gone for a new name."""
@@ -404,17 +492,29 @@ class Daemon:
 
     # ------------------------------------------------------------ out
 
-    def _send(self, entries: Sequence[Entry], messages: Sequence[RoundMessage]) -> None:
+    async def _send(self, entries: Sequence[Entry], messages: Sequence[RoundMessage]) -> None:
         """Commits to everyone first, then what the step addressed to one worker each."""
         for entry in entries:
             if isinstance(entry.record, Committed):
-                notice = commit_to_pb(entry.row)
-                for session in self._sessions.values():
-                    session.put(notice)
-        for message in messages:
+                # Once for all; only this task changes the sessions.
+                notice = commit_to_pb(entry.row).SerializeToString()
+                for number, session in enumerate(self._sessions.values(), start=1):
+                    self._put(session, notice)
+                    if number % SLICE == 0:
+                        await asyncio.sleep(0)
+        for number, message in enumerate(messages, start=1):
             session_or_none = self._sessions.get(message.worker)
             if session_or_none is not None:
                 self._send_one(session_or_none, message)
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
+
+    def _put(self, session: Session, message: Outgoing) -> None:
+        """Queue a message; whoever does not read is out of the run until it joins again."""
+        if session.ended is None:
+            session.put(message)
+            if session.ended is not None:
+                self._overflowed.append(session)
 
     def _send_one(self, session: Session, message: RoundMessage) -> None:
         match message:
@@ -427,7 +527,7 @@ class Daemon:
                 session.traffic.assigned_at_s = time.monotonic()
             case _:
                 pass
-        session.put(message_to_pb(message, self.genesis.config))
+        self._put(session, message_to_pb(message, self.genesis.config))
 
     def _tell(self, record: Record) -> None:
         match record:
@@ -478,14 +578,25 @@ class Daemon:
         await done
         return session
 
-    async def receive(self, session: Session, message: wire.SessionRequest) -> None:
+    async def receive(self, session: Session, serialized: bytes) -> None:
         """Take a message that came in an open session."""
-        session.traffic.bytes_up += message.ByteSize()
+        session.traffic.bytes_up += len(serialized)
+        try:
+            message = wire.SessionRequest.FromString(serialized)
+        except DecodeError:
+            session.end(
+                ProtocolError(
+                    "A message came that is no SessionRequest; use the same FedMeZO version."
+                )
+            )
+            return
         await self._items.put(_FromWorker(session, message))
 
-    def sent(self, session: Session, message: wire.SessionResponse) -> None:
-        """Count a message that has gone out."""
-        session.traffic.bytes_down += message.ByteSize()
+    def sent(self, session: Session, message: Outgoing) -> bytes:
+        """Count a message that goes out now; its bytes."""
+        serialized = message if isinstance(message, bytes) else message.SerializeToString()
+        session.traffic.bytes_down += len(serialized)
+        return serialized
 
     async def leave(self, session: Session) -> None:
         """A worker has closed its side of a session, or the session's stream is gone."""
@@ -559,6 +670,7 @@ class Daemon:
         """The whole picture."""
         check_run_id(run_id, self.genesis.config.run_id)
         machine = self._machine
+        awaited, diverged = frozenset(machine.awaited), machine.diverged
         phases = {
             Phase.WAITING: wire.PHASE_WAITING,
             Phase.OPEN: wire.PHASE_OPEN,
@@ -572,7 +684,9 @@ class Daemon:
             epoch=machine.epoch,
             records=len(self._journal),
             head=self._journal.head,
-            workers=[self._worker_status(name) for name in sorted(self._traffic)],
+            workers=[
+                self._worker_status(name, awaited, diverged) for name in sorted(self._traffic)
+            ],
             evaluations=[evaluated_to_pb(e) for e in machine.state.evaluations],
             digests=[
                 wire.PartyDigest(party=d.party, round=d.round, weights_digest=d.weights_digest)
@@ -586,9 +700,14 @@ class Daemon:
             trainable_bytes=self.genesis.trainable_bytes,
             uptime_ms=self._now_ms(),
             reason=machine.reason,
+            loop_lag_p99_ms=self._lag.percentile_ms(0.99),
+            sessions=self.door.sessions,
+            sessions_refused=self.door.refused,
         )
 
-    def _worker_status(self, name: str) -> wire.WorkerStatus:
+    def _worker_status(
+        self, name: str, awaited: frozenset[str], diverged: frozenset[str]
+    ) -> wire.WorkerStatus:
         traffic, view = self._traffic[name], self._machine.workers.get(name)
         return wire.WorkerStatus(
             worker=name,
@@ -598,9 +717,9 @@ class Daemon:
             bytes_down=traffic.bytes_down,
             mean_loss=view.mean_loss if view else None,
             answered_after_ms=traffic.answered_after_ms,
-            diverged=name in self._machine.diverged,
+            diverged=name in diverged,
             complaint=view.complaint if view else "",
-            measuring=name in self._machine.awaited,
+            measuring=name in awaited,
             learning_rate=view.learning_rate if view else None,
         )
 

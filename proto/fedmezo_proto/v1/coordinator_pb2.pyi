@@ -799,6 +799,9 @@ class GetStatusResponse(google.protobuf.message.Message):
     TRAINABLE_BYTES_FIELD_NUMBER: builtins.int
     UPTIME_MS_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    LOOP_LAG_P99_MS_FIELD_NUMBER: builtins.int
+    SESSIONS_FIELD_NUMBER: builtins.int
+    SESSIONS_REFUSED_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     """Where it is."""
     round: builtins.int
@@ -815,6 +818,12 @@ class GetStatusResponse(google.protobuf.message.Message):
     """Milliseconds since this coordinator start."""
     reason: builtins.str
     """Why the run is paused, or ended early; empty if neither."""
+    loop_lag_p99_ms: builtins.float
+    """How late the coordinator's loop was with what was due, over the last minute: 99 % were no later. Milliseconds."""
+    sessions: builtins.int
+    """Open sessions, and those that are joining."""
+    sessions_refused: builtins.int
+    """Sessions refused since this coordinator start because too many were open or joining."""
     @property
     def config(self) -> fedmezo_proto.v1.journal_pb2.RunConfig:
         """The run's contract."""
@@ -856,9 +865,12 @@ class GetStatusResponse(google.protobuf.message.Message):
         trainable_bytes: builtins.int = ...,
         uptime_ms: builtins.int = ...,
         reason: builtins.str = ...,
+        loop_lag_p99_ms: builtins.float = ...,
+        sessions: builtins.int = ...,
+        sessions_refused: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "divergences", b"divergences", "epoch", b"epoch", "evaluations", b"evaluations", "head", b"head", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "round", b"round", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "divergences", b"divergences", "epoch", b"epoch", "evaluations", b"evaluations", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
 
 Global___GetStatusResponse: typing_extensions.TypeAlias = GetStatusResponse
 
