@@ -36,7 +36,7 @@ DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 READ_BYTES = 256 * 1024
 CONNECTING_MAX = 64
-"""TLS handshakes that this end has in the air: more would only wait in the server's backlog."""
+"""TLS handshakes in the air at a time, unless it is said otherwise."""
 RETRY_AFTER = re.compile(rb"fedmezo-retry-after-ms.(\d+)", re.DOTALL)
 """A header that is new to a connection stands in its first trailers in plain letters."""
 
@@ -82,7 +82,8 @@ class Worker:
     """One worker, over all its connections."""
 
     name: str
-    sock: ssl.SSLSocket | None = None
+    sock: socket.socket | None = None
+    """An `ssl.SSLSocket` as soon as TCP is up."""
     ready: bool = False
     """TLS is up."""
     welcomed: bool = False
@@ -119,6 +120,7 @@ class Swarm:
         self.on_message: OnMessage = lambda worker, message: None
         self.reconnects = True
         """Whether a worker whose session ends comes back, with full jitter."""
+        self.connecting_max = CONNECTING_MAX
         self._genesis = genesis
         self._tls = ssl.create_default_context(cafile=str(ca))
         self._tls.set_alpn_protocols(["h2"])
@@ -167,9 +169,9 @@ class Swarm:
     def turn(self, wait_s: float) -> None:
         """Connect whoever is due, and take what has come."""
         now_s = time.monotonic()
-        while self._due and self._due[0][0] <= now_s and self._connecting < CONNECTING_MAX:
+        while self._due and self._due[0][0] <= now_s and self._connecting < self.connecting_max:
             self._connect(heapq.heappop(self._due)[2])
-        if self._due and self._connecting < CONNECTING_MAX:
+        if self._due and self._connecting < self.connecting_max:
             wait_s = min(wait_s, max(0.0, self._due[0][0] - now_s))
         for fileno, events in self._epoll.poll(wait_s, 512):
             worker = self._open.get(fileno)
@@ -199,17 +201,19 @@ class Swarm:
         plain = socket.socket()
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         plain.setblocking(False)
-        with suppress(BlockingIOError):
-            plain.connect(self.address)
-        worker.sock = self._tls.wrap_socket(
-            plain, server_hostname=self.address[0], do_handshake_on_connect=False
-        )
+        worker.sock = plain
         worker.ready = worker.welcomed = False
         worker.buffer.clear()
         worker.unsent = b""
         self._connecting += 1
-        self._open[worker.sock.fileno()] = worker
-        self._epoll.register(worker.sock.fileno(), WANTS_WRITE)
+        self._open[plain.fileno()] = worker
+        self._epoll.register(plain.fileno(), WANTS_WRITE)
+        try:
+            plain.connect(self.address)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._lost(worker, None)
 
     def _serve(self, worker: Worker, events: int) -> None:
         try:
@@ -226,6 +230,13 @@ class Swarm:
 
     def _shake_hands(self, worker: Worker) -> None:
         assert worker.sock is not None
+        if not isinstance(worker.sock, ssl.SSLSocket):
+            if worker.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise EOFError
+            # Its file descriptor stays the same.
+            worker.sock = self._tls.wrap_socket(
+                worker.sock, server_hostname=self.address[0], do_handshake_on_connect=False
+            )
         try:
             worker.sock.do_handshake()
         except ssl.SSLWantReadError:
@@ -270,7 +281,7 @@ class Swarm:
         self._epoll.modify(worker.sock.fileno(), WANTS_WRITE if worker.unsent else WANTS_READ)
 
     def _read(self, worker: Worker) -> None:
-        assert worker.sock is not None
+        assert isinstance(worker.sock, ssl.SSLSocket)
         while True:
             try:
                 data = worker.sock.recv(READ_BYTES)

@@ -499,6 +499,11 @@ class RoundMachine:
         return tuple(cohort[slot] for slot in sorted(self._awaited))
 
     @property
+    def awaits_answers(self) -> bool:
+        """Whether the open round waits for any worker."""
+        return bool(self._awaited)
+
+    @property
     def reason(self) -> str:
         """Why the run is paused, or was stopped early; empty if it is neither."""
         found = self.state.stopped or self.state.paused

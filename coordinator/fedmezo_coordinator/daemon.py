@@ -84,6 +84,9 @@ EVENTS_MAX = 4096
 """Events that may wait for the loop; beyond it the senders wait."""
 BATCH_MAX = 256
 """Events that share one append: group commit."""
+SIBLINGS_S = 0.001
+"""How long an append may wait for the other answers of its round, which then share it: less than the
+disk takes for one of its own."""
 OUTBOX_MAX = 1024
 """Messages that may wait for one worker; a worker that reads more slowly is cut off and catches up."""
 OUTBOX_BYTES_MAX = 8 * 1024 * 1024
@@ -295,9 +298,22 @@ class Daemon:
     async def _turn(self) -> None:
         """Take what waits, step, append once, then send in order."""
         items = [await self._items.get()]
-        while len(items) < BATCH_MAX and not self._items.empty():
-            items.append(self._items.get_nowait())
+        until_s = time.monotonic() + SIBLINGS_S
         readies: list[Ready] = []
+        taken = 0
+        while items:
+            while taken + len(items) < BATCH_MAX and not self._items.empty():
+                items.append(self._items.get_nowait())
+            taken += len(items)
+            readies = await self._take(items, readies)
+            items = [] if taken >= BATCH_MAX else await self._siblings(readies, until_s)
+        await self._flush(readies)
+        while self._overflowed:
+            # Its stream may stay blocked for as long as it reads nothing: the run goes on without it.
+            await self._flush(self._step(_Left(self._overflowed.pop())))
+
+    async def _take(self, items: Sequence[_Item], readies: list[Ready]) -> list[Ready]:
+        """Step through the items; what is owed after them, and was before."""
         for number, item in enumerate(items, start=1):
             if number % SLICE == 0:
                 await asyncio.sleep(0)
@@ -308,10 +324,18 @@ class Daemon:
                 await self._join(item)
             else:
                 readies += self._step(item)
-        await self._flush(readies)
-        while self._overflowed:
-            # Its stream may stay blocked for as long as it reads nothing: the run goes on without it.
-            await self._flush(self._step(_Left(self._overflowed.pop())))
+        return readies
+
+    async def _siblings(self, readies: Sequence[Ready], until_s: float) -> list[_Item]:
+        """What else comes until then, if there is something to append and an answer to wait for."""
+        waits_s = until_s - time.monotonic()
+        waits = waits_s > 0 and self._machine.awaits_answers
+        if not waits or not any(ready.records for ready in readies):
+            return []
+        try:
+            return [await asyncio.wait_for(self._items.get(), waits_s)]
+        except TimeoutError:
+            return []
 
     async def _flush(self, readies: Sequence[Ready]) -> None:
         records = [record for ready in readies for record in ready.records]

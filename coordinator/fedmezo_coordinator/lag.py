@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections import deque
 
-SAMPLE_EVERY_S = 0.02
-SAMPLES_MAX = 3000
+SAMPLE_EVERY_S = 0.05
+SAMPLES_MAX = 1200
 """The newest minute."""
 
 
@@ -20,7 +20,7 @@ class LoopLag:
     def add(self, late_s: float) -> None:
         """Take one sample; a long one stands for those that were due meanwhile, too.
 
-        Without those, a loop that stands still for a second would count as one late sample in fifty.
+        Without those, a loop that stands still for a second would count as one late sample in twenty.
         """
         while late_s > SAMPLE_EVERY_S:
             self._samples.append(late_s)
