@@ -230,8 +230,7 @@ def encode_record(record: Record) -> bytes:
 def decode_record(body: bytes) -> Record:
     """A record from its bytes; `JournalCorruptError` if they are none."""
     try:
-        answer = _answer_in(body)
-        if answer is not None:
+        if body[:1] == _ANSWERED_TAG and (answer := _answer_in(body)) is not None:
             return _answered_from_pb(pb.Answered.FromString(answer))
         return _record_from_pb(pb.Record.FromString(body))
     except (DecodeError, ProtocolError) as error:
@@ -378,9 +377,9 @@ def _record_from_pb(message: pb.Record) -> Record:
 def _answer_in(body: bytes) -> bytes | None:
     """The answer that a record of nothing else consists of: nearly all are, and a start reads them all.
 
-    Field 4 of `Record`: its tag, a length of one or two bytes, and exactly so many bytes.
+    After the tag, a length of one or two bytes, and exactly so many bytes.
     """
-    if body[:1] != _ANSWERED_TAG or len(body) < 3:
+    if len(body) < 3:
         return None
     length = body[1]
     if length < 128:

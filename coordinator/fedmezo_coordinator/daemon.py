@@ -66,6 +66,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.journal import Entry, Journal, Row
 from fedmezo_core.records import (
+    Answered,
     Committed,
     Diverged,
     Genesis,
@@ -234,16 +235,20 @@ class Daemon:
         """
         collects = gc.isenabled()
         gc.disable()  # Nothing here makes cycles, and looking for them takes a tenth of the time.
+        apply = self._machine.apply
         try:
             for entry in self._journal.load():
+                record = entry.record
+                apply(record)
+                if type(record) is Answered:  # nearly all are
+                    continue
                 if not self._loading:
                     return  # given up
-                if entry.row.seqno == 0 and isinstance(entry.record, Genesis):
-                    self._genesis, self._genesis_body = entry.record, entry.row.body
                 self._index.fold(entry)
-                self._machine.apply(entry.record)
-                if type(entry.record) is Committed:
+                if type(record) is Committed:
                     self._remember(entry.row)
+                elif type(record) is Genesis:
+                    self._genesis, self._genesis_body = record, entry.row.body
         finally:
             if collects:
                 gc.enable()
