@@ -91,10 +91,12 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
                 each[number] = together[place * config.probes : (place + 1) * config.probes]
     divisor = sum(share.weight for share in shares) * config.probes
     return [
-        tuple(
-            to_binary32(-(share.learning_rate * grad * share.weight) / divisor)
-            for step in each
-            for grad in step
+        all_to_binary32(
+            [
+                -(share.learning_rate * grad * share.weight) / divisor
+                for step in each
+                for grad in step
+            ]
         )
         for share, each in zip(shares, steps, strict=True)
     ]

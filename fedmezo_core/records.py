@@ -9,7 +9,9 @@ answer and pair run of the journal, and a frozen one takes three times as long t
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 from fedmezo_core.config import RunConfig
 
@@ -147,6 +149,7 @@ Record = (
 )
 
 
+@lru_cache(maxsize=8192)  # Asked for at an assignment, and again at the commit.
 def first_seed_of(run_seed: int, round_: int, slot: int) -> int:
     """Seed of the first pair of `slot` in `round_`; probe p of local step h uses this + h * probes + p.
 
@@ -167,5 +170,5 @@ def digest64_of(digest: bytes) -> int:
 
 
 def _hash64(domain: str, *numbers: int) -> int:
-    words = b"".join(number.to_bytes(8, "little") for number in numbers)
+    words = struct.pack(f"<{len(numbers)}Q", *numbers)
     return int.from_bytes(hashlib.sha256(domain.encode() + b"\0" + words).digest()[:8], "little")
