@@ -199,6 +199,22 @@ class CoordinatorClient:
                 timeout=CALL_TIMEOUT_S,
             )
 
+    async def poll_session(
+        self,
+        token: bytes,
+        *messages: wire.SessionRequest,
+        wait_ms: int = 0,
+        leave: bool = False,
+    ) -> wire.PollSessionResponse:
+        """One call of a session without a stream; the first has no token and a hello."""
+        with self._errors_mapped():
+            return await self._stub.PollSession(
+                wire.PollSessionRequest(
+                    token=token, messages=messages, wait_ms=wait_ms, leave=leave
+                ),
+                timeout=CALL_TIMEOUT_S + wait_ms / 1000,
+            )
+
     def session(self) -> SessionStream:
         """A worker's stream; the first message sent must be the hello."""
         return SessionStream(self._stub.Session(), self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.door import Door
 from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
 from fedmezo_coordinator.store import SqliteStore
@@ -24,6 +26,8 @@ from fedmezo_core.settings import load_settings
 
 PROGRAM = "fedmezo-coordinator"
 STOP_GRACE_S = 2.0
+FILES_BESIDE_SESSIONS = 256
+"""Open files that are no worker's connection: the journal, the log, readers of the status."""
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -92,6 +96,25 @@ async def run(settings: CoordinatorSettings) -> None:
             await daemon.close()
 
 
+def sessions_that_fit(settings: CoordinatorSettings) -> int:
+    """`sessions_max`, or fewer if the system allows this process fewer open files, which it raises."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.sessions_max + FILES_BESIDE_SESSIONS
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    sessions = max(1, most - FILES_BESIDE_SESSIONS)
+    if sessions < settings.sessions_max and "sessions_max" in settings.model_fields_set:
+        log.warning(
+            "sessions_max is %d, but this process may open %d files only, enough for %d sessions; "
+            "raise the limit (ulimit -Hn), or lower sessions_max",
+            settings.sessions_max,
+            most,
+            sessions,
+        )
+    return sessions
+
+
 async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     """Begin the run if the journal is new, load it, and see that the settings mean the same run."""
     where = "the [run] settings"
@@ -100,7 +123,8 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         log.info("new run %s: loading %s to name its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
         journal.append([genesis])
-    daemon = Daemon(journal)
+    door = Door(sessions_that_fit(settings), settings.joins_at_a_time)
+    daemon = Daemon(journal, door)
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
     if settings.resume:

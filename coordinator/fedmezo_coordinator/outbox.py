@@ -39,13 +39,17 @@ class Outbox:
 
     async def get(self) -> Outgoing | FedMezoError:
         """Take the first, once there is one."""
+        await self.wait()
+        return self.get_nowait()
+
+    async def wait(self) -> None:
+        """Return once there is something in it."""
         while not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        return self.get_nowait()
 
     def qsize(self) -> int:
         """Count of items in it."""

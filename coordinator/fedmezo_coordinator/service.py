@@ -17,6 +17,7 @@ from fedmezo_coordinator.admission import choose_version
 from fedmezo_coordinator.daemon import Daemon, HalfClosedError
 from fedmezo_coordinator.daemon import Session as WorkerSession
 from fedmezo_coordinator.door import Place
+from fedmezo_coordinator.polled import PolledSessions
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
 from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY
@@ -78,6 +79,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._polled = PolledSessions(daemon)
 
     @_mapped
     async def GetRun(  # noqa: N802 - the service's name for it
@@ -88,6 +90,15 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """What the run is."""
         version = choose_version(list(request.protocol_versions))
         return self._daemon.describe(version, request.run_id)
+
+    @_mapped
+    async def PollSession(  # noqa: N802
+        self,
+        request: wire.PollSessionRequest,
+        context: grpc.aio.ServicerContext[wire.PollSessionRequest, wire.PollSessionResponse],
+    ) -> wire.PollSessionResponse:
+        """A session without a stream, call by call."""
+        return await self._polled.poll(request)
 
     @_mapped
     async def ReadJournal(  # noqa: N802

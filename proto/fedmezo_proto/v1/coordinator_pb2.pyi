@@ -549,6 +549,66 @@ class Finished(google.protobuf.message.Message):
 Global___Finished: typing_extensions.TypeAlias = Finished
 
 @typing.final
+class PollSessionRequest(google.protobuf.message.Message):
+    """One call of a session without a stream: messages up, then whatever waits to go down."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: builtins.int
+    MESSAGES_FIELD_NUMBER: builtins.int
+    WAIT_MS_FIELD_NUMBER: builtins.int
+    LEAVE_FIELD_NUMBER: builtins.int
+    token: builtins.bytes
+    """Empty in the session's first call; from then on as answered. 16 bytes."""
+    wait_ms: builtins.int
+    """Waits up to this long for something to go down, in milliseconds, 0 to 30000."""
+    leave: builtins.bool
+    """Ends the session with this call."""
+    @property
+    def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SessionRequest]:
+        """Messages as in a stream, in order; the first call's first one is `hello`. 64 KiB in all."""
+
+    def __init__(
+        self,
+        *,
+        token: builtins.bytes = ...,
+        messages: collections.abc.Iterable[Global___SessionRequest] | None = ...,
+        wait_ms: builtins.int = ...,
+        leave: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["leave", b"leave", "messages", b"messages", "token", b"token", "wait_ms", b"wait_ms"]) -> None: ...
+
+Global___PollSessionRequest: typing_extensions.TypeAlias = PollSessionRequest
+
+@typing.final
+class PollSessionResponse(google.protobuf.message.Message):
+    """What waited. Nothing is sent twice: a caller that misses it says hello again, at the round that it holds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: builtins.int
+    MESSAGES_FIELD_NUMBER: builtins.int
+    LEASE_MS_FIELD_NUMBER: builtins.int
+    token: builtins.bytes
+    """Names the session in its next call, which must not begin before this answer has come."""
+    lease_ms: builtins.int
+    """The session ends unless the next call comes within this time, in milliseconds."""
+    @property
+    def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SessionResponse]:
+        """In order; more may wait."""
+
+    def __init__(
+        self,
+        *,
+        token: builtins.bytes = ...,
+        messages: collections.abc.Iterable[Global___SessionResponse] | None = ...,
+        lease_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms", "messages", b"messages", "token", b"token"]) -> None: ...
+
+Global___PollSessionResponse: typing_extensions.TypeAlias = PollSessionResponse
+
+@typing.final
 class ReadJournalRequest(google.protobuf.message.Message):
     """Asks for records."""
 
