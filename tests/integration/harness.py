@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.door import Door
 from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_coordinator.store import SqliteStore
 from fedmezo_core.client import CoordinatorClient, SessionStream
@@ -275,13 +276,14 @@ async def served(
     *,
     listen: str = "127.0.0.1:0",
     tls: tuple[Path, Path] | None = None,
+    door: Door | None = None,
 ) -> AsyncIterator[Served]:
     """Serve the journal at `path`, which `genesis` begins if it is new."""
     journal = Journal(SqliteStore(path))
     if journal.is_empty:
         assert genesis is not None
         journal.append([genesis])
-    daemon = Daemon(journal)
+    daemon = Daemon(journal, door)
     await daemon.load()
     with tempfile.TemporaryDirectory() as folder:
         server, port = bind_server(listen, tls, f"unix:{folder}/replica.sock")
