@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
 from benchmarks.serving import HOST, Coordinator, contract, cores, serving
-from benchmarks.swarm import Swarm, Worker, answer_to
+from benchmarks.swarm import Swarm, Worker, answer_to, hello_of
 from fedmezo_coordinator.store import SqliteStore
+from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.codec import encode_record
 from fedmezo_core.config import RunConfig
 from fedmezo_core.journal import ZERO_HASH, Journal, head_after
 from fedmezo_core.records import (
     Answered,
     Committed,
+    Genesis,
     Opened,
     PairRun,
     Record,
@@ -41,6 +45,7 @@ STEPS = 10
 GRADS = tuple((k - 4.5) / 8 for k in range(STEPS))
 WEEK_MS = 7 * 24 * 3600 * 1000
 PATIENCE_S = 300.0
+UNARY_IN_FLIGHT = 64
 
 Ticket = tuple[int, int, int]
 
@@ -51,6 +56,7 @@ class Sizes:
 
     submitting: int = 1000
     bursts: int = 10
+    polling: int = 1000
     loaded_s: float = 60.0
     rounds: int = 1000
     idle: int = 10_000
@@ -64,6 +70,7 @@ class Sizes:
 SMALL = Sizes(
     submitting=200,
     bursts=3,
+    polling=100,
     loaded_s=3.0,
     rounds=100,
     idle=500,
@@ -217,6 +224,107 @@ def _full_load(sizes: Sizes, coordinator: Coordinator, swarm: Swarm) -> Iterator
     yield Figure(f"full load, {count}: the coordinator's core", busy, "% busy")
     lag = coordinator.status().loop_lag_p99_ms
     yield Figure(f"full load, {count}: event-loop lag, p99", lag, "ms", "at most 25")
+
+
+def unary(sizes: Sizes) -> Iterator[Figure]:
+    """PollSession: one call takes an answer up and brings its acknowledgement down."""
+    count = sizes.polling
+    config = contract(
+        workers_min=count,
+        quorum=count,
+        cohort_size_max=count,
+        local_steps=STEPS,
+        deadline_ms=WEEK_MS,
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="fedmezo-bench-") as folder,
+        serving(Path(folder), config) as coordinator,
+    ):
+        cpu_before_s = coordinator.cpu_s
+        times, seconds = asyncio.run(_poll(coordinator, count, sizes.bursts))
+        cpu_s = coordinator.cpu_s - cpu_before_s
+    times.sort()
+    name = f"durable submissions by unary calls, {UNARY_IN_FLIGHT} in flight"
+    yield Figure(name, len(times) / seconds, "/s", "at least 1000")
+    yield Figure(f"{name}, median", 1e3 * statistics.median(times), "ms")
+    yield Figure(f"{name}, p99", 1e3 * times[int(0.99 * len(times))], "ms", "at most 100")
+    each = 1e6 * cpu_s / len(times)
+    yield Figure(
+        "the same: CPU time of the coordinator each, joins and assignments included", each, "us"
+    )
+
+
+async def _poll(coordinator: Coordinator, count: int, rounds: int) -> tuple[list[float], float]:
+    """Seconds of each submission, and of all bursts together."""
+    clients = [
+        CoordinatorClient(f"{HOST}:{coordinator.port}", coordinator.ca)
+        for _ in range(UNARY_IN_FLIGHT // 8)
+    ]
+    head = head_after(ZERO_HASH, encode_record(coordinator.genesis))
+    pollers = [
+        Poller(clients[number % len(clients)], f"worker-{number:05d}") for number in range(count)
+    ]
+    try:
+        await _in_lanes([poller.join(coordinator.genesis, head) for poller in pollers])
+        times: list[float] = []
+        seconds = 0.0
+        for _ in range(rounds):
+            await _in_lanes([poller.fetch() for poller in pollers])
+            begin = time.perf_counter()
+            times += await _in_lanes([poller.submit() for poller in pollers[1:]])
+            seconds += time.perf_counter() - begin
+            await pollers[0].submit()
+        return times, seconds
+    finally:
+        for client in clients:
+            await client.close()
+
+
+async def _in_lanes(calls: Sequence[Coroutine[Any, Any, float]]) -> list[float]:
+    """All of them, so many at a time."""
+    waiting = iter(calls)
+
+    async def lane() -> list[float]:
+        return [await call for call in waiting]
+
+    done = await asyncio.gather(*(lane() for _ in range(UNARY_IN_FLIGHT)))
+    return [seconds for each in done for seconds in each]
+
+
+@dataclass(slots=True)
+class Poller:
+    """A worker without a stream."""
+
+    client: CoordinatorClient
+    name: str
+    token: bytes = b""
+    assigned: wire.Assign | None = None
+
+    async def join(self, genesis: Genesis, head: bytes) -> float:
+        hello = hello_of(genesis, self.name, 0, head)
+        return await self._call(wire.SessionRequest(hello=hello))
+
+    async def fetch(self) -> float:
+        """Wait for the next assignment."""
+        while self.assigned is None:
+            await self._call(wait_ms=30_000)
+        return 0.0
+
+    async def submit(self) -> float:
+        """Answer; seconds until the acknowledgement."""
+        assert self.assigned is not None
+        answer, self.assigned = answer_to(self.assigned, GRADS), None
+        return await self._call(answer, wait_ms=30_000)
+
+    async def _call(self, *messages: wire.SessionRequest, wait_ms: int = 0) -> float:
+        begin = time.perf_counter()
+        answer = await self.client.poll_session(self.token, *messages, wait_ms=wait_ms)
+        seconds = time.perf_counter() - begin
+        self.token = answer.token
+        for message in answer.messages:
+            if message.HasField("assign"):
+                self.assigned = message.assign
+        return seconds
 
 
 def empty_round(sizes: Sizes) -> Iterator[Figure]:
@@ -398,6 +506,7 @@ def _write_rounds(path: Path, config: RunConfig, count: int) -> int:
 Group = Callable[[Sizes], Iterator[Figure]]
 GROUPS: dict[str, Group] = {
     "submissions": submissions,
+    "unary": unary,
     "empty-round": empty_round,
     "fan-out": fan_out,
     "idle": idle,

@@ -248,21 +248,10 @@ class Swarm:
         self._epoll.modify(worker.sock.fileno(), WANTS_READ)
         worker.ready = True
         self._connecting -= 1
-        hello = wire.SessionRequest(hello=self._hello(worker))
-        self._write(worker, self._preamble + message_frame(hello.SerializeToString()))
-
-    def _hello(self, worker: Worker) -> wire.Hello:
-        return wire.Hello(
-            protocol_version=PROTOCOL_VERSION,
-            run_id=self._genesis.config.run_id,
-            worker=worker.name,
-            manifest_digest=self._genesis.manifest_digest,
-            base_digest=self._genesis.base_digest,
-            tokenizer_digest=self._genesis.tokenizer_digest,
-            recipe=self._genesis.config.recipe,
-            round=worker.round,
-            head=worker.head,
+        hello = wire.SessionRequest(
+            hello=hello_of(self._genesis, worker.name, worker.round, worker.head)
         )
+        self._write(worker, self._preamble + message_frame(hello.SerializeToString()))
 
     def _write(self, worker: Worker, data: bytes) -> None:
         if worker.sock is None:
@@ -376,6 +365,21 @@ class Swarm:
             round_ = Record.FromString(body).committed.round
             self._newest = (worker.head, body, round_, head_after(worker.head, body))
         worker.round, worker.head = self._newest[2:]
+
+
+def hello_of(genesis: Genesis, worker: str, round_: int, head: bytes) -> wire.Hello:
+    """A hello that is welcome."""
+    return wire.Hello(
+        protocol_version=PROTOCOL_VERSION,
+        run_id=genesis.config.run_id,
+        worker=worker,
+        manifest_digest=genesis.manifest_digest,
+        base_digest=genesis.base_digest,
+        tokenizer_digest=genesis.tokenizer_digest,
+        recipe=genesis.config.recipe,
+        round=round_,
+        head=head,
+    )
 
 
 def answer_to(assign: wire.Assign, grads: Sequence[float]) -> wire.SessionRequest:

@@ -604,7 +604,12 @@ class Daemon:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         session = Session(hello.worker)
         await self._items.put(_Join(session, hello, done))
-        await done
+        try:
+            await done
+        except asyncio.CancelledError:
+            # It may have been let in at that very moment; if not, this changes nothing.
+            await self._items.put(_Left(session))
+            raise
         return session
 
     async def receive(self, session: Session, serialized: bytes) -> None:

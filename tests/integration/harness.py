@@ -363,8 +363,10 @@ class Hand:
     async def ended(self) -> FedMezoError:
         """The error that the session ends with."""
         try:
-            while await asyncio.wait_for(self.stream.receive(), PATIENCE_S) is not None:
-                pass
+            while (
+                message := await asyncio.wait_for(self.stream.receive(), PATIENCE_S)
+            ) is not None:
+                self.received.append(message)
         except FedMezoError as error:
             return error
         raise AssertionError("the session ended without an error")
