@@ -20,8 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from google.protobuf.message import DecodeError
-
 from fedmezo_coordinator.admission import CATCH_UP_ROUNDS_MAX, check_hello, check_run_id
 from fedmezo_coordinator.door import Door
 from fedmezo_coordinator.lag import LoopLag
@@ -612,18 +610,9 @@ class Daemon:
             raise
         return session
 
-    async def receive(self, session: Session, serialized: bytes) -> None:
+    async def receive(self, session: Session, message: wire.SessionRequest) -> None:
         """Take a message that came in an open session."""
-        session.traffic.bytes_up += len(serialized)
-        try:
-            message = wire.SessionRequest.FromString(serialized)
-        except DecodeError:
-            session.end(
-                ProtocolError(
-                    "A message came that is no SessionRequest; use the same FedMeZO version."
-                )
-            )
-            return
+        session.traffic.bytes_up += message.ByteSize()
         await self._items.put(_FromWorker(session, message))
 
     def sent(self, session: Session, message: Outgoing) -> bytes:

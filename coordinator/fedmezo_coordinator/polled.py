@@ -59,7 +59,7 @@ class PolledSessions:
         polled.is_busy = True
         try:
             for message in messages:
-                await self._daemon.receive(polled.session, message.SerializeToString())
+                await self._daemon.receive(polled.session, message)
             down = await self._collect(polled.session, request.wait_ms / 1000)
             ends = request.leave
         except FedMezoError:

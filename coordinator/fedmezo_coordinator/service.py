@@ -45,8 +45,8 @@ SERVER_OPTIONS = (
     ("grpc.http2.max_ping_strikes", 0),
 )
 
-RawContext = grpc.aio.ServicerContext[bytes, bytes]
-"""Of a handler without serializers."""
+RawContext = grpc.aio.ServicerContext[Any, bytes]
+"""Of a handler without serializers: what it reads is bytes, or `grpc.aio.EOF`."""
 
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
@@ -138,6 +138,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         except FedMezoError as error:
             await abort(context, error)
 
+    # `start_server` registers it without serializers.
+    Session = session  # type: ignore[assignment]
+
     async def _open_session(self, context: RawContext, place: Place) -> None:
         """Raises what the session ends with."""
         session: WorkerSession | None = None
@@ -176,7 +179,16 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
     async def _read(self, context: RawContext, session: WorkerSession) -> None:
         while (serialized := await context.read()) is not grpc.aio.EOF:
-            await self._daemon.receive(session, serialized)
+            try:
+                message = wire.SessionRequest.FromString(serialized)
+            except DecodeError:
+                session.end(
+                    ProtocolError(
+                        "A message came that is no SessionRequest; use the same FedMeZO version."
+                    )
+                )
+                return
+            await self._daemon.receive(session, message)
         # The worker is done; whatever it sent before is in the queue ahead of this.
         await self._daemon.leave(session)
 
@@ -208,7 +220,9 @@ async def start_server(server: grpc.aio.Server, daemon: Daemon) -> None:
     servicer = CoordinatorServicer(daemon)
     # In the place of the generated handler, and without its serializers: what goes to thousands of
     # workers is serialised once, and what is counted in bytes need not be measured again.
-    handlers = {"Session": grpc.stream_stream_rpc_method_handler(servicer.session)}
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Session": grpc.stream_stream_rpc_method_handler(servicer.session)
+    }
     name = wire.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
     # Among generic handlers the first one counts, among registered ones the last.
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))

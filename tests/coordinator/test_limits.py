@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -119,7 +120,7 @@ async def test_whoever_sends_more_than_the_queue_of_events_holds_waits(
     monkeypatch.setattr(daemon_module, "EVENTS_MAX", 3)
     store = SqliteStore(tmp_path / "j.db")
     daemon = Daemon(Journal(store))
-    session, message = Session("w1"), wire.SessionRequest().SerializeToString()
+    session, message = Session("w1"), wire.SessionRequest()
     for _ in range(3):
         await asyncio.wait_for(daemon.receive(session, message), 10)
     fourth = asyncio.create_task(daemon.receive(session, message))
@@ -194,7 +195,7 @@ async def test_bytes_that_are_no_message_end_the_session_and_not_the_coordinator
         grpc.aio.insecure_channel(at.address) as channel,
         hands(at.address, GENESIS, "w1") as [hand],
     ):
-        call = channel.stream_stream("/fedmezo.v1.CoordinatorService/Session")()
+        call: Any = channel.stream_stream("/fedmezo.v1.CoordinatorService/Session")()
         await call.write(wire.SessionRequest(hello=hand.hello()).SerializeToString())
         await call.read()
         await call.write(b"\xff\xff\xff")
