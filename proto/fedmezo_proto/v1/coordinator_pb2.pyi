@@ -16,7 +16,8 @@ class names of fedmezo_core.errors), the status message is one sentence for a pe
   ALREADY_EXISTS       a different answer to the same ticket was given before
   OUT_OF_RANGE         a projected gradient is not finite or beyond the clip
   DATA_LOSS            the worker's weights are not the run's; rebuild them from base and journal
-  RESOURCE_EXHAUSTED   a limit (message size, workers); retry later
+  RESOURCE_EXHAUSTED   a limit (message size, workers); retry later: where the trailing metadata
+                       `fedmezo-retry-after-ms` stands, at a random time within so many milliseconds
   UNAVAILABLE          starting or stopping; retry with backoff
 """
 
