@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from fedmezo_coordinator.admission import CATCH_UP_ROUNDS_MAX, check_hello, check_run_id
-from fedmezo_coordinator.door import Door
+from fedmezo_coordinator.door import RETRY_AFTER_MAX_S, SESSIONS_LIMIT, Door
 from fedmezo_coordinator.lag import LoopLag
 from fedmezo_coordinator.model_index import ModelIndex
 from fedmezo_coordinator.outbox import Outbox, Outgoing
@@ -96,8 +96,8 @@ SLICE = 32
 """Workers served, or events taken, before everything else on the loop gets its turn."""
 NOTED_A_SECOND_MAX = 20
 """Workers whose coming and going gets a line of its own in the log; of more, only the count."""
-WORKERS_MAX = 20_000
-"""Sessions at a time; one file descriptor each. Also the names whose figures are remembered."""
+WORKERS_MAX = SESSIONS_LIMIT
+"""Names whose figures are remembered, and so sessions at a time under different ones."""
 PAGE_RECORDS_MAX = 4096
 PAGE_RECORDS_DEFAULT = 1024
 PAGE_BYTES_MAX = 1024 * 1024
@@ -511,9 +511,11 @@ class Daemon:
             return
         gone = next((name for name in self._traffic if name not in self._sessions), None)
         if gone is None:
-            raise NotReadyError(
+            error = NotReadyError(
                 f"{WORKERS_MAX} workers are connected, the most that one coordinator takes; try later."
             )
+            error.retry_after_s = RETRY_AFTER_MAX_S
+            raise error
         del self._traffic[gone]
         self._digests.forget(gone)
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fedmezo_core.errors import NotReadyError
 
 SESSIONS_MAX = 16_000
+SESSIONS_LIMIT = 20_000
+"""What `sessions_max` may be set to: as many names as the coordinator remembers."""
 JOINS_AT_A_TIME = 256
 RETRY_UNIT_S = 0.5
 """Time in which so many as may join at a time have joined, at the rate that one core manages."""

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
-from fedmezo_coordinator.door import JOINS_AT_A_TIME, SESSIONS_MAX
+from fedmezo_coordinator.door import JOINS_AT_A_TIME, SESSIONS_LIMIT, SESSIONS_MAX
 from fedmezo_core.config import RunConfig, parse_run
 
 ENVIRONMENT_PREFIX = "FEDMEZO_COORDINATOR_"
@@ -52,13 +52,13 @@ class CoordinatorSettings(BaseSettings):
     sessions_max: int = Field(
         default=SESSIONS_MAX,
         ge=1,
-        le=1_000_000,
+        le=SESSIONS_LIMIT,
         description="sessions open at a time; each takes a file descriptor and about 90 kB",
     )
     joins_at_a_time: int = Field(
         default=JOINS_AT_A_TIME,
         ge=1,
-        le=1_000_000,
+        le=SESSIONS_LIMIT,
         description="workers joining at a time; the rest is told when to come back",
     )
     run: dict[str, Any] = Field(
