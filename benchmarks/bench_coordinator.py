@@ -459,7 +459,14 @@ def _answered(path: Path) -> set[Ticket]:
 
 def start(sizes: Sizes) -> Iterator[Figure]:
     """Rounds of 64 workers, until there are so many records."""
-    config = contract(workers_min=64, quorum=64, cohort_size_max=64, local_steps=STEPS)
+    config = contract(
+        workers_min=64,
+        quorum=64,
+        cohort_size_max=64,
+        local_steps=STEPS,
+        digest_every_rounds=1,
+        report_losses=True,
+    )
     with tempfile.TemporaryDirectory(prefix="fedmezo-bench-") as folder:
         coordinator = Coordinator(Path(folder), config)
         records = _write_rounds(coordinator.journal, config, sizes.records)
@@ -487,7 +494,7 @@ def _write_rounds(path: Path, config: RunConfig, count: int) -> int:
         round_ += 1
         digest = 99 if (round_ - 1) % config.digest_every_rounds == 0 else None
         records.append(Opened(round_, 0, names))
-        records += [Answered(round_, slot, GRADS, None, digest) for slot in range(len(names))]
+        records += [Answered(round_, slot, GRADS, 0.5, digest) for slot in range(len(names))]
         runs = tuple(
             PairRun(first_seed_of(config.seed, round_, slot), GRADS) for slot in range(len(names))
         )
