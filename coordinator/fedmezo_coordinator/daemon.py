@@ -92,7 +92,7 @@ OUTBOX_BYTES_MAX = 8 * 1024 * 1024
 """The same in bytes; the largest commit has somewhat more than 1 MiB."""
 RECENT_BYTES_MAX = 8 * 1024 * 1024
 """Newest commits that are kept in memory for workers that come back."""
-SLICE = 32
+SLICE = 16
 """Workers served, or events taken, before everything else on the loop gets its turn."""
 NOTED_A_SECOND_MAX = 20
 """Workers whose coming and going gets a line of its own in the log; of more, only the count."""
