@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-gpu test-postgres postgres-server sim lint format proto check-proto bench bench-gpu experiments wheel-test clean
+.PHONY: help setup demo test test-gpu test-postgres postgres-server sim lint format proto check-proto bench bench-gpu bench-coordinator experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -91,6 +91,9 @@ bench: setup  ## replay, measuring, memory and catch-up beside plain torch; buil
 
 bench-gpu: setup  ## the same on a CUDA device, with its roofline; build/reports/bench-gpu.json
 	$(BIN)/python -m benchmarks.bench_gpu
+
+bench-coordinator: setup  ## submissions, connections, restarts of one coordinator; build/reports/bench-coordinator.json
+	$(BIN)/python -m benchmarks.bench_coordinator
 
 # `make experiments` does all of them; a finished run is kept, so what was broken off goes on where it was.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set rounds=5" or EXPERIMENT=--fresh.

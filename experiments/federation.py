@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from experiments.judging import Judge
 from fedmezo_coordinator.admission import check_hello
 from fedmezo_coordinator.daemon import commit_to_pb, message_to_pb
+from fedmezo_coordinator.model_index import ModelIndex
 from fedmezo_core.codec import answer_from_pb, answer_to_pb, unable_from_pb, unable_to_pb
 from fedmezo_core.errors import FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (
@@ -103,7 +104,8 @@ class Federation:
         genesis = party.genesis()
         [entry] = self.journal.append([genesis])
         self._machine.apply(genesis)
-        self._genesis_head = entry.head
+        self._index = ModelIndex()
+        self._index.fold(entry)
         config = party.config
         self.workers = {
             name: Worker(
@@ -172,8 +174,12 @@ class Federation:
         kind = message.WhichOneof("kind")
         if kind == "hello":
             genesis = self._machine.genesis
-            check_hello(message.hello, genesis, self.round, self._genesis_head)
-            welcome = wire.Welcome(epoch=self._machine.epoch, round=self.round)
+            check_hello(message.hello, genesis, self.round, self._index.head_at(0))
+            welcome = wire.Welcome(
+                epoch=self._machine.epoch,
+                round=self.round,
+                head=self._index.head_at(self.round),
+            )
             self._send(worker, wire.SessionResponse(welcome=welcome))
             self._joined.append(worker)
             self._flush(self._machine.step(WorkerReady(worker.name)))
@@ -193,12 +199,14 @@ class Federation:
     def _flush(self, ready: Ready) -> None:
         """Append, then send: commits to everyone first."""
         for entry in self.journal.append(ready.records) if ready.records else ():
+            self._index.fold(entry)
             if isinstance(entry.record, Committed):
                 for worker in self._joined:
                     self._send(worker, commit_to_pb(entry.row))
         for message in ready.messages:
             assert not isinstance(message, Expel), "workers that share weights cannot differ"
-            self._send(self.workers[message.worker], message_to_pb(message, self.party.config))
+            sent = message_to_pb(message, self.party.config, self._index)
+            self._send(self.workers[message.worker], sent)
 
     def _send(self, worker: Worker, message: wire.SessionResponse) -> None:
         body = message.SerializeToString()

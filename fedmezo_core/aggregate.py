@@ -31,6 +31,19 @@ def to_binary32(value: float) -> float:
     return rounded
 
 
+def all_to_binary32(values: Sequence[float]) -> tuple[float, ...]:
+    """Each of `values` rounded as by `to_binary32`; `NumericError` names the first that cannot be."""
+    form = f"<{len(values)}f"
+    try:
+        rounded: tuple[float, ...] = struct.unpack(form, struct.pack(form, *values))
+    except OverflowError:
+        return tuple(to_binary32(value) for value in values)
+    # Sums of so few finite binary32 values stay finite in binary64; infinities and NaN stay too.
+    if not math.isfinite(sum(rounded)):
+        return tuple(to_binary32(value) for value in values)
+    return rounded
+
+
 def clip_of(projected_grad_abs_max: float) -> float:
     """Largest size of a binary32 projected gradient that the clip allows.
 
@@ -78,10 +91,12 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
                 each[number] = together[place * config.probes : (place + 1) * config.probes]
     divisor = sum(share.weight for share in shares) * config.probes
     return [
-        tuple(
-            to_binary32(-(share.learning_rate * grad * share.weight) / divisor)
-            for step in each
-            for grad in step
+        all_to_binary32(
+            [
+                -(share.learning_rate * grad * share.weight) / divisor
+                for step in each
+                for grad in step
+            ]
         )
         for share, each in zip(shares, steps, strict=True)
     ]

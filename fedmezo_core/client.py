@@ -21,7 +21,7 @@ from fedmezo_core.config import PROTOCOL_VERSION
 from fedmezo_core.errors import ConfigError, ProtocolError, UnavailableError, VersionError
 from fedmezo_core.journal import ZERO_HASH, head_after
 from fedmezo_core.records import Evaluated, Genesis
-from fedmezo_core.status import REASON_KEY, error_from
+from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY, error_from
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 
@@ -207,6 +207,22 @@ class CoordinatorClient:
                 timeout=CALL_TIMEOUT_S,
             )
 
+    async def poll_session(
+        self,
+        token: bytes,
+        *messages: wire.SessionRequest,
+        wait_ms: int = 0,
+        leave: bool = False,
+    ) -> wire.PollSessionResponse:
+        """One call of a session without a stream; the first has no token and a hello."""
+        with self._errors_mapped():
+            return await self._stub.PollSession(
+                wire.PollSessionRequest(
+                    token=token, messages=messages, wait_ms=wait_ms, leave=leave
+                ),
+                timeout=CALL_TIMEOUT_S + wait_ms / 1000,
+            )
+
     def session(self) -> SessionStream:
         """A worker's stream; the first message sent must be the hello."""
         return SessionStream(self._stub.Session(), self)
@@ -229,7 +245,8 @@ class CoordinatorClient:
                     f"What answers at {self.address} is no FedMeZO coordinator of this version; check "
                     "the address, or upgrade the older of the two."
                 ) from None
-            raise error_from(error.code().name, reason, details) from None
+            hint = str(metadata.get(RETRY_AFTER_KEY, ""))
+            raise error_from(error.code().name, reason, details, hint) from None
 
 
 class SessionStream:

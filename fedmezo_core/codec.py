@@ -107,6 +107,7 @@ _OPTIONAL: Mapping[str, Mapping[str, int] | None] = {
 }
 """Fields of the contract that are left out of the message at their defaults, so that a run without
 them has the same bytes as ever; with the names of those that are enums."""
+_ANSWERED_TAG = bytes([pb.Record.ANSWERED_FIELD_NUMBER << 3 | 2])
 _KIND = {
     "classification": pb.TASK_KIND_CLASSIFICATION,
     "instruction": pb.TASK_KIND_INSTRUCTION,
@@ -234,8 +235,9 @@ def encode_record(record: Record) -> bytes:
 def decode_record(body: bytes) -> Record:
     """A record from its bytes; `JournalCorruptError` if they are none."""
     try:
-        message = pb.Record.FromString(body)
-        return _record_from_pb(message)
+        if body[:1] == _ANSWERED_TAG and (answer := _answer_in(body)) is not None:
+            return _answered_from_pb(pb.Answered.FromString(answer))
+        return _record_from_pb(pb.Record.FromString(body))
     except (DecodeError, ProtocolError) as error:
         raise JournalCorruptError(
             f"A journal record of {len(body)} bytes cannot be read ({error}); "
@@ -319,6 +321,8 @@ def _record_to_pb(record: Record) -> pb.Record:
 def _record_from_pb(message: pb.Record) -> Record:
     kind = message.WhichOneof("kind")
     match kind:
+        case "answered":
+            return _answered_from_pb(message.answered)
         case "genesis":
             genesis = message.genesis
             return Genesis(
@@ -345,25 +349,13 @@ def _record_from_pb(message: pb.Record) -> Record:
                 learning_rates=tuple(_positive(r, "learning rate") for r in opened.learning_rates),
                 eps=_positive(opened.eps, "eps") if opened.HasField("eps") else None,
             )
-        case "answered":
-            answered = message.answered
-            return Answered(
-                round=answered.round,
-                slot=answered.slot,
-                projected_grads=tuple(answered.projected_grads),
-                mean_loss=answered.mean_loss if answered.HasField("mean_loss") else None,
-                weights_digest64=(
-                    answered.weights_digest64 if answered.HasField("weights_digest64") else None
-                ),
-                rows=answered.rows if answered.HasField("rows") else None,
-            )
         case "committed":
             committed = message.committed
             runs = tuple(
-                PairRun(first_seed=run.first_seed, coefficients=tuple(run.coefficients))
-                for run in committed.runs
+                PairRun(run.first_seed, tuple(run.coefficients[:])) for run in committed.runs
             )
-            if not all(math.isfinite(c) for run in runs for c in run.coefficients):
+            # A sum of finite binary32 values is finite in binary64; infinities and NaN stay in it.
+            if not all(math.isfinite(sum(run.coefficients)) for run in runs):
                 raise ProtocolError(
                     f"the commit of round {committed.round} holds a coefficient that is no number"
                 )
@@ -420,6 +412,32 @@ def _places_of(message: pb.Committed) -> tuple[Place, ...]:
     return tuple(
         Place(message.round - age, slot)
         for age, slot in zip(message.staleness, message.slots, strict=True)
+    )
+
+
+def _answer_in(body: bytes) -> bytes | None:
+    """The answer that a record of nothing else consists of: nearly all are, and a start reads them all.
+
+    After the tag, a length of one or two bytes, and exactly so many bytes.
+    """
+    if len(body) < 3:
+        return None
+    length = body[1]
+    if length < 128:
+        return body[2:] if len(body) == length + 2 else None
+    length += (body[2] << 7) - 128
+    return body[3:] if body[2] < 128 and len(body) == length + 3 else None
+
+
+def _answered_from_pb(message: pb.Answered) -> Answered:
+    has = message.HasField
+    return Answered(
+        message.round,
+        message.slot,
+        tuple(message.projected_grads[:]),  # a slice is made in one step
+        message.mean_loss if has("mean_loss") else None,
+        message.weights_digest64 if has("weights_digest64") else None,
+        message.rows if has("rows") else None,
     )
 
 

@@ -38,6 +38,8 @@ class FedMezoError(Exception):
 
     status: ClassVar[str] = "INTERNAL"
     """Name of the `grpc.StatusCode` this error travels as."""
+    retry_after_s: float | None = None
+    """When the other side asks to be tried again: at a random time up to so many seconds from now."""
 
 
 class ConfigError(FedMezoError):

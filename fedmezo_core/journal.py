@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fedmezo_core.codec import decode_record, encode_record
 from fedmezo_core.errors import JournalCorruptError
@@ -18,9 +18,9 @@ from fedmezo_core.records import Committed, Genesis, Record
 ZERO_HASH = bytes(32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Row:
-    """What a store keeps for one record."""
+    """What a store keeps for one record. Never changed, and not frozen because a start makes millions."""
 
     seqno: int
     """0-based place. Invariant: a store's rows are 0, 1, 2, ... without gaps."""
@@ -32,8 +32,7 @@ class Row:
     """SHA-256 over the previous row's chain, this seqno and this body."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """A record in its place, with both hashes after it."""
 
     row: Row
@@ -103,7 +102,7 @@ class Journal:
     Invariant: `len(self)`, `chain` and `head` describe the store's last row.
     """
 
-    PAGE_ROWS = 1024
+    PAGE_ROWS = 4096
 
     def __init__(self, store: JournalStore) -> None:
         self._store = store
@@ -130,18 +129,23 @@ class Journal:
                 yield self._verify(row)
 
     def _verify(self, row: Row) -> Entry:
-        if row.seqno != self._length:
+        seqno, body = row.seqno, row.body
+        if seqno != self._length:
             raise JournalCorruptError(
-                f"The journal jumps from record {self._length - 1} to {row.seqno}; records are "
+                f"The journal jumps from record {self._length - 1} to {seqno}; records are "
                 "missing. Restore the journal from a copy."
             )
-        chain = chain_after(self.chain, row.seqno, row.body)
+        chain = chain_after(self.chain, seqno, body)
         if chain != row.chain:
             raise JournalCorruptError(
-                f"Journal record {row.seqno} is not what was written (its hash does not match); "
-                f"records 0 to {row.seqno - 1} are sound. Restore the journal from a copy."
+                f"Journal record {seqno} is not what was written (its hash does not match); "
+                f"records 0 to {seqno - 1} are sound. Restore the journal from a copy."
             )
-        return self._advance(row, decode_record(row.body))
+        record = decode_record(body)
+        self._length, self.chain = seqno + 1, chain
+        if isinstance(record, (Genesis, Committed)):
+            self.head = head_after(self.head, body)
+        return Entry(row, record, self.head)
 
     def append(self, records: Sequence[Record]) -> list[Entry]:
         """Append records durably, all or none."""
@@ -171,9 +175,3 @@ class Journal:
     def close(self) -> None:
         """Close the store."""
         self._store.close()
-
-    def _advance(self, row: Row, record: Record) -> Entry:
-        self._length, self.chain = row.seqno + 1, row.chain
-        if isinstance(record, (Genesis, Committed)):
-            self.head = head_after(self.head, row.body)
-        return Entry(row, record, self.head)

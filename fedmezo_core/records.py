@@ -1,4 +1,7 @@
-"""What the journal holds: one frozen dataclass for each kind of record. No logic but arithmetic on seeds.
+"""What the journal holds: one dataclass for each kind of record. No logic but arithmetic on seeds.
+
+None is ever changed. `Answered` and `PairRun` are not frozen all the same: a start makes one for every
+answer and pair run of the journal, and a frozen one takes three times as long to make.
 
 `codec` gives their bytes, `journal` chains and stores them, `rounds` and `session` fold them.
 """
@@ -6,7 +9,9 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from fedmezo_core.config import RunConfig
@@ -51,7 +56,7 @@ class Place(NamedTuple):
     slot: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class Answered:
     """An accepted answer; the scalars are binary32 values held as floats."""
 
@@ -64,7 +69,7 @@ class Answered:
     """Rows of the worker's data; only in runs that weight answers by them."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class PairRun:
     """Pairs (first_seed + k, coefficients[k]); coefficients are binary32 values held as floats."""
 
@@ -169,6 +174,7 @@ Record = (
 )
 
 
+@lru_cache(maxsize=8192)  # Asked for at an assignment, and again at the commit.
 def first_seed_of(run_seed: int, round_: int, slot: int) -> int:
     """Seed of the first pair of `slot` in `round_`; probe p of local step h uses this + h * probes + p.
 
@@ -189,5 +195,5 @@ def digest64_of(digest: bytes) -> int:
 
 
 def _hash64(domain: str, *numbers: int) -> int:
-    words = b"".join(number.to_bytes(8, "little") for number in numbers)
+    words = struct.pack(f"<{len(numbers)}Q", *numbers)
     return int.from_bytes(hashlib.sha256(domain.encode() + b"\0" + words).digest()[:8], "little")

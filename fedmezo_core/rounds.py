@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from fedmezo_core.aggregate import (
     Share,
+    all_to_binary32,
     bits_of,
     clip_of,
     coefficients_of,
@@ -199,6 +200,9 @@ class RunState:
 
     def apply(self, record: Record) -> None:
         """Fold one record; `JournalCorruptError` if it cannot follow those before."""
+        if type(record) is Answered and self.genesis is not None:  # nearly all records are
+            self._apply_answered(record)
+            return
         if isinstance(record, Genesis):
             if self.genesis is not None:
                 raise _misplaced("a second genesis", "exactly one, as the first record")
@@ -617,6 +621,11 @@ class RoundMachine:
         return tuple(sorted(self._awaited, key=self._awaited.__getitem__))
 
     @property
+    def awaits_answers(self) -> bool:
+        """Whether the open round waits for any worker."""
+        return bool(self._awaited)
+
+    @property
     def reason(self) -> str:
         """Why the run is paused, or was stopped early; empty if it is neither."""
         found = self.state.stopped or self.state.paused
@@ -800,24 +809,27 @@ class RoundMachine:
         limit = clip_of(config.projected_grad_abs_max)
         # A pool's seed can come more than once in an answer.
         repeats = len(event.projected_grads) if config.seed_policy == "pool" else 1
-        grads = []
-        for number, grad in enumerate(event.projected_grads):
-            if not math.isfinite(grad) or abs(grad) > limit:
+        largest, number = 0.0, -1
+        for at, grad in enumerate(event.projected_grads):
+            if not abs(grad) <= limit:  # NaN is not
                 raise ScalarError(
-                    f"{who} projected gradient {number} is {grad!r}, but must be finite and at most "
+                    f"{who} projected gradient {at} is {grad!r}, but must be finite and at most "
                     f"{config.projected_grad_abs_max!r} in size; clamp it to "
                     "projected_grad_abs_max, or answer that it cannot be measured."
                 )
-            try:
-                # One answer alone has the largest coefficients, so none can overflow at the commit.
-                to_binary32(learning_rate * grad * repeats / config.probes)
-                grads.append(to_binary32(grad))
-            except NumericError:
-                raise ScalarError(
-                    f"{who} projected gradient {number} is {grad!r}, which at learning rate "
-                    f"{learning_rate!r} gives no finite binary32 coefficient; start a run "
-                    "with a smaller learning_rate or projected_grad_abs_max."
-                ) from None
+            if abs(grad) > largest:
+                largest, number = abs(grad), at
+        try:
+            # One answer alone has the largest coefficients, and the largest gradient the largest of
+            # those: if that is finite, none can overflow at the commit.
+            to_binary32(learning_rate * largest * repeats / config.probes)
+            grads = all_to_binary32(event.projected_grads)
+        except NumericError:
+            raise ScalarError(
+                f"{who} projected gradient {number} is {event.projected_grads[number]!r}, which at "
+                f"learning rate {learning_rate!r} gives no finite binary32 coefficient; start a run "
+                "with a smaller learning_rate or projected_grad_abs_max."
+            ) from None
         mean_loss = event.mean_loss
         if mean_loss is not None:
             if not config.report_losses:
@@ -847,7 +859,7 @@ class RoundMachine:
             )
         if event.rows is not None and not 1 <= event.rows <= ROWS_MAX:
             raise ScalarError(f"{who} {event.rows} rows are claimed; send 1 to {ROWS_MAX}.")
-        return Answered(ticket.round, ticket.slot, tuple(grads), mean_loss, digest64, event.rows)
+        return Answered(ticket.round, ticket.slot, grads, mean_loss, digest64, event.rows)
 
     def _unable(self, event: UnableReceived) -> None:
         ticket, held = event.ticket, self.state.held(event.ticket.round)

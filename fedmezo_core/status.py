@@ -7,6 +7,8 @@ from fedmezo_core.errors import FedMezoError, NotReadyError, ProtocolError, Unav
 
 REASON_KEY = "fedmezo-reason"
 """Trailing metadata key that names the error class."""
+RETRY_AFTER_KEY = "fedmezo-retry-after-ms"
+"""Trailing metadata key with the milliseconds of `retry_after_s`."""
 
 
 def _tree(root: type[FedMezoError]) -> dict[str, type[FedMezoError]]:
@@ -29,7 +31,10 @@ BY_STATUS: dict[str, type[FedMezoError]] = {
 """For statuses that gRPC itself made, which carry no reason."""
 
 
-def error_from(status: str, reason: str, message: str) -> FedMezoError:
+def error_from(status: str, reason: str, message: str, retry_after_ms: str = "") -> FedMezoError:
     """The error that a peer meant; the most specific class that is known here."""
     kind = BY_REASON.get(reason) or BY_STATUS.get(status, FedMezoError)
-    return kind(message)
+    error = kind(message)
+    if retry_after_ms.isdecimal():
+        error.retry_after_s = int(retry_after_ms) / 1000
+    return error

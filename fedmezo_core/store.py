@@ -115,13 +115,11 @@ class SqliteStore:
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
         """At most `rows_max` rows from `from_seqno` on."""
         with self._errors_named("read"):
-            return tuple(
-                Row(seqno, body, chain)
-                for seqno, body, chain in self._db.execute(
-                    "SELECT seqno, body, chain FROM journal WHERE seqno >= ? ORDER BY seqno LIMIT ?",
-                    (from_seqno, rows_max),
-                )
+            found = self._db.execute(
+                "SELECT seqno, body, chain FROM journal WHERE seqno >= ? ORDER BY seqno LIMIT ?",
+                (from_seqno, rows_max),
             )
+            return tuple([Row(seqno, body, chain) for seqno, body, chain in found])
 
     def __len__(self) -> int:
         return int(self._length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.door import Door
 from fedmezo_coordinator.journal_place import journal_shown, key_beside, open_store
 from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
@@ -29,6 +31,8 @@ PROGRAM = "fedmezo-coordinator"
 STOP_GRACE_S = 2.0
 CHECK_JOURNAL_EVERY_S = 5.0
 """A coordinator with nothing to write learns so soon that another has taken its journal over."""
+FILES_BESIDE_SESSIONS = 256
+"""Open files that are no worker's connection: the journal, the log, readers of the status."""
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -136,6 +140,25 @@ async def _check_journal(daemon: Daemon) -> None:
         await daemon.check_journal()
 
 
+def sessions_that_fit(settings: CoordinatorSettings) -> int:
+    """`sessions_max`, or fewer if the system allows this process fewer open files, which it raises."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = settings.sessions_max + FILES_BESIDE_SESSIONS
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    sessions = max(1, most - FILES_BESIDE_SESSIONS)
+    if sessions < settings.sessions_max and "sessions_max" in settings.model_fields_set:
+        log.warning(
+            "sessions_max is %d, but this process may open %d files only, enough for %d sessions; "
+            "raise the limit (ulimit -Hn), or lower sessions_max",
+            settings.sessions_max,
+            most,
+            sessions,
+        )
+    return sessions
+
+
 async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     """Begin the run if the journal is new, load it, and see that the settings mean the same run."""
     where = "the [run] settings"
@@ -144,7 +167,9 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         log.info("new run %s: loading %s to name its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
         journal.append([genesis])
-    daemon = Daemon(journal, open_signer(settings.signing_key or key_beside(settings.journal)))
+    door = Door(sessions_that_fit(settings), settings.joins_at_a_time)
+    signer = open_signer(settings.signing_key or key_beside(settings.journal))
+    daemon = Daemon(journal, door, signer)
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
     if settings.resume:

@@ -9,17 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hmac
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from fedmezo_coordinator.admission import check_hello, check_run_id
+from fedmezo_coordinator.admission import CATCH_UP_ROUNDS_MAX, check_hello, check_run_id
+from fedmezo_coordinator.door import RETRY_AFTER_MAX_S, SESSIONS_LIMIT, Door
+from fedmezo_coordinator.lag import LoopLag
 from fedmezo_coordinator.model_index import ModelIndex
+from fedmezo_coordinator.outbox import Outbox, Outgoing
 from fedmezo_core.checkpoints import Signer
 from fedmezo_core.codec import (
     answer_from_pb,
@@ -60,6 +65,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.journal import Entry, Journal, Row
 from fedmezo_core.records import (
+    Answered,
     Committed,
     Diverged,
     Genesis,
@@ -78,10 +84,21 @@ EVENTS_MAX = 4096
 """Events that may wait for the loop; beyond it the senders wait."""
 BATCH_MAX = 256
 """Events that share one append: group commit."""
+SIBLINGS_S = 0.001
+"""How long an append may wait for the other answers of its round, which then share it: less than the
+disk takes for one of its own."""
 OUTBOX_MAX = 1024
 """Messages that may wait for one worker; a worker that reads more slowly is cut off and catches up."""
-WORKERS_MAX = 20_000
-"""Sessions at a time; one file descriptor each. Also the names whose figures are remembered."""
+OUTBOX_BYTES_MAX = 8 * 1024 * 1024
+"""The same in bytes; the largest commit has somewhat more than 1 MiB."""
+RECENT_BYTES_MAX = 8 * 1024 * 1024
+"""Newest commits that are kept in memory for workers that come back."""
+SLICE = 16
+"""Workers served, or events taken, before everything else on the loop gets its turn."""
+NOTED_A_SECOND_MAX = 20
+"""Workers whose coming and going gets a line of its own in the log; of more, only the count."""
+WORKERS_MAX = SESSIONS_LIMIT
+"""Names whose figures are remembered, and so sessions at a time under different ones."""
 PAGE_RECORDS_MAX = 4096
 PAGE_RECORDS_DEFAULT = 1024
 PAGE_BYTES_MAX = 1024 * 1024
@@ -96,7 +113,7 @@ class HalfClosedError(FedMezoError):
     """The worker said that it has nothing more to send: the session ends without an error."""
 
 
-@dataclass
+@dataclass(slots=True)
 class Traffic:
     """What is counted for a worker since this start, over all its sessions."""
 
@@ -106,23 +123,23 @@ class Traffic:
     answered_after_ms: int = 0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Session:
     """A worker's open stream, as the loop sees it."""
 
     worker: str
-    outbox: asyncio.Queue[wire.SessionResponse | FedMezoError] = field(
-        default_factory=lambda: asyncio.Queue(OUTBOX_MAX)
-    )
+    outbox: Outbox = field(default_factory=Outbox)
     ended: FedMezoError | None = None
     traffic: Traffic = field(default_factory=Traffic)
     """The worker's, once it has joined: shared by all its sessions."""
 
-    def put(self, message: wire.SessionResponse) -> None:
+    def put(self, message: Outgoing) -> None:
         """Queue a message; a full queue ends the session instead of holding anyone up."""
         if self.ended is not None:
             return
-        if self.outbox.qsize() >= OUTBOX_MAX - 1:
+        full = self.outbox.qsize() >= OUTBOX_MAX - 1
+        # A queue that is empty takes a message of any size.
+        if full or self.outbox.bytes_waiting > OUTBOX_BYTES_MAX:
             self.end(
                 NotReadyError(
                     f"Worker {self.worker} reads more slowly than the run writes; reconnect to catch up."
@@ -172,22 +189,32 @@ _Item = _Join | _Left | _FromWorker | _FromReplica | _Time
 class Daemon:
     """Serves one run from one journal."""
 
-    def __init__(self, journal: Journal, signer: Signer | None = None) -> None:
+    def __init__(
+        self, journal: Journal, door: Door | None = None, signer: Signer | None = None
+    ) -> None:
         """`journal` is opened and not yet loaded; it must hold a genesis record.
 
         Without a `signer` checkpoints are not signed.
         """
+        self.door = door or Door()
         self._journal = journal
         self._signer = signer
         self._machine = RoundMachine()
         self._index = ModelIndex()
         self._digests = DigestBoard()
+        self._recent: deque[Row] = deque()
+        self._recent_bytes = 0
         self._sessions: dict[str, Session] = {}
+        self._overflowed: list[Session] = []
+        self._noted = 0
+        self._noted_second = 0
+        self._loading = True
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[_Item] = asyncio.Queue(EVENTS_MAX)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._news = asyncio.Event()
         self._started_at_s = time.monotonic()
+        self._lag = LoopLag()
         self._genesis: Genesis | None = None
         self._genesis_body = b""
         self.replica_secret = secrets.token_bytes(32)
@@ -196,17 +223,47 @@ class Daemon:
 
     async def load(self) -> None:
         """Verify and fold the journal, and make this start's epoch durable."""
-        entries = await self._on_disk(lambda: list(self._journal.load()))
-        for entry in entries:
-            self._index.fold(entry)
-            self._machine.apply(entry.record)
-        if not entries or not isinstance(entries[0].record, Genesis):
+        try:
+            await self._on_disk(self._fold_journal)
+        finally:
+            self._loading = False
+        if self._genesis is None:
             raise JournalCorruptError(
                 "The journal does not begin with a genesis record; restore it from a copy."
             )
-        self._genesis = entries[0].record
-        self._genesis_body = entries[0].row.body
         await self._flush([self._machine.start(self._now_ms())])
+
+    def _fold_journal(self) -> None:
+        """Everything from the start, one record after the other: a million do not fit in a list.
+
+        Runs in the journal's thread; nothing is served yet.
+        """
+        collects = gc.isenabled()
+        gc.disable()  # Nothing here makes cycles, and looking for them takes a tenth of the time.
+        apply = self._machine.apply
+        try:
+            for entry in self._journal.load():
+                record = entry.record
+                apply(record)
+                if type(record) is Answered:  # nearly all are
+                    continue
+                if not self._loading:
+                    return  # given up
+                self._index.fold(entry)
+                if type(record) is Committed:
+                    self._remember(entry.row)
+                elif type(record) is Genesis:
+                    self._genesis, self._genesis_body = record, entry.row.body
+        finally:
+            if collects:
+                gc.enable()
+
+    def _remember(self, row: Row) -> None:
+        """Keep a commit for workers that come back; the oldest make room."""
+        self._recent.append(row)
+        self._recent_bytes += len(row.body)
+        while self._recent_bytes > RECENT_BYTES_MAX or len(self._recent) > CATCH_UP_ROUNDS_MAX:
+            self._recent_bytes -= len(self._recent.popleft().body)
 
     async def resume(self, rate_factor: float) -> None:
         """Let a paused run go on; before `serve`. Raises `ConfigError` if it is not paused."""
@@ -219,14 +276,14 @@ class Daemon:
 
     async def serve(self) -> None:
         """Run the loop until it is cancelled or the journal fails."""
-        ticker = asyncio.create_task(self._tick())
+        watchers = [asyncio.create_task(self._tick()), asyncio.create_task(self._lag.watch())]
         try:
             while True:
                 await self._turn()
         finally:
-            ticker.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await ticker
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
 
     def end_sessions(self) -> None:
         """Tell every worker that the coordinator is going away."""
@@ -255,10 +312,25 @@ class Daemon:
     async def _turn(self) -> None:
         """Take what waits, step, append once, then send in order."""
         items = [await self._items.get()]
-        while len(items) < BATCH_MAX and not self._items.empty():
-            items.append(self._items.get_nowait())
+        until_s = time.monotonic() + SIBLINGS_S
         readies: list[Ready] = []
-        for item in items:
+        taken = 0
+        while items:
+            while taken + len(items) < BATCH_MAX and not self._items.empty():
+                items.append(self._items.get_nowait())
+            taken += len(items)
+            readies = await self._take(items, readies)
+            items = [] if taken >= BATCH_MAX else await self._siblings(readies, until_s)
+        await self._flush(readies)
+        while self._overflowed:
+            # Its stream may stay blocked for as long as it reads nothing: the run goes on without it.
+            await self._flush(self._step(_Left(self._overflowed.pop())))
+
+    async def _take(self, items: Sequence[_Item], readies: list[Ready]) -> list[Ready]:
+        """Step through the items; what is owed after them, and was before."""
+        for number, item in enumerate(items, start=1):
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
             if isinstance(item, _Join):
                 # A joining worker is sent the commits it lacks, so those must be durable by now.
                 await self._flush(readies)
@@ -266,19 +338,32 @@ class Daemon:
                 await self._join(item)
             else:
                 readies += self._step(item)
-        await self._flush(readies)
+        return readies
+
+    async def _siblings(self, readies: Sequence[Ready], until_s: float) -> list[_Item]:
+        """What else comes until then, if there is something to append and an answer to wait for."""
+        waits_s = until_s - time.monotonic()
+        waits = waits_s > 0 and self._machine.awaits_answers
+        if not waits or not any(ready.records for ready in readies):
+            return []
+        try:
+            return [await asyncio.wait_for(self._items.get(), waits_s)]
+        except TimeoutError:
+            return []
 
     async def _flush(self, readies: Sequence[Ready]) -> None:
         records = [record for ready in readies for record in ready.records]
         entries = iter(await self._append(records) if records else ())
         for ready in readies:
-            self._send([next(entries) for _ in ready.records], ready.messages)
+            await self._send([next(entries) for _ in ready.records], ready.messages)
 
     async def _append(self, records: Sequence[Record]) -> list[Entry]:
         entries = await self._on_disk(lambda: self._journal.append(records))
         for entry in entries:
             self._index.fold(entry)
             self._tell(entry.record)
+            if type(entry.record) is Committed:
+                self._remember(entry.row)
         news, self._news = self._news, asyncio.Event()
         news.set()
         return entries
@@ -289,13 +374,14 @@ class Daemon:
     def _step(self, item: _Item) -> list[Ready]:
         match item:
             case _Time(now_ms):
+                self._note_the_rest()
                 return [self._machine.step(Tick(now_ms))]
             case _Left(session):
                 if self._sessions.get(session.worker) is not session:
                     return []
                 del self._sessions[session.worker]
                 session.end(HalfClosedError())
-                log.info("worker %s left", session.worker)
+                self._note("worker %s left", session.worker)
                 return [self._machine.step(WorkerLost(session.worker))]
             case _FromWorker(session, message):
                 if self._sessions.get(session.worker) is not session or session.ended is not None:
@@ -400,11 +486,12 @@ class Daemon:
                 )
             )
             await self._flush([self._machine.step(WorkerLost(worker))])
-        missing = self._index.seqnos[hello.round + 1 :]
-        rows = await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in missing])
+        rows = await self._commits_after(hello.round)
+        if item.done.done():
+            return
         self._sessions[worker] = session
         session.traffic = self._traffic.setdefault(worker, session.traffic)
-        log.info("worker %s joined at round %d", worker, hello.round)
+        self._note("worker %s joined at round %d", worker, hello.round)
         round_ = self._machine.round
         head = self._index.head_at(round_)
         welcome = wire.Welcome(
@@ -413,11 +500,40 @@ class Daemon:
             head=head,
             signature=self._signature(round_, head),
         )
-        session.put(wire.SessionResponse(welcome=welcome))
+        self._put(session, wire.SessionResponse(welcome=welcome))
         for row in rows:
-            session.put(commit_to_pb(row))
+            self._put(session, commit_to_pb(row).SerializeToString())
         item.done.set_result(None)
         await self._flush([self._machine.step(WorkerReady(worker))])
+
+    async def _commits_after(self, round_: int) -> Sequence[Row]:
+        """All commits that a worker at `round_` lacks; most who come back lack one or none."""
+        missing = self._index.seqnos[round_ + 1 :]
+        kept = min(len(self._recent), len(missing))
+        rows = list(self._recent)[len(self._recent) - kept :]
+        older = missing[: len(missing) - kept]
+        if older:
+            rows[:0] = await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in older])
+        return rows
+
+    def _note(self, line: str, *values: object) -> None:
+        """Log that a worker came or went, unless too many do."""
+        self._noted += 1
+        if self._noted <= NOTED_A_SECOND_MAX:
+            log.info(line, *values)
+
+    def _note_the_rest(self) -> None:
+        """Once a second, by the ticks."""
+        if self._now_ms() // 1000 == self._noted_second:
+            return
+        self._noted_second = self._now_ms() // 1000
+        if self._noted > NOTED_A_SECOND_MAX:
+            log.info(
+                "%d more workers joined or left, %d are connected",
+                self._noted - NOTED_A_SECOND_MAX,
+                len(self._sessions),
+            )
+        self._noted = 0
 
     def _make_room(self, worker: str) -> None:
         """Refuse a session too many; forget the figures of the longest gone for a new name."""
@@ -425,26 +541,40 @@ class Daemon:
             return
         gone = next((name for name in self._traffic if name not in self._sessions), None)
         if gone is None:
-            raise NotReadyError(
+            error = NotReadyError(
                 f"{WORKERS_MAX} workers are connected, the most that one coordinator takes; try later."
             )
+            error.retry_after_s = RETRY_AFTER_MAX_S
+            raise error
         del self._traffic[gone]
         self._digests.forget(gone)
 
     # ------------------------------------------------------------ out
 
-    def _send(self, entries: Sequence[Entry], messages: Sequence[RoundMessage]) -> None:
+    async def _send(self, entries: Sequence[Entry], messages: Sequence[RoundMessage]) -> None:
         """Commits to everyone first, then what the step addressed to one worker each."""
         for entry in entries:
             if isinstance(entry.record, Committed):
                 signature = self._signature(entry.record.round, entry.head)
-                notice = commit_to_pb(entry.row, signature)
-                for session in self._sessions.values():
-                    session.put(notice)
-        for message in messages:
+                # Once for all; only this task changes the sessions.
+                notice = commit_to_pb(entry.row, signature).SerializeToString()
+                for number, session in enumerate(self._sessions.values(), start=1):
+                    self._put(session, notice)
+                    if number % SLICE == 0:
+                        await asyncio.sleep(0)
+        for number, message in enumerate(messages, start=1):
             session_or_none = self._sessions.get(message.worker)
             if session_or_none is not None:
                 self._send_one(session_or_none, message)
+            if number % SLICE == 0:
+                await asyncio.sleep(0)
+
+    def _put(self, session: Session, message: Outgoing) -> None:
+        """Queue a message; whoever does not read is out of the run until it joins again."""
+        if session.ended is None:
+            session.put(message)
+            if session.ended is not None:
+                self._overflowed.append(session)
 
     def _send_one(self, session: Session, message: RoundMessage) -> None:
         match message:
@@ -457,10 +587,7 @@ class Daemon:
                 session.traffic.assigned_at_s = time.monotonic()
             case _:
                 pass
-        sent = message_to_pb(message, self.genesis.config)
-        if isinstance(message, Ack):
-            sent.ack.head = self._index.head_at(message.ticket.round - 1)
-        session.put(sent)
+        self._put(session, message_to_pb(message, self.genesis.config, self._index))
 
     def _signature(self, round_: int, head: bytes) -> bytes:
         if self._signer is None:
@@ -519,7 +646,12 @@ class Daemon:
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         session = Session(hello.worker)
         await self._items.put(_Join(session, hello, done))
-        await done
+        try:
+            await done
+        except asyncio.CancelledError:
+            # It may have been let in at that very moment; if not, this changes nothing.
+            await self._items.put(_Left(session))
+            raise
         return session
 
     async def receive(self, session: Session, message: wire.SessionRequest) -> None:
@@ -527,9 +659,11 @@ class Daemon:
         session.traffic.bytes_up += message.ByteSize()
         await self._items.put(_FromWorker(session, message))
 
-    def sent(self, session: Session, message: wire.SessionResponse) -> None:
-        """Count a message that has gone out."""
-        session.traffic.bytes_down += message.ByteSize()
+    def sent(self, session: Session, message: Outgoing) -> bytes:
+        """Count a message that goes out now; its bytes."""
+        serialized = message if isinstance(message, bytes) else message.SerializeToString()
+        session.traffic.bytes_down += len(serialized)
+        return serialized
 
     async def leave(self, session: Session) -> None:
         """A worker has closed its side of a session, or the session's stream is gone."""
@@ -608,6 +742,7 @@ class Daemon:
         """The whole picture."""
         check_run_id(run_id, self.genesis.config.run_id)
         machine = self._machine
+        awaited, diverged = frozenset(machine.awaited), machine.diverged
         phases = {
             Phase.WAITING: wire.PHASE_WAITING,
             Phase.OPEN: wire.PHASE_OPEN,
@@ -621,7 +756,9 @@ class Daemon:
             epoch=machine.epoch,
             records=len(self._journal),
             head=self._journal.head,
-            workers=[self._worker_status(name) for name in sorted(self._traffic)],
+            workers=[
+                self._worker_status(name, awaited, diverged) for name in sorted(self._traffic)
+            ],
             evaluations=[evaluated_to_pb(e) for e in machine.state.evaluations],
             digests=[
                 wire.PartyDigest(party=d.party, round=d.round, weights_digest=d.weights_digest)
@@ -635,9 +772,14 @@ class Daemon:
             trainable_bytes=self.genesis.trainable_bytes,
             uptime_ms=self._now_ms(),
             reason=machine.reason,
+            loop_lag_p99_ms=self._lag.percentile_ms(0.99),
+            sessions=self.door.sessions,
+            sessions_refused=self.door.refused,
         )
 
-    def _worker_status(self, name: str) -> wire.WorkerStatus:
+    def _worker_status(
+        self, name: str, awaited: frozenset[str], diverged: frozenset[str]
+    ) -> wire.WorkerStatus:
         traffic, view = self._traffic[name], self._machine.workers.get(name)
         return wire.WorkerStatus(
             worker=name,
@@ -647,22 +789,23 @@ class Daemon:
             bytes_down=traffic.bytes_down,
             mean_loss=view.mean_loss if view else None,
             answered_after_ms=traffic.answered_after_ms,
-            diverged=name in self._machine.diverged,
+            diverged=name in diverged,
             complaint=view.complaint if view else "",
-            measuring=name in self._machine.awaited,
+            measuring=name in awaited,
             learning_rate=view.learning_rate if view else None,
         )
 
 
 def message_to_pb(
-    message: Assign | Ack | Refuse | Finish, config: RunConfig
+    message: Assign | Ack | Refuse | Finish, config: RunConfig, index: ModelIndex
 ) -> wire.SessionResponse:
     """What the round machine addresses to a worker, as a session message."""
     match message:
         case Assign():
             return assign_to_pb(message, config)
         case Ack(_, ticket):
-            return wire.SessionResponse(ack=wire.Ack(ticket=ticket_to_pb(ticket)))
+            head = index.head_at(ticket.round - 1)
+            return wire.SessionResponse(ack=wire.Ack(ticket=ticket_to_pb(ticket), head=head))
         case Refuse(_, ticket, reason, sentence):
             return wire.SessionResponse(
                 refused=wire.Refused(ticket=ticket_to_pb(ticket), reason=reason, message=sentence)

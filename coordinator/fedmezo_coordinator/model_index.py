@@ -24,11 +24,13 @@ class ModelIndex:
 
     def fold(self, entry: Entry) -> None:
         """Take one more entry."""
-        if isinstance(entry.record, (Genesis, Committed)):
-            self.seqnos.append(entry.row.seqno)
-            self._heads += entry.head
-        if isinstance(entry.record, Committed) and entry.record.from_base:
-            self.newest_base_round = entry.record.round
+        record = entry.record
+        if not isinstance(record, (Genesis, Committed)):
+            return
+        self.seqnos.append(entry.row.seqno)
+        self._heads += entry.head
+        if isinstance(record, Committed) and record.from_base:
+            self.newest_base_round = record.round
 
     def head_at(self, round_: int) -> bytes:
         """Head after `round_`; empty for a round that is not committed."""

@@ -6,18 +6,21 @@ import asyncio
 import functools
 import logging
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from fedmezo_coordinator.admission import choose_version
 from fedmezo_coordinator.daemon import Daemon, HalfClosedError
 from fedmezo_coordinator.daemon import Session as WorkerSession
+from fedmezo_coordinator.door import Place
+from fedmezo_coordinator.polled import PolledSessions
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
-from fedmezo_core.status import REASON_KEY
+from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 
@@ -31,7 +34,8 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", 16),
-    ("grpc.server_handshake_timeout_ms", 5_000),
+    # After a restart thousands of handshakes share one core, a millisecond and more each.
+    ("grpc.server_handshake_timeout_ms", 20_000),
     # A small compressed message can unpack to a large one.
     ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.keepalive_time_ms", 60_000),
@@ -41,15 +45,19 @@ SERVER_OPTIONS = (
     ("grpc.http2.max_ping_strikes", 0),
 )
 
+RawContext = grpc.aio.ServicerContext[Any, bytes]
+"""Of a handler without serializers: what it reads is bytes, or `grpc.aio.EOF`."""
+
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: FedMezoError) -> NoReturn:
     """End a call with the error's status, reason and sentence."""
+    metadata = [(REASON_KEY, type(error).__name__)]
+    if error.retry_after_s is not None:
+        metadata.append((RETRY_AFTER_KEY, str(int(1000 * error.retry_after_s))))
     await context.abort(
-        getattr(grpc.StatusCode, error.status),
-        str(error),
-        trailing_metadata=((REASON_KEY, type(error).__name__),),
+        getattr(grpc.StatusCode, error.status), str(error), trailing_metadata=tuple(metadata)
     )
 
 
@@ -71,6 +79,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
+        self._polled = PolledSessions(daemon)
 
     @_mapped
     async def GetRun(  # noqa: N802 - the service's name for it
@@ -81,6 +90,15 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """What the run is."""
         version = choose_version(list(request.protocol_versions))
         return self._daemon.describe(version, request.run_id)
+
+    @_mapped
+    async def PollSession(  # noqa: N802
+        self,
+        request: wire.PollSessionRequest,
+        context: grpc.aio.ServicerContext[wire.PollSessionRequest, wire.PollSessionResponse],
+    ) -> wire.PollSessionResponse:
+        """A session without a stream, call by call."""
+        return await self._polled.poll(request)
 
     @_mapped
     async def ReadJournal(  # noqa: N802
@@ -110,28 +128,33 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         await self._daemon.report_replica(request)
         return wire.ReportReplicaResponse()
 
-    async def Session(  # noqa: N802
-        self,
-        request_iterator: AsyncIterator[wire.SessionRequest],
-        context: grpc.aio.ServicerContext[wire.SessionRequest, wire.SessionResponse],
-    ) -> AsyncIterator[wire.SessionResponse]:
+    async def session(self, _requests: Any, context: RawContext) -> None:
         """A worker's stream: one task reads it, this one writes it."""
-        session: WorkerSession | None = None
-        reader: asyncio.Task[None] | None = None
         try:
-            hello = await self._hello(request_iterator)
-            session = await self._daemon.join(hello)
-            reader = asyncio.create_task(self._read(request_iterator, session))
-            while True:
-                message = await session.outbox.get()
-                if isinstance(message, FedMezoError):
-                    raise message
-                self._daemon.sent(session, message)
-                yield message
+            with self._daemon.door.session() as place:
+                await self._open_session(context, place)
         except HalfClosedError:
             return
         except FedMezoError as error:
             await abort(context, error)
+
+    # `start_server` registers it without serializers.
+    Session = session  # type: ignore[assignment]
+
+    async def _open_session(self, context: RawContext, place: Place) -> None:
+        """Raises what the session ends with."""
+        session: WorkerSession | None = None
+        reader: asyncio.Task[None] | None = None
+        try:
+            hello = await self._hello(context)
+            session = await self._daemon.join(hello)
+            self._daemon.door.joined(place)
+            reader = asyncio.create_task(self._read(context, session))
+            while True:
+                message = await session.outbox.get()
+                if isinstance(message, FedMezoError):
+                    raise message
+                await context.write(self._daemon.sent(session, message))
         finally:
             if reader is not None:
                 reader.cancel()
@@ -141,19 +164,30 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
             if session is not None:
                 await self._daemon.leave(session)
 
-    async def _hello(self, requests: AsyncIterator[wire.SessionRequest]) -> wire.Hello:
+    async def _hello(self, context: RawContext) -> wire.Hello:
         try:
-            first = await asyncio.wait_for(anext(requests), HELLO_TIMEOUT_S)
-        except (StopAsyncIteration, TimeoutError):
-            raise ProtocolError("A session begins with a hello; send it first.") from None
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                serialized = await context.read()
+            first = wire.SessionRequest.FromString(
+                b"" if serialized is grpc.aio.EOF else serialized
+            )
+        except (DecodeError, TimeoutError):
+            first = wire.SessionRequest()
         if first.WhichOneof("kind") != "hello":
             raise ProtocolError("A session begins with a hello; send it first.")
         return first.hello
 
-    async def _read(
-        self, requests: AsyncIterator[wire.SessionRequest], session: WorkerSession
-    ) -> None:
-        async for message in requests:
+    async def _read(self, context: RawContext, session: WorkerSession) -> None:
+        while (serialized := await context.read()) is not grpc.aio.EOF:
+            try:
+                message = wire.SessionRequest.FromString(serialized)
+            except DecodeError:
+                session.end(
+                    ProtocolError(
+                        "A message came that is no SessionRequest; use the same FedMeZO version."
+                    )
+                )
+                return
             await self._daemon.receive(session, message)
         # The worker is done; whatever it sent before is in the queue ahead of this.
         await self._daemon.leave(session)
@@ -183,7 +217,17 @@ def bind_server(
 
 async def start_server(server: grpc.aio.Server, daemon: Daemon) -> None:
     """Let a bound server answer for `daemon`."""
-    rpc.add_CoordinatorServiceServicer_to_server(CoordinatorServicer(daemon), server)
+    servicer = CoordinatorServicer(daemon)
+    # In the place of the generated handler, and without its serializers: what goes to thousands of
+    # workers is serialised once, and what is counted in bytes need not be measured again.
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Session": grpc.stream_stream_rpc_method_handler(servicer.session)
+    }
+    name = wire.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
+    # Among generic handlers the first one counts, among registered ones the last.
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
+    rpc.add_CoordinatorServiceServicer_to_server(servicer, server)
+    server.add_registered_method_handlers(name, handlers)
     await server.start()
 
 

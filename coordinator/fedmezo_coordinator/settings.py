@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
+from fedmezo_coordinator.door import JOINS_AT_A_TIME, SESSIONS_LIMIT, SESSIONS_MAX
 from fedmezo_core.config import RunConfig, parse_run
 
 ENVIRONMENT_PREFIX = "FEDMEZO_COORDINATOR_"
@@ -59,6 +60,18 @@ class CoordinatorSettings(BaseSettings):
         default=None, description="PEM certificate chain to serve TLS with"
     )
     tls_key: Path | None = Field(default=None, description="PEM private key of tls_cert")
+    sessions_max: int = Field(
+        default=SESSIONS_MAX,
+        ge=1,
+        le=SESSIONS_LIMIT,
+        description="sessions open at a time; each takes a file descriptor and about 90 kB",
+    )
+    joins_at_a_time: int = Field(
+        default=JOINS_AT_A_TIME,
+        ge=1,
+        le=SESSIONS_LIMIT,
+        description="workers joining at a time; the rest is told when to come back",
+    )
     run: dict[str, Any] = Field(
         default_factory=dict,
         description="the run's contract as JSON, or [run] in the file: see docs/configuration.md",

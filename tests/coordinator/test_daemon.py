@@ -29,7 +29,7 @@ from tests.integration.harness import (
 MESSAGE = wire.SessionResponse(ack=wire.Ack())
 
 
-def drained(session: Session) -> list[wire.SessionResponse | FedMezoError]:
+def drained(session: Session) -> list[wire.SessionResponse | bytes | FedMezoError]:
     return [session.outbox.get_nowait() for _ in range(session.outbox.qsize())]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmezo_coordinator.cli import FILES_BESIDE_SESSIONS, sessions_that_fit
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings, model_label
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.settings import load_settings
@@ -78,3 +79,32 @@ def test_of_a_model_folder_only_its_name_is_shown_to_others(tmp_path: Path) -> N
     (tmp_path / "my-model").mkdir()
     assert model_label(f"{tmp_path}/my-model/") == "my-model"
     assert model_label("org/name") == "org/name"
+
+
+@pytest.mark.parametrize("name", ["sessions_max", "joins_at_a_time"])
+@pytest.mark.parametrize(
+    ("value", "allowed"), [(0, False), (1, True), (19_999, True), (20_000, True), (20_001, False)]
+)
+def test_a_limit_of_sessions_has_limits(name: str, value: int, allowed: bool) -> None:
+    flag = f"--{name.replace('_', '-')}={value}"
+    if allowed:
+        assert getattr(load(flag), name) == value
+    else:
+        with pytest.raises(ConfigError, match=f"{name} = .{value}. is not allowed"):
+            load(flag)
+
+
+@pytest.mark.parametrize(("more", "fit"), [(-1, 99), (0, 100), (1, 100)])
+def test_no_more_sessions_are_taken_than_files_may_be_opened(
+    more: int, fit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hard = 100 + FILES_BESIDE_SESSIONS + more
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, hard))
+    monkeypatch.setattr("resource.setrlimit", lambda _, limits: raised.append(limits))
+    assert sessions_that_fit(load("--sessions-max=100")) == fit
+    assert raised == [(fit + FILES_BESIDE_SESSIONS, hard)]
+    assert ("lower sessions_max" in caplog.text) is (more < 0)
+    caplog.clear()
+    assert sessions_that_fit(load()) == hard - FILES_BESIDE_SESSIONS
+    assert not caplog.text  # nobody asked for so many

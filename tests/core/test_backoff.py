@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmezo_core.backoff import BASE_S, CAP_S, delay_s
+from fedmezo_core.backoff import BASE_S, CAP_S, HINT_MAX_S, delay_after_refusal_s, delay_s
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1, exclude_max=True))
@@ -22,3 +22,15 @@ def test_the_whole_interval_is_used(attempt: int) -> None:
 def test_base_and_cap_can_be_given() -> None:
     assert delay_s(0, 0.5, base_s=2.0, cap_s=60.0) == 1.0
     assert delay_s(9, 0.5, base_s=2.0, cap_s=60.0) == 30.0
+
+
+@given(
+    st.integers(0, 100),
+    st.floats(0, 1, exclude_max=True),
+    st.floats(0, 1e9, allow_nan=False),
+)
+def test_a_hint_of_the_coordinator_takes_the_place_of_the_attempts(
+    attempt: int, uniform: float, hint_s: float
+) -> None:
+    assert delay_after_refusal_s(attempt, uniform, None) == delay_s(attempt, uniform)
+    assert delay_after_refusal_s(attempt, uniform, hint_s) == uniform * min(hint_s, HINT_MAX_S)

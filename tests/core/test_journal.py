@@ -160,3 +160,14 @@ def test_coefficients_keep_their_bits() -> None:
     back = decode_record(encode_record(commit))
     assert isinstance(back, Committed)
     assert struct.pack("<2f", *back.runs[0].coefficients) == struct.pack("<2f", tiny, -0.0)
+
+
+@pytest.mark.parametrize("count", [0, 1, 28, 29, 30, 31, 32, 500, 4093, 4096])
+def test_an_answer_of_any_length_is_read_as_any_other_record(count: int) -> None:
+    answer = Answered(3, 2, tuple(float(k) for k in range(count)), 0.5, 2**64 - 1, 7)
+    body = encode_record(answer)
+    assert decode_record(body) == answer
+    # A record of more than the answer goes the long way; protobuf takes the last of a oneof.
+    assert decode_record(body + encode_record(Started(9))) == Started(9)
+    with pytest.raises(JournalCorruptError):
+        decode_record(body[:-1])

@@ -42,3 +42,10 @@ def test_every_class_of_the_tree_is_known() -> None:
 def test_a_status_without_a_reason_that_is_known(status: str, kind: type[FedMezoError]) -> None:
     assert type(error_from(status, "", "m")) is kind
     assert type(error_from(status, "OfALaterVersionError", "m")) is kind
+
+
+@pytest.mark.parametrize(
+    ("hint", "seconds"), [("", None), ("0", 0.0), ("1250", 1.25), ("-5", None), ("soon", None)]
+)
+def test_the_time_to_come_back_survives_the_wire(hint: str, seconds: float | None) -> None:
+    assert error_from("RESOURCE_EXHAUSTED", "NotReadyError", "full", hint).retry_after_s == seconds

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.door import Door
 from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_core.checkpoints import Signer
 from fedmezo_core.client import CoordinatorClient, SessionStream
@@ -277,13 +278,14 @@ async def served(
     listen: str = "127.0.0.1:0",
     tls: tuple[Path, Path] | None = None,
     signer: Signer | None = None,
+    door: Door | None = None,
 ) -> AsyncIterator[Served]:
     """Serve the journal at `path`, which `genesis` begins if it is new."""
     journal = Journal(SqliteStore(path))
     if journal.is_empty:
         assert genesis is not None
         journal.append([genesis])
-    daemon = Daemon(journal, signer)
+    daemon = Daemon(journal, door, signer)
     await daemon.load()
     with tempfile.TemporaryDirectory() as folder:
         server, port = bind_server(listen, tls, f"unix:{folder}/replica.sock")
@@ -363,8 +365,10 @@ class Hand:
     async def ended(self) -> FedMezoError:
         """The error that the session ends with."""
         try:
-            while await asyncio.wait_for(self.stream.receive(), PATIENCE_S) is not None:
-                pass
+            while (
+                message := await asyncio.wait_for(self.stream.receive(), PATIENCE_S)
+            ) is not None:
+                self.received.append(message)
         except FedMezoError as error:
             return error
         raise AssertionError("the session ended without an error")

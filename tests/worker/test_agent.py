@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from fedmezo_coordinator.door import Door
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import ProtocolError, UnavailableError
 from fedmezo_core.records import Genesis
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import served, until
+from tests.integration.harness import hands, served, until
 from tests.integration.parties import Workers
 
 
@@ -84,3 +87,36 @@ async def test_a_finished_run_sends_a_late_worker_home_with_the_same_weights(
     assert status.phase == wire.PHASE_FINISHED
     assert {d.party for d in status.digests} == {"w1", "late"}
     assert len({d.weights_digest for d in status.digests}) == 1
+
+
+async def test_a_worker_that_finds_no_place_comes_back_when_the_coordinator_says(
+    workers: Workers,
+    data_files: list[Path],
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hints: list[float | None] = []
+
+    def delay(attempt: int, uniform: float, retry_after_s: float | None) -> float:
+        assert 0 <= uniform < 1
+        hints.append(retry_after_s)
+        return 0.05
+
+    monkeypatch.setattr("fedmezo_worker.agent.delay_after_refusal_s", delay)
+    genesis = tiny_genesis(workers_min=1, quorum=1, rounds=1)
+    async with (
+        served(tmp_path / "journal.db", genesis, door=Door(sessions_max=1)) as at,
+        hands(at.address, genesis, "w1") as [hand],
+    ):
+        await hand.open()
+        working = workers.start(at.address, "w2", data_files[0])
+
+        async def refused() -> bool:
+            return bool(hints)
+
+        await until(refused, "the worker to be refused")
+        await hand.work_to_the_end()
+        hand.stream.cancel()
+        assert await working.outcome() is None
+    assert set(hints) == {30.0}

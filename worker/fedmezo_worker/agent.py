@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
-from fedmezo_core.backoff import delay_s
+from fedmezo_core.backoff import delay_after_refusal_s
 from fedmezo_core.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.codec import (
     answer_to_pb,
@@ -113,9 +113,10 @@ class Agent:
             waited_s = time.monotonic() - self._reachable_at_s
             if waited_s > self._settings.give_up_after_s:
                 raise
-            # It refuses a session only to a worker that must read the journal first, or when it is full.
-            self._is_behind |= isinstance(error, NotReadyError)
-            wait_s = delay_s(self._attempt, random.random())
+            # Refused without a time to come back: this worker reads too slowly, or must read the
+            # journal first. With one, there was no place.
+            self._is_behind |= isinstance(error, NotReadyError) and error.retry_after_s is None
+            wait_s = delay_after_refusal_s(self._attempt, random.random(), error.retry_after_s)
             self._attempt += 1
             if self._attempt in (1, 5) or self._attempt % 20 == 0:
                 log.warning("%s Trying again.", error)

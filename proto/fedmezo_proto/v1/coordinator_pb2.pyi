@@ -16,7 +16,8 @@ class names of fedmezo_core.errors), the status message is one sentence for a pe
   ALREADY_EXISTS       a different answer to the same ticket was given before
   OUT_OF_RANGE         a projected gradient is not finite or beyond the clip
   DATA_LOSS            the worker's weights are not the run's; rebuild them from base and journal
-  RESOURCE_EXHAUSTED   a limit (message size, workers); retry later
+  RESOURCE_EXHAUSTED   a limit (message size, workers); retry later: where the trailing metadata
+                       `fedmezo-retry-after-ms` stands, at a random time within so many milliseconds
   UNAVAILABLE          starting or stopping; retry with backoff
 """
 
@@ -582,6 +583,66 @@ class Finished(google.protobuf.message.Message):
 Global___Finished: typing_extensions.TypeAlias = Finished
 
 @typing.final
+class PollSessionRequest(google.protobuf.message.Message):
+    """One call of a session without a stream: messages up, then whatever waits to go down."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: builtins.int
+    MESSAGES_FIELD_NUMBER: builtins.int
+    WAIT_MS_FIELD_NUMBER: builtins.int
+    LEAVE_FIELD_NUMBER: builtins.int
+    token: builtins.bytes
+    """Empty in the session's first call; from then on as answered. 16 bytes."""
+    wait_ms: builtins.int
+    """Waits up to this long for something to go down, in milliseconds, 0 to 30000."""
+    leave: builtins.bool
+    """Ends the session with this call."""
+    @property
+    def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SessionRequest]:
+        """Messages as in a stream, in order; the first call's first one is `hello`. 64 KiB in all."""
+
+    def __init__(
+        self,
+        *,
+        token: builtins.bytes = ...,
+        messages: collections.abc.Iterable[Global___SessionRequest] | None = ...,
+        wait_ms: builtins.int = ...,
+        leave: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["leave", b"leave", "messages", b"messages", "token", b"token", "wait_ms", b"wait_ms"]) -> None: ...
+
+Global___PollSessionRequest: typing_extensions.TypeAlias = PollSessionRequest
+
+@typing.final
+class PollSessionResponse(google.protobuf.message.Message):
+    """What waited. Nothing is sent twice: a caller that misses it says hello again, at the round that it holds."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: builtins.int
+    MESSAGES_FIELD_NUMBER: builtins.int
+    LEASE_MS_FIELD_NUMBER: builtins.int
+    token: builtins.bytes
+    """Names the session in its next call, which must not begin before this answer has come."""
+    lease_ms: builtins.int
+    """The session ends unless the next call comes within this time, in milliseconds."""
+    @property
+    def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SessionResponse]:
+        """In order; more may wait."""
+
+    def __init__(
+        self,
+        *,
+        token: builtins.bytes = ...,
+        messages: collections.abc.Iterable[Global___SessionResponse] | None = ...,
+        lease_ms: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms", "messages", b"messages", "token", b"token"]) -> None: ...
+
+Global___PollSessionResponse: typing_extensions.TypeAlias = PollSessionResponse
+
+@typing.final
 class ReadJournalRequest(google.protobuf.message.Message):
     """Asks for records."""
 
@@ -836,6 +897,9 @@ class GetStatusResponse(google.protobuf.message.Message):
     TRAINABLE_BYTES_FIELD_NUMBER: builtins.int
     UPTIME_MS_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    LOOP_LAG_P99_MS_FIELD_NUMBER: builtins.int
+    SESSIONS_FIELD_NUMBER: builtins.int
+    SESSIONS_REFUSED_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     """Where it is."""
     round: builtins.int
@@ -852,6 +916,12 @@ class GetStatusResponse(google.protobuf.message.Message):
     """Milliseconds since this coordinator start."""
     reason: builtins.str
     """Why the run is paused, or ended early; empty if neither."""
+    loop_lag_p99_ms: builtins.float
+    """How late the coordinator's loop was with what was due, over the last minute: 99 % were no later. Milliseconds."""
+    sessions: builtins.int
+    """Open sessions, and those that are joining."""
+    sessions_refused: builtins.int
+    """Sessions refused since this coordinator start because too many were open or joining."""
     @property
     def config(self) -> fedmezo_proto.v1.journal_pb2.RunConfig:
         """The run's contract."""
@@ -893,9 +963,12 @@ class GetStatusResponse(google.protobuf.message.Message):
         trainable_bytes: builtins.int = ...,
         uptime_ms: builtins.int = ...,
         reason: builtins.str = ...,
+        loop_lag_p99_ms: builtins.float = ...,
+        sessions: builtins.int = ...,
+        sessions_refused: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "divergences", b"divergences", "epoch", b"epoch", "evaluations", b"evaluations", "head", b"head", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "round", b"round", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "divergences", b"divergences", "epoch", b"epoch", "evaluations", b"evaluations", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
 
 Global___GetStatusResponse: typing_extensions.TypeAlias = GetStatusResponse
 

@@ -45,6 +45,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.SessionRequest.SerializeToString,
                 response_deserializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.SessionResponse.FromString,
                 _registered_method=True)
+        self.PollSession = channel.unary_unary(
+                '/fedmezo.v1.CoordinatorService/PollSession',
+                request_serializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.PollSessionRequest.SerializeToString,
+                response_deserializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.PollSessionResponse.FromString,
+                _registered_method=True)
         self.ReadJournal = channel.unary_unary(
                 '/fedmezo.v1.CoordinatorService/ReadJournal',
                 request_serializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.ReadJournalRequest.SerializeToString,
@@ -75,6 +80,13 @@ class CoordinatorServiceServicer(object):
 
     def Session(self, request_iterator, context):
         """A worker's life in the run. The first message up is `hello`; the coordinator answers `welcome`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PollSession(self, request, context):
+        """The same life for callers that cannot hold a stream, call by call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -113,6 +125,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.Session,
                     request_deserializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.SessionRequest.FromString,
                     response_serializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.SessionResponse.SerializeToString,
+            ),
+            'PollSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.PollSession,
+                    request_deserializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.PollSessionRequest.FromString,
+                    response_serializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.PollSessionResponse.SerializeToString,
             ),
             'ReadJournal': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadJournal,
@@ -185,6 +202,33 @@ class CoordinatorService(object):
             '/fedmezo.v1.CoordinatorService/Session',
             fedmezo__proto_dot_v1_dot_coordinator__pb2.SessionRequest.SerializeToString,
             fedmezo__proto_dot_v1_dot_coordinator__pb2.SessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PollSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedmezo.v1.CoordinatorService/PollSession',
+            fedmezo__proto_dot_v1_dot_coordinator__pb2.PollSessionRequest.SerializeToString,
+            fedmezo__proto_dot_v1_dot_coordinator__pb2.PollSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,7 +16,8 @@ class names of fedmezo_core.errors), the status message is one sentence for a pe
   ALREADY_EXISTS       a different answer to the same ticket was given before
   OUT_OF_RANGE         a projected gradient is not finite or beyond the clip
   DATA_LOSS            the worker's weights are not the run's; rebuild them from base and journal
-  RESOURCE_EXHAUSTED   a limit (message size, workers); retry later
+  RESOURCE_EXHAUSTED   a limit (message size, workers); retry later: where the trailing metadata
+                       `fedmezo-retry-after-ms` stands, at a random time within so many milliseconds
   UNAVAILABLE          starting or stopping; retry with backoff
 """
 
@@ -74,6 +75,22 @@ _CoordinatorServiceSessionType = typing_extensions.TypeVar(
     ],
 )
 
+_CoordinatorServicePollSessionType = typing_extensions.TypeVar(
+    '_CoordinatorServicePollSessionType',
+    grpc.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.coordinator_pb2.PollSessionRequest,
+        fedmezo_proto.v1.coordinator_pb2.PollSessionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.coordinator_pb2.PollSessionRequest,
+        fedmezo_proto.v1.coordinator_pb2.PollSessionResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.coordinator_pb2.PollSessionRequest,
+        fedmezo_proto.v1.coordinator_pb2.PollSessionResponse,
+    ],
+)
+
 _CoordinatorServiceReadJournalType = typing_extensions.TypeVar(
     '_CoordinatorServiceReadJournalType',
     grpc.UnaryUnaryMultiCallable[
@@ -122,7 +139,7 @@ _CoordinatorServiceReportReplicaType = typing_extensions.TypeVar(
     ],
 )
 
-class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _CoordinatorServiceSessionType, _CoordinatorServiceReadJournalType, _CoordinatorServiceGetStatusType, _CoordinatorServiceReportReplicaType]):
+class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _CoordinatorServiceSessionType, _CoordinatorServicePollSessionType, _CoordinatorServiceReadJournalType, _CoordinatorServiceGetStatusType, _CoordinatorServiceReportReplicaType]):
     """Coordinates one run."""
 
     @typing.overload
@@ -134,6 +151,10 @@ class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _Coor
         grpc.StreamStreamMultiCallable[
             fedmezo_proto.v1.coordinator_pb2.SessionRequest,
             fedmezo_proto.v1.coordinator_pb2.SessionResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            fedmezo_proto.v1.coordinator_pb2.PollSessionRequest,
+            fedmezo_proto.v1.coordinator_pb2.PollSessionResponse,
         ],
         grpc.UnaryUnaryMultiCallable[
             fedmezo_proto.v1.coordinator_pb2.ReadJournalRequest,
@@ -160,6 +181,10 @@ class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _Coor
             fedmezo_proto.v1.coordinator_pb2.SessionResponse,
         ],
         grpc.aio.UnaryUnaryMultiCallable[
+            fedmezo_proto.v1.coordinator_pb2.PollSessionRequest,
+            fedmezo_proto.v1.coordinator_pb2.PollSessionResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
             fedmezo_proto.v1.coordinator_pb2.ReadJournalRequest,
             fedmezo_proto.v1.coordinator_pb2.ReadJournalResponse,
         ],
@@ -179,6 +204,9 @@ class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _Coor
     Session: _CoordinatorServiceSessionType
     """A worker's life in the run. The first message up is `hello`; the coordinator answers `welcome`."""
 
+    PollSession: _CoordinatorServicePollSessionType
+    """The same life for callers that cannot hold a stream, call by call."""
+
     ReadJournal: _CoordinatorServiceReadJournalType
     """A page of the journal, oldest first; waits for news if asked to."""
 
@@ -196,6 +224,10 @@ CoordinatorServiceAsyncStub: typing_extensions.TypeAlias = CoordinatorServiceStu
     grpc.aio.StreamStreamMultiCallable[
         fedmezo_proto.v1.coordinator_pb2.SessionRequest,
         fedmezo_proto.v1.coordinator_pb2.SessionResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.coordinator_pb2.PollSessionRequest,
+        fedmezo_proto.v1.coordinator_pb2.PollSessionResponse,
     ],
     grpc.aio.UnaryUnaryMultiCallable[
         fedmezo_proto.v1.coordinator_pb2.ReadJournalRequest,
@@ -229,6 +261,14 @@ class CoordinatorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[fedmezo_proto.v1.coordinator_pb2.SessionResponse], collections.abc.AsyncIterator[fedmezo_proto.v1.coordinator_pb2.SessionResponse]]:
         """A worker's life in the run. The first message up is `hello`; the coordinator answers `welcome`."""
+
+    @abc.abstractmethod
+    def PollSession(
+        self,
+        request: fedmezo_proto.v1.coordinator_pb2.PollSessionRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[fedmezo_proto.v1.coordinator_pb2.PollSessionResponse, collections.abc.Awaitable[fedmezo_proto.v1.coordinator_pb2.PollSessionResponse]]:
+        """The same life for callers that cannot hold a stream, call by call."""
 
     @abc.abstractmethod
     def ReadJournal(

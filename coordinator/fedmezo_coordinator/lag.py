@@ -1,0 +1,42 @@
+"""How late the event loop runs what is due: the coordinator's pulse, for its status and its benchmarks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+
+SAMPLE_EVERY_S = 0.05
+SAMPLES_MAX = 1200
+"""The newest minute."""
+
+
+class LoopLag:
+    """Samples of how late a timer fired, in seconds."""
+
+    def __init__(self) -> None:
+        self._samples: deque[float] = deque(maxlen=SAMPLES_MAX)
+
+    def add(self, late_s: float) -> None:
+        """Take one sample; a long one stands for those that were due meanwhile, too.
+
+        Without those, a loop that stands still for a second would count as one late sample in twenty.
+        """
+        while late_s > SAMPLE_EVERY_S:
+            self._samples.append(late_s)
+            late_s -= SAMPLE_EVERY_S
+        self._samples.append(max(late_s, 0.0))
+
+    def percentile_ms(self, fraction: float) -> float:
+        """The lag, in milliseconds, that `fraction` of the samples do not exceed; 0 without samples."""
+        ordered = sorted(self._samples)
+        if not ordered:
+            return 0.0
+        return 1000 * ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
+
+    async def watch(self) -> None:
+        """Sample until cancelled."""
+        while True:
+            due_s = time.monotonic() + SAMPLE_EVERY_S
+            await asyncio.sleep(SAMPLE_EVERY_S)
+            self.add(time.monotonic() - due_s)
