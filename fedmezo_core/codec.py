@@ -36,9 +36,11 @@ from fedmezo_core.records import (
     Paused,
     Record,
     Resumed,
+    Snapshotted,
     Started,
     Stopped,
 )
+from fedmezo_core.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
 
@@ -297,6 +299,15 @@ def _record_to_pb(record: Record) -> pb.Record:
             return pb.Record(resumed=pb.Resumed(rate_factor=record.rate_factor))
         case Stopped():
             return pb.Record(stopped=pb.Stopped(round=record.round, reason=record.reason))
+        case Snapshotted():
+            return pb.Record(
+                snapshotted=pb.Snapshotted(
+                    round=record.round,
+                    weights_digest=record.weights_digest,
+                    file_sha256=record.file_sha256,
+                    file_bytes=record.file_bytes,
+                )
+            )
 
 
 def _record_from_pb(message: pb.Record) -> Record:
@@ -378,6 +389,14 @@ def _record_from_pb(message: pb.Record) -> Record:
             return Resumed(_positive(message.resumed.rate_factor, "rate factor"))
         case "stopped":
             return Stopped(message.stopped.round, message.stopped.reason)
+        case "snapshotted":
+            snapshotted = message.snapshotted
+            return Snapshotted(
+                round=snapshotted.round,
+                weights_digest=_digest(snapshotted.weights_digest, "weights_digest"),
+                file_sha256=_digest(snapshotted.file_sha256, "file_sha256"),
+                file_bytes=snapshotted.file_bytes,
+            )
         case _:
             raise ProtocolError("its kind is not known to this version")
 
@@ -413,6 +432,31 @@ def evaluated_from_pb(message: pb.Evaluated) -> Evaluated:
         rows=message.rows,
         weights_digest=_digest(message.weights_digest, "weights_digest"),
         auc=message.auc if message.HasField("auc") else None,
+    )
+
+
+# ---------------------------------------------------------------- snapshots
+
+
+def snapshot_to_pb(snapshot: Snapshot) -> wire.Snapshot:
+    """A snapshot as a message."""
+    return wire.Snapshot(
+        round=snapshot.round,
+        head=snapshot.head,
+        weights_digest=snapshot.weights_digest,
+        file_sha256=snapshot.file_sha256,
+        file_bytes=snapshot.file_bytes,
+    )
+
+
+def snapshot_from_pb(message: wire.Snapshot) -> Snapshot:
+    """A snapshot from a message."""
+    return Snapshot(
+        round=message.round,
+        head=_digest(message.head, "head"),
+        weights_digest=_digest(message.weights_digest, "weights_digest"),
+        file_sha256=_digest(message.file_sha256, "file_sha256"),
+        file_bytes=message.file_bytes,
     )
 
 

@@ -130,6 +130,16 @@ class Stopped:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshotted:
+    """The coordinator holds a file of the trained weights after `round`, agreed to be the run's."""
+
+    round: int
+    weights_digest: bytes
+    file_sha256: bytes
+    file_bytes: int
+
+
 Record = (
     Genesis
     | Started
@@ -141,6 +151,7 @@ Record = (
     | Paused
     | Resumed
     | Stopped
+    | Snapshotted
 )
 
 

@@ -75,6 +75,7 @@ from fedmezo_core.records import (
     Paused,
     Record,
     Resumed,
+    Snapshotted,
     Started,
     Stopped,
     rounding_seed_of,
@@ -236,6 +237,11 @@ class RunState:
                         f"an end after round {self.round}, once",
                     )
                 self.stopped = record
+            case Snapshotted(round_):
+                if not 1 <= round_ <= self.round:
+                    raise _misplaced(
+                        f"a snapshot of round {round_}", f"one of a round from 1 to {self.round}"
+                    )
 
     def signals(self) -> Mapping[str, float]:
         """What personal learning rates follow: of each worker, as far as it is known."""

@@ -100,7 +100,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         log.info("new run %s: loading %s to name its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
         journal.append([genesis])
-    daemon = Daemon(journal)
+    daemon = Daemon(journal, snapshots=settings.snapshots_folder)
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
     if settings.resume:

@@ -33,6 +33,7 @@ from fedmezo_core.records import (
     Paused,
     Record,
     Resumed,
+    Snapshotted,
     Started,
     Stopped,
 )
@@ -366,6 +367,8 @@ def _line(row: Row, record: Record) -> str:
             text = f"resumed    learning rates times {rate_factor:g}"
         case Stopped(round_, reason):
             text = f"stopped    after round {round_}: {reason}"
+        case Snapshotted(round_):
+            text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 

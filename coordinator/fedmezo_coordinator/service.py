@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import ssl
@@ -80,7 +81,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     ) -> wire.GetRunResponse:
         """What the run is."""
         version = choose_version(list(request.protocol_versions))
-        return self._daemon.describe(version, request.run_id)
+        return self._daemon.describe(version, request.run_id, request.round)
 
     @_mapped
     async def ReadJournal(  # noqa: N802
@@ -109,6 +110,19 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """The replica's digest and evaluation."""
         await self._daemon.report_replica(request)
         return wire.ReportReplicaResponse()
+
+    async def ReadSnapshot(  # noqa: N802
+        self,
+        request: wire.ReadSnapshotRequest,
+        context: grpc.aio.ServicerContext[wire.ReadSnapshotRequest, wire.ReadSnapshotResponse],
+    ) -> AsyncIterator[wire.ReadSnapshotResponse]:
+        """A snapshot's file; a slow reader holds up only itself, with one chunk in memory."""
+        try:
+            async with contextlib.aclosing(self._daemon.read_snapshot(request)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except FedMezoError as error:
+            await abort(context, error)
 
     async def Session(  # noqa: N802
         self,

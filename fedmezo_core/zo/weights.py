@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from fedmezo_core.errors import DivergedError, MismatchError
+from fedmezo_core.errors import DivergedError, MismatchError, SnapshotDamagedError
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.digest import weights_digest
 from fedmezo_core.zo.kept_base import KeptBase
@@ -105,6 +106,25 @@ class Weights:
                 base.release(entry.tensor_id)
         self._interrupted_round = None
         self.round = first_round + len(commits) - 1
+
+    def restore(self, round_: int, tensors: Iterable[torch.Tensor], digest: bytes) -> None:
+        """Take the weights after `round_` from elsewhere: `tensors` in manifest order, each used at once.
+
+        Raises `SnapshotDamagedError` if their digest then is not `digest`, after which these weights
+        are of no more use.
+        """
+        self._check()
+        self._interrupted_round = round_
+        for tensor, value in zip(trained_tensors(self.model, self.manifest), tensors, strict=True):
+            tensor.copy_(value)
+        found = weights_digest(self.model, self.manifest, threads=self._threads)
+        if found != digest:
+            raise SnapshotDamagedError(
+                f"The weights in the snapshot of round {round_} have digest {found.hex()[:16]} instead "
+                f"of {digest.hex()[:16]}; read the journal instead."
+            )
+        self._interrupted_round = None
+        self.round = round_
 
     def digest(self) -> bytes:
         """Digest of the weights after `round` (see `weights_digest`), 32 bytes."""
