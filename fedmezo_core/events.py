@@ -251,6 +251,14 @@ class MeasureFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The weights were replaced by those after a later round, from a snapshot."""
+
+    round: int
+    head: bytes
+
+
 SessionEvent = (
     Connected
     | Disconnected
@@ -262,6 +270,7 @@ SessionEvent = (
     | FinishedByCoordinator
     | Measured
     | MeasureFailed
+    | Restored
 )
 
 
