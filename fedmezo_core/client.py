@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +182,7 @@ class CoordinatorClient:
 
     async def read_snapshot(
         self, run_id: str, round_: int, offset: int
-    ) -> AsyncIterator[Snapshot | bytes]:
+    ) -> AsyncGenerator[Snapshot | bytes, None]:
         """What a snapshot's file is, then its bytes from `offset` on, as they come.
 
         A stream that breaks is an `UnavailableError`: ask again from where it broke. Any other

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,6 +18,9 @@ from fedmezo_core.zo.kept_base import KeptBase
 from fedmezo_core.zo.manifest import Manifest, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution
+
+_PROBE_ELEMENTS = 1 << 20
+_PROBE_PAIRS = 16
 
 
 class Weights:
@@ -130,6 +135,30 @@ class Weights:
         """Digest of the weights after `round` (see `weights_digest`), 32 bytes."""
         self._check()
         return weights_digest(self.model, self.manifest, threads=self._threads)
+
+    def replay_rate(self) -> float:
+        """Pairs times elements a second that `apply` reaches here, by a probe of some milliseconds."""
+        like = trained_tensors(self.model, self.manifest)[0]
+        scratch = torch.zeros(1024, _PROBE_ELEMENTS // 1024, dtype=like.dtype, device=like.device)
+        commit = Commit(
+            np.arange(_PROBE_PAIRS, dtype=np.uint64),
+            np.full(_PROBE_PAIRS, 1e-3, dtype=np.float32),
+            0,
+        )
+        seconds: list[float] = []
+        for _ in range(2):  # The first may wake threads.
+            begin_s = time.perf_counter()
+            materialize(
+                scratch,
+                scratch,
+                [commit],
+                tensor_id=0,
+                distribution=self._distribution,
+                rounding=self._rounding,
+                threads=self._threads,
+            )
+            seconds.append(time.perf_counter() - begin_s)
+        return _PROBE_ELEMENTS * _PROBE_PAIRS / min(seconds)
 
     def _check(self) -> None:
         if self._interrupted_round is not None:

@@ -9,7 +9,7 @@ from fedmezo_coordinator.replica import _next_stop, _Stops
 
 def stops_of(**changes: int) -> _Stops:
     values = {"rounds": 100, "digest_every": 1, "evaluate_every": 1000} | changes
-    return _Stops(**values, evaluated=frozenset())  # type: ignore[arg-type]
+    return _Stops(**values, evaluated=frozenset())
 
 
 @pytest.mark.parametrize(
