@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ def write_snapshot(
         partial.rename(path)
         sync(folder)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         # safetensors reports a full disk as its own exception, with the system's words in it.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split("\n", 1)[0].split())
         raise SnapshotError(
