@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedmezo_coordinator import snapshots
 from fedmezo_coordinator.snapshots import AGREED_KEPT_MAX, SnapshotShelf
+from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import (
     NotReadyError,
     ProtocolError,
     SnapshotDamagedError,
     SnapshotError,
+    UnknownWorkerError,
 )
+from fedmezo_core.journal import head_after
 from fedmezo_core.records import Committed, PairRun, Snapshotted, digest64_of
 from fedmezo_core.snapshots import SNAPSHOT_CHUNK_BYTES, file_name, round_in
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.integration.harness import Served, config_of, genesis_of, hands, records_of, served
+
+SNAPSHOT = wire.SnapshotReport(file_sha256=b"f" * 32, file_bytes=10)
 
 
 def digest_of(round_: int) -> bytes:
@@ -172,3 +180,105 @@ async def test_one_reader_too_many_is_refused_until_another_has_ended(
         await anext(shelf.read(7, 0))
     await first.aclose()
     assert await anext(shelf.read(7, 0)) == b"0123456789"
+
+
+# ---------------------------------------------------------------- what the replica reports
+
+GENESIS = genesis_of(config_of(rounds=9, workers_min=1, quorum=1, local_steps=1))
+DIGEST = (99).to_bytes(8, "little") + bytes(24)
+"""What `hands` answer that their weights have."""
+
+
+async def report(at: Served, snapshot: wire.SnapshotReport, **changes: Any) -> None:
+    values: dict[str, Any] = {"secret": at.daemon.replica_secret, "round_": 1}
+    values |= {"weights_digest": DIGEST} | changes
+    async with CoordinatorClient(at.address) as client:
+        await client.report_replica("tiny-run", evaluation=None, snapshot=snapshot, **values)
+
+
+async def test_a_report_is_recorded_with_the_next_rounds_answers_and_then_offered(
+    tmp_path: Path,
+) -> None:
+    path, folder = tmp_path / "journal.db", tmp_path / "snapshots"
+    folder.mkdir()
+    write(folder, file_name("tiny-run", 1))
+    # A leftover: of a start that ended before the run had agreed to it.
+    write(folder, file_name("tiny-run", 7))
+    async with (
+        served(path, GENESIS, snapshots=folder) as at,
+        hands(at.address, GENESIS, "w1") as [hand],
+    ):
+        await hand.open()
+        await hand.answer(await hand.assigned())
+        await hand.assigned()
+        write(folder, file_name("tiny-run", 1))
+        await report(at, SNAPSHOT)
+        assert (await hand.client.get_run()).snapshot is None
+        await hand.answer(hand.received[-1].assign)
+        await hand.assigned()
+        description = await hand.client.get_run()
+        offer = description.snapshot
+        assert offer is not None
+        assert (offer.snapshot.round, offer.snapshot.file_bytes) == (1, 10)
+        assert offer.snapshot.weights_digest == DIGEST
+        assert (description.missing.pairs, offer.missing.pairs) == (2, 1)
+        assert (await hand.client.get_run(round_=1)).snapshot is None, "it holds that round"
+        page = await hand.client.read_journal(offer.next_seqno, commits_only=True)
+        assert len(page.entries) == 1
+        assert head_after(offer.snapshot.head, page.entries[0].record) == at.daemon.status("").head
+    assert names_in(folder) == {file_name("tiny-run", 1)}
+    expected = Snapshotted(1, DIGEST, b"f" * 32, 10)
+    assert [r for r in records_of(path) if isinstance(r, Snapshotted)] == [expected]
+    async with (
+        served(path, snapshots=folder) as at,
+        CoordinatorClient(at.address) as client,
+    ):
+        again = (await client.get_run()).snapshot
+        assert again is not None
+        assert again.snapshot == offer.snapshot
+
+
+async def test_a_report_of_other_weights_is_never_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    async with (
+        served(path, GENESIS, snapshots=tmp_path / "snapshots") as at,
+        hands(at.address, GENESIS, "w1") as [hand],
+    ):
+        await hand.open()
+        await hand.answer(await hand.assigned())
+        await hand.answer(await hand.assigned())
+        await hand.assigned()
+        await report(at, SNAPSHOT, weights_digest=b"x" * 32)
+        await hand.answer(hand.received[-1].assign)
+        await hand.assigned()
+    assert not [r for r in records_of(path) if isinstance(r, Snapshotted)]
+
+
+async def test_reports_that_make_no_sense_are_refused_and_complaints_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "journal.db"
+    async with (
+        served(path, GENESIS, snapshots=tmp_path / "snapshots") as at,
+        hands(at.address, GENESIS, "w1") as [hand],
+    ):
+        await hand.open()
+        await hand.answer(await hand.assigned())
+        await hand.assigned()
+        for bad in (
+            wire.SnapshotReport(),
+            wire.SnapshotReport(file_sha256=b"f" * 31, file_bytes=1),
+            wire.SnapshotReport(file_sha256=b"f" * 32),
+        ):
+            with pytest.raises(ProtocolError, match="snapshot has no digest, no bytes or no round"):
+                await report(at, bad)
+        with pytest.raises(ProtocolError, match="snapshot has no digest, no bytes or no round"):
+            await report(at, SNAPSHOT, round_=0)
+        with pytest.raises(UnknownWorkerError):
+            await report(at, SNAPSHOT, secret=b"guess")
+        with caplog.at_level(logging.WARNING):
+            await report(at, wire.SnapshotReport(complaint="The disk is full."))
+            await hand.answer(hand.received[-1].assign)
+            await hand.assigned()
+        assert "no snapshot of round 1: The disk is full." in caplog.text
+    assert not [r for r in records_of(path) if isinstance(r, Snapshotted)]

@@ -29,7 +29,6 @@ from tests.integration.harness import (
     run_values,
     served,
     until,
-    write_genesis,
 )
 from tests.integration.parties import GatedEngine, Workers
 
@@ -298,34 +297,3 @@ async def test_a_worker_that_is_told_so_never_takes_a_snapshot(
         await until(joined(client, "late"), "the late worker")
         assert late.engine.party.weights.round >= 3
         assert not kept.reads
-
-
-@pytest.mark.timeout(400)
-async def test_a_folder_that_cannot_be_written_is_named_and_the_run_goes_on(
-    programs: Programs,
-    workers: Workers,
-    model_folder: Path,
-    data_files: list[Path],
-    tmp_path: Path,
-    tiny_genesis: Callable[..., Genesis],
-) -> None:
-    journal = tmp_path / "journal.db"
-    write_genesis(journal, tiny_genesis(**RUN))
-    (tmp_path / "taken").write_text("a file where the folder should be")
-    coordinator, address = await programs.coordinator(
-        *(journal, run_values(**RUN)),
-        *("--model", model_folder, "--snapshot-every-rounds", "2"),
-        *("--snapshots", tmp_path / "taken"),
-    )
-    working = workers.start_all(address, data_files[:2])
-    held = Held(working[0].engine, 0)
-    async with CoordinatorClient(address) as client:
-
-        async def replica_is_there() -> bool:
-            return any(d.party == "replica" for d in (await client.get_status()).digests)
-
-        await until(replica_is_there, "the replica")
-    held.let(ROUNDS)
-    await coordinator.says(r"no snapshot of round 2: The snapshot of round 2 cannot be written to")
-    assert [await worker.outcome() for worker in working] == [None] * 2
-    assert "Traceback" not in coordinator.said

@@ -140,3 +140,9 @@ def test_a_full_disk_leaves_nothing_behind_and_says_so(
     with pytest.raises(SnapshotError, match=r"cannot be written to .* \(No space left on device\)"):
         written(tmp_path, weights)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_a_file_is_named(model_of: ModelOf, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("not a folder")
+    with pytest.raises(SnapshotError, match=r"cannot be written to .*taken"):
+        written(tmp_path / "taken", weights_of(model_of("gpt2")))
