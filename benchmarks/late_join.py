@@ -33,9 +33,10 @@ from fedmezo_core.records import (
     Snapshotted,
     first_seed_of,
 )
+from fedmezo_core.snapshots import file_name
 from fedmezo_core.zo.model import quiet
 from fedmezo_core.zo.party import commits_of, open_party
-from fedmezo_core.zo.snapshot_files import install_snapshot, write_snapshot
+from fedmezo_core.zo.snapshot_files import install_snapshot, sha256_of, write_snapshot
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.settings import WorkerSettings
@@ -102,19 +103,28 @@ def counted(at: Served) -> Iterator[Traffic]:
     daemon.read_snapshot = read_snapshot  # type: ignore[method-assign]
 
 
-async def join(at: Served, settings: dict[str, Any], rate: int) -> tuple[float, Traffic, bytes]:
-    """Seconds to catch up after loading, bytes received, and the digest at the end."""
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print wall and CPU seconds; on a busy machine only the latter mean something."""
+    wall_s, cpu_s = time.perf_counter(), time.process_time()
+    yield
+    wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
+    print(f"{what}: {wall_s:.2f} s, {cpu_s:.2f} s of CPU time")
+
+
+async def join(at: Served, settings: dict[str, Any], way: str) -> bytes:
+    """Catch up one way, after loading, and print what it took; the digest at the end."""
+    rate = 0 if way == "journal" else 10**12
     engine = Engine()
     agent = Agent(WorkerSettings(**settings, coordinator=at.address, download_rate=rate), engine)
     async with CoordinatorClient(at.address) as client:
         await agent._prepare(client)
-        with counted(at) as traffic:
-            begin_s = time.perf_counter()
+        with counted(at) as traffic, timed(f"late join by {way}"):
             await agent._catch_up(client)
-            seconds = time.perf_counter() - begin_s
+        print(f"  {traffic.journal:,} bytes of the journal, {traffic.snapshot:,} of the snapshot")
         digest = await engine.digest()
     await engine.close()
-    return seconds, traffic, digest
+    return digest
 
 
 async def main() -> None:
@@ -136,15 +146,14 @@ async def main() -> None:
                 party.weights.apply(round_, commits_of([commit]))
                 head = entries[-1].head
         digest = party.weights.digest()
-        begin_s = time.perf_counter()
-        written = write_snapshot(
-            folder, party.weights, run_id=config.run_id, head=head, weights_digest=digest
-        )
-        writing_s = time.perf_counter() - begin_s
-        begin_s = time.perf_counter()
-        path = folder / f"{config.run_id}-{SNAPSHOT_ROUND}.safetensors"
-        install_snapshot(path, party.weights, written)
-        installing_s = time.perf_counter() - begin_s
+        with timed("writing the snapshot"):
+            written = write_snapshot(
+                folder, party.weights, run_id=config.run_id, head=head, weights_digest=digest
+            )
+        path = folder / file_name(config.run_id, SNAPSHOT_ROUND)
+        with timed(f"hashing, installing and digesting its {written.file_bytes:,} bytes"):
+            assert sha256_of(path) == written.file_sha256
+            install_snapshot(path, party.weights, written)
         journal.append(
             [Snapshotted(SNAPSHOT_ROUND, digest, written.file_sha256, written.file_bytes)]
         )
@@ -154,10 +163,6 @@ async def main() -> None:
             f"{party.loaded.manifest.element_count:,} elements, {pairs:,} pairs, "
             f"{party.weights.replay_rate() / 1e9:.2f} G pair-elements/s on {THREADS} thread"
         )
-        print(f"snapshot of {written.file_bytes:,} bytes written in {writing_s:.2f} s")
-        print(
-            f"installed in {installing_s:.2f} s: {written.file_bytes / installing_s / 1e6:.0f} MB/s"
-        )
         settings = {
             "name": "late",
             "data": write_rows(folder / "rows.jsonl"),
@@ -166,14 +171,7 @@ async def main() -> None:
         }
         del party
         async with served(folder / "journal.db", snapshots=folder) as at:
-            digests = set()
-            for way, rate in (("journal", 0), ("snapshot", 10**12)) * 2:
-                seconds, traffic, found = await join(at, settings, rate)
-                digests.add(found)
-                print(
-                    f"by {way}: {seconds:.2f} s, {traffic.journal:,} bytes of the journal, "
-                    f"{traffic.snapshot:,} of the snapshot"
-                )
+            digests = {await join(at, settings, way) for way in ("journal", "snapshot") * 2}
         assert len(digests) == 1, "both ways end in the same weights"
 
 

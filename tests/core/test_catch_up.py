@@ -21,7 +21,7 @@ def offer_of(file_bytes: int, missing: Suffix) -> SnapshotOffer:
 @pytest.mark.parametrize(
     ("missing", "after", "elements", "speeds", "wanted"),
     [
-        # A few pairs: 1.4 s of replay against 4.3 s of download and 2.7 s of installing.
+        # A few pairs: 1.4 s of replay against 4.3 s of download and 0.9 s of installing.
         (Suffix(100, 4_000), Suffix(0, 0), MODEL, FAST, False),
         # Ten thousand pairs: 135 s of replay.
         (Suffix(10_000, 50_000), Suffix(100, 500), MODEL, FAST, True),
