@@ -27,7 +27,8 @@ class Weights:
     """A model's trained tensors and the round whose commit was applied last.
 
     Invariant: the tensors hold what the commits of rounds 1 to `round`, in order, make of the base
-    (the last one that starts from it, and those after that), and nothing else ever writes to them.
+    (the last one that starts from it, and those after that), applied here or restored from a party that
+    did so, and nothing else ever writes to them.
     """
 
     def __init__(
