@@ -224,6 +224,8 @@ class Agent:
             give_up_after_s=self._settings.give_up_after_s,
         ) as path:
             self._reached()
+            self._has_answered = False
+            self._make_way()
             try:
                 await self._engine.install(path, snapshot)
             except SnapshotDamagedError as error:
