@@ -65,7 +65,6 @@ class WorkerSettings(BaseSettings):
     )
     download_rate: ByteSize = Field(
         default=ByteSize(12_500_000),
-        ge=0,
         description="bytes a second that a download is expected to reach, by which a late worker takes "
         "a snapshot or the journal; 0: always the journal",
     )
