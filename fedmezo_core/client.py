@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Self
 
 import grpc
 
-from fedmezo_core.codec import decode_record, evaluated_to_pb
+from fedmezo_core.codec import decode_record, evaluated_to_pb, snapshot_from_pb
 from fedmezo_core.config import PROTOCOL_VERSION
 from fedmezo_core.errors import ConfigError, ProtocolError, UnavailableError, VersionError
 from fedmezo_core.journal import ZERO_HASH, head_after
 from fedmezo_core.records import Evaluated, Genesis
+from fedmezo_core.snapshots import Snapshot, SnapshotOffer, Suffix
 from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY, error_from
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
@@ -67,6 +68,10 @@ class RunDescription:
     """Head at genesis: names the base."""
     round: int
     epoch: int
+    missing: Suffix
+    """What the caller would have to apply."""
+    snapshot: SnapshotOffer | None
+    """None: there is none of a later round than the caller's."""
     genesis_body: bytes = b""
     """Record 0 as it was written."""
     checkpoint_key: bytes = b""
@@ -118,11 +123,13 @@ class CoordinatorClient:
         """Close the channel and every stream on it."""
         await self._channel.close()
 
-    async def get_run(self, run_id: str = "") -> RunDescription:
-        """What the run is."""
+    async def get_run(self, run_id: str = "", round_: int = 0) -> RunDescription:
+        """What the run is, to a party that holds the weights after `round_`."""
         with self._errors_mapped():
             answer = await self._stub.GetRun(
-                wire.GetRunRequest(protocol_versions=[PROTOCOL_VERSION], run_id=run_id),
+                wire.GetRunRequest(
+                    protocol_versions=[PROTOCOL_VERSION], run_id=run_id, round=round_
+                ),
                 timeout=CALL_TIMEOUT_S,
             )
         genesis = decode_record(answer.genesis)
@@ -139,6 +146,8 @@ class CoordinatorClient:
             epoch=answer.epoch,
             genesis_body=answer.genesis,
             checkpoint_key=answer.checkpoint_key,
+            missing=_suffix_of(answer.missing),
+            snapshot=_offer_of(answer.snapshot) if answer.HasField("snapshot") else None,
         )
 
     async def read_journal(
@@ -179,6 +188,27 @@ class CoordinatorClient:
                 return
             seqno = page.next_seqno
 
+    async def read_snapshot(
+        self, run_id: str, round_: int, offset: int
+    ) -> AsyncGenerator[Snapshot | bytes, None]:
+        """What a snapshot's file is, then its bytes from `offset` on, as they come.
+
+        A stream that breaks is an `UnavailableError`: ask again from where it broke. Any other
+        `SnapshotError` means that it cannot be had.
+        """
+        call = self._stub.ReadSnapshot(
+            wire.ReadSnapshotRequest(run_id=run_id, round=round_, offset=offset)
+        )
+        try:
+            with self._errors_mapped():
+                async for message in call:
+                    if message.HasField("snapshot"):
+                        yield snapshot_from_pb(message.snapshot)
+                    if message.data:
+                        yield message.data
+        finally:
+            call.cancel()
+
     async def get_status(self, run_id: str = "") -> wire.GetStatusResponse:
         """The whole picture."""
         with self._errors_mapped():
@@ -193,8 +223,9 @@ class CoordinatorClient:
         round_: int,
         weights_digest: bytes,
         evaluation: Evaluated | None,
+        snapshot: wire.SnapshotReport | None = None,
     ) -> None:
-        """Hand in the replica's digest, and an evaluation if there is one."""
+        """Hand in the replica's digest, and an evaluation or a snapshot if there is one."""
         with self._errors_mapped():
             await self._stub.ReportReplica(
                 wire.ReportReplicaRequest(
@@ -203,6 +234,7 @@ class CoordinatorClient:
                     round=round_,
                     weights_digest=weights_digest,
                     evaluation=None if evaluation is None else evaluated_to_pb(evaluation),
+                    snapshot=snapshot,
                 ),
                 timeout=CALL_TIMEOUT_S,
             )
@@ -247,6 +279,14 @@ class CoordinatorClient:
                 ) from None
             hint = str(metadata.get(RETRY_AFTER_KEY, ""))
             raise error_from(error.code().name, reason, details, hint) from None
+
+
+def _suffix_of(message: wire.Suffix) -> Suffix:
+    return Suffix(message.pairs, message.bytes)
+
+
+def _offer_of(message: wire.SnapshotOffer) -> SnapshotOffer:
+    return SnapshotOffer(snapshot_from_pb(message.snapshot), _suffix_of(message.missing))
 
 
 class SessionStream:

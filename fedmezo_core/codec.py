@@ -38,9 +38,11 @@ from fedmezo_core.records import (
     Place,
     Record,
     Resumed,
+    Snapshotted,
     Started,
     Stopped,
 )
+from fedmezo_core.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
 
@@ -316,6 +318,15 @@ def _record_to_pb(record: Record) -> pb.Record:
                     signature=record.signature,
                 )
             )
+        case Snapshotted():
+            return pb.Record(
+                snapshotted=pb.Snapshotted(
+                    round=record.round,
+                    weights_digest=record.weights_digest,
+                    file_sha256=record.file_sha256,
+                    file_bytes=record.file_bytes,
+                )
+            )
 
 
 def _record_from_pb(message: pb.Record) -> Record:
@@ -397,6 +408,14 @@ def _record_from_pb(message: pb.Record) -> Record:
                 key=_digest(found.key, "key") if found.key else b"",
                 signature=found.signature,
             )
+        case "snapshotted":
+            snapshotted = message.snapshotted
+            return Snapshotted(
+                round=snapshotted.round,
+                weights_digest=_digest(snapshotted.weights_digest, "weights_digest"),
+                file_sha256=_digest(snapshotted.file_sha256, "file_sha256"),
+                file_bytes=snapshotted.file_bytes,
+            )
         case _:
             raise ProtocolError("its kind is not known to this version")
 
@@ -472,6 +491,31 @@ def evaluated_from_pb(message: pb.Evaluated) -> Evaluated:
         rows=message.rows,
         weights_digest=_digest(message.weights_digest, "weights_digest"),
         auc=message.auc if message.HasField("auc") else None,
+    )
+
+
+# ---------------------------------------------------------------- snapshots
+
+
+def snapshot_to_pb(snapshot: Snapshot) -> wire.Snapshot:
+    """A snapshot as a message."""
+    return wire.Snapshot(
+        round=snapshot.round,
+        head=snapshot.head,
+        weights_digest=snapshot.weights_digest,
+        file_sha256=snapshot.file_sha256,
+        file_bytes=snapshot.file_bytes,
+    )
+
+
+def snapshot_from_pb(message: wire.Snapshot) -> Snapshot:
+    """A snapshot from a message."""
+    return Snapshot(
+        round=message.round,
+        head=_digest(message.head, "head"),
+        weights_digest=_digest(message.weights_digest, "weights_digest"),
+        file_sha256=_digest(message.file_sha256, "file_sha256"),
+        file_bytes=message.file_bytes,
     )
 
 

@@ -21,6 +21,8 @@
           FencedError        another coordinator has taken the journal over; this one writes no more
         JournalCorruptError  the journal's bytes are not what was written
         JournalFullError     the disk took no more records
+      SnapshotError          a snapshot is not kept, or cannot be written, read or used
+        SnapshotDamagedError its bytes, or the weights in it, are not what was recorded
       UnavailableError       the other side cannot be reached; retrying may help
 
 Messages are one sentence for a person: what is wrong, with its name and value, and what to do next.
@@ -154,6 +156,18 @@ class JournalFullError(JournalError):
     """The disk is full."""
 
     status = "RESOURCE_EXHAUSTED"
+
+
+class SnapshotError(FedMezoError):
+    """A snapshot cannot be had or used; the journal still can."""
+
+    status = "NOT_FOUND"
+
+
+class SnapshotDamagedError(SnapshotError):
+    """A snapshot's bytes, or the weights in it, are not what the journal says."""
+
+    status = "DATA_LOSS"
 
 
 class UnavailableError(FedMezoError):

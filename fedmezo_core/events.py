@@ -255,6 +255,14 @@ class MeasureFailed:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The weights were replaced by those after a later round, from a snapshot."""
+
+    round: int
+    head: bytes
+
+
 SessionEvent = (
     Connected
     | Disconnected
@@ -266,6 +274,7 @@ SessionEvent = (
     | FinishedByCoordinator
     | Measured
     | MeasureFailed
+    | Restored
 )
 
 

@@ -27,16 +27,17 @@ def whole_folder(folder: Path, error: type[FedMezoError]) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in [*partial.rglob("*"), partial]:
-            _sync(path)
+            sync(path)
         # Replaces an empty folder; fails if somebody has filled it meanwhile.
         partial.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     finally:
         with contextlib.suppress(OSError):
             shutil.rmtree(partial)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return once a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

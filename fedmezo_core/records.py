@@ -148,6 +148,16 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshotted:
+    """The coordinator holds a file of the trained weights after `round`, agreed to be the run's."""
+
+    round: int
+    weights_digest: bytes
+    file_sha256: bytes
+    file_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """In a party's own copy of the run: what the coordinator had said, and signed, of its history."""
 
@@ -170,6 +180,7 @@ Record = (
     | Paused
     | Resumed
     | Stopped
+    | Snapshotted
     | Checkpoint
 )
 

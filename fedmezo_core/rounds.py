@@ -79,6 +79,7 @@ from fedmezo_core.records import (
     Place,
     Record,
     Resumed,
+    Snapshotted,
     Started,
     Stopped,
     rounding_seed_of,
@@ -248,6 +249,11 @@ class RunState:
                         f"an end after round {self.round}, once",
                     )
                 self.stopped = record
+            case Snapshotted(round_):
+                if not 1 <= round_ <= self.round:
+                    raise _misplaced(
+                        f"a snapshot of round {round_}", f"one of a round from 1 to {self.round}"
+                    )
             case Checkpoint(epoch, round_):
                 if self.open is not None or round_ != self.round or epoch < self.epoch:
                     raise _misplaced(

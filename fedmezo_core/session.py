@@ -40,6 +40,7 @@ from fedmezo_core.events import (
     MeasureFailed,
     RefusedByCoordinator,
     ReportWeights,
+    Restored,
     SendAnswer,
     SendHello,
     SendUnable,
@@ -227,6 +228,16 @@ class SessionMachine:
             return ()
         return (ApplyCommit(commit),)
 
+    def _restored(self, event: Restored) -> _Actions:
+        if self._running is not None or event.round <= self.round:
+            raise ProtocolError(
+                f"Weights of round {event.round} came to a worker that holds round {self.round}, or "
+                "measures; read the journal instead."
+            )
+        self.round, self.head, self._head_before = event.round, event.head, b""
+        self._cached = None
+        return ()
+
     def _assigned(self, event: Assigned) -> _Actions:
         ticket = event.ticket
         is_ahead = ticket.round > self.round + 1
@@ -369,6 +380,7 @@ class SessionMachine:
     ] = {
         (SessionState.OFFLINE, Connected): _connected,
         (SessionState.OFFLINE, CommitReceived): _commit,
+        (SessionState.OFFLINE, Restored): _restored,
         (SessionState.OFFLINE, Measured): _measured,
         (SessionState.OFFLINE, MeasureFailed): _measure_failed,
         (SessionState.GREETING, Welcomed): _welcomed,

@@ -29,6 +29,7 @@ MAY_IMPORT = {
 PURE = (
     "aggregate",
     "backoff",
+    "catch_up",
     "cohort",
     "config",
     "digests",
@@ -36,6 +37,7 @@ PURE = (
     "records",
     "rounds",
     "session",
+    "snapshots",
 )
 IMPURE = {
     "asyncio", "datetime", "grpc", "io", "logging", "numpy", "os", "pathlib", "random", "secrets",

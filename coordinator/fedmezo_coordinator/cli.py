@@ -16,7 +16,7 @@ from typing import Any
 
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.door import Door
-from fedmezo_coordinator.journal_place import journal_shown, key_beside, open_store
+from fedmezo_coordinator.journal_place import journal_shown, open_store, path_beside
 from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
 from fedmezo_coordinator.supervisor import ReplicaSupervisor, describe_base
@@ -168,8 +168,8 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         genesis = await describe_base(settings, config)
         journal.append([genesis])
     door = Door(sessions_that_fit(settings), settings.joins_at_a_time)
-    signer = open_signer(settings.signing_key or key_beside(settings.journal))
-    daemon = Daemon(journal, door, signer)
+    signer = open_signer(settings.signing_key or path_beside(settings.journal, ".key"))
+    daemon = Daemon(journal, door, signer, settings.snapshots_folder)
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
     if settings.resume:

@@ -35,6 +35,7 @@ from fedmezo_core.records import (
     Paused,
     Record,
     Resumed,
+    Snapshotted,
     Started,
     Stopped,
 )
@@ -418,6 +419,8 @@ def _line(row: Row, record: Record) -> str:
         case Checkpoint(epoch, round_, head):
             signed = f"signed by {record.key.hex()[:16]}" if record.signature else "not signed"
             text = f"checkpoint epoch {epoch}, round {round_}, head {head.hex()[:16]}, {signed}"
+        case Snapshotted(round_):
+            text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 

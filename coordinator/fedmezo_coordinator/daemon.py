@@ -15,9 +15,10 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 from fedmezo_coordinator.admission import CATCH_UP_ROUNDS_MAX, check_hello, check_run_id
@@ -25,6 +26,7 @@ from fedmezo_coordinator.door import RETRY_AFTER_MAX_S, SESSIONS_LIMIT, Door
 from fedmezo_coordinator.lag import LoopLag
 from fedmezo_coordinator.model_index import ModelIndex
 from fedmezo_coordinator.outbox import Outbox, Outgoing
+from fedmezo_coordinator.snapshots import SnapshotShelf
 from fedmezo_core.checkpoints import Signer
 from fedmezo_core.codec import (
     answer_from_pb,
@@ -33,6 +35,7 @@ from fedmezo_core.codec import (
     diverged_to_pb,
     evaluated_from_pb,
     evaluated_to_pb,
+    snapshot_to_pb,
     ticket_to_pb,
     unable_from_pb,
 )
@@ -72,10 +75,12 @@ from fedmezo_core.records import (
     Paused,
     Record,
     Resumed,
+    Snapshotted,
     Stopped,
     digest64_of,
 )
 from fedmezo_core.rounds import Phase, RoundMachine
+from fedmezo_core.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -190,15 +195,21 @@ class Daemon:
     """Serves one run from one journal."""
 
     def __init__(
-        self, journal: Journal, door: Door | None = None, signer: Signer | None = None
+        self,
+        journal: Journal,
+        door: Door | None = None,
+        signer: Signer | None = None,
+        snapshots: Path | None = None,
     ) -> None:
         """`journal` is opened and not yet loaded; it must hold a genesis record.
 
-        Without a `signer` checkpoints are not signed.
+        Without a `signer` checkpoints are not signed. `snapshots` is the folder that the replica
+        writes to; None: there are none.
         """
         self.door = door or Door()
         self._journal = journal
         self._signer = signer
+        self._shelf = SnapshotShelf(snapshots)
         self._machine = RoundMachine()
         self._index = ModelIndex()
         self._digests = DigestBoard()
@@ -231,6 +242,8 @@ class Daemon:
             raise JournalCorruptError(
                 "The journal does not begin with a genesis record; restore it from a copy."
             )
+        self._shelf.open(self.genesis.config.run_id)
+        await self._on_disk(lambda: self._shelf.sweep(at_start=True))
         await self._flush([self._machine.start(self._now_ms())])
 
     def _fold_journal(self) -> None:
@@ -250,6 +263,7 @@ class Daemon:
                 if not self._loading:
                     return  # given up
                 self._index.fold(entry)
+                self._shelf.fold(record, self._machine.state.agreed)
                 if type(record) is Committed:
                     self._remember(entry.row)
                 elif type(record) is Genesis:
@@ -325,6 +339,7 @@ class Daemon:
         while self._overflowed:
             # Its stream may stay blocked for as long as it reads nothing: the run goes on without it.
             await self._flush(self._step(_Left(self._overflowed.pop())))
+        await self._record_snapshot()
 
     async def _take(self, items: Sequence[_Item], readies: list[Ready]) -> list[Ready]:
         """Step through the items; what is owed after them, and was before."""
@@ -351,6 +366,14 @@ class Daemon:
         except TimeoutError:
             return []
 
+    async def _record_snapshot(self) -> None:
+        """Write down the replica's newest snapshot, once the run has agreed to its weights."""
+        snapshotted = self._shelf.take_agreed()
+        if snapshotted is not None:
+            await self._flush([self._recorded(snapshotted)])
+            # Beside the loop: a large file takes its time to go.
+            asyncio.get_running_loop().run_in_executor(None, self._shelf.sweep)
+
     async def _flush(self, readies: Sequence[Ready]) -> None:
         records = [record for ready in readies for record in ready.records]
         entries = iter(await self._append(records) if records else ())
@@ -361,6 +384,7 @@ class Daemon:
         entries = await self._on_disk(lambda: self._journal.append(records))
         for entry in entries:
             self._index.fold(entry)
+            self._shelf.fold(entry.record, self._machine.state.agreed)
             self._tell(entry.record)
             if type(entry.record) is Committed:
                 self._remember(entry.row)
@@ -452,14 +476,27 @@ class Daemon:
         if request.HasField("evaluation"):
             evaluation = evaluated_from_pb(request.evaluation)
             readies.append(self._machine.step(ReplicaEvaluated(evaluation)))
+        if request.HasField("snapshot"):
+            self._snapshot_reported(request)
         return readies
+
+    def _snapshot_reported(self, request: wire.ReportReplicaRequest) -> None:
+        report = request.snapshot
+        if report.complaint:
+            log.warning("no snapshot of round %d: %s", request.round, report.complaint)
+            return
+        self._shelf.offer(
+            Snapshotted(
+                request.round, request.weights_digest, report.file_sha256, report.file_bytes
+            )
+        )
 
     def _digest_reported(self, digest: PartyDigest) -> list[Ready]:
         known = {(d.party, d.round) for d in self._machine.state.divergences}
         found = self._digests.report(digest)
         return [self._recorded(d) for d in found if (d.party, d.round) not in known]
 
-    def _recorded(self, record: Diverged) -> Ready:
+    def _recorded(self, record: Diverged | Snapshotted) -> Ready:
         """A fact that the daemon found, not the machine: folded here, appended like the others."""
         self._machine.apply(record)
         return Ready(records=(record,))
@@ -612,6 +649,8 @@ class Daemon:
                 log.error("the run is paused after round %d: %s", round_, reason)
             case Resumed(rate_factor):
                 log.info("the run is resumed, with learning rates times %g", rate_factor)
+            case Snapshotted(round_):
+                log.info("snapshot of round %d, %d bytes", round_, record.file_bytes)
             case Stopped(round_, reason):
                 log.info("the run ends after round %d: %s", round_, reason)
             case _:
@@ -630,16 +669,49 @@ class Daemon:
         """Public key that checkpoints are signed with; empty if they are not."""
         return b"" if self._signer is None else self._signer.public_key
 
-    def describe(self, version: int, run_id: str) -> wire.GetRunResponse:
-        """What the run is, to a caller who means this one."""
+    def describe(self, version: int, run_id: str, round_: int = 0) -> wire.GetRunResponse:
+        """What the run is, to a caller who means this one and holds the weights after `round_`."""
         check_run_id(run_id, self.genesis.config.run_id)
-        return wire.GetRunResponse(
+        answer = wire.GetRunResponse(
             protocol_version=version,
             genesis=self._genesis_body,
             round=self._machine.round,
             epoch=self._machine.epoch,
             checkpoint_key=self.checkpoint_key,
+            missing=self._missing_after(round_),
         )
+        newest = self._shelf.newest
+        if newest is not None and newest.round > round_:
+            answer.snapshot.CopyFrom(
+                wire.SnapshotOffer(
+                    snapshot=self._snapshot_to_pb(newest),
+                    missing=self._missing_after(newest.round),
+                )
+            )
+        return answer
+
+    def _missing_after(self, round_: int) -> wire.Suffix:
+        suffix = self._index.suffix(min(round_, self._index.round))
+        return wire.Suffix(pairs=suffix.pairs, bytes=suffix.bytes)
+
+    def _snapshot_to_pb(self, record: Snapshotted) -> wire.Snapshot:
+        head = self._index.head_at(record.round)
+        return snapshot_to_pb(
+            Snapshot(
+                record.round, head, record.weights_digest, record.file_sha256, record.file_bytes
+            )
+        )
+
+    async def read_snapshot(
+        self, request: wire.ReadSnapshotRequest
+    ) -> AsyncGenerator[wire.ReadSnapshotResponse, None]:
+        """A snapshot's file from an offset on, in chunks; the first message says what it is."""
+        check_run_id(request.run_id, self.genesis.config.run_id)
+        about = self._snapshot_to_pb(self._shelf.find(request.round))
+        yield wire.ReadSnapshotResponse(snapshot=about)
+        async with contextlib.aclosing(self._shelf.read(request.round, request.offset)) as chunks:
+            async for chunk in chunks:
+                yield wire.ReadSnapshotResponse(data=chunk)
 
     async def join(self, hello: wire.Hello) -> Session:
         """Open a session for a worker; raises what is wrong with its hello."""
@@ -680,6 +752,10 @@ class Daemon:
             raise ProtocolError("The replica's report names no committed round or no digest.")
         if request.HasField("evaluation"):
             evaluated_from_pb(request.evaluation)
+        written = request.snapshot
+        is_whole = len(written.file_sha256) == 32 and written.file_bytes and request.round
+        if request.HasField("snapshot") and not (written.complaint or is_whole):
+            raise ProtocolError("The replica's snapshot has no digest, no bytes or no round.")
         await self._items.put(_FromReplica(request))
 
     async def read_journal(self, request: wire.ReadJournalRequest) -> wire.ReadJournalResponse:

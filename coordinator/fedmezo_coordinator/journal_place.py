@@ -59,12 +59,12 @@ def journal_shown(journal: str) -> str:
     return parse_url(journal).shown if is_url(journal) else journal
 
 
-def key_beside(journal: str) -> Path:
-    """Where the key that signs the run's checkpoints is kept, if the settings do not say.
+def path_beside(journal: str, ending: str) -> Path:
+    """Where something that belongs to a journal is kept, if the settings do not say.
 
     Beside a file; for a database in the working folder, under the journal's name.
     """
-    return Path(f"{parse_url(journal).name if is_url(journal) else journal}.key")
+    return Path((parse_url(journal).name if is_url(journal) else journal) + ending)
 
 
 def open_store(

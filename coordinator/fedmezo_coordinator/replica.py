@@ -26,11 +26,15 @@ from fedmezo_coordinator.supervisor import RETRY, USER_ERROR
 from fedmezo_core.backoff import delay_s
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.codec import config_from_pb, decode_record
-from fedmezo_core.errors import FedMezoError, ModelError, UnavailableError
+from fedmezo_core.errors import FedMezoError, ModelError, SnapshotError, UnavailableError
+from fedmezo_core.journal import head_after
 from fedmezo_core.records import Committed, Evaluated
+from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
 
 WAIT_MS = 20_000
+COMPLAINT_CHARS_MAX = 512
+"""Longest complaint sent to the daemon."""
 LAG_ROUNDS_MAX = 8
 """Further behind than this the replica catches up in one pass instead of digesting every round."""
 
@@ -104,6 +108,19 @@ class _Copy:
 
         self.party.weights.apply(commits[0].round, commits_of(commits))
 
+    def snapshot(self, folder: Path, head: bytes, digest: bytes) -> wire.SnapshotReport:
+        """Write the weights; a disk that refuses is the report, because the run can do without."""
+        from fedmezo_core.zo.snapshot_files import write_snapshot
+
+        party = self.party
+        try:
+            written = write_snapshot(
+                folder, party.weights, run_id=party.config.run_id, head=head, weights_digest=digest
+            )
+        except SnapshotError as error:
+            return wire.SnapshotReport(complaint=str(error)[:COMPLAINT_CHARS_MAX])
+        return wire.SnapshotReport(file_sha256=written.file_sha256, file_bytes=written.file_bytes)
+
     def evaluate(self, digest: bytes, batch_size: int) -> Evaluated | None:
         if self.heldout is None:
             return None
@@ -127,6 +144,10 @@ class _Stops:
     evaluate_every: int
     evaluated: frozenset[int]
     """Rounds that the journal already holds an evaluation of."""
+    snapshot_every: int = 0
+    """0: never."""
+    snapshotted: int = 0
+    """Round of the newest snapshot in the journal."""
 
     def digests(self, round_: int) -> bool:
         return round_ % self.digest_every == 0 or round_ == self.rounds
@@ -134,6 +155,19 @@ class _Stops:
     def evaluates(self, round_: int) -> bool:
         is_due = round_ % self.evaluate_every == 0 or round_ == self.rounds
         return is_due and round_ not in self.evaluated
+
+    def stops(self, round_: int) -> bool:
+        """Whether there is anything to do."""
+        return self.digests(round_) or self.evaluates(round_) or self.snapshots(round_)
+
+    def snapshots(self, round_: int) -> bool:
+        """At the first digest round from each multiple on: there the workers confirm the weights."""
+        return (
+            self.snapshot_every > 0
+            and self.snapshotted < round_ < self.rounds
+            and round_ % self.digest_every == 0
+            and round_ % self.snapshot_every < self.digest_every
+        )
 
 
 async def follow(orders: dict[str, Any]) -> None:
@@ -151,9 +185,13 @@ async def follow(orders: dict[str, Any]) -> None:
             digest_every=config.digest_every_rounds,
             evaluate_every=orders["evaluate_every_rounds"],
             evaluated=frozenset(e.round for e in status.evaluations),
+            snapshot_every=orders["snapshot_every_rounds"],
+            snapshotted=0 if description.snapshot is None else description.snapshot.snapshot.round,
         )
         weights = copy.party.weights
-        waiting: list[Committed] = []
+        # Commits to apply, each with the head after it.
+        waiting: list[tuple[Committed, bytes]] = []
+        read_head = head = description.head
         seqno, attempt, evaluated_round = 0, 0, -1
 
         async def pause() -> None:
@@ -161,7 +199,12 @@ async def follow(orders: dict[str, Any]) -> None:
             digest = weights.digest()
             # The digest at once: a vote may wait for it, and an evaluation takes long.
             await client.report_replica(run_id, secret, weights.round, digest, None)
-            is_newest = not any(stops.evaluates(commit.round) for commit in waiting)
+            if stops.snapshots(weights.round) and not any(
+                stops.snapshots(commit.round) for commit, _ in waiting
+            ):
+                written = copy.snapshot(Path(orders["snapshots"]), head, digest)
+                await client.report_replica(run_id, secret, weights.round, digest, None, written)
+            is_newest = not any(stops.evaluates(commit.round) for commit, _ in waiting)
             if stops.evaluates(weights.round) and is_newest:
                 evaluation = copy.evaluate(digest, orders["evaluate_batch_size"])
                 await client.report_replica(run_id, secret, weights.round, digest, evaluation)
@@ -185,13 +228,18 @@ async def follow(orders: dict[str, Any]) -> None:
                 attempt += 1
                 continue
             seqno, finished = page.next_seqno, page.finished
-            records = [decode_record(entry.record) for entry in page.entries]
-            waiting += [record for record in records if isinstance(record, Committed)]
+            read_head = page.head_before or read_head
+            for entry in page.entries:
+                record = decode_record(entry.record)
+                if isinstance(record, Committed):
+                    read_head = head_after(read_head, entry.record)
+                    waiting.append((record, read_head))
             while waiting:
-                count = _next_stop(stops, [commit.round for commit in waiting])
+                count = _next_stop(stops, [commit.round for commit, _ in waiting])
                 commits, waiting = waiting[:count], waiting[count:]
-                copy.apply(commits)
-                if stops.digests(weights.round) or stops.evaluates(weights.round):
+                copy.apply([commit for commit, _ in commits])
+                head = commits[-1][1]
+                if stops.stops(weights.round):
                     await pause()
         if weights.round not in (config.rounds, evaluated_round):
             # The run was stopped early: this was its last round.
@@ -203,12 +251,13 @@ def _next_stop(stops: _Stops, rounds: list[int]) -> int:
     """How many of the waiting commits to apply in one pass.
 
     Of several evaluations that are due only the newest is made: one that takes longer than the rounds
-    between two must not hold up the digests, or the end of the run.
+    between two must not hold up the digests, or the end of the run. So it is with snapshots.
     """
     hurried = len(rounds) > LAG_ROUNDS_MAX
     evaluated = max((round_ for round_ in rounds if stops.evaluates(round_)), default=None)
+    written = max((round_ for round_ in rounds if stops.snapshots(round_)), default=None)
     for count, round_ in enumerate(rounds, start=1):
-        if round_ == evaluated or (stops.digests(round_) and not hurried):
+        if round_ in (evaluated, written) or (stops.digests(round_) and not hurried):
             return count
     return len(rounds)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -89,7 +90,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     ) -> wire.GetRunResponse:
         """What the run is."""
         version = choose_version(list(request.protocol_versions))
-        return self._daemon.describe(version, request.run_id)
+        return self._daemon.describe(version, request.run_id, request.round)
 
     @_mapped
     async def PollSession(  # noqa: N802
@@ -127,6 +128,19 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """The replica's digest and evaluation."""
         await self._daemon.report_replica(request)
         return wire.ReportReplicaResponse()
+
+    async def ReadSnapshot(  # noqa: N802
+        self,
+        request: wire.ReadSnapshotRequest,
+        context: grpc.aio.ServicerContext[wire.ReadSnapshotRequest, wire.ReadSnapshotResponse],
+    ) -> AsyncIterator[wire.ReadSnapshotResponse]:
+        """A snapshot's file; a slow reader holds up only itself, with one chunk in memory."""
+        try:
+            async with contextlib.aclosing(self._daemon.read_snapshot(request)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except FedMezoError as error:
+            await abort(context, error)
 
     async def session(self, _requests: Any, context: RawContext) -> None:
         """A worker's stream: one task reads it, this one writes it."""

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
 from fedmezo_coordinator.door import JOINS_AT_A_TIME, SESSIONS_LIMIT, SESSIONS_MAX
+from fedmezo_coordinator.journal_place import path_beside
 from fedmezo_core.config import RunConfig, parse_run
 
 ENVIRONMENT_PREFIX = "FEDMEZO_COORDINATOR_"
@@ -47,6 +48,14 @@ class CoordinatorSettings(BaseSettings):
         description="keep a replica process beside the daemon that digests and evaluates the model",
     )
     replica_threads: int = Field(default=1, ge=1, le=1024, description="its CPU threads")
+    snapshot_every_rounds: int = Field(
+        default=0,
+        ge=0,
+        description="how often the replica writes the trained weights for late workers; 0: never",
+    )
+    snapshots: Path | None = Field(
+        default=None, description="folder for them; by default beside the journal"
+    )
     resume: bool = Field(default=False, description="let a paused run go on")
     resume_rate_factor: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="multiply its learning rates by this"
@@ -96,6 +105,12 @@ class CoordinatorSettings(BaseSettings):
         if self.resume_rate_factor != 1.0 and not self.resume:
             raise ValueError("resume_rate_factor needs resume; set that too, or leave both out")
         return self
+
+    @property
+    def snapshots_folder(self) -> Path:
+        """Where snapshots are kept."""
+        folder = self.snapshots or path_beside(self.journal, ".snapshots")
+        return folder.expanduser().absolute()
 
     @property
     def is_loopback(self) -> bool:

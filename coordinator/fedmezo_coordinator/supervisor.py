@@ -42,6 +42,8 @@ def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
         "evaluate_every_rounds": settings.evaluate_every_rounds,
         "evaluate_batch_size": settings.evaluate_batch_size,
         "threads": settings.replica_threads,
+        "snapshot_every_rounds": settings.snapshot_every_rounds,
+        "snapshots": str(settings.snapshots_folder),
         **more,
     }
     return json.dumps(orders).encode() + b"\n"

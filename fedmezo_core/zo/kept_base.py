@@ -37,7 +37,7 @@ class KeptBase:
         for tensor in tensors:
             self._places.append((size, tensor.nbytes, tensor.dtype, tensor.shape))
             size += tensor.nbytes + -tensor.nbytes % mmap.PAGESIZE
-        folder = folder or _folder_on_a_disk()
+        folder = folder or folder_on_a_disk()
         try:
             with tempfile.TemporaryFile(dir=folder) as file:
                 # Now, so that a full disk is an error here and not a signal at some later write.
@@ -71,7 +71,8 @@ class KeptBase:
         self._memory.madvise(mmap.MADV_DONTNEED, first, size)
 
 
-def _folder_on_a_disk() -> Path:
+def folder_on_a_disk() -> Path:
+    """$TMPDIR, else /var/tmp, which unlike /tmp is never in memory."""
     for name in (os.environ.get("TMPDIR"), "/var/tmp"):
         if name and os.access(name, os.W_OK | os.X_OK):
             return Path(name)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
 from torch import nn
 
-from fedmezo_core.errors import DivergedError, MismatchError
+from fedmezo_core.errors import DivergedError, MismatchError, SnapshotDamagedError
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.digest import weights_digest
 from fedmezo_core.zo.kept_base import KeptBase
@@ -16,12 +19,16 @@ from fedmezo_core.zo.manifest import Manifest, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution
 
+_PROBE_ELEMENTS = 1 << 20
+_PROBE_PAIRS = 16
+
 
 class Weights:
     """A model's trained tensors and the round whose commit was applied last.
 
     Invariant: the tensors hold what the commits of rounds 1 to `round`, in order, make of the base
-    (the last one that starts from it, and those after that), and nothing else ever writes to them.
+    (the last one that starts from it, and those after that), applied here or restored from a party that
+    did so, and nothing else ever writes to them.
     """
 
     def __init__(
@@ -106,10 +113,53 @@ class Weights:
         self._interrupted_round = None
         self.round = first_round + len(commits) - 1
 
+    def restore(self, round_: int, tensors: Iterable[torch.Tensor], digest: bytes) -> None:
+        """Take the weights after `round_` from elsewhere: `tensors` in manifest order, each used at once.
+
+        Raises `SnapshotDamagedError` if their digest then is not `digest`, after which these weights
+        are of no more use.
+        """
+        self._check()
+        self._interrupted_round = round_
+        for tensor, value in zip(trained_tensors(self.model, self.manifest), tensors, strict=True):
+            tensor.copy_(value)
+        found = weights_digest(self.model, self.manifest, threads=self._threads)
+        if found != digest:
+            raise SnapshotDamagedError(
+                f"The weights in the snapshot of round {round_} have digest {found.hex()[:16]} instead "
+                f"of {digest.hex()[:16]}; read the journal instead."
+            )
+        self._interrupted_round = None
+        self.round = round_
+
     def digest(self) -> bytes:
         """Digest of the weights after `round` (see `weights_digest`), 32 bytes."""
         self._check()
         return weights_digest(self.model, self.manifest, threads=self._threads)
+
+    def replay_rate(self) -> float:
+        """Pairs times elements a second that `apply` reaches here, by a probe of some milliseconds."""
+        like = trained_tensors(self.model, self.manifest)[0]
+        scratch = torch.zeros(1024, _PROBE_ELEMENTS // 1024, dtype=like.dtype, device=like.device)
+        commit = Commit(
+            np.arange(_PROBE_PAIRS, dtype=np.uint64),
+            np.full(_PROBE_PAIRS, 1e-3, dtype=np.float32),
+            0,
+        )
+        seconds: list[float] = []
+        for _ in range(2):  # The first may wake threads.
+            begin_s = time.perf_counter()
+            materialize(
+                scratch,
+                scratch,
+                [commit],
+                tensor_id=0,
+                distribution=self._distribution,
+                rounding=self._rounding,
+                threads=self._threads,
+            )
+            seconds.append(time.perf_counter() - begin_s)
+        return _PROBE_ELEMENTS * _PROBE_PAIRS / min(seconds)
 
     def _check(self) -> None:
         if self._interrupted_round is not None:

@@ -279,13 +279,14 @@ async def served(
     tls: tuple[Path, Path] | None = None,
     signer: Signer | None = None,
     door: Door | None = None,
+    snapshots: Path | None = None,
 ) -> AsyncIterator[Served]:
-    """Serve the journal at `path`, which `genesis` begins if it is new."""
+    """Serve the journal at `path`, which `genesis` begins if it is new, and the files in `snapshots`."""
     journal = Journal(SqliteStore(path))
     if journal.is_empty:
         assert genesis is not None
         journal.append([genesis])
-    daemon = Daemon(journal, door, signer)
+    daemon = Daemon(journal, door, signer, snapshots)
     await daemon.load()
     with tempfile.TemporaryDirectory() as folder:
         server, port = bind_server(listen, tls, f"unix:{folder}/replica.sock")

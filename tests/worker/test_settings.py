@@ -72,3 +72,13 @@ def test_what_to_evaluate_on() -> None:
     assert (load().heldout, load().evaluate_every_rounds, load().evaluations) == (None, 10, None)
     settings = load({"--heldout": "own.csv", "--evaluations": "here.jsonl"})
     assert (settings.heldout, settings.evaluations) == (Path("own.csv"), Path("here.jsonl"))
+
+
+@pytest.mark.parametrize(("said", "bytes_"), [("50MB", 50_000_000), ("1MiB", 1_048_576), ("0", 0)])
+def test_a_download_rate_is_a_size_or_0(said: str, bytes_: int) -> None:
+    assert load({"--download-rate": said}).download_rate == bytes_
+
+
+def test_a_download_rate_below_0_is_refused() -> None:
+    with pytest.raises(ConfigError, match="download_rate"):
+        load({"--download-rate": "-1"})

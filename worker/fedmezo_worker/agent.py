@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from fedmezo_core.backoff import delay_after_refusal_s
+from fedmezo_core.catch_up import Speeds, takes_snapshot
 from fedmezo_core.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.codec import (
     answer_to_pb,
@@ -25,6 +26,8 @@ from fedmezo_core.errors import (
     MeasurementError,
     NotReadyError,
     ProtocolError,
+    SnapshotDamagedError,
+    SnapshotError,
     UnavailableError,
 )
 from fedmezo_core.events import (
@@ -40,6 +43,7 @@ from fedmezo_core.events import (
     MeasureFailed,
     RefusedByCoordinator,
     ReportWeights,
+    Restored,
     SendAnswer,
     SendHello,
     SendUnable,
@@ -49,8 +53,11 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.session import SessionMachine, SessionState
+from fedmezo_core.snapshots import Snapshot, SnapshotOffer
+from fedmezo_core.zo.kept_base import folder_on_a_disk
 from fedmezo_core.zo.party import Party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_worker.download import downloaded
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.evaluations import Evaluations, HeldOutResult
 from fedmezo_worker.history import History
@@ -76,6 +83,9 @@ class Agent:
         self._machine: SessionMachine | None = None
         wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
         self._history = History(settings.journal_copy, wanted)
+        self._replay_rate: float | None = None
+        self._bad_snapshot: Snapshot | None = None
+        """It was tried and is not tried again."""
         self._measuring: asyncio.Task[Measured | MeasureFailed] | None = None
         self._evaluations: Evaluations | None = None
         self._evaluating: asyncio.Task[None] | None = None
@@ -165,6 +175,8 @@ class Agent:
         assert self._genesis is not None
         run_id = self._genesis.config.run_id
         start = self._machine.round
+        if not self._history.keeps:
+            await self._take_snapshot_if_cheaper(client, run_id)
         while True:
             page = await client.read_journal(
                 run_id=run_id,
@@ -192,6 +204,60 @@ class Agent:
                 actions += self._step(event)
         finally:
             await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
+
+    async def _take_snapshot_if_cheaper(self, client: CoordinatorClient, run_id: str) -> None:
+        """Begin from the newest snapshot, if that takes less time; one that is no good is left, once."""
+        assert self._machine is not None
+        assert self._genesis is not None
+        description = await client.get_run(run_id, self._machine.round)
+        offer = description.snapshot
+        if (
+            offer is None
+            or offer.snapshot == self._bad_snapshot
+            or not self._settings.download_rate
+        ):
+            return
+        if self._replay_rate is None:
+            self._replay_rate = await self._engine.replay_rate()
+        speeds = Speeds(self._replay_rate, float(self._settings.download_rate))
+        if not takes_snapshot(description.missing, offer, self._genesis.trainable_elements, speeds):
+            return
+        try:
+            await self._take_snapshot(client, run_id, offer)
+        except SnapshotError as error:
+            log.warning("%s The journal is read instead.", error)
+            self._bad_snapshot = offer.snapshot
+
+    async def _take_snapshot(
+        self, client: CoordinatorClient, run_id: str, offer: SnapshotOffer
+    ) -> None:
+        assert self._machine is not None
+        assert self._genesis is not None
+        snapshot, begin_s = offer.snapshot, time.monotonic()
+        async with downloaded(
+            client,
+            run_id,
+            snapshot,
+            folder=self._settings.offload_folder or folder_on_a_disk(),
+            weights_bytes=self._genesis.trainable_bytes,
+            give_up_after_s=self._settings.give_up_after_s,
+        ) as path:
+            self._reached()
+            self._has_answered = False
+            self._make_way()
+            try:
+                await self._engine.install(path, snapshot)
+            except SnapshotDamagedError as error:
+                # The weights are spoilt: everything is loaded anew.
+                self._bad_snapshot, self._machine = snapshot, None
+                raise UnavailableError(str(error)) from None
+        self._machine.step(Restored(snapshot.round, snapshot.head))
+        log.info(
+            "took the snapshot of round %d: %d bytes in %.1f s",
+            snapshot.round,
+            snapshot.file_bytes,
+            time.monotonic() - begin_s,
+        )
 
     async def _apply(self, commits: Sequence[Committed]) -> None:
         if commits:

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import ConfigError
+from fedmezo_core.errors import ConfigError, SnapshotDamagedError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.snapshots import Snapshot
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.objective import Objective, load_objective
 from fedmezo_core.zo.party import Party, commits_of, open_party
 from fedmezo_core.zo.placement import Placement
 from fedmezo_core.zo.rows import Row, read_rows
+from fedmezo_core.zo.snapshot_files import install_snapshot
 from fedmezo_core.zo.task import Batches, Dataset
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.evaluations import HeldOutResult
@@ -56,6 +58,17 @@ class Engine:
     async def apply(self, commits: Sequence[Committed]) -> None:
         """Fold commits into the weights, in one pass."""
         await self._run(lambda: self._weights.apply(commits[0].round, commits_of(commits)))
+
+    async def replay_rate(self) -> float:
+        """Pairs times trained elements a second that `apply` reaches, by a short probe."""
+        return await self._run(lambda: self._weights.replay_rate())
+
+    async def install(self, path: Path, snapshot: Snapshot) -> None:
+        """Let the weights be a snapshot's.
+
+        `SnapshotDamagedError` if they are not what was recorded; then nothing is loaded any more.
+        """
+        await self._run(lambda: self._install(path, snapshot))
 
     async def digest(self) -> bytes:
         """Digest of the weights, 32 bytes."""
@@ -134,6 +147,13 @@ class Engine:
             before_pass=self._end_if_cut_short,
         )
         return party
+
+    def _install(self, path: Path, snapshot: Snapshot) -> None:
+        try:
+            install_snapshot(path, self._weights, snapshot)
+        except SnapshotDamagedError:
+            self._party = self._batches = self._estimator = self._scorer = None
+            raise
 
     def _measure(self, order: Measure) -> Measured:
         assert self._party is not None

@@ -72,6 +72,11 @@ class WorkerSettings(BaseSettings):
         default=None,
         description="in a run with lora: keep the frozen base in 8 or 4 bits, with bitsandbytes",
     )
+    download_rate: ByteSize = Field(
+        default=ByteSize(12_500_000),
+        description="bytes a second that a download is expected to reach, by which a late worker takes "
+        "a snapshot or the journal; 0: always the journal",
+    )
     tls_ca: Path | None = Field(
         default=None, description="PEM file of the CA to trust; none: no TLS"
     )

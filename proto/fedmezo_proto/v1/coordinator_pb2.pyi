@@ -11,11 +11,12 @@ Errors are gRPC status codes; the trailing metadata `fedmezo-reason` names the e
 class names of fedmezo_core.errors), the status message is one sentence for a person.
   INVALID_ARGUMENT     the message itself is wrong; do not resend it
   UNIMPLEMENTED        no common protocol version
-  NOT_FOUND            another run, or a worker that has not joined
+  NOT_FOUND            another run, a worker that has not joined, or a snapshot that is not kept
   FAILED_PRECONDITION  model, tokenizer or recipe differ; or a stale ticket
   ALREADY_EXISTS       a different answer to the same ticket was given before
   OUT_OF_RANGE         a projected gradient is not finite or beyond the clip
-  DATA_LOSS            the worker's weights are not the run's; rebuild them from base and journal
+  DATA_LOSS            the worker's weights are not the run's; rebuild them from base and journal.
+                       Or a snapshot's file is damaged: read the journal
   RESOURCE_EXHAUSTED   a limit (message size, workers); retry later: where the trailing metadata
                        `fedmezo-retry-after-ms` stands, at a random time within so many milliseconds
   UNAVAILABLE          starting or stopping; retry with backoff
@@ -78,8 +79,11 @@ class GetRunRequest(google.protobuf.message.Message):
 
     PROTOCOL_VERSIONS_FIELD_NUMBER: builtins.int
     RUN_ID_FIELD_NUMBER: builtins.int
+    ROUND_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run the caller means; empty means whichever is served here."""
+    round: builtins.int
+    """Last round that the caller's weights hold; 0 for the base. What is missing is counted from there."""
     @property
     def protocol_versions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Protocol versions the caller speaks; 1 is this file. Empty is refused."""
@@ -89,8 +93,9 @@ class GetRunRequest(google.protobuf.message.Message):
         *,
         protocol_versions: collections.abc.Iterable[builtins.int] | None = ...,
         run_id: builtins.str = ...,
+        round: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["protocol_versions", b"protocol_versions", "run_id", b"run_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["protocol_versions", b"protocol_versions", "round", b"round", "run_id", b"run_id"]) -> None: ...
 
 Global___GetRunRequest: typing_extensions.TypeAlias = GetRunRequest
 
@@ -105,6 +110,8 @@ class GetRunResponse(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     CHECKPOINT_KEY_FIELD_NUMBER: builtins.int
+    MISSING_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """The version chosen for this conversation."""
     genesis: builtins.bytes
@@ -115,6 +122,14 @@ class GetRunResponse(google.protobuf.message.Message):
     """Coordinator starts so far."""
     checkpoint_key: builtins.bytes
     """Ed25519 public key that signs this run's checkpoints. 32 bytes; empty if they are not signed."""
+    @property
+    def missing(self) -> Global___Suffix:
+        """Commits after the caller's round that it would have to apply."""
+
+    @property
+    def snapshot(self) -> Global___SnapshotOffer:
+        """The newest snapshot, if it is of a later round than the caller's."""
+
     def __init__(
         self,
         *,
@@ -123,10 +138,96 @@ class GetRunResponse(google.protobuf.message.Message):
         round: builtins.int = ...,
         epoch: builtins.int = ...,
         checkpoint_key: builtins.bytes = ...,
+        missing: Global___Suffix | None = ...,
+        snapshot: Global___SnapshotOffer | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_key", b"checkpoint_key", "epoch", b"epoch", "genesis", b"genesis", "protocol_version", b"protocol_version", "round", b"round"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["missing", b"missing", "snapshot", b"snapshot"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_key", b"checkpoint_key", "epoch", b"epoch", "genesis", b"genesis", "missing", b"missing", "protocol_version", b"protocol_version", "round", b"round", "snapshot", b"snapshot"]) -> None: ...
 
 Global___GetRunResponse: typing_extensions.TypeAlias = GetRunResponse
+
+@typing.final
+class Suffix(google.protobuf.message.Message):
+    """Commits to read and to apply. What comes before the newest commit from the base does not count."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PAIRS_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    pairs: builtins.int
+    """Pairs in them."""
+    bytes: builtins.int
+    """Bytes of their records."""
+    def __init__(
+        self,
+        *,
+        pairs: builtins.int = ...,
+        bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "pairs", b"pairs"]) -> None: ...
+
+Global___Suffix: typing_extensions.TypeAlias = Suffix
+
+@typing.final
+class Snapshot(google.protobuf.message.Message):
+    """A snapshot: the trained weights after a round, as a safetensors file."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: builtins.int
+    FILE_SHA256_FIELD_NUMBER: builtins.int
+    FILE_BYTES_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """The round."""
+    head: builtins.bytes
+    """Head after that round. 32 bytes."""
+    weights_digest: builtins.bytes
+    """Digest of the weights. 32 bytes."""
+    file_sha256: builtins.bytes
+    """SHA-256 of the whole file. 32 bytes."""
+    file_bytes: builtins.int
+    """Size of the whole file."""
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        head: builtins.bytes = ...,
+        weights_digest: builtins.bytes = ...,
+        file_sha256: builtins.bytes = ...,
+        file_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["file_bytes", b"file_bytes", "file_sha256", b"file_sha256", "head", b"head", "round", b"round", "weights_digest", b"weights_digest"]) -> None: ...
+
+Global___Snapshot: typing_extensions.TypeAlias = Snapshot
+
+@typing.final
+class SnapshotOffer(google.protobuf.message.Message):
+    """A snapshot, and what is to be done after it."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    MISSING_FIELD_NUMBER: builtins.int
+    @property
+    def snapshot(self) -> Global___Snapshot:
+        """The file."""
+
+    @property
+    def missing(self) -> Global___Suffix:
+        """Commits after it."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: Global___Snapshot | None = ...,
+        missing: Global___Suffix | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["missing", b"missing", "snapshot", b"snapshot"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["missing", b"missing", "snapshot", b"snapshot"]) -> None: ...
+
+Global___SnapshotOffer: typing_extensions.TypeAlias = SnapshotOffer
 
 @typing.final
 class SessionRequest(google.protobuf.message.Message):
@@ -983,6 +1084,7 @@ class ReportReplicaRequest(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     WEIGHTS_DIGEST_FIELD_NUMBER: builtins.int
     EVALUATION_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run."""
     secret: builtins.bytes
@@ -995,6 +1097,10 @@ class ReportReplicaRequest(google.protobuf.message.Message):
     def evaluation(self) -> fedmezo_proto.v1.journal_pb2.Evaluated:
         """Held-out result, when there is one."""
 
+    @property
+    def snapshot(self) -> Global___SnapshotReport:
+        """File of these weights, when one was due."""
+
     def __init__(
         self,
         *,
@@ -1003,12 +1109,42 @@ class ReportReplicaRequest(google.protobuf.message.Message):
         round: builtins.int = ...,
         weights_digest: builtins.bytes = ...,
         evaluation: fedmezo_proto.v1.journal_pb2.Evaluated | None = ...,
+        snapshot: Global___SnapshotReport | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_evaluation", b"_evaluation", "evaluation", b"evaluation"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_evaluation", b"_evaluation", "evaluation", b"evaluation", "round", b"round", "run_id", b"run_id", "secret", b"secret", "weights_digest", b"weights_digest"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_evaluation", b"_evaluation", "_snapshot", b"_snapshot", "evaluation", b"evaluation", "snapshot", b"snapshot"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_evaluation", b"_evaluation", "_snapshot", b"_snapshot", "evaluation", b"evaluation", "round", b"round", "run_id", b"run_id", "secret", b"secret", "snapshot", b"snapshot", "weights_digest", b"weights_digest"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_evaluation", b"_evaluation"]) -> typing.Literal["evaluation"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_snapshot", b"_snapshot"]) -> typing.Literal["snapshot"] | None: ...
 
 Global___ReportReplicaRequest: typing_extensions.TypeAlias = ReportReplicaRequest
+
+@typing.final
+class SnapshotReport(google.protobuf.message.Message):
+    """What the replica wrote, or why it could not."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FILE_SHA256_FIELD_NUMBER: builtins.int
+    FILE_BYTES_FIELD_NUMBER: builtins.int
+    COMPLAINT_FIELD_NUMBER: builtins.int
+    file_sha256: builtins.bytes
+    """SHA-256 of the file. 32 bytes, or none with a complaint."""
+    file_bytes: builtins.int
+    """Size of the file."""
+    complaint: builtins.str
+    """One sentence, at most 512 characters; empty if the file is written."""
+    def __init__(
+        self,
+        *,
+        file_sha256: builtins.bytes = ...,
+        file_bytes: builtins.int = ...,
+        complaint: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["complaint", b"complaint", "file_bytes", b"file_bytes", "file_sha256", b"file_sha256"]) -> None: ...
+
+Global___SnapshotReport: typing_extensions.TypeAlias = SnapshotReport
 
 @typing.final
 class ReportReplicaResponse(google.protobuf.message.Message):
@@ -1021,3 +1157,55 @@ class ReportReplicaResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 Global___ReportReplicaResponse: typing_extensions.TypeAlias = ReportReplicaResponse
+
+@typing.final
+class ReadSnapshotRequest(google.protobuf.message.Message):
+    """Asks for a snapshot's file."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: builtins.int
+    ROUND_FIELD_NUMBER: builtins.int
+    OFFSET_FIELD_NUMBER: builtins.int
+    run_id: builtins.str
+    """The run; empty means whichever is served here."""
+    round: builtins.int
+    """The snapshot's round."""
+    offset: builtins.int
+    """First byte wanted; at most the file's size."""
+    def __init__(
+        self,
+        *,
+        run_id: builtins.str = ...,
+        round: builtins.int = ...,
+        offset: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["offset", b"offset", "round", b"round", "run_id", b"run_id"]) -> None: ...
+
+Global___ReadSnapshotRequest: typing_extensions.TypeAlias = ReadSnapshotRequest
+
+@typing.final
+class ReadSnapshotResponse(google.protobuf.message.Message):
+    """A piece of the file."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: builtins.int
+    DATA_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """Bytes that follow those before; at most 1 MiB."""
+    @property
+    def snapshot(self) -> Global___Snapshot:
+        """What the file is; in the first message only."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: Global___Snapshot | None = ...,
+        data: builtins.bytes = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_snapshot", b"_snapshot", "snapshot", b"snapshot"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_snapshot", b"_snapshot", "data", b"data", "snapshot", b"snapshot"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_snapshot", b"_snapshot"]) -> typing.Literal["snapshot"] | None: ...
+
+Global___ReadSnapshotResponse: typing_extensions.TypeAlias = ReadSnapshotResponse

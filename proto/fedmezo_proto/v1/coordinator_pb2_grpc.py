@@ -65,6 +65,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.ReportReplicaRequest.SerializeToString,
                 response_deserializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.ReportReplicaResponse.FromString,
                 _registered_method=True)
+        self.ReadSnapshot = channel.unary_stream(
+                '/fedmezo.v1.CoordinatorService/ReadSnapshot',
+                request_serializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.ReadSnapshotRequest.SerializeToString,
+                response_deserializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.ReadSnapshotResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer(object):
@@ -113,6 +118,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadSnapshot(self, request, context):
+        """The file of a snapshot from an offset on, in pieces of at most 1 MiB.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -145,6 +157,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.ReportReplica,
                     request_deserializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.ReportReplicaRequest.FromString,
                     response_serializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.ReportReplicaResponse.SerializeToString,
+            ),
+            'ReadSnapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadSnapshot,
+                    request_deserializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.ReadSnapshotRequest.FromString,
+                    response_serializer=fedmezo__proto_dot_v1_dot_coordinator__pb2.ReadSnapshotResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -310,6 +327,33 @@ class CoordinatorService(object):
             '/fedmezo.v1.CoordinatorService/ReportReplica',
             fedmezo__proto_dot_v1_dot_coordinator__pb2.ReportReplicaRequest.SerializeToString,
             fedmezo__proto_dot_v1_dot_coordinator__pb2.ReportReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadSnapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/fedmezo.v1.CoordinatorService/ReadSnapshot',
+            fedmezo__proto_dot_v1_dot_coordinator__pb2.ReadSnapshotRequest.SerializeToString,
+            fedmezo__proto_dot_v1_dot_coordinator__pb2.ReadSnapshotResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -11,11 +11,12 @@ Errors are gRPC status codes; the trailing metadata `fedmezo-reason` names the e
 class names of fedmezo_core.errors), the status message is one sentence for a person.
   INVALID_ARGUMENT     the message itself is wrong; do not resend it
   UNIMPLEMENTED        no common protocol version
-  NOT_FOUND            another run, or a worker that has not joined
+  NOT_FOUND            another run, a worker that has not joined, or a snapshot that is not kept
   FAILED_PRECONDITION  model, tokenizer or recipe differ; or a stale ticket
   ALREADY_EXISTS       a different answer to the same ticket was given before
   OUT_OF_RANGE         a projected gradient is not finite or beyond the clip
-  DATA_LOSS            the worker's weights are not the run's; rebuild them from base and journal
+  DATA_LOSS            the worker's weights are not the run's; rebuild them from base and journal.
+                       Or a snapshot's file is damaged: read the journal
   RESOURCE_EXHAUSTED   a limit (message size, workers); retry later: where the trailing metadata
                        `fedmezo-retry-after-ms` stands, at a random time within so many milliseconds
   UNAVAILABLE          starting or stopping; retry with backoff
@@ -139,7 +140,23 @@ _CoordinatorServiceReportReplicaType = typing_extensions.TypeVar(
     ],
 )
 
-class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _CoordinatorServiceSessionType, _CoordinatorServicePollSessionType, _CoordinatorServiceReadJournalType, _CoordinatorServiceGetStatusType, _CoordinatorServiceReportReplicaType]):
+_CoordinatorServiceReadSnapshotType = typing_extensions.TypeVar(
+    '_CoordinatorServiceReadSnapshotType',
+    grpc.UnaryStreamMultiCallable[
+        fedmezo_proto.v1.coordinator_pb2.ReadSnapshotRequest,
+        fedmezo_proto.v1.coordinator_pb2.ReadSnapshotResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        fedmezo_proto.v1.coordinator_pb2.ReadSnapshotRequest,
+        fedmezo_proto.v1.coordinator_pb2.ReadSnapshotResponse,
+    ],
+    default=grpc.UnaryStreamMultiCallable[
+        fedmezo_proto.v1.coordinator_pb2.ReadSnapshotRequest,
+        fedmezo_proto.v1.coordinator_pb2.ReadSnapshotResponse,
+    ],
+)
+
+class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _CoordinatorServiceSessionType, _CoordinatorServicePollSessionType, _CoordinatorServiceReadJournalType, _CoordinatorServiceGetStatusType, _CoordinatorServiceReportReplicaType, _CoordinatorServiceReadSnapshotType]):
     """Coordinates one run."""
 
     @typing.overload
@@ -167,6 +184,10 @@ class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _Coor
         grpc.UnaryUnaryMultiCallable[
             fedmezo_proto.v1.coordinator_pb2.ReportReplicaRequest,
             fedmezo_proto.v1.coordinator_pb2.ReportReplicaResponse,
+        ],
+        grpc.UnaryStreamMultiCallable[
+            fedmezo_proto.v1.coordinator_pb2.ReadSnapshotRequest,
+            fedmezo_proto.v1.coordinator_pb2.ReadSnapshotResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -196,6 +217,10 @@ class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _Coor
             fedmezo_proto.v1.coordinator_pb2.ReportReplicaRequest,
             fedmezo_proto.v1.coordinator_pb2.ReportReplicaResponse,
         ],
+        grpc.aio.UnaryStreamMultiCallable[
+            fedmezo_proto.v1.coordinator_pb2.ReadSnapshotRequest,
+            fedmezo_proto.v1.coordinator_pb2.ReadSnapshotResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     GetRun: _CoordinatorServiceGetRunType
@@ -215,6 +240,9 @@ class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceGetRunType, _Coor
 
     ReportReplica: _CoordinatorServiceReportReplicaType
     """The coordinator's own replica process hands in a digest and perhaps an evaluation."""
+
+    ReadSnapshot: _CoordinatorServiceReadSnapshotType
+    """The file of a snapshot from an offset on, in pieces of at most 1 MiB."""
 
 CoordinatorServiceAsyncStub: typing_extensions.TypeAlias = CoordinatorServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -240,6 +268,10 @@ CoordinatorServiceAsyncStub: typing_extensions.TypeAlias = CoordinatorServiceStu
     grpc.aio.UnaryUnaryMultiCallable[
         fedmezo_proto.v1.coordinator_pb2.ReportReplicaRequest,
         fedmezo_proto.v1.coordinator_pb2.ReportReplicaResponse,
+    ],
+    grpc.aio.UnaryStreamMultiCallable[
+        fedmezo_proto.v1.coordinator_pb2.ReadSnapshotRequest,
+        fedmezo_proto.v1.coordinator_pb2.ReadSnapshotResponse,
     ],
 ]
 
@@ -293,5 +325,13 @@ class CoordinatorServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[fedmezo_proto.v1.coordinator_pb2.ReportReplicaResponse, collections.abc.Awaitable[fedmezo_proto.v1.coordinator_pb2.ReportReplicaResponse]]:
         """The coordinator's own replica process hands in a digest and perhaps an evaluation."""
+
+    @abc.abstractmethod
+    def ReadSnapshot(
+        self,
+        request: fedmezo_proto.v1.coordinator_pb2.ReadSnapshotRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[fedmezo_proto.v1.coordinator_pb2.ReadSnapshotResponse], collections.abc.AsyncIterator[fedmezo_proto.v1.coordinator_pb2.ReadSnapshotResponse]]:
+        """The file of a snapshot from an offset on, in pieces of at most 1 MiB."""
 
 def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

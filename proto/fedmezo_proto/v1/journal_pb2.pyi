@@ -323,6 +323,7 @@ class Record(google.protobuf.message.Message):
     PAUSED_FIELD_NUMBER: builtins.int
     RESUMED_FIELD_NUMBER: builtins.int
     STOPPED_FIELD_NUMBER: builtins.int
+    SNAPSHOTTED_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
     @property
     def genesis(self) -> Global___Genesis:
@@ -365,6 +366,10 @@ class Record(google.protobuf.message.Message):
         """The run ended before its last round."""
 
     @property
+    def snapshotted(self) -> Global___Snapshotted:
+        """The weights after a round are in a file beside the journal."""
+
+    @property
     def checkpoint(self) -> Global___Checkpoint:
         """What the coordinator had signed, in a copy that another party keeps."""
 
@@ -381,11 +386,12 @@ class Record(google.protobuf.message.Message):
         paused: Global___Paused | None = ...,
         resumed: Global___Resumed | None = ...,
         stopped: Global___Stopped | None = ...,
+        snapshotted: Global___Snapshotted | None = ...,
         checkpoint: Global___Checkpoint | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "started", b"started", "stopped", b"stopped"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "checkpoint"] | None: ...
+    def HasField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "snapshotted", "checkpoint"] | None: ...
 
 Global___Record: typing_extensions.TypeAlias = Record
 
@@ -681,6 +687,38 @@ class Stopped(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["reason", b"reason", "round", b"round"]) -> None: ...
 
 Global___Stopped: typing_extensions.TypeAlias = Stopped
+
+@typing.final
+class Snapshotted(google.protobuf.message.Message):
+    """The coordinator holds a file of the trained weights after `round`, whose digest is the run's. The file
+    may be gone by now: only the newest are kept.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    WEIGHTS_DIGEST_FIELD_NUMBER: builtins.int
+    FILE_SHA256_FIELD_NUMBER: builtins.int
+    FILE_BYTES_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """The round."""
+    weights_digest: builtins.bytes
+    """Digest of the weights. 32 bytes."""
+    file_sha256: builtins.bytes
+    """SHA-256 of the file. 32 bytes."""
+    file_bytes: builtins.int
+    """Size of the file, above 0."""
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        weights_digest: builtins.bytes = ...,
+        file_sha256: builtins.bytes = ...,
+        file_bytes: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["file_bytes", b"file_bytes", "file_sha256", b"file_sha256", "round", b"round", "weights_digest", b"weights_digest"]) -> None: ...
+
+Global___Snapshotted: typing_extensions.TypeAlias = Snapshotted
 
 @typing.final
 class Checkpoint(google.protobuf.message.Message):

@@ -1,0 +1,116 @@
+"""Snapshot files: trained weights to disk, and from disk into a party's weights."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedmezo_core.errors import SnapshotDamagedError, SnapshotError
+from fedmezo_core.folders import sync
+from fedmezo_core.snapshots import Snapshot, file_name, partial_name
+from fedmezo_core.zo.manifest import Manifest, trained_tensors
+from fedmezo_core.zo.weights import Weights
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def write_snapshot(
+    folder: Path, weights: Weights, *, run_id: str, head: bytes, weights_digest: bytes
+) -> Snapshot:
+    """Write `weights` as they are into `folder`, durably, whole or not at all.
+
+    `weights_digest` is theirs, `head` that after their round. Raises `SnapshotError` if the disk
+    refuses.
+    """
+    path = folder / file_name(run_id, weights.round)
+    partial = path.with_name(partial_name(path.name))
+    tensors = trained_tensors(weights.model, weights.manifest)
+    metadata = {
+        "run_id": run_id,
+        "round": str(weights.round),
+        "head": head.hex(),
+        "weights_digest": weights_digest.hex(),
+        "manifest_digest": weights.manifest.digest().hex(),
+    }
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        save_file(
+            {entry.name: t for entry, t in zip(weights.manifest, tensors, strict=True)},
+            partial,
+            metadata,
+        )
+        sync(partial)
+        size, sha256 = partial.stat().st_size, sha256_of(partial)
+        partial.rename(path)
+        sync(folder)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        # safetensors reports a full disk as its own exception, with the system's words in it.
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split("\n", 1)[0].split())
+        raise SnapshotError(
+            f"The snapshot of round {weights.round} cannot be written to {folder} ({reason}); make room "
+            "there, or set another folder in snapshots."
+        ) from error
+    return Snapshot(weights.round, head, weights_digest, sha256, size)
+
+
+def sha256_of(path: Path) -> bytes:
+    """SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def install_snapshot(path: Path, weights: Weights, snapshot: Snapshot) -> None:
+    """Let `weights` be those in the file, and check that they have the snapshot's digest.
+
+    Reads one tensor at a time. Raises `SnapshotDamagedError` if the file, or what comes of it, is not
+    the snapshot; `weights` may then be unusable, and the base must be loaded again.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            _check_header(file, weights.manifest, snapshot)
+            weights.restore(
+                snapshot.round, _tensors(file, weights.manifest), snapshot.weights_digest
+            )
+    except (OSError, SafetensorError) as error:
+        raise SnapshotDamagedError(
+            f"The snapshot of round {snapshot.round} is no safetensors file that can be read ({error}); "
+            "read the journal instead."
+        ) from None
+
+
+def _tensors(file: Any, manifest: Manifest) -> Iterator[torch.Tensor]:
+    for entry in manifest:
+        yield file.get_tensor(entry.name)
+
+
+def _check_header(file: Any, manifest: Manifest, snapshot: Snapshot) -> None:
+    metadata = file.metadata() or {}
+    wanted = {
+        "round": str(snapshot.round),
+        "head": snapshot.head.hex(),
+        "weights_digest": snapshot.weights_digest.hex(),
+        "manifest_digest": manifest.digest().hex(),
+    }
+    names = set(file.keys())
+    differ = [key for key, value in wanted.items() if metadata.get(key) != value]
+    differ += [] if names == {entry.name for entry in manifest} else ["names of the tensors"]
+    if not differ:
+        for entry in manifest:
+            part = file.get_slice(entry.name)
+            found = (part.get_dtype(), tuple(part.get_shape()))
+            if found != (_DTYPES[entry.dtype], entry.shape):
+                differ.append(entry.name)
+    if differ:
+        raise SnapshotDamagedError(
+            f"The snapshot of round {snapshot.round} differs from what the coordinator says of it "
+            f"({', '.join(differ[:4])}); read the journal instead."
+        )
