@@ -178,7 +178,10 @@ async def a_run_with_a_snapshot(
             assert [await worker.outcome() for worker in working] == [None] * 3
             return await client.get_status()
 
-        yield kept, client, finish
+        try:
+            yield kept, client, finish
+        finally:
+            held.let(ROUNDS)  # whoever waits for it could not end
 
 
 async def write_by_hand(
