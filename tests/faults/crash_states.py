@@ -11,21 +11,24 @@ would open it, and compared with what had been acknowledged by then.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
+from unittest.mock import patch
 
+from fedmezo_coordinator import store as product
 from fedmezo_coordinator.store import SqliteStore
 from fedmezo_core.errors import JournalError
-from fedmezo_core.journal import Journal, Row
+from fedmezo_core.journal import Journal, MemoryStore, Row
 from fedmezo_core.records import Paused
 from tests.faults.disk import (
     RANDOM_MODES,
@@ -36,6 +39,7 @@ from tests.faults.disk import (
     Promise,
     Recorder,
     as_trace,
+    page_cache,
     recording,
     replayed,
     written,
@@ -45,7 +49,7 @@ DRAWS: Final = 6
 """Random states at each operation, beside all lost and all kept."""
 BIG_ROW_BYTES: Final = 300_000
 CHECKPOINT_PAGES: Final = 12
-"""In scenarios that should checkpoint often; SQLite's own default is 1,000."""
+"""In scenarios that should checkpoint often."""
 NAME: Final = "journal.db"
 
 
@@ -69,7 +73,7 @@ class UnsyncedStore(SqliteStore):
 class Kind:
     """A store, and when its rows are acknowledged."""
 
-    open: Callable[[Path], SqliteStore] = SqliteStore
+    open: Callable[..., SqliteStore] = SqliteStore
     acknowledges_first: bool = False
 
 
@@ -86,6 +90,15 @@ KINDS: Final = {
 
 
 @dataclass
+class History:
+    """Rows that were written, or tried, since a start, after those that were found."""
+
+    rows: list[Row]
+    ends: set[int]
+    """Counts of rows at which an append ended."""
+
+
+@dataclass
 class Author:
     """Writes a journal while everything is recorded."""
 
@@ -93,24 +106,28 @@ class Author:
     rng: random.Random
     home: Path
     recorder: Recorder
-    rows: list[Row] = field(default_factory=list)
-    ends: set[int] = field(default_factory=lambda: {0})
-    """Counts of rows at which an append ended."""
+    histories: list[History] = field(default_factory=lambda: [History([], {0})])
+    """One for each start."""
     acknowledged: int = 0
     first_cut: int = 0
     """Operations before this one belong to a past that is not to be cut again."""
 
-    def open(self, checkpoint_pages: int | None = None) -> None:
+    def open(self, checkpoint_pages: int = product.CHECKPOINT_PAGES) -> None:
         """Start the coordinator's part, on whatever lies there."""
-        self.store = self.kind.open(self.folder / NAME)
-        if checkpoint_pages is not None:
-            self.store._db.wal_autocheckpoint(checkpoint_pages)
+        path = self.folder / NAME
+        with patch("os.posix_fadvise", self._forget_cache):
+            self.store = self.kind.open(path, checkpoint_pages=checkpoint_pages)
         self.journal = Journal(self.store)
         found = [entry.row for entry in self.journal.load()]
-        assert found == self.rows[: len(found)]
-        self.rows = found
-        self.ends = {end for end in self.ends if end <= len(found)}
+        assert found == self.history.rows[: len(found)]
+        self.histories.append(History(found, {n for n in self.history.ends if n <= len(found)}))
+        self.expected = _journal_of(found)
         self._promise(len(found))
+
+    @property
+    def history(self) -> History:
+        """What is being written now."""
+        return self.histories[-1]
 
     @property
     def folder(self) -> Path:
@@ -121,16 +138,17 @@ class Author:
 
     def append(self, count: int = 1, size: int = 20) -> None:
         """One append of so many rows of about so many random bytes, in hexadecimal."""
-        begun = len(self.rows) + count
+        begun = len(self.expected) + count
         if self.kind.acknowledges_first:
             self.acknowledged = begun
         self._promise(begun)
-        texts = [
-            self.rng.randbytes(self.rng.randint(9 * size // 10, size)).hex() for _ in range(count)
-        ]
-        entries = self.journal.append([Paused(len(self.rows) + 1, text) for text in texts])
-        self.rows += [entry.row for entry in entries]
-        self.ends.add(begun)
+        sizes = [self.rng.randint(9 * size // 10, size) for _ in range(count)]
+        texts = [self.rng.randbytes(size).hex() for size in sizes]
+        records = [Paused(begun, text) for text in texts]
+        # Before the append: what fails may be there all the same.
+        self.history.rows += [entry.row for entry in self.expected.append(records)]
+        self.history.ends.add(begun)
+        self.journal.append(records)
         self.acknowledged = begun
         self._promise(begun)
 
@@ -139,11 +157,17 @@ class Author:
         self.store.close()
 
     def kill(self) -> None:
-        """Undo what happened since some moment, as `kill -9` does: the disk forgets nothing."""
+        """Undo what happened since some moment, as `kill -9` then would: what was written stays."""
+        self._killed_after(self.rng.randint(self.first_cut, len(self.recorder.trace)))
+
+    def kill_now(self) -> None:
+        """End without closing."""
+        self._killed_after(len(self.recorder.trace))
+
+    def _killed_after(self, count: int) -> None:
+        trace = self.recorder.trace[:count]
         self.store.close()
-        trace = self.recorder.trace
-        trace = trace[: self.rng.randint(self.first_cut, len(trace))]
-        self._restart(trace, replayed(trace).crashed(Mode.KEPT, self.rng))
+        self._restart(trace, page_cache(trace))
 
     def cut_power(self) -> None:
         """The same, but what was not synced may be gone."""
@@ -159,8 +183,15 @@ class Author:
         self.first_cut = len(trace)
         written(image, self.folder)
 
+    def _forget_cache(self, file: int, _offset: int, _size: int, advice: int) -> None:
+        """What the kernel does when it is asked to: what no sync will write any more is gone."""
+        assert advice == os.POSIX_FADV_DONTNEED
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        found = replayed(self.recorder.trace).crashed(Mode.KEPT, self.rng)
+        path.write_bytes(found[path.name])
+
     def _promise(self, begun: int) -> None:
-        self.recorder.trace.append(Promise(begun, self.acknowledged))
+        self.recorder.trace.append(Promise(begun, self.acknowledged, len(self.histories) - 1))
 
 
 def _creation(author: Author) -> None:
@@ -211,6 +242,29 @@ def _lives(end: Callable[[Author], None], author: Author) -> None:
     author.close()
 
 
+def _failed_sync(end: Callable[[Author], None], author: Author) -> None:
+    for _ in range(2):
+        author.open(CHECKPOINT_PAGES)
+        author.recorder.syncs_until_failure = author.rng.randint(0, 9)
+        with suppress(JournalError):
+            for _ in range(6):
+                author.append(author.rng.randint(1, 3), author.rng.choice((20, 3000)))
+        author.recorder.syncs_until_failure = None
+        end(author)
+    author.open(CHECKPOINT_PAGES)
+    for _ in range(4):
+        author.append(author.rng.randint(1, 3), 2000)
+    author.close()
+
+
+def _journal_of(rows: Sequence[Row]) -> Journal:
+    store = MemoryStore()
+    store.append(rows)
+    journal = Journal(store)
+    assert len(list(journal.load())) == len(rows)
+    return journal
+
+
 SCENARIOS: Final[dict[str, Callable[[Author], None]]] = {
     "creation": _creation,
     "small": _small,
@@ -219,6 +273,8 @@ SCENARIOS: Final[dict[str, Callable[[Author], None]]] = {
     "reopened": _reopened,
     "killed": lambda author: _lives(Author.kill, author),
     "cut-again": lambda author: _lives(Author.cut_power, author),
+    "sync-fails": lambda author: _failed_sync(Author.close, author),
+    "sync-fails-killed": lambda author: _failed_sync(Author.kill_now, author),
 }
 
 
@@ -227,8 +283,7 @@ class Recording:
     """What a scenario did, and which rows it wrote."""
 
     trace: Sequence[Op]
-    rows: Sequence[Row]
-    ends: frozenset[int]
+    histories: Sequence[History]
     first_cut: int
 
 
@@ -243,7 +298,7 @@ def recorded(scenario: str, seed: int, kind: str = "full") -> Recording:
         rng = random.Random(f"{scenario}/{seed}")
         author = Author(KINDS[kind], rng, Path(home), recorder)
         SCENARIOS[scenario](author)
-        return Recording(trace, author.rows, frozenset(author.ends), author.first_cut)
+        return Recording(trace, author.histories, author.first_cut)
 
 
 # ---------------------------------------------------------------- states
@@ -309,9 +364,10 @@ def _verdict_on(store: SqliteStore, what: Recording, promise: Promise) -> str:
     found = [entry.row for entry in journal.load()]
     if len(found) < promise.acknowledged:
         return f"lost: {promise.acknowledged} rows were acknowledged, {len(found)} are there"
-    if found != list(what.rows[: len(found)]):
+    history = what.histories[promise.history]
+    if found != history.rows[: len(found)]:
         return f"changed: {len(found)} rows are there, not all as they were written"
-    if len(found) > promise.begun or len(found) not in what.ends:
+    if len(found) > promise.begun or len(found) not in history.ends:
         return f"in part: {len(found)} rows are there of {promise}"
     [entry] = journal.append([Paused(1, "after the cut")])
     if list(store.read(0, len(found) + 2)) != [*found, entry.row]:

@@ -52,6 +52,13 @@ class Sync:
 
 
 @dataclass(frozen=True, slots=True)
+class FailedSync:
+    """A sync that failed. As Linux does it, what it should have written is forgotten, yet still read."""
+
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """A name now means this file."""
 
@@ -77,9 +84,11 @@ class Promise:
 
     begun: int
     acknowledged: int
+    history: int = 0
+    """Which rows those are: a start that found fewer rows than were begun may write others."""
 
 
-Op = Write | Truncate | Sync | Link | Unlink | SyncFolder | Promise
+Op = Write | Truncate | Sync | FailedSync | Link | Unlink | SyncFolder | Promise
 Image = Mapping[str, bytes]
 """The files of a folder, by name."""
 
@@ -123,12 +132,17 @@ class Disk:
                 for one in self.pending:
                     if one.inode == inode:
                         _change(self.files, one)
-                self.pending = [one for one in self.pending if one.inode != inode]
+                self._settle(inode)
+            case FailedSync(inode):
+                self._settle(inode)
             case SyncFolder():
                 _rename(self.names, self.pending_names)
                 self.pending_names = []
             case Promise():
                 self.promise = op
+
+    def _settle(self, inode: int) -> None:
+        self.pending = [one for one in self.pending if one.inode != inode]
 
     def crashed(self, mode: Mode, rng: random.Random) -> Image:
         """The folder as it is found after a power cut now."""
@@ -222,6 +236,8 @@ class Recorder(apsw.VFS):
         self.trace = trace
         self.names: dict[str, int] = {}
         """Files that lie in the folder now."""
+        self.syncs_until_failure: int | None = None
+        """The sync after so many fails, once."""
         self._rng = random.Random(seed)
         self._inodes = 0
         super().__init__("recorder", _BELOW, makedefault=True)
@@ -251,6 +267,16 @@ class Recorder(apsw.VFS):
             self._inodes += 1
         return self.names[name]
 
+    def fails_now(self) -> bool:
+        """Whether the sync that is asked for fails."""
+        if self.syncs_until_failure is None:
+            return False
+        self.syncs_until_failure -= 1
+        if self.syncs_until_failure >= 0:
+            return False
+        self.syncs_until_failure = None
+        return True
+
     def restart(self, trace: Sequence[Op]) -> None:
         """Go on from what another trace has left."""
         self.trace[:] = trace
@@ -267,6 +293,7 @@ class _RecordedFile(apsw.VFSFile):
         super().__init__(_BELOW, name, flags)
         filename = name.filename() if isinstance(name, apsw.URIFilename) else name
         assert filename, "the store makes no temporary files"
+        self._recorder = recorder
         self._trace = recorder.trace
         self._inode = recorder.opened(filename)
         self._syncs_folder = bool(asked & apsw.SQLITE_OPEN_CREATE and asked & _SYNCS_ITS_FOLDER)
@@ -280,6 +307,9 @@ class _RecordedFile(apsw.VFSFile):
         self._trace.append(Truncate(self._inode, newsize))
 
     def xSync(self, flags: int) -> None:
+        if self._recorder.fails_now():
+            self._trace.append(FailedSync(self._inode))
+            raise apsw.IOError("injected: fsync")
         super().xSync(flags)
         self._trace.append(Sync(self._inode))
         if self._syncs_folder:
@@ -308,6 +338,12 @@ def replayed(trace: Sequence[Op]) -> Disk:
     for op in trace:
         disk.apply(op)
     return disk
+
+
+def page_cache(trace: Sequence[Op]) -> Image:
+    """What a process that starts after another was killed finds: everything, synced or not."""
+    disk = replayed([op for op in trace if not isinstance(op, FailedSync)])
+    return disk.crashed(Mode.KEPT, random.Random(0))
 
 
 def written(image: Image, folder: Path) -> None:

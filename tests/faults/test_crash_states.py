@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fedmezo_coordinator.store import SqliteStore
+from fedmezo_core.errors import JournalError
+from fedmezo_core.journal import Row
 from tests.faults.crash_states import (
     BIG_ROW_BYTES,
     SCENARIOS,
@@ -29,8 +32,10 @@ from tests.faults.disk import (
     Truncate,
     Unlink,
     Write,
+    recording,
     replayed,
 )
+from tests.store_conformance import row
 
 STATES_MIN = 5_000
 SEED = 0
@@ -74,6 +79,43 @@ def test_a_store_that_promises_too_much_is_caught(
     assert tried_again(State.of(str(state)), folder, kind) == text
 
 
+def test_reading_a_dead_process_s_log_from_memory_is_caught(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed sync, what can be read need not be on the disk: appending after it is unsafe."""
+    monkeypatch.setattr("fedmezo_coordinator.store._forget_cache", lambda path: None)
+    recorded.cache_clear()
+    tally = tried("sync-fails-killed", SEED, folder)
+    recorded.cache_clear()
+    assert {"lost", "refused"} <= set(tally.kinds())
+
+
+def test_every_failed_sync_is_told_and_ends_the_store(tmp_path: Path) -> None:
+    syncs = 0
+    while True:
+        path = tmp_path / f"{syncs}.db"
+        with recording([]) as recorder:
+            store = SqliteStore(path, checkpoint_pages=2)
+            recorder.syncs_until_failure = syncs
+            told = [_told(store, row(n, 5000)) for n in range(4)]
+            was_failed = recorder.syncs_until_failure is None
+            store.close()
+        if not was_failed:
+            break
+        assert told == sorted(told), "something was taken after an error"
+        assert told[-1], f"nobody was told that sync {syncs} failed"
+        syncs += 1
+    assert syncs >= 8
+
+
+def _told(store: SqliteStore, row: Row) -> bool:
+    try:
+        store.append([row])
+    except JournalError:
+        return True
+    return False
+
+
 def test_a_recording_and_its_states_are_the_same_each_time() -> None:
     first = recorded("killed", 3)
     images = [state.image(disk) for state, disk in states("killed", 3)]
@@ -83,7 +125,8 @@ def test_a_recording_and_its_states_are_the_same_each_time() -> None:
 
 
 def test_scenarios_do_what_they_are_named_after() -> None:
-    assert any(len(row.body) >= 0.9 * BIG_ROW_BYTES for row in recorded("big", SEED).rows)
+    rows = recorded("big", SEED).histories[-1].rows
+    assert any(len(row.body) >= 0.9 * BIG_ROW_BYTES for row in rows)
     checkpoints = recorded("checkpoints", SEED).trace
     # The database file (inode 0) is written to between appends, and the log begins anew.
     assert sum(isinstance(op, Write) and op.inode == 0 for op in checkpoints) > 40
