@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-gpu sim lint format proto check-proto bench bench-gpu experiments wheel-test clean
+.PHONY: help setup demo test test-gpu sim soak lint format proto check-proto bench bench-gpu experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -49,6 +49,10 @@ test-gpu: setup  ## run the tests that need a CUDA device
 
 sim: setup  ## replay one simulated federation with its transcript: make sim SEED=7
 	$(BIN)/python -m tests.sim --seed $(SEED)
+
+MINUTES ?= 30
+soak: setup  ## power cuts and simulated federations on all cores for MINUTES (30); build/reports/soak.json
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 lint: setup check-proto  ## ruff, mypy --strict, buf lint, generated code up to date
 	$(BIN)/ruff check
