@@ -37,7 +37,7 @@ from tests.faults.disk import (
 )
 from tests.store_conformance import row
 
-STATES_MIN = 5_000
+STATES_MIN = 10_000
 SEED = 0
 DICE = random.Random(5)
 
@@ -55,7 +55,7 @@ def test_every_acknowledged_row_survives_every_power_cut(scenario: str, folder: 
     assert not tally.failures, "\n".join(shown)
 
 
-def test_that_is_at_least_five_thousand_states_of_all_modes() -> None:
+def test_that_is_at_least_ten_thousand_states_of_all_modes() -> None:
     modes = [state.mode for scenario in SCENARIOS for state, _ in states(scenario, SEED)]
     assert len(modes) >= STATES_MIN
     assert set(modes) == set(Mode)
