@@ -24,7 +24,7 @@ from fedmezo_worker.settings import WorkerSettings
 from tests.sim.checker import BASE_WEIGHTS, measure, rows_of, weights_after
 
 MEASURING_S: Final = 0.02
-KEEPALIVE_MS: Final = 700
+KEEPALIVE_MS: Final = 1500
 """Of pings and of the wait for an answer; the product's are a minute and 20 s, too long for a test."""
 
 

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.faults.light_worker import light_agent, with_quick_keepalive
 from tests.faults.proxy import Proxy, proxied
 from tests.integration.harness import (
+    PATIENCE_S,
     ROOT,
     Served,
     config_of,
@@ -146,11 +147,16 @@ class Island:
         """Pull the cable (`down`) or plug it in (`up`)."""
         assert self._ip(f"link set {self._cable} {way}").returncode == 0
 
-    def start(self, address: str, name: str) -> subprocess.Popen[bytes]:
-        """A light worker on the island."""
+    @contextmanager
+    def worker(self, address: str, name: str) -> Iterator[subprocess.Popen[bytes]]:
+        """A light worker on the island, which does not outlive the context."""
         worker = [sys.executable, "-m", "tests.faults.light_worker", address, name]
         command = ["ip", "netns", "exec", self.name, *worker]
-        return subprocess.Popen(command, cwd=ROOT, env=environment())
+        with subprocess.Popen(command, cwd=ROOT, env=environment()) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def remove(self) -> None:
         """Leave no trace."""
@@ -173,20 +179,28 @@ def island() -> Iterator[Island]:
     island.remove()
 
 
+@pytest.mark.timeout(2 * PATIENCE_S + 240)
 async def test_a_partition_in_mid_run_only_costs_time(
     island: Island, undisturbed_head: bytes, tmp_path: Path
 ) -> None:
     async with served(tmp_path / "journal.db", GENESIS, listen=f"{island.HERE}:0") as at:
         address = f"{island.HERE}:{at.address.rpartition(':')[2]}"
-        cut_off = island.start(address, NAMES[0])
-        here = asyncio.gather(*(light_agent(address, name).run() for name in NAMES[1:]))
-        async for _ in rounds_of(at):
-            island.plug("down")
-            before = at.daemon.status("").round
-            await asyncio.sleep(1.0)
-            # What was on its way may have closed one round.
-            assert at.daemon.status("").round <= before + 1
-            island.plug("up")
-        await here
-        assert await asyncio.to_thread(cut_off.wait, 60) == 0
+
+        async def cut_off_joined() -> bool:
+            return bool(at.daemon.status("").workers)
+
+        with island.worker(address, NAMES[0]) as cut_off:
+            # It has a Python to start; the others are here.
+            await until(cut_off_joined, "the worker on the island", 2 * PATIENCE_S)
+            async with asyncio.TaskGroup() as here:
+                for name in NAMES[1:]:
+                    here.create_task(light_agent(address, name).run())
+                async for _ in rounds_of(at):
+                    island.plug("down")
+                    before = at.daemon.status("").round
+                    await asyncio.sleep(1.0)
+                    # What was on its way may have closed one round.
+                    assert at.daemon.status("").round <= before + 1
+                    island.plug("up")
+            assert await asyncio.to_thread(cut_off.wait, PATIENCE_S) == 0
         assert head_of(at) == undisturbed_head
