@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-gpu test-postgres postgres-server sim lint format proto check-proto bench bench-gpu bench-coordinator experiments wheel-test clean
+.PHONY: help setup demo test test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-gpu bench-coordinator experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -60,6 +60,10 @@ postgres-server:
 
 sim: setup  ## replay one simulated federation with its transcript: make sim SEED=7
 	$(BIN)/python -m tests.sim --seed $(SEED)
+
+MINUTES ?= 30
+soak: setup  ## power cuts and simulated federations on all cores for MINUTES (30); build/reports/soak.json
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 lint: setup check-proto  ## ruff, mypy --strict, buf lint, generated code up to date
 	$(BIN)/ruff check

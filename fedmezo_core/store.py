@@ -4,10 +4,14 @@ apsw brings its own SQLite, because 3.7.0 to 3.51.2 can corrupt a WAL that two c
 once, and distributions still ship those. `locking_mode=EXCLUSIVE` keeps every other process out for as
 long as the file is open; `synchronous=FULL` makes a returned append survive power loss (with NORMAL,
 46 % of enumerated power-loss states had lost an acknowledged row).
+
+SQLite itself lets some errors pass: of a folder's sync, and of a checkpoint that it makes by its own
+decision. So both are made here.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +30,8 @@ from fedmezo_core.journal import Row
 APPLICATION_ID = 0x464D5A4F  # "FMZO"
 SCHEMA_VERSION = 1
 SQLITE_VERSION_MIN = (3, 51, 3)
+CHECKPOINT_PAGES = 1000
+"""Pages of 4 KiB in the write-ahead log from which on an append also folds it into the file."""
 
 _SCHEMA = """
 CREATE TABLE journal (
@@ -43,7 +49,9 @@ class SqliteStore:
     after opening and verifying anew.
     """
 
-    def __init__(self, path: Path, *, create: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, create: bool = True, checkpoint_pages: int = CHECKPOINT_PAGES
+    ) -> None:
         """Open, lock and check the file; `JournalError` and its kinds say what is wrong with it."""
         if _version() < SQLITE_VERSION_MIN:
             raise JournalError(
@@ -51,10 +59,13 @@ class SqliteStore:
             )
         self._path = path
         self._broken = False
+        self._checkpoint_pages = checkpoint_pages
+        self._log = _LogSize()
         if not path.is_file():
             if not create:
                 raise JournalError(f"There is no journal at {path}; check the path.")
             _create(path)
+        _forget_cache(Path(f"{path}-wal"))
         with self._errors_named("opened"):
             self._db = apsw.Connection(str(path))
         try:
@@ -83,6 +94,7 @@ class SqliteStore:
             )
         self._db.pragma("journal_mode", "wal")
         self._db.pragma("synchronous", "FULL")
+        self._db.set_wal_hook(self._log)  # In place of SQLite's own, which checkpoints.
         if is_new:
             with self._db:
                 self._db.execute(_SCHEMA)
@@ -94,6 +106,7 @@ class SqliteStore:
                 f"The journal {self._path} is damaged ({str(findings).splitlines()[0]}); "
                 "restore it from a copy."
             )
+        _sync_folder(self._path)
         self._length = self._db.execute("SELECT coalesce(max(seqno) + 1, 0) FROM journal").get
 
     def append(self, rows: Sequence[Row]) -> None:
@@ -110,6 +123,8 @@ class SqliteStore:
                 [(row.seqno, row.body, row.chain) for row in rows],
             )
             self._db.execute("COMMIT")
+            if self._log.pages >= self._checkpoint_pages:
+                self._db.wal_checkpoint()
         self._length += len(rows)
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
@@ -142,6 +157,17 @@ class SqliteStore:
             raise _named(error, self._path, doing) from None
 
 
+class _LogSize:
+    """Told by SQLite after each commit; knows nothing of the store, which would then never be freed."""
+
+    pages = 0
+
+    def __call__(self, _db: apsw.Connection, _name: str, pages: int) -> int:
+        """Keep the count of pages in the write-ahead log."""
+        self.pages = pages
+        return apsw.SQLITE_OK
+
+
 def _create(path: Path) -> None:
     """An empty file that only its owner can read: answers hold what workers measured on their data."""
     try:
@@ -151,6 +177,44 @@ def _create(path: Path) -> None:
             f"The journal {path} cannot be created ({error.strerror}); "
             "check that its folder exists and is writable."
         ) from None
+
+
+def _forget_cache(path: Path) -> None:
+    """Let the file be read from the disk, and not from what the kernel remembers of it.
+
+    After a failed sync the kernel shows pages that are not on the disk and that it will not write any
+    more. Appending after such pages would acknowledge rows behind a hole.
+    """
+    if not path.is_file() or not hasattr(os, "posix_fadvise"):
+        return
+    try:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)  # Only what is on the disk can be forgotten.
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise JournalError(
+            f"The journal's log {path} could not be synced ({error.strerror}); "
+            "check the disk and start the coordinator again."
+        ) from None
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names of the journal's files durable; SQLite tries, but says nothing if that fails."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Some file systems cannot sync a folder.
+            raise JournalError(
+                f"The folder of the journal {path} could not be synced ({error.strerror}); "
+                "check the disk and start the coordinator again."
+            ) from None
 
 
 def _version() -> tuple[int, ...]:

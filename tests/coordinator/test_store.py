@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 import sqlite3
 from pathlib import Path
 
@@ -129,6 +131,33 @@ def test_missing_folder_and_missing_file(tmp_path: Path) -> None:
         SqliteStore(tmp_path / "no" / "journal.db")
     with pytest.raises(JournalError, match="no journal at"):
         SqliteStore(tmp_path / "journal.db", create=False)
+
+
+def test_a_folder_that_cannot_be_synced_is_no_place_for_a_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name could be gone after a power cut, and everything acknowledged with it."""
+    fail_with: list[int] = [errno.EIO]
+
+    def fsync(file: int) -> None:
+        raise OSError(fail_with[0], os.strerror(fail_with[0]))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(JournalError, match=r"folder of the journal .* could not be synced \(Input"):
+        SqliteStore(tmp_path / "journal.db")
+    # Some file systems know no such thing.
+    fail_with[0] = errno.EINVAL
+    SqliteStore(tmp_path / "journal.db").close()
+
+
+def test_the_log_is_folded_into_the_file_when_it_is_long(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    store = SqliteStore(path, checkpoint_pages=10)
+    for n in range(50):
+        store.append([row(n, 3000)])
+    assert path.stat().st_size > 40 * 3000
+    assert (tmp_path / "journal.db-wal").stat().st_size < 20 * 4096
+    store.close()
 
 
 def test_after_an_error_nothing_more_is_taken(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from fedmezo_core.aggregate import decay_of
 from fedmezo_core.config import RunConfig
@@ -17,7 +17,9 @@ from fedmezo_core.records import (
     Committed,
     Diverged,
     Opened,
+    Paused,
     Record,
+    Resumed,
     Started,
     digest64_of,
     rounding_seed_of,
@@ -31,13 +33,15 @@ class ViolationError(AssertionError):
     """Something that must never happen has happened."""
 
 
+@lru_cache(maxsize=256)
 def weights_after(weights: bytes, commit: Committed) -> bytes:
     """Stands for the weights: 32 bytes that depend on every commit since the base, and on their order."""
     weights = BASE_WEIGHTS if commit.from_base else weights
     return hashlib.sha256(weights + repr(commit).encode()).digest()
 
 
-def measure(worker: str, seeds: Sequence[int], weights: bytes) -> tuple[tuple[float, ...], float]:
+@lru_cache(maxsize=256)
+def measure(worker: str, seeds: tuple[int, ...], weights: bytes) -> tuple[tuple[float, ...], float]:
     """The oracle: what this worker's data gives along these seeds on these weights."""
     grads = []
     for seed in seeds:
@@ -63,6 +67,9 @@ class Checker:
     """Round -> worker of each slot."""
     rates: dict[int, list[float]] = field(default_factory=dict)
     """Round -> learning rate of each slot, as journaled."""
+    rate_factor: float = 1.0
+    """What resumptions have made of the learning rates."""
+    paused: bool = False
     pool: Pool | None = None
     answers: dict[tuple[int, int], Answered] = field(default_factory=dict)
     committed: set[tuple[int, int]] = field(default_factory=set)
@@ -83,6 +90,10 @@ class Checker:
 
     def appended(self, record: Record) -> None:
         """A record is durable."""
+        _require(
+            not (self.paused and isinstance(record, (Opened, Committed))),
+            f"the run is paused, but goes on with {record}",
+        )
         match record:
             case Started(epoch):
                 self.epoch += 1
@@ -100,6 +111,13 @@ class Checker:
                 self._committed(record)
             case Diverged():
                 self._diverged(record)
+            case Paused():
+                _require(not self.paused, "paused twice")
+                self.paused = True
+            case Resumed(rate_factor):
+                _require(self.paused, "resumed without a pause")
+                self.paused = False
+                self.rate_factor *= rate_factor
             case _:
                 pass
 
@@ -227,7 +245,7 @@ class Checker:
                 term = -(rate * grad * (answer.rows or 1))
                 wanted.setdefault(seed, []).append(_binary32(term / (total * self.config.probes)))
         sums = {seed: _binary32(math.fsum(terms)) for seed, terms in wanted.items()}
-        decay = decay_of(self.config, schedule_factor(self.config, record.round))
+        decay = decay_of(self.config, schedule_factor(self.config, record.round) * self.rate_factor)
         whole = decay * (self.pool.decay if self.pool is not None and record.from_base else 1.0)
         _require(record.decay == _binary32(whole), f"round {record.round} decays otherwise")
         if record.from_base:

@@ -1,7 +1,8 @@
-"""Hundreds of federations, and proof that the simulator would notice what it is there to notice."""
+"""Ten thousand federations, and proof that the simulator would notice what it is there to notice."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,14 +14,25 @@ from tests.sim.checker import ViolationError
 from tests.sim.slow_worker import play
 from tests.sim.world import World
 
-SEEDS_A_BLOCK = 50
+SEEDS = 10_000
+SEEDS_A_BLOCK = 250
 CONTROL_SEEDS = 60
 
 
-@pytest.mark.parametrize("first", range(0, 400, SEEDS_A_BLOCK))
+@pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_A_BLOCK))
 def test_every_federation_stays_sound_and_finishes(first: int) -> None:
     for seed in range(first, first + SEEDS_A_BLOCK):
         World(seed).run()
+
+
+def test_the_seeds_try_every_kind_of_fault() -> None:
+    faults: Counter[str] = Counter()
+    for seed in range(300):
+        world = World(seed)
+        world.run()
+        faults += world.faults
+    assert len(faults) == 10
+    assert min(faults.values()) >= 5, faults
 
 
 def test_a_seed_replays_exactly() -> None:

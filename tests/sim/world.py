@@ -2,8 +2,8 @@
 
 Round machine, journal and session machines are the real ones; their drivers, the network, the clock and
 the disk are simulated, and break as the seed says: streams tear, messages are delayed, doubled, lost or
-overtake each other, the coordinator and workers crash at the worst places, weights flip. `Checker` looks
-on, knows the truth, and raises `ViolationError`.
+overtake each other, the coordinator and workers crash at the worst places and lose what was not appended,
+clocks jump, runs pause and an operator resumes them, weights flip. `Checker` looks on, knows the truth, and raises `ViolationError`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from fedmezo_core.codec import decode_record, encode_record
@@ -54,8 +55,8 @@ from fedmezo_core.events import (
     WorkerReady,
 )
 from fedmezo_core.journal import ZERO_HASH, Entry, Journal, MemoryStore, Row, head_after
-from fedmezo_core.records import Committed, Genesis, Opened, Record, digest64_of
-from fedmezo_core.rounds import RoundMachine, RunState
+from fedmezo_core.records import Committed, Genesis, Opened, Paused, Record, digest64_of
+from fedmezo_core.rounds import Phase, RoundMachine, RunState
 from fedmezo_core.session import SessionMachine
 from tests.sim.checker import (
     BASE_WEIGHTS,
@@ -67,8 +68,13 @@ from tests.sim.checker import (
 )
 
 TICK_MS = 200
+HOUR_MS = 3_600_000
 EVENTS_MAX = 60_000
 """A run that needs more has stopped making progress."""
+
+
+_decoded = lru_cache(maxsize=256)(decode_record)
+"""Of commits, which many parties read; the journal decodes anew each time."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,10 @@ class Scenario:
     unable_rate: float
     double_rate: float
     drop_rate: float
+    hold_rate: float = 0.0
+    """Steps whose records wait for the next ones, to share an append: a crash loses them all."""
+    clock_jump_rate: float = 0.0
+    """Ticks that are an hour wrong; of those forward, the clock keeps the hour."""
 
 
 def draw_learning(rng: random.Random) -> dict[str, Any]:
@@ -147,8 +157,9 @@ def draw_scenario(rng: random.Random) -> Scenario:
         deadline_ms=rng.choice((300, 1000, 5000)),
         digest_every_rounds=1 if flips_max else rng.randint(1, 3),
         report_losses=rng.random() < 0.5,
-        # The oracle's losses are noise, which would look like a run gone wrong.
-        pause_rounds=0,
+        # The oracle's losses are noise, which sometimes looks like a run gone wrong.
+        pause_rounds=rng.choice((0, 0, 1, 2)),
+        pause_loss_factor=2.0,
         **learning,
         **draw_buffering(rng, learning, quorum),
     )
@@ -173,6 +184,8 @@ def draw_scenario(rng: random.Random) -> Scenario:
         unable_rate=rate(0.2),
         double_rate=rate(0.2),
         drop_rate=rate(0.05) if hostile else 0.0,
+        hold_rate=rate(0.5),
+        clock_jump_rate=rate(0.02),
     )
 
 
@@ -222,6 +235,8 @@ class World:
         self._heap: list[tuple[int, int, Callable[[], None]]] = []
         self._scheduled = 0
         self.flips = 0
+        self.faults: Counter[str] = Counter()
+        """What has gone wrong so far."""
         self.store = MemoryStore()
         genesis = Genesis(self.scenario.config, bytes(32), bytes(32), bytes(32), 1, 4)
         [entry] = Journal(self.store).append([genesis])
@@ -239,6 +254,18 @@ class World:
     def chance(self, rate: float) -> bool:
         """One roll; always no once faults have ended."""
         return self.faulty and rate > 0 and self.rng.random() < rate
+
+    def loses(self) -> bool:
+        """Whether the network loses a message now."""
+        lost = self.chance(self.scenario.drop_rate)
+        self.faults["a message was lost"] += lost
+        return lost
+
+    def doubles(self) -> bool:
+        """Whether the network delivers a message twice."""
+        doubled = self.scenario.hostile and self.chance(0.05)
+        self.faults["a message was doubled"] += doubled
+        return doubled
 
     def later(self, delay_ms: int, what: Callable[[], None]) -> None:
         """Do `what` after `delay_ms`."""
@@ -300,9 +327,14 @@ class Coordinator:
         self.streams: dict[str, Stream] = {}
         self.commits: list[Row] = []
         self.heads: list[bytes] = []
+        self.owed: list[Ready] = []
+        """What the machine asked for and was not done yet."""
+        self.clock_ahead_ms = 0
 
     def boot(self) -> None:
-        """Fold the journal, begin an epoch."""
+        """Fold the journal, begin an epoch; if the run is paused, the operator may let it go on."""
+        rng = self.world.rng
+        self.clock_ahead_ms = rng.choice((0, -self.world.now_ms, HOUR_MS, -HOUR_MS))
         self.machine = self.world.make_machine()
         self.journal = Journal(self.world.store)
         self.commits, self.heads = [], []
@@ -310,7 +342,9 @@ class Coordinator:
             self.machine.apply(entry.record)
             self._remember(entry)
         self.up = True
-        self.perform(self.machine.start(self.world.now_ms))
+        self.perform(self.machine.start(self._clock_ms()))
+        if self.up and self.machine.phase is Phase.PAUSED and rng.random() < 0.8:
+            self.perform(self.machine.resume(rng.choice((0.1, 0.5, 1.0))))
         if self.up:
             self.world.say("coordinator", f"serving epoch {self.machine.epoch}")
             self._tick(self.machine)
@@ -319,8 +353,11 @@ class Coordinator:
         """Everything but the store is lost."""
         world = self.world
         world.say("coordinator", "crash")
+        world.faults["the coordinator crashed"] += 1
+        world.faults["a crash lost records that waited for an append"] += bool(self.owed)
         self.up = False
         self.streams = {}
+        self.owed = []
         for worker in world.workers:
             # What was sent before the crash may still arrive, until the worker notices.
             world.later(
@@ -333,10 +370,13 @@ class Coordinator:
                 rows.pop()
                 world.checker.forget(last)
                 world.say("disk", f"lost {last}")
+                world.faults["the disk lost the newest record"] += 1
         world.later(world.rng.randint(10, 2000), self.boot)
 
     def check_fold(self) -> None:
         """A restart would rebuild exactly what is live."""
+        if self.owed:
+            return
         folded = RunState()
         for entry in Journal(self.world.store).load():
             folded.apply(entry.record)
@@ -344,32 +384,45 @@ class Coordinator:
             raise ViolationError(f"a restart folds to {folded}, live is {self.machine.state}")
 
     def step(self, event: RoundEvent) -> None:
-        """One event through the machine."""
-        self.perform(self.machine.step(event))
+        """One event through the machine; what it asks for may wait, to share an append."""
+        ready = self.machine.step(event)
+        if self.world.chance(self.world.scenario.hold_rate):
+            self.owed.append(ready)
+            self.world.later(self.world.rng.randint(0, 30), partial(self._flush, self.machine))
+        else:
+            self.perform(ready)
+
+    def _flush(self, machine: RoundMachine) -> None:
+        if self.up and self.machine is machine and self.owed:
+            self.perform(Ready())
 
     def perform(self, ready: Ready) -> None:
         """Append, then send (or, for a control, the other way round); any point may be the last."""
         world = self.world
-        parts = [partial(self._append, ready.records), partial(self._send, ready)]
+        readies = [*self.owed, ready]
+        records = tuple(record for each in readies for record in each.records)
+        parts = [partial(self._append, records), partial(self._send_all, readies)]
         if not world.append_first:
             parts.reverse()
-        crash_at = world.rng.choice((0, 1, 2)) if self._crashes(ready) else 3
+        crash_at = world.rng.choice((0, 1, 2)) if self._crashes(records) else 3
         for number, part in enumerate(parts):
             if crash_at == number:
                 self.crash()
                 return
             part()
+            self.owed = []
         if crash_at == 2:
             self.check_fold()
             self.crash()
 
-    def _crashes(self, ready: Ready) -> bool:
+    def _crashes(self, records: Sequence[Record]) -> bool:
         rate = self.world.scenario.coordinator_crash_rate
-        return bool(ready.records) and self.world.chance(rate)
+        return bool(records) and self.world.chance(rate)
 
     def _append(self, records: tuple[Record, ...]) -> None:
         for entry in self.journal.append(records) if records else ():
             self.world.say("journal", entry.record)
+            self.world.faults["the run paused"] += isinstance(entry.record, Paused)
             self.world.checker.appended(entry.record)
             self._remember(entry)
 
@@ -377,6 +430,10 @@ class Coordinator:
         if isinstance(entry.record, Genesis | Committed):
             self.commits.append(entry.row)
             self.heads.append(entry.head)
+
+    def _send_all(self, readies: Sequence[Ready]) -> None:
+        for ready in readies:
+            self._send(ready)
 
     def _send(self, ready: Ready) -> None:
         for record in ready.records:
@@ -418,6 +475,10 @@ class Coordinator:
 
     def _greet(self, stream: Stream, hello: Hello) -> None:
         worker = stream.worker
+        # It is sent the commits that it lacks, so those must be durable by now.
+        self._flush(self.machine)
+        if not self.up:
+            return
         if hello.round >= len(self.heads) or self.heads[hello.round] != hello.head:
             raise ViolationError(
                 f"{worker.name} holds round {hello.round}, which is not in the journal"
@@ -430,7 +491,7 @@ class Coordinator:
         round_ = self.machine.round
         self._down(stream, Welcomed(self.machine.epoch, round_, self.heads[round_]))
         for row in self.commits[hello.round + 1 :]:
-            record = decode_record(row.body)
+            record = _decoded(row.body)
             assert isinstance(record, Committed)
             self._down(stream, CommitReceived(record, row.body))
         self.step(WorkerReady(worker.name))
@@ -443,20 +504,29 @@ class Coordinator:
 
     def _down(self, stream: Stream, message: Down) -> None:
         world = self.world
-        if not stream.alive or world.chance(world.scenario.drop_rate):
+        if not stream.alive or world.loses():
             return
         at_ms = world.now_ms + world.rng.randint(0, world.scenario.delay_ms_max)
         if not (world.scenario.hostile and world.faulty):
             at_ms = max(at_ms, stream.down_after_ms)
         stream.down_after_ms = max(stream.down_after_ms, at_ms)
-        for _ in range(2 if world.scenario.hostile and world.chance(0.05) else 1):
+        for _ in range(2 if world.doubles() else 1):
             world.later(at_ms - world.now_ms, lambda: stream.worker.receive(stream, message))
 
     def _tick(self, machine: RoundMachine) -> None:
         if self.up and self.machine is machine:
-            jump = self.world.rng.randint(-5000, 0) if self.world.chance(0.02) else 0
-            self.step(Tick(self.world.now_ms + jump))
+            wrong_ms = self.world.rng.randint(-5000, 0) if self.world.chance(0.02) else 0
+            if self.world.chance(self.world.scenario.clock_jump_rate):
+                wrong_ms = self.world.rng.choice((HOUR_MS, -HOUR_MS))
+                self.clock_ahead_ms += max(wrong_ms, 0)
+                self.world.faults["the clock jumped by an hour"] += 1
+            self.step(Tick(self._clock_ms() + min(wrong_ms, 0)))
+            if self.up and machine.phase is Phase.PAUSED and self.world.rng.random() < 0.2:
+                self.crash()  # The operator restarts it, in order to resume.
             self.world.later(TICK_MS, lambda: self._tick(machine))
+
+    def _clock_ms(self) -> int:
+        return self.world.now_ms + self.clock_ahead_ms
 
 
 class Worker:
@@ -492,6 +562,7 @@ class Worker:
     def crash(self, why: str) -> None:
         """Everything is lost."""
         self.world.say(self.name, f"crash: {why}")
+        self.world.faults["a worker crashed"] += 1
         self.tear()
         self.session, self.running = None, None
         self.world.later(self.world.rng.randint(10, 2000), self.boot)
@@ -507,7 +578,7 @@ class Worker:
         self._jump(session)
         missing = world.coordinator.commits[session.round + 1 :]
         for row in missing[: world.rng.randint(0, len(missing))]:
-            record = decode_record(row.body)
+            record = _decoded(row.body)
             assert isinstance(record, Committed)
             self.step(CommitReceived(record, row.body))
         self.stream = Stream(self, world.coordinator.machine)
@@ -518,7 +589,7 @@ class Worker:
         rows, head = self.world.coordinator.commits, ZERO_HASH
         newest: CommitReceived | None = None
         for row in rows:
-            record = decode_record(row.body)
+            record = _decoded(row.body)
             if isinstance(record, Committed) and record.from_base:
                 newest = CommitReceived(record, row.body, head_before=head)
             head = head_after(head, row.body)
@@ -530,6 +601,7 @@ class Worker:
         stream, session, world = self.stream, self.session, self.world
         if stream is None:
             return
+        world.faults["a stream broke"] += 1
         stream.alive = False
         self.stream = None
         world.later(world.rng.randint(0, 1000), lambda: world.coordinator.lost(stream))
@@ -578,6 +650,7 @@ class Worker:
             self.flipped = True
             self.weights = hashlib.sha256(self.name.encode() + self.weights).digest()
             world.say(self.name, "a bit of its weights flips")
+            world.faults["weights flipped"] += 1
 
     def step(self, event: SessionEvent) -> None:
         """One event through the machine, then what it asks for."""
@@ -621,6 +694,7 @@ class Worker:
                 world.checker.sent(self.name, action)
                 self._up(action)
                 if world.chance(world.scenario.double_rate):
+                    world.faults["a message was doubled"] += 1
                     self._up(action)
             case SendUnable():
                 self._up(action)
@@ -644,7 +718,7 @@ class Worker:
 
     def _up(self, message: Up) -> None:
         world, stream = self.world, self.stream
-        if stream is None or world.chance(world.scenario.drop_rate):
+        if stream is None or world.loses():
             return
         at_ms = world.now_ms + world.rng.randint(0, world.scenario.delay_ms_max)
         if not (world.scenario.hostile and world.faulty):
@@ -673,7 +747,7 @@ class Replica:
         world, coordinator = self.world, self.world.coordinator
         if coordinator.up:
             if self.round + 1 < len(coordinator.commits):
-                record = decode_record(coordinator.commits[self.round + 1].body)
+                record = _decoded(coordinator.commits[self.round + 1].body)
                 assert isinstance(record, Committed)
                 self.weights = weights_after(self.weights, record)
                 self.round = record.round

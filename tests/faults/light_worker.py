@@ -1,0 +1,87 @@
+"""A worker that is real but for its model: the product's agent over real gRPC, with an oracle for an engine.
+
+    python -m tests.faults.light_worker HOST:PORT NAME
+
+Its weights are a hash of the commits, and its measurements a hash of weights, seeds and name: so a run
+ends with the same head whatever happened to the connections, or something is wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Final, cast
+
+from fedmezo_core import client
+from fedmezo_core.events import Measure, Measured
+from fedmezo_core.records import Committed, Genesis, digest64_of
+from fedmezo_worker.agent import Agent
+from fedmezo_worker.engine import Engine
+from fedmezo_worker.settings import WorkerSettings
+from tests.sim.checker import BASE_WEIGHTS, measure, rows_of, weights_after
+
+MEASURING_S: Final = 0.02
+KEEPALIVE_MS: Final = 1500
+"""Of pings and of the wait for an answer; the product's are a minute and 20 s, too long for a test."""
+
+
+class LightEngine:
+    """Stands in for `Engine`."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.weights = BASE_WEIGHTS
+
+    async def load(self, settings: WorkerSettings, genesis: Genesis) -> Any:
+        self.name = settings.name
+        manifest = SimpleNamespace(element_count=genesis.trainable_elements)
+        return SimpleNamespace(
+            config=genesis.config,
+            manifest_digest=genesis.manifest_digest,
+            base_digest=genesis.base_digest,
+            tokenizer_digest=genesis.tokenizer_digest,
+            loaded=SimpleNamespace(manifest=manifest),
+        )
+
+    async def apply(self, commits: Sequence[Committed]) -> None:
+        for commit in commits:
+            self.weights = weights_after(self.weights, commit)
+
+    async def digest(self) -> bytes:
+        return self.weights
+
+    async def measure(self, order: Measure) -> Measured:
+        grads, loss = measure(self.name, order.work.seeds, self.weights)
+        digest64 = digest64_of(self.weights) if order.work.want_digest else None
+        await asyncio.sleep(MEASURING_S)
+        return Measured(order.ticket, grads, loss, digest64, rows_of(self.name))
+
+    def set_deadline(self, deadline_s: float) -> None:
+        """A measurement is always in time."""
+
+    def cut_short(self) -> None:
+        """It is short."""
+
+    def cut_evaluation_short(self) -> None:
+        """There is none."""
+
+
+def light_agent(address: str, name: str) -> Agent:
+    """An agent that takes part in a whole run."""
+    settings = WorkerSettings(coordinator=address, name=name, data=Path(__file__))
+    return Agent(settings, cast("Engine", LightEngine()))
+
+
+def with_quick_keepalive(options: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """gRPC options with which a silent link is noticed in a second or two."""
+    quick = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+    # Only what the product sets is made quicker: with an option too few, a test takes minutes.
+    return tuple((name, KEEPALIVE_MS if name in quick else value) for name, value in options)
+
+
+if __name__ == "__main__":
+    client.CHANNEL_OPTIONS = with_quick_keepalive(client.CHANNEL_OPTIONS)  # type: ignore[assignment]
+    asyncio.run(light_agent(sys.argv[1], sys.argv[2]).run())
