@@ -148,7 +148,7 @@ async def log_of_a_start(
     """Start the command's coordinator, wait until it serves, stop it; whether it warned."""
     journal = tmp_path / "j.db"
     write_genesis(journal, GENESIS)
-    values = {"journal": journal, "run": run_values(), "replica": False, **settings}
+    values = {"journal": str(journal), "run": run_values(), "replica": False, **settings}
     running = asyncio.create_task(cli.run(CoordinatorSettings.model_validate(values)))
 
     async def serves() -> bool:
