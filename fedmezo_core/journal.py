@@ -70,9 +70,7 @@ class MemoryStore:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Keep all rows."""
-        for place, row in enumerate(rows, start=len(self._rows)):
-            if row.seqno != place:
-                raise JournalCorruptError(f"row {row.seqno} was appended at place {place}")
+        check_places(rows, len(self._rows))
         self._rows.extend(rows)
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
@@ -84,6 +82,13 @@ class MemoryStore:
 
     def close(self) -> None:
         """Nothing to release."""
+
+
+def check_places(rows: Sequence[Row], length: int) -> None:
+    """Raise `JournalCorruptError` unless the rows follow the `length` that a store holds, without a gap."""
+    for place, row in enumerate(rows, start=length):
+        if row.seqno != place:
+            raise JournalCorruptError(f"row {row.seqno} was appended at place {place}")
 
 
 def chain_after(chain: bytes, seqno: int, body: bytes) -> bytes:

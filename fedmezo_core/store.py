@@ -25,7 +25,8 @@ from fedmezo_core.errors import (
     JournalFullError,
     JournalLockedError,
 )
-from fedmezo_core.journal import Row
+from fedmezo_core.folders import sync
+from fedmezo_core.journal import Row, check_places
 
 APPLICATION_ID = 0x464D5A4F  # "FMZO"
 SCHEMA_VERSION = 1
@@ -111,9 +112,7 @@ class SqliteStore:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write all rows in one transaction; returns once they are on the disk."""
-        for place, row in enumerate(rows, start=self._length):
-            if row.seqno != place:
-                raise JournalCorruptError(f"row {row.seqno} was appended at place {place}")
+        check_places(rows, self._length)
         with self._errors_named("appended to"):
             # Plain BEGIN and COMMIT: when the disk is full SQLite rolls back by itself, and a
             # savepoint's own rollback would then hide the error that matters.
@@ -204,11 +203,7 @@ def _forget_cache(path: Path) -> None:
 def _sync_folder(path: Path) -> None:
     """Make the names of the journal's files durable; SQLite tries, but says nothing if that fails."""
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync(path.parent)
     except OSError as error:
         if error.errno != errno.EINVAL:  # Some file systems cannot sync a folder.
             raise JournalError(

@@ -21,7 +21,7 @@ from fedmezo_coordinator.splitting import SplitOptions, Splitter, split_file, sp
 from fedmezo_coordinator.view import agreement, run_line, run_view, seconds_left
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, ModelError
-from fedmezo_core.journal import ZERO_HASH, Journal, MemoryStore, Row, head_after
+from fedmezo_core.journal import ZERO_HASH, Entry, Journal, MemoryStore, Row
 from fedmezo_core.journal_copy import verified
 from fedmezo_core.program import run_program
 from fedmezo_core.records import (
@@ -115,9 +115,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     """Print the journal's records, one a line."""
-    for row, record in _records(journal, coordinator, tls_ca):
-        if row.seqno >= from_seqno:
-            print(_json_line(row, record) if as_json else _line(row, record))
+    for entry in _entries(journal, coordinator, tls_ca):
+        if entry.row.seqno >= from_seqno:
+            print((_json_line if as_json else _line)(entry.row, entry.record))
 
 
 @journal_app.command()
@@ -125,7 +125,7 @@ def verify(
     journal: JournalPlace = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
 ) -> None:
     """Check every hash, the order and the sense of the journal; prints its head."""
-    print(_verified_line(_records(journal, coordinator, tls_ca)))
+    print(_verified_line(_entries(journal, coordinator, tls_ca)))
 
 
 @journal_app.command()
@@ -136,7 +136,7 @@ def restore(
     ],
 ) -> None:
     """Write a coordinator's journal from a verified copy; start the coordinator with it to go on."""
-    line = _verified_line(_records(copy, "", None))
+    line = _verified_line(_entries(copy, "", None))
     source = open_store(copy, read_only=True)
     try:
         target = open_store(journal)
@@ -177,7 +177,7 @@ def export(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
 ) -> None:
     """Rebuild the model from base and journal, and write a Hugging Face folder."""
-    records = [record for _, record in _records(journal, coordinator, tls_ca)]
+    records = [entry.record for entry in _entries(journal, coordinator, tls_ca)]
     if not records or not isinstance(records[0], Genesis):
         raise JournalCorruptError("The journal does not begin with a genesis record.")
     genesis = records[0]
@@ -331,31 +331,26 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
                 answer = await client.get_status()
 
 
-Records = Iterator[tuple[Row, Record]]
-
-
-def _records(journal: str | None, address: str, tls_ca: Path | None) -> Records:
+def _entries(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[Entry]:
     """Every record, verified, from a journal or from a coordinator."""
     store = (
         open_store(journal, read_only=True) if journal else asyncio.run(_fetched(address, tls_ca))
     )
     try:
-        for entry in verified(Journal(store)):
-            yield entry.row, entry.record
+        yield from verified(Journal(store))
     finally:
         store.close()
 
 
-def _verified_line(records: Records) -> str:
+def _verified_line(entries: Iterator[Entry]) -> str:
     """What a journal comes to, once all of it is verified and folded."""
     machine, head, count = RoundMachine(), ZERO_HASH, 0
     signed: Checkpoint | None = None
-    for row, record in records:
-        machine.apply(record)
-        if isinstance(record, (Genesis, Committed)):
-            head = head_after(head, row.body)
-        if isinstance(record, Checkpoint) and record.signature:
-            signed = record
+    for entry in entries:
+        machine.apply(entry.record)
+        head = entry.head
+        if isinstance(entry.record, Checkpoint) and entry.record.signature:
+            signed = entry.record
         count += 1
     if count == 0:
         raise JournalCorruptError("The journal is empty: no run has begun in it.")

@@ -550,8 +550,11 @@ class Daemon:
         rows = list(self._recent)[len(self._recent) - kept :]
         older = missing[: len(missing) - kept]
         if older:
-            rows[:0] = await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in older])
+            rows[:0] = await self._rows_at(older)
         return rows
+
+    async def _rows_at(self, seqnos: Sequence[int]) -> list[Row]:
+        return await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in seqnos])
 
     def _note(self, line: str, *values: object) -> None:
         """Log that a worker came or went, unless too many do."""
@@ -802,9 +805,7 @@ class Daemon:
                 start = self._index.seqnos[base_round]
                 head_before = self._index.head_at(base_round - 1)
             places = self._index.seqnos_from(start, count_max)
-            rows: Sequence[Row] = await self._on_disk(
-                lambda: [self._journal.read(n, 1)[0] for n in places]
-            )
+            rows: Sequence[Row] = await self._rows_at(places)
             is_last = len(places) < count_max
         else:
             rows = await self._on_disk(lambda: self._journal.read(start, count_max))

@@ -44,7 +44,7 @@ from fedmezo_core.errors import (
     JournalFullError,
     JournalLockedError,
 )
-from fedmezo_core.journal import Row
+from fedmezo_core.journal import Row, check_places
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -175,9 +175,7 @@ class PostgresStore:
 
         Raises `FencedError` once another coordinator has taken over.
         """
-        for place, row in enumerate(rows, start=self._length):
-            if row.seqno != place:
-                raise JournalCorruptError(f"row {row.seqno} was appended at place {place}")
+        check_places(rows, self._length)
         if not rows:
             return
         self._sending, self._landed = rows, False
