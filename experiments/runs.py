@@ -119,7 +119,13 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         kept=folder,
     )
     method: Federation | FedAvg = (
-        Federation(party, data.clients, judge=judge, threads=settings.threads)
+        Federation(
+            party,
+            data.clients,
+            judge=judge,
+            threads=settings.threads,
+            pass_tokens_max=settings.pass_tokens_max,
+        )
         if run.first_order is None
         else FedAvg(party, data.clients, run.first_order, judge=judge)
     )

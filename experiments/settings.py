@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.rows import Row, read_rows
 
 CACHE = Path("build/cache")
@@ -86,6 +87,8 @@ class Settings(BaseModel):
     of them in any case."""
     evaluate_batch_size: int = Field(default=64, ge=1)
     threads: int = Field(default=1, ge=1)
+    pass_tokens_max: int = Field(default=PASS_TOKENS_MAX, ge=1)
+    """As of `Estimator`: larger passes are faster on a GPU."""
     device: str = "cpu"
 
 
