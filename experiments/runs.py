@@ -177,10 +177,11 @@ def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path | 
             "fit_rows (a domain gives at most a tenth of its rows), or leave out freeze_a."
         )
     depends = [settings.model, settings.data, settings.fit_rows, settings.heldout_per_label]
-    text = f"{depends} {config.lora!r} {config.task!r} {_code_hash()}"
+    placement = Placement(settings.device)
+    text = f"{depends} {placement} {config.lora!r} {config.task!r} {_code_hash()}"
     folder = KEPT / "adapters" / hashlib.sha256(text.encode()).hexdigest()[:24]
     if not folder.exists():
-        party = open_party(config, settings.model, threads=settings.threads)
+        party = open_party(config, settings.model, threads=settings.threads, placement=placement)
         fit_adapter(party, data.fitting)
         try:
             export_adapter(party.loaded.model, folder)
