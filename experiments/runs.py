@@ -30,6 +30,7 @@ from fedmezo_core.program import run_program
 from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.export import export_adapter
 from fedmezo_core.zo.fitting import fit_adapter
+from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.placement import Placement
 
@@ -157,7 +158,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         trained_elements=genesis.trainable_elements,
         trained_bytes=genesis.trainable_bytes,
         head=method.journal.head.hex() if isinstance(method, Federation) else "",
-        machine=Machine().describe(),
+        machine=Machine(execution_device(party.loaded.model)).describe(),
     )
 
 
