@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 
 from fedmezo_core.codec import decode_record, encode_record
 from fedmezo_core.errors import JournalCorruptError
+from fedmezo_core.origin import Origin, unseal
 from fedmezo_core.records import Committed, Genesis, Record
 
 ZERO_HASH = bytes(32)
@@ -23,13 +24,32 @@ class Row:
     """What a store keeps for one record. Never changed, and not frozen because a start makes millions."""
 
     seqno: int
-    """0-based place. Invariant: a store's rows are 0, 1, 2, ... without gaps."""
+    """0-based place. Invariant: a store's rows have places without gaps, from 0 or from its origin on."""
 
     body: bytes
     """The serialized record, exactly as it was first written."""
 
     chain: bytes
     """SHA-256 over the previous row's chain, this seqno and this body."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOrigin:
+    """What a store keeps in the place of rows that were dropped."""
+
+    seqno: int
+    """Place of the first row that is left."""
+
+    sealed: bytes
+    """The sealed origin, exactly as it was first written."""
+
+    digest: bytes
+    """SHA-256 over seqno and these bytes."""
+
+    @classmethod
+    def of(cls, seqno: int, sealed: bytes) -> StoredOrigin:
+        """With its digest."""
+        return cls(seqno, sealed, hashlib.sha256(seqno.to_bytes(8, "little") + sealed).digest())
 
 
 class Entry(NamedTuple):
@@ -53,10 +73,20 @@ class JournalStore(Protocol):
         """
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
-        """At most `rows_max` rows from `from_seqno` on, in order."""
+        """At most `rows_max` rows from `from_seqno` on, in order; dropped ones are passed over."""
+
+    def origin(self) -> StoredOrigin | None:
+        """What stands for the rows that were dropped; None if none were."""
+
+    def drop_before(self, origin: StoredOrigin) -> None:
+        """Write `origin` in place of the one before and drop all rows before it: all of that or nothing.
+
+        A row must be left after it; or there is none at all, and the store then begins there. Durable
+        when it returns; for errors see `append`.
+        """
 
     def __len__(self) -> int:
-        """Count of rows."""
+        """Place of the next row: the count of rows, dropped ones included."""
 
     def close(self) -> None:
         """Release the file or connection."""
@@ -67,18 +97,31 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
+        self._origin: StoredOrigin | None = None
+        self._begins = 0
 
     def append(self, rows: Sequence[Row]) -> None:
         """Keep all rows."""
-        check_places(rows, len(self._rows))
+        check_places(rows, len(self))
         self._rows.extend(rows)
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
         """A slice of the rows."""
-        return tuple(self._rows[from_seqno : from_seqno + rows_max])
+        first = max(from_seqno - self._begins, 0)
+        return tuple(self._rows[first : first + rows_max])
+
+    def origin(self) -> StoredOrigin | None:
+        """As it was given."""
+        return self._origin
+
+    def drop_before(self, origin: StoredOrigin) -> None:
+        """Forget rows."""
+        check_origin(origin, self._begins, len(self))
+        del self._rows[: origin.seqno - self._begins]
+        self._origin, self._begins = origin, origin.seqno
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._begins + len(self._rows)
 
     def close(self) -> None:
         """Nothing to release."""
@@ -89,6 +132,14 @@ def check_places(rows: Sequence[Row], length: int) -> None:
     for place, row in enumerate(rows, start=length):
         if row.seqno != place:
             raise JournalCorruptError(f"row {row.seqno} was appended at place {place}")
+
+
+def check_origin(origin: StoredOrigin, begins: int, length: int) -> None:
+    """Raise `JournalCorruptError` unless a store with rows `begins` to `length` - 1 may begin there."""
+    if not begins <= origin.seqno < length and length:
+        raise JournalCorruptError(
+            f"an origin at place {origin.seqno} was given to a journal of places {begins} to {length - 1}"
+        )
 
 
 def chain_after(chain: bytes, seqno: int, body: bytes) -> bytes:
@@ -123,12 +174,50 @@ class Journal:
         """Whether the store holds nothing yet, not even a genesis."""
         return len(self._store) == 0
 
-    def load(self) -> Iterator[Entry]:
-        """Read everything from the start, verifying; afterwards the journal can be appended to.
+    @property
+    def stored_origin(self) -> StoredOrigin | None:
+        """What stands for the records that were dropped, as it is stored; the reader verifies."""
+        return self._store.origin()
 
-        Raises `JournalCorruptError` at the first row that is not what was written.
+    def origin(self) -> Origin | None:
+        """What stands for the records that were dropped, verified and decoded anew; None: all are there.
+
+        Raises `JournalCorruptError` if it is not what was written.
         """
-        self._length, self.chain, self.head = 0, ZERO_HASH, ZERO_HASH
+        stored = self._store.origin()
+        if stored is None:
+            return None
+        if stored != StoredOrigin.of(stored.seqno, stored.sealed):
+            raise JournalCorruptError(
+                f"The journal's origin, in place of records 0 to {stored.seqno - 1}, is not what was "
+                "written (its hash does not match). Restore the journal from a copy."
+            )
+        origin = unseal(stored.sealed)
+        if origin.seqno != stored.seqno:
+            raise JournalCorruptError(
+                f"The journal begins at record {stored.seqno}, its origin says {origin.seqno}. Restore "
+                "the journal from a copy."
+            )
+        return origin
+
+    def drop_before(self, origin: StoredOrigin) -> None:
+        """Let an origin take the place of all records before it, durably."""
+        self._store.drop_before(origin)
+
+    def load(self) -> Iterator[Entry]:
+        """Read everything that is there, verifying; afterwards the journal can be appended to.
+
+        If records were dropped, it begins behind the `origin`. Raises `JournalCorruptError` at the
+        first row that is not what was written.
+        """
+        origin = self.origin()
+        if origin is None:
+            self._length, self.chain, self.head = 0, ZERO_HASH, ZERO_HASH
+        else:
+            self._length, self.chain, self.head = origin.seqno, origin.chain, origin.head
+        return self._entries()
+
+    def _entries(self) -> Iterator[Entry]:
         while rows := self._store.read(self._length, self.PAGE_ROWS):
             for row in rows:
                 yield self._verify(row)
