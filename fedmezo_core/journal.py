@@ -163,6 +163,8 @@ class Journal:
     def __init__(self, store: JournalStore) -> None:
         self._store = store
         self._length = 0
+        self.begins = 0
+        """Place of the first record that is left."""
         self.chain = ZERO_HASH
         self.head = ZERO_HASH
 
@@ -203,6 +205,7 @@ class Journal:
     def drop_before(self, origin: StoredOrigin) -> None:
         """Let an origin take the place of all records before it, durably."""
         self._store.drop_before(origin)
+        self.begins = origin.seqno
 
     def load(self) -> Iterator[Entry]:
         """Read everything that is there, verifying; afterwards the journal can be appended to.
@@ -215,6 +218,7 @@ class Journal:
             self._length, self.chain, self.head = 0, ZERO_HASH, ZERO_HASH
         else:
             self._length, self.chain, self.head = origin.seqno, origin.chain, origin.head
+        self.begins = self._length
         return self._entries()
 
     def _entries(self) -> Iterator[Entry]:

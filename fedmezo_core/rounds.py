@@ -660,6 +660,11 @@ class RoundMachine:
 
     # ------------------------------------------------------------ driving it
 
+    def restore(self, state: RunState) -> None:
+        """Begin with what dropped records came to; before everything else. It is the machine's from now on."""
+        assert not self._started, "a journal begins once"
+        self.state = state
+
     def apply(self, record: Record) -> None:
         """Fold a durable record: all of the journal before `start`.
 

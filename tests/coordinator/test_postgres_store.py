@@ -332,7 +332,7 @@ def test_a_warning_that_a_commit_may_not_be_durable_stops_the_store(
             server.query("ALTER SYSTEM RESET synchronous_standby_names")
             server.query("SELECT pg_reload_conf()")
         assert isinstance(error, JournalError)
-        assert "may not have made an append" in str(error)
+        assert "may not have made a change" in str(error)
 
 
 class TestCrashes:
