@@ -56,6 +56,8 @@ CONNECT_S = 5.0
 """Longest wait for one connection."""
 ANSWER_S = 20.0
 """Longest wait for the answer to one statement; then its connection counts as lost."""
+DROPPED_ROWS_PER_S = 10_000
+"""The least that a server reaches in dropping rows; many may go at once."""
 STANDBY_LOOK_S = 0.5
 """How often a standby tries the lock. It does not wait inside PostgreSQL: that would be one long
 transaction, which keeps the server from cleaning up, and could not be ended by a signal."""
@@ -226,9 +228,15 @@ class PostgresStore:
         """
         check_origin(origin, self._begins, self._length)
 
+        answer_s = ANSWER_S + (origin.seqno - self._begins) / DROPPED_ROWS_PER_S
+
         async def work(db: Connection) -> None:
             await self._do_fenced(
-                db, _DROP_BEFORE, "INSERT 0 1", origin.seqno, origin.sealed, origin.digest
+                db,
+                _DROP_BEFORE,
+                "INSERT 0 1",
+                *(origin.seqno, origin.sealed, origin.digest),
+                answer_s=answer_s,
             )
 
         self._run(self._persist(work))
@@ -270,10 +278,18 @@ class PostgresStore:
             [row.chain for row in rows],
         )
 
-    async def _do_fenced(self, db: Connection, sql: str, expected: str, *values: object) -> None:
+    async def _do_fenced(
+        self,
+        db: Connection,
+        sql: str,
+        expected: str,
+        *values: object,
+        answer_s: float | None = None,
+    ) -> None:
         """Change the journal by one statement that does nothing once the fence was raised."""
         self._warned = ""
-        if await db.execute(self._sql(sql), self._fence, *values) != expected:
+        done = await db.execute(self._sql(sql), self._fence, *values, timeout=answer_s)
+        if done != expected:
             raise self._fenced()
         if self._warned:
             # PostgreSQL warns, and reports success, when its wait for a synchronous replica was cancelled.

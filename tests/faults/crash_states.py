@@ -87,6 +87,8 @@ class Kind:
 
     open: Callable[..., SqliteStore] = SqliteStore
     acknowledges_first: bool = False
+    caught_in: str = "checkpoints"
+    """A scenario that shows it, if it is a control."""
 
 
 KINDS: Final = {
@@ -94,7 +96,7 @@ KINDS: Final = {
     "normal": Kind(NormalStore),
     "off": Kind(UnsyncedStore),
     "early-ack": Kind(acknowledges_first=True),
-    "drops-first": Kind(DroppingFirstStore),
+    "drops-first": Kind(DroppingFirstStore, caught_in="compacted"),
 }
 """The product's, and four controls."""
 
