@@ -26,6 +26,7 @@ from fedmezo_core.events import (
     UnableReceived,
     Work,
 )
+from fedmezo_core.quick_codec import answered_in, committed_in
 from fedmezo_core.records import (
     Answered,
     Checkpoint,
@@ -110,7 +111,6 @@ _OPTIONAL: Mapping[str, Mapping[str, int] | None] = {
 }
 """Fields of the contract that are left out of the message at their defaults, so that a run without
 them has the same bytes as ever; with the names of those that are enums."""
-_ANSWERED_TAG = bytes([pb.Record.ANSWERED_FIELD_NUMBER << 3 | 2])
 _KIND = {
     "classification": pb.TASK_KIND_CLASSIFICATION,
     "instruction": pb.TASK_KIND_INSTRUCTION,
@@ -237,9 +237,13 @@ def encode_record(record: Record) -> bytes:
 
 def decode_record(body: bytes) -> Record:
     """A record from its bytes; `JournalCorruptError` if they are none."""
+    quick = answered_in(body) or committed_in(body)
+    return quick or decode_with_protobuf(body)
+
+
+def decode_with_protobuf(body: bytes) -> Record:
+    """The same, whatever the layout of the bytes."""
     try:
-        if body[:1] == _ANSWERED_TAG and (answer := _answer_in(body)) is not None:
-            return answered_from_pb(pb.Answered.FromString(answer))
         return _record_from_pb(pb.Record.FromString(body))
     except (DecodeError, ProtocolError) as error:
         raise JournalCorruptError(
@@ -418,20 +422,6 @@ def _places_of(message: pb.Committed) -> tuple[Place, ...]:
         Place(message.round - age, slot)
         for age, slot in zip(message.staleness, message.slots, strict=True)
     )
-
-
-def _answer_in(body: bytes) -> bytes | None:
-    """The answer that a record of nothing else consists of: nearly all are, and a start reads them all.
-
-    After the tag, a length of one or two bytes, and exactly so many bytes.
-    """
-    if len(body) < 3:
-        return None
-    length = body[1]
-    if length < 128:
-        return body[2:] if len(body) == length + 2 else None
-    length += (body[2] << 7) - 128
-    return body[3:] if body[2] < 128 and len(body) == length + 3 else None
 
 
 def answered_to_pb(record: Answered) -> pb.Answered:

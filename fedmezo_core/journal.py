@@ -19,9 +19,8 @@ from fedmezo_core.records import Committed, Genesis, Record
 ZERO_HASH = bytes(32)
 
 
-@dataclass(slots=True, unsafe_hash=True)
-class Row:
-    """What a store keeps for one record. Never changed, and not frozen because a start makes millions."""
+class Row(NamedTuple):
+    """What a store keeps for one record."""
 
     seqno: int
     """0-based place. Invariant: a store's rows have places without gaps, from 0 or from its origin on."""

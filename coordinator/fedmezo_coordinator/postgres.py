@@ -208,7 +208,7 @@ class PostgresStore:
 
         async def work(db: Connection) -> Sequence[Row]:
             found = await db.fetch(self._sql(_READ), from_seqno, rows_max)
-            return tuple(Row(*record) for record in found)
+            return tuple(map(Row._make, found))
 
         return self._run(self._persist(work))
 
