@@ -26,7 +26,7 @@ from fedmezo_core.events import (
     UnableReceived,
     Work,
 )
-from fedmezo_core.quick_codec import answered_in, committed_in
+from fedmezo_core.quick_codec import AnswerReader, committed_in
 from fedmezo_core.records import (
     Answered,
     Checkpoint,
@@ -111,6 +111,7 @@ _OPTIONAL: Mapping[str, Mapping[str, int] | None] = {
 }
 """Fields of the contract that are left out of the message at their defaults, so that a run without
 them has the same bytes as ever; with the names of those that are enums."""
+_ANSWERS = AnswerReader()
 _KIND = {
     "classification": pb.TASK_KIND_CLASSIFICATION,
     "instruction": pb.TASK_KIND_INSTRUCTION,
@@ -237,8 +238,7 @@ def encode_record(record: Record) -> bytes:
 
 def decode_record(body: bytes) -> Record:
     """A record from its bytes; `JournalCorruptError` if they are none."""
-    quick = answered_in(body) or committed_in(body)
-    return quick or decode_with_protobuf(body)
+    return _ANSWERS.read(body) or committed_in(body) or decode_with_protobuf(body)
 
 
 def decode_with_protobuf(body: bytes) -> Record:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import struct
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 from fedmezo_core.records import Answered, Committed, PairRun
 
@@ -24,9 +25,10 @@ _BYTES_2, _BYTES_3 = 0x12, 0x1A
 _FIXED64_1, _FIXED64_3, _FIXED64_5 = 0x09, 0x19, 0x29
 _FIXED32_4 = 0x25
 
-_LOSS_AND_DIGEST = struct.Struct("<xfxQ")
-_LOSS = struct.Struct("<xf")
-_DIGEST = struct.Struct("<xQ")
+_TAILS = {14: ("BfBQ", 3), 9: ("BQ", 2), 5: ("Bf", 1), 0: ("", 0)}
+"""What an answer may end with, by its size: loss and digest, a digest, a loss, nothing."""
+LAYOUTS_MAX = 16
+"""Sizes of answers whose layout is remembered."""
 _SEED = struct.Struct("<xQ")
 _SEED_AND_DECAY = struct.Struct("<xQxf")
 
@@ -35,37 +37,109 @@ class _OtherLayoutError(Exception):
     """Left to protobuf."""
 
 
-def answered_in(body: bytes) -> Answered | None:
-    """The record, if it is an answer without a count of rows, laid out as usual."""
-    try:
-        if body[0] != ANSWERED:
+class AnswerLayout:
+    """Of answers that differ in numbers only, as those of a run nearly do: one step reads each."""
+
+    def __init__(self, like: bytes) -> None:
+        """As in this answer's record; raises `_OtherLayoutError` if it is not laid out as usual."""
+        length, at = _varint(like, 1)
+        if like[0] != ANSWERED or length != len(like) - at or like[at] != _VARINT_1:
+            raise _OtherLayoutError
+        round_at = at + 1
+        round_, tag_at = _varint(like, round_at)
+        slot_at = at = tag_at + (like[tag_at] == _VARINT_2)
+        if slot_at > tag_at:
+            _, at = _varint(like, slot_at)
+        self._slot_bytes = at - slot_at
+        size, grads_at = _varint(like, at + 1)
+        tail, self._kind = _TAILS.get(len(like) - grads_at - size, ("", -1))
+        if self._slot_bytes > 2 or like[at] != _BYTES_3 or size & 3 or self._kind < 0:
+            raise _OtherLayoutError
+        # What must be the same around the numbers, and the last round that was read.
+        self._prefix, self._tag, self._middle = (
+            like[:round_at],
+            like[tag_at:slot_at],
+            like[at:grads_at],
+        )
+        self._round = (like[round_at:tag_at], round_)
+        count = size >> 2
+        self._struct = struct.Struct(
+            f"<{round_at}s{tag_at - round_at}s{slot_at - tag_at}s{'B' * self._slot_bytes}"
+            f"{grads_at - at}s{count}f{tail}"
+        )
+        self._grads = slice(4 + self._slot_bytes, 4 + self._slot_bytes + count)
+
+    def read(self, body: bytes) -> Answered | None:
+        """The record, if it is laid out so; `body` is as long as what the layout was made of."""
+        found = self._struct.unpack(body)
+        slot_bytes = self._slot_bytes
+        if (
+            found[0] != self._prefix
+            or found[2] != self._tag
+            or found[3 + slot_bytes] != self._middle
+        ):
             return None
-        length, at = (body[1], 2) if body[1] < 128 else _varint(body, 1)
-        end = len(body)
-        if length != end - at or body[at] != _VARINT_1:
-            return None
-        round_, at = (body[at + 1], at + 2) if body[at + 1] < 128 else _varint(body, at + 1)
+        round_bytes, round_ = self._round
+        if found[1] != round_bytes:
+            round_, behind = _varint(found[1], 0)
+            if behind != len(round_bytes):
+                return None
+            self._round = (found[1], round_)
         slot = 0
-        if body[at] == _VARINT_2:
-            slot, at = (body[at + 1], at + 2) if body[at + 1] < 128 else _varint(body, at + 1)
-        if body[at] != _BYTES_3:
+        if slot_bytes == 1:
+            slot = found[3]
+            if slot > 127:
+                return None
+        elif slot_bytes == 2:
+            slot = (found[3] & 127) + (found[4] << 7)
+            if found[3] < 128 or found[4] > 127:
+                return None
+        grads = found[self._grads]
+        mean_loss = digest64 = None
+        match self._kind:
+            case 3:
+                loss_tag, mean_loss, digest_tag, digest64 = found[-4:]
+                if loss_tag != _FIXED32_4 or digest_tag != _FIXED64_5:
+                    return None
+            case 2:
+                digest_tag, digest64 = found[-2:]
+                if digest_tag != _FIXED64_5:
+                    return None
+            case 1:
+                loss_tag, mean_loss = found[-2:]
+                if loss_tag != _FIXED32_4:
+                    return None
+            case _:
+                pass
+        return _answered_of((round_, slot, grads, mean_loss, digest64, None))
+
+
+_answered_of: Callable[[tuple[object, ...]], Answered] = partial(tuple.__new__, Answered)
+_run_of: Callable[[tuple[object, ...]], PairRun] = partial(tuple.__new__, PairRun)
+
+
+class AnswerReader:
+    """Reads answers that come one after the other."""
+
+    def __init__(self) -> None:
+        self._layouts: dict[int, AnswerLayout] = {}
+
+    def read(self, body: bytes) -> Answered | None:
+        """The record, if it is an answer without a count of rows, laid out as usual."""
+        try:
+            layout = self._layouts.get(len(body))
+            if layout is not None:
+                answer = layout.read(body)
+                if answer is not None:
+                    return answer
+            layout = AnswerLayout(body)
+            answer = layout.read(body)
+        except (IndexError, struct.error, _OtherLayoutError):
             return None
-        size, at = (body[at + 1], at + 2) if body[at + 1] < 128 else _varint(body, at + 1)
-        if size & 3:
-            return None
-        grads = _floats(size >> 2).unpack_from(body, at)
-        at += size
-        left = end - at
-        if left == 14 and body[at] == _FIXED32_4 and body[at + 5] == _FIXED64_5:
-            mean_loss, digest64 = _LOSS_AND_DIGEST.unpack_from(body, at)
-            return Answered(round_, slot, grads, mean_loss, digest64)
-        if left == 9 and body[at] == _FIXED64_5:
-            return Answered(round_, slot, grads, None, _DIGEST.unpack_from(body, at)[0])
-        if left == 5 and body[at] == _FIXED32_4:
-            return Answered(round_, slot, grads, _LOSS.unpack_from(body, at)[0], None)
-        return Answered(round_, slot, grads, None, None) if left == 0 else None
-    except (IndexError, struct.error, _OtherLayoutError):
-        return None
+        if len(self._layouts) >= LAYOUTS_MAX:
+            self._layouts.clear()
+        self._layouts[len(body)] = layout
+        return answer
 
 
 def committed_in(body: bytes) -> Committed | None:
@@ -101,7 +175,7 @@ def committed_in(body: bytes) -> Committed | None:
                 return None
             coefficients = found[3:]
             total += sum(coefficients)
-            runs.append(PairRun(found[1], coefficients))
+            runs.append(_run_of((found[1], coefficients)))
         # A sum of finite binary32 values is finite in binary64; infinities and NaN stay in it.
         if not math.isfinite(total):
             return None
@@ -125,11 +199,6 @@ def _varint(body: bytes, at: int) -> tuple[int, int]:
             return value, place + 1
         shift += 7
     raise _OtherLayoutError
-
-
-@lru_cache(maxsize=256)
-def _floats(count: int) -> struct.Struct:
-    return struct.Struct(f"<{count}f")
 
 
 @lru_cache(maxsize=256)

@@ -35,6 +35,7 @@ from fedmezo_core.records import (
     Evaluated,
     Genesis,
     Opened,
+    PairRun,
     Paused,
     Record,
     Resumed,
@@ -483,6 +484,8 @@ def _json_line(row: Row, record: Record) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.hex()
+        if isinstance(value, (Answered, PairRun)):
+            return {name: plain(item) for name, item in value._asdict().items()}
         if isinstance(value, (tuple, list)):
             return [plain(item) for item in value]
         if hasattr(value, "model_dump"):

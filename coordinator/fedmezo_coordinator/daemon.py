@@ -273,9 +273,9 @@ class Daemon:
         """
         collects = gc.isenabled()
         gc.disable()  # Nothing here makes cycles, and looking for them takes a tenth of the time.
-        apply = self._machine.apply
         try:
             self._begin_at_origin()
+            apply = self._machine.state.apply
             for entry in self._journal.load():
                 record = entry.record
                 apply(record)

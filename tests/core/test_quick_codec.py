@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedmezo_core.codec import decode_record, decode_with_protobuf, encode_record
 from fedmezo_core.errors import JournalCorruptError
-from fedmezo_core.quick_codec import answered_in, committed_in
+from fedmezo_core.quick_codec import LAYOUTS_MAX, AnswerReader, committed_in
 from fedmezo_core.records import Answered, Committed, PairRun, Record
 
 UINT64 = st.integers(0, 2**64 - 1)
@@ -50,7 +50,7 @@ def bits(record: Record) -> tuple[str, bytes]:
     return repr(record), encode_record(record)
 
 
-@settings(max_examples=1000)
+@settings(max_examples=300)
 @given(st.one_of(ANSWERS, COMMITS))
 def test_a_record_comes_back_as_protobuf_reads_it(record: Record) -> None:
     body = encode_record(record)
@@ -65,7 +65,7 @@ def read_somehow(body: bytes) -> tuple[str, bytes] | str:
         return "refused"
 
 
-@settings(max_examples=3000)
+@settings(max_examples=600)
 @given(st.one_of(ANSWERS, COMMITS), st.data())
 def test_bytes_that_are_changed_are_read_as_protobuf_reads_them_or_left_to_it(
     record: Record, data: st.DataObject
@@ -81,7 +81,7 @@ def test_bytes_that_are_changed_are_read_as_protobuf_reads_them_or_left_to_it(
             case _:
                 body.insert(place, data.draw(st.integers(0, 255)))
     changed = bytes(body)
-    quick = answered_in(changed) or committed_in(changed)
+    quick = AnswerReader().read(changed) or committed_in(changed)
     if quick is not None and not isinstance(quick, Answered):
         assert bits(quick) == read_somehow(changed)
     elif quick is not None:
@@ -108,7 +108,7 @@ def _answer(body: bytes) -> Answered:
     ],
 )
 def test_usual_answers_are_read_quickly(record: Answered) -> None:
-    assert answered_in(encode_record(record)) == record
+    assert AnswerReader().read(encode_record(record)) == record
 
 
 @pytest.mark.parametrize("runs", [1, 2, 64])
@@ -125,5 +125,17 @@ def test_usual_commits_are_read_quickly(runs: int, decay: float) -> None:
 @example(b"\x22")
 @example(b"\x2a\x80\x80\x80\x80\x80")
 def test_no_bytes_do_harm(body: bytes) -> None:
-    for found in (answered_in(body), committed_in(body)):
+    for found in (AnswerReader().read(body), committed_in(body)):
         assert found is None or repr(found) == repr(decode_with_protobuf(body))
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(ANSWERS, st.binary(max_size=6)), max_size=LAYOUTS_MAX + 4))
+def test_what_was_read_before_changes_nothing(answers: list[tuple[Answered, bytes]]) -> None:
+    """A layout is remembered by its size alone."""
+    reader = AnswerReader()
+    for answer, other in answers:
+        body = encode_record(answer)
+        for octets in (body, other + body[len(other) :], body):
+            found = reader.read(octets)
+            assert found is None or repr(found) == repr(decode_with_protobuf(octets))
