@@ -164,7 +164,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     where = "the [run] settings"
     if journal.is_empty:
         config = settings.run_config(where)
-        _check_compaction(settings, config)
+        check_compaction(settings, config)
         log.info("new run %s: loading %s to name its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
         journal.append([genesis])
@@ -175,7 +175,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     )
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
-    _check_compaction(settings, daemon.genesis.config)
+    check_compaction(settings, daemon.genesis.config)
     if settings.resume:
         await daemon.resume(settings.resume_rate_factor)
     elif daemon.pause_reason:
@@ -183,7 +183,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     return daemon
 
 
-def _check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
+def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
     """Records go only where something takes their place."""
     has_snapshots = settings.replica and settings.model and settings.snapshot_every_rounds
     if settings.compact_after_records and not has_snapshots and config.seed_policy != "pool":

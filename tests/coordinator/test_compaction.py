@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from fedmezo_coordinator.cli import check_compaction
 from fedmezo_coordinator.client_cli import app
 from fedmezo_coordinator.compaction import CANDIDATES_MAX, Compaction
+from fedmezo_coordinator.settings import CoordinatorSettings
 from fedmezo_core.checkpoints import Signer
 from fedmezo_core.codec import decode_record, encode_record
-from fedmezo_core.errors import JournalCompactedError, JournalCorruptError
+from fedmezo_core.errors import ConfigError, JournalCompactedError, JournalCorruptError
 from fedmezo_core.journal import Journal, Row
 from fedmezo_core.origin import Origin
-from fedmezo_core.records import Committed
+from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.rounds import RunState
 from fedmezo_core.snapshots import file_name
 from fedmezo_core.store import SqliteStore
@@ -288,6 +292,37 @@ async def test_a_start_without_the_snapshots_says_who_cannot_join(
         await begun_after(at, 13)
     async with served(path, snapshots=tmp_path / "elsewhere"):
         assert "no worker can join anew: the journal begins after round" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "genesis", "is_allowed"),
+    [
+        ({"compact_after_records": 1}, GENESIS, False),
+        ({"compact_after_records": 1, "snapshot_every_rounds": 5}, GENESIS, False),
+        ({"compact_after_records": 1, "snapshot_every_rounds": 5, "model": "m"}, GENESIS, True),
+        (
+            {
+                "compact_after_records": 1,
+                "snapshot_every_rounds": 5,
+                "model": "m",
+                "replica": False,
+            },
+            GENESIS,
+            False,
+        ),
+        ({"compact_after_records": 1}, POOL, True),
+        ({"snapshot_every_rounds": 0}, GENESIS, True),
+    ],
+)
+def test_nothing_is_dropped_where_nothing_takes_its_place(
+    settings: dict[str, Any], genesis: Genesis, is_allowed: bool
+) -> None:
+    with (
+        contextlib.nullcontext()
+        if is_allowed
+        else pytest.raises(ConfigError, match="compact_after_records = 1 needs snapshots")
+    ):
+        check_compaction(CoordinatorSettings(**settings), genesis.config)
 
 
 # ---------------------------------------------------------------- the commands
