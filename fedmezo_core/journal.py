@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from fedmezo_core.codec import decode_record, encode_record
 from fedmezo_core.errors import JournalCorruptError
 from fedmezo_core.origin import Origin, unseal
-from fedmezo_core.records import Committed, Genesis, Record
+from fedmezo_core.records import Answered, Committed, Genesis, Record
 
 ZERO_HASH = bytes(32)
 
@@ -225,28 +225,33 @@ class Journal:
         return self._entries()
 
     def _entries(self) -> Iterator[Entry]:
-        # Every start goes through here a million times: no calls that can be done without.
-        sha256 = hashlib.sha256
-        while rows := self._store.read(self._length, self.PAGE_ROWS):
+        # Every start goes through here a million times: no calls, and nothing kept, that can be done
+        # without.
+        sha256, head = hashlib.sha256, self.head
+        place, chain = self._length, self.chain
+        while rows := self._store.read(place, self.PAGE_ROWS):
             for row in rows:
                 seqno, body, stored = row
-                if seqno != self._length:
+                if seqno != place:
                     raise JournalCorruptError(
-                        f"The journal jumps from record {self._length - 1} to {seqno}; records are "
-                        "missing. Restore the journal from a copy."
+                        f"The journal jumps from record {place - 1} to {seqno}; records are missing. "
+                        "Restore the journal from a copy."
                     )
-                chain = sha256(self.chain + seqno.to_bytes(8, "little") + body).digest()
+                chain = sha256(chain + seqno.to_bytes(8, "little") + body).digest()
                 if chain != stored:
                     raise JournalCorruptError(
                         f"Journal record {seqno} is not what was written (its hash does not match); "
                         f"records {self.begins} to {seqno - 1} are sound. Restore the journal from a copy."
                     )
                 record = decode_record(body)
-                self._length, self.chain = seqno + 1, chain
+                place = seqno + 1
                 kind = type(record)
-                if kind is Committed or kind is Genesis:
-                    self.head = head_after(self.head, body)
-                yield _entry_of((row, record, self.head))
+                if kind is not Answered:  # nearly all are
+                    if kind is Committed or kind is Genesis:
+                        head = head_after(head, body)
+                    self._length, self.chain, self.head = place, chain, head
+                yield _entry_of((row, record, head))
+            self._length, self.chain, self.head = place, chain, head
 
     def append(self, records: Sequence[Record]) -> list[Entry]:
         """Append records durably, all or none."""

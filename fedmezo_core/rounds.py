@@ -370,7 +370,7 @@ class RunState:
         if (
             not record.workers
             or len(set(record.workers)) != len(record.workers)
-            or any(self._is_taken(current, worker) for worker in record.workers)
+            or any(self._is_taken(current, w) for w in current.slots.keys() & record.workers)
             or len(current.cohort) + len(record.workers) > COHORT_MAX
         ):
             raise _misplaced(
