@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from fedmezo_coordinator.admission import CATCH_UP_ROUNDS_MAX, check_hello, check_run_id
+from fedmezo_coordinator.compaction import Candidate, Compaction
 from fedmezo_coordinator.door import RETRY_AFTER_MAX_S, SESSIONS_LIMIT, Door
 from fedmezo_coordinator.lag import LoopLag
 from fedmezo_coordinator.model_index import ModelIndex
@@ -45,9 +46,11 @@ from fedmezo_core.digests import DigestBoard, PartyDigest
 from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
+    JournalCompactedError,
     JournalCorruptError,
     NotReadyError,
     ProtocolError,
+    SnapshotError,
     UnavailableError,
     UnknownWorkerError,
 )
@@ -66,7 +69,8 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal import Entry, Journal, Row
+from fedmezo_core.journal import Entry, Journal, Row, StoredOrigin
+from fedmezo_core.origin import Origin
 from fedmezo_core.records import (
     Answered,
     Committed,
@@ -107,6 +111,8 @@ WORKERS_MAX = SESSIONS_LIMIT
 PAGE_RECORDS_MAX = 4096
 PAGE_RECORDS_DEFAULT = 1024
 PAGE_BYTES_MAX = 1024 * 1024
+ORIGIN_BYTES_MAX = 6 * 1024 * 1024
+"""Largest origin that is sent, beside a page; readers take messages of 8 MiB."""
 WAIT_MS_MAX = 30_000
 TICK_MS = 200
 
@@ -200,11 +206,13 @@ class Daemon:
         door: Door | None = None,
         signer: Signer | None = None,
         snapshots: Path | None = None,
+        compact_after_records: int = 0,
     ) -> None:
         """`journal` is opened and not yet loaded; it must hold a genesis record.
 
         Without a `signer` checkpoints are not signed. `snapshots` is the folder that the replica
-        writes to; None: there are none.
+        writes to; None: there are none. The oldest records are dropped when `compact_after_records`
+        of them can go; 0: never.
         """
         self.door = door or Door()
         self._journal = journal
@@ -213,6 +221,12 @@ class Daemon:
         self._machine = RoundMachine()
         self._index = ModelIndex()
         self._digests = DigestBoard()
+        self._compaction = Compaction(compact_after_records, signer)
+        self._may_mark = False
+        """Whether there is something new to begin from since the last turn."""
+        self._chosen: Candidate | None = None
+        self._checking: asyncio.Task[None] | None = None
+        self._checked: tuple[Snapshotted, ...] = ()
         self._recent: deque[Row] = deque()
         self._recent_bytes = 0
         self._sessions: dict[str, Session] = {}
@@ -244,6 +258,12 @@ class Daemon:
             )
         self._shelf.open(self.genesis.config.run_id)
         await self._on_disk(lambda: self._shelf.sweep(at_start=True))
+        if not self._index.can_follow(0) and not await self._on_disk(self._shelf.has_newest):
+            log.error(
+                "no worker can join anew: the journal begins after round %d, and there is no snapshot "
+                "to begin from; put the snapshots back",
+                self._index.begins,
+            )
         await self._flush([self._machine.start(self._now_ms())])
 
     def _fold_journal(self) -> None:
@@ -253,8 +273,9 @@ class Daemon:
         """
         collects = gc.isenabled()
         gc.disable()  # Nothing here makes cycles, and looking for them takes a tenth of the time.
-        apply = self._machine.apply
         try:
+            self._begin_at_origin()
+            apply = self._machine.state.apply
             for entry in self._journal.load():
                 record = entry.record
                 apply(record)
@@ -268,9 +289,31 @@ class Daemon:
                     self._remember(entry.row)
                 elif type(record) is Genesis:
                     self._genesis, self._genesis_body = record, entry.row.body
+                if _can_begin_after(record):
+                    self._mark()
+            self._shelf.drop_before(self._index.begins)
         finally:
             if collects:
                 gc.enable()
+
+    def _begin_at_origin(self) -> None:
+        origin = self._journal.origin()
+        if origin is None:
+            return
+        log.info(
+            "records 0 to %d, up to round %d, were dropped from the journal earlier",
+            origin.seqno - 1,
+            origin.round,
+        )
+        if origin.key != self.checkpoint_key:
+            log.warning(
+                "what they came to is signed by %s, not by this coordinator's key",
+                origin.key.hex() or "nobody",
+            )
+        self._genesis, self._genesis_body = origin.genesis, origin.genesis_body
+        self._machine.restore(origin.state)
+        self._index.begin(origin)
+        self._compaction.begin(origin.seqno)
 
     def _remember(self, row: Row) -> None:
         """Keep a commit for workers that come back; the oldest make room."""
@@ -310,6 +353,8 @@ class Daemon:
 
     async def close(self) -> None:
         """Close the journal; nothing is served afterwards."""
+        if self._checking is not None:
+            await asyncio.gather(self._checking, return_exceptions=True)
         await self._on_disk(self._journal.close)
         self._writer.shutdown()
 
@@ -340,6 +385,7 @@ class Daemon:
             # Its stream may stay blocked for as long as it reads nothing: the run goes on without it.
             await self._flush(self._step(_Left(self._overflowed.pop())))
         await self._record_snapshot()
+        await self._compact()
 
     async def _take(self, items: Sequence[_Item], readies: list[Ready]) -> list[Ready]:
         """Step through the items; what is owed after them, and was before."""
@@ -374,6 +420,70 @@ class Daemon:
             # Beside the loop: a large file takes its time to go.
             asyncio.get_running_loop().run_in_executor(None, self._shelf.sweep)
 
+    # ------------------------------------------------------------ dropping records
+
+    def _mark(self) -> None:
+        """Note what the journal came to; the state is exactly that of all its records."""
+        if self._compaction.is_on:
+            journal = self._journal
+            self._compaction.pass_by(
+                Origin(
+                    len(journal),
+                    journal.chain,
+                    journal.head,
+                    self._genesis_body,
+                    self._machine.state,
+                ),
+                self._droppable_round,
+            )
+
+    @property
+    def _droppable_round(self) -> int:
+        """Last round whose commit nobody may ask for: all can begin later, and all acks name later heads."""
+        can_begin = max(self._shelf.oldest_round, self._index.last_base_round - 1)
+        return min(can_begin, self._machine.round - self.genesis.config.staleness_max - 2)
+
+    async def _compact(self) -> None:
+        """Drop old records, if enough can go and what takes their place is sound."""
+        if self._may_mark:
+            self._may_mark = False
+            self._mark()
+        if self._checking is None:
+            self._begin_check()
+        if self._checking is None or not self._checking.done():
+            return
+        checking, chosen, self._checking = self._checking, self._chosen, None
+        assert chosen is not None
+        try:
+            checking.result()
+        except SnapshotError as error:
+            if tuple(self._shelf.recorded) == self._checked:
+                log.error("no records are dropped from the journal: %s", error)
+            return
+        begins = self._journal.begins
+        await self._on_disk(lambda: self._journal.drop_before(chosen.stored))
+        self._index.drop_before(chosen.round, chosen.seqno)
+        self._shelf.drop_before(chosen.round)
+        self._compaction.begin(chosen.seqno)
+        log.info(
+            "records %d to %d, up to round %d, were dropped from the journal",
+            begins,
+            chosen.seqno - 1,
+            chosen.round,
+        )
+
+    def _begin_check(self) -> None:
+        """Read the snapshots that stand for the records that would go, beside the loop."""
+        self._chosen = self._compaction.chosen(self._droppable_round)
+        if self._chosen is None:
+            return
+        in_commit = self._chosen.round < self._index.last_base_round
+        snapshots = () if in_commit else tuple(self._shelf.recorded)
+        if snapshots and snapshots == self._checked:
+            return  # They were found damaged: newer ones must come first.
+        self._checked = snapshots
+        self._checking = asyncio.create_task(asyncio.to_thread(self._shelf.check, snapshots))
+
     async def _flush(self, readies: Sequence[Ready]) -> None:
         records = [record for ready in readies for record in ready.records]
         entries = iter(await self._append(records) if records else ())
@@ -388,6 +498,7 @@ class Daemon:
             self._tell(entry.record)
             if type(entry.record) is Committed:
                 self._remember(entry.row)
+            self._may_mark |= _can_begin_after(entry.record)
         news, self._news = self._news, asyncio.Event()
         news.set()
         return entries
@@ -505,7 +616,13 @@ class Daemon:
         """Admit a worker, or fail its `done` with what is wrong."""
         session, hello = item.session, item.hello
         try:
-            check_hello(hello, self.genesis, self._machine.round, self._index.head_at(hello.round))
+            check_hello(
+                hello,
+                self.genesis,
+                self._machine.round,
+                self._index.head_at(hello.round),
+                self._index.begins,
+            )
             self._make_room(session.worker)
         except FedMezoError as error:
             log.warning("refused a worker: %s", error)
@@ -545,7 +662,7 @@ class Daemon:
 
     async def _commits_after(self, round_: int) -> Sequence[Row]:
         """All commits that a worker at `round_` lacks; most who come back lack one or none."""
-        missing = self._index.seqnos[round_ + 1 :]
+        missing = self._index.after(round_)
         kept = min(len(self._recent), len(missing))
         rows = list(self._recent)[len(self._recent) - kept :]
         older = missing[: len(missing) - kept]
@@ -554,7 +671,26 @@ class Daemon:
         return rows
 
     async def _rows_at(self, seqnos: Sequence[int]) -> list[Row]:
-        return await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in seqnos])
+        return await self._on_disk(lambda: [self._row_at(n) for n in seqnos])
+
+    def _row_at(self, seqno: int) -> Row:
+        """In the journal's thread; its first records may have been dropped since someone looked."""
+        [row] = self._journal.read(seqno, 1)
+        if row.seqno != seqno:
+            raise self._compacted()
+        return row
+
+    def _compacted(self) -> JournalCompactedError:
+        newest = self._shelf.newest
+        remedy = (
+            "read from_newest_base"
+            if newest is None
+            else f"take the snapshot of round {newest.round}, then read from round {newest.round + 1}"
+        )
+        return JournalCompactedError(
+            f"The journal's records before {self._journal.begins}, up to round {self._index.begins}, were "
+            f"dropped; {remedy}."
+        )
 
     def _note(self, line: str, *values: object) -> None:
         """Log that a worker came or went, unless too many do."""
@@ -682,6 +818,7 @@ class Daemon:
             epoch=self._machine.epoch,
             checkpoint_key=self.checkpoint_key,
             missing=self._missing_after(round_),
+            needs_snapshot=not self._index.can_follow(round_),
         )
         newest = self._shelf.newest
         if newest is not None and newest.round > round_:
@@ -772,10 +909,16 @@ class Daemon:
             raise ProtocolError(
                 "from_newest_base and from_round go with commits_only; set that too, or neither."
             )
+        if request.from_origin and (request.commits_only or request.from_seqno):
+            raise ProtocolError(
+                "from_origin goes with from_seqno 0 and all records; leave commits_only out, or from_origin."
+            )
         deadline_s = time.monotonic() + request.wait_ms / 1000
+        origin = await self._on_disk(self._sendable_origin) if request.from_origin else None
+        from_seqno = request.from_seqno if origin is None else origin.seqno
         while True:
             news = self._news
-            rows, next_seqno, head_before = await self._page(request)
+            rows, next_seqno, head_before = await self._page(request, from_seqno)
             remaining_s = deadline_s - time.monotonic()
             if rows or remaining_s <= 0:
                 break
@@ -788,32 +931,52 @@ class Daemon:
             next_seqno=next_seqno,
             finished=self._machine.phase is Phase.FINISHED and next_seqno >= len(self._journal),
             head_before=head_before,
+            origin=b"" if origin is None else origin.sealed,
         )
 
-    async def _page(self, request: wire.ReadJournalRequest) -> tuple[Sequence[Row], int, bytes]:
+    def _sendable_origin(self) -> StoredOrigin | None:
+        stored = self._journal.stored_origin
+        if stored is not None and len(stored.sealed) > ORIGIN_BYTES_MAX:
+            raise JournalCompactedError(
+                f"What this journal's dropped records came to has {len(stored.sealed)} bytes, more than the "
+                f"{ORIGIN_BYTES_MAX} that are sent; read the journal itself, beside its coordinator."
+            )
+        return stored
+
+    async def _page(
+        self, request: wire.ReadJournalRequest, start: int
+    ) -> tuple[Sequence[Row], int, bytes]:
         """Rows, where to read on, and the head before the first row if that is taken from the base."""
         count_max = request.records_max or PAGE_RECORDS_DEFAULT
         length, head_before = len(self._journal), b""
-        start = request.from_seqno
         if request.from_round:
             start = self._index.seqno_of(request.from_round, length)
+            if request.from_round <= self._index.begins:
+                start = 0
         if start >= length:
             return (), start, b""
         if request.commits_only:
             base_round = self._index.newest_base_round
-            if request.from_newest_base and base_round and self._index.seqnos[base_round] >= start:
-                start = self._index.seqnos[base_round]
+            base_seqno = self._index.seqno_of(base_round, 0)
+            if request.from_newest_base and base_round and base_seqno >= start:
+                start = base_seqno
                 head_before = self._index.head_at(base_round - 1)
+            self._check_is_there(start)
             places = self._index.seqnos_from(start, count_max)
             rows: Sequence[Row] = await self._rows_at(places)
             is_last = len(places) < count_max
         else:
             rows = await self._on_disk(lambda: self._journal.read(start, count_max))
+            self._check_is_there(start)
             is_last = False
         kept = _within(rows, PAGE_BYTES_MAX)
         if len(kept) == len(rows) and is_last:
             return kept, length, head_before
         return kept, kept[-1].seqno + 1 if kept else length, head_before
+
+    def _check_is_there(self, seqno: int) -> None:
+        if seqno < self._journal.begins:
+            raise self._compacted()
 
     def status(self, run_id: str) -> wire.GetStatusResponse:
         """The whole picture."""
@@ -871,6 +1034,11 @@ class Daemon:
             measuring=name in awaited,
             learning_rate=view.learning_rate if view else None,
         )
+
+
+def _can_begin_after(record: Record) -> bool:
+    """Whether a worker that comes late can begin with this instead of with the records before it."""
+    return type(record) is Snapshotted or (type(record) is Committed and record.from_base)
 
 
 def message_to_pb(
