@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 from experiments.judging import Judge
 from fedmezo_coordinator.admission import check_hello
-from fedmezo_coordinator.daemon import commit_to_pb, message_to_pb
 from fedmezo_coordinator.model_index import ModelIndex
+from fedmezo_coordinator.serving import commit_to_pb, message_to_pb
 from fedmezo_core.codec import answer_from_pb, answer_to_pb, unable_from_pb, unable_to_pb
 from fedmezo_core.errors import FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (

@@ -654,6 +654,11 @@ class RoundMachine:
         return frozenset(parties)
 
     @property
+    def recent_rounds(self) -> Sequence[RoundSummary]:
+        """The newest committed rounds, oldest first; to be read, not changed."""
+        return self.state.recent_rounds
+
+    @property
     def workers(self) -> Mapping[str, WorkerView]:
         """Every worker seen since the start, by name; to be read, not changed."""
         return self._workers

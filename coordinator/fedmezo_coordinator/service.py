@@ -15,10 +15,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fedmezo_coordinator.admission import choose_version
-from fedmezo_coordinator.daemon import Daemon, HalfClosedError
-from fedmezo_coordinator.daemon import Session as WorkerSession
 from fedmezo_coordinator.door import Place
 from fedmezo_coordinator.polled import PolledSessions
+from fedmezo_coordinator.serving import HalfClosedError, ServingLoop
+from fedmezo_coordinator.serving import Session as WorkerSession
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
 from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY
@@ -78,9 +78,9 @@ def _mapped(handler: Handler) -> Handler:
 
 
 class CoordinatorServicer(rpc.CoordinatorServiceServicer):
-    """`fedmezo.v1.CoordinatorService` over a daemon."""
+    """`fedmezo.v1.CoordinatorService` over a serving loop."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
         self._polled = PolledSessions(daemon)
 
@@ -231,7 +231,7 @@ def bind_server(
         ) from None
 
 
-async def start_server(server: grpc.aio.Server, daemon: Daemon) -> None:
+async def start_server(server: grpc.aio.Server, daemon: ServingLoop[Any]) -> None:
     """Let a bound server answer for `daemon`."""
     servicer = CoordinatorServicer(daemon)
     # In the place of the generated handler, and without its serializers: what goes to thousands of
