@@ -27,7 +27,14 @@ from experiments.judging import Judge
 from fedmezo_coordinator.admission import check_hello
 from fedmezo_coordinator.model_index import ModelIndex
 from fedmezo_coordinator.serving import commit_to_pb, message_to_pb
-from fedmezo_core.codec import answer_from_pb, answer_to_pb, unable_from_pb, unable_to_pb
+from fedmezo_core.codec import (
+    answer_from_pb,
+    answer_to_pb,
+    event_from_pb,
+    hello_to_pb,
+    unable_from_pb,
+    unable_to_pb,
+)
 from fedmezo_core.errors import FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (
     ApplyCommit,
@@ -57,7 +64,6 @@ from fedmezo_core.zo.party import Party, commits_of
 from fedmezo_core.zo.rows import Row
 from fedmezo_core.zo.task import Batches
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from fedmezo_worker.agent import event_of, hello_of
 
 
 class StalledError(FedMezoError):
@@ -158,7 +164,7 @@ class Federation:
                 self._from_worker(worker, wire.SessionRequest.FromString(message))
             else:
                 worker, message = self._down.popleft()
-                event = event_of(wire.SessionResponse.FromString(message), self.party.config)
+                event = event_from_pb(wire.SessionResponse.FromString(message), self.party.config)
                 self._act(worker, worker.machine.step(event))
         if self._machine.phase is not Phase.FINISHED:
             complaints = [view.complaint for view in self._machine.workers.values()]
@@ -240,7 +246,7 @@ class Federation:
                 case Measure():
                     self._act(worker, worker.machine.step(self._measure(worker, action)))
                 case SendHello(round_, head):
-                    self._answer(worker, hello_of(self.party, worker.name, round_, head))
+                    self._answer(worker, hello_to_pb(self.party, worker.name, round_, head))
                 case SendAnswer():
                     self._answer(worker, answer_to_pb(action))
                 case SendUnable():

@@ -208,6 +208,8 @@ class Assigned:
 
     ticket: Ticket
     work: Work
+    deadline_ms: int = 0
+    """Time until a commit without the answer may make it worthless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +243,7 @@ class Measured:
 
     ticket: Ticket
     projected_grads: tuple[float, ...]
-    mean_loss: float
+    mean_loss: float | None
     weights_digest64: int | None
     rows: int
     """Rows of this worker's data."""

@@ -28,6 +28,7 @@ MAY_IMPORT = {
 # The machines, and what they decide with, know no clock, socket, disk, thread or entropy.
 PURE = (
     "aggregate",
+    "answers",
     "backoff",
     "catch_up",
     "cohort",
@@ -35,6 +36,7 @@ PURE = (
     "digests",
     "events",
     "records",
+    "relay",
     "rounds",
     "session",
     "snapshots",
