@@ -290,6 +290,7 @@ class Federation:
         finally:
             self.applying_s += digested - begin
             self.working_s += time.process_time() - digested
+        assert measured.mean_loss is not None, "only a relay's workers may keep it to themselves"
         self.train_losses.setdefault(order.ticket.round, []).append(measured.mean_loss)
         pairs, probes = len(measured.projected_grads), self.party.config.probes
         two_sided = self.party.config.estimator == "two_sided"

@@ -97,6 +97,15 @@ class Tick:
     now_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class WeightsReported:
+    """A worker of a relay's site has digested its weights after the last round."""
+
+    worker: str
+    round: int
+    weights_digest: bytes
+
+
 RoundEvent = (
     WorkerReady
     | WorkerLost
@@ -265,6 +274,22 @@ class Restored:
     head: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """The coordinator above a relay says in which epoch it is, and which head its last round has."""
+
+    epoch: int
+    round: int
+    head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SentAway:
+    """The coordinator above a relay has ended its session: the weights behind its answer are not the run's."""
+
+    message: str
+
+
 SessionEvent = (
     Connected
     | Disconnected
@@ -329,6 +354,14 @@ class ReportWeights:
     """Digest the weights after `round` and report it."""
 
     round: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportDigest:
+    """Report the digest that a relay's workers have of the weights after `round`."""
+
+    round: int
+    weights_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
