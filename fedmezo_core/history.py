@@ -95,12 +95,14 @@ class History:
 
         Raises `DivergedError` if the run's key did not sign them.
         """
-        signature = notice.signature
-        if round_ == self._welcome.round:
-            signature = self._welcome.signature
+        signature = self.signature_of(notice, round_)
         if round_ >= self._welcome.round:
             self._check(round_, head, signature)
         return await self._keep((notice.record,), round_, head, signature)
+
+    def signature_of(self, notice: wire.CommitNotice, round_: int) -> bytes:
+        """What the coordinator signed of the head after a commit; empty before the welcome's round."""
+        return self._welcome.signature if round_ == self._welcome.round else notice.signature
 
     async def close(self) -> None:
         """Close the copy's file."""

@@ -93,6 +93,7 @@ RelayUp = SendHello | SendAnswer | SendUnable | ReportDigest | Leave
 class RelayReady(Ready):
     """What the relay's driver owes, in this order: `dismissed`, `records`, `messages`, `up`."""
 
+    records: tuple[Committed, ...] = ()
     dismissed: str = ""
     """If not empty: end every worker's session with this sentence; they may join again at once."""
     up: tuple[RelayUp, ...] = ()

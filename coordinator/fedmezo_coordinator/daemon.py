@@ -71,7 +71,9 @@ class Daemon(ServingLoop[Ready]):
         Without a `signer` checkpoints are not signed. `snapshots` is the folder that the replica
         writes to; None: there are none.
         """
-        super().__init__(journal, RoundMachine(), door)
+        super().__init__(door)
+        self._journal = journal
+        self._machine = RoundMachine()
         self._signer = signer
         self._shelf = SnapshotShelf(snapshots)
         self._loading = True

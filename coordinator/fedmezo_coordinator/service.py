@@ -48,6 +48,8 @@ SERVER_OPTIONS = (
     ("grpc.http2.max_ping_strikes", 0),
 )
 
+Server = grpc.aio.Server
+
 RawContext = grpc.aio.ServicerContext[Any, bytes]
 """Of a handler without serializers: what it reads is bytes, or `grpc.aio.EOF`."""
 
@@ -210,16 +212,17 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
 
 def bind_server(
-    listen: str, tls: tuple[Path, Path] | None, private: str
-) -> tuple[grpc.aio.Server, int]:
+    listen: str, tls: tuple[Path, Path] | None, private: str | None = None
+) -> tuple[Server, int]:
     """Take the addresses; returns the server and the port, which may have been 0 in `listen`.
 
-    `private` is a second address, a Unix socket, for the replica. Callers wait until `start_server`.
+    `private` is a second address, a Unix socket, for the replica if there is one. Callers wait until `start_server`.
     Raises `ConfigError` for an address or TLS files that cannot be used.
     """
     credentials = None if tls is None else _credentials(*tls)
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    server.add_insecure_port(private)
+    if private is not None:
+        server.add_insecure_port(private)
     try:
         if credentials is None:
             return server, server.add_insecure_port(listen)
@@ -231,7 +234,7 @@ def bind_server(
         ) from None
 
 
-async def start_server(server: grpc.aio.Server, daemon: ServingLoop[Any]) -> None:
+async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
     """Let a bound server answer for `daemon`."""
     servicer = CoordinatorServicer(daemon)
     # In the place of the generated handler, and without its serializers: what goes to thousands of

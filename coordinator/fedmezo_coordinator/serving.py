@@ -211,10 +211,12 @@ class _Time(Item):
 class ServingLoop(ABC, Generic[ReadyT]):
     """Serves one run to the workers that join it; what becomes of their answers is the machine's affair."""
 
-    def __init__(self, journal: Journal, machine: Machine[ReadyT], door: Door | None) -> None:
+    _journal: Journal
+    _machine: Machine[ReadyT]
+
+    def __init__(self, door: Door | None) -> None:
+        """The subclass owes a journal and a machine before anything is served."""
         self.door = door or Door()
-        self._journal = journal
-        self._machine = machine
         self._index = ModelIndex()
         self._digests = DigestBoard()
         self._recent: deque[Row] = deque()
@@ -248,6 +250,14 @@ class ServingLoop(ABC, Generic[ReadyT]):
     @abstractmethod
     def _welcome(self, round_: int, head: bytes) -> wire.Welcome:
         """Who joins now is at `round_` and `head`; `UnavailableError` if nobody can vouch for that yet."""
+
+    def _welcome_now(self) -> wire.Welcome:
+        round_ = self._machine.round
+        return self._welcome(round_, self._index.head_at(round_))
+
+    def _check_hello(self, hello: wire.Hello) -> None:
+        """Refuse a worker that would not compute this run's numbers."""
+        check_hello(hello, self.genesis, self._machine.round, self._index.head_at(hello.round))
 
     @abstractmethod
     async def _flush(self, readies: Sequence[ReadyT]) -> None:
@@ -436,10 +446,9 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """Admit a worker, or fail its `done` with what is wrong."""
         session, hello = item.session, item.hello
         try:
-            check_hello(hello, self.genesis, self._machine.round, self._index.head_at(hello.round))
+            self._welcome_now()
+            self._check_hello(hello)
             self._make_room(session.worker)
-            round_ = self._machine.round
-            welcome = self._welcome(round_, self._index.head_at(round_))
         except FedMezoError as error:
             log.warning("refused a worker: %s", error)
             if not item.done.done():
@@ -458,6 +467,11 @@ class ServingLoop(ABC, Generic[ReadyT]):
             await self._flush([self._machine.step(WorkerLost(worker))])
         rows = await self._commits_after(hello.round)
         if item.done.done():
+            return
+        try:
+            welcome = self._welcome_now()
+        except FedMezoError as error:
+            item.done.set_exception(error)
             return
         self._sessions[worker] = session
         session.traffic = self._traffic.setdefault(worker, session.traffic)
@@ -580,17 +594,16 @@ class ServingLoop(ABC, Generic[ReadyT]):
     def describe(self, version: int, run_id: str, round_: int = 0) -> wire.GetRunResponse:
         """What the run is, to a caller who means this one and holds the weights after `round_`."""
         check_run_id(run_id, self.genesis.config.run_id)
-        now = self._machine.round
         answer = wire.GetRunResponse(
             protocol_version=version,
             genesis=self._genesis_body,
-            round=now,
+            round=self._machine.round,
             epoch=self._machine.epoch,
             checkpoint_key=self.checkpoint_key,
             missing=self._missing_after(round_),
         )
         with contextlib.suppress(UnavailableError):
-            welcome = self._welcome(now, self._index.head_at(now))
+            welcome = self._welcome_now()
             answer.head, answer.signature = welcome.head, welcome.signature
         return answer
 

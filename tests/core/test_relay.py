@@ -113,6 +113,10 @@ class Site:
         return self.step(CommitReceived(record, body))
 
 
+def rounds_of(ready: RelayReady) -> list[int]:
+    return [record.round for record in ready.records]
+
+
 def answered(*grads: float, rows: int | None = None, loss: float | None = None) -> Answered:
     return Answered(1, 0, grads, loss, None, rows)
 
@@ -265,7 +269,7 @@ def test_commits_go_down_in_order_and_before_new_work() -> None:
     site = Site(workers=1)
     site.assign()
     site.answer("w0", 1.0, 1.0)
-    assert [record.round for record in site.commit(2).records] == [2]
+    assert rounds_of(site.commit(2)) == [2]
     assert site.machine.may_welcome
     ready = site.assign(3, want_digest=True)
     assert [type(message) for message in ready.messages] == [Assign]
@@ -340,7 +344,7 @@ def test_a_round_that_is_committed_without_the_site_is_given_up() -> None:
     site.assign()
     site.answer("w0", 1.0, 1.0)
     ready = site.commit(2)
-    assert [record.round for record in ready.records] == [2]
+    assert rounds_of(ready) == [2]
     assert ready.up == ()
     [refused] = ready.messages
     assert isinstance(refused, Refuse)
@@ -355,7 +359,7 @@ def test_in_a_buffered_run_commits_wait_until_the_site_has_answered() -> None:
     assert (site.machine.round, site.machine.received_round) == (1, 2)
     ready = site.answer("w1", 1.0, 1.0)
     assert isinstance(ready.up[0], SendAnswer)
-    assert [record.round for record in ready.records] == [2]
+    assert rounds_of(ready) == [2]
 
 
 @pytest.mark.parametrize(("steps", "most"), [(1, 4096), (64, 4096), (4096, 64)])
@@ -470,7 +474,7 @@ def test_one_missed_round_has_the_welcomes_signature_and_nobody_leaves() -> None
     site.connect(1, behind=1)
     ready = site.commit(2)
     assert ready.dismissed == ""
-    assert [record.round for record in ready.records] == [2]
+    assert rounds_of(ready) == [2]
     assert site.machine.may_welcome
 
 
