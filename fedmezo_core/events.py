@@ -281,6 +281,8 @@ class Vouched:
     epoch: int
     round: int
     head: bytes
+    finished: bool = False
+    """Whether no more rounds follow."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,13 +78,17 @@ class History:
             return ()
         return await self._on_disk(lambda: copy.add(bodies))
 
+    def expect(self, welcome: wire.Welcome) -> None:
+        """Check the checkpoint that the commits which follow lead to; raises as `welcomed`."""
+        self._welcome = welcome
+        self._check(welcome.round, welcome.head, welcome.signature)
+
     async def welcomed(self, welcome: wire.Welcome, round_: int) -> None:
         """Check the welcome's checkpoint; `round_` is the one that this party holds.
 
         Raises `DivergedError` if the run's key did not sign it.
         """
-        self._welcome = welcome
-        self._check(welcome.round, welcome.head, welcome.signature)
+        self.expect(welcome)
         if round_ == welcome.round:
             await self._keep((), welcome.round, welcome.head, welcome.signature)
 

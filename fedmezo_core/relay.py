@@ -166,6 +166,8 @@ class RelayMachine:
         self._diverged: set[str] = set()
         self._recent: deque[RoundSummary] = deque(maxlen=RECENT_ROUNDS_MAX)
         self._staffed = False
+        # No more rounds follow, as the coordinator above says; and the workers were told so.
+        self._over = False
         self._finished = False
         self._left = False
         self._reports: dict[str, bytes] = {}
@@ -199,7 +201,10 @@ class RelayMachine:
 
     @property
     def is_staffed(self) -> bool:
-        """Whether the site should take part: from `workers_min` workers on, until the last one is gone."""
+        """Whether the site should take part: from `workers_min` workers on, until the last one is gone.
+
+        Of a run that is over, one worker is enough to be told so.
+        """
         return self._staffed
 
     @property
@@ -210,14 +215,14 @@ class RelayMachine:
     @property
     def phase(self) -> Phase:
         """Where the site is."""
-        if self._finished:
+        if self._finished or self._over:
             return Phase.FINISHED
         return Phase.WAITING if self._open is None else Phase.OPEN
 
     @property
     def reason(self) -> str:
         """Why the site does not take part; empty if it does."""
-        if self._finished or self._staffed:
+        if self._staffed or self.phase is Phase.FINISHED:
             return ""
         return f"{len(self._ready)} of {self._workers_min} workers are here"
 
@@ -330,7 +335,7 @@ class RelayMachine:
         self._from_above(event)
         self._heard(event.epoch)
         self._signed_from = event.round
-        self._vouched |= event.round == self._round
+        self._vouch_for(event.round)
 
     def _vouch(self, event: Vouched) -> None:
         if event.round == self._session.round and event.head != self._session.head:
@@ -340,7 +345,14 @@ class RelayMachine:
                 "which journal is served there, or move the copy away."
             )
         self._heard(event.epoch)
-        self._vouched |= event.round == self._round
+        self._over |= event.finished
+        if event.round == self._session.round:
+            self._vouch_for(event.round)
+
+    def _vouch_for(self, round_: int) -> None:
+        """The coordinator above has signed the head after a round; its commit may still wait here."""
+        self._unsigned.discard(round_)
+        self._vouched |= round_ == self._round
 
     def _commit_received(self, event: CommitReceived) -> None:
         round_ = event.commit.round
@@ -369,7 +381,11 @@ class RelayMachine:
         if before is None or self._open is not before:
             return
         if before.is_of(event.ticket) and before.work == event.work:
+            # Asked again for want of answers, so those who could not measure may try again.
             before.closes_at_ms = self._closes_at_ms
+            silent = before.asked - before.pending - before.answers.keys()
+            for worker in sorted(silent & self._ready):
+                self._ask(before, worker)
         else:
             self._fail(before, "another assignment has taken its place")
 
@@ -525,11 +541,13 @@ class RelayMachine:
     def _advance(self) -> None:
         """Answer above if everyone has answered who can, or the time is over."""
         present = len(self._ready) + len(self._lost_at_ms)
-        self._staffed = present > 0 if self._staffed else len(self._ready) >= self._workers_min
+        enough = len(self._ready) >= (1 if self._over else self._workers_min)
+        self._staffed = present > 0 if self._staffed else enough
         while (site := self._open) is not None:
             if self._session.measuring_in_vain:
                 self._fail(site, "its round was committed without this site")
-            elif self._now_ms < site.closes_at_ms and self._waits_in(site):
+            # Without any answer the site is as a worker that still measures: a late one counts too.
+            elif self._waits_in(site) and (self._now_ms < site.closes_at_ms or not site.answers):
                 return
             else:
                 self._close(site)
@@ -548,9 +566,9 @@ class RelayMachine:
             ).complaint = f"did not answer round {site.given.round} within the site's time"
         answers, digest64 = self._agreeing(site)
         if not answers:
-            silent = "no worker of this site answered in time" if site.asked else "nobody is here"
+            unable = "no worker of this site can measure it"
             self._fail(
-                site, "the weights of this site's workers differ" if site.answers else silent
+                site, "the weights of this site's workers differ" if site.answers else unable
             )
             return
         site.counted = tuple(sorted(answers))

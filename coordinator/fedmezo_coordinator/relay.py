@@ -201,7 +201,7 @@ class Relay(ServingLoop[RelayReady]):
                 await self._take_page([entry.record for entry in page.entries])
             round_, head = description.round, description.round_head
             if self._machine.received_round == round_ and head:
-                await self._vouched(description)
+                await self._vouched(description, page.finished)
             if self._machine.received_round == round_:
                 return
 
@@ -221,13 +221,13 @@ class Relay(ServingLoop[RelayReady]):
         notices = [wire.CommitNotice(record=event.record_bytes) for event in events]
         await self._above(events, notices, is_page=True)
 
-    async def _vouched(self, description: RunDescription) -> None:
+    async def _vouched(self, description: RunDescription, finished: bool) -> None:
         round_, head = description.round, description.round_head
         welcome = wire.Welcome(
             epoch=description.epoch, round=round_, head=head, signature=description.signature
         )
-        self._signed_round, self._signature = round_, description.signature
-        await self._above([Vouched(description.epoch, round_, head)])
+        self._expect(welcome)
+        await self._above([Vouched(description.epoch, round_, head, finished)])
         await self._history.welcomed(welcome, self._machine.round)
 
     async def _session_above(self) -> None:
@@ -269,14 +269,17 @@ class Relay(ServingLoop[RelayReady]):
             if isinstance(event, Welcomed):
                 welcomed = True
                 self._reached()
-                if message.welcome.round == self._machine.received_round:
-                    self._signed_round = event.round
-                    self._signature = message.welcome.signature
+                self._expect(message.welcome)
             await self._above([event], [message.commit] if message.HasField("commit") else [])
             if isinstance(event, Welcomed):
                 await self._history.welcomed(message.welcome, self._machine.round)
                 log.info("joined above at round %d of epoch %d", event.round, event.epoch)
             self._reachable_at_s = time.monotonic()
+
+    def _expect(self, welcome: wire.Welcome) -> None:
+        """Before the machine hears of it: a commit of that round may be given out from then on."""
+        self._history.expect(welcome)
+        self._signed_round, self._signature = welcome.round, welcome.signature
 
     async def _send_up(self, stream: SessionStream, up: asyncio.Queue[RelayUp | None]) -> None:
         with contextlib.suppress(UnavailableError):  # whoever reads learns of it too
@@ -363,14 +366,14 @@ class Relay(ServingLoop[RelayReady]):
         rounds = [record.round for ready in readies for record in ready.records]
         for round_ in rounds:
             notice, is_page = self._notices.pop(round_)
-            if is_page:
+            if is_page and round_ != self._signed_round:
                 page.append(notice.record)
                 continue
             self._note_kept(await self._history.add(page), sent)
             page = []
             head = head_after(self._index.head_at(round_ - 1), notice.record)
             signature = self._history.signature_of(notice, round_)
-            if signature or not self._key:
+            if signature:
                 self._signed_round, self._signature = round_, signature
             entries = await self._history.committed(notice, round_, head)
             self._note_kept(entries, sent, signature)

@@ -293,12 +293,24 @@ def test_stragglers_cost_the_site_only_their_share() -> None:
     assert [m.worker for m in site.step(Acknowledged(Ticket(1, 2, 3))).messages] == ["w0"]
 
 
-def test_without_an_answer_the_relay_says_that_it_is_unable() -> None:
+def test_without_any_answer_in_time_the_first_late_one_goes_up_alone() -> None:
     site = Site()
     site.assign()
-    [up] = site.step(Tick(8000)).up
-    assert up == SendUnable(Ticket(1, 2, 3), "no worker of this site answered in time")
-    assert site.machine.phase is Phase.WAITING
+    assert site.step(Tick(9000)).up == ()
+    [up] = site.answer("w1", 1.0, 1.0).up
+    assert isinstance(up, SendAnswer)
+
+
+def test_work_that_is_assigned_again_has_a_new_deadline_and_asks_the_unable_again() -> None:
+    site = Site()
+    site.assign()
+    site.step(UnableReceived("w1", Ticket(1, 2, 3), "nan"))
+    site.step(Tick(9000))
+    [asked] = site.assign().messages
+    assert isinstance(asked, Assign)
+    assert (asked.worker, asked.deadline_ms) == ("w1", 8000)
+    assert site.answer("w0", 1.0, 1.0).up == ()
+    assert len(site.step(Tick(17_000)).up) == 1
 
 
 def test_if_nobody_can_measure_it_is_said_at_once() -> None:
@@ -360,6 +372,18 @@ def test_in_a_buffered_run_commits_wait_until_the_site_has_answered() -> None:
     ready = site.answer("w1", 1.0, 1.0)
     assert isinstance(ready.up[0], SendAnswer)
     assert rounds_of(ready) == [2]
+
+
+def test_in_a_buffered_run_what_was_missed_waits_and_is_vouched_for_meanwhile() -> None:
+    site = Site(buffer_answers=2)
+    site.assign()
+    site.step(Disconnected())
+    site.commit(2)
+    site.step(Vouched(1, 2, site.head))
+    site.answer("w0", 1.0, 1.0)
+    ready = site.answer("w1", 1.0, 1.0)
+    assert (rounds_of(ready), ready.dismissed) == ([2], "")
+    assert site.machine.may_welcome
 
 
 @pytest.mark.parametrize(("steps", "most"), [(1, 4096), (64, 4096), (4096, 64)])
@@ -501,6 +525,15 @@ def test_a_site_takes_part_from_its_least_count_on_until_the_last_is_gone() -> N
     assert site.machine.is_staffed
     site.step(Tick(REJOIN_MS))
     assert not site.machine.is_staffed
+
+
+def test_of_a_run_that_is_over_one_worker_is_enough_to_be_told_so() -> None:
+    site = Site(workers=1, workers_min=3)
+    assert not site.machine.is_staffed
+    site.step(Disconnected())
+    site.step(Vouched(1, 1, HEAD, finished=True))
+    assert site.machine.is_staffed
+    assert site.machine.phase is Phase.FINISHED
 
 
 def test_a_message_that_is_not_allowed_changes_nothing() -> None:
