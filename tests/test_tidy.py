@@ -112,7 +112,8 @@ def test_generic_folders_are_not_packages(folder: str) -> None:
 def test_serving_needs_no_torch() -> None:
     """What the daemon imports, in a fresh interpreter."""
     code = (
-        "import sys, fedmezo_coordinator.cli, fedmezo_coordinator.client_cli; "
+        "import sys, fedmezo_coordinator.cli, fedmezo_coordinator.client_cli, "
+        "fedmezo_coordinator.relay_cli; "
         f"loaded = set(sys.modules) & {NUMERIC!r}; assert not loaded, loaded"
     )
     subprocess.run(

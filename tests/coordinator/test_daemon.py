@@ -62,6 +62,7 @@ def test_a_session_ends_once_and_with_what_was_first() -> None:
         "fedmezo_coordinator.cli",
         "fedmezo_coordinator.client_cli",
         "fedmezo_coordinator.daemon",
+        "fedmezo_coordinator.relay_cli",
         "fedmezo_coordinator.service",
         "fedmezo_coordinator.replica",
         "fedmezo_core.client",

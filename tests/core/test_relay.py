@@ -393,6 +393,17 @@ def test_a_site_asks_no_more_workers_than_one_round_may_have(steps: int, most: i
     assert most * steps <= max(COMMIT_PAIRS_MAX, 4096)
 
 
+@pytest.mark.parametrize(("workers", "asked"), [(2, 2), (3, 3), (4, 3)])
+def test_one_less_just_so_many_and_one_more_than_a_site_may_ask(
+    monkeypatch: pytest.MonkeyPatch, workers: int, asked: int
+) -> None:
+    monkeypatch.setattr("fedmezo_core.relay.COHORT_MAX", 3)
+    site = Site(workers=workers)
+    assert len(site.assign().messages) == asked
+    late = site.step(WorkerReady("late")).messages
+    assert len(late) == (1 if workers < 3 else 0)
+
+
 # ---------------------------------------------------------------- weights
 
 

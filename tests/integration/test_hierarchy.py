@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+import signal
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import trustme
 
 from fedmezo_coordinator.relay import Relay
-from fedmezo_coordinator.service import bind_server, start_server
 from fedmezo_coordinator.settings import RelaySettings
 from fedmezo_core.aggregate import site_mean
 from fedmezo_core.checkpoints import open_signer
@@ -28,6 +29,8 @@ from fedmezo_core.journal import Journal
 from fedmezo_core.journal_copy import verified
 from fedmezo_core.records import Answered, Committed, Diverged, Genesis
 from fedmezo_core.store import SqliteStore
+from fedmezo_core.zo.party import commits_of as pairs_of
+from fedmezo_core.zo.party import open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
@@ -36,14 +39,17 @@ from tests.faults.light_worker import LightEngine
 from tests.integration.harness import (
     PATIENCE_S,
     Programs,
+    answer_to,
     config_of,
     genesis_of,
     hands,
     records_of,
+    relayed,
     served,
     until,
     write_genesis,
 )
+from tests.integration.parties import Workers
 from tests.sim.checker import measure, rows_of
 
 ROUNDS = 6
@@ -60,37 +66,6 @@ def genesis(**changes: Any) -> Genesis:
         "deadline_ms": 60_000,
     }
     return genesis_of(config_of(**(values | changes)))
-
-
-@dataclass
-class Site:
-    """A relay with a real server on a real port."""
-
-    relay: Relay
-    address: str
-
-
-@asynccontextmanager
-async def relayed(
-    upstream: str, folder: Path, name: str, *, listen: str = "127.0.0.1:0", **changes: Any
-) -> AsyncIterator[Site]:
-    """A relay in this process, until the end of the block."""
-    values = {"upstream": upstream, "name": name, "journal_copy": folder / f"{name}.db"}
-    settings = RelaySettings.model_validate(values | changes)
-    async with CoordinatorClient(upstream) as client:
-        relay = Relay(settings, client)
-        await relay.load()
-        server, port = bind_server(listen, None)
-        await start_server(server, relay)
-        serving = asyncio.create_task(relay.serve())
-        try:
-            yield Site(relay, f"127.0.0.1:{port}")
-        finally:
-            relay.end_sessions()
-            await server.stop(0.5)
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-            await relay.close()
 
 
 @dataclass
@@ -111,12 +86,22 @@ class Crew:
         self.all: list[Working] = []
 
     def start(
-        self, address: str, name: str, engine: LightEngine | None = None, *, keeps: bool = True
+        self,
+        address: str,
+        name: str,
+        engine: LightEngine | None = None,
+        *,
+        keeps: bool = True,
+        tls_ca: Path | None = None,
     ) -> Working:
         engine = engine or LightEngine()
         copy = self.folder / f"copy-{name}.db" if keeps else None
         settings = WorkerSettings(
-            coordinator=address, name=name, data=Path(__file__), journal_copy=copy
+            coordinator=address,
+            name=name,
+            data=Path(__file__),
+            journal_copy=copy,
+            tls_ca=tls_ca,
         )
         agent = Agent(settings, cast("Engine", engine))
         working = Working(name, engine, asyncio.create_task(agent.run()), copy)
@@ -185,7 +170,7 @@ def heads_in(folder: Path) -> set[bytes]:
     return {head_of(path) for path in folder.glob("*.db")}
 
 
-async def flat_head(folder: Path, what: Genesis, sites: dict[str, Sequence[str]]) -> bytes:
+async def flat_head(folder: Path, what: Genesis, sites: Mapping[str, Sequence[str]]) -> bytes:
     """Where a federation without relays ends, in which each site is one worker."""
     flat = Crew(folder)
     weighted = what.config.weighting == "rows"
@@ -246,8 +231,8 @@ async def test_a_site_is_one_stream_to_the_coordinator_above(tmp_path: Path, cre
         relayed(at.address, tmp_path, "site-b", workers_min=4) as second,
     ):
         for number in range(24):
-            up = first if number < 20 else second
-            crew.start(up.address, f"w{number}", keeps=False)
+            site = first if number < 20 else second
+            crew.start(site.address, f"w{number}", keeps=False)
         await crew.finish()
         assert at.daemon.door.sessions <= 2
         status = at.daemon.status("")
@@ -437,6 +422,37 @@ async def test_a_site_with_other_weights_than_the_run_is_sent_away_and_comes_bac
     assert len({w.engine.weights for w in crew.all}) == 1
 
 
+async def test_models_at_two_sites_and_a_late_one_end_in_the_same_weights(
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+    model_folder: Path,
+    data_files: list[Path],
+    workers: Workers,
+) -> None:
+    what = tiny_genesis(rounds=6, workers_min=2, quorum=2, weighting="rows", report_losses=True)
+    centre = tmp_path / "centre.db"
+    signer = open_signer(tmp_path / "centre.key")
+    async with (
+        served(centre, what, signer=signer) as at,
+        relayed(at.address, tmp_path, "site-a", workers_min=2) as first,
+        relayed(at.address, tmp_path, "site-b", workers_min=2) as second,
+    ):
+        started = [
+            workers.start(up.address, f"w{number}", data_files[number])
+            for number, up in enumerate((first, first, second, second))
+        ]
+        await asyncio.gather(*(w.task for w in started))
+        late = workers.start(second.address, "late", data_files[4])
+        await late.task
+        found = {d.weights_digest for s in (first, second) for d in s.relay.status("").digests}
+        assert {d.weights_digest for d in at.daemon.status("").digests} == found
+        rounds = at.daemon.status("").recent_rounds
+        assert all(r.HasField("mean_loss") and r.answers == 2 for r in rounds)
+    party = open_party(what.config, str(model_folder), threads=1)
+    party.weights.apply(1, pairs_of(commits_of(centre)))
+    assert found == {party.weights.digest()}
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -475,6 +491,102 @@ async def test_a_coordinator_above_whose_journal_went_back_is_left(
         with pytest.raises(FedMezoError, match="the journal there went back"):
             await asyncio.wait_for(relay.serve(), PATIENCE_S)
         await relay.close()
+
+
+async def test_a_relay_without_a_coordinator_waits_and_stops_cleanly(tmp_path: Path) -> None:
+    programs = Programs(tmp_path)
+    try:
+        waiting = programs.start(
+            "fedmezo_coordinator.relay_cli",
+            *("--upstream", "127.0.0.1:9", "--name", "a", "--listen", "127.0.0.1:0"),
+        )
+        await waiting.says("No coordinator answers at 127.0.0.1:9")
+        waiting.send(signal.SIGTERM)
+        assert await waiting.wait() == 0
+        hasty = programs.start(
+            "fedmezo_coordinator.relay_cli",
+            *("--upstream", "127.0.0.1:9", "--name", "a", "--listen", "127.0.0.1:0"),
+            *("--give-up-after-s", "0"),
+        )
+        assert await hasty.wait() == 1
+        assert "fedmezo-relay: No coordinator answers at 127.0.0.1:9" in hasty.said
+        async with served(tmp_path / "one.db", genesis()) as at:
+            relay = programs.start(
+                "fedmezo_coordinator.relay_cli",
+                *("--upstream", at.address, "--name", "a", "--listen", "127.0.0.1:0"),
+            )
+            await relay.says("run tiny-run is served at")
+            relay.send(signal.SIGTERM)
+            assert await relay.wait() == 0
+    finally:
+        programs.end()
+
+
+async def test_two_relays_of_one_name_are_told_apart(tmp_path: Path, crew: Crew) -> None:
+    """The second one takes the place of the first, which ends and says why."""
+    what = genesis(rounds=1000, workers_min=1, quorum=1)
+    async with (
+        served(tmp_path / "one.db", what) as at,
+        relayed(at.address, tmp_path, "site-a") as first,
+        relayed(at.address, tmp_path, "site-a", journal_copy=tmp_path / "b.db") as second,
+    ):
+        crew.start(first.address, "w1", keeps=False)
+
+        async def has_come() -> bool:
+            return at.daemon.status("").round >= 3
+
+        await until(has_come, "round 3")
+        crew.start(second.address, "w2", keeps=False)
+        with pytest.raises(FedMezoError, match="Another process has joined as worker site-a"):
+            await asyncio.wait_for(first.serving, PATIENCE_S)
+
+
+async def test_a_relay_speaks_tls_above_and_below(tmp_path: Path, crew: Crew) -> None:
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    pair = ca.issue_cert("127.0.0.1")
+    pair.private_key_pem.write_to_path(tmp_path / "key.pem")
+    for blob in pair.cert_chain_pems:
+        blob.write_to_path(tmp_path / "cert.pem", append=True)
+    tls = (tmp_path / "cert.pem", tmp_path / "key.pem")
+    files = {"tls_ca": tmp_path / "ca.pem", "tls_cert": tls[0], "tls_key": tls[1]}
+    what = genesis(workers_min=1, quorum=1)
+    async with (
+        served(tmp_path / "centre.db", what, tls=tls) as at,
+        relayed(at.address, tmp_path, "site-a", **files) as site,
+    ):
+        crew.start(site.address, "w1", tls_ca=tmp_path / "ca.pem")
+        await crew.finish()
+    assert len(heads_in(tmp_path)) == 1
+
+
+async def test_a_worker_that_polls_may_work_at_a_relay(tmp_path: Path) -> None:
+    what = genesis(workers_min=1, quorum=1, weighting="uniform", rounds=3)
+    async with (
+        served(tmp_path / "centre.db", what) as at,
+        relayed(at.address, tmp_path, "site-a") as site,
+        hands(site.address, what, "polling") as [hand],
+    ):
+        client = hand.client
+
+        async def vouched() -> bool:
+            return (await client.get_run()).round_head != b""
+
+        await until(vouched, "the relay to be vouched for")
+        hello = wire.SessionRequest(hello=hand.hello())
+        token = (await client.poll_session(b"", hello)).token
+        answers: list[wire.SessionRequest] = []
+        acknowledged, finished = [], False
+        while not finished:
+            down = await client.poll_session(token, *answers, wait_ms=30_000)
+            answers = []
+            for message in down.messages:
+                if message.HasField("assign"):
+                    answers.append(wire.SessionRequest(answer=answer_to(message.assign)))
+                if message.HasField("ack"):
+                    acknowledged.append(message.ack.ticket.round)
+                finished |= message.HasField("finished")
+        assert acknowledged == [1, 2, 3]
 
 
 async def test_a_relay_keeps_no_snapshots_and_no_replica(tmp_path: Path) -> None:

@@ -332,8 +332,8 @@ class Relay(Coordinator):
         if isinstance(event, Welcomed):
             self._welcomed_round = event.round
             self._signed.add(event.round)
-        is_live = isinstance(event, CommitReceived) and self.uplink.stream is not None
-        if is_live and event.commit.round >= self._welcomed_round:
+        signed_from = self._welcomed_round if self.uplink.stream is not None else math.inf
+        if isinstance(event, CommitReceived) and event.commit.round >= signed_from:
             self._signed.add(event.commit.round)
         try:
             ready = self.relay.step(event)
