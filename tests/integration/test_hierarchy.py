@@ -549,7 +549,7 @@ async def test_a_relay_speaks_tls_above_and_below(tmp_path: Path, crew: Crew) ->
     for blob in pair.cert_chain_pems:
         blob.write_to_path(tmp_path / "cert.pem", append=True)
     tls = (tmp_path / "cert.pem", tmp_path / "key.pem")
-    files = {"tls_ca": tmp_path / "ca.pem", "tls_cert": tls[0], "tls_key": tls[1]}
+    files: dict[str, Any] = {"tls_ca": tmp_path / "ca.pem", "tls_cert": tls[0], "tls_key": tls[1]}
     what = genesis(workers_min=1, quorum=1)
     async with (
         served(tmp_path / "centre.db", what, tls=tls) as at,
