@@ -99,7 +99,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     if settings.resume:
         await daemon.resume(settings.resume_rate_factor)
     elif daemon.pause_reason:
-        log.error("the run is paused: %s; start with --resume true to go on", daemon.pause_reason)
+        log.error("the run is paused: %s; start with --resume to go on", daemon.pause_reason)
     return daemon
 
 

@@ -156,12 +156,17 @@ class Relay(ServingLoop[RelayReady]):
 
     async def _follow(self) -> None:
         """Keep one stream to the coordinator above, while there are workers; until the run is finished."""
+        waits = False
         while not self._machine.left:
             try:
                 await self._catch_up()
                 if self._staffed.is_set():
+                    waits = False
                     await self._session_above()
                 else:
+                    if not waits:
+                        log.info("%s, so the site does not take part yet", self._machine.reason)
+                    waits = True
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._staffed.wait(), LOOK_EVERY_S)
             except (UnavailableError, NotReadyError) as error:
