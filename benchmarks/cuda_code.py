@@ -105,8 +105,16 @@ def measured(
         "stack_bytes": int(registers[2]),
         "values_a_lane": a_lane_has,
         "inner_loop": min(loops) / a_lane_has if loops else None,
+        "carried": [_carried(result.asm["ttir"]), _carried(result.asm["ttgir"])],
         "ptx": result.asm["ptx"],
     }
+
+
+def _carried(code: str) -> int:
+    """Values that loops carry from turn to turn, in Triton's intermediate code."""
+    return sum(
+        carried.count("=") for carried in re.findall(r"scf\.for .* iter_args\((.*?)\) ->", code)
+    )
 
 
 def _tool(name: str, *arguments: str) -> str:

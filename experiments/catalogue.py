@@ -17,6 +17,7 @@ from experiments.settings import (
     FULL_RATE,
     LORA_RATE,
     RUN,
+    WIDE_LORA,
     Settings,
     config_of,
 )
@@ -102,7 +103,10 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "accuracy": Experiment(
         "FedMeZO against federated averaging with back-propagation",
         (
-            Arm("FedMeZO", {"probes": 63, "rounds": 100}),
+            Arm(
+                "FedMeZO",
+                {"probes": 31, "rounds": 60, "learning_rate": 0.5, "lora": WIDE_LORA},
+            ),
             Arm(
                 "BP-FedAvg, full",
                 {**WHOLE, "probes": 1},

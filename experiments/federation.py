@@ -60,6 +60,7 @@ from fedmezo_core.records import Committed, Evaluated
 from fedmezo_core.rounds import Phase, RoundMachine
 from fedmezo_core.session import SessionMachine
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.party import Party, commits_of
 from fedmezo_core.zo.rows import Row
 from fedmezo_core.zo.task import Batches
@@ -92,6 +93,7 @@ class Federation:
         judge: Judge | None = None,
         store: JournalStore | None = None,
         threads: int = 1,
+        pass_tokens_max: int = PASS_TOKENS_MAX,
     ) -> None:
         """`party` is at its base; `rows` are each worker's own. Raises as `Task.encode` does."""
         self.party = party
@@ -105,7 +107,7 @@ class Federation:
         self.applying_s = 0.0
         """CPU time that each worker takes to apply commits and digest its weights."""
         self._judge = judge
-        self._estimator = open_estimator(party, threads=threads)
+        self._estimator = open_estimator(party, threads=threads, pass_tokens_max=pass_tokens_max)
         self._machine = RoundMachine()
         genesis = party.genesis()
         [entry] = self.journal.append([genesis])

@@ -36,7 +36,9 @@ def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[]
     first_order = run.first_order
     if isinstance(first_order, FirstOrder):
         return lambda: train(party, first_order, [batch])
-    estimator = open_estimator(party, threads=run.settings.threads)
+    estimator = open_estimator(
+        party, threads=run.settings.threads, pass_tokens_max=run.settings.pass_tokens_max
+    )
     seeds = list(range(1, run.config.probes + 1))
     # With a pair of an earlier local step, as most measurements have.
     return lambda: estimator.measure(batch, [(0, 1e-9)], seeds, run.config.eps)

@@ -30,6 +30,7 @@ from fedmezo_core.program import run_program
 from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.export import export_adapter
 from fedmezo_core.zo.fitting import fit_adapter
+from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.placement import Placement
 
@@ -119,7 +120,13 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         kept=folder,
     )
     method: Federation | FedAvg = (
-        Federation(party, data.clients, judge=judge, threads=settings.threads)
+        Federation(
+            party,
+            data.clients,
+            judge=judge,
+            threads=settings.threads,
+            pass_tokens_max=settings.pass_tokens_max,
+        )
         if run.first_order is None
         else FedAvg(party, data.clients, run.first_order, judge=judge)
     )
@@ -151,7 +158,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         trained_elements=genesis.trainable_elements,
         trained_bytes=genesis.trainable_bytes,
         head=method.journal.head.hex() if isinstance(method, Federation) else "",
-        machine=Machine().describe(),
+        machine=Machine(execution_device(party.loaded.model)).describe(),
     )
 
 
@@ -171,10 +178,11 @@ def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path | 
             "fit_rows (a domain gives at most a tenth of its rows), or leave out freeze_a."
         )
     depends = [settings.model, settings.data, settings.fit_rows, settings.heldout_per_label]
-    text = f"{depends} {config.lora!r} {config.task!r} {_code_hash()}"
+    placement = Placement(settings.device)
+    text = f"{depends} {placement} {config.lora!r} {config.task!r} {_code_hash()}"
     folder = KEPT / "adapters" / hashlib.sha256(text.encode()).hexdigest()[:24]
     if not folder.exists():
-        party = open_party(config, settings.model, threads=settings.threads)
+        party = open_party(config, settings.model, threads=settings.threads, placement=placement)
         fit_adapter(party, data.fitting)
         try:
             export_adapter(party.loaded.model, folder)

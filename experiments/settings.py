@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.rows import Row, read_rows
 
 CACHE = Path("build/cache")
@@ -25,6 +26,13 @@ LORA: dict[str, Any] = {
     "freeze_a": True,
 }
 """The adapter of the recipe, in the last of the model's 30 layers; A is fitted to texts (decision 0015)."""
+
+WIDE_LORA: dict[str, Any] = {
+    **LORA,
+    "target_modules": [f"layers.{layer}.mlp.up_proj" for layer in range(24, 28)],
+}
+"""Where the recipe learns best: the layers whose inputs tell most of the label. A probe costs four times
+as much as in the last layer."""
 
 RUN: dict[str, Any] = {
     "model": "smollm2-135m",
@@ -86,6 +94,8 @@ class Settings(BaseModel):
     of them in any case."""
     evaluate_batch_size: int = Field(default=64, ge=1)
     threads: int = Field(default=1, ge=1)
+    pass_tokens_max: int = Field(default=PASS_TOKENS_MAX, ge=1)
+    """As of `Estimator`: larger passes are faster on a GPU."""
     device: str = "cpu"
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import os
+import uuid
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedmezo_core.errors import ConfigError, DivergedError
+from fedmezo_core.folders import sync
 
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
@@ -54,8 +56,23 @@ def open_signer(path: Path) -> Signer:
 
     Raises `ConfigError` if the file cannot be written, or holds no unencrypted Ed25519 key.
     """
+    if path.exists():
+        return Signer(_read(path))
+    key = Ed25519PrivateKey.generate()
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        try:
+            with os.fdopen(
+                os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb"
+            ) as file:
+                file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+                file.flush()
+                os.fsync(file.fileno())
+            # Whole or not there, and never in place of another's.
+            os.link(partial, path)
+            sync(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
     except FileExistsError:
         return Signer(_read(path))
     except OSError as error:
@@ -63,11 +80,6 @@ def open_signer(path: Path) -> Signer:
             f"The key {path} that signs this run's checkpoints cannot be made ({error.strerror}); "
             "make its folder writable, or set signing_key."
         ) from None
-    key = Ed25519PrivateKey.generate()
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-        file.flush()
-        os.fsync(file.fileno())
     return Signer(key)
 
 

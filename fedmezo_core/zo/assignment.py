@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import digest64_of
-from fedmezo_core.zo.estimator import Estimator, local_steps
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, local_steps
 from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.party import Party
@@ -18,6 +18,7 @@ def open_estimator(
     party: Party,
     *,
     threads: int | None = None,
+    pass_tokens_max: int = PASS_TOKENS_MAX,
     objective: Callable[[Predictions], float] | None = None,
     before_pass: Callable[[], None] = lambda: None,
 ) -> Estimator:
@@ -30,6 +31,7 @@ def open_estimator(
         rounding=party.rounding,
         one_sided=party.config.estimator == "one_sided",
         threads=threads,
+        pass_tokens_max=pass_tokens_max,
         objective=objective,
         before_pass=before_pass,
     )

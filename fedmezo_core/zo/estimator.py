@@ -43,12 +43,13 @@ from fedmezo_core.zo.task import Batch, Task
 log = logging.getLogger("fedmezo.estimator")
 
 POINTS_MAX: Final = 16
-"""Most points in one pass: activations take as many copies of the batch."""
+"""Most points in one pass through all of the model: activations take as many copies of the batch."""
 PREFIX_SHARE_MIN: Final = 0.5
 """From this part of the model on, frozen and run first, it is computed once for all passes of a batch."""
-PREFIX_TOKENS_MAX: Final = 1 << 11
+PREFIX_POINTS_MAX: Final = 64
+PASS_TOKENS_MAX: Final = 1 << 11
 """Then passes can be small: most tokens of all copies in one, or 2 points. Their activations are a few
-per cent of the memory of inference."""
+per cent of the memory of inference. A GPU is faster with more."""
 
 Result = TypeVar("Result")
 Pair = tuple[int, float]
@@ -92,10 +93,12 @@ class Estimator:
         rounding: Rounding,
         one_sided: bool = False,
         threads: int | None = None,
+        pass_tokens_max: int = PASS_TOKENS_MAX,
         objective: Callable[[Predictions], float] | None = None,
         before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """`threads` is how many build perturbed weights (default: as `materialize` chooses).
+        `pass_tokens_max` bounds the passes behind a frozen part that is most of the model.
 
         With an `objective`, which returns finite numbers or raises, a point's loss is what that makes
         of the predictions there. `before_pass` is called before each pass over the model, and may
@@ -104,6 +107,7 @@ class Estimator:
         self._model = model
         self._task = task
         self._one_sided = one_sided
+        self._pass_tokens_max = pass_tokens_max
         self._objective = objective
         self._before_pass = before_pass
         self._builds_weights = not distribution.rank
@@ -173,7 +177,7 @@ class Estimator:
         """Points a pass; where passes are small, none shall have a single one, which computes all anew."""
         if self._builds_weights or self._forward.prefix_share < PREFIX_SHARE_MIN:
             return POINTS_MAX
-        most = min(max(2, PREFIX_TOKENS_MAX // batch.input_ids.numel()), POINTS_MAX)
+        most = min(max(2, self._pass_tokens_max // batch.input_ids.numel()), PREFIX_POINTS_MAX)
         lengths = (*range(most, 1, -1), most + 1, most + 2)
         return next((length for length in lengths if count % length != 1), most)
 

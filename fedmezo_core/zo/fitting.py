@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fedmezo_core.errors import ConfigError, DataError
+from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.party import Party
 from fedmezo_core.zo.rows import Row
 
@@ -43,12 +44,13 @@ def fit_adapter(party: Party, rows: Sequence[Row]) -> None:
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     dataset = party.task.encode(rows)
     for first in range(0, len(dataset), BATCH_ROWS):
-        batch = party.task.collate(dataset.examples[first : first + BATCH_ROWS], "fitting")
+        examples = dataset.examples[first : first + BATCH_ROWS]
+        batch = party.task.collate(examples, "fitting", execution_device(model))
         ends = max(1, batch.targets.shape[1])
         counts = (
             batch.targets != -100
             if batch.targets.shape[1]
-            else torch.ones(len(batch.input_ids), 1, dtype=torch.bool)
+            else torch.ones_like(batch.input_ids[:, :1], dtype=torch.bool)
         )
         handles = [
             layer.register_forward_pre_hook(_collector(seen[name], ends, counts))

@@ -109,7 +109,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
         except Exception as error:
             raise _model_error(name_or_path, is_folder, "tokenizer", error) from error
-        placement.check(name_or_path, getattr(loaded, "hf_device_map", {}))
+        placement.check(name_or_path, loaded)
         _require_complete(name_or_path, loaded, info)
         if placement.offload_folder is not None:
             # What is trained can't stay in the checkpoint's own files, nor anything in passing ones.

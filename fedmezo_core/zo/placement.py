@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from fedmezo_core.errors import ConfigError, ModelError
 
@@ -83,9 +84,12 @@ class Placement:
         finally:
             shutil.rmtree(own, ignore_errors=True)
 
-    def check(self, shown: str, device_map: dict[str, Any]) -> None:
+    def check(self, shown: str, model: nn.Module) -> None:
         """Refuse a placement that leaves weights without a place, or the device without weights."""
-        devices = {str(device) for device in device_map.values()}
+        # transformers leaves no map on a model that is all in one place.
+        device_map: dict[str, Any] = getattr(model, "hf_device_map", {})
+        everywhere = device_map.values() or [weight.device.type for weight in model.parameters()]
+        devices = {str(device) for device in everywhere}
         if "disk" in devices and self.offload_folder is None:
             raise ModelError(
                 f"The weights of {shown} do not fit into the memory that they may take; name an "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +35,30 @@ def commit(round_: int) -> Committed:
 def test_the_text_that_is_signed_is_written_down_for_ever() -> None:
     text = checkpoint_text("tiny-run", 12, bytes(range(32)))
     assert text == b"fedmezo.v1/tiny-run\n12\nAAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=\n"
+
+
+def test_a_key_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "journal.db.key"
+
+    def another_is_faster(partial: Path, target: Path) -> None:
+        assert not target.exists()
+        target.write_bytes(Path(partial).read_bytes())
+        raise FileExistsError(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmezo_core.checkpoints.os.fsync", _full)
+        with pytest.raises(ConfigError, match="No space left"):
+            open_signer(path)
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("fedmezo_core.checkpoints.os.link", another_is_faster)
+        signer = open_signer(path)
+    assert list(tmp_path.iterdir()) == [path]
+    assert open_signer(path).public_key == signer.public_key
+
+
+def _full(_descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_a_key_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ class Engine:
         self._estimator = open_estimator(
             party,
             threads=settings.threads,
+            pass_tokens_max=settings.pass_tokens_max,
             objective=self._scorer,
             before_pass=self._end_if_cut_short,
         )

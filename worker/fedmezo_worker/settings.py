@@ -57,6 +57,12 @@ class WorkerSettings(BaseSettings):
         description="the module:function of the run's objective: its code runs here, on these rows",
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
+    pass_tokens_max: int = Field(
+        default=2048,
+        ge=1,
+        description="where most of the model is frozen: most tokens, of all perturbed copies of a "
+        "batch, that go through the rest at once; more is faster on a GPU and takes memory",
+    )
     device: str = Field(
         default="auto",
         description="auto (a CUDA device if there is one), cpu, cuda or cuda:1: where to compute",

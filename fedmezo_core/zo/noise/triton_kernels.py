@@ -540,10 +540,12 @@ def apply(
     a1 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
     a2 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
     a3 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
-    first = tl.zeros((), tl.int32)
     for commit in range(commits.to(tl.int32)):
-        rounding_low, rounding_high, end, decay = _line(table, pairs.to(tl.int32) + commit)
+        line = pairs.to(tl.int32) + commit
+        rounding_low, rounding_high, end, decay = _line(table, line)
         last = end.to(tl.int32, bitcast=True)
+        # Read again, not carried on: Triton 3.6 and 3.7 take a bound that a loop carries for its first value.
+        first = tl.load(table + (line - 1) * 4 + 2, mask=commit > 0, other=0)
         # Times 1 is exact; a branch around it would take a third more registers.
         factor = decay.to(tl.float32, bitcast=True)
         a0, a1, a2, a3 = a0 * factor, a1 * factor, a2 * factor, a3 * factor
@@ -556,7 +558,6 @@ def apply(
             a1 = _moved(a1, n1, row_word, coefficient, FAMILY, RANK, A, B)
             a2 = _moved(a2, n2, row_word, coefficient, FAMILY, RANK, A, B)
             a3 = _moved(a3, n3, row_word, coefficient, FAMILY, RANK, A, B)
-        first = last
         if STORAGE != FLOAT32:
             a0, a1, a2, a3 = _all_rounded(
                 a0, a1, a2, a3, rounding_low, rounding_high, tensor_word, origin, element,

@@ -64,6 +64,13 @@ def test_nothing_spills(code: list[dict[str, Any]]) -> None:
         assert kernel["stack_bytes"] == 0, kernel["kernel"]
 
 
+def test_no_loop_forgets_what_it_carries(code: list[dict[str, Any]]) -> None:
+    """Triton 3.6 and 3.7 drop a bound that an outer loop carries to an inner one, and take its first value."""
+    for kernel in code:
+        before, after = kernel["carried"]
+        assert before == after, kernel["kernel"]
+
+
 def test_signs_cost_a_few_instructions(code: list[dict[str, Any]]) -> None:
     """A shift, a logical operation and an addition, and a Philox block for 128 values."""
     rademacher = next(kernel for kernel in code if kernel["distribution"] == "rademacher")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -151,10 +150,15 @@ def test_no_room_and_no_folder(folder_of: FolderOf, tmp_path: Path) -> None:
 def test_a_device_with_room_for_no_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    device_map: dict[str, Any] = {"model": "cpu", "lm_head": "cpu"}
-    with pytest.raises(ModelError, match="The device's memory holds no layer of tiny"):
-        Placement("cuda").check("tiny", device_map)
-    Placement("auto").check("tiny", {**device_map, "lm_head": 0})
+    model = torch.nn.Linear(1, 1)
+    for device_map in ({"model": "cpu", "lm_head": "cpu"}, {}):
+        setattr(model, "hf_device_map", device_map)  # noqa: B010
+        with pytest.raises(ModelError, match="The device's memory holds no layer of tiny"):
+            Placement("cuda").check("tiny", model)
+    setattr(model, "hf_device_map", {"model": "cpu", "lm_head": 0})  # noqa: B010
+    Placement("auto").check("tiny", model)
+    # transformers leaves no map where all is on one device.
+    Placement("auto").check("tiny", torch.nn.Linear(1, 1, device="meta"))
 
 
 def test_a_folder_that_cannot_be_written_to(folder_of: FolderOf, tmp_path: Path) -> None:

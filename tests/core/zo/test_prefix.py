@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig, TaskConfig
 from fedmezo_core.zo import estimator as estimator_module
-from fedmezo_core.zo.estimator import Estimator, Measurement, Pair
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, Measurement, Pair
 from fedmezo_core.zo.forward import Forward
 from fedmezo_core.zo.manifest import Manifest, manifest_of
 from fedmezo_core.zo.materialize import Commit, Rounding
@@ -61,6 +61,7 @@ def _estimator(
     *,
     once: bool = True,
     one_sided: bool = False,
+    pass_tokens_max: int = PASS_TOKENS_MAX,
 ) -> Estimator:
     estimator = Estimator(
         model,
@@ -70,6 +71,7 @@ def _estimator(
         rounding=Rounding.STOCHASTIC,
         one_sided=one_sided,
         threads=1,
+        pass_tokens_max=pass_tokens_max,
     )
     if not once:
         estimator._forward.compute_every_copy()
@@ -332,9 +334,13 @@ def test_many_points_take_several_passes_but_one_prefix(
 
     assert passes() == [16] * 5, "one layer of two, and a head: passes stay large"
     monkeypatch.setattr(estimator_module, "PREFIX_SHARE_MIN", 0.2)
-    monkeypatch.setattr(estimator_module, "PREFIX_TOKENS_MAX", 5 * batch.input_ids.numel())
+    estimator = _estimator(
+        model, manifest, task, distribution, pass_tokens_max=5 * batch.input_ids.numel()
+    )
+    estimator.measure(batch, LOCAL, [1], EPS)
     assert passes() == ([16] * 5 if distribution is Distribution.RADEMACHER else [5] * 16)
-    monkeypatch.setattr(estimator_module, "PREFIX_TOKENS_MAX", 1)
+    estimator = _estimator(model, manifest, task, distribution, pass_tokens_max=1)
+    estimator.measure(batch, LOCAL, [1], EPS)
     assert min(passes()) >= 2, "a single point would compute the prefix again"
 
 
@@ -346,6 +352,7 @@ def test_another_batch_is_not_taken_for_the_one_before(
     model, task = model_of("llama"), _task(tokenizer)
     manifest = manifest_of(model, train=["layers.1.mlp"])
     monkeypatch.setattr(estimator_module, "POINTS_MAX", 2)
+    monkeypatch.setattr(estimator_module, "PREFIX_POINTS_MAX", 2)
     once, every = (_estimator(model, manifest, task, once=on) for on in (True, False))
     first = _batch(task)
     other = dataclasses.replace(first, input_ids=first.input_ids.flip(1))
