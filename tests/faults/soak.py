@@ -22,6 +22,7 @@ from typing import Final
 from benchmarks.figures import REPORTS, Figure, show, write
 from tests.faults.crash_states import KINDS, SCENARIOS, replay_command, scratch, tried
 from tests.sim.checker import ViolationError
+from tests.sim.hierarchy import HierarchyWorld
 from tests.sim.world import World
 
 MINUTES: Final = 30.0
@@ -70,7 +71,8 @@ def simulate(first: int, append_first: bool = True) -> Found:
     began_s = time.process_time()
     found = Found()
     for seed in range(first, first + SEEDS_A_JOB):
-        world = World(seed, append_first=append_first)
+        has_sites = append_first and seed % SITES_EVERY == 0
+        world = HierarchyWorld(seed) if has_sites else World(seed, append_first=append_first)
         if not append_first:
             # The control: crashes come often enough to hit the moment between the two.
             scenario = replace(world.scenario, coordinator_crash_rate=0.2, heal_at_ms=10_000)

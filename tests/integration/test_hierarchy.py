@@ -367,6 +367,35 @@ async def test_a_coordinator_that_starts_anew_finds_its_sites_again(
     assert len({w.engine.weights for w in crew.all}) == 1
 
 
+class SlowEngine(LightEngine):
+    """A worker that is never in time."""
+
+    async def measure(self, order: Measure) -> Measured:
+        await asyncio.sleep(2)
+        return await super().measure(order)
+
+
+async def test_a_straggler_costs_its_site_a_share_and_the_run_no_round(
+    tmp_path: Path, crew: Crew
+) -> None:
+    what = genesis(rounds=8, deadline_ms=20_000)
+    async with (
+        served(tmp_path / "centre.db", what) as at,
+        relayed(at.address, tmp_path, "site-a", workers_min=2, deadline_share=0.01) as first,
+        relayed(at.address, tmp_path, "site-b") as second,
+    ):
+        crew.start(first.address, "w1")
+        crew.start(first.address, "slow", SlowEngine())
+        crew.start(second.address, "w2")
+        await crew.finish()
+        assert all(r.answers == 2 for r in at.daemon.status("").recent_rounds)
+        told = {w.worker: w for w in first.relay.status("").workers}
+        assert told["w1"].rounds_answered == 8
+        assert told["slow"].rounds_answered < 8
+        assert "within the site's time" in told["slow"].complaint
+    assert len({w.engine.weights for w in crew.all}) == 1
+
+
 class FlippedEngine(LightEngine):
     """A worker whose weights change behind its back, once."""
 
