@@ -427,13 +427,22 @@ class Relay(ServingLoop[RelayReady]):
         signature = self._signature if self._signed_round == round_ else b""
         return wire.Welcome(epoch=self._machine.epoch, round=round_, head=head, signature=signature)
 
+    def describe(self, version: int, run_id: str, round_: int = 0) -> wire.GetRunResponse:
+        """As every loop does, to callers that are not ahead of this relay."""
+        self._check_ahead(round_)
+        return super().describe(version, run_id, round_)
+
     def _check_hello(self, hello: wire.Hello) -> None:
-        if hello.round > self._machine.round:
-            raise UnavailableError(
-                f"This relay is at round {self._machine.round} and has yet to catch up with worker "
-                f"{hello.worker}, which holds round {hello.round}; try again in a moment."
-            )
+        self._check_ahead(hello.round)
         super()._check_hello(hello)
+
+    def _check_ahead(self, round_: int) -> None:
+        """A relay that is behind its caller has a coordinator above that need not be."""
+        if round_ > self._machine.round:
+            raise UnavailableError(
+                f"This relay is at round {self._machine.round} and has yet to catch up with the caller, "
+                f"which holds round {round_}; try again in a moment."
+            )
 
     @property
     def checkpoint_key(self) -> bytes:

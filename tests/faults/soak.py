@@ -29,6 +29,8 @@ MINUTES: Final = 30.0
 SEED: Final = 1_000_000
 """Far from the seeds of the tests."""
 SEEDS_A_JOB: Final = 100
+SITES_EVERY: Final = 4
+"""Of the federations, one in so many has relays among its workers."""
 GOAL: Final = 1_000_000
 """States and seeds of a whole soak."""
 CONTROL_SCENARIO: Final = "checkpoints"

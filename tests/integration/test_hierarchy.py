@@ -23,7 +23,7 @@ from fedmezo_coordinator.settings import RelaySettings
 from fedmezo_core.aggregate import site_mean
 from fedmezo_core.checkpoints import open_signer
 from fedmezo_core.client import CoordinatorClient
-from fedmezo_core.errors import FedMezoError
+from fedmezo_core.errors import FedMezoError, UnavailableError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.journal import Journal
 from fedmezo_core.journal_copy import verified
@@ -645,8 +645,10 @@ async def test_who_comes_to_a_relay_that_is_not_up_to_date_is_told_to_come_again
             return (await hand.client.get_run()).round_head != b""
 
         await until(vouched, "the relay to be vouched for")
-        with pytest.raises(FedMezoError, match="has yet to catch up with worker w1"):
+        with pytest.raises(UnavailableError, match="has yet to catch up with the caller"):
             await hand.open(round=3)
+        with pytest.raises(UnavailableError, match="which holds round 5"):
+            await hand.client.get_run("", 5)
 
 
 @pytest.mark.parametrize(
