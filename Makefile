@@ -116,7 +116,7 @@ wheel-test: setup  ## build the wheel, install it alone in a fresh environment, 
 	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/python -m pip install -q -c requirements.lock build/wheel/*.whl
-	cd / && for program in fedmezo fedmezo-coordinator fedmezo-worker; do \
+	cd / && for program in fedmezo fedmezo-coordinator fedmezo-relay fedmezo-worker; do \
 	  $(abspath build/wheel/venv/bin)/$$program --help > /dev/null; done
 	@echo "the wheel installs without torch and its commands run"
 

@@ -22,8 +22,9 @@ import psutil
 
 from benchmarks.serving import contract
 from benchmarks.swarm import answer_to, hello_of
-from fedmezo_coordinator import daemon as daemon_module
-from fedmezo_coordinator.daemon import Daemon, Session
+from fedmezo_coordinator import serving
+from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.serving import Session
 from fedmezo_core.codec import encode_record
 from fedmezo_core.journal import ZERO_HASH, Journal, head_after
 from fedmezo_core.records import Genesis
@@ -75,7 +76,7 @@ def without_thread(daemon: Daemon) -> None:
         return work()
 
     daemon._on_disk = here  # type: ignore[method-assign]
-    daemon_module.SIBLINGS_S = 0.0  # Nobody else answers.
+    serving.SIBLINGS_S = 0.0  # Nobody else answers.
 
 
 async def drive(folder: Path, genesis: Genesis, rounds: int, every: int, compact: int) -> None:

@@ -25,9 +25,16 @@ from dataclasses import dataclass
 
 from experiments.judging import Judge
 from fedmezo_coordinator.admission import check_hello
-from fedmezo_coordinator.daemon import commit_to_pb, message_to_pb
 from fedmezo_coordinator.model_index import ModelIndex
-from fedmezo_core.codec import answer_from_pb, answer_to_pb, unable_from_pb, unable_to_pb
+from fedmezo_coordinator.serving import commit_to_pb, message_to_pb
+from fedmezo_core.codec import (
+    answer_from_pb,
+    answer_to_pb,
+    event_from_pb,
+    hello_to_pb,
+    unable_from_pb,
+    unable_to_pb,
+)
 from fedmezo_core.errors import FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (
     ApplyCommit,
@@ -58,7 +65,6 @@ from fedmezo_core.zo.party import Party, commits_of
 from fedmezo_core.zo.rows import Row
 from fedmezo_core.zo.task import Batches
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from fedmezo_worker.agent import event_of, hello_of
 
 
 class StalledError(FedMezoError):
@@ -160,7 +166,7 @@ class Federation:
                 self._from_worker(worker, wire.SessionRequest.FromString(message))
             else:
                 worker, message = self._down.popleft()
-                event = event_of(wire.SessionResponse.FromString(message), self.party.config)
+                event = event_from_pb(wire.SessionResponse.FromString(message), self.party.config)
                 self._act(worker, worker.machine.step(event))
         if self._machine.phase is not Phase.FINISHED:
             complaints = [view.complaint for view in self._machine.workers.values()]
@@ -242,7 +248,7 @@ class Federation:
                 case Measure():
                     self._act(worker, worker.machine.step(self._measure(worker, action)))
                 case SendHello(round_, head):
-                    self._answer(worker, hello_of(self.party, worker.name, round_, head))
+                    self._answer(worker, hello_to_pb(self.party, worker.name, round_, head))
                 case SendAnswer():
                     self._answer(worker, answer_to_pb(action))
                 case SendUnable():
@@ -286,6 +292,7 @@ class Federation:
         finally:
             self.applying_s += digested - begin
             self.working_s += time.process_time() - digested
+        assert measured.mean_loss is not None, "only a relay's workers may keep it to themselves"
         self.train_losses.setdefault(order.ticket.round, []).append(measured.mean_loss)
         pairs, probes = len(measured.projected_grads), self.party.config.probes
         two_sided = self.party.config.estimator == "two_sided"

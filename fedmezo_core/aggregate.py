@@ -10,9 +10,11 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import NumericError
+from fedmezo_core.records import Answered
 
 
 def to_binary32(value: float) -> float:
@@ -100,6 +102,39 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
         )
         for share, each in zip(shares, steps, strict=True)
     ]
+
+
+class SiteMean(NamedTuple):
+    """The answers of a site as one answer."""
+
+    projected_grads: tuple[float, ...]
+    mean_loss: float | None
+    """None if no answer carried one."""
+    rows: int
+    """Of all answers; an answer without a count has 1."""
+
+
+def site_mean(answers: Sequence[Answered]) -> SiteMean:
+    """What a relay makes of the answers of its workers, all measured along the same seeds.
+
+    Each projected gradient is binary32( fsum(grad * rows) / sum of rows ): products rounded to binary64,
+    their sum exact and rounded once, so that the order of the answers does not matter, the divisor an exact
+    integer. Where answers are not weighted by rows they count alike. The loss is the same over the answers
+    that carry one. Nobody computes it again: the mean is what the coordinator above journals.
+    """
+
+    def mean(values: Sequence[float], weights: Sequence[int]) -> float:
+        terms = [value * weight for value, weight in zip(values, weights, strict=True)]
+        return to_binary32(math.fsum(terms) / sum(weights))
+
+    rows = [answer.rows or 1 for answer in answers]
+    columns = zip(*(answer.projected_grads for answer in answers), strict=True)
+    told = [(a.mean_loss, a.rows or 1) for a in answers if a.mean_loss is not None]
+    return SiteMean(
+        tuple(mean(column, rows) for column in columns),
+        mean([loss for loss, _ in told], [count for _, count in told]) if told else None,
+        sum(rows),
+    )
 
 
 def normalized(projected_grads: Sequence[float]) -> list[float]:

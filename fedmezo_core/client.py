@@ -80,6 +80,10 @@ class RunDescription:
     """Record 0 as it was written."""
     checkpoint_key: bytes = b""
     """What the coordinator signs with; empty if it does not."""
+    round_head: bytes = b""
+    """Head after `round`; empty if nobody could vouch for it."""
+    signature: bytes = b""
+    """Checkpoint of `round` and `round_head`; empty without a key."""
 
 
 class CoordinatorClient:
@@ -150,6 +154,8 @@ class CoordinatorClient:
             epoch=answer.epoch,
             genesis_body=answer.genesis,
             checkpoint_key=answer.checkpoint_key,
+            round_head=answer.head,
+            signature=answer.signature,
             missing=_suffix_of(answer.missing),
             snapshot=_offer_of(answer.snapshot) if answer.HasField("snapshot") else None,
             needs_snapshot=answer.needs_snapshot,

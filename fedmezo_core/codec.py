@@ -9,21 +9,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
-from fedmezo_core.config import STEPS_MAX, LoraConfig, RunConfig, TaskConfig, sentence_of
+from fedmezo_core.config import (
+    PROTOCOL_VERSION,
+    STEPS_MAX,
+    LoraConfig,
+    RunConfig,
+    TaskConfig,
+    sentence_of,
+)
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.events import (
+    Acknowledged,
     AnswerReceived,
     Assign,
     Assigned,
+    CommitReceived,
+    FinishedByCoordinator,
+    RefusedByCoordinator,
     SendAnswer,
     SendUnable,
+    SessionEvent,
     Ticket,
     UnableReceived,
+    Welcomed,
     Work,
 )
 from fedmezo_core.quick_codec import AnswerReader, committed_in
@@ -572,6 +585,7 @@ def assigned_from_pb(message: wire.Assign, config: RunConfig) -> Assigned:
             eps=_positive(message.eps if message.HasField("eps") else config.eps, "eps"),
             want_digest=message.want_digest,
         ),
+        deadline_ms=message.deadline_ms,
     )
 
 
@@ -614,6 +628,80 @@ def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
     """An inability as the round machine takes it; control characters cannot enter a log."""
     reason = "".join(c if c.isprintable() else " " for c in message.reason[:512])
     return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
+
+
+class Describes(Protocol):
+    """What names a party's model: a genesis does, and a loaded model."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's contract."""
+
+    @property
+    def manifest_digest(self) -> bytes:
+        """Of the trainable tensors."""
+
+    @property
+    def base_digest(self) -> bytes:
+        """Of the base weights."""
+
+    @property
+    def tokenizer_digest(self) -> bytes:
+        """Of the tokenizer."""
+
+
+def hello_to_pb(party: Describes, worker: str, round_: int, head: bytes) -> wire.SessionRequest:
+    """How `worker` introduces itself at the round and head that it holds."""
+    config = party.config
+    return wire.SessionRequest(
+        hello=wire.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=config.run_id,
+            worker=worker,
+            manifest_digest=party.manifest_digest,
+            base_digest=party.base_digest,
+            tokenizer_digest=party.tokenizer_digest,
+            recipe=config.recipe,
+            round=round_,
+            head=head,
+        )
+    )
+
+
+def commit_of(record_bytes: bytes, head_before: bytes = b"") -> CommitReceived | None:
+    """A commit's record as the session machine takes it; None for any other record."""
+    record = decode_record(record_bytes)
+    if not isinstance(record, Committed):
+        return None
+    return CommitReceived(record, record_bytes, head_before)
+
+
+def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
+    """A message from the coordinator as the session machine takes it."""
+    match message.WhichOneof("kind"):
+        case "welcome":
+            welcome = message.welcome
+            return Welcomed(welcome.epoch, welcome.round, welcome.head)
+        case "commit":
+            event = commit_of(message.commit.record)
+            if event is not None:
+                return event
+        case "assign":
+            return assigned_from_pb(message.assign, config)
+        case "ack":
+            return Acknowledged(ticket_from_pb(message.ack.ticket), message.ack.head)
+        case "refused":
+            refused = message.refused
+            return RefusedByCoordinator(
+                ticket_from_pb(refused.ticket), refused.reason, refused.message
+            )
+        case "finished":
+            return FinishedByCoordinator(message.finished.round)
+        case _:
+            pass
+    raise ProtocolError(
+        "The coordinator sent a message that this version does not know; use the same FedMeZO version."
+    )
 
 
 # ---------------------------------------------------------------- small pieces

@@ -97,6 +97,15 @@ class Tick:
     now_ms: int
 
 
+@dataclass(frozen=True, slots=True)
+class WeightsReported:
+    """A worker of a relay's site has digested its weights after the last round."""
+
+    worker: str
+    round: int
+    weights_digest: bytes
+
+
 RoundEvent = (
     WorkerReady
     | WorkerLost
@@ -208,6 +217,8 @@ class Assigned:
 
     ticket: Ticket
     work: Work
+    deadline_ms: int = 0
+    """Time until a commit without the answer may make it worthless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +252,7 @@ class Measured:
 
     ticket: Ticket
     projected_grads: tuple[float, ...]
-    mean_loss: float
+    mean_loss: float | None
     weights_digest64: int | None
     rows: int
     """Rows of this worker's data."""
@@ -261,6 +272,24 @@ class Restored:
 
     round: int
     head: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """The coordinator above a relay says in which epoch it is, and which head its last round has."""
+
+    epoch: int
+    round: int
+    head: bytes
+    finished: bool = False
+    """Whether no more rounds follow."""
+
+
+@dataclass(frozen=True, slots=True)
+class SentAway:
+    """The coordinator above a relay has ended its session: the weights behind its answer are not the run's."""
+
+    message: str
 
 
 SessionEvent = (
@@ -327,6 +356,14 @@ class ReportWeights:
     """Digest the weights after `round` and report it."""
 
     round: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReportDigest:
+    """Report the digest that a relay's workers have of the weights after `round`."""
+
+    round: int
+    weights_digest: bytes
 
 
 @dataclass(frozen=True, slots=True)

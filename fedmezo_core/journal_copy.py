@@ -58,8 +58,11 @@ class JournalCopy:
                 "the copy away so that a new one is begun."
             )
 
-    def add(self, bodies: Sequence[bytes], checkpoint: Checkpoint | None = None) -> None:
-        """Append commits as the coordinator gave them, then what it signed of the last one; all or none."""
+    def add(self, bodies: Sequence[bytes], checkpoint: Checkpoint | None = None) -> Sequence[Entry]:
+        """Append commits as the coordinator gave them, then what it signed of the last one; all or none.
+
+        Returns the commits in their places.
+        """
         added = self._journal.append_bodies(bodies) if bodies else ()
         for entry in added:
             assert isinstance(entry.record, Committed)
@@ -67,6 +70,7 @@ class JournalCopy:
         if checkpoint is not None and checkpoint != self.newest:
             self._journal.append([checkpoint])
             self.newest = checkpoint
+        return added
 
     def close(self) -> None:
         """Close the file."""

@@ -25,14 +25,12 @@ from typing import Any, NamedTuple
 
 from fedmezo_core.aggregate import (
     Share,
-    all_to_binary32,
-    bits_of,
-    clip_of,
     coefficients_of,
     decay_of,
     staleness_discount,
     to_binary32,
 )
+from fedmezo_core.answers import checked, content_of, is_digest_round
 from fedmezo_core.cohort import REPLICA_PARTY, agreed_digest, choose_cohort
 from fedmezo_core.config import COHORT_MAX, RunConfig
 from fedmezo_core.errors import (
@@ -40,9 +38,7 @@ from fedmezo_core.errors import (
     EquivocationError,
     JournalCorruptError,
     JournalError,
-    NumericError,
     ProtocolError,
-    ScalarError,
     StaleTicketError,
     UnknownWorkerError,
 )
@@ -98,8 +94,6 @@ COMPLAINT_CHARS_MAX = 512
 """Longest complaint kept."""
 FRUITLESS_DEADLINES_MAX = 2
 """Deadlines in a row at which every worker had said that it cannot measure, before the run pauses."""
-ROWS_MAX = 2**40
-"""Most rows that a worker may claim."""
 
 
 class Phase(Enum):
@@ -663,6 +657,11 @@ class RoundMachine:
         return frozenset(parties)
 
     @property
+    def recent_rounds(self) -> Sequence[RoundSummary]:
+        """The newest committed rounds, oldest first; to be read, not changed."""
+        return self.state.recent_rounds
+
+    @property
     def workers(self) -> Mapping[str, WorkerView]:
         """Every worker seen since the start, by name; to be read, not changed."""
         return self._workers
@@ -786,14 +785,14 @@ class RoundMachine:
             raise self._stale(event.worker, ticket)
         if accepted is None and held is not state.open:
             self._check_not_too_late(event)
-        record = self._checked(event, held.rates[ticket.slot])
+        record = checked(event, held.rates[ticket.slot], self.config)
         if accepted is None:
             if state.open is None:
                 self._restart_deadline()
             self._record(record)
             self._await_no_more(event.worker, Place(ticket.round, ticket.slot))
             view.mean_loss = record.mean_loss
-        elif _content(record) != _content(accepted.record):
+        elif content_of(record) != content_of(accepted.record):
             raise EquivocationError(
                 f"Worker {event.worker} gave a second, different answer to slot {ticket.slot} of "
                 f"round {ticket.round}; the first one stands: drop this one."
@@ -815,71 +814,6 @@ class RoundMachine:
             f"Round {ticket.round} was committed without the answer of worker {event.worker} to "
             f"slot {ticket.slot}{late}; drop the answer and wait for the next assignment."
         )
-
-    def _checked(self, event: AnswerReceived, learning_rate: float) -> Answered:
-        """The answer as a record, its floats rounded to binary32, or the error that refuses it."""
-        config, ticket = self.config, event.ticket
-        who = f"Worker {event.worker}, round {ticket.round}, slot {ticket.slot}:"
-        if len(event.projected_grads) != config.pairs_per_answer:
-            raise ScalarError(
-                f"{who} {len(event.projected_grads)} projected gradients came, but the run has "
-                f"{config.local_steps} local steps of {config.probes} probes; "
-                f"send {config.pairs_per_answer}, one for each probe of each step."
-            )
-        limit = clip_of(config.projected_grad_abs_max)
-        # A pool's seed can come more than once in an answer.
-        repeats = len(event.projected_grads) if config.seed_policy == "pool" else 1
-        largest, number = 0.0, -1
-        for at, grad in enumerate(event.projected_grads):
-            if not abs(grad) <= limit:  # NaN is not
-                raise ScalarError(
-                    f"{who} projected gradient {at} is {grad!r}, but must be finite and at most "
-                    f"{config.projected_grad_abs_max!r} in size; clamp it to "
-                    "projected_grad_abs_max, or answer that it cannot be measured."
-                )
-            if abs(grad) > largest:
-                largest, number = abs(grad), at
-        try:
-            # One answer alone has the largest coefficients, and the largest gradient the largest of
-            # those: if that is finite, none can overflow at the commit.
-            to_binary32(learning_rate * largest * repeats / config.probes)
-            grads = all_to_binary32(event.projected_grads)
-        except NumericError:
-            raise ScalarError(
-                f"{who} projected gradient {number} is {event.projected_grads[number]!r}, which at "
-                f"learning rate {learning_rate!r} gives no finite binary32 coefficient; start a run "
-                "with a smaller learning_rate or projected_grad_abs_max."
-            ) from None
-        mean_loss = event.mean_loss
-        if mean_loss is not None:
-            if not config.report_losses:
-                raise ProtocolError(
-                    f"{who} the answer carries a mean loss, but this run keeps losses private; "
-                    "send it without, or start a run with report_losses on."
-                )
-            try:
-                mean_loss = to_binary32(mean_loss)
-            except NumericError:
-                raise ScalarError(
-                    f"{who} the mean loss is {event.mean_loss!r}, but must be a finite binary32 "
-                    "value; answer that it cannot be measured."
-                ) from None
-        digest64 = event.weights_digest64
-        if not is_digest_round(config, ticket.round):
-            digest64 = None
-        elif digest64 is None or not 0 <= digest64 < 2**64:
-            raise ProtocolError(
-                f"{who} the answer must carry the first 64 bits of its weights digest in this "
-                "round; send them as the assignment asks."
-            )
-        if (event.rows is not None) != (config.weighting == "rows"):
-            raise ProtocolError(
-                f"{who} the answer {'lacks' if event.rows is None else 'carries'} a count of rows, but "
-                f"this run's weighting is {config.weighting!r}; use the same FedMeZO version."
-            )
-        if event.rows is not None and not 1 <= event.rows <= ROWS_MAX:
-            raise ScalarError(f"{who} {event.rows} rows are claimed; send 1 to {ROWS_MAX}.")
-        return Answered(ticket.round, ticket.slot, grads, mean_loss, digest64, event.rows)
 
     def _unable(self, event: UnableReceived) -> None:
         ticket, held = event.ticket, self.state.held(event.ticket.round)
@@ -1241,17 +1175,6 @@ class RoundMachine:
         self._records.clear()
         self._messages.clear()
         return ready
-
-
-def is_digest_round(config: RunConfig, round_: int) -> bool:
-    """Whether answers of `round_` carry the digest of the weights that they were measured on."""
-    return (round_ - 1) % config.digest_every_rounds == 0
-
-
-def _content(record: Answered) -> tuple[bytes, bytes | None, int | None, int | None]:
-    """What makes two answers the same, bit for bit."""
-    loss = None if record.mean_loss is None else bits_of((record.mean_loss,))
-    return bits_of(record.projected_grads), loss, record.weights_digest64, record.rows
 
 
 def _diverged_sentence(record: Diverged) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer.main
 
 from fedmezo_coordinator.client_cli import app
-from fedmezo_coordinator.settings import CoordinatorSettings
+from fedmezo_coordinator.settings import CoordinatorSettings, RelaySettings
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
 from fedmezo_worker.settings import WorkerSettings
 
@@ -63,6 +63,13 @@ def test_every_document_is_linked() -> None:
 
 def test_every_setting_is_documented() -> None:
     text = (ROOT / "docs/configuration.md").read_text()
-    for model in (RunConfig, TaskConfig, LoraConfig, CoordinatorSettings, WorkerSettings):
+    for model in (
+        RunConfig,
+        TaskConfig,
+        LoraConfig,
+        CoordinatorSettings,
+        RelaySettings,
+        WorkerSettings,
+    ):
         for name in model.model_fields:
             assert f"`{name}`" in text, f"{model.__name__}.{name} is not in docs/configuration.md"

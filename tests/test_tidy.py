@@ -28,6 +28,7 @@ MAY_IMPORT = {
 # The machines, and what they decide with, know no clock, socket, disk, thread or entropy.
 PURE = (
     "aggregate",
+    "answers",
     "backoff",
     "catch_up",
     "cohort",
@@ -35,6 +36,7 @@ PURE = (
     "digests",
     "events",
     "records",
+    "relay",
     "rounds",
     "session",
     "snapshots",
@@ -110,7 +112,8 @@ def test_generic_folders_are_not_packages(folder: str) -> None:
 def test_serving_needs_no_torch() -> None:
     """What the daemon imports, in a fresh interpreter."""
     code = (
-        "import sys, fedmezo_coordinator.cli, fedmezo_coordinator.client_cli; "
+        "import sys, fedmezo_coordinator.cli, fedmezo_coordinator.client_cli, "
+        "fedmezo_coordinator.relay_cli; "
         f"loaded = set(sys.modules) & {NUMERIC!r}; assert not loaded, loaded"
     )
     subprocess.run(

@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
-from fedmezo_coordinator.daemon import WAIT_MS_MAX, Daemon, Session
+from fedmezo_coordinator.serving import WAIT_MS_MAX, ServingLoop, Session
 from fedmezo_core.errors import FedMezoError, ProtocolError, UnknownWorkerError
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -35,7 +36,7 @@ class _Polled:
 class PolledSessions:
     """All sessions without a stream, by token."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
         self._polled: dict[bytes, _Polled] = {}
         self._leaving: set[asyncio.Task[None]] = set()

@@ -15,10 +15,10 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fedmezo_coordinator.admission import choose_version
-from fedmezo_coordinator.daemon import Daemon, HalfClosedError
-from fedmezo_coordinator.daemon import Session as WorkerSession
 from fedmezo_coordinator.door import Place
 from fedmezo_coordinator.polled import PolledSessions
+from fedmezo_coordinator.serving import HalfClosedError, ServingLoop
+from fedmezo_coordinator.serving import Session as WorkerSession
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
 from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY
@@ -47,6 +47,8 @@ SERVER_OPTIONS = (
     # On a machine that is too busy pings arrive in bunches, which is no reason to break off.
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+Server = grpc.aio.Server
 
 RawContext = grpc.aio.ServicerContext[Any, bytes]
 """Of a handler without serializers: what it reads is bytes, or `grpc.aio.EOF`."""
@@ -78,9 +80,9 @@ def _mapped(handler: Handler) -> Handler:
 
 
 class CoordinatorServicer(rpc.CoordinatorServiceServicer):
-    """`fedmezo.v1.CoordinatorService` over a daemon."""
+    """`fedmezo.v1.CoordinatorService` over a serving loop."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
         self._polled = PolledSessions(daemon)
 
@@ -210,16 +212,17 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
 
 def bind_server(
-    listen: str, tls: tuple[Path, Path] | None, private: str
-) -> tuple[grpc.aio.Server, int]:
+    listen: str, tls: tuple[Path, Path] | None, private: str | None = None
+) -> tuple[Server, int]:
     """Take the addresses; returns the server and the port, which may have been 0 in `listen`.
 
-    `private` is a second address, a Unix socket, for the replica. Callers wait until `start_server`.
+    `private` is a second address, a Unix socket, for the replica if there is one. Callers wait until `start_server`.
     Raises `ConfigError` for an address or TLS files that cannot be used.
     """
     credentials = None if tls is None else _credentials(*tls)
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    server.add_insecure_port(private)
+    if private is not None:
+        server.add_insecure_port(private)
     try:
         if credentials is None:
             return server, server.add_insecure_port(listen)
@@ -231,7 +234,7 @@ def bind_server(
         ) from None
 
 
-async def start_server(server: grpc.aio.Server, daemon: Daemon) -> None:
+async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
     """Let a bound server answer for `daemon`."""
     servicer = CoordinatorServicer(daemon)
     # In the place of the generated handler, and without its serializers: what goes to thousands of

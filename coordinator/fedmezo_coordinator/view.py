@@ -94,7 +94,7 @@ def run_view(
         paused = status.phase == wire.PHASE_PAUSED
         head.add_row("because", Text(status.reason, style="bold red" if paused else ""))
     if status.phase == wire.PHASE_PAUSED:
-        head.add_row("", "start the coordinator with --resume true to go on")
+        head.add_row("", "start the coordinator with --resume to go on")
     losses = [r for r in status.recent_rounds if r.HasField("mean_loss")]
     if losses:
         head.add_row("training loss", f"{losses[-1].mean_loss:.4f}")

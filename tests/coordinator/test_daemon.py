@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator.daemon import OUTBOX_MAX, Daemon, Session
+from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.serving import OUTBOX_MAX, Session
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.codec import decode_record
 from fedmezo_core.errors import FedMezoError, JournalCorruptError, NotReadyError, ProtocolError
@@ -61,6 +62,7 @@ def test_a_session_ends_once_and_with_what_was_first() -> None:
         "fedmezo_coordinator.cli",
         "fedmezo_coordinator.client_cli",
         "fedmezo_coordinator.daemon",
+        "fedmezo_coordinator.relay_cli",
         "fedmezo_coordinator.service",
         "fedmezo_coordinator.replica",
         "fedmezo_core.client",
@@ -166,7 +168,7 @@ async def test_a_round_goes_on_without_a_worker_that_left_once_it_is_overdue(
 async def test_one_worker_too_many_is_refused_until_another_has_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmezo_coordinator.daemon.WORKERS_MAX", 1)
+    monkeypatch.setattr("fedmezo_coordinator.serving.WORKERS_MAX", 1)
     genesis = genesis_of(config_of(workers_min=4, quorum=4))
     async with served(tmp_path / "journal.db", genesis) as at:
         async with hands(at.address, genesis, "w1") as (first,):

@@ -9,17 +9,17 @@ from typing import Any
 import grpc
 import pytest
 
-from fedmezo_coordinator import daemon as daemon_module
-from fedmezo_coordinator.daemon import (
+from fedmezo_coordinator import serving
+from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.door import Door
+from fedmezo_coordinator.serving import (
     OUTBOX_BYTES_MAX,
     OUTBOX_MAX,
     PAGE_RECORDS_MAX,
     WAIT_MS_MAX,
-    Daemon,
     Session,
     _within,
 )
-from fedmezo_coordinator.door import Door
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import FedMezoError, NotReadyError, ProtocolError
@@ -117,7 +117,7 @@ def test_an_outbox_takes_so_many_bytes_and_then_one_more_message(waiting: int) -
 async def test_whoever_sends_more_than_the_queue_of_events_holds_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon_module, "EVENTS_MAX", 3)
+    monkeypatch.setattr(serving, "EVENTS_MAX", 3)
     store = SqliteStore(tmp_path / "j.db")
     daemon = Daemon(Journal(store))
     session, message = Session("w1"), wire.SessionRequest()
@@ -212,7 +212,7 @@ async def test_bytes_that_are_no_message_end_the_session_and_not_the_coordinator
 async def test_a_worker_that_never_reads_is_cut_off_alone_and_catches_up_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(daemon_module, "OUTBOX_MAX", 8)
+    monkeypatch.setattr(serving, "OUTBOX_MAX", 8)
     # Commits that soon fill what gRPC itself keeps between two ends.
     genesis = genesis_of(
         config_of(

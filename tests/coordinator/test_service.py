@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from fedmezo_coordinator import service
+from fedmezo_core.checkpoints import Witness, open_signer
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import (
@@ -125,6 +126,24 @@ async def test_a_ticket_that_is_not_the_workers_open_one_is_stale(
     assert "is not open" in refused.message
     await two[0].answer(assign)
     await work_on(two, at)
+
+
+async def test_getrun_says_which_head_the_last_round_has_and_signs_it(
+    journal: Path, tmp_path: Path
+) -> None:
+    signer = open_signer(tmp_path / "signing.key")
+    async with (
+        served(journal, GENESIS, signer=signer) as at,
+        hands(at.address, GENESIS, "w1", "w2") as both,
+    ):
+        for hand in both:
+            await hand.open()
+        await work_on(both, at)
+        described = await both[0].client.get_run()
+        assert described.round == 3
+        assert described.round_head == at.daemon.status("").head
+        witness = Witness(GENESIS.config.run_id, described.checkpoint_key)
+        witness.check(3, described.round_head, described.signature)
 
 
 async def test_the_same_answer_again_is_acknowledged_again_and_written_once(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator.cli import FILES_BESIDE_SESSIONS, sessions_that_fit
+from fedmezo_coordinator.hosting import FILES_BESIDE_SESSIONS, sessions_that_fit
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings, model_label
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.settings import load_settings

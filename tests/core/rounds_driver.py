@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fedmezo_core.answers import is_digest_round
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.events import (
     AnswerReceived,
@@ -19,7 +20,7 @@ from fedmezo_core.events import (
     WorkerReady,
 )
 from fedmezo_core.records import Genesis, Record
-from fedmezo_core.rounds import RoundMachine, RunState, is_digest_round
+from fedmezo_core.rounds import RoundMachine, RunState
 
 TRUE_DIGEST64 = 0xA11CE
 WRONG_DIGEST64 = 0xBAD

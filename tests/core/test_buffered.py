@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmezo_core.answers import is_digest_round
 from fedmezo_core.codec import decode_record, encode_record
 from fedmezo_core.errors import JournalCorruptError
 from fedmezo_core.events import (
@@ -21,7 +22,7 @@ from fedmezo_core.events import (
     UnableReceived,
 )
 from fedmezo_core.records import Answered, Committed, Diverged, Opened, PairRun, Place, Started
-from fedmezo_core.rounds import Phase, RunState, is_digest_round
+from fedmezo_core.rounds import Phase, RunState
 from tests.core.rounds_driver import (
     TRUE_DIGEST64,
     WRONG_DIGEST64,

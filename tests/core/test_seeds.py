@@ -129,7 +129,8 @@ def test_an_assignment_travels_whole(policy: str) -> None:
     run.ready("a")
     [assign] = _assigned(run.answer("a", grads=tuple([1.0] * 30)))
     message = assign_to_pb(assign, run.config)
-    assert assigned_from_pb(message.assign, run.config) == Assigned(assign.ticket, assign.work)
+    arrived = Assigned(assign.ticket, assign.work, assign.deadline_ms)
+    assert assigned_from_pb(message.assign, run.config) == arrived
     assert message.ByteSize() <= (90 if policy == "pool" else 50)
 
 

@@ -22,12 +22,15 @@ from typing import Final
 from benchmarks.figures import REPORTS, Figure, show, write
 from tests.faults.crash_states import KINDS, SCENARIOS, replay_command, scratch, tried
 from tests.sim.checker import ViolationError
+from tests.sim.hierarchy import HierarchyWorld
 from tests.sim.world import World
 
 MINUTES: Final = 30.0
 SEED: Final = 1_000_000
 """Far from the seeds of the tests."""
 SEEDS_A_JOB: Final = 100
+SITES_EVERY: Final = 4
+"""Of the federations, one in so many has relays among its workers."""
 GOAL: Final = 1_000_000
 """States and seeds of a whole soak."""
 SHOWN_MAX: Final = 20
@@ -69,7 +72,8 @@ def simulate(first: int, append_first: bool = True) -> Found:
     began_s = time.process_time()
     found = Found()
     for seed in range(first, first + SEEDS_A_JOB):
-        world = World(seed, append_first=append_first)
+        has_sites = append_first and seed % SITES_EVERY == 0
+        world = HierarchyWorld(seed) if has_sites else World(seed, append_first=append_first)
         if not append_first:
             # The control: crashes come often enough to hit the moment between the two.
             scenario = replace(world.scenario, coordinator_crash_rate=0.2, heal_at_ms=10_000)

@@ -23,7 +23,9 @@ import psutil
 
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.door import Door
+from fedmezo_coordinator.relay import Relay
 from fedmezo_coordinator.service import bind_server, start_server
+from fedmezo_coordinator.settings import RelaySettings
 from fedmezo_core.checkpoints import Signer
 from fedmezo_core.client import CoordinatorClient, SessionStream
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
@@ -301,6 +303,41 @@ async def served(
             serving.cancel()
             await asyncio.gather(serving, return_exceptions=True)
             await daemon.close()
+
+
+# ---------------------------------------------------------------- a relay in this process
+
+
+@dataclass
+class Site:
+    """A relay with a real server on a real port."""
+
+    relay: Relay
+    address: str
+    serving: asyncio.Task[None]
+
+
+@asynccontextmanager
+async def relayed(
+    upstream: str, folder: Path, name: str, *, listen: str = "127.0.0.1:0", **changes: Any
+) -> AsyncIterator[Site]:
+    """A relay in this process, until the end of the block."""
+    values = {"upstream": upstream, "name": name, "journal_copy": folder / f"{name}.db"}
+    settings = RelaySettings.model_validate(values | changes)
+    async with CoordinatorClient(upstream, settings.tls_ca) as client:
+        relay = Relay(settings, client)
+        await relay.load()
+        server, port = bind_server(listen, settings.tls)
+        await start_server(server, relay)
+        serving = asyncio.create_task(relay.serve())
+        try:
+            yield Site(relay, f"127.0.0.1:{port}", serving)
+        finally:
+            relay.end_sessions()
+            await server.stop(0.5)
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            await relay.close()
 
 
 # ---------------------------------------------------------------- a worker driven by hand

@@ -1,4 +1,4 @@
-"""Replays one seed with its transcript, or runs many: `python -m tests.sim --seed 7 [--count 1000]`."""
+"""Replays one seed with its transcript, or runs many: `python -m tests.sim [--sites] --seed 7 [--count 1000]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 
 from tests.sim.checker import ViolationError
+from tests.sim.hierarchy import HierarchyWorld
 from tests.sim.world import World
 
 
@@ -17,12 +18,14 @@ def main() -> int:
     parser.add_argument(
         "--count", type=int, default=1, help="seeds to run; one prints its transcript"
     )
+    parser.add_argument("--sites", action="store_true", help="with relays among the workers")
     options = parser.parse_args()
+    world = HierarchyWorld if options.sites else World
     began_s = time.monotonic()
     for seed in range(options.seed, options.seed + options.count):
         transcript: list[str] | None = [] if options.count == 1 else None
         try:
-            World(seed, transcript=transcript).run()
+            world(seed, transcript=transcript).run()
         except ViolationError as violation:
             _show(transcript)
             print(f"seed {seed}: {violation}")

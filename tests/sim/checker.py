@@ -161,14 +161,19 @@ class Checker:
         self.answers[record.round, record.slot] = record
         if self._is_sound(record):
             worker = self.cohorts[record.round][record.slot]
-            weights = self.weights[record.round - 1]
-            grads, loss = measure(worker, self._seeds(record), weights)
+            grads, loss, rows = self._oracle(record)
             _require(
                 record.projected_grads == grads
-                and record.rows == (rows_of(worker) if self.config.weighting == "rows" else None)
+                and record.rows == (rows if self.config.weighting == "rows" else None)
                 and record.mean_loss == (loss if self.config.report_losses else None),
                 f"{what} by {worker} was not measured on that slot's seed and that round's weights",
             )
+
+    def _oracle(self, record: Answered) -> tuple[tuple[float, ...], float, int]:
+        """What the worker's data gives for an answer's slot, and how many rows it has."""
+        worker = self.cohorts[record.round][record.slot]
+        grads, loss = measure(worker, self._seeds(record), self.weights[record.round - 1])
+        return grads, loss, rows_of(worker)
 
     def _is_sound(self, record: Answered) -> bool:
         truth = digest64_of(self.weights[record.round - 1])
@@ -237,8 +242,7 @@ class Checker:
         for answer in sound:
             seeds = self._seeds(answer)
             # The oracle's scalar, not the journaled one: the two were compared when it was appended.
-            worker = self.cohorts[answer.round][answer.slot]
-            grads, _ = measure(worker, seeds, self.weights[answer.round - 1])
+            grads, _, _ = self._oracle(answer)
             discount = (1.0 + record.round - answer.round) ** -self.config.staleness_exponent
             rate = self.rates[answer.round][answer.slot] * discount
             for seed, grad in zip(seeds, grads, strict=True):

@@ -49,6 +49,7 @@ from fedmezo_core.events import (
     SendUnable,
     SessionEvent,
     Tick,
+    Ticket,
     UnableReceived,
     Welcomed,
     WorkerLost,
@@ -216,6 +217,9 @@ class Stream:
 class World:
     """Owns the clock, the dice and everybody."""
 
+    command = "python -m tests.sim"
+    """What replays a seed."""
+
     def __init__(
         self,
         seed: int,
@@ -243,8 +247,18 @@ class World:
         self.genesis_head = entry.head
         self.checker = Checker(self.scenario.config)
         self.coordinator = Coordinator(self)
-        self.workers = [Worker(self, f"w{n}") for n in range(self.scenario.workers)]
+        self.parties: list[Worker] = []
+        """Whoever is a worker of the coordinator."""
+        self.workers: list[Worker] = []
+        """Whoever measures."""
+        self.everyone: list[Worker] = []
+        self.populate()
         self.replica = Replica(self) if self.scenario.replica else None
+
+    def populate(self) -> None:
+        """Nobody stands between the coordinator and those who measure."""
+        self.parties = [Worker(self, f"w{n}") for n in range(self.scenario.workers)]
+        self.workers = self.everyone = self.parties
 
     @property
     def faulty(self) -> bool:
@@ -283,13 +297,13 @@ class World:
             self._run()
         except ViolationError as violation:
             raise ViolationError(
-                f"{violation}; replay with: python -m tests.sim --seed {self.seed}"
+                f"{violation}; replay with: {self.command} --seed {self.seed}"
             ) from violation
 
     def _run(self) -> None:
         self.say("world", self.scenario)
         self.coordinator.boot()
-        for worker in self.workers:
+        for worker in self.everyone:
             self.later(self.rng.randint(0, 500), worker.boot)
         if self.replica is not None:
             self.later(TICK_MS, self.replica.poll)
@@ -312,7 +326,7 @@ class World:
         # What silent loss left hanging ends as a keepalive would end it.
         self.say("world", "faults end")
         if self.scenario.hostile:
-            for worker in self.workers:
+            for worker in self.everyone:
                 worker.tear()
 
 
@@ -358,7 +372,7 @@ class Coordinator:
         self.up = False
         self.streams = {}
         self.owed = []
-        for worker in world.workers:
+        for worker in world.parties:
             # What was sent before the crash may still arrive, until the worker notices.
             world.later(
                 world.rng.randint(0, 2 * world.scenario.delay_ms_max), worker.tear_of_stream()
@@ -496,6 +510,17 @@ class Coordinator:
             self._down(stream, CommitReceived(record, row.body))
         self.step(WorkerReady(worker.name))
 
+    def was_sent(self, worker: str, answer: SendAnswer) -> None:
+        """A worker of this coordinator has sent an answer."""
+        self.world.checker.sent(worker, answer)
+
+    def told_durable(self, worker: str, ticket: Ticket) -> None:
+        """A worker of this coordinator was told that its answer is durable."""
+        self.world.checker.acknowledged(worker, ticket)
+
+    def ended_with(self, worker: str, weights: bytes) -> None:
+        """A worker of this coordinator reports its last weights."""
+
     def lost(self, stream: Stream) -> None:
         """The coordinator notices that a stream tore."""
         if self.up and self.streams.get(stream.worker.name) is stream:
@@ -532,9 +557,10 @@ class Coordinator:
 class Worker:
     """The agent's loop around a session machine, with an oracle for an engine."""
 
-    def __init__(self, world: World, name: str) -> None:
+    def __init__(self, world: World, name: str, above: Coordinator | None = None) -> None:
         self.world = world
         self.name = name
+        self.above = above or world.coordinator
         self.left = False
         self.flipped = False
         self.weights = BASE_WEIGHTS
@@ -572,21 +598,21 @@ class Worker:
         world = self.world
         if session is not self.session or self.stream is not None or self.left:
             return
-        if not world.coordinator.up:
+        if not self.above.up:
             world.later(world.rng.randint(50, 500), lambda: self.connect(session))
             return
         self._jump(session)
-        missing = world.coordinator.commits[session.round + 1 :]
+        missing = self.above.commits[session.round + 1 :]
         for row in missing[: world.rng.randint(0, len(missing))]:
             record = _decoded(row.body)
             assert isinstance(record, Committed)
             self.step(CommitReceived(record, row.body))
-        self.stream = Stream(self, world.coordinator.machine)
+        self.stream = Stream(self, self.above.machine)
         self.step(Connected())
 
     def _jump(self, session: SessionMachine) -> None:
         """Begin at the newest commit from the base, now and then."""
-        rows, head = self.world.coordinator.commits, ZERO_HASH
+        rows, head = self.above.commits, ZERO_HASH
         newest: CommitReceived | None = None
         for row in rows:
             record = _decoded(row.body)
@@ -604,7 +630,7 @@ class Worker:
         world.faults["a stream broke"] += 1
         stream.alive = False
         self.stream = None
-        world.later(world.rng.randint(0, 1000), lambda: world.coordinator.lost(stream))
+        world.later(world.rng.randint(0, 1000), lambda: self.above.lost(stream))
         if session is not None:
             self.step(Disconnected())
             world.later(world.rng.randint(10, 1500), lambda: self.connect(session))
@@ -613,7 +639,7 @@ class Worker:
         """The network hands over what it held back: just now, the coordinator waits for an answer."""
         for stream, message in self.held_back:
             late_ms = self.world.rng.randint(0, 100)
-            self.world.later(late_ms, partial(self.world.coordinator.receive, stream, message))
+            self.world.later(late_ms, partial(self.above.receive, stream, message))
         self.held_back.clear()
 
     def tear_of_stream(self) -> Callable[[], None]:
@@ -642,7 +668,7 @@ class Worker:
             self.crash(message.message)
             return
         if isinstance(message, Acknowledged):
-            world.checker.acknowledged(self.name, message.ticket)
+            self.above.told_durable(self.name, message.ticket)
         self.step(message)
         may_flip = world.flips < world.scenario.flips_max and world.now_ms > 500
         if may_flip and self.running is None and world.chance(0.03) and self.weights:
@@ -691,7 +717,7 @@ class Worker:
                 duration_ms = self.duration_ms or world.rng.choice((1, 20, 150, 900))
                 world.later(duration_ms, lambda: self._end_measure(session, action))
             case SendAnswer():
-                world.checker.sent(self.name, action)
+                self.above.was_sent(self.name, action)
                 self._up(action)
                 if world.chance(world.scenario.double_rate):
                     world.faults["a message was doubled"] += 1
@@ -700,6 +726,7 @@ class Worker:
                 self._up(action)
             case ReportWeights(round_):
                 assert round_ == world.scenario.config.rounds
+                self.above.ended_with(self.name, self.weights)
             case Leave():
                 world.say(self.name, "leaves")
                 self.left = True
@@ -727,7 +754,7 @@ class Worker:
 
         def arrive() -> None:
             if stream.alive:
-                world.coordinator.receive(stream, message)
+                self.above.receive(stream, message)
             elif world.scenario.hostile and world.chance(0.9):
                 self.held_back.append((stream, message))
 
@@ -758,7 +785,7 @@ class Replica:
 def _down_of(message: RoundMessage, heads: Sequence[bytes]) -> Down:
     match message:
         case Assign():
-            return Assigned(message.ticket, message.work)
+            return Assigned(message.ticket, message.work, message.deadline_ms)
         case Ack(_, ticket):
             return Acknowledged(ticket, heads[ticket.round - 1])
         case Refuse(_, ticket, reason, sentence):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedmezo_coordinator.daemon import Session
+from fedmezo_coordinator.serving import Session
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured

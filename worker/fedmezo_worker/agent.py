@@ -15,12 +15,11 @@ from fedmezo_core.catch_up import Speeds, takes_snapshot
 from fedmezo_core.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.codec import (
     answer_to_pb,
-    assigned_from_pb,
-    decode_record,
-    ticket_from_pb,
+    commit_of,
+    event_from_pb,
+    hello_to_pb,
     unable_to_pb,
 )
-from fedmezo_core.config import PROTOCOL_VERSION, RunConfig
 from fedmezo_core.download import downloaded
 from fedmezo_core.errors import (
     ConfigError,
@@ -34,17 +33,15 @@ from fedmezo_core.errors import (
     UnavailableError,
 )
 from fedmezo_core.events import (
-    Acknowledged,
     ApplyCommit,
+    Assigned,
     CommitReceived,
     Connected,
     Disconnected,
-    FinishedByCoordinator,
     Leave,
     Measure,
     Measured,
     MeasureFailed,
-    RefusedByCoordinator,
     ReportWeights,
     Restored,
     SendAnswer,
@@ -54,6 +51,7 @@ from fedmezo_core.events import (
     SessionEvent,
     Welcomed,
 )
+from fedmezo_core.history import History
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.session import SessionMachine, SessionState
 from fedmezo_core.snapshots import Snapshot, SnapshotOffer
@@ -62,7 +60,6 @@ from fedmezo_core.zo.party import Party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.evaluations import Evaluations, HeldOutResult
-from fedmezo_worker.history import History
 from fedmezo_worker.settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
@@ -166,7 +163,7 @@ class Agent:
         )
         log.info("%d trainable elements", self._party.loaded.manifest.element_count)
         async for page in self._history.open(description):
-            events = [_commit_event(entry.row.body) for entry in page]
+            events = [commit_of(entry.row.body) for entry in page]
             await self._take_commits([event for event in events if event is not None])
         if evaluations is not None:
             # Now, because a worker that comes late goes on from the base at once.
@@ -191,7 +188,7 @@ class Agent:
             if not page.entries:
                 break
             events = [
-                _commit_event(entry.record, b"" if number else page.head_before)
+                commit_of(entry.record, b"" if number else page.head_before)
                 for number, entry in enumerate(page.entries)
             ]
             await self._history.add([entry.record for entry in page.entries])
@@ -337,11 +334,9 @@ class Agent:
                     message, receiving = receiving.result(), None
                     if message is None:
                         raise UnavailableError("The coordinator ended the session.")
-                    event = event_of(message, self._genesis.config)
-                    if message.WhichOneof("kind") == "assign":
-                        self._engine.set_deadline(
-                            time.monotonic() + message.assign.deadline_ms / 1000
-                        )
+                    event = event_from_pb(message, self._genesis.config)
+                    if isinstance(event, Assigned):
+                        self._engine.set_deadline(time.monotonic() + event.deadline_ms / 1000)
                     actions = await self._take(event, message)
                     finished = await self._act(actions, stream) or finished
                     if isinstance(event, Welcomed):
@@ -429,7 +424,7 @@ class Agent:
         match action:
             case SendHello(round_, head):
                 assert self._party is not None
-                return hello_of(self._party, self._settings.name, round_, head)
+                return hello_to_pb(self._party, self._settings.name, round_, head)
             case SendAnswer():
                 return answer_to_pb(action)
             case SendUnable():
@@ -507,56 +502,3 @@ class Agent:
         if last is None or last.round != self._machine.round:
             await self._evaluate(self._engine.evaluate())
         self._evaluations.log_summary()
-
-
-def hello_of(party: Party, worker: str, round_: int, head: bytes) -> wire.SessionRequest:
-    """How `worker` introduces itself at the round and head that it holds."""
-    config = party.config
-    return wire.SessionRequest(
-        hello=wire.Hello(
-            protocol_version=PROTOCOL_VERSION,
-            run_id=config.run_id,
-            worker=worker,
-            manifest_digest=party.manifest_digest,
-            base_digest=party.base_digest,
-            tokenizer_digest=party.tokenizer_digest,
-            recipe=config.recipe,
-            round=round_,
-            head=head,
-        )
-    )
-
-
-def _commit_event(record_bytes: bytes, head_before: bytes = b"") -> CommitReceived | None:
-    record = decode_record(record_bytes)
-    if not isinstance(record, Committed):
-        return None
-    return CommitReceived(record, record_bytes, head_before)
-
-
-def event_of(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
-    """A message from the coordinator as the session machine takes it."""
-    match message.WhichOneof("kind"):
-        case "welcome":
-            welcome = message.welcome
-            return Welcomed(welcome.epoch, welcome.round, welcome.head)
-        case "commit":
-            event = _commit_event(message.commit.record)
-            if event is not None:
-                return event
-        case "assign":
-            return assigned_from_pb(message.assign, config)
-        case "ack":
-            return Acknowledged(ticket_from_pb(message.ack.ticket), message.ack.head)
-        case "refused":
-            refused = message.refused
-            return RefusedByCoordinator(
-                ticket_from_pb(refused.ticket), refused.reason, refused.message
-            )
-        case "finished":
-            return FinishedByCoordinator(message.finished.round)
-        case _:
-            pass
-    raise ProtocolError(
-        "The coordinator sent a message that this version does not know; use the same FedMeZO version."
-    )

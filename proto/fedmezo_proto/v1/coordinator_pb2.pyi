@@ -111,6 +111,8 @@ class GetRunResponse(google.protobuf.message.Message):
     ROUND_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
     CHECKPOINT_KEY_FIELD_NUMBER: builtins.int
+    HEAD_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     MISSING_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
     NEEDS_SNAPSHOT_FIELD_NUMBER: builtins.int
@@ -124,6 +126,10 @@ class GetRunResponse(google.protobuf.message.Message):
     """Coordinator starts so far."""
     checkpoint_key: builtins.bytes
     """Ed25519 public key that signs this run's checkpoints. 32 bytes; empty if they are not signed."""
+    head: builtins.bytes
+    """Head after `round`. 32 bytes, or empty where nobody can vouch for it just now."""
+    signature: builtins.bytes
+    """The checkpoint of this round and head, signed with the run's key. 64 bytes, or empty without one."""
     needs_snapshot: builtins.bool
     """Whether commits that the caller lacks are in the journal no more, so that it has to take the snapshot.
     `missing` says nothing then.
@@ -144,12 +150,14 @@ class GetRunResponse(google.protobuf.message.Message):
         round: builtins.int = ...,
         epoch: builtins.int = ...,
         checkpoint_key: builtins.bytes = ...,
+        head: builtins.bytes = ...,
+        signature: builtins.bytes = ...,
         missing: Global___Suffix | None = ...,
         snapshot: Global___SnapshotOffer | None = ...,
         needs_snapshot: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["missing", b"missing", "snapshot", b"snapshot"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_key", b"checkpoint_key", "epoch", b"epoch", "genesis", b"genesis", "missing", b"missing", "needs_snapshot", b"needs_snapshot", "protocol_version", b"protocol_version", "round", b"round", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_key", b"checkpoint_key", "epoch", b"epoch", "genesis", b"genesis", "head", b"head", "missing", b"missing", "needs_snapshot", b"needs_snapshot", "protocol_version", b"protocol_version", "round", b"round", "signature", b"signature", "snapshot", b"snapshot"]) -> None: ...
 
 Global___GetRunResponse: typing_extensions.TypeAlias = GetRunResponse
 

@@ -1,4 +1,4 @@
-"""What a worker is told of the run's history: checked against the coordinator's key, and kept."""
+"""What a party is told of the run's history: checked against the coordinator's key, and kept."""
 
 from __future__ import annotations
 
@@ -25,15 +25,22 @@ Result = TypeVar("Result")
 
 
 class History:
-    """Checks what the coordinator signs; keeps commits in a file, if the worker has one for them."""
+    """Checks what the coordinator signs; keeps commits in a file, if the party has one for them."""
 
-    def __init__(self, path: Path | None, key: bytes | None) -> None:
-        """`path` of the copy, or None for none; `key` that the coordinator must have, or None for any."""
+    def __init__(
+        self, path: Path | None, key: bytes | None, thread: ThreadPoolExecutor | None = None
+    ) -> None:
+        """`path` of the copy, or None for none; `key` that the coordinator must have, or None for any.
+
+        `thread` is the one that touches the file, if others read it too.
+        """
         self._path = path
         self._wanted_key = key
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal-copy")
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="journal-copy")
         self._witness: Witness | None = None
         self._copy: JournalCopy | None = None
+        self.journal: Journal | None = None
+        """What the copy is, once it is opened."""
         self._welcome = wire.Welcome()
 
     @property
@@ -57,39 +64,49 @@ class History:
         path = self._path
         if path is None:
             return
-        copy = await self._on_disk(lambda: JournalCopy(Journal(SqliteStore(path))))
+        self.journal = await self._on_disk(lambda: Journal(SqliteStore(path)))
+        copy = JournalCopy(self.journal)
         entries = copy.begin(description.genesis_body, description.epoch, key)
         while page := await self._on_disk(lambda: list(islice(entries, PAGE_COMMITS))):
             yield page
         self._copy = copy
 
-    async def add(self, bodies: Sequence[bytes]) -> None:
-        """Keep commits that were read from the coordinator's journal."""
+    async def add(self, bodies: Sequence[bytes]) -> Sequence[Entry]:
+        """Keep commits that were read from the coordinator's journal; where they are in the copy."""
         copy = self._copy
-        if copy is not None and bodies:
-            await self._on_disk(lambda: copy.add(bodies))
+        if copy is None or not bodies:
+            return ()
+        return await self._on_disk(lambda: copy.add(bodies))
+
+    def expect(self, welcome: wire.Welcome) -> None:
+        """Check the checkpoint that the commits which follow lead to; raises as `welcomed`."""
+        self._welcome = welcome
+        self._check(welcome.round, welcome.head, welcome.signature)
 
     async def welcomed(self, welcome: wire.Welcome, round_: int) -> None:
-        """Check the welcome's checkpoint; `round_` is the one that this worker holds.
+        """Check the welcome's checkpoint; `round_` is the one that this party holds.
 
         Raises `DivergedError` if the run's key did not sign it.
         """
-        self._welcome = welcome
-        self._check(welcome.round, welcome.head, welcome.signature)
+        self.expect(welcome)
         if round_ == welcome.round:
             await self._keep((), welcome.round, welcome.head, welcome.signature)
 
-    async def committed(self, notice: wire.CommitNotice, round_: int, head: bytes) -> None:
+    async def committed(
+        self, notice: wire.CommitNotice, round_: int, head: bytes
+    ) -> Sequence[Entry]:
         """Check and keep a commit that came down the stream: `round_` and `head` are those after it.
 
         Raises `DivergedError` if the run's key did not sign them.
         """
-        signature = notice.signature
-        if round_ == self._welcome.round:
-            signature = self._welcome.signature
+        signature = self.signature_of(notice, round_)
         if round_ >= self._welcome.round:
             self._check(round_, head, signature)
-        await self._keep((notice.record,), round_, head, signature)
+        return await self._keep((notice.record,), round_, head, signature)
+
+    def signature_of(self, notice: wire.CommitNotice, round_: int) -> bytes:
+        """What the coordinator signed of the head after a commit; empty before the welcome's round."""
+        return self._welcome.signature if round_ == self._welcome.round else notice.signature
 
     async def close(self) -> None:
         """Close the copy's file."""
@@ -102,20 +119,20 @@ class History:
             self._witness.check(round_, head, signature)
         elif signature:
             raise DivergedError(
-                f"The coordinator signs round {round_}, but named no key when this worker asked for the "
-                "run; restart the worker."
+                f"The coordinator signs round {round_}, but named no key when this party asked for the "
+                "run; restart it."
             )
 
     async def _keep(
         self, bodies: Sequence[bytes], round_: int, head: bytes, signature: bytes
-    ) -> None:
+    ) -> Sequence[Entry]:
         copy = self._copy
         if copy is None:
-            return
+            return ()
         signed: Checkpoint | None = None
         if signature and self._witness is not None:
             signed = Checkpoint(self._welcome.epoch, round_, head, self._witness.key, signature)
-        await self._on_disk(lambda: copy.add(bodies, signed))
+        return await self._on_disk(lambda: copy.add(bodies, signed))
 
     async def _on_disk(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
