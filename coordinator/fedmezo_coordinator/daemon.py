@@ -219,6 +219,7 @@ class Daemon:
         self._overflowed: list[Session] = []
         self._noted = 0
         self._noted_second = 0
+        self._paces = 0
         self._loading = True
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[_Item] = asyncio.Queue(EVENTS_MAX)
@@ -343,9 +344,8 @@ class Daemon:
 
     async def _take(self, items: Sequence[_Item], readies: list[Ready]) -> list[Ready]:
         """Step through the items; what is owed after them, and was before."""
-        for number, item in enumerate(items, start=1):
-            if number % SLICE == 0:
-                await asyncio.sleep(0)
+        for item in items:
+            await self._pace()
             if isinstance(item, _Join):
                 # A joining worker is sent the commits it lacks, so those must be durable by now.
                 await self._flush(readies)
@@ -358,13 +358,22 @@ class Daemon:
     async def _siblings(self, readies: Sequence[Ready], until_s: float) -> list[_Item]:
         """What else comes until then, if there is something to append and an answer to wait for."""
         waits_s = until_s - time.monotonic()
-        waits = waits_s > 0 and self._machine.awaits_answers
-        if not waits or not any(ready.records for ready in readies):
+        if waits_s <= 0 or not self._machine.awaits_answers:
             return []
-        try:
-            return [await asyncio.wait_for(self._items.get(), waits_s)]
-        except TimeoutError:
+        records = [record for ready in readies for record in ready.records]
+        # After a commit the answers that are awaited are the next round's, which nobody was asked for yet.
+        if not records or any(type(record) is Committed for record in records):
             return []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(waits_s):
+                return [await self._items.get()]
+        return []
+
+    async def _pace(self) -> None:
+        """After every so many calls, let everything else on the loop have its turn."""
+        self._paces += 1
+        if self._paces % SLICE == 0:
+            await asyncio.sleep(0)
 
     async def _record_snapshot(self) -> None:
         """Write down the replica's newest snapshot, once the run has agreed to its weights."""
@@ -378,11 +387,19 @@ class Daemon:
         records = [record for ready in readies for record in ready.records]
         entries = iter(await self._append(records) if records else ())
         for ready in readies:
-            await self._send([next(entries) for _ in ready.records], ready.messages)
+            for record in ready.records:
+                entry = next(entries)
+                if type(record) is Committed:
+                    await self._send_to_all(record, entry)
+            for message in ready.messages:
+                await self._pace()
+                self._send_one(message)
 
     async def _append(self, records: Sequence[Record]) -> list[Entry]:
         entries = await self._on_disk(lambda: self._journal.append(records))
         for entry in entries:
+            if type(entry.record) is Answered:  # nearly all are
+                continue
             self._index.fold(entry)
             self._shelf.fold(entry.record, self._machine.state.agreed)
             self._tell(entry.record)
@@ -591,23 +608,13 @@ class Daemon:
 
     # ------------------------------------------------------------ out
 
-    async def _send(self, entries: Sequence[Entry], messages: Sequence[RoundMessage]) -> None:
-        """Commits to everyone first, then what the step addressed to one worker each."""
-        for entry in entries:
-            if isinstance(entry.record, Committed):
-                signature = self._signature(entry.record.round, entry.head)
-                # Once for all; only this task changes the sessions.
-                notice = commit_to_pb(entry.row, signature).SerializeToString()
-                for number, session in enumerate(self._sessions.values(), start=1):
-                    self._put(session, notice)
-                    if number % SLICE == 0:
-                        await asyncio.sleep(0)
-        for number, message in enumerate(messages, start=1):
-            session_or_none = self._sessions.get(message.worker)
-            if session_or_none is not None:
-                self._send_one(session_or_none, message)
-            if number % SLICE == 0:
-                await asyncio.sleep(0)
+    async def _send_to_all(self, commit: Committed, entry: Entry) -> None:
+        signature = self._signature(commit.round, entry.head)
+        # Once for all; only this task changes the sessions.
+        notice = commit_to_pb(entry.row, signature).SerializeToString()
+        for session in self._sessions.values():
+            await self._pace()
+            self._put(session, notice)
 
     def _put(self, session: Session, message: Outgoing) -> None:
         """Queue a message; whoever does not read is out of the run until it joins again."""
@@ -616,7 +623,10 @@ class Daemon:
             if session.ended is not None:
                 self._overflowed.append(session)
 
-    def _send_one(self, session: Session, message: RoundMessage) -> None:
+    def _send_one(self, message: RoundMessage) -> None:
+        session = self._sessions.get(message.worker)
+        if session is None:
+            return
         match message:
             case Expel(_, sentence):
                 session.end(DivergedError(sentence))
