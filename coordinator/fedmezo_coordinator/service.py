@@ -15,10 +15,11 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fedmezo_coordinator.admission import choose_version
-from fedmezo_coordinator.daemon import Daemon, HalfClosedError
+from fedmezo_coordinator.daemon import SLICE, Daemon, HalfClosedError
 from fedmezo_coordinator.daemon import Session as WorkerSession
 from fedmezo_coordinator.door import Place
 from fedmezo_coordinator.polled import PolledSessions
+from fedmezo_coordinator.turnstile import Turnstile
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
 from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY
@@ -86,6 +87,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._polled = PolledSessions(daemon)
+        self._turnstile = Turnstile(SLICE)
 
     @_mapped
     async def GetRun(  # noqa: N802 - the service's name for it
@@ -173,6 +175,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
                 message = await session.outbox.get()
                 if isinstance(message, FedMezoError):
                     raise message
+                await self._turnstile.through()
                 await context.write(self._daemon.sent(session, message))
         finally:
             if reader is not None:
