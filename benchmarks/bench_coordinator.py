@@ -91,7 +91,6 @@ def swarm_of(coordinator: Coordinator, count: int) -> Iterator[Swarm]:
     """So many workers, not yet joined."""
     swarm = Swarm(
         (HOST, coordinator.port),
-        coordinator.ca,
         coordinator.genesis,
         head_after(ZERO_HASH, encode_record(coordinator.genesis)),
         [f"worker-{number:05d}" for number in range(count)],
@@ -418,7 +417,6 @@ def reconnect(sizes: Sizes) -> Iterator[Figure]:
         workers_min=cohort, quorum=cohort // 2, cohort_size_max=cohort, deadline_ms=2000
     )
     with running(count, config) as (coordinator, swarm):
-        swarm.connecting_max = count
         answering = Answering(swarm)
         swarm.run(lambda: answering.commits >= 3, PATIENCE_S, "rounds under load")
         acks = answering.acks
