@@ -20,6 +20,7 @@ from fedmezo_coordinator.daemon import Session as WorkerSession
 from fedmezo_coordinator.door import Place
 from fedmezo_coordinator.polled import PolledSessions
 from fedmezo_coordinator.turnstile import Turnstile
+from fedmezo_coordinator.wakeups import drained
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
 from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY
@@ -224,7 +225,8 @@ def bind_server(
     Raises `ConfigError` for an address or TLS files that cannot be used.
     """
     credentials = None if tls is None else _credentials(*tls)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    with drained():
+        server = grpc.aio.server(options=SERVER_OPTIONS)
     server.add_insecure_port(private)
     try:
         if credentials is None:
