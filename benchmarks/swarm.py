@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fedmezo_core.backoff import delay_s
 from fedmezo_core.config import PROTOCOL_VERSION

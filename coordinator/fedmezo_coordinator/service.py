@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from fedmezo_coordinator.admission import choose_version
-from fedmezo_coordinator.daemon import SLICE, Daemon, HalfClosedError
+from fedmezo_coordinator.daemon import Daemon, HalfClosedError
 from fedmezo_coordinator.daemon import Session as WorkerSession
 from fedmezo_coordinator.door import Place
 from fedmezo_coordinator.polled import PolledSessions
@@ -31,6 +31,9 @@ log = logging.getLogger("fedmezo.coordinator")
 
 HELLO_TIMEOUT_S = 20.0
 """A stream that does not introduce itself by then is closed."""
+WRITES_A_TURN = 4
+"""Messages that go down in one turn of the loop; that few, because a new stream takes three turns to be
+accepted, one stream after the other."""
 
 SERVER_OPTIONS = (
     # Without this a second coordinator binds the same port and silently takes half the workers.
@@ -88,7 +91,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._polled = PolledSessions(daemon)
-        self._turnstile = Turnstile(SLICE)
+        self._turnstile = Turnstile(WRITES_A_TURN)
 
     @_mapped
     async def GetRun(  # noqa: N802 - the service's name for it
