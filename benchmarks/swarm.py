@@ -52,27 +52,36 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def message_frame(body: bytes, *, last: bool = False) -> bytes:
+def message_frame(body: bytes, *, stream: int = 1, last: bool = False) -> bytes:
     """One gRPC message in a DATA frame; `last` half-closes the stream."""
-    return frame(DATA, END_STREAM if last else 0, 1, b"\0" + struct.pack(">I", len(body)) + body)
+    flags = END_STREAM if last else 0
+    return frame(DATA, flags, stream, b"\0" + struct.pack(">I", len(body)) + body)
 
 
-def preamble(method: str, authority: str) -> bytes:
-    """What opens a connection and its one call."""
+def preface() -> bytes:
+    """What opens a connection."""
     settings = frame(SETTINGS, 0, 0, struct.pack(">HIHI", 4, WINDOW, 5, 2**20))
     window = frame(8, 0, 0, struct.pack(">I", WINDOW - 65_535))
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + window
+
+
+def call_frame(method: str, authority: str, stream: int = 1) -> bytes:
+    """What opens a call; it leaves nothing in the server's table of headers."""
     path = (SERVICE + method).encode()
     # Static table: :method POST, :scheme https, :path, :authority, content-type; and te by name.
     headers = b"\x83\x87\x04" + _text(path) + b"\x01" + _text(authority.encode())
     headers += (
         b"\x0f\x10" + _text(b"application/grpc") + b"\x00" + _text(b"te") + _text(b"trailers")
     )
-    return (
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + settings
-        + window
-        + frame(HEADERS, END_HEADERS, 1, headers)
-    )
+    return frame(HEADERS, END_HEADERS, stream, headers)
+
+
+def tls_context() -> ssl.SSLContext:
+    """Without a check of the certificate: that costs only the load's core, a third of a handshake."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    return context
 
 
 def _text(value: bytes) -> bytes:
@@ -123,15 +132,12 @@ class Swarm:
         self.reconnects = True
         """Whether a worker whose session ends comes back, with full jitter."""
         self._genesis = genesis
-        # Checking the certificate costs only the load's core, a third of a handshake.
-        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self._tls.check_hostname, self._tls.verify_mode = False, ssl.CERT_NONE
-        self._tls.set_alpn_protocols(["h2"])
+        self._tls = tls_context()
         self._epoll = select.epoll()
         self._open: dict[int, Worker] = {}
         self._connecting = 0
         self._due: list[tuple[float, int, Worker]] = []
-        self._preamble = preamble("Session", f"{address[0]}:{address[1]}")
+        self._preamble = preface() + call_frame("Session", f"{address[0]}:{address[1]}")
         self._count = 0
         self._newest = (b"", b"", 0, b"")
         """A commit and what follows from it: the same for nearly all workers."""
@@ -383,6 +389,57 @@ class Swarm:
             round_ = Record.FromString(body).committed.round
             self._newest = (worker.head, body, round_, head_after(worker.head, body))
         worker.round, worker.head = self._newest[2:]
+
+
+class Caller:
+    """A connection for unary calls, one at a time, whose bytes are made and read by hand, too."""
+
+    def __init__(self, address: tuple[str, int], method: str) -> None:
+        self._authority = f"{address[0]}:{address[1]}"
+        self._method = method
+        self.sock = tls_context().wrap_socket(
+            socket.create_connection(address), server_hostname=address[0]
+        )
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.sendall(preface())
+        self._stream = -1
+        self._buffer = bytearray()
+        self._body = bytearray()
+
+    def call(self, body: bytes) -> None:
+        """Begin a call; the one before has ended."""
+        self._stream += 2
+        self.sock.sendall(
+            call_frame(self._method, self._authority, self._stream)
+            + message_frame(body, stream=self._stream, last=True)
+        )
+
+    def take(self) -> bytes | None:
+        """Take what has come; the answer's bytes once the call has ended."""
+        self._buffer += self.sock.recv(READ_BYTES)
+        while self.sock.pending():
+            self._buffer += self.sock.recv(READ_BYTES)
+        answer, buffer, start = None, self._buffer, 0
+        while len(buffer) - start >= 9:
+            end = start + 9 + int.from_bytes(buffer[start : start + 3], "big")
+            if len(buffer) < end:
+                break
+            kind, flags = buffer[start + 3], buffer[start + 4]
+            if kind == DATA:
+                self._body += buffer[start + 9 : end]
+            elif kind in (SETTINGS, PING) and not flags & ACK:
+                payload = bytes(buffer[start + 9 : end]) if kind == PING else b""
+                self.sock.sendall(frame(kind, ACK, 0, payload))
+            elif kind == HEADERS and flags & END_STREAM:
+                if len(self._body) < 5:
+                    raise RuntimeError("a call was refused")
+                answer = bytes(self._body[5:])
+                self._body.clear()
+            elif kind in (RST_STREAM, GOAWAY):
+                raise RuntimeError("the coordinator broke a call off")
+            start = end
+        del buffer[:start]
+        return answer
 
 
 def hello_of(genesis: Genesis, worker: str, round_: int, head: bytes) -> wire.Hello:
