@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import resource
+import select
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
 from benchmarks.serving import HOST, Coordinator, contract, cores, serving
-from benchmarks.swarm import Swarm, Worker, answer_to, hello_of
-from fedmezo_core.client import CoordinatorClient
+from benchmarks.swarm import Caller, Swarm, Worker, answer_to, hello_of
 from fedmezo_core.codec import encode_record
 from fedmezo_core.config import RunConfig
 from fedmezo_core.journal import ZERO_HASH, Journal, head_after
 from fedmezo_core.records import (
     Answered,
     Committed,
-    Genesis,
     Opened,
     PairRun,
     Record,
@@ -60,7 +57,8 @@ class Sizes:
     loaded_s: float = 60.0
     rounds: int = 1000
     idle: int = 10_000
-    idle_s: float = 60.0
+    idle_s: float = 120.0
+    """As long as it takes until the coordinator has pinged every worker once."""
     listening: int = 1000
     commits: int = 20
     returning: int = 5000
@@ -91,7 +89,6 @@ def swarm_of(coordinator: Coordinator, count: int) -> Iterator[Swarm]:
     """So many workers, not yet joined."""
     swarm = Swarm(
         (HOST, coordinator.port),
-        coordinator.ca,
         coordinator.genesis,
         head_after(ZERO_HASH, encode_record(coordinator.genesis)),
         [f"worker-{number:05d}" for number in range(count)],
@@ -240,91 +237,102 @@ def unary(sizes: Sizes) -> Iterator[Figure]:
         tempfile.TemporaryDirectory(prefix="fedmezo-bench-") as folder,
         serving(Path(folder), config) as coordinator,
     ):
-        cpu_before_s = coordinator.cpu_s
-        times, seconds = asyncio.run(_poll(coordinator, count, sizes.bursts))
-        cpu_s = coordinator.cpu_s - cpu_before_s
+        times, seconds, cpu_s = _poll(coordinator, count, sizes.bursts)
     times.sort()
     name = f"durable submissions by unary calls, {UNARY_IN_FLIGHT} in flight"
     yield Figure(name, len(times) / seconds, "/s", "at least 1000")
     yield Figure(f"{name}, median", 1e3 * statistics.median(times), "ms")
     yield Figure(f"{name}, p99", 1e3 * times[int(0.99 * len(times))], "ms", "at most 100")
     each = 1e6 * cpu_s / len(times)
-    yield Figure(
-        "the same: CPU time of the coordinator each, joins and assignments included", each, "us"
-    )
-
-
-async def _poll(coordinator: Coordinator, count: int, rounds: int) -> tuple[list[float], float]:
-    """Seconds of each submission, and of all bursts together."""
-    clients = [
-        CoordinatorClient(f"{HOST}:{coordinator.port}", coordinator.ca)
-        for _ in range(UNARY_IN_FLIGHT // 8)
-    ]
-    head = head_after(ZERO_HASH, encode_record(coordinator.genesis))
-    pollers = [
-        Poller(clients[number % len(clients)], f"worker-{number:05d}") for number in range(count)
-    ]
-    try:
-        await _in_lanes([poller.join(coordinator.genesis, head) for poller in pollers])
-        times: list[float] = []
-        seconds = 0.0
-        for _ in range(rounds):
-            await _in_lanes([poller.fetch() for poller in pollers])
-            begin = time.perf_counter()
-            times += await _in_lanes([poller.submit() for poller in pollers[1:]])
-            seconds += time.perf_counter() - begin
-            await pollers[0].submit()
-        return times, seconds
-    finally:
-        for client in clients:
-            await client.close()
-
-
-async def _in_lanes(calls: Sequence[Coroutine[Any, Any, float]]) -> list[float]:
-    """All of them, so many at a time."""
-    waiting = iter(calls)
-
-    async def lane() -> list[float]:
-        return [await call for call in waiting]
-
-    done = await asyncio.gather(*(lane() for _ in range(UNARY_IN_FLIGHT)))
-    return [seconds for each in done for seconds in each]
+    yield Figure("the same: CPU time of the coordinator each", each, "us")
 
 
 @dataclass(slots=True)
 class Poller:
     """A worker without a stream."""
 
-    client: CoordinatorClient
     name: str
     token: bytes = b""
     assigned: wire.Assign | None = None
 
-    async def join(self, genesis: Genesis, head: bytes) -> float:
-        hello = hello_of(genesis, self.name, 0, head)
-        return await self._call(wire.SessionRequest(hello=hello))
-
-    async def fetch(self) -> float:
-        """Wait for the next assignment."""
-        while self.assigned is None:
-            await self._call(wait_ms=30_000)
-        return 0.0
-
-    async def submit(self) -> float:
-        """Answer; seconds until the acknowledgement."""
-        assert self.assigned is not None
-        answer, self.assigned = answer_to(self.assigned, GRADS), None
-        return await self._call(answer, wait_ms=30_000)
-
-    async def _call(self, *messages: wire.SessionRequest, wait_ms: int = 0) -> float:
-        begin = time.perf_counter()
-        answer = await self.client.poll_session(self.token, *messages, wait_ms=wait_ms)
-        seconds = time.perf_counter() - begin
+    def took(self, answer: wire.PollSessionResponse) -> None:
+        """Keep what matters of an answer."""
         self.token = answer.token
         for message in answer.messages:
             if message.HasField("assign"):
                 self.assigned = message.assign
-        return seconds
+
+    def request(self, *messages: wire.SessionRequest, wait_ms: int = 0) -> bytes:
+        """A call."""
+        return wire.PollSessionRequest(
+            token=self.token, messages=messages, wait_ms=wait_ms
+        ).SerializeToString()
+
+    def submission(self) -> bytes:
+        """The call that answers."""
+        assert self.assigned is not None
+        answer, self.assigned = answer_to(self.assigned, GRADS), None
+        return self.request(answer, wait_ms=30_000)
+
+
+def _poll(coordinator: Coordinator, count: int, rounds: int) -> tuple[list[float], float, float]:
+    """Seconds of each submission, and of all bursts together, and the coordinator's CPU time in them."""
+    address = HOST, coordinator.port
+    callers = [Caller(address, "PollSession") for _ in range(UNARY_IN_FLIGHT)]
+    head = head_after(ZERO_HASH, encode_record(coordinator.genesis))
+    pollers = [Poller(f"worker-{number:05d}") for number in range(count)]
+
+    def hello(poller: Poller) -> bytes:
+        message = hello_of(coordinator.genesis, poller.name, 0, head)
+        return poller.request(wire.SessionRequest(hello=message))
+
+    _in_lanes(callers, pollers, hello)
+    times: list[float] = []
+    seconds = cpu_s = 0.0
+    for _ in range(rounds):
+        while lacking := [poller for poller in pollers if poller.assigned is None]:
+            _in_lanes(callers, lacking, lambda poller: poller.request(wait_ms=30_000))
+        begin, cpu_before_s = time.perf_counter(), coordinator.cpu_s
+        times += _in_lanes(callers, pollers[1:], Poller.submission)
+        seconds += time.perf_counter() - begin
+        cpu_s += coordinator.cpu_s - cpu_before_s
+        _in_lanes(callers, pollers[:1], Poller.submission)
+    for caller in callers:
+        caller.sock.close()
+    return times, seconds, cpu_s
+
+
+def _in_lanes(
+    callers: Sequence[Caller], pollers: Sequence[Poller], request_of: Callable[[Poller], bytes]
+) -> list[float]:
+    """A call for each poller, one at a time on each connection; the seconds that each took."""
+    waiting = iter(pollers)
+    calls: dict[int, tuple[Caller, Poller, float]] = {}
+    times: list[float] = []
+    with select.epoll() as epoll:
+
+        def begin_next(caller: Caller) -> None:
+            poller = next(waiting, None)
+            if poller is None:
+                calls.pop(caller.sock.fileno(), None)
+                return
+            calls[caller.sock.fileno()] = caller, poller, time.perf_counter()
+            caller.call(request_of(poller))
+
+        for caller in callers:
+            epoll.register(caller.sock.fileno(), select.EPOLLIN)
+            begin_next(caller)
+        while calls:
+            for fileno, _ in epoll.poll(PATIENCE_S):
+                if fileno not in calls:  # a ping, or the like
+                    continue
+                caller, poller, begin_s = calls[fileno]
+                answer = caller.take()
+                if answer is not None:
+                    times.append(time.perf_counter() - begin_s)
+                    poller.took(wire.PollSessionResponse.FromString(answer))
+                    begin_next(caller)
+    return times
 
 
 def empty_round(sizes: Sizes) -> Iterator[Figure]:
@@ -418,7 +426,6 @@ def reconnect(sizes: Sizes) -> Iterator[Figure]:
         workers_min=cohort, quorum=cohort // 2, cohort_size_max=cohort, deadline_ms=2000
     )
     with running(count, config) as (coordinator, swarm):
-        swarm.connecting_max = count
         answering = Answering(swarm)
         swarm.run(lambda: answering.commits >= 3, PATIENCE_S, "rounds under load")
         acks = answering.acks

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from fedmezo_core.backoff import delay_s
 from fedmezo_core.config import PROTOCOL_VERSION
@@ -35,8 +34,12 @@ WINDOW = 2**31 - 1
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY = 0, 1, 3, 4, 6, 7
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
 READ_BYTES = 256 * 1024
+LARGE_BYTES = 1024
+"""Messages above are commits, the same to all workers."""
+HANDSHAKES_A_TURN = 32
 CONNECTING_MAX = 64
-"""TLS handshakes in the air at a time, unless it is said otherwise."""
+"""TLS handshakes in the air at a time: more only grow old here, beyond the time that a coordinator gives
+them, because their other half is done by this one thread."""
 RETRY_AFTER = re.compile(rb"fedmezo-retry-after-ms.(\d+)", re.DOTALL)
 """A header that is new to a connection stands in its first trailers in plain letters."""
 
@@ -49,27 +52,36 @@ def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
     return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
 
 
-def message_frame(body: bytes, *, last: bool = False) -> bytes:
+def message_frame(body: bytes, *, stream: int = 1, last: bool = False) -> bytes:
     """One gRPC message in a DATA frame; `last` half-closes the stream."""
-    return frame(DATA, END_STREAM if last else 0, 1, b"\0" + struct.pack(">I", len(body)) + body)
+    flags = END_STREAM if last else 0
+    return frame(DATA, flags, stream, b"\0" + struct.pack(">I", len(body)) + body)
 
 
-def preamble(method: str, authority: str) -> bytes:
-    """What opens a connection and its one call."""
+def preface() -> bytes:
+    """What opens a connection."""
     settings = frame(SETTINGS, 0, 0, struct.pack(">HIHI", 4, WINDOW, 5, 2**20))
     window = frame(8, 0, 0, struct.pack(">I", WINDOW - 65_535))
+    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings + window
+
+
+def call_frame(method: str, authority: str, stream: int = 1) -> bytes:
+    """What opens a call; it leaves nothing in the server's table of headers."""
     path = (SERVICE + method).encode()
     # Static table: :method POST, :scheme https, :path, :authority, content-type; and te by name.
     headers = b"\x83\x87\x04" + _text(path) + b"\x01" + _text(authority.encode())
     headers += (
         b"\x0f\x10" + _text(b"application/grpc") + b"\x00" + _text(b"te") + _text(b"trailers")
     )
-    return (
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + settings
-        + window
-        + frame(HEADERS, END_HEADERS, 1, headers)
-    )
+    return frame(HEADERS, END_HEADERS, stream, headers)
+
+
+def tls_context() -> ssl.SSLContext:
+    """Without a check of the certificate: that costs only the load's core, a third of a handshake."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    return context
 
 
 def _text(value: bytes) -> bytes:
@@ -109,7 +121,6 @@ class Swarm:
     def __init__(
         self,
         address: tuple[str, int],
-        ca: Path,
         genesis: Genesis,
         head: bytes,
         names: Iterable[str],
@@ -120,18 +131,18 @@ class Swarm:
         self.on_message: OnMessage = lambda worker, message: None
         self.reconnects = True
         """Whether a worker whose session ends comes back, with full jitter."""
-        self.connecting_max = CONNECTING_MAX
         self._genesis = genesis
-        self._tls = ssl.create_default_context(cafile=str(ca))
-        self._tls.set_alpn_protocols(["h2"])
+        self._tls = tls_context()
         self._epoll = select.epoll()
         self._open: dict[int, Worker] = {}
         self._connecting = 0
         self._due: list[tuple[float, int, Worker]] = []
-        self._preamble = preamble("Session", f"{address[0]}:{address[1]}")
+        self._preamble = preface() + call_frame("Session", f"{address[0]}:{address[1]}")
         self._count = 0
         self._newest = (b"", b"", 0, b"")
         """A commit and what follows from it: the same for nearly all workers."""
+        self._body, self._message = b"", wire.SessionResponse()
+        """The newest large message, and what it says."""
 
     # ------------------------------------------------------------ what a measurement calls
 
@@ -169,14 +180,22 @@ class Swarm:
     def turn(self, wait_s: float) -> None:
         """Connect whoever is due, and take what has come."""
         now_s = time.monotonic()
-        while self._due and self._due[0][0] <= now_s and self._connecting < self.connecting_max:
+        while self._due and self._due[0][0] <= now_s and self._connecting < CONNECTING_MAX:
             self._connect(heapq.heappop(self._due)[2])
-        if self._due and self._connecting < self.connecting_max:
+        if self._due and self._connecting < CONNECTING_MAX:
             wait_s = min(wait_s, max(0.0, self._due[0][0] - now_s))
+        shaking_hands = []
         for fileno, events in self._epoll.poll(wait_s, 512):
             worker = self._open.get(fileno)
-            if worker is not None:
+            if worker is None:
+                continue
+            if worker.ready:
                 self._serve(worker, events)
+            else:
+                shaking_hands.append((worker, events))
+        # A handshake takes as long as ten messages: those who are in do not wait for all the others.
+        for worker, events in shaking_hands[:HANDSHAKES_A_TURN]:
+            self._serve(worker, events)
 
     def stop_reading(self, worker: Worker) -> None:
         """From now on nothing that is sent to it is taken."""
@@ -344,7 +363,12 @@ class Swarm:
                 break
             body = bytes(data[start + 5 : start + 5 + length])
             start += 5 + length
-            self._took(worker, wire.SessionResponse.FromString(body))
+            if length < LARGE_BYTES:
+                self._took(worker, wire.SessionResponse.FromString(body))
+                continue
+            if body != self._body:
+                self._body, self._message = body, wire.SessionResponse.FromString(body)
+            self._took(worker, self._message)
         return data[start:]
 
     def _took(self, worker: Worker, message: wire.SessionResponse) -> None:
@@ -365,6 +389,57 @@ class Swarm:
             round_ = Record.FromString(body).committed.round
             self._newest = (worker.head, body, round_, head_after(worker.head, body))
         worker.round, worker.head = self._newest[2:]
+
+
+class Caller:
+    """A connection for unary calls, one at a time, whose bytes are made and read by hand, too."""
+
+    def __init__(self, address: tuple[str, int], method: str) -> None:
+        self._authority = f"{address[0]}:{address[1]}"
+        self._method = method
+        self.sock = tls_context().wrap_socket(
+            socket.create_connection(address), server_hostname=address[0]
+        )
+        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.sock.sendall(preface())
+        self._stream = -1
+        self._buffer = bytearray()
+        self._body = bytearray()
+
+    def call(self, body: bytes) -> None:
+        """Begin a call; the one before has ended."""
+        self._stream += 2
+        self.sock.sendall(
+            call_frame(self._method, self._authority, self._stream)
+            + message_frame(body, stream=self._stream, last=True)
+        )
+
+    def take(self) -> bytes | None:
+        """Take what has come; the answer's bytes once the call has ended."""
+        self._buffer += self.sock.recv(READ_BYTES)
+        while self.sock.pending():
+            self._buffer += self.sock.recv(READ_BYTES)
+        answer, buffer, start = None, self._buffer, 0
+        while len(buffer) - start >= 9:
+            end = start + 9 + int.from_bytes(buffer[start : start + 3], "big")
+            if len(buffer) < end:
+                break
+            kind, flags = buffer[start + 3], buffer[start + 4]
+            if kind == DATA:
+                self._body += buffer[start + 9 : end]
+            elif kind in (SETTINGS, PING) and not flags & ACK:
+                payload = bytes(buffer[start + 9 : end]) if kind == PING else b""
+                self.sock.sendall(frame(kind, ACK, 0, payload))
+            elif kind == HEADERS and flags & END_STREAM:
+                if len(self._body) < 5:
+                    raise RuntimeError("a call was refused")
+                answer = bytes(self._body[5:])
+                self._body.clear()
+            elif kind in (RST_STREAM, GOAWAY):
+                raise RuntimeError("the coordinator broke a call off")
+            start = end
+        del buffer[:start]
+        return answer
 
 
 def hello_of(genesis: Genesis, worker: str, round_: int, head: bytes) -> wire.Hello:

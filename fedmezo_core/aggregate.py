@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from fedmezo_core.config import RunConfig
@@ -46,6 +47,7 @@ def all_to_binary32(values: Sequence[float]) -> tuple[float, ...]:
     return rounded
 
 
+@lru_cache
 def clip_of(projected_grad_abs_max: float) -> float:
     """Largest size of a binary32 projected gradient that the clip allows.
 
@@ -63,9 +65,9 @@ def bits_of(values: Sequence[float]) -> bytes:
     return struct.pack(f"<{len(values)}f", *values)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Share:
-    """One answer's part in a round's mean."""
+    """One answer's part in a round's mean. Never changed, and not frozen because a commit makes thousands."""
 
     seeds: tuple[int, ...]
     projected_grads: tuple[float, ...]
@@ -84,23 +86,14 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
     projected gradient over the root mean square of its step's (see `normalized`).
     Raises `NumericError` if one is not finite.
     """
-    steps = [_steps(share.projected_grads, config.probes) for share in shares]
+    grads: list[Sequence[float]] = [share.projected_grads for share in shares]
     if config.normalized_step:
-        # The same step of all workers together: a federation is one pool of probes.
-        for number in range(len(steps[0])):
-            together = normalized([grad for each in steps for grad in each[number]])
-            for place, each in enumerate(steps):
-                each[number] = together[place * config.probes : (place + 1) * config.probes]
+        grads = _normalized_by_step(grads, config.probes)
     divisor = sum(share.weight for share in shares) * config.probes
     return [
-        all_to_binary32(
-            [
-                -(share.learning_rate * grad * share.weight) / divisor
-                for step in each
-                for grad in step
-            ]
-        )
-        for share, each in zip(shares, steps, strict=True)
+        all_to_binary32([-(rate * grad * weight) / divisor for grad in each])
+        for share, each in zip(shares, grads, strict=True)
+        for rate, weight in ((share.learning_rate, share.weight),)
     ]
 
 
@@ -171,8 +164,11 @@ def decay_of(config: RunConfig, factor: float) -> float:
     return to_binary32(power)
 
 
-def _steps(projected_grads: Sequence[float], probes: int) -> list[list[float]]:
-    return [
-        list(projected_grads[first : first + probes])
-        for first in range(0, len(projected_grads), probes)
-    ]
+def _normalized_by_step(answers: Sequence[Sequence[float]], probes: int) -> list[Sequence[float]]:
+    """The same step of all workers together: a federation is one pool of probes."""
+    found: list[list[float]] = [[] for _ in answers]
+    for first in range(0, len(answers[0]), probes):
+        together = normalized([g for grads in answers for g in grads[first : first + probes]])
+        for place, grads in enumerate(found):
+            grads += together[place * probes : (place + 1) * probes]
+    return list(found)

@@ -89,7 +89,7 @@ REPORT_MS = 60_000
 RelayUp = SendHello | SendAnswer | SendUnable | ReportDigest | Leave
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, unsafe_hash=True)
 class RelayReady(Ready):
     """What the relay's driver owes, in this order: `dismissed`, `records`, `messages`, `up`."""
 

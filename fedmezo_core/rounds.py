@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from fedmezo_core.aggregate import (
@@ -332,20 +334,16 @@ class RunState:
     def shares(self, answers: Sequence[Answered]) -> list[Share]:
         """What each answer puts into the next commit's mean."""
         assert self.genesis is not None
-        config = self.genesis.config
+        config, pool = self.genesis.config, self.pool
         shares = []
-        for answer in answers:
-            held = self.held(answer.round)
+        for round_, of_round in groupby(answers, key=attrgetter("round")):
+            held = self.held(round_)
             assert held is not None
-            discount = staleness_discount(config, self.age(answer.round))
-            shares.append(
-                Share(
-                    seeds=seeds_of(config, answer.round, answer.slot, self.pool),
-                    projected_grads=answer.projected_grads,
-                    learning_rate=held.rates[answer.slot] * discount,
-                    weight=answer.rows or 1,
-                )
-            )
+            discount = staleness_discount(config, self.age(round_))
+            for answer in of_round:
+                seeds = seeds_of(config, round_, answer.slot, pool)
+                rate = held.rates[answer.slot] * discount
+                shares.append(Share(seeds, answer.projected_grads, rate, answer.rows or 1))
         return shares
 
     def _apply_opened(self, record: Opened) -> None:
@@ -772,7 +770,7 @@ class RoundMachine:
         elif self.phase is not Phase.PAUSED:
             place = self.state.assignment_of(worker)
             if place is not None:
-                self._assign(place)
+                self._assign(place.round, (place.slot,))
 
     def _answer(self, event: AnswerReceived) -> None:
         state, ticket = self.state, event.ticket
@@ -1013,7 +1011,7 @@ class RoundMachine:
         if overdue:
             for worker, place in self.state.outstanding().items():
                 if worker in self._idle or worker in self._working:
-                    self._assign(place)
+                    self._assign(place.round, (place.slot,))
         if added:
             self._add_slots(added)
 
@@ -1075,31 +1073,24 @@ class RoundMachine:
         same = all(rate == config.learning_rate for rate in rates)
         eps = config.eps * factor if config.eps_follows_rate and factor != 1.0 else None
         self._record(Opened(round_, first_slot, workers, () if same else rates, eps))
-        for slot in range(first_slot, first_slot + len(workers)):
-            self._assign(Place(round_, slot))
+        self._assign(round_, range(first_slot, first_slot + len(workers)))
 
-    def _assign(self, place: Place) -> None:
-        held, config, (round_, slot) = self.state.held(place.round), self.config, place
+    def _assign(self, round_: int, slots: Iterable[int]) -> None:
+        """Ask the workers of these slots to measure."""
+        held, config = self.state.held(round_), self.config
         assert held is not None
-        worker = held.cohort[slot]
-        self._awaited[worker] = place
-        self._sort_in(worker)
-        self._view(worker).learning_rate = held.rates[slot]
+        epoch, pool = self.state.epoch, self.state.pool
+        eps = config.eps if held.eps is None else held.eps
+        want_digest = is_digest_round(config, round_)
         later_rounds = config.staleness_max - self.state.age(round_)
-        self._messages.append(
-            Assign(
-                worker=worker,
-                ticket=Ticket(self.state.epoch, round_, slot),
-                work=Work(
-                    seeds=seeds_of(config, round_, slot, self.state.pool),
-                    learning_rate=held.rates[slot],
-                    eps=config.eps if held.eps is None else held.eps,
-                    want_digest=is_digest_round(config, round_),
-                ),
-                deadline_ms=max(self._closes_at_ms - self._now_ms, 0)
-                + later_rounds * config.deadline_ms,
-            )
-        )
+        deadline_ms = max(self._closes_at_ms - self._now_ms, 0) + later_rounds * config.deadline_ms
+        for slot in slots:
+            worker, rate = held.cohort[slot], held.rates[slot]
+            self._awaited[worker] = Place(round_, slot)
+            self._sort_in(worker)
+            self._view(worker).learning_rate = rate
+            work = Work(seeds_of(config, round_, slot, pool), rate, eps, want_digest)
+            self._messages.append(Assign(worker, Ticket(epoch, round_, slot), work, deadline_ms))
 
     def _restart_deadline(self) -> None:
         self._closes_at_ms = self._now_ms + self.config.deadline_ms

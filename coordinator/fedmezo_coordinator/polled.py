@@ -30,6 +30,9 @@ class _Polled:
     place: contextlib.ExitStack
     """Its place at the door."""
     lease: asyncio.TimerHandle
+    ends_at_s: float
+    """On the loop's clock. The lease's timer looks here when it fires: a new timer for every call would
+    leave thousands of cancelled ones behind."""
     is_busy: bool = False
 
 
@@ -74,7 +77,7 @@ class PolledSessions:
             if ends:
                 self._end(token)
             else:
-                self._prolong(token, polled)
+                polled.ends_at_s = asyncio.get_running_loop().time() + LEASE_S
         return wire.PollSessionResponse(token=token, messages=down, lease_ms=int(1000 * LEASE_S))
 
     async def _open(self, messages: list[wire.SessionRequest]) -> bytes:
@@ -85,8 +88,9 @@ class PolledSessions:
             session = await self._daemon.join(messages[0].hello)
             self._daemon.door.joined(inside)
             token = secrets.token_bytes(TOKEN_BYTES)
-            lease = asyncio.get_running_loop().call_later(LEASE_S, self._end, token)
-            self._polled[token] = _Polled(session, place.pop_all(), lease)
+            loop = asyncio.get_running_loop()
+            lease = loop.call_later(LEASE_S, self._lapse, token)
+            self._polled[token] = _Polled(session, place.pop_all(), lease, loop.time() + LEASE_S)
         return token
 
     async def _collect(self, session: Session, wait_s: float) -> list[wire.SessionResponse]:
@@ -107,13 +111,21 @@ class PolledSessions:
             raise session.ended
         return found
 
-    def _prolong(self, token: bytes, polled: _Polled) -> None:
-        polled.lease.cancel()
-        polled.lease = asyncio.get_running_loop().call_later(LEASE_S, self._end, token)
+    def _lapse(self, token: bytes) -> None:
+        """End the session if its lease has run out, or look again when it will have."""
+        polled = self._polled.get(token)
+        if polled is None:
+            return
+        loop = asyncio.get_running_loop()
+        left_s = LEASE_S if polled.is_busy else polled.ends_at_s - loop.time()
+        if left_s > 0:
+            polled.lease = loop.call_later(left_s, self._lapse, token)
+        else:
+            self._end(token)
 
     def _end(self, token: bytes) -> None:
         polled = self._polled.get(token)
-        if polled is None or polled.is_busy:  # a call that runs prolongs the lease when it ends
+        if polled is None or polled.is_busy:
             return
         del self._polled[token]
         polled.lease.cancel()

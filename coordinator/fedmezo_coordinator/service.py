@@ -19,6 +19,8 @@ from fedmezo_coordinator.door import Place
 from fedmezo_coordinator.polled import PolledSessions
 from fedmezo_coordinator.serving import HalfClosedError, ServingLoop
 from fedmezo_coordinator.serving import Session as WorkerSession
+from fedmezo_coordinator.turnstile import Turnstile
+from fedmezo_coordinator.wakeups import drained
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
 from fedmezo_core.status import REASON_KEY, RETRY_AFTER_KEY
@@ -29,6 +31,9 @@ log = logging.getLogger("fedmezo.coordinator")
 
 HELLO_TIMEOUT_S = 20.0
 """A stream that does not introduce itself by then is closed."""
+WRITES_A_TURN = 4
+"""Messages that go down in one turn of the loop; that few, because a new stream takes three turns to be
+accepted, one stream after the other."""
 
 SERVER_OPTIONS = (
     # Without this a second coordinator binds the same port and silently takes half the workers.
@@ -39,8 +44,12 @@ SERVER_OPTIONS = (
     ("grpc.server_handshake_timeout_ms", 20_000),
     # A small compressed message can unpack to a large one.
     ("grpc.compression_enabled_algorithms_bitset", 1),
-    ("grpc.keepalive_time_ms", 60_000),
+    # Workers ask every minute; this is for those that don't. Ten thousand pings a minute are 2 % of a core.
+    ("grpc.keepalive_time_ms", 120_000),
     ("grpc.keepalive_timeout_ms", 20_000),
+    # A ping after every message that comes, to measure the bandwidth and widen the window: for messages
+    # that fit into any window it is a third of what a submission costs, at both ends.
+    ("grpc.http2.bdp_probe", 0),
     # As in the client: without this, gRPC's own minute counts.
     ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
@@ -85,6 +94,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
         self._polled = PolledSessions(daemon)
+        self._turnstile = Turnstile(WRITES_A_TURN)
 
     @_mapped
     async def GetRun(  # noqa: N802 - the service's name for it
@@ -172,6 +182,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
                 message = await session.outbox.get()
                 if isinstance(message, FedMezoError):
                     raise message
+                await self._turnstile.through()
                 await context.write(self._daemon.sent(session, message))
         finally:
             if reader is not None:
@@ -220,7 +231,8 @@ def bind_server(
     Raises `ConfigError` for an address or TLS files that cannot be used.
     """
     credentials = None if tls is None else _credentials(*tls)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    with drained():
+        server = grpc.aio.server(options=SERVER_OPTIONS)
     if private is not None:
         server.add_insecure_port(private)
     try:

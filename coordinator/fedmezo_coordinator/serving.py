@@ -228,6 +228,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         self._overflowed: list[Session] = []
         self._noted = 0
         self._noted_second = 0
+        self._paces = 0
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[Item] = asyncio.Queue(EVENTS_MAX)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
@@ -358,9 +359,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     async def _take(self, items: Sequence[Item], readies: list[ReadyT]) -> list[ReadyT]:
         """Step through the items; what is owed after them, and was before."""
-        for number, item in enumerate(items, start=1):
-            if number % SLICE == 0:
-                await asyncio.sleep(0)
+        for item in items:
+            await self._pace()
             if isinstance(item, _Join):
                 # A joining worker is sent the commits it lacks, so those must be durable by now.
                 await self._flush(readies)
@@ -373,13 +373,22 @@ class ServingLoop(ABC, Generic[ReadyT]):
     async def _siblings(self, readies: Sequence[ReadyT], until_s: float) -> list[Item]:
         """What else comes until then, if there is something to append and an answer to wait for."""
         waits_s = until_s - time.monotonic()
-        waits = waits_s > 0 and self._machine.awaits_answers
-        if not waits or not any(ready.records for ready in readies):
+        if waits_s <= 0 or not self._machine.awaits_answers:
             return []
-        try:
-            return [await asyncio.wait_for(self._items.get(), waits_s)]
-        except TimeoutError:
+        records = [record for ready in readies for record in ready.records]
+        # After a commit the answers that are awaited are the next round's, which nobody was asked for yet.
+        if not records or any(type(record) is Committed for record in records):
             return []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(waits_s):
+                return [await self._items.get()]
+        return []
+
+    async def _pace(self) -> None:
+        """After every so many calls, let everything else on the loop have its turn."""
+        self._paces += 1
+        if self._paces % SLICE == 0:
+            await asyncio.sleep(0)
 
     async def _on_disk(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
@@ -588,19 +597,15 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """To everyone; it comes before what its step addressed to one worker each."""
         # Serialised once for all; only this task changes the sessions.
         notice = commit_to_pb(row, signature).SerializeToString()
-        for number, session in enumerate(self._sessions.values(), start=1):
+        for session in self._sessions.values():
+            await self._pace()
             self._put(session, notice)
-            if number % SLICE == 0:
-                await asyncio.sleep(0)
 
     async def _send(self, messages: Sequence[RoundMessage]) -> None:
         """What a step addressed to one worker each."""
-        for number, message in enumerate(messages, start=1):
-            session_or_none = self._sessions.get(message.worker)
-            if session_or_none is not None:
-                self._send_one(session_or_none, message)
-            if number % SLICE == 0:
-                await asyncio.sleep(0)
+        for message in messages:
+            await self._pace()
+            self._send_one(message)
 
     def _put(self, session: Session, message: Outgoing) -> None:
         """Queue a message; whoever does not read is out of the run until it joins again."""
@@ -609,7 +614,10 @@ class ServingLoop(ABC, Generic[ReadyT]):
             if session.ended is not None:
                 self._overflowed.append(session)
 
-    def _send_one(self, session: Session, message: RoundMessage) -> None:
+    def _send_one(self, message: RoundMessage) -> None:
+        session = self._sessions.get(message.worker)
+        if session is None:
+            return
         match message:
             case Expel(_, sentence):
                 session.end(DivergedError(sentence))
