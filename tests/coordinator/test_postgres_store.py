@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from fedmezo_coordinator import cli, postgres
+from fedmezo_coordinator import cli, hosting, postgres
 from fedmezo_coordinator.journal_place import open_store, parse_url
 from fedmezo_coordinator.postgres import PostgresStore, lock_key
 from fedmezo_core.errors import (
@@ -444,7 +444,7 @@ class TestCrashes:
         self, own: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.setattr(postgres, "RECONNECT_S", 0.5)
-        monkeypatch.setattr(cli, "CHECK_JOURNAL_EVERY_S", 0.2)
+        monkeypatch.setattr(hosting, "CHECK_JOURNAL_EVERY_S", 0.2)
         store = open_store(own.url("a"))
         Journal(store).append([genesis_of(config_of())])
         store.close()
