@@ -8,11 +8,19 @@ A checkpoint is a note in the manner of C2SP's tlog-checkpoint, three lines that
 
 signed with Ed25519 (RFC 8032), so the signature alone travels. The coordinator makes one for each commit.
 Two valid signatures of different heads for one round prove that it told two histories.
+
+What dropped records came to (`origin`) is signed in the same manner, in a note that no run's id can make
+one of the above:
+
+    fedmezo.v1/<run id>/origin
+    <round>
+    <SHA-256 of its bytes, base64>
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import os
 import uuid
 from pathlib import Path
@@ -38,6 +46,12 @@ def checkpoint_text(run_id: str, round_: int, head: bytes) -> bytes:
     return f"fedmezo.v1/{run_id}\n{round_}\n{base64.b64encode(head).decode()}\n".encode()
 
 
+def origin_text(run_id: str, round_: int, body: bytes) -> bytes:
+    """What is signed of an origin: the run, its round, and the hash of its bytes."""
+    digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
+    return f"fedmezo.v1/{run_id}/origin\n{round_}\n{digest}\n".encode()
+
+
 class Signer:
     """The coordinator's key."""
 
@@ -49,6 +63,10 @@ class Signer:
     def sign(self, run_id: str, round_: int, head: bytes) -> bytes:
         """64 bytes; equal for equal arguments."""
         return self._key.sign(checkpoint_text(run_id, round_, head))
+
+    def sign_origin(self, run_id: str, round_: int, body: bytes) -> bytes:
+        """64 bytes; equal for equal arguments."""
+        return self._key.sign(origin_text(run_id, round_, body))
 
 
 def open_signer(path: Path) -> Signer:
@@ -117,4 +135,14 @@ class Witness:
                 f"The coordinator's signature for round {round_} is not of key {self.key.hex()} over the "
                 f"history that this party holds (head {head.hex()[:16]}); find out who serves run "
                 f"{self.run_id}, and which journal it serves."
+            ) from None
+
+    def check_origin(self, round_: int, body: bytes, signature: bytes) -> None:
+        """Raises `DivergedError` unless `signature` is the key's for an origin of these bytes."""
+        try:
+            self._key.verify(signature, origin_text(self.run_id, round_, body))
+        except InvalidSignature:
+            raise DivergedError(
+                f"The signature of the journal's origin, of round {round_}, is not of key "
+                f"{self.key.hex()} over what it holds; take another party's copy."
             ) from None

@@ -74,6 +74,8 @@ class RunDescription:
     """What the caller would have to apply."""
     snapshot: SnapshotOffer | None
     """None: there is none of a later round than the caller's."""
+    needs_snapshot: bool = False
+    """Commits that the caller lacks are in the journal no more."""
     genesis_body: bytes = b""
     """Record 0 as it was written."""
     checkpoint_key: bytes = b""
@@ -156,6 +158,7 @@ class CoordinatorClient:
             signature=answer.signature,
             missing=_suffix_of(answer.missing),
             snapshot=_offer_of(answer.snapshot) if answer.HasField("snapshot") else None,
+            needs_snapshot=answer.needs_snapshot,
         )
 
     async def read_journal(
@@ -168,6 +171,7 @@ class CoordinatorClient:
         records_max: int = 0,
         from_newest_base: bool = False,
         from_round: int = 0,
+        from_origin: bool = False,
     ) -> wire.ReadJournalResponse:
         """One page of the journal."""
         with self._errors_mapped():
@@ -180,17 +184,16 @@ class CoordinatorClient:
                     records_max=records_max,
                     from_newest_base=from_newest_base,
                     from_round=from_round,
+                    from_origin=from_origin,
                 ),
                 timeout=CALL_TIMEOUT_S + wait_ms / 1000,
             )
 
-    async def journal_pages(
-        self, run_id: str = "", *, commits_only: bool = False
-    ) -> AsyncIterator[wire.ReadJournalResponse]:
-        """All pages that exist now."""
+    async def journal_pages(self, run_id: str = "") -> AsyncIterator[wire.ReadJournalResponse]:
+        """All pages that exist now; the first one names the journal's origin, if it has one."""
         seqno = 0
         while True:
-            page = await self.read_journal(seqno, run_id=run_id, commits_only=commits_only)
+            page = await self.read_journal(seqno, run_id=run_id, from_origin=seqno == 0)
             yield page
             if not page.entries:
                 return

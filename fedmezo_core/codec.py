@@ -1,4 +1,5 @@
-"""Between our dataclasses and `fedmezo.v1` messages: the only core module that knows protobuf.
+"""Between our dataclasses and `fedmezo.v1` messages: with `origin`, the only core module
+that knows protobuf.
 
 Decoding is strict: a missing or unknown kind, an enum that is not set, a digest of the wrong length or
 a number that is no number is a `ProtocolError` (or `JournalCorruptError` for a record), never a default.
@@ -38,6 +39,7 @@ from fedmezo_core.events import (
     Welcomed,
     Work,
 )
+from fedmezo_core.quick_codec import AnswerReader, committed_in
 from fedmezo_core.records import (
     Answered,
     Checkpoint,
@@ -122,7 +124,7 @@ _OPTIONAL: Mapping[str, Mapping[str, int] | None] = {
 }
 """Fields of the contract that are left out of the message at their defaults, so that a run without
 them has the same bytes as ever; with the names of those that are enums."""
-_ANSWERED_TAG = bytes([pb.Record.ANSWERED_FIELD_NUMBER << 3 | 2])
+_ANSWERS = AnswerReader()
 _KIND = {
     "classification": pb.TASK_KIND_CLASSIFICATION,
     "instruction": pb.TASK_KIND_INSTRUCTION,
@@ -249,9 +251,12 @@ def encode_record(record: Record) -> bytes:
 
 def decode_record(body: bytes) -> Record:
     """A record from its bytes; `JournalCorruptError` if they are none."""
+    return _ANSWERS.read(body) or committed_in(body) or decode_with_protobuf(body)
+
+
+def decode_with_protobuf(body: bytes) -> Record:
+    """The same, whatever the layout of the bytes."""
     try:
-        if body[:1] == _ANSWERED_TAG and (answer := _answer_in(body)) is not None:
-            return _answered_from_pb(pb.Answered.FromString(answer))
         return _record_from_pb(pb.Record.FromString(body))
     except (DecodeError, ProtocolError) as error:
         raise JournalCorruptError(
@@ -286,16 +291,7 @@ def _record_to_pb(record: Record) -> pb.Record:
                 )
             )
         case Answered():
-            return pb.Record(
-                answered=pb.Answered(
-                    round=record.round,
-                    slot=record.slot,
-                    projected_grads=record.projected_grads,
-                    mean_loss=record.mean_loss,
-                    weights_digest64=record.weights_digest64,
-                    rows=record.rows,
-                )
-            )
+            return pb.Record(answered=answered_to_pb(record))
         case Committed():
             return pb.Record(
                 committed=pb.Committed(
@@ -346,14 +342,14 @@ def _record_from_pb(message: pb.Record) -> Record:
     kind = message.WhichOneof("kind")
     match kind:
         case "answered":
-            return _answered_from_pb(message.answered)
+            return answered_from_pb(message.answered)
         case "genesis":
             genesis = message.genesis
             return Genesis(
                 config=config_from_pb(genesis.config),
-                manifest_digest=_digest(genesis.manifest_digest, "manifest_digest"),
-                base_digest=_digest(genesis.base_digest, "base_digest"),
-                tokenizer_digest=_digest(genesis.tokenizer_digest, "tokenizer_digest"),
+                manifest_digest=digest_in(genesis.manifest_digest, "manifest_digest"),
+                base_digest=digest_in(genesis.base_digest, "base_digest"),
+                tokenizer_digest=digest_in(genesis.tokenizer_digest, "tokenizer_digest"),
                 trainable_elements=genesis.trainable_elements,
                 trainable_bytes=genesis.trainable_bytes,
             )
@@ -397,13 +393,7 @@ def _record_from_pb(message: pb.Record) -> Record:
                 answers=_places_of(committed),
             )
         case "diverged":
-            diverged = message.diverged
-            return Diverged(
-                round=diverged.round,
-                party=diverged.party,
-                found_digest64=diverged.found_digest64,
-                expected_digest64=diverged.expected_digest64,
-            )
+            return diverged_from_pb(message.diverged)
         case "evaluated":
             return evaluated_from_pb(message.evaluated)
         case "paused":
@@ -417,16 +407,16 @@ def _record_from_pb(message: pb.Record) -> Record:
             return Checkpoint(
                 epoch=found.epoch,
                 round=found.round,
-                head=_digest(found.head, "head"),
-                key=_digest(found.key, "key") if found.key else b"",
+                head=digest_in(found.head, "head"),
+                key=digest_in(found.key, "key") if found.key else b"",
                 signature=found.signature,
             )
         case "snapshotted":
             snapshotted = message.snapshotted
             return Snapshotted(
                 round=snapshotted.round,
-                weights_digest=_digest(snapshotted.weights_digest, "weights_digest"),
-                file_sha256=_digest(snapshotted.file_sha256, "file_sha256"),
+                weights_digest=digest_in(snapshotted.weights_digest, "weights_digest"),
+                file_sha256=digest_in(snapshotted.file_sha256, "file_sha256"),
                 file_bytes=snapshotted.file_bytes,
             )
         case _:
@@ -447,21 +437,20 @@ def _places_of(message: pb.Committed) -> tuple[Place, ...]:
     )
 
 
-def _answer_in(body: bytes) -> bytes | None:
-    """The answer that a record of nothing else consists of: nearly all are, and a start reads them all.
-
-    After the tag, a length of one or two bytes, and exactly so many bytes.
-    """
-    if len(body) < 3:
-        return None
-    length = body[1]
-    if length < 128:
-        return body[2:] if len(body) == length + 2 else None
-    length += (body[2] << 7) - 128
-    return body[3:] if body[2] < 128 and len(body) == length + 3 else None
+def answered_to_pb(record: Answered) -> pb.Answered:
+    """An accepted answer as a message."""
+    return pb.Answered(
+        round=record.round,
+        slot=record.slot,
+        projected_grads=record.projected_grads,
+        mean_loss=record.mean_loss,
+        weights_digest64=record.weights_digest64,
+        rows=record.rows,
+    )
 
 
-def _answered_from_pb(message: pb.Answered) -> Answered:
+def answered_from_pb(message: pb.Answered) -> Answered:
+    """An accepted answer from a message."""
     has = message.HasField
     return Answered(
         message.round,
@@ -480,6 +469,16 @@ def diverged_to_pb(record: Diverged) -> pb.Diverged:
         party=record.party,
         found_digest64=record.found_digest64,
         expected_digest64=record.expected_digest64,
+    )
+
+
+def diverged_from_pb(message: pb.Diverged) -> Diverged:
+    """A divergence from a message."""
+    return Diverged(
+        round=message.round,
+        party=message.party,
+        found_digest64=message.found_digest64,
+        expected_digest64=message.expected_digest64,
     )
 
 
@@ -502,7 +501,7 @@ def evaluated_from_pb(message: pb.Evaluated) -> Evaluated:
         loss=message.loss,
         accuracy=message.accuracy,
         rows=message.rows,
-        weights_digest=_digest(message.weights_digest, "weights_digest"),
+        weights_digest=digest_in(message.weights_digest, "weights_digest"),
         auc=message.auc if message.HasField("auc") else None,
     )
 
@@ -525,9 +524,9 @@ def snapshot_from_pb(message: wire.Snapshot) -> Snapshot:
     """A snapshot from a message."""
     return Snapshot(
         round=message.round,
-        head=_digest(message.head, "head"),
-        weights_digest=_digest(message.weights_digest, "weights_digest"),
-        file_sha256=_digest(message.file_sha256, "file_sha256"),
+        head=digest_in(message.head, "head"),
+        weights_digest=digest_in(message.weights_digest, "weights_digest"),
+        file_sha256=digest_in(message.file_sha256, "file_sha256"),
         file_bytes=message.file_bytes,
     )
 
@@ -708,7 +707,8 @@ def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEv
 # ---------------------------------------------------------------- small pieces
 
 
-def _digest(value: bytes, field: str) -> bytes:
+def digest_in(value: bytes, field: str) -> bytes:
+    """The digest in a field; `ProtocolError` if it is none."""
     if len(value) != DIGEST_BYTES:
         raise ProtocolError(f"{field} is {len(value)} bytes long, not {DIGEST_BYTES}")
     return value

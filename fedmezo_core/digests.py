@@ -22,7 +22,8 @@ class DigestBoard:
 
     def __init__(self) -> None:
         self._newest: dict[str, PartyDigest] = {}
-        self._named: set[tuple[str, int]] = set()
+        self._named: dict[str, int] = {}
+        """Party -> the round that it was named for last."""
 
     def newest(self) -> list[PartyDigest]:
         """One a party, by name."""
@@ -31,6 +32,7 @@ class DigestBoard:
     def forget(self, party: str) -> None:
         """Drop what a party reported."""
         self._newest.pop(party, None)
+        self._named.pop(party, None)
 
     def report(self, digest: PartyDigest) -> list[Diverged]:
         """Take a digest; returns the parties that it shows to have diverged, each once a round.
@@ -38,7 +40,6 @@ class DigestBoard:
         Which digest is the run's is decided as for answers, by `agreed_digest`.
         """
         self._newest[digest.party] = digest
-        self._named = {named for named in self._named if named[0] in self._newest}
         found_by = {
             d.party: digest64_of(d.weights_digest)
             for d in self._newest.values()
@@ -51,7 +52,7 @@ class DigestBoard:
         diverged = [
             Diverged(digest.round, party, found, expected)
             for party, found in sorted(found_by.items())
-            if found != expected and (party, digest.round) not in self._named
+            if found != expected and self._named.get(party) != digest.round
         ]
-        self._named |= {(d.party, d.round) for d in diverged}
+        self._named.update((d.party, d.round) for d in diverged)
         return diverged

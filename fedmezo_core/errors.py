@@ -21,6 +21,7 @@
           FencedError        another coordinator has taken the journal over; this one writes no more
         JournalCorruptError  the journal's bytes are not what was written
         JournalFullError     the disk took no more records
+        JournalCompactedError  records are asked for that were dropped; begin from a snapshot
       SnapshotError          a snapshot is not kept, or cannot be written, read or used
         SnapshotDamagedError its bytes, or the weights in it, are not what was recorded
       UnavailableError       the other side cannot be reached; retrying may help
@@ -156,6 +157,12 @@ class JournalFullError(JournalError):
     """The disk is full."""
 
     status = "RESOURCE_EXHAUSTED"
+
+
+class JournalCompactedError(JournalError):
+    """Records are asked for that the journal holds no more; a snapshot takes their place."""
+
+    status = "OUT_OF_RANGE"
 
 
 class SnapshotError(FedMezoError):

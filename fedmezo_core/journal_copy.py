@@ -82,7 +82,8 @@ def verified(journal: Journal) -> Iterator[Entry]:
 
     A checkpoint names the head that the commits before it make, and its signature is of its key. Raises `JournalCorruptError` at the first entry that is wrong.
     """
-    run_id = ""
+    origin = journal.origin()
+    run_id = "" if origin is None else origin.genesis.config.run_id
     for entry in journal.load():
         if isinstance(entry.record, Genesis):
             run_id = entry.record.config.run_id

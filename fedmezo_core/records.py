@@ -1,7 +1,7 @@
 """What the journal holds: one dataclass for each kind of record. No logic but arithmetic on seeds.
 
-None is ever changed. `Answered` and `PairRun` are not frozen all the same: a start makes one for every
-answer and pair run of the journal, and a frozen one takes three times as long to make.
+None is ever changed. `Answered` and `PairRun` are tuples, because a start makes one for every answer and
+pair run of the journal, and a frozen dataclass takes eight times as long to make.
 
 `codec` gives their bytes, `journal` chains and stores them, `rounds` and `session` fold them.
 """
@@ -56,8 +56,7 @@ class Place(NamedTuple):
     slot: int
 
 
-@dataclass(slots=True, unsafe_hash=True)
-class Answered:
+class Answered(NamedTuple):
     """An accepted answer; the scalars are binary32 values held as floats."""
 
     round: int
@@ -69,8 +68,7 @@ class Answered:
     """Rows of the worker's data; only in runs that weight answers by them."""
 
 
-@dataclass(slots=True, unsafe_hash=True)
-class PairRun:
+class PairRun(NamedTuple):
     """Pairs (first_seed + k, coefficients[k]); coefficients are binary32 values held as floats."""
 
     first_seed: int

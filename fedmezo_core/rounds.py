@@ -17,9 +17,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple
 
 from fedmezo_core.aggregate import (
@@ -115,6 +116,9 @@ class Accepted(NamedTuple):
     record: Answered
 
 
+_accepted_of: Callable[[tuple[int, Answered]], Accepted] = partial(tuple.__new__, Accepted)
+
+
 @dataclass(frozen=True, slots=True)
 class RoundSummary:
     """A committed round, for the status. `mean_loss` is in nats, None if no answer carried one."""
@@ -152,7 +156,9 @@ class RoundState:
 
     def counted(self) -> list[Answered]:
         """Answers that may yet be committed, in slot order."""
-        left = self.answers.keys() - self.excluded - self.committed
+        left: Set[int] = self.answers.keys()
+        if self.excluded or self.committed:
+            left = left - self.excluded - self.committed
         return [self.answers[slot].record for slot in sorted(left)]
 
 
@@ -358,7 +364,7 @@ class RunState:
         if (
             not record.workers
             or len(set(record.workers)) != len(record.workers)
-            or any(self._is_taken(current, worker) for worker in record.workers)
+            or any(self._is_taken(current, w) for w in current.slots.keys() & record.workers)
             or len(current.cohort) + len(record.workers) > COHORT_MAX
         ):
             raise _misplaced(
@@ -382,11 +388,14 @@ class RunState:
 
     def _apply_answered(self, record: Answered) -> None:
         assert self.genesis is not None
-        held = self.held(record.round)
+        config, held = self.genesis.config, self.open
+        is_open = held is not None and held.round == record.round
+        if not is_open:
+            held = self.held(record.round)
         if (
             held is None
-            or self.age(record.round) > self.genesis.config.staleness_max
-            or self.round >= self.genesis.config.rounds
+            or not (is_open or self.age(record.round) <= config.staleness_max)
+            or self.round >= config.rounds
             or not 0 <= record.slot < len(held.cohort)
             or record.slot in held.answers
         ):
@@ -394,16 +403,15 @@ class RunState:
                 f"an answer to slot {record.slot} of round {record.round}",
                 "an answer to a slot that is open and has none",
             )
-        if is_digest_round(self.genesis.config, record.round) != (
-            record.weights_digest64 is not None
-        ):
+        if is_digest_round(config, record.round) != (record.weights_digest64 is not None):
             raise _misplaced(
                 f"an answer to slot {record.slot} of round {record.round} "
                 f"{'without' if record.weights_digest64 is None else 'with'} a digest",
                 "a digest in each answer of a digest round and in no other",
             )
-        held.answers[record.slot] = Accepted(self.epoch, record)
-        self._open_for_waiting()
+        held.answers[record.slot] = _accepted_of((self.epoch, record))
+        if not is_open:
+            self._open_for_waiting()
 
     def _open_for_waiting(self) -> None:
         """Answers to earlier rounds wait for a commit, so there is a round that it will close."""
@@ -425,12 +433,14 @@ class RunState:
                 f"a commit of round {self.round + 1}, once open",
             )
         answers = self._answers_of(record, config)
-        workers = [self.worker_of(Place(answer.round, answer.slot)) for answer in answers]
+        held_by_round = {held.round: held for held in self.answerable()}
+        workers = [held_by_round[answer.round].cohort[answer.slot] for answer in answers]
         self._learn(record, workers, answers, config)
         for worker, answer in zip(workers, answers, strict=True):
             if answer.weights_digest64 is not None:
                 self.agreed[answer.round - 1] = answer.weights_digest64
-                self.diverged.pop(worker, None)
+                if self.diverged:
+                    self.diverged.pop(worker, None)
         _keep_newest(self.agreed, config)
         losses = [answer.mean_loss for answer in answers if answer.mean_loss is not None]
         mean_loss = math.fsum(losses) / len(losses) if losses else None
@@ -438,9 +448,7 @@ class RunState:
         if mean_loss is not None:
             self.health.trained(record.round, mean_loss, config.pause_loss_factor)
         for answer in answers:
-            held = self.held(answer.round)
-            assert held is not None
-            held.committed.add(answer.slot)
+            held_by_round[answer.round].committed.add(answer.slot)
         self.round, self.open = record.round, None
         self.earlier.append(current)
         while len(self.earlier) > config.staleness_max + 1:
@@ -470,12 +478,13 @@ class RunState:
         self, record: Committed, workers: list[str], answers: list[Answered], config: RunConfig
     ) -> None:
         """Keep what later rates and seeds depend on."""
-        for worker, answer in zip(workers, answers, strict=True):
-            if answer.mean_loss is not None and config.personal_rate in ("last_loss", "mean_loss"):
-                losses = self.losses.pop(worker, None) or deque(maxlen=SIGNAL_ROUNDS)
-                losses.append(answer.mean_loss)
-                self.losses[worker] = losses
-        _keep_latest(self.losses)
+        if config.personal_rate in ("last_loss", "mean_loss"):
+            for worker, answer in zip(workers, answers, strict=True):
+                if answer.mean_loss is not None:
+                    losses = self.losses.pop(worker, None) or deque(maxlen=SIGNAL_ROUNDS)
+                    losses.append(answer.mean_loss)
+                    self.losses[worker] = losses
+            _keep_latest(self.losses)
         measures_distances = config.personal_rate == "update_distance"
         if not measures_distances and self.pool is None:
             return
@@ -658,6 +667,11 @@ class RoundMachine:
         return self._workers
 
     # ------------------------------------------------------------ driving it
+
+    def restore(self, state: RunState) -> None:
+        """Begin with what dropped records came to; before everything else. It is the machine's from now on."""
+        assert not self._started, "a journal begins once"
+        self.state = state
 
     def apply(self, record: Record) -> None:
         """Fold a durable record: all of the journal before `start`.

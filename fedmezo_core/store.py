@@ -15,6 +15,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import apsw
@@ -26,21 +27,32 @@ from fedmezo_core.errors import (
     JournalLockedError,
 )
 from fedmezo_core.folders import sync
-from fedmezo_core.journal import Row, check_places
+from fedmezo_core.journal import Row, StoredOrigin, check_origin, check_places
 
 APPLICATION_ID = 0x464D5A4F  # "FMZO"
-SCHEMA_VERSION = 1
 SQLITE_VERSION_MIN = (3, 51, 3)
 CHECKPOINT_PAGES = 1000
 """Pages of 4 KiB in the write-ahead log from which on an append also folds it into the file."""
 
-_SCHEMA = """
-CREATE TABLE journal (
-  seqno INTEGER PRIMARY KEY,
-  body BLOB NOT NULL,
-  chain BLOB NOT NULL CHECK (length(chain) = 32)
-) STRICT
-"""
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE journal (
+      seqno INTEGER PRIMARY KEY,
+      body BLOB NOT NULL,
+      chain BLOB NOT NULL CHECK (length(chain) = 32)
+    ) STRICT
+    """,
+    """
+    CREATE TABLE origin (
+      only_row INTEGER PRIMARY KEY CHECK (only_row = 1),
+      seqno INTEGER NOT NULL CHECK (seqno > 0),
+      sealed BLOB NOT NULL,
+      digest BLOB NOT NULL CHECK (length(digest) = 32)
+    ) STRICT
+    """,
+)
+"""Each step takes a journal's schema from the version before to its own; there is no way back."""
+SCHEMA_VERSION = len(MIGRATIONS)
 
 
 class SqliteStore:
@@ -96,9 +108,10 @@ class SqliteStore:
         self._db.pragma("journal_mode", "wal")
         self._db.pragma("synchronous", "FULL")
         self._db.set_wal_hook(self._log)  # In place of SQLite's own, which checkpoints.
-        if is_new:
+        if version < SCHEMA_VERSION:
             with self._db:
-                self._db.execute(_SCHEMA)
+                for step in MIGRATIONS[version:]:
+                    self._db.execute(step)
                 self._db.pragma("application_id", APPLICATION_ID)
                 self._db.pragma("user_version", SCHEMA_VERSION)
         findings = self._db.pragma("quick_check")
@@ -108,7 +121,10 @@ class SqliteStore:
                 "restore it from a copy."
             )
         _sync_folder(self._path)
-        self._length = self._db.execute("SELECT coalesce(max(seqno) + 1, 0) FROM journal").get
+        self._begins = self._db.execute("SELECT coalesce(max(seqno), 0) FROM origin").get
+        self._length = self._db.execute(
+            "SELECT coalesce(max(seqno) + 1, ?) FROM journal", (self._begins,)
+        ).get
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write all rows in one transaction; returns once they are on the disk."""
@@ -133,7 +149,28 @@ class SqliteStore:
                 "SELECT seqno, body, chain FROM journal WHERE seqno >= ? ORDER BY seqno LIMIT ?",
                 (from_seqno, rows_max),
             )
-            return tuple([Row(seqno, body, chain) for seqno, body, chain in found])
+            return tuple(map(_row_of, found))
+
+    def origin(self) -> StoredOrigin | None:
+        """What stands for the rows that were dropped."""
+        with self._errors_named("read"):
+            found = self._db.execute("SELECT seqno, sealed, digest FROM origin").fetchone()
+            return None if found is None else StoredOrigin(*found)
+
+    def drop_before(self, origin: StoredOrigin) -> None:
+        """Write the origin and drop rows in one transaction; later rows take the space that is free."""
+        check_origin(origin, self._begins, self._length)
+        with self._errors_named("compacted"):
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute(
+                "INSERT OR REPLACE INTO origin (only_row, seqno, sealed, digest) VALUES (1, ?, ?, ?)",
+                (origin.seqno, origin.sealed, origin.digest),
+            )
+            self._db.execute("DELETE FROM journal WHERE seqno < ?", (origin.seqno,))
+            self._db.execute("COMMIT")
+            if self._log.pages >= self._checkpoint_pages:
+                self._db.wal_checkpoint()
+        self._begins, self._length = origin.seqno, max(self._length, origin.seqno)
 
     def __len__(self) -> int:
         return int(self._length)
@@ -165,6 +202,10 @@ class _LogSize:
         """Keep the count of pages in the write-ahead log."""
         self.pages = pages
         return apsw.SQLITE_OK
+
+
+# A start reads millions of rows: what SQLite gives becomes one without a call of Python's.
+_row_of = partial(tuple.__new__, Row)
 
 
 def _create(path: Path) -> None:

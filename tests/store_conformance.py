@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import pytest
 
 from fedmezo_core.errors import JournalError
-from fedmezo_core.journal import Journal, JournalStore, Row
+from fedmezo_core.journal import Journal, JournalStore, Row, StoredOrigin
 from fedmezo_core.records import Committed, PairRun, Started
 
 
@@ -92,4 +92,58 @@ class StoreConformance(ABC):
         assert (again.head, again.chain, len(again)) == (journal.head, journal.chain, 3)
         assert first[0].head == bytes(32)
         assert more[0].head == more[1].head != bytes(32)
+        store.close()
+
+    def test_an_origin_takes_the_place_of_the_rows_before_it(self) -> None:
+        store = self.open()
+        rows = [row(n) for n in range(6)]
+        store.append(rows)
+        assert store.origin() is None
+        for seqno in (2, 2, 4):
+            origin = StoredOrigin.of(seqno, b"what they came to, up to %d" % seqno)
+            store.drop_before(origin)
+            assert store.origin() == origin
+            assert store.read(0, 10) == tuple(rows[seqno:])
+            assert store.read(3, 1) == (rows[max(seqno, 3)],)
+            assert len(store) == 6
+        store.append([row(6)])
+        if self.durable:
+            store.close()
+            store = self.open()
+        assert store.origin() == origin
+        assert store.read(0, 10) == (rows[4], rows[5], row(6))
+        store.append([row(7)])
+        assert len(store) == 8
+        store.close()
+
+    @pytest.mark.parametrize("seqno", [1, 6, 7])
+    def test_an_origin_before_the_last_one_or_after_all_rows_is_refused(self, seqno: int) -> None:
+        store = self.open()
+        store.append([row(n) for n in range(6)])
+        kept = StoredOrigin.of(2, b"kept")
+        store.drop_before(kept)
+        with pytest.raises(JournalError):
+            store.drop_before(StoredOrigin.of(seqno, b"refused"))
+        if self.durable:
+            store.close()
+            store = self.open()
+        assert store.origin() == kept
+        assert len(store.read(0, 10)) == 4
+        store.close()
+
+    def test_an_empty_store_may_begin_at_an_origin(self) -> None:
+        store = self.open()
+        store.drop_before(StoredOrigin.of(7, b"of another store"))
+        assert (len(store), store.read(0, 10)) == (7, ())
+        if self.durable:
+            store.close()
+            store = self.open()
+            assert len(store) == 7
+        with pytest.raises(JournalError):
+            store.append([row(0)])
+        if self.durable:
+            store.close()
+            store = self.open()
+        store.append([row(7)])
+        assert store.read(0, 10) == (row(7),)
         store.close()

@@ -8,6 +8,7 @@ from fedmezo_core.cohort import REPLICA_PARTY
 from fedmezo_core.config import NAME_PATTERN, PROTOCOL_VERSION
 from fedmezo_core.errors import (
     DivergedError,
+    JournalCompactedError,
     MismatchError,
     NotReadyError,
     ProtocolError,
@@ -45,11 +46,13 @@ def check_run_id(asked: str, served: str) -> None:
         )
 
 
-def check_hello(hello: wire.Hello, genesis: Genesis, round_: int, head_at_hello: bytes) -> None:
+def check_hello(
+    hello: wire.Hello, genesis: Genesis, round_: int, head_at_hello: bytes, begins: int = 0
+) -> None:
     """Refuse a worker that would not compute this run's numbers, and say what differs.
 
     `round_` is the last committed round, `head_at_hello` the head at the hello's round (unused when
-    that round is not committed).
+    that round is not committed), `begins` the round after which the journal has all commits.
     """
     if hello.protocol_version != PROTOCOL_VERSION:
         choose_version([hello.protocol_version])
@@ -79,6 +82,11 @@ def check_hello(hello: wire.Hello, genesis: Genesis, round_: int, head_at_hello:
         raise MismatchError(
             f"Worker {hello.worker} has applied round {hello.round}, this journal ends at round "
             f"{round_}: the journal is older than the worker. Put the newest journal back, or start a new run."
+        )
+    if hello.round < begins:
+        raise JournalCompactedError(
+            f"Worker {hello.worker} is at round {hello.round}, and the journal has the commits after round "
+            f"{begins} only; take the newest snapshot first, then join."
         )
     if hello.head != head_at_hello:
         raise DivergedError(

@@ -88,19 +88,33 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     where = "the [run] settings"
     if journal.is_empty:
         config = settings.run_config(where)
+        check_compaction(settings, config)
         log.info("new run %s: loading %s to name its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
         journal.append([genesis])
     door = Door(sessions_that_fit(settings), settings.joins_at_a_time)
     signer = open_signer(settings.signing_key or path_beside(settings.journal, ".key"))
-    daemon = Daemon(journal, door, signer, settings.snapshots_folder)
+    daemon = Daemon(
+        journal, door, signer, settings.snapshots_folder, settings.compact_after_records
+    )
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
+    check_compaction(settings, daemon.genesis.config)
     if settings.resume:
         await daemon.resume(settings.resume_rate_factor)
     elif daemon.pause_reason:
         log.error("the run is paused: %s; start with --resume to go on", daemon.pause_reason)
     return daemon
+
+
+def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
+    """Records go only where something takes their place."""
+    has_snapshots = settings.replica and settings.model and settings.snapshot_every_rounds
+    if settings.compact_after_records and not has_snapshots and config.seed_policy != "pool":
+        raise ConfigError(
+            f"compact_after_records = {settings.compact_after_records} needs snapshots, which workers begin "
+            "from then; set snapshot_every_rounds, model and replica too, or leave it out."
+        )
 
 
 def _check_same_run(settings: CoordinatorSettings, fixed: RunConfig) -> None:

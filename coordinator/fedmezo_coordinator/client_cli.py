@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,14 +16,16 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
-from fedmezo_coordinator.journal_place import journal_shown, open_store
+from fedmezo_coordinator.exporting import plan_of, take_snapshot
+from fedmezo_coordinator.journal_place import journal_shown, open_store, path_beside
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings
 from fedmezo_coordinator.splitting import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.view import agreement, run_line, run_view, seconds_left
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, ModelError
-from fedmezo_core.journal import ZERO_HASH, Entry, Journal, MemoryStore, Row
+from fedmezo_core.journal import Journal, MemoryStore, Row, StoredOrigin
 from fedmezo_core.journal_copy import verified
+from fedmezo_core.origin import Origin, unseal
 from fedmezo_core.program import run_program
 from fedmezo_core.records import (
     Answered,
@@ -32,6 +35,7 @@ from fedmezo_core.records import (
     Evaluated,
     Genesis,
     Opened,
+    PairRun,
     Paused,
     Record,
     Resumed,
@@ -115,9 +119,13 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     """Print the journal's records, one a line."""
-    for entry in _entries(journal, coordinator, tls_ca):
-        if entry.row.seqno >= from_seqno:
-            print((_json_line if as_json else _line)(entry.row, entry.record))
+    with _opened(journal, coordinator, tls_ca) as source:
+        origin = source.origin()
+        if origin is not None and from_seqno < origin.seqno:
+            print((_json_origin_line if as_json else _origin_line)(origin))
+        for entry in verified(source):
+            if entry.row.seqno >= from_seqno:
+                print((_json_line if as_json else _line)(entry.row, entry.record))
 
 
 @journal_app.command()
@@ -125,7 +133,8 @@ def verify(
     journal: JournalPlace = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
 ) -> None:
     """Check every hash, the order and the sense of the journal; prints its head."""
-    print(_verified_line(_entries(journal, coordinator, tls_ca)))
+    with _opened(journal, coordinator, tls_ca) as source:
+        print(_verified_line(source))
 
 
 @journal_app.command()
@@ -136,7 +145,8 @@ def restore(
     ],
 ) -> None:
     """Write a coordinator's journal from a verified copy; start the coordinator with it to go on."""
-    line = _verified_line(_entries(copy, "", None))
+    with _opened(copy, "", None) as verifying:
+        line = _verified_line(verifying)
     source = open_store(copy, read_only=True)
     try:
         target = open_store(journal)
@@ -145,6 +155,9 @@ def restore(
                 raise ConfigError(
                     f"{journal_shown(journal)} holds a run already; give the name of a new journal."
                 )
+            origin = source.origin()
+            if origin is not None:
+                target.drop_before(origin)
             while rows := source.read(len(target), Journal.PAGE_ROWS):
                 target.append(rows)
         finally:
@@ -152,6 +165,11 @@ def restore(
     finally:
         source.close()
     print(f"{line}\nwrote {journal_shown(journal)}")
+    if origin is not None:
+        print(
+            "its first records were dropped, so workers begin from a snapshot: put the run's snapshots into "
+            f"{path_beside(journal, '.snapshots')}"
+        )
 
 
 @app.command()
@@ -174,23 +192,24 @@ def export(
     round_: Annotated[
         int | None, typer.Option("--round", min=0, help="stop after this round; default: the last")
     ] = None,
+    snapshots: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder of the run's snapshots, if its journal's first records were dropped; default: "
+            "beside --journal"
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
 ) -> None:
-    """Rebuild the model from base and journal, and write a Hugging Face folder."""
-    records = [entry.record for entry in _entries(journal, coordinator, tls_ca)]
-    if not records or not isinstance(records[0], Genesis):
-        raise JournalCorruptError("The journal does not begin with a genesis record.")
-    genesis = records[0]
+    """Rebuild the model from base and journal, and write a Hugging Face folder.
+
+    If the journal's oldest records were dropped, it begins from a snapshot instead.
+    """
+    with _opened(journal, coordinator, tls_ca) as source:
+        plan = plan_of(source, round_)
+    genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
         raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
-    commits = [record for record in records if isinstance(record, Committed)]
-    if round_ is not None:
-        if round_ > len(commits):
-            raise ConfigError(
-                f"--round {round_} is not committed yet, the journal ends at round {len(commits)}; "
-                "choose an earlier one."
-            )
-        commits = commits[:round_]
     try:
         from fedmezo_core.zo.export import export_adapter, export_model
         from fedmezo_core.zo.party import commits_of, open_party
@@ -202,15 +221,23 @@ def export(
         genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
     )
     party.check_same_base(genesis)
+    if plan.snapshot is not None:
+        take_snapshot(
+            party.weights,
+            plan.snapshot,
+            snapshots or (path_beside(journal, ".snapshots") if journal else None),
+            lambda: CoordinatorClient(coordinator, tls_ca),
+            genesis.config.run_id,
+        )
     if commits:
-        party.weights.apply(1, commits_of(commits))
+        party.weights.apply(commits[0].round, commits_of(commits))
     digest = party.weights.digest()
     if adapter_only:
         export_adapter(party.loaded.model, folder)
     else:
         export_model(party.loaded.model, party.loaded.tokenizer, folder)
     what = "adapter" if adapter_only else "model"
-    print(f"{folder}: the {what} after round {len(commits)}, weights digest {digest.hex()}")
+    print(f"{folder}: the {what} after round {party.weights.round}, weights digest {digest.hex()}")
 
 
 @app.command()
@@ -331,32 +358,39 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
                 answer = await client.get_status()
 
 
-def _entries(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[Entry]:
-    """Every record, verified, from a journal or from a coordinator."""
+@contextmanager
+def _opened(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[Journal]:
+    """A journal, or what a coordinator sends of its own."""
     store = (
         open_store(journal, read_only=True) if journal else asyncio.run(_fetched(address, tls_ca))
     )
     try:
-        yield from verified(Journal(store))
+        yield Journal(store)
     finally:
         store.close()
 
 
-def _verified_line(entries: Iterator[Entry]) -> str:
+def _verified_line(journal: Journal) -> str:
     """What a journal comes to, once all of it is verified and folded."""
-    machine, head, count = RoundMachine(), ZERO_HASH, 0
+    machine, count, before = RoundMachine(), 0, ""
     signed: Checkpoint | None = None
-    for entry in entries:
+    origin = journal.origin()
+    if origin is not None:
+        machine.restore(origin.state)
+        before = (
+            f" after {origin.seqno} that were dropped, up to round {origin.round} "
+            f"({_signed_by(origin.key)}),"
+        )
+    for entry in verified(journal):
         machine.apply(entry.record)
-        head = entry.head
         if isinstance(entry.record, Checkpoint) and entry.record.signature:
             signed = entry.record
         count += 1
-    if count == 0:
+    if len(journal) == 0:
         raise JournalCorruptError("The journal is empty: no run has begun in it.")
     line = (
-        f"sound: {count} records, run {machine.config.run_id}, {machine.epoch} coordinator starts, "
-        f"{machine.round} rounds committed, head {head.hex()}"
+        f"sound: {count} records{before or ','} run {machine.config.run_id}, {machine.epoch} coordinator "
+        f"starts, {machine.round} rounds committed, head {journal.head.hex()}"
     )
     if signed is not None:
         line += f"; signed up to round {signed.round} by {signed.key.hex()}"
@@ -367,6 +401,8 @@ async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
     store = MemoryStore()
     async with CoordinatorClient(address, tls_ca) as client:
         async for page in client.journal_pages():
+            if page.origin:
+                store.drop_before(StoredOrigin.of(unseal(page.origin).seqno, page.origin))
             store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
     return store
 
@@ -382,6 +418,31 @@ def status_values(answer: wire.GetStatusResponse) -> dict[str, Any]:
     for value, evaluation in zip(values["evaluations"], answer.evaluations, strict=True):
         value["weights_digest"] = evaluation.weights_digest.hex()
     return values
+
+
+def _origin_line(origin: Origin) -> str:
+    return (
+        f"{origin.seqno - 1:>8}  {origin.chain.hex()[:12]}  origin     records 0 to {origin.seqno - 1}, "
+        f"up to round {origin.round}, were dropped; head {origin.head.hex()[:16]}, "
+        f"{_signed_by(origin.key)}"
+    )
+
+
+def _signed_by(key: bytes) -> str:
+    return f"signed by {key.hex()}" if key else "not signed"
+
+
+def _json_origin_line(origin: Origin) -> str:
+    return json.dumps(
+        {
+            "seqno": origin.seqno,
+            "chain": origin.chain.hex(),
+            "kind": "origin",
+            "round": origin.round,
+            "head": origin.head.hex(),
+            "key": origin.key.hex(),
+        }
+    )
 
 
 def _line(row: Row, record: Record) -> str:
@@ -423,6 +484,8 @@ def _json_line(row: Row, record: Record) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.hex()
+        if isinstance(value, (Answered, PairRun)):
+            return {name: plain(item) for name, item in value._asdict().items()}
         if isinstance(value, (tuple, list)):
             return [plain(item) for item in value]
         if hasattr(value, "model_dump"):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmezo_coordinator.admission import check_run_id
+from fedmezo_coordinator.compaction import Candidate, Compaction
 from fedmezo_coordinator.door import Door
 from fedmezo_coordinator.serving import Item, ServingLoop
 from fedmezo_coordinator.snapshots import SnapshotShelf
@@ -28,9 +29,15 @@ from fedmezo_core.codec import (
 )
 from fedmezo_core.cohort import REPLICA_PARTY
 from fedmezo_core.digests import PartyDigest
-from fedmezo_core.errors import JournalCorruptError, ProtocolError, UnknownWorkerError
+from fedmezo_core.errors import (
+    JournalCorruptError,
+    ProtocolError,
+    SnapshotError,
+    UnknownWorkerError,
+)
 from fedmezo_core.events import Ready, ReplicaDigest, ReplicaEvaluated
 from fedmezo_core.journal import Entry, Journal
+from fedmezo_core.origin import Origin
 from fedmezo_core.records import (
     Answered,
     Committed,
@@ -65,17 +72,25 @@ class Daemon(ServingLoop[Ready]):
         door: Door | None = None,
         signer: Signer | None = None,
         snapshots: Path | None = None,
+        compact_after_records: int = 0,
     ) -> None:
         """`journal` is opened and not yet loaded; it must hold a genesis record.
 
         Without a `signer` checkpoints are not signed. `snapshots` is the folder that the replica
-        writes to; None: there are none.
+        writes to; None: there are none. The oldest records are dropped when `compact_after_records`
+        of them can go; 0: never.
         """
         super().__init__(door)
         self._journal = journal
         self._machine = RoundMachine()
         self._signer = signer
         self._shelf = SnapshotShelf(snapshots)
+        self._compaction = Compaction(compact_after_records, signer)
+        self._may_mark = False
+        """Whether there is something new to begin from since the last turn."""
+        self._chosen: Candidate | None = None
+        self._checking: asyncio.Task[None] | None = None
+        self._checked: tuple[Snapshotted, ...] = ()
         self._loading = True
         self.replica_secret = secrets.token_bytes(32)
 
@@ -93,6 +108,12 @@ class Daemon(ServingLoop[Ready]):
             )
         self._shelf.open(self.genesis.config.run_id)
         await self._on_disk(lambda: self._shelf.sweep(at_start=True))
+        if not self._index.can_follow(0) and not await self._on_disk(self._shelf.has_newest):
+            log.error(
+                "no worker can join anew: the journal begins after round %d, and there is no snapshot "
+                "to begin from; put the snapshots back",
+                self._index.begins,
+            )
         await self._flush([self._machine.start(self._now_ms())])
 
     def _fold_journal(self) -> None:
@@ -102,8 +123,9 @@ class Daemon(ServingLoop[Ready]):
         """
         collects = gc.isenabled()
         gc.disable()  # Nothing here makes cycles, and looking for them takes a tenth of the time.
-        apply = self._machine.apply
         try:
+            self._begin_at_origin()
+            apply = self._machine.state.apply
             for entry in self._journal.load():
                 record = entry.record
                 apply(record)
@@ -113,9 +135,31 @@ class Daemon(ServingLoop[Ready]):
                     return  # given up
                 self._fold(entry)
                 self._shelf.fold(record, self._machine.state.agreed)
+                if _can_begin_after(record):
+                    self._mark()
+            self._shelf.drop_before(self._index.begins)
         finally:
             if collects:
                 gc.enable()
+
+    def _begin_at_origin(self) -> None:
+        origin = self._journal.origin()
+        if origin is None:
+            return
+        log.info(
+            "records 0 to %d, up to round %d, were dropped from the journal earlier",
+            origin.seqno - 1,
+            origin.round,
+        )
+        if origin.key != self.checkpoint_key:
+            log.warning(
+                "what they came to is signed by %s, not by this coordinator's key",
+                origin.key.hex() or "nobody",
+            )
+        self._genesis, self._genesis_body = origin.genesis, origin.genesis_body
+        self._machine.restore(origin.state)
+        self._index.begin(origin)
+        self._compaction.begin(origin.seqno)
 
     async def resume(self, rate_factor: float) -> None:
         """Let a paused run go on; before `serve`. Raises `ConfigError` if it is not paused."""
@@ -126,15 +170,97 @@ class Daemon(ServingLoop[Ready]):
         """Why the run is paused; empty if it is not."""
         return self._machine.reason if self._machine.phase is Phase.PAUSED else ""
 
+    async def close(self) -> None:
+        """Close the journal; nothing is served afterwards."""
+        if self._checking is not None:
+            await asyncio.gather(self._checking, return_exceptions=True)
+        await super().close()
+
     # ------------------------------------------------------------ the loop
 
     async def _after_turn(self) -> None:
+        await self._record_snapshot()
+        await self._compact()
+
+    async def _record_snapshot(self) -> None:
         """Write down the replica's newest snapshot, once the run has agreed to its weights."""
         snapshotted = self._shelf.take_agreed()
         if snapshotted is not None:
             await self._flush([self._recorded(snapshotted)])
             # Beside the loop: a large file takes its time to go.
             asyncio.get_running_loop().run_in_executor(None, self._shelf.sweep)
+
+    # ------------------------------------------------------------ dropping records
+
+    def _mark(self) -> None:
+        """Note what the journal came to; the state is exactly that of all its records."""
+        if self._compaction.is_on:
+            journal = self._journal
+            self._compaction.pass_by(
+                Origin(
+                    len(journal),
+                    journal.chain,
+                    journal.head,
+                    self._genesis_body,
+                    self._machine.state,
+                ),
+                self._droppable_round,
+            )
+
+    @property
+    def _droppable_round(self) -> int:
+        """Last round whose commit nobody may ask for: all can begin later, and all acks name later heads."""
+        can_begin = max(self._shelf.oldest_round, self._index.last_base_round - 1)
+        return min(can_begin, self._machine.round - self.genesis.config.staleness_max - 2)
+
+    async def _compact(self) -> None:
+        """Drop old records, if enough can go and what takes their place is sound."""
+        if self._may_mark:
+            self._may_mark = False
+            self._mark()
+        if self._checking is None:
+            self._begin_check()
+        if self._checking is None or not self._checking.done():
+            return
+        checking, chosen, self._checking = self._checking, self._chosen, None
+        assert chosen is not None
+        try:
+            checking.result()
+        except SnapshotError as error:
+            if tuple(self._shelf.recorded) == self._checked:
+                log.error("no records are dropped from the journal: %s", error)
+            return
+        begins = self._journal.begins
+        await self._on_disk(lambda: self._journal.drop_before(chosen.stored))
+        self._index.drop_before(chosen.round, chosen.seqno)
+        self._shelf.drop_before(chosen.round)
+        self._compaction.begin(chosen.seqno)
+        log.info(
+            "records %d to %d, up to round %d, were dropped from the journal",
+            begins,
+            chosen.seqno - 1,
+            chosen.round,
+        )
+
+    def _begin_check(self) -> None:
+        """Read the snapshots that stand for the records that would go, beside the loop."""
+        self._chosen = self._compaction.chosen(self._droppable_round)
+        if self._chosen is None:
+            return
+        in_commit = self._chosen.round < self._index.last_base_round
+        snapshots = () if in_commit else tuple(self._shelf.recorded)
+        if snapshots and snapshots == self._checked:
+            return  # They were found damaged: newer ones must come first.
+        self._checked = snapshots
+        self._checking = asyncio.create_task(asyncio.to_thread(self._shelf.check, snapshots))
+
+    def _way_past_dropped(self) -> str:
+        newest = self._shelf.newest
+        if newest is None:
+            return super()._way_past_dropped()
+        return f"take the snapshot of round {newest.round}, then read from round {newest.round + 1}"
+
+    # ------------------------------------------------------------ what steps ask for
 
     async def _flush(self, readies: Sequence[Ready]) -> None:
         records = [record for ready in readies for record in ready.records]
@@ -153,6 +279,7 @@ class Daemon(ServingLoop[Ready]):
             self._fold(entry)
             self._shelf.fold(entry.record, self._machine.state.agreed)
             self._tell(entry.record)
+            self._may_mark |= _can_begin_after(entry.record)
         self._announce()
         return entries
 
@@ -292,3 +419,8 @@ class Daemon(ServingLoop[Ready]):
         answer.evaluations.extend(evaluated_to_pb(e) for e in state.evaluations)
         answer.divergences.extend(diverged_to_pb(d) for d in state.divergences)
         return answer
+
+
+def _can_begin_after(record: Record) -> bool:
+    """Whether a worker that comes late can begin with this instead of with the records before it."""
+    return type(record) is Snapshotted or (type(record) is Committed and record.from_base)

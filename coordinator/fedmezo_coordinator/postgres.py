@@ -44,7 +44,7 @@ from fedmezo_core.errors import (
     JournalFullError,
     JournalLockedError,
 )
-from fedmezo_core.journal import Row, check_places
+from fedmezo_core.journal import Row, StoredOrigin, check_origin, check_places
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -56,6 +56,8 @@ CONNECT_S = 5.0
 """Longest wait for one connection."""
 ANSWER_S = 20.0
 """Longest wait for the answer to one statement; then its connection counts as lost."""
+DROPPED_ROWS_PER_S = 10_000
+"""The least that a server reaches in dropping rows; many may go at once."""
 STANDBY_LOOK_S = 0.5
 """How often a standby tries the lock. It does not wait inside PostgreSQL: that would be one long
 transaction, which keeps the server from cleaning up, and could not be ended by a signal."""
@@ -94,6 +96,14 @@ MIGRATIONS: tuple[str, ...] = (
     );
     INSERT INTO {schema}.fence (fence, holder) VALUES (0, '00000000-0000-0000-0000-000000000000');
     """,
+    """
+    CREATE TABLE {schema}.origin (
+      only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+      seqno bigint NOT NULL CHECK (seqno > 0),
+      sealed bytea NOT NULL,
+      digest bytea NOT NULL CHECK (octet_length(digest) = 32)
+    );
+    """,
 )
 """Each step takes a journal's schema from the version before to its own; there is no way back."""
 
@@ -103,6 +113,14 @@ INSERT INTO {schema}.journal (seqno, body, chain)
 SELECT added.seqno, added.body, added.chain
 FROM held, unnest($2::bigint[], $3::bytea[], $4::bytea[]) AS added (seqno, body, chain)
 """
+_DROP_BEFORE = """
+WITH held AS (SELECT FROM {schema}.fence WHERE fence = $1 FOR SHARE),
+gone AS (DELETE FROM {schema}.journal USING held WHERE seqno < $2)
+INSERT INTO {schema}.origin (seqno, sealed, digest) SELECT $2, $3, $4 FROM held
+ON CONFLICT (only_row) DO UPDATE
+SET seqno = excluded.seqno, sealed = excluded.sealed, digest = excluded.digest
+"""
+_ORIGIN = "SELECT seqno, sealed, digest FROM {schema}.origin"
 _READ = "SELECT seqno, body, chain FROM {schema}.journal WHERE seqno >= $1 ORDER BY seqno LIMIT $2"
 _ENDS = "SELECT seqno, chain FROM {schema}.journal WHERE seqno >= $1 ORDER BY seqno LIMIT $2"
 _LAST = "SELECT seqno, chain FROM {schema}.journal ORDER BY seqno DESC LIMIT 1"
@@ -150,7 +168,9 @@ class PostgresStore:
         self._patience_s = RECONNECT_S if patience_s is None else patience_s
         self._holder = uuid.uuid4()
         self._fence = 0
+        self._begins = 0
         self._length = 0
+        # Of the last row; empty while there is none.
         self._chain = b""
         self._sending: Sequence[Row] = ()
         self._landed = False
@@ -188,9 +208,39 @@ class PostgresStore:
 
         async def work(db: Connection) -> Sequence[Row]:
             found = await db.fetch(self._sql(_READ), from_seqno, rows_max)
-            return tuple(Row(*record) for record in found)
+            return tuple(map(Row._make, found))
 
         return self._run(self._persist(work))
+
+    def origin(self) -> StoredOrigin | None:
+        """What stands for the rows that were dropped."""
+
+        async def work(db: Connection) -> StoredOrigin | None:
+            found = await db.fetchrow(self._sql(_ORIGIN))
+            return None if found is None else StoredOrigin(*found)
+
+        return self._run(self._persist(work))
+
+    def drop_before(self, origin: StoredOrigin) -> None:
+        """Write the origin and drop rows in one statement, under the fence as an append is.
+
+        One without an answer is sent again: a second time it changes nothing.
+        """
+        check_origin(origin, self._begins, self._length)
+
+        answer_s = ANSWER_S + (origin.seqno - self._begins) / DROPPED_ROWS_PER_S
+
+        async def work(db: Connection) -> None:
+            await self._do_fenced(
+                db,
+                _DROP_BEFORE,
+                "INSERT 0 1",
+                *(origin.seqno, origin.sealed, origin.digest),
+                answer_s=answer_s,
+            )
+
+        self._run(self._persist(work))
+        self._begins, self._length = origin.seqno, max(self._length, origin.seqno)
 
     def __len__(self) -> int:
         return self._length
@@ -218,20 +268,33 @@ class PostgresStore:
     async def _append(self, db: Connection) -> None:
         if self._landed:
             return
-        rows, self._warned = self._sending, ""
-        done = await db.execute(
-            self._sql(_APPEND),
-            self._fence,
+        rows = self._sending
+        await self._do_fenced(
+            db,
+            _APPEND,
+            f"INSERT 0 {len(rows)}",
             [row.seqno for row in rows],
             [row.body for row in rows],
             [row.chain for row in rows],
         )
-        if done != f"INSERT 0 {len(rows)}":
+
+    async def _do_fenced(
+        self,
+        db: Connection,
+        sql: str,
+        expected: str,
+        *values: object,
+        answer_s: float | None = None,
+    ) -> None:
+        """Change the journal by one statement that does nothing once the fence was raised."""
+        self._warned = ""
+        done = await db.execute(self._sql(sql), self._fence, *values, timeout=answer_s)
+        if done != expected:
             raise self._fenced()
         if self._warned:
             # PostgreSQL warns, and reports success, when its wait for a synchronous replica was cancelled.
             raise JournalError(
-                f'PostgreSQL may not have made an append to {self._place.shown} durable ("{self._warned}"); '
+                f'PostgreSQL may not have made a change of {self._place.shown} durable ("{self._warned}"); '
                 "the coordinator stops, so that nothing is acknowledged that can be lost. Start it again."
             )
 
@@ -327,9 +390,9 @@ class PostgresStore:
 
     async def _settle(self, db: Connection) -> None:
         """Find out whether the rows that were being sent are there; the module says why this is exact."""
-        before = [(self._length - 1, self._chain)] if self._length else []
+        before = [(self._length - 1, self._chain)] if self._chain else []
         sent = [(row.seqno, row.chain) for row in self._sending]
-        first = max(self._length - 1, 0)
+        first = self._length - len(before)
         found = await db.fetch(self._sql(_ENDS), first, len(before) + len(sent) + 1)
         ends = [(seqno, chain) for seqno, chain in found]
         if ends not in (before, before + sent):
@@ -369,6 +432,9 @@ class PostgresStore:
         await db.execute(self._sql(_SET_VERSION), len(MIGRATIONS))
 
     async def _find_end(self, db: Connection) -> None:
+        origin = await db.fetchrow(self._sql(_ORIGIN))
+        if origin is not None:
+            self._begins = self._length = origin["seqno"]
         last = await db.fetchrow(self._sql(_LAST))
         if last is not None:
             self._length, self._chain = last["seqno"] + 1, last["chain"]

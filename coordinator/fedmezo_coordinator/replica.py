@@ -26,9 +26,16 @@ from fedmezo_coordinator.supervisor import RETRY, USER_ERROR
 from fedmezo_core.backoff import delay_s
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.codec import config_from_pb, decode_record
-from fedmezo_core.errors import FedMezoError, ModelError, SnapshotError, UnavailableError
+from fedmezo_core.errors import (
+    FedMezoError,
+    JournalCompactedError,
+    ModelError,
+    SnapshotError,
+    UnavailableError,
+)
 from fedmezo_core.journal import head_after
 from fedmezo_core.records import Committed, Evaluated
+from fedmezo_core.snapshots import Snapshot, file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
 
@@ -53,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             asyncio.run(follow(orders))
     except FedMezoError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        return RETRY if isinstance(error, UnavailableError) else USER_ERROR
+        is_temporary = isinstance(error, (UnavailableError, JournalCompactedError))
+        return RETRY if is_temporary else USER_ERROR
     return 0
 
 
@@ -107,6 +115,20 @@ class _Copy:
         from fedmezo_core.zo.party import commits_of
 
         self.party.weights.apply(commits[0].round, commits_of(commits))
+
+    def take_snapshot(self, folder: Path, snapshot: Snapshot) -> bool:
+        """Begin from a snapshot that this replica, or an earlier one, wrote; whether it is still sound."""
+        from fedmezo_core.zo.snapshot_files import install_snapshot, sha256_of
+
+        path = folder / file_name(self.party.config.run_id, snapshot.round)
+        try:
+            # Before a weight is touched.
+            if sha256_of(path) != snapshot.file_sha256:
+                return False
+        except OSError:
+            return False
+        install_snapshot(path, self.party.weights, snapshot)
+        return True
 
     def snapshot(self, folder: Path, head: bytes, digest: bytes) -> wire.SnapshotReport:
         """Write the weights; a disk that refuses is the report, because the run can do without."""
@@ -193,6 +215,15 @@ async def follow(orders: dict[str, Any]) -> None:
         waiting: list[tuple[Committed, bytes]] = []
         read_head = head = description.head
         seqno, attempt, evaluated_round = 0, 0, -1
+        if description.snapshot is not None:
+            newest = description.snapshot.snapshot
+            if copy.take_snapshot(Path(orders["snapshots"]), newest):
+                read_head = head = newest.head
+        if description.needs_snapshot and weights.round == 0:
+            raise SnapshotError(
+                "The journal does not have the first rounds any more, and the newest snapshot in "
+                f"{orders['snapshots']} is not there or damaged; put it back from a copy."
+            )
 
         async def pause() -> None:
             nonlocal evaluated_round
@@ -219,6 +250,7 @@ async def follow(orders: dict[str, Any]) -> None:
                     run_id=run_id,
                     commits_only=True,
                     wait_ms=WAIT_MS,
+                    from_round=weights.round + 1 if seqno == 0 else 0,
                     # Nobody asks for the digests of rounds that were over before this process began.
                     from_newest_base=seqno == 0,
                 )

@@ -34,6 +34,7 @@ from fedmezo_core.digests import DigestBoard, PartyDigest
 from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
+    JournalCompactedError,
     NotReadyError,
     ProtocolError,
     SnapshotError,
@@ -53,7 +54,7 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal import Entry, Journal, Row
+from fedmezo_core.journal import Entry, Journal, Row, StoredOrigin
 from fedmezo_core.records import Committed, Genesis, digest64_of
 from fedmezo_core.rounds import Phase, RoundSummary, WorkerView
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -82,6 +83,8 @@ WORKERS_MAX = SESSIONS_LIMIT
 PAGE_RECORDS_MAX = 4096
 PAGE_RECORDS_DEFAULT = 1024
 PAGE_BYTES_MAX = 1024 * 1024
+ORIGIN_BYTES_MAX = 6 * 1024 * 1024
+"""Largest origin that is sent, beside a page; readers take messages of 8 MiB."""
 WAIT_MS_MAX = 30_000
 TICK_MS = 200
 
@@ -257,7 +260,13 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     def _check_hello(self, hello: wire.Hello) -> None:
         """Refuse a worker that would not compute this run's numbers."""
-        check_hello(hello, self.genesis, self._machine.round, self._index.head_at(hello.round))
+        check_hello(
+            hello,
+            self.genesis,
+            self._machine.round,
+            self._index.head_at(hello.round),
+            self._index.begins,
+        )
 
     @abstractmethod
     async def _flush(self, readies: Sequence[ReadyT]) -> None:
@@ -505,7 +514,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     async def _commits_after(self, round_: int) -> Sequence[Row]:
         """All commits that a worker at `round_` lacks; most who come back lack one or none."""
-        missing = self._index.seqnos[round_ + 1 :]
+        missing = self._index.after(round_)
         kept = min(len(self._recent), len(missing))
         rows = list(self._recent)[len(self._recent) - kept :]
         older = missing[: len(missing) - kept]
@@ -514,7 +523,24 @@ class ServingLoop(ABC, Generic[ReadyT]):
         return rows
 
     async def _rows_at(self, seqnos: Sequence[int]) -> list[Row]:
-        return await self._on_disk(lambda: [self._journal.read(n, 1)[0] for n in seqnos])
+        return await self._on_disk(lambda: [self._row_at(n) for n in seqnos])
+
+    def _row_at(self, seqno: int) -> Row:
+        """In the journal's thread; its first records may have been dropped since someone looked."""
+        [row] = self._journal.read(seqno, 1)
+        if row.seqno != seqno:
+            raise self._compacted()
+        return row
+
+    def _compacted(self) -> JournalCompactedError:
+        return JournalCompactedError(
+            f"The journal's records before {self._journal.begins}, up to round {self._index.begins}, were "
+            f"dropped; {self._way_past_dropped()}."
+        )
+
+    def _way_past_dropped(self) -> str:
+        """What a reader can do who asked for records that were dropped."""
+        return "read from_newest_base"
 
     def _note(self, line: str, *values: object) -> None:
         """Log that a worker came or went, unless too many do."""
@@ -601,6 +627,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             epoch=self._machine.epoch,
             checkpoint_key=self.checkpoint_key,
             missing=self._missing_after(round_),
+            needs_snapshot=not self._index.can_follow(round_),
         )
         with contextlib.suppress(UnavailableError):
             welcome = self._welcome_now()
@@ -650,10 +677,16 @@ class ServingLoop(ABC, Generic[ReadyT]):
             raise ProtocolError(
                 "from_newest_base and from_round go with commits_only; set that too, or neither."
             )
+        if request.from_origin and (request.commits_only or request.from_seqno):
+            raise ProtocolError(
+                "from_origin goes with from_seqno 0 and all records; leave commits_only out, or from_origin."
+            )
         deadline_s = time.monotonic() + request.wait_ms / 1000
+        origin = await self._on_disk(self._sendable_origin) if request.from_origin else None
+        from_seqno = request.from_seqno if origin is None else origin.seqno
         while True:
             news = self._news
-            rows, next_seqno, head_before = await self._page(request)
+            rows, next_seqno, head_before = await self._page(request, from_seqno)
             remaining_s = deadline_s - time.monotonic()
             if rows or remaining_s <= 0:
                 break
@@ -666,32 +699,52 @@ class ServingLoop(ABC, Generic[ReadyT]):
             next_seqno=next_seqno,
             finished=self._machine.phase is Phase.FINISHED and next_seqno >= len(self._journal),
             head_before=head_before,
+            origin=b"" if origin is None else origin.sealed,
         )
 
-    async def _page(self, request: wire.ReadJournalRequest) -> tuple[Sequence[Row], int, bytes]:
+    def _sendable_origin(self) -> StoredOrigin | None:
+        stored = self._journal.stored_origin
+        if stored is not None and len(stored.sealed) > ORIGIN_BYTES_MAX:
+            raise JournalCompactedError(
+                f"What this journal's dropped records came to has {len(stored.sealed)} bytes, more than the "
+                f"{ORIGIN_BYTES_MAX} that are sent; read the journal itself, beside its coordinator."
+            )
+        return stored
+
+    async def _page(
+        self, request: wire.ReadJournalRequest, start: int
+    ) -> tuple[Sequence[Row], int, bytes]:
         """Rows, where to read on, and the head before the first row if that is taken from the base."""
         count_max = request.records_max or PAGE_RECORDS_DEFAULT
         length, head_before = len(self._journal), b""
-        start = request.from_seqno
         if request.from_round:
             start = self._index.seqno_of(request.from_round, length)
+            if request.from_round <= self._index.begins:
+                start = 0
         if start >= length:
             return (), start, b""
         if request.commits_only:
             base_round = self._index.newest_base_round
-            if request.from_newest_base and base_round and self._index.seqnos[base_round] >= start:
-                start = self._index.seqnos[base_round]
+            base_seqno = self._index.seqno_of(base_round, 0)
+            if request.from_newest_base and base_round and base_seqno >= start:
+                start = base_seqno
                 head_before = self._index.head_at(base_round - 1)
+            self._check_is_there(start)
             places = self._index.seqnos_from(start, count_max)
             rows: Sequence[Row] = await self._rows_at(places)
             is_last = len(places) < count_max
         else:
             rows = await self._on_disk(lambda: self._journal.read(start, count_max))
+            self._check_is_there(start)
             is_last = False
         kept = _within(rows, PAGE_BYTES_MAX)
         if len(kept) == len(rows) and is_last:
             return kept, length, head_before
         return kept, kept[-1].seqno + 1 if kept else length, head_before
+
+    def _check_is_there(self, seqno: int) -> None:
+        if seqno < self._journal.begins:
+            raise self._compacted()
 
     def status(self, run_id: str) -> wire.GetStatusResponse:
         """The whole picture."""

@@ -108,6 +108,12 @@ class CoordinatorSettings(ServingSettings):
     snapshots: Path | None = Field(
         default=None, description="folder for them; by default beside the journal"
     )
+    compact_after_records: int = Field(
+        default=0,
+        ge=0,
+        description="drop the journal's oldest records when so many can go, because workers can begin from "
+        "later snapshots (or, in a pool run, commits from the base); 0: never",
+    )
     resume: bool = Field(default=False, description="let a paused run go on")
     resume_rate_factor: float = Field(
         default=1.0, gt=0, allow_inf_nan=False, description="multiply its learning rates by this"

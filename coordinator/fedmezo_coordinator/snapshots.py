@@ -7,9 +7,10 @@ same digest of the weights, and is then recorded in the journal; until then nobo
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,6 +83,39 @@ class SnapshotShelf:
             "the snapshot of round %d is dropped: its weights are not the run's", offered.round
         )
         return None
+
+    @property
+    def oldest_round(self) -> int:
+        """After which round the oldest snapshot is that can be had, if there are as many as are kept; else 0."""
+        is_full = len(self.recorded) == SNAPSHOTS_KEPT and self._folder is not None
+        return self.recorded[0].round if is_full else 0
+
+    def drop_before(self, round_: int) -> None:
+        """Forget snapshots after which the journal has not all commits any more."""
+        self.recorded = [snapshot for snapshot in self.recorded if snapshot.round >= round_]
+
+    def check(self, snapshots: Sequence[Snapshotted]) -> None:
+        """Read whole files; raises `SnapshotError` and its kinds unless all are what was recorded."""
+        for snapshot in snapshots:
+            descriptor = self._opened(snapshot)
+            with os.fdopen(descriptor, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").digest()
+            if found != snapshot.file_sha256:
+                raise SnapshotDamagedError(
+                    f"The snapshot of round {snapshot.round} has SHA-256 {found.hex()[:16]} instead of "
+                    f"{snapshot.file_sha256.hex()[:16]}; check the coordinator's disk."
+                )
+
+    def has_newest(self) -> bool:
+        """Whether the newest snapshot can be opened; if not, what is wrong is logged."""
+        newest = self.newest
+        if newest is None:
+            return False
+        try:
+            os.close(self._opened(newest))
+        except SnapshotError:
+            return False
+        return True
 
     def sweep(self, *, at_start: bool = False) -> None:
         """Delete the files that no longer count; at a start also those that the journal doesn't know.

@@ -23,7 +23,7 @@ from fedmezo_core.errors import (
     JournalError,
     JournalLockedError,
 )
-from fedmezo_core.journal import Journal, JournalStore, Row
+from fedmezo_core.journal import Journal, JournalStore, Row, StoredOrigin
 from fedmezo_core.records import Started
 from tests.coordinator.postgres_server import PASSWORD, Server, running, skip_without_server
 from tests.coordinator.tcp_proxy import Proxy
@@ -249,6 +249,56 @@ def test_an_append_that_was_committed_but_not_answered_is_not_made_twice(
         assert store.read(0, 9) == tuple(row(n) for n in range(4))
 
 
+def test_rows_that_were_dropped_without_an_answer_are_dropped_once(
+    server: Server, name: str
+) -> None:
+    with store_through_proxy(server, name) as (store, proxy), ThreadPoolExecutor(1) as pool:
+        store.append([row(n) for n in range(5)])
+        store.drop_before(StoredOrigin.of(1, b"what one came to"))  # So that it is prepared.
+        origin = StoredOrigin.of(3, b"what they came to")
+        proxy.mute = True
+        sent = pool.submit(store.drop_before, origin)
+        until(lambda: count(server, name) == 2, "the commit")
+        proxy.mute = False
+        proxy.cut()
+        sent.result(PATIENCE_S)
+        assert store.origin() == origin
+        later = StoredOrigin.of(4, b"what more came to")
+        proxy.deaf = True
+        sent = pool.submit(store.drop_before, later)
+        until(lambda: proxy.swallowed > 0, "the statement")
+        proxy.deaf = False
+        proxy.cut()
+        sent.result(PATIENCE_S)
+        assert store.origin() == later
+        store.append([row(5)])
+        assert store.read(0, 9) == (row(4), row(5))
+
+
+def test_a_connection_that_is_lost_before_the_first_row_behind_an_origin(
+    server: Server, name: str
+) -> None:
+    with store_through_proxy(server, name) as (store, proxy), ThreadPoolExecutor(1) as pool:
+        store.drop_before(StoredOrigin.of(7, b"of another store"))
+        proxy.deaf = True
+        sent = pool.submit(store.append, [row(7)])
+        until(lambda: proxy.swallowed > 0, "the statement")
+        proxy.deaf = False
+        proxy.cut()
+        sent.result(PATIENCE_S)
+        assert store.read(0, 9) == (row(7),)
+
+
+def test_an_old_writer_drops_nothing(server: Server, name: str) -> None:
+    with store_at(server.url(name)) as store:
+        store.append([row(0), row(1)])
+        server.query(f"UPDATE fedmezo_{name}.fence SET fence = fence + 1")
+        with pytest.raises(FencedError):
+            store.drop_before(StoredOrigin.of(1, b"by an old writer"))
+        assert count(server, name) == 2
+        assert server.query(f"SELECT count(*) FROM fedmezo_{name}.origin") == "0"
+
+
 def test_a_server_that_falls_silent_counts_as_lost(
     server: Server, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,7 +382,7 @@ def test_a_warning_that_a_commit_may_not_be_durable_stops_the_store(
             server.query("ALTER SYSTEM RESET synchronous_standby_names")
             server.query("SELECT pg_reload_conf()")
         assert isinstance(error, JournalError)
-        assert "may not have made an append" in str(error)
+        assert "may not have made a change" in str(error)
 
 
 class TestCrashes:
@@ -458,13 +508,13 @@ def test_schema_migrations_go_forward_and_keep_the_rows(
     with monkeypatch.context() as newer:
         newer.setattr(postgres, "MIGRATIONS", (*postgres.MIGRATIONS, later))
         with pytest.raises(
-            JournalError, match=r"older FedMeZO \(schema 1\); start its coordinator"
+            JournalError, match=r"older FedMeZO \(schema 2\); start its coordinator"
         ):
             open_store(server.url(name), read_only=True)
         with store_at(server.url(name)) as store:
             store.append([row(1)])
             assert store.read(0, 9) == (row(0), row(1))
-    with pytest.raises(JournalError, match=r"newer FedMeZO \(schema 2, this one knows 1\)"):
+    with pytest.raises(JournalError, match=r"newer FedMeZO \(schema 3, this one knows 2\)"):
         open_store(server.url(name))
     assert count(server, name) == 2
 

@@ -18,6 +18,15 @@ def named(*reports: tuple[str, int, bytes]) -> list[tuple[str, int]]:
     return [(d.party, d.round) for d in found]
 
 
+def test_what_a_board_remembers_does_not_grow_with_the_rounds() -> None:
+    board = DigestBoard()
+    for round_ in range(100):
+        for party, digest in (("w1", GOOD), ("w2", GOOD), (REPLICA, BAD)):
+            found = board.report(PartyDigest(party, round_, digest))
+        assert [(d.party, d.round) for d in found] == [(REPLICA, round_)]
+    assert len(board._named) == 1
+
+
 def test_equal_digests_name_nobody() -> None:
     assert named(("w1", 3, GOOD), ("w2", 3, GOOD), (REPLICA, 3, GOOD)) == []
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import struct
 
 import pytest
@@ -57,6 +56,7 @@ records: st.SearchStrategy[Record] = st.one_of(
         st.lists(f32, max_size=40).map(tuple),
         st.none() | f32,
         st.none() | u64,
+        st.none() | st.integers(0, 2**40),
     ),
     st.builds(
         Committed,
@@ -111,9 +111,7 @@ def test_one_flipped_bit_is_found(history: list[Record], data: st.DataObject) ->
     new = bytearray(old)
     new[bit // 8] ^= 1 << bit % 8
     rows[place] = (
-        dataclasses.replace(victim, body=bytes(new))
-        if field == "body"
-        else dataclasses.replace(victim, chain=bytes(new))
+        victim._replace(body=bytes(new)) if field == "body" else victim._replace(chain=bytes(new))
     )
     damaged = MemoryStore()
     damaged.append(rows)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.rates import own_rates, schedule_factor, update_distances
+from fedmezo_core.records import Committed
 from tests.core.rounds_driver import RoundsDriver, config_of, parse
 
 SIGNALS = st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1e6), max_size=6)
@@ -121,7 +122,7 @@ def test_each_worker_is_told_its_own_rate_and_committed_with_it() -> None:
     assert _rates(run) == own, "journaled when the round was opened"
     for worker in "abc":
         ready = run.answer(worker, grads=(1.0,))
-    commit = next(r for r in ready.records if hasattr(r, "runs"))
+    commit = next(r for r in ready.records if isinstance(r, Committed))
     assert [r.coefficients[0] for r in commit.runs] == pytest.approx([-rate / 3 for rate in own])
 
 

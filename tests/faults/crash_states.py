@@ -26,9 +26,12 @@ from typing import Final
 from unittest.mock import patch
 
 from fedmezo_core import store as product
+from fedmezo_core.codec import encode_record
 from fedmezo_core.errors import JournalError
-from fedmezo_core.journal import Journal, MemoryStore, Row
+from fedmezo_core.journal import ZERO_HASH, Journal, MemoryStore, Row, StoredOrigin
+from fedmezo_core.origin import Origin, seal
 from fedmezo_core.records import Paused
+from fedmezo_core.rounds import RunState
 from fedmezo_core.store import SqliteStore
 from tests.faults.disk import (
     RANDOM_MODES,
@@ -44,6 +47,7 @@ from tests.faults.disk import (
     replayed,
     written,
 )
+from tests.integration.harness import config_of, genesis_of
 
 DRAWS: Final = 6
 """Random states at each operation, beside all lost and all kept."""
@@ -69,12 +73,22 @@ class UnsyncedStore(SqliteStore):
         self._db.pragma("synchronous", "OFF")
 
 
+class DroppingFirstStore(SqliteStore):
+    """A control: rows are gone before what they came to is there."""
+
+    def drop_before(self, origin: StoredOrigin) -> None:
+        self._db.execute("DELETE FROM journal WHERE seqno < ?", (origin.seqno,))
+        super().drop_before(origin)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A store, and when its rows are acknowledged."""
 
     open: Callable[..., SqliteStore] = SqliteStore
     acknowledges_first: bool = False
+    caught_in: str = "checkpoints"
+    """A scenario that shows it, if it is a control."""
 
 
 KINDS: Final = {
@@ -82,8 +96,9 @@ KINDS: Final = {
     "normal": Kind(NormalStore),
     "off": Kind(UnsyncedStore),
     "early-ack": Kind(acknowledges_first=True),
+    "drops-first": Kind(DroppingFirstStore, caught_in="compacted"),
 }
-"""The product's, and three controls."""
+"""The product's, and four controls."""
 
 
 # ---------------------------------------------------------------- scenarios
@@ -118,8 +133,7 @@ class Author:
         with patch("os.posix_fadvise", self._forget_cache):
             self.store = self.kind.open(path, checkpoint_pages=checkpoint_pages)
         self.journal = Journal(self.store)
-        found = [entry.row for entry in self.journal.load()]
-        assert found == self.history.rows[: len(found)]
+        found = _rows_of(self.journal, self.history)
         self.histories.append(History(found, {n for n in self.history.ends if n <= len(found)}))
         self.expected = _journal_of(found)
         self._promise(len(found))
@@ -151,6 +165,12 @@ class Author:
         self.journal.append(records)
         self.acknowledged = begun
         self._promise(begun)
+
+    def compact(self) -> None:
+        """Drop some of the rows that are there, but not all."""
+        seqno = self.rng.randint(self.journal.begins + 1, len(self.journal) - 1)
+        sealed = origin_at(seqno, self.history.rows[seqno - 1].chain)
+        self.journal.drop_before(StoredOrigin.of(seqno, sealed))
 
     def close(self) -> None:
         """End cleanly."""
@@ -257,6 +277,37 @@ def _failed_sync(end: Callable[[Author], None], author: Author) -> None:
     author.close()
 
 
+def _compacted(end: Callable[[Author], None], author: Author) -> None:
+    """What dropped rows came to is larger than a page, so that it can be torn, and takes turns with appends."""
+    for _ in range(2):
+        author.open(CHECKPOINT_PAGES)
+        for _ in range(4):
+            author.append(author.rng.randint(2, 5), author.rng.choice((20, 3000)))
+            author.compact()
+        end(author)
+    author.open(CHECKPOINT_PAGES)
+    author.append(3, 400)
+    author.compact()
+    author.append(1, 400)
+    author.close()
+
+
+def origin_at(seqno: int, chain: bytes) -> bytes:
+    """An origin of rows that are no run's, as large as one of a run with some workers."""
+    genesis = genesis_of(config_of())
+    state = RunState(genesis=genesis)
+    for worker in range(200):
+        state.distances[f"worker-{worker:04d}-of-run-{seqno}"] = seqno / (worker + 1)
+    return seal(Origin(seqno, chain, ZERO_HASH, encode_record(genesis), state))
+
+
+def _rows_of(journal: Journal, history: History) -> list[Row]:
+    """All rows that a journal ever had, if those that it has are those of the history; else what it has."""
+    found = [entry.row for entry in journal.load()]
+    whole = history.rows[: journal.begins] + found
+    return whole if whole == history.rows[: len(journal)] else found
+
+
 def _journal_of(rows: Sequence[Row]) -> Journal:
     store = MemoryStore()
     store.append(rows)
@@ -275,6 +326,8 @@ SCENARIOS: Final[dict[str, Callable[[Author], None]]] = {
     "cut-again": lambda author: _lives(Author.cut_power, author),
     "sync-fails": lambda author: _failed_sync(Author.close, author),
     "sync-fails-killed": lambda author: _failed_sync(Author.kill_now, author),
+    "compacted": lambda author: _compacted(Author.kill, author),
+    "compacted-cut": lambda author: _compacted(Author.cut_power, author),
 }
 
 
@@ -361,16 +414,16 @@ def verdict(image: Image, what: Recording, promise: Promise, folder: Path) -> st
 
 def _verdict_on(store: SqliteStore, what: Recording, promise: Promise) -> str:
     journal = Journal(store)
-    found = [entry.row for entry in journal.load()]
+    history = what.histories[promise.history]
+    found = _rows_of(journal, history)
     if len(found) < promise.acknowledged:
         return f"lost: {promise.acknowledged} rows were acknowledged, {len(found)} are there"
-    history = what.histories[promise.history]
     if found != history.rows[: len(found)]:
         return f"changed: {len(found)} rows are there, not all as they were written"
     if len(found) > promise.begun or len(found) not in history.ends:
         return f"in part: {len(found)} rows are there of {promise}"
     [entry] = journal.append([Paused(1, "after the cut")])
-    if list(store.read(0, len(found) + 2)) != [*found, entry.row]:
+    if list(store.read(0, len(found) + 2)) != [*found[journal.begins :], entry.row]:
         return "changed: by an append after the cut"
     return ""
 

@@ -33,7 +33,6 @@ SITES_EVERY: Final = 4
 """Of the federations, one in so many has relays among its workers."""
 GOAL: Final = 1_000_000
 """States and seeds of a whole soak."""
-CONTROL_SCENARIO: Final = "checkpoints"
 SHOWN_MAX: Final = 20
 """Violations that are printed; all are counted."""
 
@@ -92,7 +91,7 @@ def simulate(first: int, append_first: bool = True) -> Found:
 def controls(pool: ProcessPoolExecutor, seed: int) -> dict[str, int]:
     """Violations that each control was caught at."""
     kinds = [kind for kind in KINDS if kind != "full"]
-    jobs = {f"store: {k}": pool.submit(cut_power, CONTROL_SCENARIO, seed, k) for k in kinds}
+    jobs = {f"store: {k}": pool.submit(cut_power, KINDS[k].caught_in, seed, k) for k in kinds}
     jobs["coordinator: sends before it appends"] = pool.submit(simulate, seed, False)
     return {name: len(job.result().violations) for name, job in jobs.items()}
 

@@ -67,6 +67,7 @@ def test_that_is_at_least_ten_thousand_states_of_all_modes() -> None:
         ("normal", "small", {"lost"}),
         ("off", "checkpoints", {"lost", "refused", "corrupt"}),
         ("early-ack", "small", {"lost"}),
+        ("drops-first", "compacted", {"corrupt"}),
     ],
 )
 def test_a_store_that_promises_too_much_is_caught(
@@ -74,7 +75,7 @@ def test_a_store_that_promises_too_much_is_caught(
 ) -> None:
     tally = tried(scenario, SEED, folder, kind)
     assert set(tally.kinds()) == found
-    assert len(tally.failures) > 0.2 * tally.states
+    assert len(tally.failures) > (0.05 if kind == "drops-first" else 0.2) * tally.states
     state, text = tally.failures[0]
     assert tried_again(State.of(str(state)), folder, kind) == text
 

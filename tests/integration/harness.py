@@ -282,13 +282,14 @@ async def served(
     signer: Signer | None = None,
     door: Door | None = None,
     snapshots: Path | None = None,
+    compact_after_records: int = 0,
 ) -> AsyncIterator[Served]:
     """Serve the journal at `path`, which `genesis` begins if it is new, and the files in `snapshots`."""
     journal = Journal(SqliteStore(path))
     if journal.is_empty:
         assert genesis is not None
         journal.append([genesis])
-    daemon = Daemon(journal, door, signer, snapshots)
+    daemon = Daemon(journal, door, signer, snapshots, compact_after_records)
     await daemon.load()
     with tempfile.TemporaryDirectory() as folder:
         server, port = bind_server(listen, tls, f"unix:{folder}/replica.sock")

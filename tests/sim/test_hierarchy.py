@@ -96,7 +96,7 @@ def test_control_passing_missed_rounds_on_is_caught() -> None:
 
 def test_control_a_mean_that_forgets_the_rows_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def unweighted(answers: Sequence[Answered]) -> SiteMean:
-        mean = site_mean([replace(answer, rows=None) for answer in answers])
+        mean = site_mean([answer._replace(rows=None) for answer in answers])
         return mean._replace(rows=sum(answer.rows or 1 for answer in answers))
 
     monkeypatch.setattr(relay_module, "site_mean", unweighted)

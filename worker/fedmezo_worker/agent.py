@@ -20,8 +20,11 @@ from fedmezo_core.codec import (
     hello_to_pb,
     unable_to_pb,
 )
+from fedmezo_core.download import downloaded
 from fedmezo_core.errors import (
+    ConfigError,
     FedMezoError,
+    JournalCompactedError,
     MeasurementError,
     NotReadyError,
     ProtocolError,
@@ -55,7 +58,6 @@ from fedmezo_core.snapshots import Snapshot, SnapshotOffer
 from fedmezo_core.zo.kept_base import folder_on_a_disk
 from fedmezo_core.zo.party import Party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from fedmezo_worker.download import downloaded
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.evaluations import Evaluations, HeldOutResult
 from fedmezo_worker.settings import WorkerSettings
@@ -116,13 +118,15 @@ class Agent:
                 await self._catch_up(client)
                 self._is_behind = False
             return await self._session(client)
-        except (UnavailableError, NotReadyError) as error:
+        except (UnavailableError, NotReadyError, JournalCompactedError) as error:
             waited_s = time.monotonic() - self._reachable_at_s
             if waited_s > self._settings.give_up_after_s:
                 raise
-            # Refused without a time to come back: this worker reads too slowly, or must read the
-            # journal first. With one, there was no place.
-            self._is_behind |= isinstance(error, NotReadyError) and error.retry_after_s is None
+            # Refused without a time to come back: this worker reads too slowly, must read the journal
+            # first, or is behind its beginning by now. With one, there was no place.
+            self._is_behind |= (
+                not isinstance(error, UnavailableError) and error.retry_after_s is None
+            )
             wait_s = delay_after_refusal_s(self._attempt, random.random(), error.retry_after_s)
             self._attempt += 1
             if self._attempt in (1, 5) or self._attempt % 20 == 0:
@@ -172,8 +176,7 @@ class Agent:
         assert self._genesis is not None
         run_id = self._genesis.config.run_id
         start = self._machine.round
-        if not self._history.keeps:
-            await self._take_snapshot_if_cheaper(client, run_id)
+        await self._take_snapshot_if_better(client, run_id)
         while True:
             page = await client.read_journal(
                 run_id=run_id,
@@ -202,12 +205,20 @@ class Agent:
         finally:
             await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
 
-    async def _take_snapshot_if_cheaper(self, client: CoordinatorClient, run_id: str) -> None:
-        """Begin from the newest snapshot, if that takes less time; one that is no good is left, once."""
+    async def _take_snapshot_if_better(self, client: CoordinatorClient, run_id: str) -> None:
+        """Begin from the newest snapshot, if the journal lacks commits or if that takes less time.
+
+        One that is no good is left, once.
+        """
         assert self._machine is not None
         assert self._genesis is not None
         description = await client.get_run(run_id, self._machine.round)
         offer = description.snapshot
+        if description.needs_snapshot:
+            await self._take_needed_snapshot(client, run_id, offer)
+            return
+        if self._history.keeps:
+            return  # A copy holds every commit.
         if (
             offer is None
             or offer.snapshot == self._bad_snapshot
@@ -224,6 +235,30 @@ class Agent:
         except SnapshotError as error:
             log.warning("%s The journal is read instead.", error)
             self._bad_snapshot = offer.snapshot
+
+    async def _take_needed_snapshot(
+        self, client: CoordinatorClient, run_id: str, offer: SnapshotOffer | None
+    ) -> None:
+        """Begin from a snapshot because nothing else is left; raises what a person must know."""
+        assert self._machine is not None
+        where = (
+            f"this worker is at round {self._machine.round}, and the coordinator's journal does not have "
+            "the commits after that any more"
+        )
+        if self._history.keeps:
+            raise ConfigError(
+                f"The journal copy {self._settings.journal_copy} cannot go on: {where}; move it away, and "
+                "start this worker without journal_copy, to begin from a snapshot."
+            )
+        if offer is None:
+            raise SnapshotError(
+                f"No snapshot is on offer: {where}; look at the coordinator's log and its snapshots."
+            )
+        try:
+            await self._take_snapshot(client, run_id, offer)
+        except SnapshotError as error:
+            # A newer one may come, or its disk be repaired.
+            raise UnavailableError(f"{error} The journal is no way out: {where}.") from None
 
     async def _take_snapshot(
         self, client: CoordinatorClient, run_id: str, offer: SnapshotOffer

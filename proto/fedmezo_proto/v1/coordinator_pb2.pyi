@@ -14,7 +14,8 @@ class names of fedmezo_core.errors), the status message is one sentence for a pe
   NOT_FOUND            another run, a worker that has not joined, or a snapshot that is not kept
   FAILED_PRECONDITION  model, tokenizer or recipe differ; or a stale ticket
   ALREADY_EXISTS       a different answer to the same ticket was given before
-  OUT_OF_RANGE         a projected gradient is not finite or beyond the clip
+  OUT_OF_RANGE         a projected gradient is not finite or beyond the clip; or records that the
+                       journal no longer holds: begin from a snapshot
   DATA_LOSS            the worker's weights are not the run's; rebuild them from base and journal.
                        Or a snapshot's file is damaged: read the journal
   RESOURCE_EXHAUSTED   a limit (message size, workers); retry later: where the trailing metadata
@@ -114,6 +115,7 @@ class GetRunResponse(google.protobuf.message.Message):
     SIGNATURE_FIELD_NUMBER: builtins.int
     MISSING_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
+    NEEDS_SNAPSHOT_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """The version chosen for this conversation."""
     genesis: builtins.bytes
@@ -128,6 +130,10 @@ class GetRunResponse(google.protobuf.message.Message):
     """Head after `round`. 32 bytes, or empty where nobody can vouch for it just now."""
     signature: builtins.bytes
     """The checkpoint of this round and head, signed with the run's key. 64 bytes, or empty without one."""
+    needs_snapshot: builtins.bool
+    """Whether commits that the caller lacks are in the journal no more, so that it has to take the snapshot.
+    `missing` says nothing then.
+    """
     @property
     def missing(self) -> Global___Suffix:
         """Commits after the caller's round that it would have to apply."""
@@ -148,9 +154,10 @@ class GetRunResponse(google.protobuf.message.Message):
         signature: builtins.bytes = ...,
         missing: Global___Suffix | None = ...,
         snapshot: Global___SnapshotOffer | None = ...,
+        needs_snapshot: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["missing", b"missing", "snapshot", b"snapshot"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_key", b"checkpoint_key", "epoch", b"epoch", "genesis", b"genesis", "head", b"head", "missing", b"missing", "protocol_version", b"protocol_version", "round", b"round", "signature", b"signature", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_key", b"checkpoint_key", "epoch", b"epoch", "genesis", b"genesis", "head", b"head", "missing", b"missing", "needs_snapshot", b"needs_snapshot", "protocol_version", b"protocol_version", "round", b"round", "signature", b"signature", "snapshot", b"snapshot"]) -> None: ...
 
 Global___GetRunResponse: typing_extensions.TypeAlias = GetRunResponse
 
@@ -764,6 +771,7 @@ class ReadJournalRequest(google.protobuf.message.Message):
     WAIT_MS_FIELD_NUMBER: builtins.int
     FROM_NEWEST_BASE_FIELD_NUMBER: builtins.int
     FROM_ROUND_FIELD_NUMBER: builtins.int
+    FROM_ORIGIN_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """The run; empty means whichever is served here."""
     from_seqno: builtins.int
@@ -778,6 +786,8 @@ class ReadJournalRequest(google.protobuf.message.Message):
     """With commits_only: begins at the newest commit from the base, if that is at or after `from_seqno`."""
     from_round: builtins.int
     """With commits_only: begin at this round's commit, whatever from_seqno says. 0: at from_seqno."""
+    from_origin: builtins.bool
+    """The reader can begin at an origin: with from_seqno 0, it is told what dropped records came to."""
     def __init__(
         self,
         *,
@@ -788,8 +798,9 @@ class ReadJournalRequest(google.protobuf.message.Message):
         wait_ms: builtins.int = ...,
         from_newest_base: builtins.bool = ...,
         from_round: builtins.int = ...,
+        from_origin: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["commits_only", b"commits_only", "from_newest_base", b"from_newest_base", "from_round", b"from_round", "from_seqno", b"from_seqno", "records_max", b"records_max", "run_id", b"run_id", "wait_ms", b"wait_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["commits_only", b"commits_only", "from_newest_base", b"from_newest_base", "from_origin", b"from_origin", "from_round", b"from_round", "from_seqno", b"from_seqno", "records_max", b"records_max", "run_id", b"run_id", "wait_ms", b"wait_ms"]) -> None: ...
 
 Global___ReadJournalRequest: typing_extensions.TypeAlias = ReadJournalRequest
 
@@ -829,12 +840,17 @@ class ReadJournalResponse(google.protobuf.message.Message):
     NEXT_SEQNO_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
     HEAD_BEFORE_FIELD_NUMBER: builtins.int
+    ORIGIN_FIELD_NUMBER: builtins.int
     next_seqno: builtins.int
     """Where to read on."""
     finished: builtins.bool
     """Whether the run is finished and nothing more will follow."""
     head_before: builtins.bytes
     """If the page begins with a commit from the base: the head before it. 32 bytes or none."""
+    origin: builtins.bytes
+    """With `from_origin`, in the first page of a journal whose oldest records were dropped: what they came to
+    (a serialized `SealedOrigin`); the entries follow it.
+    """
     @property
     def entries(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___JournalEntry]:
         """In order."""
@@ -846,8 +862,9 @@ class ReadJournalResponse(google.protobuf.message.Message):
         next_seqno: builtins.int = ...,
         finished: builtins.bool = ...,
         head_before: builtins.bytes = ...,
+        origin: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["entries", b"entries", "finished", b"finished", "head_before", b"head_before", "next_seqno", b"next_seqno"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["entries", b"entries", "finished", b"finished", "head_before", b"head_before", "next_seqno", b"next_seqno", "origin", b"origin"]) -> None: ...
 
 Global___ReadJournalResponse: typing_extensions.TypeAlias = ReadJournalResponse
 

@@ -14,7 +14,8 @@ class names of fedmezo_core.errors), the status message is one sentence for a pe
   NOT_FOUND            another run, a worker that has not joined, or a snapshot that is not kept
   FAILED_PRECONDITION  model, tokenizer or recipe differ; or a stale ticket
   ALREADY_EXISTS       a different answer to the same ticket was given before
-  OUT_OF_RANGE         a projected gradient is not finite or beyond the clip
+  OUT_OF_RANGE         a projected gradient is not finite or beyond the clip; or records that the
+                       journal no longer holds: begin from a snapshot
   DATA_LOSS            the worker's weights are not the run's; rebuild them from base and journal.
                        Or a snapshot's file is damaged: read the journal
   RESOURCE_EXHAUSTED   a limit (message size, workers); retry later: where the trailing metadata

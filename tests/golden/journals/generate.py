@@ -2,7 +2,7 @@
 
 Run to add the journals of a new version, never to fix a test: those of earlier versions stay, byte for byte.
 
-python -m tests.golden.journals.generate v1
+python -m tests.golden.journals.generate v2
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from fedmezo_core.aggregate import to_binary32
 from fedmezo_core.checkpoints import Signer
 from fedmezo_core.codec import encode_record
 from fedmezo_core.config import RunConfig
-from fedmezo_core.journal import Journal, MemoryStore
+from fedmezo_core.journal import Journal, MemoryStore, StoredOrigin
 from fedmezo_core.journal_copy import JournalCopy
+from fedmezo_core.origin import Origin, seal
 from fedmezo_core.records import (
     Answered,
     Checkpoint,
@@ -33,6 +34,7 @@ from fedmezo_core.records import (
     Started,
     Stopped,
 )
+from fedmezo_core.rounds import RunState
 from fedmezo_core.store import SqliteStore
 from tests.core.test_golden_journals import HERE, outcome
 from tests.integration.harness import config_of, genesis_of
@@ -68,6 +70,9 @@ def main() -> None:
     outcomes["paused"] = outcome(folder / "paused.db")
     write(copied(simulated(WANTED["per-worker"])), folder / "copy.db")
     outcomes["copy"] = outcome(folder / "copy.db")
+    for name in ("per-worker", "pool"):
+        write(compacted(simulated(WANTED[name])), folder / f"{name}-compacted.db")
+        outcomes[f"{name}-compacted"] = outcome(folder / f"{name}-compacted.db")
     (folder / "outcomes.json").write_text(json.dumps(outcomes, indent=1) + "\n")
 
 
@@ -110,26 +115,49 @@ def paused() -> MemoryStore:
     return store
 
 
-def copied(store: MemoryStore) -> MemoryStore:
-    """A worker's signed copy of a journal."""
+def compacted(store: MemoryStore) -> MemoryStore:
+    """The same journal without its first records; those before its last commit from the base, if it has one."""
+    entries = list(Journal(store).load())
+    state = RunState()
+    begins = len(entries) // 2
+    for entry in entries:
+        if isinstance(entry.record, Committed) and entry.record.from_base:
+            begins = entry.row.seqno
+    for entry in entries[:begins]:
+        state.apply(entry.record)
+    last = entries[begins - 1]
+    origin = Origin(begins, last.row.chain, last.head, entries[0].row.body, state)
+    store.drop_before(StoredOrigin.of(begins, seal(origin, signer())))
+    return store
+
+
+def signer() -> Signer:
+    """Always the same."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    signer = Signer(Ed25519PrivateKey.from_private_bytes(b"golden journals of fedmezo, key."))
+    return Signer(Ed25519PrivateKey.from_private_bytes(b"golden journals of fedmezo, key."))
+
+
+def copied(store: MemoryStore) -> MemoryStore:
+    """A worker's signed copy of a journal."""
     target = MemoryStore()
     copy = JournalCopy(Journal(target))
     entries = list(Journal(store).load())
     config = entries[0].record.config  # type: ignore[union-attr]
-    list(copy.begin(encode_record(entries[0].record), 1, signer.public_key))
+    list(copy.begin(encode_record(entries[0].record), 1, signer().public_key))
     for entry in entries:
         if isinstance(entry.record, Committed):
             round_, head = entry.record.round, entry.head
-            signature = signer.sign(config.run_id, round_, head)
-            copy.add([entry.row.body], Checkpoint(2, round_, head, signer.public_key, signature))
+            signature = signer().sign(config.run_id, round_, head)
+            copy.add([entry.row.body], Checkpoint(2, round_, head, signer().public_key, signature))
     return target
 
 
 def write(store: MemoryStore, path: Path) -> None:
     file = SqliteStore(path)
+    origin = store.origin()
+    if origin is not None:
+        file.drop_before(origin)
     file.append(store.read(0, len(store)))
     file.close()
 

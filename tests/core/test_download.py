@@ -14,6 +14,7 @@ import pytest
 
 from fedmezo_coordinator import snapshots as shelf_module
 from fedmezo_core.client import CoordinatorClient
+from fedmezo_core.download import HEADER_BYTES_MAX, downloaded
 from fedmezo_core.errors import (
     NotReadyError,
     SnapshotDamagedError,
@@ -21,7 +22,6 @@ from fedmezo_core.errors import (
     UnavailableError,
 )
 from fedmezo_core.snapshots import Snapshot, file_name
-from fedmezo_worker.download import HEADER_BYTES_MAX, downloaded
 from tests.coordinator.snapshot_runs import CHUNK_BYTES, Kept, kept_snapshot
 
 DATA = bytes(range(256)) * 80 + b"the end"

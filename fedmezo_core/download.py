@@ -1,4 +1,4 @@
-"""A snapshot's file from the coordinator onto a disk of this worker's, whole and checked, or an error."""
+"""A snapshot's file from the coordinator onto a disk here, whole and checked, or an error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.snapshots import Snapshot
 
-log = logging.getLogger("fedmezo.worker")
+log = logging.getLogger("fedmezo.download")
 
 HEADER_BYTES_MAX = 100_000_000
 """What a snapshot may have beyond its weights: safetensors' own bound on a header."""
