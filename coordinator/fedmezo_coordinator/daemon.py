@@ -255,7 +255,13 @@ class Daemon(ServingLoop[Ready]):
         self._checked = snapshots
         self._checking = asyncio.create_task(asyncio.to_thread(self._shelf.check, snapshots))
 
-    # ------------------------------------------------------------ records and messages
+    def _way_past_dropped(self) -> str:
+        newest = self._shelf.newest
+        if newest is None:
+            return super()._way_past_dropped()
+        return f"take the snapshot of round {newest.round}, then read from round {newest.round + 1}"
+
+    # ------------------------------------------------------------ what steps ask for
 
     async def _flush(self, readies: Sequence[Ready]) -> None:
         records = [record for ready in readies for record in ready.records]
@@ -372,11 +378,6 @@ class Daemon(ServingLoop[Ready]):
                 )
             )
         return answer
-
-    @property
-    def _newest_snapshot_round(self) -> int:
-        newest = self._shelf.newest
-        return 0 if newest is None else newest.round
 
     def _snapshot_to_pb(self, record: Snapshotted) -> wire.Snapshot:
         head = self._index.head_at(record.round)

@@ -28,6 +28,7 @@ from fedmezo_core.codec import (
 )
 from fedmezo_core.digests import PartyDigest
 from fedmezo_core.errors import (
+    ConfigError,
     DivergedError,
     FedMezoError,
     NotReadyError,
@@ -195,6 +196,12 @@ class Relay(ServingLoop[RelayReady]):
             description = await self._client.get_run(self._settings.run_id, held)
             self._reached()
             self._check(description, held)
+            if description.needs_snapshot:
+                raise ConfigError(
+                    f"The journal copy {self._settings.journal_copy} holds round {held}, and the journal "
+                    "above does not have the commits after that any more; begin from a copy of another "
+                    "relay's or worker's journal_copy that reaches further."
+                )
             while True:
                 page = await self._client.read_journal(
                     run_id=self.genesis.config.run_id,

@@ -269,11 +269,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._index.begins,
         )
 
-    @property
-    def _newest_snapshot_round(self) -> int:
-        """Of the snapshots that are kept; 0: there is none."""
-        return 0
-
     @abstractmethod
     async def _flush(self, readies: Sequence[ReadyT]) -> None:
         """Do what steps asked for."""
@@ -547,16 +542,14 @@ class ServingLoop(ABC, Generic[ReadyT]):
         return row
 
     def _compacted(self) -> JournalCompactedError:
-        newest = self._newest_snapshot_round
-        remedy = (
-            f"take the snapshot of round {newest}, then read from round {newest + 1}"
-            if newest
-            else "read from_newest_base"
-        )
         return JournalCompactedError(
             f"The journal's records before {self._journal.begins}, up to round {self._index.begins}, were "
-            f"dropped; {remedy}."
+            f"dropped; {self._way_past_dropped()}."
         )
+
+    def _way_past_dropped(self) -> str:
+        """What a reader can do who asked for records that were dropped."""
+        return "read from_newest_base"
 
     def _note(self, line: str, *values: object) -> None:
         """Log that a worker came or went, unless too many do."""
