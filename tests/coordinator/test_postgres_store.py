@@ -370,11 +370,18 @@ def test_a_warning_that_a_commit_may_not_be_durable_stops_the_store(
         server.query("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         server.query("SELECT pg_reload_conf()")
         try:
-            sent = pool.submit(store.append, [row(1)])
-            until(
-                lambda: "SyncRep" in server.query("SELECT wait_event FROM pg_stat_activity"),
-                "the wait for a replica",
-            )
+            # The server takes the new setting a moment after it was asked to.
+            appends = (pool.submit(store.append, [row(n)]) for n in itertools.count(1))
+            sent = next(appends)
+
+            def waits_for_a_replica() -> bool:
+                nonlocal sent
+                if sent.done():
+                    sent.result()
+                    sent = next(appends)
+                return "SyncRep" in server.query("SELECT wait_event FROM pg_stat_activity")
+
+            until(waits_for_a_replica, "the wait for a replica")
             assert not sent.done()
             server.query(f"SELECT pg_cancel_backend({holder_of(server, name)})")
             error = sent.exception(PATIENCE_S)
