@@ -57,7 +57,7 @@ class Sizes:
     loaded_s: float = 60.0
     rounds: int = 1000
     idle: int = 10_000
-    idle_s: float = 120.0
+    idle_s: float = 150.0
     """As long as it takes until the coordinator has pinged every worker once."""
     listening: int = 1000
     commits: int = 20

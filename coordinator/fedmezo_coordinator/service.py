@@ -44,8 +44,8 @@ SERVER_OPTIONS = (
     ("grpc.server_handshake_timeout_ms", 20_000),
     # A small compressed message can unpack to a large one.
     ("grpc.compression_enabled_algorithms_bitset", 1),
-    # Workers ask every minute; this is for those that don't. Ten thousand pings a minute are 2 % of a core.
-    ("grpc.keepalive_time_ms", 120_000),
+    # Workers ask every minute; this is for those that don't. Ten thousand pings a minute are 4 % of a core.
+    ("grpc.keepalive_time_ms", 150_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     # A ping after every message that comes, to measure the bandwidth and widen the window: for messages
     # that fit into any window it is a third of what a submission costs, at both ends.
