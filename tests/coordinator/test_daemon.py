@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.long_run import next_assignment
+from benchmarks.swarm import answer_to, hello_of
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.serving import OUTBOX_MAX, Session
 from fedmezo_core.client import CoordinatorClient
-from fedmezo_core.codec import decode_record
+from fedmezo_core.codec import decode_record, encode_record
 from fedmezo_core.errors import FedMezoError, JournalCorruptError, NotReadyError, ProtocolError
-from fedmezo_core.journal import Journal
-from fedmezo_core.records import Committed, Genesis, Opened, Started
+from fedmezo_core.journal import ZERO_HASH, Journal, head_after
+from fedmezo_core.records import Answered, Committed, Genesis, Opened, Started
 from fedmezo_core.store import SqliteStore
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.harness import (
@@ -132,6 +134,24 @@ async def test_a_worker_that_joins_later_gets_the_commits_it_lacks(tmp_path: Pat
         commits = [decode_record(notice.record) for notice in notices]
         assert [getattr(commit, "round", None) for commit in commits] == [1, 2, 3]
         assert [m.WhichOneof("kind") for m in late.received] == ["welcome", *["commit"] * 3]
+
+
+async def test_nothing_more_is_taken_from_a_session_that_another_has_replaced(
+    tmp_path: Path,
+) -> None:
+    """A relay's mean may be another one after a restart, and its acknowledgement does not say which."""
+    genesis = genesis_of(config_of(rounds=9, workers_min=1, quorum=1, local_steps=1))
+    head = head_after(ZERO_HASH, encode_record(genesis))
+    async with served(tmp_path / "journal.db", genesis) as at:
+        old = await at.daemon.join(hello_of(genesis, "w1", 0, head))
+        assign = await next_assignment(old)
+        new = await at.daemon.join(hello_of(genesis, "w1", 0, head))
+        assert (await next_assignment(new)).ticket == assign.ticket
+        await at.daemon.receive(old, answer_to(assign, [1.0]))
+        await at.daemon.receive(new, answer_to(assign, [2.0]))
+        await next_assignment(new)
+    answers = [r for r in records_of(tmp_path / "journal.db") if isinstance(r, Answered)]
+    assert [answer.projected_grads for answer in answers] == [(2.0,)]
 
 
 async def test_a_reconnecting_client_sees_the_same_run(tmp_path: Path) -> None:

@@ -184,6 +184,8 @@ class HierarchyWorld(World):
 class Uplink(Worker):
     """How the coordinator sees a relay."""
 
+    repeats_itself = False
+
     def __init__(self, world: HierarchyWorld, name: str, relay: Relay) -> None:
         super().__init__(world, name)
         self.relay = relay

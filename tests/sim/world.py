@@ -470,7 +470,8 @@ class Coordinator:
             if stream.alive and stream.machine is self.machine:
                 self._greet(stream, message)
             return
-        if self.streams.get(name) is not stream and not world.scenario.hostile:
+        comes_late = self.streams.get(name) is not stream
+        if comes_late and not (world.scenario.hostile and stream.worker.repeats_itself):
             return
         match message:
             case SendAnswer():
@@ -556,6 +557,9 @@ class Coordinator:
 
 class Worker:
     """The agent's loop around a session machine, with an oracle for an engine."""
+
+    repeats_itself = True
+    """A process that starts again answers the same, so that a late answer of the one before does no harm."""
 
     def __init__(self, world: World, name: str, above: Coordinator | None = None) -> None:
         self.world = world
