@@ -22,7 +22,15 @@ from fedmezo_core.journal import head_after
 from fedmezo_core.records import Committed, PairRun, Snapshotted, digest64_of
 from fedmezo_core.snapshots import SNAPSHOT_CHUNK_BYTES, file_name, round_in
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import Served, config_of, genesis_of, hands, records_of, served
+from tests.integration.harness import (
+    Served,
+    config_of,
+    genesis_of,
+    hands,
+    records_of,
+    served,
+    until,
+)
 
 SNAPSHOT = wire.SnapshotReport(file_sha256=b"f" * 32, file_bytes=10)
 
@@ -216,6 +224,12 @@ async def test_a_report_is_recorded_with_the_next_rounds_answers_and_then_offere
         assert (await hand.client.get_run()).snapshot is None
         await hand.answer(hand.received[-1].assign)
         await hand.assigned()
+
+        async def is_offered() -> bool:
+            return (await hand.client.get_run()).snapshot is not None
+
+        # It is written down after what the round's commit sends.
+        await until(is_offered, "the snapshot")
         description = await hand.client.get_run()
         offer = description.snapshot
         assert offer is not None
