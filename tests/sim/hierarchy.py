@@ -18,7 +18,6 @@ from typing import Any
 from fedmezo_core.errors import DivergedError, ProtocolError
 from fedmezo_core.events import (
     Acknowledged,
-    AnswerReceived,
     CommitReceived,
     Connected,
     Disconnected,
@@ -32,7 +31,6 @@ from fedmezo_core.events import (
     SessionEvent,
     Tick,
     Ticket,
-    UnableReceived,
     Vouched,
     WeightsReported,
     Welcomed,
@@ -51,7 +49,6 @@ from tests.sim.world import (
     Hello,
     Scenario,
     Stream,
-    Up,
     Worker,
     World,
     _decoded,
@@ -424,32 +421,6 @@ class Relay(Coordinator):
                     self.world.say(self.name, "leaves")
 
     # ------------------------------------------------------------ below
-
-    def receive(self, stream: Stream, message: Up) -> None:
-        """A message from a worker of the site came out of the network."""
-        name = stream.worker.name
-        if not self.up:
-            return
-        if isinstance(message, Hello):
-            if stream.alive and stream.machine is self.machine:
-                self._greet(stream, message)
-            return
-        if self.streams.get(name) is not stream and not self.world.scenario.hostile:
-            return
-        match message:
-            case SendAnswer():
-                self.step(
-                    AnswerReceived(
-                        name,
-                        message.ticket,
-                        message.projected_grads,
-                        message.mean_loss,
-                        message.weights_digest64,
-                        message.rows,
-                    )
-                )
-            case SendUnable(ticket, reason):
-                self.step(UnableReceived(name, ticket, reason))
 
     def _greet(self, stream: Stream, hello: Hello) -> None:
         worker = stream.worker
