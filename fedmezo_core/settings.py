@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -23,6 +24,25 @@ from fedmezo_core.config import sentence_of
 from fedmezo_core.errors import ConfigError
 
 Settings = TypeVar("Settings", bound=BaseSettings)
+
+
+def _address(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError("write it as host:port, for example 127.0.0.1:7465")
+    return value
+
+
+def _key(value: str) -> str:
+    if not re.fullmatch("([0-9a-f]{64})?", value):
+        raise ValueError("use the 64 hex digits that the coordinator logs at its start")
+    return value
+
+
+Address = Annotated[str, AfterValidator(_address)]
+"""host:port of a coordinator to connect to."""
+CheckpointKey = Annotated[str, AfterValidator(_key)]
+"""The public key that a coordinator must sign with, as 64 hex digits; empty: any."""
 
 
 def load_settings(

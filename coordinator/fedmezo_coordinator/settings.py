@@ -14,6 +14,7 @@ from fedmezo_coordinator.door import JOINS_AT_A_TIME, SESSIONS_LIMIT, SESSIONS_M
 from fedmezo_coordinator.journal_place import path_beside
 from fedmezo_core.cohort import REPLICA_PARTY
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, parse_run
+from fedmezo_core.settings import Address, CheckpointKey
 
 ENVIRONMENT_PREFIX = "FEDMEZO_COORDINATOR_"
 RELAY_ENVIRONMENT_PREFIX = "FEDMEZO_RELAY_"
@@ -153,7 +154,7 @@ class RelaySettings(ServingSettings):
     """
 
     listen: str = Field(default="127.0.0.1:7466", description="host:port to listen on")
-    upstream: str = Field(
+    upstream: Address = Field(
         default="127.0.0.1:7465",
         description="host:port of the coordinator above, or of another relay",
     )
@@ -180,7 +181,7 @@ class RelaySettings(ServingSettings):
         default=None,
         description="PEM file of the CA to trust of the coordinator above; none: no TLS",
     )
-    checkpoint_key: str = Field(
+    checkpoint_key: CheckpointKey = Field(
         default="",
         description="public key (64 hex digits) that the run must be signed with; none: any",
     )
@@ -197,21 +198,6 @@ class RelaySettings(ServingSettings):
                 "use 1 to 64 of a-z, 0-9 and -, beginning with a letter or digit, and not "
                 f"{REPLICA_PARTY!r}"
             )
-        return value
-
-    @field_validator("checkpoint_key")
-    @classmethod
-    def _key(cls, value: str) -> str:
-        if not re.fullmatch("([0-9a-f]{64})?", value):
-            raise ValueError("use the 64 hex digits that the coordinator logs at its start")
-        return value
-
-    @field_validator("upstream")
-    @classmethod
-    def _upstream_host_and_port(cls, value: str) -> str:
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError("write it as host:port, for example 127.0.0.1:7465")
         return value
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
 from fedmezo_core.config import NAME_PATTERN
+from fedmezo_core.settings import Address, CheckpointKey
 
 ENVIRONMENT_PREFIX = "FEDMEZO_WORKER_"
 
@@ -20,7 +21,9 @@ class WorkerSettings(BaseSettings):
     that --config names.
     """
 
-    coordinator: str = Field(default="127.0.0.1:7465", description="host:port of the coordinator")
+    coordinator: Address = Field(
+        default="127.0.0.1:7465", description="host:port of the coordinator"
+    )
     name: str = Field(description="this worker's name, unique in the run: a-z, 0-9 and -")
     data: Path = Field(
         description="its private rows: a JSONL, CSV or Parquet file, or a folder of them"
@@ -47,7 +50,7 @@ class WorkerSettings(BaseSettings):
         description="file to keep this worker's own copy of the run's history in; the run can be "
         "rebuilt from it, and after a restart it shows whether the coordinator's history went back",
     )
-    checkpoint_key: str = Field(
+    checkpoint_key: CheckpointKey = Field(
         default="",
         description="public key (64 hex digits) that the coordinator must sign with; none: any",
     )
@@ -97,13 +100,6 @@ class WorkerSettings(BaseSettings):
             raise ValueError("use 1 to 64 of a-z, 0-9 and -, beginning with a letter or digit")
         return value
 
-    @field_validator("checkpoint_key")
-    @classmethod
-    def _key(cls, value: str) -> str:
-        if not re.fullmatch("([0-9a-f]{64})?", value):
-            raise ValueError("use the 64 hex digits that the coordinator logs at its start")
-        return value
-
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
@@ -123,14 +119,6 @@ class WorkerSettings(BaseSettings):
     def _bits(cls, value: int | None) -> int | None:
         if value not in {None, 4, 8}:
             raise ValueError("use 8 or 4, or leave it out")
-        return value
-
-    @field_validator("coordinator")
-    @classmethod
-    def _host_and_port(cls, value: str) -> str:
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError("write it as host:port, for example 127.0.0.1:7465")
         return value
 
     @model_validator(mode="after")
