@@ -62,6 +62,7 @@ from fedmezo_core.session import SessionMachine
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.party import Party, commits_of
+from fedmezo_core.zo.prefix import Prefix
 from fedmezo_core.zo.rows import Row
 from fedmezo_core.zo.task import Batches
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -94,6 +95,7 @@ class Federation:
         store: JournalStore | None = None,
         threads: int = 1,
         pass_tokens_max: int = PASS_TOKENS_MAX,
+        prefix: Prefix | None = None,
     ) -> None:
         """`party` is at its base; `rows` are each worker's own. Raises as `Task.encode` does."""
         self.party = party
@@ -107,7 +109,9 @@ class Federation:
         self.applying_s = 0.0
         """CPU time that each worker takes to apply commits and digest its weights."""
         self._judge = judge
-        self._estimator = open_estimator(party, threads=threads, pass_tokens_max=pass_tokens_max)
+        self._estimator = open_estimator(
+            party, threads=threads, pass_tokens_max=pass_tokens_max, prefix=prefix
+        )
         self._machine = RoundMachine()
         genesis = party.genesis()
         [entry] = self.journal.append([genesis])

@@ -7,12 +7,14 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
 from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.prefix import Prefix
 from fedmezo_core.zo.rows import Row
 from fedmezo_core.zo.task import Dataset, Evaluation
 
@@ -43,6 +45,7 @@ class Judge:
     batch_size: int = 64
     curve_rows: int | None = None
     """Rows behind each point of the curve; None: all."""
+    prefix: Prefix | None = None
     kept: Path | None = None
     """Folder for what the base comes to, which is the same in most runs; None: it is not kept."""
     curve: list[Point] = field(default_factory=list)
@@ -77,31 +80,40 @@ class Judge:
         return found
 
     def _evaluate(self, dataset: Dataset, round_: int) -> Evaluation:
-        task, model = self.party.task, self.party.loaded.model
         if round_ or self.kept is None:
-            return task.evaluate(model, dataset, self.batch_size)
+            return self._evaluated(dataset)
         config = self.party.config
         facts = (
             self.party.base_digest.hex(),
             config.dtype,
             config.task.model_dump_json(),
             self.batch_size,
+            self.prefix is None,
             dataset.examples,
             torch.__version__,
         )
         path = self.kept / f"base-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
         if path.exists():
             return Evaluation(**json.loads(path.read_text()))
-        found = task.evaluate(model, dataset, self.batch_size)
+        found = self._evaluated(dataset)
         write_whole(path, json.dumps(asdict(found)))
         return found
 
+    def _evaluated(self, dataset: Dataset) -> Evaluation:
+        party, prefix = self.party, self.prefix
+        return party.task.evaluate(
+            party.loaded.model,
+            dataset,
+            self.batch_size,
+            around_batch=lambda batch: nullcontext() if prefix is None else prefix.known(batch),
+        )
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file that is there as a whole or not at all; a text gets an end of line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     passing = path.with_suffix(f".{os.getpid()}.part")
-    passing.write_text(text + "\n")
+    passing.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
     passing.replace(path)
 
 

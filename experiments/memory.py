@@ -18,14 +18,17 @@ from experiments.judging import write_whole
 from experiments.runs import KEPT, Run, key_of
 from experiments.settings import load_data
 from fedmezo_core.zo.allocator import keep_freed_memory
-from fedmezo_core.zo.assignment import open_estimator
+from fedmezo_core.zo.assignment import open_estimator, open_prefix
 from fedmezo_core.zo.party import Party, open_party
+from fedmezo_core.zo.prefix import SpooledRows
 from fedmezo_core.zo.rows import Row
 from fedmezo_core.zo.task import Batch
 
 PASSES = 2
 INFERENCE = "inference"
 TRAINING = "training"
+ROW_STATES_BYTES_MAX = 256 << 20
+"""As a worker's default."""
 
 
 def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[], object]:
@@ -37,7 +40,10 @@ def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[]
     if isinstance(first_order, FirstOrder):
         return lambda: train(party, first_order, [batch])
     estimator = open_estimator(
-        party, threads=run.settings.threads, pass_tokens_max=run.settings.pass_tokens_max
+        party,
+        threads=run.settings.threads,
+        pass_tokens_max=run.settings.pass_tokens_max,
+        prefix=open_prefix(party, SpooledRows(ROW_STATES_BYTES_MAX)),
     )
     seeds = list(range(1, run.config.probes + 1))
     # With a pair of an earlier local step, as most measurements have.

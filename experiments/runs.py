@@ -28,6 +28,7 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, FedMezoError, ModelError
 from fedmezo_core.program import run_program
 from fedmezo_core.zo.allocator import keep_freed_memory
+from fedmezo_core.zo.assignment import open_prefix
 from fedmezo_core.zo.export import export_adapter
 from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.homes import execution_device
@@ -111,12 +112,15 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         threads=settings.threads,
         placement=Placement(settings.device),
     )
+    # Rows by themselves take a GPU as long as batches do.
+    prefix = None if settings.device != "cpu" else open_prefix(party, KeptRows(settings, config))
     judge = Judge(
         party,
         data.heldout,
         every_rounds=settings.evaluate_every_rounds,
         batch_size=settings.evaluate_batch_size,
         curve_rows=settings.curve_rows,
+        prefix=prefix,
         kept=folder,
     )
     method: Federation | FedAvg = (
@@ -126,6 +130,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
             judge=judge,
             threads=settings.threads,
             pass_tokens_max=settings.pass_tokens_max,
+            prefix=prefix,
         )
         if run.first_order is None
         else FedAvg(party, data.clients, run.first_order, judge=judge)
@@ -201,7 +206,7 @@ def key_of(run: Run) -> str:
         _code_hash(),
         _files_hash(run.settings.model),
         _files_hash(run.settings.data),
-        f"torch {torch.__version__}, transformers {transformers.__version__}",
+        ", ".join(_versions()),
     ):
         hashed.update(hashlib.sha256(part.encode()).digest())
     return hashed.hexdigest()[:24]
@@ -217,6 +222,30 @@ def execute_and_keep(run: Run, folder: Path = KEPT) -> None:
     """Do it and write the result beside those of others, all or nothing."""
     result = execute(run, folder)
     write_whole(folder / f"{key_of(run)}.json", result.model_dump_json(indent=1))
+
+
+class KeptRows:
+    """A `RowStore` for all runs on one model: what it makes of a row before the trained part is the same in each."""
+
+    def __init__(self, settings: Settings, config: RunConfig, folder: Path = KEPT) -> None:
+        """Below `folder`, for this model at this precision."""
+        facts = (_files_hash(settings.model), config.dtype, *_versions())
+        name = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+        self._folder = folder / "rows" / name
+
+    def get(self, key: bytes) -> bytes | None:
+        """What was put there."""
+        try:
+            return self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def put(self, key: bytes, body: bytes) -> None:
+        """Keep it; another run's process may do the same."""
+        write_whole(self._path(key), body)
+
+    def _path(self, key: bytes) -> Path:
+        return self._folder / key.hex()[:2] / f"{key.hex()}.bin"
 
 
 class Processes:
@@ -263,6 +292,10 @@ def _code_hash() -> str:
         for path in sorted(ROOT.glob(pattern)):
             hashed.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return hashed.hexdigest()
+
+
+def _versions() -> tuple[str, str]:
+    return f"torch {torch.__version__}", f"transformers {transformers.__version__}"
 
 
 @functools.cache

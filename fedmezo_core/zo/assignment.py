@@ -11,6 +11,7 @@ from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, local_steps
 from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.prefix import Prefix, RowStore
 from fedmezo_core.zo.task import Batches, Dataset
 
 
@@ -20,6 +21,7 @@ def open_estimator(
     threads: int | None = None,
     pass_tokens_max: int = PASS_TOKENS_MAX,
     objective: Callable[[Predictions], float] | None = None,
+    prefix: Prefix | None = None,
     before_pass: Callable[[], None] = lambda: None,
 ) -> Estimator:
     """The run's estimator on a party's model; arguments and errors as of `Estimator`."""
@@ -33,8 +35,14 @@ def open_estimator(
         threads=threads,
         pass_tokens_max=pass_tokens_max,
         objective=objective,
+        prefix=prefix,
         before_pass=before_pass,
     )
+
+
+def open_prefix(party: Party, rows: RowStore) -> Prefix:
+    """What comes before the trained part of a party's model; arguments as of `Prefix`."""
+    return Prefix(party.loaded.model, party.loaded.manifest, party.task, rows)
 
 
 def open_batches(party: Party, dataset: Dataset, worker: str) -> Batches:

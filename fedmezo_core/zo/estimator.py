@@ -19,7 +19,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -38,17 +38,17 @@ from fedmezo_core.zo.manifest import Manifest
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.objective import Predictions
+from fedmezo_core.zo.prefix import PREFIX_SHARE_MIN, Prefix
 from fedmezo_core.zo.task import Batch, Task
 
 log = logging.getLogger("fedmezo.estimator")
 
 POINTS_MAX: Final = 16
 """Most points in one pass through all of the model: activations take as many copies of the batch."""
-PREFIX_SHARE_MIN: Final = 0.5
-"""From this part of the model on, frozen and run first, it is computed once for all passes of a batch."""
 PREFIX_POINTS_MAX: Final = 64
+"""The same where `PREFIX_SHARE_MIN` of the model runs first and is frozen."""
 PASS_TOKENS_MAX: Final = 1 << 11
-"""Then passes can be small: most tokens of all copies in one, or 2 points. Their activations are a few
+"""There passes can be small, because that part is computed once for all of a batch: most tokens of all copies in one, or 2 points. Their activations are a few
 per cent of the memory of inference. A GPU is faster with more."""
 
 Result = TypeVar("Result")
@@ -95,13 +95,15 @@ class Estimator:
         threads: int | None = None,
         pass_tokens_max: int = PASS_TOKENS_MAX,
         objective: Callable[[Predictions], float] | None = None,
+        prefix: Prefix | None = None,
         before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """`threads` is how many build perturbed weights (default: as `materialize` chooses).
         `pass_tokens_max` bounds the passes behind a frozen part that is most of the model.
 
         With an `objective`, which returns finite numbers or raises, a point's loss is what that makes
-        of the predictions there. `before_pass` is called before each pass over the model, and may
+        of the predictions there. With a `prefix`, of the same model and task, losses begin with what it knows
+        of the rows. `before_pass` is called before each pass over the model, and may
         raise to end a measurement. Raises as `Forward` does.
         """
         self._model = model
@@ -109,6 +111,7 @@ class Estimator:
         self._one_sided = one_sided
         self._pass_tokens_max = pass_tokens_max
         self._objective = objective
+        self._prefix = prefix
         self._before_pass = before_pass
         self._builds_weights = not distribution.rank
         self._forward = Forward(
@@ -165,13 +168,20 @@ class Estimator:
         # Generating is passes of several batches.
         one_batch = self._objective is None and length < len(points)
         try:
-            with self._forward.remembering() if one_batch else nullcontext():
+            with self._known(batch), self._forward.remembering() if one_batch else nullcontext():
                 for first in range(0, len(points), length):
                     losses += measure(batch, points[first : first + length])
         except InseparableError as error:
             self._go_singly(f"{error}")
             return self._losses(batch, points)
         return losses
+
+    def _known(self, batch: Batch) -> AbstractContextManager[None]:
+        """What comes before the trained part, if it computes one copy of the batch and no more."""
+        one_copy = not self._together or self._forward.prefix_share > 0
+        if self._prefix is None or self._objective is not None or not one_copy:
+            return nullcontext()
+        return self._prefix.known(batch, self._before_pass)
 
     def _points_max(self, batch: Batch, count: int) -> int:
         """Points a pass; where passes are small, none shall have a single one, which computes all anew."""

@@ -33,14 +33,20 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
-from fedmezo_core.errors import ModelError
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.experts import NotSlicedError, Slices, one_by_one
 from fedmezo_core.zo.guard import DirectReadError, DirectReadGuard, tensors_in
-from fedmezo_core.zo.homes import put_back
 from fedmezo_core.zo.low_rank import Side, Split, Thin, split
-from fedmezo_core.zo.manifest import Manifest, tensor_ids, trained_tensors
+from fedmezo_core.zo.manifest import Manifest
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize_fan
+from fedmezo_core.zo.modules import (
+    Owned,
+    computing,
+    computing_elements,
+    emptied_after_errors,
+    frozen_modules,
+    owners_of,
+)
 from fedmezo_core.zo.noise import Distribution
 
 log = logging.getLogger("fedmezo.forward")
@@ -58,22 +64,6 @@ _ALIGNMENT_BYTES: Final = 64
 
 class InseparableError(Exception):
     """At some module, the copies of the batch cannot be told apart; the message says where and why."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Owned:
-    """A trained parameter, as an attribute of the module that holds it."""
-
-    holder: nn.Module
-    attribute: str
-    tensor_id: int
-
-    @property
-    def parameter(self) -> torch.Tensor:
-        """As it is now: offloaded weights are on the device only for a while."""
-        parameter = self.holder._parameters[self.attribute]
-        assert parameter is not None
-        return parameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,14 +106,14 @@ class Forward:
         self._threads = threads
         self._scratch = _Scratch()
         self._model = model
-        self._owners = _owners(model, manifest)
+        self._owners = owners_of(model, manifest)
         self._parameter_names = [entry.name for entry in manifest]
         self._names = {module: name for name, module in model.named_modules()}
         self._guard: DirectReadGuard | None = DirectReadGuard(manifest, model)
         self._pass = _Pass((), 0, 0)
         self._alike = False
         """Whether all copies in the running pass are the same still."""
-        self._frozen = _frozen(model, self._owners)
+        self._frozen = frozen_modules(model, self._owners)
         self._computed_once: dict[nn.Module, None] = {}
         """Those of `_frozen` that ran while all copies were alike, in the first pass that had several."""
         self._prefix_share: float | None = None
@@ -145,20 +135,20 @@ class Forward:
         """
         assert not any(point.decay != 1.0 or point.from_base for point in points)
         with ExitStack() as stack:
-            stack.enter_context(_emptied_after_errors(self._model))
+            stack.enter_context(emptied_after_errors(self._model))
             stack.enter_context(devices.finite_results())
             stack.enter_context(self._running(_Pass(tuple(points), rows, tokens)))
             for module, owned in self._owners.items():
-                stack.enter_context(_computing(module, functools.partial(self._moved, owned)))
+                stack.enter_context(computing(module, functools.partial(self._moved, owned)))
             self._alike, self._calls = len(points) > 1, 0
             for module in self._frozen if self._alike else ():
-                stack.enter_context(_computing(module, self._once))
+                stack.enter_context(computing(module, self._once))
             stack.enter_context(self._guard or nullcontext())
             yield
         if len(points) > 1 and self._prefix_share is None:
             # No others are looked at again: which run first is the same in every pass.
             self._frozen = list(self._computed_once)
-            whole, prefix = _computing_elements([self._model]), _computing_elements(self._frozen)
+            whole, prefix = computing_elements([self._model]), computing_elements(self._frozen)
             self._prefix_share = prefix / max(1, whole)
         # The first pass has shown that no parameter is read behind its owner's back.
         self._guard = None
@@ -218,7 +208,7 @@ class Forward:
             self._pass = before
 
     def _moved(
-        self, owned: list[_Owned], module: nn.Module, original: Callable[..., Any]
+        self, owned: list[Owned], module: nn.Module, original: Callable[..., Any]
     ) -> Callable[..., Any]:
         """What `module` does instead of `original`, its forward."""
         names = [item.attribute for item in owned if item.holder is module]
@@ -278,7 +268,7 @@ class Forward:
 
     # ------------------------------------------------------------------ kinds of modules
 
-    def _product(self, module: nn.Module, owned: list[_Owned], x: torch.Tensor) -> torch.Tensor:
+    def _product(self, module: nn.Module, owned: list[Owned], x: torch.Tensor) -> torch.Tensor:
         """A matrix product with the weight, which is [outputs, inputs], or for `Conv1D` the reverse."""
         parameters: dict[str, Any] = module._parameters
         ids = {item.attribute: item.tensor_id for item in owned}
@@ -352,7 +342,7 @@ class Forward:
         self,
         module: nn.Module,
         original: Callable[..., Any],
-        item: _Owned,
+        item: Owned,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -416,7 +406,7 @@ class Forward:
         self,
         module: nn.Module,
         original: Callable[..., Any],
-        owned: list[_Owned],
+        owned: list[Owned],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -435,7 +425,7 @@ class Forward:
         module: nn.Module,
         original: Callable[..., Any],
         reference: Callable[..., Any],
-        owned: list[_Owned],
+        owned: list[Owned],
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -540,7 +530,7 @@ class Forward:
             name=self._parameter_names[tensor_id],
         )
 
-    def _tell_if_large(self, module: nn.Module, owned: Sequence[_Owned]) -> None:
+    def _tell_if_large(self, module: nn.Module, owned: Sequence[Owned]) -> None:
         for item in owned:
             size_bytes = item.parameter.nbytes
             if size_bytes > LINEAR_BLOCK_BYTES:
@@ -636,88 +626,8 @@ class _EmbeddingLookups(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _owners(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[_Owned]]:
-    """Modules with trained parameters of their own, and which; attributes sorted by name."""
-    trained_tensors(model, manifest)
-    ids = tensor_ids(model, manifest)
-    owners: dict[nn.Module, list[_Owned]] = {}
-    for name, module in model.named_modules():
-        owned = [
-            _Owned(module, attribute, ids[path])
-            for attribute in sorted(module._parameters)
-            if (path := f"{name}.{attribute}" if name else attribute) in ids
-        ]
-        if not owned:
-            continue
-        if isinstance(module, nn.Embedding) and module.max_norm is not None:
-            raise ModelError(
-                f"Embedding {name} renormalises its weights as it is used (max_norm), which breaks "
-                "replay; use a model without max_norm."
-            )
-        owners[module] = owned
-    return owners
-
-
-def _frozen(model: nn.Module, owners: Mapping[nn.Module, object]) -> list[nn.Module]:
-    """The outermost modules that compute with parameters none of which is trained."""
-    has_trained = {
-        module for module in model.modules() if any(inner in owners for inner in module.modules())
-    }
-    found: list[nn.Module] = []
-
-    def visit(module: nn.Module) -> None:
-        # A list of modules is never called, only what is in it.
-        if module not in has_trained and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-            if next(module.parameters(), None) is not None:
-                found.append(module)
-            return
-        for child in module.children():
-            visit(child)
-
-    visit(model)
-    return list(dict.fromkeys(found))
-
-
-def _computing_elements(modules: Sequence[nn.Module]) -> int:
-    """Parameters in the modules, but for those that are looked up."""
-    return sum(
-        parameter.numel()
-        for module in modules
-        for inner in module.modules()
-        if not isinstance(inner, nn.Embedding)
-        for parameter in inner.parameters(recurse=False)
-    )
-
-
 @contextmanager
-def _emptied_after_errors(model: nn.Module) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        put_back(model)
-        raise
-
-
-@contextmanager
-def _computing(
-    module: nn.Module, make: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """While open, `module` runs `make(module, its forward)`, inside the hook that `accelerate` may
-    have put around its forward: only there are offloaded weights at hand."""
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-    before = module.__dict__.get(name)
-    module.__dict__[name] = make(module, getattr(module, name))
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
-
-
-@contextmanager
-def _parameters_as(owned: Sequence[_Owned], tensors: Sequence[Any]) -> Iterator[None]:
+def _parameters_as(owned: Sequence[Owned], tensors: Sequence[Any]) -> Iterator[None]:
     """Let modules see `tensors` (or what stands for them) in place of parameters, which stay untouched."""
     before = [item.parameter for item in owned]
 
@@ -806,6 +716,9 @@ def _repeated(result: Any, current: _Pass) -> Any:
     """A module's result on one copy, for all copies; what is of length 1 is meant for every row."""
     if isinstance(result, torch.Tensor) and result.dim():
         if len(result) in (current.rows, current.rows * current.tokens):
+            if not any(result.stride()):
+                # One number everywhere, as `Prefix` gives it, stays one number.
+                return result[:1].expand(len(current.points) * len(result), *result.shape[1:])
             return result.repeat(len(current.points), *[1] * (result.dim() - 1))
         if len(result) == 1:
             return result

@@ -13,12 +13,14 @@ Prompts are padded on the left, so that in every row the positions which matter 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
 from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.zo.modules import computing
 from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.rows import Row
 
@@ -365,10 +368,11 @@ class Task:
         batch_size: int,
         *,
         before_batch: Callable[[], None] = lambda: None,
+        around_batch: Callable[[Batch], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> Evaluation:
         """Loss and accuracy of the model over all of `dataset`, `batch_size` rows at a time.
 
-        What `before_batch` raises ends it. Raises `MeasurementError` if a loss is NaN or infinite.
+        Each batch is computed within its `around_batch`, `Prefix.known` say. What `before_batch` raises ends it. Raises `MeasurementError` if a loss is NaN or infinite.
         """
         # Rows of like length together, so that little of a batch is padding. The sort is stable.
         order = sorted(
@@ -382,7 +386,9 @@ class Task:
         for start in range(0, len(order), batch_size):
             before_batch()
             examples = [dataset.examples[index] for index in order[start : start + batch_size]]
-            outcome = self._outcome(model, self.collate(examples, "evaluation", device))
+            batch = self.collate(examples, "evaluation", device)
+            with around_batch(batch):
+                outcome = self._outcome(model, batch)
             if not math.isfinite(sum(outcome.row_losses)):
                 raise MeasurementError(
                     "The held-out loss is NaN or infinite; the weights have diverged, so use a "
@@ -478,7 +484,8 @@ class Task:
     @torch.inference_mode()
     def _outcome(self, model: nn.Module, batch: Batch, *, count_correct: bool = True) -> _Outcome:
         if self.config.kind == "classification":
-            logits = logits_of(model, batch, 1)[:, -1, list(self.verbalizer_ids)].double()
+            with _head_of_words(model, self.verbalizer_ids):
+                logits = logits_of(model, batch, 1)[:, -1, list(self.verbalizer_ids)].double()
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             two = len(self.verbalizer_ids) == 2
             return _Outcome(
@@ -540,6 +547,31 @@ def logits_of(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:
         arguments["logits_to_keep"] = positions
     logits: torch.Tensor = model(**arguments).logits
     return logits[:, -positions:]
+
+
+@contextmanager
+def _head_of_words(model: nn.Module, words: Sequence[int]) -> Iterator[None]:
+    """While open, the model's head computes the logits of `words` alone; all others are 0.
+
+    Behind a part that is known or frozen, all words' logits would be most of the work. A head that is no
+    plain `nn.Linear`, or whose weights are perturbed in this pass, computes them all.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+
+    def make(_: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        if getattr(original, "__func__", None) is not nn.Linear.forward:
+            return original
+        return functools.wraps(original)(lambda hidden: _few_logits(head, hidden, list(words)))
+
+    with nullcontext() if head is None else computing(head, make):
+        yield
+
+
+def _few_logits(head: nn.Linear, hidden: torch.Tensor, words: list[int]) -> torch.Tensor:
+    bias = None if head.bias is None else head.bias[words]
+    logits = hidden.new_zeros((*hidden.shape[:-1], head.out_features))
+    logits[..., words] = functional.linear(hidden, head.weight[words], bias)
+    return logits
 
 
 def _auc(margins: Sequence[float], labels: Sequence[int]) -> float | None:

@@ -13,11 +13,13 @@ import pytest
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, PairRun, digest64_of, first_seed_of
+from fedmezo_core.zo import prefix
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.rows import read_rows
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.scorer import CancelledMeasurementError
 from fedmezo_worker.settings import WorkerSettings
+from tests.integration.harness import config_of
 
 FIRST_SEED = first_seed_of(7, 1, 0)
 STEPS = 2
@@ -246,3 +248,49 @@ async def test_weights_on_a_disk_change_nothing(
             assert await other.measure(MEASURE) == expected
         finally:
             await other.close()
+
+
+@pytest.fixture
+def final_norm(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Genesis]:
+    """Gives the genesis of a run of so many rounds that trains the final norm alone."""
+    monkeypatch.setattr(prefix, "PREFIX_SHARE_MIN", 0.1)
+
+    def genesis(rounds: int) -> Genesis:
+        config = config_of(train=["ln_f"], rounds=rounds)
+        return open_party(config, str(model_folder), threads=1).genesis()
+
+    return genesis
+
+
+@pytest.mark.parametrize(
+    ("rounds", "row_states_max", "once"), [(99, 1 << 20, True), (99, 0, False), (2, 1 << 20, False)]
+)
+async def test_rows_that_come_often_go_through_the_frozen_part_once(
+    settings: WorkerSettings,
+    final_norm: Callable[..., Genesis],
+    heldout_file: Path,
+    rounds: int,
+    row_states_max: int,
+    once: bool,
+) -> None:
+    changes = {"row_states_max": row_states_max, "heldout": heldout_file}
+    engine, plain = Engine(), Engine()
+    await engine.load(settings.model_copy(update=changes), final_norm(rounds))
+    await plain.load(
+        settings.model_copy(update=changes | {"row_states_max": 0}), final_norm(rounds)
+    )
+    try:
+        ours, theirs = await engine.measure(MEASURE), await plain.measure(MEASURE)
+        assert ours.projected_grads == pytest.approx(theirs.projected_grads, rel=0.05, abs=0.01)
+        assert (ours == theirs) is not once, "rows alone are rounded differently"
+        # A measurement that was cut short is no reason to end an evaluation.
+        engine.cut_short()
+        found, expected = await engine.evaluate(), await plain.evaluate()
+        assert found is not None
+        assert expected is not None
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert (found == expected) is not once
+        assert await engine.measure(MEASURE) == ours
+    finally:
+        await engine.close()
+        await plain.close()

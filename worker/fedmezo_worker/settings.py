@@ -66,6 +66,11 @@ class WorkerSettings(BaseSettings):
         description="where most of the model is frozen: most tokens, of all perturbed copies of a "
         "batch, that go through the rest at once; more is faster on a GPU and takes memory",
     )
+    row_states_max: ByteSize = Field(
+        default=ByteSize(256 << 20),
+        description="where most of the model is frozen and runs first, on a CPU: room, in a temporary file, "
+        "for what it makes of each row, which is then computed once; 0: each time",
+    )
     device: str = Field(
         default="auto",
         description="auto (a CUDA device if there is one), cpu, cuda or cuda:1: where to compute",

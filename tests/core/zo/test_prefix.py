@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,92 +13,25 @@ from accelerate import cpu_offload
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.config import LoraConfig, TaskConfig
+from fedmezo_core.config import LoraConfig
 from fedmezo_core.zo import estimator as estimator_module
-from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, Measurement, Pair
 from fedmezo_core.zo.forward import Forward
-from fedmezo_core.zo.manifest import Manifest, manifest_of
+from fedmezo_core.zo.manifest import manifest_of
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model import add_adapter
 from fedmezo_core.zo.noise import Distribution
-from fedmezo_core.zo.rows import Row
-from fedmezo_core.zo.task import Batch, Task
 
-from .conftest import MODEL_KINDS, SENTENCES
-
-EPS = 1e-2
-LOCAL: list[Pair] = [(11, 0.02), (12, -0.03)]
-LAST_LAYER = {"gpt2": "h.1", "opt": "layers.1", "mamba": "backbone.layers.1"}
-
-
-def _last_layer(kind: str) -> str:
-    return LAST_LAYER.get(kind, "model.layers.1")
-
-
-def _task(tokenizer: PreTrainedTokenizerBase, kind: Any = "classification") -> Task:
-    config = TaskConfig(
-        kind=kind,
-        template="{text} All in all, it was",
-        verbalizers={"0": " terrible", "1": " great"},
-        response_column="text",
-        tokens_max=64,
-    )
-    return Task(config, tokenizer, 384)
-
-
-def _batch(task: Task, rows: int = 4) -> Batch:
-    sentences = itertools.islice(itertools.cycle(SENTENCES), rows)
-    data = [Row({"text": text, "label": "01"[k % 2]}, "d", k) for k, text in enumerate(sentences)]
-    return task.collate(task.encode(data).examples, "the test")
-
-
-def _estimator(
-    model: nn.Module,
-    manifest: Manifest,
-    task: Task,
-    distribution: Distribution = Distribution.RADEMACHER,
-    *,
-    once: bool = True,
-    one_sided: bool = False,
-    pass_tokens_max: int = PASS_TOKENS_MAX,
-) -> Estimator:
-    estimator = Estimator(
-        model,
-        manifest,
-        task,
-        distribution=distribution,
-        rounding=Rounding.STOCHASTIC,
-        one_sided=one_sided,
-        threads=1,
-        pass_tokens_max=pass_tokens_max,
-    )
-    if not once:
-        estimator._forward.compute_every_copy()
-    return estimator
-
-
-def _losses(measured: Sequence[Measurement]) -> list[float]:
-    return [loss for m in measured for loss in (m.loss_plus, m.loss_other)]
-
-
-class _Rows:
-    """How many rows each call of a module has seen."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.seen: list[int] = []
-        kind: Any = type(module)
-        plain = kind.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            first = args[0] if args else next(iter(kwargs.values()))
-            self.seen.append(len(first))
-            return plain(module, *args, **kwargs)
-
-        module.__dict__["forward"] = forward
-
-    def taken(self) -> list[int]:
-        seen, self.seen = self.seen, []
-        return seen
+from .conftest import MODEL_KINDS
+from .frozen_parts import (
+    EPS,
+    LOCAL,
+    RowsSeen,
+    batch_of,
+    estimator_on,
+    last_layer,
+    losses_of,
+    task_of,
+)
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -114,14 +46,14 @@ def test_losses_are_those_of_every_copy_computed(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model = model_of(kind)
-    manifest = manifest_of(model, train=[_last_layer(kind)])
-    task = _task(tokenizer, task_kind)
-    batch = _batch(task, rows)
-    once, every = (_estimator(model, manifest, task, once=on) for on in (True, False))
+    manifest = manifest_of(model, train=[last_layer(kind)])
+    task = task_of(tokenizer, task_kind)
+    batch = batch_of(task, rows)
+    once, every = (estimator_on(model, manifest, task, once=on) for on in (True, False))
     # Twice: the second pass knows which modules run first.
     for _ in range(2):
         ours, theirs = (
-            _losses(estimator.measure(batch, LOCAL, [99, 7], EPS)) for estimator in (once, every)
+            losses_of(estimator.measure(batch, LOCAL, [99, 7], EPS)) for estimator in (once, every)
         )
         assert ours == pytest.approx(theirs, rel=2e-6)
         assert len(set(ours)) == 4, "the perturbation shows"
@@ -139,13 +71,13 @@ def test_frozen_layers_see_one_copy(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     model = model_of(kind)
-    last = _last_layer(kind) if kind != "gpt2" else "transformer.h.1"
+    last = last_layer(kind) if kind != "gpt2" else "transformer.h.1"
     first = last.replace(".1", ".0")
-    rows = {name: _Rows(model.get_submodule(name)) for name in (first, last)}
+    rows = {name: RowsSeen(model.get_submodule(name)) for name in (first, last)}
     manifest = manifest_of(model, train=[f"{last}.mlp"])
-    task = _task(tokenizer)
-    batch = _batch(task)
-    estimator = _estimator(model, manifest, task, distribution, one_sided=True)
+    task = task_of(tokenizer)
+    batch = batch_of(task)
+    estimator = estimator_on(model, manifest, task, distribution, one_sided=True)
     estimator.measure(batch, LOCAL, [5], EPS)
     for seen in rows.values():
         seen.taken()
@@ -153,9 +85,9 @@ def test_frozen_layers_see_one_copy(
         measured = estimator.measure(batch, LOCAL, [5, 6, 7], EPS)
         assert rows[first].taken() == [4], "one copy"
         assert rows[last].taken() == [16], "as many as there are points"
-    every = _estimator(model, manifest, task, distribution, once=False, one_sided=True)
-    assert _losses(every.measure(batch, LOCAL, [5, 6, 7], EPS)) == pytest.approx(
-        _losses(measured), rel=2e-6
+    every = estimator_on(model, manifest, task, distribution, once=False, one_sided=True)
+    assert losses_of(every.measure(batch, LOCAL, [5, 6, 7], EPS)) == pytest.approx(
+        losses_of(measured), rel=2e-6
     )
 
 
@@ -163,7 +95,7 @@ def test_frozen_layers_see_one_copy(
 def test_a_cache_has_all_copies(kind: str, model_of: Callable[[str], nn.Module]) -> None:
     """What a frozen layer keeps must fit what it gets later in the same pass, as in generating."""
     model: Any = model_of(kind)
-    manifest = manifest_of(model, train=[_last_layer(kind)])
+    manifest = manifest_of(model, train=[last_layer(kind)])
     options: dict[str, Any] = {
         "distribution": Distribution.RADEMACHER,
         "rounding": Rounding.STOCHASTIC,
@@ -192,12 +124,12 @@ def test_what_is_trained_first_leaves_nothing_to_compute_once(
     train: list[str], model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = model_of("gpt2")
-    rows = _Rows(model.get_submodule("transformer.h.1"))
-    task = _task(tokenizer)
-    estimator = _estimator(model, manifest_of(model, train=train), task)
-    estimator.measure(_batch(task), [], [5], EPS)
+    rows = RowsSeen(model.get_submodule("transformer.h.1"))
+    task = task_of(tokenizer)
+    estimator = estimator_on(model, manifest_of(model, train=train), task)
+    estimator.measure(batch_of(task), [], [5], EPS)
     rows.taken()
-    estimator.measure(_batch(task), [], [5], EPS)
+    estimator.measure(batch_of(task), [], [5], EPS)
     assert rows.taken() == [8]
     assert estimator._forward.prefix_share == 0
 
@@ -214,16 +146,18 @@ def test_an_adapter_on_the_last_layer(
     target = "h.1.attn.c_attn" if kind == "gpt2" else "layers.1.self_attn.q_proj"
     model = add_adapter(base, LoraConfig(rank=4, alpha=16, target_modules=(target,)), 5)
     (layer,) = (module for module in model.modules() if hasattr(module, "base_layer"))
-    rows: Any = _Rows(layer.base_layer)  # type: ignore[arg-type]
+    rows: Any = RowsSeen(layer.base_layer)  # type: ignore[arg-type]
     manifest = manifest_of(model, adapters_only=True)
-    task = _task(tokenizer)
-    batch = _batch(task)
-    once, every = (_estimator(model, manifest, task, distribution, once=on) for on in (True, False))
+    task = task_of(tokenizer)
+    batch = batch_of(task)
+    once, every = (
+        estimator_on(model, manifest, task, distribution, once=on) for on in (True, False)
+    )
     once.measure(batch, LOCAL, [99, 7], EPS)
     rows.taken()
-    ours = _losses(once.measure(batch, LOCAL, [99, 7], EPS))
+    ours = losses_of(once.measure(batch, LOCAL, [99, 7], EPS))
     assert rows.taken() == [4], "even the layer that the adapter is on"
-    assert ours == pytest.approx(_losses(every.measure(batch, LOCAL, [99, 7], EPS)), rel=2e-6)
+    assert ours == pytest.approx(losses_of(every.measure(batch, LOCAL, [99, 7], EPS)), rel=2e-6)
     assert rows.taken()[-1] == 16
 
 
@@ -232,11 +166,11 @@ def test_an_offloaded_model(
     kind: str, model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     plain, moved = model_of(kind), model_of(kind)
-    manifest = manifest_of(plain, train=[_last_layer(kind)])
+    manifest = manifest_of(plain, train=[last_layer(kind)])
     cpu_offload(moved, execution_device=torch.device("cpu"))
-    task = _task(tokenizer)
-    batch = _batch(task)
-    ours, theirs = (_estimator(model, manifest, task) for model in (plain, moved))
+    task = task_of(tokenizer)
+    batch = batch_of(task)
+    ours, theirs = (estimator_on(model, manifest, task) for model in (plain, moved))
     for _ in range(2):
         assert ours.measure(batch, LOCAL, [3, 4], EPS) == theirs.measure(batch, LOCAL, [3, 4], EPS)
     assert ours._forward.prefix_share == theirs._forward.prefix_share > 0.2
@@ -245,10 +179,10 @@ def test_an_offloaded_model(
 def test_bfloat16(model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase) -> None:
     model = model_of("llama").to(torch.bfloat16)
     manifest = manifest_of(model, train=["layers.1"])
-    task = _task(tokenizer, "instruction")
+    task = task_of(tokenizer, "instruction")
     ours, theirs = (
-        _losses(
-            _estimator(model, manifest, task, once=on).measure(_batch(task), LOCAL, [3, 4], EPS)
+        losses_of(
+            estimator_on(model, manifest, task, once=on).measure(batch_of(task), LOCAL, [3, 4], EPS)
         )
         for on in (True, False)
     )
@@ -293,13 +227,13 @@ def test_a_result_that_cannot_be_repeated_is_computed_for_every_copy(
     odd = _Odd(model.model.layers[1].mlp)
     model.model.layers[1].mlp = _Outer(odd)
     manifest = manifest_of(model, train=["gain"])
-    task = _task(tokenizer)
-    batch = _batch(task)
-    once, every = (_estimator(model, manifest, task, once=on) for on in (True, False))
+    task = task_of(tokenizer)
+    batch = batch_of(task)
+    once, every = (estimator_on(model, manifest, task, once=on) for on in (True, False))
     for _ in range(2):
         odd.calls.clear()
-        ours = _losses(once.measure(batch, LOCAL, [99, 7], EPS))
-        assert ours == pytest.approx(_losses(every.measure(batch, LOCAL, [99, 7], EPS)), rel=2e-6)
+        ours = losses_of(once.measure(batch, LOCAL, [99, 7], EPS))
+        assert ours == pytest.approx(losses_of(every.measure(batch, LOCAL, [99, 7], EPS)), rel=2e-6)
     assert odd.calls == [16, 16], "tried once, not again"
     assert once._forward.prefix_share > 0.2, "the layers before it"
     assert not caplog.records
@@ -313,20 +247,20 @@ def test_many_points_take_several_passes_but_one_prefix(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = model_of("llama")
-    frozen = _Rows(model.get_submodule("model.layers.0"))
-    after = _Rows(model.get_submodule("model.norm"))
-    task = _task(tokenizer)
-    batch = _batch(task)
+    frozen = RowsSeen(model.get_submodule("model.layers.0"))
+    after = RowsSeen(model.get_submodule("model.norm"))
+    task = task_of(tokenizer)
+    batch = batch_of(task)
     manifest = manifest_of(model, train=["layers.1.mlp"])
-    every = _estimator(model, manifest, task, distribution, once=False)
-    expected = _losses(every.measure(batch, LOCAL, range(40), EPS))
-    estimator = _estimator(model, manifest, task, distribution)
+    every = estimator_on(model, manifest, task, distribution, once=False)
+    expected = losses_of(every.measure(batch, LOCAL, range(40), EPS))
+    estimator = estimator_on(model, manifest, task, distribution)
     estimator.measure(batch, LOCAL, [1], EPS)
 
     def passes() -> list[int]:
         """Points in each pass, of 80."""
         frozen.taken(), after.taken()
-        assert _losses(estimator.measure(batch, LOCAL, range(40), EPS)) == pytest.approx(
+        assert losses_of(estimator.measure(batch, LOCAL, range(40), EPS)) == pytest.approx(
             expected, rel=2e-6
         )
         assert frozen.taken() == [4], "one copy, once"
@@ -334,12 +268,12 @@ def test_many_points_take_several_passes_but_one_prefix(
 
     assert passes() == [16] * 5, "one layer of two, and a head: passes stay large"
     monkeypatch.setattr(estimator_module, "PREFIX_SHARE_MIN", 0.2)
-    estimator = _estimator(
+    estimator = estimator_on(
         model, manifest, task, distribution, pass_tokens_max=5 * batch.input_ids.numel()
     )
     estimator.measure(batch, LOCAL, [1], EPS)
     assert passes() == ([16] * 5 if distribution is Distribution.RADEMACHER else [5] * 16)
-    estimator = _estimator(model, manifest, task, distribution, pass_tokens_max=1)
+    estimator = estimator_on(model, manifest, task, distribution, pass_tokens_max=1)
     estimator.measure(batch, LOCAL, [1], EPS)
     assert min(passes()) >= 2, "a single point would compute the prefix again"
 
@@ -349,16 +283,16 @@ def test_another_batch_is_not_taken_for_the_one_before(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, task = model_of("llama"), _task(tokenizer)
+    model, task = model_of("llama"), task_of(tokenizer)
     manifest = manifest_of(model, train=["layers.1.mlp"])
     monkeypatch.setattr(estimator_module, "POINTS_MAX", 2)
     monkeypatch.setattr(estimator_module, "PREFIX_POINTS_MAX", 2)
-    once, every = (_estimator(model, manifest, task, once=on) for on in (True, False))
-    first = _batch(task)
+    once, every = (estimator_on(model, manifest, task, once=on) for on in (True, False))
+    first = batch_of(task)
     other = dataclasses.replace(first, input_ids=first.input_ids.flip(1))
     for batch in (first, other, first):
-        assert _losses(once.measure(batch, LOCAL, [9, 8, 7], EPS)) == pytest.approx(
-            _losses(every.measure(batch, LOCAL, [9, 8, 7], EPS)), rel=2e-6
+        assert losses_of(once.measure(batch, LOCAL, [9, 8, 7], EPS)) == pytest.approx(
+            losses_of(every.measure(batch, LOCAL, [9, 8, 7], EPS)), rel=2e-6
         )
 
 
@@ -382,11 +316,11 @@ def test_a_layer_that_looks_at_the_number_of_rows(
     model: Any = model_of("llama")
     model.model.embed_tokens = _Counting(model.model.embed_tokens)
     manifest = manifest_of(model, train=["layers.1"])
-    task = _task(tokenizer)
-    batch = _batch(task)
-    _estimator(model, manifest, task).measure(batch, LOCAL, [99], EPS)
+    task = task_of(tokenizer)
+    batch = batch_of(task)
+    estimator_on(model, manifest, task).measure(batch, LOCAL, [99], EPS)
     assert not caplog.records
-    _estimator(model, manifest, task, once=False).measure(batch, LOCAL, [99], EPS)
+    estimator_on(model, manifest, task, once=False).measure(batch, LOCAL, [99], EPS)
     assert "one pass for each loss" in caplog.records[-1].getMessage()
 
 
@@ -420,10 +354,10 @@ def test_a_result_that_only_looks_like_rows_is_found_out(
     model: Any = model_of("llama")
     model.model.layers[1].mlp = _Biased()
     manifest = manifest_of(model, train=["gain"])
-    task = _task(tokenizer)
-    batch = _batch(task)
-    once, every = (_estimator(model, manifest, task, once=on) for on in (True, False))
-    ours, theirs = (_losses(e.measure(batch, LOCAL, [99, 7], EPS)) for e in (once, every))
+    task = task_of(tokenizer)
+    batch = batch_of(task)
+    once, every = (estimator_on(model, manifest, task, once=on) for on in (True, False))
+    ours, theirs = (losses_of(e.measure(batch, LOCAL, [99, 7], EPS)) for e in (once, every))
     assert ours == pytest.approx(theirs, rel=2e-6)
     assert once._forward.prefix_share == 0
     assert not caplog.records, "one pass for all points still"

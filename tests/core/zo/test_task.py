@@ -96,6 +96,30 @@ def test_classification_loss_is_cross_entropy_of_first_tokens(
     assert task.loss(model, batch) == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", [*MODEL_KINDS, "mamba"])
+def test_the_head_computes_the_verbalizers_alone(
+    kind: str, model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Unless it is another's: one that is perturbed, say, which then has a forward of its own."""
+    model: Any = model_of(kind)
+    task = Task(_classification(), tokenizer, 384)
+    dataset = task.encode(_labelled())
+    head = model.get_output_embeddings()
+    seen: list[torch.Tensor] = []
+    head.register_forward_hook(lambda *call: seen.append(call[2]))
+    few = task.evaluate(model, dataset, 4)
+    plain = head.forward
+    head.forward = lambda hidden: plain(hidden)
+    whole = task.evaluate(model, dataset, 4)
+    # Softcaps and scales behind the head see all words, and take 0 to 0.
+    columns = [logits.flatten(0, -2).abs().sum(dim=0) for logits in seen]
+    assert [int(column.count_nonzero()) for column in columns] == [2, 384]
+    assert columns[0].nonzero().flatten().tolist() == sorted(task.verbalizer_ids)
+    assert few.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert (few.accuracy, few.auc) == (whole.accuracy, whole.auc)
+    assert "forward" in vars(head), "it is given back as it was"
+
+
 def test_instruction_loss_is_that_of_the_models_own_labels(
     model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
 ) -> None:
