@@ -128,8 +128,8 @@ def test_what_is_measured_does_not_depend_on_what_is_kept(
         for rows in itertools.combinations(range(4), count)
     ]
     found: list[dict[str, Any]] = []
-    for order in range(4):
-        store = [Forgetful(), SpooledRows(0), SpooledRows(6000), SpooledRows(1 << 20)][order]
+    stores: list[RowStore] = [Forgetful(), *map(SpooledRows, (0, 6000, 1 << 20))]
+    for order, store in enumerate(stores):
         prefix = _prefix(model, manifest, task, store)
         estimator = estimator_on(model, manifest, task, prefix=prefix)
         # Which row is looked at first must not matter either.
