@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -100,12 +99,11 @@ class Judge:
         return found
 
     def _evaluated(self, dataset: Dataset) -> Evaluation:
-        party, prefix = self.party, self.prefix
-        return party.task.evaluate(
-            party.loaded.model,
+        return self.party.task.evaluate(
+            self.party.loaded.model,
             dataset,
             self.batch_size,
-            around_batch=lambda batch: nullcontext() if prefix is None else prefix.known(batch),
+            around_batch=None if self.prefix is None else self.prefix.known,
         )
 
 

@@ -15,7 +15,7 @@ from benchmarks.figures import Figure
 from benchmarks.memory import forget_peak, peak_kib
 from experiments.first_order import FirstOrder, train
 from experiments.judging import write_whole
-from experiments.runs import KEPT, Run, key_of
+from experiments.runs import KEPT, ROW_STATES_BYTES_MAX, Run, key_of
 from experiments.settings import load_data
 from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.assignment import open_estimator, open_prefix
@@ -27,8 +27,6 @@ from fedmezo_core.zo.task import Batch
 PASSES = 2
 INFERENCE = "inference"
 TRAINING = "training"
-ROW_STATES_BYTES_MAX = 256 << 20
-"""As a worker's default."""
 
 
 def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[], object]:

@@ -201,6 +201,8 @@ def _against(arm: str, baseline: str, results: Mapping[str, Sequence[Result]]) -
         )
         if sent:
             found.append(Figure(f"{baseline} ÷ {arm}: bytes {way}", shipped / sent, "ratio"))
+    passes = [sum(run.forwards for run in runs) / len(runs) for runs in (theirs, ours)]
+    found.append(Figure(f"{baseline} ÷ {arm}: forward passes", passes[0] / passes[1], "ratio"))
     return found
 
 

@@ -34,6 +34,7 @@ from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.homes import execution_device
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.placement import Placement
+from fedmezo_core.zo.prefix import SpooledRows
 
 ROOT: Final = Path(__file__).parents[1]
 KEPT: Final = Path("build/experiments")
@@ -48,6 +49,10 @@ CODE: Final = (
     ),
 )
 """Sources that a result depends on."""
+
+
+ROW_STATES_BYTES_MAX: Final = 256 << 20
+"""As a worker's default."""
 
 
 class RunError(FedMezoError):
@@ -112,8 +117,9 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         threads=settings.threads,
         placement=Placement(settings.device),
     )
+    rows = KeptRows(run, folder) if folder else SpooledRows(ROW_STATES_BYTES_MAX)
     # Rows by themselves take a GPU as long as batches do.
-    prefix = None if settings.device != "cpu" else open_prefix(party, KeptRows(settings, config))
+    prefix = open_prefix(party, rows) if settings.device == "cpu" else None
     judge = Judge(
         party,
         data.heldout,
@@ -227,9 +233,9 @@ def execute_and_keep(run: Run, folder: Path = KEPT) -> None:
 class KeptRows:
     """A `RowStore` for all runs on one model: what it makes of a row before the trained part is the same in each."""
 
-    def __init__(self, settings: Settings, config: RunConfig, folder: Path = KEPT) -> None:
-        """Below `folder`, for this model at this precision."""
-        facts = (_files_hash(settings.model), config.dtype, *_versions())
+    def __init__(self, run: Run, folder: Path) -> None:
+        """Below `folder`, for the run's model at its precision."""
+        facts = (_files_hash(run.settings.model), run.config.dtype, *_versions())
         name = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
         self._folder = folder / "rows" / name
 

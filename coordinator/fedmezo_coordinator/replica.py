@@ -92,7 +92,9 @@ class _Copy:
     def __init__(self, orders: dict[str, Any], config: Any) -> None:
         try:
             from fedmezo_core.zo.allocator import keep_freed_memory
+            from fedmezo_core.zo.assignment import open_prefix
             from fedmezo_core.zo.party import open_party
+            from fedmezo_core.zo.prefix import SpooledRows
             from fedmezo_core.zo.rows import read_rows
         except ImportError as error:
             raise ModelError(
@@ -110,6 +112,8 @@ class _Copy:
         task = self.party.task
         heldout = orders["heldout"]
         self.heldout = None if heldout is None else task.encode(read_rows(heldout, task.columns))
+        states_max = orders["row_states_max"]
+        self.prefix = open_prefix(self.party, SpooledRows(states_max)) if states_max else None
 
     def apply(self, commits: list[Committed]) -> None:
         from fedmezo_core.zo.party import commits_of
@@ -146,7 +150,12 @@ class _Copy:
     def evaluate(self, digest: bytes, batch_size: int) -> Evaluated | None:
         if self.heldout is None:
             return None
-        result = self.party.task.evaluate(self.party.loaded.model, self.heldout, batch_size)
+        result = self.party.task.evaluate(
+            self.party.loaded.model,
+            self.heldout,
+            batch_size,
+            around_batch=None if self.prefix is None else self.prefix.known,
+        )
         return Evaluated(
             round=self.party.weights.round,
             loss=result.loss,

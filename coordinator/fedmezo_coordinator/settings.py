@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
 from fedmezo_coordinator.door import JOINS_AT_A_TIME, SESSIONS_LIMIT, SESSIONS_MAX
@@ -101,6 +101,11 @@ class CoordinatorSettings(ServingSettings):
         description="keep a replica process beside the daemon that digests and evaluates the model",
     )
     replica_threads: int = Field(default=1, ge=1, le=1024, description="its CPU threads")
+    replica_row_states_max: ByteSize = Field(
+        default=ByteSize(256 << 20),
+        description="where most of the model is frozen and runs first: room, in a temporary file, for what "
+        "it makes of each held-out row, which is then computed once; 0: each time",
+    )
     snapshot_every_rounds: int = Field(
         default=0,
         ge=0,

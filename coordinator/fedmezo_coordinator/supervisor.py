@@ -42,6 +42,7 @@ def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
         "evaluate_every_rounds": settings.evaluate_every_rounds,
         "evaluate_batch_size": settings.evaluate_batch_size,
         "threads": settings.replica_threads,
+        "row_states_max": settings.replica_row_states_max,
         "snapshot_every_rounds": settings.snapshot_every_rounds,
         "snapshots": str(settings.snapshots_folder),
         **more,

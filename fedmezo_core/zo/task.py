@@ -368,11 +368,11 @@ class Task:
         batch_size: int,
         *,
         before_batch: Callable[[], None] = lambda: None,
-        around_batch: Callable[[Batch], AbstractContextManager[None]] = lambda _: nullcontext(),
+        around_batch: Callable[[Batch], AbstractContextManager[None]] | None = None,
     ) -> Evaluation:
         """Loss and accuracy of the model over all of `dataset`, `batch_size` rows at a time.
 
-        Each batch is computed within its `around_batch`, `Prefix.known` say. What `before_batch` raises ends it. Raises `MeasurementError` if a loss is NaN or infinite.
+        Each batch is computed within its `around_batch`, as `Prefix.known`. What `before_batch` raises ends it. Raises `MeasurementError` if a loss is NaN or infinite.
         """
         # Rows of like length together, so that little of a batch is padding. The sort is stable.
         order = sorted(
@@ -387,7 +387,7 @@ class Task:
             before_batch()
             examples = [dataset.examples[index] for index in order[start : start + batch_size]]
             batch = self.collate(examples, "evaluation", device)
-            with around_batch(batch):
+            with around_batch(batch) if around_batch else nullcontext():
                 outcome = self._outcome(model, batch)
             if not math.isfinite(sum(outcome.row_losses)):
                 raise MeasurementError(

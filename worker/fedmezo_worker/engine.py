@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -198,9 +198,9 @@ class Engine:
                 # There is room for these: a measurement takes each row of a batch at least twice.
                 party.config.batch_size,
                 before_batch=go_on,
-                around_batch=lambda batch: (
-                    nullcontext() if prefix is None else prefix.known(batch, go_on)
-                ),
+                around_batch=None
+                if prefix is None
+                else functools.partial(prefix.known, before_row=go_on),
             )
         except _EvaluationCutShortError:
             return None
