@@ -118,8 +118,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         placement=Placement(settings.device),
     )
     rows = KeptRows(run, folder) if folder else SpooledRows(ROW_STATES_BYTES_MAX)
-    # Rows by themselves take a GPU as long as batches do.
-    prefix = open_prefix(party, rows) if settings.device == "cpu" else None
+    prefix = open_prefix(party, rows)
     judge = Judge(
         party,
         data.heldout,

@@ -180,7 +180,7 @@ def test_arms_take_the_forward_passes_that_they_are_named_after() -> None:
         assert named is not None, arm.name
         assert forwards_of_a_worker(experiment, arm) == int(named[1]), arm.name
     experiment = EXPERIMENTS["local-steps"]
-    assert {forwards_of_a_worker(experiment, arm) for arm in experiment.arms} == {300}
+    assert {forwards_of_a_worker(experiment, arm) for arm in experiment.arms} == {1200}
 
 
 # ---------------------------------------------------------------- runs
