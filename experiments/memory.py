@@ -6,6 +6,7 @@ passes and says how large it was at its largest.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -41,7 +42,12 @@ def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[]
         party,
         threads=run.settings.threads,
         pass_tokens_max=run.settings.pass_tokens_max,
-        prefix=open_prefix(party, SpooledRows(ROW_STATES_BYTES_MAX)),
+        prefix=open_prefix(
+            party,
+            SpooledRows(ROW_STATES_BYTES_MAX),
+            visits=math.inf,
+            batch_size=run.config.batch_size,
+        ),
     )
     seeds = list(range(1, run.config.probes + 1))
     # With a pair of an earlier local step, as most measurements have.

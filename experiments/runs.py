@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         placement=Placement(settings.device),
     )
     rows = KeptRows(run, folder) if folder else SpooledRows(ROW_STATES_BYTES_MAX)
-    prefix = open_prefix(party, rows)
+    prefix = open_prefix(party, rows, visits=math.inf, batch_size=config.batch_size)
     judge = Judge(
         party,
         data.heldout,

@@ -112,8 +112,14 @@ class _Copy:
         task = self.party.task
         heldout = orders["heldout"]
         self.heldout = None if heldout is None else task.encode(read_rows(heldout, task.columns))
-        states_max = orders["row_states_max"]
-        self.prefix = open_prefix(self.party, SpooledRows(states_max)) if states_max else None
+        self.prefix = None
+        if states_max := orders["row_states_max"]:
+            self.prefix = open_prefix(
+                self.party,
+                SpooledRows(states_max),
+                visits=config.rounds / orders["evaluate_every_rounds"],
+                batch_size=orders["evaluate_batch_size"],
+            )
 
     def apply(self, commits: list[Committed]) -> None:
         from fedmezo_core.zo.party import commits_of

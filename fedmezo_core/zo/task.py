@@ -556,7 +556,7 @@ def _head_of_words(model: nn.Module, words: Sequence[int]) -> Iterator[None]:
     Behind a part that is known or frozen, all words' logits would be most of the work. A head that is no
     plain `nn.Linear`, or whose weights are perturbed in this pass, computes them all.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
 
     def make(_: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(original, "__func__", None) is not nn.Linear.forward:

@@ -282,14 +282,13 @@ async def test_rows_that_come_often_go_through_the_frozen_part_once(
     try:
         ours, theirs = await engine.measure(MEASURE), await plain.measure(MEASURE)
         assert ours.projected_grads == pytest.approx(theirs.projected_grads, rel=0.05, abs=0.01)
-        assert (ours == theirs) is not once, "rows alone are rounded differently"
+        assert once is (engine._prefix is not None and bool(engine._prefix.cut))
         # A measurement that was cut short is no reason to end an evaluation.
         engine.cut_short()
         found, expected = await engine.evaluate(), await plain.evaluate()
         assert found is not None
         assert expected is not None
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-        assert (found == expected) is not once
         assert await engine.measure(MEASURE) == ours
     finally:
         await engine.close()

@@ -34,9 +34,6 @@ log = logging.getLogger("fedmezo.worker")
 
 Result = TypeVar("Result")
 
-_VISITS_MIN = 2
-"""A row by itself takes 1.6 times as long as in a batch (decision 0024)."""
-
 
 class _EvaluationCutShortError(Exception):
     """Something more urgent came."""
@@ -147,8 +144,14 @@ class Engine:
         self._batches = open_batches(party, dataset, settings.name)
         self._scorer = None if objective is None else Scorer(objective, self._cut_short)
         self._prefix = None
-        if settings.row_states_max and _repays_single_rows(party, self._batches):
-            self._prefix = open_prefix(party, SpooledRows(settings.row_states_max))
+        if settings.row_states_max:
+            rows_taken = config.rounds * config.local_steps * config.batch_size
+            self._prefix = open_prefix(
+                party,
+                SpooledRows(settings.row_states_max),
+                visits=rows_taken / self._batches.row_count,
+                batch_size=config.batch_size,
+            )
         self._estimator = open_estimator(
             party,
             threads=settings.threads,
@@ -223,13 +226,6 @@ def _encoded(party: Party, path: Path, rows: Sequence[Row]) -> Dataset:
         cut = f", {dataset.truncated_count} of them cut to {party.config.task.tokens_max} tokens"
     log.info("%s: %d rows%s", path, len(dataset), cut)
     return dataset
-
-
-def _repays_single_rows(party: Party, batches: Batches) -> bool:
-    """Whether the run measures on each row so often that a pass of its own pays."""
-    config = party.config
-    taken = config.rounds * config.local_steps * config.batch_size
-    return taken >= _VISITS_MIN * batches.row_count
 
 
 def _answer_column(config: RunConfig) -> str:

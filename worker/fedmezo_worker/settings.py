@@ -68,8 +68,8 @@ class WorkerSettings(BaseSettings):
     )
     row_states_max: ByteSize = Field(
         default=ByteSize(256 << 20),
-        description="where most of the model is frozen and runs first, in float32 on a CPU: room, in a "
-        "temporary file, for what it makes of each row, which is then computed once; 0: each time",
+        description="where most of the model is frozen and runs first, on a CPU: room, in a temporary "
+        "file, for what it makes of each row, which is then computed once; 0: each time",
     )
     device: str = Field(
         default="auto",
