@@ -11,6 +11,10 @@ _MMAP_THRESHOLD: Final = -3
 _ARENA_MAX: Final = -8
 _KEPT_BYTES_MAX: Final = 1 << 30
 """Larger blocks go back to the system when they are freed."""
+_KEPT_AT_TOP_BYTES: Final = 64 << 20
+"""Free memory at the heap's end beyond this goes back. Aligned blocks of many sizes cut the heap to pieces,
+so that it grows by some MB a pass: 31 probes on adapters in six layers came to 1.45 times what inference
+takes, and to 1.08 times with this, in the same time."""
 
 
 def keep_freed_memory() -> bool:
@@ -18,12 +22,16 @@ def keep_freed_memory() -> bool:
 
     Every pass over a model asks for the same activations again. By default glibc gives blocks of that
     size back to the system and takes them anew, page by page: a tenth to a fifth of a measurement on
-    1,024 tokens. Kept, the peak stays what it is. Call it before there are threads: memory that
+    1,024 tokens. Call it before there are threads: memory that
     several arenas keep would be kept several times.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    options = (_ARENA_MAX, 1), (_MMAP_THRESHOLD, _KEPT_BYTES_MAX), (_TRIM_THRESHOLD, 2**31 - 1)
+    options = (
+        (_ARENA_MAX, 1),
+        (_MMAP_THRESHOLD, _KEPT_BYTES_MAX),
+        (_TRIM_THRESHOLD, _KEPT_AT_TOP_BYTES),
+    )
     accepted = [mallopt(option, value) == 1 for option, value in options]
     return all(accepted)
