@@ -54,6 +54,7 @@ async def test_the_coordinator_begins_from_it(
         "adapter": None,
         "threads": 1,
         "heldout": None,
+        "row_states_max": 0,
     }
     assert replica.describe(orders)["base_digest"] != genesis.base_digest.hex()
     orders["config"] = config_to_pb(config_of()).SerializeToString().hex()
