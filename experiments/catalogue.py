@@ -146,24 +146,24 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
                 {"normalized_step": False, "learning_rate": 40.0},
             ),
             Arm(
-                "one-sided, 16 probes, 4 x batch, 204 forwards",
-                {"rounds": 12, "batch_size": 64, "learning_rate": 5.0},
+                "one-sided, 8 probes, 4 x batch, 198 forwards",
+                {"rounds": 22, "probes": 8, "batch_size": 64, "learning_rate": 5.0},
             ),
             Arm(
-                "one-sided, 16 probes, 4 x batch, 323 forwards",
-                {"rounds": 19, "batch_size": 64, "learning_rate": 5.0},
+                "one-sided, 8 probes, 4 x batch, 324 forwards",
+                {"rounds": 36, "probes": 8, "batch_size": 64, "learning_rate": 4.0},
             ),
         ),
         panels=BY_FORWARDS,
         seeds=3,
         settings={"evaluate_every_rounds": 2},
         against={
-            "one-sided, 16 probes, 4 x batch, 204 forwards": "two-sided MeZO, 1000 forwards",
+            "one-sided, 8 probes, 4 x batch, 324 forwards": "two-sided MeZO, 1000 forwards",
         },
         goals={
-            "one-sided, 16 probes, 4 x batch, 204 forwards: held-out accuracy, behind "
+            "one-sided, 8 probes, 4 x batch, 324 forwards: held-out accuracy, behind "
             "two-sided MeZO, 1000 forwards": "at most 0",
-            "two-sided MeZO, 1000 forwards ÷ one-sided, 16 probes, 4 x batch, 204 forwards: "
+            "two-sided MeZO, 1000 forwards ÷ one-sided, 8 probes, 4 x batch, 324 forwards: "
             "forward passes": "at least 3",
         },
     ),

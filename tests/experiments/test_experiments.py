@@ -270,10 +270,12 @@ def test_the_plan_counts_what_a_run_takes(
     program.plan(program.Order(["distributions", "estimators"], 2, changes=changes, kept=tmp_path))
     text = capsys.readouterr().out
     # The arm that differs in nothing is in both, and counted once.
-    rows = [[cell.strip() for cell in line.split("│")[1:6]] for line in text.splitlines()]
-    assert ["distributions", "6", "0", "144", "36"] in rows
-    assert ["estimators", "10", "0", "5,344", "3,196"] in rows
-    assert ["all", "16", "0", "5,488", "3,232"] in rows
+    cells = ([cell.strip() for cell in line.split("│")[1:6]] for line in text.splitlines())
+    rows = {row[0]: [int(cell.replace(",", "")) for cell in row[1:]] for row in cells if row[1:]}
+    assert rows["distributions"] == [6, 0, 144, 36]
+    assert rows["estimators"][:2] == [2 * len(EXPERIMENTS["estimators"].arms) - 2, 0]
+    both = zip(rows["distributions"], rows["estimators"], strict=True)
+    assert rows["all"] == [first + second for first, second in both]
 
 
 # ---------------------------------------------------------------- memory
