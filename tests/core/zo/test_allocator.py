@@ -18,7 +18,7 @@ import torch
 
 def pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(10_000_000)
+    torch.ones(1_500_000)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 with ThreadPoolExecutor(1) as pool:  # a worker measures in a thread of its own
