@@ -30,6 +30,8 @@ PACE_ROUNDS: Final = 5
 # differ as well.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
+_LEGEND_CHARACTERS: Final = 130
+"""Of all names in a line, and six for each one's sample."""
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -329,8 +331,11 @@ def plot(experiment: Experiment, curves: Sequence[Curve], path: Path) -> None:
     seeds = max(len(curve.rounds) for curve in curves)
     band = f"; mean of {seeds} seeds, band from least to most" if seeds > 1 else ""
     figure.suptitle(f"{experiment.title}{band}")
+    columns = _LEGEND_CHARACTERS // max(len(name) + 6 for name in handles)
     figure.legend(
-        handles=list(handles.values()), loc="outside lower center", ncols=min(len(handles), 4)
+        handles=list(handles.values()),
+        loc="outside lower center",
+        ncols=max(1, min(len(handles), 4, columns)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
