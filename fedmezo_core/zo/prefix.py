@@ -40,6 +40,10 @@ PREFIX_SHARE_MIN: Final = 0.5
 """From this part of the model on, what runs before the trained part is worth special treatment."""
 
 
+_TRIED_TOKENS: Final = tuple(range(16))
+"""What every vocabulary has."""
+
+
 class RowStore(Protocol):
     """Where the rows' states are kept; it may forget."""
 
@@ -140,7 +144,7 @@ class Prefix:
         the trained part, or it does not let itself be cut, passes are as they always are.
         """
         if not self._looked:
-            self._cut, self._looked = self._look(batch), True
+            self._cut, self._looked = self._look(batch.input_ids.device), True
         if self._cut is None:
             yield
             return
@@ -151,11 +155,15 @@ class Prefix:
 
     # ------------------------------------------------------------------ finding the cut
 
-    def _look(self, batch: Batch) -> _Cut | None:
-        """The last module that serves, tried on a long and a short row, one of which is padded."""
-        long = max(batch.examples, key=lambda example: len(example.prompt))
-        short = replace(long, prompt=long.prompt[len(long.prompt) // 2 :])
-        pair = self._task.collate([long, short], batch.name, batch.input_ids.device)
+    def _look(self, device: torch.device) -> _Cut | None:
+        """The last module that serves, tried on a long and a short row, one of which is padded.
+
+        They are the same for every worker and batch: in 16 bits the choice may depend on them, and with it
+        the bits of what is measured.
+        """
+        response = () if self._task.config.kind == "classification" else _TRIED_TOKENS[:3]
+        tried = [Example(_TRIED_TOKENS[first:], response, 0) for first in (0, 9)]
+        pair = self._task.collate(tried, "the trial", device)
         calls, wanted = self._observed(pair), self._task.loss(self._model, pair)
         whole = computing_elements([self._model])
         for place in reversed(range(len(calls))):
@@ -163,7 +171,6 @@ class Prefix:
             if computing_elements(modules) < PREFIX_SHARE_MIN * whole:
                 break
             module, result = calls[place]
-            device = pair.input_ids.device
             cut = _Cut(self._names[module], tuple(calls[:place]), module, result, device)
             if len(set(modules)) == len(modules) and self._serves(cut, pair, wanted):
                 log.info("Passes begin behind %s, with what is known of each row.", cut.name)
