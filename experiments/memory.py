@@ -16,8 +16,9 @@ from benchmarks.figures import Figure
 from benchmarks.memory import forget_peak, peak_kib
 from experiments.first_order import FirstOrder, train
 from experiments.judging import write_whole
-from experiments.runs import KEPT, ROW_STATES_BYTES_MAX, Run, key_of
+from experiments.runs import KEPT, Run, key_of
 from experiments.settings import load_data
+from fedmezo_core.settings import ROW_STATES_MAX
 from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.assignment import open_estimator, open_prefix
 from fedmezo_core.zo.party import Party, open_party
@@ -44,7 +45,7 @@ def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[]
         pass_tokens_max=run.settings.pass_tokens_max,
         prefix=open_prefix(
             party,
-            SpooledRows(ROW_STATES_BYTES_MAX),
+            SpooledRows(ROW_STATES_MAX),
             visits=math.inf,
             batch_size=run.config.batch_size,
         ),

@@ -28,6 +28,7 @@ from experiments.settings import Data, Settings, load_data
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, FedMezoError, ModelError
 from fedmezo_core.program import run_program
+from fedmezo_core.settings import ROW_STATES_MAX
 from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.assignment import open_prefix
 from fedmezo_core.zo.export import export_adapter
@@ -50,10 +51,6 @@ CODE: Final = (
     ),
 )
 """Sources that a result depends on."""
-
-
-ROW_STATES_BYTES_MAX: Final = 256 << 20
-"""As a worker's default."""
 
 
 class RunError(FedMezoError):
@@ -118,7 +115,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         threads=settings.threads,
         placement=Placement(settings.device),
     )
-    rows = KeptRows(run, folder) if folder else SpooledRows(ROW_STATES_BYTES_MAX)
+    rows = KeptRows(run, folder) if folder else SpooledRows(ROW_STATES_MAX)
     prefix = open_prefix(party, rows, visits=math.inf, batch_size=config.batch_size)
     judge = Judge(
         party,

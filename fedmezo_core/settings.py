@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, ByteSize, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -24,6 +24,9 @@ from fedmezo_core.config import sentence_of
 from fedmezo_core.errors import ConfigError
 
 Settings = TypeVar("Settings", bound=BaseSettings)
+
+ROW_STATES_MAX = ByteSize(256 << 20)
+"""Room for what the frozen part makes of each row, if nothing else is said: bytes."""
 
 
 def _address(value: str) -> str:

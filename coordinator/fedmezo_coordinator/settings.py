@@ -14,7 +14,7 @@ from fedmezo_coordinator.door import JOINS_AT_A_TIME, SESSIONS_LIMIT, SESSIONS_M
 from fedmezo_coordinator.journal_place import path_beside
 from fedmezo_core.cohort import REPLICA_PARTY
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, parse_run
-from fedmezo_core.settings import Address, CheckpointKey
+from fedmezo_core.settings import ROW_STATES_MAX, Address, CheckpointKey
 
 ENVIRONMENT_PREFIX = "FEDMEZO_COORDINATOR_"
 RELAY_ENVIRONMENT_PREFIX = "FEDMEZO_RELAY_"
@@ -102,7 +102,7 @@ class CoordinatorSettings(ServingSettings):
     )
     replica_threads: int = Field(default=1, ge=1, le=1024, description="its CPU threads")
     replica_row_states_max: ByteSize = Field(
-        default=ByteSize(256 << 20),
+        default=ROW_STATES_MAX,
         description="where most of the model is frozen and runs first: room, in a temporary file, for what "
         "it makes of each held-out row, which is then computed once; 0: each time",
     )

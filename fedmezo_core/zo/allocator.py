@@ -22,8 +22,8 @@ def keep_freed_memory() -> bool:
 
     Every pass over a model asks for the same activations again. By default glibc gives blocks of that
     size back to the system and takes them anew, page by page: a tenth to a fifth of a measurement on
-    1,024 tokens. Call it before there are threads: memory that
-    several arenas keep would be kept several times.
+    1,024 tokens. Call it before there are threads: memory that several arenas keep would be kept
+    several times.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

@@ -36,6 +36,7 @@ from fedmezo_core.zo.forward import Forward, InseparableError
 from fedmezo_core.zo.guard import DirectReadError
 from fedmezo_core.zo.manifest import Manifest
 from fedmezo_core.zo.materialize import Commit, Rounding
+from fedmezo_core.zo.modules import loss_tolerance
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.prefix import PREFIX_SHARE_MIN, Prefix
@@ -241,8 +242,7 @@ class Estimator:
         except InseparableError as error:
             self._go_singly(f"{error}")
             return False
-        low_precision = any(value.dtype != torch.float32 for value in self._model.parameters())
-        tolerance = 0.1 * abs(alone[0] - alone[1]) + (3e-2 if low_precision else 1e-3) * alone[0]
+        tolerance = 0.1 * abs(alone[0] - alone[1]) + loss_tolerance(self._model) * alone[0]
         if all(abs(a - b) <= tolerance for a, b in zip(alone, shared, strict=True)):
             return True
         if self._forward.compute_every_copy():

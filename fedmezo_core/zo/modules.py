@@ -84,6 +84,12 @@ def computing_elements(modules: Sequence[nn.Module]) -> int:
     )
 
 
+def loss_tolerance(model: nn.Module) -> float:
+    """How far two ways to compute a loss may differ by rounding, relative to it."""
+    low_precision = any(value.dtype != torch.float32 for value in model.parameters())
+    return 3e-2 if low_precision else 1e-3
+
+
 @contextmanager
 def emptied_after_errors(model: nn.Module) -> Iterator[None]:
     """While open, an error sends offloaded weights back to where they are kept."""

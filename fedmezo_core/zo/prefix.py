@@ -30,6 +30,7 @@ from fedmezo_core.zo.modules import (
     computing_elements,
     emptied_after_errors,
     frozen_modules,
+    loss_tolerance,
     owners_of,
 )
 from fedmezo_core.zo.task import Batch, Example, Task
@@ -212,8 +213,7 @@ class Prefix:
 
     def _serves(self, cut: _Cut, pair: Batch, wanted: float) -> bool:
         """Whether passes that begin at `cut` give the loss `wanted`, and rows that ran alone nearly."""
-        low_precision = any(value.dtype != torch.float32 for value in self._model.parameters())
-        tolerance = (3e-2 if low_precision else 1e-3) * abs(wanted)
+        tolerance = loss_tolerance(self._model) * abs(wanted)
         shape = pair.input_ids.shape
         try:
             for _, result in (*cut.skipped, (cut.module, cut.form)):

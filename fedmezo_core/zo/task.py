@@ -372,7 +372,8 @@ class Task:
     ) -> Evaluation:
         """Loss and accuracy of the model over all of `dataset`, `batch_size` rows at a time.
 
-        Each batch is computed within its `around_batch`, as `Prefix.known`. What `before_batch` raises ends it. Raises `MeasurementError` if a loss is NaN or infinite.
+        Each batch is computed within its `around_batch`, `Prefix.known` say. What `before_batch` raises
+        ends it. Raises `MeasurementError` if a loss is NaN or infinite.
         """
         # Rows of like length together, so that little of a batch is padding. The sort is stable.
         order = sorted(

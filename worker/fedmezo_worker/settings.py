@@ -9,7 +9,7 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
 from fedmezo_core.config import NAME_PATTERN
-from fedmezo_core.settings import Address, CheckpointKey
+from fedmezo_core.settings import ROW_STATES_MAX, Address, CheckpointKey
 
 ENVIRONMENT_PREFIX = "FEDMEZO_WORKER_"
 
@@ -67,7 +67,7 @@ class WorkerSettings(BaseSettings):
         "batch, that go through the rest at once; more is faster on a GPU and takes memory",
     )
     row_states_max: ByteSize = Field(
-        default=ByteSize(256 << 20),
+        default=ROW_STATES_MAX,
         description="where most of the model is frozen and runs first, on a CPU: room, in a temporary "
         "file, for what it makes of each row, which is then computed once; 0: each time",
     )

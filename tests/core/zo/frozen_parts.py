@@ -1,4 +1,4 @@
-"""Tiny models of which a part is frozen, and measurements on them."""
+"""Tiny models, of which a part may be frozen, and measurements on them."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from fedmezo_core.zo import devices
 from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo import forward as forward_module
 from fedmezo_core.zo.digest import base_digest
-from fedmezo_core.zo.estimator import Estimator, Pair, local_steps
+from fedmezo_core.zo.estimator import Pair, local_steps
 from fedmezo_core.zo.manifest import Manifest, manifest_of, tensor_ids, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize, materialize_fan
 from fedmezo_core.zo.model import add_adapter
@@ -30,6 +30,7 @@ from fedmezo_core.zo.rows import Row
 from fedmezo_core.zo.task import Batch, Task
 
 from .conftest import MODEL_KINDS, SENTENCES
+from .frozen_parts import estimator_on
 
 EPS = 1e-2
 LOCAL: list[Pair] = [(11, 0.02), (12, -0.03)]
@@ -50,24 +51,6 @@ def _task(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[Task, Batch]:
         for index, text in enumerate(SENTENCES)
     ]
     return task, task.collate(task.encode(rows).examples, "the test")
-
-
-def _estimator(
-    model: nn.Module,
-    manifest: Manifest,
-    task: Task,
-    distribution: Distribution = Distribution.RADEMACHER,
-    one_sided: bool = False,
-) -> Estimator:
-    return Estimator(
-        model,
-        manifest,
-        task,
-        distribution=distribution,
-        rounding=Rounding.STOCHASTIC,
-        one_sided=one_sided,
-        threads=1,
-    )
 
 
 def _naive_loss(
@@ -106,7 +89,7 @@ def _assert_equals_naive(
     tolerance: float,
     distribution: Distribution = Distribution.RADEMACHER,
 ) -> None:
-    estimator = _estimator(model, manifest, task, distribution)
+    estimator = estimator_on(model, manifest, task, distribution)
     measured = estimator.measure(batch, LOCAL, [99], EPS)[0]
     plus, minus = (
         _naive_loss(model, manifest, task, batch, [*LOCAL, (99, step)], 99, distribution)
@@ -153,7 +136,7 @@ def test_many_probes_measure_what_each_would_alone(
     model = model_of(kind)
     task, batch = _task(tokenizer, "classification")
     manifest = manifest_of(model)
-    estimator = _estimator(model, manifest, task, one_sided=one_sided)
+    estimator = estimator_on(model, manifest, task, one_sided=one_sided)
     seeds = [99, 7, 3, 1 << 63]
     measured = estimator.measure(batch, LOCAL, seeds, EPS)
     for seed, measurement in zip(seeds, measured, strict=True):
@@ -196,7 +179,7 @@ def test_only_the_experts_that_tokens_go_to_are_built(
     # To experts 0 and 1 alone.
     experts.register_forward_pre_hook(lambda _, args: (args[0], args[1] % 2, args[2]))
     task, batch = _task(tokenizer, "classification")
-    estimator = _estimator(model, manifest, task)
+    estimator = estimator_on(model, manifest, task)
     estimator.measure(batch, [], [5], EPS)
     assert set(built) == {0, 1}
 
@@ -304,7 +287,7 @@ def test_a_model_that_mixes_rows_is_measured_point_by_point(
     torch.manual_seed(2)
     model = _Mixing(model_of("llama"), silently=silently).eval()
     task, batch = _task(tokenizer, "instruction")
-    estimator = _estimator(model, manifest_of(model), task)
+    estimator = estimator_on(model, manifest_of(model), task)
     for _ in range(2):
         measured = estimator.measure(batch, LOCAL, [99], 0.1)[0]
         for loss, step in ((measured.loss_plus, 0.1), (measured.loss_other, -0.1)):
@@ -337,7 +320,7 @@ def test_low_rank_directions(
     task, batch = _task(tokenizer, "classification")
     local = [(40 + k, (-1) ** k * 0.01) for k in range(local_pairs)]
     for one_sided in (False, True):
-        estimator = _estimator(model, manifest, task, distribution, one_sided)
+        estimator = estimator_on(model, manifest, task, distribution, one_sided=one_sided)
         for seed, measured in zip(
             (99, 7), estimator.measure(batch, local, [99, 7], EPS), strict=True
         ):
@@ -359,7 +342,7 @@ def test_low_rank_in_low_precision(
     task, batch = _task(tokenizer, "instruction")
     grads = [
         [
-            _estimator(model, manifest_of(model), task, Distribution.LOW_RANK_1)
+            estimator_on(model, manifest_of(model), task, Distribution.LOW_RANK_1)
             .measure(batch, [], [seed], EPS)[0]
             .projected_grad
             for seed in range(12)
@@ -414,7 +397,7 @@ def test_nothing_is_written_even_if_the_forward_pass_raises(
 ) -> None:
     model = model_of("gpt2")
     task, batch = _task(tokenizer, "classification")
-    estimator = _estimator(model, manifest_of(model), task)
+    estimator = estimator_on(model, manifest_of(model), task)
     before = base_digest(model)
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     parameters = {name: id(value) for name, value in model.named_parameters()}
@@ -443,7 +426,7 @@ def test_a_loss_that_is_not_finite_is_refused_by_name(
     with pytest.raises(
         MeasurementError, match=r"loss at \+eps is (nan|inf) on the batch of the test"
     ):
-        _estimator(model, manifest_of(model), task).measure(batch, [], [1], EPS)
+        estimator_on(model, manifest_of(model), task).measure(batch, [], [1], EPS)
 
 
 class _Direct(nn.Module):
@@ -477,7 +460,7 @@ def test_a_parameter_read_behind_its_owners_back_is_refused(
     model = _Direct(model_of("llama")).eval()
     task, batch = _task(tokenizer, "classification")
     with pytest.raises(ModelError, match=r"reads parameter extra\.weight outside the module"):
-        _estimator(model, manifest_of(model), task).measure(batch, [], [1], EPS)
+        estimator_on(model, manifest_of(model), task).measure(batch, [], [1], EPS)
 
 
 @pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_2])
@@ -542,8 +525,8 @@ def test_bfloat16_rounding_cancels_out_of_the_difference(
     fine = model_of("llama").to(torch.bfloat16).float()
     task, batch = _task(tokenizer, "instruction")
     coarse = copy.deepcopy(fine).to(torch.bfloat16)
-    exact = _estimator(fine, manifest_of(fine), task)
-    rough = _estimator(coarse, manifest_of(coarse), task)
+    exact = estimator_on(fine, manifest_of(fine), task)
+    rough = estimator_on(coarse, manifest_of(coarse), task)
     grads = [
         (exact.measure(batch, [], [seed], EPS)[0], rough.measure(batch, [], [seed], EPS)[0])
         for seed in range(12)
@@ -575,7 +558,7 @@ def test_away_from_the_cpu(
     }
     monkeypatch.setattr(devices, "elsewhere", lambda device: True)
     monkeypatch.setattr(devices, "kernels", lambda device: None)
-    estimator = _estimator(model, manifest, task, distribution)
+    estimator = estimator_on(model, manifest, task, distribution)
     for seed, measured in zip((99, 7), estimator.measure(batch, LOCAL, [99, 7], EPS), strict=True):
         assert measured.loss_plus == pytest.approx(naive[seed, EPS], rel=2e-6)
         assert measured.loss_other == pytest.approx(naive[seed, -EPS], rel=2e-6)
@@ -592,7 +575,7 @@ def test_a_result_that_is_not_finite_is_named_at_the_end_of_a_pass_on_a_device(
     monkeypatch.setattr(devices, "elsewhere", lambda device: True)
     monkeypatch.setattr(devices, "kernels", lambda device: None)
     with pytest.raises(NumericError, match=r"mlp.up_proj.weight\): element 97 is NaN or infinite"):
-        _estimator(model, manifest_of(model), task).measure(batch, [], [1], 64.0)
+        estimator_on(model, manifest_of(model), task).measure(batch, [], [1], 64.0)
 
 
 def test_local_steps_chain_their_own_pairs(
@@ -600,7 +583,7 @@ def test_local_steps_chain_their_own_pairs(
 ) -> None:
     model = model_of("llama-tied")
     task, batch = _task(tokenizer, "classification")
-    estimator = _estimator(model, manifest_of(model), task)
+    estimator = estimator_on(model, manifest_of(model), task)
     first_seed = 1 << 40
     work = Work(tuple(range(first_seed, first_seed + 4)), 1e-3, EPS, want_digest=False)
     config = RunConfig(run_id="local", model="none", task=task.config, probes=2)
