@@ -102,7 +102,7 @@ bench-coordinator: setup  ## submissions, connections, restarts of one coordinat
 # `make experiments` does all of them; a finished run is kept, so what was broken off goes on where it was.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set rounds=5" or EXPERIMENT=--fresh.
 EXPERIMENT ?=
-EXPERIMENTS := accuracy personalised local-steps clients distributions precision estimators
+EXPERIMENTS := accuracy accuracy-gpu personalised local-steps clients distributions precision estimators
 .PHONY: $(EXPERIMENTS:%=experiment-%)
 
 experiments: setup  ## all experiments: build/reports/<name>.md, .png, .json; one alone: make experiment-accuracy

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--plan", action="store_true", help="run nothing, say how much there is")
     given = parser.parse_args(arguments)
-    targets = list(EXPERIMENTS) if ALL in given.targets else list(dict.fromkeys(given.targets))
+    targets = _targets(given.targets)
     if given.redraw:
         for target in targets:
             print(report.redraw(target, EXPERIMENTS[target]))
@@ -82,6 +83,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             experiment(order)
 
     return run_program("experiments", run)
+
+
+def _targets(given: Sequence[str]) -> list[str]:
+    """Names without repetition; `all` leaves out what this machine is too slow for."""
+    if ALL not in given:
+        return list(dict.fromkeys(given))
+    left_out = [
+        name
+        for name, described in EXPERIMENTS.items()
+        if described.is_for_gpu and name not in given and not torch.cuda.is_available()
+    ]
+    for name in left_out:
+        print(
+            f"{name} is left out: it needs a CUDA device, and PyTorch sees none.", file=sys.stderr
+        )
+    return [name for name in EXPERIMENTS if name not in left_out]
 
 
 def changes_of(given: Sequence[str], *, quick: bool = False) -> Changes:
@@ -114,7 +131,7 @@ def experiment(order: Order) -> None:
         described = EXPERIMENTS[target]
         found = {arm: [results[key_of(run)] for run in of_arm] for arm, of_arm in arms.items()}
         peaks: list[Figure] = []
-        if described.against:
+        if described.against and not described.is_for_gpu:
             first = {arm: of_arm[0] for arm, of_arm in arms.items()}
             peaks = memory.figures(first, order.kept, fresh=order.fresh)
         paths = report.write_all(target, described, found, peaks, order.reports)

@@ -323,7 +323,7 @@ def plot(experiment: Experiment, curves: Sequence[Curve], path: Path) -> None:
         axes.set_ylabel(METRICS[metric])
         axes.grid(alpha=0.3)
         if metric in ("accuracy", "calibrated_accuracy"):
-            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if axis == "bytes":
             axes.set_xscale("log")
         elif axis == "round":
@@ -335,7 +335,7 @@ def plot(experiment: Experiment, curves: Sequence[Curve], path: Path) -> None:
     figure.legend(
         handles=list(handles.values()),
         loc="outside lower center",
-        ncols=max(1, min(len(handles), 4, columns)),
+        ncols=max(1, min(len(handles), 5, columns)),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
