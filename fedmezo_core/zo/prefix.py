@@ -60,23 +60,28 @@ class SpooledRows:
 
     def __init__(self, bytes_max: int) -> None:
         """Keeps at most `bytes_max`."""
-        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed with this object
-        weakref.finalize(self, self._file.close)
         self._places: dict[bytes, tuple[int, int]] = {}
         self._used_bytes = 0
         self._bytes_max = bytes_max
 
+    @functools.cached_property
+    def _descriptor(self) -> int:
+        """Of the file, which is made when there is something to keep."""
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # closed with this object
+        weakref.finalize(self, file.close)
+        return file.fileno()
+
     def get(self, key: bytes) -> bytes | None:
         """What was put there."""
         first, size = self._places.get(key, (0, 0))
-        return os.pread(self._file.fileno(), size, first) if size else None
+        return os.pread(self._descriptor, size, first) if size else None
 
     def put(self, key: bytes, body: bytes) -> None:
         """Keep it, if there is room; a disk that is full keeps no more."""
         if key in self._places or self._used_bytes + len(body) > self._bytes_max:
             return
         try:
-            written = os.pwrite(self._file.fileno(), body, self._used_bytes)
+            written = os.pwrite(self._descriptor, body, self._used_bytes)
         except OSError as error:
             log.warning("States of rows are not kept any more: %s.", error.strerror)
             self._bytes_max = 0

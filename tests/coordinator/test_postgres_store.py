@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -448,8 +449,13 @@ class TestCrashes:
             assert store.read(0, 10**9) == tuple(row(n) for n in range(len(store)))
 
     def test_a_coordinator_whose_postgresql_stays_away_ends_with_a_sentence(
-        self, own: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        self,
+        own: Server,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
+        monkeypatch.chdir(tmp_path)  # where the key of a journal in a database is kept
         monkeypatch.setattr(postgres, "RECONNECT_S", 0.5)
         monkeypatch.setattr(hosting, "CHECK_JOURNAL_EVERY_S", 0.2)
         store = open_store(own.url("a"))

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import random
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -335,3 +336,17 @@ def test_a_full_disk_keeps_no_more(
     assert [spool.get(key) for key in (b"a", b"b", b"c")] == [b"12345", None, None]
     [record] = caplog.records
     assert "No space left on device" in record.getMessage()
+
+
+def test_without_a_temporary_folder_nothing_is_kept(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(**_: Any) -> Any:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", missing)
+    spool = SpooledRows(10)
+    spool.put(b"a", b"12345")
+    assert spool.get(b"a") is None
+    [record] = caplog.records
+    assert "No usable temporary directory found" in record.getMessage()
