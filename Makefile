@@ -100,7 +100,7 @@ bench-coordinator: setup  ## submissions, connections, restarts of one coordinat
 	$(BIN)/python -m benchmarks.bench_coordinator
 
 # `make experiments` does all of them; a finished run is kept, so what was broken off goes on where it was.
-# EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set rounds=5" or EXPERIMENT=--fresh.
+# EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set clients=8" or EXPERIMENT=--fresh.
 EXPERIMENT ?=
 EXPERIMENTS := accuracy accuracy-gpu personalised local-steps clients distributions precision estimators
 .PHONY: $(EXPERIMENTS:%=experiment-%)

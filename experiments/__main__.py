@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a value of the run or of the settings for all arms; VALUE is JSON or text",
+        help="a value of the run or of the settings, for all arms that don't have one; VALUE is JSON or text",
     )
     parser.add_argument("--plan", action="store_true", help="run nothing, say how much there is")
     given = parser.parse_args(arguments)

@@ -11,6 +11,7 @@ worker does with an assignment are the product's own code. What differs from a r
 - Nothing takes time and nothing is lost. Messages are handled one at a time in the order in which they
   were sent, so that answers come in slot order; no deadline passes and no worker goes away.
 - Evaluations are made between two messages, by the same party, and not by a replica process.
+- States of rows are known if the caller gives a `prefix`; a worker has them if its rows come often enough.
 
 So genesis, every `Committed` and with them the head are the same bytes as over gRPC. Other records are
 the same but for their order: there, answers come in the order in which workers are done.
@@ -35,7 +36,7 @@ from fedmezo_core.codec import (
     unable_from_pb,
     unable_to_pb,
 )
-from fedmezo_core.errors import FedMezoError, MeasurementError, NumericError
+from fedmezo_core.errors import ConfigError, FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (
     ApplyCommit,
     Connected,
@@ -97,7 +98,12 @@ class Federation:
         pass_tokens_max: int = PASS_TOKENS_MAX,
         prefix: Prefix | None = None,
     ) -> None:
-        """`party` is at its base; `rows` are each worker's own. Raises as `Task.encode` does."""
+        """`party` is at its base; `rows` are each worker's own.
+
+        Raises as `Task.encode` does, and `ConfigError` for a task with an objective.
+        """
+        if party.config.task.objective:
+            raise ConfigError("Experiments measure the loss; leave out task.objective.")
         self.party = party
         self.journal = Journal(MemoryStore() if store is None else store)
         self.train_losses: dict[int, list[float]] = {}

@@ -140,6 +140,7 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
         Figure(f"{arm}: bytes down, all workers", mean("bytes_down"), "B"),
         Figure(f"{arm}: trained parameters", mean("trained_elements"), "parameters"),
         Figure(f"{arm}: core-hours, all workers", hours, "h"),
+        Figure(f"{arm}: hours, with evaluations", mean("wall_s") / 3600, "h"),
     ]
 
 
@@ -204,7 +205,8 @@ def _against(arm: str, baseline: str, results: Mapping[str, Sequence[Result]]) -
         if sent:
             found.append(Figure(f"{baseline} ÷ {arm}: bytes {way}", shipped / sent, "ratio"))
     passes = [sum(run.forwards for run in runs) / len(runs) for runs in (theirs, ours)]
-    found.append(Figure(f"{baseline} ÷ {arm}: forward passes", passes[0] / passes[1], "ratio"))
+    if passes[1]:
+        found.append(Figure(f"{baseline} ÷ {arm}: forward passes", passes[0] / passes[1], "ratio"))
     return found
 
 

@@ -155,10 +155,9 @@ def test_any_value_of_a_run_or_of_the_settings_can_be_given() -> None:
     assert changes.run["learning_rate"] == 1e-3
     assert changes.settings == {"clients": 3}
     values = {**changes.run, "task": TASK}
-    run = run_of(
-        EXPERIMENTS["accuracy"], Arm("x", rate_factor=2.0), 5, replace(changes, run=values)
-    )
-    assert run.config.learning_rate == 2e-3
+    arm = Arm("x", {"probes": 3})
+    run = run_of(EXPERIMENTS["accuracy"], arm, 5, replace(changes, run=values | {"probes": 2}))
+    assert (run.config.learning_rate, run.config.probes) == (1e-3, 3)
     assert (run.config.seed, run.config.workers_min, run.config.quorum) == (5, 3, 3)
     assert run.config.schedule == "cosine"
     with pytest.raises(ConfigError, match="KEY=VALUE"):
@@ -324,7 +323,7 @@ TINY = Experiment(
     "Tiny arms",
     (
         Arm("ours"),
-        Arm("ours, LoRA", {"lora": LORA}, rate_factor=10.0),
+        Arm("ours, LoRA", {"lora": LORA, "learning_rate": 1e-2}),
         Arm("theirs", first_order=FirstOrder(learning_rate=1e-2)),
     ),
     panels=EXPERIMENTS["accuracy"].panels,

@@ -11,15 +11,17 @@ from experiments.federation import Federation, StalledError
 from experiments.judging import Judge
 from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.codec import encode_record
-from fedmezo_core.errors import MeasurementError
+from fedmezo_core.errors import ConfigError, MeasurementError
 from fedmezo_core.journal import Journal, JournalStore, MemoryStore
 from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Record
 from fedmezo_core.store import SqliteStore
+from fedmezo_core.zo.assignment import open_prefix
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.party import Party, open_party
+from fedmezo_core.zo.prefix import Prefix, SpooledRows
 from fedmezo_core.zo.rows import Row, read_rows
-from tests.integration.harness import config_of, entries_of, served
-from tests.integration.parties import Workers
+from tests.integration.harness import config_of, entries_of, run_values, served
+from tests.integration.parties import Workers, save_model
 
 COLUMNS = ("text", "label")
 
@@ -60,11 +62,39 @@ async def test_it_ends_in_the_head_of_a_networked_run_with_the_same_bytes_of_tra
     tmp_path: Path,
     changes: dict[str, Any],
 ) -> None:
-    rows = rows_of(data_files[:4])
-    values = {"rounds": 4, "workers_min": 4, **changes}
+    party = party_of(model_folder, **{"rounds": 4, "workers_min": 4, **changes})
+    await compare(party, None, workers, data_files, tmp_path)
+
+
+async def test_with_states_of_rows_it_does_so_too(data_files: list[Path], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    save_model(model, layers=6)
+    workers = Workers(model)
+    party = party_of(
+        model,
+        rounds=4,
+        batch_size=12,
+        probes=3,
+        estimator="one_sided",
+        distribution="low_rank_1",
+        lora={"rank": 2, "alpha": 4.0, "target_modules": ["h.5.mlp.c_proj"], "freeze_a": True},
+    )
+    prefix = open_prefix(party, SpooledRows(1 << 20), visits=4, batch_size=12)
+    try:
+        await compare(party, prefix, workers, data_files, tmp_path)
+    finally:
+        await workers.end()
+    assert prefix is not None
+    assert prefix.cut == "base_model.model.transformer.h.4"
+
+
+async def compare(
+    party: Party, prefix: Prefix | None, workers: Workers, data_files: list[Path], tmp_path: Path
+) -> None:
+    """Run `party` in this process and, from the same genesis, over the network."""
     store = MemoryStore()
-    federation = Federation(party_of(model_folder, **values), rows, store=store)
-    genesis = federation.party.genesis()
+    federation = Federation(party, rows_of(data_files[:4]), store=store, prefix=prefix)
+    genesis = party.genesis()
     federation.run()
 
     path = tmp_path / "journal.db"
@@ -82,9 +112,7 @@ async def test_it_ends_in_the_head_of_a_networked_run_with_the_same_bytes_of_tra
     # Over the network answers come in the order in which workers are done: the same set of records.
     for kinds in ((Genesis,), (Opened,), (Answered,)):
         assert by_kind(ours, *kinds) == by_kind(theirs, *kinds)
-    assert {d.weights_digest for d in status.digests if d.round == 4} == {
-        federation.party.weights.digest()
-    }
+    assert {d.weights_digest for d in status.digests if d.round == 4} == {party.weights.digest()}
     for counted in status.workers:
         mine = federation.workers[counted.worker]
         assert (mine.bytes_up, mine.bytes_down) == (counted.bytes_up, counted.bytes_down)
@@ -132,6 +160,14 @@ def test_dozens_of_workers(model_folder: Path, data_files: list[Path]) -> None:
     federation = Federation(party_of(model_folder, **many), rows)
     federation.run()
     assert federation.round == 2
+
+
+def test_an_objective_is_refused_rather_than_passed_over(
+    model_folder: Path, data_files: list[Path]
+) -> None:
+    task = {**run_values()["task"], "objective": "fedmezo_core.zo.objectives:error_rate"}
+    with pytest.raises(ConfigError, match=r"leave out task\.objective"):
+        Federation(party_of(model_folder, task=task), rows_of(data_files[:4]))
 
 
 def test_a_run_that_cannot_go_on_says_why(
