@@ -100,6 +100,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
     check_compaction(settings, daemon.genesis.config)
+    tell_if_no_loss_is_seen(settings, daemon.genesis.config)
     if settings.resume:
         await daemon.resume(settings.resume_rate_factor)
     elif daemon.pause_reason:
@@ -114,6 +115,16 @@ def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
         raise ConfigError(
             f"compact_after_records = {settings.compact_after_records} needs snapshots, which workers begin "
             "from then; set snapshot_every_rounds, model and replica too, or leave it out."
+        )
+
+
+def tell_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> None:
+    """A run that diverges pauses, if somebody says so."""
+    is_evaluated = settings.replica and settings.model and settings.heldout is not None
+    if config.pause_rounds and not config.report_losses and not is_evaluated:
+        log.warning(
+            "no loss is seen here, so a learning rate that is too large goes unnoticed until nobody can "
+            "measure; give model and heldout, or let workers report theirs (report_losses in a new run)"
         )
 
 

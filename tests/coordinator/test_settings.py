@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedmezo_coordinator.cli import tell_if_no_loss_is_seen
 from fedmezo_coordinator.hosting import FILES_BESIDE_SESSIONS, sessions_that_fit
 from fedmezo_coordinator.settings import ENVIRONMENT_PREFIX, CoordinatorSettings, model_label
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.settings import load_settings
-from tests.integration.harness import run_values, toml_of
+from tests.integration.harness import config_of, run_values, toml_of
 
 
 def load(*arguments: str) -> CoordinatorSettings:
@@ -108,3 +110,21 @@ def test_no_more_sessions_are_taken_than_files_may_be_opened(
     caplog.clear()
     assert sessions_that_fit(load()) == hard - FILES_BESIDE_SESSIONS
     assert not caplog.text  # nobody asked for so many
+
+
+@pytest.mark.parametrize(
+    ("settings", "run", "warns"),
+    [
+        ({}, {}, True),
+        ({"model": "m"}, {}, True),
+        ({"model": "m", "heldout": "rows.jsonl", "replica": False}, {}, True),
+        ({"model": "m", "heldout": "rows.jsonl"}, {}, False),
+        ({}, {"report_losses": True}, False),
+        ({}, {"pause_rounds": 0}, False),
+    ],
+)
+def test_a_run_whose_loss_nobody_sees_is_told_so(
+    settings: dict[str, Any], run: dict[str, Any], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell_if_no_loss_is_seen(CoordinatorSettings(**settings), config_of(**run))
+    assert ("goes unnoticed" in caplog.text) is warns
