@@ -29,6 +29,7 @@ from fedmezo_core.zo.task import Batch
 PASSES = 2
 INFERENCE = "inference"
 TRAINING = "training"
+OF_INFERENCE = "peak memory of inference"
 
 
 def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[], object]:
@@ -85,12 +86,17 @@ def kept_peak_mb(run: Run, way: str, folder: Path, *, fresh: bool = False) -> fl
 
 
 def figures(runs: dict[str, Run], folder: Path = KEPT, *, fresh: bool = False) -> list[Figure]:
-    """Of inference and of a worker of each arm; the arms share model and data."""
-    first = next(iter(runs.values()))
-    plain = first.model_copy(update={"first_order": None})
-    inference = kept_peak_mb(plain, INFERENCE, folder, fresh=fresh)
-    found = [Figure("peak memory of inference", inference, "MB")]
+    """Of a worker of each arm, and of inference on batches of the same size; the arms share model and data."""
+    found: list[Figure] = []
+    inferences: dict[int, float] = {}
     for name, run in runs.items():
+        rows = run.config.batch_size
+        if rows not in inferences:
+            plain = run.model_copy(update={"first_order": None})
+            inferences[rows] = kept_peak_mb(plain, INFERENCE, folder, fresh=fresh)
+            of = f"{OF_INFERENCE}, batches of {rows}"
+            found.append(Figure(of, inferences[rows], "MB"))
+        inference = inferences[rows]
         peak = kept_peak_mb(run, TRAINING, folder, fresh=fresh)
         found.append(Figure(f"{name}: peak memory of a worker", peak, "MB"))
         found.append(

@@ -11,6 +11,7 @@ from typing import Any, Final
 from benchmarks.figures import REPORTS, Figure, write
 from experiments.catalogue import Axis, Experiment, Metric
 from experiments.judging import Point
+from experiments.memory import OF_INFERENCE
 from experiments.runs import Result
 
 METRICS: Final[dict[Metric, str]] = {
@@ -240,8 +241,10 @@ def markdown(
         row[0] += f" ({lost} of {len(runs)} seeds lost)" if lost else ""
         rows.append(row)
     if memory:
-        inference = next(figure.value for figure in memory if "inference" in figure.name)
-        rows.append(["inference", *[""] * (len(header) - 2), f"{inference:,.0f}"])
+        for figure in memory:
+            if figure.name.startswith(OF_INFERENCE):
+                name = "inference" + figure.name.removeprefix(OF_INFERENCE)
+                rows.append([name, *[""] * (len(header) - 2), f"{figure.value:,.0f}"])
     lines = [f"## {experiment.title}", "", _conditions(results), ""]
     lines += ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
