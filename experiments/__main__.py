@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--plan", action="store_true", help="run nothing, say how much there is")
     given = parser.parse_args(arguments)
-    targets = _targets(given.targets)
+    targets = targets_of(given.targets)
     if given.redraw:
         for target in targets:
             print(report.redraw(target, EXPERIMENTS[target]))
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_program("experiments", run)
 
 
-def _targets(given: Sequence[str]) -> list[str]:
+def targets_of(given: Sequence[str]) -> list[str]:
     """Names without repetition; `all` leaves out what this machine is too slow for."""
     if ALL not in given:
         return list(dict.fromkeys(given))

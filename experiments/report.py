@@ -240,11 +240,10 @@ def markdown(
         lost = len(runs) - len(ends)
         row[0] += f" ({lost} of {len(runs)} seeds lost)" if lost else ""
         rows.append(row)
-    if memory:
-        for figure in memory:
-            if figure.name.startswith(OF_INFERENCE):
-                name = "inference" + figure.name.removeprefix(OF_INFERENCE)
-                rows.append([name, *[""] * (len(header) - 2), f"{figure.value:,.0f}"])
+    for figure in memory:
+        if figure.name.startswith(OF_INFERENCE):
+            name = "inference" + figure.name.removeprefix(OF_INFERENCE)
+            rows.append([name, *[""] * (len(header) - 2), f"{figure.value:,.0f}"])
     lines = [f"## {experiment.title}", "", _conditions(results), ""]
     lines += ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     lines += ["| " + " | ".join(row) + " |" for row in rows]

@@ -149,6 +149,18 @@ def test_every_experiment_has_a_target_of_make() -> None:
     assert sorted(found[1].split()) == sorted(EXPERIMENTS)
 
 
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_all_leaves_out_what_needs_a_gpu_where_there_is_none(
+    has_cuda: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_cuda)
+    left_out = set(EXPERIMENTS) - set(program.targets_of(["all"]))
+    assert left_out == (set() if has_cuda else {"accuracy-gpu"})
+    assert ("accuracy-gpu is left out" in capsys.readouterr().err) is not has_cuda
+    assert program.targets_of(["all", "accuracy-gpu"]) == list(EXPERIMENTS)
+    assert program.targets_of(["clients", "accuracy", "clients"]) == ["clients", "accuracy"]
+
+
 def test_any_value_of_a_run_or_of_the_settings_can_be_given() -> None:
     given = ["learning_rate=1e-3", "clients=3", "eps_follows_rate=true", "schedule=cosine"]
     changes = program.changes_of([*given, 'task={"template": "{text} so", "verbalizers": {}}'])
