@@ -72,7 +72,7 @@ class Experiment:
     """Arm -> the arm that it is held against; the report then has the peak memory of both methods
     beside that of inference, too."""
     is_for_gpu: bool = False
-    """Whether it takes days without one."""
+    """Whether it takes days without one. Peak memory is not measured then: it is that of a process on the CPU."""
     paced_by: str = ""
     """The arm whose last training loss the others are timed to."""
     goals: Mapping[str, str] = field(default_factory=dict)
@@ -98,17 +98,23 @@ CLASSIC: Final[dict[str, Any]] = {
     "rounds": 50,
 }
 """Two-sided MeZO, one direction a batch, ten local steps a round: 1,000 forward passes a worker."""
-WHOLE: Final[dict[str, Any]] = {"lora": None, "dtype": "float32", "local_steps": 10, "rounds": 4}
+WHOLE: Final[dict[str, Any]] = {
+    "lora": None,
+    "dtype": "float32",
+    "probes": 1,
+    "local_steps": 10,
+    "rounds": 4,
+}
 FIRST_ORDER: Final = (
     Arm(
         "BP-FedAvg, full",
-        {**WHOLE, "probes": 1},
+        WHOLE,
         {"evaluate_every_rounds": 1},
         first_order=FirstOrder(learning_rate=FULL_RATE),
     ),
     Arm(
         "BP-FedAvg, LoRA",
-        {**WHOLE, "probes": 1, "lora": FIRST_ORDER_LORA},
+        {**WHOLE, "lora": FIRST_ORDER_LORA},
         {"evaluate_every_rounds": 1},
         first_order=FirstOrder(learning_rate=LORA_RATE),
     ),

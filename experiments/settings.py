@@ -19,29 +19,25 @@ from fedmezo_core.zo.rows import Row, read_rows
 
 CACHE = Path("build/cache")
 
-LORA: dict[str, Any] = {
-    "rank": 8,
-    "alpha": 8.0,
-    "target_modules": ["layers.29.mlp.down_proj"],
-    "freeze_a": True,
-}
-"""4,608 trained parameters at the end of the last of the model's 30 layers: little enough to learn from some
-hundred forward passes, and cheap to measure on. A is fitted to texts (decision 0015)."""
 
-LAST_LORA: dict[str, Any] = {
-    "rank": 32,
-    "alpha": 32.0,
-    "target_modules": ["layers.29.mlp.up_proj"],
-    "freeze_a": True,
-}
+def _fitted(rank: int, *modules: str) -> dict[str, Any]:
+    """An adapter of which B alone is trained, on an A that is fitted to texts (decision 0015)."""
+    return {
+        "rank": rank,
+        "alpha": float(rank),
+        "target_modules": list(modules),
+        "freeze_a": True,
+    }
+
+
+LORA = _fitted(8, "layers.29.mlp.down_proj")
+"""4,608 trained parameters at the end of the last of the model's 30 layers: little enough to learn from some
+hundred forward passes, and cheap to measure on."""
+
+LAST_LORA = _fitted(32, "layers.29.mlp.up_proj")
 """49,152 parameters, the best place in the last layer: all that a CPU has time for."""
 
-DEEP_LORA: dict[str, Any] = {
-    "rank": 32,
-    "alpha": 32.0,
-    "target_modules": [f"layers.{layer}.mlp.up_proj" for layer in range(20, 28)],
-    "freeze_a": True,
-}
+DEEP_LORA = _fitted(32, *(f"layers.{layer}.mlp.up_proj" for layer in range(20, 28)))
 """393,216 parameters in the layers whose inputs tell most of the label; a probe costs 70 times as much."""
 
 RUN: dict[str, Any] = {

@@ -110,7 +110,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
 
 def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
     """Records go only where something takes their place."""
-    has_snapshots = settings.replica and settings.model and settings.snapshot_every_rounds
+    has_snapshots = settings.has_replica and settings.snapshot_every_rounds
     if settings.compact_after_records and not has_snapshots and config.seed_policy != "pool":
         raise ConfigError(
             f"compact_after_records = {settings.compact_after_records} needs snapshots, which workers begin "
@@ -120,7 +120,7 @@ def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
 
 def tell_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> None:
     """A run that diverges pauses, if somebody says so."""
-    is_evaluated = settings.replica and settings.model and settings.heldout is not None
+    is_evaluated = settings.has_replica and settings.heldout is not None
     if config.pause_rounds and not config.report_losses and not is_evaluated:
         log.warning(
             "no loss is seen here, so a learning rate that is too large goes unnoticed until nobody can "

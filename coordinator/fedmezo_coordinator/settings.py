@@ -141,6 +141,11 @@ class CoordinatorSettings(ServingSettings):
         return self
 
     @property
+    def has_replica(self) -> bool:
+        """Whether one runs beside the daemon: it needs the model."""
+        return self.replica and bool(self.model)
+
+    @property
     def snapshots_folder(self) -> Path:
         """Where snapshots are kept."""
         folder = self.snapshots or path_beside(self.journal, ".snapshots")
