@@ -48,8 +48,8 @@ test-gpu: setup  ## run the tests that need a CUDA device
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu
 
 test-postgres: setup postgres-server  ## run the tests that need a PostgreSQL server; as root, install it first
-	FEDMEZO_TEST_POSTGRES=required $(BIN)/python -m pytest tests/coordinator/test_postgres_store.py \
-	  tests/coordinator/test_postgres_coordinators.py tests/coordinator/test_postgres_partition.py
+	FEDMEZO_TEST_POSTGRES=required $(BIN)/python -m pytest tests/coordinator/stores/test_postgres_store.py \
+	  tests/coordinator/stores/test_postgres_coordinators.py tests/coordinator/stores/test_postgres_partition.py
 
 # The tests start a throwaway cluster themselves, as the user `postgres` if they run as root.
 postgres-server:

@@ -9,12 +9,14 @@ from itertools import chain
 import torch
 from rich.console import Console
 
-from benchmarks import catch_up, drift, measuring, memory, replay
+from benchmarks.engine import catching_up as catch_up
+from benchmarks.engine import drift, measuring, replay
+from benchmarks.engine import measuring_memory as memory
+from benchmarks.engine.subjects import GPT2_SMALL, GPT2_TINY, gpt2
 from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
 from benchmarks.machine import Machine
-from benchmarks.subjects import GPT2_SMALL, GPT2_TINY, gpt2
-from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.materialize import warm_up
+from fedmezo_core.zo.model.allocator import keep_freed_memory
 
 REPORT = REPORTS / "bench.json"
 ELEMENTS = 124_000_000

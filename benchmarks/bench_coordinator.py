@@ -18,11 +18,13 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
-from benchmarks.serving import HOST, Coordinator, contract, cores, serving
-from benchmarks.swarm import Caller, Swarm, Worker, answer_to, hello_of
-from fedmezo_core.codec import encode_record
+from benchmarks.serving.measured_coordinator import HOST, Coordinator, contract, cores, serving
+from benchmarks.serving.swarm import Caller, Swarm, Worker, answer_to, hello_of
 from fedmezo_core.config import RunConfig
-from fedmezo_core.journal import ZERO_HASH, Journal, head_after
+from fedmezo_core.journal.codec import encode_record
+from fedmezo_core.journal.journal import ZERO_HASH, Journal, head_after
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.records import (
     Answered,
     Committed,
@@ -32,8 +34,6 @@ from fedmezo_core.records import (
     first_seed_of,
     rounding_seed_of,
 )
-from fedmezo_core.rounds import RoundMachine
-from fedmezo_core.store import SqliteStore
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 REPORT = REPORTS / "bench-coordinator.json"

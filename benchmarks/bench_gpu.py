@@ -12,12 +12,14 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks import catch_up, drift, measuring, memory, replay
 from benchmarks.bench import BFLOAT16_SHAPE, ELEMENTS, Group, collect
+from benchmarks.engine import catching_up as catch_up
+from benchmarks.engine import drift, measuring, replay
+from benchmarks.engine import measuring_memory as memory
+from benchmarks.engine.roofline import Roofline
+from benchmarks.engine.subjects import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_TINY, gpt2, llama
 from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
 from benchmarks.machine import Machine
-from benchmarks.roofline import Roofline
-from benchmarks.subjects import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_TINY, gpt2, llama
 
 REPORT = REPORTS / "bench-gpu.json"
 TOKENS = 2048

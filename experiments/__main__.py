@@ -24,10 +24,11 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from benchmarks.figures import REPORTS, Figure
-from experiments import memory, report
+from experiments import peak_memory as memory
+from experiments import results as report
 from experiments.catalogue import EXPERIMENTS, Changes, Experiment, run_of
 from experiments.runs import KEPT, Processes, Result, Run, kept, key_of
-from experiments.settings import CACHE, Settings
+from experiments.starting_point import CACHE, Settings
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.program import run_program
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 
 from experiments.first_order import FirstOrder
 from experiments.runs import Run
-from experiments.settings import (
+from experiments.starting_point import (
     DEEP_LORA,
     FIRST_ORDER_LORA,
     FULL_RATE,

@@ -21,11 +21,11 @@ from torch.nn import functional
 from experiments.judging import Judge
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.zo.assignment import open_batches
-from fedmezo_core.zo.homes import homes_of
-from fedmezo_core.zo.manifest import trained_tensors
+from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.task import Batch, logits_of
+from fedmezo_core.zo.model.manifest import trained_tensors
+from fedmezo_core.zo.model.offload import homes_of
 from fedmezo_core.zo.party import Party
-from fedmezo_core.zo.rows import Row
-from fedmezo_core.zo.task import Batch, logits_of
 
 
 class FirstOrder(BaseModel):

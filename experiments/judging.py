@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
+from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.task import Dataset, Evaluation
+from fedmezo_core.zo.forward.row_states import Prefix
 from fedmezo_core.zo.party import Party
-from fedmezo_core.zo.prefix import Prefix
-from fedmezo_core.zo.rows import Row
-from fedmezo_core.zo.task import Dataset, Evaluation
 
 
 @dataclass(frozen=True, slots=True)

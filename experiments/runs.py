@@ -21,22 +21,22 @@ import transformers
 from pydantic import BaseModel, ConfigDict
 
 from benchmarks.machine import Machine
-from experiments.federation import LOST, Federation
 from experiments.first_order import FedAvg, FirstOrder
+from experiments.in_memory_federation import LOST, Federation
 from experiments.judging import Judge, Point, write_whole
-from experiments.settings import Data, Settings, load_data
+from experiments.starting_point import Data, Settings, load_data
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, FedMezoError, ModelError
+from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.program import run_program
-from fedmezo_core.settings import ROW_STATES_MAX
-from fedmezo_core.zo.allocator import keep_freed_memory
 from fedmezo_core.zo.assignment import open_prefix
 from fedmezo_core.zo.export import export_adapter
 from fedmezo_core.zo.fitting import fit_adapter
-from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.zo.forward.row_states import SpooledRows
+from fedmezo_core.zo.model.allocator import keep_freed_memory
+from fedmezo_core.zo.model.offload import execution_device
+from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.party import open_party
-from fedmezo_core.zo.placement import Placement
-from fedmezo_core.zo.prefix import SpooledRows
 
 ROOT: Final = Path(__file__).parents[1]
 KEPT: Final = Path("build/experiments")

@@ -27,7 +27,7 @@
       UnavailableError       the other side cannot be reached; retrying may help
 
 Messages are one sentence for a person: what is wrong, with its name and value, and what to do next.
-Each class carries the gRPC status code that it travels as; `fedmezo_core.status` holds the one table
+Each class carries the gRPC status code that it travels as; `fedmezo_core.wire.grpc_status` holds the one table
 back from a code and reason to a class.
 """
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import typer.main
 
-from fedmezo_coordinator.client_cli import app
-from fedmezo_coordinator.settings import CoordinatorSettings, RelaySettings
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
+from fedmezo_coordinator.programs.fedmezo_command import app
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
-from fedmezo_worker.settings import WorkerSettings
+from fedmezo_worker.worker_settings import WorkerSettings
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

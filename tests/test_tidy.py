@@ -46,7 +46,7 @@ IMPURE = {
     "socket", "subprocess", "threading", "time", "torch",
 }  # fmt: skip
 NUMERIC = {"torch", "numba", "numpy", "triton", "transformers", "peft", "accelerate"}
-GRPC_MODULES = {"fedmezo_core/client.py", "coordinator/fedmezo_coordinator/service.py"}
+GRPC_MODULES = {"fedmezo_core/wire/client.py", "coordinator/fedmezo_coordinator/serving/service.py"}
 # Ways of reading data that can run code.
 UNSAFE_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
 UNSAFE_CALLS = {"torch.load", "eval", "exec"}
@@ -112,8 +112,8 @@ def test_generic_folders_are_not_packages(folder: str) -> None:
 def test_serving_needs_no_torch() -> None:
     """What the daemon imports, in a fresh interpreter."""
     code = (
-        "import sys, fedmezo_coordinator.cli, fedmezo_coordinator.client_cli, "
-        "fedmezo_coordinator.relay_cli; "
+        "import sys, fedmezo_coordinator.programs.coordinator_command, fedmezo_coordinator.programs.fedmezo_command, "
+        "fedmezo_coordinator.programs.relay_command; "
         f"loaded = set(sys.modules) & {NUMERIC!r}; assert not loaded, loaded"
     )
     subprocess.run(

@@ -2,6 +2,6 @@
 
 import sys
 
-from fedmezo_coordinator.cli import main
+from fedmezo_coordinator.programs.coordinator_command import main
 
 sys.exit(main())

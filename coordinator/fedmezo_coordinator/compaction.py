@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from fedmezo_core.checkpoints import Signer
-from fedmezo_core.journal import StoredOrigin
-from fedmezo_core.origin import Origin, seal
+from fedmezo_core.journal.journal import StoredOrigin
+from fedmezo_core.journal.signed_heads import Signer
+from fedmezo_core.machines.sealed_state import Origin, seal
 
 CANDIDATES_MAX = 4
 """Origins in memory that are still too new to be used."""

@@ -15,20 +15,11 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmezo_coordinator.admission import check_run_id
 from fedmezo_coordinator.compaction import Candidate, Compaction
-from fedmezo_coordinator.door import Door
-from fedmezo_coordinator.serving import Item, ServingLoop
-from fedmezo_coordinator.snapshots import SnapshotShelf
-from fedmezo_core.checkpoints import Signer
-from fedmezo_core.codec import (
-    diverged_to_pb,
-    evaluated_from_pb,
-    evaluated_to_pb,
-    snapshot_to_pb,
-)
-from fedmezo_core.cohort import REPLICA_PARTY
-from fedmezo_core.digests import PartyDigest
+from fedmezo_coordinator.serving.hello import check_run_id
+from fedmezo_coordinator.serving.loop import Item, ServingLoop
+from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_coordinator.snapshot_store import SnapshotShelf
 from fedmezo_core.errors import (
     JournalCorruptError,
     ProtocolError,
@@ -36,8 +27,18 @@ from fedmezo_core.errors import (
     UnknownWorkerError,
 )
 from fedmezo_core.events import Ready, ReplicaDigest, ReplicaEvaluated
-from fedmezo_core.journal import Entry, Journal
-from fedmezo_core.origin import Origin
+from fedmezo_core.journal.codec import (
+    diverged_to_pb,
+    evaluated_from_pb,
+    evaluated_to_pb,
+    snapshot_to_pb,
+)
+from fedmezo_core.journal.journal import Entry, Journal
+from fedmezo_core.journal.signed_heads import Signer
+from fedmezo_core.machines.cohort import REPLICA_PARTY
+from fedmezo_core.machines.divergence import PartyDigest
+from fedmezo_core.machines.rounds import Phase, RoundMachine
+from fedmezo_core.machines.sealed_state import Origin
 from fedmezo_core.records import (
     Answered,
     Committed,
@@ -49,8 +50,7 @@ from fedmezo_core.records import (
     Stopped,
     digest64_of,
 )
-from fedmezo_core.rounds import Phase, RoundMachine
-from fedmezo_core.snapshots import Snapshot
+from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")

@@ -22,13 +22,13 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from deploy.demo import report
-from deploy.demo.federation import Federation
+from deploy.demo import summary as report
 from deploy.demo.prepare import prepare
-from fedmezo_coordinator.view import run_line, run_view, seconds_left
-from fedmezo_core.client import CoordinatorClient
+from deploy.demo.processes import Federation
+from fedmezo_coordinator.programs.view import run_line, run_view, seconds_left
 from fedmezo_core.errors import ConfigError, DivergedError, UnavailableError
 from fedmezo_core.program import run_program
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 HERE = Path(__file__).parent

@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import digest64_of
+from fedmezo_core.zo.data.task import Batches, Dataset
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, local_steps
-from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.zo.forward.row_states import Prefix, RowStore
+from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.party import Party
-from fedmezo_core.zo.prefix import Prefix, RowStore
-from fedmezo_core.zo.task import Batches, Dataset
 
 _VISITS_MIN = 2
 """In float32 a row by itself takes 1.6 times as long as in a batch."""

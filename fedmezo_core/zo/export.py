@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedmezo_core.errors import ModelError
 from fedmezo_core.folders import whole_folder
-from fedmezo_core.zo.homes import homes_of
-from fedmezo_core.zo.model import quiet
+from fedmezo_core.zo.model.loading import quiet
+from fedmezo_core.zo.model.offload import homes_of
 
 _BASE_LAYER = ".base_layer."
 

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from fedmezo_core.errors import ConfigError, DataError
-from fedmezo_core.zo.homes import execution_device
+from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.party import Party
-from fedmezo_core.zo.rows import Row
 
 BATCH_ROWS = 32
 

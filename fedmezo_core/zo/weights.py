@@ -13,10 +13,10 @@ from torch import nn
 
 from fedmezo_core.errors import DivergedError, MismatchError, SnapshotDamagedError
 from fedmezo_core.zo import devices
-from fedmezo_core.zo.digest import weights_digest
 from fedmezo_core.zo.kept_base import KeptBase
-from fedmezo_core.zo.manifest import Manifest, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
+from fedmezo_core.zo.model.weight_digest import weights_digest
 from fedmezo_core.zo.noise import Distribution
 
 _PROBE_ELEMENTS = 1 << 20

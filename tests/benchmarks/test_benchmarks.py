@@ -13,11 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import bench, bench_gpu, figures, memory
+from benchmarks import bench, bench_gpu, figures
+from benchmarks.engine import measuring_memory as memory
+from benchmarks.engine.plain_torch import PlainTorch
+from benchmarks.engine.subjects import GPT2_TINY, gpt2
 from benchmarks.figures import Figure
 from benchmarks.machine import Machine
-from benchmarks.plain_torch import PlainTorch
-from benchmarks.subjects import GPT2_TINY, gpt2
 from fedmezo_core.zo.noise import Distribution
 
 ROOT = Path(__file__).parents[2]

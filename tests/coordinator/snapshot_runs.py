@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
-from fedmezo_core.journal import Journal
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Answered, Committed, Opened, PairRun, Snapshotted
-from fedmezo_core.snapshots import Snapshot, file_name
-from fedmezo_core.store import SqliteStore
+from fedmezo_core.wire.snapshots import Snapshot, file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import Served, config_of, genesis_of, served
+from tests.integration.support.harness import Served, config_of, genesis_of, served
 
 CHUNK_BYTES = 4096
 """Instead of 1 MiB, so that a small file has several chunks."""

@@ -12,21 +12,29 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmezo_coordinator.cli import check_compaction
-from fedmezo_coordinator.client_cli import app
 from fedmezo_coordinator.compaction import CANDIDATES_MAX, Compaction
-from fedmezo_coordinator.settings import CoordinatorSettings
-from fedmezo_core.checkpoints import Signer
-from fedmezo_core.codec import decode_record, encode_record
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.programs.coordinator_command import check_compaction
+from fedmezo_coordinator.programs.fedmezo_command import app
 from fedmezo_core.errors import ConfigError, JournalCompactedError, JournalCorruptError
-from fedmezo_core.journal import Journal, Row
-from fedmezo_core.origin import Origin
+from fedmezo_core.journal.codec import decode_record, encode_record
+from fedmezo_core.journal.journal import Journal, Row
+from fedmezo_core.journal.signed_heads import Signer
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.rounds import RunState
+from fedmezo_core.machines.sealed_state import Origin
 from fedmezo_core.records import Committed, Genesis
-from fedmezo_core.rounds import RunState
-from fedmezo_core.snapshots import file_name
-from fedmezo_core.store import SqliteStore
+from fedmezo_core.wire.snapshots import file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import Hand, Served, config_of, genesis_of, hands, served, until
+from tests.integration.support.harness import (
+    Hand,
+    Served,
+    config_of,
+    genesis_of,
+    hands,
+    served,
+    until,
+)
 
 RUN = {"rounds": 1000, "workers_min": 1, "quorum": 1, "local_steps": 1}
 GENESIS = genesis_of(config_of(**RUN))

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.long_run import next_assignment
-from benchmarks.swarm import answer_to, hello_of
+from benchmarks.serving.long_run import next_assignment
+from benchmarks.serving.swarm import answer_to, hello_of
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.serving import OUTBOX_MAX, Session
-from fedmezo_core.client import CoordinatorClient
-from fedmezo_core.codec import decode_record, encode_record
+from fedmezo_coordinator.serving.loop import OUTBOX_MAX, Session
 from fedmezo_core.errors import FedMezoError, JournalCorruptError, NotReadyError, ProtocolError
-from fedmezo_core.journal import ZERO_HASH, Journal, head_after
+from fedmezo_core.journal.codec import decode_record, encode_record
+from fedmezo_core.journal.journal import ZERO_HASH, Journal, head_after
+from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Answered, Committed, Genesis, Opened, Started
-from fedmezo_core.store import SqliteStore
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import (
+from tests.integration.support.harness import (
     config_of,
     environment,
     genesis_of,
@@ -61,14 +61,14 @@ def test_a_session_ends_once_and_with_what_was_first() -> None:
 @pytest.mark.parametrize(
     "module",
     [
-        "fedmezo_coordinator.cli",
-        "fedmezo_coordinator.client_cli",
+        "fedmezo_coordinator.programs.coordinator_command",
+        "fedmezo_coordinator.programs.fedmezo_command",
         "fedmezo_coordinator.daemon",
-        "fedmezo_coordinator.relay_cli",
-        "fedmezo_coordinator.service",
-        "fedmezo_coordinator.replica",
-        "fedmezo_core.client",
-        "fedmezo_worker.cli",
+        "fedmezo_coordinator.programs.relay_command",
+        "fedmezo_coordinator.serving.service",
+        "fedmezo_coordinator.replica.replica",
+        "fedmezo_core.wire.client",
+        "fedmezo_worker.worker_command",
     ],
 )
 def test_importing_it_imports_no_library_of_numbers(module: str) -> None:
@@ -188,7 +188,7 @@ async def test_a_round_goes_on_without_a_worker_that_left_once_it_is_overdue(
 async def test_one_worker_too_many_is_refused_until_another_has_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedmezo_coordinator.serving.WORKERS_MAX", 1)
+    monkeypatch.setattr("fedmezo_coordinator.serving.loop.WORKERS_MAX", 1)
     genesis = genesis_of(config_of(workers_min=4, quorum=4))
     async with served(tmp_path / "journal.db", genesis) as at:
         async with hands(at.address, genesis, "w1") as (first,):

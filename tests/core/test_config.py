@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmezo_core.codec import config_from_pb, config_to_pb
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError, ProtocolError
+from fedmezo_core.journal.codec import config_from_pb, config_to_pb
 from fedmezo_proto.v1 import journal_pb2 as pb
 
 VALUES: dict[str, Any] = {

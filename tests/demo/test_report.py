@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.demo import report
+from deploy.demo import summary as report
 from deploy.demo.__main__ import plan
 from fedmezo_core.errors import ConfigError
 from fedmezo_proto.v1 import coordinator_pb2 as wire

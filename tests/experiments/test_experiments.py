@@ -13,17 +13,19 @@ import pytest
 
 from benchmarks import figures
 from experiments import __main__ as program
-from experiments import memory, report, runs
+from experiments import peak_memory as memory
+from experiments import results as report
+from experiments import runs
 from experiments.catalogue import EXPERIMENTS, Arm, Changes, Experiment, run_of
 from experiments.first_order import FirstOrder
 from experiments.judging import Point
 from experiments.runs import Result, Run
-from experiments.settings import Settings, load_data, split
+from experiments.starting_point import Settings, load_data, split
 from fedmezo_core.errors import ConfigError
+from fedmezo_core.zo.data.rows import Row
 from fedmezo_core.zo.party import open_party
-from fedmezo_core.zo.rows import Row
-from tests.integration.harness import TASK
-from tests.integration.parties import write_rows
+from tests.integration.support.harness import TASK
+from tests.integration.support.parties import write_rows
 
 LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["c_attn"]}
 

@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 
-from experiments.federation import Federation, StalledError
+from experiments.in_memory_federation import Federation, StalledError
 from experiments.judging import Judge
-from fedmezo_core.client import CoordinatorClient
-from fedmezo_core.codec import encode_record
 from fedmezo_core.errors import ConfigError, MeasurementError
-from fedmezo_core.journal import Journal, JournalStore, MemoryStore
+from fedmezo_core.journal.codec import encode_record
+from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
+from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Record
-from fedmezo_core.store import SqliteStore
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.assignment import open_prefix
+from fedmezo_core.zo.data.rows import Row, read_rows
 from fedmezo_core.zo.estimator import Estimator
+from fedmezo_core.zo.forward.row_states import Prefix, SpooledRows
 from fedmezo_core.zo.party import Party, open_party
-from fedmezo_core.zo.prefix import Prefix, SpooledRows
-from fedmezo_core.zo.rows import Row, read_rows
-from tests.integration.harness import config_of, entries_of, run_values, served
-from tests.integration.parties import Workers, save_model
+from tests.integration.support.harness import config_of, entries_of, run_values, served
+from tests.integration.support.parties import Workers, save_model
 
 COLUMNS = ("text", "label")
 

@@ -12,10 +12,10 @@ from experiments.first_order import FedAvg, FirstOrder, differentiable_loss, tra
 from experiments.judging import Judge
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.zo.assignment import open_batches
-from fedmezo_core.zo.manifest import trained_tensors
+from fedmezo_core.zo.data.rows import Row, read_rows
+from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.party import Party, open_party
-from fedmezo_core.zo.rows import Row, read_rows
-from tests.integration.harness import config_of
+from tests.integration.support.harness import config_of
 
 COLUMNS = ("text", "label")
 LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["c_attn"]}

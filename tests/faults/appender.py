@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from fedmezo_core.errors import JournalError
-from fedmezo_core.journal import Journal, MemoryStore, Row
+from fedmezo_core.journal.journal import Journal, MemoryStore, Row
+from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Paused
-from fedmezo_core.store import SqliteStore
 
 BATCHES: Final = (1, 1, 3, 1, 2, 1, 1)
 """Rows of each append."""

@@ -25,14 +25,14 @@ from pathlib import Path
 from typing import Final
 from unittest.mock import patch
 
-from fedmezo_core import store as product
-from fedmezo_core.codec import encode_record
 from fedmezo_core.errors import JournalError
-from fedmezo_core.journal import ZERO_HASH, Journal, MemoryStore, Row, StoredOrigin
-from fedmezo_core.origin import Origin, seal
+from fedmezo_core.journal import sqlite as product
+from fedmezo_core.journal.codec import encode_record
+from fedmezo_core.journal.journal import ZERO_HASH, Journal, MemoryStore, Row, StoredOrigin
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.rounds import RunState
+from fedmezo_core.machines.sealed_state import Origin, seal
 from fedmezo_core.records import Paused
-from fedmezo_core.rounds import RunState
-from fedmezo_core.store import SqliteStore
 from tests.faults.disk import (
     RANDOM_MODES,
     Disk,
@@ -47,7 +47,7 @@ from tests.faults.disk import (
     replayed,
     written,
 )
-from tests.integration.harness import config_of, genesis_of
+from tests.integration.support.harness import config_of, genesis_of
 
 DRAWS: Final = 6
 """Random states at each operation, beside all lost and all kept."""

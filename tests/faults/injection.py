@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.faults.appender import NAME
-from tests.integration.harness import ROOT, environment
+from tests.integration.support.harness import ROOT, environment
 
 CALLS: Final = ("pwrite64", "fdatasync", "fsync")
 """What the store writes and syncs with on Linux."""

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
-from fedmezo_core import client
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis, digest64_of
+from fedmezo_core.wire import client
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
-from fedmezo_worker.settings import WorkerSettings
+from fedmezo_worker.worker_settings import WorkerSettings
 from tests.sim.checker import BASE_WEIGHTS, measure, rows_of, weights_after
 
 MEASURING_S: Final = 0.02

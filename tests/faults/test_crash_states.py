@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedmezo_core.errors import JournalError
-from fedmezo_core.journal import Row
-from fedmezo_core.store import SqliteStore
+from fedmezo_core.journal.journal import Row
+from fedmezo_core.journal.sqlite import SqliteStore
+from tests.core.journal.store_conformance import row
 from tests.faults.crash_states import (
     BIG_ROW_BYTES,
     SCENARIOS,
@@ -35,7 +36,6 @@ from tests.faults.disk import (
     recording,
     replayed,
 )
-from tests.store_conformance import row
 
 STATES_MIN = 10_000
 SEED = 0
@@ -84,7 +84,7 @@ def test_reading_a_dead_process_s_log_from_memory_is_caught(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a failed sync, what can be read need not be on the disk: appending after it is unsafe."""
-    monkeypatch.setattr("fedmezo_core.store._forget_cache", lambda path: None)
+    monkeypatch.setattr("fedmezo_core.journal.sqlite._forget_cache", lambda path: None)
     recorded.cache_clear()
     tally = tried("sync-fails-killed", SEED, folder)
     recorded.cache_clear()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_core.journal import Journal
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Paused
-from fedmezo_core.store import SqliteStore
 from tests.faults.appender import CHECKPOINT_PAGES, ENDS, NAME, records_of, rows_to_write
 from tests.faults.injection import (
     CALLS,

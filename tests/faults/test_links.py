@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator import service
-from fedmezo_core import client
+from fedmezo_coordinator.serving import service
+from fedmezo_core.wire import client
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.faults.light_worker import light_agent, with_quick_keepalive
 from tests.faults.proxy import Proxy, proxied
-from tests.integration.harness import (
+from tests.integration.support.harness import (
     PATIENCE_S,
     ROOT,
     Served,

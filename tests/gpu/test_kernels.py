@@ -12,7 +12,7 @@ import torch
 
 from fedmezo_core.errors import NumericError
 from fedmezo_core.zo import devices
-from fedmezo_core.zo.low_rank import Side, factors
+from fedmezo_core.zo.forward.low_rank import Side, factors
 from fedmezo_core.zo.materialize import (
     Commit,
     Rounding,

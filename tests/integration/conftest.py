@@ -12,8 +12,8 @@ import torch
 
 from fedmezo_core.records import Genesis
 from fedmezo_core.zo.party import open_party
-from tests.integration.harness import Programs, config_of
-from tests.integration.parties import Workers, save_model, write_rows
+from tests.integration.support.harness import Programs, config_of
+from tests.integration.support.parties import Workers, save_model, write_rows
 
 
 @pytest.fixture(scope="session", autouse=True)

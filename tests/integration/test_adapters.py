@@ -11,18 +11,19 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from fedmezo_coordinator import client_cli, replica
-from fedmezo_coordinator.settings import CoordinatorSettings
-from fedmezo_coordinator.supervisor import describe_base
-from fedmezo_core.codec import config_to_pb
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.programs import fedmezo_command as client_cli
+from fedmezo_coordinator.replica import replica
+from fedmezo_coordinator.replica.supervisor import describe_base
 from fedmezo_core.errors import ConfigError, FedMezoError, MismatchError
+from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.records import Genesis
 from fedmezo_core.zo.export import export_adapter
 from fedmezo_core.zo.materialize import Commit
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
-from fedmezo_worker.settings import WorkerSettings
-from tests.integration.harness import config_of, hands, served
+from fedmezo_worker.worker_settings import WorkerSettings
+from tests.integration.support.harness import config_of, hands, served
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": ["c_attn", "h.0.mlp.c_proj"]}
 CONFIG = config_of(rounds=2, workers_min=1, quorum=1, local_steps=1, lora=LORA)

@@ -14,15 +14,15 @@ from typing import Any
 import psutil
 import pytest
 
-from fedmezo_coordinator.replica import describe
-from fedmezo_core.client import CoordinatorClient
-from fedmezo_core.codec import config_to_pb
+from fedmezo_coordinator.replica.replica import describe
 from fedmezo_core.errors import DataError, FedMezoError, JournalError, ModelError
-from fedmezo_core.journal import Journal
+from fedmezo_core.journal.codec import config_to_pb
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Genesis
-from fedmezo_core.store import SqliteStore
-from fedmezo_worker import cli as worker_cli
-from tests.integration.harness import (
+from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_worker import worker_command as worker_cli
+from tests.integration.support.harness import (
     Program,
     Programs,
     answered_tickets,
@@ -35,7 +35,7 @@ from tests.integration.harness import (
     until,
     write_genesis,
 )
-from tests.integration.parties import Workers, save_model
+from tests.integration.support.parties import Workers, save_model
 
 
 def only_sentence(program: Program, name: str) -> str:
@@ -333,7 +333,9 @@ async def test_a_second_coordinator_on_the_same_journal(programs: Programs, jour
     _, address = await programs.coordinator(journal, HAND_RUN, "--no-replica")
     said = await refused(programs, journal, HAND_RUN)
     assert f"The journal {journal} is open in another process; stop that coordinator first" in said
-    listed = programs.start("fedmezo_coordinator.client_cli", "journal", "inspect", str(journal))
+    listed = programs.start(
+        "fedmezo_coordinator.programs.fedmezo_command", "journal", "inspect", str(journal)
+    )
     assert await listed.wait() == 1
     assert "is open in another process" in only_sentence(listed, "fedmezo")
     async with CoordinatorClient(address) as client:  # The first one is unharmed.
@@ -375,7 +377,9 @@ async def test_one_flipped_byte_in_a_record(programs: Programs, journal: Path) -
     rewrite(journal, lambda content: content.replace(b"tiny-run", b"tiny-rum"))
     said = await refused(programs, journal, HAND_RUN)
     assert "Journal record 0 is not what was written (its hash does not match)" in said
-    verified = programs.start("fedmezo_coordinator.client_cli", "journal", "verify", str(journal))
+    verified = programs.start(
+        "fedmezo_coordinator.programs.fedmezo_command", "journal", "verify", str(journal)
+    )
     assert await verified.wait() == 1
     assert "Journal record 0 is not what was written" in only_sentence(verified, "fedmezo")
 

@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.records import Committed, Genesis, Opened, Place
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.party import commits_of, open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import records_of, served, until
-from tests.integration.parties import Workers, Working
+from tests.integration.support.harness import records_of, served, until
+from tests.integration.support.parties import Workers, Working
 
 ROUNDS = 20
 ROUNDS_MISSED = 4

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedmezo_coordinator import client_cli
-from fedmezo_core.client import CoordinatorClient
+from fedmezo_coordinator.programs import fedmezo_command as client_cli
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.journal import Journal
-from fedmezo_core.store import SqliteStore
-from tests.integration.harness import Programs, run_values, until
-from tests.integration.parties import Workers
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.wire.client import CoordinatorClient
+from tests.integration.support.harness import Programs, run_values, until
+from tests.integration.support.parties import Workers
 from tests.integration.test_snapshots import Held, at_round, joined, snapshot_of
 
 ROUNDS = 16

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.integration.harness import PATIENCE_S, ROOT
-from tests.integration.parties import write_rows
+from tests.integration.support.harness import PATIENCE_S, ROOT
+from tests.integration.support.parties import write_rows
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -15,13 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from fedmezo_coordinator import client_cli
-from fedmezo_core.client import CoordinatorClient
+from fedmezo_coordinator.programs import fedmezo_command as client_cli
 from fedmezo_core.errors import DivergedError
 from fedmezo_core.records import Answered, Committed, Diverged, Genesis, Started
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.party import commits_of, open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import (
+from tests.integration.support.harness import (
     Programs,
     records_of,
     run_values,
@@ -29,7 +29,7 @@ from tests.integration.harness import (
     until,
     write_genesis,
 )
-from tests.integration.parties import Workers
+from tests.integration.support.parties import Workers
 
 ROUNDS = 8
 ALL_FIVE = {"rounds": ROUNDS, "workers_min": 5, "quorum": 5}
@@ -141,11 +141,17 @@ async def test_separate_processes_agree_although_one_is_killed_and_one_comes_lat
     assert_same_end(status, undisturbed)
     assert set(digests_of(status)) == {"w1", "w2", "w3", "w4", "w5", "replica"}
 
-    shown = programs.start("fedmezo_coordinator.client_cli", "status", "--coordinator", address)
+    shown = programs.start(
+        "fedmezo_coordinator.programs.fedmezo_command", "status", "--coordinator", address
+    )
     assert await shown.wait() == 0
     assert status.head.hex()[:16] in shown.said
     asked = programs.start(
-        "fedmezo_coordinator.client_cli", "journal", "verify", "--coordinator", address
+        "fedmezo_coordinator.programs.fedmezo_command",
+        "journal",
+        "verify",
+        "--coordinator",
+        address,
     )
     assert await asked.wait() == 0
     assert f"head {status.head.hex()}" in asked.said
@@ -154,7 +160,7 @@ async def test_separate_processes_agree_although_one_is_killed_and_one_comes_lat
     assert await coordinator.wait() == 0
 
     listed = programs.start(
-        "fedmezo_coordinator.client_cli", "journal", "inspect", "--json", str(journal)
+        "fedmezo_coordinator.programs.fedmezo_command", "journal", "inspect", "--json", str(journal)
     )
     assert await listed.wait() == 0
     kinds = [json.loads(line)["kind"] for line in listed.said.splitlines()]

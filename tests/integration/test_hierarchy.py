@@ -18,25 +18,25 @@ from typing import Any, cast
 import pytest
 import trustme
 
-from fedmezo_coordinator.relay import Relay
-from fedmezo_coordinator.settings import RelaySettings
-from fedmezo_core.aggregate import site_mean
-from fedmezo_core.checkpoints import open_signer
-from fedmezo_core.client import CoordinatorClient
+from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.relay_daemon import Relay
 from fedmezo_core.errors import FedMezoError, UnavailableError
 from fedmezo_core.events import Measure, Measured
-from fedmezo_core.journal import Journal
-from fedmezo_core.journal_copy import verified
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.party_copy import verified
+from fedmezo_core.journal.signed_heads import open_signer
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.aggregate import site_mean
 from fedmezo_core.records import Answered, Committed, Diverged, Genesis
-from fedmezo_core.store import SqliteStore
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.party import commits_of as pairs_of
 from fedmezo_core.zo.party import open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
-from fedmezo_worker.settings import WorkerSettings
+from fedmezo_worker.worker_settings import WorkerSettings
 from tests.faults.light_worker import LightEngine
-from tests.integration.harness import (
+from tests.integration.support.harness import (
     PATIENCE_S,
     Programs,
     answer_to,
@@ -49,7 +49,7 @@ from tests.integration.harness import (
     until,
     write_genesis,
 )
-from tests.integration.parties import Workers
+from tests.integration.support.parties import Workers
 from tests.sim.checker import measure, rows_of
 
 ROUNDS = 6
@@ -307,7 +307,7 @@ async def test_a_relay_that_was_killed_loses_nothing(tmp_path: Path, crew: Crew)
 
     def relay(name: str, upstream: str, port: int = 0) -> Any:
         return programs.start(
-            "fedmezo_coordinator.relay_cli",
+            "fedmezo_coordinator.programs.relay_command",
             *("--upstream", upstream, "--name", name, "--workers-min", "2"),
             *("--listen", f"127.0.0.1:{port}", "--journal-copy", f"{name}.db"),
         )
@@ -526,14 +526,14 @@ async def test_a_relay_without_a_coordinator_waits_and_stops_cleanly(tmp_path: P
     programs = Programs(tmp_path)
     try:
         waiting = programs.start(
-            "fedmezo_coordinator.relay_cli",
+            "fedmezo_coordinator.programs.relay_command",
             *("--upstream", "127.0.0.1:9", "--name", "a", "--listen", "127.0.0.1:0"),
         )
         await waiting.says("No coordinator answers at 127.0.0.1:9")
         waiting.send(signal.SIGTERM)
         assert await waiting.wait() == 0
         hasty = programs.start(
-            "fedmezo_coordinator.relay_cli",
+            "fedmezo_coordinator.programs.relay_command",
             *("--upstream", "127.0.0.1:9", "--name", "a", "--listen", "127.0.0.1:0"),
             *("--give-up-after-s", "0"),
         )
@@ -541,7 +541,7 @@ async def test_a_relay_without_a_coordinator_waits_and_stops_cleanly(tmp_path: P
         assert "fedmezo-relay: No coordinator answers at 127.0.0.1:9" in hasty.said
         async with served(tmp_path / "one.db", genesis()) as at:
             relay = programs.start(
-                "fedmezo_coordinator.relay_cli",
+                "fedmezo_coordinator.programs.relay_command",
                 *("--upstream", at.address, "--name", "a", "--listen", "127.0.0.1:0"),
             )
             await relay.says("run tiny-run is served at")
@@ -666,7 +666,7 @@ async def test_who_comes_to_a_relay_that_is_not_up_to_date_is_told_to_come_again
 def test_settings_that_make_no_sense_are_refused_in_one_sentence(
     flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fedmezo_coordinator.relay_cli import main
+    from fedmezo_coordinator.programs.relay_command import main
 
     assert main(flags) == 2
     said = capsys.readouterr().err.strip()

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from fedmezo_coordinator import client_cli
-from fedmezo_core.checkpoints import Signer, open_signer
-from fedmezo_core.client import CoordinatorClient
+from fedmezo_coordinator.programs import fedmezo_command as client_cli
 from fedmezo_core.errors import DivergedError, MismatchError
+from fedmezo_core.journal.signed_heads import Signer, open_signer
 from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import entries_of, served, until
-from tests.integration.parties import Workers, Working
+from tests.integration.support.harness import entries_of, served, until
+from tests.integration.support.parties import Workers, Working
 
 ROUNDS = 6
 TWO = {"rounds": ROUNDS, "workers_min": 2, "quorum": 2}

@@ -9,13 +9,20 @@ from typing import Any
 
 import pytest
 
-from fedmezo_core.client import CoordinatorClient
-from fedmezo_core.codec import decode_record
+from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.records import Committed, Genesis, Opened, Paused, Resumed
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.party import commits_of, open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import Programs, records_of, run_values, served, until, write_genesis
-from tests.integration.parties import Workers
+from tests.integration.support.harness import (
+    Programs,
+    records_of,
+    run_values,
+    served,
+    until,
+    write_genesis,
+)
+from tests.integration.support.parties import Workers
 
 THREE: dict[str, Any] = {"workers_min": 3, "quorum": 3}
 ALONE: dict[str, Any] = {"workers_min": 1, "quorum": 1}
@@ -163,7 +170,9 @@ async def test_a_diverging_run_pauses_and_a_person_lets_it_go_on(
     run = run_values(**way)
     paused, address = await programs.coordinator(journal, run, "--no-replica")
     assert "the run is paused: the training loss is" in paused.said
-    shown = programs.start("fedmezo_coordinator.client_cli", "status", "--coordinator", address)
+    shown = programs.start(
+        "fedmezo_coordinator.programs.fedmezo_command", "status", "--coordinator", address
+    )
     await shown.wait()
     assert "PAUSED" in shown.said
     assert "--resume" in shown.said

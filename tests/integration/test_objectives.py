@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.records import Answered, Committed, Genesis
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.objective import load_objective
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration import scoring
-from tests.integration.harness import (
+from tests.integration.support import scoring
+from tests.integration.support.harness import (
     TASK,
     Programs,
     records_of,
@@ -27,7 +27,7 @@ from tests.integration.harness import (
     served,
     until,
 )
-from tests.integration.parties import Workers, write_rows
+from tests.integration.support.parties import Workers, write_rows
 
 ERROR_RATE = "fedmezo_core.zo.objectives:error_rate"
 

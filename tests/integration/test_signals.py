@@ -9,9 +9,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedmezo_core.client import CoordinatorClient
 from fedmezo_core.records import Genesis
-from tests.integration.harness import Program, Programs, run_values, until, write_genesis
+from fedmezo_core.wire.client import CoordinatorClient
+from tests.integration.support.harness import Program, Programs, run_values, until, write_genesis
 
 SECONDS = 20.0
 """What "within seconds" may be on a machine that does much else."""

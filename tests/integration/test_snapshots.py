@@ -12,25 +12,25 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from fedmezo_coordinator import snapshots as shelf_module
-from fedmezo_core.client import CoordinatorClient
+from fedmezo_coordinator import snapshot_store as shelf_module
 from fedmezo_core.errors import UnavailableError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Genesis, Snapshotted
-from fedmezo_core.snapshots import file_name
-from fedmezo_core.zo.manifest import trained_tensors
+from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.snapshots import file_name
+from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.snapshot_files import write_snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.engine import Engine
 from tests.coordinator.snapshot_runs import CHUNK_BYTES, Kept, count_and_break
-from tests.integration.harness import (
+from tests.integration.support.harness import (
     Programs,
     records_of,
     run_values,
     served,
     until,
 )
-from tests.integration.parties import GatedEngine, Workers
+from tests.integration.support.parties import GatedEngine, Workers
 
 ROUNDS = 8
 RUN = {"rounds": ROUNDS, "workers_min": 2, "quorum": 2}

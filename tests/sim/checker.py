@@ -8,10 +8,11 @@ import struct
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from fedmezo_core.aggregate import decay_of
 from fedmezo_core.config import RunConfig
 from fedmezo_core.events import SendAnswer, Ticket
-from fedmezo_core.rates import schedule_factor
+from fedmezo_core.machines.aggregate import decay_of
+from fedmezo_core.machines.rates import schedule_factor
+from fedmezo_core.machines.seeds import Pool, seeds_of
 from fedmezo_core.records import (
     Answered,
     Committed,
@@ -24,7 +25,6 @@ from fedmezo_core.records import (
     digest64_of,
     rounding_seed_of,
 )
-from fedmezo_core.seeds import Pool, seeds_of
 
 BASE_WEIGHTS = hashlib.sha256(b"base").digest()
 

@@ -37,10 +37,10 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal import Row, head_after
+from fedmezo_core.journal.journal import Row, head_after
+from fedmezo_core.machines.relay import RelayMachine, RelayReady
+from fedmezo_core.machines.rounds import Phase
 from fedmezo_core.records import Answered, Committed, Genesis
-from fedmezo_core.relay import RelayMachine, RelayReady
-from fedmezo_core.rounds import Phase
 from tests.sim.checker import Checker, ViolationError, _binary32, measure, rows_of
 from tests.sim.world import (
     TICK_MS,

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from fedmezo_core import relay as relay_module
-from fedmezo_core.aggregate import SiteMean, site_mean
 from fedmezo_core.events import Acknowledged, SendAnswer
+from fedmezo_core.machines import relay as relay_module
+from fedmezo_core.machines.aggregate import SiteMean, site_mean
+from fedmezo_core.machines.relay import RelayMachine, RelayReady
 from fedmezo_core.records import Answered
-from fedmezo_core.relay import RelayMachine, RelayReady
 from tests.sim.checker import ViolationError
 from tests.sim.hierarchy import HierarchyWorld, SiteChecker
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from fedmezo_core.events import AnswerReceived, Ready, RoundEvent, Ticket
-from fedmezo_core.rounds import RoundMachine
+from fedmezo_core.machines.rounds import RoundMachine
 from tests.sim.checker import ViolationError
 from tests.sim.slow_worker import play
 from tests.sim.world import World

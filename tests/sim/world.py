@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from fedmezo_core.codec import decode_record, encode_record
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import DivergedError, ProtocolError
 from fedmezo_core.events import (
@@ -55,10 +54,11 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal import ZERO_HASH, Entry, Journal, MemoryStore, Row, head_after
+from fedmezo_core.journal.codec import decode_record, encode_record
+from fedmezo_core.journal.journal import ZERO_HASH, Entry, Journal, MemoryStore, Row, head_after
+from fedmezo_core.machines.rounds import Phase, RoundMachine, RunState
+from fedmezo_core.machines.session import SessionMachine
 from fedmezo_core.records import Committed, Genesis, Opened, Paused, Record, digest64_of
-from fedmezo_core.rounds import Phase, RoundMachine, RunState
-from fedmezo_core.session import SessionMachine
 from tests.sim.checker import (
     BASE_WEIGHTS,
     Checker,

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator.door import Door
-from fedmezo_core.client import CoordinatorClient
+from fedmezo_coordinator.serving.session_limit import Door
 from fedmezo_core.errors import ProtocolError, UnavailableError
 from fedmezo_core.records import Genesis
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.harness import hands, served, until
-from tests.integration.parties import Workers
+from tests.integration.support.harness import hands, served, until
+from tests.integration.support.parties import Workers
 
 
 async def test_a_replaced_worker_ends_with_the_reason(

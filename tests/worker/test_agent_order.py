@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import pytest
 
-from fedmezo_core.client import SessionStream
 from fedmezo_core.errors import UnavailableError
 from fedmezo_core.events import ApplyCommit, SendAnswer, SessionAction, Ticket
 from fedmezo_core.records import Committed
+from fedmezo_core.wire.client import SessionStream
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
-from fedmezo_worker.settings import WorkerSettings
+from fedmezo_worker.worker_settings import WorkerSettings
 
 
 class RecordingEngine(Engine):

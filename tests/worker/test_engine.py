@@ -13,13 +13,13 @@ import pytest
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, PairRun, digest64_of, first_seed_of
-from fedmezo_core.zo import prefix
+from fedmezo_core.zo.data.rows import read_rows
+from fedmezo_core.zo.forward import row_states as prefix
 from fedmezo_core.zo.party import open_party
-from fedmezo_core.zo.rows import read_rows
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.scorer import CancelledMeasurementError
-from fedmezo_worker.settings import WorkerSettings
-from tests.integration.harness import config_of
+from fedmezo_worker.worker_settings import WorkerSettings
+from tests.integration.support.harness import config_of
 
 FIRST_SEED = first_seed_of(7, 1, 0)
 STEPS = 2

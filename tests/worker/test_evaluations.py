@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from fedmezo_coordinator.serving import Session
-from fedmezo_core.client import CoordinatorClient
+from fedmezo_coordinator.serving.loop import Session
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Genesis
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.evaluations import Evaluations, HeldOutResult
-from tests.integration.harness import served, until
-from tests.integration.parties import GatedEngine, Workers
+from tests.integration.support.harness import served, until
+from tests.integration.support.parties import GatedEngine, Workers
 
 ROUNDS = 6
 HELD = 2

@@ -2,6 +2,6 @@
 
 import sys
 
-from fedmezo_worker.cli import main
+from fedmezo_worker.worker_command import main
 
 sys.exit(main())

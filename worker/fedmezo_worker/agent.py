@@ -10,17 +10,6 @@ import time
 from collections.abc import Awaitable, Sequence
 from typing import Any
 
-from fedmezo_core.backoff import delay_after_refusal_s
-from fedmezo_core.catch_up import Speeds, takes_snapshot
-from fedmezo_core.client import CoordinatorClient, RunDescription, SessionStream
-from fedmezo_core.codec import (
-    answer_to_pb,
-    commit_of,
-    event_from_pb,
-    hello_to_pb,
-    unable_to_pb,
-)
-from fedmezo_core.download import downloaded
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
@@ -51,16 +40,27 @@ from fedmezo_core.events import (
     SessionEvent,
     Welcomed,
 )
-from fedmezo_core.history import History
+from fedmezo_core.journal.codec import (
+    answer_to_pb,
+    commit_of,
+    event_from_pb,
+    hello_to_pb,
+    unable_to_pb,
+)
+from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.records import Committed, Genesis
-from fedmezo_core.session import SessionMachine, SessionState
-from fedmezo_core.snapshots import Snapshot, SnapshotOffer
+from fedmezo_core.wire.backoff import delay_after_refusal_s
+from fedmezo_core.wire.catch_up import Speeds, takes_snapshot
+from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
+from fedmezo_core.wire.download import downloaded
+from fedmezo_core.wire.history import History
+from fedmezo_core.wire.snapshots import Snapshot, SnapshotOffer
 from fedmezo_core.zo.kept_base import folder_on_a_disk
 from fedmezo_core.zo.party import Party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.evaluations import Evaluations, HeldOutResult
-from fedmezo_worker.settings import WorkerSettings
+from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
 

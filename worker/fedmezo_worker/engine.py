@@ -15,20 +15,20 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, SnapshotDamagedError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
-from fedmezo_core.snapshots import Snapshot
+from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_prefix
+from fedmezo_core.zo.data.rows import Row, read_rows
+from fedmezo_core.zo.data.task import Batches, Dataset
 from fedmezo_core.zo.estimator import Estimator
+from fedmezo_core.zo.forward.row_states import Prefix, SpooledRows
+from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objective import Objective, load_objective
 from fedmezo_core.zo.party import Party, commits_of, open_party
-from fedmezo_core.zo.placement import Placement
-from fedmezo_core.zo.prefix import Prefix, SpooledRows
-from fedmezo_core.zo.rows import Row, read_rows
 from fedmezo_core.zo.snapshot_files import install_snapshot
-from fedmezo_core.zo.task import Batches, Dataset
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.evaluations import HeldOutResult
 from fedmezo_worker.scorer import CancelledMeasurementError, Scorer
-from fedmezo_worker.settings import WorkerSettings
+from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
 

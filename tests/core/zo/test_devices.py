@@ -22,6 +22,7 @@ from fedmezo_core.errors import NumericError
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize_reference
 from fedmezo_core.zo.noise import Distribution, portable, spec
+from tests.core.zo.noise.test_noise_spec import columns_of
 from tests.core.zo.test_materialize import (
     STORAGE,
     assert_same_bits,
@@ -35,7 +36,6 @@ from tests.core.zo.test_materialize import (
     places,
     weights_of,
 )
-from tests.core.zo.test_noise_spec import columns_of
 
 # The interpreter is NumPy, which says when a float overflows or a NaN is made.
 pytestmark = pytest.mark.filterwarnings(

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from fedmezo_core.rates import update_distances
+from fedmezo_core.machines.rates import update_distances
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.noise import Distribution
 

@@ -19,18 +19,17 @@ from fedmezo_core.errors import MeasurementError, ModelError, NumericError
 from fedmezo_core.events import Work
 from fedmezo_core.zo import devices
 from fedmezo_core.zo import estimator as estimator_module
-from fedmezo_core.zo import forward as forward_module
-from fedmezo_core.zo.digest import base_digest
+from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Pair, local_steps
-from fedmezo_core.zo.manifest import Manifest, manifest_of, tensor_ids, trained_tensors
+from fedmezo_core.zo.forward import forward as forward_module
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize, materialize_fan
-from fedmezo_core.zo.model import add_adapter
+from fedmezo_core.zo.model.loading import add_adapter
+from fedmezo_core.zo.model.manifest import Manifest, manifest_of, tensor_ids, trained_tensors
+from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.noise import Distribution
-from fedmezo_core.zo.rows import Row
-from fedmezo_core.zo.task import Batch, Task
-
-from .conftest import MODEL_KINDS, SENTENCES
-from .frozen_parts import estimator_on
+from tests.core.zo.conftest import MODEL_KINDS, SENTENCES
+from tests.core.zo.forward.frozen_parts import estimator_on
 
 EPS = 1e-2
 LOCAL: list[Pair] = [(11, 0.02), (12, -0.03)]

@@ -9,14 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedmezo_coordinator import client_cli
-from fedmezo_core.codec import decode_record, encode_record
+from fedmezo_coordinator.programs import fedmezo_command as client_cli
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError, DataError
+from fedmezo_core.journal.codec import decode_record, encode_record
+from fedmezo_core.zo.data.rows import Row, read_rows
 from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.party import Party, open_party
-from fedmezo_core.zo.rows import Row, read_rows
-from tests.integration.parties import save_model, write_rows
+from tests.integration.support.parties import save_model, write_rows
 
 TASK = {"template": "{text} It was", "verbalizers": {"negative": " bad", "positive": " good"}}
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmezo_core.errors import MismatchError, NumericError
-from fedmezo_core.zo.low_rank import Side, factors, split
+from fedmezo_core.zo.forward.low_rank import Side, factors, split
 from fedmezo_core.zo.materialize import (
     Commit,
     Rounding,
@@ -31,7 +31,7 @@ from fedmezo_core.zo.materialize import (
     warm_up,
 )
 from fedmezo_core.zo.noise import Distribution, cpu, spec
-from tests.core.zo.test_noise_spec import columns_of
+from tests.core.zo.noise.test_noise_spec import columns_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "noise" / "v1.json"
 

@@ -25,17 +25,16 @@ from fedmezo_core.errors import ConfigError, MeasurementError
 from fedmezo_core.events import Work
 from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo import objectives
+from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Estimator, Pair, local_steps
-from fedmezo_core.zo.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.objective import SCORE_ABS_MAX, Objective, Predictions, load_objective
-from fedmezo_core.zo.rows import Row
-from fedmezo_core.zo.task import Batch, Task
 from fedmezo_core.zo.weights import Weights
-from tests.integration.parties import TEXTS
-
-from .conftest import SENTENCES
+from tests.core.zo.conftest import SENTENCES
+from tests.integration.support.parties import TEXTS
 
 EPS = 3e-2
 LOCAL: list[Pair] = [(11, 0.02), (12, -0.03)]

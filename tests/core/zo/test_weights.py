@@ -21,7 +21,6 @@ from fedmezo_core.errors import ConfigError, DivergedError, MismatchError, Numer
 from fedmezo_core.records import Committed, PairRun
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.kept_base import KeptBase
-from fedmezo_core.zo.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.materialize import (
     Commit,
     Rounding,
@@ -29,10 +28,11 @@ from fedmezo_core.zo.materialize import (
     materialize_fan,
     materialize_reference,
 )
-from fedmezo_core.zo.model import load_model
+from fedmezo_core.zo.model.loading import load_model
+from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
+from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.party import commits_of
-from fedmezo_core.zo.placement import Placement
 from fedmezo_core.zo.weights import Weights
 
 HOW: Any = {"distribution": Distribution.RADEMACHER, "rounding": Rounding.STOCHASTIC}

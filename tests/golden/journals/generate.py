@@ -13,13 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedmezo_core.aggregate import to_binary32
-from fedmezo_core.checkpoints import Signer
-from fedmezo_core.codec import encode_record
 from fedmezo_core.config import RunConfig
-from fedmezo_core.journal import Journal, MemoryStore, StoredOrigin
-from fedmezo_core.journal_copy import JournalCopy
-from fedmezo_core.origin import Origin, seal
+from fedmezo_core.journal.codec import encode_record
+from fedmezo_core.journal.journal import Journal, MemoryStore, StoredOrigin
+from fedmezo_core.journal.party_copy import JournalCopy
+from fedmezo_core.journal.signed_heads import Signer
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.aggregate import to_binary32
+from fedmezo_core.machines.rounds import RunState
+from fedmezo_core.machines.sealed_state import Origin, seal
 from fedmezo_core.records import (
     Answered,
     Checkpoint,
@@ -34,10 +36,8 @@ from fedmezo_core.records import (
     Started,
     Stopped,
 )
-from fedmezo_core.rounds import RunState
-from fedmezo_core.store import SqliteStore
-from tests.core.test_golden_journals import HERE, outcome
-from tests.integration.harness import config_of, genesis_of
+from tests.core.journal.test_golden_journals import HERE, outcome
+from tests.integration.support.harness import config_of, genesis_of
 from tests.sim.world import World
 
 Test = Callable[[RunConfig, list[Record]], bool]

@@ -1,0 +1,173 @@
+"""A coordinator process to be measured: the command itself, with TLS and a real journal, on a core of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import trustme
+
+from fedmezo_core.config import RunConfig, parse_run
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.records import Genesis
+from fedmezo_core.wire.client import CHANNEL_OPTIONS
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
+
+ROOT = Path(__file__).parents[2]
+HOST = "127.0.0.1"
+START_S = 120.0
+
+
+def contract(**changes: Any) -> RunConfig:
+    """A run's contract for workers without a model."""
+    values: dict[str, Any] = {
+        "run_id": "bench",
+        "model": "none",
+        "task": {"template": "{text}", "verbalizers": {"no": " no", "yes": " yes"}},
+        "rounds": 10_000_000,
+        "digest_every_rounds": 1_000_000,
+    }
+    return parse_run(values | changes, "the benchmark's run")
+
+
+def genesis_of(config: RunConfig) -> Genesis:
+    """A genesis of a model that is never loaded."""
+    return Genesis(
+        config, b"m" * 32, b"b" * 32, b"t" * 32, trainable_elements=8, trainable_bytes=32
+    )
+
+
+def cores() -> tuple[set[int], set[int]]:
+    """Cores of the coordinator and of its load; the same ones where there is only one."""
+    all_cores = sorted(os.sched_getaffinity(0))
+    return {all_cores[0]}, set(all_cores[1:]) or {all_cores[0]}
+
+
+class Coordinator:
+    """The process, which may be killed and started again on the same port and journal."""
+
+    def __init__(self, folder: Path, config: RunConfig, *, pinned: bool = True) -> None:
+        """`folder` keeps journal, keys and log."""
+        self.folder = folder
+        self.genesis = genesis_of(config)
+        self.journal = folder / "journal.db"
+        self.ca = folder / "ca.pem"
+        self._pinned = pinned
+        self._issue()
+        with socket.socket() as free:
+            free.bind((HOST, 0))
+            self.port = int(free.getsockname()[1])
+        if not self.journal.exists():
+            journal = Journal(SqliteStore(self.journal))
+            journal.append([self.genesis])
+            journal.close()
+
+    def _issue(self) -> None:
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(str(self.ca))
+        pair = authority.issue_cert(HOST)
+        pair.private_key_pem.write_to_path(str(self.folder / "key.pem"))
+        (self.folder / "cert.pem").write_bytes(b"".join(b.bytes() for b in pair.cert_chain_pems))
+
+    def start(self) -> None:
+        """Start it, and wait until it answers a GetStatus."""
+        self.launch()
+        self.wait_until_it_serves()
+
+    def launch(self) -> None:
+        """Start it only."""
+        roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker")]
+        server_cores = cores()[0]
+        self._log = (self.folder / "coordinator.log").open("ab")
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "fedmezo_coordinator", "--no-replica"),
+                *("--journal", self.journal, "--listen", f"{HOST}:{self.port}"),
+                *("--tls-cert", self.folder / "cert.pem", "--tls-key", self.folder / "key.pem"),
+            ],
+            env={k: v for k, v in os.environ.items() if not k.startswith("FEDMEZO_")}
+            | {"PYTHONPATH": os.pathsep.join(roots)},
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+        )
+        if self._pinned:
+            os.sched_setaffinity(self._process.pid, server_cores)
+        self.process = psutil.Process(self._process.pid)
+
+    def wait_until_it_serves(self, timeout_s: float = START_S) -> None:
+        """Ask until it answers."""
+        end_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.status()
+                return
+            except grpc.RpcError:
+                if self._process.poll() is not None or time.monotonic() > end_s:
+                    log = (self.folder / "coordinator.log").read_text(errors="replace")
+                    raise RuntimeError(f"the coordinator does not serve:\n{log[-2000:]}") from None
+                time.sleep(0.02)
+
+    def status(self) -> wire.GetStatusResponse:
+        """What it says of itself."""
+        with self.channel() as channel:
+            stub = rpc.CoordinatorServiceStub(channel)
+            answer: wire.GetStatusResponse = stub.GetStatus(wire.GetStatusRequest(), timeout=20)
+            return answer
+
+    def channel(self) -> grpc.Channel:
+        """A new connection by gRPC's own client."""
+        trusted = grpc.ssl_channel_credentials(self.ca.read_bytes())
+        return grpc.secure_channel(
+            f"{HOST}:{self.port}",
+            trusted,
+            options=(*CHANNEL_OPTIONS, ("grpc.max_receive_message_length", 64 * 2**20)),
+        )
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def stop(self) -> None:
+        """End it, whatever state it is in."""
+        if self._process.poll() is None:
+            self.kill()
+
+    @property
+    def resident_mb(self) -> float:
+        """Memory that it holds."""
+        return float(self.process.memory_info().rss) / 1e6
+
+    @property
+    def cpu_s(self) -> float:
+        """CPU time so far."""
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
+@contextmanager
+def serving(folder: Path, config: RunConfig) -> Iterator[Coordinator]:
+    """A started coordinator; the load stays off its core meanwhile."""
+    coordinator = Coordinator(folder, config)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores()[1])
+    try:
+        coordinator.start()
+        yield coordinator
+    finally:
+        coordinator.stop()
+        os.sched_setaffinity(0, before)

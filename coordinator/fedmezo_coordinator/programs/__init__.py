@@ -1,0 +1,1 @@
+"""The commands: fedmezo, fedmezo-coordinator and fedmezo-relay."""

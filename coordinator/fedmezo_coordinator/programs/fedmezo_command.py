@@ -1,0 +1,508 @@
+"""`fedmezo`: split data, look at a run, check its journal, take its model home."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.live import Live
+
+from fedmezo_coordinator.coordinator_settings import ENVIRONMENT_PREFIX, CoordinatorSettings
+from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
+from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
+from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
+from fedmezo_coordinator.stores.opening import journal_shown, open_store, path_beside
+from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, ModelError
+from fedmezo_core.journal.journal import Journal, MemoryStore, Row, StoredOrigin
+from fedmezo_core.journal.party_copy import verified
+from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.machines.rounds import RoundMachine
+from fedmezo_core.machines.sealed_state import Origin, unseal
+from fedmezo_core.program import run_program
+from fedmezo_core.records import (
+    Answered,
+    Checkpoint,
+    Committed,
+    Diverged,
+    Evaluated,
+    Genesis,
+    Opened,
+    PairRun,
+    Paused,
+    Record,
+    Resumed,
+    Snapshotted,
+    Started,
+    Stopped,
+)
+from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+app = typer.Typer(
+    name="fedmezo",
+    help="Split data, look at a federated run, check its journal, take its model home.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+journal_app = typer.Typer(
+    help="Read a journal: a file, or a running coordinator's.", no_args_is_help=True
+)
+app.add_typer(journal_app, name="journal")
+
+Coordinator = Annotated[
+    str,
+    typer.Option(
+        "--coordinator", envvar="FEDMEZO_COORDINATOR", help="host:port of the coordinator"
+    ),
+]
+TlsCa = Annotated[
+    Path | None, typer.Option(help="PEM file of the CA to trust; without it, plain TCP")
+]
+JournalPlace = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="JOURNAL",
+        help="journal file of a stopped coordinator, or its postgresql:// URL; "
+        "without it, --coordinator is asked",
+    ),
+]
+DEFAULT_ADDRESS = "127.0.0.1:7465"
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    return run_program("fedmezo", lambda: app(standalone_mode=True))
+
+
+@app.command()
+def status(
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
+) -> None:
+    """Show progress, workers, traffic, digests and evaluations of a run."""
+    answer = asyncio.run(_status(coordinator, tls_ca))
+    if as_json:
+        print(json.dumps(status_values(answer)))
+    else:
+        Console().print(run_view(answer))
+    if not agreement(answer)[0]:
+        raise DivergedError("Not all parties hold the same weights; restart those named above.")
+
+
+@app.command()
+def watch(
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    every_s: Annotated[float, typer.Option(min=0.1, help="seconds between looks")] = 1.0,
+) -> None:
+    """Follow a run until it is finished; Ctrl-C stops watching, not the run."""
+    asyncio.run(_watch(coordinator, tls_ca, every_s))
+
+
+@journal_app.command()
+def inspect(
+    journal: JournalPlace = None,
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+) -> None:
+    """Print the journal's records, one a line."""
+    with _opened(journal, coordinator, tls_ca) as source:
+        origin = source.origin()
+        if origin is not None and from_seqno < origin.seqno:
+            print((_json_origin_line if as_json else _origin_line)(origin))
+        for entry in verified(source):
+            if entry.row.seqno >= from_seqno:
+                print((_json_line if as_json else _line)(entry.row, entry.record))
+
+
+@journal_app.command()
+def verify(
+    journal: JournalPlace = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
+) -> None:
+    """Check every hash, the order and the sense of the journal; prints its head."""
+    with _opened(journal, coordinator, tls_ca) as source:
+        print(_verified_line(source))
+
+
+@journal_app.command()
+def restore(
+    copy: Annotated[str, typer.Argument(help="a worker's journal_copy, or another journal file")],
+    journal: Annotated[
+        str, typer.Argument(help="journal to write, a new file or an empty one's URL")
+    ],
+) -> None:
+    """Write a coordinator's journal from a verified copy; start the coordinator with it to go on."""
+    with _opened(copy, "", None) as verifying:
+        line = _verified_line(verifying)
+    source = open_store(copy, read_only=True)
+    try:
+        target = open_store(journal)
+        try:
+            if len(target):
+                raise ConfigError(
+                    f"{journal_shown(journal)} holds a run already; give the name of a new journal."
+                )
+            origin = source.origin()
+            if origin is not None:
+                target.drop_before(origin)
+            while rows := source.read(len(target), Journal.PAGE_ROWS):
+                target.append(rows)
+        finally:
+            target.close()
+    finally:
+        source.close()
+    print(f"{line}\nwrote {journal_shown(journal)}")
+    if origin is not None:
+        print(
+            "its first records were dropped, so workers begin from a snapshot: put the run's snapshots into "
+            f"{path_beside(journal, '.snapshots')}"
+        )
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="folder to write; must not exist or be empty")],
+    model: Annotated[str, typer.Option(help="base model: hub name or folder")] = "",
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder of the adapter that the run began from, if it did")
+    ] = None,
+    adapter_only: Annotated[
+        bool,
+        typer.Option("--adapter-only", help="write the run's LoRA adapter alone, in peft's layout"),
+    ] = False,
+    journal: Annotated[
+        str | None,
+        typer.Option(help="journal file of a stopped coordinator, or its postgresql:// URL"),
+    ] = None,
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    round_: Annotated[
+        int | None, typer.Option("--round", min=0, help="stop after this round; default: the last")
+    ] = None,
+    snapshots: Annotated[
+        Path | None,
+        typer.Option(
+            help="folder of the run's snapshots, if its journal's first records were dropped; default: "
+            "beside --journal"
+        ),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+) -> None:
+    """Rebuild the model from base and journal, and write a Hugging Face folder.
+
+    If the journal's oldest records were dropped, it begins from a snapshot instead.
+    """
+    with _opened(journal, coordinator, tls_ca) as source:
+        plan = plan_of(source, round_)
+    genesis, commits = plan.genesis, plan.commits
+    if adapter_only and genesis.config.lora is None:
+        raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
+    try:
+        from fedmezo_core.zo.export import export_adapter, export_model
+        from fedmezo_core.zo.party import commits_of, open_party
+    except ImportError as error:
+        raise ModelError(
+            f"The package {error.name} is missing; install fedmezo[worker] to export."
+        ) from None
+    party = open_party(
+        genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
+    )
+    party.check_same_base(genesis)
+    if plan.snapshot is not None:
+        take_snapshot(
+            party.weights,
+            plan.snapshot,
+            snapshots or (path_beside(journal, ".snapshots") if journal else None),
+            lambda: CoordinatorClient(coordinator, tls_ca),
+            genesis.config.run_id,
+        )
+    if commits:
+        party.weights.apply(commits[0].round, commits_of(commits))
+    digest = party.weights.digest()
+    if adapter_only:
+        export_adapter(party.loaded.model, folder)
+    else:
+        export_model(party.loaded.model, party.loaded.tokenizer, folder)
+    what = "adapter" if adapter_only else "model"
+    print(f"{folder}: the {what} after round {party.weights.round}, weights digest {digest.hex()}")
+
+
+@app.command()
+def adapter(
+    folder: Annotated[Path, typer.Argument(help="folder to write; must not exist or be empty")],
+    config: Annotated[Path, typer.Option(help="the coordinator's TOML file, with [run.lora]")],
+    data: Annotated[
+        Path,
+        typer.Option(help="texts like the workers': a JSONL, CSV or Parquet file, or a folder"),
+    ],
+    rows_max: Annotated[int, typer.Option(min=1, help="rows to read at most")] = 1000,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+) -> None:
+    """Fit a run's first adapter to texts, and write it in peft's layout; see docs/configuration.md."""
+    settings = load_settings(
+        CoordinatorSettings,
+        ["--config", str(config)],
+        program="fedmezo adapter",
+        environment_prefix=ENVIRONMENT_PREFIX,
+    )
+    try:
+        from fedmezo_core.zo.data.rows import read_rows
+        from fedmezo_core.zo.export import export_adapter
+        from fedmezo_core.zo.fitting import fit_adapter
+        from fedmezo_core.zo.party import open_party
+    except ImportError as error:
+        raise ModelError(
+            f"The package {error.name} is missing; install fedmezo[worker] to fit an adapter."
+        ) from None
+    run = settings.run_config(f"[run] in {config}")
+    if run.lora is None:
+        raise ConfigError(f"{config} has no [run.lora], so there is no adapter to fit; add one.")
+    party = open_party(run, settings.model, threads=threads)
+    rows = read_rows(data, party.task.columns)[:rows_max]
+    fit_adapter(party, rows)
+    export_adapter(party.loaded.model, folder)
+    print(
+        f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
+        f'"{folder}" at the coordinator and at every worker'
+    )
+
+
+@app.command()
+def split(
+    data: Annotated[
+        Path, typer.Argument(help="rows: a JSONL, CSV or Parquet file, or a folder of them")
+    ],
+    out: Annotated[Path, typer.Option(help="folder to write; must not exist or be empty")],
+    splitter: Annotated[
+        Splitter,
+        typer.Option(
+            help="iid: equal shares at random; dirichlet: uneven shares of each class of --by; "
+            "category: whole categories of --by"
+        ),
+    ] = Splitter.IID,
+    workers: Annotated[
+        int | None, typer.Option(help="how many; for category the default is one a category")
+    ] = None,
+    names: Annotated[str, typer.Option(help="the workers' names, with commas between them")] = "",
+    by: Annotated[str | None, typer.Option(help="column with the class or category")] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="dirichlet: smaller is more uneven (0.5 if not given)"),
+    ] = None,
+    rows_min: Annotated[
+        int | None,
+        typer.Option(
+            help="dirichlet: least rows of a worker, taken from the largest (1 if not given)"
+        ),
+    ] = None,
+    heldout: Annotated[
+        str, typer.Option(help="rows to hold out first: a share, or a number of rows")
+    ] = "0.1",
+    seed: Annotated[int, typer.Option(min=0, help="the same seed and rows: the same files")] = 1,
+) -> None:
+    """Split rows into one file for each worker and a held-out one, for an experiment."""
+    options = SplitOptions(
+        splitter=splitter,
+        workers=workers,
+        names=tuple(name.strip() for name in names.split(",")) if names else (),
+        by=by,
+        alpha=alpha,
+        rows_min=rows_min,
+        heldout=heldout,
+        seed=seed,
+    )
+    written = split_file(data, out, options)
+    console = Console()
+    console.print(split_view(written, console.width))
+    print(f"{out}: {', '.join(part.file_name for part in written.parts)}")
+
+
+# ---------------------------------------------------------------- parts
+
+
+async def _status(address: str, tls_ca: Path | None) -> wire.GetStatusResponse:
+    async with CoordinatorClient(address, tls_ca) as client:
+        return await client.get_status()
+
+
+async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
+    console = Console()
+    async with CoordinatorClient(address, tls_ca) as client:
+        answer = await client.get_status()
+        first_seen = (answer.round, time.monotonic())
+        told = ""
+        with Live(console=console, auto_refresh=False) as live:
+            while True:
+                left = seconds_left(answer, first_seen, time.monotonic())
+                if console.is_terminal:
+                    live.update(run_view(answer, seconds_left=left), refresh=True)
+                elif run_line(answer) != told:
+                    told = run_line(answer)
+                    print(told, flush=True)
+                if answer.phase == wire.PHASE_FINISHED:
+                    return
+                await asyncio.sleep(every_s)
+                answer = await client.get_status()
+
+
+@contextmanager
+def _opened(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[Journal]:
+    """A journal, or what a coordinator sends of its own."""
+    store = (
+        open_store(journal, read_only=True) if journal else asyncio.run(_fetched(address, tls_ca))
+    )
+    try:
+        yield Journal(store)
+    finally:
+        store.close()
+
+
+def _verified_line(journal: Journal) -> str:
+    """What a journal comes to, once all of it is verified and folded."""
+    machine, count, before = RoundMachine(), 0, ""
+    signed: Checkpoint | None = None
+    origin = journal.origin()
+    if origin is not None:
+        machine.restore(origin.state)
+        before = (
+            f" after {origin.seqno} that were dropped, up to round {origin.round} "
+            f"({_signed_by(origin.key)}),"
+        )
+    for entry in verified(journal):
+        machine.apply(entry.record)
+        if isinstance(entry.record, Checkpoint) and entry.record.signature:
+            signed = entry.record
+        count += 1
+    if len(journal) == 0:
+        raise JournalCorruptError("The journal is empty: no run has begun in it.")
+    line = (
+        f"sound: {count} records{before or ','} run {machine.config.run_id}, {machine.epoch} coordinator "
+        f"starts, {machine.round} rounds committed, head {journal.head.hex()}"
+    )
+    if signed is not None:
+        line += f"; signed up to round {signed.round} by {signed.key.hex()}"
+    return line
+
+
+async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
+    store = MemoryStore()
+    async with CoordinatorClient(address, tls_ca) as client:
+        async for page in client.journal_pages():
+            if page.origin:
+                store.drop_before(StoredOrigin.of(unseal(page.origin).seqno, page.origin))
+            store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
+    return store
+
+
+def status_values(answer: wire.GetStatusResponse) -> dict[str, Any]:
+    """A status as plain values, digests in hex; the keys are the proto's field names."""
+    values: dict[str, Any] = MessageToDict(
+        answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    values["head"] = answer.head.hex()
+    for value, digest in zip(values["digests"], answer.digests, strict=True):
+        value["weights_digest"] = digest.weights_digest.hex()
+    for value, evaluation in zip(values["evaluations"], answer.evaluations, strict=True):
+        value["weights_digest"] = evaluation.weights_digest.hex()
+    return values
+
+
+def _origin_line(origin: Origin) -> str:
+    return (
+        f"{origin.seqno - 1:>8}  {origin.chain.hex()[:12]}  origin     records 0 to {origin.seqno - 1}, "
+        f"up to round {origin.round}, were dropped; head {origin.head.hex()[:16]}, "
+        f"{_signed_by(origin.key)}"
+    )
+
+
+def _signed_by(key: bytes) -> str:
+    return f"signed by {key.hex()}" if key else "not signed"
+
+
+def _json_origin_line(origin: Origin) -> str:
+    return json.dumps(
+        {
+            "seqno": origin.seqno,
+            "chain": origin.chain.hex(),
+            "kind": "origin",
+            "round": origin.round,
+            "head": origin.head.hex(),
+            "key": origin.key.hex(),
+        }
+    )
+
+
+def _line(row: Row, record: Record) -> str:
+    match record:
+        case Genesis(config):
+            text = f"genesis    run {config.run_id} on {config.model}, base {record.base_digest.hex()[:16]}"
+        case Started(epoch):
+            text = f"started    epoch {epoch}"
+        case Opened(round_, first_slot, workers):
+            text = f"opened     round {round_}, slots from {first_slot}: {', '.join(workers)}"
+        case Answered(round_, slot, grads):
+            text = f"answered   round {round_}, slot {slot}, {len(grads)} projected gradients"
+        case Committed(round_, runs):
+            base = " from the base" if record.from_base else ""
+            ages = [round_ - place.round for place in record.answers]
+            old = f", answers {', '.join(map(str, ages))} rounds old" if ages else ""
+            text = f"committed  round {round_}, {len(runs)} runs, {record.pairs} pairs{base}{old}"
+        case Diverged(round_, party):
+            text = f"diverged   {party} after round {round_}"
+        case Evaluated(round_, loss, accuracy, rows):
+            text = (
+                f"evaluated  round {round_}: loss {loss:.4f}, accuracy {accuracy:.4f}, {rows} rows"
+            )
+        case Paused(round_, reason):
+            text = f"paused     after round {round_}: {reason}"
+        case Resumed(rate_factor):
+            text = f"resumed    learning rates times {rate_factor:g}"
+        case Stopped(round_, reason):
+            text = f"stopped    after round {round_}: {reason}"
+        case Checkpoint(epoch, round_, head):
+            signed = f"signed by {record.key.hex()[:16]}" if record.signature else "not signed"
+            text = f"checkpoint epoch {epoch}, round {round_}, head {head.hex()[:16]}, {signed}"
+        case Snapshotted(round_):
+            text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
+    return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
+
+
+def _json_line(row: Row, record: Record) -> str:
+    def plain(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.hex()
+        if isinstance(value, (Answered, PairRun)):
+            return {name: plain(item) for name, item in value._asdict().items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        if hasattr(value, "model_dump"):
+            return value.model_dump()
+        if hasattr(value, "__dataclass_fields__"):
+            return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+        return value
+
+    return json.dumps(
+        {
+            "seqno": row.seqno,
+            "chain": row.chain.hex(),
+            "kind": type(record).__name__.lower(),
+            **plain(record),
+        }
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

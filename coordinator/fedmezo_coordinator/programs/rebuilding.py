@@ -1,0 +1,117 @@
+"""From a journal to the model's weights: what to begin from, and which commits follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmezo_core.errors import ConfigError, JournalCorruptError
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.party_copy import verified
+from fedmezo_core.records import Committed, Genesis, Snapshotted
+from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.download import downloaded
+from fedmezo_core.wire.snapshots import Snapshot, file_name
+
+if TYPE_CHECKING:
+    from fedmezo_core.zo.weights import Weights
+
+DOWNLOAD_PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the weights after a round come about."""
+
+    genesis: Genesis
+    snapshot: Snapshot | None
+    """What to begin from; None: the base."""
+    commits: list[Committed]
+    """What to apply to it."""
+
+
+def plan_of(journal: Journal, last_round: int | None) -> Plan:
+    """How to get the weights after a round, or after the last one; the whole journal is verified.
+
+    Raises `ConfigError` for a round that cannot be had.
+    """
+    origin = journal.origin()
+    first_round = 0 if origin is None else origin.round
+    genesis = None if origin is None else origin.genesis
+    heads = {} if origin is None else {origin.round: origin.head}
+    commits: list[Committed] = []
+    recorded: list[Snapshotted] = []
+    for entry in verified(journal):
+        match entry.record:
+            case Genesis():
+                genesis = entry.record
+            case Committed():
+                commits.append(entry.record)
+                if origin is not None:
+                    heads[entry.record.round] = entry.head
+            case Snapshotted():
+                recorded.append(entry.record)
+    if genesis is None:
+        raise JournalCorruptError("The journal does not begin with a genesis record.")
+    newest = first_round + len(commits)
+    last = newest if last_round is None else last_round
+    if last > newest:
+        raise ConfigError(
+            f"--round {last} is not committed yet, the journal ends at round {newest}; choose an earlier "
+            "one."
+        )
+    commits = commits[: max(last - first_round, 0)]
+    from_base = [number for number, commit in enumerate(commits) if commit.from_base]
+    if origin is None or from_base:
+        return Plan(genesis, None, commits[from_base[-1] :] if from_base else commits)
+    usable = [one for one in recorded if first_round <= one.round <= last]
+    if not usable:
+        rounds = ", ".join(str(one.round) for one in recorded if one.round >= first_round)
+        raise ConfigError(
+            f"The weights after round {last} cannot be rebuilt: the records up to round {first_round} were "
+            f"dropped, and there are snapshots of rounds {rounds or '(none)'}; choose one of these or a "
+            "later --round."
+        )
+    found = usable[-1]
+    snapshot = Snapshot(
+        found.round, heads[found.round], found.weights_digest, found.file_sha256, found.file_bytes
+    )
+    return Plan(genesis, snapshot, commits[found.round - first_round :])
+
+
+def take_snapshot(
+    weights: Weights,
+    snapshot: Snapshot,
+    folder: Path | None,
+    connect: Callable[[], CoordinatorClient],
+    run_id: str,
+) -> None:
+    """Let `weights` be a snapshot's, out of `folder`, or without one from the coordinator.
+
+    Raises `SnapshotError` and its kinds if it cannot be had or is not what the journal says.
+    """
+    from fedmezo_core.zo.snapshot_files import install_snapshot
+
+    if folder is not None:
+        install_snapshot(folder / file_name(run_id, snapshot.round), weights, snapshot)
+        return
+
+    async def work() -> None:
+        async with (
+            connect() as client,
+            downloaded(
+                client,
+                run_id,
+                snapshot,
+                folder=Path(tempfile.gettempdir()),
+                weights_bytes=snapshot.file_bytes,
+                give_up_after_s=DOWNLOAD_PATIENCE_S,
+            ) as path,
+        ):
+            install_snapshot(path, weights, snapshot)
+
+    asyncio.run(work())

@@ -1,0 +1,58 @@
+"""`fedmezo-relay`: coordinate a site, as one worker of the coordinator above."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+
+from fedmezo_coordinator.coordinator_settings import RELAY_ENVIRONMENT_PREFIX, RelaySettings
+from fedmezo_coordinator.relay_daemon import Relay
+from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit, stop_signal
+from fedmezo_coordinator.serving.service import bind_server
+from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.program import run_program
+from fedmezo_core.wire.client import CoordinatorClient
+
+PROGRAM = "fedmezo-relay"
+
+log = logging.getLogger("fedmezo.relay")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
+    )
+
+    def work() -> None:
+        settings = load_settings(
+            RelaySettings,
+            sys.argv[1:] if arguments is None else arguments,
+            program=PROGRAM,
+            environment_prefix=RELAY_ENVIRONMENT_PREFIX,
+        )
+        asyncio.run(run(settings))
+
+    return run_program(PROGRAM, work)
+
+
+async def run(settings: RelaySettings) -> None:
+    """Serve until SIGTERM or Ctrl-C; raises what stopped it otherwise."""
+    stop = stop_signal()
+    # The port first: nobody should wait for the coordinator above to be told that it is in use.
+    server, port = bind_server(settings.listen, settings.tls)
+    async with CoordinatorClient(settings.upstream, settings.tls_ca) as client:
+        door = Door(sessions_that_fit(settings), settings.joins_at_a_time)
+        relay = Relay(settings, client, door)
+        if not await first_of(starting := asyncio.create_task(relay.load()), stop):
+            return
+        starting.result()
+        log.info("site %s: relay of %s", settings.name, settings.upstream)
+        await host(settings, server, port, relay, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,457 @@
+"""A relay's loop: one stream to the coordinator above, the sessions of its site, and a copy of the journal.
+
+The sessions are served as a coordinator's are. What comes from above enters the same queue, and one task
+steps the machine: it writes commits into the copy, then sends them down, then what else is owed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.serving.loop import Item, ServingLoop
+from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_core.errors import (
+    ConfigError,
+    DivergedError,
+    FedMezoError,
+    NotReadyError,
+    ProtocolError,
+    UnavailableError,
+)
+from fedmezo_core.events import (
+    CommitReceived,
+    Connected,
+    Disconnected,
+    Leave,
+    ReportDigest,
+    SendAnswer,
+    SendHello,
+    SendUnable,
+    SentAway,
+    SessionEvent,
+    Vouched,
+    WeightsReported,
+    Welcomed,
+)
+from fedmezo_core.journal.codec import (
+    answer_to_pb,
+    commit_of,
+    event_from_pb,
+    hello_to_pb,
+    unable_to_pb,
+)
+from fedmezo_core.journal.journal import ZERO_HASH, Entry, Row, chain_after, head_after
+from fedmezo_core.machines.divergence import PartyDigest
+from fedmezo_core.machines.relay import RelayMachine, RelayReady, RelayUp
+from fedmezo_core.wire.backoff import delay_after_refusal_s
+from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
+from fedmezo_core.wire.history import History
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+log = logging.getLogger("fedmezo.relay")
+
+LOOK_EVERY_S = 5.0
+"""A relay that takes no part, for want of workers, follows the journal above so often."""
+ASKED_AGAIN_MAX = 8
+"""Rounds that may be committed above while a relay catches up, before its session does the rest."""
+
+_Above = SessionEvent | Vouched | SentAway
+
+
+@dataclass(frozen=True, slots=True)
+class _FromAbove(Item):
+    """What came from above, to be stepped in one go; `done` says whether the machine took it."""
+
+    events: Sequence[_Above]
+    notices: Sequence[wire.CommitNotice]
+    """Of each commit among the events."""
+    is_page: bool
+    """Whether they were read from the journal: then nobody has signed them one by one."""
+    done: asyncio.Future[None]
+
+
+class Relay(ServingLoop[RelayReady]):
+    """Serves a site of the run that the coordinator above coordinates."""
+
+    _machine: RelayMachine
+
+    def __init__(
+        self, settings: RelaySettings, client: CoordinatorClient, door: Door | None = None
+    ) -> None:
+        """`client` leads to the coordinator above; the caller closes it."""
+        super().__init__(door)
+        self._settings = settings
+        self._client = client
+        wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
+        self._history = History(settings.journal_copy, wanted, self._writer)
+        self._key = b""
+        # Round -> its commit as it came, and whether in a page, until it is in the copy.
+        self._notices: dict[int, tuple[wire.CommitNotice, bool]] = {}
+        # What the coordinator above signed of the newest round that it did sign.
+        self._signed_round = 0
+        self._signature = b""
+        self._up: asyncio.Queue[RelayUp | None] | None = None
+        self._staffed = asyncio.Event()
+        self._attempt = 0
+        self._reachable_at_s = time.monotonic()
+
+    # ------------------------------------------------------------ life
+
+    async def load(self) -> None:
+        """Learn what the run is, as soon as the coordinator above answers; open the copy and catch up.
+
+        Raises what no retry can help, or `UnavailableError` after `give_up_after_s`.
+        """
+        while True:
+            try:
+                description = await self._client.get_run(self._settings.run_id)
+                break
+            except (UnavailableError, NotReadyError) as error:
+                await self._wait_after(error)
+        self._reached()
+        self._key = description.checkpoint_key
+        body = description.genesis_body
+        row = Row(0, body, chain_after(ZERO_HASH, 0, body))
+        self._fold(Entry(row, description.genesis, description.head))
+        async for page in self._history.open(description):
+            for entry in page:
+                self._fold(entry)
+        assert self._history.journal is not None
+        self._journal = self._history.journal
+        round_ = self._index.round
+        self._machine = RelayMachine(
+            description.genesis,
+            round_,
+            self._index.head_at(round_),
+            workers_min=self._settings.workers_min,
+            deadline_share=self._settings.deadline_share,
+        )
+
+    async def serve(self) -> None:
+        """Run the loop and follow the coordinator above, until either fails or it is cancelled."""
+        serving = asyncio.create_task(super().serve())
+        following = asyncio.create_task(self._follow())
+        try:
+            await asyncio.wait({serving, following}, return_when=asyncio.FIRST_COMPLETED)
+            if following.done():
+                following.result()
+                log.info("the run is finished; its journal is served on")
+            await serving
+        finally:
+            for task in (serving, following):
+                task.cancel()
+            await asyncio.gather(serving, following, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Close the copy; nothing is served afterwards."""
+        await self._history.close()
+
+    # ------------------------------------------------------------ above
+
+    async def _follow(self) -> None:
+        """Keep one stream to the coordinator above, while there are workers; until the run is finished."""
+        waits = False
+        while not self._machine.left:
+            try:
+                await self._catch_up()
+                if self._staffed.is_set():
+                    waits = False
+                    await self._session_above()
+                else:
+                    if not waits:
+                        log.info("%s, so the site does not take part yet", self._machine.reason)
+                    waits = True
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(self._staffed.wait(), LOOK_EVERY_S)
+            except (UnavailableError, NotReadyError) as error:
+                if self._machine.left:
+                    log.warning("the coordinator above went away before it took the last digest")
+                    return
+                await self._wait_after(error)
+
+    def _reached(self) -> None:
+        self._attempt = 0
+        self._reachable_at_s = time.monotonic()
+
+    async def _wait_after(self, error: FedMezoError) -> None:
+        if time.monotonic() - self._reachable_at_s > self._settings.give_up_after_s:
+            raise error
+        wait_s = delay_after_refusal_s(self._attempt, random.random(), error.retry_after_s)
+        self._attempt += 1
+        if self._attempt in (1, 5) or self._attempt % 20 == 0:
+            log.warning("above: %s Trying again.", error)
+        await asyncio.sleep(wait_s)
+
+    async def _catch_up(self) -> None:
+        """Read the commits that the copy lacks, until the coordinator above vouches for what is held."""
+        for _ in range(ASKED_AGAIN_MAX):
+            held = self._machine.received_round
+            description = await self._client.get_run(self._settings.run_id, held)
+            self._reached()
+            self._check(description, held)
+            if description.needs_snapshot:
+                raise ConfigError(
+                    f"The journal copy {self._settings.journal_copy} holds round {held}, and the journal "
+                    "above does not have the commits after that any more; begin from a copy of another "
+                    "relay's or worker's journal_copy that reaches further."
+                )
+            while True:
+                page = await self._client.read_journal(
+                    run_id=self.genesis.config.run_id,
+                    commits_only=True,
+                    from_round=self._machine.received_round + 1,
+                )
+                if not page.entries:
+                    break
+                await self._take_page([entry.record for entry in page.entries])
+            round_, head = description.round, description.round_head
+            if self._machine.received_round == round_ and head:
+                await self._vouched(description, page.finished)
+            if self._machine.received_round == round_:
+                return
+
+    def _check(self, description: RunDescription, held: int) -> None:
+        if description.genesis_body != self._genesis_body or description.round < held:
+            raise DivergedError(
+                f"The coordinator above is at round {description.round} of run "
+                f"{description.genesis.config.run_id}, this relay's copy holds round {held} of run "
+                f"{self.genesis.config.run_id}: the journal there went back or is another one; restore "
+                "the newest journal, or give the relay another journal_copy."
+            )
+
+    async def _take_page(self, bodies: Sequence[bytes]) -> None:
+        events = [event for event in map(commit_of, bodies) if event is not None]
+        if not events:
+            raise UnavailableError("The coordinator above sent a page without commits.")
+        notices = [wire.CommitNotice(record=event.record_bytes) for event in events]
+        await self._above(events, notices, is_page=True)
+
+    async def _vouched(self, description: RunDescription, finished: bool) -> None:
+        round_, head = description.round, description.round_head
+        welcome = wire.Welcome(
+            epoch=description.epoch, round=round_, head=head, signature=description.signature
+        )
+        self._expect(welcome)
+        await self._above([Vouched(description.epoch, round_, head, finished)])
+        await self._history.welcomed(welcome, self._machine.round)
+
+    async def _session_above(self) -> None:
+        """Keep one session until it ends."""
+        stream = self._client.session()
+        self._up = asyncio.Queue()
+        sending = asyncio.create_task(self._send_up(stream, self._up))
+        try:
+            await self._above([Connected()])
+            ended: _Above = await self._talk(stream)
+        except (UnavailableError, NotReadyError):
+            self._up = None
+            await self._above([Disconnected()])
+            raise
+        finally:
+            self._up = None
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+            stream.cancel()
+        await self._above([ended])
+
+    async def _talk(self, stream: SessionStream) -> Disconnected | SentAway:
+        """Take what comes down; how it ended."""
+        welcomed = False
+        while True:
+            try:
+                message = await stream.receive()
+            except DivergedError as error:
+                if not welcomed:
+                    raise
+                # It was let in, so its history is the run's: some of its workers' weights are not.
+                log.error("above: %s", error)
+                return SentAway(str(error))
+            if message is None:
+                if self._machine.left or not self._machine.is_staffed:
+                    return Disconnected()
+                raise UnavailableError("The coordinator above ended the session.")
+            event = event_from_pb(message, self.genesis.config)
+            if isinstance(event, Welcomed):
+                welcomed = True
+                self._reached()
+                self._expect(message.welcome)
+            await self._above([event], [message.commit] if message.HasField("commit") else [])
+            if isinstance(event, Welcomed):
+                await self._history.welcomed(message.welcome, self._machine.round)
+                log.info("joined above at round %d of epoch %d", event.round, event.epoch)
+            self._reachable_at_s = time.monotonic()
+
+    def _expect(self, welcome: wire.Welcome) -> None:
+        """Before the machine hears of it: a commit of that round may be given out from then on."""
+        self._history.expect(welcome)
+        self._signed_round, self._signature = welcome.round, welcome.signature
+
+    async def _send_up(self, stream: SessionStream, up: asyncio.Queue[RelayUp | None]) -> None:
+        with contextlib.suppress(UnavailableError):  # whoever reads learns of it too
+            while (action := await up.get()) is not None:
+                match action:
+                    case Leave():
+                        await stream.end()
+                    case _:
+                        await stream.send(self._message(action))
+            await stream.end()
+
+    def _message(
+        self, action: SendHello | SendAnswer | SendUnable | ReportDigest
+    ) -> wire.SessionRequest:
+        match action:
+            case SendHello(round_, head):
+                return hello_to_pb(self.genesis, self._settings.name, round_, head)
+            case SendAnswer():
+                log.info("round %d answered above", action.ticket.round)
+                return answer_to_pb(action)
+            case SendUnable():
+                log.warning("round %d not answered above: %s", action.ticket.round, action.reason)
+                return unable_to_pb(action)
+            case ReportDigest(round_, digest):
+                log.info("finished at round %d, weights %s", round_, digest.hex())
+                return wire.SessionRequest(
+                    weights_report=wire.WeightsReport(round=round_, weights_digest=digest)
+                )
+
+    async def _above(
+        self,
+        events: Sequence[_Above],
+        notices: Sequence[wire.CommitNotice] = (),
+        *,
+        is_page: bool = False,
+    ) -> None:
+        """Let the loop step the machine; what the machine does not allow ends this stream only."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await self._items.put(_FromAbove(events, notices, is_page, done))
+        try:
+            await done
+        except NotReadyError:
+            raise
+        except ProtocolError as error:
+            raise UnavailableError(str(error)) from None
+
+    # ------------------------------------------------------------ the loop
+
+    def _step_other(self, item: Item) -> list[RelayReady]:
+        assert isinstance(item, _FromAbove), "nothing else comes"
+        readies: list[RelayReady] = []
+        notices = iter(item.notices)
+        try:
+            for event in item.events:
+                readies.append(self._machine.step(event))
+                if isinstance(event, CommitReceived):
+                    self._notices[event.commit.round] = (next(notices), item.is_page)
+        except FedMezoError as error:
+            if not item.done.done():
+                item.done.set_exception(error)
+        if not item.done.done():
+            item.done.set_result(None)
+        return readies
+
+    async def _flush(self, readies: Sequence[RelayReady]) -> None:
+        sent = await self._keep(readies)
+        for ready in readies:
+            if ready.dismissed:
+                for session in self._sessions.values():
+                    session.end(UnavailableError(ready.dismissed))
+                self._sessions.clear()
+            for record in ready.records:
+                row, signature = sent[record.round]
+                await self._send_commit(row, signature)
+            await self._send(ready.messages)
+            for action in ready.up:
+                if self._up is not None:
+                    self._up.put_nowait(action)
+
+    async def _keep(self, readies: Sequence[RelayReady]) -> dict[int, tuple[Row, bytes]]:
+        """Write commits into the copy, those of a journal page together; rows and signatures by round."""
+        sent: dict[int, tuple[Row, bytes]] = {}
+        page: list[bytes] = []
+        rounds = [record.round for ready in readies for record in ready.records]
+        for round_ in rounds:
+            notice, is_page = self._notices.pop(round_)
+            if is_page and round_ != self._signed_round:
+                page.append(notice.record)
+                continue
+            self._note_kept(await self._history.add(page), sent)
+            page = []
+            head = head_after(self._index.head_at(round_ - 1), notice.record)
+            signature = self._history.signature_of(notice, round_)
+            if signature:
+                self._signed_round, self._signature = round_, signature
+            entries = await self._history.committed(notice, round_, head)
+            self._note_kept(entries, sent, signature)
+        self._note_kept(await self._history.add(page), sent)
+        if rounds:
+            self._announce()
+            log.info("round %d committed", rounds[-1])
+        return sent
+
+    def _note_kept(
+        self,
+        entries: Sequence[Entry],
+        sent: dict[int, tuple[Row, bytes]],
+        signature: bytes = b"",
+    ) -> None:
+        for entry in entries:
+            self._fold(entry)
+            sent[self._index.round] = (entry.row, signature)
+
+    async def _after_turn(self) -> None:
+        """Begin, or end, to take part."""
+        if self._machine.is_staffed:
+            self._staffed.set()
+        elif self._staffed.is_set():
+            self._staffed.clear()
+            if self._up is not None:
+                self._up.put_nowait(None)
+
+    def _digest_reported(self, digest: PartyDigest) -> list[RelayReady]:
+        for found in self._digests.report(digest):
+            log.error(
+                "%s diverged: its weights after round %d have digest %016x, most of the site's %016x",
+                found.party,
+                found.round,
+                found.found_digest64,
+                found.expected_digest64,
+            )
+        event = WeightsReported(digest.party, digest.round, digest.weights_digest)
+        return [self._machine.step(event)]
+
+    def _welcome(self, round_: int, head: bytes) -> wire.Welcome:
+        if not self._machine.may_welcome or (self._key and self._signed_round != round_):
+            raise UnavailableError(
+                "This relay has yet to catch up with the coordinator above it; try again in a moment."
+            )
+        signature = self._signature if self._signed_round == round_ else b""
+        return wire.Welcome(epoch=self._machine.epoch, round=round_, head=head, signature=signature)
+
+    def describe(self, version: int, run_id: str, round_: int = 0) -> wire.GetRunResponse:
+        """As every loop does, to callers that are not ahead of this relay."""
+        self._check_ahead(round_)
+        return super().describe(version, run_id, round_)
+
+    def _check_hello(self, hello: wire.Hello) -> None:
+        self._check_ahead(hello.round)
+        super()._check_hello(hello)
+
+    def _check_ahead(self, round_: int) -> None:
+        """A relay that is behind its caller has a coordinator above that need not be."""
+        if round_ > self._machine.round:
+            raise UnavailableError(
+                f"This relay is at round {self._machine.round} and has yet to catch up with the caller, "
+                f"which holds round {round_}; try again in a moment."
+            )
+
+    @property
+    def checkpoint_key(self) -> bytes:
+        """Public key of the coordinator that the run is signed by; empty if it is not."""
+        return self._key

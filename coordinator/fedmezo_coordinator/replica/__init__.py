@@ -1,0 +1,1 @@
+"""The coordinator's own weights, in a process of their own."""

@@ -1,0 +1,160 @@
+"""The replica's process: started, fed, restarted and stopped here; it cannot stop the protocol.
+
+The daemon never imports torch. Whatever needs weights runs in `fedmezo_coordinator.replica.replica`, a child
+process, so that running out of memory there leaves the daemon alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import random
+import sys
+from asyncio.subprocess import PIPE, Process
+from typing import Any
+
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import ConfigError, ModelError
+from fedmezo_core.journal.codec import config_to_pb
+from fedmezo_core.records import Genesis
+from fedmezo_core.wire.backoff import delay_s
+from fedmezo_core.wire.grpc_status import BY_REASON
+
+log = logging.getLogger("fedmezo.coordinator")
+
+RETRY = 1
+"""Exit status of a replica that did not reach the daemon; another one may."""
+USER_ERROR = 2
+"""Exit status of a replica that a restart cannot help."""
+STOP_TIMEOUT_S = 10.0
+_MODULE = "fedmezo_coordinator.replica.replica"
+
+
+def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
+    """What the child reads from its standard input; its end of file means that the parent is gone."""
+    orders = {
+        "model": settings.model,
+        "adapter": None if settings.adapter is None else str(settings.adapter),
+        "heldout": None if settings.heldout is None else str(settings.heldout),
+        "evaluate_every_rounds": settings.evaluate_every_rounds,
+        "evaluate_batch_size": settings.evaluate_batch_size,
+        "threads": settings.replica_threads,
+        "row_states_max": settings.replica_row_states_max,
+        "snapshot_every_rounds": settings.snapshot_every_rounds,
+        "snapshots": str(settings.snapshots_folder),
+        **more,
+    }
+    return json.dumps(orders).encode() + b"\n"
+
+
+async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Genesis:
+    """Let a child process load the base model and say what the run starts from.
+
+    Also checks that the held-out rows can be used. Raises what the child found wrong.
+    """
+    if not settings.model:
+        raise ConfigError(
+            "model is missing; set it to a Hugging Face name or a model folder, "
+            "for example --model HuggingFaceTB/SmolLM2-135M."
+        )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", _MODULE, "describe", stdin=PIPE, stdout=PIPE, stderr=PIPE
+    )
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        orders = _orders(settings, config=config_to_pb(config).SerializeToString().hex())
+        # Its input stays open: the child ends when that does, however this process ends.
+        with contextlib.suppress(ConnectionError):
+            process.stdin.write(orders)
+            await process.stdin.drain()
+        out, err = await asyncio.gather(process.stdout.read(), process.stderr.read())
+        await process.wait()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        raise
+    if process.returncode != 0:
+        raise _reported(err)
+    answer = json.loads(out.splitlines()[-1])
+    return Genesis(
+        config=config,
+        manifest_digest=bytes.fromhex(answer["manifest_digest"]),
+        base_digest=bytes.fromhex(answer["base_digest"]),
+        tokenizer_digest=bytes.fromhex(answer["tokenizer_digest"]),
+        trainable_elements=answer["trainable_elements"],
+        trainable_bytes=answer["trainable_bytes"],
+    )
+
+
+def _reported(err: bytes) -> Exception:
+    """The child's last line is `<class>: <sentence>`."""
+    lines = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+    kind, _, sentence = lines[-1].partition(": ")
+    if kind in BY_REASON and sentence:
+        return BY_REASON[kind](sentence)
+    return ModelError(
+        f"The process that loads the model failed ({lines[-1]}); it may have run out of memory."
+    )
+
+
+class ReplicaSupervisor:
+    """Keeps one replica process alive beside the daemon."""
+
+    def __init__(
+        self, settings: CoordinatorSettings, address: str, run_id: str, secret: bytes
+    ) -> None:
+        """`address` is where the child reaches this daemon, `secret` what it reports with."""
+        self._orders = _orders(settings, address=address, run_id=run_id, secret=secret.hex())
+
+    async def keep(self) -> None:
+        """Run until cancelled; a replica that fails is started again, unless that cannot help."""
+        attempt = 0
+        while True:
+            status, last_line = await self._run_once()
+            if status == 0:
+                return
+            if status == USER_ERROR:
+                log.error("the replica stopped: %s", last_line)
+                log.error(
+                    "the run goes on without digests and evaluations of the coordinator's own"
+                )
+                return
+            wait_s = delay_s(attempt, random.random(), base_s=2.0, cap_s=60.0)
+            attempt += 1
+            log.error("the replica ended (%s); starting it again in %.0f s", last_line, wait_s)
+            await asyncio.sleep(wait_s)
+
+    async def _run_once(self) -> tuple[int, str]:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", _MODULE, "follow", stdin=PIPE, stderr=PIPE
+        )
+        assert process.stdin is not None
+        assert process.stderr is not None
+        last_line = "it said nothing"
+        try:
+            with contextlib.suppress(ConnectionError):
+                process.stdin.write(self._orders)
+                await process.stdin.drain()
+            async for line in process.stderr:
+                last_line = line.decode(errors="replace").rstrip()
+                log.debug("replica: %s", last_line)
+            return await process.wait(), last_line
+        finally:
+            await self._stop(process)
+
+    async def _stop(self, process: Process) -> None:
+        if process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()

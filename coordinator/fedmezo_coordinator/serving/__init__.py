@@ -1,0 +1,1 @@
+"""Serving workers over gRPC: sessions, queues, limits."""

@@ -1,0 +1,1 @@
+"""Where a journal lies: a file, or a PostgreSQL database."""

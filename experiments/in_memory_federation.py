@@ -1,0 +1,321 @@
+"""A federation in one process: the machines, the codec and the journal of a networked run, one model.
+
+    federation = Federation(party, {"movies": rows, "tweets": rows}, judge=judge)
+    federation.run()
+
+The round machine, each worker's session machine, the bytes of every message, the records and what a
+worker does with an assignment are the product's own code. What differs from a run over gRPC:
+
+- All workers share one party. They hold equal weights at all times, and a worker's local steps are pairs
+  that are never written, so one copy of the weights serves all; a commit is applied to it once.
+- Nothing takes time and nothing is lost. Messages are handled one at a time in the order in which they
+  were sent, so that answers come in slot order; no deadline passes and no worker goes away.
+- Evaluations are made between two messages, by the same party, and not by a replica process.
+- States of rows are known if the caller gives a `prefix`; a worker has them if its rows come often enough.
+
+So genesis, every `Committed` and with them the head are the same bytes as over gRPC. Other records are
+the same but for their order: there, answers come in the order in which workers are done.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from experiments.judging import Judge
+from fedmezo_coordinator.serving.commit_index import ModelIndex
+from fedmezo_coordinator.serving.hello import check_hello
+from fedmezo_coordinator.serving.loop import commit_to_pb, message_to_pb
+from fedmezo_core.errors import ConfigError, FedMezoError, MeasurementError, NumericError
+from fedmezo_core.events import (
+    ApplyCommit,
+    Connected,
+    Disconnected,
+    Expel,
+    Leave,
+    Measure,
+    Measured,
+    MeasureFailed,
+    Ready,
+    ReplicaEvaluated,
+    ReportWeights,
+    SendAnswer,
+    SendHello,
+    SendUnable,
+    SessionAction,
+    WorkerLost,
+    WorkerReady,
+)
+from fedmezo_core.journal.codec import (
+    answer_from_pb,
+    answer_to_pb,
+    event_from_pb,
+    hello_to_pb,
+    unable_from_pb,
+    unable_to_pb,
+)
+from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
+from fedmezo_core.machines.rounds import Phase, RoundMachine
+from fedmezo_core.machines.session import SessionMachine
+from fedmezo_core.records import Committed, Evaluated
+from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
+from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.task import Batches
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
+from fedmezo_core.zo.forward.row_states import Prefix
+from fedmezo_core.zo.party import Party, commits_of
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+
+class StalledError(FedMezoError):
+    """The run cannot go on: too few workers can measure."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker: its rows, its session, and the bytes that the daemon would have counted for it."""
+
+    name: str
+    batches: Batches
+    machine: SessionMachine
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class Federation:
+    """One run from its genesis to its end."""
+
+    def __init__(
+        self,
+        party: Party,
+        rows: Mapping[str, Sequence[Row]],
+        *,
+        judge: Judge | None = None,
+        store: JournalStore | None = None,
+        threads: int = 1,
+        pass_tokens_max: int = PASS_TOKENS_MAX,
+        prefix: Prefix | None = None,
+    ) -> None:
+        """`party` is at its base; `rows` are each worker's own.
+
+        Raises as `Task.encode` does, and `ConfigError` for a task with an objective.
+        """
+        if party.config.task.objective:
+            raise ConfigError("Experiments measure the loss; leave out task.objective.")
+        self.party = party
+        self.journal = Journal(MemoryStore() if store is None else store)
+        self.train_losses: dict[int, list[float]] = {}
+        """Round -> mean loss of each answer over its batches, whether or not the run reports them."""
+        self.forwards = 0
+        """Forward passes of one batch, of all workers."""
+        self.working_s = 0.0
+        """CPU time of all workers' measurements."""
+        self.applying_s = 0.0
+        """CPU time that each worker takes to apply commits and digest its weights."""
+        self._judge = judge
+        self._estimator = open_estimator(
+            party, threads=threads, pass_tokens_max=pass_tokens_max, prefix=prefix
+        )
+        self._machine = RoundMachine()
+        genesis = party.genesis()
+        [entry] = self.journal.append([genesis])
+        self._machine.apply(genesis)
+        self._index = ModelIndex()
+        self._index.fold(entry)
+        config = party.config
+        self.workers = {
+            name: Worker(
+                name,
+                open_batches(party, party.task.encode(own), name),
+                SessionMachine(
+                    0,
+                    entry.head,
+                    report_losses=config.report_losses,
+                    report_rows=config.weighting == "rows",
+                    staleness_max=config.staleness_max,
+                ),
+            )
+            for name, own in rows.items()
+        }
+        self._joined: list[Worker] = []
+        self._up: deque[tuple[Worker, bytes]] = deque()
+        self._down: deque[tuple[Worker, bytes]] = deque()
+        self._digest: tuple[int, bytes] | None = None
+
+    @property
+    def round(self) -> int:
+        """Last committed round."""
+        return self._machine.round
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of all workers' messages."""
+        return sum(worker.bytes_up for worker in self.workers.values())
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of all messages to workers."""
+        return sum(worker.bytes_down for worker in self.workers.values())
+
+    def run(self) -> None:
+        """All rounds.
+
+        Raises `StalledError` if the run pauses or no round can close any more, `NumericError` or `MeasurementError` if the
+        weights have grown too large to apply a commit or to be judged.
+        """
+        self._flush(self._machine.start())
+        self._judge_if_due()
+        for worker in self.workers.values():
+            self._act(worker, worker.machine.step(Connected()))
+        while self._up or self._down:
+            # Answers first: a real coordinator does not wait to take them until it has told everyone all.
+            if self._up:
+                worker, message = self._up.popleft()
+                self._from_worker(worker, wire.SessionRequest.FromString(message))
+            else:
+                worker, message = self._down.popleft()
+                event = event_from_pb(wire.SessionResponse.FromString(message), self.party.config)
+                self._act(worker, worker.machine.step(event))
+        if self._machine.phase is not Phase.FINISHED:
+            complaints = [view.complaint for view in self._machine.workers.values()]
+            reasons = [self._machine.reason, *complaints, "too few workers are there"]
+            reason = next(filter(None, reasons))
+            raise StalledError(f"Round {self.round + 1} cannot be closed: {reason}")
+        self._judge_if_due(is_last=True)
+
+    # ------------------------------------------------------------ the coordinator
+
+    def _from_worker(self, worker: Worker, message: wire.SessionRequest) -> None:
+        """What the daemon does with a message; the hello alone is not counted there either."""
+        kind = message.WhichOneof("kind")
+        if kind == "hello":
+            genesis = self._machine.genesis
+            check_hello(message.hello, genesis, self.round, self._index.head_at(0))
+            welcome = wire.Welcome(
+                epoch=self._machine.epoch,
+                round=self.round,
+                head=self._index.head_at(self.round),
+            )
+            self._send(worker, wire.SessionResponse(welcome=welcome))
+            self._joined.append(worker)
+            self._flush(self._machine.step(WorkerReady(worker.name)))
+            return
+        worker.bytes_up += message.ByteSize()
+        if kind == "answer":
+            self._flush(self._machine.step(answer_from_pb(worker.name, message.answer)))
+        elif kind == "unable":
+            self._flush(self._machine.step(unable_from_pb(worker.name, message.unable)))
+        else:
+            report = message.weights_report
+            assert (report.round, report.weights_digest) == (self.round, self._weights_digest())
+            self._joined.remove(worker)
+            self._flush(self._machine.step(WorkerLost(worker.name)))
+            worker.machine.step(Disconnected())
+
+    def _flush(self, ready: Ready) -> None:
+        """Append, then send: commits to everyone first."""
+        for entry in self.journal.append(ready.records) if ready.records else ():
+            self._index.fold(entry)
+            if isinstance(entry.record, Committed):
+                for worker in self._joined:
+                    self._send(worker, commit_to_pb(entry.row))
+        for message in ready.messages:
+            assert not isinstance(message, Expel), "workers that share weights cannot differ"
+            sent = message_to_pb(message, self.party.config, self._index)
+            self._send(self.workers[message.worker], sent)
+
+    def _send(self, worker: Worker, message: wire.SessionResponse) -> None:
+        body = message.SerializeToString()
+        worker.bytes_down += len(body)
+        self._down.append((worker, body))
+
+    def _judge_if_due(self, *, is_last: bool = False) -> None:
+        """Record what the replica would find."""
+        weights = self.party.weights
+        found = None if self._judge is None else self._judge.judge(weights.round, is_last=is_last)
+        if found is None:
+            return
+        record = Evaluated(
+            round=weights.round,
+            loss=found.loss,
+            accuracy=found.accuracy,
+            rows=found.row_count,
+            weights_digest=self._weights_digest(),
+            auc=found.auc,
+        )
+        self._flush(self._machine.step(ReplicaEvaluated(record)))
+
+    # ------------------------------------------------------------ the workers
+
+    def _act(self, worker: Worker, actions: Sequence[SessionAction]) -> None:
+        """Do what a worker's machine wants, in order."""
+        for action in actions:
+            match action:
+                case ApplyCommit(commit):
+                    self._apply(commit)
+                case Measure():
+                    self._act(worker, worker.machine.step(self._measure(worker, action)))
+                case SendHello(round_, head):
+                    self._answer(worker, hello_to_pb(self.party, worker.name, round_, head))
+                case SendAnswer():
+                    self._answer(worker, answer_to_pb(action))
+                case SendUnable():
+                    self._answer(worker, unable_to_pb(action))
+                case ReportWeights(round_):
+                    report = wire.WeightsReport(round=round_, weights_digest=self._weights_digest())
+                    self._answer(worker, wire.SessionRequest(weights_report=report))
+                case Leave():
+                    pass
+
+    def _answer(self, worker: Worker, message: wire.SessionRequest) -> None:
+        self._up.append((worker, message.SerializeToString()))
+
+    def _apply(self, commit: Committed) -> None:
+        """Move the shared weights, when the first worker comes to it."""
+        weights = self.party.weights
+        if commit.round <= weights.round:
+            return
+        begin = time.process_time()
+        weights.apply(commit.round, commits_of([commit]))
+        self.applying_s += time.process_time() - begin
+        self._judge_if_due()
+
+    def _measure(self, worker: Worker, order: Measure) -> Measured | MeasureFailed:
+        weights = self.party.weights
+        assert order.ticket.round == weights.round + 1, "the shared weights have moved on"
+        begin = time.process_time()
+        if order.work.want_digest:
+            self._weights_digest()
+        digested = time.process_time()
+        try:
+            measured = measure(
+                self.party,
+                self._estimator,
+                worker.batches,
+                order,
+                digest=self._weights_digest,
+            )
+        except MeasurementError as error:
+            return MeasureFailed(order.ticket, str(error))
+        finally:
+            self.applying_s += digested - begin
+            self.working_s += time.process_time() - digested
+        assert measured.mean_loss is not None, "only a relay's workers may keep it to themselves"
+        self.train_losses.setdefault(order.ticket.round, []).append(measured.mean_loss)
+        pairs, probes = len(measured.projected_grads), self.party.config.probes
+        two_sided = self.party.config.estimator == "two_sided"
+        self.forwards += 2 * pairs if two_sided else pairs + pairs // probes
+        return measured
+
+    def _weights_digest(self) -> bytes:
+        """Digest of the shared weights, taken once a round."""
+        weights = self.party.weights
+        if self._digest is None or self._digest[0] != weights.round:
+            self._digest = (weights.round, weights.digest())
+        return self._digest[1]
+
+
+LOST = (StalledError, NumericError, MeasurementError)
+"""How a run may end early: what was tried did not work, which is a result too."""

@@ -1,0 +1,184 @@
+"""What every experiment starts from, in one place: model, data, task, sizes, rates, rounds.
+
+An arm of an experiment says only in what it differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedmezo_core.config import RunConfig, TaskConfig, parse_run
+from fedmezo_core.errors import ConfigError
+from fedmezo_core.zo.data.rows import Row, read_rows
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
+
+CACHE = Path("build/cache")
+
+
+def _fitted(rank: int, *modules: str) -> dict[str, Any]:
+    """An adapter of which B alone is trained, on an A that is fitted to texts (decision 0015)."""
+    return {
+        "rank": rank,
+        "alpha": float(rank),
+        "target_modules": list(modules),
+        "freeze_a": True,
+    }
+
+
+LORA = _fitted(8, "layers.29.mlp.down_proj")
+"""4,608 trained parameters at the end of the last of the model's 30 layers: little enough to learn from some
+hundred forward passes, and cheap to measure on."""
+
+LAST_LORA = _fitted(32, "layers.29.mlp.up_proj")
+"""49,152 parameters, the best place in the last layer: all that a CPU has time for."""
+
+DEEP_LORA = _fitted(32, *(f"layers.{layer}.mlp.up_proj" for layer in range(20, 28)))
+"""393,216 parameters in the layers whose inputs tell most of the label; a probe costs 70 times as much."""
+
+RUN: dict[str, Any] = {
+    "model": "smollm2-135m",
+    "rounds": 30,
+    "local_steps": 1,
+    "probes": 16,
+    "estimator": "one_sided",
+    "normalized_step": True,
+    "batch_size": 16,
+    "learning_rate": 3.0,
+    "schedule": "linear",
+    "eps": 1e-3,
+    "distribution": "low_rank_1",
+    "dtype": "float32",
+    "lora": LORA,
+    "digest_every_rounds": 10,
+    "task": {
+        "template": "{text} It was",
+        "tokens_max": 64,
+        "verbalizers": {"negative": " terrible", "positive": " great"},
+    },
+}
+"""Values of `RunConfig`. The workers that a round waits for are as many as there are clients, if not said otherwise."""
+
+FIRST_ORDER_LORA: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 16.0,
+    "target_modules": ["q_proj", "v_proj"],
+}
+"""The adapter that back-propagation trains in the baseline: small ones in all layers, as is usual."""
+
+FULL_RATE = 2e-5
+LORA_RATE = 3e-4
+"""AdamW's learning rates in the first-order baseline."""
+
+
+class Settings(BaseModel):
+    """Everything beside the run's contract that a result depends on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = str(CACHE / "models/smollm2-135m")
+    data: str = str(CACHE / "data/vader")
+    clients: int = Field(default=4, ge=1)
+    train_rows_max: int | None = Field(default=400, ge=1)
+    """Of each client; None: all it has. Frozen layers compute each row once for all experiments."""
+    heldout_per_label: int = Field(default=100, ge=0)
+    """Rows of each label that are taken out of each training file, beside those of heldout.jsonl: on
+    VADER's four domains 400 + 4 x 2 x 100 = 1,200 rows, half of them of either label."""
+    fit_rows: int = Field(default=100, ge=0)
+    """Of each domain, nobody's and used without labels: what an adapter with `freeze_a` is fitted to. At
+    most a tenth of what the domain has for training."""
+    evaluate_every_rounds: int = Field(default=10, ge=1)
+    heldout_rows_max: int | None = Field(default=600, ge=1)
+    """Of all held-out rows; None: all."""
+    curve_rows: int | None = Field(default=300, ge=1)
+    """Held-out rows behind each point of a curve; None: all. The first and last model are judged by all
+    of them in any case."""
+    evaluate_batch_size: int = Field(default=64, ge=1)
+    threads: int = Field(default=1, ge=1)
+    pass_tokens_max: int = Field(default=PASS_TOKENS_MAX, ge=1)
+    """As of `Estimator`: larger passes are faster on a GPU."""
+    device: str = "cpu"
+
+
+def config_of(settings: Settings, seed: int, changes: Mapping[str, Any]) -> RunConfig:
+    """The contract of one run: `RUN` with `changes`."""
+    everyone = {"workers_min": settings.clients, "quorum": settings.clients}
+    most = {"cohort_size_max": max(settings.clients, 64)}
+    values = {"run_id": "experiment", "seed": seed, **RUN, **everyone, **most, **changes}
+    return parse_run(values, "the experiment's run")
+
+
+# ---------------------------------------------------------------- data
+
+
+class Data(BaseModel):
+    """Each client's rows, and the rows that the global model is judged by."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    clients: dict[str, list[Row]]
+    heldout: list[Row]
+    fitting: list[Row]
+    """What an adapter is fitted to; neither trained on nor judged by."""
+
+
+def load_data(settings: Settings, task: TaskConfig) -> Data:
+    """Read the folder's `<domain>.train.jsonl` and `heldout.jsonl` and deal them out.
+
+    Held out are, beside the folder's own rows, the last `heldout_per_label` rows of each label in each
+    training file. The demo's files are in the order of a hash of their texts, so these are as fair a
+    sample as any; sentences of one Amazon review or editorial may stand on both sides, which is the same
+    for all methods. What is judged is in the order of such a hash too, so that its first rows are a fair
+    sample of it.
+    """
+    folder = Path(settings.data)
+    last = task.label_column if task.kind == "classification" else task.response_column
+    columns = tuple(dict.fromkeys([*task.columns(), last]))
+    files = sorted(folder.glob("*.train.jsonl"))
+    if not files:
+        raise ConfigError(f"{folder} holds no <domain>.train.jsonl; run `make demo` or see docs.")
+    heldout = read_rows(folder / "heldout.jsonl", columns)
+    domains: dict[str, list[Row]] = {}
+    fitting: list[Row] = []
+    for file in files:
+        rows = read_rows(file, columns)
+        taken = _last_of_each(rows, last, settings.heldout_per_label)
+        heldout += [row for number, row in enumerate(rows) if number in taken]
+        left = [row for number, row in enumerate(rows) if number not in taken]
+        # The last ones, so that what clients hold is the same rows with and without them but these.
+        first_fitted = len(left) - min(settings.fit_rows, len(left) // 10)
+        fitting += left[first_fitted:]
+        domains[file.name.split(".")[0]] = left[:first_fitted]
+    heldout.sort(key=lambda row: hashlib.sha256(repr(sorted(row.values.items())).encode()).digest())
+    clients = split(domains, settings.clients)
+    return Data(
+        clients={name: rows[: settings.train_rows_max] for name, rows in clients.items()},
+        heldout=heldout[: settings.heldout_rows_max],
+        fitting=fitting,
+    )
+
+
+def _last_of_each(rows: Sequence[Row], column: str, count: int) -> set[int]:
+    """Places of the last `count` rows with each value of `column`."""
+    places: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        places.setdefault(row.values[column], []).append(place)
+    return {place for all_of in places.values() for place in all_of[len(all_of) - count :]}
+
+
+def split(domains: Mapping[str, Sequence[Row]], clients: int) -> dict[str, list[Row]]:
+    """Deal whole domains to fewer clients, or the rows of a domain to several, in turns."""
+    names = sorted(domains)
+    if clients <= len(names):
+        dealt = [names[first::clients] for first in range(clients)]
+        return {"-".join(own): [row for name in own for row in domains[name]] for own in dealt}
+    shares = {name: len(range(place, clients, len(names))) for place, name in enumerate(names)}
+    return {
+        f"{name}-{number + 1}" if count > 1 else name: list(domains[name][number::count])
+        for name, count in shares.items()
+        for number in range(count)
+    }

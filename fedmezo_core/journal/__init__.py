@@ -1,0 +1,1 @@
+"""The append-only, hash-chained log, its bytes and its stores. It knows no machine."""

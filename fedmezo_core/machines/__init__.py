@@ -1,0 +1,1 @@
+"""What decides: pure state machines. No clock, socket, disk, thread or entropy."""

@@ -1,0 +1,252 @@
+"""What a journal begins with once its oldest records were dropped, and its bytes.
+
+An origin is the position, the two hashes and the folded state that the dropped records came to. Like a
+record it is serialized once, and hashed and signed as written; unlike one it is never appended, but takes
+the place of all records before it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from fedmezo_core.errors import DivergedError, JournalCorruptError, ProtocolError
+from fedmezo_core.journal.codec import (
+    answered_from_pb,
+    answered_to_pb,
+    decode_record,
+    digest_in,
+    diverged_from_pb,
+    diverged_to_pb,
+    evaluated_from_pb,
+    evaluated_to_pb,
+)
+from fedmezo_core.journal.signed_heads import Signer, Witness
+from fedmezo_core.machines.health import Health, LossWatch
+from fedmezo_core.machines.rates import SIGNAL_ROUNDS
+from fedmezo_core.machines.rounds import Accepted, RoundState, RoundSummary, RunState
+from fedmezo_core.machines.seeds import Pool
+from fedmezo_core.records import Genesis, Paused, Stopped
+from fedmezo_proto.v1 import journal_pb2
+from fedmezo_proto.v1 import origin_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The records 0 to `seqno` - 1, folded."""
+
+    seqno: int
+    """Place of the first record that is left."""
+    chain: bytes
+    """Chain before it, 32 bytes."""
+    head: bytes
+    """Head before it, 32 bytes."""
+    genesis_body: bytes
+    """Record 0 as it was written."""
+    state: RunState
+    """Whoever takes it changes it: it is decoded anew for each."""
+    key: bytes = b""
+    """Public key of the coordinator that signed it; empty if none did."""
+
+    @property
+    def genesis(self) -> Genesis:
+        """Record 0."""
+        assert self.state.genesis is not None
+        return self.state.genesis
+
+    @property
+    def round(self) -> int:
+        """Last round that was committed before it."""
+        return self.state.round
+
+
+def seal(origin: Origin, signer: Signer | None = None) -> bytes:
+    """An origin's bytes, signed if there is a `signer`; its own `key` does not count."""
+    body = pb.Origin(
+        seqno=origin.seqno,
+        chain=origin.chain,
+        head=origin.head,
+        genesis=origin.genesis_body,
+        state=state_to_pb(origin.state),
+    ).SerializeToString(deterministic=True)
+    sealed = pb.SealedOrigin(body=body)
+    if signer is not None:
+        sealed.key = signer.public_key
+        sealed.signature = signer.sign_origin(origin.genesis.config.run_id, origin.round, body)
+    return sealed.SerializeToString(deterministic=True)
+
+
+def unseal(sealed_bytes: bytes) -> Origin:
+    """An origin from its bytes, its signature checked; `JournalCorruptError` if they are none."""
+    try:
+        sealed = pb.SealedOrigin.FromString(sealed_bytes)
+        message = pb.Origin.FromString(sealed.body)
+        genesis = decode_record(message.genesis)
+        if not isinstance(genesis, Genesis):
+            raise ProtocolError("its record 0 is no genesis")
+        origin = Origin(
+            seqno=message.seqno,
+            chain=digest_in(message.chain, "chain"),
+            head=digest_in(message.head, "head"),
+            genesis_body=message.genesis,
+            state=state_from_pb(message.state, genesis),
+            key=digest_in(sealed.key, "key") if sealed.key else b"",
+        )
+    except (DecodeError, ProtocolError) as error:
+        raise JournalCorruptError(
+            f"The journal's origin of {len(sealed_bytes)} bytes cannot be read ({error}); restore the "
+            "journal from a copy, or check that the versions match."
+        ) from None
+    if origin.key:
+        witness = Witness(genesis.config.run_id, origin.key)
+        try:
+            witness.check_origin(origin.round, sealed.body, sealed.signature)
+        except DivergedError as error:
+            raise JournalCorruptError(str(error)) from None
+    return origin
+
+
+# ---------------------------------------------------------------- the state
+
+
+def state_to_pb(state: RunState) -> pb.RunState:
+    """A folded state as a message, without its genesis."""
+    return pb.RunState(
+        epoch=state.epoch,
+        round=state.round,
+        open=None if state.open is None else _round_to_pb(state.open),
+        earlier=[_round_to_pb(held) for held in state.earlier],
+        agreed=[pb.AgreedDigest(round=r, digest64=d) for r, d in state.agreed.items()],
+        diverged=[diverged_to_pb(record) for record in state.diverged.values()],
+        divergences=[diverged_to_pb(record) for record in state.divergences],
+        evaluations=[evaluated_to_pb(record) for record in state.evaluations],
+        recent_rounds=[
+            pb.RoundSummary(round=s.round, mean_loss=s.mean_loss, answers=s.answers)
+            for s in state.recent_rounds
+        ],
+        rate_factor=state.rate_factor,
+        paused=(
+            None
+            if state.paused is None
+            else journal_pb2.Paused(round=state.paused.round, reason=state.paused.reason)
+        ),
+        stopped=(
+            None
+            if state.stopped is None
+            else journal_pb2.Stopped(round=state.stopped.round, reason=state.stopped.reason)
+        ),
+        training=_watch_to_pb(state.health.training),
+        heldout=_watch_to_pb(state.health.heldout),
+        best=None if state.health.best is None else evaluated_to_pb(state.health.best),
+        evaluations_since_best=state.health.evaluations_since_best,
+        pool=(
+            None
+            if state.pool is None
+            else pb.PoolState(
+                coefficients=state.pool.coefficients,
+                decay=state.pool.decay,
+                sizes=state.pool.sizes,
+                counts=state.pool.counts,
+            )
+        ),
+        losses=[pb.WorkerLosses(worker=w, losses=losses) for w, losses in state.losses.items()],
+        distances=[pb.WorkerDistance(worker=w, distance=d) for w, d in state.distances.items()],
+        copied=state.copied,
+    )
+
+
+def state_from_pb(message: pb.RunState, genesis: Genesis) -> RunState:
+    """The folded state of a run; `ProtocolError` if the message cannot be one."""
+    state = RunState()
+    state.apply(genesis)
+    state.epoch, state.round = message.epoch, message.round
+    state.open = _round_from_pb(message.open) if message.HasField("open") else None
+    state.earlier.extend(_round_from_pb(held) for held in message.earlier)
+    state.agreed.update((one.round, one.digest64) for one in message.agreed)
+    for diverged in message.diverged:
+        state.diverged[diverged.party] = diverged_from_pb(diverged)
+    state.divergences.extend(diverged_from_pb(one) for one in message.divergences)
+    state.evaluations.extend(evaluated_from_pb(one) for one in message.evaluations)
+    state.recent_rounds.extend(
+        RoundSummary(one.round, one.mean_loss if one.HasField("mean_loss") else None, one.answers)
+        for one in message.recent_rounds
+    )
+    state.rate_factor = message.rate_factor
+    if message.HasField("paused"):
+        state.paused = Paused(message.paused.round, message.paused.reason)
+    if message.HasField("stopped"):
+        state.stopped = Stopped(message.stopped.round, message.stopped.reason)
+    state.health = Health(
+        training=_watch_from_pb(message.training),
+        heldout=_watch_from_pb(message.heldout),
+        best=evaluated_from_pb(message.best) if message.HasField("best") else None,
+        evaluations_since_best=message.evaluations_since_best,
+    )
+    if state.pool is not None:
+        _fill_pool(state.pool, message.pool)
+    for one in message.losses:
+        state.losses[one.worker] = deque(one.losses, maxlen=SIGNAL_ROUNDS)
+    state.distances.update((one.worker, one.distance) for one in message.distances)
+    state.copied = message.copied
+    return state
+
+
+def _fill_pool(pool: Pool, message: pb.PoolState) -> None:
+    size = len(pool.coefficients)
+    if not len(message.coefficients) == len(message.sizes) == len(message.counts) == size:
+        raise ProtocolError(f"its pool has not the {size} seeds of the run's")
+    pool.coefficients = list(message.coefficients)
+    pool.decay = message.decay
+    pool.sizes = list(message.sizes)
+    pool.counts = list(message.counts)
+
+
+def _round_to_pb(held: RoundState) -> pb.RoundState:
+    return pb.RoundState(
+        round=held.round,
+        cohort=held.cohort,
+        slots=held.slots.values(),
+        answers=[
+            pb.AcceptedAnswer(epoch=accepted.epoch, answer=answered_to_pb(accepted.record))
+            for accepted in held.answers.values()
+        ],
+        excluded=sorted(held.excluded),
+        committed=sorted(held.committed),
+        rates=held.rates,
+        eps=held.eps,
+    )
+
+
+def _round_from_pb(message: pb.RoundState) -> RoundState:
+    cohort = list(message.cohort)
+    if len(message.rates) != len(cohort) or any(slot >= len(cohort) for slot in message.slots):
+        raise ProtocolError(f"its round {message.round} has slots of no worker, or without a rate")
+    held = RoundState(message.round, cohort)
+    held.slots = {cohort[slot]: slot for slot in message.slots}
+    for one in message.answers:
+        held.answers[one.answer.slot] = Accepted(one.epoch, answered_from_pb(one.answer))
+    held.excluded = set(message.excluded)
+    held.committed = set(message.committed)
+    held.rates = list(message.rates)
+    held.eps = message.eps if message.HasField("eps") else None
+    return held
+
+
+def _watch_to_pb(watch: LossWatch) -> pb.LossWatch:
+    return pb.LossWatch(
+        first=watch.first,
+        newest=watch.newest,
+        newest_round=watch.newest_round,
+        high_since=watch.high_since,
+    )
+
+
+def _watch_from_pb(message: pb.LossWatch) -> LossWatch:
+    return LossWatch(
+        first=message.first if message.HasField("first") else None,
+        newest=message.newest,
+        newest_round=message.newest_round,
+        high_since=message.high_since if message.HasField("high_since") else None,
+    )

@@ -1,0 +1,1 @@
+"""A Hugging Face model: loading, placing, naming and digesting what is trained."""

@@ -1,0 +1,297 @@
+"""Load a causal language model and its tokenizer so that every party ends with the same bits."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import struct
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from fedmezo_core.config import LoraConfig
+from fedmezo_core.errors import ModelError
+from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.model.adapters import read_adapter
+from fedmezo_core.zo.model.manifest import Manifest, manifest_of, trained_tensors
+from fedmezo_core.zo.model.offload import execution_device, move_into_mapped_memory, unique_homes
+from fedmezo_core.zo.model.placement import Placement
+from fedmezo_core.zo.model.selection import lora_targets
+from fedmezo_core.zo.noise import Distribution
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# transformers leaves these without types.
+_auto_model: Any = AutoModelForCausalLM
+_logging: Any = transformers_logging
+ON_CPU = Placement()
+"""Everything in the machine's memory, computed there."""
+_ADAPTER = "default"
+"""Peft's own name for the only adapter of a model."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for forward passes, and what it is trained by."""
+
+    model: nn.Module
+    """A transformers model, or the `PeftModel` around it in a LoRA run; in eval mode, no gradients."""
+    tokenizer: PreTrainedTokenizerBase
+    manifest: Manifest
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    lora: LoraConfig | None = None,
+    adapter: Path | None = None,
+    train: Sequence[str] = (),
+    run_seed: int = 0,
+    placement: Placement = ON_CPU,
+    local_files_only: bool = False,
+) -> LoadedModel:
+    """Load a Hugging Face causal LM by hub name or from a folder.
+
+    Only safetensors files are read and no code that comes with a model is run. With `lora`, an
+    adapter is added (see `add_adapter`) whose first weights are those in the folder `adapter`, or
+    else depend on `run_seed`, a u64; with `train`, only the parameters of the modules that it names are in the manifest. `placement`
+    says which device it computes on, and where weights lie that don't fit into its memory. With
+    `local_files_only` a name is looked up in the local cache alone.
+
+    Raises `ModelError` for a folder that holds no model, a name that can't be reached, a checkpoint
+    that lacks some of the model's tensors or holds a NaN or infinity, a tokenizer that is missing, or
+    weights that the placement has no room for; `ConfigError` for modules to train that the model
+    doesn't have, and a device or offload folder that can't be used.
+    """
+    folder = Path(name_or_path).expanduser()
+    is_folder = folder.exists()
+    if is_folder:
+        _check_folder(folder, name_or_path)
+    elif name_or_path.startswith((".", "/", "~")):
+        raise ModelError(f"There is no model folder {name_or_path}; check the path.")
+    source = str(folder) if is_folder else name_or_path
+    common: dict[str, Any] = {
+        "local_files_only": local_files_only or is_folder,
+        "trust_remote_code": False,
+    }
+    with quiet(), placement.loading() as place:
+        try:
+            loaded, info = _auto_model.from_pretrained(
+                source,
+                dtype=_DTYPES[dtype],
+                use_safetensors=True,
+                output_loading_info=True,
+                # The look for an adapter under this name would go to the network all the same.
+                adapter_kwargs={"local_files_only": common["local_files_only"]},
+                **place,
+                **common,
+            )
+        except Exception as error:
+            # transformers raises almost any type here, up to ImportError for an unknown architecture.
+            raise _model_error(name_or_path, is_folder, "model", error) from error
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        except Exception as error:
+            raise _model_error(name_or_path, is_folder, "tokenizer", error) from error
+        placement.check(name_or_path, loaded)
+        _require_complete(name_or_path, loaded, info)
+        if placement.offload_folder is not None:
+            # What is trained can't stay in the checkpoint's own files, nor anything in passing ones.
+            passing = None if lora is None else Path(place["offload_folder"])
+            move_into_mapped_memory(loaded, placement.offload_folder, only_from=passing)
+    model: nn.Module = loaded
+    model.eval()
+    head = loaded.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_contiguous)
+    for name, home in unique_homes(model).items():
+        if home.offloaded is None:
+            home.parameter.data = home.parameter.data.contiguous()
+        _require_finite(name_or_path, name, home.read())
+    if lora is not None:
+        model = add_adapter(cast("PreTrainedModel", model), lora, run_seed, adapter)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    manifest = manifest_of(
+        model,
+        adapters_only=lora is not None,
+        freeze_a=lora is not None and lora.freeze_a,
+        train=train,
+    )
+    return LoadedModel(model, tokenizer, manifest)
+
+
+def _contiguous(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Copy a head's input, which is a slice of few positions, to one place.
+
+    Otherwise torch multiplies row by row of the batch, in bfloat16 by a copy of the weight for each.
+    """
+    return tuple(
+        value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs
+    )
+
+
+def _require_complete(shown: str, loaded: Any, info: Mapping[str, Any]) -> None:
+    if info["missing_keys"] or info["mismatched_keys"]:
+        # transformers would fill these at random, differently at every party.
+        lacking = sorted(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]])
+        raise ModelError(
+            f"The checkpoint of {shown} lacks {len(lacking)} of the model's tensors or has "
+            f"them in another shape (first: {lacking[0]}); get a complete checkpoint of a causal "
+            "language model."
+        )
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise ModelError(
+            f"{shown} holds an adapter, not a whole model; merge it into its base model, save "
+            "that, and use the folder."
+        )
+
+
+def add_adapter(
+    model: PreTrainedModel, lora: LoraConfig, run_seed: int, folder: Path | None = None
+) -> nn.Module:
+    """Put a LoRA adapter (Hu et al. 2021) into `model` and return peft's wrapper, in eval mode.
+
+    Scale is alpha / rank, dropout 0, and the adapter is float32 even on a bfloat16 model: peft's
+    conventions. B is zero. A has the variance of peft's default (Kaiming uniform with a = sqrt 5,
+    that is 1 / (3 fan_in)), but comes from the noise standard, so that every party starts at the
+    same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`, and
+    the tensor id that the manifest gives to A. With `folder`, both are read from there instead.
+
+    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer, or for an adapter
+    that isn't as `lora` says (see `read_adapter`).
+    """
+    targets = lora_targets(model, lora)
+    with quiet():
+        # Only LoRA runs need peft, and importing it takes seconds.
+        import peft
+
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=cast("int", lora.alpha),  # peft scales by it; any float works
+        target_modules=lora.target_expression or list(lora.target_modules),
+        lora_dropout=0.0,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets.values()),
+        task_type="CAUSAL_LM",
+        init_lora_weights=True,
+    )
+    with quiet():
+        wrapped: nn.Module = peft.get_peft_model(model, config, adapter_name=_ADAPTER)
+    wrapped.eval()
+    for layer in wrapped.modules():
+        for side in ("lora_A", "lora_B"):
+            matrices: Any = getattr(layer, side, {})
+            # Beside an offloaded layer, peft leaves them empty. They are small enough to stay.
+            if _ADAPTER in matrices and matrices[_ADAPTER].weight.is_meta:
+                matrices[_ADAPTER].to_empty(device=execution_device(layer))
+    manifest = manifest_of(wrapped, adapters_only=True)
+    if folder is not None:
+        weights = read_adapter(folder, lora, manifest)
+        for value, tensor in zip(weights, trained_tensors(wrapped, manifest), strict=True):
+            tensor.copy_(value)
+        return wrapped
+    seeds = np.array([adapter_seed(run_seed)], dtype=np.uint64)
+    for entry, tensor in zip(manifest, trained_tensors(wrapped, manifest), strict=True):
+        zeros = torch.zeros(entry.shape, dtype=tensor.dtype)
+        if ".lora_A." in entry.name:
+            scale = np.array([1.0 / math.sqrt(3.0 * entry.shape[-1])], dtype=np.float32)
+            materialize(
+                zeros,
+                zeros,
+                [Commit(seeds, scale, 0)],
+                tensor_id=entry.tensor_id,
+                distribution=Distribution.GAUSSIAN,
+                rounding=Rounding.NEAREST,
+            )
+        tensor.copy_(zeros)
+    return wrapped
+
+
+def adapter_seed(run_seed: int) -> int:
+    """Seed of a LoRA adapter's first A matrices.
+
+    First 8 bytes, little-endian, of SHA-256(`fedmezo lora v1`, a zero byte, run seed as 8
+    little-endian bytes): no direction of the run uses it.
+    """
+    hashed = hashlib.sha256(b"fedmezo lora v1\0" + struct.pack("<Q", run_seed)).digest()
+    return int.from_bytes(hashed[:8], "little")
+
+
+def _check_folder(folder: Path, shown: str) -> None:
+    if not folder.is_dir():
+        raise ModelError(f"{shown} is a file; name the folder with config.json and the weights.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{shown} is no model folder: it has no config.json; check the path.")
+    if not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise ModelError(
+                f"{shown} has its weights as pickle files, which can run code when they are loaded; "
+                "save the model as safetensors (save_pretrained does) and use that folder."
+            )
+        raise ModelError(f"{shown} has no weights: no .safetensors file; check the path.")
+
+
+def _model_error(shown: str, is_folder: bool, what: str, error: Exception) -> ModelError:
+    reason = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
+    if len(reason) > 300:
+        reason = reason[:300] + "…"
+    if is_folder:
+        return ModelError(
+            f"The {what} in {shown} cannot be loaded ({reason.rstrip('.')}); the folder must hold a "
+            "causal language model and its tokenizer, as save_pretrained writes them."
+        )
+    return ModelError(
+        f"The {what} {shown} cannot be loaded: it is no folder here, and the model hub did not give "
+        f"it ({reason.rstrip('.')}); check the name and the network, or name a folder."
+    )
+
+
+def _require_finite(shown: str, name: str, values: torch.Tensor) -> None:
+    if not values.is_floating_point() or values.numel() == 0:
+        return
+    # Extremes carry NaN and infinities along, and need no temporary of the tensor's size.
+    low, high = torch.aminmax(values.detach())
+    if not (math.isfinite(float(low)) and math.isfinite(float(high))):
+        raise ModelError(
+            f"The weights of {shown} are damaged: {name} holds a NaN or an infinity; get the "
+            "checkpoint again, or load it as float32 if it was saved so."
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the log lines, bars and warnings of transformers, peft and what they use off a terminal."""
+    verbosity = _logging.get_verbosity()
+    loggers = [logging.getLogger(name) for name in ("accelerate", "bitsandbytes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    bars = _logging.is_progress_bar_enabled()
+    _logging.set_verbosity_error()
+    _logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        _logging.set_verbosity(verbosity)
+        if bars:
+            _logging.enable_progress_bar()

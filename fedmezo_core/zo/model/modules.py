@@ -1,0 +1,118 @@
+"""A model's modules, by whether they hold anything that is trained, and another forward for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedmezo_core.errors import ModelError
+from fedmezo_core.zo.model.manifest import Manifest, tensor_ids, trained_tensors
+from fedmezo_core.zo.model.offload import put_back
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """A trained parameter, as an attribute of the module that holds it."""
+
+    holder: nn.Module
+    attribute: str
+    tensor_id: int
+
+    @property
+    def parameter(self) -> torch.Tensor:
+        """As it is now: offloaded weights are on the device only for a while."""
+        parameter = self.holder._parameters[self.attribute]
+        assert parameter is not None
+        return parameter
+
+
+def owners_of(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[Owned]]:
+    """Modules with trained parameters of their own, and which; attributes sorted by name."""
+    trained_tensors(model, manifest)
+    ids = tensor_ids(model, manifest)
+    owners: dict[nn.Module, list[Owned]] = {}
+    for name, module in model.named_modules():
+        owned = [
+            Owned(module, attribute, ids[path])
+            for attribute in sorted(module._parameters)
+            if (path := f"{name}.{attribute}" if name else attribute) in ids
+        ]
+        if not owned:
+            continue
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            raise ModelError(
+                f"Embedding {name} renormalises its weights as it is used (max_norm), which breaks "
+                "replay; use a model without max_norm."
+            )
+        owners[module] = owned
+    return owners
+
+
+def frozen_modules(model: nn.Module, owners: Mapping[nn.Module, object]) -> list[nn.Module]:
+    """The outermost modules that compute with parameters none of which is trained."""
+    has_trained = {
+        module for module in model.modules() if any(inner in owners for inner in module.modules())
+    }
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        # A list of modules is never called, only what is in it.
+        if module not in has_trained and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            if next(module.parameters(), None) is not None:
+                found.append(module)
+            return
+        for child in module.children():
+            visit(child)
+
+    visit(model)
+    return list(dict.fromkeys(found))
+
+
+def computing_elements(modules: Sequence[nn.Module]) -> int:
+    """Parameters in the modules, but for those that are looked up."""
+    return sum(
+        parameter.numel()
+        for module in modules
+        for inner in module.modules()
+        if not isinstance(inner, nn.Embedding)
+        for parameter in inner.parameters(recurse=False)
+    )
+
+
+def loss_tolerance(model: nn.Module) -> float:
+    """How far two ways to compute a loss may differ by rounding, relative to it."""
+    low_precision = any(value.dtype != torch.float32 for value in model.parameters())
+    return 3e-2 if low_precision else 1e-3
+
+
+@contextmanager
+def emptied_after_errors(model: nn.Module) -> Iterator[None]:
+    """While open, an error sends offloaded weights back to where they are kept."""
+    try:
+        yield
+    except BaseException:
+        put_back(model)
+        raise
+
+
+@contextmanager
+def computing(
+    module: nn.Module, make: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """While open, `module` runs `make(module, its forward)`, inside the hook that `accelerate` may
+    have put around its forward: only there are offloaded weights at hand."""
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    before = module.__dict__.get(name)
+    module.__dict__[name] = make(module, getattr(module, name))
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = before

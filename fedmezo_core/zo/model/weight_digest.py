@@ -1,0 +1,151 @@
+"""Digests by which two parties see whether they hold the same weights and the same tokenizer.
+
+All are SHA-256 and are defined over plain bytes, so that another stack can compute them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
+from fedmezo_core.zo.model.offload import unique_homes
+
+CHUNK_BYTES = 1 << 22
+"""Bytes of a tensor hashed as one leaf (4 MiB). Part of the definition of every weights digest."""
+
+
+def tensors_digest(
+    header: bytes, tensors: Iterable[torch.Tensor], *, threads: int | None = None
+) -> bytes:
+    """Two-level SHA-256 tree over `tensors`: 32 bytes.
+
+    Each tensor, by itself, is the bytes of its elements in row-major order, little-endian, as its
+    dtype stores them. They are cut into chunks of `CHUNK_BYTES` (the last one of a tensor may be
+    shorter; a tensor without elements has none). With `leaf = SHA-256(chunk)`,
+
+        digest = SHA-256(header || leaf_0 || leaf_1 || ...)
+
+    over all chunks of the first tensor, then of the second, and so on. `header` must fix the
+    number, order, dtypes and shapes of the tensors. `threads` (default: one for each core that this
+    process may use) can't change the result. `tensors` are taken as they are needed, and dropped.
+    """
+    root = hashlib.sha256(header)
+    workers = threads or len(os.sched_getaffinity(0))
+    leaves: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for chunk in _chunks(tensors):
+            leaves.append(pool.submit(_leaf, chunk))
+            # A few ahead keep the threads busy; all of them would keep all the tensors.
+            if len(leaves) > 2 * workers:
+                root.update(leaves.popleft().result())
+        for leaf in leaves:
+            root.update(leaf.result())
+    return root.digest()
+
+
+def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    for tensor in tensors:
+        octets = tensor.detach().reshape(-1).view(torch.uint8)
+        for first in range(0, octets.numel(), CHUNK_BYTES):
+            yield octets[first : first + CHUNK_BYTES]
+
+
+def _leaf(chunk: torch.Tensor) -> bytes:
+    # hashlib releases the GIL, so leaves really are hashed side by side.
+    return hashlib.sha256(chunk.cpu().numpy().data).digest()
+
+
+def weights_digest(model: nn.Module, manifest: Manifest, *, threads: int | None = None) -> bytes:
+    """Digest of the trained tensors: what the parties of a run compare after a round.
+
+    `tensors_digest` in manifest order, with the header `fedmezo weights 1` and a newline, followed
+    by the manifest's canonical bytes.
+    """
+    header = b"fedmezo weights 1\n" + manifest.canonical_bytes()
+    return tensors_digest(header, trained_tensors(model, manifest), threads=threads)
+
+
+def base_digest(model: nn.Module, *, threads: int | None = None) -> bytes:
+    """Digest of everything that determines what the model computes, trained or not.
+
+    All parameters (tied ones once, under the first of their names) and all persistent buffers,
+    sorted together by name. The header is the line `fedmezo base 1`, then for each tensor a line of
+    three fields with a tab between them: name as an ASCII JSON string, dtype in torch's spelling
+    without `torch.`, shape joined by `x`. Every line ends in a newline.
+    """
+    # state_dict holds persistent buffers and parameters; what is no parameter is a buffer.
+    parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in parameter_names and isinstance(value, torch.Tensor)
+    }
+    homes = unique_homes(model)
+    # Of an offloaded parameter the model holds shape and dtype alone.
+    named: dict[str, torch.Tensor] = {
+        **{name: home.parameter for name, home in homes.items()},
+        **buffers,
+    }
+    lines = ["fedmezo base 1"]
+    for name in sorted(named):
+        shape = "x".join(str(length) for length in named[name].shape)
+        dtype = str(named[name].dtype).removeprefix("torch.")
+        lines.append(f"{json.dumps(name)}\t{dtype}\t{shape}")
+    header = ("\n".join(lines) + "\n").encode("ascii")
+    values = (homes[name].read() if name in homes else buffers[name] for name in sorted(named))
+    return tensors_digest(header, values, threads=threads)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
+    """Digest of what turns text into token ids: 32 bytes.
+
+    SHA-256 of `fedmezo tokenizer 1`, a newline, and one JSON object (keys sorted, no spaces,
+    non-ASCII escaped) with the members `special_tokens` (the special tokens map), `chat_template`
+    (string, object or null), and
+
+    - for a tokenizer of the tokenizers library, `tokenizer`: its JSON form without `truncation`,
+      `padding` and `version` (run-time state), without members whose value is null, and with each
+      merge written as a list of two strings;
+    - for any other, `class`: its class name, and `vocabulary`: token to id.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content: dict[str, Any] = {
+        "special_tokens": {
+            key: [str(item) for item in value] if isinstance(value, (list, tuple)) else str(value)
+            for key, value in tokenizer.special_tokens_map.items()
+        },
+        "chat_template": getattr(tokenizer, "chat_template", None),
+    }
+    if backend is not None:
+        form = _without_nulls(json.loads(backend.to_str()))
+        for state in ("truncation", "padding", "version"):
+            form.pop(state, None)
+        if "merges" in form["model"]:
+            form["model"]["merges"] = [
+                merge.split(" ", 1) if isinstance(merge, str) else merge
+                for merge in form["model"]["merges"]
+            ]
+        content["tokenizer"] = form
+    else:
+        content["class"] = type(tokenizer).__name__
+        content["vocabulary"] = tokenizer.get_vocab()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(b"fedmezo tokenizer 1\n" + text.encode("ascii")).digest()
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value

@@ -1,0 +1,38 @@
+"""Where the replica pauses its replay."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedmezo_coordinator.replica.replica import _next_stop, _Stops
+
+
+def stops_of(**changes: int) -> _Stops:
+    values = {"rounds": 100, "digest_every": 1, "evaluate_every": 1000} | changes
+    return _Stops(**values, evaluated=frozenset())
+
+
+@pytest.mark.parametrize(
+    ("changes", "due"),
+    [
+        ({"snapshot_every": 0}, []),
+        ({"snapshot_every": 7}, [7, 14, 21]),
+        ({"snapshot_every": 7, "digest_every": 5}, [10, 15, 25]),
+        ({"snapshot_every": 5, "digest_every": 10}, [10, 20]),
+        ({"snapshot_every": 10, "digest_every": 5}, [10, 20]),
+        ({"snapshot_every": 7, "snapshotted": 14}, [21]),
+        ({"snapshot_every": 7, "rounds": 21}, [7, 14]),
+    ],
+)
+def test_snapshots_are_due_at_digest_rounds_from_each_multiple_on_but_not_at_the_end(
+    changes: dict[str, int], due: list[int]
+) -> None:
+    stops = stops_of(**changes)
+    assert [round_ for round_ in range(28) if stops.snapshots(round_)] == due
+
+
+def test_a_replica_that_is_behind_stops_for_the_newest_snapshot_only() -> None:
+    stops = stops_of(snapshot_every=5)
+    rounds = list(range(1, 24))
+    assert _next_stop(stops, rounds) == 20
+    assert _next_stop(stops, rounds[20:]) == 1, "and not behind, it digests every round"

@@ -1,0 +1,53 @@
+"""What bounds one turn of the event loop, and what wakes it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from fedmezo_coordinator.serving.grpc_wakeups import drained
+from fedmezo_coordinator.serving.write_pacing import Turnstile
+
+
+@pytest.mark.parametrize(("count", "turns"), [(2, 1), (3, 1), (4, 2), (7, 3)])
+async def test_so_many_go_through_in_one_turn_in_order(count: int, turns: int) -> None:
+    turnstile, turn = Turnstile(3), 0
+    through: list[tuple[int, int]] = []
+
+    async def go(number: int) -> None:
+        await turnstile.through()
+        through.append((number, turn))
+
+    tasks = [asyncio.create_task(go(number)) for number in range(count)]
+    while not all(task.done() for task in tasks):
+        await asyncio.sleep(0)
+        turn += 1
+    assert [number for number, _ in through] == list(range(count))
+    by_turn = [at for _, at in through]
+    assert len(set(by_turn)) == turns
+    assert max(by_turn.count(at) for at in by_turn) <= 3
+
+
+async def test_whoever_is_gone_holds_nobody_up() -> None:
+    turnstile = Turnstile(1)
+    first, gone, last = (asyncio.create_task(turnstile.through()) for _ in range(3))
+    await asyncio.sleep(0)
+    gone.cancel()
+    await asyncio.wait_for(asyncio.gather(first, last), 10)
+    assert gone.cancelled()
+    for _ in range(3):  # and afterwards it stands still
+        await asyncio.sleep(0)
+    await asyncio.wait_for(turnstile.through(), 10)
+
+
+def test_all_wakeups_are_taken_at_once() -> None:
+    make = socket.socketpair
+    with drained():
+        reading, writing = socket.socketpair()
+    assert socket.socketpair is make
+    with reading, writing:
+        for _ in range(200):
+            writing.send(b"1")
+        assert reading.recv(1) == b"1" * 200

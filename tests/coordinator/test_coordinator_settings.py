@@ -1,0 +1,134 @@
+"""The coordinator's settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmezo_coordinator.coordinator_settings import (
+    ENVIRONMENT_PREFIX,
+    CoordinatorSettings,
+    model_label,
+)
+from fedmezo_coordinator.programs.coordinator_command import tell_if_no_loss_is_seen
+from fedmezo_coordinator.serving.hosting import FILES_BESIDE_SESSIONS, sessions_that_fit
+from fedmezo_core.errors import ConfigError
+from fedmezo_core.layered_settings import load_settings
+from tests.integration.support.harness import config_of, run_values, toml_of
+
+
+def load(*arguments: str) -> CoordinatorSettings:
+    return load_settings(
+        CoordinatorSettings,
+        arguments,
+        program="fedmezo-coordinator",
+        environment_prefix=ENVIRONMENT_PREFIX,
+    )
+
+
+@pytest.mark.parametrize("listen", ["here", "here:", ":80", "here:x", "1.2.3.4:65536", ""])
+def test_an_address_that_is_none_is_named(listen: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(f"--listen={listen}")
+    assert f"listen = {listen!r} is not allowed: write it as host:port" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("listen", "loopback"),
+    [
+        ("127.0.0.1:7465", True),
+        ("127.9.9.9:1", True),
+        ("localhost:1", True),
+        ("[::1]:1", True),
+        ("0.0.0.0:1", False),
+        ("[::]:1", False),
+        ("192.168.0.7:1", False),
+        ("example.org:1", False),
+    ],
+)
+def test_what_only_this_machine_can_reach(listen: str, loopback: bool) -> None:
+    assert load(f"--listen={listen}").is_loopback is loopback
+
+
+def test_it_listens_on_loopback_unless_told_otherwise() -> None:
+    assert load().is_loopback
+
+
+@pytest.mark.parametrize("flag", ["--tls-cert", "--tls-key"])
+def test_one_tls_file_alone_is_refused(flag: str) -> None:
+    with pytest.raises(ConfigError, match="tls_cert and tls_key go together; set both or neither"):
+        load(flag, "file.pem")
+
+
+def test_the_run_comes_from_file_environment_and_flag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(toml_of({"run": run_values(rounds=1, eps=0.5, quorum=1)}))
+    monkeypatch.setenv("FEDMEZO_COORDINATOR_RUN__ROUNDS", "5")
+    monkeypatch.setenv("FEDMEZO_COORDINATOR_RUN__TASK__TEMPLATE", "{text}?")
+    config = load("--config", str(file), "--run", '{"eps": 0.25}').run_config("the run")
+    assert (config.rounds, config.eps, config.quorum) == (5, 0.25, 1)
+    assert config.task.template == "{text}?"
+    assert config.task.tokens_max == 32
+
+
+def test_a_bad_run_value_names_its_key() -> None:
+    settings = load("--model", "m", "--run", '{"run_id": "r", "task": {"tokens_max": 1}}')
+    with pytest.raises(ConfigError, match=r"the run: task\.tokens_max = 1 is not allowed"):
+        settings.run_config("the run")
+
+
+def test_of_a_model_folder_only_its_name_is_shown_to_others(tmp_path: Path) -> None:
+    (tmp_path / "my-model").mkdir()
+    assert model_label(f"{tmp_path}/my-model/") == "my-model"
+    assert model_label("org/name") == "org/name"
+
+
+@pytest.mark.parametrize("name", ["sessions_max", "joins_at_a_time"])
+@pytest.mark.parametrize(
+    ("value", "allowed"), [(0, False), (1, True), (19_999, True), (20_000, True), (20_001, False)]
+)
+def test_a_limit_of_sessions_has_limits(name: str, value: int, allowed: bool) -> None:
+    flag = f"--{name.replace('_', '-')}={value}"
+    if allowed:
+        assert getattr(load(flag), name) == value
+    else:
+        with pytest.raises(ConfigError, match=f"{name} = .{value}. is not allowed"):
+            load(flag)
+
+
+@pytest.mark.parametrize(("more", "fit"), [(-1, 99), (0, 100), (1, 100)])
+def test_no_more_sessions_are_taken_than_files_may_be_opened(
+    more: int, fit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hard = 100 + FILES_BESIDE_SESSIONS + more
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, hard))
+    monkeypatch.setattr("resource.setrlimit", lambda _, limits: raised.append(limits))
+    assert sessions_that_fit(load("--sessions-max=100")) == fit
+    assert raised == [(fit + FILES_BESIDE_SESSIONS, hard)]
+    assert ("lower sessions_max" in caplog.text) is (more < 0)
+    caplog.clear()
+    assert sessions_that_fit(load()) == hard - FILES_BESIDE_SESSIONS
+    assert not caplog.text  # nobody asked for so many
+
+
+@pytest.mark.parametrize(
+    ("settings", "run", "warns"),
+    [
+        ({}, {}, True),
+        ({"model": "m"}, {}, True),
+        ({"model": "m", "heldout": "rows.jsonl", "replica": False}, {}, True),
+        ({"model": "m", "heldout": "rows.jsonl"}, {}, False),
+        ({}, {"report_losses": True}, False),
+        ({}, {"pause_rounds": 0}, False),
+    ],
+)
+def test_a_run_whose_loss_nobody_sees_is_told_so(
+    settings: dict[str, Any], run: dict[str, Any], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    tell_if_no_loss_is_seen(CoordinatorSettings(**settings), config_of(**run))
+    assert ("goes unnoticed" in caplog.text) is warns

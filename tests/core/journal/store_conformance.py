@@ -1,0 +1,149 @@
+"""What every journal store must do. A store's test module subclasses `StoreConformance`."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+
+import pytest
+
+from fedmezo_core.errors import JournalError
+from fedmezo_core.journal.journal import Journal, JournalStore, Row, StoredOrigin
+from fedmezo_core.records import Committed, PairRun, Started
+
+
+def row(seqno: int, size: int = 10) -> Row:
+    body = hashlib.sha256(seqno.to_bytes(8, "little")).digest() * (size // 32 + 1)
+    return Row(seqno, body[:size], hashlib.sha256(body).digest())
+
+
+class StoreConformance(ABC):
+    """Subclass it, and say how a store is opened and opened again."""
+
+    @abstractmethod
+    def open(self) -> JournalStore:
+        """The same store each time within one test."""
+
+    durable = True
+
+    def test_new_store_is_empty(self) -> None:
+        store = self.open()
+        assert len(store) == 0
+        assert store.read(0, 10) == ()
+        store.close()
+
+    def test_rows_come_back_in_order_and_byte_for_byte(self) -> None:
+        store = self.open()
+        rows = [row(n, size) for n, size in enumerate((0, 1, 31, 4096, 300_000))]
+        store.append(rows[:2])
+        store.append(rows[2:])
+        assert store.read(0, 100) == tuple(rows)
+        assert len(store) == 5
+        store.close()
+
+    def test_pages(self) -> None:
+        store = self.open()
+        rows = [row(n) for n in range(10)]
+        store.append(rows)
+        assert store.read(3, 4) == tuple(rows[3:7])
+        assert store.read(8, 4) == tuple(rows[8:])
+        assert store.read(10, 4) == ()
+        assert store.read(99, 4) == ()
+        store.close()
+
+    def test_appending_nothing_changes_nothing(self) -> None:
+        store = self.open()
+        store.append([])
+        assert len(store) == 0
+        store.close()
+
+    @pytest.mark.parametrize("seqnos", [(1,), (0, 2), (0, 0), (0, 1, 1)])
+    def test_a_gap_or_a_repeat_is_refused_whole(self, seqnos: tuple[int, ...]) -> None:
+        store = self.open()
+        with pytest.raises(JournalError):
+            store.append([row(n) for n in seqnos])
+        if self.durable:
+            store.close()
+            store = self.open()
+        assert store.read(0, 10) == ()
+        store.close()
+
+    def test_rows_survive_closing(self) -> None:
+        if not self.durable:
+            pytest.skip("the reference keeps its rows in memory")
+        store = self.open()
+        store.append([row(0), row(1)])
+        store.close()
+        store = self.open()
+        assert store.read(0, 10) == (row(0), row(1))
+        store.append([row(2)])
+        assert len(store) == 3
+        store.close()
+
+    def test_a_journal_over_it_chains_and_verifies(self) -> None:
+        store = self.open()
+        journal = Journal(store)
+        assert list(journal.load()) == []
+        commit = Committed(1, (PairRun(5 << 16, (0.5, -0.25)),), 7)
+        first = journal.append([Started(1)])
+        more = journal.append([commit, Started(2)])
+        again = Journal(store)
+        assert list(again.load()) == [*first, *more]
+        assert (again.head, again.chain, len(again)) == (journal.head, journal.chain, 3)
+        assert first[0].head == bytes(32)
+        assert more[0].head == more[1].head != bytes(32)
+        store.close()
+
+    def test_an_origin_takes_the_place_of_the_rows_before_it(self) -> None:
+        store = self.open()
+        rows = [row(n) for n in range(6)]
+        store.append(rows)
+        assert store.origin() is None
+        for seqno in (2, 2, 4):
+            origin = StoredOrigin.of(seqno, b"what they came to, up to %d" % seqno)
+            store.drop_before(origin)
+            assert store.origin() == origin
+            assert store.read(0, 10) == tuple(rows[seqno:])
+            assert store.read(3, 1) == (rows[max(seqno, 3)],)
+            assert len(store) == 6
+        store.append([row(6)])
+        if self.durable:
+            store.close()
+            store = self.open()
+        assert store.origin() == origin
+        assert store.read(0, 10) == (rows[4], rows[5], row(6))
+        store.append([row(7)])
+        assert len(store) == 8
+        store.close()
+
+    @pytest.mark.parametrize("seqno", [1, 6, 7])
+    def test_an_origin_before_the_last_one_or_after_all_rows_is_refused(self, seqno: int) -> None:
+        store = self.open()
+        store.append([row(n) for n in range(6)])
+        kept = StoredOrigin.of(2, b"kept")
+        store.drop_before(kept)
+        with pytest.raises(JournalError):
+            store.drop_before(StoredOrigin.of(seqno, b"refused"))
+        if self.durable:
+            store.close()
+            store = self.open()
+        assert store.origin() == kept
+        assert len(store.read(0, 10)) == 4
+        store.close()
+
+    def test_an_empty_store_may_begin_at_an_origin(self) -> None:
+        store = self.open()
+        store.drop_before(StoredOrigin.of(7, b"of another store"))
+        assert (len(store), store.read(0, 10)) == (7, ())
+        if self.durable:
+            store.close()
+            store = self.open()
+            assert len(store) == 7
+        with pytest.raises(JournalError):
+            store.append([row(0)])
+        if self.durable:
+            store.close()
+            store = self.open()
+        store.append([row(7)])
+        assert store.read(0, 10) == (row(7),)
+        store.close()

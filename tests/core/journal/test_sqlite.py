@@ -1,0 +1,173 @@
+"""The SQLite store: conformance, and everything that can be wrong with the file."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from fedmezo_core.errors import (
+    JournalCorruptError,
+    JournalError,
+    JournalLockedError,
+)
+from fedmezo_core.journal.journal import Journal, JournalStore
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.records import Opened, Started
+from tests.core.journal.store_conformance import StoreConformance, row
+
+
+class TestSqliteStore(StoreConformance):
+    """The embedded store conforms."""
+
+    @pytest.fixture(autouse=True)
+    def _place(self, tmp_path: Path) -> None:
+        self.path = tmp_path / "journal.db"
+
+    def open(self) -> JournalStore:
+        return SqliteStore(self.path)
+
+
+def written(path: Path, rows: int = 200) -> None:
+    store = SqliteStore(path)
+    Journal(store).append([Opened(n + 1, 0, ("worker-" * 5,) * 20) for n in range(rows)])
+    store.close()
+
+
+def test_settings_are_the_durable_ones(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "journal.db")
+    assert store._db.pragma("journal_mode") == "wal"
+    assert store._db.pragma("synchronous") == 2  # FULL
+    assert store._db.pragma("locking_mode") == "exclusive"
+    assert (tmp_path / "journal.db").stat().st_mode & 0o077 == 0
+    store.close()
+
+
+def _try_to_open(path: Path, answer: multiprocessing.SimpleQueue[str]) -> None:
+    try:
+        SqliteStore(path)
+        answer.put("opened")
+    except JournalLockedError as error:
+        answer.put(str(error))
+
+
+def test_a_second_process_cannot_open_it(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "journal.db")
+    context = multiprocessing.get_context("spawn")
+    answer: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
+    process = context.Process(target=_try_to_open, args=(tmp_path / "journal.db", answer))
+    process.start()
+    process.join()
+    assert "open in another process" in answer.get()
+    store.close()
+
+
+def test_a_flipped_byte_anywhere_is_found_and_never_changes_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 30)
+    sound = path.read_bytes()
+    reference = SqliteStore(path).read(0, 100)
+    found = 0
+    for place in range(0, len(sound), 97):
+        damaged = bytearray(sound)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            store = SqliteStore(path)
+        except JournalError:
+            found += 1
+            continue
+        try:
+            list(Journal(store).load())
+            # A byte that nothing depends on, such as free space in a page.
+            assert store.read(0, 100) == reference
+        except JournalCorruptError:
+            found += 1
+        store.close()
+    assert found > 0.5 * len(sound) / 97
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9])
+def test_a_truncated_file_is_refused_or_empty(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "journal.db"
+    written(path)
+    sound = path.read_bytes()
+    path.write_bytes(sound[: int(share * len(sound))])
+    if share == 0.0:
+        assert len(SqliteStore(path)) == 0
+    else:
+        with pytest.raises(JournalCorruptError, match="restore"):
+            SqliteStore(path)
+
+
+def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello " * 1000)
+    with pytest.raises(JournalCorruptError, match="not a journal"):
+        SqliteStore(tmp_path / "text")
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("CREATE TABLE t (x)")
+    other.commit()
+    other.close()
+    with pytest.raises(JournalError, match="not a FedMeZO journal"):
+        SqliteStore(tmp_path / "other.db")
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
+    written(tmp_path / "journal.db")
+    other = sqlite3.connect(tmp_path / "journal.db")
+    other.execute("PRAGMA user_version = 99")
+    other.commit()
+    other.close()
+    with pytest.raises(JournalError, match="newer FedMeZO"):
+        SqliteStore(tmp_path / "journal.db")
+
+
+def test_missing_folder_and_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="cannot be created"):
+        SqliteStore(tmp_path / "no" / "journal.db")
+    with pytest.raises(JournalError, match="no journal at"):
+        SqliteStore(tmp_path / "journal.db", create=False)
+
+
+def test_a_folder_that_cannot_be_synced_is_no_place_for_a_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name could be gone after a power cut, and everything acknowledged with it."""
+    fail_with: list[int] = [errno.EIO]
+
+    def fsync(file: int) -> None:
+        raise OSError(fail_with[0], os.strerror(fail_with[0]))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(JournalError, match=r"folder of the journal .* could not be synced \(Input"):
+        SqliteStore(tmp_path / "journal.db")
+    # Some file systems know no such thing.
+    fail_with[0] = errno.EINVAL
+    SqliteStore(tmp_path / "journal.db").close()
+
+
+def test_the_log_is_folded_into_the_file_when_it_is_long(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    store = SqliteStore(path, checkpoint_pages=10)
+    for n in range(50):
+        store.append([row(n, 3000)])
+    assert path.stat().st_size > 40 * 3000
+    assert (tmp_path / "journal.db-wal").stat().st_size < 20 * 4096
+    store.close()
+
+
+def test_after_an_error_nothing_more_is_taken(tmp_path: Path) -> None:
+    """A store that failed once may hold less than it said; only a restart can tell."""
+    store = SqliteStore(tmp_path / "journal.db")
+    Journal(store).append([Started(1)])
+    store._db.pragma("max_page_count", store._db.pragma("page_count"))
+    with pytest.raises(JournalError, match=r"disk that holds .* is full"):
+        store.append([row(1, 1_000_000)])
+    with pytest.raises(JournalError, match="failed before"):
+        store.append([row(1)])
+    store.close()
+    assert len(list(Journal(SqliteStore(tmp_path / "journal.db")).load())) == 1

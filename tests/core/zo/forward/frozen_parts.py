@@ -1,0 +1,96 @@
+"""Tiny models, of which a part may be frozen, and measurements on them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fedmezo_core.config import TaskConfig
+from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.task import Batch, Task
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, Measurement, Pair
+from fedmezo_core.zo.forward.row_states import Prefix
+from fedmezo_core.zo.materialize import Rounding
+from fedmezo_core.zo.model.manifest import Manifest
+from fedmezo_core.zo.noise import Distribution
+from tests.core.zo.conftest import SENTENCES
+
+EPS = 1e-2
+LOCAL: list[Pair] = [(11, 0.02), (12, -0.03)]
+LAST_LAYER = {"gpt2": "h.1", "opt": "layers.1", "mamba": "backbone.layers.1"}
+
+
+def last_layer(kind: str) -> str:
+    return LAST_LAYER.get(kind, "model.layers.1")
+
+
+def task_of(tokenizer: PreTrainedTokenizerBase, kind: Any = "classification") -> Task:
+    config = TaskConfig(
+        kind=kind,
+        template="{text} All in all, it was",
+        verbalizers={"0": " terrible", "1": " great"},
+        response_column="text",
+        tokens_max=64,
+    )
+    return Task(config, tokenizer, 384)
+
+
+def batch_of(task: Task, rows: int = 4) -> Batch:
+    sentences = itertools.islice(itertools.cycle(SENTENCES), rows)
+    data = [Row({"text": text, "label": "01"[k % 2]}, "d", k) for k, text in enumerate(sentences)]
+    return task.collate(task.encode(data).examples, "the test")
+
+
+def estimator_on(
+    model: nn.Module,
+    manifest: Manifest,
+    task: Task,
+    distribution: Distribution = Distribution.RADEMACHER,
+    *,
+    once: bool = True,
+    one_sided: bool = False,
+    pass_tokens_max: int = PASS_TOKENS_MAX,
+    prefix: Prefix | None = None,
+) -> Estimator:
+    estimator = Estimator(
+        model,
+        manifest,
+        task,
+        distribution=distribution,
+        rounding=Rounding.STOCHASTIC,
+        one_sided=one_sided,
+        threads=1,
+        pass_tokens_max=pass_tokens_max,
+        prefix=prefix,
+    )
+    if not once:
+        estimator._forward.compute_every_copy()
+    return estimator
+
+
+def losses_of(measured: Sequence[Measurement]) -> list[float]:
+    return [loss for m in measured for loss in (m.loss_plus, m.loss_other)]
+
+
+class RowsSeen:
+    """How many rows each call of a module has seen."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.seen: list[int] = []
+        kind: Any = type(module)
+        plain = kind.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            first = args[0] if args else next(iter(kwargs.values()))
+            self.seen.append(len(first))
+            return plain(module, *args, **kwargs)
+
+        module.__dict__["forward"] = forward
+
+    def taken(self) -> list[int]:
+        seen, self.seen = self.seen, []
+        return seen

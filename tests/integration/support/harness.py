@@ -1,0 +1,464 @@
+"""Real programs, a real daemon, and workers driven by hand: what the tests of whole runs share.
+
+Nothing here imports torch; `parties` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.relay_daemon import Relay
+from fedmezo_coordinator.serving.service import bind_server, start_server
+from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
+from fedmezo_core.errors import FedMezoError, UnavailableError
+from fedmezo_core.journal.journal import Entry, Journal
+from fedmezo_core.journal.signed_heads import Signer
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.rounds import RoundMachine
+from fedmezo_core.records import Answered, Genesis, Record
+from fedmezo_core.wire.client import CoordinatorClient, SessionStream
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+ROOT = Path(__file__).parents[3]
+PATIENCE_S = 120.0
+"""Longest wait for anything; a busy machine may need most of it."""
+LOOK_EVERY_S = 0.02
+
+TASK: dict[str, Any] = {
+    "template": "Review: {text} It was",
+    "verbalizers": {"negative": " terrible", "positive": " great"},
+    "tokens_max": 32,
+}
+
+
+def run_values(**changes: Any) -> dict[str, Any]:
+    """A small run's contract, as it stands in a TOML file."""
+    values: dict[str, Any] = {
+        "run_id": "tiny-run",
+        "model": "tiny",
+        "task": TASK,
+        "seed": 7,
+        "rounds": 6,
+        "local_steps": 2,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "workers_min": 4,
+        "quorum": 4,
+    }
+    return values | changes
+
+
+def config_of(**changes: Any) -> RunConfig:
+    return parse_run(run_values(**changes), "the test's run")
+
+
+def genesis_of(config: RunConfig) -> Genesis:
+    """A genesis without a model, for workers driven by hand."""
+    return Genesis(
+        config, b"m" * 32, b"b" * 32, b"t" * 32, trainable_elements=8, trainable_bytes=32
+    )
+
+
+async def until(
+    holds: Callable[[], Awaitable[bool]], what: str, patience_s: float = PATIENCE_S
+) -> None:
+    """Wait until it holds, looking often."""
+    end_s = time.monotonic() + patience_s
+    while not await holds():
+        assert time.monotonic() < end_s, f"waited {patience_s} s in vain for: {what}"
+        await asyncio.sleep(LOOK_EVERY_S)
+
+
+# ---------------------------------------------------------------- programs
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a program under test: our sources, one thread, no settings of the person who tests."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDMEZO_")}
+    roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker")]
+    return inherited | {
+        "PYTHONPATH": os.pathsep.join(roots),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
+
+
+class Program:
+    """One process of ours, in a process group of its own, its words in a file."""
+
+    def __init__(
+        self, module: str, arguments: Sequence[str | Path], folder: Path, **more: str
+    ) -> None:
+        self._said = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed in `end`
+            dir=folder, prefix=f"{module}-", suffix=".log", delete=False
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=folder,
+            env=environment(**more),
+            stdin=subprocess.DEVNULL,
+            stdout=self._said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    @property
+    def said(self) -> str:
+        """Everything it wrote so far."""
+        return Path(self._said.name).read_text(errors="replace")
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self.process.poll() is None
+
+    def send(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def children(self) -> list[psutil.Process]:
+        """Every process below it."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    async def wait(self, patience_s: float = PATIENCE_S) -> int:
+        """Its exit status, once it has ended by itself."""
+
+        async def ended() -> bool:
+            return not self.running
+
+        try:
+            await until(ended, f"the end of {self.process.args!r}", patience_s)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.said}") from None
+        return int(self.process.returncode)
+
+    async def says(self, pattern: str) -> re.Match[str]:
+        """The first match of `pattern` in what it says; fails if it ends without it."""
+        end_s = time.monotonic() + PATIENCE_S
+        while True:
+            alive = self.running and time.monotonic() < end_s
+            found = re.search(pattern, self.said)
+            if found:
+                return found
+            assert alive, (
+                f"{self.process.args!r} ended, or went on, without {pattern!r}:\n{self.said}"
+            )
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def end(self) -> None:
+        """End it and whatever it started, whatever state they are in."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._said.close()
+
+
+class Programs:
+    """Starts programs, and sees to it that none outlives its test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._started: list[Program] = []
+
+    def start(self, module: str, *arguments: str | Path, **more: str) -> Program:
+        """Start a module of ours; `more` goes into its environment."""
+        program = Program(module, arguments, self.folder, **more)
+        self._started.append(program)
+        return program
+
+    def settings(self, run: dict[str, Any]) -> Path:
+        """A coordinator's TOML file."""
+        path = self.folder / f"coordinator-{len(self._started)}.toml"
+        path.write_text(toml_of({"run": run}))
+        return path
+
+    async def coordinator(
+        self, journal: Path | str, run: dict[str, Any], *arguments: str | Path, port: int = 0
+    ) -> tuple[Program, str]:
+        """A coordinator that serves, and its address."""
+        settings = self.settings(run)
+        program = self.start(
+            "fedmezo_coordinator",
+            *("--config", settings, "--journal", journal, "--listen", f"127.0.0.1:{port}"),
+            *arguments,
+        )
+        found = await program.says(r"is served at (127\.0\.0\.1:\d+)")
+        return program, found[1]
+
+    def worker(self, address: str, name: str, data: Path, model: Path, *more: str) -> Program:
+        """A worker of one thread."""
+        return self.start(
+            "fedmezo_worker",
+            *("--coordinator", address, "--name", name, "--data", data, "--model", model),
+            *("--threads", "1", *more),
+        )
+
+    def end(self) -> None:
+        """End all; nobody may have shown a traceback to its user."""
+        for program in self._started:
+            program.end()
+        for program in self._started:
+            assert "Traceback" not in program.said, program.said
+
+
+def toml_of(values: dict[str, Any], path: str = "") -> str:
+    """Nested values as TOML; strings, numbers, booleans, lists and tables only."""
+    import json
+
+    lines = [f"[{path}]"] if path else []
+    lines += [f"{key} = {json.dumps(v)}" for key, v in values.items() if not isinstance(v, dict)]
+    tables = [
+        toml_of(value, f"{path}.{key}" if path else key)
+        for key, value in values.items()
+        if isinstance(value, dict)
+    ]
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+# ---------------------------------------------------------------- the journal
+
+
+def write_genesis(path: Path, genesis: Genesis) -> None:
+    """Begin a journal, so that a coordinator need not load a model to do it."""
+    journal = Journal(SqliteStore(path))
+    journal.append([genesis])
+    journal.close()
+
+
+def entries_of(path: Path) -> list[Entry]:
+    """The journal of a stopped coordinator, every hash checked and every record applied."""
+    store = SqliteStore(path, create=False)
+    try:
+        entries = list(Journal(store).load())
+    finally:
+        store.close()
+    machine = RoundMachine()
+    for entry in entries:
+        machine.apply(entry.record)
+    return entries
+
+
+def records_of(path: Path) -> list[Record]:
+    return [entry.record for entry in entries_of(path)]
+
+
+# ---------------------------------------------------------------- a daemon in this process
+
+
+@dataclass
+class Served:
+    """A daemon with a real server on a real port."""
+
+    daemon: Daemon
+    address: str
+    serving: asyncio.Task[None]
+
+
+@asynccontextmanager
+async def served(
+    path: Path,
+    genesis: Genesis | None = None,
+    *,
+    listen: str = "127.0.0.1:0",
+    tls: tuple[Path, Path] | None = None,
+    signer: Signer | None = None,
+    door: Door | None = None,
+    snapshots: Path | None = None,
+    compact_after_records: int = 0,
+) -> AsyncIterator[Served]:
+    """Serve the journal at `path`, which `genesis` begins if it is new, and the files in `snapshots`."""
+    journal = Journal(SqliteStore(path))
+    if journal.is_empty:
+        assert genesis is not None
+        journal.append([genesis])
+    daemon = Daemon(journal, door, signer, snapshots, compact_after_records)
+    await daemon.load()
+    with tempfile.TemporaryDirectory() as folder:
+        server, port = bind_server(listen, tls, f"unix:{folder}/replica.sock")
+        await start_server(server, daemon)
+        serving = asyncio.create_task(daemon.serve())
+        try:
+            yield Served(daemon, f"127.0.0.1:{port}", serving)
+        finally:
+            daemon.end_sessions()
+            await server.stop(0.5)
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            await daemon.close()
+
+
+# ---------------------------------------------------------------- a relay in this process
+
+
+@dataclass
+class Site:
+    """A relay with a real server on a real port."""
+
+    relay: Relay
+    address: str
+    serving: asyncio.Task[None]
+
+
+@asynccontextmanager
+async def relayed(
+    upstream: str, folder: Path, name: str, *, listen: str = "127.0.0.1:0", **changes: Any
+) -> AsyncIterator[Site]:
+    """A relay in this process, until the end of the block."""
+    values = {"upstream": upstream, "name": name, "journal_copy": folder / f"{name}.db"}
+    settings = RelaySettings.model_validate(values | changes)
+    async with CoordinatorClient(upstream, settings.tls_ca) as client:
+        relay = Relay(settings, client)
+        await relay.load()
+        server, port = bind_server(listen, settings.tls)
+        await start_server(server, relay)
+        serving = asyncio.create_task(relay.serve())
+        try:
+            yield Site(relay, f"127.0.0.1:{port}", serving)
+        finally:
+            relay.end_sessions()
+            await server.stop(0.5)
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
+            await relay.close()
+
+
+# ---------------------------------------------------------------- a worker driven by hand
+
+
+@dataclass
+class Hand:
+    """A worker without a model: every message it sends is the test's."""
+
+    client: CoordinatorClient
+    genesis: Genesis
+    name: str
+    head: bytes = b""
+    stream: SessionStream = field(init=False)
+    received: list[wire.SessionResponse] = field(default_factory=list)
+    acknowledged: set[tuple[int, int, int]] = field(default_factory=set)
+
+    async def open(self, **changes: Any) -> wire.Welcome:
+        """Say hello at the base, with `changes`; the welcome that comes back."""
+        self.stream = self.client.session()
+        await self.stream.send(wire.SessionRequest(hello=self.hello(**changes)))
+        return (await self.next("welcome")).welcome
+
+    def hello(self, **changes: Any) -> wire.Hello:
+        """A hello that is welcome, with `changes`."""
+        values: dict[str, Any] = {
+            "protocol_version": PROTOCOL_VERSION,
+            "run_id": self.genesis.config.run_id,
+            "worker": self.name,
+            "manifest_digest": self.genesis.manifest_digest,
+            "base_digest": self.genesis.base_digest,
+            "tokenizer_digest": self.genesis.tokenizer_digest,
+            "recipe": self.genesis.config.recipe,
+            "round": 0,
+            "head": self.head,
+        }
+        return wire.Hello(**(values | changes))
+
+    async def next(self, kind: str) -> wire.SessionResponse:
+        """The next message of a kind; those before it are kept in `received`."""
+        while True:
+            message = await asyncio.wait_for(self.stream.receive(), PATIENCE_S)
+            if message is None:
+                raise UnavailableError("the session ended without an error")
+            self.received.append(message)
+            if message.WhichOneof("kind") == "ack":
+                ticket = message.ack.ticket
+                self.acknowledged.add((ticket.epoch, ticket.round, ticket.slot))
+            if message.WhichOneof("kind") == kind:
+                return message
+
+    async def assigned(self) -> wire.Assign:
+        """The next assignment."""
+        return (await self.next("assign")).assign
+
+    async def send(self, **kind: Any) -> None:
+        """Send one message up."""
+        await self.stream.send(wire.SessionRequest(**kind))
+
+    async def answer(self, assign: wire.Assign, **changes: Any) -> None:
+        """Answer soundly, with `changes`."""
+        await self.send(answer=answer_to(assign, **changes))
+
+    async def ended(self) -> FedMezoError:
+        """The error that the session ends with."""
+        try:
+            while (
+                message := await asyncio.wait_for(self.stream.receive(), PATIENCE_S)
+            ) is not None:
+                self.received.append(message)
+        except FedMezoError as error:
+            return error
+        raise AssertionError("the session ended without an error")
+
+    async def work_to_the_end(self) -> int:
+        """Answer whatever is assigned until the run is finished; its last round."""
+        while True:
+            message = await asyncio.wait_for(self.stream.receive(), PATIENCE_S)
+            assert message is not None
+            match message.WhichOneof("kind"):
+                case "assign":
+                    await self.answer(message.assign)
+                case "ack":
+                    ticket = message.ack.ticket
+                    self.acknowledged.add((ticket.epoch, ticket.round, ticket.slot))
+                case "finished":
+                    return int(message.finished.round)
+                case _:
+                    pass
+
+
+def answer_to(assign: wire.Assign, **changes: Any) -> wire.Answer:
+    """A sound answer, with `changes`."""
+    values: dict[str, Any] = {
+        "ticket": assign.ticket,
+        "projected_grads": [0.5] * assign.steps,
+        "weights_digest64": 99 if assign.want_digest else None,
+    }
+    return wire.Answer(**(values | changes))
+
+
+@asynccontextmanager
+async def hands(address: str, genesis: Genesis, *names: str) -> AsyncIterator[list[Hand]]:
+    """Workers driven by hand, each on a channel of its own, not yet joined."""
+    clients = [CoordinatorClient(address) for _ in names]
+    try:
+        description = await clients[0].get_run()
+        yield [
+            Hand(client, genesis, name, description.head)
+            for client, name in zip(clients, names, strict=True)
+        ]
+    finally:
+        for client in clients:
+            await client.close()
+
+
+def answered_tickets(path: Path) -> set[tuple[int, int, int]]:
+    """(epoch, round, slot) of every answer in a stopped coordinator's journal."""
+    found, epoch = set(), 0
+    for record in records_of(path):
+        epoch = getattr(record, "epoch", epoch)
+        if isinstance(record, Answered):
+            found.add((epoch, record.round, record.slot))
+    return found

@@ -1,0 +1,133 @@
+"""What `fedmezo-worker` is told: flags, FEDMEZO_WORKER_* and a TOML file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings
+
+from fedmezo_core.config import NAME_PATTERN
+from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey
+
+ENVIRONMENT_PREFIX = "FEDMEZO_WORKER_"
+
+
+class WorkerSettings(BaseSettings):
+    """A worker of a federated run: measures on its own data, sends only scalars.
+
+    Settings come from flags, then from FEDMEZO_WORKER_* in the environment, then from the TOML file
+    that --config names.
+    """
+
+    coordinator: Address = Field(
+        default="127.0.0.1:7465", description="host:port of the coordinator"
+    )
+    name: str = Field(description="this worker's name, unique in the run: a-z, 0-9 and -")
+    data: Path = Field(
+        description="its private rows: a JSONL, CSV or Parquet file, or a folder of them"
+    )
+    heldout: Path | None = Field(
+        default=None,
+        description="rows of its own to evaluate the model on, in files as for data; stays here",
+    )
+    evaluate_every_rounds: int = Field(
+        default=10, ge=1, description="how often; always at the base and at the end"
+    )
+    evaluations: Path | None = Field(
+        default=None, description="JSONL file that each evaluation is appended to"
+    )
+    model: str = Field(
+        default="", description="model folder or hub name, if not the name that the run gives"
+    )
+    adapter: Path | None = Field(
+        default=None,
+        description="folder of the adapter (peft's layout) that the run begins from, if it does",
+    )
+    journal_copy: Path | None = Field(
+        default=None,
+        description="file to keep this worker's own copy of the run's history in; the run can be "
+        "rebuilt from it, and after a restart it shows whether the coordinator's history went back",
+    )
+    checkpoint_key: CheckpointKey = Field(
+        default="",
+        description="public key (64 hex digits) that the coordinator must sign with; none: any",
+    )
+    run_id: str = Field(default="", description="refuse any other run")
+    objective: str = Field(
+        default="",
+        description="the module:function of the run's objective: its code runs here, on these rows",
+    )
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
+    pass_tokens_max: int = Field(
+        default=2048,
+        ge=1,
+        description="where most of the model is frozen: most tokens, of all perturbed copies of a "
+        "batch, that go through the rest at once; more is faster on a GPU and takes memory",
+    )
+    row_states_max: ByteSize = Field(
+        default=ROW_STATES_MAX,
+        description="where most of the model is frozen and runs first, on a CPU: room, in a temporary "
+        "file, for what it makes of each row, which is then computed once; 0: each time",
+    )
+    device: str = Field(
+        default="auto",
+        description="auto (a CUDA device if there is one), cpu, cuda or cuda:1: where to compute",
+    )
+    device_memory_max: ByteSize | None = Field(
+        default=None,
+        description="what weights may take of the device's memory, as in 8GiB; none: what is free",
+    )
+    offload_folder: Path | None = Field(
+        default=None, description="folder on a disk for weights that no memory has room for"
+    )
+    frozen_base_bits: int | None = Field(
+        default=None,
+        description="in a run with lora: keep the frozen base in 8 or 4 bits, with bitsandbytes",
+    )
+    download_rate: ByteSize = Field(
+        default=ByteSize(12_500_000),
+        description="bytes a second that a download is expected to reach, by which a late worker takes "
+        "a snapshot or the journal; 0: always the journal",
+    )
+    tls_ca: Path | None = Field(
+        default=None, description="PEM file of the CA to trust; none: no TLS"
+    )
+    give_up_after_s: float = Field(
+        default=3600.0, ge=0, description="seconds without a coordinator before the worker ends"
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not re.fullmatch(NAME_PATTERN, value):
+            raise ValueError("use 1 to 64 of a-z, 0-9 and -, beginning with a letter or digit")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", value):
+            raise ValueError("use auto, cpu, cuda, or cuda: and the device's number")
+        return value
+
+    @field_validator("device_memory_max")
+    @classmethod
+    def _memory(cls, value: ByteSize | None) -> ByteSize | None:
+        if value is not None and value <= 0:
+            raise ValueError("use more than 0 bytes, for example 8GiB")
+        return value
+
+    @field_validator("frozen_base_bits")
+    @classmethod
+    def _bits(cls, value: int | None) -> int | None:
+        if value not in {None, 4, 8}:
+            raise ValueError("use 8 or 4, or leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _rows_to_evaluate_on(self) -> WorkerSettings:
+        if self.evaluations is not None and self.heldout is None:
+            raise ValueError("evaluations needs heldout, the rows to evaluate on; set both")
+        return self
