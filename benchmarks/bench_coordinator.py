@@ -29,8 +29,8 @@ from fedmezo_core.records import (
     Answered,
     Committed,
     Opened,
-    PairRun,
     Record,
+    SeedRange,
     first_seed_of,
     rounding_seed_of,
 )
@@ -503,7 +503,7 @@ def _write_rounds(path: Path, config: RunConfig, count: int) -> int:
         records.append(Opened(round_, 0, names))
         records += [Answered(round_, slot, GRADS, 0.5, digest) for slot in range(len(names))]
         runs = tuple(
-            PairRun(first_seed_of(config.seed, round_, slot), GRADS) for slot in range(len(names))
+            SeedRange(first_seed_of(config.seed, round_, slot), GRADS) for slot in range(len(names))
         )
         records.append(Committed(round_, runs, rounding_seed_of(config.seed, round_)))
         if len(records) > 5000:

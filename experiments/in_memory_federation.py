@@ -1,6 +1,6 @@
 """A federation in one process: the machines, the codec and the journal of a networked run, one model.
 
-    federation = Federation(party, {"movies": rows, "tweets": rows}, judge=judge)
+    federation = InMemoryFederation(party, {"movies": rows, "tweets": rows}, judge=judge)
     federation.run()
 
 The round machine, each worker's session machine, the bytes of every message, the records and what a
@@ -11,7 +11,7 @@ worker does with an assignment are the product's own code. What differs from a r
 - Nothing takes time and nothing is lost. Messages are handled one at a time in the order in which they
   were sent, so that answers come in slot order; no deadline passes and no worker goes away.
 - Evaluations are made between two messages, by the same party, and not by a replica process.
-- States of rows are known if the caller gives a `prefix`; a worker has them if its rows come often enough.
+- States of rows are known if the caller gives a `row_states`; a worker has them if its rows come often enough.
 
 So genesis, every `Committed` and with them the head are the same bytes as over gRPC. Other records are
 the same but for their order: there, answers come in the order in which workers are done.
@@ -25,9 +25,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.judging import Judge
-from fedmezo_coordinator.serving.commit_index import ModelIndex
+from fedmezo_coordinator.serving.commit_index import CommitIndex
 from fedmezo_coordinator.serving.hello import check_hello
-from fedmezo_coordinator.serving.loop import commit_to_pb, message_to_pb
 from fedmezo_core.errors import ConfigError, FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (
     ApplyCommit,
@@ -48,23 +47,25 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal.codec import (
-    answer_from_pb,
-    answer_to_pb,
-    event_from_pb,
-    hello_to_pb,
-    unable_from_pb,
-    unable_to_pb,
-)
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
 from fedmezo_core.machines.rounds import Phase, RoundMachine
 from fedmezo_core.machines.session import SessionMachine
 from fedmezo_core.records import Committed, Evaluated
+from fedmezo_core.wire.messages import (
+    answer_from_pb,
+    answer_to_pb,
+    commit_to_pb,
+    event_from_pb,
+    hello_to_pb,
+    message_to_pb,
+    unable_from_pb,
+    unable_to_pb,
+)
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
 from fedmezo_core.zo.data.rows import Row
 from fedmezo_core.zo.data.task import Batches
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
-from fedmezo_core.zo.forward.row_states import Prefix
+from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.party import Party, commits_of
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -84,7 +85,7 @@ class Worker:
     bytes_down: int = 0
 
 
-class Federation:
+class InMemoryFederation:
     """One run from its genesis to its end."""
 
     def __init__(
@@ -96,7 +97,7 @@ class Federation:
         store: JournalStore | None = None,
         threads: int = 1,
         pass_tokens_max: int = PASS_TOKENS_MAX,
-        prefix: Prefix | None = None,
+        row_states: RowStates | None = None,
     ) -> None:
         """`party` is at its base; `rows` are each worker's own.
 
@@ -116,13 +117,13 @@ class Federation:
         """CPU time that each worker takes to apply commits and digest its weights."""
         self._judge = judge
         self._estimator = open_estimator(
-            party, threads=threads, pass_tokens_max=pass_tokens_max, prefix=prefix
+            party, threads=threads, pass_tokens_max=pass_tokens_max, row_states=row_states
         )
         self._machine = RoundMachine()
         genesis = party.genesis()
         [entry] = self.journal.append([genesis])
         self._machine.apply(genesis)
-        self._index = ModelIndex()
+        self._index = CommitIndex()
         self._index.fold(entry)
         config = party.config
         self.workers = {
@@ -223,7 +224,7 @@ class Federation:
                     self._send(worker, commit_to_pb(entry.row))
         for message in ready.messages:
             assert not isinstance(message, Expel), "workers that share weights cannot differ"
-            sent = message_to_pb(message, self.party.config, self._index)
+            sent = message_to_pb(message, self.party.config, self._index.head_at)
             self._send(self.workers[message.worker], sent)
 
     def _send(self, worker: Worker, message: wire.SessionResponse) -> None:

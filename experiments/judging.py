@@ -14,7 +14,7 @@ import torch
 
 from fedmezo_core.zo.data.rows import Row
 from fedmezo_core.zo.data.task import Dataset, Evaluation
-from fedmezo_core.zo.forward.row_states import Prefix
+from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.party import Party
 
 
@@ -44,7 +44,7 @@ class Judge:
     batch_size: int = 64
     curve_rows: int | None = None
     """Rows behind each point of the curve; None: all."""
-    prefix: Prefix | None = None
+    row_states: RowStates | None = None
     kept: Path | None = None
     """Folder for what the base comes to, which is the same in most runs; None: it is not kept."""
     curve: list[Point] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Judge:
             config.dtype,
             config.task.model_dump_json(),
             self.batch_size,
-            self.prefix is None,
+            self.row_states is None,
             dataset.examples,
             torch.__version__,
         )
@@ -103,7 +103,7 @@ class Judge:
             self.party.loaded.model,
             dataset,
             self.batch_size,
-            around_batch=None if self.prefix is None else self.prefix.known,
+            around_batch=None if self.row_states is None else self.row_states.known,
         )
 
 

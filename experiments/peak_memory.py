@@ -19,7 +19,7 @@ from experiments.judging import write_whole
 from experiments.runs import KEPT, Run, key_of
 from experiments.starting_point import load_data
 from fedmezo_core.layered_settings import ROW_STATES_MAX
-from fedmezo_core.zo.assignment import open_estimator, open_prefix
+from fedmezo_core.zo.assignment import open_estimator, open_row_states
 from fedmezo_core.zo.data.rows import Row
 from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.forward.row_states import SpooledRows
@@ -44,7 +44,7 @@ def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[]
         party,
         threads=run.settings.threads,
         pass_tokens_max=run.settings.pass_tokens_max,
-        prefix=open_prefix(
+        row_states=open_row_states(
             party,
             SpooledRows(ROW_STATES_MAX),
             visits=math.inf,

@@ -22,14 +22,14 @@ from pydantic import BaseModel, ConfigDict
 
 from benchmarks.machine import Machine
 from experiments.first_order import FedAvg, FirstOrder
-from experiments.in_memory_federation import LOST, Federation
+from experiments.in_memory_federation import LOST, InMemoryFederation
 from experiments.judging import Judge, Point, write_whole
 from experiments.starting_point import Data, Settings, load_data
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, FedMezoError, ModelError
 from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.program import run_program
-from fedmezo_core.zo.assignment import open_prefix
+from fedmezo_core.zo.assignment import open_row_states
 from fedmezo_core.zo.export import export_adapter
 from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.forward.row_states import SpooledRows
@@ -116,24 +116,24 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         placement=Placement(settings.device),
     )
     rows = KeptRows(run, folder) if folder else SpooledRows(ROW_STATES_MAX)
-    prefix = open_prefix(party, rows, visits=math.inf, batch_size=config.batch_size)
+    row_states = open_row_states(party, rows, visits=math.inf, batch_size=config.batch_size)
     judge = Judge(
         party,
         data.heldout,
         every_rounds=settings.evaluate_every_rounds,
         batch_size=settings.evaluate_batch_size,
         curve_rows=settings.curve_rows,
-        prefix=prefix,
+        row_states=row_states,
         kept=folder,
     )
-    method: Federation | FedAvg = (
-        Federation(
+    method: InMemoryFederation | FedAvg = (
+        InMemoryFederation(
             party,
             data.clients,
             judge=judge,
             threads=settings.threads,
             pass_tokens_max=settings.pass_tokens_max,
-            prefix=prefix,
+            row_states=row_states,
         )
         if run.first_order is None
         else FedAvg(party, data.clients, run.first_order, judge=judge)
@@ -158,14 +158,14 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         bytes_up=method.bytes_up,
         bytes_down=method.bytes_down,
         forwards=method.forwards,
-        backwards=0 if isinstance(method, Federation) else method.forwards,
+        backwards=0 if isinstance(method, InMemoryFederation) else method.forwards,
         workers_cpu_s=method.working_s,
         apply_cpu_s=method.applying_s,
         judging_cpu_s=judge.seconds,
         wall_s=time.perf_counter() - begin,
         trained_elements=genesis.trainable_elements,
         trained_bytes=genesis.trainable_bytes,
-        head=method.journal.head.hex() if isinstance(method, Federation) else "",
+        head=method.journal.head.hex() if isinstance(method, InMemoryFederation) else "",
         machine=Machine(execution_device(party.loaded.model)).describe(),
     )
 

@@ -1,6 +1,6 @@
 """What the journal holds: one dataclass for each kind of record. No logic but arithmetic on seeds.
 
-None is ever changed. `Answered` and `PairRun` are tuples, because a start makes one for every answer and
+None is ever changed. `Answered` and `SeedRange` are tuples, because a start makes one for every answer and
 pair run of the journal, and a frozen dataclass takes eight times as long to make.
 
 `codec` gives their bytes, `journal` chains and stores them, `rounds` and `session` fold them.
@@ -49,7 +49,7 @@ class Opened:
     """The round's; None where it is the contract's."""
 
 
-class Place(NamedTuple):
+class RoundSlot(NamedTuple):
     """A slot of a round: what one measurement was assigned to. Places sort by age, oldest first."""
 
     round: int
@@ -68,7 +68,7 @@ class Answered(NamedTuple):
     """Rows of the worker's data; only in runs that weight answers by them."""
 
 
-class PairRun(NamedTuple):
+class SeedRange(NamedTuple):
     """Pairs (first_seed + k, coefficients[k]); coefficients are binary32 values held as floats."""
 
     first_seed: int
@@ -83,21 +83,21 @@ class Committed:
     """
 
     round: int
-    runs: tuple[PairRun, ...]
+    seed_ranges: tuple[SeedRange, ...]
     rounding_seed: int
     decay: float = 1.0
     """What every weight is multiplied by first: a binary32 value in (0, 1]."""
     from_base: bool = False
     """Applied to the base instead of to the weights so far, of which it holds everything."""
 
-    answers: tuple[Place, ...] = ()
-    """Of a buffered round: the answers that it is made of, in the order of `runs` where each has its
+    answers: tuple[RoundSlot, ...] = ()
+    """Of a buffered round: the answers that it is made of, in the order of `seed_ranges` where each has its
     own. How old one is, is `round` minus its place's. Empty where they are the round's own."""
 
     @property
     def pairs(self) -> int:
         """Count of pairs."""
-        return sum(len(run.coefficients) for run in self.runs)
+        return sum(len(run.coefficients) for run in self.seed_ranges)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class Snapshotted:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class SignedHead:
     """In a party's own copy of the run: what the coordinator had said, and signed, of its history."""
 
     epoch: int
@@ -179,7 +179,7 @@ Record = (
     | Resumed
     | Stopped
     | Snapshotted
-    | Checkpoint
+    | SignedHead
 )
 
 

@@ -27,8 +27,8 @@ from fedmezo_core.records import (
     Answered,
     Committed,
     Opened,
-    PairRun,
     Record,
+    SeedRange,
     Snapshotted,
     first_seed_of,
 )
@@ -64,7 +64,9 @@ def records_of(seed: int, round_: int) -> list[Record]:
     """A round in which all have answered."""
     grads = tuple(0.1 * (step + 1) for step in range(STEPS))
     digest = 99 if round_ == 1 else None
-    runs = [PairRun(first_seed_of(seed, round_, slot), (1e-4,) * STEPS) for slot in range(WORKERS)]
+    runs = [
+        SeedRange(first_seed_of(seed, round_, slot), (1e-4,) * STEPS) for slot in range(WORKERS)
+    ]
     return [
         Opened(round_, 0, tuple(f"w{k}" for k in range(WORKERS))),
         *(Answered(round_, slot, grads, None, digest) for slot in range(WORKERS)),

@@ -18,8 +18,8 @@ from pathlib import Path
 from fedmezo_coordinator.compaction import Candidate, Compaction
 from fedmezo_coordinator.serving.hello import check_run_id
 from fedmezo_coordinator.serving.loop import Item, ServingLoop
-from fedmezo_coordinator.serving.session_limit import Door
-from fedmezo_coordinator.snapshot_store import SnapshotShelf
+from fedmezo_coordinator.serving.session_limit import SessionLimit
+from fedmezo_coordinator.snapshot_store import SnapshotStore
 from fedmezo_core.errors import (
     JournalCorruptError,
     ProtocolError,
@@ -27,12 +27,7 @@ from fedmezo_core.errors import (
     UnknownWorkerError,
 )
 from fedmezo_core.events import Ready, ReplicaDigest, ReplicaEvaluated
-from fedmezo_core.journal.codec import (
-    diverged_to_pb,
-    evaluated_from_pb,
-    evaluated_to_pb,
-    snapshot_to_pb,
-)
+from fedmezo_core.journal.codec import diverged_to_pb, evaluated_from_pb, evaluated_to_pb
 from fedmezo_core.journal.journal import Entry, Journal
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.machines.cohort import REPLICA_PARTY
@@ -50,6 +45,7 @@ from fedmezo_core.records import (
     Stopped,
     digest64_of,
 )
+from fedmezo_core.wire.messages import snapshot_to_pb
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -69,7 +65,7 @@ class Daemon(ServingLoop[Ready]):
     def __init__(
         self,
         journal: Journal,
-        door: Door | None = None,
+        session_limit: SessionLimit | None = None,
         signer: Signer | None = None,
         snapshots: Path | None = None,
         compact_after_records: int = 0,
@@ -80,11 +76,11 @@ class Daemon(ServingLoop[Ready]):
         writes to; None: there are none. The oldest records are dropped when `compact_after_records`
         of them can go; 0: never.
         """
-        super().__init__(door)
+        super().__init__(session_limit)
         self._journal = journal
         self._machine = RoundMachine()
         self._signer = signer
-        self._shelf = SnapshotShelf(snapshots)
+        self._snapshots = SnapshotStore(snapshots)
         self._compaction = Compaction(compact_after_records, signer)
         self._may_mark = False
         """Whether there is something new to begin from since the last turn."""
@@ -106,9 +102,9 @@ class Daemon(ServingLoop[Ready]):
             raise JournalCorruptError(
                 "The journal does not begin with a genesis record; restore it from a copy."
             )
-        self._shelf.open(self.genesis.config.run_id)
-        await self._on_disk(lambda: self._shelf.sweep(at_start=True))
-        if not self._index.can_follow(0) and not await self._on_disk(self._shelf.has_newest):
+        self._snapshots.open(self.genesis.config.run_id)
+        await self._on_disk(lambda: self._snapshots.sweep(at_start=True))
+        if not self._index.can_follow(0) and not await self._on_disk(self._snapshots.has_newest):
             log.error(
                 "no worker can join anew: the journal begins after round %d, and there is no snapshot "
                 "to begin from; put the snapshots back",
@@ -134,10 +130,10 @@ class Daemon(ServingLoop[Ready]):
                 if not self._loading:
                     return  # given up
                 self._fold(entry)
-                self._shelf.fold(record, self._machine.state.agreed)
+                self._snapshots.fold(record, self._machine.state.agreed)
                 if _can_begin_after(record):
                     self._mark()
-            self._shelf.drop_before(self._index.begins)
+            self._snapshots.drop_before(self._index.begins)
         finally:
             if collects:
                 gc.enable()
@@ -185,11 +181,11 @@ class Daemon(ServingLoop[Ready]):
 
     async def _record_snapshot(self) -> None:
         """Write down the replica's newest snapshot, once the run has agreed to its weights."""
-        snapshotted = self._shelf.take_agreed()
+        snapshotted = self._snapshots.take_agreed()
         if snapshotted is not None:
             await self._flush([self._recorded(snapshotted)])
             # Beside the loop: a large file takes its time to go.
-            asyncio.get_running_loop().run_in_executor(None, self._shelf.sweep)
+            asyncio.get_running_loop().run_in_executor(None, self._snapshots.sweep)
 
     # ------------------------------------------------------------ dropping records
 
@@ -211,7 +207,7 @@ class Daemon(ServingLoop[Ready]):
     @property
     def _droppable_round(self) -> int:
         """Last round whose commit nobody may ask for: all can begin later, and all acks name later heads."""
-        can_begin = max(self._shelf.oldest_round, self._index.last_base_round - 1)
+        can_begin = max(self._snapshots.oldest_round, self._index.last_base_round - 1)
         return min(can_begin, self._machine.round - self.genesis.config.staleness_max - 2)
 
     async def _compact(self) -> None:
@@ -228,13 +224,13 @@ class Daemon(ServingLoop[Ready]):
         try:
             checking.result()
         except SnapshotError as error:
-            if tuple(self._shelf.recorded) == self._checked:
+            if tuple(self._snapshots.recorded) == self._checked:
                 log.error("no records are dropped from the journal: %s", error)
             return
         begins = self._journal.begins
         await self._on_disk(lambda: self._journal.drop_before(chosen.stored))
         self._index.drop_before(chosen.round, chosen.seqno)
-        self._shelf.drop_before(chosen.round)
+        self._snapshots.drop_before(chosen.round)
         self._compaction.begin(chosen.seqno)
         log.info(
             "records %d to %d, up to round %d, were dropped from the journal",
@@ -249,14 +245,14 @@ class Daemon(ServingLoop[Ready]):
         if self._chosen is None:
             return
         in_commit = self._chosen.round < self._index.last_base_round
-        snapshots = () if in_commit else tuple(self._shelf.recorded)
+        snapshots = () if in_commit else tuple(self._snapshots.recorded)
         if snapshots and snapshots == self._checked:
             return  # They were found damaged: newer ones must come first.
         self._checked = snapshots
-        self._checking = asyncio.create_task(asyncio.to_thread(self._shelf.check, snapshots))
+        self._checking = asyncio.create_task(asyncio.to_thread(self._snapshots.check, snapshots))
 
     def _way_past_dropped(self) -> str:
-        newest = self._shelf.newest
+        newest = self._snapshots.newest
         if newest is None:
             return super()._way_past_dropped()
         return f"take the snapshot of round {newest.round}, then read from round {newest.round + 1}"
@@ -279,7 +275,7 @@ class Daemon(ServingLoop[Ready]):
             if type(entry.record) is Answered:  # nearly all are
                 continue
             self._fold(entry)
-            self._shelf.fold(entry.record, self._machine.state.agreed)
+            self._snapshots.fold(entry.record, self._machine.state.agreed)
             self._tell(entry.record)
             self._may_mark |= _can_begin_after(entry.record)
         self._announce()
@@ -305,7 +301,7 @@ class Daemon(ServingLoop[Ready]):
         if report.complaint:
             log.warning("no snapshot of round %d: %s", request.round, report.complaint)
             return
-        self._shelf.offer(
+        self._snapshots.offer(
             Snapshotted(
                 request.round, request.weights_digest, report.file_sha256, report.file_bytes
             )
@@ -369,7 +365,7 @@ class Daemon(ServingLoop[Ready]):
     def describe(self, version: int, run_id: str, round_: int = 0) -> wire.GetRunResponse:
         """As every loop does; and the newest snapshot, if that is of a later round."""
         answer = super().describe(version, run_id, round_)
-        newest = self._shelf.newest
+        newest = self._snapshots.newest
         if newest is not None and newest.round > round_:
             answer.snapshot.CopyFrom(
                 wire.SnapshotOffer(
@@ -392,9 +388,11 @@ class Daemon(ServingLoop[Ready]):
     ) -> AsyncGenerator[wire.ReadSnapshotResponse, None]:
         """A snapshot's file from an offset on, in chunks; the first message says what it is."""
         check_run_id(request.run_id, self.genesis.config.run_id)
-        about = self._snapshot_to_pb(self._shelf.find(request.round))
+        about = self._snapshot_to_pb(self._snapshots.find(request.round))
         yield wire.ReadSnapshotResponse(snapshot=about)
-        async with contextlib.aclosing(self._shelf.read(request.round, request.offset)) as chunks:
+        async with contextlib.aclosing(
+            self._snapshots.read(request.round, request.offset)
+        ) as chunks:
             async for chunk in chunks:
                 yield wire.ReadSnapshotResponse(data=chunk)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.serving.loop import Item, ServingLoop
-from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.errors import (
     ConfigError,
     DivergedError,
@@ -40,19 +40,19 @@ from fedmezo_core.events import (
     WeightsReported,
     Welcomed,
 )
-from fedmezo_core.journal.codec import (
-    answer_to_pb,
-    commit_of,
-    event_from_pb,
-    hello_to_pb,
-    unable_to_pb,
-)
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Row, chain_after, head_after
 from fedmezo_core.machines.divergence import PartyDigest
 from fedmezo_core.machines.relay import RelayMachine, RelayReady, RelayUp
 from fedmezo_core.wire.backoff import delay_after_refusal_s
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.history import History
+from fedmezo_core.wire.messages import (
+    answer_to_pb,
+    commit_of,
+    event_from_pb,
+    hello_to_pb,
+    unable_to_pb,
+)
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.relay")
@@ -83,10 +83,13 @@ class Relay(ServingLoop[RelayReady]):
     _machine: RelayMachine
 
     def __init__(
-        self, settings: RelaySettings, client: CoordinatorClient, door: Door | None = None
+        self,
+        settings: RelaySettings,
+        client: CoordinatorClient,
+        session_limit: SessionLimit | None = None,
     ) -> None:
         """`client` leads to the coordinator above; the caller closes it."""
-        super().__init__(door)
+        super().__init__(session_limit)
         self._settings = settings
         self._client = client
         wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None

@@ -31,7 +31,7 @@ STREAMS_MAX = 64
 """Snapshots that are read at a time; one open file and one chunk in memory each."""
 
 
-class SnapshotShelf:
+class SnapshotStore:
     """Folds the journal and keeps the folder in step with it.
 
     Invariant: `recorded` holds the newest snapshots in the journal, oldest first.

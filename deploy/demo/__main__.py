@@ -24,7 +24,7 @@ from rich.live import Live
 
 from deploy.demo import summary as report
 from deploy.demo.prepare import prepare
-from deploy.demo.processes import Federation
+from deploy.demo.processes import Processes
 from fedmezo_coordinator.programs.view import run_line, run_view, seconds_left
 from fedmezo_core.errors import ConfigError, DivergedError, UnavailableError
 from fedmezo_core.program import run_program
@@ -103,7 +103,7 @@ def demo(what: Plan) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         # As Ctrl-C does: the processes must not outlive a closed terminal.
         signal.signal(number, signal.default_int_handler)
-    with Federation(OUTPUT) as federation:
+    with Processes(OUTPUT) as federation:
         _start(federation, what)
         status = asyncio.run(_watch(federation))
         run_s = time.monotonic() - started_s
@@ -121,7 +121,7 @@ def demo(what: Plan) -> None:
         raise DivergedError("Not all parties hold the same weights; the logs say who differs.")
 
 
-def _start(federation: Federation, what: Plan) -> None:
+def _start(federation: Processes, what: Plan) -> None:
     federation.start(
         "coordinator",
         "fedmezo_coordinator",
@@ -148,7 +148,7 @@ def _start(federation: Federation, what: Plan) -> None:
         )
 
 
-async def _watch(federation: Federation) -> wire.GetStatusResponse:
+async def _watch(federation: Processes) -> wire.GetStatusResponse:
     """Show the run until it is finished, evaluated and digested by everyone."""
     console = Console()
     parties = len(federation.children)

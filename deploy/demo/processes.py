@@ -37,7 +37,7 @@ class Child:
 
 
 @dataclass
-class Federation:
+class Processes:
     """Use it as a context manager: leaving it stops every process."""
 
     folder: Path

@@ -1,5 +1,4 @@
-"""Between our dataclasses and `fedmezo.v1` messages: with `origin`, the only core module
-that knows protobuf.
+"""Between our dataclasses and `fedmezo.v1` messages: journal records and the contract.
 
 Decoding is strict: a missing or unknown kind, an enum that is not set, a digest of the wrong length or
 a number that is no number is a `ProtocolError` (or `JournalCorruptError` for a record), never a default.
@@ -9,56 +8,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from google.protobuf.message import DecodeError
 from pydantic import ValidationError
 
 from fedmezo_core.config import (
-    PROTOCOL_VERSION,
-    STEPS_MAX,
     LoraConfig,
     RunConfig,
     TaskConfig,
     sentence_of,
 )
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
-from fedmezo_core.events import (
-    Acknowledged,
-    AnswerReceived,
-    Assign,
-    Assigned,
-    CommitReceived,
-    FinishedByCoordinator,
-    RefusedByCoordinator,
-    SendAnswer,
-    SendUnable,
-    SessionEvent,
-    Ticket,
-    UnableReceived,
-    Welcomed,
-    Work,
-)
 from fedmezo_core.journal.fast_codec import AnswerReader, committed_in
 from fedmezo_core.records import (
     Answered,
-    Checkpoint,
     Committed,
     Diverged,
     Evaluated,
     Genesis,
     Opened,
-    PairRun,
     Paused,
-    Place,
     Record,
     Resumed,
+    RoundSlot,
+    SeedRange,
+    SignedHead,
     Snapshotted,
     Started,
     Stopped,
 )
-from fedmezo_core.wire.snapshots import Snapshot
-from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
 
 DIGEST_BYTES = 32
@@ -298,7 +277,7 @@ def _record_to_pb(record: Record) -> pb.Record:
                     round=record.round,
                     runs=[
                         pb.PairRun(first_seed=run.first_seed, coefficients=run.coefficients)
-                        for run in record.runs
+                        for run in record.seed_ranges
                     ],
                     rounding_seed=record.rounding_seed,
                     decay=None if record.decay == 1.0 else record.decay,
@@ -317,7 +296,7 @@ def _record_to_pb(record: Record) -> pb.Record:
             return pb.Record(resumed=pb.Resumed(rate_factor=record.rate_factor))
         case Stopped():
             return pb.Record(stopped=pb.Stopped(round=record.round, reason=record.reason))
-        case Checkpoint():
+        case SignedHead():
             return pb.Record(
                 checkpoint=pb.Checkpoint(
                     epoch=record.epoch,
@@ -366,16 +345,16 @@ def _record_from_pb(message: pb.Record) -> Record:
                 round=opened.round,
                 first_slot=opened.first_slot,
                 workers=tuple(opened.workers),
-                learning_rates=tuple(_positive(r, "learning rate") for r in opened.learning_rates),
-                eps=_positive(opened.eps, "eps") if opened.HasField("eps") else None,
+                learning_rates=tuple(positive(r, "learning rate") for r in opened.learning_rates),
+                eps=positive(opened.eps, "eps") if opened.HasField("eps") else None,
             )
         case "committed":
             committed = message.committed
-            runs = tuple(
-                PairRun(run.first_seed, tuple(run.coefficients[:])) for run in committed.runs
+            seed_ranges = tuple(
+                SeedRange(run.first_seed, tuple(run.coefficients[:])) for run in committed.runs
             )
             # A sum of finite binary32 values is finite in binary64; infinities and NaN stay in it.
-            if not all(math.isfinite(sum(run.coefficients)) for run in runs):
+            if not all(math.isfinite(sum(run.coefficients)) for run in seed_ranges):
                 raise ProtocolError(
                     f"the commit of round {committed.round} holds a coefficient that is no number"
                 )
@@ -386,7 +365,7 @@ def _record_from_pb(message: pb.Record) -> Record:
                 )
             return Committed(
                 round=committed.round,
-                runs=runs,
+                seed_ranges=seed_ranges,
                 rounding_seed=committed.rounding_seed,
                 decay=decay,
                 from_base=committed.from_base,
@@ -399,12 +378,12 @@ def _record_from_pb(message: pb.Record) -> Record:
         case "paused":
             return Paused(message.paused.round, message.paused.reason)
         case "resumed":
-            return Resumed(_positive(message.resumed.rate_factor, "rate factor"))
+            return Resumed(positive(message.resumed.rate_factor, "rate factor"))
         case "stopped":
             return Stopped(message.stopped.round, message.stopped.reason)
         case "checkpoint":
             found = message.checkpoint
-            return Checkpoint(
+            return SignedHead(
                 epoch=found.epoch,
                 round=found.round,
                 head=digest_in(found.head, "head"),
@@ -423,7 +402,7 @@ def _record_from_pb(message: pb.Record) -> Record:
             raise ProtocolError("its kind is not known to this version")
 
 
-def _places_of(message: pb.Committed) -> tuple[Place, ...]:
+def _places_of(message: pb.Committed) -> tuple[RoundSlot, ...]:
     if len(message.staleness) != len(message.slots) or any(
         age >= message.round for age in message.staleness
     ):
@@ -432,7 +411,7 @@ def _places_of(message: pb.Committed) -> tuple[Place, ...]:
             f"{list(message.staleness)} before it"
         )
     return tuple(
-        Place(message.round - age, slot)
+        RoundSlot(message.round - age, slot)
         for age, slot in zip(message.staleness, message.slots, strict=True)
     )
 
@@ -506,204 +485,6 @@ def evaluated_from_pb(message: pb.Evaluated) -> Evaluated:
     )
 
 
-# ---------------------------------------------------------------- snapshots
-
-
-def snapshot_to_pb(snapshot: Snapshot) -> wire.Snapshot:
-    """A snapshot as a message."""
-    return wire.Snapshot(
-        round=snapshot.round,
-        head=snapshot.head,
-        weights_digest=snapshot.weights_digest,
-        file_sha256=snapshot.file_sha256,
-        file_bytes=snapshot.file_bytes,
-    )
-
-
-def snapshot_from_pb(message: wire.Snapshot) -> Snapshot:
-    """A snapshot from a message."""
-    return Snapshot(
-        round=message.round,
-        head=digest_in(message.head, "head"),
-        weights_digest=digest_in(message.weights_digest, "weights_digest"),
-        file_sha256=digest_in(message.file_sha256, "file_sha256"),
-        file_bytes=message.file_bytes,
-    )
-
-
-# ---------------------------------------------------------------- session messages
-
-
-def ticket_to_pb(ticket: Ticket) -> wire.Ticket:
-    """A ticket as a message."""
-    return wire.Ticket(epoch=ticket.epoch, round=ticket.round, slot=ticket.slot)
-
-
-def ticket_from_pb(message: wire.Ticket) -> Ticket:
-    """A ticket from a message."""
-    return Ticket(epoch=message.epoch, round=message.round, slot=message.slot)
-
-
-def assign_to_pb(assign: Assign, config: RunConfig) -> wire.SessionResponse:
-    """An assignment as a session message; what the contract says is left out."""
-    work = assign.work
-    first_seed = min(work.seeds)
-    offsets = [seed - first_seed for seed in work.seeds]
-    return wire.SessionResponse(
-        assign=wire.Assign(
-            ticket=ticket_to_pb(assign.ticket),
-            first_seed=first_seed,
-            steps=len(work.seeds) // config.probes,
-            want_digest=work.want_digest,
-            deadline_ms=assign.deadline_ms,
-            learning_rate=None
-            if work.learning_rate == config.learning_rate
-            else work.learning_rate,
-            eps=None if work.eps == config.eps else work.eps,
-            seed_offsets=() if offsets == list(range(len(offsets))) else offsets,
-        )
-    )
-
-
-def assigned_from_pb(message: wire.Assign, config: RunConfig) -> Assigned:
-    """An assignment as the worker's machine takes it."""
-    count = message.steps * config.probes
-    if not 1 <= count <= STEPS_MAX or len(message.seed_offsets) not in (0, count):
-        raise ProtocolError(
-            f"{message.steps} steps of {config.probes} probes were assigned with "
-            f"{len(message.seed_offsets)} seed offsets; use the same FedMeZO version."
-        )
-    offsets = message.seed_offsets or range(count)
-    if message.first_seed + max(offsets) >= 2**64:
-        raise ProtocolError("A seed of 2^64 or more was assigned; use the same FedMeZO version.")
-    rate = message.learning_rate if message.HasField("learning_rate") else config.learning_rate
-    return Assigned(
-        ticket=ticket_from_pb(message.ticket),
-        work=Work(
-            seeds=tuple(message.first_seed + offset for offset in offsets),
-            learning_rate=_positive(rate, "learning rate"),
-            eps=_positive(message.eps if message.HasField("eps") else config.eps, "eps"),
-            want_digest=message.want_digest,
-        ),
-        deadline_ms=message.deadline_ms,
-    )
-
-
-def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
-    """An answer as a session message."""
-    return wire.SessionRequest(
-        answer=wire.Answer(
-            ticket=ticket_to_pb(answer.ticket),
-            projected_grads=answer.projected_grads,
-            mean_loss=answer.mean_loss,
-            weights_digest64=answer.weights_digest64,
-            rows=answer.rows,
-            head64=answer.head64,
-        )
-    )
-
-
-def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
-    """An answer as the round machine takes it."""
-    return AnswerReceived(
-        worker=worker,
-        ticket=ticket_from_pb(message.ticket),
-        projected_grads=tuple(message.projected_grads),
-        mean_loss=message.mean_loss if message.HasField("mean_loss") else None,
-        weights_digest64=(
-            message.weights_digest64 if message.HasField("weights_digest64") else None
-        ),
-        rows=message.rows if message.HasField("rows") else None,
-    )
-
-
-def unable_to_pb(unable: SendUnable) -> wire.SessionRequest:
-    """An inability as a session message; the reason is cut to what the contract allows."""
-    return wire.SessionRequest(
-        unable=wire.Unable(ticket=ticket_to_pb(unable.ticket), reason=unable.reason[:512])
-    )
-
-
-def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
-    """An inability as the round machine takes it; control characters cannot enter a log."""
-    reason = "".join(c if c.isprintable() else " " for c in message.reason[:512])
-    return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
-
-
-class Describes(Protocol):
-    """What names a party's model: a genesis does, and a loaded model."""
-
-    @property
-    def config(self) -> RunConfig:
-        """The run's contract."""
-
-    @property
-    def manifest_digest(self) -> bytes:
-        """Of the trainable tensors."""
-
-    @property
-    def base_digest(self) -> bytes:
-        """Of the base weights."""
-
-    @property
-    def tokenizer_digest(self) -> bytes:
-        """Of the tokenizer."""
-
-
-def hello_to_pb(party: Describes, worker: str, round_: int, head: bytes) -> wire.SessionRequest:
-    """How `worker` introduces itself at the round and head that it holds."""
-    config = party.config
-    return wire.SessionRequest(
-        hello=wire.Hello(
-            protocol_version=PROTOCOL_VERSION,
-            run_id=config.run_id,
-            worker=worker,
-            manifest_digest=party.manifest_digest,
-            base_digest=party.base_digest,
-            tokenizer_digest=party.tokenizer_digest,
-            recipe=config.recipe,
-            round=round_,
-            head=head,
-        )
-    )
-
-
-def commit_of(record_bytes: bytes, head_before: bytes = b"") -> CommitReceived | None:
-    """A commit's record as the session machine takes it; None for any other record."""
-    record = decode_record(record_bytes)
-    if not isinstance(record, Committed):
-        return None
-    return CommitReceived(record, record_bytes, head_before)
-
-
-def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
-    """A message from the coordinator as the session machine takes it."""
-    match message.WhichOneof("kind"):
-        case "welcome":
-            welcome = message.welcome
-            return Welcomed(welcome.epoch, welcome.round, welcome.head)
-        case "commit":
-            event = commit_of(message.commit.record)
-            if event is not None:
-                return event
-        case "assign":
-            return assigned_from_pb(message.assign, config)
-        case "ack":
-            return Acknowledged(ticket_from_pb(message.ack.ticket), message.ack.head)
-        case "refused":
-            refused = message.refused
-            return RefusedByCoordinator(
-                ticket_from_pb(refused.ticket), refused.reason, refused.message
-            )
-        case "finished":
-            return FinishedByCoordinator(message.finished.round)
-        case _:
-            pass
-    raise ProtocolError(
-        "The coordinator sent a message that this version does not know; use the same FedMeZO version."
-    )
-
-
 # ---------------------------------------------------------------- small pieces
 
 
@@ -714,7 +495,8 @@ def digest_in(value: bytes, field: str) -> bytes:
     return value
 
 
-def _positive(value: float, what: str) -> float:
+def positive(value: float, what: str) -> float:
+    """`value`, if it is finite and above 0; `ProtocolError` otherwise. `what` names it in the sentence."""
     if not (math.isfinite(value) and value > 0):
         raise ProtocolError(f"a {what} of {value!r} is not finite and above 0")
     return value

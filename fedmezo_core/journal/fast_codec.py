@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from functools import lru_cache, partial
 
-from fedmezo_core.records import Answered, Committed, PairRun
+from fedmezo_core.records import Answered, Committed, SeedRange
 
 ANSWERED = 0x22
 """First byte of an `Answered` record: field 4 of `Record`, with a length."""
@@ -115,7 +115,7 @@ class AnswerLayout:
 
 
 _answered_of: Callable[[tuple[object, ...]], Answered] = partial(tuple.__new__, Answered)
-_run_of: Callable[[tuple[object, ...]], PairRun] = partial(tuple.__new__, PairRun)
+_run_of: Callable[[tuple[object, ...]], SeedRange] = partial(tuple.__new__, SeedRange)
 
 
 class AnswerReader:

@@ -12,7 +12,7 @@ from fedmezo_core.errors import DivergedError, JournalCorruptError
 from fedmezo_core.journal.codec import encode_record
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Journal, head_after
 from fedmezo_core.journal.signed_heads import Witness
-from fedmezo_core.records import Checkpoint, Committed, Genesis
+from fedmezo_core.records import Committed, Genesis, SignedHead
 
 
 class JournalCopy:
@@ -23,7 +23,7 @@ class JournalCopy:
         self._journal = journal
         self.round = 0
         """Last commit that is in it."""
-        self.newest: Checkpoint | None = None
+        self.newest: SignedHead | None = None
         """Newest checkpoint that is in it."""
 
     def begin(self, genesis_body: bytes, epoch: int, key: bytes) -> Iterator[Entry]:
@@ -36,7 +36,7 @@ class JournalCopy:
         entries = verified(self._journal)
         first = next(entries, None)
         if first is None:
-            self.newest = Checkpoint(epoch, 0, head_after(ZERO_HASH, genesis_body), key)
+            self.newest = SignedHead(epoch, 0, head_after(ZERO_HASH, genesis_body), key)
             self._journal.append_bodies([genesis_body, encode_record(self.newest)])
             return
         if first.row.body != genesis_body:
@@ -45,7 +45,7 @@ class JournalCopy:
                 "name; give this run another journal_copy."
             )
         for entry in entries:
-            if isinstance(entry.record, Checkpoint):
+            if isinstance(entry.record, SignedHead):
                 self.newest = entry.record
             elif isinstance(entry.record, Committed):
                 self.round = entry.record.round
@@ -58,7 +58,7 @@ class JournalCopy:
                 "the copy away so that a new one is begun."
             )
 
-    def add(self, bodies: Sequence[bytes], checkpoint: Checkpoint | None = None) -> Sequence[Entry]:
+    def add(self, bodies: Sequence[bytes], checkpoint: SignedHead | None = None) -> Sequence[Entry]:
         """Append commits as the coordinator gave them, then what it signed of the last one; all or none.
 
         Returns the commits in their places.
@@ -87,12 +87,12 @@ def verified(journal: Journal) -> Iterator[Entry]:
     for entry in journal.load():
         if isinstance(entry.record, Genesis):
             run_id = entry.record.config.run_id
-        if isinstance(entry.record, Checkpoint):
+        if isinstance(entry.record, SignedHead):
             _check(entry.record, entry.head, run_id)
         yield entry
 
 
-def _check(record: Checkpoint, head: bytes, run_id: str) -> None:
+def _check(record: SignedHead, head: bytes, run_id: str) -> None:
     if record.head != head:
         raise JournalCorruptError(
             f"The checkpoint of round {record.round} names head {record.head.hex()[:16]}, but the commits "

@@ -41,7 +41,7 @@ KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 
 
-def checkpoint_text(run_id: str, round_: int, head: bytes) -> bytes:
+def signed_head_text(run_id: str, round_: int, head: bytes) -> bytes:
     """What is signed: the run, a round, and the 32-byte head after it."""
     return f"fedmezo.v1/{run_id}\n{round_}\n{base64.b64encode(head).decode()}\n".encode()
 
@@ -62,7 +62,7 @@ class Signer:
 
     def sign(self, run_id: str, round_: int, head: bytes) -> bytes:
         """64 bytes; equal for equal arguments."""
-        return self._key.sign(checkpoint_text(run_id, round_, head))
+        return self._key.sign(signed_head_text(run_id, round_, head))
 
     def sign_origin(self, run_id: str, round_: int, body: bytes) -> bytes:
         """64 bytes; equal for equal arguments."""
@@ -129,7 +129,7 @@ class Witness:
     def check(self, round_: int, head: bytes, signature: bytes) -> None:
         """Raises `DivergedError` unless `signature` is the key's for this round and head."""
         try:
-            self._key.verify(signature, checkpoint_text(self.run_id, round_, head))
+            self._key.verify(signature, signed_head_text(self.run_id, round_, head))
         except InvalidSignature:
             raise DivergedError(
                 f"The coordinator's signature for round {round_} is not of key {self.key.hex()} over the "

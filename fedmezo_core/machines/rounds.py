@@ -65,20 +65,20 @@ from fedmezo_core.machines.answers import checked, content_of, is_digest_round
 from fedmezo_core.machines.cohort import REPLICA_PARTY, agreed_digest, choose_cohort
 from fedmezo_core.machines.health import Health
 from fedmezo_core.machines.rates import SIGNAL_ROUNDS, own_rates, schedule_factor, update_distances
-from fedmezo_core.machines.seeds import Pool, runs_of, seeds_of
+from fedmezo_core.machines.seeds import Pool, seed_ranges_of, seeds_of
 from fedmezo_core.records import (
     Answered,
-    Checkpoint,
     Committed,
     Diverged,
     Evaluated,
     Genesis,
     Opened,
-    PairRun,
     Paused,
-    Place,
     Record,
     Resumed,
+    RoundSlot,
+    SeedRange,
+    SignedHead,
     Snapshotted,
     Started,
     Stopped,
@@ -256,7 +256,7 @@ class RunState:
                     raise _misplaced(
                         f"a snapshot of round {round_}", f"one of a round from 1 to {self.round}"
                     )
-            case Checkpoint(epoch, round_):
+            case SignedHead(epoch, round_):
                 if self.open is not None or round_ != self.round or epoch < self.epoch:
                     raise _misplaced(
                         f"a checkpoint of epoch {epoch}, round {round_}",
@@ -298,21 +298,21 @@ class RunState:
         """Answers that may be committed next, by round and slot."""
         return [answer for held in self.answerable() for answer in held.counted()]
 
-    def worker_of(self, place: Place) -> str:
+    def worker_of(self, place: RoundSlot) -> str:
         """Whose slot it is; of a round that is held."""
         held = self.held(place.round)
         assert held is not None
         return held.cohort[place.slot]
 
-    def assignment_of(self, worker: str) -> Place | None:
+    def assignment_of(self, worker: str) -> RoundSlot | None:
         """What the worker was assigned last, if that can still be answered and is not."""
         for held in reversed(list(self.answerable())):
             slot = held.slots.get(worker)
             if slot is not None:
-                return None if slot in held.answers else Place(held.round, slot)
+                return None if slot in held.answers else RoundSlot(held.round, slot)
         return None
 
-    def outstanding(self) -> dict[str, Place]:
+    def outstanding(self) -> dict[str, RoundSlot]:
         """Worker -> what `assignment_of` says, by round and slot."""
         workers = {worker for held in self.answerable() for worker in held.slots}
         found = [(self.assignment_of(worker), worker) for worker in workers]
@@ -422,7 +422,7 @@ class RunState:
         if self.copied and current is None and record.round == self.round + 1:
             if self.pool is not None:
                 self.pool.commit(record)
-            self.recent_rounds.append(RoundSummary(record.round, None, len(record.runs)))
+            self.recent_rounds.append(RoundSummary(record.round, None, len(record.seed_ranges)))
             self.round = record.round
             return
         if current is None or record.round != current.round:
@@ -457,17 +457,19 @@ class RunState:
         """The answers that a commit is made of; `JournalCorruptError` if it cannot be made of them."""
         waiting = self.counted()
         if config.buffer_answers:
-            by_place = {Place(answer.round, answer.slot): answer for answer in waiting}
+            by_place = {RoundSlot(answer.round, answer.slot): answer for answer in waiting}
             answers = [by_place[place] for place in record.answers if place in by_place]
             is_sound = len(answers) == len(record.answers) <= config.answers_max and sorted(
                 set(record.answers)
             ) == list(record.answers)
         else:
             answers, is_sound = waiting[: config.answers_max], not record.answers
-        expected_runs = len(answers) if config.seed_policy == "per_worker" else len(record.runs)
-        if len(record.runs) != expected_runs or not answers or not is_sound:
+        expected_ranges = (
+            len(answers) if config.seed_policy == "per_worker" else len(record.seed_ranges)
+        )
+        if len(record.seed_ranges) != expected_ranges or not answers or not is_sound:
             raise _misplaced(
-                f"a commit of round {record.round} with {len(record.runs)} answers' pairs",
+                f"a commit of round {record.round} with {len(record.seed_ranges)} answers' pairs",
                 f"pairs of {len(answers)} answers, each of them once",
             )
         return answers
@@ -490,7 +492,7 @@ class RunState:
         if measures_distances:
             self._keep_distances(workers, shares, config)
         if self.pool is not None:
-            outside = [run for run in record.runs if not self.pool.holds(run)]
+            outside = [r for r in record.seed_ranges if not self.pool.holds(r)]
             if outside:
                 raise _misplaced(
                     f"a commit of round {record.round} with seed {outside[0].first_seed:016x}",
@@ -571,7 +573,7 @@ class RoundMachine:
         self._now_ms = 0
         self._closes_at_ms = 0
         # Worker -> its assignment that can still be answered: neither answered, nor given up, nor too old.
-        self._awaited: dict[str, Place] = {}
+        self._awaited: dict[str, RoundSlot] = {}
         # Ready workers, without and with such an assignment.
         self._idle: set[str] = set()
         self._working: set[str] = set()
@@ -788,7 +790,7 @@ class RoundMachine:
             if state.open is None:
                 self._restart_deadline()
             self._record(record)
-            self._await_no_more(event.worker, Place(ticket.round, ticket.slot))
+            self._await_no_more(event.worker, RoundSlot(ticket.round, ticket.slot))
             view.mean_loss = record.mean_loss
         elif content_of(record) != content_of(accepted.record):
             raise EquivocationError(
@@ -824,7 +826,7 @@ class RoundMachine:
         ):
             raise self._stale(event.worker, ticket)
         view.complaint = event.reason[:COMPLAINT_CHARS_MAX]
-        self._await_no_more(event.worker, Place(ticket.round, ticket.slot))
+        self._await_no_more(event.worker, RoundSlot(ticket.round, ticket.slot))
 
     def _replica_digest(self, event: ReplicaDigest) -> None:
         if event.round > self.state.round:
@@ -925,7 +927,7 @@ class RoundMachine:
             self._record(Diverged(round_, REPLICA_PARTY, found, expected))
 
     def _commit(self, current: RoundState, answers: list[Answered]) -> None:
-        workers = {self.state.worker_of(Place(answer.round, answer.slot)) for answer in answers}
+        workers = {self.state.worker_of(RoundSlot(answer.round, answer.slot)) for answer in answers}
         overdue = self._now_ms >= self._closes_at_ms
         self._record(self._committed(current, answers))
         late = {
@@ -951,8 +953,8 @@ class RoundMachine:
         shares = self.state.shares(answers)
         coefficients = coefficients_of(shares, config)
         if config.seed_policy == "per_worker":
-            runs = tuple(
-                PairRun(share.seeds[0], values)
+            seed_ranges = tuple(
+                SeedRange(share.seeds[0], values)
                 for share, values in zip(shares, coefficients, strict=True)
             )
         else:
@@ -960,19 +962,21 @@ class RoundMachine:
             for share, values in zip(shares, coefficients, strict=True):
                 for seed, value in zip(share.seeds, values, strict=True):
                     terms.setdefault(seed, []).append(value)
-            runs = runs_of([(seed, to_binary32(math.fsum(terms[seed]))) for seed in sorted(terms)])
+            seed_ranges = seed_ranges_of(
+                [(seed, to_binary32(math.fsum(terms[seed]))) for seed in sorted(terms)]
+            )
         record = Committed(
             current.round,
-            runs,
+            seed_ranges,
             rounding_seed_of(config.seed, current.round),
             decay_of(config, self._factor(current.round)),
-            answers=tuple(Place(a.round, a.slot) for a in answers if config.buffer_answers),
+            answers=tuple(RoundSlot(a.round, a.slot) for a in answers if config.buffer_answers),
         )
         if pool is None or current.round % config.rebase_every_rounds:
             return record
         return pool.from_base(record)
 
-    def _complain_of(self, late: Mapping[str, Place]) -> None:
+    def _complain_of(self, late: Mapping[str, RoundSlot]) -> None:
         config = self.config
         within = (
             f"before it was more than {config.staleness_max} rounds old"
@@ -1086,7 +1090,7 @@ class RoundMachine:
         deadline_ms = max(self._closes_at_ms - self._now_ms, 0) + later_rounds * config.deadline_ms
         for slot in slots:
             worker, rate = held.cohort[slot], held.rates[slot]
-            self._awaited[worker] = Place(round_, slot)
+            self._awaited[worker] = RoundSlot(round_, slot)
             self._sort_in(worker)
             self._view(worker).learning_rate = rate
             work = Work(seeds_of(config, round_, slot, pool), rate, eps, want_digest)
@@ -1107,7 +1111,7 @@ class RoundMachine:
         self._view(worker).ready = ready
         self._sort_in(worker)
 
-    def _await_no_more(self, worker: str, place: Place) -> None:
+    def _await_no_more(self, worker: str, place: RoundSlot) -> None:
         if self._awaited.get(worker) == place:
             del self._awaited[worker]
             self._sort_in(worker)

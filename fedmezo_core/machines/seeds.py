@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.machines.aggregate import to_binary32
-from fedmezo_core.records import Committed, PairRun, first_seed_of
+from fedmezo_core.records import Committed, SeedRange, first_seed_of
 
 SHARED_SLOT = 0
 POOL_ROUND = 0
@@ -54,23 +54,23 @@ class Pool:
         elif record.decay != 1.0:
             self.decay *= record.decay
             self.coefficients = [record.decay * value for value in self.coefficients]
-        for run in record.runs:
-            place = run.first_seed - self.first_seed
-            for number, coefficient in enumerate(run.coefficients, start=place):
+        for seed_range in record.seed_ranges:
+            place = seed_range.first_seed - self.first_seed
+            for number, coefficient in enumerate(seed_range.coefficients, start=place):
                 self.coefficients[number] += coefficient
 
-    def holds(self, run: PairRun) -> bool:
-        """Whether all of the run's seeds are the pool's."""
-        place = run.first_seed - self.first_seed
-        return place >= 0 and place + len(run.coefficients) <= len(self.coefficients)
+    def holds(self, seed_range: SeedRange) -> bool:
+        """Whether all seeds of the range are the pool's."""
+        place = seed_range.first_seed - self.first_seed
+        return place >= 0 and place + len(seed_range.coefficients) <= len(self.coefficients)
 
     def from_base(self, record: Committed) -> Committed:
         """`record` together with all commits before it, as one commit on top of the base."""
         after = dataclasses.replace(self, coefficients=list(self.coefficients))
         after.commit(record)
-        runs = (PairRun(self.first_seed, tuple(map(to_binary32, after.coefficients))),)
+        seed_ranges = (SeedRange(self.first_seed, tuple(map(to_binary32, after.coefficients))),)
         decay = to_binary32(after.decay)
-        return dataclasses.replace(record, runs=runs, decay=decay, from_base=True)
+        return dataclasses.replace(record, seed_ranges=seed_ranges, decay=decay, from_base=True)
 
     def measured(self, seeds: Sequence[int], projected_grads: Sequence[float]) -> None:
         """Fold the projected gradients of a committed answer."""
@@ -119,15 +119,15 @@ def seeds_of(config: RunConfig, round_: int, slot: int, pool: Pool | None) -> tu
     )
 
 
-def runs_of(coefficients: Sequence[tuple[int, float]]) -> tuple[PairRun, ...]:
-    """Pairs (seed, coefficient), ascending by seed, as runs of consecutive seeds."""
-    runs: list[tuple[int, list[float]]] = []
+def seed_ranges_of(coefficients: Sequence[tuple[int, float]]) -> tuple[SeedRange, ...]:
+    """Pairs (seed, coefficient), ascending by seed, as ranges of consecutive seeds."""
+    ranges: list[tuple[int, list[float]]] = []
     for seed, coefficient in coefficients:
-        if runs and seed == runs[-1][0] + len(runs[-1][1]):
-            runs[-1][1].append(coefficient)
+        if ranges and seed == ranges[-1][0] + len(ranges[-1][1]):
+            ranges[-1][1].append(coefficient)
         else:
-            runs.append((seed, [coefficient]))
-    return tuple(PairRun(first, tuple(values)) for first, values in runs)
+            ranges.append((seed, [coefficient]))
+    return tuple(SeedRange(first, tuple(values)) for first, values in ranges)
 
 
 def _draws(run_seed: int, round_: int, slot: int) -> Iterator[int]:

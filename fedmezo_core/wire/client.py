@@ -18,10 +18,11 @@ import grpc
 
 from fedmezo_core.config import PROTOCOL_VERSION
 from fedmezo_core.errors import ConfigError, ProtocolError, UnavailableError, VersionError
-from fedmezo_core.journal.codec import decode_record, evaluated_to_pb, snapshot_from_pb
+from fedmezo_core.journal.codec import decode_record, evaluated_to_pb
 from fedmezo_core.journal.journal import ZERO_HASH, head_after
 from fedmezo_core.records import Evaluated, Genesis
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY, error_from
+from fedmezo_core.wire.messages import snapshot_from_pb
 from fedmezo_core.wire.snapshots import Snapshot, SnapshotOffer, Suffix
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
@@ -83,7 +84,7 @@ class RunDescription:
     round_head: bytes = b""
     """Head after `round`; empty if nobody could vouch for it."""
     signature: bytes = b""
-    """Checkpoint of `round` and `round_head`; empty without a key."""
+    """SignedHead of `round` and `round_head`; empty without a key."""
 
 
 class CoordinatorClient:

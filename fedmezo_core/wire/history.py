@@ -14,7 +14,7 @@ from fedmezo_core.journal.journal import Entry, Journal
 from fedmezo_core.journal.party_copy import JournalCopy
 from fedmezo_core.journal.signed_heads import Witness
 from fedmezo_core.journal.sqlite import SqliteStore
-from fedmezo_core.records import Checkpoint
+from fedmezo_core.records import SignedHead
 from fedmezo_core.wire.client import RunDescription
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -129,9 +129,9 @@ class History:
         copy = self._copy
         if copy is None:
             return ()
-        signed: Checkpoint | None = None
+        signed: SignedHead | None = None
         if signature and self._witness is not None:
-            signed = Checkpoint(self._welcome.epoch, round_, head, self._witness.key, signature)
+            signed = SignedHead(self._welcome.epoch, round_, head, self._witness.key, signature)
         return await self._on_disk(lambda: copy.add(bodies, signed))
 
     async def _on_disk(self, work: Callable[[], Result]) -> Result:

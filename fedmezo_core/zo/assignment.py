@@ -9,7 +9,7 @@ from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import digest64_of
 from fedmezo_core.zo.data.task import Batches, Dataset
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, local_steps
-from fedmezo_core.zo.forward.row_states import Prefix, RowStore
+from fedmezo_core.zo.forward.row_states import RowStates, RowStore
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.objective import Predictions
 from fedmezo_core.zo.party import Party
@@ -24,7 +24,7 @@ def open_estimator(
     threads: int | None = None,
     pass_tokens_max: int = PASS_TOKENS_MAX,
     objective: Callable[[Predictions], float] | None = None,
-    prefix: Prefix | None = None,
+    row_states: RowStates | None = None,
     before_pass: Callable[[], None] = lambda: None,
 ) -> Estimator:
     """The run's estimator on a party's model; arguments and errors as of `Estimator`."""
@@ -38,12 +38,14 @@ def open_estimator(
         threads=threads,
         pass_tokens_max=pass_tokens_max,
         objective=objective,
-        prefix=prefix,
+        row_states=row_states,
         before_pass=before_pass,
     )
 
 
-def open_prefix(party: Party, rows: RowStore, *, visits: float, batch_size: int) -> Prefix | None:
+def open_row_states(
+    party: Party, rows: RowStore, *, visits: float, batch_size: int
+) -> RowStates | None:
     """What comes before the trained part of a party's model, if it pays to send rows there by themselves.
 
     `visits` is how often each row comes, in batches of `batch_size`. None on a GPU; its passes take as
@@ -54,7 +56,7 @@ def open_prefix(party: Party, rows: RowStore, *, visits: float, batch_size: int)
     visits_min = _VISITS_MIN if party.config.dtype == "float32" else batch_size
     if execution_device(model).type != "cpu" or visits < visits_min:
         return None
-    return Prefix(model, party.loaded.manifest, party.task, rows)
+    return RowStates(model, party.loaded.manifest, party.task, rows)
 
 
 def open_batches(party: Party, dataset: Dataset, worker: str) -> Batches:

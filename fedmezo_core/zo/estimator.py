@@ -35,7 +35,7 @@ from fedmezo_core.machines.aggregate import Share, coefficients_of
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.forward.forward import Forward, InseparableError
 from fedmezo_core.zo.forward.guard import DirectReadError
-from fedmezo_core.zo.forward.row_states import PREFIX_SHARE_MIN, Prefix
+from fedmezo_core.zo.forward.row_states import PREFIX_SHARE_MIN, RowStates
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import loss_tolerance
@@ -96,14 +96,14 @@ class Estimator:
         threads: int | None = None,
         pass_tokens_max: int = PASS_TOKENS_MAX,
         objective: Callable[[Predictions], float] | None = None,
-        prefix: Prefix | None = None,
+        row_states: RowStates | None = None,
         before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """`threads` is how many build perturbed weights (default: as `materialize` chooses).
         `pass_tokens_max` bounds the passes behind a frozen part that is most of the model.
 
         With an `objective`, which returns finite numbers or raises, a point's loss is what that makes
-        of the predictions there. With a `prefix`, of the same model and task, losses begin with what it knows
+        of the predictions there. With a `row_states`, of the same model and task, losses begin with what it knows
         of the rows. `before_pass` is called before each pass over the model, and may
         raise to end a measurement. Raises as `Forward` does.
         """
@@ -112,7 +112,7 @@ class Estimator:
         self._one_sided = one_sided
         self._pass_tokens_max = pass_tokens_max
         self._objective = objective
-        self._prefix = prefix
+        self._row_states = row_states
         self._before_pass = before_pass
         self._builds_weights = not distribution.rank
         self._forward = Forward(
@@ -180,9 +180,9 @@ class Estimator:
     def _known(self, batch: Batch) -> AbstractContextManager[None]:
         """What comes before the trained part, if it computes one copy of the batch and no more."""
         one_copy = not self._together or self._forward.prefix_share > 0
-        if self._prefix is None or self._objective is not None or not one_copy:
+        if self._row_states is None or self._objective is not None or not one_copy:
             return nullcontext()
-        return self._prefix.known(batch, self._before_pass)
+        return self._row_states.known(batch, self._before_pass)
 
     def _points_max(self, batch: Batch, count: int) -> int:
         """Points a pass; where passes are small, none shall have a single one, which computes all anew."""

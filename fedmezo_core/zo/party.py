@@ -146,13 +146,15 @@ def commits_of(records: Sequence[Committed]) -> list[Commit]:
         Commit(
             seeds=np.concatenate(
                 [
-                    np.uint64(run.first_seed) + np.arange(len(run.coefficients), dtype=np.uint64)
-                    for run in record.runs
+                    np.uint64(seed_range.first_seed)
+                    + np.arange(len(seed_range.coefficients), dtype=np.uint64)
+                    for seed_range in record.seed_ranges
                 ]
                 or [np.empty(0, dtype=np.uint64)]
             ),
             coefficients=np.array(
-                [c for run in record.runs for c in run.coefficients], dtype=np.float32
+                [c for seed_range in record.seed_ranges for c in seed_range.coefficients],
+                dtype=np.float32,
             ),
             rounding_seed=record.rounding_seed,
             decay=record.decay,

@@ -182,7 +182,7 @@ async def test_a_round_goes_on_without_a_worker_that_left_once_it_is_overdue(
     records = records_of(path)
     assert isinstance(records[0], Genesis)
     assert [r.workers for r in records if isinstance(r, Opened)] == [("w1", "w2")]
-    assert [len(r.runs) for r in records if isinstance(r, Committed)] == [1]
+    assert [len(r.seed_ranges) for r in records if isinstance(r, Committed)] == [1]
 
 
 async def test_one_worker_too_many_is_refused_until_another_has_left(

@@ -1,4 +1,4 @@
-"""The shelf: what is recorded, what is kept, what is served."""
+"""The snapshots: what is recorded, what is kept, what is served."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedmezo_coordinator import snapshot_store as snapshots
-from fedmezo_coordinator.snapshot_store import AGREED_KEPT_MAX, SnapshotShelf
+from fedmezo_coordinator import snapshot_store as store_module
+from fedmezo_coordinator.snapshot_store import AGREED_KEPT_MAX, SnapshotStore
 from fedmezo_core.errors import (
     NotReadyError,
     ProtocolError,
@@ -18,7 +18,7 @@ from fedmezo_core.errors import (
     UnknownWorkerError,
 )
 from fedmezo_core.journal.journal import head_after
-from fedmezo_core.records import Committed, PairRun, Snapshotted, digest64_of
+from fedmezo_core.records import Committed, SeedRange, Snapshotted, digest64_of
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.snapshots import SNAPSHOT_CHUNK_BYTES, file_name, round_in
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -43,17 +43,17 @@ def record_of(round_: int, file_bytes: int = 10) -> Snapshotted:
     return Snapshotted(round_, digest_of(round_), b"f" * 32, file_bytes)
 
 
-def shelf_of(folder: Path | None) -> SnapshotShelf:
-    shelf = SnapshotShelf(folder)
-    shelf.open("run")
-    return shelf
+def shelf_of(folder: Path | None) -> SnapshotStore:
+    snapshots = SnapshotStore(folder)
+    snapshots.open("run")
+    return snapshots
 
 
-def commit(shelf: SnapshotShelf, round_: int, *, agreed: bytes | None = None) -> None:
+def commit(snapshots: SnapshotStore, round_: int, *, agreed: bytes | None = None) -> None:
     """A round closes whose answers were measured on the weights after the round before."""
     digest = digest_of(round_ - 1) if agreed is None else agreed
-    commit = Committed(round_, (PairRun(0, (1.0,)),), 0)
-    shelf.fold(commit, {round_ - 1: digest64_of(digest)})
+    commit = Committed(round_, (SeedRange(0, (1.0,)),), 0)
+    snapshots.fold(commit, {round_ - 1: digest64_of(digest)})
 
 
 def write(folder: Path, *names: str, data: bytes = b"0123456789") -> None:
@@ -69,77 +69,77 @@ def names_in(folder: Path) -> set[str]:
 def test_a_snapshot_is_recorded_once_the_run_has_agreed_to_its_weights(
     tmp_path: Path, agreed_first: bool
 ) -> None:
-    shelf = shelf_of(tmp_path)
+    snapshots = shelf_of(tmp_path)
     if agreed_first:
-        commit(shelf, 5)
-    shelf.offer(record_of(4))
+        commit(snapshots, 5)
+    snapshots.offer(record_of(4))
     if not agreed_first:
-        assert shelf.take_agreed() is None
-        commit(shelf, 4)
-        assert shelf.take_agreed() is None, "round 4 says what round 3 was"
-        commit(shelf, 5)
-    assert shelf.take_agreed() == record_of(4)
-    assert shelf.take_agreed() is None
-    assert shelf.newest is None, "not before it is in the journal"
-    shelf.fold(record_of(4), {})
-    assert shelf.newest == record_of(4)
+        assert snapshots.take_agreed() is None
+        commit(snapshots, 4)
+        assert snapshots.take_agreed() is None, "round 4 says what round 3 was"
+        commit(snapshots, 5)
+    assert snapshots.take_agreed() == record_of(4)
+    assert snapshots.take_agreed() is None
+    assert snapshots.newest is None, "not before it is in the journal"
+    snapshots.fold(record_of(4), {})
+    assert snapshots.newest == record_of(4)
 
 
 def test_a_snapshot_that_the_run_does_not_agree_to_is_dropped_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shelf = shelf_of(tmp_path)
-    shelf.offer(record_of(4))
-    commit(shelf, 5, agreed=b"other" + bytes(27))
+    snapshots = shelf_of(tmp_path)
+    snapshots.offer(record_of(4))
+    commit(snapshots, 5, agreed=b"other" + bytes(27))
     with caplog.at_level(logging.ERROR):
-        assert shelf.take_agreed() is None
+        assert snapshots.take_agreed() is None
     assert "the snapshot of round 4 is dropped" in caplog.text
-    commit(shelf, 5)
-    assert shelf.take_agreed() is None
+    commit(snapshots, 5)
+    assert snapshots.take_agreed() is None
 
 
 def test_only_a_newer_snapshot_counts(tmp_path: Path) -> None:
-    shelf = shelf_of(tmp_path)
-    shelf.fold(record_of(4), {})
+    snapshots = shelf_of(tmp_path)
+    snapshots.fold(record_of(4), {})
     for round_ in (3, 4):
-        commit(shelf, round_ + 1)
-        shelf.offer(record_of(round_))
-        assert shelf.take_agreed() is None
+        commit(snapshots, round_ + 1)
+        snapshots.offer(record_of(round_))
+        assert snapshots.take_agreed() is None
 
 
 def test_agreements_are_remembered_for_a_while_and_not_for_ever(tmp_path: Path) -> None:
-    shelf = shelf_of(tmp_path)
+    snapshots = shelf_of(tmp_path)
     for round_ in range(1, AGREED_KEPT_MAX + 3):
-        commit(shelf, round_)
-    shelf.offer(record_of(1))
-    assert shelf.take_agreed() is None
-    shelf.offer(record_of(2))
-    assert shelf.take_agreed() == record_of(2)
+        commit(snapshots, round_)
+    snapshots.offer(record_of(1))
+    assert snapshots.take_agreed() is None
+    snapshots.offer(record_of(2))
+    assert snapshots.take_agreed() == record_of(2)
 
 
 def test_without_a_folder_nothing_is_offered() -> None:
-    shelf = shelf_of(None)
-    shelf.offer(record_of(4))
-    commit(shelf, 5)
-    assert shelf.take_agreed() is None
-    shelf.fold(record_of(4), {})
-    assert shelf.newest is None
+    snapshots = shelf_of(None)
+    snapshots.offer(record_of(4))
+    commit(snapshots, 5)
+    assert snapshots.take_agreed() is None
+    snapshots.fold(record_of(4), {})
+    assert snapshots.newest is None
     with pytest.raises(SnapshotError):
-        shelf.find(4)
-    shelf.sweep(at_start=True)
+        snapshots.find(4)
+    snapshots.sweep(at_start=True)
 
 
 def test_the_newest_two_files_are_kept_and_other_files_are_nobodys_business(tmp_path: Path) -> None:
-    shelf = shelf_of(tmp_path)
+    snapshots = shelf_of(tmp_path)
     others = {"run-2-3.safetensors", "other-3.safetensors", "run-x.safetensors", "notes.txt"}
     write(tmp_path, *others, *(file_name("run", n) for n in (1, 2, 3, 4)))
     write(tmp_path, "run-5.safetensors.partial")
     for round_ in (1, 2, 3):
-        shelf.fold(record_of(round_), {})
-    shelf.sweep()
+        snapshots.fold(record_of(round_), {})
+    snapshots.sweep()
     kept = {file_name("run", n) for n in (2, 3, 4)} | {"run-5.safetensors.partial"}
     assert names_in(tmp_path) == kept | others, "4 and 5 may be on their way"
-    shelf.sweep(at_start=True)
+    snapshots.sweep(at_start=True)
     assert names_in(tmp_path) == {file_name("run", n) for n in (2, 3)} | others
 
 
@@ -154,40 +154,40 @@ def test_rounds_are_read_from_the_names_of_this_run_alone() -> None:
 async def test_a_file_is_read_in_chunks_from_any_offset(tmp_path: Path, offset: int) -> None:
     data = bytes(range(256)) * (SNAPSHOT_CHUNK_BYTES // 128) + b"12345"
     write(tmp_path, file_name("run", 7), data=data)
-    shelf = shelf_of(tmp_path)
-    shelf.fold(record_of(7, len(data)), {})
-    chunks = [chunk async for chunk in shelf.read(7, offset)]
+    snapshots = shelf_of(tmp_path)
+    snapshots.fold(record_of(7, len(data)), {})
+    chunks = [chunk async for chunk in snapshots.read(7, offset)]
     assert b"".join(chunks) == data[offset:]
     assert all(len(chunk) <= SNAPSHOT_CHUNK_BYTES for chunk in chunks)
     with pytest.raises(ProtocolError, match=f"there is no byte {len(data) + 1}"):
-        await anext(shelf.read(7, len(data) + 1))
+        await anext(snapshots.read(7, len(data) + 1))
 
 
 async def test_a_file_that_is_gone_or_cut_short_is_named(tmp_path: Path) -> None:
-    shelf = shelf_of(tmp_path)
-    shelf.fold(record_of(7, 10), {})
+    snapshots = shelf_of(tmp_path)
+    snapshots.fold(record_of(7, 10), {})
     with pytest.raises(SnapshotError, match="No such file"):
-        await anext(shelf.read(7, 0))
+        await anext(snapshots.read(7, 0))
     write(tmp_path, file_name("run", 7), data=b"short")
     with pytest.raises(SnapshotDamagedError, match="has 5 bytes at the coordinator instead of 10"):
-        await anext(shelf.read(7, 0))
+        await anext(snapshots.read(7, 0))
     with pytest.raises(SnapshotError, match="No snapshot of round 6 is kept here"):
-        await anext(shelf.read(6, 0))
+        await anext(snapshots.read(6, 0))
 
 
 async def test_one_reader_too_many_is_refused_until_another_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshots, "STREAMS_MAX", 1)
+    monkeypatch.setattr(store_module, "STREAMS_MAX", 1)
     write(tmp_path, file_name("run", 7))
-    shelf = shelf_of(tmp_path)
-    shelf.fold(record_of(7), {})
-    first = shelf.read(7, 0)
+    snapshots = shelf_of(tmp_path)
+    snapshots.fold(record_of(7), {})
+    first = snapshots.read(7, 0)
     await anext(first)
     with pytest.raises(NotReadyError, match="the most that one coordinator serves"):
-        await anext(shelf.read(7, 0))
+        await anext(snapshots.read(7, 0))
     await first.aclose()
-    assert await anext(shelf.read(7, 0)) == b"0123456789"
+    assert await anext(snapshots.read(7, 0)) == b"0123456789"
 
 
 # ---------------------------------------------------------------- what the replica reports

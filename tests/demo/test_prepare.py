@@ -183,9 +183,9 @@ def test_an_unpinned_package_is_refused(line: str) -> None:
 
 
 @pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is pip's only source of packages."""
-    folder = tmp_path / "shelf"
+    folder = tmp_path / "snapshots"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
@@ -193,16 +193,16 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_fetching_a_source_archive_runs_nothing_of_it(tmp_path: Path, shelf: Path) -> None:
+def test_fetching_a_source_archive_runs_nothing_of_it(tmp_path: Path, snapshots: Path) -> None:
     ran = tmp_path / "ran"
     setup = f"open({str(ran)!r}, 'w')\nfrom setuptools import setup\nsetup(name='rated-text')\n"
-    archive = shelf / "rated-text-1.0.tar.gz"
+    archive = snapshots / "rated-text-1.0.tar.gz"
     archive.write_bytes(tar_gz({"rated-text-1.0/setup.py": setup.encode()}))
     package = Package("rated-text", "1.0", archive.name, prepare.sha256_of(archive))
     fetched = prepare.fetch(package, tmp_path / "archives", tmp_path)
     assert fetched.read_bytes() == archive.read_bytes()
     assert not ran.exists()
-    # A second fetch needs no index; a damaged archive is fetched again, and not from an empty shelf.
+    # A second fetch needs no index; a damaged archive is fetched again, and not from an empty snapshots.
     archive.unlink()
     assert prepare.fetch(package, tmp_path / "archives", tmp_path) == fetched
     fetched.write_bytes(b"damaged")
@@ -212,8 +212,8 @@ def test_fetching_a_source_archive_runs_nothing_of_it(tmp_path: Path, shelf: Pat
         prepare.fetch(package, tmp_path / "archives", tmp_path)
 
 
-def test_an_archive_with_another_hash_is_refused(tmp_path: Path, shelf: Path) -> None:
-    archive = shelf / "rated-text-1.0.tar.gz"
+def test_an_archive_with_another_hash_is_refused(tmp_path: Path, snapshots: Path) -> None:
+    archive = snapshots / "rated-text-1.0.tar.gz"
     archive.write_bytes(tar_gz({"rated-text-1.0/setup.py": b""}))
     with pytest.raises(DataError, match="whose SHA-256 is not the one pinned"):
         prepare.fetch(Package("rated-text", "1.0", archive.name, "0" * 64), tmp_path, tmp_path)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from experiments.in_memory_federation import Federation, StalledError
+from experiments.in_memory_federation import InMemoryFederation, StalledError
 from experiments.judging import Judge
 from fedmezo_core.errors import ConfigError, MeasurementError
 from fedmezo_core.journal.codec import encode_record
@@ -15,10 +15,10 @@ from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Record
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.zo.assignment import open_prefix
+from fedmezo_core.zo.assignment import open_row_states
 from fedmezo_core.zo.data.rows import Row, read_rows
 from fedmezo_core.zo.estimator import Estimator
-from fedmezo_core.zo.forward.row_states import Prefix, SpooledRows
+from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.party import Party, open_party
 from tests.integration.support.harness import config_of, entries_of, run_values, served
 from tests.integration.support.parties import Workers, save_model
@@ -79,21 +79,27 @@ async def test_with_states_of_rows_it_does_so_too(data_files: list[Path], tmp_pa
         distribution="low_rank_1",
         lora={"rank": 2, "alpha": 4.0, "target_modules": ["h.5.mlp.c_proj"], "freeze_a": True},
     )
-    prefix = open_prefix(party, SpooledRows(1 << 20), visits=4, batch_size=12)
+    row_states = open_row_states(party, SpooledRows(1 << 20), visits=4, batch_size=12)
     try:
-        await compare(party, prefix, workers, data_files, tmp_path)
+        await compare(party, row_states, workers, data_files, tmp_path)
     finally:
         await workers.end()
-    assert prefix is not None
-    assert prefix.cut == "base_model.model.transformer.h.4"
+    assert row_states is not None
+    assert row_states.cut == "base_model.model.transformer.h.4"
 
 
 async def compare(
-    party: Party, prefix: Prefix | None, workers: Workers, data_files: list[Path], tmp_path: Path
+    party: Party,
+    row_states: RowStates | None,
+    workers: Workers,
+    data_files: list[Path],
+    tmp_path: Path,
 ) -> None:
     """Run `party` in this process and, from the same genesis, over the network."""
     store = MemoryStore()
-    federation = Federation(party, rows_of(data_files[:4]), store=store, prefix=prefix)
+    federation = InMemoryFederation(
+        party, rows_of(data_files[:4]), store=store, row_states=row_states
+    )
     genesis = party.genesis()
     federation.run()
 
@@ -124,7 +130,9 @@ def test_it_is_a_function_of_its_arguments_in_any_store(
     chains = []
     stores: tuple[JournalStore, ...] = (MemoryStore(), SqliteStore(tmp_path / "journal.db"))
     for store in stores:
-        federation = Federation(party_of(model_folder), rows_of(data_files[:4]), store=store)
+        federation = InMemoryFederation(
+            party_of(model_folder), rows_of(data_files[:4]), store=store
+        )
         federation.run()
         assert federation.round == 6
         assert sorted(federation.train_losses) == [1, 2, 3, 4, 5, 6]
@@ -138,11 +146,11 @@ def test_evaluations_are_recorded_and_do_not_change_the_run(
     model_folder: Path, data_files: list[Path], heldout_file: Path
 ) -> None:
     rows = rows_of(data_files[:4])
-    plain = Federation(party_of(model_folder), rows)
+    plain = InMemoryFederation(party_of(model_folder), rows)
     plain.run()
     party, store = party_of(model_folder), MemoryStore()
     judge = Judge(party, read_rows(heldout_file, COLUMNS), every_rounds=4, curve_rows=4)
-    judged = Federation(party, rows, judge=judge, store=store)
+    judged = InMemoryFederation(party, rows, judge=judge, store=store)
     judged.run()
     assert judged.journal.head == plain.journal.head
     found = [record for record in records_in(store) if isinstance(record, Evaluated)]
@@ -157,7 +165,7 @@ def test_evaluations_are_recorded_and_do_not_change_the_run(
 def test_dozens_of_workers(model_folder: Path, data_files: list[Path]) -> None:
     rows = {f"w{k:02}": read_rows(data_files[k % 5], COLUMNS) for k in range(40)}
     many = {"workers_min": 40, "quorum": 40, "rounds": 2}
-    federation = Federation(party_of(model_folder, **many), rows)
+    federation = InMemoryFederation(party_of(model_folder, **many), rows)
     federation.run()
     assert federation.round == 2
 
@@ -167,13 +175,13 @@ def test_an_objective_is_refused_rather_than_passed_over(
 ) -> None:
     task = {**run_values()["task"], "objective": "fedmezo_core.zo.objectives:error_rate"}
     with pytest.raises(ConfigError, match=r"leave out task\.objective"):
-        Federation(party_of(model_folder, task=task), rows_of(data_files[:4]))
+        InMemoryFederation(party_of(model_folder, task=task), rows_of(data_files[:4]))
 
 
 def test_a_run_that_cannot_go_on_says_why(
     model_folder: Path, data_files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    federation = Federation(party_of(model_folder), rows_of(data_files[:4]))
+    federation = InMemoryFederation(party_of(model_folder), rows_of(data_files[:4]))
 
     def fail(*_: object) -> None:
         raise MeasurementError("The loss is nan.")

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from fedmezo_core.records import Committed, Genesis, Opened, Place
+from fedmezo_core.records import Committed, Genesis, Opened, RoundSlot
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.party import commits_of, open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -32,10 +32,10 @@ async def has_answered(client: CoordinatorClient, worker: str) -> None:
     await until(has, f"an answer of {worker}")
 
 
-def slots_of(journal: Path, worker: str) -> set[Place]:
+def slots_of(journal: Path, worker: str) -> set[RoundSlot]:
     """What a worker was assigned."""
     return {
-        Place(record.round, slot)
+        RoundSlot(record.round, slot)
         for record in records_of(journal)
         if isinstance(record, Opened)
         for slot, name in enumerate(record.workers, start=record.first_slot)

@@ -320,7 +320,7 @@ async def test_one_flipped_bit_is_reported_by_name_within_one_round(
     records = records_of(journal)
     assert [(r.party, r.round) for r in records if isinstance(r, Diverged)] == [("w3", held_at)]
     commit = next(r for r in records if isinstance(r, Committed) and r.round == held_at + 1)
-    assert len(commit.runs) == 3
+    assert len(commit.seed_ranges) == 3
 
 
 async def test_thirty_steps_cost_at_most_150_bytes_up_and_losses_travel_only_if_asked(
@@ -396,7 +396,9 @@ async def test_several_probes_a_step_end_in_the_same_weights_at_a_late_joiner_an
 
     commits = [record for record in records_of(journal) if isinstance(record, Committed)]
     per_answer = 2 * changes["probes"]
-    assert {len(run.coefficients) for commit in commits for run in commit.runs} == {per_answer}
+    assert {len(run.coefficients) for commit in commits for run in commit.seed_ranges} == {
+        per_answer
+    }
     auditor = open_party(genesis.config, str(model_folder), threads=1).weights
     base = auditor.digest()
     auditor.apply(1, commits_of(commits))

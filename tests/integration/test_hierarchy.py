@@ -234,7 +234,7 @@ async def test_a_site_is_one_stream_to_the_coordinator_above(tmp_path: Path, cre
             site = first if number < 20 else second
             crew.start(site.address, f"w{number}", keeps=False)
         await crew.finish()
-        assert at.daemon.door.sessions <= 2
+        assert at.daemon.session_limit.sessions <= 2
         status = at.daemon.status("")
         assert {w.worker for w in status.workers} == {"site-a", "site-b"}
         # What a site sends does not grow with it.

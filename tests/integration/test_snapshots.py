@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from fedmezo_coordinator import snapshot_store as shelf_module
+from fedmezo_coordinator import snapshot_store as store_module
 from fedmezo_core.errors import UnavailableError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Genesis, Snapshotted
@@ -211,7 +211,7 @@ async def test_a_stream_cut_in_the_middle_goes_on_at_its_offset(
     slow_replay: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(shelf_module, "SNAPSHOT_CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(store_module, "SNAPSHOT_CHUNK_BYTES", CHUNK_BYTES)
     async with a_run_with_a_snapshot(workers, data_files, tiny_genesis(**RUN), tmp_path) as (
         kept,
         _,

@@ -258,9 +258,9 @@ class Checker:
                 seed = self.pool.first_seed + number
                 sums[seed] = _binary32(decay * before + sums.get(seed, 0.0))
         found = {
-            run.first_seed + number: coefficient
-            for run in record.runs
-            for number, coefficient in enumerate(run.coefficients)
+            seed_range.first_seed + number: coefficient
+            for seed_range in record.seed_ranges
+            for number, coefficient in enumerate(seed_range.coefficients)
         }
         _require(found == sums, f"round {record.round} commits {found}, the oracle says {sums}")
 

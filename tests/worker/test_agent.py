@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.errors import ProtocolError, UnavailableError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.client import CoordinatorClient
@@ -106,7 +106,7 @@ async def test_a_worker_that_finds_no_place_comes_back_when_the_coordinator_says
     monkeypatch.setattr("fedmezo_worker.agent.delay_after_refusal_s", delay)
     genesis = tiny_genesis(workers_min=1, quorum=1, rounds=1)
     async with (
-        served(tmp_path / "journal.db", genesis, door=Door(sessions_max=1)) as at,
+        served(tmp_path / "journal.db", genesis, session_limit=SessionLimit(sessions_max=1)) as at,
         hands(at.address, genesis, "w1") as [hand],
     ):
         await hand.open()

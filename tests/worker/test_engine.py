@@ -12,7 +12,7 @@ import pytest
 
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
-from fedmezo_core.records import Committed, Genesis, PairRun, digest64_of, first_seed_of
+from fedmezo_core.records import Committed, Genesis, SeedRange, digest64_of, first_seed_of
 from fedmezo_core.zo.data.rows import read_rows
 from fedmezo_core.zo.forward import row_states as prefix
 from fedmezo_core.zo.party import open_party
@@ -113,7 +113,7 @@ async def test_a_digest_is_taken_only_if_asked_for(engine: Engine) -> None:
 async def test_commits_one_by_one_or_at_once_give_the_same_weights(
     engine: Engine, settings: WorkerSettings, tiny_genesis: Callable[..., Genesis]
 ) -> None:
-    commits = [Committed(k, (PairRun(k << 16, (0.5, -0.25)),), 99 + k) for k in (1, 2, 3)]
+    commits = [Committed(k, (SeedRange(k << 16, (0.5, -0.25)),), 99 + k) for k in (1, 2, 3)]
     other = Engine()
     await other.load(settings, tiny_genesis())
     try:
@@ -165,7 +165,7 @@ async def test_rows_that_were_cut_are_counted(
 
 
 async def test_evaluations_change_no_bit(engine: Engine, evaluating_engine: Engine) -> None:
-    commit = Committed(1, (PairRun(1 << 16, (0.5, -0.25)),), 99)
+    commit = Committed(1, (SeedRange(1 << 16, (0.5, -0.25)),), 99)
     at_base = await evaluating_engine.evaluate()
     assert at_base is not None
     assert (at_base.round, at_base.rows) == (0, 10)
@@ -233,7 +233,7 @@ async def test_weights_on_a_disk_change_nothing(
         "offload_folder": tmp_path,
         "heldout": heldout_file,
     }
-    commits = [Committed(k, (PairRun(k << 16, (0.5, -0.25)),), 99 + k) for k in (1, 2, 3)]
+    commits = [Committed(k, (SeedRange(k << 16, (0.5, -0.25)),), 99 + k) for k in (1, 2, 3)]
     await evaluating_engine.apply(commits)
     expected = await evaluating_engine.measure(MEASURE)
     evaluated = await evaluating_engine.evaluate()
@@ -282,7 +282,7 @@ async def test_rows_that_come_often_go_through_the_frozen_part_once(
     try:
         ours, theirs = await engine.measure(MEASURE), await plain.measure(MEASURE)
         assert ours.projected_grads == pytest.approx(theirs.projected_grads, rel=0.05, abs=0.01)
-        assert once is (engine._prefix is not None and bool(engine._prefix.cut))
+        assert once is (engine._row_states is not None and bool(engine._row_states.cut))
         # A measurement that was cut short is no reason to end an evaluation.
         engine.cut_short()
         found, expected = await engine.evaluate(), await plain.evaluate()

@@ -40,13 +40,6 @@ from fedmezo_core.events import (
     SessionEvent,
     Welcomed,
 )
-from fedmezo_core.journal.codec import (
-    answer_to_pb,
-    commit_of,
-    event_from_pb,
-    hello_to_pb,
-    unable_to_pb,
-)
 from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.backoff import delay_after_refusal_s
@@ -54,6 +47,13 @@ from fedmezo_core.wire.catch_up import Speeds, takes_snapshot
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.download import downloaded
 from fedmezo_core.wire.history import History
+from fedmezo_core.wire.messages import (
+    answer_to_pb,
+    commit_of,
+    event_from_pb,
+    hello_to_pb,
+    unable_to_pb,
+)
 from fedmezo_core.wire.snapshots import Snapshot, SnapshotOffer
 from fedmezo_core.zo.kept_base import folder_on_a_disk
 from fedmezo_core.zo.party import Party

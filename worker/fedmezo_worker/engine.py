@@ -16,11 +16,11 @@ from fedmezo_core.errors import ConfigError, SnapshotDamagedError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Snapshot
-from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_prefix
+from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
 from fedmezo_core.zo.data.rows import Row, read_rows
 from fedmezo_core.zo.data.task import Batches, Dataset
 from fedmezo_core.zo.estimator import Estimator
-from fedmezo_core.zo.forward.row_states import Prefix, SpooledRows
+from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objective import Objective, load_objective
 from fedmezo_core.zo.party import Party, commits_of, open_party
@@ -51,7 +51,7 @@ class Engine:
         self._heldout: Dataset | None = None
         self._estimator: Estimator | None = None
         self._scorer: Scorer | None = None
-        self._prefix: Prefix | None = None
+        self._row_states: RowStates | None = None
 
     async def load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
         """Load model and data for the run; raises what is wrong with either."""
@@ -143,10 +143,10 @@ class Engine:
         _check_positions(party, dataset)
         self._batches = open_batches(party, dataset, settings.name)
         self._scorer = None if objective is None else Scorer(objective, self._cut_short)
-        self._prefix = None
+        self._row_states = None
         if settings.row_states_max:
             rows_taken = config.rounds * config.local_steps * config.batch_size
-            self._prefix = open_prefix(
+            self._row_states = open_row_states(
                 party,
                 SpooledRows(settings.row_states_max),
                 visits=rows_taken / self._batches.row_count,
@@ -157,7 +157,7 @@ class Engine:
             threads=settings.threads,
             pass_tokens_max=settings.pass_tokens_max,
             objective=self._scorer,
-            prefix=self._prefix,
+            row_states=self._row_states,
             before_pass=self._end_if_cut_short,
         )
         return party
@@ -166,7 +166,7 @@ class Engine:
         try:
             install_snapshot(path, self._weights, snapshot)
         except SnapshotDamagedError:
-            self._party = self._batches = self._estimator = self._scorer = self._prefix = None
+            self._party = self._batches = self._estimator = self._scorer = self._row_states = None
             raise
 
     def _measure(self, order: Measure) -> Measured:
@@ -184,7 +184,7 @@ class Engine:
         )
 
     def _evaluate(self) -> HeldOutResult | None:
-        party, heldout, prefix = self._party, self._heldout, self._prefix
+        party, heldout, row_states = self._party, self._heldout, self._row_states
         assert party is not None
         assert heldout is not None, "the settings name no held-out rows"
 
@@ -200,8 +200,8 @@ class Engine:
                 party.config.batch_size,
                 before_batch=go_on,
                 around_batch=None
-                if prefix is None
-                else functools.partial(prefix.known, before_row=go_on),
+                if row_states is None
+                else functools.partial(row_states.known, before_row=go_on),
             )
         except _EvaluationCutShortError:
             return None

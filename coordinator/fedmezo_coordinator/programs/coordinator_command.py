@@ -15,7 +15,7 @@ from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
 from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit, stop_signal
 from fedmezo_coordinator.serving.service import bind_server
-from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.opening import journal_shown, open_store, path_beside
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError
@@ -92,10 +92,10 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         log.info("new run %s: loading %s to name its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
         journal.append([genesis])
-    door = Door(sessions_that_fit(settings), settings.joins_at_a_time)
+    session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
     signer = open_signer(settings.signing_key or path_beside(settings.journal, ".key"))
     daemon = Daemon(
-        journal, door, signer, settings.snapshots_folder, settings.compact_after_records
+        journal, session_limit, signer, settings.snapshots_folder, settings.compact_after_records
     )
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)

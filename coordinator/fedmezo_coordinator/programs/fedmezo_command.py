@@ -30,16 +30,16 @@ from fedmezo_core.machines.sealed_state import Origin, unseal
 from fedmezo_core.program import run_program
 from fedmezo_core.records import (
     Answered,
-    Checkpoint,
     Committed,
     Diverged,
     Evaluated,
     Genesis,
     Opened,
-    PairRun,
     Paused,
     Record,
     Resumed,
+    SeedRange,
+    SignedHead,
     Snapshotted,
     Started,
     Stopped,
@@ -373,7 +373,7 @@ def _opened(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[
 def _verified_line(journal: Journal) -> str:
     """What a journal comes to, once all of it is verified and folded."""
     machine, count, before = RoundMachine(), 0, ""
-    signed: Checkpoint | None = None
+    signed: SignedHead | None = None
     origin = journal.origin()
     if origin is not None:
         machine.restore(origin.state)
@@ -383,7 +383,7 @@ def _verified_line(journal: Journal) -> str:
         )
     for entry in verified(journal):
         machine.apply(entry.record)
-        if isinstance(entry.record, Checkpoint) and entry.record.signature:
+        if isinstance(entry.record, SignedHead) and entry.record.signature:
             signed = entry.record
         count += 1
     if len(journal) == 0:
@@ -472,7 +472,7 @@ def _line(row: Row, record: Record) -> str:
             text = f"resumed    learning rates times {rate_factor:g}"
         case Stopped(round_, reason):
             text = f"stopped    after round {round_}: {reason}"
-        case Checkpoint(epoch, round_, head):
+        case SignedHead(epoch, round_, head):
             signed = f"signed by {record.key.hex()[:16]}" if record.signature else "not signed"
             text = f"checkpoint epoch {epoch}, round {round_}, head {head.hex()[:16]}, {signed}"
         case Snapshotted(round_):
@@ -484,7 +484,7 @@ def _json_line(row: Row, record: Record) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.hex()
-        if isinstance(value, (Answered, PairRun)):
+        if isinstance(value, (Answered, SeedRange)):
             return {name: plain(item) for name, item in value._asdict().items()}
         if isinstance(value, (tuple, list)):
             return [plain(item) for item in value]

@@ -11,7 +11,7 @@ from fedmezo_coordinator.coordinator_settings import RELAY_ENVIRONMENT_PREFIX, R
 from fedmezo_coordinator.relay_daemon import Relay
 from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit, stop_signal
 from fedmezo_coordinator.serving.service import bind_server
-from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.program import run_program
 from fedmezo_core.wire.client import CoordinatorClient
@@ -45,8 +45,8 @@ async def run(settings: RelaySettings) -> None:
     # The port first: nobody should wait for the coordinator above to be told that it is in use.
     server, port = bind_server(settings.listen, settings.tls)
     async with CoordinatorClient(settings.upstream, settings.tls_ca) as client:
-        door = Door(sessions_that_fit(settings), settings.joins_at_a_time)
-        relay = Relay(settings, client, door)
+        session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
+        relay = Relay(settings, client, session_limit)
         if not await first_of(starting := asyncio.create_task(relay.load()), stop):
             return
         starting.result()

@@ -91,7 +91,7 @@ class _Copy:
 
     def __init__(self, orders: dict[str, Any], config: Any) -> None:
         try:
-            from fedmezo_core.zo.assignment import open_prefix
+            from fedmezo_core.zo.assignment import open_row_states
             from fedmezo_core.zo.data.rows import read_rows
             from fedmezo_core.zo.forward.row_states import SpooledRows
             from fedmezo_core.zo.model.allocator import keep_freed_memory
@@ -112,9 +112,9 @@ class _Copy:
         task = self.party.task
         heldout = orders["heldout"]
         self.heldout = None if heldout is None else task.encode(read_rows(heldout, task.columns))
-        self.prefix = None
+        self.row_states = None
         if states_max := orders["row_states_max"]:
-            self.prefix = open_prefix(
+            self.row_states = open_row_states(
                 self.party,
                 SpooledRows(states_max),
                 visits=config.rounds / orders["evaluate_every_rounds"],
@@ -160,7 +160,7 @@ class _Copy:
             self.party.loaded.model,
             self.heldout,
             batch_size,
-            around_batch=None if self.prefix is None else self.prefix.known,
+            around_batch=None if self.row_states is None else self.row_states.known,
         )
         return Evaluated(
             round=self.party.weights.round,

@@ -13,7 +13,7 @@ from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Suffix
 
 
-class ModelIndex:
+class CommitIndex:
     """Folds entries, live and at a restart alike.
 
     Invariant: item k of `seqnos` is the place of the commit of round `begins` + k; item 0 is genesis, or

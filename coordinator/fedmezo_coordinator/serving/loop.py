@@ -17,12 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from fedmezo_coordinator.serving.commit_index import ModelIndex
+from fedmezo_coordinator.serving.commit_index import CommitIndex
 from fedmezo_coordinator.serving.hello import CATCH_UP_ROUNDS_MAX, check_hello, check_run_id
 from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.outbox import Outbox, Outgoing
-from fedmezo_coordinator.serving.session_limit import RETRY_AFTER_MAX_S, SESSIONS_LIMIT, Door
-from fedmezo_core.config import RunConfig
+from fedmezo_coordinator.serving.session_limit import (
+    RETRY_AFTER_MAX_S,
+    SESSIONS_LIMIT,
+    SessionLimit,
+)
 from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
@@ -34,10 +37,8 @@ from fedmezo_core.errors import (
     UnknownWorkerError,
 )
 from fedmezo_core.events import (
-    Ack,
     Assign,
     Expel,
-    Finish,
     Ready,
     Refuse,
     RoundEvent,
@@ -46,17 +47,17 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal.codec import (
-    answer_from_pb,
-    assign_to_pb,
-    config_to_pb,
-    ticket_to_pb,
-    unable_from_pb,
-)
+from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.journal.journal import Entry, Journal, Row, StoredOrigin
 from fedmezo_core.machines.divergence import DigestBoard, PartyDigest
 from fedmezo_core.machines.rounds import Phase, RoundSummary, WorkerView
 from fedmezo_core.records import Committed, Genesis, digest64_of
+from fedmezo_core.wire.messages import (
+    answer_from_pb,
+    commit_to_pb,
+    message_to_pb,
+    unable_from_pb,
+)
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -217,10 +218,10 @@ class ServingLoop(ABC, Generic[ReadyT]):
     _journal: Journal
     _machine: Machine[ReadyT]
 
-    def __init__(self, door: Door | None) -> None:
+    def __init__(self, session_limit: SessionLimit | None) -> None:
         """The subclass owes a journal and a machine before anything is served."""
-        self.door = door or Door()
-        self._index = ModelIndex()
+        self.session_limit = session_limit or SessionLimit()
+        self._index = CommitIndex()
         self._digests = DigestBoard()
         self._recent: deque[Row] = deque()
         self._recent_bytes = 0
@@ -621,7 +622,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 session.traffic.assigned_at_s = time.monotonic()
             case _:
                 pass
-        self._put(session, message_to_pb(message, self.genesis.config, self._index))
+        self._put(session, message_to_pb(message, self.genesis.config, self._index.head_at))
 
     # ------------------------------------------------------------ what the service calls
 
@@ -787,8 +788,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
             uptime_ms=self._now_ms(),
             reason=machine.reason,
             loop_lag_p99_ms=self._lag.percentile_ms(0.99),
-            sessions=self.door.sessions,
-            sessions_refused=self.door.refused,
+            sessions=self.session_limit.sessions,
+            sessions_refused=self.session_limit.refused,
         )
 
     def _worker_status(
@@ -808,29 +809,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
             measuring=name in awaited,
             learning_rate=view.learning_rate if view else None,
         )
-
-
-def message_to_pb(
-    message: Assign | Ack | Refuse | Finish, config: RunConfig, index: ModelIndex
-) -> wire.SessionResponse:
-    """What the round machine addresses to a worker, as a session message."""
-    match message:
-        case Assign():
-            return assign_to_pb(message, config)
-        case Ack(_, ticket):
-            head = index.head_at(ticket.round - 1)
-            return wire.SessionResponse(ack=wire.Ack(ticket=ticket_to_pb(ticket), head=head))
-        case Refuse(_, ticket, reason, sentence):
-            return wire.SessionResponse(
-                refused=wire.Refused(ticket=ticket_to_pb(ticket), reason=reason, message=sentence)
-            )
-        case Finish(_, round_):
-            return wire.SessionResponse(finished=wire.Finished(round=round_))
-
-
-def commit_to_pb(row: Row, signature: bytes = b"") -> wire.SessionResponse:
-    """A commit as it stands in the journal, as a session message; with its checkpoint's signature."""
-    return wire.SessionResponse(commit=wire.CommitNotice(record=row.body, signature=signature))
 
 
 def _within(rows: Sequence[Row], bytes_max: int) -> Sequence[Row]:

@@ -28,7 +28,7 @@ TOKEN_BYTES = 16
 class _Polled:
     session: Session
     place: contextlib.ExitStack
-    """Its place at the door."""
+    """Its place at the session_limit."""
     lease: asyncio.TimerHandle
     ends_at_s: float
     """On the loop's clock. The lease's timer looks here when it fires: a new timer for every call would
@@ -84,9 +84,9 @@ class PolledSessions:
         if not messages or messages[0].WhichOneof("kind") != "hello":
             raise ProtocolError("A session begins with a hello; send it first.")
         with contextlib.ExitStack() as place:
-            inside = place.enter_context(self._daemon.door.session())
+            inside = place.enter_context(self._daemon.session_limit.session())
             session = await self._daemon.join(messages[0].hello)
-            self._daemon.door.joined(inside)
+            self._daemon.session_limit.joined(inside)
             token = secrets.token_bytes(TOKEN_BYTES)
             loop = asyncio.get_running_loop()
             lease = loop.call_later(LEASE_S, self._lapse, token)

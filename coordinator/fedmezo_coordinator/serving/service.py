@@ -19,8 +19,8 @@ from fedmezo_coordinator.serving.hello import choose_version
 from fedmezo_coordinator.serving.loop import HalfClosedError, ServingLoop
 from fedmezo_coordinator.serving.loop import Session as WorkerSession
 from fedmezo_coordinator.serving.poll_sessions import PolledSessions
-from fedmezo_coordinator.serving.session_limit import Place
-from fedmezo_coordinator.serving.write_pacing import Turnstile
+from fedmezo_coordinator.serving.session_limit import SessionPermit
+from fedmezo_coordinator.serving.write_pacing import WritePacing
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY
@@ -94,7 +94,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
         self._polled = PolledSessions(daemon)
-        self._turnstile = Turnstile(WRITES_A_TURN)
+        self._turnstile = WritePacing(WRITES_A_TURN)
 
     @_mapped
     async def GetRun(  # noqa: N802 - the service's name for it
@@ -159,8 +159,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     async def session(self, _requests: Any, context: RawContext) -> None:
         """A worker's stream: one task reads it, this one writes it."""
         try:
-            with self._daemon.door.session() as place:
-                await self._open_session(context, place)
+            with self._daemon.session_limit.session() as permit:
+                await self._open_session(context, permit)
         except HalfClosedError:
             return
         except FedMezoError as error:
@@ -169,14 +169,14 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     # `start_server` registers it without serializers.
     Session = session  # type: ignore[assignment]
 
-    async def _open_session(self, context: RawContext, place: Place) -> None:
+    async def _open_session(self, context: RawContext, permit: SessionPermit) -> None:
         """Raises what the session ends with."""
         session: WorkerSession | None = None
         reader: asyncio.Task[None] | None = None
         try:
             hello = await self._hello(context)
             session = await self._daemon.join(hello)
-            self._daemon.door.joined(place)
+            self._daemon.session_limit.joined(permit)
             reader = asyncio.create_task(self._read(context, session))
             while True:
                 message = await session.outbox.get()
@@ -249,7 +249,7 @@ def bind_server(
 async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
     """Let a bound server answer for `daemon`."""
     servicer = CoordinatorServicer(daemon)
-    # In the place of the generated handler, and without its serializers: what goes to thousands of
+    # In the permit of the generated handler, and without its serializers: what goes to thousands of
     # workers is serialised once, and what is counted in bytes need not be measured again.
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Session": grpc.stream_stream_rpc_method_handler(servicer.session)

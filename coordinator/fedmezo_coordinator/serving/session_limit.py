@@ -1,6 +1,6 @@
 """Who may come in now: bounds on open sessions, and on those that are on their way in.
 
-After a restart thousands of workers come back at once. Whoever finds no place is refused at once, at the
+After a restart thousands of workers come back at once. Whoever finds no permit is refused at once, at the
 price of one small message, and told when to come back: the longer, the more were refused just before it.
 """
 
@@ -23,13 +23,13 @@ RETRY_AFTER_MAX_S = 30.0
 
 
 @dataclass(slots=True)
-class Place:
-    """A session's place, from its first message to its end."""
+class SessionPermit:
+    """A session's permit, from its first message to its end."""
 
     joining: bool = True
 
 
-class Door:
+class SessionLimit:
     """Counts who is inside. `sessions_max` and `joins_at_a_time` are the coordinator's settings."""
 
     def __init__(
@@ -50,22 +50,22 @@ class Door:
         """Since this start."""
 
     @contextmanager
-    def session(self) -> Iterator[Place]:
-        """A place for as long as the block runs; `NotReadyError` if there is none."""
+    def session(self) -> Iterator[SessionPermit]:
+        """A permit for as long as the block runs; `NotReadyError` if there is none."""
         self._check()
-        place = Place()
+        permit = SessionPermit()
         self.sessions += 1
         self.joining += 1
         try:
-            yield place
+            yield permit
         finally:
-            self.joined(place)
+            self.joined(permit)
             self.sessions -= 1
 
-    def joined(self, place: Place) -> None:
+    def joined(self, permit: SessionPermit) -> None:
         """It has been welcomed, or is gone: the next one may join."""
-        if place.joining:
-            place.joining = False
+        if permit.joining:
+            permit.joining = False
             self.joining -= 1
 
     def _check(self) -> None:

@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 
 
-class Turnstile:
+class WritePacing:
     """Lets so many through in each turn of the loop, in the order in which they came."""
 
     def __init__(self, each_turn: int) -> None:

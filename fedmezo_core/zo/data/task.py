@@ -164,7 +164,7 @@ class Task:
         self._vocabulary_size = vocabulary_size
         # Odd items are names of columns.
         self._template = _FIELD.split(config.template)
-        self._prefix = self._special_prefix()
+        self._row_states = self._special_prefix()
         self._labels = {label: index for index, label in enumerate(config.verbalizers)}
         self._eos: int | None = tokenizer.eos_token_id
         if config.kind == "classification":
@@ -205,7 +205,7 @@ class Task:
         examples: list[Example] = []
         truncated_count = 0
         for row, label, tokens, response in zip(rows, labels, prompts, responses, strict=True):
-            prompt = [*self._prefix, *tokens]
+            prompt = [*self._row_states, *tokens]
             if not prompt:
                 raise DataError(
                     f"In {row.place} the prompt is empty; fill the row in or remove it."
@@ -244,12 +244,12 @@ class Task:
     ) -> tuple[list[int], list[int]]:
         tokens_max = self.config.tokens_max
         response = response[: max(tokens_max - prompt_count, tokens_max // 2)]
-        budget = tokens_max - len(response) - len(self._prefix)
+        budget = tokens_max - len(response) - len(self._row_states)
         # The largest cut that fits, by bisection: `fits` is always the tokens of `low` characters.
         fits = self._tokens([self._prompt(row, 0)])[0]
         if len(fits) > budget:
             raise ConfigError(
-                f"The template alone takes {len(fits) + len(self._prefix)} tokens, too many for "
+                f"The template alone takes {len(fits) + len(self._row_states)} tokens, too many for "
                 f"tokens_max = {tokens_max}; raise tokens_max or shorten the template."
             )
         low, high = 0, max(len(row.values[column]) for column in self.config.columns()) + 1
@@ -260,7 +260,7 @@ class Task:
                 low, fits = middle, tokens
             else:
                 high = middle
-        return [*self._prefix, *fits], response
+        return [*self._row_states, *fits], response
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         tokens: list[list[int]] = []
@@ -372,7 +372,7 @@ class Task:
     ) -> Evaluation:
         """Loss and accuracy of the model over all of `dataset`, `batch_size` rows at a time.
 
-        Each batch is computed within its `around_batch`, `Prefix.known` say. What `before_batch` raises
+        Each batch is computed within its `around_batch`, `RowStates.known` say. What `before_batch` raises
         ends it. Raises `MeasurementError` if a loss is NaN or infinite.
         """
         # Rows of like length together, so that little of a batch is padding. The sort is stable.

@@ -717,7 +717,7 @@ def _repeated(result: Any, current: _Pass) -> Any:
     if isinstance(result, torch.Tensor) and result.dim():
         if len(result) in (current.rows, current.rows * current.tokens):
             if not any(result.stride()):
-                # One number everywhere, as `Prefix` gives it, stays one number.
+                # One number everywhere, as `RowStates` gives it, stays one number.
                 return result[:1].expand(len(current.points) * len(result), *result.shape[1:])
             return result.repeat(len(current.points), *[1] * (result.dim() - 1))
         if len(result) == 1:

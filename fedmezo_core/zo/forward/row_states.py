@@ -35,7 +35,7 @@ from fedmezo_core.zo.model.modules import (
     owners_of,
 )
 
-log = logging.getLogger("fedmezo.prefix")
+log = logging.getLogger("fedmezo.row_states")
 
 PREFIX_SHARE_MIN: Final = 0.5
 """From this part of the model on, what runs before the trained part is worth special treatment."""
@@ -117,7 +117,7 @@ class _FormError(Exception):
     """A result that can't be cut into rows of tokens."""
 
 
-class Prefix:
+class RowStates:
     """Lets a model begin a pass behind what is known of the batch's rows.
 
     A row's states are those of a pass of that row alone, so they are the same bits whichever batch it

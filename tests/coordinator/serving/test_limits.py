@@ -19,7 +19,7 @@ from fedmezo_coordinator.serving.loop import (
     Session,
     _within,
 )
-from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import FedMezoError, NotReadyError, ProtocolError
 from fedmezo_core.journal.journal import Journal, Row, head_after
@@ -39,9 +39,9 @@ MESSAGE = wire.SessionResponse(ack=wire.Ack())
 
 
 async def test_one_session_too_many_is_told_when_to_come_back(tmp_path: Path) -> None:
-    door = Door(sessions_max=2)
+    session_limit = SessionLimit(sessions_max=2)
     async with (
-        served(tmp_path / "j.db", GENESIS, door=door) as at,
+        served(tmp_path / "j.db", GENESIS, session_limit=session_limit) as at,
         hands(at.address, GENESIS, "w1", "w2", "w3") as [first, second, third],
     ):
         await first.open()
@@ -61,9 +61,9 @@ async def test_one_session_too_many_is_told_when_to_come_back(tmp_path: Path) ->
 
 
 async def test_one_join_too_many_at_a_time_is_told_when_to_come_back(tmp_path: Path) -> None:
-    door = Door(joins_at_a_time=2)
+    session_limit = SessionLimit(joins_at_a_time=2)
     async with (
-        served(tmp_path / "j.db", GENESIS, door=door) as at,
+        served(tmp_path / "j.db", GENESIS, session_limit=session_limit) as at,
         grpc.aio.insecure_channel(at.address) as channel,
         hands(at.address, GENESIS, "w1") as [hand],
     ):
@@ -72,7 +72,7 @@ async def test_one_join_too_many_at_a_time_is_told_when_to_come_back(tmp_path: P
 
         async def joining(count: int) -> None:
             async def reached() -> bool:
-                return door.joining == count
+                return session_limit.joining == count
 
             await until(reached, f"{count} to be joining")
 
@@ -87,7 +87,7 @@ async def test_one_join_too_many_at_a_time_is_told_when_to_come_back(tmp_path: P
         silent[0].cancel()
         await joining(1)
         await hand.open()
-        assert door.joining == 1  # the other silent one
+        assert session_limit.joining == 1  # the other silent one
 
 
 # ---------------------------------------------------------------- queues

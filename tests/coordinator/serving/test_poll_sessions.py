@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator.serving import poll_sessions as polled_module
+from fedmezo_coordinator.serving import poll_sessions as poll_module
 from fedmezo_core.errors import (
     MismatchError,
     ProtocolError,
@@ -131,7 +131,7 @@ async def test_a_session_has_one_call_at_a_time(at: Served, hand: Hand) -> None:
 async def test_a_session_that_is_not_polled_ends_with_its_lease(
     at: Served, hand: Hand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(polled_module, "LEASE_S", 0.1)
+    monkeypatch.setattr(poll_module, "LEASE_S", 0.1)
     first = await hand.client.poll_session(b"", hello_of(hand))
 
     async def gone() -> bool:

@@ -377,7 +377,7 @@ async def test_the_one_whose_digest_differs_is_named_sent_away_and_not_committed
         assert not at.daemon.status("").workers[1].diverged
     records = records_of(journal)
     commits = [r for r in records if isinstance(r, Committed)]
-    assert [len(commit.runs) for commit in commits] == [2, 3]
+    assert [len(commit.seed_ranges) for commit in commits] == [2, 3]
     assert [r.party for r in records if isinstance(r, Diverged)] == ["w2"]
 
 

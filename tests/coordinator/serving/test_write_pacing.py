@@ -8,16 +8,16 @@ import socket
 import pytest
 
 from fedmezo_coordinator.serving.grpc_wakeups import drained
-from fedmezo_coordinator.serving.write_pacing import Turnstile
+from fedmezo_coordinator.serving.write_pacing import WritePacing
 
 
 @pytest.mark.parametrize(("count", "turns"), [(2, 1), (3, 1), (4, 2), (7, 3)])
 async def test_so_many_go_through_in_one_turn_in_order(count: int, turns: int) -> None:
-    turnstile, turn = Turnstile(3), 0
+    pacing, turn = WritePacing(3), 0
     through: list[tuple[int, int]] = []
 
     async def go(number: int) -> None:
-        await turnstile.through()
+        await pacing.through()
         through.append((number, turn))
 
     tasks = [asyncio.create_task(go(number)) for number in range(count)]
@@ -31,15 +31,15 @@ async def test_so_many_go_through_in_one_turn_in_order(count: int, turns: int) -
 
 
 async def test_whoever_is_gone_holds_nobody_up() -> None:
-    turnstile = Turnstile(1)
-    first, gone, last = (asyncio.create_task(turnstile.through()) for _ in range(3))
+    pacing = WritePacing(1)
+    first, gone, last = (asyncio.create_task(pacing.through()) for _ in range(3))
     await asyncio.sleep(0)
     gone.cancel()
     await asyncio.wait_for(asyncio.gather(first, last), 10)
     assert gone.cancelled()
     for _ in range(3):  # and afterwards it stands still
         await asyncio.sleep(0)
-    await asyncio.wait_for(turnstile.through(), 10)
+    await asyncio.wait_for(pacing.through(), 10)
 
 
 def test_all_wakeups_are_taken_at_once() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from fedmezo_core.errors import JournalError
 from fedmezo_core.journal.journal import Journal, JournalStore, Row, StoredOrigin
-from fedmezo_core.records import Committed, PairRun, Started
+from fedmezo_core.records import Committed, SeedRange, Started
 
 
 def row(seqno: int, size: int = 10) -> Row:
@@ -84,7 +84,7 @@ class StoreConformance(ABC):
         store = self.open()
         journal = Journal(store)
         assert list(journal.load()) == []
-        commit = Committed(1, (PairRun(5 << 16, (0.5, -0.25)),), 7)
+        commit = Committed(1, (SeedRange(5 << 16, (0.5, -0.25)),), 7)
         first = journal.append([Started(1)])
         more = journal.append([commit, Started(2)])
         again = Journal(store)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedmezo_core.errors import JournalCorruptError
 from fedmezo_core.journal.codec import decode_record, decode_with_protobuf, encode_record
 from fedmezo_core.journal.fast_codec import LAYOUTS_MAX, AnswerReader, committed_in
-from fedmezo_core.records import Answered, Committed, PairRun, Record
+from fedmezo_core.records import Answered, Committed, Record, SeedRange
 
 UINT64 = st.integers(0, 2**64 - 1)
 ROUNDS = st.one_of(st.integers(1, 2**21), st.integers(1, 2**63))
@@ -29,16 +29,18 @@ ANSWERS = st.builds(
 )
 
 
-def runs_of(count: int) -> st.SearchStrategy[PairRun]:
-    return st.builds(PairRun, UINT64, st.lists(FLOATS, min_size=count, max_size=count).map(tuple))
+def seed_ranges_of(count: int) -> st.SearchStrategy[SeedRange]:
+    return st.builds(SeedRange, UINT64, st.lists(FLOATS, min_size=count, max_size=count).map(tuple))
 
 
-EQUAL_RUNS = st.integers(0, 40).flatmap(lambda n: st.lists(runs_of(n), min_size=1, max_size=5))
-ANY_RUNS = st.lists(st.integers(0, 5).flatmap(runs_of), max_size=5)
+EQUAL_RUNS = st.integers(0, 40).flatmap(
+    lambda n: st.lists(seed_ranges_of(n), min_size=1, max_size=5)
+)
+ANY_RUNS = st.lists(st.integers(0, 5).flatmap(seed_ranges_of), max_size=5)
 COMMITS = st.builds(
     Committed,
     round=ROUNDS,
-    runs=st.one_of(EQUAL_RUNS, ANY_RUNS).map(tuple),
+    seed_ranges=st.one_of(EQUAL_RUNS, ANY_RUNS).map(tuple),
     rounding_seed=UINT64,
     decay=st.just(1.0) | st.floats(0, 1, exclude_min=True, width=32),
     from_base=st.booleans(),
@@ -115,7 +117,7 @@ def test_usual_answers_are_read_quickly(record: Answered) -> None:
 @pytest.mark.parametrize("decay", [1.0, 0.5])
 def test_usual_commits_are_read_quickly(runs: int, decay: float) -> None:
     record = Committed(
-        7, tuple(PairRun(n << 16, (0.5,) * 10) for n in range(1, runs + 1)), 9, decay
+        7, tuple(SeedRange(n << 16, (0.5,) * 10) for n in range(1, runs + 1)), 9, decay
     )
     assert committed_in(encode_record(record)) == record
 

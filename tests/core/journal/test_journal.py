@@ -20,8 +20,8 @@ from fedmezo_core.records import (
     Evaluated,
     Genesis,
     Opened,
-    PairRun,
     Record,
+    SeedRange,
     Started,
     first_seed_of,
     rounding_seed_of,
@@ -61,7 +61,7 @@ records: st.SearchStrategy[Record] = st.one_of(
     st.builds(
         Committed,
         rounds,
-        st.lists(st.builds(PairRun, u64, st.lists(f32, max_size=9).map(tuple)), max_size=4).map(
+        st.lists(st.builds(SeedRange, u64, st.lists(f32, max_size=9).map(tuple)), max_size=4).map(
             tuple
         ),
         u64,
@@ -154,10 +154,10 @@ def test_seeds_are_frozen() -> None:
 
 def test_coefficients_keep_their_bits() -> None:
     tiny = struct.unpack("<f", struct.pack("<I", 1))[0]
-    commit = Committed(1, (PairRun(0, (tiny, -0.0)),), 0)
+    commit = Committed(1, (SeedRange(0, (tiny, -0.0)),), 0)
     back = decode_record(encode_record(commit))
     assert isinstance(back, Committed)
-    assert struct.pack("<2f", *back.runs[0].coefficients) == struct.pack("<2f", tiny, -0.0)
+    assert struct.pack("<2f", *back.seed_ranges[0].coefficients) == struct.pack("<2f", tiny, -0.0)
 
 
 @pytest.mark.parametrize("count", [0, 1, 28, 29, 30, 31, 32, 500, 4093, 4096])

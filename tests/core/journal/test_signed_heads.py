@@ -14,9 +14,9 @@ from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
 from fedmezo_core.journal.codec import encode_record
 from fedmezo_core.journal.journal import Entry, Journal, MemoryStore
 from fedmezo_core.journal.party_copy import JournalCopy, verified
-from fedmezo_core.journal.signed_heads import Signer, Witness, checkpoint_text, open_signer
+from fedmezo_core.journal.signed_heads import Signer, Witness, open_signer, signed_head_text
 from fedmezo_core.machines.rounds import RoundMachine
-from fedmezo_core.records import Checkpoint, Committed, PairRun, Started
+from fedmezo_core.records import Committed, SeedRange, SignedHead, Started
 from tests.integration.support.harness import config_of, genesis_of
 
 GENESIS = genesis_of(config_of())
@@ -29,11 +29,11 @@ def signer(tmp_path: Path) -> Signer:
 
 
 def commit(round_: int) -> Committed:
-    return Committed(round_, (PairRun(round_ << 16, (0.5, -0.25)),), 7)
+    return Committed(round_, (SeedRange(round_ << 16, (0.5, -0.25)),), 7)
 
 
 def test_the_text_that_is_signed_is_written_down_for_ever() -> None:
-    text = checkpoint_text("tiny-run", 12, bytes(range(32)))
+    text = signed_head_text("tiny-run", 12, bytes(range(32)))
     assert text == b"fedmezo.v1/tiny-run\n12\nAAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=\n"
 
 
@@ -113,7 +113,7 @@ def followed(signer: Signer, rounds: int = 3) -> tuple[MemoryStore, list[Entry]]
         assert isinstance(entry.record, Committed)
         round_ = entry.record.round
         signature = signer.sign(RUN, round_, entry.head)
-        signed = Checkpoint(1, round_, entry.head, signer.public_key, signature)
+        signed = SignedHead(1, round_, entry.head, signer.public_key, signature)
         copy.add([entry.row.body], signed)
     return store, entries
 
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_does_not_fit_the_commits_is_found(signer: Signer, fie
     store, _ = followed(signer)
     journal = Journal(store)
     last = [entry.record for entry in journal.load()][-1]
-    assert isinstance(last, Checkpoint)
+    assert isinstance(last, SignedHead)
     wrong = replace(last, head=bytes(32)) if field == "head" else replace(last, signature=bytes(64))
     journal.append([wrong])
     with pytest.raises(JournalCorruptError, match=r"checkpoint of round 3|signature for round 3"):
@@ -172,6 +172,6 @@ def test_a_checkpoint_that_does_not_fit_the_commits_is_found(signer: Signer, fie
 def test_a_checkpoint_out_of_place_is_refused(epoch: int, round_: int) -> None:
     machine = RoundMachine()
     machine.apply(GENESIS)
-    machine.apply(Checkpoint(1, 0, b"h" * 32))
+    machine.apply(SignedHead(1, 0, b"h" * 32))
     with pytest.raises(JournalCorruptError, match="checkpoint of epoch"):
-        machine.apply(Checkpoint(epoch, round_, b"h" * 32))
+        machine.apply(SignedHead(epoch, round_, b"h" * 32))

@@ -22,7 +22,15 @@ from fedmezo_core.events import (
 from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.machines.answers import is_digest_round
 from fedmezo_core.machines.rounds import Phase, RunState
-from fedmezo_core.records import Answered, Committed, Diverged, Opened, PairRun, Place, Started
+from fedmezo_core.records import (
+    Answered,
+    Committed,
+    Diverged,
+    Opened,
+    RoundSlot,
+    SeedRange,
+    Started,
+)
 from tests.core.machines.rounds_driver import (
     TRUE_DIGEST64,
     WRONG_DIGEST64,
@@ -103,7 +111,7 @@ def test_a_late_answer_counts_with_its_age_and_discount() -> None:
     commit = run.commits[-1]
     late, fresh = commit.answers
     assert (commit.round, late.round, fresh.round) == (4, 1, 4)
-    old, new = commit.runs
+    old, new = commit.seed_ranges
     # 1 + 3 rounds old: half as much as a fresh one; both over the two answers of the commit.
     assert old.coefficients == (-0.125, 0.25)
     assert new.coefficients == (-0.25, 0.5)
@@ -116,7 +124,7 @@ def test_without_an_exponent_an_old_answer_counts_as_a_fresh_one() -> None:
         run.give("fast")
     run.give("slow")
     run.give("fast")
-    assert [pairs.coefficients for pairs in run.commits[-1].runs] == [(-0.25, 0.5)] * 2
+    assert [pairs.coefficients for pairs in run.commits[-1].seed_ranges] == [(-0.25, 0.5)] * 2
 
 
 def test_an_answer_that_is_too_old_is_refused_and_its_worker_has_new_work() -> None:
@@ -183,7 +191,7 @@ def test_an_answer_alone_opens_the_round_that_it_counts_for() -> None:
     run.give("fast")
     run.lost("fast")
     run.give("slow")
-    assert run.commits[-1].answers == (Place(1, 1),)
+    assert run.commits[-1].answers == (RoundSlot(1, 1),)
     assert run.machine.round == 2
 
 
@@ -210,42 +218,42 @@ def test_a_repeated_answer_gets_its_acknowledgement_again_and_another_is_refused
         assert refusal(run.give("slow", ticket, grads=(1.0, 1.0))) == "EquivocationError"
         run.give("fast")
     held = [commit.answers for commit in run.commits]
-    assert sum(places.count(Place(1, ticket.slot)) for places in held) == 1
+    assert sum(places.count(RoundSlot(1, ticket.slot)) for places in held) == 1
 
 
 @pytest.mark.parametrize(
     "answers",
     [
-        (Place(1, 0), Place(1, 0)),
-        (Place(1, 2), Place(1, 0)),
-        (Place(1, 0), Place(1, 1)),
-        (Place(1, 0),),
+        (RoundSlot(1, 0), RoundSlot(1, 0)),
+        (RoundSlot(1, 2), RoundSlot(1, 0)),
+        (RoundSlot(1, 0), RoundSlot(1, 1)),
+        (RoundSlot(1, 0),),
         (),
     ],
     ids=["twice", "out of order", "not answered", "fewer than its pairs", "none"],
 )
-def test_a_commit_that_holds_other_answers_cannot_be_folded(answers: tuple[Place, ...]) -> None:
+def test_a_commit_that_holds_other_answers_cannot_be_folded(answers: tuple[RoundSlot, ...]) -> None:
     state = RunState()
     run = Buffered()
     opened = Opened(1, 0, ("a", "b", "c"))
     given = [Answered(1, slot, (1.0, 2.0), None, 1) for slot in (0, 2)]
     for record in (run.records[0], Started(1), opened, *given):
         state.apply(record)
-    pairs = PairRun(0, (1.0, 2.0))
+    pairs = SeedRange(0, (1.0, 2.0))
     with pytest.raises(JournalCorruptError, match="each of them once"):
         state.apply(Committed(1, (pairs, pairs), 0, answers=answers))
-    state.apply(Committed(1, (pairs, pairs), 0, answers=(Place(1, 0), Place(1, 2))))
+    state.apply(Committed(1, (pairs, pairs), 0, answers=(RoundSlot(1, 0), RoundSlot(1, 2))))
 
 
 def test_a_commit_keeps_its_answers_on_the_wire_and_others_their_bytes() -> None:
-    pairs = (PairRun(1 << 16, (0.5,)),)
-    commit = Committed(7, pairs, 3, answers=(Place(4, 300), Place(7, 0)))
+    pairs = (SeedRange(1 << 16, (0.5,)),)
+    commit = Committed(7, pairs, 3, answers=(RoundSlot(4, 300), RoundSlot(7, 0)))
     assert decode_record(encode_record(commit)) == commit
     plain = encode_record(Committed(7, pairs, 3))
     assert len(encode_record(commit)) > len(plain)
     assert decode_record(plain) == Committed(7, pairs, 3)
     with pytest.raises(JournalCorruptError, match="names 1 slots of rounds"):
-        decode_record(encode_record(Committed(7, pairs, 3, answers=(Place(0, 0),))))
+        decode_record(encode_record(Committed(7, pairs, 3, answers=(RoundSlot(0, 0),))))
 
 
 # ---------------------------------------------------------------- restarts
@@ -280,7 +288,7 @@ def test_a_reconnected_worker_is_given_its_own_work_again() -> None:
 def test_a_late_digest_is_compared_with_what_was_agreed_of_its_round() -> None:
     run = Buffered(workers_min=3, digest_every_rounds=1, quorum=2)
     run.ready("a", "b", "flipped")
-    late = Place(1, run.tickets["flipped"].slot)
+    late = RoundSlot(1, run.tickets["flipped"].slot)
     run.give("a")
     run.give("b")
     assert run.machine.round == 1
@@ -393,12 +401,12 @@ def test_any_order_of_arrivals_is_folded_alike_and_counts_every_answer_once(
 
 def _check_journal(run: Buffered, most: int, oldest: int) -> None:
     """What a reader of the journal alone can say."""
-    answered: dict[Place, int] = {}
-    committed: list[Place] = []
+    answered: dict[RoundSlot, int] = {}
+    committed: list[RoundSlot] = []
     round_ = 0
     for record in run.records:
         if isinstance(record, Answered):
-            place = Place(record.round, record.slot)
+            place = RoundSlot(record.round, record.slot)
             assert place not in answered, "a second answer to one ticket"
             assert 0 <= round_ + 1 - record.round <= oldest
             answered[place] = round_

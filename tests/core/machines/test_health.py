@@ -161,7 +161,7 @@ def test_answers_are_weighted_by_rows() -> None:
     run.answer("a", grads=(1.0, 1.0), rows=30)
     ready = run.answer("b", grads=(1.0, 1.0), rows=10)
     [commit] = [record for record in ready.records if isinstance(record, Committed)]
-    assert [r.coefficients[0] for r in commit.runs] == [-0.375, -0.125]
+    assert [r.coefficients[0] for r in commit.seed_ranges] == [-0.375, -0.125]
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,9 @@ def test_each_worker_is_told_its_own_rate_and_committed_with_it() -> None:
     for worker in "abc":
         ready = run.answer(worker, grads=(1.0,))
     commit = next(r for r in ready.records if isinstance(r, Committed))
-    assert [r.coefficients[0] for r in commit.runs] == pytest.approx([-rate / 3 for rate in own])
+    assert [r.coefficients[0] for r in commit.seed_ranges] == pytest.approx(
+        [-rate / 3 for rate in own]
+    )
 
 
 def test_the_schedule_reaches_rates_and_eps() -> None:

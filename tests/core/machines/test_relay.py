@@ -51,7 +51,7 @@ from fedmezo_core.machines.relay import (
     site_workers_max,
 )
 from fedmezo_core.machines.rounds import Phase
-from fedmezo_core.records import Answered, Committed, Genesis, PairRun
+from fedmezo_core.records import Answered, Committed, Genesis, SeedRange
 
 HEAD = b"h" * 32
 SEEDS = (7, 8)
@@ -107,7 +107,7 @@ class Site:
         return self.step(AnswerReceived(worker, ticket, grads, **(values | more)))
 
     def commit(self, round_: int) -> RelayReady:
-        record = Committed(round_, (PairRun(1, (0.5, 0.5)),), 0)
+        record = Committed(round_, (SeedRange(1, (0.5, 0.5)),), 0)
         body = encode_record(record)
         self.head = head_after(self.head, body)
         return self.step(CommitReceived(record, body))

@@ -36,8 +36,8 @@ from fedmezo_core.records import (
     Evaluated,
     Genesis,
     Opened,
-    PairRun,
     Record,
+    SeedRange,
     Started,
     first_seed_of,
     rounding_seed_of,
@@ -271,8 +271,8 @@ def test_a_commit_is_the_mean_of_the_answers_in_slot_order() -> None:
     assert ready.records[1] == Committed(
         1,
         (
-            PairRun(first_seed_of(run.config.seed, 1, 0), (-0.25, 0.5)),
-            PairRun(first_seed_of(run.config.seed, 1, 1), (-1.0, -2.0)),
+            SeedRange(first_seed_of(run.config.seed, 1, 0), (-0.25, 0.5)),
+            SeedRange(first_seed_of(run.config.seed, 1, 1), (-1.0, -2.0)),
         ),
         rounding_seed_of(run.config.seed, 1),
     )
@@ -289,7 +289,7 @@ def test_a_commit_is_the_mean_over_the_probes_too() -> None:
     run.answer("a", grads=(1.0, -2.0, 4.0, 8.0))
     commit = run.answer("b", grads=(16.0, 0.0, 1.0, 1.0)).records[1]
     assert isinstance(commit, Committed)
-    assert [one.coefficients for one in commit.runs] == [
+    assert [one.coefficients for one in commit.seed_ranges] == [
         (-0.125, 0.25, -0.5, -1.0),
         (-2.0, -0.0, -0.125, -0.125),
     ]
@@ -328,7 +328,7 @@ def test_at_the_deadline_the_quorum_is_enough() -> None:
     assert kinds(run.tick(1000))[:2] == ["Committed", "Opened"]
     commit = run.records[-2]
     assert isinstance(commit, Committed)
-    assert len(commit.runs) == 2
+    assert len(commit.seed_ranges) == 2
 
 
 def test_time_never_goes_back() -> None:
@@ -384,7 +384,7 @@ def test_below_quorum_the_round_is_extended_with_workers_that_have_no_slot() -> 
     ready = run.answer("a")
     commit = ready.records[1]
     assert isinstance(commit, Committed)
-    assert [r.first_seed for r in commit.runs] == [
+    assert [r.first_seed for r in commit.seed_ranges] == [
         first_seed_of(run.config.seed, 1, 0),
         first_seed_of(run.config.seed, 1, 2),
     ]
@@ -439,7 +439,7 @@ def test_a_restart_keeps_answers_and_fences_old_tickets() -> None:
     ready = run.answer("b")
     commit = ready.records[1]
     assert isinstance(commit, Committed)
-    assert len(commit.runs) == 2
+    assert len(commit.seed_ranges) == 2
 
 
 def test_the_deadline_passes_after_a_restart_with_nobody_there() -> None:
@@ -469,7 +469,7 @@ def test_a_diverged_worker_is_named_expelled_and_not_committed() -> None:
         "ad0b000000000000, the run's ce110a0000000000; restart the worker so that it rebuilds them "
         "from the base and the journal."
     )
-    assert len(ready.records[2].runs) == 2  # type: ignore[union-attr]
+    assert len(ready.records[2].seed_ranges) == 2  # type: ignore[union-attr]
     assert run.machine.diverged == {"b"}
     assert refusal(run.answer("b", 1, round_=2)) == "UnknownWorkerError"
 
@@ -505,7 +505,7 @@ def test_a_diverged_worker_that_came_back_gets_a_fresh_slot_in_the_same_round() 
     ready = run.answer("b")
     commit = ready.records[1]
     assert isinstance(commit, Committed)
-    assert [r.first_seed for r in commit.runs] == [
+    assert [r.first_seed for r in commit.seed_ranges] == [
         first_seed_of(run.config.seed, 1, slot) for slot in (0, 2, 3)
     ]
 
@@ -641,7 +641,7 @@ def test_answers_beyond_the_cohort_size_are_not_committed() -> None:
     assert kinds(ready)[:4] == ["Answered", "Diverged", "Diverged", "Committed"]
     commit = ready.records[3]
     assert isinstance(commit, Committed)
-    assert [pairs.first_seed for pairs in commit.runs] == [
+    assert [pairs.first_seed for pairs in commit.seed_ranges] == [
         first_seed_of(run.config.seed, 1, slot) for slot in (0, 3)
     ]
 
@@ -658,7 +658,7 @@ def test_a_machine_needs_its_genesis() -> None:
 
 
 ANSWER = Answered(1, 0, (1.0, 2.0), None, TRUE_DIGEST64)
-COMMIT = Committed(1, (PairRun(0, (1.0, 2.0)),), 0)
+COMMIT = Committed(1, (SeedRange(0, (1.0, 2.0)),), 0)
 
 
 @pytest.mark.parametrize(
@@ -682,7 +682,7 @@ COMMIT = Committed(1, (PairRun(0, (1.0, 2.0)),), 0)
         ([Opened(1, 0, ("a",))], Answered(1, 0, (1.0, 2.0), None, None)),
         ([Opened(1, 0, ("a",))], COMMIT),
         ([Opened(1, 0, ("a",)), ANSWER], ANSWER),
-        ([Opened(1, 0, ("a",)), ANSWER], Committed(2, COMMIT.runs, 0)),
+        ([Opened(1, 0, ("a",)), ANSWER], Committed(2, COMMIT.seed_ranges, 0)),
         ([Opened(1, 0, ("a",)), ANSWER], Committed(1, (), 0)),
         ([Opened(1, 0, ("a",)), ANSWER, COMMIT], COMMIT),
     ],
@@ -718,7 +718,7 @@ def test_what_the_driver_appends_itself_is_folded_too() -> None:
     assert run.machine.diverged == {"a", "b"}
     # Another comparison's finding does not take back an answer whose own digest agreed.
     ready = run.answer("b")
-    assert len(ready.records[1].runs) == 2  # type: ignore[union-attr]
+    assert len(ready.records[1].seed_ranges) == 2  # type: ignore[union-attr]
 
 
 def test_memory_stays_bounded() -> None:

@@ -250,8 +250,8 @@ def _check(run: RoundsDriver, ready: Ready, now_ms: int) -> None:
     assert len(set(answered)) == len(answered)
     for record in ready.records:
         if isinstance(record, Committed):
-            assert config.quorum <= len(record.runs) <= config.cohort_size_max
-            seeds = [pair_run.first_seed for pair_run in record.runs]
+            assert config.quorum <= len(record.seed_ranges) <= config.cohort_size_max
+            seeds = [pair_run.first_seed for pair_run in record.seed_ranges]
             order = [first_seed_of(config.seed, record.round, slot) for slot in range(100)]
             assert seeds == sorted(set(seeds), key=order.index)
     for message in ready.messages:

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmezo_core.events import Assign, Assigned, Ready
-from fedmezo_core.journal.codec import assign_to_pb, assigned_from_pb
 from fedmezo_core.machines import seeds as seeds_module
 from fedmezo_core.machines.aggregate import to_binary32
-from fedmezo_core.machines.seeds import Pool, runs_of, seeds_of
-from fedmezo_core.records import Committed, PairRun, first_seed_of
+from fedmezo_core.machines.seeds import Pool, seed_ranges_of, seeds_of
+from fedmezo_core.records import Committed, SeedRange, first_seed_of
+from fedmezo_core.wire.messages import assign_to_pb, assigned_from_pb
 from tests.core.machines.rounds_driver import RoundsDriver, config_of
 
 
@@ -42,7 +42,7 @@ def test_shared_directions_are_committed_once_with_their_mean() -> None:
     assert first.work.seeds == second.work.seeds
     run.answer("a", grads=(1.0, -2.0))
     commit = _commit(run.answer("b", grads=(3.0, 2.0)))
-    assert commit.runs == (PairRun(first.work.seeds[0], (-1.0, 0.0)),)
+    assert commit.seed_ranges == (SeedRange(first.work.seeds[0], (-1.0, 0.0)),)
 
 
 @given(st.integers(1, 400), st.sampled_from(["uniform", "weighted"]), st.integers(1, 2**32))
@@ -54,7 +54,7 @@ def test_a_pool_is_drawn_from_alike_by_everyone(size: int, sampling: str, seed: 
     drawn = seeds_of(config, 3, 1, pool)
     assert drawn == seeds_of(config, 3, 1, Pool.of(config))
     assert len(drawn) == 50
-    assert all(pool.holds(PairRun(s, (0.0,))) for s in drawn)
+    assert all(pool.holds(SeedRange(s, (0.0,))) for s in drawn)
     assert size == 1 or drawn != seeds_of(config, 4, 1, pool)
 
 
@@ -77,7 +77,7 @@ def test_the_portable_exponential(x: float) -> None:
 @given(st.lists(st.tuples(st.integers(0, 30), st.floats(-1, 1, width=32)), max_size=30))
 def test_runs_hold_each_pair_in_order(pairs: list[tuple[int, float]]) -> None:
     ascending = sorted(dict(pairs).items())
-    runs = runs_of(ascending)
+    runs = seed_ranges_of(ascending)
     back = [(r.first_seed + k, c) for r in runs for k, c in enumerate(r.coefficients)]
     assert back == ascending
     assert len(runs) == sum(
@@ -104,10 +104,10 @@ def test_a_pools_commit_from_the_base_holds_everything_before_it() -> None:
     for commit in commits[:2]:
         sums = [commit.decay * value for value in sums]
         decay *= commit.decay
-        for pair_run in commit.runs:
+        for pair_run in commit.seed_ranges:
             for number, value in enumerate(pair_run.coefficients):
                 sums[pair_run.first_seed - pool.first_seed + number] += value
-    [whole] = commits[2].runs
+    [whole] = commits[2].seed_ranges
     assert whole.first_seed == pool.first_seed
     assert len(whole.coefficients) == 5
     assert commits[2].decay == pytest.approx(decay * commits[0].decay, rel=1e-6)
@@ -140,4 +140,4 @@ def test_a_pools_coefficients_are_binary32() -> None:
     run.answer("a", grads=(0.1, 0.7))
     commit = _commit(run.answer("a", grads=(0.3, 0.9)))
     assert commit.from_base
-    assert all(to_binary32(value) == value for value in commit.runs[0].coefficients)
+    assert all(to_binary32(value) == value for value in commit.seed_ranges[0].coefficients)

@@ -42,13 +42,13 @@ from fedmezo_core.machines.session import (
     SessionMachine,
     SessionState,
 )
-from fedmezo_core.records import Committed, PairRun
+from fedmezo_core.records import Committed, SeedRange
 
 HEAD = hashlib.sha256(b"genesis").digest()
 
 
 def commit_of(round_: int) -> CommitReceived:
-    commit = Committed(round_, (PairRun(round_ << 16, (0.5,)),), round_)
+    commit = Committed(round_, (SeedRange(round_ << 16, (0.5,)),), round_)
     return CommitReceived(commit, b"commit %d" % round_)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedmezo_coordinator import snapshot_store as shelf_module
+from fedmezo_coordinator import snapshot_store as store_module
 from fedmezo_core.errors import (
     NotReadyError,
     SnapshotDamagedError,
@@ -29,7 +29,7 @@ DATA = bytes(range(256)) * 80 + b"the end"
 
 @pytest.fixture
 async def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Kept]:
-    monkeypatch.setattr(shelf_module, "SNAPSHOT_CHUNK_BYTES", CHUNK_BYTES)
+    monkeypatch.setattr(store_module, "SNAPSHOT_CHUNK_BYTES", CHUNK_BYTES)
     async with kept_snapshot(tmp_path, DATA) as running:
         yield running
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedmezo_core.errors import ConfigError, DivergedError, MismatchError, NumericError
-from fedmezo_core.records import Committed, PairRun
+from fedmezo_core.records import Committed, SeedRange
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.kept_base import KeptBase
 from fedmezo_core.zo.materialize import (
@@ -259,7 +259,7 @@ def test_the_folder_is_on_a_disk_unless_the_environment_names_one(
 
 
 def test_records_say_where_a_commit_starts_and_how_weights_decay() -> None:
-    runs = (PairRun(5, (0.5, -0.25)),)
+    runs = (SeedRange(5, (0.5, -0.25)),)
     plain, decayed, rebased = commits_of(
         [
             Committed(1, runs, 7),

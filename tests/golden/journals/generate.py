@@ -24,15 +24,15 @@ from fedmezo_core.machines.rounds import RunState
 from fedmezo_core.machines.sealed_state import Origin, seal
 from fedmezo_core.records import (
     Answered,
-    Checkpoint,
     Committed,
     Diverged,
     Evaluated,
     Opened,
-    PairRun,
     Paused,
     Record,
     Resumed,
+    SeedRange,
+    SignedHead,
     Started,
     Stopped,
 )
@@ -101,14 +101,14 @@ def paused() -> MemoryStore:
             Started(1),
             Opened(1, 0, ("w1",), (2e-3,), 1e-4),
             Answered(1, 0, (0.5, -2.0), None, 12),
-            Committed(1, (PairRun(1 << 16, (1e-3, -4e-3)),), 77, to_binary32(0.999)),
+            Committed(1, (SeedRange(1 << 16, (1e-3, -4e-3)),), 77, to_binary32(0.999)),
             evaluated,
             Paused(1, "held-out loss is 3 times its best"),
             Started(2),
             Resumed(0.5),
             Opened(2, 0, ("w1", "w2")),
             Answered(2, 1, (1.0, 1.5), None, None),
-            Committed(2, (PairRun(2 << 16, (2e-3, 3e-3)),), 78, to_binary32(0.9995)),
+            Committed(2, (SeedRange(2 << 16, (2e-3, 3e-3)),), 78, to_binary32(0.9995)),
             Stopped(2, "no better for 5 evaluations"),
         ]
     )
@@ -149,7 +149,7 @@ def copied(store: MemoryStore) -> MemoryStore:
         if isinstance(entry.record, Committed):
             round_, head = entry.record.round, entry.head
             signature = signer().sign(config.run_id, round_, head)
-            copy.add([entry.row.body], Checkpoint(2, round_, head, signer().public_key, signature))
+            copy.add([entry.row.body], SignedHead(2, round_, head, signer().public_key, signature))
     return target
 
 

@@ -25,7 +25,7 @@ from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.relay_daemon import Relay
 from fedmezo_coordinator.serving.service import bind_server, start_server
-from fedmezo_coordinator.serving.session_limit import Door
+from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
 from fedmezo_core.errors import FedMezoError, UnavailableError
 from fedmezo_core.journal.journal import Entry, Journal
@@ -280,7 +280,7 @@ async def served(
     listen: str = "127.0.0.1:0",
     tls: tuple[Path, Path] | None = None,
     signer: Signer | None = None,
-    door: Door | None = None,
+    session_limit: SessionLimit | None = None,
     snapshots: Path | None = None,
     compact_after_records: int = 0,
 ) -> AsyncIterator[Served]:
@@ -289,7 +289,7 @@ async def served(
     if journal.is_empty:
         assert genesis is not None
         journal.append([genesis])
-    daemon = Daemon(journal, door, signer, snapshots, compact_after_records)
+    daemon = Daemon(journal, session_limit, signer, snapshots, compact_after_records)
     await daemon.load()
     with tempfile.TemporaryDirectory() as folder:
         server, port = bind_server(listen, tls, f"unix:{folder}/replica.sock")

@@ -13,7 +13,7 @@ from fedmezo_core.config import TaskConfig
 from fedmezo_core.zo.data.rows import Row
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, Measurement, Pair
-from fedmezo_core.zo.forward.row_states import Prefix
+from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.materialize import Rounding
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.noise import Distribution
@@ -54,7 +54,7 @@ def estimator_on(
     once: bool = True,
     one_sided: bool = False,
     pass_tokens_max: int = PASS_TOKENS_MAX,
-    prefix: Prefix | None = None,
+    row_states: RowStates | None = None,
 ) -> Estimator:
     estimator = Estimator(
         model,
@@ -65,7 +65,7 @@ def estimator_on(
         one_sided=one_sided,
         threads=1,
         pass_tokens_max=pass_tokens_max,
-        prefix=prefix,
+        row_states=row_states,
     )
     if not once:
         estimator._forward.compute_every_copy()

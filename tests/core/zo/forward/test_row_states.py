@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.zo.data.task import Batch, Dataset, Task
-from fedmezo_core.zo.forward import row_states as prefix_module
-from fedmezo_core.zo.forward.row_states import Prefix, RowStore, SpooledRows
+from fedmezo_core.zo.forward import row_states as row_states_module
+from fedmezo_core.zo.forward.row_states import RowStates, RowStore, SpooledRows
 from fedmezo_core.zo.model.loading import add_adapter
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of
 from fedmezo_core.zo.noise import Distribution
@@ -52,13 +52,13 @@ class Forgetful:
 @pytest.fixture(autouse=True)
 def small_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one frozen layer of a tiny model is less than half of it."""
-    monkeypatch.setattr(prefix_module, "PREFIX_SHARE_MIN", 0.1)
+    monkeypatch.setattr(row_states_module, "PREFIX_SHARE_MIN", 0.1)
 
 
-def _prefix(
+def _row_states(
     model: nn.Module, manifest: Manifest, task: Task, rows: RowStore | None = None
-) -> Prefix:
-    return Prefix(model, manifest, task, rows or SpooledRows(1 << 20))
+) -> RowStates:
+    return RowStates(model, manifest, task, rows or SpooledRows(1 << 20))
 
 
 def _part(task: Task, batch: Batch, rows: list[int]) -> Batch:
@@ -77,8 +77,10 @@ def test_losses_are_those_of_whole_passes(
     manifest = manifest_of(model, train=[last_layer(kind)])
     task = task_of(tokenizer, task_kind)
     batch = batch_of(task)
-    prefix = _prefix(model, manifest, task)
-    begun, whole = (estimator_on(model, manifest, task, prefix=each) for each in (prefix, None))
+    row_states = _row_states(model, manifest, task)
+    begun, whole = (
+        estimator_on(model, manifest, task, row_states=each) for each in (row_states, None)
+    )
     for rows in ([0, 1, 2, 3], [3, 1], [2]):
         part = _part(task, batch, rows)
         ours, theirs = (
@@ -86,7 +88,7 @@ def test_losses_are_those_of_whole_passes(
         )
         assert ours == pytest.approx(theirs, rel=1e-5)
         assert len(set(ours)) == 4, "the perturbation shows"
-    assert prefix.cut.endswith(last_layer(kind).replace("1", "0")), "all that is frozen"
+    assert row_states.cut.endswith(last_layer(kind).replace("1", "0")), "all that is frozen"
 
 
 @pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_1])
@@ -102,7 +104,7 @@ def test_a_row_goes_through_the_frozen_part_once_and_alone(
     task = task_of(tokenizer)
     batch = batch_of(task)
     estimator = estimator_on(
-        model, manifest, task, distribution, prefix=_prefix(model, manifest, task)
+        model, manifest, task, distribution, row_states=_row_states(model, manifest, task)
     )
     estimator.measure(_part(task, batch, [0]), LOCAL, SEEDS, EPS)
     seen = []
@@ -130,15 +132,15 @@ def test_what_is_measured_does_not_depend_on_what_is_kept(
     found: list[dict[str, Any]] = []
     stores: list[RowStore] = [Forgetful(), *map(SpooledRows, (0, 6000, 1 << 20))]
     for order, store in enumerate(stores):
-        prefix = _prefix(model, manifest, task, store)
-        estimator = estimator_on(model, manifest, task, prefix=prefix)
+        row_states = _row_states(model, manifest, task, store)
+        estimator = estimator_on(model, manifest, task, row_states=row_states)
         # Which row is looked at first must not matter either.
         shuffled = random.Random(order).sample(parts, len(parts))
         measured = {
             repr(part.input_ids): estimator.measure(part, LOCAL, SEEDS, EPS) for part in shuffled
         }
         found.append(measured)
-        assert prefix.cut
+        assert row_states.cut
     assert found[1:] == found[:1] * 3
 
 
@@ -165,13 +167,15 @@ def test_a_model_that_reads_an_earlier_state_again_is_computed_whole(
     layers[1] = _Skipping(layers[1], model.model.embed_tokens)
     manifest = manifest_of(model, train=["layers.1.inner"])
     task = task_of(tokenizer)
-    prefix = _prefix(model, manifest, task)
-    begun, whole = (estimator_on(model, manifest, task, prefix=each) for each in (prefix, None))
+    row_states = _row_states(model, manifest, task)
+    begun, whole = (
+        estimator_on(model, manifest, task, row_states=each) for each in (row_states, None)
+    )
     for _ in range(2):
         assert begun.measure(batch_of(task), LOCAL, SEEDS, EPS) == whole.measure(
             batch_of(task), LOCAL, SEEDS, EPS
         )
-    assert prefix.cut == ""
+    assert row_states.cut == ""
 
 
 class _Mixing(nn.Module):
@@ -192,9 +196,11 @@ def test_a_model_whose_rows_depend_on_their_padding_is_computed_whole(
     model.model.layers[0] = _Mixing(model.model.layers[0])
     manifest = manifest_of(model, train=["layers.1"])
     task = task_of(tokenizer)
-    prefix = _prefix(model, manifest, task)
-    estimator_on(model, manifest, task, prefix=prefix).measure(batch_of(task), [], SEEDS, EPS)
-    assert not prefix.cut
+    row_states = _row_states(model, manifest, task)
+    estimator_on(model, manifest, task, row_states=row_states).measure(
+        batch_of(task), [], SEEDS, EPS
+    )
+    assert not row_states.cut
 
 
 @pytest.mark.parametrize("train", [["wte"], ["h.0.ln_1"], []])
@@ -204,12 +210,14 @@ def test_what_is_trained_first_leaves_nothing_to_know(
     model = model_of("gpt2")
     manifest = manifest_of(model, train=train)
     task = task_of(tokenizer)
-    prefix = _prefix(model, manifest, task)
-    begun, whole = (estimator_on(model, manifest, task, prefix=each) for each in (prefix, None))
+    row_states = _row_states(model, manifest, task)
+    begun, whole = (
+        estimator_on(model, manifest, task, row_states=each) for each in (row_states, None)
+    )
     assert begun.measure(batch_of(task), LOCAL, SEEDS, EPS) == whole.measure(
         batch_of(task), LOCAL, SEEDS, EPS
     )
-    assert not prefix.cut
+    assert not row_states.cut
 
 
 def test_less_than_half_of_a_model_is_left_alone(
@@ -221,9 +229,11 @@ def test_less_than_half_of_a_model_is_left_alone(
     model = model_of("llama")
     manifest = manifest_of(model, train=["layers.1"])
     task = task_of(tokenizer)
-    prefix = _prefix(model, manifest, task)
-    estimator_on(model, manifest, task, prefix=prefix).measure(batch_of(task), [], SEEDS, EPS)
-    assert not prefix.cut
+    row_states = _row_states(model, manifest, task)
+    estimator_on(model, manifest, task, row_states=row_states).measure(
+        batch_of(task), [], SEEDS, EPS
+    )
+    assert not row_states.cut
 
 
 def test_an_adapter_on_the_last_layer_of_an_offloaded_model(
@@ -238,10 +248,10 @@ def test_an_adapter_on_the_last_layer_of_an_offloaded_model(
         if offloaded:
             cpu_offload(model, execution_device=torch.device("cpu"))
         task = task_of(tokenizer)
-        prefix = _prefix(model, manifest, task)
-        estimator = estimator_on(model, manifest, task, prefix=prefix)
+        row_states = _row_states(model, manifest, task)
+        estimator = estimator_on(model, manifest, task, row_states=row_states)
         measured.append([estimator.measure(batch_of(task), LOCAL, SEEDS, EPS) for _ in range(2)])
-        assert prefix.cut.endswith("layers.0")
+        assert row_states.cut.endswith("layers.0")
         assert all(value.is_meta == offloaded for value in model.parameters())
     assert measured[0] == measured[1]
 
@@ -253,14 +263,16 @@ def test_bfloat16(
     model = model_of(kind).to(torch.bfloat16)
     manifest = manifest_of(model, train=["layers.1"])
     task = task_of(tokenizer)
-    prefix = _prefix(model, manifest, task)
-    begun, whole = (estimator_on(model, manifest, task, prefix=each) for each in (prefix, None))
+    row_states = _row_states(model, manifest, task)
+    begun, whole = (
+        estimator_on(model, manifest, task, row_states=each) for each in (row_states, None)
+    )
     for _ in range(2):
         ours = begun.measure(batch_of(task), LOCAL, SEEDS, EPS)
     assert losses_of(ours) == pytest.approx(
         losses_of(whole.measure(batch_of(task), LOCAL, SEEDS, EPS)), rel=1e-2
     )
-    assert prefix.cut
+    assert row_states.cut
 
 
 def test_evaluations_begin_behind_what_is_known(
@@ -272,10 +284,10 @@ def test_evaluations_begin_behind_what_is_known(
     task = task_of(tokenizer)
     dataset = Dataset(batch_of(task, 7).examples, 0)
     whole = task.evaluate(model, dataset, 3)
-    prefix = _prefix(model, manifest, task)
+    row_states = _row_states(model, manifest, task)
     for _ in range(2):
         frozen.taken()
-        found = task.evaluate(model, dataset, 3, around_batch=prefix.known)
+        found = task.evaluate(model, dataset, 3, around_batch=row_states.known)
         assert dataclasses.asdict(found) == pytest.approx(dataclasses.asdict(whole), rel=1e-5)
     assert frozen.taken() == []
     with torch.inference_mode():
@@ -294,8 +306,8 @@ def test_whoever_waits_can_end_it_between_two_rows(
     manifest = manifest_of(model, train=["layers.1"])
     task = task_of(tokenizer)
     batch = batch_of(task)
-    prefix = _prefix(model, manifest, task)
-    with prefix.known(_part(task, batch, [0])):
+    row_states = _row_states(model, manifest, task)
+    with row_states.known(_part(task, batch, [0])):
         pass
     calls = 0
 
@@ -306,10 +318,10 @@ def test_whoever_waits_can_end_it_between_two_rows(
             raise EnoughError
 
     frozen.taken()
-    with pytest.raises(EnoughError), prefix.known(batch, before_row):
+    with pytest.raises(EnoughError), row_states.known(batch, before_row):
         raise AssertionError("it was ended")
     assert frozen.taken() == [1, 1]
-    with prefix.known(batch):
+    with row_states.known(batch):
         assert frozen.taken() == [1], "the two that were done are kept"
 
 

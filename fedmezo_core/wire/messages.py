@@ -1,0 +1,256 @@
+"""Between our dataclasses and the session messages of `fedmezo.v1`.
+
+Decoding is strict: a field that is missing, or that cannot be meant, is a `ProtocolError`, never a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from fedmezo_core.config import PROTOCOL_VERSION, STEPS_MAX, RunConfig
+from fedmezo_core.errors import ProtocolError
+from fedmezo_core.events import (
+    Ack,
+    Acknowledged,
+    AnswerReceived,
+    Assign,
+    Assigned,
+    CommitReceived,
+    Finish,
+    FinishedByCoordinator,
+    Refuse,
+    RefusedByCoordinator,
+    SendAnswer,
+    SendUnable,
+    SessionEvent,
+    Ticket,
+    UnableReceived,
+    Welcomed,
+    Work,
+)
+from fedmezo_core.journal.codec import decode_record, digest_in, positive
+from fedmezo_core.journal.journal import Row
+from fedmezo_core.records import Committed
+from fedmezo_core.wire.snapshots import Snapshot
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+# ---------------------------------------------------------------- snapshots
+
+
+def snapshot_to_pb(snapshot: Snapshot) -> wire.Snapshot:
+    """A snapshot as a message."""
+    return wire.Snapshot(
+        round=snapshot.round,
+        head=snapshot.head,
+        weights_digest=snapshot.weights_digest,
+        file_sha256=snapshot.file_sha256,
+        file_bytes=snapshot.file_bytes,
+    )
+
+
+def snapshot_from_pb(message: wire.Snapshot) -> Snapshot:
+    """A snapshot from a message."""
+    return Snapshot(
+        round=message.round,
+        head=digest_in(message.head, "head"),
+        weights_digest=digest_in(message.weights_digest, "weights_digest"),
+        file_sha256=digest_in(message.file_sha256, "file_sha256"),
+        file_bytes=message.file_bytes,
+    )
+
+
+# ---------------------------------------------------------------- session messages
+
+
+def ticket_to_pb(ticket: Ticket) -> wire.Ticket:
+    """A ticket as a message."""
+    return wire.Ticket(epoch=ticket.epoch, round=ticket.round, slot=ticket.slot)
+
+
+def ticket_from_pb(message: wire.Ticket) -> Ticket:
+    """A ticket from a message."""
+    return Ticket(epoch=message.epoch, round=message.round, slot=message.slot)
+
+
+def assign_to_pb(assign: Assign, config: RunConfig) -> wire.SessionResponse:
+    """An assignment as a session message; what the contract says is left out."""
+    work = assign.work
+    first_seed = min(work.seeds)
+    offsets = [seed - first_seed for seed in work.seeds]
+    return wire.SessionResponse(
+        assign=wire.Assign(
+            ticket=ticket_to_pb(assign.ticket),
+            first_seed=first_seed,
+            steps=len(work.seeds) // config.probes,
+            want_digest=work.want_digest,
+            deadline_ms=assign.deadline_ms,
+            learning_rate=None
+            if work.learning_rate == config.learning_rate
+            else work.learning_rate,
+            eps=None if work.eps == config.eps else work.eps,
+            seed_offsets=() if offsets == list(range(len(offsets))) else offsets,
+        )
+    )
+
+
+def assigned_from_pb(message: wire.Assign, config: RunConfig) -> Assigned:
+    """An assignment as the worker's machine takes it."""
+    count = message.steps * config.probes
+    if not 1 <= count <= STEPS_MAX or len(message.seed_offsets) not in (0, count):
+        raise ProtocolError(
+            f"{message.steps} steps of {config.probes} probes were assigned with "
+            f"{len(message.seed_offsets)} seed offsets; use the same FedMeZO version."
+        )
+    offsets = message.seed_offsets or range(count)
+    if message.first_seed + max(offsets) >= 2**64:
+        raise ProtocolError("A seed of 2^64 or more was assigned; use the same FedMeZO version.")
+    rate = message.learning_rate if message.HasField("learning_rate") else config.learning_rate
+    return Assigned(
+        ticket=ticket_from_pb(message.ticket),
+        work=Work(
+            seeds=tuple(message.first_seed + offset for offset in offsets),
+            learning_rate=positive(rate, "learning rate"),
+            eps=positive(message.eps if message.HasField("eps") else config.eps, "eps"),
+            want_digest=message.want_digest,
+        ),
+        deadline_ms=message.deadline_ms,
+    )
+
+
+def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
+    """An answer as a session message."""
+    return wire.SessionRequest(
+        answer=wire.Answer(
+            ticket=ticket_to_pb(answer.ticket),
+            projected_grads=answer.projected_grads,
+            mean_loss=answer.mean_loss,
+            weights_digest64=answer.weights_digest64,
+            rows=answer.rows,
+            head64=answer.head64,
+        )
+    )
+
+
+def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
+    """An answer as the round machine takes it."""
+    return AnswerReceived(
+        worker=worker,
+        ticket=ticket_from_pb(message.ticket),
+        projected_grads=tuple(message.projected_grads),
+        mean_loss=message.mean_loss if message.HasField("mean_loss") else None,
+        weights_digest64=(
+            message.weights_digest64 if message.HasField("weights_digest64") else None
+        ),
+        rows=message.rows if message.HasField("rows") else None,
+    )
+
+
+def unable_to_pb(unable: SendUnable) -> wire.SessionRequest:
+    """An inability as a session message; the reason is cut to what the contract allows."""
+    return wire.SessionRequest(
+        unable=wire.Unable(ticket=ticket_to_pb(unable.ticket), reason=unable.reason[:512])
+    )
+
+
+def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
+    """An inability as the round machine takes it; control characters cannot enter a log."""
+    reason = "".join(c if c.isprintable() else " " for c in message.reason[:512])
+    return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
+
+
+class Describes(Protocol):
+    """What names a party's model: a genesis does, and a loaded model."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's contract."""
+
+    @property
+    def manifest_digest(self) -> bytes:
+        """Of the trainable tensors."""
+
+    @property
+    def base_digest(self) -> bytes:
+        """Of the base weights."""
+
+    @property
+    def tokenizer_digest(self) -> bytes:
+        """Of the tokenizer."""
+
+
+def hello_to_pb(party: Describes, worker: str, round_: int, head: bytes) -> wire.SessionRequest:
+    """How `worker` introduces itself at the round and head that it holds."""
+    config = party.config
+    return wire.SessionRequest(
+        hello=wire.Hello(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=config.run_id,
+            worker=worker,
+            manifest_digest=party.manifest_digest,
+            base_digest=party.base_digest,
+            tokenizer_digest=party.tokenizer_digest,
+            recipe=config.recipe,
+            round=round_,
+            head=head,
+        )
+    )
+
+
+def commit_of(record_bytes: bytes, head_before: bytes = b"") -> CommitReceived | None:
+    """A commit's record as the session machine takes it; None for any other record."""
+    record = decode_record(record_bytes)
+    if not isinstance(record, Committed):
+        return None
+    return CommitReceived(record, record_bytes, head_before)
+
+
+def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
+    """A message from the coordinator as the session machine takes it."""
+    match message.WhichOneof("kind"):
+        case "welcome":
+            welcome = message.welcome
+            return Welcomed(welcome.epoch, welcome.round, welcome.head)
+        case "commit":
+            event = commit_of(message.commit.record)
+            if event is not None:
+                return event
+        case "assign":
+            return assigned_from_pb(message.assign, config)
+        case "ack":
+            return Acknowledged(ticket_from_pb(message.ack.ticket), message.ack.head)
+        case "refused":
+            refused = message.refused
+            return RefusedByCoordinator(
+                ticket_from_pb(refused.ticket), refused.reason, refused.message
+            )
+        case "finished":
+            return FinishedByCoordinator(message.finished.round)
+        case _:
+            pass
+    raise ProtocolError(
+        "The coordinator sent a message that this version does not know; use the same FedMeZO version."
+    )
+
+
+def message_to_pb(
+    message: Assign | Ack | Refuse | Finish, config: RunConfig, head_at: Callable[[int], bytes]
+) -> wire.SessionResponse:
+    """What the round machine addresses to a worker, as a session message."""
+    match message:
+        case Assign():
+            return assign_to_pb(message, config)
+        case Ack(_, ticket):
+            head = head_at(ticket.round - 1)
+            return wire.SessionResponse(ack=wire.Ack(ticket=ticket_to_pb(ticket), head=head))
+        case Refuse(_, ticket, reason, sentence):
+            return wire.SessionResponse(
+                refused=wire.Refused(ticket=ticket_to_pb(ticket), reason=reason, message=sentence)
+            )
+        case Finish(_, round_):
+            return wire.SessionResponse(finished=wire.Finished(round=round_))
+
+
+def commit_to_pb(row: Row, signature: bytes = b"") -> wire.SessionResponse:
+    """A commit as it stands in the journal, as a session message; with its checkpoint's signature."""
+    return wire.SessionResponse(commit=wire.CommitNotice(record=row.body, signature=signature))
