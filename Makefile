@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-gpu bench-coordinator experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-gpu bench-coordinator experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,9 @@ demo: setup  ## four workers fine-tune a real language model over gRPC (about 5 
 
 test: setup  ## run the tests (no GPU, no network)
 	$(BIN)/python -m pytest -n 2
+
+test-quick: setup  ## the tests to run while working: at most 90 seconds on 2 cores
+	$(BIN)/python -m pytest -n 2 -q -m "not slow"
 
 test-gpu: setup  ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \

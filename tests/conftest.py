@@ -1,9 +1,38 @@
-"""What must be set before anything is imported."""
+"""What must be set before anything is imported; and which tests `make test-quick` leaves out."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Triton's interpreter runs the CUDA kernels without a GPU, and reads this once, when Triton is imported.
 # `make test-gpu` says 0: it runs them on one.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+ROOT = Path(__file__).parent
+SLOW = (
+    "benchmarks",
+    "coordinator/stores/test_postgres_coordinators.py",
+    "coordinator/stores/test_postgres_partition.py",
+    "coordinator/stores/test_postgres_store.py",
+    "core/zo/noise/test_cuda_code.py",
+    "core/zo/test_devices.py",
+    "demo",
+    "experiments",
+    "faults",
+    "gpu",
+    "integration",
+    "sim",
+)
+"""Folders and modules whose tests take more than a second, but for those marked `quick`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow as a whole; single slow tests carry the mark themselves."""
+    for item in items:
+        path = item.path.relative_to(ROOT)
+        is_slow = any(path.is_relative_to(slow) for slow in SLOW)
+        if is_slow and item.get_closest_marker("quick") is None:
+            item.add_marker(pytest.mark.slow)
