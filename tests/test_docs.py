@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,19 @@ def test_files_that_a_document_names_are_there(page: Path) -> None:
     folders = "benchmarks|coordinator|deploy|experiments|fedmezo_core|proto|tests|worker"
     for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", page.read_text()):
         assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
+
+
+def test_the_coordinator_files_in_the_documents_are_valid() -> None:
+    files = [
+        tomllib.loads(block)
+        for page in (README, ROOT / "docs/operating.md")
+        for block in re.findall(r"```toml\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    ]
+    assert len(files) == 2
+    for settings in files:
+        run = settings.pop("run")
+        RunConfig.model_validate(run | {"model": settings["model"]})
+        assert settings.keys() <= CoordinatorSettings.model_fields.keys()
 
 
 def _text_of(pages: list[Path]) -> str:
