@@ -1,10 +1,12 @@
-"""The README and the commands say the same things."""
+"""The documents, the commands, the settings and the tree say the same things."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
+import pytest
 import typer.main
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
@@ -13,52 +15,74 @@ from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
 from fedmezo_worker.worker_settings import WorkerSettings
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*sorted(ROOT.glob("*.md")), *DOCS]
+PROTOS = sorted((ROOT / "proto").rglob("*.proto"))
+README_LINES_MAX = 150
 
 
-def test_every_command_is_in_the_readme() -> None:
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= README_LINES_MAX
+
+
+def test_every_command_is_documented() -> None:
+    text = _text_of([README, *DOCS])
     group = typer.main.get_command(app)
     names: list[str] = []
     for name, command in group.commands.items():  # type: ignore[attr-defined]
         children = getattr(command, "commands", {})
         names += [f"{name} {child}" for child in children] or [name]
     for name in names:
-        assert f"fedmezo {name}" in README
+        assert f"fedmezo {name}" in text, f"no document names fedmezo {name}"
 
 
-def test_every_make_target_of_the_readme_exists_and_the_other_way_round() -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, flags=re.MULTILINE))
-    named = set(re.findall(r"`?make ([a-z-]+)", README))
-    assert targets - {"help"} == named & targets, (targets, named)
-    assert named <= targets
+def test_every_make_target_is_documented_and_every_documented_one_exists() -> None:
+    targets = set(
+        re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    )
+    documented = _make_targets_in(_text_of([README, ROOT / "docs/development.md"]))
+    assert targets <= documented, f"not in docs/development.md: {targets - documented}"
+    named = {
+        name for name in _make_targets_in(_text_of(PAGES)) if not name.startswith("experiment-")
+    }
+    assert named <= targets, f"named in a document, but no target: {named - targets}"
 
 
-def test_the_annotated_tree_names_what_is_there() -> None:
-    tree = README.split("## The tree")[1].split("```")[1]
-    paths = re.findall(r"^([\w./-]+)", tree, flags=re.MULTILINE)
-    assert len(paths) > 20
-    for path in paths:
-        assert (ROOT / path).exists(), f"the README's tree names {path}, which is not there"
+def test_every_document_can_be_reached_from_the_index() -> None:
+    index = ROOT / "docs/README.md"
+    assert index in _linked_from(README)
+    reached, waiting = {index}, [index]
+    while waiting:
+        for page in _linked_from(waiting.pop()) & set(DOCS):
+            if page not in reached:
+                reached.add(page)
+                waiting.append(page)
+    assert not set(DOCS) - reached, "no link leads to these from docs/README.md"
 
 
-def test_every_module_is_in_the_annotated_tree() -> None:
-    tree = README.split("## The tree")[1].split("```")[1]
-    for folder in (
-        "fedmezo_core",
-        "fedmezo_core/zo",
-        "coordinator/fedmezo_coordinator",
-        "worker/fedmezo_worker",
-    ):
-        for path in (ROOT / folder).glob("*.py"):
-            if not path.stem.startswith("__"):
-                assert f"{folder}/{path.name}" in tree, f"{folder}/{path.name} is missing"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    for target in _links_in(page):
+        name, _, heading = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), f"{page.name} links to {target}, which is not there"
+        if heading and file.suffix == ".md":
+            assert heading in _headings_in(file), f"{page.name}: no heading #{heading} in {file}"
 
 
-def test_every_document_is_linked() -> None:
-    linked = README + "".join(p.read_text() for p in (ROOT / "docs").rglob("*.md"))
-    for path in (ROOT / "docs").rglob("*.md"):
-        assert path.name in linked, f"nothing links to {path}"
+def test_the_glossary_is_linked_from_the_readme_and_the_proto_files() -> None:
+    assert ROOT / "docs/glossary.md" in _linked_from(README)
+    for proto in PROTOS:
+        header = proto.read_text().split("syntax =")[0]
+        assert "docs/glossary.md" in header, f"{proto.name} does not name the glossary at its top"
+
+
+def test_the_glossary_names_the_messages_whose_names_differ() -> None:
+    glossary = (ROOT / "docs/glossary.md").read_text()
+    for name in ("PairRun", "Checkpoint", "Origin", "SealedOrigin"):
+        assert any(f"message {name} {{" in proto.read_text() for proto in PROTOS)
+        assert f"`{name}`" in glossary
 
 
 def test_every_setting_is_documented() -> None:
@@ -73,3 +97,70 @@ def test_every_setting_is_documented() -> None:
     ):
         for name in model.model_fields:
             assert f"`{name}`" in text, f"{model.__name__}.{name} is not in docs/configuration.md"
+
+
+def test_limits_are_constants_of_the_modules_that_are_named() -> None:
+    modules = [path for folder in ("fedmezo_core", "coordinator") for path in _python_in(folder)]
+    text = (ROOT / "docs/limits.md").read_text()
+    limits = re.findall(r"((?:`[A-Z_]+`, )+)([\w/]+\.py)", text)
+    assert len(limits) > 10
+    for names, module in limits:
+        files = [path for path in modules if path.as_posix().endswith(f"/{module}")]
+        assert files, f"docs/limits.md names {module}, which is not there"
+        for name in re.findall(r"[A-Z_]+", names):
+            assert any(re.search(rf"\b{name}\b", path.read_text()) for path in files), (
+                f"docs/limits.md says that {name} is in {module}"
+            )
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_document_names_are_there(page: Path) -> None:
+    folders = "benchmarks|coordinator|deploy|experiments|fedmezo_core|proto|tests|worker"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", page.read_text()):
+        assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
+
+
+def test_the_coordinator_files_in_the_documents_are_valid() -> None:
+    files = [
+        tomllib.loads(block)
+        for page in (README, ROOT / "docs/operating.md")
+        for block in re.findall(r"```toml\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    ]
+    assert len(files) == 2
+    for settings in files:
+        run = settings.pop("run")
+        RunConfig.model_validate(run | {"model": settings["model"]})
+        assert settings.keys() <= CoordinatorSettings.model_fields.keys()
+
+
+def _text_of(pages: list[Path]) -> str:
+    return "\n".join(page.read_text() for page in pages)
+
+
+def _make_targets_in(text: str) -> set[str]:
+    """Targets in code: a line that begins with `make`, or a code span that does."""
+    return set(re.findall(r"(?:^|`)make\s+([a-z][a-z-]*)", text, flags=re.MULTILINE))
+
+
+def _links_in(page: Path) -> list[str]:
+    """Link targets of a page that lead into this tree; images count, code does not."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    return [target for target in targets if not re.match(r"[a-z]+:", target)]
+
+
+def _linked_from(page: Path) -> set[Path]:
+    names = [target.partition("#")[0] for target in _links_in(page)]
+    return {(page.parent / name).resolve() for name in names if name}
+
+
+def _headings_in(page: Path) -> set[str]:
+    """Anchors of a page's headings, as hosts make them from the text."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    plain = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in plain}
+
+
+def _python_in(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))

@@ -77,49 +77,49 @@ class CoordinatorServiceServicer(object):
     """
 
     def GetRun(self, request, context):
-        """What the run is; the first call of every party.
+        """Describes the run. Every party calls this first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Session(self, request_iterator, context):
-        """A worker's life in the run. The first message up is `hello`; the coordinator answers `welcome`.
+        """A worker's life in the run. The first message up is `hello`, and the coordinator answers `welcome`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PollSession(self, request, context):
-        """The same life for callers that cannot hold a stream, call by call.
+        """A worker's life in the run, call by call, for callers that cannot hold a stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadJournal(self, request, context):
-        """A page of the journal, oldest first; waits for news if asked to.
+        """Returns a page of the journal, oldest record first. Waits for news if asked to.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
-        """Progress, workers, traffic, digests, evaluations.
+        """Returns progress, workers, traffic, digests and evaluations.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReportReplica(self, request, context):
-        """The coordinator's own replica process hands in a digest and perhaps an evaluation.
+        """Takes a digest, and perhaps an evaluation, from the coordinator's own replica process.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadSnapshot(self, request, context):
-        """The file of a snapshot from an offset on, in pieces of at most 1 MiB.
+        """Streams the file of a snapshot from an offset on, in pieces of at most 1 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -3,16 +3,19 @@
 isort:skip_file
 The journal: what is appended, byte for byte. A model is a base checkpoint plus these records.
 
-A record is stored as one serialized `Record` and is hashed as it was written; nobody re-encodes
-it, because protobuf does not promise the same bytes twice. Two chains run over the records:
+docs/glossary.md defines the words used here, and lists where the wire and the code use different
+names.
+
+A record is stored as one serialized `Record` and is hashed as it was written. Nobody encodes it
+again, because protobuf does not promise the same bytes twice. Two chains run over the records:
 
   chain(n) = SHA-256( chain(n-1) || uint64le(n) || bytes(n) )       over every record n = 0, 1, ...
   head(n)  = SHA-256( head(n-1) || bytes(n) )                       over genesis and commits only
 
-with 32 zero bytes before the first. `chain` protects the file; `head` names the model: two
-parties with equal heads have the same base and the same commits, and so the same weights.
+with 32 zero bytes before the first. `chain` protects the file. `head` names the model: two parties
+with equal heads have the same base and the same commits, and so the same weights.
 
-Coefficients, projected gradients and losses are IEEE 754 binary32, finite.
+Coefficients, projected gradients and losses are finite IEEE 754 binary32 values.
 """
 
 import builtins
@@ -46,9 +49,9 @@ class _DistributionEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     DISTRIBUTION_LOW_RANK_1: _Distribution.ValueType  # 3
     """Product of a sign for the row and a sign for the column."""
     DISTRIBUTION_LOW_RANK_2: _Distribution.ValueType  # 4
-    """Sum of two such products, over the square root of 2."""
+    """Sum of two products of signs, divided by the square root of 2."""
     DISTRIBUTION_LOW_RANK_4: _Distribution.ValueType  # 5
-    """Sum of four such products, over 2."""
+    """Sum of four products of signs, divided by 2."""
 
 class Distribution(_Distribution, metaclass=_DistributionEnumTypeWrapper):
     """How a direction's elements are distributed."""
@@ -62,9 +65,9 @@ DISTRIBUTION_GAUSSIAN: Distribution.ValueType  # 2
 DISTRIBUTION_LOW_RANK_1: Distribution.ValueType  # 3
 """Product of a sign for the row and a sign for the column."""
 DISTRIBUTION_LOW_RANK_2: Distribution.ValueType  # 4
-"""Sum of two such products, over the square root of 2."""
+"""Sum of two products of signs, divided by the square root of 2."""
 DISTRIBUTION_LOW_RANK_4: Distribution.ValueType  # 5
-"""Sum of four such products, over 2."""
+"""Sum of four products of signs, divided by 2."""
 Global___Distribution: typing_extensions.TypeAlias = Distribution
 
 class _WeightType:
@@ -106,17 +109,17 @@ class _EstimatorEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     ESTIMATOR_TWO_SIDED: _Estimator.ValueType  # 1
     """At W + eps z and at W - eps z."""
     ESTIMATOR_ONE_SIDED: _Estimator.ValueType  # 2
-    """At W + eps z and at W, the latter once for all probes of a step."""
+    """At W + eps z and at W. The loss at W is measured once for all probes of a step."""
 
 class Estimator(_Estimator, metaclass=_EstimatorEnumTypeWrapper):
-    """Where the losses of a projected gradient are taken."""
+    """The points at which the losses of a projected gradient are measured."""
 
 ESTIMATOR_UNSPECIFIED: Estimator.ValueType  # 0
 """Not a value; refused."""
 ESTIMATOR_TWO_SIDED: Estimator.ValueType  # 1
 """At W + eps z and at W - eps z."""
 ESTIMATOR_ONE_SIDED: Estimator.ValueType  # 2
-"""At W + eps z and at W, the latter once for all probes of a step."""
+"""At W + eps z and at W. The loss at W is measured once for all probes of a step."""
 Global___Estimator: typing_extensions.TypeAlias = Estimator
 
 class _Schedule:
@@ -128,23 +131,23 @@ class _ScheduleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     SCHEDULE_UNSPECIFIED: _Schedule.ValueType  # 0
     """Not a value; refused."""
     SCHEDULE_CONSTANT: _Schedule.ValueType  # 1
-    """It stays."""
+    """It stays the same."""
     SCHEDULE_LINEAR: _Schedule.ValueType  # 2
-    """In a straight line."""
+    """It falls in a straight line."""
     SCHEDULE_COSINE: _Schedule.ValueType  # 3
-    """Half a cosine wave."""
+    """It falls along half a cosine wave."""
 
 class Schedule(_Schedule, metaclass=_ScheduleEnumTypeWrapper):
-    """How the learning rate goes down over the rounds, after its warm-up."""
+    """How the learning rate falls over the rounds, after its warm-up."""
 
 SCHEDULE_UNSPECIFIED: Schedule.ValueType  # 0
 """Not a value; refused."""
 SCHEDULE_CONSTANT: Schedule.ValueType  # 1
-"""It stays."""
+"""It stays the same."""
 SCHEDULE_LINEAR: Schedule.ValueType  # 2
-"""In a straight line."""
+"""It falls in a straight line."""
 SCHEDULE_COSINE: Schedule.ValueType  # 3
-"""Half a cosine wave."""
+"""It falls along half a cosine wave."""
 Global___Schedule: typing_extensions.TypeAlias = Schedule
 
 class _Weighting:
@@ -156,9 +159,9 @@ class _WeightingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     WEIGHTING_UNSPECIFIED: _Weighting.ValueType  # 0
     """Not a value; refused."""
     WEIGHTING_UNIFORM: _Weighting.ValueType  # 1
-    """All alike."""
+    """Every answer counts the same."""
     WEIGHTING_ROWS: _Weighting.ValueType  # 2
-    """By the count of each worker's rows."""
+    """An answer counts by its worker's number of rows."""
 
 class Weighting(_Weighting, metaclass=_WeightingEnumTypeWrapper):
     """How answers are averaged."""
@@ -166,9 +169,9 @@ class Weighting(_Weighting, metaclass=_WeightingEnumTypeWrapper):
 WEIGHTING_UNSPECIFIED: Weighting.ValueType  # 0
 """Not a value; refused."""
 WEIGHTING_UNIFORM: Weighting.ValueType  # 1
-"""All alike."""
+"""Every answer counts the same."""
 WEIGHTING_ROWS: Weighting.ValueType  # 2
-"""By the count of each worker's rows."""
+"""An answer counts by its worker's number of rows."""
 Global___Weighting: typing_extensions.TypeAlias = Weighting
 
 class _PersonalRate:
@@ -180,15 +183,15 @@ class _PersonalRateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     PERSONAL_RATE_UNSPECIFIED: _PersonalRate.ValueType  # 0
     """Not a value; refused."""
     PERSONAL_RATE_FROZEN: _PersonalRate.ValueType  # 1
-    """Nothing: all have the same."""
+    """Nothing: all workers have the same rate."""
     PERSONAL_RATE_LAST_LOSS: _PersonalRate.ValueType  # 2
-    """Its loss of the last round that it answered."""
+    """The worker's loss in the last round that it answered."""
     PERSONAL_RATE_MEAN_LOSS: _PersonalRate.ValueType  # 3
-    """Its mean loss of the last five."""
+    """The worker's mean loss in the last five rounds that it answered."""
     PERSONAL_RATE_UPDATE_DISTANCE: _PersonalRate.ValueType  # 4
-    """How far its update was from the mean update."""
+    """How far the worker's last update was from the mean update."""
     PERSONAL_RATE_RANDOM: _PersonalRate.ValueType  # 5
-    """Chance."""
+    """A random number."""
 
 class PersonalRate(_PersonalRate, metaclass=_PersonalRateEnumTypeWrapper):
     """What a worker's own learning rate follows."""
@@ -196,15 +199,15 @@ class PersonalRate(_PersonalRate, metaclass=_PersonalRateEnumTypeWrapper):
 PERSONAL_RATE_UNSPECIFIED: PersonalRate.ValueType  # 0
 """Not a value; refused."""
 PERSONAL_RATE_FROZEN: PersonalRate.ValueType  # 1
-"""Nothing: all have the same."""
+"""Nothing: all workers have the same rate."""
 PERSONAL_RATE_LAST_LOSS: PersonalRate.ValueType  # 2
-"""Its loss of the last round that it answered."""
+"""The worker's loss in the last round that it answered."""
 PERSONAL_RATE_MEAN_LOSS: PersonalRate.ValueType  # 3
-"""Its mean loss of the last five."""
+"""The worker's mean loss in the last five rounds that it answered."""
 PERSONAL_RATE_UPDATE_DISTANCE: PersonalRate.ValueType  # 4
-"""How far its update was from the mean update."""
+"""How far the worker's last update was from the mean update."""
 PERSONAL_RATE_RANDOM: PersonalRate.ValueType  # 5
-"""Chance."""
+"""A random number."""
 Global___PersonalRate: typing_extensions.TypeAlias = PersonalRate
 
 class _SeedPolicy:
@@ -216,11 +219,11 @@ class _SeedPolicyEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     SEED_POLICY_UNSPECIFIED: _SeedPolicy.ValueType  # 0
     """Not a value; refused."""
     SEED_POLICY_PER_WORKER: _SeedPolicy.ValueType  # 1
-    """Each worker's own."""
+    """Each worker measures along directions of its own."""
     SEED_POLICY_SHARED: _SeedPolicy.ValueType  # 2
-    """The same for all workers of a round."""
+    """All workers of a round measure along the same directions."""
     SEED_POLICY_POOL: _SeedPolicy.ValueType  # 3
-    """Drawn from one pool for the whole run."""
+    """Directions are drawn from one pool of seeds for the whole run."""
 
 class SeedPolicy(_SeedPolicy, metaclass=_SeedPolicyEnumTypeWrapper):
     """Whose directions are measured."""
@@ -228,11 +231,11 @@ class SeedPolicy(_SeedPolicy, metaclass=_SeedPolicyEnumTypeWrapper):
 SEED_POLICY_UNSPECIFIED: SeedPolicy.ValueType  # 0
 """Not a value; refused."""
 SEED_POLICY_PER_WORKER: SeedPolicy.ValueType  # 1
-"""Each worker's own."""
+"""Each worker measures along directions of its own."""
 SEED_POLICY_SHARED: SeedPolicy.ValueType  # 2
-"""The same for all workers of a round."""
+"""All workers of a round measure along the same directions."""
 SEED_POLICY_POOL: SeedPolicy.ValueType  # 3
-"""Drawn from one pool for the whole run."""
+"""Directions are drawn from one pool of seeds for the whole run."""
 Global___SeedPolicy: typing_extensions.TypeAlias = SeedPolicy
 
 class _PoolSampling:
@@ -244,9 +247,9 @@ class _PoolSamplingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._E
     POOL_SAMPLING_UNSPECIFIED: _PoolSampling.ValueType  # 0
     """Not a value; refused."""
     POOL_SAMPLING_UNIFORM: _PoolSampling.ValueType  # 1
-    """All alike."""
+    """Every seed has the same chance."""
     POOL_SAMPLING_WEIGHTED: _PoolSampling.ValueType  # 2
-    """By the size of their projected gradients so far."""
+    """A seed's chance follows the size of its projected gradients so far."""
 
 class PoolSampling(_PoolSampling, metaclass=_PoolSamplingEnumTypeWrapper):
     """How seeds are drawn from a pool."""
@@ -254,9 +257,9 @@ class PoolSampling(_PoolSampling, metaclass=_PoolSamplingEnumTypeWrapper):
 POOL_SAMPLING_UNSPECIFIED: PoolSampling.ValueType  # 0
 """Not a value; refused."""
 POOL_SAMPLING_UNIFORM: PoolSampling.ValueType  # 1
-"""All alike."""
+"""Every seed has the same chance."""
 POOL_SAMPLING_WEIGHTED: PoolSampling.ValueType  # 2
-"""By the size of their projected gradients so far."""
+"""A seed's chance follows the size of its projected gradients so far."""
 Global___PoolSampling: typing_extensions.TypeAlias = PoolSampling
 
 class _Rounding:
@@ -268,17 +271,17 @@ class _RoundingEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     ROUNDING_UNSPECIFIED: _Rounding.ValueType  # 0
     """Not a value; refused."""
     ROUNDING_STOCHASTIC: _Rounding.ValueType  # 1
-    """Deterministic stochastic rounding from the noise standard's generator."""
+    """Stochastic, with bits from the noise standard's generator, so that it is the same everywhere."""
     ROUNDING_NEAREST: _Rounding.ValueType  # 2
     """To nearest, ties to even."""
 
 class Rounding(_Rounding, metaclass=_RoundingEnumTypeWrapper):
-    """Rounding to a 16-bit storage type at a commit. binary32 needs none."""
+    """How a commit rounds to a 16-bit storage type. binary32 needs no rounding."""
 
 ROUNDING_UNSPECIFIED: Rounding.ValueType  # 0
 """Not a value; refused."""
 ROUNDING_STOCHASTIC: Rounding.ValueType  # 1
-"""Deterministic stochastic rounding from the noise standard's generator."""
+"""Stochastic, with bits from the noise standard's generator, so that it is the same everywhere."""
 ROUNDING_NEAREST: Rounding.ValueType  # 2
 """To nearest, ties to even."""
 Global___Rounding: typing_extensions.TypeAlias = Rounding
@@ -292,9 +295,9 @@ class _TaskKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     TASK_KIND_UNSPECIFIED: _TaskKind.ValueType  # 0
     """Not a value; refused."""
     TASK_KIND_CLASSIFICATION: _TaskKind.ValueType  # 1
-    """Cross-entropy between the verbalizers' first tokens after the prompt."""
+    """Classification: cross-entropy between the verbalizers' first tokens after the prompt."""
     TASK_KIND_INSTRUCTION: _TaskKind.ValueType  # 2
-    """Language modelling of the response; the prompt is masked."""
+    """Instruction tuning: language modelling of the response, with the prompt masked."""
 
 class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper):
     """What a row of data is trained on."""
@@ -302,9 +305,9 @@ class TaskKind(_TaskKind, metaclass=_TaskKindEnumTypeWrapper):
 TASK_KIND_UNSPECIFIED: TaskKind.ValueType  # 0
 """Not a value; refused."""
 TASK_KIND_CLASSIFICATION: TaskKind.ValueType  # 1
-"""Cross-entropy between the verbalizers' first tokens after the prompt."""
+"""Classification: cross-entropy between the verbalizers' first tokens after the prompt."""
 TASK_KIND_INSTRUCTION: TaskKind.ValueType  # 2
-"""Language modelling of the response; the prompt is masked."""
+"""Instruction tuning: language modelling of the response, with the prompt masked."""
 Global___TaskKind: typing_extensions.TypeAlias = TaskKind
 
 @typing.final
@@ -327,7 +330,7 @@ class Record(google.protobuf.message.Message):
     CHECKPOINT_FIELD_NUMBER: builtins.int
     @property
     def genesis(self) -> Global___Genesis:
-        """Always and only record 0."""
+        """Record 0, and only record 0."""
 
     @property
     def started(self) -> Global___Started:
@@ -335,15 +338,15 @@ class Record(google.protobuf.message.Message):
 
     @property
     def opened(self) -> Global___Opened:
-        """A round opens, or grows by more slots."""
+        """A round opened, or got more slots."""
 
     @property
     def answered(self) -> Global___Answered:
-        """A worker's answer was accepted."""
+        """The coordinator accepted a worker's answer."""
 
     @property
     def committed(self) -> Global___Committed:
-        """A round's pairs, now part of the model."""
+        """A round's pairs became part of the model."""
 
     @property
     def diverged(self) -> Global___Diverged:
@@ -351,7 +354,7 @@ class Record(google.protobuf.message.Message):
 
     @property
     def evaluated(self) -> Global___Evaluated:
-        """The coordinator's replica was evaluated on held-out data."""
+        """The replica evaluated the weights on held-out data."""
 
     @property
     def paused(self) -> Global___Paused:
@@ -359,7 +362,7 @@ class Record(google.protobuf.message.Message):
 
     @property
     def resumed(self) -> Global___Resumed:
-        """A person let it go on."""
+        """A person let the run go on."""
 
     @property
     def stopped(self) -> Global___Stopped:
@@ -367,11 +370,11 @@ class Record(google.protobuf.message.Message):
 
     @property
     def snapshotted(self) -> Global___Snapshotted:
-        """The weights after a round are in a file beside the journal."""
+        """The coordinator wrote a file of the weights after a round."""
 
     @property
     def checkpoint(self) -> Global___Checkpoint:
-        """What the coordinator had signed, in a copy that another party keeps."""
+        """In a copy that another party keeps: what the coordinator had signed."""
 
     def __init__(
         self,
@@ -397,7 +400,7 @@ Global___Record: typing_extensions.TypeAlias = Record
 
 @typing.final
 class Genesis(google.protobuf.message.Message):
-    """What the run is. Fixed for ever."""
+    """What the run is. It never changes."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -438,13 +441,13 @@ Global___Genesis: typing_extensions.TypeAlias = Genesis
 
 @typing.final
 class Started(google.protobuf.message.Message):
-    """A coordinator start; durable before that start sends its first message."""
+    """A coordinator start. It is on the disk before that coordinator sends its first message."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     EPOCH_FIELD_NUMBER: builtins.int
     epoch: builtins.int
-    """1, 2, 3, ... without gaps. Fences answers from before a crash."""
+    """1, 2, 3, ... without gaps. It makes answers from before a crash stale."""
     def __init__(
         self,
         *,
@@ -456,8 +459,8 @@ Global___Started: typing_extensions.TypeAlias = Started
 
 @typing.final
 class Opened(google.protobuf.message.Message):
-    """A round's cohort, or more slots for the round that is open. In a buffered run a worker gets one slot
-    after the other.
+    """A round's cohort, or more slots for the open round. In a buffered run a worker gets one slot after
+    another.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -470,16 +473,16 @@ class Opened(google.protobuf.message.Message):
     round: builtins.int
     """1, 2, 3, ... without gaps."""
     first_slot: builtins.int
-    """Slot of the first worker named below; 0 when the round opens."""
+    """Slot of the first worker in `workers`. 0 when the round opens."""
     eps: builtins.float
-    """Perturbation scale of the round. Absent: the contract's."""
+    """Perturbation scale of the round. Absent: the contract's scale."""
     @property
     def workers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Worker names, slot by slot."""
 
     @property
     def learning_rates(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Learning rate of each of these slots; empty: the contract's, for all."""
+        """Learning rate of each of these slots. Empty: all have the contract's rate."""
 
     def __init__(
         self,
@@ -498,7 +501,7 @@ Global___Opened: typing_extensions.TypeAlias = Opened
 
 @typing.final
 class Answered(google.protobuf.message.Message):
-    """An accepted answer. Durable before it is acknowledged."""
+    """An accepted answer. It is on the disk before it is acknowledged."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -513,11 +516,13 @@ class Answered(google.protobuf.message.Message):
     slot: builtins.int
     """The slot in the round's cohort."""
     mean_loss: builtins.float
-    """Mean of the batch losses over the steps; set only if the run reports losses."""
+    """Mean of the batch losses over the steps, in nats. Set only if the run reports losses."""
     weights_digest64: builtins.int
-    """First 8 bytes (little-endian) of the digest of the weights it was measured on; digest rounds only."""
+    """First 8 bytes (little-endian) of the digest of the weights that it was measured on. Set in digest
+    rounds only.
+    """
     rows: builtins.int
-    """Rows of the worker's data; only if answers are weighted by them."""
+    """Number of the worker's rows. Set only if the run weights answers by it."""
     @property
     def projected_grads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Projected gradients, one for each probe of each local step, step by step: (loss+ - loss-) / (2 eps)
@@ -547,7 +552,9 @@ Global___Answered: typing_extensions.TypeAlias = Answered
 
 @typing.final
 class PairRun(google.protobuf.message.Message):
-    """Pairs whose seeds are consecutive: pair k is (first_seed + k, coefficients[k])."""
+    """Pairs whose seeds are consecutive: pair k is (first_seed + k, coefficients[k]). The code calls this a
+    seed range.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -557,7 +564,7 @@ class PairRun(google.protobuf.message.Message):
     """Seed of the first pair."""
     @property
     def coefficients(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """What z(seed) is multiplied by, sign and learning rate included. Computed once, here."""
+        """What z(seed) is multiplied by, sign and learning rate included. Only the coordinator computes it."""
 
     def __init__(
         self,
@@ -571,9 +578,9 @@ Global___PairRun: typing_extensions.TypeAlias = PairRun
 
 @typing.final
 class Committed(google.protobuf.message.Message):
-    """A closed round. Applying it: for each element, acc = value, times `decay` if there is one; for each
-    pair in order, acc = acc + coefficient * z(seed); then round once to the storage type. The value is
-    that after the round before, or with `from_base` that of the base.
+    """A closed round. To apply it to an element: start with acc = value, times `decay` if there is one. For
+    each pair in order, acc = acc + coefficient * z(seed). Then round once to the storage type. The value
+    is the one after the previous round, or with `from_base` the base's.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -586,28 +593,28 @@ class Committed(google.protobuf.message.Message):
     STALENESS_FIELD_NUMBER: builtins.int
     SLOTS_FIELD_NUMBER: builtins.int
     round: builtins.int
-    """The round that closed. Commits are in round order without gaps."""
+    """The round that closed. Commits come in round order without gaps."""
     rounding_seed: builtins.int
-    """Key of the deterministic stochastic rounding of this commit."""
+    """Seed of this commit's deterministic stochastic rounding."""
     decay: builtins.float
     """What every weight is multiplied by first, above 0 and below 1. Absent: 1."""
     from_base: builtins.bool
-    """This commit holds all that the rounds so far made of the base, and is applied to the base."""
+    """Whether this commit holds everything so far and is applied to the base."""
     @property
     def runs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PairRun]:
-        """In the order of the answers: by slot, or as listed below; of shared and pooled seeds each once,
-        ascending.
+        """In the order of the answers: by slot, or as `staleness` and `slots` list them. Shared and pooled
+        seeds come once each, in ascending order.
         """
 
     @property
     def staleness(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """In a buffered run, of each answer in it, oldest first: how many rounds before `round` the one is that
-        it was assigned and measured in. Its discount is in the coefficients.
+        """In a buffered run: for each answer in the commit, oldest first, how many rounds before `round` it was
+        assigned. The coefficients include its discount.
         """
 
     @property
     def slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """In a buffered run, of each of these answers: its slot in the round that it was assigned in."""
+        """In a buffered run: for each of these answers, its slot in the round in which it was assigned."""
 
     def __init__(
         self,
@@ -656,7 +663,7 @@ class Resumed(google.protobuf.message.Message):
 
     RATE_FACTOR_FIELD_NUMBER: builtins.int
     rate_factor: builtins.float
-    """What learning rates are multiplied by from now on, on top of earlier factors. Finite, above 0."""
+    """Factor on all later learning rates, on top of earlier factors. Finite, above 0."""
     def __init__(
         self,
         *,
@@ -690,8 +697,8 @@ Global___Stopped: typing_extensions.TypeAlias = Stopped
 
 @typing.final
 class Snapshotted(google.protobuf.message.Message):
-    """The coordinator holds a file of the trained weights after `round`, whose digest is the run's. The file
-    may be gone by now: only the newest are kept.
+    """The coordinator wrote a file of the trained weights after `round`, and their digest is the run's. Only
+    the newest files are kept, so this one may be gone.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -707,7 +714,7 @@ class Snapshotted(google.protobuf.message.Message):
     file_sha256: builtins.bytes
     """SHA-256 of the file. 32 bytes."""
     file_bytes: builtins.int
-    """Size of the file, above 0."""
+    """Size of the file in bytes, above 0."""
     def __init__(
         self,
         *,
@@ -722,8 +729,9 @@ Global___Snapshotted: typing_extensions.TypeAlias = Snapshotted
 
 @typing.final
 class Checkpoint(google.protobuf.message.Message):
-    """In a copy of the run that another party keeps: the coordinator's newest word on its history. From the
-    first one on, and up to a coordinator start, a copy holds the run's commits without how they came about.
+    """In a copy of the run that another party keeps: the newest head that the coordinator had signed. From
+    the first one on, and up to a coordinator start, a copy holds the run's commits without the records of
+    how they came about. The code calls this a signed head.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -734,15 +742,15 @@ class Checkpoint(google.protobuf.message.Message):
     KEY_FIELD_NUMBER: builtins.int
     SIGNATURE_FIELD_NUMBER: builtins.int
     epoch: builtins.int
-    """Coordinator starts so far."""
+    """Count of coordinator starts so far."""
     round: builtins.int
     """Last committed round."""
     head: builtins.bytes
-    """Head after it. 32 bytes."""
+    """Head after `round`. 32 bytes."""
     key: builtins.bytes
     """Ed25519 public key of the coordinator. 32 bytes, or empty if it signs nothing."""
     signature: builtins.bytes
-    """Of this round and head (fedmezo_core.checkpoints). 64 bytes, or empty."""
+    """Signature of this round and head (fedmezo_core.journal.signed_heads). 64 bytes, or empty."""
     def __init__(
         self,
         *,
@@ -769,11 +777,11 @@ class Diverged(google.protobuf.message.Message):
     round: builtins.int
     """The round whose weights differ."""
     party: builtins.str
-    """Worker's name, or "replica" for the coordinator's own."""
+    """The worker's name, or "replica"."""
     found_digest64: builtins.int
     """First 8 bytes (little-endian) of that party's digest."""
     expected_digest64: builtins.int
-    """The same of the run's digest."""
+    """First 8 bytes (little-endian) of the run's digest."""
     def __init__(
         self,
         *,
@@ -799,17 +807,17 @@ class Evaluated(google.protobuf.message.Message):
     WEIGHTS_DIGEST_FIELD_NUMBER: builtins.int
     AUC_FIELD_NUMBER: builtins.int
     round: builtins.int
-    """0 is the base."""
+    """The round. 0: the base."""
     loss: builtins.float
     """Mean loss per row (classification) or per response token (instruction), in nats."""
     accuracy: builtins.float
-    """Share of rows (or response tokens) predicted right, 0 to 1."""
+    """Share of rows (or response tokens) that were predicted right, 0 to 1."""
     rows: builtins.int
-    """Rows evaluated."""
+    """Count of evaluated rows."""
     weights_digest: builtins.bytes
     """Digest of the weights that were evaluated. 32 bytes."""
     auc: builtins.float
-    """Area under the ROC curve, 0 to 1; set for two-class classification only."""
+    """Area under the ROC curve, 0 to 1. Set for classification with two classes only."""
     def __init__(
         self,
         *,
@@ -828,16 +836,16 @@ Global___Evaluated: typing_extensions.TypeAlias = Evaluated
 
 @typing.final
 class Verbalizer(google.protobuf.message.Message):
-    """A class and the word the model should say for it."""
+    """A class, and the word that the model should say for it."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LABEL_FIELD_NUMBER: builtins.int
     WORD_FIELD_NUMBER: builtins.int
     label: builtins.str
-    """The class as written in the data."""
+    """The class, as written in the data."""
     word: builtins.str
-    """The word, with its leading space where the tokenizer wants one."""
+    """The word, with a leading space if the tokenizer wants one."""
     def __init__(
         self,
         *,
@@ -871,11 +879,11 @@ class TaskConfig(google.protobuf.message.Message):
     response_column: builtins.str
     """Column that holds the wanted answer (instruction)."""
     tokens_max: builtins.int
-    """Longest row in tokens, 8 to 131072; longer prompts are cut."""
+    """Longest row in tokens, 8 to 131072. Longer rows are cut."""
     objective: builtins.str
-    """module:function that scores a batch instead of a loss. Absent: none."""
+    """module:function that scores a batch in place of its loss. Absent: none."""
     generated_tokens_max: builtins.int
-    """Tokens generated from each prompt for the objective, 0 to 4096. Absent: 0."""
+    """Tokens generated after each prompt for the objective, 0 to 4096. Absent: 0."""
     @property
     def verbalizers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Verbalizer]:
         """At least two (classification)."""
@@ -914,12 +922,12 @@ class LoraConfig(google.protobuf.message.Message):
     rank: builtins.int
     """1 to 1024."""
     alpha: builtins.float
-    """Scale; the update is alpha / rank * B A. Finite, above 0."""
+    """Scale: the update is alpha / rank * B A. Finite, above 0."""
     freeze_a: builtins.bool
     """Whether the A matrices stay as they begin, and only the B matrices are trained. Absent: false."""
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Module name endings, as in peft."""
+        """Names or ends of names of modules, as in peft."""
 
     def __init__(
         self,
@@ -937,7 +945,7 @@ Global___LoraConfig: typing_extensions.TypeAlias = LoraConfig
 
 @typing.final
 class RunConfig(google.protobuf.message.Message):
-    """The run's contract."""
+    """The run's contract: what all parties compute with."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -986,94 +994,96 @@ class RunConfig(google.protobuf.message.Message):
     run_id: builtins.str
     """[a-z0-9-], 1 to 64 characters."""
     model: builtins.str
-    """The base model's name, for people; the digests decide."""
+    """The base model's name, for people. The digests decide."""
     seed: builtins.int
     """Root of every seed of the run."""
     rounds: builtins.int
     """Rounds until the run is finished, 1 to 10,000,000."""
     local_steps: builtins.int
-    """Local steps an assignment, 1 to 4096; local_steps x probes at most 4096."""
+    """Local steps of an assignment, 1 to 4096. local_steps x probes is at most 4096."""
     batch_size: builtins.int
-    """Rows a batch, 1 to 65536."""
+    """Rows of a batch, 1 to 65536."""
     distribution: Global___Distribution.ValueType
-    """Of the directions."""
+    """Distribution of the directions' elements."""
     eps: builtins.float
-    """Perturbation scale; finite, above 0."""
+    """Perturbation scale. Finite, above 0."""
     learning_rate: builtins.float
-    """Finite, above 0."""
+    """Learning rate of a local step. Finite, above 0."""
     projected_grad_abs_max: builtins.float
-    """Clip of a projected gradient's size; finite, above 0. Larger ones are refused."""
+    """Largest size of a projected gradient. Larger ones are refused. Finite, above 0."""
     dtype: Global___WeightType.ValueType
-    """Of the trainable weights."""
+    """Storage type of the trainable weights."""
     rounding: Global___Rounding.ValueType
-    """For 16-bit storage types."""
+    """Rounding of commits, for 16-bit storage types."""
     workers_min: builtins.int
     """Workers that must be ready before a round opens, 1 to 4096."""
     quorum: builtins.int
-    """Least answers to commit a round, 1 to cohort_size_max."""
+    """Fewest answers that a round commits with, 1 to cohort_size_max."""
     cohort_size_max: builtins.int
     """Most workers in a round, 1 to 4096."""
     deadline_ms: builtins.int
-    """Time a round waits for answers before it may close on its quorum, in milliseconds."""
+    """Milliseconds that a round waits for answers before it may close with its quorum."""
     digest_every_rounds: builtins.int
-    """Weights are compared every this many rounds, 1 or more."""
+    """Rounds between comparisons of the weights, 1 or more."""
     report_losses: builtins.bool
     """Whether answers carry the mean batch loss."""
     probes: builtins.int
     """Directions measured on each batch, 1 to 1024. Absent: 1."""
     estimator: Global___Estimator.ValueType
-    """Where the losses are taken. Absent: two-sided."""
+    """The points at which losses are measured. Absent: two-sided."""
     normalized_step: builtins.bool
     """Whether projected gradients are divided by their root mean square. Absent: false."""
     schedule: Global___Schedule.ValueType
-    """Absent: constant."""
+    """How the learning rate falls. Absent: constant."""
     warmup_rounds: builtins.int
-    """Below rounds. Absent: 0."""
+    """Rounds over which the rate first rises, below `rounds`. Absent: 0."""
     final_rate_fraction: builtins.float
-    """0 to 1. Absent: 0."""
+    """Where the schedule ends, as a fraction of learning_rate, 0 to 1. Absent: 0."""
     eps_follows_rate: builtins.bool
-    """Absent: false."""
+    """Whether eps rises and falls with the schedule. Absent: false."""
     weight_decay: builtins.float
-    """0 or more; learning_rate x weight_decay below 1. Absent: 0."""
+    """Decoupled weight decay, 0 or more. learning_rate x weight_decay is below 1. Absent: 0."""
     weighting: Global___Weighting.ValueType
-    """Absent: uniform."""
+    """How answers are averaged. Absent: uniform."""
     personal_rate: Global___PersonalRate.ValueType
-    """Absent: frozen."""
+    """What a worker's own learning rate follows. Absent: frozen."""
     personal_rate_amplitude: builtins.float
-    """Above 0, below learning_rate. Absent: half of it."""
+    """The most by which a worker's rate differs from learning_rate. Above 0, below learning_rate. Absent:
+    half of learning_rate.
+    """
     seed_policy: Global___SeedPolicy.ValueType
-    """Absent: per worker."""
+    """Whose directions are measured. Absent: per worker."""
     pool_size: builtins.int
-    """1 to 65536. Absent: 1024."""
+    """Seeds in the pool, 1 to 65536. Absent: 1024."""
     pool_sampling: Global___PoolSampling.ValueType
-    """Absent: uniform."""
+    """How seeds are drawn from the pool. Absent: uniform."""
     rebase_every_rounds: builtins.int
-    """1 or more. Absent: 64."""
+    """Rounds between a pool's commits from the base, 1 or more. Absent: 64."""
     pause_loss_factor: builtins.float
-    """Above 1. Absent: 3."""
+    """The run pauses when its loss is more than this many times its first value, above 1. Absent: 3."""
     pause_rounds: builtins.int
-    """0: never. Absent: 5."""
+    """Rounds for which the loss must stay that high. 0: never pause. Absent: 5."""
     early_stop_evaluations: builtins.int
-    """0: never. Absent: 0."""
+    """The run ends after this many evaluations in a row without a better one. 0: never. Absent: 0."""
     buffer_answers: builtins.int
-    """A round commits with so many answers, whichever of the newest rounds they were assigned in, and every
-    worker is assigned new work as soon as it has answered; 1 to 4096. Absent: a round waits for its cohort.
+    """A round commits with this many answers, whichever of the newest rounds they were assigned in. Every
+    worker gets new work as soon as it has answered. 1 to 4096. Absent: a round waits for its cohort.
     """
     staleness_max_rounds: builtins.int
     """Answers assigned more rounds ago than this are refused, 0 to 256. Absent: 10."""
     staleness_exponent: builtins.float
-    """An answer that is s rounds old counts (1 + s) to the power of minus this; 0 to 100. Absent: 0.5."""
+    """An answer that is s rounds old counts (1 + s) to the power of minus this, 0 to 100. Absent: 0.5."""
     @property
     def task(self) -> Global___TaskConfig:
-        """The task."""
+        """What a row of data means."""
 
     @property
     def lora(self) -> Global___LoraConfig:
-        """Absent: all parameters are trained."""
+        """The adapter that is trained. Absent: all parameters are trained."""
 
     @property
     def train(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Names of the modules whose own parameters are trained. Empty: all."""
+        """Names of the modules whose own parameters are trained. Empty: all modules."""
 
     def __init__(
         self,

@@ -3,16 +3,19 @@
 isort:skip_file
 The journal: what is appended, byte for byte. A model is a base checkpoint plus these records.
 
-A record is stored as one serialized `Record` and is hashed as it was written; nobody re-encodes
-it, because protobuf does not promise the same bytes twice. Two chains run over the records:
+docs/glossary.md defines the words used here, and lists where the wire and the code use different
+names.
+
+A record is stored as one serialized `Record` and is hashed as it was written. Nobody encodes it
+again, because protobuf does not promise the same bytes twice. Two chains run over the records:
 
   chain(n) = SHA-256( chain(n-1) || uint64le(n) || bytes(n) )       over every record n = 0, 1, ...
   head(n)  = SHA-256( head(n-1) || bytes(n) )                       over genesis and commits only
 
-with 32 zero bytes before the first. `chain` protects the file; `head` names the model: two
-parties with equal heads have the same base and the same commits, and so the same weights.
+with 32 zero bytes before the first. `chain` protects the file. `head` names the model: two parties
+with equal heads have the same base and the same commits, and so the same weights.
 
-Coefficients, projected gradients and losses are IEEE 754 binary32, finite.
+Coefficients, projected gradients and losses are finite IEEE 754 binary32 values.
 """
 
 import abc
