@@ -127,7 +127,7 @@ class Relay(ServingLoop[RelayReady]):
             for entry in page:
                 self._fold(entry)
         assert self._history.journal is not None
-        self._journal = self._history.journal
+        self._pages.journal = self._history.journal
         round_ = self._index.round
         self._machine = RelayMachine(
             description.genesis,
@@ -394,7 +394,7 @@ class Relay(ServingLoop[RelayReady]):
             self._note_kept(entries, sent, signature)
         self._note_kept(await self._history.add(page), sent)
         if rounds:
-            self._announce()
+            self._pages.announce()
             log.info("round %d committed", rounds[-1])
         return sent
 

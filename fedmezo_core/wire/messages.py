@@ -31,7 +31,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.journal.codec import decode_record, digest_in, positive
 from fedmezo_core.journal.journal import Row
-from fedmezo_core.records import Committed
+from fedmezo_core.records import Committed, ModelDigests
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -159,24 +159,12 @@ def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
     return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
 
 
-class Describes(Protocol):
-    """What names a party's model: a genesis does, and a loaded model."""
+class Describes(ModelDigests, Protocol):
+    """What a hello says of a party's model and run: a genesis has it, and a loaded model."""
 
     @property
     def config(self) -> RunConfig:
         """The run's contract."""
-
-    @property
-    def manifest_digest(self) -> bytes:
-        """Of the trainable tensors."""
-
-    @property
-    def base_digest(self) -> bytes:
-        """Of the base weights."""
-
-    @property
-    def tokenizer_digest(self) -> bytes:
-        """Of the tokenizer."""
 
 
 def hello_to_pb(party: Describes, worker: str, round_: int, head: bytes) -> wire.SessionRequest:

@@ -206,7 +206,7 @@ def test_another_tokenizer_is_refused_by_name(
 
 def test_another_run_is_refused_by_name(complaint: Said) -> None:
     said = complaint(run_id="other-run")
-    assert "Run 'other-run' is not served here, this coordinator serves 'tiny-run'" in said
+    assert "Run 'other-run' is not served here; this coordinator serves 'tiny-run'" in said
 
 
 def test_a_coordinator_that_does_not_answer(complaint: Said) -> None:

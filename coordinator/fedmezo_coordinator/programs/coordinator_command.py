@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmezo_coordinator.coordinator_settings import ENVIRONMENT_PREFIX, CoordinatorSettings
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
 from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit, stop_signal
@@ -21,30 +20,14 @@ from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.signed_heads import open_signer
-from fedmezo_core.layered_settings import load_settings
-from fedmezo_core.program import run_program
-
-PROGRAM = "fedmezo-coordinator"
+from fedmezo_core.program import run_daemon
 
 log = logging.getLogger("fedmezo.coordinator")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
-    )
-
-    def work() -> None:
-        settings = load_settings(
-            CoordinatorSettings,
-            sys.argv[1:] if arguments is None else arguments,
-            program=PROGRAM,
-            environment_prefix=ENVIRONMENT_PREFIX,
-        )
-        asyncio.run(run(settings))
-
-    return run_program(PROGRAM, work)
+    """Run `fedmezo-coordinator`; returns the exit status."""
+    return run_daemon("fedmezo-coordinator", CoordinatorSettings, run, arguments)
 
 
 async def run(settings: CoordinatorSettings) -> None:
@@ -67,7 +50,7 @@ async def run(settings: CoordinatorSettings) -> None:
         daemon = starting.result()
         log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
         replica = _keep_replica(settings, daemon, private)
-        await host(settings, server, port, daemon, stop, beside=replica, at_stop=give_up.set)
+        await host(settings, server, port, daemon, stop, alongside=replica, at_stop=give_up.set)
 
 
 async def _open(

@@ -16,7 +16,7 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
-from fedmezo_coordinator.coordinator_settings import ENVIRONMENT_PREFIX, CoordinatorSettings
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
@@ -253,10 +253,7 @@ def adapter(
 ) -> None:
     """Fit a run's first adapter to texts, and write it in peft's layout; see docs/configuration.md."""
     settings = load_settings(
-        CoordinatorSettings,
-        ["--config", str(config)],
-        program="fedmezo adapter",
-        environment_prefix=ENVIRONMENT_PREFIX,
+        CoordinatorSettings, ["--config", str(config)], program="fedmezo adapter"
     )
     try:
         from fedmezo_core.zo.data.rows import read_rows

@@ -7,36 +7,20 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fedmezo_coordinator.coordinator_settings import RELAY_ENVIRONMENT_PREFIX, RelaySettings
+from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.relay_daemon import Relay
 from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit, stop_signal
 from fedmezo_coordinator.serving.service import bind_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
-from fedmezo_core.layered_settings import load_settings
-from fedmezo_core.program import run_program
+from fedmezo_core.program import run_daemon
 from fedmezo_core.wire.client import CoordinatorClient
-
-PROGRAM = "fedmezo-relay"
 
 log = logging.getLogger("fedmezo.relay")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
-    )
-
-    def work() -> None:
-        settings = load_settings(
-            RelaySettings,
-            sys.argv[1:] if arguments is None else arguments,
-            program=PROGRAM,
-            environment_prefix=RELAY_ENVIRONMENT_PREFIX,
-        )
-        asyncio.run(run(settings))
-
-    return run_program(PROGRAM, work)
+    """Run `fedmezo-relay`; returns the exit status."""
+    return run_daemon("fedmezo-relay", RelaySettings, run, arguments)
 
 
 async def run(settings: RelaySettings) -> None:

@@ -1,4 +1,4 @@
-"""What waits to be sent to one worker."""
+"""The queue of messages that wait to be sent to one worker."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from fedmezo_core.errors import FedMezoError
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 Outgoing = wire.SessionResponse | bytes
-"""A message, or one already serialised: a commit is serialised once, however many get it."""
+"""A message, or its bytes: a commit is serialised once for all the workers that it goes to."""
 
 
 class Outbox:
-    """A queue for one reader. Ten thousand of these wait at a time: it holds nothing that it need not."""
+    """A queue with one reader; small, because a coordinator keeps ten thousand of them."""
 
     __slots__ = ("_items", "_waiter", "bytes_waiting")
 
@@ -21,10 +21,10 @@ class Outbox:
         self._items: deque[tuple[Outgoing | FedMezoError, int]] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self.bytes_waiting = 0
-        """Of the serialised messages in it, which are the large ones."""
+        """Bytes of the serialised messages in it; those are the large ones."""
 
     def put_nowait(self, item: Outgoing | FedMezoError) -> None:
-        """Add at the end; whoever fills it looks at `qsize` and `bytes_waiting` first."""
+        """Append an item; the caller checks `qsize` and `bytes_waiting` first."""
         size = len(item) if isinstance(item, bytes) else 0
         self.bytes_waiting += size
         self._items.append((item, size))
@@ -32,18 +32,18 @@ class Outbox:
             self._waiter.set_result(None)
 
     def get_nowait(self) -> Outgoing | FedMezoError:
-        """Take the first; there must be one."""
+        """Remove and return the first item; the queue must not be empty."""
         item, size = self._items.popleft()
         self.bytes_waiting -= size
         return item
 
     async def get(self) -> Outgoing | FedMezoError:
-        """Take the first, once there is one."""
+        """Remove and return the first item, as soon as there is one."""
         await self.wait()
         return self.get_nowait()
 
     async def wait(self) -> None:
-        """Return once there is something in it."""
+        """Return as soon as the queue holds an item."""
         while not self._items:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
@@ -52,5 +52,5 @@ class Outbox:
                 self._waiter = None
 
     def qsize(self) -> int:
-        """Count of items in it."""
+        """Count of items in the queue."""
         return len(self._items)

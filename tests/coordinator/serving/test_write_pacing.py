@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from fedmezo_coordinator.serving.grpc_wakeups import drained
+from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.write_pacing import WritePacing
 
 
@@ -17,7 +17,7 @@ async def test_so_many_go_through_in_one_turn_in_order(count: int, turns: int) -
     through: list[tuple[int, int]] = []
 
     async def go(number: int) -> None:
-        await pacing.through()
+        await pacing.next_write()
         through.append((number, turn))
 
     tasks = [asyncio.create_task(go(number)) for number in range(count)]
@@ -32,19 +32,19 @@ async def test_so_many_go_through_in_one_turn_in_order(count: int, turns: int) -
 
 async def test_whoever_is_gone_holds_nobody_up() -> None:
     pacing = WritePacing(1)
-    first, gone, last = (asyncio.create_task(pacing.through()) for _ in range(3))
+    first, gone, last = (asyncio.create_task(pacing.next_write()) for _ in range(3))
     await asyncio.sleep(0)
     gone.cancel()
     await asyncio.wait_for(asyncio.gather(first, last), 10)
     assert gone.cancelled()
     for _ in range(3):  # and afterwards it stands still
         await asyncio.sleep(0)
-    await asyncio.wait_for(pacing.through(), 10)
+    await asyncio.wait_for(pacing.next_write(), 10)
 
 
 def test_all_wakeups_are_taken_at_once() -> None:
     make = socket.socketpair
-    with drained():
+    with reading_all_wakeups():
         reading, writing = socket.socketpair()
     assert socket.socketpair is make
     with reading, writing:
