@@ -61,13 +61,14 @@ SERVER_OPTIONS = (
 
 Server = grpc.aio.Server
 
+Context = grpc.aio.ServicerContext[Any, Any]
 RawContext = grpc.aio.ServicerContext[Any, bytes]
 """Context of a handler without serializers, which reads bytes or `grpc.aio.EOF`."""
 
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: FedMezoError) -> NoReturn:
+async def abort(context: Context, error: FedMezoError) -> NoReturn:
     """End a call with the status, reason and sentence of `error`."""
     metadata = [(REASON_KEY, type(error).__name__)]
     if error.retry_after_s is not None:
@@ -99,10 +100,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self._pacing = WritePacing(WRITES_A_TURN)
 
     @_mapped
-    async def GetRun(  # noqa: N802 - the service's name for it
-        self,
-        request: wire.GetRunRequest,
-        context: grpc.aio.ServicerContext[wire.GetRunRequest, wire.GetRunResponse],
+    async def GetRun(  # noqa: N802 - the name in the .proto file
+        self, request: wire.GetRunRequest, context: Context
     ) -> wire.GetRunResponse:
         """Describe the run."""
         version = choose_version(list(request.protocol_versions))
@@ -110,45 +109,35 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
     @_mapped
     async def PollSession(  # noqa: N802
-        self,
-        request: wire.PollSessionRequest,
-        context: grpc.aio.ServicerContext[wire.PollSessionRequest, wire.PollSessionResponse],
+        self, request: wire.PollSessionRequest, context: Context
     ) -> wire.PollSessionResponse:
         """Serve one call of a session without a stream."""
         return await self._poll_sessions.poll(request)
 
     @_mapped
     async def ReadJournal(  # noqa: N802
-        self,
-        request: wire.ReadJournalRequest,
-        context: grpc.aio.ServicerContext[wire.ReadJournalRequest, wire.ReadJournalResponse],
+        self, request: wire.ReadJournalRequest, context: Context
     ) -> wire.ReadJournalResponse:
         """Read a page of the journal."""
         return await self._daemon.read_journal(request)
 
     @_mapped
     async def GetStatus(  # noqa: N802
-        self,
-        request: wire.GetStatusRequest,
-        context: grpc.aio.ServicerContext[wire.GetStatusRequest, wire.GetStatusResponse],
+        self, request: wire.GetStatusRequest, context: Context
     ) -> wire.GetStatusResponse:
         """Report the status of the run."""
         return self._daemon.status(request.run_id)
 
     @_mapped
     async def ReportReplica(  # noqa: N802
-        self,
-        request: wire.ReportReplicaRequest,
-        context: grpc.aio.ServicerContext[wire.ReportReplicaRequest, wire.ReportReplicaResponse],
+        self, request: wire.ReportReplicaRequest, context: Context
     ) -> wire.ReportReplicaResponse:
         """Take a digest, evaluation or snapshot that the replica reports."""
         await self._daemon.report_replica(request)
         return wire.ReportReplicaResponse()
 
     async def ReadSnapshot(  # noqa: N802
-        self,
-        request: wire.ReadSnapshotRequest,
-        context: grpc.aio.ServicerContext[wire.ReadSnapshotRequest, wire.ReadSnapshotResponse],
+        self, request: wire.ReadSnapshotRequest, context: Context
     ) -> AsyncIterator[wire.ReadSnapshotResponse]:
         """Send a snapshot's file, with one chunk in memory; a slow reader delays only itself."""
         try:

@@ -81,12 +81,7 @@ def status_report(
         head=journal.head,
         workers=[
             _worker_status(
-                name,
-                counters,
-                machine.workers.get(name),
-                connected=name in connected,
-                measuring=name in awaited,
-                diverged=name in diverged,
+                name, counters, machine.workers.get(name), name in connected, awaited, diverged
             )
             for name, counters in sorted(traffic.items())
         ],
@@ -111,10 +106,9 @@ def _worker_status(
     name: str,
     counters: Traffic,
     view: WorkerView | None,
-    *,
     connected: bool,
-    measuring: bool,
-    diverged: bool,
+    awaited: frozenset[str],
+    diverged: frozenset[str],
 ) -> wire.WorkerStatus:
     return wire.WorkerStatus(
         worker=name,
@@ -124,8 +118,8 @@ def _worker_status(
         bytes_down=counters.bytes_down,
         mean_loss=view.mean_loss if view else None,
         answered_after_ms=counters.answered_after_ms,
-        diverged=diverged,
+        diverged=name in diverged,
         complaint=view.complaint if view else "",
-        measuring=measuring,
+        measuring=name in awaited,
         learning_rate=view.learning_rate if view else None,
     )
