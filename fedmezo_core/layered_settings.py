@@ -93,8 +93,8 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
         raise ConfigError(sentence_of(error, where)) from None
     except SettingsError as error:
         raise ConfigError(
-            f"{program}: {error}; write a table as JSON, for example --run '{{\"rounds\": 5}}', and "
-            f"check the flags and {prefix}*."
+            f"{program}: {error}; write a table as JSON, for example --run '{{\"rounds\": 5}}', "
+            f"and check the flags and {prefix}*."
         ) from None
     return loaded
 

@@ -1,4 +1,4 @@
-"""How a program starts and ends: its log, its settings, its exit status, one sentence for an error."""
+"""How a program starts and ends: its log, settings, exit status, and one sentence for errors."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def run_daemon(
 def run_program(program: str, work: Callable[[], None]) -> int:
     """Run `work` and return the exit status of the program.
 
-    0 if `work` returns, 2 for `ConfigError`, 1 for every other `FedMezoError`, 130 for Ctrl-C, 70 for
-    an error that nobody foresaw. An error is printed as one sentence on standard error.
+    0 if `work` returns, 2 for `ConfigError`, 1 for every other `FedMezoError`, 130 for Ctrl-C, 70
+    for an unexpected error. An error is printed as one sentence on standard error.
     """
     try:
         work()
@@ -55,8 +55,8 @@ def run_program(program: str, work: Callable[[], None]) -> int:
             raise
         first_line = next(iter(str(error).splitlines()), "no message")
         print(
-            f"{program}: unexpected {type(error).__name__}: {first_line} This is a defect: please report "
-            f"it with the output of a run with {TRACEBACK_VARIABLE}=1.",
+            f"{program}: unexpected {type(error).__name__}: {first_line} This is a defect: please "
+            f"report it with the output of a run with {TRACEBACK_VARIABLE}=1.",
             file=sys.stderr,
         )
         return 70  # EX_SOFTWARE of sysexits.h

@@ -79,7 +79,7 @@ class CoordinatorSettings(ServingSettings):
     )
     standby: bool = Field(
         default=False,
-        description="wait while another coordinator holds the journal; take over when that one ends",
+        description="wait while another coordinator holds the journal; take over when it ends",
     )
     model: str = Field(default="", description="Hugging Face name or folder of the base model")
     adapter: Path | None = Field(
@@ -103,8 +103,8 @@ class CoordinatorSettings(ServingSettings):
     replica_threads: int = Field(default=1, ge=1, le=1024, description="CPU threads of the replica")
     replica_row_states_max: ByteSize = Field(
         default=ROW_STATES_MAX,
-        description="size of a temporary file for what the frozen first layers make of each held-out "
-        "row, so that they run once for each row; 0: run them every time",
+        description="size of a temporary file for what the frozen first layers make of each "
+        "held-out row, so that they run once for each row; 0: run them every time",
     )
     snapshot_every_rounds: int = Field(
         default=0,
@@ -130,12 +130,12 @@ class CoordinatorSettings(ServingSettings):
     )
     signing_key: Path | None = Field(
         default=None,
-        description="PEM file with the Ed25519 key that signs checkpoints, created if it is missing; "
+        description="PEM file with the Ed25519 key that signs checkpoints, created if missing; "
         "default: the journal's name with .key added (for a database: in the working folder)",
     )
     run: dict[str, Any] = Field(
         default_factory=dict,
-        description="the run's contract, as JSON or as [run] in the file; see docs/configuration.md",
+        description="the run's contract, as JSON or as [run] in the file: docs/configuration.md",
     )
 
     @model_validator(mode="after")
@@ -161,7 +161,7 @@ class CoordinatorSettings(ServingSettings):
 
 
 class RelaySettings(ServingSettings):
-    """A site of a federated run: to the coordinator above a worker, to its own workers a coordinator.
+    """A site of a federated run: one worker of the coordinator above, with workers of its own.
 
     Settings come from flags, then from FEDMEZO_RELAY_* in the environment, then from the TOML file
     that --config names.
@@ -179,7 +179,7 @@ class RelaySettings(ServingSettings):
     )
     journal_copy: Path = Field(
         default=Path("journal-copy.db"),
-        description="file with a copy of the run's history, from which this site's workers catch up",
+        description="file with a copy of the run's history, for workers that have to catch up",
     )
     workers_min: int = Field(
         default=1,
@@ -224,8 +224,8 @@ class RelaySettings(ServingSettings):
     def _not_its_own_coordinator(self) -> Self:
         if self.upstream == self.listen:
             raise ValueError(
-                f"upstream and listen are both {self.listen}: a relay cannot be its own coordinator; "
-                "set upstream to the coordinator's address"
+                f"upstream and listen are both {self.listen}: a relay cannot be its own "
+                "coordinator; set upstream to the coordinator's address"
             )
         return self
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, model_label
-from fedmezo_coordinator.programs.coordinator_command import tell_if_no_loss_is_seen
+from fedmezo_coordinator.programs.coordinator_command import warn_if_no_loss_is_seen
 from fedmezo_coordinator.serving.hosting import FILES_RESERVED, sessions_that_fit
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import load_settings
@@ -121,5 +121,5 @@ def test_no_more_sessions_are_taken_than_files_may_be_opened(
 def test_a_run_whose_loss_nobody_sees_is_told_so(
     settings: dict[str, Any], run: dict[str, Any], warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tell_if_no_loss_is_seen(CoordinatorSettings(**settings), config_of(**run))
+    warn_if_no_loss_is_seen(CoordinatorSettings(**settings), config_of(**run))
     assert ("goes unnoticed" in caplog.text) is warns

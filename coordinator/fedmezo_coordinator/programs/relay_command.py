@@ -1,4 +1,4 @@
-"""`fedmezo-relay`: coordinate a site, as one worker of the coordinator above."""
+"""`fedmezo-relay`: coordinate a site as one worker of the coordinator above."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def run(settings: RelaySettings) -> None:
-    """Serve until SIGTERM or Ctrl-C; raises what stopped it otherwise."""
+    """Serve until SIGTERM or Ctrl-C; raises the error that stopped the relay otherwise."""
     stop = stop_signal()
-    # The port first: nobody should wait for the coordinator above to be told that it is in use.
+    # The port comes first: a person should not wait for the coordinator above to learn that it is
+    # in use.
     server, port = bind_server(settings.listen, settings.tls)
     async with CoordinatorClient(settings.upstream, settings.tls_ca) as client:
         session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)

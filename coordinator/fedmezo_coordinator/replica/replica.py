@@ -1,8 +1,8 @@
 """The replica: the coordinator's own copy of the model, in a separate process.
 
 `describe` loads the base model and prints its digests. `follow` replays the journal, digests the
-weights in digest rounds, evaluates them on held-out rows, writes snapshots, and reports all three to
-the daemon. The orders are one line of JSON on standard input; end of file on it means that the
+weights in digest rounds, evaluates them on held-out rows, writes snapshots, and reports all three
+to the daemon. The orders are one line of JSON on standard input; end of file on it means that the
 daemon is gone. An error is printed as one line `<class>: <sentence>` on standard error.
 """
 

@@ -109,7 +109,7 @@ class ReplicaSupervisor:
     def __init__(
         self, settings: CoordinatorSettings, address: str, run_id: str, secret: bytes
     ) -> None:
-        """The child connects to `address`, and proves with `secret` that this process started it."""
+        """The child connects to `address` and proves with `secret` that it was started here."""
         self._orders = _orders(settings, address=address, run_id=run_id, secret=secret.hex())
 
     async def keep(self) -> None:
