@@ -60,7 +60,7 @@ log = logging.getLogger("fedmezo.relay")
 LOOK_EVERY_S = 5.0
 """Period in which a relay without enough workers reads the journal above."""
 ASKED_AGAIN_MAX = 8
-"""Times that a relay asks for commits made while it catches up; its session brings the rest."""
+"""Most passes over the journal above to catch up; the session brings what comes later."""
 
 _Above = SessionEvent | Vouched | SentAway
 
@@ -193,7 +193,7 @@ class Relay(ServingLoop[RelayReady]):
         await asyncio.sleep(wait_s)
 
     async def _catch_up(self) -> None:
-        """Read the commits that the copy lacks, until the coordinator above vouches for the copy."""
+        """Read the commits that the copy lacks until the coordinator above vouches for it."""
         for _ in range(ASKED_AGAIN_MAX):
             held = self._machine.received_round
             description = await self._client.get_run(self._settings.run_id, held)
@@ -202,8 +202,8 @@ class Relay(ServingLoop[RelayReady]):
             if description.needs_snapshot:
                 raise ConfigError(
                     f"The journal copy {self._settings.journal_copy} holds round {held}, and the "
-                    "journal above no longer has the commits after that; begin from a copy of another "
-                    "relay's or worker's journal_copy that reaches further."
+                    "journal above no longer has the commits after that; begin from a copy of "
+                    "another relay's or worker's journal_copy that reaches further."
                 )
             while True:
                 page = await self._client.read_journal(
@@ -225,8 +225,8 @@ class Relay(ServingLoop[RelayReady]):
             raise DivergedError(
                 f"The coordinator above is at round {description.round} of run "
                 f"{description.genesis.config.run_id}, this relay's copy holds round {held} of run "
-                f"{self.genesis.config.run_id}: the journal there went back or is another one; restore "
-                "the newest journal, or give the relay another journal_copy."
+                f"{self.genesis.config.run_id}: the journal there went back or is another one; "
+                "restore the newest journal, or give the relay another journal_copy."
             )
 
     async def _take_page(self, bodies: Sequence[bytes]) -> None:
@@ -273,7 +273,7 @@ class Relay(ServingLoop[RelayReady]):
             except DivergedError as error:
                 if not welcomed:
                     raise
-                # The relay had joined, so its history is the run's, but some workers' weights are not.
+                # The relay had joined: its history is the run's, but some workers' weights are not.
                 log.error("above: %s", error)
                 return SentAway(str(error))
             if message is None:
@@ -292,7 +292,7 @@ class Relay(ServingLoop[RelayReady]):
             self._reachable_at_s = time.monotonic()
 
     def _expect(self, welcome: wire.Welcome) -> None:
-        """Note a welcome before the machine gets it, which may then give out a commit of its round."""
+        """Note the signature of a welcome; the machine may send the commit of its round then."""
         self._history.expect(welcome)
         self._signed_round, self._signature = welcome.round, welcome.signature
 
@@ -331,7 +331,7 @@ class Relay(ServingLoop[RelayReady]):
         *,
         is_page: bool = False,
     ) -> None:
-        """Let the loop step the machine; an event that the machine refuses ends only this session."""
+        """Let the loop step the machine; an event that it refuses ends only this session."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         await self._items.put(_FromAbove(events, notices, is_page, done))
         try:

@@ -147,14 +147,14 @@ def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
 
 
 def unable_to_pb(unable: SendUnable) -> wire.SessionRequest:
-    """A worker's refusal to measure as a session message; its reason is cut to 512 characters."""
+    """A worker's inability to measure as a session message; the reason is cut to 512 characters."""
     return wire.SessionRequest(
         unable=wire.Unable(ticket=ticket_to_pb(unable.ticket), reason=unable.reason[:512])
     )
 
 
 def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
-    """A worker's refusal to measure as an event; control characters become spaces, for the log."""
+    """A worker's inability to measure as an event, without control characters in its reason."""
     reason = "".join(c if c.isprintable() else " " for c in message.reason[:512])
     return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
 

@@ -193,8 +193,8 @@ def export(
     journal: Annotated[
         str | None,
         typer.Option(
-            help="journal of a stopped coordinator, a file or a postgresql:// URL; default: read it "
-            "from --coordinator"
+            help="journal of a stopped coordinator, a file or a postgresql:// URL; "
+            "default: read it from --coordinator"
         ),
     ] = None,
     coordinator: Coordinator = DEFAULT_ADDRESS,

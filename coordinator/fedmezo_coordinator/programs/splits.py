@@ -157,7 +157,7 @@ def split_dirichlet(
 
 
 def _level(shares: list[dict[str, list[int]]], rows_min: int) -> int:
-    """Fill every share up to `rows_min` rows from the largest; returns how many were moved."""
+    """Fill shares up to `rows_min` rows from the largest ones; returns the count of moved rows."""
     sizes = [sum(map(len, share.values())) for share in shares]
     moved_count = 0
     for poor, share in enumerate(shares):
@@ -206,8 +206,8 @@ def check_names(names: Sequence[str]) -> None:
     for name in names:
         if not re.fullmatch(NAME_PATTERN, name):
             raise ConfigError(
-                f"--names: {name!r} is not allowed: use 1 to 64 of a-z, 0-9 and -, beginning with a "
-                "letter or digit."
+                f"--names: {name!r} is not allowed: use 1 to 64 of a-z, 0-9 and -, beginning with "
+                "a letter or digit."
             )
         if names.count(name) > 1:
             raise ConfigError(f"--names: {name!r} is given twice; names are unique in a run.")
