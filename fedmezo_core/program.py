@@ -6,10 +6,11 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from fedmezo_core.errors import ConfigError, FedMezoError
+from fedmezo_core.errors import ConfigError, FedMezoError, ModelError
 from fedmezo_core.layered_settings import Settings, load_settings
 
 TRACEBACK_VARIABLE = "FEDMEZO_TRACEBACK"
@@ -61,3 +62,14 @@ def run_program(program: str, work: Callable[[], None]) -> int:
         )
         return 70  # EX_SOFTWARE of sysexits.h
     return 0
+
+
+@contextmanager
+def worker_packages(purpose: str) -> Iterator[None]:
+    """Turn a failed import in this block into a `ModelError` that says what to install."""
+    try:
+        yield
+    except ImportError as error:
+        raise ModelError(
+            f"The package {error.name} is missing; install fedmezo[worker] to {purpose}."
+        ) from None

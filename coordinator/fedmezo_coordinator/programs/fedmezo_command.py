@@ -21,29 +21,14 @@ from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
 from fedmezo_coordinator.stores.opening import journal_shown, open_store, path_beside
-from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, ModelError
+from fedmezo_core import records
+from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row, StoredOrigin
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.sealed_state import Origin, unseal
-from fedmezo_core.program import run_program
-from fedmezo_core.records import (
-    Answered,
-    Committed,
-    Diverged,
-    Evaluated,
-    Genesis,
-    Opened,
-    Paused,
-    Record,
-    Resumed,
-    SeedRange,
-    SignedHead,
-    Snapshotted,
-    Started,
-    Stopped,
-)
+from fedmezo_core.program import run_program, worker_packages
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -75,6 +60,8 @@ JournalArgument = Annotated[
         "default: read it from --coordinator",
     ),
 ]
+OutputFolder = Annotated[Path, typer.Argument(help="folder to write; must be new or empty")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 DEFAULT_ADDRESS = "127.0.0.1:7465"
 
 
@@ -179,7 +166,7 @@ def restore(
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="folder to write; must be new or empty")],
+    folder: OutputFolder,
     model: Annotated[
         str, typer.Option(help="base model: hub name or folder; default: the name in the journal")
     ] = "",
@@ -210,7 +197,7 @@ def export(
             "dropped; default: next to --journal"
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+    threads: Threads = None,
 ) -> None:
     """Rebuild the model from its base and the journal, and write a Hugging Face folder.
 
@@ -221,13 +208,9 @@ def export(
     genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
         raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
-    try:
+    with worker_packages("export"):
         from fedmezo_core.zo.export import export_adapter, export_model
         from fedmezo_core.zo.party import commits_of, open_party
-    except ImportError as error:
-        raise ModelError(
-            f"The package {error.name} is missing; install fedmezo[worker] to export."
-        ) from None
     party = open_party(
         genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
     )
@@ -253,7 +236,7 @@ def export(
 
 @app.command()
 def adapter(
-    folder: Annotated[Path, typer.Argument(help="folder to write; must be new or empty")],
+    folder: OutputFolder,
     config: Annotated[
         Path, typer.Option(help="the coordinator's TOML file; its run must train a LoRA adapter")
     ],
@@ -262,21 +245,17 @@ def adapter(
         typer.Option(help="rows like the workers': a JSONL, CSV or Parquet file, or a folder"),
     ],
     rows_max: Annotated[int, typer.Option(min=1, help="most rows to read")] = 1000,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+    threads: Threads = None,
 ) -> None:
     """Fit the adapter that a run begins from to texts; see docs/configuration.md."""
     settings = load_settings(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo adapter"
     )
-    try:
+    with worker_packages("fit an adapter"):
         from fedmezo_core.zo.data.rows import read_rows
         from fedmezo_core.zo.export import export_adapter
         from fedmezo_core.zo.fitting import fit_adapter
         from fedmezo_core.zo.party import open_party
-    except ImportError as error:
-        raise ModelError(
-            f"The package {error.name} is missing; install fedmezo[worker] to fit an adapter."
-        ) from None
     run = settings.run_config(f"[run] in {config}")
     if run.lora is None:
         raise ConfigError(
@@ -391,7 +370,7 @@ def _opened(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[
 def _verified_line(journal: Journal) -> str:
     """Verify and replay a journal; returns one line about its run."""
     machine, count, before = RoundMachine(), 0, ""
-    signed: SignedHead | None = None
+    signed: records.SignedHead | None = None
     origin = journal.origin()
     if origin is not None:
         machine.restore(origin.state)
@@ -401,7 +380,7 @@ def _verified_line(journal: Journal) -> str:
         )
     for entry in verified(journal):
         machine.apply(entry.record)
-        if isinstance(entry.record, SignedHead) and entry.record.signature:
+        if isinstance(entry.record, records.SignedHead) and entry.record.signature:
             signed = entry.record
         count += 1
     if len(journal) == 0:
@@ -463,47 +442,47 @@ def _json_origin_line(origin: Origin) -> str:
     )
 
 
-def _line(row: Row, record: Record) -> str:
+def _line(row: Row, record: records.Record) -> str:
     match record:
-        case Genesis(config):
+        case records.Genesis(config):
             base = record.base_digest.hex()[:16]
             text = f"genesis    run {config.run_id} on {config.model}, base {base}"
-        case Started(epoch):
+        case records.Started(epoch):
             text = f"started    epoch {epoch}"
-        case Opened(round_, first_slot, workers):
+        case records.Opened(round_, first_slot, workers):
             text = f"opened     round {round_}, slots from {first_slot}: {', '.join(workers)}"
-        case Answered(round_, slot, grads):
+        case records.Answered(round_, slot, grads):
             text = f"answered   round {round_}, slot {slot}, {len(grads)} projected gradients"
-        case Committed(round_, runs):
+        case records.Committed(round_, runs):
             base = " from the base" if record.from_base else ""
             ages = [round_ - place.round for place in record.answers]
             old = f", answers {', '.join(map(str, ages))} rounds old" if ages else ""
             text = f"committed  round {round_}, {len(runs)} runs, {record.pairs} pairs{base}{old}"
-        case Diverged(round_, party):
+        case records.Diverged(round_, party):
             text = f"diverged   {party} after round {round_}"
-        case Evaluated(round_, loss, accuracy, rows):
+        case records.Evaluated(round_, loss, accuracy, rows):
             text = (
                 f"evaluated  round {round_}: loss {loss:.4f}, accuracy {accuracy:.4f}, {rows} rows"
             )
-        case Paused(round_, reason):
+        case records.Paused(round_, reason):
             text = f"paused     after round {round_}: {reason}"
-        case Resumed(rate_factor):
+        case records.Resumed(rate_factor):
             text = f"resumed    learning rates times {rate_factor:g}"
-        case Stopped(round_, reason):
+        case records.Stopped(round_, reason):
             text = f"stopped    after round {round_}: {reason}"
-        case SignedHead(epoch, round_, head):
+        case records.SignedHead(epoch, round_, head):
             signed = f"signed by {record.key.hex()[:16]}" if record.signature else "not signed"
             text = f"checkpoint epoch {epoch}, round {round_}, head {head.hex()[:16]}, {signed}"
-        case Snapshotted(round_):
+        case records.Snapshotted(round_):
             text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 
-def _json_line(row: Row, record: Record) -> str:
+def _json_line(row: Row, record: records.Record) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.hex()
-        if isinstance(value, (Answered, SeedRange)):
+        if isinstance(value, (records.Answered, records.SeedRange)):
             return {name: plain(item) for name, item in value._asdict().items()}
         if isinstance(value, (tuple, list)):
             return [plain(item) for item in value]

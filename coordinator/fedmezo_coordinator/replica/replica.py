@@ -17,8 +17,9 @@ import random
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,12 @@ from fedmezo_coordinator.replica.supervisor import RETRY, USER_ERROR
 from fedmezo_core.errors import (
     FedMezoError,
     JournalCompactedError,
-    ModelError,
     SnapshotError,
     UnavailableError,
 )
 from fedmezo_core.journal.codec import config_from_pb, decode_record
 from fedmezo_core.journal.journal import head_after
+from fedmezo_core.program import worker_packages
 from fedmezo_core.records import Committed, Evaluated
 from fedmezo_core.wire.backoff import delay_s
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription
@@ -91,17 +92,12 @@ class _Copy:
     """The replica's model, and the held-out rows that it is evaluated on."""
 
     def __init__(self, orders: dict[str, Any], config: Any) -> None:
-        try:
+        with worker_packages("keep a replica"):
             from fedmezo_core.zo.assignment import open_row_states
             from fedmezo_core.zo.data.rows import read_rows
             from fedmezo_core.zo.forward.row_states import SpooledRows
             from fedmezo_core.zo.model.allocator import keep_freed_memory
             from fedmezo_core.zo.party import open_party
-        except ImportError as error:
-            raise ModelError(
-                f"The package {error.name} is missing; install fedmezo[worker] where the "
-                "coordinator keeps its replica."
-            ) from None
         keep_freed_memory()
         adapter = orders["adapter"]
         self.party = open_party(
@@ -315,26 +311,15 @@ class _Follower:
     async def _report(self) -> None:
         """Report the digest of the weights, and the snapshot and evaluation that are due."""
         round_, digest, stops = self._weights.round, self._weights.digest(), self._stops
+        waiting = [commit.round for commit, _ in self._waiting]
+        send = partial(self._client.report_replica, self._run_id, self._secret, round_, digest)
         # The digest goes first: a vote may wait for it, and an evaluation takes long.
-        await self._send(digest)
-        if stops.snapshots(round_) and self._is_newest(stops.snapshots):
-            await self._send(digest, snapshot=self._copy.snapshot(self._folder, self._head, digest))
-        if stops.evaluates(round_) and self._is_newest(stops.evaluates):
-            await self._send(digest, self._copy.evaluate(digest, self._batch_size))
+        await send(None)
+        if stops.snapshots(round_) and not any(map(stops.snapshots, waiting)):
+            await send(None, self._copy.snapshot(self._folder, self._head, digest))
+        if stops.evaluates(round_) and not any(map(stops.evaluates, waiting)):
+            await send(self._copy.evaluate(digest, self._batch_size))
             self._evaluated_round = round_
-
-    def _is_newest(self, due: Callable[[int], bool]) -> bool:
-        return not any(due(commit.round) for commit, _ in self._waiting)
-
-    async def _send(
-        self,
-        digest: bytes,
-        evaluation: Evaluated | None = None,
-        snapshot: wire.SnapshotReport | None = None,
-    ) -> None:
-        await self._client.report_replica(
-            self._run_id, self._secret, self._weights.round, digest, evaluation, snapshot
-        )
 
 
 async def follow(orders: dict[str, Any]) -> None:

@@ -21,10 +21,14 @@ from fedmezo_coordinator.serving.commit_index import CommitIndex
 from fedmezo_coordinator.serving.hello import check_hello, check_run_id
 from fedmezo_coordinator.serving.journal_pages import JournalPages
 from fedmezo_coordinator.serving.loop_lag import LoopLag
-from fedmezo_coordinator.serving.outbox import Outgoing
 from fedmezo_coordinator.serving.session_limit import RETRY_AFTER_MAX_S, SessionLimit
 from fedmezo_coordinator.serving.status_report import MachineStatus, status_report
-from fedmezo_coordinator.serving.worker_session import HalfClosedError, Traffic, WorkerSession
+from fedmezo_coordinator.serving.worker_session import (
+    HalfClosedError,
+    Outgoing,
+    Traffic,
+    WorkerSession,
+)
 from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,

@@ -81,7 +81,11 @@ def status_report(
         head=journal.head,
         workers=[
             _worker_status(
-                name, counters, machine.workers.get(name), name in connected, awaited, diverged
+                machine.workers.get(name, WorkerView(name)),
+                counters,
+                connected=name in connected,
+                measuring=name in awaited,
+                diverged=name in diverged,
             )
             for name, counters in sorted(traffic.items())
         ],
@@ -102,24 +106,15 @@ def status_report(
     )
 
 
-def _worker_status(
-    name: str,
-    counters: Traffic,
-    view: WorkerView | None,
-    connected: bool,
-    awaited: frozenset[str],
-    diverged: frozenset[str],
-) -> wire.WorkerStatus:
+def _worker_status(view: WorkerView, counters: Traffic, **flags: bool) -> wire.WorkerStatus:
     return wire.WorkerStatus(
-        worker=name,
-        connected=connected,
-        rounds_answered=view.rounds_answered if view else 0,
+        worker=view.worker,
+        rounds_answered=view.rounds_answered,
         bytes_up=counters.bytes_up,
         bytes_down=counters.bytes_down,
-        mean_loss=view.mean_loss if view else None,
+        mean_loss=view.mean_loss,
         answered_after_ms=counters.answered_after_ms,
-        diverged=name in diverged,
-        complaint=view.complaint if view else "",
-        measuring=name in awaited,
-        learning_rate=view.learning_rate if view else None,
+        complaint=view.complaint,
+        learning_rate=view.learning_rate,
+        **flags,
     )
