@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import tomllib
@@ -84,7 +85,7 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
                 InitSettingsSource(settings_cls, init_kwargs=file_values),
             )
 
-    _Loaded.__doc__ = kind.__doc__
+    _Loaded.__doc__ = inspect.getdoc(kind)
     _Loaded.__name__ = kind.__name__
     try:
         loaded: Settings = _Loaded()

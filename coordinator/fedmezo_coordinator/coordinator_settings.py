@@ -113,7 +113,7 @@ class CoordinatorSettings(ServingSettings):
         "which late workers begin; 0: write none",
     )
     snapshots: Path | None = Field(
-        default=None, description="folder of the snapshots; default: next to the journal"
+        default=None, description="folder of the snapshots; none: next to the journal"
     )
     compact_after_records: int = Field(
         default=0,
@@ -131,7 +131,7 @@ class CoordinatorSettings(ServingSettings):
     signing_key: Path | None = Field(
         default=None,
         description="PEM file with the Ed25519 key that signs checkpoints, created if missing; "
-        "default: the journal's name with .key added (for a database: in the working folder)",
+        "none: the journal's name with .key added (for a database: in the working folder)",
     )
     run: dict[str, Any] = Field(
         default_factory=dict,

@@ -104,7 +104,7 @@ def test_no_more_sessions_are_taken_than_files_may_be_opened(
     assert ("lower sessions_max" in caplog.text) is (more < 0)
     caplog.clear()
     assert sessions_that_fit(load()) == hard - FILES_RESERVED
-    assert not caplog.text  # nobody asked for so many
+    assert not caplog.text  # nobody asked for a number
 
 
 @pytest.mark.parametrize(

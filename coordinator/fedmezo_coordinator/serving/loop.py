@@ -77,6 +77,7 @@ NOTED_A_SECOND_MAX = 20
 WORKERS_MAX = SESSIONS_LIMIT
 """Most workers whose counters are kept, and so most sessions under different names."""
 TICK_MS = 200
+"""Time between two ticks of the machine."""
 
 Result = TypeVar("Result")
 ReadyT = TypeVar("ReadyT", bound=Ready)

@@ -1,4 +1,4 @@
-"""Every limit of docs/limits.md: one less, just so many, one more."""
+"""Every limit of docs/limits.md: one less, the limit itself, one more."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_an_outbox_takes_so_many_bytes_and_then_one_more_message(waiting: int) -
     assert session.outbox.bytes_waiting == (0 if waiting > 0 else len(b"next"))
 
 
-async def test_whoever_sends_more_than_the_queue_of_events_holds_waits(
+async def test_a_worker_that_fills_the_queue_of_events_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "EVENTS_MAX", 3)
@@ -236,7 +236,7 @@ async def test_a_worker_that_never_reads_is_cut_off_alone_and_catches_up_later(
             workers = {w.worker: w for w in at.daemon.status("").workers}
             return workers["fast"].connected and not workers["slow"].connected
 
-        # The run goes on only as this test lets it, so that `slow` is never further behind than it may be.
+        # Rounds go on only as this test lets them, so that `slow` never falls too far behind.
         while not is_cut_off():
             await a_round()
         cut_at = at.daemon.status("").round

@@ -1,4 +1,4 @@
-"""The service over real gRPC and a real journal, with workers driven by hand: what it refuses, and how."""
+"""The service over real gRPC and a real journal, with workers driven by hand."""
 
 from __future__ import annotations
 

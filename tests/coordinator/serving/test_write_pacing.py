@@ -1,4 +1,4 @@
-"""What bounds one turn of the event loop, and what wakes it."""
+"""The writes in one turn of the event loop, and the bytes that wake it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedmezo_coordinator.serving.write_pacing import WritePacing
 
 
 @pytest.mark.parametrize(("count", "turns"), [(2, 1), (3, 1), (4, 2), (7, 3)])
-async def test_so_many_go_through_in_one_turn_in_order(count: int, turns: int) -> None:
+async def test_a_few_writes_are_let_through_in_each_turn_in_order(count: int, turns: int) -> None:
     pacing, turn = WritePacing(3), 0
     through: list[tuple[int, int]] = []
 
@@ -30,7 +30,7 @@ async def test_so_many_go_through_in_one_turn_in_order(count: int, turns: int) -
     assert max(by_turn.count(at) for at in by_turn) <= 3
 
 
-async def test_whoever_is_gone_holds_nobody_up() -> None:
+async def test_a_cancelled_write_delays_no_other() -> None:
     pacing = WritePacing(1)
     first, gone, last = (asyncio.create_task(pacing.next_write()) for _ in range(3))
     await asyncio.sleep(0)
@@ -42,7 +42,7 @@ async def test_whoever_is_gone_holds_nobody_up() -> None:
     await asyncio.wait_for(pacing.next_write(), 10)
 
 
-def test_all_wakeups_are_taken_at_once() -> None:
+def test_all_wakeups_are_read_at_once() -> None:
     make = socket.socketpair
     with reading_all_wakeups():
         reading, writing = socket.socketpair()
