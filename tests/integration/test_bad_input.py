@@ -347,7 +347,7 @@ async def test_a_port_in_use(programs: Programs, journal: Path, tmp_path: Path) 
     other = tmp_path / "other.db"
     write_genesis(other, HAND_GENESIS)
     said = await refused(programs, other, HAND_RUN, "--listen", address, status=2)
-    assert f"Cannot listen on {address}: the address is in use" in said
+    assert f"Cannot listen on {address}: another process uses the address" in said
     assert "choose another --listen" in said
 
 
