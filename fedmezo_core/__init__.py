@@ -1,1 +1,1 @@
-"""What a FedMeZO run is: its contract, records, journal and machines. Pure; imports no torch outside `zo`."""
+"""The contract, records, journal, machines and wire of a FedMeZO run; only `zo` needs torch."""

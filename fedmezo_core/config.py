@@ -1,4 +1,4 @@
-"""What the parties of a run must agree on: `RunConfig`, written once into the journal's genesis record."""
+"""The contract of a run, `RunConfig`: all parties agree on it, and the genesis record holds it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedmezo_core.errors import ConfigError
 
 PROTOCOL_VERSION = 1
-"""The one protocol version spoken by this release (`fedmezo.v1`)."""
+"""The only protocol version of this release (`fedmezo.v1`)."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,63}$"
-"""Names of runs and workers: they go into logs, metrics and file names as they are."""
+"""Pattern of the names of runs and workers, which appear in logs, metrics and file names."""
 
 STEPS_MAX = 4096
-"""Most projected gradients in one answer, and so most local steps: it stays under the message limit."""
+"""Most projected gradients in one answer, which then stays below `MESSAGE_BYTES_MAX`."""
 PROBES_MAX = 1024
-"""Most directions measured on one batch."""
+"""Most directions that are measured on one batch."""
 COHORT_MAX = 4096
-"""Most workers in one round: a slot fits 16 bits and a commit fits one message."""
+"""Most workers in one round: a slot fits into 16 bits and a commit into one message."""
 MESSAGE_BYTES_MAX = 64 * 1024
-"""Largest message a worker may send."""
+"""Largest message that a worker may send, in bytes."""
 COMMIT_PAIRS_MAX = 262_144
 """Most pairs in one commit (1 MiB of coefficients)."""
 STALENESS_MAX = 256
-"""Most rounds that an answer may be old: far fewer than the commits that may wait for a measurement."""
+"""Greatest age of an answer in rounds; far below the commits that may wait for a measurement."""
 HELD_PAIRS_MAX = 8 * COMMIT_PAIRS_MAX
-"""Most pairs of all the rounds that a coordinator remembers for late answers (64 MiB of numbers)."""
+"""Most pairs in the rounds that a coordinator remembers for late answers (64 MiB)."""
 POOL_SIZE_MAX = 65_536
-"""Most seeds of a pool: the low 16 bits of a first seed are zero."""
+"""Most seeds in a pool; the low 16 bits of a first seed are zero."""
 
 ALL_LINEAR = "all-linear"
-"""In peft's words: a LoRA adapter on every linear layer but the head."""
+"""peft's name for a LoRA adapter on every linear layer except the head."""
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -51,14 +51,14 @@ class TaskConfig(_Frozen):
     kind: Literal["classification", "instruction"] = "classification"
     template: str = Field(
         default="{text}",
-        description="The prompt; {column} is replaced by the row's value.",
+        description="The prompt; {column} stands for the row's value.",
     )
     label_column: str = Field(
         default="label", description="Column with the class (classification)."
     )
     verbalizers: dict[str, str] = Field(
         default_factory=dict,
-        description="Class as written in the data -> word that the model should say for it.",
+        description="Class as written in the data -> word that the model should answer.",
     )
     response_column: str = Field(
         default="response", description="Column with the wanted answer (instruction)."
@@ -67,13 +67,13 @@ class TaskConfig(_Frozen):
     objective: str = Field(
         default="",
         pattern=r"^([A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)?$",
-        description="module:function that scores a batch instead of the loss above; lower is better.",
+        description="module:function that scores a batch instead of the loss; lower is better.",
     )
     generated_tokens_max: int = Field(
         default=0,
         ge=0,
         le=4096,
-        description="Tokens generated from each prompt for the objective to score; 0: none.",
+        description="Tokens generated for each prompt, which the objective scores; 0: none.",
     )
 
     @model_validator(mode="after")
@@ -87,12 +87,13 @@ class TaskConfig(_Frozen):
             )
         if self.generated_tokens_max and not self.objective:
             raise ValueError(
-                "generated_tokens_max is for an objective to score; name one, or set it to 0"
+                "generated_tokens_max needs an objective that scores the tokens; name one, or set "
+                "it to 0"
             )
         return self
 
     def columns(self) -> tuple[str, ...]:
-        """Columns that the template names, in order of first use."""
+        """Columns that the template names, in the order of their first use."""
         return tuple(dict.fromkeys(re.findall(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}", self.template)))
 
 
@@ -103,11 +104,11 @@ class LoraConfig(_Frozen):
     alpha: float = Field(gt=0, allow_inf_nan=False)
     target_modules: tuple[str, ...] = Field(
         min_length=1,
-        description="Names of modules or ends of them; or one regular expression; or all-linear.",
+        description="Names of modules or their ends; or one regular expression; or all-linear.",
     )
     freeze_a: bool = Field(
         default=False,
-        description="Train B alone and leave A as it begins (LoRA-FA), for example fitted to texts.",
+        description="Train only B and keep A as it begins (LoRA-FA), for example fitted to texts.",
     )
 
     @field_validator("target_modules", mode="before")
@@ -117,10 +118,10 @@ class LoraConfig(_Frozen):
 
     @property
     def target_expression(self) -> str | None:
-        """What peft takes as a string instead of a list: `ALL_LINEAR`, or a regular expression.
+        """`ALL_LINEAR` or a regular expression, which peft takes as a string; None for a list.
 
-        Names of modules consist of letters, digits, `_`, `-` and dots; a single item with anything else
-        is an expression, which must match a module's whole name.
+        Names of modules consist of letters, digits, `_`, `-` and dots. A single item with any other
+        character is an expression, which must match a module's whole name.
         """
         first = self.target_modules[0]
         if len(self.target_modules) > 1 or (
@@ -131,7 +132,7 @@ class LoraConfig(_Frozen):
 
 
 class RunConfig(_Frozen):
-    """The run's contract: every party computes with exactly these values."""
+    """The run's contract; every party computes with exactly these values."""
 
     run_id: Name
     model: str = Field(min_length=1, description="Hugging Face name, or a folder's name.")
@@ -148,7 +149,7 @@ class RunConfig(_Frozen):
     )
     estimator: Literal["two_sided", "one_sided"] = Field(
         default="two_sided",
-        description="Where losses are taken: at W + eps z and W - eps z, or at W + eps z and W.",
+        description="Where losses are measured: at W + eps z and W - eps z, or at W + eps z and W.",
     )
     batch_size: int = Field(default=16, ge=1, le=65_536)
     distribution: Literal["rademacher", "gaussian", "low_rank_1", "low_rank_2", "low_rank_4"] = (
@@ -157,33 +158,36 @@ class RunConfig(_Frozen):
     eps: PositiveFloat = 1e-3
     learning_rate: PositiveFloat = 1e-6
     projected_grad_abs_max: PositiveFloat = Field(
-        default=1e4, description="The clip: workers clamp to it; anything beyond it is refused."
+        default=1e4, description="The clip: workers clamp to it; larger values are refused."
     )
     normalized_step: bool = Field(
         default=False,
         description="Divide projected gradients by their root mean square before the step (FZOO).",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="How the learning rate goes down over the rounds."
+        default="constant", description="How the learning rate falls over the rounds."
     )
     warmup_rounds: int = Field(
-        default=0, ge=0, description="Rounds over which the learning rate first goes up."
+        default=0, ge=0, description="Rounds over which the learning rate rises at first."
     )
     final_rate_fraction: float = Field(
-        default=0.0, ge=0, le=1, description="Where the schedule ends, as a part of learning_rate."
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Learning rate at the end of the schedule, as a fraction of learning_rate.",
     )
     eps_follows_rate: bool = Field(
-        default=False, description="Let eps go up and down with the learning rate's schedule."
+        default=False, description="Let eps rise and fall with the learning rate's schedule."
     )
     weight_decay: float = Field(
         default=0.0,
         ge=0,
         le=1e6,
-        description="Each local step takes learning_rate x weight_decay of every weight away.",
+        description="Times learning_rate: the part of every weight that a local step removes.",
     )
     weighting: Literal["uniform", "rows"] = Field(
         default="uniform",
-        description="How answers are averaged: alike, or by each worker's count of rows.",
+        description="How answers are averaged: equally, or by each worker's count of rows.",
     )
     personal_rate: Literal["frozen", "last_loss", "mean_loss", "update_distance", "random"] = Field(
         default="frozen",
@@ -191,52 +195,52 @@ class RunConfig(_Frozen):
     )
     personal_rate_amplitude: PositiveFloat | None = Field(
         default=None,
-        description="The most by which it differs from learning_rate; by default half of that.",
+        description="Greatest difference from learning_rate; by default half of learning_rate.",
     )
     seed_policy: Literal["per_worker", "shared", "pool"] = Field(
         default="per_worker",
-        description="Whose directions: each worker's own, the round's, or of one pool for the run.",
+        description="Directions: each worker's own, one set a round, or from one pool for the run.",
     )
     pool_size: int = Field(default=1024, ge=1, le=POOL_SIZE_MAX, description="Seeds in the pool.")
     pool_sampling: Literal["uniform", "weighted"] = Field(
         default="uniform",
-        description="Seeds are drawn alike, or by the size of their projected gradients so far.",
+        description="Seeds are drawn uniformly, or by the size of their projected gradients.",
     )
     rebase_every_rounds: int = Field(
         default=64,
         ge=1,
         le=1_000_000,
-        description="A pool's commit is taken from the base every so many rounds.",
+        description="Rounds between two commits of a pool run that start from the base.",
     )
     train: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
         default=(),
         max_length=4096,
-        description="Modules whose own parameters are trained, by name; empty: all.",
+        description="Names of the modules whose own parameters are trained; empty: all.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     workers_min: int = Field(
-        default=1, ge=1, le=COHORT_MAX, description="Ready before a round opens."
+        default=1, ge=1, le=COHORT_MAX, description="Workers ready before a round opens."
     )
-    quorum: int = Field(default=1, ge=1, le=COHORT_MAX, description="Least answers to commit.")
+    quorum: int = Field(default=1, ge=1, le=COHORT_MAX, description="Fewest answers to commit.")
     cohort_size_max: int = Field(default=64, ge=1, le=COHORT_MAX)
     buffer_answers: int = Field(
         default=0,
         ge=0,
         le=COHORT_MAX,
-        description="A round commits with so many answers, of this round or earlier ones; 0: its own.",
+        description="A round commits with this many answers, new or late; 0: those of the round.",
     )
     staleness_max_rounds: int = Field(
         default=10,
         ge=0,
         le=STALENESS_MAX,
-        description="With buffer_answers: an answer that is more rounds old is refused.",
+        description="With buffer_answers: greatest age of an answer that is taken, in rounds.",
     )
     staleness_exponent: float = Field(
         default=0.5,
         ge=0,
         le=100,
-        description="With buffer_answers: one that is s rounds old counts (1 + s)^-this (FedBuff).",
+        description="With buffer_answers: an answer of age s has weight (1 + s)^-this (FedBuff).",
     )
     deadline_ms: int = Field(default=600_000, ge=100, le=7 * 24 * 3600 * 1000)
     digest_every_rounds: int = Field(default=1, ge=1, le=1_000_000)
@@ -247,13 +251,13 @@ class RunConfig(_Frozen):
         default=3.0,
         gt=1,
         allow_inf_nan=False,
-        description="The run pauses when its loss stays above so many times its first one ...",
+        description="The run pauses when its loss stays above its first loss times this ...",
     )
-    pause_rounds: int = Field(default=5, ge=0, description="... for so many rounds; 0: never.")
+    pause_rounds: int = Field(default=5, ge=0, description="... for this many rounds; 0: never.")
     early_stop_evaluations: int = Field(
         default=0,
         ge=0,
-        description="The run ends after so many evaluations without a better loss; 0: never.",
+        description="The run ends after this many evaluations without a better loss; 0: never.",
     )
 
     @model_validator(mode="after")
@@ -265,13 +269,13 @@ class RunConfig(_Frozen):
             )
         if self.personal_rate in ("last_loss", "mean_loss") and not self.report_losses:
             raise ValueError(
-                f"personal_rate {self.personal_rate!r} follows the workers' losses; set report_losses, "
-                "or choose update_distance, which needs none"
+                f"personal_rate {self.personal_rate!r} follows the workers' losses; set "
+                "report_losses, or choose update_distance, which needs none"
             )
         if self.rate_amplitude >= self.learning_rate:
             raise ValueError(
-                f"personal_rate_amplitude {self.personal_rate_amplitude} would take a learning rate "
-                f"to 0 or below; it must be below learning_rate = {self.learning_rate}"
+                f"personal_rate_amplitude {self.personal_rate_amplitude} would take a learning "
+                f"rate to 0 or below; it must be below learning_rate = {self.learning_rate}"
             )
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
@@ -289,8 +293,8 @@ class RunConfig(_Frozen):
             )
         if self.pairs_per_answer > STEPS_MAX:
             raise ValueError(
-                f"local_steps x probes = {self.pairs_per_answer} projected gradients in one answer; "
-                f"the most is {STEPS_MAX}, so lower local_steps or probes"
+                f"local_steps x probes = {self.pairs_per_answer} projected gradients in one "
+                f"answer; the most is {STEPS_MAX}, so lower local_steps or probes"
             )
         pairs = self.pairs_per_answer * self.answers_max
         if pairs > COMMIT_PAIRS_MAX:
@@ -306,18 +310,20 @@ class RunConfig(_Frozen):
     def _check_buffered(self, pairs: int) -> None:
         if self.quorum > self.buffer_answers:
             raise ValueError(
-                f"quorum {self.quorum} is more than the buffer_answers = {self.buffer_answers} that a "
-                "round commits with; lower quorum or raise buffer_answers"
+                f"quorum {self.quorum} is more than the buffer_answers = {self.buffer_answers} "
+                "that a round commits with; lower quorum or raise buffer_answers"
             )
         if self.seed_policy == "shared":
             raise ValueError(
-                "seed_policy 'shared' has everyone of a round measure along the same directions, but "
-                "with buffer_answers rounds overlap; choose per_worker or pool, or set buffer_answers to 0"
+                "seed_policy 'shared' lets all workers of a round measure along the same "
+                "directions, but with buffer_answers rounds overlap; choose per_worker or pool, or "
+                "set buffer_answers to 0"
             )
         if self.seed_policy == "pool" and self.pool_sampling == "weighted":
             raise ValueError(
-                "pool_sampling 'weighted' draws from chances that change with each commit, so the seeds "
-                "of a late answer could not be drawn again; choose uniform, or set buffer_answers to 0"
+                "pool_sampling 'weighted' uses chances that change with each commit, so the seeds "
+                "of a late answer could not be drawn again; choose uniform, or set buffer_answers "
+                "to 0"
             )
         held = pairs * (self.staleness_max_rounds + 1)
         if held > HELD_PAIRS_MAX:
@@ -328,7 +334,7 @@ class RunConfig(_Frozen):
 
     @property
     def pairs_per_answer(self) -> int:
-        """Count of projected gradients in one answer; each becomes a pair of the commit."""
+        """Count of projected gradients in one answer; each becomes one pair of the commit."""
         return self.local_steps * self.probes
 
     @property
@@ -338,22 +344,22 @@ class RunConfig(_Frozen):
 
     @property
     def staleness_max(self) -> int:
-        """How many rounds old an answer may be when it is committed; 0 in a synchronous run."""
+        """Greatest age of an answer at its commit, in rounds; 0 in a synchronous run."""
         return self.staleness_max_rounds if self.buffer_answers else 0
 
     @property
     def rate_amplitude(self) -> float:
-        """The most by which a worker's own rate differs from `learning_rate`; 0 if it never does."""
+        """Greatest difference of a worker's own rate from `learning_rate`; 0 if it has none."""
         if self.personal_rate == "frozen":
             return 0.0
         return self.personal_rate_amplitude or self.learning_rate / 2
 
     @property
     def recipe(self) -> str:
-        """The numeric recipe: two parties whose recipes differ would not build the same bits.
+        """The numeric recipe: parties whose recipes differ would not compute the same bits.
 
-        What came later is named only where it is used: a party that doesn't know it differs, and
-        older parties still agree on all else.
+        A newer feature is named only in runs that use it. So older parties still agree with newer
+        ones on all other runs, and differ on those.
         """
         recipe = (
             f"fedmezo-1 philox4x32-10 {self.distribution} {self.dtype} {self.rounding} "
@@ -377,9 +383,10 @@ class RunConfig(_Frozen):
 
 
 def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) -> str:
-    """One line a person can act on, for the first problem that pydantic found.
+    """One sentence for the first problem that pydantic found.
 
-    Names the key, the value that was given and what is allowed.
+    It names the key, the given value and what is allowed. `where` is the file or program that the
+    value comes from, and `prefix` the path to the validated part.
     """
     problem = error.errors(include_url=False)[0]
     path: list[Any] = [*prefix, *problem["loc"]]
@@ -398,7 +405,7 @@ def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) 
 
 
 def parse_run(values: dict[str, Any], where: str) -> RunConfig:
-    """Validate a run's values; a `ConfigError` names the key, the value and what is allowed."""
+    """The contract in `values`; raises a `ConfigError` with key, value and what is allowed."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

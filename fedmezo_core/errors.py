@@ -18,17 +18,17 @@
       DivergedError          a party's weights are not the run's weights
       JournalError           the journal cannot be opened, read or appended to
         JournalLockedError   another process has the journal open
-          FencedError        another coordinator has taken the journal over; this one writes no more
+          FencedError        another coordinator has taken over the journal; this one must not write
         JournalCorruptError  the journal's bytes are not what was written
         JournalFullError     the disk took no more records
-        JournalCompactedError  records are asked for that were dropped; begin from a snapshot
-      SnapshotError          a snapshot is not kept, or cannot be written, read or used
-        SnapshotDamagedError its bytes, or the weights in it, are not what was recorded
+        JournalCompactedError  the records asked for were dropped; begin from a snapshot
+      SnapshotError          a snapshot is missing, or cannot be written, read or used
+        SnapshotDamagedError its bytes or weights are not what was recorded
       UnavailableError       the other side cannot be reached; retrying may help
 
 Messages are one sentence for a person: what is wrong, with its name and value, and what to do next.
-Each class carries the gRPC status code that it travels as; `fedmezo_core.wire.grpc_status` holds the one table
-back from a code and reason to a class.
+Each class names the gRPC status code that it travels as. `fedmezo_core.wire.grpc_status` has the
+table from a code and reason back to a class.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FedMezoError(Exception):
     status: ClassVar[str] = "INTERNAL"
     """Name of the `grpc.StatusCode` this error travels as."""
     retry_after_s: float | None = None
-    """When the other side asks to be tried again: at a random time up to so many seconds from now."""
+    """How long the other side asks to wait: retry at a random time within this many seconds."""
 
 
 class ConfigError(FedMezoError):
@@ -86,13 +86,13 @@ class ProtocolError(FedMezoError):
 
 
 class VersionError(ProtocolError):
-    """No protocol version is spoken by both sides."""
+    """The two sides have no protocol version in common."""
 
     status = "UNIMPLEMENTED"
 
 
 class WrongRunError(ProtocolError):
-    """The message names another run than the one served here."""
+    """The message names another run than the one that is served."""
 
     status = "NOT_FOUND"
 
@@ -110,13 +110,13 @@ class StaleTicketError(ProtocolError):
 
 
 class EquivocationError(ProtocolError):
-    """A second answer to one ticket, with other bytes. The first one stands."""
+    """A second, different answer to one ticket. The first answer stands."""
 
     status = "ALREADY_EXISTS"
 
 
 class ScalarError(ProtocolError):
-    """A projected gradient is not finite, outside the run's clip, or the count is wrong."""
+    """A projected gradient is not finite or outside the run's clip, or their count is wrong."""
 
     status = "OUT_OF_RANGE"
 
@@ -144,7 +144,7 @@ class JournalLockedError(JournalError):
 
 
 class FencedError(JournalLockedError):
-    """Another coordinator has taken the journal over since this one opened it."""
+    """Another coordinator has taken over the journal since this one opened it."""
 
 
 class JournalCorruptError(JournalError):
@@ -160,19 +160,19 @@ class JournalFullError(JournalError):
 
 
 class JournalCompactedError(JournalError):
-    """Records are asked for that the journal holds no more; a snapshot takes their place."""
+    """The records asked for were dropped from the journal; a snapshot takes their place."""
 
     status = "OUT_OF_RANGE"
 
 
 class SnapshotError(FedMezoError):
-    """A snapshot cannot be had or used; the journal still can."""
+    """A snapshot is missing or cannot be used; the journal may still be."""
 
     status = "NOT_FOUND"
 
 
 class SnapshotDamagedError(SnapshotError):
-    """A snapshot's bytes, or the weights in it, are not what the journal says."""
+    """A snapshot's bytes or weights are not what the journal says."""
 
     status = "DATA_LOSS"
 

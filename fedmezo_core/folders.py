@@ -14,10 +14,10 @@ from fedmezo_core.errors import FedMezoError
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, error: type[FedMezoError]) -> Iterator[Path]:
-    """Give an empty folder to write to, which becomes `folder`, durably, at the end of the block.
+    """Give an empty folder to write to; at the end of the block it becomes `folder`, durably.
 
-    Nothing is left of it if the block raises. Raises `error` if `folder` exists and isn't empty, and
-    `OSError` where the system does.
+    If the block raises, nothing is left of the folder. Raises `error` if `folder` exists and is not
+    empty, and `OSError` if the disk refuses.
     """
     folder = folder.expanduser().absolute()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -28,7 +28,7 @@ def whole_folder(folder: Path, error: type[FedMezoError]) -> Iterator[Path]:
         yield partial
         for path in [*partial.rglob("*"), partial]:
             sync(path)
-        # Replaces an empty folder; fails if somebody has filled it meanwhile.
+        # Replaces an empty folder; fails if somebody has filled it in the meantime.
         partial.rename(folder)
         sync(folder.parent)
     finally:
@@ -37,7 +37,7 @@ def whole_folder(folder: Path, error: type[FedMezoError]) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Return once a file, or a folder's list of names, is on the disk."""
+    """Return as soon as a file, or the list of names in a folder, is on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,11 +1,13 @@
-"""Settings of a daemon: flags over environment over a TOML file, checked by pydantic."""
+"""Settings of a daemon, checked by pydantic: flags come before environment, then a TOML file."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import tomllib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -26,38 +28,40 @@ from fedmezo_core.errors import ConfigError
 Settings = TypeVar("Settings", bound=BaseSettings)
 
 ROW_STATES_MAX = ByteSize(256 << 20)
-"""Room for what the frozen part makes of each row, if nothing else is said: bytes."""
+"""Default size of the file that keeps row states (decision 0024), in bytes."""
 
 
-def _address(value: str) -> str:
+def _check_address(value: str, *, port_min: int = 1) -> str:
     host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not host or not port.isdigit() or not port_min <= int(port) < 65536:
         raise ValueError("write it as host:port, for example 127.0.0.1:7465")
     return value
 
 
-def _key(value: str) -> str:
+def _check_key(value: str) -> str:
     if not re.fullmatch("([0-9a-f]{64})?", value):
-        raise ValueError("use the 64 hex digits that the coordinator logs at its start")
+        raise ValueError("use the 64 hex digits that the coordinator logs when it starts")
     return value
 
 
-Address = Annotated[str, AfterValidator(_address)]
+Address = Annotated[str, AfterValidator(_check_address)]
 """host:port of a coordinator to connect to."""
-CheckpointKey = Annotated[str, AfterValidator(_key)]
+ListenAddress = Annotated[str, AfterValidator(partial(_check_address, port_min=0))]
+"""host:port to listen on; with port 0 the system chooses a free port."""
+CheckpointKey = Annotated[str, AfterValidator(_check_key)]
 """The public key that a coordinator must sign with, as 64 hex digits; empty: any."""
 
 
-def load_settings(
-    kind: type[Settings], arguments: Sequence[str], *, program: str, environment_prefix: str
-) -> Settings:
+def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: str) -> Settings:
     """Read `kind` from the command line, the environment and the file that `--config` names.
 
-    Environment names are the prefix and the key in upper case, nested keys after two underscores:
-    FEDMEZO_COORDINATOR_RUN__EPS. Raises `ConfigError` naming the key, the value and what is allowed;
-    `--help` and unknown flags end the process as argparse does.
+    The name of an environment variable is the `env_prefix` of `kind` followed by the key in upper
+    case. Two underscores separate nested keys: FEDMEZO_COORDINATOR_RUN__EPS. Raises `ConfigError`,
+    which names the key, the value and what is allowed. `--help` and unknown flags end the process,
+    as argparse does.
     """
-    arguments, config_path = _take_config_flag(arguments, f"{environment_prefix}CONFIG")
+    prefix = kind.model_config.get("env_prefix", "")
+    arguments, config_path = _take_config_flag(arguments, f"{prefix}CONFIG")
     file_values = _read_toml(config_path) if config_path is not None else {}
 
     class _Loaded(kind):  # type: ignore[misc, valid-type]
@@ -77,13 +81,11 @@ def load_settings(
                     cli_hide_none_type=True,
                     cli_avoid_json=False,
                 ),
-                EnvSettingsSource(
-                    settings_cls, env_prefix=environment_prefix, env_nested_delimiter="__"
-                ),
+                EnvSettingsSource(settings_cls, env_nested_delimiter="__"),
                 InitSettingsSource(settings_cls, init_kwargs=file_values),
             )
 
-    _Loaded.__doc__ = kind.__doc__
+    _Loaded.__doc__ = inspect.getdoc(kind)
     _Loaded.__name__ = kind.__name__
     try:
         loaded: Settings = _Loaded()
@@ -92,8 +94,8 @@ def load_settings(
         raise ConfigError(sentence_of(error, where)) from None
     except SettingsError as error:
         raise ConfigError(
-            f"{program}: {error}; write a table as JSON, for example --run '{{\"rounds\": 5}}', and "
-            f"check the flags and {environment_prefix}*."
+            f"{program}: {error}; write a table as JSON, for example --run '{{\"rounds\": 5}}', "
+            f"and check the flags and {prefix}*."
         ) from None
     return loaded
 
@@ -101,7 +103,7 @@ def load_settings(
 def _take_config_flag(
     arguments: Sequence[str], environment_name: str
 ) -> tuple[list[str], Path | None]:
-    """Split off `--config FILE`: the file has to be read before the rest is parsed."""
+    """Take `--config FILE` out of the arguments: the file is read before the rest is parsed."""
     rest: list[str] = []
     path = os.environ.get(environment_name)
     waiting = iter(arguments)

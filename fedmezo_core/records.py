@@ -12,9 +12,25 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from fedmezo_core.config import RunConfig
+
+
+class ModelDigests(Protocol):
+    """What names a party's model: a genesis, a loaded model and a worker's hello all have it."""
+
+    @property
+    def manifest_digest(self) -> bytes:
+        """Digest of the trainable tensors' names, shapes and order (32 bytes)."""
+
+    @property
+    def base_digest(self) -> bytes:
+        """Digest of the base weights (32 bytes)."""
+
+    @property
+    def tokenizer_digest(self) -> bytes:
+        """Digest of the tokenizer (32 bytes)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +43,19 @@ class Genesis:
     tokenizer_digest: bytes
     trainable_elements: int
     trainable_bytes: int
+
+    def differences(self, other: ModelDigests) -> list[tuple[str, str]]:
+        """What differs in a party's model from the run's: names, each with both digests as text."""
+        pairs = (
+            ("tokenizer", other.tokenizer_digest, self.tokenizer_digest),
+            ("manifest (the trainable tensors)", other.manifest_digest, self.manifest_digest),
+            ("base weights", other.base_digest, self.base_digest),
+        )
+        return [
+            (what, f"digest {theirs.hex()[:16]} instead of {ours.hex()[:16]}")
+            for what, theirs, ours in pairs
+            if theirs != ours
+        ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from benchmarks.serving.measured_coordinator import contract
 from benchmarks.serving.swarm import answer_to, hello_of
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.serving import loop as serving
-from fedmezo_coordinator.serving.loop import Session
+from fedmezo_coordinator.serving.worker_session import WorkerSession
 from fedmezo_core.journal.codec import encode_record
 from fedmezo_core.journal.journal import ZERO_HASH, Journal, head_after
 from fedmezo_core.journal.sqlite import SqliteStore
@@ -38,7 +38,7 @@ LOOKS = 8
 """Lines that are printed of a run."""
 
 
-async def next_assignment(session: Session) -> wire.Assign:
+async def next_assignment(session: WorkerSession) -> wire.Assign:
     """What the worker is to do next; everything before it is read and forgotten."""
     while True:
         message = await session.outbox.get()

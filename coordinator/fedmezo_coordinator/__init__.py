@@ -1,1 +1,1 @@
-"""The coordinator daemon: journal store, gRPC service, replica process, command lines. Serves without torch."""
+"""The coordinator and the relay: gRPC service, stores, replica, commands; serves without torch."""

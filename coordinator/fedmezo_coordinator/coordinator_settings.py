@@ -1,4 +1,4 @@
-"""What `fedmezo-coordinator` and `fedmezo-relay` are told: flags, environment and a TOML file."""
+"""Settings of `fedmezo-coordinator` and `fedmezo-relay`: flags, environment and a TOML file."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ByteSize, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from fedmezo_coordinator.serving.session_limit import JOINS_AT_A_TIME, SESSIONS_LIMIT, SESSIONS_MAX
 from fedmezo_coordinator.stores.opening import path_beside
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, parse_run
-from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey
+from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey, ListenAddress
 from fedmezo_core.machines.cohort import REPLICA_PARTY
 
-ENVIRONMENT_PREFIX = "FEDMEZO_COORDINATOR_"
-RELAY_ENVIRONMENT_PREFIX = "FEDMEZO_RELAY_"
+SESSIONS_MAX = 16_000
+"""Default of `sessions_max`."""
+SESSIONS_LIMIT = 20_000
+"""Largest `sessions_max`: the number of worker names that a coordinator remembers."""
+JOINS_AT_A_TIME = 256
+"""Default of `joins_at_a_time`."""
 
 
 class ServingSettings(BaseSettings):
-    """What everybody is told who serves workers."""
+    """Settings of every program that serves workers."""
 
-    listen: str = Field(default="127.0.0.1:7465", description="host:port to listen on")
+    listen: ListenAddress = Field(default="127.0.0.1:7465", description="host:port to listen on")
     tls_cert: Path | None = Field(
         default=None, description="PEM certificate chain to serve TLS with"
     )
@@ -32,22 +35,14 @@ class ServingSettings(BaseSettings):
         default=SESSIONS_MAX,
         ge=1,
         le=SESSIONS_LIMIT,
-        description="sessions open at a time; each takes a file descriptor and about 90 kB",
+        description="most open sessions; each takes a file descriptor and about 90 kB of memory",
     )
     joins_at_a_time: int = Field(
         default=JOINS_AT_A_TIME,
         ge=1,
         le=SESSIONS_LIMIT,
-        description="workers joining at a time; the rest is told when to come back",
+        description="workers that may join at the same time; the others are asked to retry later",
     )
-
-    @field_validator("listen")
-    @classmethod
-    def _host_and_port(cls, value: str) -> str:
-        host, _, port = value.rpartition(":")
-        if not host or not port.isdigit() or int(port) > 65535:
-            raise ValueError("write it as host:port, for example 127.0.0.1:7465")
-        return value
 
     @model_validator(mode="after")
     def _both_tls_files(self) -> Self:
@@ -77,61 +72,70 @@ class CoordinatorSettings(ServingSettings):
     file that --config names.
     """
 
+    model_config = SettingsConfigDict(env_prefix="FEDMEZO_COORDINATOR_")
+
     journal: str = Field(
         default="journal.db", description="the run's journal: a file, or a postgresql:// URL"
     )
     standby: bool = Field(
         default=False,
-        description="wait while another coordinator holds the journal, and take over when it ends",
+        description="wait while another coordinator holds the journal; take over when it ends",
     )
     model: str = Field(default="", description="Hugging Face name or folder of the base model")
     adapter: Path | None = Field(
         default=None,
-        description="in a run with lora: folder of the adapter (peft's layout) that it begins from",
+        description="folder of the adapter (peft's layout) that a run with lora begins from",
     )
     heldout: Path | None = Field(
-        default=None, description="held-out rows (JSONL, CSV or Parquet) to evaluate the model on"
+        default=None,
+        description="held-out rows (JSONL, CSV or Parquet) that the model is evaluated on",
     )
-    evaluate_every_rounds: int = Field(default=10, ge=1, description="how often to evaluate")
+    evaluate_every_rounds: int = Field(
+        default=10, ge=1, description="rounds between two evaluations"
+    )
     evaluate_batch_size: int = Field(
-        default=32, ge=1, le=65_536, description="rows a forward pass when evaluating"
+        default=32, ge=1, le=65_536, description="rows in one forward pass of an evaluation"
     )
     replica: bool = Field(
         default=True,
-        description="keep a replica process beside the daemon that digests and evaluates the model",
+        description="keep a copy of the model in a second process, which digests and evaluates it",
     )
-    replica_threads: int = Field(default=1, ge=1, le=1024, description="its CPU threads")
+    replica_threads: int = Field(default=1, ge=1, le=1024, description="CPU threads of the replica")
     replica_row_states_max: ByteSize = Field(
         default=ROW_STATES_MAX,
-        description="where most of the model is frozen and runs first: room, in a temporary file, for what "
-        "it makes of each held-out row, which is then computed once; 0: each time",
+        description="size of a temporary file for what the frozen first layers make of each "
+        "held-out row, so that they run once for each row; 0: run them every time",
     )
     snapshot_every_rounds: int = Field(
         default=0,
         ge=0,
-        description="how often the replica writes the trained weights for late workers; 0: never",
+        description="rounds between two files of the trained weights, written by the replica, from "
+        "which late workers begin; 0: write none",
     )
     snapshots: Path | None = Field(
-        default=None, description="folder for them; by default beside the journal"
+        default=None, description="folder of the snapshots; none: next to the journal"
     )
     compact_after_records: int = Field(
         default=0,
         ge=0,
-        description="drop the journal's oldest records when so many can go, because workers can begin from "
-        "later snapshots (or, in a pool run, commits from the base); 0: never",
+        description="drop the journal's oldest records once this many can go, because workers can "
+        "begin from later snapshots (in a pool run: from later commits); 0: keep all",
     )
-    resume: bool = Field(default=False, description="let a paused run go on")
+    resume: bool = Field(default=False, description="continue a paused run")
     resume_rate_factor: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="multiply its learning rates by this"
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="with resume: factor on the learning rates",
     )
     signing_key: Path | None = Field(
         default=None,
-        description="PEM file with the Ed25519 key that signs checkpoints, made if it is not there; "
-        "none: beside the journal, with .key added to its name (of one in a database, in the working folder)",
+        description="PEM file with the Ed25519 key that signs checkpoints, created if missing; "
+        "none: the journal's name with .key added (for a database: in the working folder)",
     )
     run: dict[str, Any] = Field(
         default_factory=dict,
-        description="the run's contract as JSON, or [run] in the file: see docs/configuration.md",
+        description="the run's contract, as JSON or as [run] in the file: docs/configuration.md",
     )
 
     @model_validator(mode="after")
@@ -142,62 +146,68 @@ class CoordinatorSettings(ServingSettings):
 
     @property
     def has_replica(self) -> bool:
-        """Whether one runs beside the daemon: it needs the model."""
+        """Whether the coordinator keeps a replica, which needs the model."""
         return self.replica and bool(self.model)
 
     @property
     def snapshots_folder(self) -> Path:
-        """Where snapshots are kept."""
+        """Absolute path of the folder that holds the snapshots."""
         folder = self.snapshots or path_beside(self.journal, ".snapshots")
         return folder.expanduser().absolute()
 
     def run_config(self, where: str) -> RunConfig:
-        """The contract that these settings ask for; `ConfigError` names what is wrong with it."""
+        """The run's contract in these settings; raises `ConfigError`, which names what is wrong."""
         return parse_run({"model": model_label(self.model), **self.run}, where)
 
 
 class RelaySettings(ServingSettings):
-    """A site of a federated run: a worker of the coordinator above, a coordinator of its own workers.
+    """A site of a federated run: one worker of the coordinator above, with workers of its own.
 
-    Settings come from flags, then from FEDMEZO_RELAY_* in the environment, then from the TOML file that
-    --config names.
+    Settings come from flags, then from FEDMEZO_RELAY_* in the environment, then from the TOML file
+    that --config names.
     """
 
-    listen: str = Field(default="127.0.0.1:7466", description="host:port to listen on")
+    model_config = SettingsConfigDict(env_prefix="FEDMEZO_RELAY_")
+
+    listen: ListenAddress = Field(default="127.0.0.1:7466", description="host:port to listen on")
     upstream: Address = Field(
         default="127.0.0.1:7465",
         description="host:port of the coordinator above, or of another relay",
     )
     name: str = Field(
-        description="this site's name, as a worker's unique in the run: a-z, 0-9 and -"
+        description="name of this site, unique among the run's workers: a-z, 0-9 and -"
     )
     journal_copy: Path = Field(
         default=Path("journal-copy.db"),
-        description="file for the copy of the run's history that its workers catch up from",
+        description="file with a copy of the run's history, for workers that have to catch up",
     )
     workers_min: int = Field(
         default=1,
         ge=1,
         le=COHORT_MAX,
-        description="workers that must be here before the site takes part",
+        description="workers that must have joined before the site takes part",
     )
     deadline_share: float = Field(
         default=0.8,
         gt=0,
         le=1,
-        description="what this site's workers get of the time that the coordinator above gives",
+        description="part of each deadline of the coordinator above that this site's workers get",
     )
     tls_ca: Path | None = Field(
         default=None,
-        description="PEM file of the CA to trust of the coordinator above; none: no TLS",
+        description="PEM file of the CA that vouches for the coordinator above; none: no TLS",
     )
     checkpoint_key: CheckpointKey = Field(
         default="",
-        description="public key (64 hex digits) that the run must be signed with; none: any",
+        description="public key (64 hex digits) that must sign the run; none: any",
     )
-    run_id: str = Field(default="", description="refuse any other run")
+    run_id: str = Field(
+        default="", description="the only run to take part in; none: whichever is served"
+    )
     give_up_after_s: float = Field(
-        default=3600.0, ge=0, description="seconds without the coordinator above before it ends"
+        default=3600.0,
+        ge=0,
+        description="the relay ends after this many seconds without the coordinator above",
     )
 
     @field_validator("name")
@@ -214,13 +224,13 @@ class RelaySettings(ServingSettings):
     def _not_its_own_coordinator(self) -> Self:
         if self.upstream == self.listen:
             raise ValueError(
-                f"upstream and listen are both {self.listen}: a relay cannot be its own coordinator; "
-                "set upstream to the coordinator's address"
+                f"upstream and listen are both {self.listen}: a relay cannot be its own "
+                "coordinator; set upstream to the coordinator's address"
             )
         return self
 
 
 def model_label(model: str) -> str:
-    """A hub name as it is; of a folder only its name, because paths are nobody else's business."""
+    """The model's name as others see it: a hub name unchanged; a folder without its path."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else model

@@ -77,7 +77,7 @@ class Daemon(ServingLoop[Ready]):
         of them can go; 0: never.
         """
         super().__init__(session_limit)
-        self._journal = journal
+        self._pages.journal = journal
         self._machine = RoundMachine()
         self._signer = signer
         self._snapshots = SnapshotStore(snapshots)
@@ -278,7 +278,7 @@ class Daemon(ServingLoop[Ready]):
             self._snapshots.fold(entry.record, self._machine.state.agreed)
             self._tell(entry.record)
             self._may_mark |= _can_begin_after(entry.record)
-        self._announce()
+        self._pages.announce()
         return entries
 
     def _step_other(self, item: Item) -> list[Ready]:

@@ -1,7 +1,7 @@
-"""A relay's loop: one stream to the coordinator above, the sessions of its site, and a copy of the journal.
+"""A relay: one session with the coordinator above, the sessions of its site, a copy of the journal.
 
-The sessions are served as a coordinator's are. What comes from above enters the same queue, and one task
-steps the machine: it writes commits into the copy, then sends them down, then what else is owed.
+Workers are served as by a coordinator. Messages from above enter the same queue, and one task steps
+the machine: it writes commits into the copy, sends them down, then sends everything else.
 """
 
 from __future__ import annotations
@@ -58,27 +58,27 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 log = logging.getLogger("fedmezo.relay")
 
 LOOK_EVERY_S = 5.0
-"""A relay that takes no part, for want of workers, follows the journal above so often."""
+"""Period in which a relay without enough workers reads the journal above."""
 ASKED_AGAIN_MAX = 8
-"""Rounds that may be committed above while a relay catches up, before its session does the rest."""
+"""Most passes over the journal above to catch up; the session brings what comes later."""
 
 _Above = SessionEvent | Vouched | SentAway
 
 
 @dataclass(frozen=True, slots=True)
 class _FromAbove(Item):
-    """What came from above, to be stepped in one go; `done` says whether the machine took it."""
+    """Events from above for one step of the loop; `done` says whether the machine took them."""
 
     events: Sequence[_Above]
     notices: Sequence[wire.CommitNotice]
-    """Of each commit among the events."""
+    """The notice of each commit among the events."""
     is_page: bool
-    """Whether they were read from the journal: then nobody has signed them one by one."""
+    """Whether they were read from the journal, in which commits have no signatures."""
     done: asyncio.Future[None]
 
 
 class Relay(ServingLoop[RelayReady]):
-    """Serves a site of the run that the coordinator above coordinates."""
+    """Serves one site of a run, whose coordinator is above it."""
 
     _machine: RelayMachine
 
@@ -88,16 +88,16 @@ class Relay(ServingLoop[RelayReady]):
         client: CoordinatorClient,
         session_limit: SessionLimit | None = None,
     ) -> None:
-        """`client` leads to the coordinator above; the caller closes it."""
+        """`client` is connected to the coordinator above; the caller closes it."""
         super().__init__(session_limit)
         self._settings = settings
         self._client = client
         wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
         self._history = History(settings.journal_copy, wanted, self._writer)
         self._key = b""
-        # Round -> its commit as it came, and whether in a page, until it is in the copy.
+        # Round -> its commit as it came, and whether it came in a page; until it is in the copy.
         self._notices: dict[int, tuple[wire.CommitNotice, bool]] = {}
-        # What the coordinator above signed of the newest round that it did sign.
+        # The newest round that the coordinator above signed, and its signature.
         self._signed_round = 0
         self._signature = b""
         self._up: asyncio.Queue[RelayUp | None] | None = None
@@ -105,12 +105,12 @@ class Relay(ServingLoop[RelayReady]):
         self._attempt = 0
         self._reachable_at_s = time.monotonic()
 
-    # ------------------------------------------------------------ life
+    # ------------------------------------------------------------ start and stop
 
     async def load(self) -> None:
-        """Learn what the run is, as soon as the coordinator above answers; open the copy and catch up.
+        """Ask the coordinator above for the run, then open the copy and catch up.
 
-        Raises what no retry can help, or `UnavailableError` after `give_up_after_s`.
+        Raises the error that no retry can help, or `UnavailableError` after `give_up_after_s`.
         """
         while True:
             try:
@@ -127,7 +127,7 @@ class Relay(ServingLoop[RelayReady]):
             for entry in page:
                 self._fold(entry)
         assert self._history.journal is not None
-        self._journal = self._history.journal
+        self._pages.journal = self._history.journal
         round_ = self._index.round
         self._machine = RelayMachine(
             description.genesis,
@@ -138,14 +138,14 @@ class Relay(ServingLoop[RelayReady]):
         )
 
     async def serve(self) -> None:
-        """Run the loop and follow the coordinator above, until either fails or it is cancelled."""
+        """Run the loop and follow the coordinator above until one of them fails."""
         serving = asyncio.create_task(super().serve())
         following = asyncio.create_task(self._follow())
         try:
             await asyncio.wait({serving, following}, return_when=asyncio.FIRST_COMPLETED)
             if following.done():
                 following.result()
-                log.info("the run is finished; its journal is served on")
+                log.info("the run is finished; its journal is still served")
             await serving
         finally:
             for task in (serving, following):
@@ -159,7 +159,7 @@ class Relay(ServingLoop[RelayReady]):
     # ------------------------------------------------------------ above
 
     async def _follow(self) -> None:
-        """Keep one stream to the coordinator above, while there are workers; until the run is finished."""
+        """Keep one session above while there are workers, until the run is finished."""
         waits = False
         while not self._machine.left:
             try:
@@ -193,7 +193,7 @@ class Relay(ServingLoop[RelayReady]):
         await asyncio.sleep(wait_s)
 
     async def _catch_up(self) -> None:
-        """Read the commits that the copy lacks, until the coordinator above vouches for what is held."""
+        """Read the commits that the copy lacks until the coordinator above vouches for it."""
         for _ in range(ASKED_AGAIN_MAX):
             held = self._machine.received_round
             description = await self._client.get_run(self._settings.run_id, held)
@@ -201,9 +201,9 @@ class Relay(ServingLoop[RelayReady]):
             self._check(description, held)
             if description.needs_snapshot:
                 raise ConfigError(
-                    f"The journal copy {self._settings.journal_copy} holds round {held}, and the journal "
-                    "above does not have the commits after that any more; begin from a copy of another "
-                    "relay's or worker's journal_copy that reaches further."
+                    f"The journal copy {self._settings.journal_copy} holds round {held}, and the "
+                    "journal above no longer has the commits after that; begin from a copy of "
+                    "another relay's or worker's journal_copy that reaches further."
                 )
             while True:
                 page = await self._client.read_journal(
@@ -225,8 +225,8 @@ class Relay(ServingLoop[RelayReady]):
             raise DivergedError(
                 f"The coordinator above is at round {description.round} of run "
                 f"{description.genesis.config.run_id}, this relay's copy holds round {held} of run "
-                f"{self.genesis.config.run_id}: the journal there went back or is another one; restore "
-                "the newest journal, or give the relay another journal_copy."
+                f"{self.genesis.config.run_id}: the journal there went back or is another one; "
+                "restore the newest journal, or give the relay another journal_copy."
             )
 
     async def _take_page(self, bodies: Sequence[bytes]) -> None:
@@ -246,7 +246,7 @@ class Relay(ServingLoop[RelayReady]):
         await self._history.welcomed(welcome, self._machine.round)
 
     async def _session_above(self) -> None:
-        """Keep one session until it ends."""
+        """Keep one session with the coordinator above until it ends."""
         stream = self._client.session()
         self._up = asyncio.Queue()
         sending = asyncio.create_task(self._send_up(stream, self._up))
@@ -265,7 +265,7 @@ class Relay(ServingLoop[RelayReady]):
         await self._above([ended])
 
     async def _talk(self, stream: SessionStream) -> Disconnected | SentAway:
-        """Take what comes down; how it ended."""
+        """Take the messages of a session from above; returns how the session ended."""
         welcomed = False
         while True:
             try:
@@ -273,7 +273,7 @@ class Relay(ServingLoop[RelayReady]):
             except DivergedError as error:
                 if not welcomed:
                     raise
-                # It was let in, so its history is the run's: some of its workers' weights are not.
+                # The relay had joined: its history is the run's, but some workers' weights are not.
                 log.error("above: %s", error)
                 return SentAway(str(error))
             if message is None:
@@ -292,12 +292,12 @@ class Relay(ServingLoop[RelayReady]):
             self._reachable_at_s = time.monotonic()
 
     def _expect(self, welcome: wire.Welcome) -> None:
-        """Before the machine hears of it: a commit of that round may be given out from then on."""
+        """Note the signature of a welcome; the machine may send the commit of its round then."""
         self._history.expect(welcome)
         self._signed_round, self._signature = welcome.round, welcome.signature
 
     async def _send_up(self, stream: SessionStream, up: asyncio.Queue[RelayUp | None]) -> None:
-        with contextlib.suppress(UnavailableError):  # whoever reads learns of it too
+        with contextlib.suppress(UnavailableError):  # `_talk` gets this error too.
             while (action := await up.get()) is not None:
                 match action:
                     case Leave():
@@ -331,7 +331,7 @@ class Relay(ServingLoop[RelayReady]):
         *,
         is_page: bool = False,
     ) -> None:
-        """Let the loop step the machine; what the machine does not allow ends this stream only."""
+        """Let the loop step the machine; an event that it refuses ends only this session."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         await self._items.put(_FromAbove(events, notices, is_page, done))
         try:
@@ -375,7 +375,7 @@ class Relay(ServingLoop[RelayReady]):
                     self._up.put_nowait(action)
 
     async def _keep(self, readies: Sequence[RelayReady]) -> dict[int, tuple[Row, bytes]]:
-        """Write commits into the copy, those of a journal page together; rows and signatures by round."""
+        """Write commits into the copy, a page at a time; returns rows and signatures by round."""
         sent: dict[int, tuple[Row, bytes]] = {}
         page: list[bytes] = []
         rounds = [record.round for ready in readies for record in ready.records]
@@ -394,7 +394,7 @@ class Relay(ServingLoop[RelayReady]):
             self._note_kept(entries, sent, signature)
         self._note_kept(await self._history.add(page), sent)
         if rounds:
-            self._announce()
+            self._pages.announce()
             log.info("round %d committed", rounds[-1])
         return sent
 
@@ -409,7 +409,7 @@ class Relay(ServingLoop[RelayReady]):
             sent[self._index.round] = (entry.row, signature)
 
     async def _after_turn(self) -> None:
-        """Begin, or end, to take part."""
+        """Begin or stop to take part, as there are enough workers or none."""
         if self._machine.is_staffed:
             self._staffed.set()
         elif self._staffed.is_set():
@@ -420,7 +420,8 @@ class Relay(ServingLoop[RelayReady]):
     def _digest_reported(self, digest: PartyDigest) -> list[RelayReady]:
         for found in self._digests.report(digest):
             log.error(
-                "%s diverged: its weights after round %d have digest %016x, most of the site's %016x",
+                "%s diverged: its weights after round %d have digest %016x, most of the site's "
+                "%016x",
                 found.party,
                 found.round,
                 found.found_digest64,
@@ -432,13 +433,17 @@ class Relay(ServingLoop[RelayReady]):
     def _welcome(self, round_: int, head: bytes) -> wire.Welcome:
         if not self._machine.may_welcome or (self._key and self._signed_round != round_):
             raise UnavailableError(
-                "This relay has yet to catch up with the coordinator above it; try again in a moment."
+                "This relay has yet to catch up with the coordinator above it; try again in a "
+                "moment."
             )
         signature = self._signature if self._signed_round == round_ else b""
         return wire.Welcome(epoch=self._machine.epoch, round=round_, head=head, signature=signature)
 
     def describe(self, version: int, run_id: str, round_: int = 0) -> wire.GetRunResponse:
-        """As every loop does, to callers that are not ahead of this relay."""
+        """Describe the run to a caller who holds the weights after `round_`.
+
+        Raises `UnavailableError` for a caller that is ahead of this relay.
+        """
         self._check_ahead(round_)
         return super().describe(version, run_id, round_)
 
@@ -447,14 +452,14 @@ class Relay(ServingLoop[RelayReady]):
         super()._check_hello(hello)
 
     def _check_ahead(self, round_: int) -> None:
-        """A relay that is behind its caller has a coordinator above that need not be."""
+        """Refuse a caller that is ahead; the coordinator above may be further than this relay."""
         if round_ > self._machine.round:
             raise UnavailableError(
-                f"This relay is at round {self._machine.round} and has yet to catch up with the caller, "
-                f"which holds round {round_}; try again in a moment."
+                f"This relay is at round {self._machine.round} and has yet to catch up with the "
+                f"caller, which holds round {round_}; try again in a moment."
             )
 
     @property
     def checkpoint_key(self) -> bytes:
-        """Public key of the coordinator that the run is signed by; empty if it is not."""
+        """Ed25519 public key (32 bytes) that signs the run; empty if nothing is signed."""
         return self._key

@@ -1,4 +1,4 @@
-"""The one table between our errors and what travels over gRPC: a status code's name and a reason."""
+"""The table between our errors and their form in gRPC: the name of a status code, and a reason."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from fedmezo_core import errors
 from fedmezo_core.errors import FedMezoError, NotReadyError, ProtocolError, UnavailableError
 
 REASON_KEY = "fedmezo-reason"
-"""Trailing metadata key that names the error class."""
+"""Key in the trailing metadata for the name of the error's class."""
 RETRY_AFTER_KEY = "fedmezo-retry-after-ms"
-"""Trailing metadata key with the milliseconds of `retry_after_s`."""
+"""Key in the trailing metadata for `retry_after_s` in milliseconds."""
 
 
 def _tree(root: type[FedMezoError]) -> dict[str, type[FedMezoError]]:
@@ -19,7 +19,7 @@ def _tree(root: type[FedMezoError]) -> dict[str, type[FedMezoError]]:
 
 
 BY_REASON = _tree(FedMezoError)
-"""Class name -> class, for every error there is."""
+"""Name of an error's class -> class, for every `FedMezoError`."""
 
 BY_STATUS: dict[str, type[FedMezoError]] = {
     "UNAVAILABLE": UnavailableError,
@@ -28,11 +28,11 @@ BY_STATUS: dict[str, type[FedMezoError]] = {
     "UNIMPLEMENTED": errors.VersionError,
     "INVALID_ARGUMENT": ProtocolError,
 }
-"""For statuses that gRPC itself made, which carry no reason."""
+"""Status -> class, for errors that gRPC itself raises, which have no reason."""
 
 
 def error_from(status: str, reason: str, message: str, retry_after_ms: str = "") -> FedMezoError:
-    """The error that a peer meant; the most specific class that is known here."""
+    """The error that a peer sent, of the most specific class that is known here."""
     kind = BY_REASON.get(reason) or BY_STATUS.get(status, FedMezoError)
     error = kind(message)
     if retry_after_ms.isdecimal():

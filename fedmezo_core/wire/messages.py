@@ -1,6 +1,6 @@
-"""Between our dataclasses and the session messages of `fedmezo.v1`.
+"""Conversions between our dataclasses and the session messages of `fedmezo.v1`.
 
-Decoding is strict: a field that is missing, or that cannot be meant, is a `ProtocolError`, never a default.
+Decoding is strict: a missing field or an impossible value is a `ProtocolError`, never a default.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.journal.codec import decode_record, digest_in, positive
 from fedmezo_core.journal.journal import Row
-from fedmezo_core.records import Committed
+from fedmezo_core.records import Committed, ModelDigests
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -74,7 +74,7 @@ def ticket_from_pb(message: wire.Ticket) -> Ticket:
 
 
 def assign_to_pb(assign: Assign, config: RunConfig) -> wire.SessionResponse:
-    """An assignment as a session message; what the contract says is left out."""
+    """An assignment as a session message, without the values that the contract has already."""
     work = assign.work
     first_seed = min(work.seeds)
     offsets = [seed - first_seed for seed in work.seeds]
@@ -95,7 +95,7 @@ def assign_to_pb(assign: Assign, config: RunConfig) -> wire.SessionResponse:
 
 
 def assigned_from_pb(message: wire.Assign, config: RunConfig) -> Assigned:
-    """An assignment as the worker's machine takes it."""
+    """An assignment as an event for the session machine; raises `ProtocolError`."""
     count = message.steps * config.probes
     if not 1 <= count <= STEPS_MAX or len(message.seed_offsets) not in (0, count):
         raise ProtocolError(
@@ -133,7 +133,7 @@ def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
 
 
 def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
-    """An answer as the round machine takes it."""
+    """A worker's answer as an event for the round machine."""
     return AnswerReceived(
         worker=worker,
         ticket=ticket_from_pb(message.ticket),
@@ -147,40 +147,28 @@ def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
 
 
 def unable_to_pb(unable: SendUnable) -> wire.SessionRequest:
-    """An inability as a session message; the reason is cut to what the contract allows."""
+    """A worker's inability to measure as a session message; the reason is cut to 512 characters."""
     return wire.SessionRequest(
         unable=wire.Unable(ticket=ticket_to_pb(unable.ticket), reason=unable.reason[:512])
     )
 
 
 def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
-    """An inability as the round machine takes it; control characters cannot enter a log."""
+    """A worker's inability to measure as an event, without control characters in its reason."""
     reason = "".join(c if c.isprintable() else " " for c in message.reason[:512])
     return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
 
 
-class Describes(Protocol):
-    """What names a party's model: a genesis does, and a loaded model."""
+class Describes(ModelDigests, Protocol):
+    """What a hello says of a party's model and run: a genesis has it, and a loaded model."""
 
     @property
     def config(self) -> RunConfig:
         """The run's contract."""
 
-    @property
-    def manifest_digest(self) -> bytes:
-        """Of the trainable tensors."""
-
-    @property
-    def base_digest(self) -> bytes:
-        """Of the base weights."""
-
-    @property
-    def tokenizer_digest(self) -> bytes:
-        """Of the tokenizer."""
-
 
 def hello_to_pb(party: Describes, worker: str, round_: int, head: bytes) -> wire.SessionRequest:
-    """How `worker` introduces itself at the round and head that it holds."""
+    """The hello of `worker` at the round and head that it holds."""
     config = party.config
     return wire.SessionRequest(
         hello=wire.Hello(
@@ -198,7 +186,7 @@ def hello_to_pb(party: Describes, worker: str, round_: int, head: bytes) -> wire
 
 
 def commit_of(record_bytes: bytes, head_before: bytes = b"") -> CommitReceived | None:
-    """A commit's record as the session machine takes it; None for any other record."""
+    """A record as an event for the session machine; None if it is not a commit."""
     record = decode_record(record_bytes)
     if not isinstance(record, Committed):
         return None
@@ -206,7 +194,7 @@ def commit_of(record_bytes: bytes, head_before: bytes = b"") -> CommitReceived |
 
 
 def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
-    """A message from the coordinator as the session machine takes it."""
+    """A message from the coordinator as an event for the session machine."""
     match message.WhichOneof("kind"):
         case "welcome":
             welcome = message.welcome
@@ -229,14 +217,15 @@ def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEv
         case _:
             pass
     raise ProtocolError(
-        "The coordinator sent a message that this version does not know; use the same FedMeZO version."
+        "The coordinator sent a message that this version does not know; "
+        "use the same FedMeZO version."
     )
 
 
 def message_to_pb(
     message: Assign | Ack | Refuse | Finish, config: RunConfig, head_at: Callable[[int], bytes]
 ) -> wire.SessionResponse:
-    """What the round machine addresses to a worker, as a session message."""
+    """A message from the round machine to a worker, as a session message."""
     match message:
         case Assign():
             return assign_to_pb(message, config)
@@ -252,5 +241,5 @@ def message_to_pb(
 
 
 def commit_to_pb(row: Row, signature: bytes = b"") -> wire.SessionResponse:
-    """A commit as it stands in the journal, as a session message; with its checkpoint's signature."""
+    """A commit's row of the journal as a session message, with the signature of its head."""
     return wire.SessionResponse(commit=wire.CommitNotice(record=row.body, signature=signature))

@@ -59,19 +59,12 @@ class Party:
 
     def check_same_base(self, genesis: Genesis) -> None:
         """Refuse to go on from another base than the run's, and say what differs."""
-        ours = self.genesis()
         also = ", and begin from the same adapter, or none" if genesis.config.lora else ""
-        for what, mine, theirs in (
-            ("tokenizer", ours.tokenizer_digest, genesis.tokenizer_digest),
-            ("manifest (the trainable tensors)", ours.manifest_digest, genesis.manifest_digest),
-            ("base weights", ours.base_digest, genesis.base_digest),
-        ):
-            if mine != theirs:
-                raise MismatchError(
-                    f"The {what} loaded here differ from the run's: digest {mine.hex()[:16]} instead "
-                    f"of {theirs.hex()[:16]}; load the same files of {genesis.config.model} as the "
-                    f"coordinator{also}."
-                )
+        for what, digests in genesis.differences(self):
+            raise MismatchError(
+                f"The {what} loaded here differ from the run's: {digests}; load the same files of "
+                f"{genesis.config.model} as the coordinator{also}."
+            )
 
 
 def open_party(

@@ -7,25 +7,16 @@ from typing import Any
 
 import pytest
 
-from fedmezo_coordinator.coordinator_settings import (
-    ENVIRONMENT_PREFIX,
-    CoordinatorSettings,
-    model_label,
-)
-from fedmezo_coordinator.programs.coordinator_command import tell_if_no_loss_is_seen
-from fedmezo_coordinator.serving.hosting import FILES_BESIDE_SESSIONS, sessions_that_fit
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, model_label
+from fedmezo_coordinator.programs.coordinator_command import warn_if_no_loss_is_seen
+from fedmezo_coordinator.serving.hosting import FILES_RESERVED, sessions_that_fit
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import load_settings
 from tests.integration.support.harness import config_of, run_values, toml_of
 
 
 def load(*arguments: str) -> CoordinatorSettings:
-    return load_settings(
-        CoordinatorSettings,
-        arguments,
-        program="fedmezo-coordinator",
-        environment_prefix=ENVIRONMENT_PREFIX,
-    )
+    return load_settings(CoordinatorSettings, arguments, program="fedmezo-coordinator")
 
 
 @pytest.mark.parametrize("listen", ["here", "here:", ":80", "here:x", "1.2.3.4:65536", ""])
@@ -104,16 +95,16 @@ def test_a_limit_of_sessions_has_limits(name: str, value: int, allowed: bool) ->
 def test_no_more_sessions_are_taken_than_files_may_be_opened(
     more: int, fit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hard = 100 + FILES_BESIDE_SESSIONS + more
+    hard = 100 + FILES_RESERVED + more
     raised: list[tuple[int, int]] = []
     monkeypatch.setattr("resource.getrlimit", lambda _: (64, hard))
     monkeypatch.setattr("resource.setrlimit", lambda _, limits: raised.append(limits))
     assert sessions_that_fit(load("--sessions-max=100")) == fit
-    assert raised == [(fit + FILES_BESIDE_SESSIONS, hard)]
+    assert raised == [(fit + FILES_RESERVED, hard)]
     assert ("lower sessions_max" in caplog.text) is (more < 0)
     caplog.clear()
-    assert sessions_that_fit(load()) == hard - FILES_BESIDE_SESSIONS
-    assert not caplog.text  # nobody asked for so many
+    assert sessions_that_fit(load()) == hard - FILES_RESERVED
+    assert not caplog.text  # nobody asked for a number
 
 
 @pytest.mark.parametrize(
@@ -130,5 +121,5 @@ def test_no_more_sessions_are_taken_than_files_may_be_opened(
 def test_a_run_whose_loss_nobody_sees_is_told_so(
     settings: dict[str, Any], run: dict[str, Any], warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tell_if_no_loss_is_seen(CoordinatorSettings(**settings), config_of(**run))
+    warn_if_no_loss_is_seen(CoordinatorSettings(**settings), config_of(**run))
     assert ("goes unnoticed" in caplog.text) is warns

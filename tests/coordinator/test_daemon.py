@@ -11,7 +11,7 @@ import pytest
 from benchmarks.serving.long_run import next_assignment
 from benchmarks.serving.swarm import answer_to, hello_of
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.serving.loop import OUTBOX_MAX, Session
+from fedmezo_coordinator.serving.worker_session import OUTBOX_MAX, WorkerSession
 from fedmezo_core.errors import FedMezoError, JournalCorruptError, NotReadyError, ProtocolError
 from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.journal.journal import ZERO_HASH, Journal, head_after
@@ -32,12 +32,12 @@ from tests.integration.support.harness import (
 MESSAGE = wire.SessionResponse(ack=wire.Ack())
 
 
-def drained(session: Session) -> list[wire.SessionResponse | bytes | FedMezoError]:
+def drained(session: WorkerSession) -> list[wire.SessionResponse | bytes | FedMezoError]:
     return [session.outbox.get_nowait() for _ in range(session.outbox.qsize())]
 
 
 def test_a_worker_that_reads_slowly_is_cut_off_and_told_to_reconnect() -> None:
-    session = Session("slow")
+    session = WorkerSession("slow")
     for _ in range(3 * OUTBOX_MAX):
         session.put(MESSAGE)
     waiting = drained(session)
@@ -48,7 +48,7 @@ def test_a_worker_that_reads_slowly_is_cut_off_and_told_to_reconnect() -> None:
 
 
 def test_a_session_ends_once_and_with_what_was_first() -> None:
-    session = Session("w1")
+    session = WorkerSession("w1")
     session.put(MESSAGE)
     session.end(ProtocolError("first"))
     session.end(ProtocolError("second"))

@@ -47,7 +47,10 @@ VALUES: dict[str, Any] = {
         ),
         (
             {"local_steps": 4, "probes": 1024, "cohort_size_max": 65},
-            "local_steps x probes x cohort_size_max = 266240 pairs in one round; the most is 262144",
+            (
+                "local_steps x probes x cohort_size_max = 266240 pairs in one round; "
+                "the most is 262144"
+            ),
         ),
         ({"run_id": "Run 1"}, "run_id = 'Run 1' is not allowed"),
         ({"run_id": "run-1\n"}, "run_id = 'run-1\\n' is not allowed"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from pydantic import Field
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import load_settings
@@ -16,6 +16,8 @@ from fedmezo_core.layered_settings import load_settings
 class Example(BaseSettings):
     """A program of the tests."""
 
+    model_config = SettingsConfigDict(env_prefix="EXAMPLE_")
+
     port_number: int = Field(default=1, ge=1, le=9, description="a port")
     label: str = Field(default="none", description="a label")
     chatty: bool = Field(default=True, description="a switch")
@@ -23,7 +25,7 @@ class Example(BaseSettings):
 
 
 def load(*arguments: str) -> Example:
-    return load_settings(Example, arguments, program="example", environment_prefix="EXAMPLE_")
+    return load_settings(Example, arguments, program="example")
 
 
 def complaint(*arguments: str) -> str:

@@ -206,7 +206,7 @@ def test_another_tokenizer_is_refused_by_name(
 
 def test_another_run_is_refused_by_name(complaint: Said) -> None:
     said = complaint(run_id="other-run")
-    assert "Run 'other-run' is not served here, this coordinator serves 'tiny-run'" in said
+    assert "Run 'other-run' is not served here; this coordinator serves 'tiny-run'" in said
 
 
 def test_a_coordinator_that_does_not_answer(complaint: Said) -> None:
@@ -347,7 +347,7 @@ async def test_a_port_in_use(programs: Programs, journal: Path, tmp_path: Path) 
     other = tmp_path / "other.db"
     write_genesis(other, HAND_GENESIS)
     said = await refused(programs, other, HAND_RUN, "--listen", address, status=2)
-    assert f"Cannot listen on {address}: the address is in use" in said
+    assert f"Cannot listen on {address}: another process uses the address" in said
     assert "choose another --listen" in said
 
 

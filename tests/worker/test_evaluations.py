@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedmezo_coordinator.serving.loop import Session
+from fedmezo_coordinator.serving.worker_session import WorkerSession
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Genesis
@@ -112,7 +112,7 @@ async def run(
     async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
         take = at.daemon.receive
 
-        async def receive(session: Session, message: wire.SessionRequest) -> None:
+        async def receive(session: WorkerSession, message: wire.SessionRequest) -> None:
             sent[session.worker].append(message)
             await take(session, message)
 

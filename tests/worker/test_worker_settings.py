@@ -8,7 +8,7 @@ import pytest
 
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import load_settings
-from fedmezo_worker.worker_settings import ENVIRONMENT_PREFIX, WorkerSettings
+from fedmezo_worker.worker_settings import WorkerSettings
 
 GIVEN = {"--name": "w1", "--data": "rows.jsonl"}
 
@@ -19,7 +19,6 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
         WorkerSettings,
         [f"{flag}={value}" for flag, value in flags.items() if value != "absent"],
         program="fedmezo-worker",
-        environment_prefix=ENVIRONMENT_PREFIX,
     )
 
 

@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
-import sys
 from collections.abc import Sequence
 
-from fedmezo_core.layered_settings import load_settings
-from fedmezo_core.program import run_program
-from fedmezo_worker.worker_settings import ENVIRONMENT_PREFIX, WorkerSettings
-
-PROGRAM = "fedmezo-worker"
+from fedmezo_core.program import run_daemon
+from fedmezo_worker.worker_settings import WorkerSettings
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
-    )
-    logging.getLogger("fedmezo").setLevel(logging.INFO)
-
-    def work() -> None:
-        settings = load_settings(
-            WorkerSettings,
-            sys.argv[1:] if arguments is None else arguments,
-            program=PROGRAM,
-            environment_prefix=ENVIRONMENT_PREFIX,
-        )
-        asyncio.run(run(settings))
-
-    return run_program(PROGRAM, work)
+    """Run `fedmezo-worker`; returns the exit status."""
+    return run_daemon("fedmezo-worker", WorkerSettings, run, arguments)
 
 
 async def run(settings: WorkerSettings) -> None:

@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 
 from pydantic import ByteSize, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmezo_core.config import NAME_PATTERN
 from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey
-
-ENVIRONMENT_PREFIX = "FEDMEZO_WORKER_"
 
 
 class WorkerSettings(BaseSettings):
@@ -20,6 +18,8 @@ class WorkerSettings(BaseSettings):
     Settings come from flags, then from FEDMEZO_WORKER_* in the environment, then from the TOML file
     that --config names.
     """
+
+    model_config = SettingsConfigDict(env_prefix="FEDMEZO_WORKER_")
 
     coordinator: Address = Field(
         default="127.0.0.1:7465", description="host:port of the coordinator"

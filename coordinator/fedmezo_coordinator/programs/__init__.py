@@ -1,1 +1,1 @@
-"""The commands: fedmezo, fedmezo-coordinator and fedmezo-relay."""
+"""The commands `fedmezo`, `fedmezo-coordinator` and `fedmezo-relay`."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmezo_coordinator.coordinator_settings import ENVIRONMENT_PREFIX, CoordinatorSettings
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
 from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit, stop_signal
@@ -21,41 +20,25 @@ from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.signed_heads import open_signer
-from fedmezo_core.layered_settings import load_settings
-from fedmezo_core.program import run_program
-
-PROGRAM = "fedmezo-coordinator"
+from fedmezo_core.program import run_daemon
 
 log = logging.getLogger("fedmezo.coordinator")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
-    )
-
-    def work() -> None:
-        settings = load_settings(
-            CoordinatorSettings,
-            sys.argv[1:] if arguments is None else arguments,
-            program=PROGRAM,
-            environment_prefix=ENVIRONMENT_PREFIX,
-        )
-        asyncio.run(run(settings))
-
-    return run_program(PROGRAM, work)
+    """Run `fedmezo-coordinator`; returns the exit status."""
+    return run_daemon("fedmezo-coordinator", CoordinatorSettings, run, arguments)
 
 
 async def run(settings: CoordinatorSettings) -> None:
-    """Serve until SIGTERM or Ctrl-C; raises what stopped it otherwise."""
+    """Serve until SIGTERM or Ctrl-C; raises the error that stopped the coordinator otherwise."""
     stop, give_up = stop_signal(), threading.Event()
     with tempfile.TemporaryDirectory(prefix="fedmezo-") as folder:
-        # A private socket for the replica: it needs no TLS and no address that others can reach.
+        # The replica gets a private socket, which needs no TLS and which others cannot reach.
         private = f"unix:{Path(folder) / 'replica.sock'}"
-        # Port and journal are taken first: nobody should wait for a model to load to be told that
-        # either is another process's. A standby takes no port before it serves: workers would connect
-        # to it, and wait.
+        # The port and the journal come first: if another process has one of them, a person should
+        # know before a model is loaded. A standby takes no port before it serves, because workers
+        # would connect to it and wait.
         bound = None if settings.standby else bind_server(settings.listen, settings.tls, private)
         journal = await _open(settings, stop, give_up)
         if journal is None:
@@ -67,13 +50,16 @@ async def run(settings: CoordinatorSettings) -> None:
         daemon = starting.result()
         log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
         replica = _keep_replica(settings, daemon, private)
-        await host(settings, server, port, daemon, stop, beside=replica, at_stop=give_up.set)
+        await host(settings, server, port, daemon, stop, alongside=replica, at_stop=give_up.set)
 
 
 async def _open(
     settings: CoordinatorSettings, stop: asyncio.Event, give_up: threading.Event
 ) -> Journal | None:
-    """Open the journal in a thread, because a standby may wait for days; None if `stop` came first."""
+    """Open the journal; returns None if `stop` came first.
+
+    This runs in a thread, because a standby may wait for days.
+    """
     opening = asyncio.create_task(
         asyncio.to_thread(open_store, settings.journal, standby=settings.standby, give_up=give_up)
     )
@@ -84,12 +70,12 @@ async def _open(
 
 
 async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
-    """Begin the run if the journal is new, load it, and see that the settings mean the same run."""
+    """Begin the run if the journal is new, load it, and check that the settings mean this run."""
     where = "the [run] settings"
     if journal.is_empty:
         config = settings.run_config(where)
         check_compaction(settings, config)
-        log.info("new run %s: loading %s to name its base", config.run_id, config.model)
+        log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
         journal.append([genesis])
     session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
@@ -100,43 +86,45 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     await daemon.load()
     _check_same_run(settings, daemon.genesis.config)
     check_compaction(settings, daemon.genesis.config)
-    tell_if_no_loss_is_seen(settings, daemon.genesis.config)
+    warn_if_no_loss_is_seen(settings, daemon.genesis.config)
     if settings.resume:
         await daemon.resume(settings.resume_rate_factor)
     elif daemon.pause_reason:
-        log.error("the run is paused: %s; start with --resume to go on", daemon.pause_reason)
+        log.error("the run is paused: %s; start with --resume to continue", daemon.pause_reason)
     return daemon
 
 
 def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
-    """Records go only where something takes their place."""
+    """Refuse to drop records of a run in which nothing takes their place."""
     has_snapshots = settings.has_replica and settings.snapshot_every_rounds
     if settings.compact_after_records and not has_snapshots and config.seed_policy != "pool":
         raise ConfigError(
-            f"compact_after_records = {settings.compact_after_records} needs snapshots, which workers begin "
-            "from then; set snapshot_every_rounds, model and replica too, or leave it out."
+            f"compact_after_records = {settings.compact_after_records} needs snapshots, from which "
+            "workers begin instead; set snapshot_every_rounds, model and replica too, or leave it "
+            "out."
         )
 
 
-def tell_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> None:
-    """A run that diverges pauses, if somebody says so."""
+def warn_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> None:
+    """Warn if nobody reports a loss, because then a run that diverges does not pause."""
     is_evaluated = settings.has_replica and settings.heldout is not None
     if config.pause_rounds and not config.report_losses and not is_evaluated:
         log.warning(
-            "no loss is seen here, so a learning rate that is too large goes unnoticed until nobody can "
-            "measure; give model and heldout, or let workers report theirs (report_losses in a new run)"
+            "nobody reports a loss, so a learning rate that is too large goes unnoticed until no "
+            "worker can measure; set model and heldout, or report_losses in a new run"
         )
 
 
 def _check_same_run(settings: CoordinatorSettings, fixed: RunConfig) -> None:
-    """The journal fixes the contract; settings that say otherwise are a mistake, not an update."""
+    """Refuse settings that differ from the contract in the journal, which nothing can change."""
     written = fixed.model_dump()
     asked = parse_run({**written, **settings.run}, "the [run] settings").model_dump()
     for key, value in asked.items():
         if value != written[key]:
             raise ConfigError(
-                f"The journal {journal_shown(settings.journal)} belongs to a run with {key} = {written[key]!r}, the "
-                f"settings say {value!r}; take the setting back, or give the new run another --journal."
+                f"The journal {journal_shown(settings.journal)} belongs to a run with {key} = "
+                f"{written[key]!r}, the settings say {value!r}; take the setting back, or give the "
+                "new run another --journal."
             )
 
 
@@ -144,7 +132,7 @@ async def _keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: 
     if not settings.replica:
         return
     if not settings.model:
-        log.warning("no model is set, so there is no replica: nothing is evaluated here")
+        log.warning("no model is set, so there is no replica and nothing is evaluated here")
         return
     supervisor = ReplicaSupervisor(
         settings, address, daemon.genesis.config.run_id, daemon.replica_secret

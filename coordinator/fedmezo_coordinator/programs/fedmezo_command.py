@@ -1,4 +1,4 @@
-"""`fedmezo`: split data, look at a run, check its journal, take its model home."""
+"""`fedmezo`: split data, watch a run, check its journal, export its model."""
 
 from __future__ import annotations
 
@@ -16,46 +16,32 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
-from fedmezo_coordinator.coordinator_settings import ENVIRONMENT_PREFIX, CoordinatorSettings
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
 from fedmezo_coordinator.stores.opening import journal_shown, open_store, path_beside
-from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, ModelError
+from fedmezo_core import records
+from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row, StoredOrigin
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.sealed_state import Origin, unseal
-from fedmezo_core.program import run_program
-from fedmezo_core.records import (
-    Answered,
-    Committed,
-    Diverged,
-    Evaluated,
-    Genesis,
-    Opened,
-    Paused,
-    Record,
-    Resumed,
-    SeedRange,
-    SignedHead,
-    Snapshotted,
-    Started,
-    Stopped,
-)
+from fedmezo_core.program import run_program, worker_packages
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 app = typer.Typer(
     name="fedmezo",
-    help="Split data, look at a federated run, check its journal, take its model home.",
+    help="Split data, watch a federated run, check its journal, export its model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 journal_app = typer.Typer(
-    help="Read a journal: a file, or a running coordinator's.", no_args_is_help=True
+    help="Read a journal: a file, a database, or the journal of a running coordinator.",
+    no_args_is_help=True,
 )
 app.add_typer(journal_app, name="journal")
 
@@ -65,22 +51,22 @@ Coordinator = Annotated[
         "--coordinator", envvar="FEDMEZO_COORDINATOR", help="host:port of the coordinator"
     ),
 ]
-TlsCa = Annotated[
-    Path | None, typer.Option(help="PEM file of the CA to trust; without it, plain TCP")
-]
-JournalPlace = Annotated[
+TlsCa = Annotated[Path | None, typer.Option(help="PEM file of the CA to trust; none: no TLS")]
+JournalArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="JOURNAL",
-        help="journal file of a stopped coordinator, or its postgresql:// URL; "
-        "without it, --coordinator is asked",
+        help="journal of a stopped coordinator, a file or a postgresql:// URL; "
+        "default: read it from --coordinator",
     ),
 ]
+OutputFolder = Annotated[Path, typer.Argument(help="folder to write; must be new or empty")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 DEFAULT_ADDRESS = "127.0.0.1:7465"
 
 
 def main() -> int:
-    """Entry point; returns the exit status."""
+    """Run `fedmezo`; returns the exit status."""
     return run_program("fedmezo", lambda: app(standalone_mode=True))
 
 
@@ -88,9 +74,9 @@ def main() -> int:
 def status(
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON for programs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the status as JSON")] = False,
 ) -> None:
-    """Show progress, workers, traffic, digests and evaluations of a run."""
+    """Show the progress, workers, traffic, digests and evaluations of a run."""
     answer = asyncio.run(_status(coordinator, tls_ca))
     if as_json:
         print(json.dumps(status_values(answer)))
@@ -104,21 +90,23 @@ def status(
 def watch(
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
-    every_s: Annotated[float, typer.Option(min=0.1, help="seconds between looks")] = 1.0,
+    every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
 ) -> None:
-    """Follow a run until it is finished; Ctrl-C stops watching, not the run."""
+    """Show a run until it is finished; Ctrl-C stops the display, not the run."""
     asyncio.run(_watch(coordinator, tls_ca, every_s))
 
 
 @journal_app.command()
 def inspect(
-    journal: JournalPlace = None,
+    journal: JournalArgument = None,
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
     from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object on each line")
+    ] = False,
 ) -> None:
-    """Print the journal's records, one a line."""
+    """Print the journal's records, one on each line."""
     with _opened(journal, coordinator, tls_ca) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
@@ -130,21 +118,25 @@ def inspect(
 
 @journal_app.command()
 def verify(
-    journal: JournalPlace = None, coordinator: Coordinator = DEFAULT_ADDRESS, tls_ca: TlsCa = None
+    journal: JournalArgument = None,
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
 ) -> None:
-    """Check every hash, the order and the sense of the journal; prints its head."""
+    """Check the hashes, order and meaning of all records, and print the journal's head."""
     with _opened(journal, coordinator, tls_ca) as source:
         print(_verified_line(source))
 
 
 @journal_app.command()
 def restore(
-    copy: Annotated[str, typer.Argument(help="a worker's journal_copy, or another journal file")],
+    copy: Annotated[
+        str, typer.Argument(help="the journal_copy of a worker or relay, or another journal")
+    ],
     journal: Annotated[
-        str, typer.Argument(help="journal to write, a new file or an empty one's URL")
+        str, typer.Argument(help="journal to write: a new file, or the URL of an empty journal")
     ],
 ) -> None:
-    """Write a coordinator's journal from a verified copy; start the coordinator with it to go on."""
+    """Write a coordinator's journal from a copy that is verified first, to continue the run."""
     with _opened(copy, "", None) as verifying:
         line = _verified_line(verifying)
     source = open_store(copy, read_only=True)
@@ -153,7 +145,7 @@ def restore(
         try:
             if len(target):
                 raise ConfigError(
-                    f"{journal_shown(journal)} holds a run already; give the name of a new journal."
+                    f"{journal_shown(journal)} already holds a run; give the name of a new journal."
                 )
             origin = source.origin()
             if origin is not None:
@@ -167,56 +159,58 @@ def restore(
     print(f"{line}\nwrote {journal_shown(journal)}")
     if origin is not None:
         print(
-            "its first records were dropped, so workers begin from a snapshot: put the run's snapshots into "
-            f"{path_beside(journal, '.snapshots')}"
+            "its first records were dropped, so workers begin from a snapshot: put the run's "
+            f"snapshots into {path_beside(journal, '.snapshots')}"
         )
 
 
 @app.command()
 def export(
-    folder: Annotated[Path, typer.Argument(help="folder to write; must not exist or be empty")],
-    model: Annotated[str, typer.Option(help="base model: hub name or folder")] = "",
+    folder: OutputFolder,
+    model: Annotated[
+        str, typer.Option(help="base model: hub name or folder; default: the name in the journal")
+    ] = "",
     adapter: Annotated[
-        Path | None, typer.Option(help="folder of the adapter that the run began from, if it did")
+        Path | None, typer.Option(help="folder of the adapter that the run began from, if any")
     ] = None,
     adapter_only: Annotated[
         bool,
-        typer.Option("--adapter-only", help="write the run's LoRA adapter alone, in peft's layout"),
+        typer.Option("--adapter-only", help="write only the run's LoRA adapter, in peft's layout"),
     ] = False,
     journal: Annotated[
         str | None,
-        typer.Option(help="journal file of a stopped coordinator, or its postgresql:// URL"),
+        typer.Option(
+            help="journal of a stopped coordinator, a file or a postgresql:// URL; "
+            "default: read it from --coordinator"
+        ),
     ] = None,
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
     round_: Annotated[
-        int | None, typer.Option("--round", min=0, help="stop after this round; default: the last")
+        int | None,
+        typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
     ] = None,
     snapshots: Annotated[
         Path | None,
         typer.Option(
-            help="folder of the run's snapshots, if its journal's first records were dropped; default: "
-            "beside --journal"
+            help="folder of the run's snapshots, needed if the journal's first records were "
+            "dropped; default: next to --journal"
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+    threads: Threads = None,
 ) -> None:
-    """Rebuild the model from base and journal, and write a Hugging Face folder.
+    """Rebuild the model from its base and the journal, and write a Hugging Face folder.
 
-    If the journal's oldest records were dropped, it begins from a snapshot instead.
+    If the journal's oldest records were dropped, the model is rebuilt from a snapshot instead.
     """
     with _opened(journal, coordinator, tls_ca) as source:
         plan = plan_of(source, round_)
     genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
         raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
-    try:
+    with worker_packages("export"):
         from fedmezo_core.zo.export import export_adapter, export_model
         from fedmezo_core.zo.party import commits_of, open_party
-    except ImportError as error:
-        raise ModelError(
-            f"The package {error.name} is missing; install fedmezo[worker] to export."
-        ) from None
     party = open_party(
         genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
     )
@@ -242,34 +236,31 @@ def export(
 
 @app.command()
 def adapter(
-    folder: Annotated[Path, typer.Argument(help="folder to write; must not exist or be empty")],
-    config: Annotated[Path, typer.Option(help="the coordinator's TOML file, with [run.lora]")],
+    folder: OutputFolder,
+    config: Annotated[
+        Path, typer.Option(help="the coordinator's TOML file; its run must train a LoRA adapter")
+    ],
     data: Annotated[
         Path,
-        typer.Option(help="texts like the workers': a JSONL, CSV or Parquet file, or a folder"),
+        typer.Option(help="rows like the workers': a JSONL, CSV or Parquet file, or a folder"),
     ],
-    rows_max: Annotated[int, typer.Option(min=1, help="rows to read at most")] = 1000,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads")] = None,
+    rows_max: Annotated[int, typer.Option(min=1, help="most rows to read")] = 1000,
+    threads: Threads = None,
 ) -> None:
-    """Fit a run's first adapter to texts, and write it in peft's layout; see docs/configuration.md."""
+    """Fit the adapter that a run begins from to texts; see docs/configuration.md."""
     settings = load_settings(
-        CoordinatorSettings,
-        ["--config", str(config)],
-        program="fedmezo adapter",
-        environment_prefix=ENVIRONMENT_PREFIX,
+        CoordinatorSettings, ["--config", str(config)], program="fedmezo adapter"
     )
-    try:
+    with worker_packages("fit an adapter"):
         from fedmezo_core.zo.data.rows import read_rows
         from fedmezo_core.zo.export import export_adapter
         from fedmezo_core.zo.fitting import fit_adapter
         from fedmezo_core.zo.party import open_party
-    except ImportError as error:
-        raise ModelError(
-            f"The package {error.name} is missing; install fedmezo[worker] to fit an adapter."
-        ) from None
     run = settings.run_config(f"[run] in {config}")
     if run.lora is None:
-        raise ConfigError(f"{config} has no [run.lora], so there is no adapter to fit; add one.")
+        raise ConfigError(
+            f"{config} has no [run.lora], so there is no adapter to fit; add that table."
+        )
     party = open_party(run, settings.model, threads=threads)
     rows = read_rows(data, party.task.columns)[:rows_max]
     fit_adapter(party, rows)
@@ -283,9 +274,10 @@ def adapter(
 @app.command()
 def split(
     data: Annotated[
-        Path, typer.Argument(help="rows: a JSONL, CSV or Parquet file, or a folder of them")
+        Path,
+        typer.Argument(help="rows to split: a JSONL, CSV or Parquet file, or a folder of them"),
     ],
-    out: Annotated[Path, typer.Option(help="folder to write; must not exist or be empty")],
+    out: Annotated[Path, typer.Option(help="folder to write; must be new or empty")],
     splitter: Annotated[
         Splitter,
         typer.Option(
@@ -294,26 +286,31 @@ def split(
         ),
     ] = Splitter.IID,
     workers: Annotated[
-        int | None, typer.Option(help="how many; for category the default is one a category")
+        int | None,
+        typer.Option(
+            help="number of workers; for category the default is the number of categories"
+        ),
     ] = None,
-    names: Annotated[str, typer.Option(help="the workers' names, with commas between them")] = "",
-    by: Annotated[str | None, typer.Option(help="column with the class or category")] = None,
+    names: Annotated[str, typer.Option(help="names of the workers, separated by commas")] = "",
+    by: Annotated[str | None, typer.Option(help="column that holds the class or category")] = None,
     alpha: Annotated[
         float | None,
-        typer.Option(help="dirichlet: smaller is more uneven (0.5 if not given)"),
+        typer.Option(help="dirichlet: smaller is more uneven (default 0.5)"),
     ] = None,
     rows_min: Annotated[
         int | None,
         typer.Option(
-            help="dirichlet: least rows of a worker, taken from the largest (1 if not given)"
+            help="dirichlet: fewest rows of a worker, filled up from the largest (default 1)"
         ),
     ] = None,
     heldout: Annotated[
-        str, typer.Option(help="rows to hold out first: a share, or a number of rows")
+        str, typer.Option(help="rows to hold out first: a share below 1, or a number of rows")
     ] = "0.1",
-    seed: Annotated[int, typer.Option(min=0, help="the same seed and rows: the same files")] = 1,
+    seed: Annotated[
+        int, typer.Option(min=0, help="the same seed and rows give the same files")
+    ] = 1,
 ) -> None:
-    """Split rows into one file for each worker and a held-out one, for an experiment."""
+    """Split rows into one file for each worker and one of held-out rows, for an experiment."""
     options = SplitOptions(
         splitter=splitter,
         workers=workers,
@@ -343,15 +340,15 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
     async with CoordinatorClient(address, tls_ca) as client:
         answer = await client.get_status()
         first_seen = (answer.round, time.monotonic())
-        told = ""
+        shown = ""
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 left = seconds_left(answer, first_seen, time.monotonic())
                 if console.is_terminal:
                     live.update(run_view(answer, seconds_left=left), refresh=True)
-                elif run_line(answer) != told:
-                    told = run_line(answer)
-                    print(told, flush=True)
+                elif run_line(answer) != shown:
+                    shown = run_line(answer)
+                    print(shown, flush=True)
                 if answer.phase == wire.PHASE_FINISHED:
                     return
                 await asyncio.sleep(every_s)
@@ -360,7 +357,7 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
 
 @contextmanager
 def _opened(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[Journal]:
-    """A journal, or what a coordinator sends of its own."""
+    """Open a journal, or a copy of the one that a coordinator sends."""
     store = (
         open_store(journal, read_only=True) if journal else asyncio.run(_fetched(address, tls_ca))
     )
@@ -371,9 +368,9 @@ def _opened(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[
 
 
 def _verified_line(journal: Journal) -> str:
-    """What a journal comes to, once all of it is verified and folded."""
+    """Verify and replay a journal; returns one line about its run."""
     machine, count, before = RoundMachine(), 0, ""
-    signed: SignedHead | None = None
+    signed: records.SignedHead | None = None
     origin = journal.origin()
     if origin is not None:
         machine.restore(origin.state)
@@ -383,14 +380,14 @@ def _verified_line(journal: Journal) -> str:
         )
     for entry in verified(journal):
         machine.apply(entry.record)
-        if isinstance(entry.record, SignedHead) and entry.record.signature:
+        if isinstance(entry.record, records.SignedHead) and entry.record.signature:
             signed = entry.record
         count += 1
     if len(journal) == 0:
         raise JournalCorruptError("The journal is empty: no run has begun in it.")
     line = (
-        f"sound: {count} records{before or ','} run {machine.config.run_id}, {machine.epoch} coordinator "
-        f"starts, {machine.round} rounds committed, head {journal.head.hex()}"
+        f"sound: {count} records{before or ','} run {machine.config.run_id}, {machine.epoch} "
+        f"coordinator starts, {machine.round} rounds committed, head {journal.head.hex()}"
     )
     if signed is not None:
         line += f"; signed up to round {signed.round} by {signed.key.hex()}"
@@ -408,7 +405,7 @@ async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
 
 
 def status_values(answer: wire.GetStatusResponse) -> dict[str, Any]:
-    """A status as plain values, digests in hex; the keys are the proto's field names."""
+    """A status as plain values: the keys are the .proto field names, digests are in hex."""
     values: dict[str, Any] = MessageToDict(
         answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
     )
@@ -422,9 +419,9 @@ def status_values(answer: wire.GetStatusResponse) -> dict[str, Any]:
 
 def _origin_line(origin: Origin) -> str:
     return (
-        f"{origin.seqno - 1:>8}  {origin.chain.hex()[:12]}  origin     records 0 to {origin.seqno - 1}, "
-        f"up to round {origin.round}, were dropped; head {origin.head.hex()[:16]}, "
-        f"{_signed_by(origin.key)}"
+        f"{origin.seqno - 1:>8}  {origin.chain.hex()[:12]}  origin     records 0 to "
+        f"{origin.seqno - 1}, up to round {origin.round}, were dropped; head "
+        f"{origin.head.hex()[:16]}, {_signed_by(origin.key)}"
     )
 
 
@@ -445,46 +442,47 @@ def _json_origin_line(origin: Origin) -> str:
     )
 
 
-def _line(row: Row, record: Record) -> str:
+def _line(row: Row, record: records.Record) -> str:
     match record:
-        case Genesis(config):
-            text = f"genesis    run {config.run_id} on {config.model}, base {record.base_digest.hex()[:16]}"
-        case Started(epoch):
+        case records.Genesis(config):
+            base = record.base_digest.hex()[:16]
+            text = f"genesis    run {config.run_id} on {config.model}, base {base}"
+        case records.Started(epoch):
             text = f"started    epoch {epoch}"
-        case Opened(round_, first_slot, workers):
+        case records.Opened(round_, first_slot, workers):
             text = f"opened     round {round_}, slots from {first_slot}: {', '.join(workers)}"
-        case Answered(round_, slot, grads):
+        case records.Answered(round_, slot, grads):
             text = f"answered   round {round_}, slot {slot}, {len(grads)} projected gradients"
-        case Committed(round_, runs):
+        case records.Committed(round_, runs):
             base = " from the base" if record.from_base else ""
             ages = [round_ - place.round for place in record.answers]
             old = f", answers {', '.join(map(str, ages))} rounds old" if ages else ""
             text = f"committed  round {round_}, {len(runs)} runs, {record.pairs} pairs{base}{old}"
-        case Diverged(round_, party):
+        case records.Diverged(round_, party):
             text = f"diverged   {party} after round {round_}"
-        case Evaluated(round_, loss, accuracy, rows):
+        case records.Evaluated(round_, loss, accuracy, rows):
             text = (
                 f"evaluated  round {round_}: loss {loss:.4f}, accuracy {accuracy:.4f}, {rows} rows"
             )
-        case Paused(round_, reason):
+        case records.Paused(round_, reason):
             text = f"paused     after round {round_}: {reason}"
-        case Resumed(rate_factor):
+        case records.Resumed(rate_factor):
             text = f"resumed    learning rates times {rate_factor:g}"
-        case Stopped(round_, reason):
+        case records.Stopped(round_, reason):
             text = f"stopped    after round {round_}: {reason}"
-        case SignedHead(epoch, round_, head):
+        case records.SignedHead(epoch, round_, head):
             signed = f"signed by {record.key.hex()[:16]}" if record.signature else "not signed"
             text = f"checkpoint epoch {epoch}, round {round_}, head {head.hex()[:16]}, {signed}"
-        case Snapshotted(round_):
+        case records.Snapshotted(round_):
             text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 
-def _json_line(row: Row, record: Record) -> str:
+def _json_line(row: Row, record: records.Record) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.hex()
-        if isinstance(value, (Answered, SeedRange)):
+        if isinstance(value, (records.Answered, records.SeedRange)):
             return {name: plain(item) for name, item in value._asdict().items()}
         if isinstance(value, (tuple, list)):
             return [plain(item) for item in value]

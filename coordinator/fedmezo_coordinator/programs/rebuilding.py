@@ -1,4 +1,4 @@
-"""From a journal to the model's weights: what to begin from, and which commits follow it."""
+"""How to rebuild a model's weights from a journal: what to begin from, which commits to apply."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ if TYPE_CHECKING:
     from fedmezo_core.zo.weights import Weights
 
 DOWNLOAD_PATIENCE_S = 60.0
+"""Time without the coordinator after which a download of a snapshot is given up."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the weights after a round come about."""
+    """How to rebuild the weights after a round."""
 
     genesis: Genesis
     snapshot: Snapshot | None
-    """What to begin from; None: the base."""
+    """The snapshot to begin from; None: the base."""
     commits: list[Committed]
-    """What to apply to it."""
+    """The commits to apply, oldest first."""
 
 
 def plan_of(journal: Journal, last_round: int | None) -> Plan:
-    """How to get the weights after a round, or after the last one; the whole journal is verified.
+    """Verify a journal and plan how to rebuild the weights after `last_round`; None: the last one.
 
-    Raises `ConfigError` for a round that cannot be had.
+    Raises `ConfigError` for a round whose weights cannot be rebuilt.
     """
     origin = journal.origin()
     first_round = 0 if origin is None else origin.round
@@ -61,8 +62,8 @@ def plan_of(journal: Journal, last_round: int | None) -> Plan:
     last = newest if last_round is None else last_round
     if last > newest:
         raise ConfigError(
-            f"--round {last} is not committed yet, the journal ends at round {newest}; choose an earlier "
-            "one."
+            f"--round {last} is not committed yet, the journal ends at round {newest}; choose an "
+            "earlier one."
         )
     commits = commits[: max(last - first_round, 0)]
     from_base = [number for number, commit in enumerate(commits) if commit.from_base]
@@ -72,9 +73,9 @@ def plan_of(journal: Journal, last_round: int | None) -> Plan:
     if not usable:
         rounds = ", ".join(str(one.round) for one in recorded if one.round >= first_round)
         raise ConfigError(
-            f"The weights after round {last} cannot be rebuilt: the records up to round {first_round} were "
-            f"dropped, and there are snapshots of rounds {rounds or '(none)'}; choose one of these or a "
-            "later --round."
+            f"The weights after round {last} cannot be rebuilt: the records up to round "
+            f"{first_round} were dropped, and there are snapshots of rounds {rounds or '(none)'}; "
+            "choose one of these or a later --round."
         )
     found = usable[-1]
     snapshot = Snapshot(
@@ -90,9 +91,9 @@ def take_snapshot(
     connect: Callable[[], CoordinatorClient],
     run_id: str,
 ) -> None:
-    """Let `weights` be a snapshot's, out of `folder`, or without one from the coordinator.
+    """Set `weights` to those of a snapshot in `folder`; None: download it from the coordinator.
 
-    Raises `SnapshotError` and its kinds if it cannot be had or is not what the journal says.
+    Raises `SnapshotError` if the snapshot is missing or is not what the journal says.
     """
     from fedmezo_core.zo.snapshot_files import install_snapshot
 

@@ -1,4 +1,4 @@
-"""`fedmezo-relay`: coordinate a site, as one worker of the coordinator above."""
+"""`fedmezo-relay`: coordinate a site as one worker of the coordinator above."""
 
 from __future__ import annotations
 
@@ -7,42 +7,27 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fedmezo_coordinator.coordinator_settings import RELAY_ENVIRONMENT_PREFIX, RelaySettings
+from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.relay_daemon import Relay
 from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit, stop_signal
 from fedmezo_coordinator.serving.service import bind_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
-from fedmezo_core.layered_settings import load_settings
-from fedmezo_core.program import run_program
+from fedmezo_core.program import run_daemon
 from fedmezo_core.wire.client import CoordinatorClient
-
-PROGRAM = "fedmezo-relay"
 
 log = logging.getLogger("fedmezo.relay")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
-    )
-
-    def work() -> None:
-        settings = load_settings(
-            RelaySettings,
-            sys.argv[1:] if arguments is None else arguments,
-            program=PROGRAM,
-            environment_prefix=RELAY_ENVIRONMENT_PREFIX,
-        )
-        asyncio.run(run(settings))
-
-    return run_program(PROGRAM, work)
+    """Run `fedmezo-relay`; returns the exit status."""
+    return run_daemon("fedmezo-relay", RelaySettings, run, arguments)
 
 
 async def run(settings: RelaySettings) -> None:
-    """Serve until SIGTERM or Ctrl-C; raises what stopped it otherwise."""
+    """Serve until SIGTERM or Ctrl-C; raises the error that stopped the relay otherwise."""
     stop = stop_signal()
-    # The port first: nobody should wait for the coordinator above to be told that it is in use.
+    # The port comes first: a person should not wait for the coordinator above to learn that it is
+    # in use.
     server, port = bind_server(settings.listen, settings.tls)
     async with CoordinatorClient(settings.upstream, settings.tls_ca) as client:
         session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)

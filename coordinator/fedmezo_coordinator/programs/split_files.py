@@ -1,4 +1,4 @@
-"""`fedmezo split`: one file of rows becomes a file for each worker and a held-out one."""
+"""`fedmezo split`: rows become one file for each worker and one of held-out rows."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from fedmezo_core.zo.data.rows import WholeRow, read_whole_rows
 ALPHA_DEFAULT = 0.5
 HELD_OUT = "held-out"
 CLASSES_NAMED_MAX = 4
-"""Classes that a line names where there is no room for a column each."""
+"""Classes that a line names if the table has no room for a column for each class."""
 CLASS_CHARS_MAX = 30
-"""How much of a class's name is shown there."""
+"""Characters of a class's name that such a line shows."""
 
 
 class Splitter(StrEnum):
@@ -45,7 +45,7 @@ class Splitter(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SplitOptions:
-    """What the command was told."""
+    """The command's options; None: not given."""
 
     splitter: Splitter
     workers: int | None
@@ -59,32 +59,33 @@ class SplitOptions:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The rows of one file that is written."""
+    """One file of a split."""
 
     name: str
-    """The worker's, or `HELD_OUT`."""
+    """Name of the worker, or `HELD_OUT`."""
     rows: tuple[int, ...]
 
     @property
     def file_name(self) -> str:
-        """As the demo and docs/data.md have it."""
+        """Name of the file, as in the demo and docs/data.md."""
         return "heldout.jsonl" if self.name == HELD_OUT else f"{self.name}.train.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a split came to."""
+    """The result of a split."""
 
     parts: tuple[Part, ...]
     classes: tuple[str, ...] | None
-    """Each row's value of the column; None if no column was named."""
+    """Each row's value in the column --by; None if no column was named."""
     moved_count: int
+    """Rows that were moved to give every worker enough."""
 
 
 def split_file(data: Path, out: Path, options: SplitOptions) -> Written:
-    """Read `data`, a file or a folder of them, split it, and write the folder `out`.
+    """Read `data`, a file or a folder of files, split it, and write the folder `out`.
 
-    Raises `ConfigError`, also for data that cannot be used: here it is what the command was given.
+    Raises `ConfigError` for options or data that cannot be used.
     """
     _check(options)
     try:
@@ -118,7 +119,8 @@ def _classes(rows: Sequence[WholeRow], by: str) -> tuple[str, ...]:
     columns = dict.fromkeys(name for row in rows for name in row.values)
     if by not in columns:
         raise ConfigError(
-            f"There is no column {by} to split by; the columns are {', '.join(columns) or '(none)'}."
+            f"There is no column {by} to split by; "
+            f"the columns are {', '.join(columns) or '(none)'}."
         )
     return tuple(row.text(by) for row in rows)
 
@@ -176,7 +178,7 @@ def _write(out: Path, rows: Sequence[WholeRow], parts: Sequence[Part]) -> None:
 
 
 def split_view(written: Written, width: int) -> RenderableType:
-    """A table with one line a file: a column for each class if `width` characters have room."""
+    """A table with one line for each file, and a column for each class if `width` allows it."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("worker")
     table.add_column("rows", justify="right")
@@ -208,7 +210,7 @@ def split_view(written: Written, width: int) -> RenderableType:
 
 
 def _largest(count: Counter[str]) -> str:
-    # Equal counts by name, so that the order of rows doesn't show.
+    # Equal counts are sorted by name, so that the order of the rows does not matter.
     ordered = sorted(count, key=lambda name: (-count[name], name))
     shown = [f"{_short(name)} {count[name]:,}" for name in ordered[:CLASSES_NAMED_MAX]]
     if len(ordered) > CLASSES_NAMED_MAX:

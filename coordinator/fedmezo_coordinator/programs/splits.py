@@ -1,8 +1,8 @@
 """Which rows go to which worker: equal shares, Dirichlet shares of each class, or whole categories.
 
-Pure: rows are numbers from 0, classes are text, and chance comes from a seed. The same arguments give
-the same split. The held-out rows and the shares are drawn apart, so another splitter, `alpha` or number
-of workers leaves the held-out rows as they are.
+These functions are pure: rows are numbers from 0, classes are text, and randomness comes from a
+seed. The same arguments give the same split. The held-out rows are drawn independently of the
+shares, so they do not depend on the splitter, `alpha` or the number of workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedmezo_core.config import NAME_PATTERN
 from fedmezo_core.errors import ConfigError
 
 ALPHA_MIN, ALPHA_MAX = 1e-6, 1e6
-"""Beyond these a Dirichlet draw is one worker, or equal shares, to the last digit."""
+"""Range of alpha. Below it a draw gives all to one worker, above it equal shares."""
 NAME_CHARS_MAX = 64
 
 Item = TypeVar("Item")
@@ -29,20 +29,20 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """The rows of each worker, in their own order."""
+    """The rows of each worker, in ascending order."""
 
     rows: tuple[tuple[int, ...], ...]
     moved_count: int = 0
-    """Rows that were taken from the largest shares to give everyone enough."""
+    """Rows that were moved from the largest shares to give every worker enough."""
 
 
 # ---------------------------------------------------------------- what is held out
 
 
 def held_out_count(amount: str, row_count: int) -> int:
-    """How many rows `amount` names: a share below 1 of all rows, or a whole number of them.
+    """Number of rows to hold out: `amount` is a share of all rows below 1, or a number of rows.
 
-    Raises `ConfigError` for anything else, and where no row would be left.
+    Raises `ConfigError` for anything else, and if no row would be left.
     """
     try:
         number = float(amount)
@@ -50,21 +50,22 @@ def held_out_count(amount: str, row_count: int) -> int:
         number = math.nan
     if not (0 <= number < 1 or (number >= 1 and number.is_integer())):
         raise ConfigError(
-            f"--heldout = {amount!r} is not allowed: use a share below 1, such as 0.1, or a number of "
-            "rows, such as 400."
+            f"--heldout = {amount!r} is not allowed: use a share below 1, such as 0.1, or a number "
+            "of rows, such as 400."
         )
     count = int(number) if number >= 1 else max(round(number * row_count), int(number > 0))
     if count >= row_count:
         raise ConfigError(
-            f"--heldout {amount} leaves none of the {row_count} rows to the workers; hold out fewer."
+            f"--heldout {amount} leaves none of the {row_count} rows to the workers; "
+            "hold out fewer."
         )
     return count
 
 
 def held_out(row_count: int, count: int, classes: Sequence[str] | None, seed: int) -> list[int]:
-    """`count` rows at random, in their own order; with `classes`, each class's share of them.
+    """`count` random rows, in ascending order; with `classes`, in proportion to each class.
 
-    A class is never held out whole. Raises `ConfigError` where that cannot be.
+    At least one row of each class is left. Raises `ConfigError` if that is impossible.
     """
     chance = _chance(seed, "held out")
     quotas = {"": count}
@@ -77,15 +78,15 @@ def held_out(row_count: int, count: int, classes: Sequence[str] | None, seed: in
 
 
 def _quotas(sizes: Counter[str], count: int, chance: random.Random) -> dict[str, int]:
-    """`count` divided among the classes by largest remainder, at least one row of each left over."""
+    """Divide `count` among the classes by largest remainder, leaving at least one row of each."""
     total = sizes.total()
     if count > total - len(sizes):
         raise ConfigError(
-            f"{count} rows held out of {total} leave not one row to each of the {len(sizes)} classes; "
-            "hold out fewer, or name another column with --by."
+            f"{count} rows held out of {total} leave not one row to each of the {len(sizes)} "
+            "classes; hold out fewer, or name another column with --by."
         )
     quotas = {name: count * sizes[name] // total for name in sorted(sizes)}
-    # Equal remainders in an order of chance.
+    # Equal remainders come in random order.
     by_remainder = sorted(
         _shuffled(list(quotas), chance), key=lambda name: -(count * sizes[name] % total)
     )
@@ -102,7 +103,7 @@ def _quotas(sizes: Counter[str], count: int, chance: random.Random) -> dict[str,
 
 
 def split_iid(rows: Sequence[int], workers: int, seed: int) -> Shares:
-    """Equal shares at random: no two differ by more than one row."""
+    """Give the workers equal random shares; no two differ by more than one row."""
     _check_enough(len(rows), workers, 1)
     order = _shuffled(rows, _chance(seed, "iid"))
     return Shares(tuple(tuple(sorted(order[first::workers])) for first in range(workers)))
@@ -119,15 +120,15 @@ def split_dirichlet(
 ) -> Shares:
     """Divide each class among the workers in the proportions of one Dirichlet(`alpha`) draw.
 
-    As Yurochkin et al. 2019 (arXiv 1905.12022) and what followed do. `classes` are those of all rows,
-    not of `rows` only. A small `alpha` gives a class to one worker nearly whole, a large one divides
-    it equally. Who gets fewer than `rows_min` rows then receives some from whoever has most, of the
-    class that this one has most of.
+    This is the method of Yurochkin et al. 2019 (arXiv 1905.12022). `classes` holds the class of
+    every row, not only of `rows`. A small `alpha` gives nearly all of a class to one worker, a
+    large one divides it equally. A worker with fewer than `rows_min` rows then gets more, from the
+    largest class of the worker that has the most. Raises `ConfigError` for values out of range.
     """
     if not ALPHA_MIN <= alpha <= ALPHA_MAX:
         raise ConfigError(
-            f"--alpha = {alpha:g} is not allowed: use a number above 0, from {ALPHA_MIN:g} (each class "
-            f"to one worker) to {ALPHA_MAX:g} (equal shares)."
+            f"--alpha = {alpha:g} is not allowed: use a number above 0, from {ALPHA_MIN:g} (each "
+            f"class to one worker) to {ALPHA_MAX:g} (equal shares)."
         )
     if rows_min < 1:
         raise ConfigError(f"--rows-min = {rows_min} is not allowed: use 1 or more.")
@@ -137,8 +138,8 @@ def split_dirichlet(
     for name, members in _rows_of(classes, rows).items():
         order = _shuffled(members, chance)
         proportions = _dirichlet(alpha, workers, chance)
-        # Systematic sampling: everyone gets the proportion of the class to within a row, and on
-        # average exactly, however small the class is.
+        # Systematic sampling: every worker gets its proportion of the class to within a row, and on
+        # average exactly that, however small the class is.
         offset = chance.random()
         ends = [
             min(math.floor(total * len(order) + offset), len(order))
@@ -156,7 +157,7 @@ def split_dirichlet(
 
 
 def _level(shares: list[dict[str, list[int]]], rows_min: int) -> int:
-    """Give every share `rows_min` rows, from the largest; how many rows were moved."""
+    """Fill shares up to `rows_min` rows from the largest ones; returns the count of moved rows."""
     sizes = [sum(map(len, share.values())) for share in shares]
     moved_count = 0
     for poor, share in enumerate(shares):
@@ -174,10 +175,11 @@ def _level(shares: list[dict[str, list[int]]], rows_min: int) -> int:
 
 
 def split_category(rows: Sequence[int], classes: Sequence[str], workers: int) -> Shares:
-    """Give each worker whole categories, so that they get about as many rows: nothing is drawn.
+    """Give each worker whole categories, so that the workers get about as many rows each.
 
-    The largest category that is left goes to the worker with fewest rows. `classes` are those of all
-    rows. With as many categories as workers it is one each, in alphabetical order.
+    Nothing is random: the largest category that is left goes to the worker with the fewest rows.
+    `classes` holds the class of every row. If there are as many categories as workers, each worker
+    gets one, in alphabetical order. Raises `ConfigError` for more workers than categories.
     """
     _check_enough(len(rows), workers, 1)
     groups = _rows_of(classes, rows)
@@ -200,27 +202,27 @@ def split_category(rows: Sequence[int], classes: Sequence[str], workers: int) ->
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse names that a run would refuse."""
+    """Raise `ConfigError` for names that a run would refuse."""
     for name in names:
         if not re.fullmatch(NAME_PATTERN, name):
             raise ConfigError(
-                f"--names: {name!r} is not allowed: use 1 to 64 of a-z, 0-9 and -, beginning with a "
-                "letter or digit."
+                f"--names: {name!r} is not allowed: use 1 to 64 of a-z, 0-9 and -, beginning with "
+                "a letter or digit."
             )
         if names.count(name) > 1:
-            raise ConfigError(f"--names: {name!r} is there twice; names are unique in a run.")
+            raise ConfigError(f"--names: {name!r} is given twice; names are unique in a run.")
 
 
 def numbered_names(workers: int) -> list[str]:
-    """worker-1, worker-2, ..., all equally long."""
+    """The names worker-1, worker-2, ..., with leading zeros so that all have the same length."""
     digits = len(str(workers))
     return [f"worker-{number:0{digits}}" for number in range(1, workers + 1)]
 
 
 def names_of_categories(shares: Shares, classes: Sequence[str]) -> list[str] | None:
-    """Each worker's one category as a worker's name; None if some have several.
+    """Names for workers that hold one category each, made from those categories.
 
-    Also None where that gives no names, or one name twice.
+    None if a worker holds several categories, or if two names are equal or empty.
     """
     held = [{classes[row] for row in share} for share in shares.rows]
     if any(len(names) != 1 for names in held):
@@ -248,7 +250,7 @@ def _check_enough(row_count: int, workers: int, rows_min: int) -> None:
 
 
 def _rows_of(classes: Sequence[str], rows: Sequence[int]) -> dict[str, list[int]]:
-    """The rows of each class, classes in alphabetical order."""
+    """The rows of each class; the classes are in alphabetical order."""
     groups: dict[str, list[int]] = {}
     for row in rows:
         groups.setdefault(classes[row], []).append(row)
@@ -261,14 +263,14 @@ def _chance(seed: int, purpose: str) -> random.Random:
 
 
 def _shuffled(items: Sequence[Item], chance: random.Random) -> list[Item]:
-    # Not `shuffle`, which may become another one in a later version of Python; `random` may not.
+    # `random` is the same in all versions of Python; `shuffle` is not guaranteed to be.
     return sorted(items, key=lambda _item: chance.random())
 
 
 def _dirichlet(alpha: float, count: int, chance: random.Random) -> list[float]:
-    """One draw: `count` proportions whose sum is 1."""
-    # A gamma variate of a small shape is too small for a float; its logarithm isn't. With G of shape
-    # alpha + 1 and U uniform, G x U^(1/alpha) has shape alpha.
+    """Draw `count` proportions whose sum is 1."""
+    # A gamma variate of a small shape underflows; its logarithm does not. With G of shape alpha + 1
+    # and U uniform, G x U^(1/alpha) has shape alpha.
     logarithms = [
         math.log(chance.gammavariate(alpha + 1, 1.0)) + math.log(1 - chance.random()) / alpha
         for _ in range(count)

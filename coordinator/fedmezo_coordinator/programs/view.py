@@ -1,4 +1,4 @@
-"""What a person sees of a run: tables out of a status. Pure; rich draws them."""
+"""Tables that show the status of a run to a person; rich draws them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PHASES = {
 
 
 def size_text(byte_count: float) -> str:
-    """1,234 B, 12.1 kB, 1.3 MB: decimal units."""
+    """A size in decimal units, such as 1,234 B, 12.1 kB or 1.3 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if byte_count < 1000 or unit == "GB":
             return f"{byte_count:,.0f} {unit}" if unit == "B" else f"{byte_count:,.1f} {unit}"
@@ -27,7 +27,7 @@ def size_text(byte_count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """A duration, such as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -36,7 +36,7 @@ def duration_text(seconds: float) -> str:
 def seconds_left(
     status: wire.GetStatusResponse, first_seen: tuple[int, float], now_s: float
 ) -> float | None:
-    """Time until the last round at the pace since `first_seen` (round, seconds); None if unknown."""
+    """Seconds to the last round at the pace since `first_seen` (round, time); None if unknown."""
     rounds = status.round - first_seen[0]
     if rounds <= 0 or status.phase == wire.PHASE_FINISHED:
         return None
@@ -44,7 +44,7 @@ def seconds_left(
 
 
 def agreement(status: wire.GetStatusResponse) -> tuple[bool, str]:
-    """Whether all parties that reported a digest of the newest digested round hold the same weights."""
+    """Whether all parties held the same weights in the newest round with digests; and a text."""
     if not status.digests:
         return True, "no digests yet"
     newest = max(digest.round for digest in status.digests)
@@ -57,7 +57,7 @@ def agreement(status: wire.GetStatusResponse) -> tuple[bool, str]:
 
 
 def run_line(status: wire.GetStatusResponse, seconds_left: float | None = None) -> str:
-    """The picture in one line, for output that is no terminal."""
+    """The status in one line, for output that is not a terminal."""
     parts = [f"round {status.round}/{status.config.rounds}"]
     losses = [r.mean_loss for r in status.recent_rounds if r.HasField("mean_loss")]
     if losses:
@@ -81,7 +81,7 @@ def run_line(status: wire.GetStatusResponse, seconds_left: float | None = None) 
 def run_view(
     status: wire.GetStatusResponse, *, seconds_left: float | None = None
 ) -> RenderableType:
-    """The whole picture as tables."""
+    """The status as tables."""
     config = status.config
     head = Table.grid(padding=(0, 2))
     head.add_row("run", f"[bold]{config.run_id}[/] on {config.model}")
@@ -94,7 +94,7 @@ def run_view(
         paused = status.phase == wire.PHASE_PAUSED
         head.add_row("because", Text(status.reason, style="bold red" if paused else ""))
     if status.phase == wire.PHASE_PAUSED:
-        head.add_row("", "start the coordinator with --resume to go on")
+        head.add_row("", "start the coordinator with --resume to continue")
     losses = [r for r in status.recent_rounds if r.HasField("mean_loss")]
     if losses:
         head.add_row("training loss", f"{losses[-1].mean_loss:.4f}")
@@ -122,7 +122,7 @@ def run_view(
 
 
 def worker_table(status: wire.GetStatusResponse) -> Table:
-    """One line a worker."""
+    """A table with one line for each worker."""
     table = Table(box=None, padding=(0, 2), header_style="bold")
     for name in ("worker", "state"):
         table.add_column(name)

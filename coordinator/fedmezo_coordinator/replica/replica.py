@@ -1,9 +1,9 @@
-"""The replica: the coordinator's own copy of the model, in a process of its own.
+"""The replica: the coordinator's own copy of the model, in a separate process.
 
-`describe` loads the base and prints what names it. `follow` replays the journal, digests the weights
-in digest rounds, evaluates them on held-out rows, and reports both to the daemon. Orders come as one
-JSON line on standard input; its end of file means that the daemon is gone. Errors leave as one line
-`<class>: <sentence>` on standard error.
+`describe` loads the base model and prints its digests. `follow` replays the journal, digests the
+weights in digest rounds, evaluates them on held-out rows, writes snapshots, and reports all three
+to the daemon. The orders are one line of JSON on standard input; end of file on it means that the
+daemon is gone. An error is printed as one line `<class>: <sentence>` on standard error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +27,31 @@ from fedmezo_coordinator.replica.supervisor import RETRY, USER_ERROR
 from fedmezo_core.errors import (
     FedMezoError,
     JournalCompactedError,
-    ModelError,
     SnapshotError,
     UnavailableError,
 )
 from fedmezo_core.journal.codec import config_from_pb, decode_record
 from fedmezo_core.journal.journal import head_after
+from fedmezo_core.program import worker_packages
 from fedmezo_core.records import Committed, Evaluated
 from fedmezo_core.wire.backoff import delay_s
-from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.client import CoordinatorClient, RunDescription
 from fedmezo_core.wire.snapshots import Snapshot, file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
 
 WAIT_MS = 20_000
+"""Longest time that the daemon may hold a read of the journal until there are news."""
 COMPLAINT_CHARS_MAX = 512
-"""Longest complaint sent to the daemon."""
-LAG_ROUNDS_MAX = 8
-"""Further behind than this the replica catches up in one pass instead of digesting every round."""
+"""Longest complaint that is sent to the daemon."""
+ROUNDS_BEHIND_MAX = 8
+"""A replica further behind catches up in one pass and skips the digests on the way."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the child process."""
+    """Run the child process; the only argument is `describe` or `follow`."""
     logging.disable()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then stops us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which stops us.
     mode = (sys.argv[1:] if arguments is None else arguments)[0]
     orders = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -66,14 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _end_with_parent() -> None:
-    # Not through sys.stdin: a thread that waits in it breaks the interpreter's own end.
+    # A thread that waits in sys.stdin would break the shutdown of the interpreter.
     while os.read(0, 4096):
         pass
     os._exit(0)
 
 
 def describe(orders: dict[str, Any]) -> dict[str, Any]:
-    """Load the base and say what names it; also checks the held-out rows."""
+    """Load the base model and return its digests and sizes; also checks the held-out rows."""
     config = config_from_pb(pb.RunConfig.FromString(bytes.fromhex(orders["config"])))
     copy = _Copy(orders, config)
     genesis = copy.party.genesis()
@@ -87,20 +89,15 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Copy:
-    """The weights, and the rows to evaluate them on."""
+    """The replica's model, and the held-out rows that it is evaluated on."""
 
     def __init__(self, orders: dict[str, Any], config: Any) -> None:
-        try:
+        with worker_packages("keep a replica"):
             from fedmezo_core.zo.assignment import open_row_states
             from fedmezo_core.zo.data.rows import read_rows
             from fedmezo_core.zo.forward.row_states import SpooledRows
             from fedmezo_core.zo.model.allocator import keep_freed_memory
             from fedmezo_core.zo.party import open_party
-        except ImportError as error:
-            raise ModelError(
-                f"The package {error.name} is missing; install fedmezo[worker] where the coordinator "
-                "keeps its replica."
-            ) from None
         keep_freed_memory()
         adapter = orders["adapter"]
         self.party = open_party(
@@ -127,12 +124,12 @@ class _Copy:
         self.party.weights.apply(commits[0].round, commits_of(commits))
 
     def take_snapshot(self, folder: Path, snapshot: Snapshot) -> bool:
-        """Begin from a snapshot that this replica, or an earlier one, wrote; whether it is still sound."""
+        """Take a snapshot's weights from its file; False if that is missing or damaged."""
         from fedmezo_core.zo.snapshot_files import install_snapshot, sha256_of
 
         path = folder / file_name(self.party.config.run_id, snapshot.round)
         try:
-            # Before a weight is touched.
+            # Checked before any weight changes.
             if sha256_of(path) != snapshot.file_sha256:
                 return False
         except OSError:
@@ -141,7 +138,7 @@ class _Copy:
         return True
 
     def snapshot(self, folder: Path, head: bytes, digest: bytes) -> wire.SnapshotReport:
-        """Write the weights; a disk that refuses is the report, because the run can do without."""
+        """Write a snapshot; a failure is reported, not raised, because the run does not need it."""
         from fedmezo_core.zo.snapshot_files import write_snapshot
 
         party = self.party
@@ -174,15 +171,15 @@ class _Copy:
 
 @dataclass(frozen=True, slots=True)
 class _Stops:
-    """At which rounds the replica pauses its replay to digest, and to evaluate."""
+    """The rounds after which the replica stops its replay to digest, to evaluate, to write."""
 
     rounds: int
     digest_every: int
     evaluate_every: int
     evaluated: frozenset[int]
-    """Rounds that the journal already holds an evaluation of."""
+    """Rounds whose evaluation is in the journal already."""
     snapshot_every: int = 0
-    """0: never."""
+    """Rounds between two snapshots; 0: none are written."""
     snapshotted: int = 0
     """Round of the newest snapshot in the journal."""
 
@@ -194,11 +191,14 @@ class _Stops:
         return is_due and round_ not in self.evaluated
 
     def stops(self, round_: int) -> bool:
-        """Whether there is anything to do."""
+        """Whether anything is due after this round."""
         return self.digests(round_) or self.evaluates(round_) or self.snapshots(round_)
 
     def snapshots(self, round_: int) -> bool:
-        """At the first digest round from each multiple on: there the workers confirm the weights."""
+        """Whether a snapshot is due: in the first digest round from each multiple on.
+
+        In digest rounds the workers confirm the weights.
+        """
         return (
             self.snapshot_every > 0
             and self.snapshotted < round_ < self.rounds
@@ -206,107 +206,129 @@ class _Stops:
             and round_ % self.snapshot_every < self.digest_every
         )
 
+    def next_stop(self, rounds: list[int]) -> int:
+        """How many of the commits of `rounds` to apply before the replay stops.
 
-async def follow(orders: dict[str, Any]) -> None:
-    """Follow the journal for as long as the daemon lives, then until the run is finished."""
-    secret = bytes.fromhex(orders["secret"])
-    run_id = orders["run_id"]
-    async with CoordinatorClient(orders["address"]) as client:
-        description = await client.get_run(run_id)
-        config = description.genesis.config
-        copy = _Copy(orders, config)
-        copy.party.check_same_base(description.genesis)
-        status = await client.get_status(run_id)
-        stops = _Stops(
+        If several evaluations are due, only the newest is made; the same holds for snapshots. Work
+        that takes longer than the rounds in between must not delay the digests or the end of the
+        run.
+        """
+        is_behind = len(rounds) > ROUNDS_BEHIND_MAX
+        evaluated = max(filter(self.evaluates, rounds), default=None)
+        written = max(filter(self.snapshots, rounds), default=None)
+        for count, round_ in enumerate(rounds, start=1):
+            if round_ in (evaluated, written) or (self.digests(round_) and not is_behind):
+                return count
+        return len(rounds)
+
+
+class _Follower:
+    """Replays the journal into a copy of the model and reports to the daemon."""
+
+    def __init__(
+        self,
+        orders: dict[str, Any],
+        client: CoordinatorClient,
+        description: RunDescription,
+        evaluated: frozenset[int],
+    ) -> None:
+        """Load the model; `evaluated` are the rounds whose evaluation is in the journal already."""
+        config, offer = description.genesis.config, description.snapshot
+        self._client = client
+        self._run_id = config.run_id
+        self._secret = bytes.fromhex(orders["secret"])
+        self._batch_size = orders["evaluate_batch_size"]
+        self._folder = Path(orders["snapshots"])
+        self._stops = _Stops(
             rounds=config.rounds,
             digest_every=config.digest_every_rounds,
             evaluate_every=orders["evaluate_every_rounds"],
-            evaluated=frozenset(e.round for e in status.evaluations),
+            evaluated=evaluated,
             snapshot_every=orders["snapshot_every_rounds"],
-            snapshotted=0 if description.snapshot is None else description.snapshot.snapshot.round,
+            snapshotted=0 if offer is None else offer.snapshot.round,
         )
-        weights = copy.party.weights
-        # Commits to apply, each with the head after it.
-        waiting: list[tuple[Committed, bytes]] = []
-        read_head = head = description.head
-        seqno, attempt, evaluated_round = 0, 0, -1
-        if description.snapshot is not None:
-            newest = description.snapshot.snapshot
-            if copy.take_snapshot(Path(orders["snapshots"]), newest):
-                read_head = head = newest.head
-        if description.needs_snapshot and weights.round == 0:
+        self._copy = _Copy(orders, config)
+        self._copy.party.check_same_base(description.genesis)
+        self._weights = self._copy.party.weights
+        self._head = self._head_read = description.head
+        """Heads after the commits that were applied, and after those that were read."""
+        self._waiting: list[tuple[Committed, bytes]] = []
+        """Commits to apply, each with the head after it."""
+        self._evaluated_round = -1
+        if offer is not None and self._copy.take_snapshot(self._folder, offer.snapshot):
+            self._head = self._head_read = offer.snapshot.head
+        if description.needs_snapshot and self._weights.round == 0:
             raise SnapshotError(
-                "The journal does not have the first rounds any more, and the newest snapshot in "
-                f"{orders['snapshots']} is not there or damaged; put it back from a copy."
+                "The journal no longer has the first rounds, and the newest snapshot in "
+                f"{self._folder} is missing or damaged; put it back from a copy."
             )
 
-        async def pause() -> None:
-            nonlocal evaluated_round
-            digest = weights.digest()
-            # The digest at once: a vote may wait for it, and an evaluation takes long.
-            await client.report_replica(run_id, secret, weights.round, digest, None)
-            if stops.snapshots(weights.round) and not any(
-                stops.snapshots(commit.round) for commit, _ in waiting
-            ):
-                written = copy.snapshot(Path(orders["snapshots"]), head, digest)
-                await client.report_replica(run_id, secret, weights.round, digest, None, written)
-            is_newest = not any(stops.evaluates(commit.round) for commit, _ in waiting)
-            if stops.evaluates(weights.round) and is_newest:
-                evaluation = copy.evaluate(digest, orders["evaluate_batch_size"])
-                await client.report_replica(run_id, secret, weights.round, digest, evaluation)
-                evaluated_round = weights.round
-
-        await pause()
-        finished = False
+    async def run(self) -> None:
+        """Replay and report until the run is finished."""
+        await self._report()
+        seqno, finished = 0, False
         while not finished:
+            page = await self._next_page(seqno)
+            seqno, finished = page.next_seqno, page.finished
+            self._read(page)
+            while self._waiting:
+                count = self._stops.next_stop([commit.round for commit, _ in self._waiting])
+                commits, self._waiting = self._waiting[:count], self._waiting[count:]
+                self._copy.apply([commit for commit, _ in commits])
+                self._head = commits[-1][1]
+                if self._stops.stops(self._weights.round):
+                    await self._report()
+        if self._weights.round not in (self._stops.rounds, self._evaluated_round):
+            # The run was stopped early, so this was its last round.
+            self._stops = dataclasses.replace(self._stops, rounds=self._weights.round)
+            await self._report()
+
+    async def _next_page(self, seqno: int) -> wire.ReadJournalResponse:
+        attempt = 0
+        while True:
             try:
-                page = await client.read_journal(
+                return await self._client.read_journal(
                     seqno,
-                    run_id=run_id,
+                    run_id=self._run_id,
                     commits_only=True,
                     wait_ms=WAIT_MS,
-                    from_round=weights.round + 1 if seqno == 0 else 0,
-                    # Nobody asks for the digests of rounds that were over before this process began.
+                    from_round=self._weights.round + 1 if seqno == 0 else 0,
+                    # Nobody asks for digests of rounds that ended before this process began.
                     from_newest_base=seqno == 0,
                 )
-                attempt = 0
             except UnavailableError:
                 await asyncio.sleep(delay_s(attempt, random.random()))
                 attempt += 1
-                continue
-            seqno, finished = page.next_seqno, page.finished
-            read_head = page.head_before or read_head
-            for entry in page.entries:
-                record = decode_record(entry.record)
-                if isinstance(record, Committed):
-                    read_head = head_after(read_head, entry.record)
-                    waiting.append((record, read_head))
-            while waiting:
-                count = _next_stop(stops, [commit.round for commit, _ in waiting])
-                commits, waiting = waiting[:count], waiting[count:]
-                copy.apply([commit for commit, _ in commits])
-                head = commits[-1][1]
-                if stops.stops(weights.round):
-                    await pause()
-        if weights.round not in (config.rounds, evaluated_round):
-            # The run was stopped early: this was its last round.
-            stops = dataclasses.replace(stops, rounds=weights.round)
-            await pause()
+
+    def _read(self, page: wire.ReadJournalResponse) -> None:
+        self._head_read = page.head_before or self._head_read
+        for entry in page.entries:
+            record = decode_record(entry.record)
+            if isinstance(record, Committed):
+                self._head_read = head_after(self._head_read, entry.record)
+                self._waiting.append((record, self._head_read))
+
+    async def _report(self) -> None:
+        """Report the digest of the weights, and the snapshot and evaluation that are due."""
+        round_, digest, stops = self._weights.round, self._weights.digest(), self._stops
+        waiting = [commit.round for commit, _ in self._waiting]
+        send = partial(self._client.report_replica, self._run_id, self._secret, round_, digest)
+        # The digest goes first: a vote may wait for it, and an evaluation takes long.
+        await send(None)
+        if stops.snapshots(round_) and not any(map(stops.snapshots, waiting)):
+            await send(None, self._copy.snapshot(self._folder, self._head, digest))
+        if stops.evaluates(round_) and not any(map(stops.evaluates, waiting)):
+            await send(self._copy.evaluate(digest, self._batch_size))
+            self._evaluated_round = round_
 
 
-def _next_stop(stops: _Stops, rounds: list[int]) -> int:
-    """How many of the waiting commits to apply in one pass.
-
-    Of several evaluations that are due only the newest is made: one that takes longer than the rounds
-    between two must not hold up the digests, or the end of the run. So it is with snapshots.
-    """
-    hurried = len(rounds) > LAG_ROUNDS_MAX
-    evaluated = max((round_ for round_ in rounds if stops.evaluates(round_)), default=None)
-    written = max((round_ for round_ in rounds if stops.snapshots(round_)), default=None)
-    for count, round_ in enumerate(rounds, start=1):
-        if round_ in (evaluated, written) or (stops.digests(round_) and not hurried):
-            return count
-    return len(rounds)
+async def follow(orders: dict[str, Any]) -> None:
+    """Follow the journal until the run is finished, or until the daemon ends this process."""
+    async with CoordinatorClient(orders["address"]) as client:
+        description = await client.get_run(orders["run_id"])
+        status = await client.get_status(orders["run_id"])
+        evaluated = frozenset(e.round for e in status.evaluations)
+        await _Follower(orders, client, description, evaluated).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The replica's process: started, fed, restarted and stopped here; it cannot stop the protocol.
+"""Starts, restarts and stops the replica's process, which cannot stop the protocol.
 
-The daemon never imports torch. Whatever needs weights runs in `fedmezo_coordinator.replica.replica`, a child
-process, so that running out of memory there leaves the daemon alone.
+The daemon never imports torch. Everything that needs weights runs in a child process,
+`fedmezo_coordinator.replica.replica`, so that the daemon survives if that runs out of memory.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from fedmezo_core.wire.grpc_status import BY_REASON
 log = logging.getLogger("fedmezo.coordinator")
 
 RETRY = 1
-"""Exit status of a replica that did not reach the daemon; another one may."""
+"""Exit status of a replica that a restart may help: it did not reach the daemon."""
 USER_ERROR = 2
 """Exit status of a replica that a restart cannot help."""
 STOP_TIMEOUT_S = 10.0
+"""Time that a replica gets to end before it is killed."""
 _MODULE = "fedmezo_coordinator.replica.replica"
 
 
 def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
-    """What the child reads from its standard input; its end of file means that the parent is gone."""
+    """The line of JSON that the child reads from its standard input."""
     orders = {
         "model": settings.model,
         "adapter": None if settings.adapter is None else str(settings.adapter),
@@ -51,9 +52,9 @@ def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
 
 
 async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Genesis:
-    """Let a child process load the base model and say what the run starts from.
+    """The genesis of a new run, from a child process that loads the base model.
 
-    Also checks that the held-out rows can be used. Raises what the child found wrong.
+    The child also checks the held-out rows. Raises the `FedMezoError` that the child ended with.
     """
     if not settings.model:
         raise ConfigError(
@@ -68,7 +69,7 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         assert process.stdout is not None
         assert process.stderr is not None
         orders = _orders(settings, config=config_to_pb(config).SerializeToString().hex())
-        # Its input stays open: the child ends when that does, however this process ends.
+        # The child's input stays open, because the child ends when its input does.
         with contextlib.suppress(ConnectionError):
             process.stdin.write(orders)
             await process.stdin.drain()
@@ -92,7 +93,7 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
 
 
 def _reported(err: bytes) -> Exception:
-    """The child's last line is `<class>: <sentence>`."""
+    """The error that the child ended with; its last line is `<class>: <sentence>`."""
     lines = err.decode(errors="replace").strip().splitlines() or ["it said nothing"]
     kind, _, sentence = lines[-1].partition(": ")
     if kind in BY_REASON and sentence:
@@ -103,16 +104,16 @@ def _reported(err: bytes) -> Exception:
 
 
 class ReplicaSupervisor:
-    """Keeps one replica process alive beside the daemon."""
+    """Keeps one replica process running for a daemon."""
 
     def __init__(
         self, settings: CoordinatorSettings, address: str, run_id: str, secret: bytes
     ) -> None:
-        """`address` is where the child reaches this daemon, `secret` what it reports with."""
+        """The child connects to `address` and proves with `secret` that it was started here."""
         self._orders = _orders(settings, address=address, run_id=run_id, secret=secret.hex())
 
     async def keep(self) -> None:
-        """Run until cancelled; a replica that fails is started again, unless that cannot help."""
+        """Run until cancelled; start a replica that fails again, unless that cannot help."""
         attempt = 0
         while True:
             status, last_line = await self._run_once()
@@ -120,9 +121,7 @@ class ReplicaSupervisor:
                 return
             if status == USER_ERROR:
                 log.error("the replica stopped: %s", last_line)
-                log.error(
-                    "the run goes on without digests and evaluations of the coordinator's own"
-                )
+                log.error("the run continues without the coordinator's digests and evaluations")
                 return
             wait_s = delay_s(attempt, random.random(), base_s=2.0, cap_s=60.0)
             attempt += 1

@@ -1,11 +1,16 @@
-"""How grpc.aio wakes the event loop: all its wakeups so far are taken at once.
+"""How grpc.aio wakes the event loop: this takes all its wakeups in one turn.
 
-Its own thread writes one byte to a socket pair for each finished operation, and the loop takes one byte a
-turn, with all the operations that are finished by then. So every operation costs a turn of the loop, even
-those that have been seen to; and once a few hundred bytes fill the socket, that thread waits, and one
-operation a turn is all that goes on: under a fan-out to thousands, a worker that wants to join waits for
-all of its writes. Reading every byte that is there is as safe: a byte is written after its operation can
-be found.
+grpc.aio has a thread of its own, which writes one byte to a socket pair for each finished operation
+(https://github.com/grpc/grpc/pull/22259). In each turn the event loop reads one byte and completes
+all operations that have finished, so the bytes that are left cost empty turns. About 278 bytes fill
+the socket; then the thread waits for the loop, and one operation a turn is all that happens. While
+a commit goes to thousands of workers, a worker that wants to join waits for all those writes.
+
+Reading every byte at once is as safe, because an operation is in grpc's queue before its byte is
+written. It saves 10 to 15 % of the CPU time of a submission and lets workers join under full load
+(decision 0023). grpc offers no setting for it, and makes the pair with `socket.socketpair` when the
+first server or channel is made. So that function is replaced while the server is made. A grpc that
+makes no such pair loses the gain and nothing else.
 """
 
 from __future__ import annotations
@@ -18,22 +23,22 @@ from typing import Any
 READ_BYTES = 4096
 
 
-class _Drained(socket.socket):
+class _ReadWhole(socket.socket):
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Take whatever is there."""
+        """Read every byte that is there, up to `READ_BYTES`, even if `size` is smaller."""
         return super().recv(max(size, READ_BYTES), flags)
 
 
 @contextmanager
-def drained() -> Iterator[None]:
-    """Socket pairs made in this block, which is grpc's as long as it makes one, are read until empty."""
+def reading_all_wakeups() -> Iterator[None]:
+    """In this block, the first socket of a `socket.socketpair` reads all bytes at once."""
     make = socket.socketpair
 
-    def make_drained(*arguments: Any) -> tuple[socket.socket, socket.socket]:
+    def make_pair(*arguments: Any) -> tuple[socket.socket, socket.socket]:
         reading, writing = make(*arguments)
-        return _Drained(fileno=reading.detach()), writing
+        return _ReadWhole(fileno=reading.detach()), writing
 
-    socket.socketpair = make_drained  # type: ignore[assignment]
+    socket.socketpair = make_pair  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What the programs that serve workers have in common: from a bound port to a clean stop."""
+"""Hosting a serving loop in a process: from a bound port to a clean stop."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from fedmezo_coordinator.serving.service import Server, start_server
 from fedmezo_core.errors import FedMezoError
 
 STOP_GRACE_S = 2.0
+"""Time that open calls get to end when the program stops."""
 CHECK_JOURNAL_EVERY_S = 5.0
-"""A coordinator with nothing to write learns so soon that another has taken its journal over."""
-FILES_BESIDE_SESSIONS = 256
-"""Open files that are no worker's connection: the journal, the log, readers of the status."""
+"""Period in which an idle coordinator checks that no other has taken over its journal."""
+FILES_RESERVED = 256
+"""Open files that are not a worker's connection: the journal, the log, readers of the status."""
 
 COLLECT_AFTER = (20_000, 10, 50)
-"""Objects made and not freed before the youngest generation is looked at, and turns of the others."""
+"""Thresholds of Python's garbage collector, as for `gc.set_threshold`."""
 
 log = logging.getLogger("fedmezo.coordinator")
 
 
 def stop_signal() -> asyncio.Event:
-    """Set by SIGTERM and Ctrl-C from now on."""
+    """An event that SIGTERM and Ctrl-C set from now on."""
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
@@ -43,12 +44,13 @@ async def host(
     loop: ServingLoop[Any],
     stop: asyncio.Event,
     *,
-    beside: Coroutine[Any, Any, None] | None = None,
+    alongside: Coroutine[Any, Any, None] | None = None,
     at_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Let a bound server answer for `loop` until `stop`; raises what ended it otherwise.
+    """Let a bound server answer calls with `loop` until `stop` is set.
 
-    `beside` runs as long as that; `at_stop` is called before anything is closed.
+    `alongside` runs for the same time. `at_stop` is called before anything is closed. Raises the
+    error that ended the loop, such as `JournalError`.
     """
     _collect_seldom()
     await start_server(server, loop)
@@ -56,14 +58,14 @@ async def host(
     if settings.tls is None and not settings.is_loopback:
         log.warning(
             "listening on %s:%d WITHOUT TLS: anyone on that network can read this run's traffic "
-            "and join it; set tls_cert and tls_key, or listen on 127.0.0.1",
+            "and join the run; set tls_cert and tls_key, or listen on 127.0.0.1",
             where,
             port,
         )
     log.info("run %s is served at %s:%d", loop.genesis.config.run_id, where, port)
     tasks = [asyncio.create_task(_serve(loop))]
-    if beside is not None:
-        tasks.append(asyncio.create_task(beside))
+    if alongside is not None:
+        tasks.append(asyncio.create_task(alongside))
     try:
         if await first_of(tasks[0], stop):
             tasks[0].result()
@@ -80,10 +82,10 @@ async def host(
 
 
 def _collect_seldom() -> None:
-    """Look for garbage in cycles seldom, and never among what the start has made.
+    """Make Python look for garbage in cycles less often, and never among the objects of the start.
 
-    A session or a message leaves none behind. With Python's own thresholds a full collection under a
-    thousand workers came several times a second, and stopped everything for a tenth of one.
+    Sessions and messages leave no cycles behind. With Python's own thresholds and a thousand
+    workers, a full collection stopped everything for a tenth of a second, several times a second.
     """
     gc.collect()
     gc.freeze()
@@ -91,7 +93,7 @@ def _collect_seldom() -> None:
 
 
 async def _serve(loop: ServingLoop[Any]) -> None:
-    """Serve until the journal fails, also if it fails while there is nothing to write."""
+    """Serve until the journal fails, even if it fails while there is nothing to write."""
     serving = asyncio.create_task(loop.serve())
     checking = asyncio.create_task(_check_journal(loop))
     try:
@@ -111,16 +113,19 @@ async def _check_journal(loop: ServingLoop[Any]) -> None:
 
 
 def sessions_that_fit(settings: ServingSettings) -> int:
-    """`sessions_max`, or fewer if the system allows this process fewer open files, which it raises."""
+    """The most sessions that this process can keep open: `sessions_max`, or fewer.
+
+    Raises the process's limit of open files as far as needed and allowed.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = settings.sessions_max + FILES_BESIDE_SESSIONS
+    wanted = settings.sessions_max + FILES_RESERVED
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    sessions = max(1, most - FILES_BESIDE_SESSIONS)
+    sessions = max(1, most - FILES_RESERVED)
     if sessions < settings.sessions_max and "sessions_max" in settings.model_fields_set:
         log.warning(
-            "sessions_max is %d, but this process may open %d files only, enough for %d sessions; "
+            "sessions_max is %d, but this process may open only %d files, enough for %d sessions; "
             "raise the limit (ulimit -Hn), or lower sessions_max",
             settings.sessions_max,
             most,
@@ -130,7 +135,7 @@ def sessions_that_fit(settings: ServingSettings) -> int:
 
 
 async def first_of(task: asyncio.Task[Any], stop: asyncio.Event) -> bool:
-    """Wait for the task or for the signal; False if the signal came first (the task is cancelled)."""
+    """Wait for `task` or `stop`; returns False, with the task cancelled, if `stop` came first."""
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
     stopping.cancel()

@@ -1,4 +1,4 @@
-"""How late the event loop runs what is due: the coordinator's pulse, for its status and its benchmarks."""
+"""How late the event loop runs its timers, for the status and for benchmarks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import deque
 
 SAMPLE_EVERY_S = 0.05
 SAMPLES_MAX = 1200
-"""The newest minute."""
+"""Samples that are kept: those of the newest minute."""
 
 
 class LoopLag:
@@ -18,9 +18,10 @@ class LoopLag:
         self._samples: deque[float] = deque(maxlen=SAMPLES_MAX)
 
     def add(self, late_s: float) -> None:
-        """Take one sample; a long one stands for those that were due meanwhile, too.
+        """Take one sample; a late one also stands for the samples that were due in the meantime.
 
-        Without those, a loop that stands still for a second would count as one late sample in twenty.
+        Without those, a loop that stands still for a second would count as one late sample in
+        twenty.
         """
         while late_s > SAMPLE_EVERY_S:
             self._samples.append(late_s)
@@ -28,14 +29,14 @@ class LoopLag:
         self._samples.append(max(late_s, 0.0))
 
     def percentile_ms(self, fraction: float) -> float:
-        """The lag, in milliseconds, that `fraction` of the samples do not exceed; 0 without samples."""
+        """The lag that `fraction` of the samples do not exceed, in milliseconds; 0 if none."""
         ordered = sorted(self._samples)
         if not ordered:
             return 0.0
         return 1000 * ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
 
     async def watch(self) -> None:
-        """Sample until cancelled."""
+        """Take a sample every `SAMPLE_EVERY_S` until cancelled."""
         while True:
             due_s = time.monotonic() + SAMPLE_EVERY_S
             await asyncio.sleep(SAMPLE_EVERY_S)

@@ -1,8 +1,9 @@
-"""Sessions of callers that cannot hold a stream: each call takes messages up and brings messages down.
+"""Sessions of callers that cannot keep a stream open: each call carries messages both ways.
 
-Behind it is the session that a stream has, with the same outbox, limits and rules. What takes the place
-of a broken stream is a lease: a session that is not polled ends. Nothing is sent twice: a caller that
-misses an answer to a call says hello again, is assigned again, and its answer is acknowledged again.
+Such a session has the outbox, limits and rules of a stream's session. A lease takes the place of
+the stream: a session ends when nobody polls it for `LEASE_S`. Nothing is sent twice: a caller that
+misses the response to a call says hello again, gets its assignment again, and its answer is
+acknowledged again.
 """
 
 from __future__ import annotations
@@ -13,58 +14,62 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
-from fedmezo_coordinator.serving.loop import WAIT_MS_MAX, ServingLoop, Session
+from fedmezo_coordinator.serving.journal_pages import WAIT_MS_MAX
+from fedmezo_coordinator.serving.loop import ServingLoop
+from fedmezo_coordinator.serving.worker_session import WorkerSession
 from fedmezo_core.errors import FedMezoError, ProtocolError, UnknownWorkerError
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 LEASE_S = 90.0
-"""A session ends so long after its last call; three times the longest wait of a call."""
+"""Time from the last call of a session to its end; three times the longest wait of a call."""
 ANSWER_BYTES_MAX = 4 * 1024 * 1024
-"""Messages down in one call; the next call brings the rest."""
+"""Size at which a response is full, in bytes; the next call brings the rest."""
 TOKEN_BYTES = 16
 
 
 @dataclass(eq=False, slots=True)
-class _Polled:
-    session: Session
-    place: contextlib.ExitStack
-    """Its place at the session_limit."""
+class _PollSession:
+    session: WorkerSession
+    permit: contextlib.ExitStack
+    """Gives the session's permit back when it is closed."""
     lease: asyncio.TimerHandle
     ends_at_s: float
-    """On the loop's clock. The lease's timer looks here when it fires: a new timer for every call would
-    leave thousands of cancelled ones behind."""
+    """End of the lease on the loop's clock. The lease's timer checks it when it fires, because a
+    new timer for every call would leave thousands of cancelled ones behind."""
     is_busy: bool = False
 
 
-class PolledSessions:
+class PollSessions:
     """All sessions without a stream, by token."""
 
     def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
-        self._polled: dict[bytes, _Polled] = {}
+        self._sessions: dict[bytes, _PollSession] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def poll(self, request: wire.PollSessionRequest) -> wire.PollSessionResponse:
-        """One call; raises what the session ended with, or what is wrong with the call."""
+        """Serve one call; raises the error that ended the session or refuses the call."""
         if request.wait_ms > WAIT_MS_MAX:
             raise ProtocolError(f"wait_ms is at most {WAIT_MS_MAX}; ask for less.")
         messages, token = list(request.messages), request.token
         if not token:
             token = await self._open(messages)
             del messages[0]
-        polled = self._polled.get(token)
-        if polled is None:
+        polling = self._sessions.get(token)
+        if polling is None:
             raise UnknownWorkerError(
                 "No session has this token: it ended, or the coordinator was restarted; "
                 "say hello again without a token."
             )
-        if polled.is_busy:
-            raise ProtocolError("A session is polled by one call at a time; wait for its answer.")
-        polled.is_busy = True
+        if polling.is_busy:
+            raise ProtocolError(
+                "Only one call at a time may poll a session; wait for its response."
+            )
+        polling.is_busy = True
         try:
             for message in messages:
-                await self._daemon.receive(polled.session, message)
-            down = await self._collect(polled.session, request.wait_ms / 1000)
+                await self._daemon.receive(polling.session, message)
+            down = await self._collect(polling.session, request.wait_ms / 1000)
             ends = request.leave
         except FedMezoError:
             ends = True
@@ -73,28 +78,32 @@ class PolledSessions:
             ends = False
             raise
         finally:
-            polled.is_busy = False
+            polling.is_busy = False
             if ends:
                 self._end(token)
             else:
-                polled.ends_at_s = asyncio.get_running_loop().time() + LEASE_S
+                polling.ends_at_s = asyncio.get_running_loop().time() + LEASE_S
         return wire.PollSessionResponse(token=token, messages=down, lease_ms=int(1000 * LEASE_S))
 
     async def _open(self, messages: list[wire.SessionRequest]) -> bytes:
         if not messages or messages[0].WhichOneof("kind") != "hello":
             raise ProtocolError("A session begins with a hello; send it first.")
-        with contextlib.ExitStack() as place:
-            inside = place.enter_context(self._daemon.session_limit.session())
+        with contextlib.ExitStack() as stack:
+            permit = stack.enter_context(self._daemon.session_limit.session())
             session = await self._daemon.join(messages[0].hello)
-            self._daemon.session_limit.joined(inside)
+            self._daemon.session_limit.joined(permit)
             token = secrets.token_bytes(TOKEN_BYTES)
             loop = asyncio.get_running_loop()
             lease = loop.call_later(LEASE_S, self._lapse, token)
-            self._polled[token] = _Polled(session, place.pop_all(), lease, loop.time() + LEASE_S)
+            ends_at_s = loop.time() + LEASE_S
+            self._sessions[token] = _PollSession(session, stack.pop_all(), lease, ends_at_s)
         return token
 
-    async def _collect(self, session: Session, wait_s: float) -> list[wire.SessionResponse]:
-        """What waits for the caller, or the first thing that comes; raises what the session ended with."""
+    async def _collect(self, session: WorkerSession, wait_s: float) -> list[wire.SessionResponse]:
+        """The messages for the caller, after a wait for the first one.
+
+        Raises the error that ended the session if there are none.
+        """
         found: list[wire.SessionResponse] = []
         size = 0
         with contextlib.suppress(TimeoutError):
@@ -112,24 +121,24 @@ class PolledSessions:
         return found
 
     def _lapse(self, token: bytes) -> None:
-        """End the session if its lease has run out, or look again when it will have."""
-        polled = self._polled.get(token)
-        if polled is None:
+        """End the session if its lease has run out; otherwise set the timer again."""
+        polling = self._sessions.get(token)
+        if polling is None:
             return
         loop = asyncio.get_running_loop()
-        left_s = LEASE_S if polled.is_busy else polled.ends_at_s - loop.time()
+        left_s = LEASE_S if polling.is_busy else polling.ends_at_s - loop.time()
         if left_s > 0:
-            polled.lease = loop.call_later(left_s, self._lapse, token)
+            polling.lease = loop.call_later(left_s, self._lapse, token)
         else:
             self._end(token)
 
     def _end(self, token: bytes) -> None:
-        polled = self._polled.get(token)
-        if polled is None or polled.is_busy:
+        polling = self._sessions.get(token)
+        if polling is None or polling.is_busy:
             return
-        del self._polled[token]
-        polled.lease.cancel()
-        polled.place.close()
-        leaving = asyncio.get_running_loop().create_task(self._daemon.leave(polled.session))
+        del self._sessions[token]
+        polling.lease.cancel()
+        polling.permit.close()
+        leaving = asyncio.get_running_loop().create_task(self._daemon.leave(polling.session))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)

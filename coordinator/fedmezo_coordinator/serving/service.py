@@ -1,4 +1,4 @@
-"""The gRPC servicer and server: translate, map errors, bound everything. Decides nothing."""
+"""The gRPC service and server: it translates, maps errors and sets limits, and decides nothing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from fedmezo_coordinator.serving.grpc_wakeups import drained
+from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.hello import choose_version
-from fedmezo_coordinator.serving.loop import HalfClosedError, ServingLoop
-from fedmezo_coordinator.serving.loop import Session as WorkerSession
-from fedmezo_coordinator.serving.poll_sessions import PolledSessions
+from fedmezo_coordinator.serving.loop import ServingLoop
+from fedmezo_coordinator.serving.poll_sessions import PollSessions
 from fedmezo_coordinator.serving.session_limit import SessionPermit
+from fedmezo_coordinator.serving.worker_session import HalfClosedError, WorkerSession
 from fedmezo_coordinator.serving.write_pacing import WritePacing
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
@@ -30,43 +30,46 @@ from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 log = logging.getLogger("fedmezo.coordinator")
 
 HELLO_TIMEOUT_S = 20.0
-"""A stream that does not introduce itself by then is closed."""
+"""Longest time from the start of a stream to its hello; then the stream is closed."""
 WRITES_A_TURN = 4
-"""Messages that go down in one turn of the loop; that few, because a new stream takes three turns to be
-accepted, one stream after the other."""
+"""Messages that are sent in one turn of the event loop. They are few, because gRPC accepts one new
+stream after the other, and each takes three turns."""
 
 SERVER_OPTIONS = (
-    # Without this a second coordinator binds the same port and silently takes half the workers.
+    # Otherwise a second coordinator can bind the same port and silently takes half the workers.
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", 16),
-    # After a restart thousands of handshakes share one core, a millisecond and more each.
+    # After a restart, thousands of handshakes of a millisecond or more share one core.
     ("grpc.server_handshake_timeout_ms", 20_000),
     # A small compressed message can unpack to a large one.
     ("grpc.compression_enabled_algorithms_bitset", 1),
-    # Workers ask every minute; this is for those that don't. Ten thousand pings a minute are 4 % of a core.
+    # Workers ping every minute; this is for peers that don't. 10,000 pings a minute take 4 % of a
+    # core.
     ("grpc.keepalive_time_ms", 150_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # A ping after every message that comes, to measure the bandwidth and widen the window: for messages
-    # that fit into any window it is a third of what a submission costs, at both ends.
+    # gRPC would ping after each message that arrives, to measure the bandwidth and widen the
+    # window. Workers' messages fit into any window, and the pings cost a third of a submission at
+    # both ends.
     ("grpc.http2.bdp_probe", 0),
-    # As in the client: without this, gRPC's own minute counts.
+    # As in the client. gRPC's default is a minute.
     ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 30_000),
-    # On a machine that is too busy pings arrive in bunches, which is no reason to break off.
+    # Pings arrive in bunches from a machine that is too busy; that is no reason to disconnect.
     ("grpc.http2.max_ping_strikes", 0),
 )
 
 Server = grpc.aio.Server
 
+Context = grpc.aio.ServicerContext[Any, Any]
 RawContext = grpc.aio.ServicerContext[Any, bytes]
-"""Of a handler without serializers: what it reads is bytes, or `grpc.aio.EOF`."""
+"""Context of a handler without serializers, which reads bytes or `grpc.aio.EOF`."""
 
 Handler = TypeVar("Handler", bound=Callable[..., Awaitable[Any]])
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: FedMezoError) -> NoReturn:
-    """End a call with the error's status, reason and sentence."""
+async def abort(context: Context, error: FedMezoError) -> NoReturn:
+    """End a call with the status, reason and sentence of `error`."""
     metadata = [(REASON_KEY, type(error).__name__)]
     if error.retry_after_s is not None:
         metadata.append((RETRY_AFTER_KEY, str(int(1000 * error.retry_after_s))))
@@ -76,7 +79,7 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: FedMezoError
 
 
 def _mapped(handler: Handler) -> Handler:
-    """Let our errors leave a unary handler as statuses."""
+    """Turn a `FedMezoError` of a unary handler into a gRPC status."""
 
     @functools.wraps(handler)
     async def wrapper(self: Any, request: Any, context: Any) -> Any:
@@ -89,66 +92,54 @@ def _mapped(handler: Handler) -> Handler:
 
 
 class CoordinatorServicer(rpc.CoordinatorServiceServicer):
-    """`fedmezo.v1.CoordinatorService` over a serving loop."""
+    """`fedmezo.v1.CoordinatorService`, answered by a serving loop."""
 
     def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
-        self._polled = PolledSessions(daemon)
-        self._turnstile = WritePacing(WRITES_A_TURN)
+        self._poll_sessions = PollSessions(daemon)
+        self._pacing = WritePacing(WRITES_A_TURN)
 
     @_mapped
-    async def GetRun(  # noqa: N802 - the service's name for it
-        self,
-        request: wire.GetRunRequest,
-        context: grpc.aio.ServicerContext[wire.GetRunRequest, wire.GetRunResponse],
+    async def GetRun(  # noqa: N802 - the name in the .proto file
+        self, request: wire.GetRunRequest, context: Context
     ) -> wire.GetRunResponse:
-        """What the run is."""
+        """Describe the run."""
         version = choose_version(list(request.protocol_versions))
         return self._daemon.describe(version, request.run_id, request.round)
 
     @_mapped
     async def PollSession(  # noqa: N802
-        self,
-        request: wire.PollSessionRequest,
-        context: grpc.aio.ServicerContext[wire.PollSessionRequest, wire.PollSessionResponse],
+        self, request: wire.PollSessionRequest, context: Context
     ) -> wire.PollSessionResponse:
-        """A session without a stream, call by call."""
-        return await self._polled.poll(request)
+        """Serve one call of a session without a stream."""
+        return await self._poll_sessions.poll(request)
 
     @_mapped
     async def ReadJournal(  # noqa: N802
-        self,
-        request: wire.ReadJournalRequest,
-        context: grpc.aio.ServicerContext[wire.ReadJournalRequest, wire.ReadJournalResponse],
+        self, request: wire.ReadJournalRequest, context: Context
     ) -> wire.ReadJournalResponse:
-        """A page of the journal."""
+        """Read a page of the journal."""
         return await self._daemon.read_journal(request)
 
     @_mapped
     async def GetStatus(  # noqa: N802
-        self,
-        request: wire.GetStatusRequest,
-        context: grpc.aio.ServicerContext[wire.GetStatusRequest, wire.GetStatusResponse],
+        self, request: wire.GetStatusRequest, context: Context
     ) -> wire.GetStatusResponse:
-        """The whole picture."""
+        """Report the status of the run."""
         return self._daemon.status(request.run_id)
 
     @_mapped
     async def ReportReplica(  # noqa: N802
-        self,
-        request: wire.ReportReplicaRequest,
-        context: grpc.aio.ServicerContext[wire.ReportReplicaRequest, wire.ReportReplicaResponse],
+        self, request: wire.ReportReplicaRequest, context: Context
     ) -> wire.ReportReplicaResponse:
-        """The replica's digest and evaluation."""
+        """Take a digest, evaluation or snapshot that the replica reports."""
         await self._daemon.report_replica(request)
         return wire.ReportReplicaResponse()
 
     async def ReadSnapshot(  # noqa: N802
-        self,
-        request: wire.ReadSnapshotRequest,
-        context: grpc.aio.ServicerContext[wire.ReadSnapshotRequest, wire.ReadSnapshotResponse],
+        self, request: wire.ReadSnapshotRequest, context: Context
     ) -> AsyncIterator[wire.ReadSnapshotResponse]:
-        """A snapshot's file; a slow reader holds up only itself, with one chunk in memory."""
+        """Send a snapshot's file, with one chunk in memory; a slow reader delays only itself."""
         try:
             async with contextlib.aclosing(self._daemon.read_snapshot(request)) as pieces:
                 async for piece in pieces:
@@ -157,7 +148,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
             await abort(context, error)
 
     async def session(self, _requests: Any, context: RawContext) -> None:
-        """A worker's stream: one task reads it, this one writes it."""
+        """Serve a worker's stream; a second task reads it while this one writes."""
         try:
             with self._daemon.session_limit.session() as permit:
                 await self._open_session(context, permit)
@@ -166,11 +157,11 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         except FedMezoError as error:
             await abort(context, error)
 
-    # `start_server` registers it without serializers.
+    # The generated base class wants this name; `start_server` registers it without serializers.
     Session = session  # type: ignore[assignment]
 
     async def _open_session(self, context: RawContext, permit: SessionPermit) -> None:
-        """Raises what the session ends with."""
+        """Serve a session until it ends; raises the error that ended it."""
         session: WorkerSession | None = None
         reader: asyncio.Task[None] | None = None
         try:
@@ -182,13 +173,13 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
                 message = await session.outbox.get()
                 if isinstance(message, FedMezoError):
                     raise message
-                await self._turnstile.through()
+                await self._pacing.next_write()
                 await context.write(self._daemon.sent(session, message))
         finally:
             if reader is not None:
                 reader.cancel()
-                # gather, because a cancellation of this handler must not be mistaken for the reader's:
-                # a handler that swallows its own leaks memory in grpc.
+                # gather tells a cancellation of this handler from the reader's. A handler that
+                # swallows its own cancellation leaks memory in grpc.
                 await asyncio.gather(reader, return_exceptions=True)
             if session is not None:
                 await self._daemon.leave(session)
@@ -213,25 +204,26 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
             except DecodeError:
                 session.end(
                     ProtocolError(
-                        "A message came that is no SessionRequest; use the same FedMeZO version."
+                        "A message came that is not a SessionRequest; use the same FedMeZO version."
                     )
                 )
                 return
             await self._daemon.receive(session, message)
-        # The worker is done; whatever it sent before is in the queue ahead of this.
+        # The worker has closed its side; its messages are in the queue ahead of this.
         await self._daemon.leave(session)
 
 
 def bind_server(
     listen: str, tls: tuple[Path, Path] | None, private: str | None = None
 ) -> tuple[Server, int]:
-    """Take the addresses; returns the server and the port, which may have been 0 in `listen`.
+    """Bind a server to `listen` (host:port) and return it with its port.
 
-    `private` is a second address, a Unix socket, for the replica if there is one. Callers wait until `start_server`.
+    `tls` is a certificate file and a key file. `private` is a second address, a Unix socket for the
+    replica. Port 0 lets the system choose a port. Callers that connect wait until `start_server`.
     Raises `ConfigError` for an address or TLS files that cannot be used.
     """
     credentials = None if tls is None else _credentials(*tls)
-    with drained():
+    with reading_all_wakeups():
         server = grpc.aio.server(options=SERVER_OPTIONS)
     if private is not None:
         server.add_insecure_port(private)
@@ -241,21 +233,21 @@ def bind_server(
         return server, server.add_secure_port(listen, credentials)
     except RuntimeError:
         raise ConfigError(
-            f"Cannot listen on {listen}: the address is in use by another process or not this "
+            f"Cannot listen on {listen}: another process uses the address, or it is not this "
             "machine's; stop the other process, or choose another --listen."
         ) from None
 
 
 async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
-    """Let a bound server answer for `daemon`."""
+    """Let a bound server answer calls with `daemon`."""
     servicer = CoordinatorServicer(daemon)
-    # In the permit of the generated handler, and without its serializers: what goes to thousands of
-    # workers is serialised once, and what is counted in bytes need not be measured again.
+    # This replaces the generated handler and has no serializers: a message to thousands of workers
+    # is serialised once, and its bytes are counted without serialising it again.
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Session": grpc.stream_stream_rpc_method_handler(servicer.session)
     }
     name = wire.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
-    # Among generic handlers the first one counts, among registered ones the last.
+    # gRPC takes the first of the generic handlers and the last of the registered ones.
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
     rpc.add_CoordinatorServiceServicer_to_server(servicer, server)
     server.add_registered_method_handlers(name, handlers)
@@ -265,7 +257,7 @@ async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
 def _credentials(cert: Path, key: Path) -> grpc.ServerCredentials:
     try:
         pair = (key.read_bytes(), cert.read_bytes())
-        # gRPC would only say that it cannot listen. No password: nobody is there to type one.
+        # gRPC would only say that it cannot listen. The empty password avoids a prompt.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
     except ssl.SSLError as error:
         raise ConfigError(
@@ -274,6 +266,7 @@ def _credentials(cert: Path, key: Path) -> grpc.ServerCredentials:
         ) from None
     except OSError as error:
         raise ConfigError(
-            f"The TLS file {error.filename} cannot be read ({error.strerror}); check tls_cert and tls_key."
+            f"The TLS file {error.filename} cannot be read ({error.strerror}); "
+            "check tls_cert and tls_key."
         ) from None
     return grpc.ssl_server_credentials([pair])

@@ -1,7 +1,8 @@
-"""Who may come in now: bounds on open sessions, and on those that are on their way in.
+"""Limits on open sessions, and on the workers that join at the same time.
 
-After a restart thousands of workers come back at once. Whoever finds no permit is refused at once, at the
-price of one small message, and told when to come back: the longer, the more were refused just before it.
+After a restart thousands of workers come back at once. A worker that gets no permit is refused
+immediately, which costs one small message, and is asked to retry later. The more workers were
+refused within the last second, the longer that time is.
 """
 
 from __future__ import annotations
@@ -11,26 +12,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from fedmezo_coordinator.coordinator_settings import JOINS_AT_A_TIME, SESSIONS_MAX
 from fedmezo_core.errors import NotReadyError
 
-SESSIONS_MAX = 16_000
-SESSIONS_LIMIT = 20_000
-"""What `sessions_max` may be set to: as many names as the coordinator remembers."""
-JOINS_AT_A_TIME = 256
 RETRY_UNIT_S = 0.5
-"""Time in which so many as may join at a time have joined, at the rate that one core manages."""
+"""Time in which one core lets `joins_at_a_time` workers join."""
 RETRY_AFTER_MAX_S = 30.0
+"""Longest time after which a refused worker is asked to retry."""
 
 
 @dataclass(slots=True)
 class SessionPermit:
-    """A session's permit, from its first message to its end."""
+    """Permit of one session, from its first message to its end."""
 
     joining: bool = True
+    """Whether the session counts as one that is joining."""
 
 
 class SessionLimit:
-    """Counts who is inside. `sessions_max` and `joins_at_a_time` are the coordinator's settings."""
+    """Counts sessions; `sessions_max` and `joins_at_a_time` are the coordinator's settings."""
 
     def __init__(
         self,
@@ -44,14 +44,15 @@ class SessionLimit:
         self._second = 0
         self._refused_lately = 0
         self.sessions = 0
-        """Open ones, those that are still joining included."""
+        """Count of open sessions, including those that are joining."""
         self.joining = 0
+        """Count of sessions that are joining."""
         self.refused = 0
-        """Since this start."""
+        """Count of refusals since this start."""
 
     @contextmanager
     def session(self) -> Iterator[SessionPermit]:
-        """A permit for as long as the block runs; `NotReadyError` if there is none."""
+        """Give a permit for as long as the block runs; raises `NotReadyError` if none is free."""
         self._check()
         permit = SessionPermit()
         self.sessions += 1
@@ -63,7 +64,7 @@ class SessionLimit:
             self.sessions -= 1
 
     def joined(self, permit: SessionPermit) -> None:
-        """It has been welcomed, or is gone: the next one may join."""
+        """Note that a session was welcomed or is gone, so that the next worker may join."""
         if permit.joining:
             permit.joining = False
             self.joining -= 1
@@ -72,12 +73,12 @@ class SessionLimit:
         if self.sessions >= self._sessions_max:
             raise self._refusal(
                 f"{self.sessions} sessions are open, the most that this coordinator takes "
-                "(sessions_max); try later, or raise it.",
+                "(sessions_max); try later, or raise that setting.",
                 RETRY_AFTER_MAX_S,
             )
         if self.joining >= self._joins_at_a_time:
             raise self._refusal(
-                f"{self.joining} workers are joining, as many as may at a time "
+                f"{self.joining} workers are joining, the most at a time "
                 "(joins_at_a_time); try again in a moment.",
                 0.0,
             )

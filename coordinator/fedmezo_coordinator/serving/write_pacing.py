@@ -1,7 +1,8 @@
-"""How many tasks may go on in one turn of the event loop.
+"""A limit on the tasks that write in one turn of the event loop.
 
-gRPC reports hundreds of finished writes at once, and every one of their tasks has a next message to
-write, at a tenth of a millisecond each: all in one turn they would keep the loop from everything else.
+gRPC reports hundreds of finished writes at once. Each of their tasks then has a next message to
+write, which takes a tenth of a millisecond. All of them in one turn would block the loop's other
+tasks.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from collections import deque
 
 
 class WritePacing:
-    """Lets so many through in each turn of the loop, in the order in which they came."""
+    """Lets `writes_a_turn` tasks continue in each turn of the event loop, in order of arrival."""
 
-    def __init__(self, each_turn: int) -> None:
-        self._each_turn = each_turn
-        self._left = each_turn
+    def __init__(self, writes_a_turn: int) -> None:
+        self._writes_a_turn = writes_a_turn
+        self._left = writes_a_turn
         self._is_turning = False
         self._waiting: deque[asyncio.Future[None]] = deque()
 
-    async def through(self) -> None:
-        """Return at once, or in one of the next turns."""
+    async def next_write(self) -> None:
+        """Return when the caller may write: at once, or in one of the next turns."""
         loop = asyncio.get_running_loop()
         if not self._is_turning:
             self._is_turning = True
@@ -33,12 +34,12 @@ class WritePacing:
         await turn
 
     def _turn(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._left = self._each_turn
+        self._left = self._writes_a_turn
         while self._waiting and self._left:
             turn = self._waiting.popleft()
-            if not turn.done():  # whoever waited may be gone
+            if not turn.done():  # The task may have been cancelled.
                 turn.set_result(None)
                 self._left -= 1
-        self._is_turning = self._left < self._each_turn
+        self._is_turning = self._left < self._writes_a_turn
         if self._is_turning:
             loop.call_soon(self._turn, loop)

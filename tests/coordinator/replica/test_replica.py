@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedmezo_coordinator.replica.replica import _next_stop, _Stops
+from fedmezo_coordinator.replica.replica import _Stops
 
 
 def stops_of(**changes: int) -> _Stops:
@@ -34,5 +34,5 @@ def test_snapshots_are_due_at_digest_rounds_from_each_multiple_on_but_not_at_the
 def test_a_replica_that_is_behind_stops_for_the_newest_snapshot_only() -> None:
     stops = stops_of(snapshot_every=5)
     rounds = list(range(1, 24))
-    assert _next_stop(stops, rounds) == 20
-    assert _next_stop(stops, rounds[20:]) == 1, "and not behind, it digests every round"
+    assert stops.next_stop(rounds) == 20
+    assert stops.next_stop(rounds[20:]) == 1, "and not behind, it digests every round"

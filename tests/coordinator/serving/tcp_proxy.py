@@ -10,7 +10,7 @@ from typing import Self
 
 
 class Proxy:
-    """Passes bytes between clients of `port` and a server, until it is told not to."""
+    """Passes bytes between clients of `port` and a server, until it is stopped."""
 
     def __init__(self, server_port: int) -> None:
         self.mute = False

@@ -1,4 +1,4 @@
-"""Every limit of docs/limits.md: one less, just so many, one more."""
+"""Every limit of docs/limits.md: one less, the limit itself, one more."""
 
 from __future__ import annotations
 
@@ -11,15 +11,10 @@ import pytest
 
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.serving import loop as serving
-from fedmezo_coordinator.serving.loop import (
-    OUTBOX_BYTES_MAX,
-    OUTBOX_MAX,
-    PAGE_RECORDS_MAX,
-    WAIT_MS_MAX,
-    Session,
-    _within,
-)
+from fedmezo_coordinator.serving import worker_session
+from fedmezo_coordinator.serving.journal_pages import PAGE_RECORDS_MAX, WAIT_MS_MAX, _within
 from fedmezo_coordinator.serving.session_limit import SessionLimit
+from fedmezo_coordinator.serving.worker_session import OUTBOX_BYTES_MAX, OUTBOX_MAX, WorkerSession
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import FedMezoError, NotReadyError, ProtocolError
 from fedmezo_core.journal.journal import Journal, Row, head_after
@@ -97,7 +92,7 @@ async def test_one_join_too_many_at_a_time_is_told_when_to_come_back(tmp_path: P
     ("count", "ends"), [(OUTBOX_MAX - 2, False), (OUTBOX_MAX - 1, False), (OUTBOX_MAX, True)]
 )
 def test_an_outbox_takes_all_messages_but_one_for_the_end(count: int, ends: bool) -> None:
-    session = Session("slow")
+    session = WorkerSession("slow")
     for _ in range(count):
         session.put(MESSAGE)
     assert (session.ended is not None) is ends
@@ -106,7 +101,7 @@ def test_an_outbox_takes_all_messages_but_one_for_the_end(count: int, ends: bool
 
 @pytest.mark.parametrize("waiting", [-1, 0, 1])
 def test_an_outbox_takes_so_many_bytes_and_then_one_more_message(waiting: int) -> None:
-    session = Session("slow")
+    session = WorkerSession("slow")
     session.put(bytes(OUTBOX_BYTES_MAX + waiting))
     session.put(b"next")
     assert (session.ended is not None) is (waiting > 0)
@@ -114,13 +109,13 @@ def test_an_outbox_takes_so_many_bytes_and_then_one_more_message(waiting: int) -
     assert session.outbox.bytes_waiting == (0 if waiting > 0 else len(b"next"))
 
 
-async def test_whoever_sends_more_than_the_queue_of_events_holds_waits(
+async def test_a_worker_that_fills_the_queue_of_events_waits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serving, "EVENTS_MAX", 3)
     store = SqliteStore(tmp_path / "j.db")
     daemon = Daemon(Journal(store))
-    session, message = Session("w1"), wire.SessionRequest()
+    session, message = WorkerSession("w1"), wire.SessionRequest()
     for _ in range(3):
         await asyncio.wait_for(daemon.receive(session, message), 10)
     fourth = asyncio.create_task(daemon.receive(session, message))
@@ -202,7 +197,7 @@ async def test_bytes_that_are_no_message_end_the_session_and_not_the_coordinator
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert "no SessionRequest" in str(caught.value.details())
+        assert "not a SessionRequest" in str(caught.value.details())
         await hand.open()
 
 
@@ -212,7 +207,7 @@ async def test_bytes_that_are_no_message_end_the_session_and_not_the_coordinator
 async def test_a_worker_that_never_reads_is_cut_off_alone_and_catches_up_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "OUTBOX_MAX", 8)
+    monkeypatch.setattr(worker_session, "OUTBOX_MAX", 8)
     # Commits that soon fill what gRPC itself keeps between two ends.
     genesis = genesis_of(
         config_of(
@@ -241,7 +236,7 @@ async def test_a_worker_that_never_reads_is_cut_off_alone_and_catches_up_later(
             workers = {w.worker: w for w in at.daemon.status("").workers}
             return workers["fast"].connected and not workers["slow"].connected
 
-        # The run goes on only as this test lets it, so that `slow` is never further behind than it may be.
+        # Rounds go on only as this test lets them, so that `slow` never falls too far behind.
         while not is_cut_off():
             await a_round()
         cut_at = at.daemon.status("").round

@@ -156,7 +156,7 @@ async def test_a_poll_without_a_sound_hello_is_refused(at: Served, hand: Hand) -
 
 
 @pytest.mark.parametrize(("wait_ms", "refused"), [(29_999, False), (30_000, False), (30_001, True)])
-async def test_a_poll_waits_so_long_at_most(
+async def test_a_poll_waits_at_most_the_longest_time(
     at: Served, hand: Hand, wait_ms: int, refused: bool
 ) -> None:
     if refused:
@@ -166,7 +166,7 @@ async def test_a_poll_waits_so_long_at_most(
         assert (await hand.client.poll_session(b"", hello_of(hand), wait_ms=wait_ms)).messages
 
 
-async def test_a_polled_session_hears_that_it_was_replaced_and_that_the_coordinator_stops(
+async def test_a_poll_session_learns_that_it_was_replaced_and_that_the_coordinator_stops(
     at: Served, hand: Hand
 ) -> None:
     first = await hand.client.poll_session(b"", hello_of(hand))

@@ -1,4 +1,4 @@
-"""The service over real gRPC and a real journal, with workers driven by hand: what it refuses, and how."""
+"""The service over real gRPC and a real journal, with workers driven by hand."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ async def test_a_worker_that_cannot_measure_shows_its_reason_in_the_status(
         ({"worker": ""}, ProtocolError, "set another --name"),
         ({"worker": "w" * 65}, ProtocolError, "set another --name"),
         ({"worker": "replica"}, ProtocolError, "set another --name"),
-        ({"round": 5}, MismatchError, "has applied round 5, this journal ends at round 0"),
+        ({"round": 5}, MismatchError, "has applied round 5, but this journal ends at round 0"),
         ({"round": 2**64 - 1}, MismatchError, "this journal ends at round 0"),
         ({"head": b"h" * 32}, DivergedError, "restart the worker"),
     ],

@@ -1,4 +1,4 @@
-"""Who may come in, and what those are told who may not."""
+"""Limits on sessions and joins, and the time after which a refused worker retries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fill(
 
 
 @pytest.mark.parametrize(("inside", "welcome"), [(1, True), (2, True), (3, False)])
-def test_as_many_sessions_are_open_as_the_limit_says(inside: int, welcome: bool) -> None:
+def test_no_more_sessions_are_open_than_the_limit_allows(inside: int, welcome: bool) -> None:
     session_limit = SessionLimit(sessions_max=3)
     with contextlib.ExitStack() as places:
         fill(session_limit, places, inside, joined=True)
@@ -36,7 +36,7 @@ def test_as_many_sessions_are_open_as_the_limit_says(inside: int, welcome: bool)
 
 
 @pytest.mark.parametrize("joins", [1, 2, 3])
-def test_as_many_join_at_a_time_as_the_limit_says(joins: int) -> None:
+def test_no_more_workers_join_at_a_time_than_the_limit_allows(joins: int) -> None:
     session_limit = SessionLimit(joins_at_a_time=2)
     with contextlib.ExitStack() as places:
         fill(session_limit, places, min(joins, 2), joined=False)
@@ -49,7 +49,7 @@ def test_as_many_join_at_a_time_as_the_limit_says(joins: int) -> None:
     assert session_limit.joining == 0
 
 
-def test_whoever_has_joined_makes_room_for_the_next() -> None:
+def test_a_worker_that_has_joined_makes_room_for_the_next() -> None:
     session_limit = SessionLimit(joins_at_a_time=1)
     with session_limit.session() as first:
         session_limit.joined(first)
@@ -59,7 +59,7 @@ def test_whoever_has_joined_makes_room_for_the_next() -> None:
     assert (session_limit.sessions, session_limit.joining) == (0, 0)
 
 
-def test_the_more_are_refused_in_a_second_the_later_they_are_to_come_back() -> None:
+def test_the_more_are_refused_within_a_second_the_later_they_retry() -> None:
     now_s = 10.0
     session_limit = SessionLimit(joins_at_a_time=2, clock=lambda: now_s)
 

@@ -1,4 +1,4 @@
-"""What bounds one turn of the event loop, and what wakes it."""
+"""The writes in one turn of the event loop, and the bytes that wake it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import socket
 
 import pytest
 
-from fedmezo_coordinator.serving.grpc_wakeups import drained
+from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.write_pacing import WritePacing
 
 
 @pytest.mark.parametrize(("count", "turns"), [(2, 1), (3, 1), (4, 2), (7, 3)])
-async def test_so_many_go_through_in_one_turn_in_order(count: int, turns: int) -> None:
+async def test_a_few_writes_are_let_through_in_each_turn_in_order(count: int, turns: int) -> None:
     pacing, turn = WritePacing(3), 0
     through: list[tuple[int, int]] = []
 
     async def go(number: int) -> None:
-        await pacing.through()
+        await pacing.next_write()
         through.append((number, turn))
 
     tasks = [asyncio.create_task(go(number)) for number in range(count)]
@@ -30,21 +30,21 @@ async def test_so_many_go_through_in_one_turn_in_order(count: int, turns: int) -
     assert max(by_turn.count(at) for at in by_turn) <= 3
 
 
-async def test_whoever_is_gone_holds_nobody_up() -> None:
+async def test_a_cancelled_write_delays_no_other() -> None:
     pacing = WritePacing(1)
-    first, gone, last = (asyncio.create_task(pacing.through()) for _ in range(3))
+    first, gone, last = (asyncio.create_task(pacing.next_write()) for _ in range(3))
     await asyncio.sleep(0)
     gone.cancel()
     await asyncio.wait_for(asyncio.gather(first, last), 10)
     assert gone.cancelled()
     for _ in range(3):  # and afterwards it stands still
         await asyncio.sleep(0)
-    await asyncio.wait_for(pacing.through(), 10)
+    await asyncio.wait_for(pacing.next_write(), 10)
 
 
-def test_all_wakeups_are_taken_at_once() -> None:
+def test_all_wakeups_are_read_at_once() -> None:
     make = socket.socketpair
-    with drained():
+    with reading_all_wakeups():
         reading, writing = socket.socketpair()
     assert socket.socketpair is make
     with reading, writing:

@@ -1,0 +1,120 @@
+"""The status of a run, as `GetStatus` reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Protocol
+
+from fedmezo_coordinator.serving.session_limit import SessionLimit
+from fedmezo_coordinator.serving.worker_session import Traffic
+from fedmezo_core.journal.codec import config_to_pb
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.machines.divergence import PartyDigest
+from fedmezo_core.machines.rounds import Phase, RoundSummary, WorkerView
+from fedmezo_core.records import Genesis
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+_PHASES = {
+    Phase.WAITING: wire.PHASE_WAITING,
+    Phase.OPEN: wire.PHASE_OPEN,
+    Phase.FINISHED: wire.PHASE_FINISHED,
+    Phase.PAUSED: wire.PHASE_PAUSED,
+}
+
+
+class MachineStatus(Protocol):
+    """What a machine shows of itself: the round machine's, or a relay's."""
+
+    @property
+    def phase(self) -> Phase:
+        """Phase of the run."""
+
+    @property
+    def round(self) -> int:
+        """Last committed round that workers know of."""
+
+    @property
+    def epoch(self) -> int:
+        """Count of coordinator starts."""
+
+    @property
+    def reason(self) -> str:
+        """Why the run stands still; empty if it does not."""
+
+    @property
+    def awaited(self) -> Sequence[str]:
+        """Workers whose answers are awaited."""
+
+    @property
+    def diverged(self) -> frozenset[str]:
+        """Workers whose weights were found to differ from the run's."""
+
+    @property
+    def workers(self) -> Mapping[str, WorkerView]:
+        """Every worker seen since the start, by name."""
+
+    @property
+    def recent_rounds(self) -> Iterable[RoundSummary]:
+        """The newest rounds, oldest first."""
+
+
+def status_report(
+    machine: MachineStatus,
+    genesis: Genesis,
+    journal: Journal,
+    *,
+    traffic: Mapping[str, Traffic],
+    connected: Container[str],
+    digests: Iterable[PartyDigest],
+    session_limit: SessionLimit,
+    uptime_ms: int,
+    loop_lag_p99_ms: float,
+) -> wire.GetStatusResponse:
+    """The status of a run with the counters of each worker in `traffic`, sorted by name."""
+    awaited, diverged = frozenset(machine.awaited), machine.diverged
+    return wire.GetStatusResponse(
+        config=config_to_pb(genesis.config),
+        phase=_PHASES[machine.phase],
+        round=machine.round,
+        epoch=machine.epoch,
+        records=len(journal),
+        head=journal.head,
+        workers=[
+            _worker_status(
+                machine.workers.get(name, WorkerView(name)),
+                counters,
+                connected=name in connected,
+                measuring=name in awaited,
+                diverged=name in diverged,
+            )
+            for name, counters in sorted(traffic.items())
+        ],
+        digests=[
+            wire.PartyDigest(party=d.party, round=d.round, weights_digest=d.weights_digest)
+            for d in digests
+        ],
+        recent_rounds=[
+            wire.RoundStatus(round=s.round, mean_loss=s.mean_loss, answers=s.answers)
+            for s in machine.recent_rounds
+        ],
+        trainable_bytes=genesis.trainable_bytes,
+        uptime_ms=uptime_ms,
+        reason=machine.reason,
+        loop_lag_p99_ms=loop_lag_p99_ms,
+        sessions=session_limit.sessions,
+        sessions_refused=session_limit.refused,
+    )
+
+
+def _worker_status(view: WorkerView, counters: Traffic, **flags: bool) -> wire.WorkerStatus:
+    return wire.WorkerStatus(
+        worker=view.worker,
+        rounds_answered=view.rounds_answered,
+        bytes_up=counters.bytes_up,
+        bytes_down=counters.bytes_down,
+        mean_loss=view.mean_loss,
+        answered_after_ms=counters.answered_after_ms,
+        complaint=view.complaint,
+        learning_rate=view.learning_rate,
+        **flags,
+    )
