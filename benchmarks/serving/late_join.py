@@ -120,9 +120,9 @@ async def join(at: Served, settings: dict[str, Any], way: str) -> bytes:
     engine = Engine()
     agent = Agent(WorkerSettings(**settings, coordinator=at.address, download_rate=rate), engine)
     async with CoordinatorClient(at.address) as client:
-        await agent._prepare(client)
+        member = await agent.join(client)
         with counted(at) as traffic, timed(f"late join by {way}"):
-            await agent._catch_up(client)
+            await member.catch_up(client)
         print(f"  {traffic.journal:,} bytes of the journal, {traffic.snapshot:,} of the snapshot")
         digest = await engine.digest()
     await engine.close()

@@ -98,12 +98,12 @@ async def test_a_worker_that_finds_no_place_comes_back_when_the_coordinator_says
 ) -> None:
     hints: list[float | None] = []
 
-    def delay(attempt: int, uniform: float, retry_after_s: float | None) -> float:
+    def delay(attempt: int, uniform: float, retry_after_s: float | None, **_: float) -> float:
         assert 0 <= uniform < 1
         hints.append(retry_after_s)
         return 0.05
 
-    monkeypatch.setattr("fedmezo_worker.agent.delay_after_refusal_s", delay)
+    monkeypatch.setattr("fedmezo_core.wire.reconnecting.delay_s", delay)
     genesis = tiny_genesis(workers_min=1, quorum=1, rounds=1)
     async with (
         served(tmp_path / "journal.db", genesis, session_limit=SessionLimit(sessions_max=1)) as at,

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import logging
 import os
-import random
 import signal
 import sys
 import threading
@@ -33,11 +32,13 @@ from fedmezo_core.errors import (
 from fedmezo_core.journal.codec import config_from_pb, decode_record
 from fedmezo_core.journal.journal import head_after
 from fedmezo_core.records import Committed, Evaluated
-from fedmezo_core.wire.backoff import delay_s
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot, file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
+
+log = logging.getLogger("fedmezo.replica")
 
 WAIT_MS = 20_000
 COMPLAINT_CHARS_MAX = 512
@@ -229,7 +230,8 @@ async def follow(orders: dict[str, Any]) -> None:
         # Commits to apply, each with the head after it.
         waiting: list[tuple[Committed, bytes]] = []
         read_head = head = description.head
-        seqno, attempt, evaluated_round = 0, 0, -1
+        seqno, evaluated_round = 0, -1
+        reconnecting = Reconnecting(log)
         if description.snapshot is not None:
             newest = description.snapshot.snapshot
             if copy.take_snapshot(Path(orders["snapshots"]), newest):
@@ -269,10 +271,9 @@ async def follow(orders: dict[str, Any]) -> None:
                     # Nobody asks for the digests of rounds that were over before this process began.
                     from_newest_base=seqno == 0,
                 )
-                attempt = 0
-            except UnavailableError:
-                await asyncio.sleep(delay_s(attempt, random.random()))
-                attempt += 1
+                reconnecting.reached()
+            except UnavailableError as error:
+                await reconnecting.wait_after(error)
                 continue
             seqno, finished = page.next_seqno, page.finished
             read_head = page.head_before or read_head
