@@ -71,8 +71,8 @@ async def test_a_worker_without_it_is_refused(
     try:
         with pytest.raises(MismatchError, match=r"base weights .* begin from the same adapter"):
             await engine.load(settings, genesis)
-        party = await engine.load(settings.model_copy(update={"adapter": adapter}), genesis)
-        assert party.genesis() == genesis
+        await engine.load(settings.model_copy(update={"adapter": adapter}), genesis)
+        assert engine.loaded.party.genesis() == genesis
     finally:
         await engine.close()
 
@@ -81,7 +81,10 @@ async def test_export_writes_the_adapter_alone(
     model_folder: Path, adapter: Path, genesis: Genesis, tmp_path: Path
 ) -> None:
     journal, out = tmp_path / "journal.db", tmp_path / "out"
-    async with served(journal, genesis) as at, hands(at.address, genesis, "w1") as [hand]:
+    async with (
+        served(journal, genesis) as coordinator,
+        hands(coordinator.address, genesis, "w1") as [hand],
+    ):
         await hand.open()
         await hand.work_to_the_end()
     flags = ["--model", str(model_folder), "--journal", str(journal), "--threads", "1"]
