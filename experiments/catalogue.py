@@ -274,7 +274,7 @@ class Changes:
 
 
 def run_of(experiment: Experiment, arm: Arm, seed: int, changes: Changes) -> Run:
-    """Make the run of one arm with one seed; raises `ConfigError` for a value that is not allowed."""
+    """Make the run of one arm and one seed; raises `ConfigError` for forbidden values."""
     run: dict[str, Any] = {**RUN, **experiment.run, **changes.run, **arm.run}
     settings = {**experiment.settings, **changes.settings, **arm.settings}
     if changes.quick:

@@ -104,7 +104,7 @@ class Result(BaseModel):
 
 
 def execute(run: Run, folder: Path | None = None) -> Result:
-    """Do a run, whose result may be that it cannot go on; the base's results are kept in `folder`."""
+    """Do a run; if it cannot go on, that is its result. `folder` keeps the base's evaluations."""
     keep_freed_memory()
     settings, config = run.settings, run.config
     data = load_data(settings, config.task)
@@ -228,7 +228,7 @@ def execute_and_keep(run: Run, folder: Path = KEPT) -> None:
 
 
 class KeptRows:
-    """A `RowStore` shared by all runs on one model: its frozen part gives a row one state in all."""
+    """A `RowStore` for all runs on one model: its frozen part gives a row the same state in all."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         """Keep the rows below `folder`, in a folder for the run's model and precision."""

@@ -137,8 +137,7 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
     first of them are a fair sample.
     """
     folder = Path(settings.data)
-    last = task.label_column if task.kind == "classification" else task.response_column
-    columns = tuple(dict.fromkeys([*task.columns(), last]))
+    columns = tuple(dict.fromkeys([*task.columns(), task.answer_column]))
     files = sorted(folder.glob("*.train.jsonl"))
     if not files:
         raise ConfigError(f"{folder} holds no <domain>.train.jsonl; run `make demo` or see docs.")
@@ -147,7 +146,7 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
     fitting: list[Row] = []
     for file in files:
         rows = read_rows(file, columns)
-        taken = _last_of_each(rows, last, settings.heldout_per_label)
+        taken = _last_of_each(rows, task.answer_column, settings.heldout_per_label)
         heldout += [row for number, row in enumerate(rows) if number in taken]
         left = [row for number, row in enumerate(rows) if number not in taken]
         # The last ones, so that clients hold the same other rows with and without `fit_rows`.

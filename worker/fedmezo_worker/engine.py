@@ -139,8 +139,7 @@ class Engine:
         config = genesis.config
         # What is quick first: a wrong name or column should not cost a model's loading time.
         objective = _objective(settings, config)
-        columns = (*config.task.columns(), _answer_column(config))
-        columns = tuple(dict.fromkeys(columns))
+        columns = tuple(dict.fromkeys([*config.task.columns(), config.task.answer_column]))
         rows = read_rows(settings.data, columns, keep_others=objective is not None)
         heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, columns)
         party = open_party(
@@ -237,11 +236,6 @@ def _encoded(party: Party, path: Path, rows: Sequence[Row]) -> Dataset:
         cut = f", {dataset.truncated_count} of them cut to {party.config.task.tokens_max} tokens"
     log.info("%s: %d rows%s", path, len(dataset), cut)
     return dataset
-
-
-def _answer_column(config: RunConfig) -> str:
-    task = config.task
-    return task.label_column if task.kind == "classification" else task.response_column
 
 
 def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:

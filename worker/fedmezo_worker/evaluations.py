@@ -91,12 +91,7 @@ class Evaluations:
 
     def log_summary(self) -> None:
         """Log the first and the last result in one line."""
-        if self.first is not None and self.last is not None and self.first is not self.last:
-            log.info(
-                "held-out, %d rows: round %d %s -> round %d %s",
-                self.last.rows,
-                self.first.round,
-                self.first,
-                self.last.round,
-                self.last,
-            )
+        first, last = self.first, self.last
+        if first is not None and last is not None and first is not last:
+            rounds = f"round {first.round} {first} -> round {last.round} {last}"
+            log.info("held-out, %d rows: %s", last.rows, rounds)

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import random
 import sys
 from asyncio.subprocess import PIPE, Process
 from typing import Any
@@ -19,8 +20,8 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.records import Genesis
+from fedmezo_core.wire.backoff import delay_s
 from fedmezo_core.wire.grpc_status import BY_REASON
-from fedmezo_core.wire.reconnecting import Reconnecting
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -112,7 +113,7 @@ class ReplicaSupervisor:
 
     async def keep(self) -> None:
         """Run until cancelled; a replica that fails is started again, unless that cannot help."""
-        restarting = Reconnecting(log, base_s=2.0, cap_s=60.0)
+        attempt = 0
         while True:
             status, last_line = await self._run_once()
             if status == 0:
@@ -123,7 +124,8 @@ class ReplicaSupervisor:
                     "the run goes on without digests and evaluations of the coordinator's own"
                 )
                 return
-            wait_s = restarting.next_delay_s()
+            wait_s = delay_s(attempt, random.random(), base_s=2.0, cap_s=60.0)
+            attempt += 1
             log.error("the replica ended (%s); starting it again in %.0f s", last_line, wait_s)
             await asyncio.sleep(wait_s)
 
