@@ -23,7 +23,7 @@ from fedmezo_core.zo.materialize import Commit
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
-from tests.integration.support.harness import config_of, hands, served
+from tests.integration.support.harness import config_of, scripted_workers, served
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": ["c_attn", "h.0.mlp.c_proj"]}
 CONFIG = config_of(rounds=2, workers_min=1, quorum=1, local_steps=1, lora=LORA)
@@ -83,10 +83,10 @@ async def test_export_writes_the_adapter_alone(
     journal, out = tmp_path / "journal.db", tmp_path / "out"
     async with (
         served(journal, genesis) as coordinator,
-        hands(coordinator.address, genesis, "w1") as [hand],
+        scripted_workers(coordinator.address, genesis, "w1") as [scripted],
     ):
-        await hand.open()
-        await hand.work_to_the_end()
+        await scripted.open()
+        await scripted.work_to_the_end()
     flags = ["--model", str(model_folder), "--journal", str(journal), "--threads", "1"]
     flags += ["--adapter-only"]
 

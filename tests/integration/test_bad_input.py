@@ -28,9 +28,9 @@ from tests.integration.support.harness import (
     answered_tickets,
     config_of,
     genesis_of,
-    hands,
     records_of,
     run_values,
+    scripted_workers,
     served,
     until,
     write_genesis,
@@ -308,10 +308,10 @@ async def journal(tmp_path: Path) -> Path:
     path = tmp_path / "journal.db"
     async with (
         served(path, HAND_GENESIS) as coordinator,
-        hands(coordinator.address, HAND_GENESIS, "w1") as [hand],
+        scripted_workers(coordinator.address, HAND_GENESIS, "w1") as [scripted],
     ):
-        await hand.open()
-        await hand.work_to_the_end()
+        await scripted.open()
+        await scripted.work_to_the_end()
     return path
 
 
@@ -452,11 +452,11 @@ LONG_RUN = {"rounds": 1000, "local_steps": 1000, "workers_min": 1, "quorum": 1}
 
 async def worked_until_it_ended(address: str, genesis: Genesis) -> set[tuple[int, int, int]]:
     """Answer until the coordinator is gone; the tickets that it acknowledged."""
-    async with hands(address, genesis, "w1") as [hand]:
-        await hand.open()
+    async with scripted_workers(address, genesis, "w1") as [scripted]:
+        await scripted.open()
         with pytest.raises(FedMezoError):
-            await hand.work_to_the_end()
-        return hand.acknowledged
+            await scripted.work_to_the_end()
+        return scripted.acknowledged
 
 
 async def test_a_full_disk_ends_the_coordinator_and_loses_nothing_acknowledged(

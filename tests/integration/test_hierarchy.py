@@ -42,9 +42,9 @@ from tests.integration.support.harness import (
     answer_to,
     config_of,
     genesis_of,
-    hands,
     records_of,
     relayed,
+    scripted_workers,
     served,
     until,
     vouched_for,
@@ -617,11 +617,11 @@ async def test_a_worker_that_polls_may_work_at_a_relay(tmp_path: Path) -> None:
     async with (
         served(tmp_path / "centre.db", genesis) as coordinator,
         relayed(coordinator.address, tmp_path, "site-a") as site,
-        hands(site.address, genesis, "polling") as [hand],
+        scripted_workers(site.address, genesis, "polling") as [scripted],
     ):
-        client = hand.client
+        client = scripted.client
         await vouched_for(client)
-        hello = wire.SessionRequest(hello=hand.hello())
+        hello = wire.SessionRequest(hello=scripted.hello())
         token = (await client.poll_session(b"", hello)).token
         answers: list[wire.SessionRequest] = []
         acknowledged, finished = [], False
@@ -657,13 +657,13 @@ async def test_who_comes_to_a_relay_that_is_not_up_to_date_is_told_to_come_again
     async with (
         served(tmp_path / "one.db", genesis) as coordinator,
         relayed(coordinator.address, tmp_path, "site-a") as site,
-        hands(site.address, genesis, "w1") as [hand],
+        scripted_workers(site.address, genesis, "w1") as [scripted],
     ):
-        await vouched_for(hand.client)
+        await vouched_for(scripted.client)
         with pytest.raises(UnavailableError, match="has yet to catch up with the caller"):
-            await hand.open(round=3)
+            await scripted.open(round=3)
         with pytest.raises(UnavailableError, match="which holds round 5"):
-            await hand.client.get_run("", 5)
+            await scripted.client.get_run("", 5)
 
 
 @pytest.mark.parametrize(

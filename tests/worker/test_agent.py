@@ -13,7 +13,7 @@ from fedmezo_core.errors import ProtocolError, UnavailableError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.support.harness import hands, joined, served, until
+from tests.integration.support.harness import joined, scripted_workers, served, until
 from tests.integration.support.parties import Workers
 
 
@@ -107,16 +107,16 @@ async def test_a_worker_that_finds_no_place_comes_back_when_the_coordinator_says
         served(
             tmp_path / "journal.db", genesis, session_limit=SessionLimit(sessions_max=1)
         ) as coordinator,
-        hands(coordinator.address, genesis, "w1") as [hand],
+        scripted_workers(coordinator.address, genesis, "w1") as [scripted],
     ):
-        await hand.open()
+        await scripted.open()
         working = workers.start(coordinator.address, "w2", data_files[0])
 
         async def refused() -> bool:
             return bool(hints)
 
         await until(refused, "the worker to be refused")
-        await hand.work_to_the_end()
-        hand.stream.cancel()
+        await scripted.work_to_the_end()
+        scripted.stream.cancel()
         assert await working.outcome() is None
     assert set(hints) == {30.0}

@@ -1,4 +1,4 @@
-"""Real programs, a real daemon, and workers driven by hand: what the tests of whole runs share.
+"""What tests of whole runs share: real programs, a real daemon, and workers that a test scripts.
 
 Nothing here imports torch; `parties` does.
 """
@@ -70,7 +70,7 @@ def config_of(**changes: Any) -> RunConfig:
 
 
 def genesis_of(config: RunConfig) -> Genesis:
-    """A genesis without a model, for workers driven by hand."""
+    """A genesis without a model, for scripted workers."""
     return Genesis(
         config, b"m" * 32, b"b" * 32, b"t" * 32, trainable_elements=8, trainable_bytes=32
     )
@@ -377,12 +377,12 @@ async def _on_a_port(
         await loop.close()
 
 
-# ---------------------------------------------------------------- a worker driven by hand
+# ---------------------------------------------------------------- a worker that a test scripts
 
 
 @dataclass
-class Hand:
-    """A worker without a model: every message it sends is the test's."""
+class ScriptedWorker:
+    """A worker without a model: the test decides every message that it sends."""
 
     client: CoordinatorClient
     genesis: Genesis
@@ -477,13 +477,15 @@ def answer_to(assign: wire.Assign, **changes: Any) -> wire.Answer:
 
 
 @asynccontextmanager
-async def hands(address: str, genesis: Genesis, *names: str) -> AsyncIterator[list[Hand]]:
-    """Workers driven by hand, each on a channel of its own, not yet joined."""
+async def scripted_workers(
+    address: str, genesis: Genesis, *names: str
+) -> AsyncIterator[list[ScriptedWorker]]:
+    """Workers that the test scripts, each on its own channel, not yet joined."""
     clients = [CoordinatorClient(address) for _ in names]
     try:
         description = await clients[0].get_run()
         yield [
-            Hand(client, genesis, name, description.head)
+            ScriptedWorker(client, genesis, name, description.head)
             for client, name in zip(clients, names, strict=True)
         ]
     finally:
