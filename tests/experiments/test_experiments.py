@@ -270,7 +270,7 @@ def test_a_run_in_a_process_of_its_own_and_one_that_fails_there(
         processes.result(run_of(EXPERIMENTS["accuracy"], bad, 1, changes))
     assert "q_proj" in capfd.readouterr().err
     processes.end()
-    with pytest.raises(runs.RunError, match="broken off"):
+    with pytest.raises(runs.RunError, match="interrupted"):
         processes.result(run)
 
 
