@@ -1,9 +1,10 @@
 """Run experiments and report on them.
 
-python -m experiments TARGET... [--seeds N] [--quick] [--fresh] [--jobs N] [--set KEY=VALUE] [--plan]
+    python -m experiments TARGET... [--seeds N] [--quick] [--fresh] [--jobs N] [--redraw]
+        [--set KEY=VALUE] [--plan]
 
-A target is one of the catalogue's, or `all`. Finished runs are kept under build/experiments, so that a
-second call goes on where the first was broken off.
+A target is one of the catalogue's, or `all`. Finished runs are kept under build/experiments, so
+that a second call goes on where the first was interrupted.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from benchmarks.figures import REPORTS, Figure
-from experiments import peak_memory as memory
-from experiments import results as report
+from experiments import peak_memory
 from experiments.catalogue import EXPERIMENTS, Changes, Experiment, run_of
+from experiments.results import redraw, write_all
 from experiments.runs import KEPT, Processes, Result, Run, kept, key_of
 from experiments.starting_point import CACHE, Settings
 from fedmezo_core.errors import ConfigError
@@ -52,9 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="experiments", description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="+", choices=[*EXPERIMENTS, ALL], metavar="TARGET")
-    parser.add_argument("--seeds", type=int, help="of each arm, if not the experiment's own number")
-    parser.add_argument("--quick", action="store_true", help="sizes that say nothing")
-    parser.add_argument("--fresh", action="store_true", help="run again what was kept")
+    parser.add_argument(
+        "--seeds", type=int, help="seeds of each arm; default: the experiment's own number"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, only to see that it runs")
+    parser.add_argument("--fresh", action="store_true", help="ignore kept results")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--redraw", action="store_true", help="run nothing, draw the kept curves")
     parser.add_argument(
@@ -62,14 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="a value of the run or of the settings, for all arms that don't have one; VALUE is JSON or text",
+        help="a value of the run or of the settings, for all arms without their own; VALUE is JSON "
+        "or text",
     )
     parser.add_argument("--plan", action="store_true", help="run nothing, say how much there is")
     given = parser.parse_args(arguments)
     targets = targets_of(given.targets)
     if given.redraw:
         for target in targets:
-            print(report.redraw(target, EXPERIMENTS[target]))
+            print(redraw(target, EXPERIMENTS[target]))
         return 0
 
     # As Ctrl-C does: the processes must not outlive this one.
@@ -87,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def targets_of(given: Sequence[str]) -> list[str]:
-    """Names without repetition; `all` leaves out what this machine is too slow for."""
+    """Targets without repetition; `all` leaves out those for which this machine is too slow."""
     if ALL not in given:
         return list(dict.fromkeys(given))
     left_out = [
@@ -103,7 +107,7 @@ def targets_of(given: Sequence[str]) -> list[str]:
 
 
 def changes_of(given: Sequence[str], *, quick: bool = False) -> Changes:
-    """`KEY=VALUE` by whose value it is. `task.template` and the like are given as task={...}."""
+    """Sort `KEY=VALUE` into values of the run and of the settings."""
     run: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for item in given:
@@ -114,13 +118,13 @@ def changes_of(given: Sequence[str], *, quick: bool = False) -> Changes:
             value = json.loads(text)
         except ValueError:
             value = text
-        # A run's `model` is only a name in its journal: what is loaded is the settings' one.
+        # A run's `model` is only a name in its journal; the settings say what is loaded.
         (settings if key in Settings.model_fields else run)[key] = value
     return Changes(run, settings, quick)
 
 
 def experiment(order: Order) -> None:
-    """Do all runs of all targets, then report each target."""
+    """Do all runs of all targets, then report on each target."""
     runs = {target: _runs(EXPERIMENTS[target], order) for target in order.targets}
     _prepare(runs)
     # Arms of several targets may be the same run, such as the one that differs in nothing.
@@ -134,14 +138,14 @@ def experiment(order: Order) -> None:
         peaks: list[Figure] = []
         if described.against and not described.is_for_gpu:
             first = {arm: of_arm[0] for arm, of_arm in arms.items()}
-            peaks = memory.figures(first, order.kept, fresh=order.fresh)
-        paths = report.write_all(target, described, found, peaks, order.reports)
+            peaks = peak_memory.figures(first, order.kept, fresh=order.fresh)
+        paths = write_all(target, described, found, peaks, order.reports)
         Console(width=160).print(Markdown(paths[1].read_text()))
         print("\n".join(f"wrote {path}" for path in paths))
 
 
 def plan(order: Order) -> None:
-    """Say how many runs and passes the targets take; runs that several have in common count once."""
+    """Print how many runs and passes the targets take; runs that targets share count once."""
     table = Table(title="one pass: one batch forward; a first-order step counts as three")
     for column in ("target", "runs", "kept", "passes to do", "in passes of 16 rows"):
         table.add_column(column, justify="left" if column == "target" else "right")
@@ -163,7 +167,7 @@ def plan(order: Order) -> None:
 
 
 def passes_of(run: Run) -> int:
-    """Forward passes of one batch that a run takes; a backward one counts as two."""
+    """Count a run's forward passes of one batch; a backward pass counts as two."""
     config = run.config
     workers = min(run.settings.clients, config.cohort_size_max)
     if run.first_order is not None:
@@ -197,7 +201,7 @@ def _prepare(runs: dict[str, dict[str, list[Run]]]) -> None:
 
 
 def _results(runs: Mapping[str, Run], order: Order) -> dict[str, Result]:
-    """Of every run by its key, kept or done now, several at a time in processes of their own."""
+    """Every run's result by the run's key: kept, or done now, several processes at a time."""
     console = Console(stderr=True, width=120)
     results: dict[str, Result] = {}
     for key, run in {} if order.fresh else runs.items():

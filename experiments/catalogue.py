@@ -1,7 +1,7 @@
-"""The experiments: which arms are compared, in what they differ, and how it is shown. One line an arm.
+"""The experiments: which arms are compared, how they differ, and what is plotted.
 
-Values that arms share are in `settings`. An arm's `run` holds values of `RunConfig`, its `settings`
-those of `Settings`.
+Values that all arms share are in `starting_point`. An arm's `run` holds values of `RunConfig`, its
+`settings` those of `Settings`.
 """
 
 from __future__ import annotations
@@ -66,15 +66,14 @@ class Experiment:
     panels: tuple[Panel, ...] = BY_ROUND
     seeds: int = 2
     run: Mapping[str, Any] = field(default_factory=dict)
-    """What all arms have beside `settings.RUN`."""
+    """Values of `RunConfig` that all arms have on top of `starting_point.RUN`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     against: Mapping[str, str] = field(default_factory=dict)
-    """Arm -> the arm that it is held against; the report then has the peak memory of both methods
-    beside that of inference, too."""
+    """Arm -> its baseline. With any, the report has the peak memory of training and inference."""
     is_for_gpu: bool = False
-    """Whether it takes days without one. Peak memory is not measured then: it is that of a process on the CPU."""
+    """Whether it takes days on a CPU; then peak memory, a CPU process's, is not measured."""
     paced_by: str = ""
-    """The arm whose last training loss the others are timed to."""
+    """The arm whose last training loss the others are timed to, in rounds; empty: none."""
     goals: Mapping[str, str] = field(default_factory=dict)
     """Name of a figure -> its goal."""
 
@@ -86,7 +85,7 @@ PERSONAL: Final[dict[str, dict[str, Any]]] = {
     "update distance": {"personal_rate": "update_distance"},
     "random": {"personal_rate": "random"},
 }
-"""What a worker's own learning rate follows -> values of `RunConfig`."""
+"""What a worker's personal learning rate follows -> values of `RunConfig`."""
 
 
 CLASSIC: Final[dict[str, Any]] = {
@@ -122,7 +121,7 @@ FIRST_ORDER: Final = (
 
 
 def _accuracy(title: str, run: Mapping[str, Any], behind_max: float, **others: Any) -> Experiment:
-    """FedMeZO with the values of `run` against back-propagation."""
+    """Compare FedMeZO, with the values of `run`, with back-propagation."""
     return Experiment(
         title,
         (Arm("FedMeZO", {"probes": 31, **run}), *FIRST_ORDER),
@@ -231,8 +230,8 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
             Arm("bfloat16, nearest", {"dtype": "bfloat16", "rounding": "nearest"}),
         ),
         seeds=3,
-        # The final norm, whose 576 weights are about 1.8: half of bfloat16's last place is 0.004 to 0.008 there,
-        # and a commit's 576 changes together are 0.011 long at first.
+        # The final norm has 576 weights of about 1.8, where half of bfloat16's last place is
+        # 0.004 to 0.008. A commit's change of all 576 has a norm of 0.011 at first.
         run={
             "lora": None,
             "train": ["model.norm"],
@@ -242,7 +241,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
             "learning_rate": 0.006,
             "eps": 0.03,
         },
-        # A CPU without products in bfloat16 takes a second a row.
+        # A CPU without bfloat16 products takes a second per row.
         settings={"train_rows_max": 50, "heldout_rows_max": 300, "evaluate_every_rounds": 50},
     ),
     "local-steps": Experiment(
@@ -266,16 +265,16 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
 
 @dataclass(frozen=True)
 class Changes:
-    """What the command line asks for; an arm's own values, by which it differs from others, stay."""
+    """Values from the command line; they do not replace an arm's own values."""
 
     run: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     quick: bool = False
-    """Sizes that say nothing, to see that it runs."""
+    """Tiny sizes, only to see that everything runs."""
 
 
 def run_of(experiment: Experiment, arm: Arm, seed: int, changes: Changes) -> Run:
-    """The run of one arm with one seed; raises `ConfigError` for values that are not allowed."""
+    """Make the run of one arm and one seed; raises `ConfigError` for forbidden values."""
     run: dict[str, Any] = {**RUN, **experiment.run, **changes.run, **arm.run}
     settings = {**experiment.settings, **changes.settings, **arm.settings}
     if changes.quick:

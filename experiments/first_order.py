@@ -1,11 +1,11 @@
 """The baseline: federated averaging (McMahan et al. 2017) of back-propagated AdamW steps.
 
-A benchmark, not a part of the service. Everything that is not the method is the same as in `federation`:
-the base, what is trained (all parameters, or the LoRA adapter of the run's configuration, from the same
-first values), the workers' rows and their batches, the number of local steps, the held-out rows.
+A benchmark, not a part of the service. Everything but the method is as in `in_memory_federation`:
+the base, what is trained (all parameters, or the LoRA adapter of the run's configuration, from the
+same first values), the workers' rows and batches, the number of local steps, the held-out rows.
 
-Each round every worker starts from the global weights with a fresh optimizer, as FedMeZO's own baseline
-does, makes its local steps, and sends its weights; the global weights become their mean.
+In each round every worker starts from the global weights with a fresh optimizer, as in the paper's
+baseline, makes its local steps, and sends its weights; the global weights become their mean.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fedmezo_core.zo.party import Party
 
 
 class FirstOrder(BaseModel):
-    """What a first-order run has beside the run's configuration, whose learning rate it does not use."""
+    """Values of a first-order run; of the run's configuration it uses all but the learning rate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     learning_rate: float = Field(default=1e-5, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     average: Literal["uniform", "rows"] = "uniform"
-    """Workers count equally, as in FedMeZO, or by their number of rows, as in FedAvg's paper."""
+    """Whether workers count equally, as in FedMeZO, or by their rows, as in the FedAvg paper."""
 
 
 class FedAvg:
@@ -50,18 +50,18 @@ class FedAvg:
         *,
         judge: Judge | None = None,
     ) -> None:
-        """`party` is at its base, which this run overwrites. Raises as `Task.encode` does."""
+        """`party` is at its base, which this run overwrites; raises as `Task.encode` does."""
         self.party = party
         self.round = 0
-        """Rounds done."""
+        """Number of rounds done."""
         self.train_losses: dict[int, list[float]] = {}
         """Round -> mean loss of each worker over its batches."""
         self.forwards = 0
-        """Forward passes of one batch, of all workers; as many backward ones."""
+        """Forward passes of one batch, by all workers; there are as many backward passes."""
         self.working_s = 0.0
-        """CPU time of all workers' local steps."""
+        """CPU seconds of all workers' local steps."""
         self.applying_s = 0.0
-        """Nothing worth counting: a worker only takes what comes."""
+        """Always 0: a worker only copies the weights that it gets."""
         self.bytes_up = 0
         self.bytes_down = 0
         self._judge = judge
@@ -79,7 +79,7 @@ class FedAvg:
         self._weights_bytes = sum(tensor.nbytes for tensor in self._tensors)
 
     def run(self) -> None:
-        """All rounds; raises `MeasurementError` if a loss is NaN or infinite."""
+        """Do all rounds; raises `MeasurementError` if a loss is NaN or infinite."""
         self._judge_if_due()
         while self.round < self.party.config.rounds:
             self._round()
@@ -117,7 +117,7 @@ class FedAvg:
 
 
 def train(party: Party, first_order: FirstOrder, batches: Sequence[Batch]) -> float:
-    """AdamW steps on the party's own tensors, one for each batch; their mean loss in nats."""
+    """Make an AdamW step on the party's tensors for each batch; returns the mean loss in nats."""
     homes = homes_of(party.loaded.model)
     parameters = [homes[entry.name].parameter for entry in party.loaded.manifest]
     optimizer = torch.optim.AdamW(
@@ -146,7 +146,7 @@ def train(party: Party, first_order: FirstOrder, batches: Sequence[Batch]) -> fl
 
 
 def differentiable_loss(party: Party, batch: Batch) -> torch.Tensor:
-    """The task's loss with a graph behind it: what `Task.loss` gives as a number."""
+    """Compute the loss of `Task.loss` as a scalar tensor that can be back-propagated."""
     task, model = party.task, party.loaded.model
     if task.config.kind == "classification":
         logits = logits_of(model, batch, 1)[:, -1, list(task.verbalizer_ids)]

@@ -1,4 +1,4 @@
-"""A federation in one process: the machines, the codec and the journal of a networked run, one model.
+"""A federation in one process: a networked run's machines, codec and journal, with one model.
 
     federation = InMemoryFederation(party, {"movies": rows, "tweets": rows}, judge=judge)
     federation.run()
@@ -6,15 +6,16 @@
 The round machine, each worker's session machine, the bytes of every message, the records and what a
 worker does with an assignment are the product's own code. What differs from a run over gRPC:
 
-- All workers share one party. They hold equal weights at all times, and a worker's local steps are pairs
-  that are never written, so one copy of the weights serves all; a commit is applied to it once.
-- Nothing takes time and nothing is lost. Messages are handled one at a time in the order in which they
-  were sent, so that answers come in slot order; no deadline passes and no worker goes away.
+- All workers share one party. They hold equal weights at all times, and a worker's local steps are
+  never written into the weights, so one copy serves all; each commit is applied to it once.
+- Nothing takes time and nothing is lost. Messages are handled one at a time in the order in which
+  they were sent, so that answers come in slot order; no deadline passes and no worker leaves.
 - Evaluations are made between two messages, by the same party, and not by a replica process.
-- States of rows are known if the caller gives a `row_states`; a worker has them if its rows come often enough.
+- The caller decides whether row states are kept, by giving `row_states`; a real worker decides by
+  how often its rows come.
 
-So genesis, every `Committed` and with them the head are the same bytes as over gRPC. Other records are
-the same but for their order: there, answers come in the order in which workers are done.
+So genesis, every `Committed` and with them the head are the same bytes as over gRPC. Other records
+differ only in their order: over gRPC, answers come in the order in which workers finish.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class StalledError(FedMezoError):
 
 @dataclass(slots=True)
 class Worker:
-    """One worker: its rows, its session, and the bytes that the daemon would have counted for it."""
+    """One worker: its batches, its session, and the bytes that a daemon would count for it."""
 
     name: str
     batches: Batches
@@ -86,7 +87,7 @@ class Worker:
 
 
 class InMemoryFederation:
-    """One run from its genesis to its end."""
+    """One run of FedMeZO, from its genesis to its end."""
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class InMemoryFederation:
         pass_tokens_max: int = PASS_TOKENS_MAX,
         row_states: RowStates | None = None,
     ) -> None:
-        """`party` is at its base; `rows` are each worker's own.
+        """`party` is at its base; `rows` holds each worker's rows by its name.
 
         Raises as `Task.encode` does, and `ConfigError` for a task with an objective.
         """
@@ -108,13 +109,13 @@ class InMemoryFederation:
         self.party = party
         self.journal = Journal(MemoryStore() if store is None else store)
         self.train_losses: dict[int, list[float]] = {}
-        """Round -> mean loss of each answer over its batches, whether or not the run reports them."""
+        """Round -> mean loss of each answer over its batches, whether or not it is reported."""
         self.forwards = 0
-        """Forward passes of one batch, of all workers."""
+        """Forward passes of one batch, by all workers."""
         self.working_s = 0.0
-        """CPU time of all workers' measurements."""
+        """CPU seconds of all workers' measurements."""
         self.applying_s = 0.0
-        """CPU time that each worker takes to apply commits and digest its weights."""
+        """CPU seconds that each worker takes to apply commits and digest its weights."""
         self._judge = judge
         self._estimator = open_estimator(
             party, threads=threads, pass_tokens_max=pass_tokens_max, row_states=row_states
@@ -152,7 +153,7 @@ class InMemoryFederation:
 
     @property
     def bytes_up(self) -> int:
-        """Bytes of all workers' messages."""
+        """Bytes of all messages from workers, without hellos."""
         return sum(worker.bytes_up for worker in self.workers.values())
 
     @property
@@ -161,17 +162,17 @@ class InMemoryFederation:
         return sum(worker.bytes_down for worker in self.workers.values())
 
     def run(self) -> None:
-        """All rounds.
+        """Do all rounds.
 
-        Raises `StalledError` if the run pauses or no round can close any more, `NumericError` or `MeasurementError` if the
-        weights have grown too large to apply a commit or to be judged.
+        Raises `StalledError` if the run pauses or no round can close any more, `NumericError` or
+        `MeasurementError` if the weights have grown too large to apply a commit or to be judged.
         """
         self._flush(self._machine.start())
         self._judge_if_due()
         for worker in self.workers.values():
             self._act(worker, worker.machine.step(Connected()))
         while self._up or self._down:
-            # Answers first: a real coordinator does not wait to take them until it has told everyone all.
+            # Answers first: a real coordinator takes them while it still sends to others.
             if self._up:
                 worker, message = self._up.popleft()
                 self._from_worker(worker, wire.SessionRequest.FromString(message))
@@ -189,7 +190,7 @@ class InMemoryFederation:
     # ------------------------------------------------------------ the coordinator
 
     def _from_worker(self, worker: Worker, message: wire.SessionRequest) -> None:
-        """What the daemon does with a message; the hello alone is not counted there either."""
+        """Do what a daemon does with a message; like a daemon, do not count the hello's bytes."""
         kind = message.WhichOneof("kind")
         if kind == "hello":
             genesis = self._machine.genesis
@@ -216,7 +217,7 @@ class InMemoryFederation:
             worker.machine.step(Disconnected())
 
     def _flush(self, ready: Ready) -> None:
-        """Append, then send: commits to everyone first."""
+        """Append to the journal, then send: commits first, to everyone."""
         for entry in self.journal.append(ready.records) if ready.records else ():
             self._index.fold(entry)
             if isinstance(entry.record, Committed):
@@ -233,7 +234,7 @@ class InMemoryFederation:
         self._down.append((worker, body))
 
     def _judge_if_due(self, *, is_last: bool = False) -> None:
-        """Record what the replica would find."""
+        """Record the evaluation that a replica would report."""
         weights = self.party.weights
         found = None if self._judge is None else self._judge.judge(weights.round, is_last=is_last)
         if found is None:
@@ -259,7 +260,8 @@ class InMemoryFederation:
                 case Measure():
                     self._act(worker, worker.machine.step(self._measure(worker, action)))
                 case SendHello(round_, head):
-                    self._answer(worker, hello_to_pb(self.party, worker.name, round_, head))
+                    hello = hello_to_pb(self._machine.genesis, worker.name, round_, head)
+                    self._answer(worker, hello)
                 case SendAnswer():
                     self._answer(worker, answer_to_pb(action))
                 case SendUnable():
@@ -274,7 +276,7 @@ class InMemoryFederation:
         self._up.append((worker, message.SerializeToString()))
 
     def _apply(self, commit: Committed) -> None:
-        """Move the shared weights, when the first worker comes to it."""
+        """Apply a commit to the shared weights, for the first worker that gets it."""
         weights = self.party.weights
         if commit.round <= weights.round:
             return
@@ -311,7 +313,7 @@ class InMemoryFederation:
         return measured
 
     def _weights_digest(self) -> bytes:
-        """Digest of the shared weights, taken once a round."""
+        """Digest the shared weights, once per round."""
         weights = self.party.weights
         if self._digest is None or self._digest[0] != weights.round:
             self._digest = (weights.round, weights.digest())
@@ -319,4 +321,4 @@ class InMemoryFederation:
 
 
 LOST = (StalledError, NumericError, MeasurementError)
-"""How a run may end early: what was tried did not work, which is a result too."""
+"""Errors that end a run early: that settings do not work is a result, too."""

@@ -1,4 +1,4 @@
-"""How good the global model is: the same held-out rows and the same code for every method."""
+"""Judges the global model: every method on the same held-out rows, with the same code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedmezo_core.zo.party import Party
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """The global model after a round."""
+    """How the global model does on held-out rows after a round."""
 
     round: int
     loss: float
@@ -32,10 +32,10 @@ class Point:
 
 @dataclass
 class Judge:
-    """Evaluates a party's model when it is due: before the first round, every n rounds, and at the end.
+    """Evaluates a party's model at the base, every `every_rounds` rounds, and at the end.
 
-    A curve is drawn through evaluations on the same rows, which may be the first few of all; what is
-    said of the beginning and of the end comes from all of them.
+    All points of a curve come from the same rows, which may be the first few of all rows. The first
+    and the last model are judged by all rows, too.
     """
 
     party: Party
@@ -46,12 +46,12 @@ class Judge:
     """Rows behind each point of the curve; None: all."""
     row_states: RowStates | None = None
     kept: Path | None = None
-    """Folder for what the base comes to, which is the same in most runs; None: it is not kept."""
+    """Folder for the base's results, which most runs share; None: they are not kept."""
     curve: list[Point] = field(default_factory=list)
     whole: list[Point] = field(default_factory=list)
-    """On all rows: before the first round and after the last."""
+    """Results on all rows: before the first round and after the last."""
     seconds: float = 0.0
-    """CPU time so far."""
+    """CPU seconds spent on judging so far."""
 
     def __post_init__(self) -> None:
         """Raises as `Task.encode` does."""
@@ -61,9 +61,9 @@ class Judge:
         self._few = task.encode(self.rows[: self.curve_rows]) if few else self._all
 
     def judge(self, round_: int, *, is_last: bool = False) -> Evaluation | None:
-        """Evaluate and remember, if the model after `round_` is due and was not judged yet.
+        """Evaluate the model after `round_` if that is due and was not done yet.
 
-        Returns what is new on the curve, whose points are comparable with each other. Raises as `Task.evaluate` does.
+        Returns the curve's new point, if there is one. Raises as `Task.evaluate` does.
         """
         is_end = is_last or round_ in (0, self.party.config.rounds)
         is_due = is_end or round_ % self.every_rounds == 0
@@ -108,7 +108,7 @@ class Judge:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that is there as a whole or not at all; a text gets an end of line."""
+    """Write a file whole or not at all; text gets a final newline."""
     path.parent.mkdir(parents=True, exist_ok=True)
     passing = path.with_suffix(f".{os.getpid()}.part")
     passing.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())

@@ -1,7 +1,7 @@
-"""Peak memory of each way to train beside that of inference, on the same batch of the same model.
+"""Peak memory of each way to train and of inference, on the same batch of the same model.
 
-Each way is a process of its own, which loads the run's model, forgets what loading took, makes a few
-passes and says how large it was at its largest.
+Each way runs in its own process, which loads the run's model, forgets the peak of loading, makes a
+few passes and prints its largest resident size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OF_INFERENCE = "peak memory of inference"
 
 
 def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[], object]:
-    """One pass of a way, on the longest batch that the rows can make."""
+    """Return a function that makes one pass, on the longest batch that the rows can make."""
     batch = longest_batch(run, party, rows)
     if way == INFERENCE:
         return lambda: party.task.loss(party.loaded.model, batch)
@@ -52,12 +52,12 @@ def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[]
         ),
     )
     seeds = list(range(1, run.config.probes + 1))
-    # With a pair of an earlier local step, as most measurements have.
+    # With the pair of an earlier local step, as in most measurements.
     return lambda: estimator.measure(batch, [(0, 1e-9)], seeds, run.config.eps)
 
 
 def longest_batch(run: Run, party: Party, rows: Sequence[Row]) -> Batch:
-    """The batch that takes most memory."""
+    """Make the batch that takes the most memory."""
     examples = sorted(
         party.task.encode(rows).examples,
         key=lambda example: len(example.prompt) + len(example.response),
@@ -66,7 +66,7 @@ def longest_batch(run: Run, party: Party, rows: Sequence[Row]) -> Batch:
 
 
 def peak_mb(run: Run, way: str) -> float:
-    """Largest resident memory of a fresh process."""
+    """Measure the largest resident size of a fresh process, in MB."""
     finished = subprocess.run(
         [sys.executable, "-m", "experiments.peak_memory", way],
         input=run.model_dump_json(),
@@ -78,7 +78,7 @@ def peak_mb(run: Run, way: str) -> float:
 
 
 def kept_peak_mb(run: Run, way: str, folder: Path, *, fresh: bool = False) -> float:
-    """The same, or what it was before, if nothing has changed since."""
+    """Return `peak_mb`, or the value kept from before if nothing has changed since."""
     path = folder / f"memory-{way}-{key_of(run)}.json"
     if fresh or not path.exists():
         write_whole(path, f"{peak_mb(run, way)}")
@@ -86,7 +86,10 @@ def kept_peak_mb(run: Run, way: str, folder: Path, *, fresh: bool = False) -> fl
 
 
 def figures(runs: dict[str, Run], folder: Path = KEPT, *, fresh: bool = False) -> list[Figure]:
-    """Of a worker of each arm, and of inference on batches of the same size; the arms share model and data."""
+    """Peak memory of a worker of each arm, and of inference on batches of the same size.
+
+    All runs share model and data.
+    """
     found: list[Figure] = []
     inferences: dict[int, float] = {}
     for name, run in runs.items():
@@ -106,7 +109,7 @@ def figures(runs: dict[str, Run], folder: Path = KEPT, *, fresh: bool = False) -
 
 
 def main() -> None:
-    """The process that is looked at: prints its peak in KiB."""
+    """The measured process: makes the passes and prints its peak in KiB."""
     run = Run.model_validate_json(sys.stdin.read())
     keep_freed_memory()
     party = open_party(run.config, run.settings.model, threads=run.settings.threads)

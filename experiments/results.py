@@ -1,4 +1,4 @@
-"""What an experiment leaves behind: figures as JSON, a table as Markdown, curves as JSON and as a plot."""
+"""An experiment's results: figures as JSON, a table as Markdown, curves as JSON and as a plot."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ AXES: Final[dict[Axis, str]] = {
     "bytes": "bytes sent up and down, all workers",
 }
 PACE_ROUNDS: Final = 5
-"""Rounds whose training losses are averaged before they are compared."""
-# Okabe and Ito's colours, which all common forms of colour blindness tell apart; lines and markers
-# differ as well.
+"""Number of successive rounds whose training losses are averaged before they are compared."""
+# Okabe and Ito's colours can be told apart with all common forms of colour blindness; lines and
+# markers differ as well.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
 _LEGEND_CHARACTERS: Final = 130
-"""Of all names in a line, and six for each one's sample."""
+"""Most characters in a line of the legend: all names, and six for each name's sample."""
 MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One arm: a list for each seed, its points in the order of rounds."""
+    """The curve of one arm: for each seed, a list of points in the order of rounds."""
 
     arm: str
     rounds: list[list[int]]
     x_per_round: list[dict[Axis, float]]
-    """For each seed, what a round costs on each axis."""
+    """For each seed, the cost of a round on each axis."""
     metrics: dict[Metric, list[list[float | None]]]
 
     def line(self, metric: Metric, axis: Axis) -> list[tuple[float, float, float, float]]:
-        """(x, mean, least, most) over the seeds, at each round that any seed was judged at."""
+        """Return (x, mean, least, most) over the seeds, at each round at which any was judged."""
         found: dict[int, list[tuple[float, float]]] = {}
         rows = zip(self.rounds, self.metrics[metric], self.x_per_round, strict=True)
         for rounds, values, cost in rows:
@@ -64,7 +64,7 @@ class Curve:
 
 
 def curve_of(arm: str, results: Sequence[Result]) -> Curve:
-    """The curve of an arm, from its runs."""
+    """Make the curve of an arm from its runs."""
     costs: list[dict[Axis, float]] = [
         {
             "round": 1.0,
@@ -88,7 +88,7 @@ def curve_of(arm: str, results: Sequence[Result]) -> Curve:
 
 
 def figures(experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
-    """Before, and of each arm what it came to and what it cost; then arm against arm."""
+    """Make all figures: the base's, each arm's outcome and costs, then arm against baseline."""
     found: list[Figure] = []
     for metric, name in METRICS.items():
         value = getattr(next(iter(results.values()))[0].whole[0], metric)
@@ -106,7 +106,7 @@ def figures(experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> 
 
 
 def with_goal(experiment: Experiment, figure: Figure) -> Figure:
-    """The figure beside the experiment's goal for it, if there is one."""
+    """Add the experiment's goal to a figure, if there is one for it."""
     return replace(figure, goal=experiment.goals.get(figure.name, figure.goal))
 
 
@@ -146,10 +146,10 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
 
 
 def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
-    """Rounds until the baseline's last training loss, seed by seed: the mean of PACE_ROUNDS rounds each.
+    """Count the rounds until an arm reaches the baseline's last training loss, seed by seed.
 
-    A run that does not come so far counts as all its rounds; seeds of which one of the two was lost do
-    not count.
+    Losses are means of PACE_ROUNDS rounds. A run that does not reach it counts with all its rounds.
+    A seed for which either run was lost does not count.
     """
     found = []
     for arm, runs in results.items():
@@ -158,8 +158,8 @@ def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure
             if run.ended or paced.ended:
                 continue
             aim, ours = _smooth(paced.train_losses)[-1], _smooth(run.train_losses)
-            reached = [place for place, loss in enumerate(ours) if loss <= aim]
-            # The last place is known after all rounds.
+            reached = [index for index, loss in enumerate(ours) if loss <= aim]
+            # The last mean is known after all rounds.
             rounds.append(run.rounds - len(ours) + 1 + reached[0] if reached else run.rounds)
             changes.append(ours[-1] - aim)
         if not rounds:
@@ -183,7 +183,7 @@ def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure
 
 
 def _smooth(losses: Sequence[float]) -> list[float]:
-    """Means of each PACE_ROUNDS rounds that follow one another, or the one of all if they are fewer."""
+    """Average each PACE_ROUNDS successive losses, or all of them if there are fewer."""
     width = min(PACE_ROUNDS, len(losses))
     return [sum(losses[first : first + width]) / width for first in range(len(losses) - width + 1)]
 
@@ -217,7 +217,7 @@ def _against(arm: str, baseline: str, results: Mapping[str, Sequence[Result]]) -
 def markdown(
     experiment: Experiment, results: Mapping[str, Sequence[Result]], memory: Sequence[Figure]
 ) -> str:
-    """A table with a row for each arm: means over the seeds, ± half of most minus least."""
+    """Make a table with a row for each arm: means over the seeds, ± half of most minus least."""
     peaks = {figure.name.split(":")[0]: figure.value for figure in memory if figure.unit == "MB"}
     header = ["arm", "accuracy", "calibrated", "AUC", "loss", "rounds", "forwards", "bytes up"]
     header += ["bytes down", "core-hours", *(["peak MB"] if memory else [])]
@@ -267,15 +267,15 @@ def _spread(points: Sequence[Point], metric: Metric) -> str:
 
 
 def _conditions(results: Mapping[str, Sequence[Result]]) -> str:
-    """What all runs have in common, in a sentence."""
+    """Say in a sentence what all runs have in common."""
     runs = [run for of_arm in results.values() for run in of_arm]
     first = runs[0]
     seeds = len({run.run.config.seed for run in runs})
     spread = "; means, ± half of most minus least" if seeds > 1 else ""
     return (
-        f"{Path(first.run.settings.model).name}, {first.run.settings.data}; {first.whole[0].rows:,} held-out rows, "
-        f"curves on {first.curve[0].rows:,} of them; {seeds} seed{'s' if seeds > 1 else ''}{spread}. "
-        f"Accuracies in per cent. {first.machine}."
+        f"{Path(first.run.settings.model).name}, {first.run.settings.data}; "
+        f"{first.whole[0].rows:,} held-out rows, curves on {first.curve[0].rows:,} of them; "
+        f"{seeds} seed{'s' if seeds > 1 else ''}{spread}. Accuracies in per cent. {first.machine}."
     )
 
 
@@ -283,7 +283,7 @@ def _conditions(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 def plot(experiment: Experiment, curves: Sequence[Curve], path: Path) -> None:
-    """Each panel: a line for each arm, its mean over the seeds, and a band from least to most."""
+    """Draw each panel: for each arm its mean over the seeds, and a band from least to most."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -356,7 +356,7 @@ def write_all(
     memory: Sequence[Figure] = (),
     folder: Path = REPORTS,
 ) -> list[Path]:
-    """Write the four files; returns their paths."""
+    """Write an experiment's four files; returns their paths."""
     curves = [curve_of(arm, runs) for arm, runs in results.items()]
     paths = [folder / f"{target}{end}" for end in (".json", ".md", ".png", ".curves.json")]
     goaled = [with_goal(experiment, figure) for figure in memory]
@@ -368,7 +368,7 @@ def write_all(
 
 
 def write_curves(curves: Sequence[Curve], path: Path) -> None:
-    """Curves as JSON, from which the plot can be drawn again."""
+    """Write curves as JSON, from which the plot can be drawn again."""
     rows = [
         {
             "arm": curve.arm,

@@ -1,7 +1,7 @@
-"""One run: what it is made of, what came out of it, and where that is kept.
+"""One run: its inputs, its result, and where that is kept.
 
-A finished run is kept under the hash of everything that its result depends on, so that a collection of
-runs that was broken off goes on where it was.
+A finished run is kept under the hash of everything that its result depends on, so that an
+interrupted series of runs goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ KEPT: Final = Path("build/experiments")
 CODE: Final = (
     "proto/fedmezo_proto/v1/*.proto",
     "fedmezo_core/**/*.py",
-    "coordinator/fedmezo_coordinator/*.py",
+    "coordinator/fedmezo_coordinator/**/*.py",
     "worker/fedmezo_worker/*.py",
     *(
         f"experiments/{name}.py"
-        for name in ("federation", "first_order", "judging", "runs", "settings")
+        for name in ("in_memory_federation", "first_order", "judging", "runs", "starting_point")
     ),
 )
 """Sources that a result depends on."""
@@ -58,53 +58,53 @@ class RunError(FedMezoError):
 
 
 class Run(BaseModel):
-    """One training run: everything that its result depends on, beside code, model and data."""
+    """One training run: all that its result depends on, apart from code, model and data."""
 
     model_config = ConfigDict(frozen=True)
 
     settings: Settings
     config: RunConfig
     first_order: FirstOrder | None = None
-    """Federated averaging of back-propagated steps instead of FedMeZO."""
+    """If given, the run is federated averaging of back-propagated steps instead of FedMeZO."""
 
 
 class Result(BaseModel):
-    """What came out of a run."""
+    """The result of a run."""
 
     run: Run
     curve: list[Point]
-    """Held-out results by round, all on the same rows, which may be fewer than all."""
+    """Held-out results by round, all on the same rows, which may be a part of all."""
     whole: list[Point]
-    """On all held-out rows: before the first round and after the last, if it came so far."""
+    """Results on all held-out rows: before the first round and, if reached, after the last."""
     train_losses: list[float]
-    """Mean over the workers' batches, by round from 1."""
+    """Mean losses over the workers' batches, by round from 1."""
     rounds: int
-    """Done."""
+    """Number of rounds done."""
     ended: str
-    """Why it ended before its last round; empty if it did not."""
+    """Why the run ended before its last round; empty if it did not."""
     workers: int
     bytes_up: int
-    """Of all workers: messages for FedMeZO, trained weights for averaging."""
+    """Bytes from all workers: messages for FedMeZO, trained weights for averaging."""
     bytes_down: int
     forwards: int
-    """Forward passes of one batch, of all workers."""
+    """Forward passes of one batch, by all workers."""
     backwards: int
     workers_cpu_s: float
-    """CPU time of all workers' measurements or local steps."""
+    """CPU seconds of all workers' measurements or local steps."""
     apply_cpu_s: float
-    """CPU time that each worker takes to apply all commits and digest its weights."""
+    """CPU seconds that each worker takes to apply all commits and digest its weights."""
     judging_cpu_s: float
     wall_s: float
-    """With evaluations, without loading the model."""
+    """Seconds with evaluations, without loading the model."""
     trained_elements: int
     trained_bytes: int
     head: str
-    """Of the journal, as hexadecimal digits; empty for averaging."""
+    """Head of the journal, as hexadecimal digits; empty for averaging."""
     machine: str
 
 
 def execute(run: Run, folder: Path | None = None) -> Result:
-    """Do it; a run that cannot go on is a result too. What the base comes to is kept in `folder`."""
+    """Do a run; if it cannot go on, that is its result. `folder` keeps the base's evaluations."""
     keep_freed_memory()
     settings, config = run.settings, run.config
     data = load_data(settings, config.task)
@@ -174,16 +174,16 @@ def execute(run: Run, folder: Path | None = None) -> Result:
 
 
 def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path | None:
-    """Folder of an adapter fitted to `data.fitting`, for runs that leave A as it begins.
+    """Fit an adapter to `data.fitting`, for a run that freezes A; returns its folder.
 
-    It is made once for all runs that differ in nothing that it depends on.
+    None for any other run. Runs that agree in all that the adapter depends on share one.
     """
     if config.lora is None or not config.lora.freeze_a:
         return None
     if not data.fitting:
         raise ConfigError(
-            f"lora.freeze_a needs rows to fit the adapter to, and {settings.data} leaves none; raise "
-            "fit_rows (a domain gives at most a tenth of its rows), or leave out freeze_a."
+            f"lora.freeze_a needs rows to fit the adapter to, and {settings.data} leaves none; "
+            "raise fit_rows (a domain gives at most a tenth of its rows), or leave out freeze_a."
         )
     depends = [settings.model, settings.data, settings.fit_rows, settings.heldout_per_label]
     placement = Placement(settings.device)
@@ -202,7 +202,7 @@ def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path | 
 
 
 def key_of(run: Run) -> str:
-    """Hash over the run, the sources, the versions, the model and the data."""
+    """Hash the run, the sources, the versions, the model and the data."""
     hashed = hashlib.sha256()
     for part in (
         run.model_dump_json(),
@@ -216,35 +216,35 @@ def key_of(run: Run) -> str:
 
 
 def kept(run: Run, folder: Path = KEPT) -> Result | None:
-    """The result of an equal run that was finished before."""
+    """Return the result of an equal run that was finished before, if there is one."""
     path = folder / f"{key_of(run)}.json"
     return Result.model_validate_json(path.read_text()) if path.exists() else None
 
 
 def execute_and_keep(run: Run, folder: Path = KEPT) -> None:
-    """Do it and write the result beside those of others, all or nothing."""
+    """Do a run and write its result into `folder`, whole or not at all."""
     result = execute(run, folder)
     write_whole(folder / f"{key_of(run)}.json", result.model_dump_json(indent=1))
 
 
 class KeptRows:
-    """A `RowStore` for all runs on one model: what it makes of a row before the trained part is the same in each."""
+    """A `RowStore` for all runs on one model: its frozen part gives a row the same state in all."""
 
     def __init__(self, run: Run, folder: Path) -> None:
-        """Below `folder`, for the run's model at its precision."""
+        """Keep the rows below `folder`, in a folder for the run's model and precision."""
         facts = (_files_hash(run.settings.model), run.config.dtype, *_versions())
         name = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
         self._folder = folder / "rows" / name
 
     def get(self, key: bytes) -> bytes | None:
-        """What was put there."""
+        """Return what was put under `key`, or None."""
         try:
             return self._path(key).read_bytes()
         except FileNotFoundError:
             return None
 
     def put(self, key: bytes, body: bytes) -> None:
-        """Keep it; another run's process may do the same."""
+        """Keep `body` under `key`; another run's process may do the same."""
         write_whole(self._path(key), body)
 
     def _path(self, key: bytes) -> Path:
@@ -252,7 +252,10 @@ class KeptRows:
 
 
 class Processes:
-    """Runs in processes of their own, which end with this one: a process that held a model keeps its memory."""
+    """Does each run in its own process, because a process keeps the memory that a model took.
+
+    The processes end with this one.
+    """
 
     def __init__(self, folder: Path = KEPT) -> None:
         self._folder = folder
@@ -260,9 +263,9 @@ class Processes:
         self._ended = False
 
     def result(self, run: Run) -> Result:
-        """Do it and wait for it; raises `RunError` if that process failed."""
+        """Do a run and wait for its result; raises `RunError` if its process failed."""
         if self._ended:
-            raise RunError("The experiment was broken off.")
+            raise RunError("The experiment was interrupted.")
         process = subprocess.Popen(
             [sys.executable, "-m", "experiments.runs", str(self._folder)],
             stdin=subprocess.PIPE,
@@ -276,13 +279,13 @@ class Processes:
         result = kept(run, self._folder)
         if process.returncode or result is None:
             raise RunError(
-                f"A run ended with status {process.returncode}; what it said is above. Those that were "
-                "finished are kept."
+                f"A run ended with status {process.returncode}; its output is above. Finished runs "
+                "are kept."
             )
         return result
 
     def end(self) -> None:
-        """End all that are running."""
+        """End all running processes."""
         self._ended = True
         for process in list(self._running):
             process.terminate()
@@ -303,7 +306,7 @@ def _versions() -> tuple[str, str]:
 
 @functools.cache
 def _files_hash(folder: str) -> str:
-    """Over what is in a folder's files; of large ones the name, size and time, which is quick."""
+    """Hash a folder's files: their contents, or size and time of change if they are large."""
     hashed = hashlib.sha256()
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():

@@ -1,6 +1,6 @@
-"""What every experiment starts from, in one place: model, data, task, sizes, rates, rounds.
+"""The values that every experiment starts from: model, data, task, sizes, rates, rounds.
 
-An arm of an experiment says only in what it differs.
+An arm of an experiment gives only the values in which it differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CACHE = Path("build/cache")
 
 
 def _fitted(rank: int, *modules: str) -> dict[str, Any]:
-    """An adapter of which B alone is trained, on an A that is fitted to texts (decision 0015)."""
+    """An adapter of which only B is trained, while A is fitted to texts (decision 0015)."""
     return {
         "rank": rank,
         "alpha": float(rank),
@@ -31,14 +31,15 @@ def _fitted(rank: int, *modules: str) -> dict[str, Any]:
 
 
 LORA = _fitted(8, "layers.29.mlp.down_proj")
-"""4,608 trained parameters at the end of the last of the model's 30 layers: little enough to learn from some
-hundred forward passes, and cheap to measure on."""
+"""4,608 trained parameters at the end of the last of the model's 30 layers: few enough to learn in
+some hundred forward passes, and cheap to measure."""
 
 LAST_LORA = _fitted(32, "layers.29.mlp.up_proj")
-"""49,152 parameters, the best place in the last layer: all that a CPU has time for."""
+"""49,152 parameters in the best module of the last layer: all that a CPU has time for."""
 
 DEEP_LORA = _fitted(32, *(f"layers.{layer}.mlp.up_proj" for layer in range(20, 28)))
-"""393,216 parameters in the layers whose inputs tell most of the label; a probe costs 70 times as much."""
+"""393,216 parameters in the layers whose inputs say most about the label; a probe costs 70 times as
+much as with `LAST_LORA`."""
 
 RUN: dict[str, Any] = {
     "model": "smollm2-135m",
@@ -61,14 +62,14 @@ RUN: dict[str, Any] = {
         "verbalizers": {"negative": " terrible", "positive": " great"},
     },
 }
-"""Values of `RunConfig`. The workers that a round waits for are as many as there are clients, if not said otherwise."""
+"""Values of `RunConfig`. A round waits for all clients unless an arm changes that."""
 
 FIRST_ORDER_LORA: dict[str, Any] = {
     "rank": 8,
     "alpha": 16.0,
     "target_modules": ["q_proj", "v_proj"],
 }
-"""The adapter that back-propagation trains in the baseline: small ones in all layers, as is usual."""
+"""The adapter that back-propagation trains in the baseline: small, in all layers, as is usual."""
 
 FULL_RATE = 2e-5
 LORA_RATE = 3e-4
@@ -76,7 +77,7 @@ LORA_RATE = 3e-4
 
 
 class Settings(BaseModel):
-    """Everything beside the run's contract that a result depends on."""
+    """Everything that a result depends on apart from the run's contract."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,28 +85,28 @@ class Settings(BaseModel):
     data: str = str(CACHE / "data/vader")
     clients: int = Field(default=4, ge=1)
     train_rows_max: int | None = Field(default=400, ge=1)
-    """Of each client; None: all it has. Frozen layers compute each row once for all experiments."""
+    """Rows of each client; None: all it has. Frozen layers compute each row once for all runs."""
     heldout_per_label: int = Field(default=100, ge=0)
-    """Rows of each label that are taken out of each training file, beside those of heldout.jsonl: on
-    VADER's four domains 400 + 4 x 2 x 100 = 1,200 rows, half of them of either label."""
+    """Rows of each label that each training file gives, in addition to heldout.jsonl: on VADER's
+    four domains 400 + 4 x 2 x 100 = 1,200 rows, half of them of either label."""
     fit_rows: int = Field(default=100, ge=0)
-    """Of each domain, nobody's and used without labels: what an adapter with `freeze_a` is fitted to. At
-    most a tenth of what the domain has for training."""
+    """Rows of each domain that no client has: an adapter with `freeze_a` is fitted to them, without
+    their labels. At most a tenth of what the domain has for training."""
     evaluate_every_rounds: int = Field(default=10, ge=1)
     heldout_rows_max: int | None = Field(default=600, ge=1)
-    """Of all held-out rows; None: all."""
+    """Held-out rows that are used; None: all."""
     curve_rows: int | None = Field(default=300, ge=1)
-    """Held-out rows behind each point of a curve; None: all. The first and last model are judged by all
-    of them in any case."""
+    """Held-out rows behind each point of a curve; None: all. The first and last model are judged by
+    all of them in any case."""
     evaluate_batch_size: int = Field(default=64, ge=1)
     threads: int = Field(default=1, ge=1)
     pass_tokens_max: int = Field(default=PASS_TOKENS_MAX, ge=1)
-    """As of `Estimator`: larger passes are faster on a GPU."""
+    """Largest number of tokens in a pass, as for `Estimator`: larger passes are faster on a GPU."""
     device: str = "cpu"
 
 
 def config_of(settings: Settings, seed: int, changes: Mapping[str, Any]) -> RunConfig:
-    """The contract of one run: `RUN` with `changes`."""
+    """Make the contract of one run: `RUN` with `changes`."""
     everyone = {"workers_min": settings.clients, "quorum": settings.clients}
     most = {"cohort_size_max": max(settings.clients, 64)}
     values = {"run_id": "experiment", "seed": seed, **RUN, **everyone, **most, **changes}
@@ -123,21 +124,20 @@ class Data(BaseModel):
     clients: dict[str, list[Row]]
     heldout: list[Row]
     fitting: list[Row]
-    """What an adapter is fitted to; neither trained on nor judged by."""
+    """Rows that an adapter is fitted to; neither training nor judging uses them."""
 
 
 def load_data(settings: Settings, task: TaskConfig) -> Data:
-    """Read the folder's `<domain>.train.jsonl` and `heldout.jsonl` and deal them out.
+    """Read the folder's `<domain>.train.jsonl` and `heldout.jsonl` and deal the rows to clients.
 
-    Held out are, beside the folder's own rows, the last `heldout_per_label` rows of each label in each
-    training file. The demo's files are in the order of a hash of their texts, so these are as fair a
-    sample as any; sentences of one Amazon review or editorial may stand on both sides, which is the same
-    for all methods. What is judged is in the order of such a hash too, so that its first rows are a fair
-    sample of it.
+    In addition to heldout.jsonl, the last `heldout_per_label` rows of each label in each training
+    file are held out. The demo's files are in the order of a hash of their texts, so these are as
+    fair a sample as any. Sentences of one Amazon review or editorial may be on both sides; that is
+    the same for all methods. Held-out rows are put into the order of such a hash, too, so that the
+    first of them are a fair sample.
     """
     folder = Path(settings.data)
-    last = task.label_column if task.kind == "classification" else task.response_column
-    columns = tuple(dict.fromkeys([*task.columns(), last]))
+    columns = tuple(dict.fromkeys([*task.columns(), task.answer_column]))
     files = sorted(folder.glob("*.train.jsonl"))
     if not files:
         raise ConfigError(f"{folder} holds no <domain>.train.jsonl; run `make demo` or see docs.")
@@ -146,10 +146,10 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
     fitting: list[Row] = []
     for file in files:
         rows = read_rows(file, columns)
-        taken = _last_of_each(rows, last, settings.heldout_per_label)
+        taken = _last_of_each(rows, task.answer_column, settings.heldout_per_label)
         heldout += [row for number, row in enumerate(rows) if number in taken]
         left = [row for number, row in enumerate(rows) if number not in taken]
-        # The last ones, so that what clients hold is the same rows with and without them but these.
+        # The last ones, so that clients hold the same other rows with and without `fit_rows`.
         first_fitted = len(left) - min(settings.fit_rows, len(left) // 10)
         fitting += left[first_fitted:]
         domains[file.name.split(".")[0]] = left[:first_fitted]
@@ -163,11 +163,11 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
 
 
 def _last_of_each(rows: Sequence[Row], column: str, count: int) -> set[int]:
-    """Places of the last `count` rows with each value of `column`."""
-    places: dict[str, list[int]] = {}
-    for place, row in enumerate(rows):
-        places.setdefault(row.values[column], []).append(place)
-    return {place for all_of in places.values() for place in all_of[len(all_of) - count :]}
+    """Indices of the last `count` rows with each value of `column`."""
+    indices: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        indices.setdefault(row.values[column], []).append(index)
+    return {index for all_of in indices.values() for index in all_of[len(all_of) - count :]}
 
 
 def split(domains: Mapping[str, Sequence[Row]], clients: int) -> dict[str, list[Row]]:
@@ -176,7 +176,7 @@ def split(domains: Mapping[str, Sequence[Row]], clients: int) -> dict[str, list[
     if clients <= len(names):
         dealt = [names[first::clients] for first in range(clients)]
         return {"-".join(own): [row for name in own for row in domains[name]] for own in dealt}
-    shares = {name: len(range(place, clients, len(names))) for place, name in enumerate(names)}
+    shares = {name: len(range(index, clients, len(names))) for index, name in enumerate(names)}
     return {
         f"{name}-{number + 1}" if count > 1 else name: list(domains[name][number::count])
         for name, count in shares.items()

@@ -96,6 +96,11 @@ class TaskConfig(_Frozen):
         """Columns that the template names, in the order of their first use."""
         return tuple(dict.fromkeys(re.findall(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}", self.template)))
 
+    @property
+    def answer_column(self) -> str:
+        """Name of the column that holds a row's label or response."""
+        return self.label_column if self.kind == "classification" else self.response_column
+
 
 class LoraConfig(_Frozen):
     """Train a LoRA adapter (Hu et al. 2021, peft's format) instead of all parameters."""

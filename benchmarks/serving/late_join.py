@@ -83,9 +83,9 @@ class Traffic:
 
 
 @contextmanager
-def counted(at: Served) -> Iterator[Traffic]:
+def counted(coordinator: Served) -> Iterator[Traffic]:
     """Count what a daemon sends."""
-    traffic, daemon = Traffic(), at.daemon
+    traffic, daemon = Traffic(), coordinator.daemon
     read_journal, read_snapshot = daemon.read_journal, daemon.read_snapshot
 
     async def journal(request: Any) -> Any:
@@ -114,15 +114,17 @@ def timed(what: str) -> Iterator[None]:
     print(f"{what}: {wall_s:.2f} s, {cpu_s:.2f} s of CPU time")
 
 
-async def join(at: Served, settings: dict[str, Any], way: str) -> bytes:
+async def join(coordinator: Served, settings: dict[str, Any], way: str) -> bytes:
     """Catch up one way, after loading, and print what it took; the digest at the end."""
     rate = 0 if way == "journal" else 10**12
     engine = Engine()
-    agent = Agent(WorkerSettings(**settings, coordinator=at.address, download_rate=rate), engine)
-    async with CoordinatorClient(at.address) as client:
-        await agent._prepare(client)
-        with counted(at) as traffic, timed(f"late join by {way}"):
-            await agent._catch_up(client)
+    agent = Agent(
+        WorkerSettings(**settings, coordinator=coordinator.address, download_rate=rate), engine
+    )
+    async with CoordinatorClient(coordinator.address) as client:
+        member = await agent.join(client)
+        with counted(coordinator) as traffic, timed(f"late join by {way}"):
+            await member.catch_up(client)
         print(f"  {traffic.journal:,} bytes of the journal, {traffic.snapshot:,} of the snapshot")
         digest = await engine.digest()
     await engine.close()
@@ -172,8 +174,10 @@ async def main() -> None:
             "threads": THREADS,
         }
         del party
-        async with served(folder / "journal.db", snapshots=folder) as at:
-            digests = {await join(at, settings, way) for way in ("journal", "snapshot") * 2}
+        async with served(folder / "journal.db", snapshots=folder) as coordinator:
+            digests = {
+                await join(coordinator, settings, way) for way in ("journal", "snapshot") * 2
+            }
         assert len(digests) == 1, "both ways end in the same weights"
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +41,6 @@ from fedmezo_core.events import (
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Row, chain_after, head_after
 from fedmezo_core.machines.divergence import PartyDigest
 from fedmezo_core.machines.relay import RelayMachine, RelayReady, RelayUp
-from fedmezo_core.wire.backoff import delay_after_refusal_s
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import (
@@ -53,6 +50,7 @@ from fedmezo_core.wire.messages import (
     hello_to_pb,
     unable_to_pb,
 )
+from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.relay")
@@ -102,8 +100,7 @@ class Relay(ServingLoop[RelayReady]):
         self._signature = b""
         self._up: asyncio.Queue[RelayUp | None] | None = None
         self._staffed = asyncio.Event()
-        self._attempt = 0
-        self._reachable_at_s = time.monotonic()
+        self._reconnecting = Reconnecting(log, give_up_after_s=settings.give_up_after_s)
 
     # ------------------------------------------------------------ start and stop
 
@@ -118,7 +115,7 @@ class Relay(ServingLoop[RelayReady]):
                 break
             except (UnavailableError, NotReadyError) as error:
                 await self._wait_after(error)
-        self._reached()
+        self._reconnecting.reached()
         self._key = description.checkpoint_key
         body = description.genesis_body
         row = Row(0, body, chain_after(ZERO_HASH, 0, body))
@@ -179,25 +176,15 @@ class Relay(ServingLoop[RelayReady]):
                     return
                 await self._wait_after(error)
 
-    def _reached(self) -> None:
-        self._attempt = 0
-        self._reachable_at_s = time.monotonic()
-
     async def _wait_after(self, error: FedMezoError) -> None:
-        if time.monotonic() - self._reachable_at_s > self._settings.give_up_after_s:
-            raise error
-        wait_s = delay_after_refusal_s(self._attempt, random.random(), error.retry_after_s)
-        self._attempt += 1
-        if self._attempt in (1, 5) or self._attempt % 20 == 0:
-            log.warning("above: %s Trying again.", error)
-        await asyncio.sleep(wait_s)
+        await self._reconnecting.wait_after(error, f"above: {error} Trying again.")
 
     async def _catch_up(self) -> None:
         """Read the commits that the copy lacks until the coordinator above vouches for it."""
         for _ in range(ASKED_AGAIN_MAX):
             held = self._machine.received_round
             description = await self._client.get_run(self._settings.run_id, held)
-            self._reached()
+            self._reconnecting.reached()
             self._check(description, held)
             if description.needs_snapshot:
                 raise ConfigError(
@@ -280,16 +267,15 @@ class Relay(ServingLoop[RelayReady]):
                 if self._machine.left or not self._machine.is_staffed:
                     return Disconnected()
                 raise UnavailableError("The coordinator above ended the session.")
+            self._reconnecting.reached()
             event = event_from_pb(message, self.genesis.config)
             if isinstance(event, Welcomed):
                 welcomed = True
-                self._reached()
                 self._expect(message.welcome)
             await self._above([event], [message.commit] if message.HasField("commit") else [])
             if isinstance(event, Welcomed):
                 await self._history.welcomed(message.welcome, self._machine.round)
                 log.info("joined above at round %d of epoch %d", event.round, event.epoch)
-            self._reachable_at_s = time.monotonic()
 
     def _expect(self, welcome: wire.Welcome) -> None:
         """Note the signature of a welcome; the machine may send the commit of its round then."""

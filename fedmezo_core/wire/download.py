@@ -7,9 +7,7 @@ import contextlib
 import hashlib
 import logging
 import os
-import random
 import tempfile
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO
@@ -20,8 +18,8 @@ from fedmezo_core.errors import (
     SnapshotError,
     UnavailableError,
 )
-from fedmezo_core.wire.backoff import delay_s
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot
 
 log = logging.getLogger("fedmezo.download")
@@ -84,25 +82,19 @@ class _Download:
         self._offset = 0
 
     async def run(self, give_up_after_s: float) -> None:
-        attempt, progress_at_s = 0, time.monotonic()
+        reconnecting = Reconnecting(log, give_up_after_s=give_up_after_s)
         while self._offset < self._snapshot.file_bytes:
             before = self._offset
             try:
                 await self._stream()
             except (UnavailableError, NotReadyError) as error:
                 if self._offset > before:
-                    attempt, progress_at_s = 0, time.monotonic()
-                if time.monotonic() - progress_at_s > give_up_after_s:
-                    raise
-                if attempt == 0:
-                    log.warning(
-                        "the snapshot broke off after %d of %d bytes; going on from there (%s)",
-                        self._offset,
-                        self._snapshot.file_bytes,
-                        error,
-                    )
-                await asyncio.sleep(delay_s(attempt, random.random()))
-                attempt += 1
+                    reconnecting.reached()
+                await reconnecting.wait_after(
+                    error,
+                    f"the snapshot broke off after {self._offset} of {self._snapshot.file_bytes} "
+                    f"bytes; going on from there ({error})",
+                )
         self._check_hash()
         self._file.flush()
 

@@ -27,11 +27,11 @@ from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
-    Hand,
+    ScriptedWorker,
     Served,
     config_of,
     genesis_of,
-    hands,
+    scripted_workers,
     served,
     until,
 )
@@ -40,7 +40,7 @@ RUN = {"rounds": 1000, "workers_min": 1, "quorum": 1, "local_steps": 1}
 GENESIS = genesis_of(config_of(**RUN))
 POOL = genesis_of(config_of(**RUN, seed_policy="pool", pool_size=7, rebase_every_rounds=4))
 DIGEST = (99).to_bytes(8, "little") + bytes(24)
-"""What `hands` answer that their weights have."""
+"""What `scripted_workers` answer that their weights have."""
 SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(b"k" * 32))
 
 
@@ -103,7 +103,9 @@ def test_a_journal_that_grows_for_ever_finds_its_way_however_much_must_go() -> N
 # ---------------------------------------------------------------- a run
 
 
-async def run_to(at: Served, hand: Hand, folder: Path | None, last: int, every: int = 2) -> None:
+async def run_to(
+    at: Served, hand: ScriptedWorker, folder: Path | None, last: int, every: int = 2
+) -> None:
     """Answer up to a round; the replica, played here, writes a snapshot every so many."""
     while (round_ := (await hand.client.get_status()).round) < last:
         await hand.answer(hand.received[-1].assign)
@@ -164,7 +166,7 @@ async def test_a_compacted_run_goes_on_from_every_start_as_if_all_records_were_t
     for last in (10, 20, 21, 40):
         async with (
             served(path, GENESIS, snapshots=folder, signer=signer, compact_after_records=12) as at,
-            hands(at.address, GENESIS, "w1") as [hand],
+            scripted_workers(at.address, GENESIS, "w1") as [hand],
         ):
             machine = at.daemon._machine
             assert machine.state == folded(written)
@@ -194,7 +196,7 @@ async def test_who_is_behind_the_beginning_is_told_what_to_do(
     path = tmp_path / "journal.db"
     async with (
         served(path, GENESIS, snapshots=folder, compact_after_records=12) as at,
-        hands(at.address, GENESIS, "w1", "w2") as [hand, late],
+        scripted_workers(at.address, GENESIS, "w1", "w2") as [hand, late],
     ):
         await hand.open()
         await hand.assigned()
@@ -238,7 +240,7 @@ async def test_a_damaged_snapshot_keeps_the_records_until_newer_ones_take_its_pl
     path = tmp_path / "journal.db"
     async with (
         served(path, GENESIS, snapshots=folder, compact_after_records=12) as at,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         await hand.open()
         await hand.assigned()
@@ -263,7 +265,7 @@ async def test_a_pool_run_needs_no_snapshots(tmp_path: Path, written: list[Row])
     for last in (20, 41):
         async with (
             served(path, POOL, compact_after_records=12) as at,
-            hands(at.address, POOL, "w1", "w2") as [hand, late],
+            scripted_workers(at.address, POOL, "w1", "w2") as [hand, late],
         ):
             machine = at.daemon._machine
             await hand.open(round=machine.round, head=at.daemon._index.head_at(machine.round))
@@ -292,7 +294,7 @@ async def test_a_start_without_the_snapshots_says_who_cannot_join(
     path = tmp_path / "journal.db"
     async with (
         served(path, GENESIS, snapshots=folder, compact_after_records=12) as at,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         await hand.open()
         await hand.assigned()
@@ -350,7 +352,7 @@ async def test_commands_begin_at_the_origin(
     path = tmp_path / "journal.db"
     async with (
         served(path, GENESIS, snapshots=folder, signer=SIGNER, compact_after_records=12) as at,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         await hand.open()
         await hand.assigned()
@@ -398,7 +400,7 @@ async def test_another_coordinators_key_is_named(
     path = tmp_path / "journal.db"
     async with (
         served(path, GENESIS, snapshots=folder, signer=SIGNER, compact_after_records=12) as at,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         await hand.open()
         await hand.assigned()

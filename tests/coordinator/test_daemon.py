@@ -23,8 +23,8 @@ from tests.integration.support.harness import (
     config_of,
     environment,
     genesis_of,
-    hands,
     records_of,
+    scripted_workers,
     served,
     until,
 )
@@ -102,7 +102,7 @@ async def test_the_status_shows_progress_traffic_and_losses(tmp_path: Path) -> N
     )
     async with served(tmp_path / "journal.db", genesis) as at:
         assert at.daemon.status("").phase == wire.PHASE_WAITING
-        async with hands(at.address, genesis, "w1") as [hand]:
+        async with scripted_workers(at.address, genesis, "w1") as [hand]:
             await hand.open()
             assign = await hand.assigned()
             status = at.daemon.status("")
@@ -124,7 +124,10 @@ async def test_the_status_shows_progress_traffic_and_losses(tmp_path: Path) -> N
 async def test_a_worker_that_joins_later_gets_the_commits_it_lacks(tmp_path: Path) -> None:
     genesis = genesis_of(config_of(rounds=9, workers_min=1, quorum=1, local_steps=1))
     path = tmp_path / "journal.db"
-    async with served(path, genesis) as at, hands(at.address, genesis, "w1", "w2") as [first, late]:
+    async with (
+        served(path, genesis) as at,
+        scripted_workers(at.address, genesis, "w1", "w2") as [first, late],
+    ):
         await first.open()
         for _ in range(3):
             await first.answer(await first.assigned())
@@ -169,7 +172,10 @@ async def test_a_round_goes_on_without_a_worker_that_left_once_it_is_overdue(
         config_of(rounds=1, workers_min=2, quorum=1, local_steps=1, deadline_ms=300)
     )
     path = tmp_path / "journal.db"
-    async with served(path, genesis) as at, hands(at.address, genesis, "w1", "w2") as [w1, w2]:
+    async with (
+        served(path, genesis) as at,
+        scripted_workers(at.address, genesis, "w1", "w2") as [w1, w2],
+    ):
         await w1.open()
         await w2.open()
         await w1.answer(await w1.assigned())
@@ -191,9 +197,9 @@ async def test_one_worker_too_many_is_refused_until_another_has_left(
     monkeypatch.setattr("fedmezo_coordinator.serving.loop.WORKERS_MAX", 1)
     genesis = genesis_of(config_of(workers_min=4, quorum=4))
     async with served(tmp_path / "journal.db", genesis) as at:
-        async with hands(at.address, genesis, "w1") as (first,):
+        async with scripted_workers(at.address, genesis, "w1") as (first,):
             await first.open()
-            async with hands(at.address, genesis, "w2") as (second,):
+            async with scripted_workers(at.address, genesis, "w2") as (second,):
                 with pytest.raises(NotReadyError, match="the most that one coordinator takes"):
                     await second.open()
 
@@ -201,6 +207,6 @@ async def test_one_worker_too_many_is_refused_until_another_has_left(
             return not at.daemon.status("").workers[0].connected
 
         await until(left, "the first worker to leave")
-        async with hands(at.address, genesis, "w2") as (second,):
+        async with scripted_workers(at.address, genesis, "w2") as (second,):
             await second.open()
             assert [w.worker for w in at.daemon.status("").workers] == ["w2"]

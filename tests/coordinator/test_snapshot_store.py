@@ -26,8 +26,8 @@ from tests.integration.support.harness import (
     Served,
     config_of,
     genesis_of,
-    hands,
     records_of,
+    scripted_workers,
     served,
     until,
 )
@@ -194,7 +194,7 @@ async def test_one_reader_too_many_is_refused_until_another_has_ended(
 
 GENESIS = genesis_of(config_of(rounds=9, workers_min=1, quorum=1, local_steps=1))
 DIGEST = (99).to_bytes(8, "little") + bytes(24)
-"""What `hands` answer that their weights have."""
+"""What `scripted_workers` answer that their weights have."""
 
 
 async def report(at: Served, snapshot: wire.SnapshotReport, **changes: Any) -> None:
@@ -214,7 +214,7 @@ async def test_a_report_is_recorded_with_the_next_rounds_answers_and_then_offere
     write(folder, file_name("tiny-run", 7))
     async with (
         served(path, GENESIS, snapshots=folder) as at,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         await hand.open()
         await hand.answer(await hand.assigned())
@@ -258,7 +258,7 @@ async def test_a_report_of_other_weights_is_never_recorded(tmp_path: Path) -> No
     path = tmp_path / "journal.db"
     async with (
         served(path, GENESIS, snapshots=tmp_path / "snapshots") as at,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         await hand.open()
         await hand.answer(await hand.assigned())
@@ -276,7 +276,7 @@ async def test_reports_that_make_no_sense_are_refused_and_complaints_are_told(
     path = tmp_path / "journal.db"
     async with (
         served(path, GENESIS, snapshots=tmp_path / "snapshots") as at,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         await hand.open()
         await hand.answer(await hand.assigned())

@@ -270,7 +270,7 @@ def test_a_run_in_a_process_of_its_own_and_one_that_fails_there(
         processes.result(run_of(EXPERIMENTS["accuracy"], bad, 1, changes))
     assert "q_proj" in capfd.readouterr().err
     processes.end()
-    with pytest.raises(runs.RunError, match="broken off"):
+    with pytest.raises(runs.RunError, match="interrupted"):
         processes.result(run)
 
 
@@ -443,7 +443,7 @@ def test_pace_is_the_round_that_comes_to_the_last_loss_of_the_baseline_with_the_
     found = {figure.name: figure.value for figure in report._pace("slow", results)}
     rounds = "rounds to the last training loss of slow"
     assert found[f"slow: {rounds}"] == 10
-    # The mean of the last five rounds is 3: 2.8 after seven rounds with one seed, never with the other.
+    # The mean of the last five rounds is 3: one seed is at 2.8 after seven rounds, the other never.
     assert found[f"other: {rounds}"] == (7 + 10) / 2
     assert found[f"other: {rounds}, most − least of the seeds"] == 10 - 7
     change = "last training loss, less slow's"

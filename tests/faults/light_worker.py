@@ -12,8 +12,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Final, cast
 
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis, digest64_of
@@ -35,16 +34,8 @@ class LightEngine:
         self.name = ""
         self.weights = BASE_WEIGHTS
 
-    async def load(self, settings: WorkerSettings, genesis: Genesis) -> Any:
+    async def load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         self.name = settings.name
-        manifest = SimpleNamespace(element_count=genesis.trainable_elements)
-        return SimpleNamespace(
-            config=genesis.config,
-            manifest_digest=genesis.manifest_digest,
-            base_digest=genesis.base_digest,
-            tokenizer_digest=genesis.tokenizer_digest,
-            loaded=SimpleNamespace(manifest=manifest),
-        )
 
     async def apply(self, commits: Sequence[Committed]) -> None:
         for commit in commits:

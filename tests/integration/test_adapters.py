@@ -23,7 +23,7 @@ from fedmezo_core.zo.materialize import Commit
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
-from tests.integration.support.harness import config_of, hands, served
+from tests.integration.support.harness import config_of, scripted_workers, served
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": ["c_attn", "h.0.mlp.c_proj"]}
 CONFIG = config_of(rounds=2, workers_min=1, quorum=1, local_steps=1, lora=LORA)
@@ -71,8 +71,8 @@ async def test_a_worker_without_it_is_refused(
     try:
         with pytest.raises(MismatchError, match=r"base weights .* begin from the same adapter"):
             await engine.load(settings, genesis)
-        party = await engine.load(settings.model_copy(update={"adapter": adapter}), genesis)
-        assert party.genesis() == genesis
+        await engine.load(settings.model_copy(update={"adapter": adapter}), genesis)
+        assert engine.loaded.party.genesis() == genesis
     finally:
         await engine.close()
 
@@ -81,9 +81,12 @@ async def test_export_writes_the_adapter_alone(
     model_folder: Path, adapter: Path, genesis: Genesis, tmp_path: Path
 ) -> None:
     journal, out = tmp_path / "journal.db", tmp_path / "out"
-    async with served(journal, genesis) as at, hands(at.address, genesis, "w1") as [hand]:
-        await hand.open()
-        await hand.work_to_the_end()
+    async with (
+        served(journal, genesis) as coordinator,
+        scripted_workers(coordinator.address, genesis, "w1") as [scripted],
+    ):
+        await scripted.open()
+        await scripted.work_to_the_end()
     flags = ["--model", str(model_folder), "--journal", str(journal), "--threads", "1"]
     flags += ["--adapter-only"]
 

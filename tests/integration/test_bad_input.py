@@ -28,9 +28,9 @@ from tests.integration.support.harness import (
     answered_tickets,
     config_of,
     genesis_of,
-    hands,
     records_of,
     run_values,
+    scripted_workers,
     served,
     until,
     write_genesis,
@@ -58,10 +58,10 @@ def address(
     write_genesis(folder / "journal.db", tiny_genesis())
     programs = Programs(folder)
     try:
-        _, at = asyncio.run(
+        _, coordinator = asyncio.run(
             programs.coordinator(folder / "journal.db", run_values(), "--no-replica")
         )
-        yield at
+        yield coordinator
     finally:
         programs.end()
 
@@ -229,15 +229,15 @@ async def test_a_loss_that_is_no_number_is_reported_and_the_run_goes_on(
     workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
 ) -> None:
     genesis = tiny_genesis(eps=1e37, workers_min=1, quorum=1)
-    async with served(tmp_path / "journal.db", genesis) as at:
-        working = workers.start(at.address, "w1", data_files[0])
+    async with served(tmp_path / "journal.db", genesis) as coordinator:
+        working = workers.start(coordinator.address, "w1", data_files[0])
 
         async def complained() -> bool:
-            status = at.daemon.status("")
+            status = coordinator.daemon.status("")
             return bool(status.workers and status.workers[0].complaint)
 
         await until(complained, "the worker's complaint")
-        status = at.daemon.status("")
+        status = coordinator.daemon.status("")
         assert "is nan on the batch of round 1" in status.workers[0].complaint
         assert status.round == 0
         assert status.workers[0].connected
@@ -306,9 +306,12 @@ HAND_RUN = run_values(rounds=3, workers_min=1, quorum=1)
 async def journal(tmp_path: Path) -> Path:
     """The journal of a finished run without a model."""
     path = tmp_path / "journal.db"
-    async with served(path, HAND_GENESIS) as at, hands(at.address, HAND_GENESIS, "w1") as [hand]:
-        await hand.open()
-        await hand.work_to_the_end()
+    async with (
+        served(path, HAND_GENESIS) as coordinator,
+        scripted_workers(coordinator.address, HAND_GENESIS, "w1") as [scripted],
+    ):
+        await scripted.open()
+        await scripted.work_to_the_end()
     return path
 
 
@@ -449,11 +452,11 @@ LONG_RUN = {"rounds": 1000, "local_steps": 1000, "workers_min": 1, "quorum": 1}
 
 async def worked_until_it_ended(address: str, genesis: Genesis) -> set[tuple[int, int, int]]:
     """Answer until the coordinator is gone; the tickets that it acknowledged."""
-    async with hands(address, genesis, "w1") as [hand]:
-        await hand.open()
+    async with scripted_workers(address, genesis, "w1") as [scripted]:
+        await scripted.open()
         with pytest.raises(FedMezoError):
-            await hand.work_to_the_end()
-        return hand.acknowledged
+            await scripted.work_to_the_end()
+        return scripted.acknowledged
 
 
 async def test_a_full_disk_ends_the_coordinator_and_loses_nothing_acknowledged(

@@ -10,18 +10,11 @@ from fedmezo_core.records import Committed, Genesis, Opened, RoundSlot
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.party import commits_of, open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.support.harness import records_of, served, until
+from tests.integration.support.harness import at_round, records_of, served, until
 from tests.integration.support.parties import Workers, Working
 
 ROUNDS = 20
 ROUNDS_MISSED = 4
-
-
-async def reaches(client: CoordinatorClient, round_: int) -> None:
-    async def has() -> bool:
-        return (await client.get_status()).round >= round_
-
-    await until(has, f"round {round_}")
 
 
 async def has_answered(client: CoordinatorClient, worker: str) -> None:
@@ -49,7 +42,7 @@ async def run_with_a_slow_worker(
     """The slow one begins to measure, and ends when the others are some rounds further."""
     await asyncio.wait_for(slow.engine.waiting.wait(), 60)
     begun_at = (await client.get_status()).round
-    await reaches(client, begun_at + ROUNDS_MISSED)
+    await at_round(client, begun_at + ROUNDS_MISSED)
     for worker in fast:
         worker.engine.gate.clear()
     slow.engine.gate.set()
@@ -76,11 +69,15 @@ async def test_fast_workers_do_not_wait_and_a_late_answer_counts_with_its_age(
         report_losses=True,
         pause_rounds=0,
     )
-    async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
-        slow = workers.start(at.address, "slow", data_files[0])
+    async with (
+        served(journal, genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        slow = workers.start(coordinator.address, "slow", data_files[0])
         slow.engine.gate.clear()
         fast = [
-            workers.start(at.address, f"fast-{k}", path) for k, path in enumerate(data_files[1:3])
+            workers.start(coordinator.address, f"fast-{k}", path)
+            for k, path in enumerate(data_files[1:3])
         ]
         await run_with_a_slow_worker(client, slow, fast)
         assert [await worker.outcome() for worker in (slow, *fast)] == [None] * 3

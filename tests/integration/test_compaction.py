@@ -1,4 +1,4 @@
-"""A run whose journal drops records: real replica, restarts, late workers, export; the same weights."""
+"""A run whose journal drops records: replica, restarts, late workers and export still agree."""
 
 from __future__ import annotations
 
@@ -14,9 +14,16 @@ from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.wire.client import CoordinatorClient
-from tests.integration.support.harness import Programs, run_values, until
+from tests.integration.support.harness import (
+    Programs,
+    at_round,
+    joined,
+    replica_digested,
+    run_values,
+    until,
+)
 from tests.integration.support.parties import Workers
-from tests.integration.test_snapshots import Held, at_round, joined, snapshot_of
+from tests.integration.test_snapshots import Held, snapshot_of
 
 ROUNDS = 16
 RUN = {"rounds": ROUNDS, "workers_min": 2, "quorum": 2}
@@ -59,17 +66,13 @@ async def test_restarts_late_workers_and_export_do_without_the_dropped_records(
         journal, run_values(**RUN), *flags, port=int(address.rpartition(":")[2])
     )
     async with CoordinatorClient(address) as client:
-
-        async def replica_is_back() -> bool:
-            digests = (await client.get_status()).digests
-            return any(d.party == "replica" and d.round >= 9 for d in digests)
-
-        await until(replica_is_back, "the replica, from its own snapshot")
+        # The replica is back, from its own snapshot.
+        await replica_digested(client, 9)
         with caplog.at_level(logging.INFO, logger="fedmezo.worker"):
             # Never by its own choice; but there is no other way.
             late = workers.start(address, "late", data_files[2], download_rate=0)
             working.append(late)
-            await until(joined(client, "late"), "the late worker")
+            await joined(client, "late")
         assert "took the snapshot of round 8" in caplog.text
         copying = workers.start(
             address, "copying", data_files[2], journal_copy=tmp_path / "copy.db"
@@ -83,12 +86,7 @@ async def test_restarts_late_workers_and_export_do_without_the_dropped_records(
             await snapshot_of(client, stop - 1)
         held.let(ROUNDS)
         assert [await worker.outcome() for worker in working] == [None] * 3
-
-        async def replica_is_done() -> bool:
-            digests = (await client.get_status()).digests
-            return any(d.party == "replica" and d.round == ROUNDS for d in digests)
-
-        await until(replica_is_done, "the replica's last digest")
+        await replica_digested(client, ROUNDS)
         status = await client.get_status()
         digests = {d.weights_digest for d in status.digests if d.round == ROUNDS}
         assert len(digests) == 1

@@ -23,6 +23,8 @@ from fedmezo_core.zo.party import commits_of, open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
     Programs,
+    at_round,
+    joined,
     records_of,
     run_values,
     served,
@@ -49,11 +51,13 @@ def undisturbed(
         journal = tmp_path_factory.mktemp("undisturbed") / "journal.db"
         workers = Workers(model_folder)
         async with (
-            served(journal, tiny_genesis(**ALL_FIVE)) as at,
-            CoordinatorClient(at.address) as client,
+            served(journal, tiny_genesis(**ALL_FIVE)) as coordinator,
+            CoordinatorClient(coordinator.address) as client,
         ):
             try:
-                await asyncio.gather(*(w.task for w in workers.start_all(at.address, data_files)))
+                await asyncio.gather(
+                    *(w.task for w in workers.start_all(coordinator.address, data_files))
+                )
                 return await client.get_status()
             finally:
                 await workers.end()
@@ -222,13 +226,6 @@ async def test_a_coordinator_killed_in_mid_round_goes_on_to_the_same_end(
     assert len([r for r in records if isinstance(r, Answered)]) == 5 * ROUNDS
 
 
-async def at_round(client: CoordinatorClient, round_: int) -> None:
-    async def there() -> bool:
-        return (await client.get_status()).round >= round_
-
-    await until(there, f"round {round_}")
-
-
 async def test_workers_survive_a_coordinator_that_is_gone_for_a_while(
     workers: Workers,
     data_files: list[Path],
@@ -239,13 +236,13 @@ async def test_workers_survive_a_coordinator_that_is_gone_for_a_while(
     """Longer joined than `give_up_after_s`, then alone for less than it: nobody gives up."""
     journal = tmp_path / "journal.db"
     patience_s = 3.0
-    async with served(journal, tiny_genesis(**ALL_FIVE)) as at:
-        port = int(at.address.rpartition(":")[2])
+    async with served(journal, tiny_genesis(**ALL_FIVE)) as coordinator:
+        port = int(coordinator.address.rpartition(":")[2])
         working = [
-            workers.start(at.address, f"w{k}", path, give_up_after_s=patience_s)
+            workers.start(coordinator.address, f"w{k}", path, give_up_after_s=patience_s)
             for k, path in enumerate(data_files, start=1)
         ]
-        async with CoordinatorClient(at.address) as client:
+        async with CoordinatorClient(coordinator.address) as client:
             await at_round(client, 2)
             joined_at_s = asyncio.get_running_loop().time()
             working[0].engine.gate.clear()
@@ -258,8 +255,8 @@ async def test_workers_survive_a_coordinator_that_is_gone_for_a_while(
     assert not any(worker.task.done() for worker in working)
     working[0].engine.gate.set()
     async with (
-        served(journal, listen=f"127.0.0.1:{port}") as at,
-        CoordinatorClient(at.address) as client,
+        served(journal, listen=f"127.0.0.1:{port}") as coordinator,
+        CoordinatorClient(coordinator.address) as client,
     ):
         assert [await worker.outcome() for worker in working] == [None] * 5
         assert_same_end(await client.get_status(), undisturbed)
@@ -270,18 +267,14 @@ async def test_a_late_worker_catches_up_from_the_journal_and_agrees(
 ) -> None:
     genesis = tiny_genesis(rounds=ROUNDS, workers_min=2, quorum=2)
     async with (
-        served(tmp_path / "journal.db", genesis) as at,
-        CoordinatorClient(at.address) as client,
+        served(tmp_path / "journal.db", genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
     ):
-        working = workers.start_all(at.address, data_files[:2])
+        working = workers.start_all(coordinator.address, data_files[:2])
         await at_round(client, 3)
         working[0].engine.gate.clear()
-        working.append(workers.start(at.address, "late", data_files[2]))
-
-        async def late_is_there() -> bool:
-            return any(w.worker == "late" for w in (await client.get_status()).workers)
-
-        await until(late_is_there, "the late worker")
+        working.append(workers.start(coordinator.address, "late", data_files[2]))
+        await joined(client, "late")
         working[0].engine.gate.set()
         assert [await worker.outcome() for worker in working] == [None] * 3
         status = await client.get_status()
@@ -297,8 +290,11 @@ async def test_one_flipped_bit_is_reported_by_name_within_one_round(
 ) -> None:
     genesis = tiny_genesis(rounds=ROUNDS, quorum=3)
     journal = tmp_path / "journal.db"
-    async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
-        working = workers.start_all(at.address, data_files[:4])
+    async with (
+        served(journal, genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        working = workers.start_all(coordinator.address, data_files[:4])
         await at_round(client, 2)
         faulty = working[2]
         faulty.engine.gate.clear()
@@ -312,7 +308,7 @@ async def test_one_flipped_bit_is_reported_by_name_within_one_round(
         divergence = (await client.get_status()).divergences[0]
         assert (divergence.party, divergence.round) == ("w3", held_at)
         # Started again it rebuilds its weights from base and journal.
-        working[2] = workers.start(at.address, "w3", data_files[2])
+        working[2] = workers.start(coordinator.address, "w3", data_files[2])
         assert [await worker.outcome() for worker in working] == [None] * 4
         status = await client.get_status()
     assert set(digests_of(status)) == {"w1", "w2", "w3", "w4"}
@@ -336,15 +332,18 @@ async def test_thirty_steps_cost_at_most_150_bytes_up_and_losses_travel_only_if_
             rounds=2, local_steps=30, workers_min=1, quorum=1, report_losses=report_losses
         )
         sent: list[wire.SessionRequest] = []
-        async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
-            take = at.daemon.receive
+        async with (
+            served(journal, genesis) as coordinator,
+            CoordinatorClient(coordinator.address) as client,
+        ):
+            take = coordinator.daemon.receive
 
             async def receive(session, message, take=take, sent=sent):  # type: ignore[no-untyped-def]
                 sent.append(message)
                 await take(session, message)
 
-            monkeypatch.setattr(at.daemon, "receive", receive)
-            working = workers.start(at.address, "w1", data_files[0])
+            monkeypatch.setattr(coordinator.daemon, "receive", receive)
+            working = workers.start(coordinator.address, "w1", data_files[0])
             assert await working.outcome() is None
             status = await client.get_status()
         answers = [m.answer for m in sent if m.WhichOneof("kind") == "answer"]
@@ -374,18 +373,16 @@ async def test_several_probes_a_step_end_in_the_same_weights_at_a_late_joiner_an
 ) -> None:
     journal = tmp_path / "journal.db"
     genesis = tiny_genesis(rounds=5, workers_min=2, quorum=2, **changes)
-    async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
-        early = workers.start_all(at.address, data_files[:2])
+    async with (
+        served(journal, genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        early = workers.start_all(coordinator.address, data_files[:2])
         await at_round(client, 2)
         early[0].engine.gate.clear()
         await waits_only_for(client, "w1")
-        late = workers.start(at.address, "w3", data_files[2])
-
-        async def has_joined() -> bool:
-            status = await client.get_status()
-            return any(worker.worker == "w3" and worker.connected for worker in status.workers)
-
-        await until(has_joined, "the late joiner")
+        late = workers.start(coordinator.address, "w3", data_files[2])
+        await joined(client, "w3")
         early[0].engine.gate.set()
         assert [await worker.outcome() for worker in (*early, late)] == [None] * 3
         status = await client.get_status()

@@ -1,7 +1,7 @@
 """Sites: a coordinator, relays as its workers, and their own workers, over real gRPC.
 
-The workers are real but for their models. A flat federation in which each site is one worker with the
-weighted mean of its workers ends in the same head.
+The workers are real but for their models. A flat federation, in which each site is one worker
+that answers with the weighted mean of its workers, ends in the same head.
 """
 
 from __future__ import annotations
@@ -42,11 +42,12 @@ from tests.integration.support.harness import (
     answer_to,
     config_of,
     genesis_of,
-    hands,
     records_of,
     relayed,
+    scripted_workers,
     served,
     until,
+    vouched_for,
     write_genesis,
 )
 from tests.integration.support.parties import Workers
@@ -55,7 +56,7 @@ from tests.sim.checker import measure, rows_of
 ROUNDS = 6
 
 
-def genesis(**changes: Any) -> Genesis:
+def genesis_with(**changes: Any) -> Genesis:
     values: dict[str, Any] = {
         "rounds": ROUNDS,
         "local_steps": 3,
@@ -78,7 +79,7 @@ class Working:
     copy: Path | None
 
 
-class Crew:
+class LightWorkers:
     """Workers of one test."""
 
     def __init__(self, folder: Path) -> None:
@@ -118,8 +119,8 @@ class Crew:
 
 
 @pytest.fixture
-async def crew(tmp_path: Path) -> AsyncIterator[Crew]:
-    found = Crew(tmp_path)
+async def light_workers(tmp_path: Path) -> AsyncIterator[LightWorkers]:
+    found = LightWorkers(tmp_path)
     yield found
     await found.end()
 
@@ -170,13 +171,13 @@ def heads_in(folder: Path) -> set[bytes]:
     return {head_of(path) for path in folder.glob("*.db")}
 
 
-async def flat_head(folder: Path, what: Genesis, sites: Mapping[str, Sequence[str]]) -> bytes:
+async def flat_head(folder: Path, genesis: Genesis, sites: Mapping[str, Sequence[str]]) -> bytes:
     """Where a federation without relays ends, in which each site is one worker."""
-    flat = Crew(folder)
-    weighted = what.config.weighting == "rows"
-    async with served(folder / "flat.db", what) as at:
+    flat = LightWorkers(folder)
+    weighted = genesis.config.weighting == "rows"
+    async with served(folder / "flat.db", genesis) as coordinator:
         for site, names in sites.items():
-            flat.start(at.address, site, SiteEngine(names, weighted=weighted), keeps=False)
+            flat.start(coordinator.address, site, SiteEngine(names, weighted=weighted), keeps=False)
         await flat.finish()
     return head_of(folder / "flat.db")
 
@@ -194,112 +195,126 @@ async def flat_head(folder: Path, what: Genesis, sites: Mapping[str, Sequence[st
     ids=["rows", "uniform", "shared", "pool", "personal", "normalized"],
 )
 async def test_two_sites_end_where_two_workers_with_their_means_do(
-    tmp_path: Path, crew: Crew, changes: dict[str, Any]
+    tmp_path: Path, light_workers: LightWorkers, changes: dict[str, Any]
 ) -> None:
-    what = genesis(**changes)
+    genesis = genesis_with(**changes)
     sites = {"site-a": ("w1", "w2"), "site-b": ("w3", "w4")}
     centre = tmp_path / "centre.db"
     signer = open_signer(tmp_path / "centre.key")
-    async with served(centre, what, signer=signer) as at, AsyncExitStack() as stack:
+    async with served(centre, genesis, signer=signer) as coordinator, AsyncExitStack() as stack:
         for site, names in sites.items():
-            up = await stack.enter_async_context(relayed(at.address, tmp_path, site, workers_min=2))
+            relay = await stack.enter_async_context(
+                relayed(coordinator.address, tmp_path, site, workers_min=2)
+            )
             for name in names:
-                crew.start(up.address, name)
-        await crew.finish()
+                light_workers.start(relay.address, name)
+        await light_workers.finish()
 
         async def reported() -> bool:
-            return len(at.daemon.status("").digests) == 2
+            return len(coordinator.daemon.status("").digests) == 2
 
         await until(reported, "the digests that the relays pass up")
-        status = at.daemon.status("")
+        status = coordinator.daemon.status("")
         assert status.phase == wire.PHASE_FINISHED
         assert [w.worker for w in status.workers] == ["site-a", "site-b"]
         assert all(w.rounds_answered == ROUNDS for w in status.workers)
         digests = {d.weights_digest for d in status.digests}
-    assert digests == {w.engine.weights for w in crew.all}
-    assert heads_in(tmp_path) == {await flat_head(tmp_path, what, sites)}
-    copies = [tmp_path / f"{site}.db" for site in sites] + [w.copy for w in crew.all if w.copy]
+    assert digests == {w.engine.weights for w in light_workers.all}
+    assert heads_in(tmp_path) == {await flat_head(tmp_path, genesis, sites)}
+    copies = [tmp_path / f"{site}.db" for site in sites] + [
+        w.copy for w in light_workers.all if w.copy
+    ]
     assert len(copies) == 6
     assert {tuple(commits_of(path)) for path in copies} == {tuple(commits_of(centre))}
 
 
-async def test_a_site_is_one_stream_to_the_coordinator_above(tmp_path: Path, crew: Crew) -> None:
-    what = genesis()
+async def test_a_site_is_one_stream_to_the_coordinator_above(
+    tmp_path: Path, light_workers: LightWorkers
+) -> None:
+    genesis = genesis_with()
     async with (
-        served(tmp_path / "centre.db", what) as at,
-        relayed(at.address, tmp_path, "site-a", workers_min=20) as first,
-        relayed(at.address, tmp_path, "site-b", workers_min=4) as second,
+        served(tmp_path / "centre.db", genesis) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a", workers_min=20) as first,
+        relayed(coordinator.address, tmp_path, "site-b", workers_min=4) as second,
     ):
         for number in range(24):
             site = first if number < 20 else second
-            crew.start(site.address, f"w{number}", keeps=False)
-        await crew.finish()
-        assert at.daemon.session_limit.sessions <= 2
-        status = at.daemon.status("")
+            light_workers.start(site.address, f"w{number}", keeps=False)
+        await light_workers.finish()
+        assert coordinator.daemon.session_limit.sessions <= 2
+        status = coordinator.daemon.status("")
         assert {w.worker for w in status.workers} == {"site-a", "site-b"}
         # What a site sends does not grow with it.
-        up = {w.worker: w.bytes_up for w in status.workers}
-        assert abs(up["site-a"] - up["site-b"]) < 50
+        bytes_up = {w.worker: w.bytes_up for w in status.workers}
+        assert abs(bytes_up["site-a"] - bytes_up["site-b"]) < 50
         assert first.relay.status("").phase == wire.PHASE_FINISHED
         assert len(first.relay.status("").workers) == 20
-    assert len({w.engine.weights for w in crew.all}) == 1
+    assert len({w.engine.weights for w in light_workers.all}) == 1
 
 
-async def test_a_relay_may_be_a_worker_of_a_relay(tmp_path: Path, crew: Crew) -> None:
-    what = genesis(workers_min=1, quorum=1)
+async def test_a_relay_may_be_a_worker_of_a_relay(
+    tmp_path: Path, light_workers: LightWorkers
+) -> None:
+    genesis = genesis_with(workers_min=1, quorum=1)
     centre = tmp_path / "centre.db"
     signer = open_signer(tmp_path / "centre.key")
     async with (
-        served(centre, what, signer=signer) as at,
-        relayed(at.address, tmp_path, "region", workers_min=2) as region,
+        served(centre, genesis, signer=signer) as coordinator,
+        relayed(coordinator.address, tmp_path, "region", workers_min=2) as region,
         relayed(region.address, tmp_path, "site-a", workers_min=2) as site,
     ):
-        crew.start(site.address, "w1")
-        crew.start(site.address, "w2")
-        crew.start(region.address, "w3")
-        await crew.finish()
+        light_workers.start(site.address, "w1")
+        light_workers.start(site.address, "w2")
+        light_workers.start(region.address, "w3")
+        await light_workers.finish()
 
         async def reported() -> bool:
-            return len(at.daemon.status("").digests) == 1
+            return len(coordinator.daemon.status("").digests) == 1
 
         await until(reported, "the digest that the relays pass up")
-        assert {w.worker for w in at.daemon.status("").workers} == {"region"}
-    assert len({w.engine.weights for w in crew.all}) == 1
+        assert {w.worker for w in coordinator.daemon.status("").workers} == {"region"}
+    assert len({w.engine.weights for w in light_workers.all}) == 1
     assert len(heads_in(tmp_path)) == 1
 
 
-async def test_buffered_rounds_pass_a_relay(tmp_path: Path, crew: Crew) -> None:
-    what = genesis(workers_min=1, quorum=1, buffer_answers=2, rounds=12, digest_every_rounds=1)
+async def test_buffered_rounds_pass_a_relay(tmp_path: Path, light_workers: LightWorkers) -> None:
+    genesis = genesis_with(
+        workers_min=1, quorum=1, buffer_answers=2, rounds=12, digest_every_rounds=1
+    )
     async with (
-        served(tmp_path / "centre.db", what) as at,
-        relayed(at.address, tmp_path, "site-a", workers_min=2) as site,
+        served(tmp_path / "centre.db", genesis) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a", workers_min=2) as site,
     ):
-        crew.start(site.address, "w1")
-        crew.start(site.address, "w2")
-        crew.start(at.address, "w3")
-        await crew.finish()
-    assert len({w.engine.weights for w in crew.all}) == 1
+        light_workers.start(site.address, "w1")
+        light_workers.start(site.address, "w2")
+        light_workers.start(coordinator.address, "w3")
+        await light_workers.finish()
+    assert len({w.engine.weights for w in light_workers.all}) == 1
     assert len(heads_in(tmp_path)) == 1
     assert not [r for r in records_of(tmp_path / "centre.db") if isinstance(r, Diverged)]
 
 
-async def test_late_workers_read_the_relays_copy(tmp_path: Path, crew: Crew) -> None:
-    what = genesis(workers_min=1, quorum=1)
+async def test_late_workers_read_the_relays_copy(
+    tmp_path: Path, light_workers: LightWorkers
+) -> None:
+    genesis = genesis_with(workers_min=1, quorum=1)
     signer = open_signer(tmp_path / "centre.key")
     async with (
-        served(tmp_path / "centre.db", what, signer=signer) as at,
-        relayed(at.address, tmp_path, "site-a") as site,
+        served(tmp_path / "centre.db", genesis, signer=signer) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a") as site,
     ):
-        crew.start(site.address, "w1")
-        await crew.finish()
-        crew.start(site.address, "w2")
-        await crew.finish()
-    assert len({w.engine.weights for w in crew.all}) == 1
+        light_workers.start(site.address, "w1")
+        await light_workers.finish()
+        light_workers.start(site.address, "w2")
+        await light_workers.finish()
+    assert len({w.engine.weights for w in light_workers.all}) == 1
 
 
-async def test_a_relay_that_was_killed_loses_nothing(tmp_path: Path, crew: Crew) -> None:
+async def test_a_relay_that_was_killed_loses_nothing(
+    tmp_path: Path, light_workers: LightWorkers
+) -> None:
     """Both processes are real; the relay is killed in mid-round, twice, and started again."""
-    what = genesis(rounds=40)
+    genesis = genesis_with(rounds=40)
     centre = tmp_path / "centre.db"
     programs = Programs(tmp_path)
     sites = {"site-a": ("w1", "w2"), "site-b": ("w3", "w4")}
@@ -313,58 +328,58 @@ async def test_a_relay_that_was_killed_loses_nothing(tmp_path: Path, crew: Crew)
         )
 
     try:
-        async with served(centre, what, signer=signer) as at:
-            running = {site: relay(site, at.address) for site in sites}
+        async with served(centre, genesis, signer=signer) as coordinator:
+            running = {site: relay(site, coordinator.address) for site in sites}
             addresses = {}
             for site, program in running.items():
                 addresses[site] = (await program.says(r"is served at (127\.0\.0\.1:\d+)"))[1]
                 for name in sites[site]:
-                    crew.start(addresses[site], name)
+                    light_workers.start(addresses[site], name)
             for kill_at in (8, 20):
 
                 async def has_come(round_: int = kill_at) -> bool:
-                    return at.daemon.status("").round >= round_
+                    return coordinator.daemon.status("").round >= round_
 
                 await until(has_come, f"round {kill_at}")
                 running["site-a"].end()
                 port = int(addresses["site-a"].rpartition(":")[2])
-                running["site-a"] = relay("site-a", at.address, port)
-            await crew.finish()
+                running["site-a"] = relay("site-a", coordinator.address, port)
+            await light_workers.finish()
         # Every answer of a site is the mean of both its workers, so nothing acknowledged was lost.
-        assert head_of(centre) == await flat_head(tmp_path, what, sites)
+        assert head_of(centre) == await flat_head(tmp_path, genesis, sites)
         for program in running.values():
             program.end()
         assert len(heads_in(tmp_path)) == 1
-        assert len({w.engine.weights for w in crew.all}) == 1
+        assert len({w.engine.weights for w in light_workers.all}) == 1
     finally:
         programs.end()
 
 
 async def test_a_coordinator_that_starts_anew_finds_its_sites_again(
-    tmp_path: Path, crew: Crew
+    tmp_path: Path, light_workers: LightWorkers
 ) -> None:
-    what = genesis(rounds=30)
+    genesis = genesis_with(rounds=30)
     centre = tmp_path / "centre.db"
     sites = {"site-a": ("w1", "w2"), "site-b": ("w3", "w4")}
     signer = open_signer(tmp_path / "centre.key")
     async with AsyncExitStack() as stack:
-        async with served(centre, what, signer=signer) as at:
+        async with served(centre, genesis, signer=signer) as coordinator:
             for site, names in sites.items():
-                up = await stack.enter_async_context(
-                    relayed(at.address, tmp_path, site, workers_min=2)
+                relay = await stack.enter_async_context(
+                    relayed(coordinator.address, tmp_path, site, workers_min=2)
                 )
                 for name in names:
-                    crew.start(up.address, name)
+                    light_workers.start(relay.address, name)
 
             async def has_come() -> bool:
-                return at.daemon.status("").round >= 7
+                return coordinator.daemon.status("").round >= 7
 
             await until(has_come, "round 7")
-            address = at.address
-        async with served(centre, what, signer=signer, listen=address):
-            await crew.finish()
-    assert head_of(centre) == await flat_head(tmp_path, what, sites)
-    assert len({w.engine.weights for w in crew.all}) == 1
+            address = coordinator.address
+        async with served(centre, genesis, signer=signer, listen=address):
+            await light_workers.finish()
+    assert head_of(centre) == await flat_head(tmp_path, genesis, sites)
+    assert len({w.engine.weights for w in light_workers.all}) == 1
 
 
 class SlowEngine(LightEngine):
@@ -376,24 +391,26 @@ class SlowEngine(LightEngine):
 
 
 async def test_a_straggler_costs_its_site_a_share_and_the_run_no_round(
-    tmp_path: Path, crew: Crew
+    tmp_path: Path, light_workers: LightWorkers
 ) -> None:
-    what = genesis(rounds=8, deadline_ms=20_000)
+    genesis = genesis_with(rounds=8, deadline_ms=20_000)
     async with (
-        served(tmp_path / "centre.db", what) as at,
-        relayed(at.address, tmp_path, "site-a", workers_min=2, deadline_share=0.01) as first,
-        relayed(at.address, tmp_path, "site-b") as second,
+        served(tmp_path / "centre.db", genesis) as coordinator,
+        relayed(
+            coordinator.address, tmp_path, "site-a", workers_min=2, deadline_share=0.01
+        ) as first,
+        relayed(coordinator.address, tmp_path, "site-b") as second,
     ):
-        crew.start(first.address, "w1")
-        crew.start(first.address, "slow", SlowEngine())
-        crew.start(second.address, "w2")
-        await crew.finish()
-        assert all(r.answers == 2 for r in at.daemon.status("").recent_rounds)
-        told = {w.worker: w for w in first.relay.status("").workers}
-        assert told["w1"].rounds_answered == 8
-        assert told["slow"].rounds_answered < 8
-        assert "within the site's time" in told["slow"].complaint
-    assert len({w.engine.weights for w in crew.all}) == 1
+        light_workers.start(first.address, "w1")
+        light_workers.start(first.address, "slow", SlowEngine())
+        light_workers.start(second.address, "w2")
+        await light_workers.finish()
+        assert all(r.answers == 2 for r in coordinator.daemon.status("").recent_rounds)
+        workers = {w.worker: w for w in first.relay.status("").workers}
+        assert workers["w1"].rounds_answered == 8
+        assert workers["slow"].rounds_answered < 8
+        assert "within the site's time" in workers["slow"].complaint
+    assert len({w.engine.weights for w in light_workers.all}) == 1
 
 
 class FlippedEngine(LightEngine):
@@ -410,45 +427,47 @@ class FlippedEngine(LightEngine):
 
 
 async def test_a_worker_with_other_weights_than_its_site_is_sent_away(
-    tmp_path: Path, crew: Crew
+    tmp_path: Path, light_workers: LightWorkers
 ) -> None:
-    what = genesis(workers_min=1, quorum=1, digest_every_rounds=1, rounds=12)
+    genesis = genesis_with(workers_min=1, quorum=1, digest_every_rounds=1, rounds=12)
     async with (
-        served(tmp_path / "centre.db", what) as at,
-        relayed(at.address, tmp_path, "site-a", workers_min=3) as site,
+        served(tmp_path / "centre.db", genesis) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a", workers_min=3) as site,
     ):
-        sound = [crew.start(site.address, name) for name in ("w1", "w2")]
-        flipped = crew.start(site.address, "w3", FlippedEngine(4))
+        sound = [light_workers.start(site.address, name) for name in ("w1", "w2")]
+        flipped = light_workers.start(site.address, "w3", FlippedEngine(4))
         with pytest.raises(FedMezoError, match="are not those of the other workers of its site"):
             await asyncio.wait_for(flipped.task, PATIENCE_S)
         await asyncio.gather(*(w.task for w in sound))
-        [told] = [w for w in site.relay.status("").workers if w.worker == "w3"]
-        assert told.diverged
+        [worker] = [w for w in site.relay.status("").workers if w.worker == "w3"]
+        assert worker.diverged
     assert not [r for r in records_of(tmp_path / "centre.db") if isinstance(r, Diverged)]
 
 
 async def test_a_site_with_other_weights_than_the_run_is_sent_away_and_comes_back(
-    tmp_path: Path, crew: Crew
+    tmp_path: Path, light_workers: LightWorkers
 ) -> None:
-    what = genesis(workers_min=3, quorum=3, digest_every_rounds=1, rounds=12, deadline_ms=2000)
+    genesis = genesis_with(
+        workers_min=3, quorum=3, digest_every_rounds=1, rounds=12, deadline_ms=2000
+    )
     centre = tmp_path / "centre.db"
     async with (
-        served(centre, what) as at,
-        relayed(at.address, tmp_path, "site-a") as site,
+        served(centre, genesis) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a") as site,
     ):
-        crew.start(at.address, "w1")
-        crew.start(at.address, "w2")
-        flipped = crew.start(site.address, "w3", FlippedEngine(4))
+        light_workers.start(coordinator.address, "w1")
+        light_workers.start(coordinator.address, "w2")
+        flipped = light_workers.start(site.address, "w3", FlippedEngine(4))
         with pytest.raises(FedMezoError, match="Of this site, the coordinator above says"):
             await asyncio.wait_for(flipped.task, PATIENCE_S)
-        crew.all.remove(flipped)
+        light_workers.all.remove(flipped)
         assert flipped.copy is not None
         flipped.copy.unlink()
-        crew.start(site.address, "w3")
-        await crew.finish()
+        light_workers.start(site.address, "w3")
+        await light_workers.finish()
     found = [r for r in records_of(centre) if isinstance(r, Diverged)]
     assert [r.party for r in found] == ["site-a"]
-    assert len({w.engine.weights for w in crew.all}) == 1
+    assert len({w.engine.weights for w in light_workers.all}) == 1
 
 
 async def test_models_at_two_sites_and_a_late_one_end_in_the_same_weights(
@@ -458,26 +477,26 @@ async def test_models_at_two_sites_and_a_late_one_end_in_the_same_weights(
     data_files: list[Path],
     workers: Workers,
 ) -> None:
-    what = tiny_genesis(rounds=6, workers_min=2, quorum=2, weighting="rows", report_losses=True)
+    genesis = tiny_genesis(rounds=6, workers_min=2, quorum=2, weighting="rows", report_losses=True)
     centre = tmp_path / "centre.db"
     signer = open_signer(tmp_path / "centre.key")
     async with (
-        served(centre, what, signer=signer) as at,
-        relayed(at.address, tmp_path, "site-a", workers_min=2) as first,
-        relayed(at.address, tmp_path, "site-b", workers_min=2) as second,
+        served(centre, genesis, signer=signer) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a", workers_min=2) as first,
+        relayed(coordinator.address, tmp_path, "site-b", workers_min=2) as second,
     ):
         started = [
-            workers.start(up.address, f"w{number}", data_files[number])
-            for number, up in enumerate((first, first, second, second))
+            workers.start(relay.address, f"w{number}", data_files[number])
+            for number, relay in enumerate((first, first, second, second))
         ]
         await asyncio.gather(*(w.task for w in started))
         late = workers.start(second.address, "late", data_files[4])
         await late.task
         found = {d.weights_digest for s in (first, second) for d in s.relay.status("").digests}
-        assert {d.weights_digest for d in at.daemon.status("").digests} == found
-        rounds = at.daemon.status("").recent_rounds
+        assert {d.weights_digest for d in coordinator.daemon.status("").digests} == found
+        rounds = coordinator.daemon.status("").recent_rounds
         assert all(r.HasField("mean_loss") and r.answers == 2 for r in rounds)
-    party = open_party(what.config, str(model_folder), threads=1)
+    party = open_party(genesis.config, str(model_folder), threads=1)
     party.weights.apply(1, pairs_of(commits_of(centre)))
     assert found == {party.weights.digest()}
 
@@ -487,33 +506,33 @@ async def test_models_at_two_sites_and_a_late_one_end_in_the_same_weights(
 
 async def test_a_copy_of_another_run_is_refused(tmp_path: Path) -> None:
     async with (
-        served(tmp_path / "one.db", genesis()) as at,
-        relayed(at.address, tmp_path, "site-a"),
+        served(tmp_path / "one.db", genesis_with()) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a"),
     ):
         pass
-    async with served(tmp_path / "two.db", genesis(seed=8)) as at:
+    async with served(tmp_path / "two.db", genesis_with(seed=8)) as coordinator:
         with pytest.raises(FedMezoError, match="The journal copy is of another run"):
-            async with relayed(at.address, tmp_path, "site-a"):
+            async with relayed(coordinator.address, tmp_path, "site-a"):
                 pass
 
 
 async def test_a_coordinator_above_whose_journal_went_back_is_left(
-    tmp_path: Path, crew: Crew
+    tmp_path: Path, light_workers: LightWorkers
 ) -> None:
-    what = genesis(workers_min=1, quorum=1)
+    genesis = genesis_with(workers_min=1, quorum=1)
     async with (
-        served(tmp_path / "one.db", what) as at,
-        relayed(at.address, tmp_path, "site-a") as site,
+        served(tmp_path / "one.db", genesis) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a") as site,
     ):
-        crew.start(site.address, "w1", keeps=False)
-        await crew.finish()
-    write_genesis(tmp_path / "old.db", what)
+        light_workers.start(site.address, "w1", keeps=False)
+        await light_workers.finish()
+    write_genesis(tmp_path / "old.db", genesis)
     async with (
-        served(tmp_path / "old.db", what) as at,
-        CoordinatorClient(at.address) as client,
+        served(tmp_path / "old.db", genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
     ):
         settings = RelaySettings(
-            upstream=at.address, name="site-a", journal_copy=tmp_path / "site-a.db"
+            upstream=coordinator.address, name="site-a", journal_copy=tmp_path / "site-a.db"
         )
         relay = Relay(settings, client)
         await relay.load()
@@ -539,10 +558,10 @@ async def test_a_relay_without_a_coordinator_waits_and_stops_cleanly(tmp_path: P
         )
         assert await hasty.wait() == 1
         assert "fedmezo-relay: No coordinator answers at 127.0.0.1:9" in hasty.said
-        async with served(tmp_path / "one.db", genesis()) as at:
+        async with served(tmp_path / "one.db", genesis_with()) as coordinator:
             relay = programs.start(
                 "fedmezo_coordinator.programs.relay_command",
-                *("--upstream", at.address, "--name", "a", "--listen", "127.0.0.1:0"),
+                *("--upstream", coordinator.address, "--name", "a", "--listen", "127.0.0.1:0"),
             )
             await relay.says("run tiny-run is served at")
             relay.send(signal.SIGTERM)
@@ -551,26 +570,30 @@ async def test_a_relay_without_a_coordinator_waits_and_stops_cleanly(tmp_path: P
         programs.end()
 
 
-async def test_two_relays_of_one_name_are_told_apart(tmp_path: Path, crew: Crew) -> None:
+async def test_two_relays_of_one_name_are_told_apart(
+    tmp_path: Path, light_workers: LightWorkers
+) -> None:
     """The second one takes the place of the first, which ends and says why."""
-    what = genesis(rounds=1000, workers_min=1, quorum=1)
+    genesis = genesis_with(rounds=1000, workers_min=1, quorum=1)
     async with (
-        served(tmp_path / "one.db", what) as at,
-        relayed(at.address, tmp_path, "site-a") as first,
-        relayed(at.address, tmp_path, "site-a", journal_copy=tmp_path / "b.db") as second,
+        served(tmp_path / "one.db", genesis) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a") as first,
+        relayed(coordinator.address, tmp_path, "site-a", journal_copy=tmp_path / "b.db") as second,
     ):
-        crew.start(first.address, "w1", keeps=False)
+        light_workers.start(first.address, "w1", keeps=False)
 
         async def has_come() -> bool:
-            return at.daemon.status("").round >= 3
+            return coordinator.daemon.status("").round >= 3
 
         await until(has_come, "round 3")
-        crew.start(second.address, "w2", keeps=False)
+        light_workers.start(second.address, "w2", keeps=False)
         with pytest.raises(FedMezoError, match="Another process has joined as worker site-a"):
             await asyncio.wait_for(first.serving, PATIENCE_S)
 
 
-async def test_a_relay_speaks_tls_above_and_below(tmp_path: Path, crew: Crew) -> None:
+async def test_a_relay_speaks_tls_above_and_below(
+    tmp_path: Path, light_workers: LightWorkers
+) -> None:
     ca = trustme.CA()
     ca.cert_pem.write_to_path(tmp_path / "ca.pem")
     pair = ca.issue_cert("127.0.0.1")
@@ -579,30 +602,26 @@ async def test_a_relay_speaks_tls_above_and_below(tmp_path: Path, crew: Crew) ->
         blob.write_to_path(tmp_path / "cert.pem", append=True)
     tls = (tmp_path / "cert.pem", tmp_path / "key.pem")
     files: dict[str, Any] = {"tls_ca": tmp_path / "ca.pem", "tls_cert": tls[0], "tls_key": tls[1]}
-    what = genesis(workers_min=1, quorum=1)
+    genesis = genesis_with(workers_min=1, quorum=1)
     async with (
-        served(tmp_path / "centre.db", what, tls=tls) as at,
-        relayed(at.address, tmp_path, "site-a", **files) as site,
+        served(tmp_path / "centre.db", genesis, tls=tls) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a", **files) as site,
     ):
-        crew.start(site.address, "w1", tls_ca=tmp_path / "ca.pem")
-        await crew.finish()
+        light_workers.start(site.address, "w1", tls_ca=tmp_path / "ca.pem")
+        await light_workers.finish()
     assert len(heads_in(tmp_path)) == 1
 
 
 async def test_a_worker_that_polls_may_work_at_a_relay(tmp_path: Path) -> None:
-    what = genesis(workers_min=1, quorum=1, weighting="uniform", rounds=3)
+    genesis = genesis_with(workers_min=1, quorum=1, weighting="uniform", rounds=3)
     async with (
-        served(tmp_path / "centre.db", what) as at,
-        relayed(at.address, tmp_path, "site-a") as site,
-        hands(site.address, what, "polling") as [hand],
+        served(tmp_path / "centre.db", genesis) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a") as site,
+        scripted_workers(site.address, genesis, "polling") as [scripted],
     ):
-        client = hand.client
-
-        async def vouched() -> bool:
-            return (await client.get_run()).round_head != b""
-
-        await until(vouched, "the relay to be vouched for")
-        hello = wire.SessionRequest(hello=hand.hello())
+        client = scripted.client
+        await vouched_for(client)
+        hello = wire.SessionRequest(hello=scripted.hello())
         token = (await client.poll_session(b"", hello)).token
         answers: list[wire.SessionRequest] = []
         acknowledged, finished = [], False
@@ -620,8 +639,8 @@ async def test_a_worker_that_polls_may_work_at_a_relay(tmp_path: Path) -> None:
 
 async def test_a_relay_keeps_no_snapshots_and_no_replica(tmp_path: Path) -> None:
     async with (
-        served(tmp_path / "one.db", genesis()) as at,
-        relayed(at.address, tmp_path, "site-a") as site,
+        served(tmp_path / "one.db", genesis_with()) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a") as site,
         CoordinatorClient(site.address) as client,
     ):
         with pytest.raises(FedMezoError, match="No snapshots are kept here; read the journal"):
@@ -634,21 +653,17 @@ async def test_a_relay_keeps_no_snapshots_and_no_replica(tmp_path: Path) -> None
 async def test_who_comes_to_a_relay_that_is_not_up_to_date_is_told_to_come_again(
     tmp_path: Path,
 ) -> None:
-    what = genesis()
+    genesis = genesis_with()
     async with (
-        served(tmp_path / "one.db", what) as at,
-        relayed(at.address, tmp_path, "site-a") as site,
-        hands(site.address, what, "w1") as [hand],
+        served(tmp_path / "one.db", genesis) as coordinator,
+        relayed(coordinator.address, tmp_path, "site-a") as site,
+        scripted_workers(site.address, genesis, "w1") as [scripted],
     ):
-
-        async def vouched() -> bool:
-            return (await hand.client.get_run()).round_head != b""
-
-        await until(vouched, "the relay to be vouched for")
+        await vouched_for(scripted.client)
         with pytest.raises(UnavailableError, match="has yet to catch up with the caller"):
-            await hand.open(round=3)
+            await scripted.open(round=3)
         with pytest.raises(UnavailableError, match="which holds round 5"):
-            await hand.client.get_run("", 5)
+            await scripted.client.get_run("", 5)
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,11 @@ from fedmezo_core.journal.signed_heads import Signer, open_signer
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.support.harness import entries_of, served, until
+from tests.integration.support.harness import at_round, entries_of, served
 from tests.integration.support.parties import Workers, Working
 
 ROUNDS = 6
 TWO = {"rounds": ROUNDS, "workers_min": 2, "quorum": 2}
-
-
-async def at_round(client: CoordinatorClient, round_: int) -> None:
-    async def is_there() -> bool:
-        return (await client.get_status()).round >= round_
-
-    await until(is_there, f"round {round_}")
 
 
 async def end(workers: Sequence[Working]) -> None:
@@ -52,17 +45,17 @@ async def test_a_run_goes_on_from_a_workers_copy_to_the_end_it_would_have_had(
 ) -> None:
     genesis = tiny_genesis(**TWO, digest_every_rounds=2)
     ends: list[wire.GetStatusResponse] = []
-    async with served(tmp_path / "undisturbed.db", genesis) as at:
-        both = workers.start_all(at.address, data_files[:2])
+    async with served(tmp_path / "undisturbed.db", genesis) as coordinator:
+        both = workers.start_all(coordinator.address, data_files[:2])
         assert [await working.outcome() for working in both] == [None, None]
-        async with CoordinatorClient(at.address) as client:
+        async with CoordinatorClient(coordinator.address) as client:
             ends.append(await client.get_status())
 
     copy = tmp_path / "copy.db"
-    async with served(tmp_path / "journal.db", genesis, signer=signer) as at:
-        keeper = workers.start(at.address, "w1", data_files[0], journal_copy=copy)
-        other = workers.start(at.address, "w2", data_files[1])
-        async with CoordinatorClient(at.address) as client:
+    async with served(tmp_path / "journal.db", genesis, signer=signer) as coordinator:
+        keeper = workers.start(coordinator.address, "w1", data_files[0], journal_copy=copy)
+        other = workers.start(coordinator.address, "w2", data_files[1])
+        async with CoordinatorClient(coordinator.address) as client:
             await at_round(client, 2)
             other.engine.gate.clear()
             await asyncio.wait_for(other.engine.waiting.wait(), 60)
@@ -76,11 +69,11 @@ async def test_a_run_goes_on_from_a_workers_copy_to_the_end_it_would_have_had(
     assert done.exit_code == 0, done.output
     assert f"{len(kept)} rounds committed" in done.output
     assert f"signed up to round {len(kept)} by {signer.public_key.hex()}" in done.output
-    async with served(restored, signer=signer) as at:
-        again = workers.start(at.address, "w1", data_files[0], journal_copy=copy)
-        fresh = workers.start(at.address, "w2", data_files[1])
+    async with served(restored, signer=signer) as coordinator:
+        again = workers.start(coordinator.address, "w1", data_files[0], journal_copy=copy)
+        fresh = workers.start(coordinator.address, "w2", data_files[1])
         assert [await again.outcome(), await fresh.outcome()] == [None, None]
-        async with CoordinatorClient(at.address) as client:
+        async with CoordinatorClient(coordinator.address) as client:
             ends.append(await client.get_status())
     assert ends[0].head == ends[1].head
     assert len({d.weights_digest for end in ends for d in end.digests}) == 1
@@ -95,26 +88,26 @@ async def test_a_worker_with_a_copy_refuses_a_coordinator_whose_history_went_bac
     signer: Signer,
 ) -> None:
     journal, older, copy = tmp_path / "journal.db", tmp_path / "older.db", tmp_path / "copy.db"
-    async with served(journal, tiny_genesis(**TWO), signer=signer) as at:
+    async with served(journal, tiny_genesis(**TWO), signer=signer) as coordinator:
         both = [
-            workers.start(at.address, "w1", data_files[0], journal_copy=copy),
-            workers.start(at.address, "w2", data_files[1]),
+            workers.start(coordinator.address, "w1", data_files[0], journal_copy=copy),
+            workers.start(coordinator.address, "w2", data_files[1]),
         ]
-        async with CoordinatorClient(at.address) as client:
+        async with CoordinatorClient(coordinator.address) as client:
             await at_round(client, 1)
             both[1].engine.gate.clear()
             await asyncio.wait_for(both[1].engine.waiting.wait(), 60)
     shutil.copy(journal, older)
-    async with served(journal, signer=signer) as at:
+    async with served(journal, signer=signer) as coordinator:
         await end(both)
         both = [
-            workers.start(at.address, "w1", data_files[0], journal_copy=copy),
-            workers.start(at.address, "w2", data_files[1]),
+            workers.start(coordinator.address, "w1", data_files[0], journal_copy=copy),
+            workers.start(coordinator.address, "w2", data_files[1]),
         ]
         assert [await working.outcome() for working in both] == [None, None]
     # A backup from before is put back; the worker has restarted, but its copy remembers.
-    async with served(older, signer=signer) as at:
-        again = workers.start(at.address, "w1", data_files[0], journal_copy=copy)
+    async with served(older, signer=signer) as coordinator:
+        again = workers.start(coordinator.address, "w1", data_files[0], journal_copy=copy)
         error = await again.outcome()
     assert isinstance(error, MismatchError)
     assert "the journal is older than the worker" in str(error)
@@ -132,12 +125,12 @@ async def test_a_worker_follows_only_the_key_that_it_knows(
     genesis = tiny_genesis(rounds=1, workers_min=1, quorum=1)
     impostor = open_signer(tmp_path / "impostor.key")
     copy = tmp_path / "copy.db"
-    async with served(tmp_path / "a.db", genesis, signer=signer) as at:
-        working = workers.start(at.address, "w1", data_files[0], journal_copy=copy)
+    async with served(tmp_path / "a.db", genesis, signer=signer) as coordinator:
+        working = workers.start(coordinator.address, "w1", data_files[0], journal_copy=copy)
         assert await working.outcome() is None
     known = {"checkpoint_key": signer.public_key.hex()} if pinned else {"journal_copy": copy}
-    async with served(tmp_path / "b.db", genesis, signer=impostor) as at:
-        error = await workers.start(at.address, "w1", data_files[0], **known).outcome()
+    async with served(tmp_path / "b.db", genesis, signer=impostor) as coordinator:
+        error = await workers.start(coordinator.address, "w1", data_files[0], **known).outcome()
     assert isinstance(error, MismatchError if pinned else DivergedError)
     assert impostor.public_key.hex() in str(error)
 
@@ -157,7 +150,7 @@ async def test_a_worker_stops_at_a_commit_that_the_runs_key_did_not_sign(
 
     monkeypatch.setattr(signer, "sign", forged)
     genesis = tiny_genesis(rounds=3, workers_min=1, quorum=1)
-    async with served(tmp_path / "journal.db", genesis, signer=signer) as at:
-        error = await workers.start(at.address, "w1", data_files[0]).outcome()
+    async with served(tmp_path / "journal.db", genesis, signer=signer) as coordinator:
+        error = await workers.start(coordinator.address, "w1", data_files[0]).outcome()
     assert isinstance(error, DivergedError)
     assert "signature for round 2" in str(error)

@@ -1,4 +1,4 @@
-"""Ways to learn, over real gRPC: every party ends with the same weights, whatever the contract says."""
+"""Ways to learn, over real gRPC: every party ends with the same weights under every contract."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from fedmezo_core.zo.party import commits_of, open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
     Programs,
+    at_round,
+    joined,
     records_of,
     run_values,
     served,
@@ -66,8 +68,11 @@ async def test_all_parties_and_the_journal_agree(
 ) -> None:
     journal = tmp_path / "journal.db"
     genesis = tiny_genesis(**THREE, **way, rounds=7)
-    async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
-        working = workers.start_all(at.address, data_files[:3])
+    async with (
+        served(journal, genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        working = workers.start_all(coordinator.address, data_files[:3])
         assert [await worker.outcome() for worker in working] == [None] * 3
         status = await client.get_status()
     assert status.round == 7
@@ -107,14 +112,10 @@ async def test_a_late_worker_of_a_pool_begins_at_the_newest_commit_from_the_base
 ) -> None:
     way = WAYS["pool, weighted draws, decay"]
     genesis = tiny_genesis(**way, **ALONE, rounds=40)
-    async with served(tmp_path / "journal.db", genesis) as at:
-        early = workers.start(at.address, "early", data_files[0])
-        async with CoordinatorClient(at.address) as client:
-
-            async def is_far() -> bool:
-                return (await client.get_status()).round >= 5
-
-            await until(is_far, "round 5")
+    async with served(tmp_path / "journal.db", genesis) as coordinator:
+        early = workers.start(coordinator.address, "early", data_files[0])
+        async with CoordinatorClient(coordinator.address) as client:
+            await at_round(client, 5)
             early.engine.gate.clear()
             await early.engine.waiting.wait()
             page = await client.read_journal(0, commits_only=True, from_newest_base=True)
@@ -123,12 +124,8 @@ async def test_a_late_worker_of_a_pool_begins_at_the_newest_commit_from_the_base
             assert first.from_base
             assert first.round % 3 == 0
             assert len(page.head_before) == 32
-            late = workers.start(at.address, "late", data_files[1])
-
-            async def has_joined() -> bool:
-                return len((await client.get_status()).workers) == 2
-
-            await until(has_joined, "the late worker")
+            late = workers.start(coordinator.address, "late", data_files[1])
+            await joined(client, "late")
             early.engine.gate.set()
             assert [await early.outcome(), await late.outcome()] == [None, None]
             status = await client.get_status()
@@ -153,8 +150,11 @@ async def test_a_diverging_run_pauses_and_a_person_lets_it_go_on(
         "pause_loss_factor": 1.5,
         "rounds": 30,
     }
-    async with served(journal, tiny_genesis(**way)) as at, CoordinatorClient(at.address) as client:
-        workers.start(at.address, "w1", data_files[0])
+    async with (
+        served(journal, tiny_genesis(**way)) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        workers.start(coordinator.address, "w1", data_files[0])
 
         async def is_paused() -> bool:
             return (await client.get_status()).phase == wire.PHASE_PAUSED
@@ -195,7 +195,7 @@ async def test_a_diverging_run_pauses_and_a_person_lets_it_go_on(
     records = records_of(journal)
     kinds = [type(record) for record in records]
     assert kinds.index(Paused) < kinds.index(Resumed)
-    # It went on with the smaller rate, until the weights, still as bad as they were, paused it again.
+    # It went on with the smaller rate, until the weights, which were still bad, paused it again.
     opened = [r for r in records[kinds.index(Resumed) :] if isinstance(r, Opened)]
     assert opened[0].round == status.round + 1
     assert list(opened[0].learning_rates) == pytest.approx([3e-6])

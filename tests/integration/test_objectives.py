@@ -80,10 +80,13 @@ async def test_the_run_goes_on_without_a_worker_whose_objective_fails(
     caplog.set_level(logging.WARNING, "fedmezo")
     journal = tmp_path / "journal.db"
     genesis = tiny_genesis(rounds=3, workers_min=2, quorum=1, task=task_of(scoring.NAME))
-    async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
-        good = workers.start(at.address, "good", data_files[0], objective=scoring.NAME)
+    async with (
+        served(journal, genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        good = workers.start(coordinator.address, "good", data_files[0], objective=scoring.NAME)
         data = rows_that(conduct, tmp_path)
-        bad = workers.start(at.address, "bad", data, objective=scoring.NAME)
+        bad = workers.start(coordinator.address, "bad", data, objective=scoring.NAME)
         assert [await good.outcome(), await bad.outcome()] == [None, None]
         status = await client.get_status()
     assert (status.phase, status.round) == (wire.PHASE_FINISHED, 3)
@@ -118,12 +121,12 @@ async def test_the_run_goes_on_without_a_worker_whose_objective_hangs(
 
     beating = asyncio.create_task(heart())
     async with (
-        served(tmp_path / "journal.db", genesis) as at,
-        CoordinatorClient(at.address) as client,
+        served(tmp_path / "journal.db", genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
     ):
-        good = workers.start(at.address, "good", data_files[0], objective=scoring.NAME)
+        good = workers.start(coordinator.address, "good", data_files[0], objective=scoring.NAME)
         data = rows_that("hang", tmp_path)
-        bad = workers.start(at.address, "bad", data, objective=scoring.NAME)
+        bad = workers.start(coordinator.address, "bad", data, objective=scoring.NAME)
 
         async def complains() -> bool:
             status = await client.get_status()
@@ -157,8 +160,13 @@ async def test_a_worker_says_so_when_the_deadline_passes(
     genesis = tiny_genesis(
         rounds=1, workers_min=1, quorum=1, deadline_ms=1500, task=task_of(scoring.NAME)
     )
-    async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
-        bad = workers.start(at.address, "bad", rows_that("hang", tmp_path), objective=scoring.NAME)
+    async with (
+        served(journal, genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        bad = workers.start(
+            coordinator.address, "bad", rows_that("hang", tmp_path), objective=scoring.NAME
+        )
 
         async def complains() -> bool:
             status = await client.get_status()
@@ -178,8 +186,10 @@ async def test_a_worker_can_end_while_its_objective_hangs(
     workers: Workers, tmp_path: Path, tiny_genesis: Callable[..., Genesis]
 ) -> None:
     genesis = tiny_genesis(workers_min=1, quorum=1, task=task_of(scoring.NAME))
-    async with served(tmp_path / "journal.db", genesis) as at:
-        bad = workers.start(at.address, "bad", rows_that("hang", tmp_path), objective=scoring.NAME)
+    async with served(tmp_path / "journal.db", genesis) as coordinator:
+        bad = workers.start(
+            coordinator.address, "bad", rows_that("hang", tmp_path), objective=scoring.NAME
+        )
 
         async def hangs() -> bool:
             return any(thread.name == "objective" for thread in threading.enumerate())
@@ -217,8 +227,10 @@ async def test_code_runs_only_where_its_operator_named_it(
     named: str,
     words: str,
 ) -> None:
-    async with served(tmp_path / "journal.db", tiny_genesis(task=task_of(wanted))) as at:
-        error = await workers.start(at.address, "w1", data_files[0], objective=named).outcome()
+    async with served(tmp_path / "journal.db", tiny_genesis(task=task_of(wanted))) as coordinator:
+        error = await workers.start(
+            coordinator.address, "w1", data_files[0], objective=named
+        ).outcome()
     assert isinstance(error, ConfigError)
     assert words in str(error)
 
@@ -227,8 +239,10 @@ async def test_more_than_the_models_positions_are_not_generated(
     workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
 ) -> None:
     genesis = tiny_genesis(task=task_of(ERROR_RATE, generated_tokens_max=60))
-    async with served(tmp_path / "journal.db", genesis) as at:
-        error = await workers.start(at.address, "w1", data_files[0], objective=ERROR_RATE).outcome()
+    async with served(tmp_path / "journal.db", genesis) as coordinator:
+        error = await workers.start(
+            coordinator.address, "w1", data_files[0], objective=ERROR_RATE
+        ).outcome()
     assert isinstance(error, ConfigError)
     assert "and 60 generated ones don't fit the model's 64 positions" in str(error)
 

@@ -25,7 +25,10 @@ from fedmezo_worker.engine import Engine
 from tests.coordinator.snapshot_runs import CHUNK_BYTES, Kept, count_and_break
 from tests.integration.support.harness import (
     Programs,
+    at_round,
+    joined,
     records_of,
+    replica_digested,
     run_values,
     served,
     until,
@@ -45,13 +48,6 @@ def slow_replay(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.0
 
     monkeypatch.setattr(Engine, "replay_rate", replay_rate)
-
-
-async def at_round(client: CoordinatorClient, round_: int) -> None:
-    async def there() -> bool:
-        return (await client.get_status()).round >= round_
-
-    await until(there, f"round {round_}")
 
 
 async def snapshot_of(client: CoordinatorClient, round_: int) -> None:
@@ -117,17 +113,12 @@ async def test_a_late_worker_takes_the_replicas_snapshot_and_ends_in_the_same_we
         assert offer is not None
         with caplog.at_level(logging.INFO, logger="fedmezo.worker"):
             working.append(workers.start(address, "late", data_files[2]))
-            await until(joined(client, "late"), "the late worker")
+            await joined(client, "late")
         assert f"took the snapshot of round 6: {offer.snapshot.file_bytes} bytes" in caplog.text
         assert "caught up from round 0 to 7" in caplog.text
         held.let(ROUNDS)
         assert [await worker.outcome() for worker in working] == [None] * 3
-
-        async def replica_is_done() -> bool:
-            digests = (await client.get_status()).digests
-            return any(d.party == "replica" and d.round == ROUNDS for d in digests)
-
-        await until(replica_is_done, "the replica's last digest")
+        await replica_digested(client, ROUNDS)
         assert_all_agree(await client.get_status(), "w1", "w2", "late", "replica")
     with safe_open(kept / file_name(RUN_ID, 6), framework="pt") as file:
         metadata = file.metadata()
@@ -141,13 +132,6 @@ async def test_a_late_worker_takes_the_replicas_snapshot_and_ends_in_the_same_we
     assert rounds == [2, 4, 6]
 
 
-def joined(client: CoordinatorClient, worker: str) -> Callable[[], Any]:
-    async def has() -> bool:
-        return any(w.worker == worker for w in (await client.get_status()).workers)
-
-    return has
-
-
 # ---------------------------------------------------------------- what can go wrong on the way
 
 
@@ -155,25 +139,25 @@ def joined(client: CoordinatorClient, worker: str) -> Callable[[], Any]:
 async def a_run_with_a_snapshot(
     workers: Workers, data_files: list[Path], genesis: Genesis, folder: Path
 ) -> AsyncIterator[tuple[Kept, CoordinatorClient, Callable[..., Any]]]:
-    """A run that holds in round 3 with a snapshot of round 2; `finish` adds a worker and lets it end."""
+    """A run held in round 3 with a snapshot of round 2; `finish` adds a worker and lets it end."""
     async with (
-        served(folder / "journal.db", genesis, snapshots=folder / "snapshots") as at,
-        CoordinatorClient(at.address) as client,
+        served(folder / "journal.db", genesis, snapshots=folder / "snapshots") as coordinator,
+        CoordinatorClient(coordinator.address) as client,
     ):
-        working = workers.start_all(at.address, data_files[:2])
+        working = workers.start_all(coordinator.address, data_files[:2])
         held = Held(working[0].engine, 2)
         await at_round(client, 2)
-        await write_by_hand(client, at.daemon.replica_secret, working[0].engine, folder)
+        await write_by_hand(client, coordinator.daemon.replica_secret, working[0].engine, folder)
         held.let(3)
         await snapshot_of(client, 2)
         offer = (await client.get_run()).snapshot
         assert offer is not None
-        kept = Kept(at, folder / "snapshots", offer.snapshot, RUN_ID)
+        kept = Kept(coordinator, folder / "snapshots", offer.snapshot, RUN_ID)
         count_and_break(kept)
 
         async def finish() -> wire.GetStatusResponse:
-            working.append(workers.start(at.address, "late", data_files[2]))
-            await until(joined(client, "late"), "the late worker")
+            working.append(workers.start(coordinator.address, "late", data_files[2]))
+            await joined(client, "late")
             held.let(ROUNDS)
             assert [await worker.outcome() for worker in working] == [None] * 3
             return await client.get_status()
@@ -298,6 +282,6 @@ async def test_a_worker_that_is_told_so_never_takes_a_snapshot(
         _,
     ):
         late = workers.start(kept.address, "late", data_files[2], download_rate=0)
-        await until(joined(client, "late"), "the late worker")
+        await joined(client, "late")
         assert late.engine.party.weights.round >= 3
         assert not kept.reads

@@ -13,7 +13,7 @@ from fedmezo_core.errors import ProtocolError, UnavailableError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.support.harness import hands, served, until
+from tests.integration.support.harness import joined, scripted_workers, served, until
 from tests.integration.support.parties import Workers
 
 
@@ -21,34 +21,32 @@ async def test_a_replaced_worker_ends_with_the_reason(
     workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
 ) -> None:
     genesis = tiny_genesis(workers_min=2, quorum=2, rounds=2)
-    async with served(tmp_path / "journal.db", genesis) as at:
-        first = workers.start(at.address, "w1", data_files[0])
-
-        async def joined() -> bool:
-            return bool(at.daemon.status("").workers)
-
-        await until(joined, "the first worker")
-        second = workers.start(at.address, "w1", data_files[0])
+    async with (
+        served(tmp_path / "journal.db", genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        first = workers.start(coordinator.address, "w1", data_files[0])
+        await joined(client, "w1")
+        second = workers.start(coordinator.address, "w1", data_files[0])
         error = await first.outcome()
         assert isinstance(error, ProtocolError)
         assert "Another process has joined as worker w1" in str(error)
-        other = workers.start(at.address, "w2", data_files[1])
+        other = workers.start(coordinator.address, "w2", data_files[1])
         assert [await second.outcome(), await other.outcome()] == [None, None]
 
 
 async def test_it_gives_up_on_a_coordinator_that_stays_away(
     workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
 ) -> None:
-    async with served(tmp_path / "journal.db", tiny_genesis()) as at:
-        working = workers.start(at.address, "w1", data_files[0], give_up_after_s=0.5)
-
-        async def joined() -> bool:
-            return bool(at.daemon.status("").workers)
-
-        await until(joined, "the worker")
+    async with (
+        served(tmp_path / "journal.db", tiny_genesis()) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        working = workers.start(coordinator.address, "w1", data_files[0], give_up_after_s=0.5)
+        await joined(client, "w1")
     error = await working.outcome()
     assert isinstance(error, UnavailableError)
-    assert at.address in str(error)
+    assert coordinator.address in str(error)
 
 
 async def test_a_coordinator_that_goes_away_at_the_very_end_is_no_error(
@@ -56,8 +54,8 @@ async def test_a_coordinator_that_goes_away_at_the_very_end_is_no_error(
 ) -> None:
     """The run is over for the worker once it was told so, even if its last digest is lost."""
     genesis = tiny_genesis(rounds=1, workers_min=1, quorum=1)
-    async with served(tmp_path / "journal.db", genesis) as at:
-        working = workers.start(at.address, "w1", data_files[0])
+    async with served(tmp_path / "journal.db", genesis) as coordinator:
+        working = workers.start(coordinator.address, "w1", data_files[0])
         digest = working.engine.digest
         told = asyncio.Event()
         gone = asyncio.Event()
@@ -78,11 +76,11 @@ async def test_a_finished_run_sends_a_late_worker_home_with_the_same_weights(
 ) -> None:
     genesis = tiny_genesis(rounds=2, workers_min=1, quorum=1)
     async with (
-        served(tmp_path / "journal.db", genesis) as at,
-        CoordinatorClient(at.address) as client,
+        served(tmp_path / "journal.db", genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
     ):
-        assert await workers.start(at.address, "w1", data_files[0]).outcome() is None
-        assert await workers.start(at.address, "late", data_files[1]).outcome() is None
+        assert await workers.start(coordinator.address, "w1", data_files[0]).outcome() is None
+        assert await workers.start(coordinator.address, "late", data_files[1]).outcome() is None
         status = await client.get_status()
     assert status.phase == wire.PHASE_FINISHED
     assert {d.party for d in status.digests} == {"w1", "late"}
@@ -98,25 +96,27 @@ async def test_a_worker_that_finds_no_place_comes_back_when_the_coordinator_says
 ) -> None:
     hints: list[float | None] = []
 
-    def delay(attempt: int, uniform: float, retry_after_s: float | None) -> float:
+    def delay(attempt: int, uniform: float, retry_after_s: float | None, **_: float) -> float:
         assert 0 <= uniform < 1
         hints.append(retry_after_s)
         return 0.05
 
-    monkeypatch.setattr("fedmezo_worker.agent.delay_after_refusal_s", delay)
+    monkeypatch.setattr("fedmezo_core.wire.reconnecting.delay_s", delay)
     genesis = tiny_genesis(workers_min=1, quorum=1, rounds=1)
     async with (
-        served(tmp_path / "journal.db", genesis, session_limit=SessionLimit(sessions_max=1)) as at,
-        hands(at.address, genesis, "w1") as [hand],
+        served(
+            tmp_path / "journal.db", genesis, session_limit=SessionLimit(sessions_max=1)
+        ) as coordinator,
+        scripted_workers(coordinator.address, genesis, "w1") as [scripted],
     ):
-        await hand.open()
-        working = workers.start(at.address, "w2", data_files[0])
+        await scripted.open()
+        working = workers.start(coordinator.address, "w2", data_files[0])
 
         async def refused() -> bool:
             return bool(hints)
 
         await until(refused, "the worker to be refused")
-        await hand.work_to_the_end()
-        hand.stream.cancel()
+        await scripted.work_to_the_end()
+        scripted.stream.cancel()
         assert await working.outcome() is None
     assert set(hints) == {30.0}

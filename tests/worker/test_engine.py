@@ -282,7 +282,8 @@ async def test_rows_that_come_often_go_through_the_frozen_part_once(
     try:
         ours, theirs = await engine.measure(MEASURE), await plain.measure(MEASURE)
         assert ours.projected_grads == pytest.approx(theirs.projected_grads, rel=0.05, abs=0.01)
-        assert once is (engine._row_states is not None and bool(engine._row_states.cut))
+        row_states = engine.loaded.row_states
+        assert once is (row_states is not None and bool(row_states.cut))
         # A measurement that was cut short is no reason to end an evaluation.
         engine.cut_short()
         found, expected = await engine.evaluate(), await plain.evaluate()

@@ -109,17 +109,20 @@ async def run(
     After round HELD, w2 does not answer before `ready`.
     """
     sent: dict[str, list[wire.SessionRequest]] = {"w1": [], "w2": []}
-    async with served(journal, genesis) as at, CoordinatorClient(at.address) as client:
-        take = at.daemon.receive
+    async with (
+        served(journal, genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        take = coordinator.daemon.receive
 
         async def receive(session: WorkerSession, message: wire.SessionRequest) -> None:
             sent[session.worker].append(message)
             await take(session, message)
 
-        at.daemon.receive = receive  # type: ignore[method-assign]
+        coordinator.daemon.receive = receive  # type: ignore[method-assign]
         working = [
-            workers.start(at.address, "w1", data[0], **more),
-            workers.start(at.address, "w2", data[1]),
+            workers.start(coordinator.address, "w1", data[0], **more),
+            workers.start(coordinator.address, "w2", data[1]),
         ]
         measure = working[1].engine.measure
 
@@ -222,10 +225,10 @@ async def test_a_worker_that_is_not_asked_evaluates_all_the_same(
     """A cohort of one: of two workers one has nothing to do in each round."""
     path = tmp_path / "evaluations.jsonl"
     genesis = tiny_genesis(rounds=2, workers_min=2, quorum=1, cohort_size_max=1)
-    async with served(tmp_path / "journal.db", genesis) as at:
+    async with served(tmp_path / "journal.db", genesis) as coordinator:
         working = [
             workers.start(
-                at.address,
+                coordinator.address,
                 f"w{number}",
                 data_files[number],
                 heldout=heldout_file,
@@ -269,8 +272,8 @@ async def test_an_end_in_the_middle_of_an_evaluation(
         return evaluate(engine)
 
     monkeypatch.setattr(GatedEngine, "_evaluate", endless)
-    async with served(tmp_path / "journal.db", tiny_genesis()) as at:
-        working = workers.start(at.address, "w1", data_files[0], heldout=heldout_file)
+    async with served(tmp_path / "journal.db", tiny_genesis()) as coordinator:
+        working = workers.start(coordinator.address, "w1", data_files[0], heldout=heldout_file)
         assert await asyncio.to_thread(begun.wait, LONG_S)
         working.task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -1,4 +1,4 @@
-"""The engine: everything that touches weights or data, on one thread, away from the event loop."""
+"""The engine: all work on weights and data, on one thread of its own, not on the event loop's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,72 +40,81 @@ class _EvaluationCutShortError(Exception):
     """Something more urgent came."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Model and data of a run, and what measures and evaluates with them."""
+
+    party: Party
+    batches: Batches
+    heldout: Dataset | None
+    """None: the settings name no held-out rows."""
+    scorer: Scorer | None
+    """Calls the run's objective; None if the run has none."""
+    row_states: RowStates | None
+    estimator: Estimator
+
+
 class Engine:
-    """Loads, measures, applies, digests and evaluates; one thing at a time, in the order of the calls."""
+    """Loads, measures, applies, digests and evaluates: one at a time, in the order of the calls."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._cut_short = threading.Event()
         self._evaluation_cut_short = threading.Event()
-        self._party: Party | None = None
-        self._batches: Batches | None = None
-        self._heldout: Dataset | None = None
-        self._estimator: Estimator | None = None
-        self._scorer: Scorer | None = None
-        self._row_states: RowStates | None = None
+        self._loaded: Loaded | None = None
 
-    async def load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
+    async def load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         """Load model and data for the run; raises what is wrong with either."""
-        self._party = await self._run(lambda: self._load(settings, genesis))
-        return self._party
+        self._loaded = await self._run(lambda: self._load(settings, genesis))
 
     async def apply(self, commits: Sequence[Committed]) -> None:
-        """Fold commits into the weights, in one pass."""
+        """Fold commits into the weights, in one pass over them."""
         await self._run(lambda: self._weights.apply(commits[0].round, commits_of(commits)))
 
     async def replay_rate(self) -> float:
-        """Pairs times trained elements a second that `apply` reaches, by a short probe."""
+        """Pairs times trained elements per second that `apply` reaches, by a short probe."""
         return await self._run(lambda: self._weights.replay_rate())
 
     async def install(self, path: Path, snapshot: Snapshot) -> None:
-        """Let the weights be a snapshot's.
+        """Replace the weights by the snapshot's, whose file is at `path`.
 
-        `SnapshotDamagedError` if they are not what was recorded; then nothing is loaded any more.
+        Raises `SnapshotDamagedError` if they are not what was recorded; then nothing is loaded any
+        more.
         """
         await self._run(lambda: self._install(path, snapshot))
 
     async def digest(self) -> bytes:
-        """Digest of the weights, 32 bytes."""
+        """Return the digest of the weights, 32 bytes."""
         return await self._run(lambda: self._weights.digest())
 
     async def measure(self, order: Measure) -> Measured:
         """Measure one assignment.
 
-        `MeasurementError` if a loss is no number, the objective fails, or it was cut short.
+        Raises `MeasurementError` if a loss is not finite, the objective fails, or it was cut short.
         """
         self._cut_short.clear()
         return await self._run(lambda: self._measure(order))
 
     def set_deadline(self, deadline_s: float) -> None:
-        """Until when, by `time.monotonic`, an objective may take; holds for a running measurement too."""
-        if self._scorer is not None:
-            self._scorer.deadline_s = deadline_s
+        """Set when an objective must be done, by `time.monotonic`; a running one must obey, too."""
+        if self.loaded.scorer is not None:
+            self.loaded.scorer.deadline_s = deadline_s
 
     def cut_short(self) -> None:
-        """Let the running measurement end before its next pass, without its objective if that is running."""
+        """End the running measurement before its next pass, without waiting for its objective."""
         self._cut_short.set()
 
     def evaluate(self) -> asyncio.Future[HeldOutResult | None]:
         """Evaluate the weights on the worker's held-out rows; None if it was cut short.
 
-        It is in the order of the calls at once, not only when it is awaited. `MeasurementError` if the
-        loss is no number.
+        The call itself queues the work, before it is awaited. Raises `MeasurementError` if the loss
+        is not finite, and `ConfigError` if the settings name no held-out rows.
         """
         self._evaluation_cut_short.clear()
         return asyncio.get_running_loop().run_in_executor(self._thread, self._evaluate)
 
     def cut_evaluation_short(self) -> None:
-        """Let the running evaluation end at its next batch."""
+        """End the running evaluation at its next batch."""
         self._evaluation_cut_short.set()
 
     async def close(self) -> None:
@@ -113,17 +123,23 @@ class Engine:
         self._evaluation_cut_short.set()
         await asyncio.to_thread(self._thread.shutdown)
 
+    @property
+    def loaded(self) -> Loaded:
+        """What was loaded for the run."""
+        if self._loaded is None:
+            raise RuntimeError("nothing is loaded; await `load` first")
+        return self._loaded
+
     async def _run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     # ------------------------------------------------------------ on the engine's thread
 
-    def _load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
+    def _load(self, settings: WorkerSettings, genesis: Genesis) -> Loaded:
         config = genesis.config
         # What is quick first: a wrong name or column should not cost a model's loading time.
         objective = _objective(settings, config)
-        columns = (*config.task.columns(), _answer_column(config))
-        columns = tuple(dict.fromkeys(columns))
+        columns = tuple(dict.fromkeys([*config.task.columns(), config.task.answer_column]))
         rows = read_rows(settings.data, columns, keep_others=objective is not None)
         heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, columns)
         party = open_party(
@@ -137,56 +153,51 @@ class Engine:
             frozen_base_bits=settings.frozen_base_bits,
         )
         party.check_same_base(genesis)
+        heldout = None
         if settings.heldout is not None:
-            self._heldout = _encoded(party, settings.heldout, heldout_rows)
+            heldout = _encoded(party, settings.heldout, heldout_rows)
         dataset = _encoded(party, settings.data, rows)
         _check_positions(party, dataset)
-        self._batches = open_batches(party, dataset, settings.name)
-        self._scorer = None if objective is None else Scorer(objective, self._cut_short)
-        self._row_states = None
+        batches = open_batches(party, dataset, settings.name)
+        scorer = None if objective is None else Scorer(objective, self._cut_short)
+        row_states = None
         if settings.row_states_max:
             rows_taken = config.rounds * config.local_steps * config.batch_size
-            self._row_states = open_row_states(
+            row_states = open_row_states(
                 party,
                 SpooledRows(settings.row_states_max),
-                visits=rows_taken / self._batches.row_count,
+                visits=rows_taken / batches.row_count,
                 batch_size=config.batch_size,
             )
-        self._estimator = open_estimator(
+        estimator = open_estimator(
             party,
             threads=settings.threads,
             pass_tokens_max=settings.pass_tokens_max,
-            objective=self._scorer,
-            row_states=self._row_states,
+            objective=scorer,
+            row_states=row_states,
             before_pass=self._end_if_cut_short,
         )
-        return party
+        return Loaded(party, batches, heldout, scorer, row_states, estimator)
 
     def _install(self, path: Path, snapshot: Snapshot) -> None:
         try:
             install_snapshot(path, self._weights, snapshot)
         except SnapshotDamagedError:
-            self._party = self._batches = self._estimator = self._scorer = self._row_states = None
+            self._loaded = None
             raise
 
     def _measure(self, order: Measure) -> Measured:
-        assert self._party is not None
-        assert self._estimator is not None
-        assert self._batches is not None
-        if self._scorer is not None:
-            self._scorer.check_free()
+        loaded = self.loaded
+        if loaded.scorer is not None:
+            loaded.scorer.check_free()
         return measure(
-            self._party,
-            self._estimator,
-            self._batches,
-            order,
-            digest=self._weights.digest,
+            loaded.party, loaded.estimator, loaded.batches, order, digest=self._weights.digest
         )
 
     def _evaluate(self) -> HeldOutResult | None:
-        party, heldout, row_states = self._party, self._heldout, self._row_states
-        assert party is not None
-        assert heldout is not None, "the settings name no held-out rows"
+        party, row_states = self.loaded.party, self.loaded.row_states
+        if self.loaded.heldout is None:
+            raise ConfigError("The settings name no held-out rows; set heldout.")
 
         def go_on() -> None:
             if self._evaluation_cut_short.is_set():
@@ -195,8 +206,8 @@ class Engine:
         try:
             result = party.task.evaluate(
                 party.loaded.model,
-                heldout,
-                # There is room for these: a measurement takes each row of a batch at least twice.
+                self.loaded.heldout,
+                # They fit into memory: a measurement takes each row of a batch at least twice.
                 party.config.batch_size,
                 before_batch=go_on,
                 around_batch=None
@@ -215,8 +226,7 @@ class Engine:
 
     @property
     def _weights(self) -> Weights:
-        assert self._party is not None, "load comes first"
-        return self._party.weights
+        return self.loaded.party.weights
 
 
 def _encoded(party: Party, path: Path, rows: Sequence[Row]) -> Dataset:
@@ -228,13 +238,8 @@ def _encoded(party: Party, path: Path, rows: Sequence[Row]) -> Dataset:
     return dataset
 
 
-def _answer_column(config: RunConfig) -> str:
-    task = config.task
-    return task.label_column if task.kind == "classification" else task.response_column
-
-
 def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:
-    """The run's objective, whose code runs only if this worker's operator named it too."""
+    """Load the run's objective; its code runs only if this worker's operator named it too."""
     wanted, trusted = config.task.objective, settings.objective
     if wanted == trusted:
         return load_objective(wanted) if wanted else None
@@ -250,7 +255,7 @@ def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:
 
 
 def _check_positions(party: Party, dataset: Dataset) -> None:
-    """Refuse to generate behind the last position that the model knows."""
+    """Refuse prompts and answers that together exceed the positions that the model knows."""
     generated = party.config.task.generated_tokens_max
     longest = max(len(example.prompt) for example in dataset.examples)
     model_config: Any = party.loaded.model.config

@@ -1,6 +1,6 @@
-"""What a worker learns from held-out rows of its own: when it looks, and where it says so.
+"""Evaluations on a worker's own held-out rows: when they are made, and where results are written.
 
-Log and file are this machine's. Nothing of them is sent.
+They go to this machine's log and file. Nothing of them is sent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ log = logging.getLogger("fedmezo.worker")
 
 @dataclass(frozen=True, slots=True)
 class HeldOutResult:
-    """One set of weights on the worker's held-out rows; the keys of a line in its file."""
+    """How the weights do on the worker's held-out rows; its fields are the keys of its JSON."""
 
     round: int
     """The round whose commit the weights hold; 0 for the base."""
@@ -34,19 +34,20 @@ class HeldOutResult:
 class Evaluations:
     """The results so far, and which round is evaluated next.
 
-    Every `every_rounds` rounds, in an idle moment; what the next round interrupts is given up. But of
-    two that are due one after the other at least one is made, even if the next round waits for it.
+    An evaluation is due every `every_rounds` rounds and is made in an idle moment; the next round
+    may cut it short. Of two successive ones at least one is made, even if the next round waits.
     """
 
     def __init__(self, every_rounds: int, rounds: int, file: Path | None) -> None:
-        """`rounds` are the run's: the last is evaluated when nothing else is left to do.
+        """`every_rounds` is 0 if none are ever due; `rounds` is the run's number of rounds.
 
-        Raises `ConfigError` if `file` cannot be appended to.
+        The last round is never due: it is evaluated when nothing else is left to do. Raises
+        `ConfigError` if `file` cannot be appended to.
         """
         self._every_rounds = every_rounds
         self._rounds = rounds
         self._file = file
-        self._tried_round = 0
+        self._begun_round = 0
         self.first: HeldOutResult | None = None
         self.last: HeldOutResult | None = None
         if file is not None:
@@ -55,23 +56,24 @@ class Evaluations:
                     pass
             except OSError as error:
                 raise ConfigError(
-                    f"evaluations = {str(file)!r} cannot be written ({error.strerror or error}); name "
-                    "another file."
+                    f"evaluations = {str(file)!r} cannot be written ({error.strerror or error}); "
+                    "name another file."
                 ) from error
 
     def is_due(self, round_: int) -> bool:
         """Whether the weights of `round_` are to be evaluated, if there is time."""
-        in_turn = round_ % self._every_rounds == 0
-        return in_turn and self._tried_round < round_ < self._rounds
+        if not self._begun_round < round_ < self._rounds:
+            return False
+        return self._every_rounds > 0 and round_ % self._every_rounds == 0
 
     def must_finish(self, round_: int) -> bool:
-        """Whether the one that was due before `round_` is missing, so that this one is not given up."""
+        """Whether the evaluation of `round_` must not be cut short, because the last one was."""
         last_round = 0 if self.last is None else self.last.round
         return round_ - last_round >= 2 * self._every_rounds
 
     def begin(self, round_: int) -> None:
-        """Note that `round_` was tried; it is not due again."""
-        self._tried_round = round_
+        """Note that the evaluation of `round_` has begun: that round is not due again."""
+        self._begun_round = round_
 
     def add(self, result: HeldOutResult) -> None:
         """Log a result, and append it to the file."""
@@ -88,13 +90,8 @@ class Evaluations:
             log.warning("%s cannot be written (%s)", self._file, error.strerror or error)
 
     def log_summary(self) -> None:
-        """Log the first result beside the last."""
-        if self.first is not None and self.last is not None and self.first is not self.last:
-            log.info(
-                "held-out, %d rows: round %d %s -> round %d %s",
-                self.last.rows,
-                self.first.round,
-                self.first,
-                self.last.round,
-                self.last,
-            )
+        """Log the first and the last result in one line."""
+        first, last = self.first, self.last
+        if first is not None and last is not None and first is not last:
+            rounds = f"round {first.round} {first} -> round {last.round} {last}"
+            log.info("held-out, %d rows: %s", last.rows, rounds)

@@ -1,4 +1,4 @@
-"""Calls the run's objective on a thread of its own: a function that never ends holds up nobody."""
+"""Calls the run's objective on its own thread, so that a function that hangs holds up nobody."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from fedmezo_core.errors import MeasurementError
 from fedmezo_core.zo.objective import Objective, Predictions
 
 LOOK_EVERY_S: Final = 0.05
-"""How soon a waiting engine sees that its measurement was cut short."""
+"""Seconds until a waiting engine sees that its measurement was cut short."""
 
 
 class CancelledMeasurementError(MeasurementError):
-    """The measurement can no longer count and was cut short."""
+    """The measurement was cut short, because it can no longer count."""
 
 
 class Scorer:
-    """Scores by an objective until a deadline; a call that overruns is left behind, for none can be ended.
+    """Scores by an objective until a deadline; a call that overruns is abandoned, but still runs.
 
-    A function that never lets go of Python's interpreter lock is beyond this: nothing else runs then.
+    A function that never releases Python's interpreter lock still stops the whole worker.
     """
 
     def __init__(self, objective: Objective, cut_short: threading.Event) -> None:
-        """`cut_short` ends a wait early."""
+        """`cut_short`, once set, ends a running call's wait."""
         self.deadline_s = math.inf
-        """By `time.monotonic`; may be moved while a call runs."""
+        """When a call must be done, by `time.monotonic`; it may change while a call runs."""
         self._objective = objective
         self._cut_short = cut_short
         self._thread: threading.Thread | None = None
 
     def check_free(self) -> None:
-        """Raise `MeasurementError` while a call that was left behind still runs."""
+        """Raise `MeasurementError` while an abandoned call still runs."""
         if self._thread is not None and self._thread.is_alive():
             raise MeasurementError(
                 f"Objective {self._objective.name} is still busy with an earlier round; raise "
@@ -41,7 +41,7 @@ class Scorer:
             )
 
     def __call__(self, predictions: Predictions) -> float:
-        """The score. Raises `MeasurementError` as the objective does, or if it isn't done in time."""
+        """Return the score; raises `MeasurementError` if the objective does, or takes too long."""
         self.check_free()
         outcome: list[float | MeasurementError] = []
 
@@ -51,7 +51,7 @@ class Scorer:
             except MeasurementError as error:
                 outcome.append(error)
 
-        # A daemon: the program's end doesn't wait for it.
+        # A daemon thread: the program does not wait for it to end.
         thread = self._thread = threading.Thread(target=call, name="objective", daemon=True)
         thread.start()
         while True:
@@ -64,8 +64,8 @@ class Scorer:
                 )
             if time.monotonic() >= self.deadline_s:
                 raise MeasurementError(
-                    f"Objective {self._objective.name} takes longer than the round's deadline; raise "
-                    "deadline_ms or make it faster."
+                    f"Objective {self._objective.name} takes longer than the round's deadline; "
+                    "raise deadline_ms or make it faster."
                 )
         (result,) = outcome
         if isinstance(result, MeasurementError):

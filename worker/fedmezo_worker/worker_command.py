@@ -16,7 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 async def run(settings: WorkerSettings) -> None:
-    """Work until the run is finished, or SIGTERM or Ctrl-C ends it; raises what stopped it otherwise."""
+    """Work until the run is finished, or until SIGTERM or Ctrl-C.
+
+    Raises whatever else stopped the worker.
+    """
     # First: a signal during the imports below must end the worker cleanly too.
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

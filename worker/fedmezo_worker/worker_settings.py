@@ -1,4 +1,4 @@
-"""What `fedmezo-worker` is told: flags, FEDMEZO_WORKER_* and a TOML file."""
+"""The settings of `fedmezo-worker`: from flags, FEDMEZO_WORKER_* and a TOML file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ class WorkerSettings(BaseSettings):
         description="rows of its own to evaluate the model on, in files as for data; stays here",
     )
     evaluate_every_rounds: int = Field(
-        default=10, ge=1, description="how often; always at the base and at the end"
+        default=10,
+        ge=1,
+        description="rounds between two evaluations; base and end are always evaluated",
     )
     evaluations: Path | None = Field(
         default=None, description="JSONL file that each evaluation is appended to"
@@ -47,12 +49,12 @@ class WorkerSettings(BaseSettings):
     )
     journal_copy: Path | None = Field(
         default=None,
-        description="file to keep this worker's own copy of the run's history in; the run can be "
+        description="file for this worker's own copy of the run's history; the run can be "
         "rebuilt from it, and after a restart it shows whether the coordinator's history went back",
     )
     checkpoint_key: CheckpointKey = Field(
         default="",
-        description="public key (64 hex digits) that the coordinator must sign with; none: any",
+        description="public key (64 hex digits) that the coordinator must sign with; none: any key",
     )
     run_id: str = Field(default="", description="refuse any other run")
     objective: str = Field(
@@ -63,13 +65,13 @@ class WorkerSettings(BaseSettings):
     pass_tokens_max: int = Field(
         default=2048,
         ge=1,
-        description="where most of the model is frozen: most tokens, of all perturbed copies of a "
-        "batch, that go through the rest at once; more is faster on a GPU and takes memory",
+        description="where most of the model is frozen: the largest number of tokens, of all "
+        "perturbed copies of a batch, in one pass; more is faster on a GPU and takes memory",
     )
     row_states_max: ByteSize = Field(
         default=ROW_STATES_MAX,
-        description="where most of the model is frozen and runs first, on a CPU: room, in a temporary "
-        "file, for what it makes of each row, which is then computed once; 0: each time",
+        description="on a CPU, where most of the model is frozen: the size of a temporary file for "
+        "what the frozen part makes of each row, which is then computed once; 0: each time",
     )
     device: str = Field(
         default="auto",
@@ -77,7 +79,7 @@ class WorkerSettings(BaseSettings):
     )
     device_memory_max: ByteSize | None = Field(
         default=None,
-        description="what weights may take of the device's memory, as in 8GiB; none: what is free",
+        description="the device's memory that weights may take, as in 8GiB; none: what is free",
     )
     offload_folder: Path | None = Field(
         default=None, description="folder on a disk for weights that no memory has room for"
@@ -88,14 +90,16 @@ class WorkerSettings(BaseSettings):
     )
     download_rate: ByteSize = Field(
         default=ByteSize(12_500_000),
-        description="bytes a second that a download is expected to reach, by which a late worker takes "
-        "a snapshot or the journal; 0: always the journal",
+        description="expected bytes per second of a download; a late worker chooses between "
+        "snapshot and journal by it; 0: always the journal",
     )
     tls_ca: Path | None = Field(
         default=None, description="PEM file of the CA to trust; none: no TLS"
     )
     give_up_after_s: float = Field(
-        default=3600.0, ge=0, description="seconds without a coordinator before the worker ends"
+        default=3600.0,
+        ge=0,
+        description="seconds without a coordinator until the worker ends",
     )
 
     @field_validator("name")

@@ -13,7 +13,6 @@ import dataclasses
 import json
 import logging
 import os
-import random
 import signal
 import sys
 import threading
@@ -34,11 +33,13 @@ from fedmezo_core.journal.codec import config_from_pb, decode_record
 from fedmezo_core.journal.journal import head_after
 from fedmezo_core.program import worker_packages
 from fedmezo_core.records import Committed, Evaluated
-from fedmezo_core.wire.backoff import delay_s
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription
+from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot, file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
+
+log = logging.getLogger("fedmezo.replica")
 
 WAIT_MS = 20_000
 """Longest time that the daemon may hold a read of the journal until there are news."""
@@ -284,7 +285,7 @@ class _Follower:
             await self._report()
 
     async def _next_page(self, seqno: int) -> wire.ReadJournalResponse:
-        attempt = 0
+        reconnecting = Reconnecting(log)
         while True:
             try:
                 return await self._client.read_journal(
@@ -296,9 +297,8 @@ class _Follower:
                     # Nobody asks for digests of rounds that ended before this process began.
                     from_newest_base=seqno == 0,
                 )
-            except UnavailableError:
-                await asyncio.sleep(delay_s(attempt, random.random()))
-                attempt += 1
+            except UnavailableError as error:
+                await reconnecting.wait_after(error)
 
     def _read(self, page: wire.ReadJournalResponse) -> None:
         self._head_read = page.head_before or self._head_read

@@ -180,9 +180,7 @@ class Task:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that the data must have, for `read_rows`."""
-        config = self.config
-        last = config.label_column if config.kind == "classification" else config.response_column
-        return tuple(dict.fromkeys([*config.columns(), last]))
+        return tuple(dict.fromkeys([*self.config.columns(), self.config.answer_column]))
 
     # ------------------------------------------------------------------ text to tokens
 
@@ -427,7 +425,7 @@ class Task:
         is_class = self.config.kind == "classification"
         classes = list(self._labels) if is_class else []
         likeliest = [classes[index] for index in logits.argmax(axis=1)] if classes else []
-        answer = self.config.label_column if is_class else self.config.response_column
+        answer = self.config.answer_column
         rows = len(batch.examples) // copies
         parts = [slice(copy * rows, (copy + 1) * rows) for copy in range(copies)]
         return [

@@ -16,8 +16,8 @@ from tests.integration.support.harness import (
     Programs,
     config_of,
     genesis_of,
-    hands,
     records_of,
+    scripted_workers,
     served,
     until,
 )
@@ -29,7 +29,7 @@ GENESIS = genesis_of(config_of(rounds=2, workers_min=1, quorum=1, local_steps=1)
 async def journal(tmp_path: Path) -> Path:
     """The journal of a finished run."""
     path = tmp_path / "journal.db"
-    async with served(path, GENESIS) as at, hands(at.address, GENESIS, "w1") as [hand]:
+    async with served(path, GENESIS) as at, scripted_workers(at.address, GENESIS, "w1") as [hand]:
         await hand.open()
         await hand.work_to_the_end()
     return path
@@ -93,7 +93,7 @@ async def test_status_and_watch_of_a_running_coordinator(tmp_path: Path) -> None
     try:
         async with (
             served(tmp_path / "journal.db", GENESIS) as at,
-            hands(at.address, GENESIS, "w1") as [hand],
+            scripted_workers(at.address, GENESIS, "w1") as [hand],
         ):
             where = ("--coordinator", at.address)
             watching = programs.start(
@@ -135,7 +135,7 @@ async def test_status_fails_if_the_parties_hold_different_weights(tmp_path: Path
     try:
         async with (
             served(tmp_path / "journal.db", GENESIS) as at,
-            hands(at.address, GENESIS, "w1", "w2") as both,
+            scripted_workers(at.address, GENESIS, "w1", "w2") as both,
         ):
             for hand in both:
                 await hand.open()

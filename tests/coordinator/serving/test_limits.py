@@ -24,7 +24,14 @@ from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 from fedmezo_proto.v1.journal_pb2 import Record
-from tests.integration.support.harness import Hand, config_of, genesis_of, hands, served, until
+from tests.integration.support.harness import (
+    ScriptedWorker,
+    config_of,
+    genesis_of,
+    scripted_workers,
+    served,
+    until,
+)
 
 GENESIS = genesis_of(config_of(workers_min=4, quorum=4))
 MESSAGE = wire.SessionResponse(ack=wire.Ack())
@@ -37,7 +44,7 @@ async def test_one_session_too_many_is_told_when_to_come_back(tmp_path: Path) ->
     session_limit = SessionLimit(sessions_max=2)
     async with (
         served(tmp_path / "j.db", GENESIS, session_limit=session_limit) as at,
-        hands(at.address, GENESIS, "w1", "w2", "w3") as [first, second, third],
+        scripted_workers(at.address, GENESIS, "w1", "w2", "w3") as [first, second, third],
     ):
         await first.open()
         await second.open()
@@ -60,7 +67,7 @@ async def test_one_join_too_many_at_a_time_is_told_when_to_come_back(tmp_path: P
     async with (
         served(tmp_path / "j.db", GENESIS, session_limit=session_limit) as at,
         grpc.aio.insecure_channel(at.address) as channel,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         stub = rpc.CoordinatorServiceStub(channel)
         silent = [stub.Session() for _ in range(2)]
@@ -167,7 +174,7 @@ def test_a_page_ends_where_the_next_record_would_not_fit(bytes_max: int, fit: in
 async def test_a_message_has_so_many_bytes_at_most(tmp_path: Path, more: int) -> None:
     async with (
         served(tmp_path / "j.db", GENESIS) as at,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         size = wire.SessionRequest(hello=hand.hello(recipe="r" * 60_000)).ByteSize()
         recipe = "r" * (60_000 + MESSAGE_BYTES_MAX + more - size)
@@ -188,7 +195,7 @@ async def test_bytes_that_are_no_message_end_the_session_and_not_the_coordinator
     async with (
         served(tmp_path / "j.db", GENESIS) as at,
         grpc.aio.insecure_channel(at.address) as channel,
-        hands(at.address, GENESIS, "w1") as [hand],
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
     ):
         call: Any = channel.stream_stream("/fedmezo.v1.CoordinatorService/Session")()
         await call.write(wire.SessionRequest(hello=hand.hello()).SerializeToString())
@@ -222,7 +229,7 @@ async def test_a_worker_that_never_reads_is_cut_off_alone_and_catches_up_later(
     )
     async with (
         served(tmp_path / "j.db", genesis) as at,
-        hands(at.address, genesis, "fast", "slow") as [fast, slow],
+        scripted_workers(at.address, genesis, "fast", "slow") as [fast, slow],
     ):
         await fast.open()
         await slow.open()
@@ -249,7 +256,7 @@ async def test_a_worker_that_never_reads_is_cut_off_alone_and_catches_up_later(
         assert welcome.round > round_
 
 
-async def _follow_to_the_end(hand: Hand) -> tuple[int, bytes]:
+async def _follow_to_the_end(hand: ScriptedWorker) -> tuple[int, bytes]:
     """Take what waits until the coordinator ends the session; round and head then."""
     error = await hand.ended()
     assert isinstance(error, NotReadyError)

@@ -19,13 +19,13 @@ from fedmezo_core.records import Answered
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
-    Hand,
+    ScriptedWorker,
     Served,
     answer_to,
     config_of,
     genesis_of,
-    hands,
     records_of,
+    scripted_workers,
     served,
     until,
 )
@@ -40,12 +40,12 @@ async def at(tmp_path: Path) -> AsyncIterator[Served]:
 
 
 @pytest.fixture
-async def hand(at: Served) -> AsyncIterator[Hand]:
-    async with hands(at.address, GENESIS, "polling") as [one]:
+async def hand(at: Served) -> AsyncIterator[ScriptedWorker]:
+    async with scripted_workers(at.address, GENESIS, "polling") as [one]:
         yield one
 
 
-def hello_of(hand: Hand) -> wire.SessionRequest:
+def hello_of(hand: ScriptedWorker) -> wire.SessionRequest:
     return wire.SessionRequest(hello=hand.hello())
 
 
@@ -75,7 +75,7 @@ async def test_a_run_is_finished_by_one_worker_that_streams_and_one_that_polls(
     journal = tmp_path / "journal.db"
     async with (
         served(journal, GENESIS) as at,
-        hands(at.address, GENESIS, "polling", "streaming") as [polling, streaming],
+        scripted_workers(at.address, GENESIS, "polling", "streaming") as [polling, streaming],
     ):
         await streaming.open()
         first = await polling.client.poll_session(b"", hello_of(polling))
@@ -99,17 +99,19 @@ async def test_a_run_is_finished_by_one_worker_that_streams_and_one_that_polls(
     assert sum(isinstance(record, Answered) for record in records_of(journal)) == 6
 
 
-async def test_a_call_waits_for_the_first_message_and_no_longer(at: Served, hand: Hand) -> None:
+async def test_a_call_waits_for_the_first_message_and_no_longer(
+    at: Served, hand: ScriptedWorker
+) -> None:
     first = await hand.client.poll_session(b"", hello_of(hand))
     assert [m.WhichOneof("kind") for m in first.messages] == ["welcome"]
     assert not (await hand.client.poll_session(first.token)).messages
     waiting = asyncio.create_task(hand.client.poll_session(first.token, wait_ms=30_000))
-    async with hands(at.address, GENESIS, "other") as [other]:
+    async with scripted_workers(at.address, GENESIS, "other") as [other]:
         await other.open()
         assert (await waiting).messages[0].WhichOneof("kind") == "assign"
 
 
-async def test_a_session_has_one_call_at_a_time(at: Served, hand: Hand) -> None:
+async def test_a_session_has_one_call_at_a_time(at: Served, hand: ScriptedWorker) -> None:
     first = await hand.client.poll_session(b"", hello_of(hand))
     waiting = asyncio.create_task(hand.client.poll_session(first.token, wait_ms=30_000))
     await asyncio.sleep(0.2)
@@ -129,7 +131,7 @@ async def test_a_session_has_one_call_at_a_time(at: Served, hand: Hand) -> None:
 
 
 async def test_a_session_that_is_not_polled_ends_with_its_lease(
-    at: Served, hand: Hand, monkeypatch: pytest.MonkeyPatch
+    at: Served, hand: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(poll_module, "LEASE_S", 0.1)
     first = await hand.client.poll_session(b"", hello_of(hand))
@@ -143,7 +145,7 @@ async def test_a_session_that_is_not_polled_ends_with_its_lease(
         await hand.client.poll_session(first.token)
 
 
-async def test_a_poll_without_a_sound_hello_is_refused(at: Served, hand: Hand) -> None:
+async def test_a_poll_without_a_sound_hello_is_refused(at: Served, hand: ScriptedWorker) -> None:
     client = hand.client
     with pytest.raises(ProtocolError, match="begins with a hello"):
         await client.poll_session(b"")
@@ -157,7 +159,7 @@ async def test_a_poll_without_a_sound_hello_is_refused(at: Served, hand: Hand) -
 
 @pytest.mark.parametrize(("wait_ms", "refused"), [(29_999, False), (30_000, False), (30_001, True)])
 async def test_a_poll_waits_at_most_the_longest_time(
-    at: Served, hand: Hand, wait_ms: int, refused: bool
+    at: Served, hand: ScriptedWorker, wait_ms: int, refused: bool
 ) -> None:
     if refused:
         with pytest.raises(ProtocolError, match="wait_ms is at most 30000"):
@@ -167,7 +169,7 @@ async def test_a_poll_waits_at_most_the_longest_time(
 
 
 async def test_a_poll_session_learns_that_it_was_replaced_and_that_the_coordinator_stops(
-    at: Served, hand: Hand
+    at: Served, hand: ScriptedWorker
 ) -> None:
     first = await hand.client.poll_session(b"", hello_of(hand))
     second = await hand.client.poll_session(b"", hello_of(hand))

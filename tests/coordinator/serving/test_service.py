@@ -32,14 +32,14 @@ from fedmezo_core.wire.grpc_status import REASON_KEY
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 from tests.integration.support.harness import (
-    Hand,
+    ScriptedWorker,
     Served,
     answer_to,
     answered_tickets,
     config_of,
     genesis_of,
-    hands,
     records_of,
+    scripted_workers,
     served,
     until,
 )
@@ -59,9 +59,9 @@ async def at(journal: Path) -> AsyncIterator[Served]:
 
 
 @pytest.fixture
-async def two(at: Served) -> AsyncIterator[list[Hand]]:
+async def two(at: Served) -> AsyncIterator[list[ScriptedWorker]]:
     """Two workers that have joined: the first round is open."""
-    async with hands(at.address, GENESIS, "w1", "w2") as both:
+    async with scripted_workers(at.address, GENESIS, "w1", "w2") as both:
         for hand in both:
             await hand.open()
         yield both
@@ -74,7 +74,7 @@ async def raw_stub(address: str) -> AsyncIterator[rpc.CoordinatorServiceAsyncStu
         yield rpc.CoordinatorServiceStub(channel)
 
 
-async def work_on(both: list[Hand], at: Served) -> None:
+async def work_on(both: list[ScriptedWorker], at: Served) -> None:
     """Whatever happened before: the run finishes."""
     rounds = await asyncio.gather(*(hand.work_to_the_end() for hand in both))
     assert rounds == [3, 3]
@@ -98,7 +98,7 @@ async def work_on(both: list[Hand], at: Served) -> None:
     ids=["NaN", "infinity", "-infinity", "over the clip", "too few", "too many", "none"],
 )
 async def test_scalars_outside_the_contract_are_refused_and_the_run_goes_on(
-    at: Served, two: list[Hand], grads: list[float]
+    at: Served, two: list[ScriptedWorker], grads: list[float]
 ) -> None:
     assign = await two[0].assigned()
     await two[0].answer(assign, projected_grads=grads)
@@ -116,7 +116,7 @@ async def test_scalars_outside_the_contract_are_refused_and_the_run_goes_on(
     ids=["later epoch", "no epoch", "later round", "no round", "other's slot", "no such slot"],
 )
 async def test_a_ticket_that_is_not_the_workers_open_one_is_stale(
-    at: Served, two: list[Hand], ticket: tuple[int, int, int]
+    at: Served, two: list[ScriptedWorker], ticket: tuple[int, int, int]
 ) -> None:
     assign = await two[0].assigned()
     epoch, round_, slot = ticket
@@ -134,7 +134,7 @@ async def test_getrun_says_which_head_the_last_round_has_and_signs_it(
     signer = open_signer(tmp_path / "signing.key")
     async with (
         served(journal, GENESIS, signer=signer) as at,
-        hands(at.address, GENESIS, "w1", "w2") as both,
+        scripted_workers(at.address, GENESIS, "w1", "w2") as both,
     ):
         for hand in both:
             await hand.open()
@@ -149,7 +149,10 @@ async def test_getrun_says_which_head_the_last_round_has_and_signs_it(
 async def test_the_same_answer_again_is_acknowledged_again_and_written_once(
     journal: Path,
 ) -> None:
-    async with served(journal, GENESIS) as at, hands(at.address, GENESIS, "w1", "w2") as both:
+    async with (
+        served(journal, GENESIS) as at,
+        scripted_workers(at.address, GENESIS, "w1", "w2") as both,
+    ):
         for hand in both:
             await hand.open()
         assign = await both[0].assigned()
@@ -161,7 +164,10 @@ async def test_the_same_answer_again_is_acknowledged_again_and_written_once(
 
 
 async def test_a_second_different_answer_is_refused_and_the_first_stands(journal: Path) -> None:
-    async with served(journal, GENESIS) as at, hands(at.address, GENESIS, "w1", "w2") as both:
+    async with (
+        served(journal, GENESIS) as at,
+        scripted_workers(at.address, GENESIS, "w1", "w2") as both,
+    ):
         for hand in both:
             await hand.open()
         assign = await both[0].assigned()
@@ -177,7 +183,10 @@ async def test_a_second_different_answer_is_refused_and_the_first_stands(journal
 
 
 async def test_nothing_acknowledged_is_missing_from_the_journal(journal: Path) -> None:
-    async with served(journal, GENESIS) as at, hands(at.address, GENESIS, "w1", "w2") as both:
+    async with (
+        served(journal, GENESIS) as at,
+        scripted_workers(at.address, GENESIS, "w1", "w2") as both,
+    ):
         for hand in both:
             await hand.open()
         await work_on(both, at)
@@ -187,7 +196,7 @@ async def test_nothing_acknowledged_is_missing_from_the_journal(journal: Path) -
 
 
 async def test_an_answer_without_the_digest_that_was_asked_for_is_refused(
-    at: Served, two: list[Hand]
+    at: Served, two: list[ScriptedWorker]
 ) -> None:
     assign = await two[0].assigned()
     assert assign.want_digest
@@ -199,7 +208,9 @@ async def test_an_answer_without_the_digest_that_was_asked_for_is_refused(
     await work_on(two, at)
 
 
-async def test_a_loss_that_the_run_keeps_private_is_refused(at: Served, two: list[Hand]) -> None:
+async def test_a_loss_that_the_run_keeps_private_is_refused(
+    at: Served, two: list[ScriptedWorker]
+) -> None:
     assign = await two[0].assigned()
     await two[0].answer(assign, mean_loss=0.7)
     refused = (await two[0].next("refused")).refused
@@ -210,7 +221,7 @@ async def test_a_loss_that_the_run_keeps_private_is_refused(at: Served, two: lis
 
 
 async def test_a_worker_that_cannot_measure_shows_its_reason_in_the_status(
-    at: Served, two: list[Hand]
+    at: Served, two: list[ScriptedWorker]
 ) -> None:
     assign = await two[0].assigned()
     await two[0].send(unable=wire.Unable(ticket=assign.ticket, reason="the loss is NaN\n\x1b[31m"))
@@ -251,7 +262,7 @@ async def test_a_worker_that_cannot_measure_shows_its_reason_in_the_status(
 async def test_a_hello_that_means_something_else_is_refused_by_name(
     at: Served, changes: dict[str, Any], kind: type[FedMezoError], words: str
 ) -> None:
-    async with hands(at.address, GENESIS, "w1") as [hand]:
+    async with scripted_workers(at.address, GENESIS, "w1") as [hand]:
         with pytest.raises(kind) as caught:
             await hand.open(**changes)
         assert type(caught.value) is kind
@@ -288,7 +299,7 @@ async def test_a_session_that_does_not_begin_with_a_sound_hello_ends_with_a_stat
 
 @pytest.mark.parametrize("kind", ["hello", "nothing", "unknown"])
 async def test_a_message_that_has_no_place_ends_the_session_but_not_the_run(
-    at: Served, two: list[Hand], kind: str
+    at: Served, two: list[ScriptedWorker], kind: str
 ) -> None:
     match kind:
         case "hello":
@@ -305,7 +316,9 @@ async def test_a_message_that_has_no_place_ends_the_session_but_not_the_run(
     await work_on(two, at)
 
 
-async def test_a_message_over_the_limit_ends_that_session_only(at: Served, two: list[Hand]) -> None:
+async def test_a_message_over_the_limit_ends_that_session_only(
+    at: Served, two: list[ScriptedWorker]
+) -> None:
     assign = await two[0].assigned()
     await two[0].answer(assign, projected_grads=[0.0] * (MESSAGE_BYTES_MAX // 4))
     assert isinstance(await two[0].ended(), NotReadyError)
@@ -326,8 +339,10 @@ async def test_a_stream_that_says_nothing_is_closed(
     assert "begins with a hello" in str(caught.value.details())
 
 
-async def test_a_second_session_of_a_name_replaces_the_first(at: Served, two: list[Hand]) -> None:
-    async with hands(at.address, GENESIS, "w1") as [again]:
+async def test_a_second_session_of_a_name_replaces_the_first(
+    at: Served, two: list[ScriptedWorker]
+) -> None:
+    async with scripted_workers(at.address, GENESIS, "w1") as [again]:
         await again.open()
         error = await two[0].ended()
         assert type(error) is ProtocolError
@@ -336,7 +351,7 @@ async def test_a_second_session_of_a_name_replaces_the_first(at: Served, two: li
 
 
 async def test_a_worker_that_half_closes_leaves_without_an_error(
-    at: Served, two: list[Hand]
+    at: Served, two: list[ScriptedWorker]
 ) -> None:
     await two[0].stream.end()
     while await two[0].stream.receive() is not None:
@@ -357,7 +372,7 @@ async def test_the_one_whose_digest_differs_is_named_sent_away_and_not_committed
     genesis = genesis_of(config_of(rounds=2, local_steps=1, workers_min=3, quorum=2))
     async with (
         served(journal, genesis) as at,
-        hands(at.address, genesis, "w1", "w2", "w3") as three,
+        scripted_workers(at.address, genesis, "w1", "w2", "w3") as three,
     ):
         for hand in three:
             await hand.open()
@@ -385,7 +400,7 @@ async def test_the_one_whose_digest_differs_is_named_sent_away_and_not_committed
     ("round_", "digest"), [(7, b"d" * 32), (0, b"short")], ids=["no such round", "no digest"]
 )
 async def test_a_weights_report_about_nothing_ends_the_session(
-    at: Served, two: list[Hand], round_: int, digest: bytes
+    at: Served, two: list[ScriptedWorker], round_: int, digest: bytes
 ) -> None:
     await two[0].send(weights_report=wire.WeightsReport(round=round_, weights_digest=digest))
     error = await two[0].ended()
@@ -427,7 +442,7 @@ async def test_every_call_refuses_another_run(at: Served) -> None:
 
 
 async def test_only_the_replica_of_this_coordinator_may_report_for_it(
-    at: Served, two: list[Hand]
+    at: Served, two: list[ScriptedWorker]
 ) -> None:
     for secret in (b"", b"guess", bytes(32)):
         with pytest.raises(UnknownWorkerError, match="replica process that this coordinator"):
@@ -466,7 +481,7 @@ async def test_a_page_over_its_limits_is_refused(at: Served, limits: dict[str, A
             await client.read_journal(0, **limits)
 
 
-async def test_pages_cover_the_journal_without_gaps(at: Served, two: list[Hand]) -> None:
+async def test_pages_cover_the_journal_without_gaps(at: Served, two: list[ScriptedWorker]) -> None:
     await work_on(two, at)
     client = two[0].client
     seqnos, seqno = [], 0
@@ -481,7 +496,7 @@ async def test_pages_cover_the_journal_without_gaps(at: Served, two: list[Hand])
 
 
 async def test_commits_only_leaves_out_what_the_weights_do_not_depend_on(
-    at: Served, two: list[Hand]
+    at: Served, two: list[ScriptedWorker]
 ) -> None:
     await work_on(two, at)
     page = await two[0].client.read_journal(0, commits_only=True)
@@ -497,7 +512,7 @@ async def test_reading_past_the_end_gives_nothing(at: Served, seqno: int) -> Non
 
 
 async def test_a_reader_that_waits_gets_the_next_record_as_it_is_written(at: Served) -> None:
-    async with hands(at.address, GENESIS, "w1", "w2") as both:
+    async with scripted_workers(at.address, GENESIS, "w1", "w2") as both:
         waiting = asyncio.create_task(both[0].client.read_journal(2, wait_ms=30_000))
         for hand in both:
             await hand.open()
@@ -509,13 +524,16 @@ async def test_a_reader_that_waits_gets_the_next_record_as_it_is_written(at: Ser
 
 
 async def test_a_restart_is_a_new_epoch_that_keeps_the_answers_it_has(journal: Path) -> None:
-    async with served(journal, GENESIS) as at, hands(at.address, GENESIS, "w1", "w2") as both:
+    async with (
+        served(journal, GENESIS) as at,
+        scripted_workers(at.address, GENESIS, "w1", "w2") as both,
+    ):
         for hand in both:
             await hand.open()
         old = await both[1].assigned()
         await both[0].answer(await both[0].assigned())
         await both[0].next("ack")
-    async with served(journal) as at, hands(at.address, GENESIS, "w1", "w2") as both:
+    async with served(journal) as at, scripted_workers(at.address, GENESIS, "w1", "w2") as both:
         assert (await both[1].open()).epoch == 2
         new = await both[1].assigned()
         assert (new.ticket.epoch, new.ticket.slot) == (2, old.ticket.slot)
@@ -530,7 +548,10 @@ async def test_a_restart_is_a_new_epoch_that_keeps_the_answers_it_has(journal: P
 
 
 async def test_workers_are_told_when_the_coordinator_stops(journal: Path) -> None:
-    async with served(journal, GENESIS) as at, hands(at.address, GENESIS, "w1", "w2") as both:
+    async with (
+        served(journal, GENESIS) as at,
+        scripted_workers(at.address, GENESIS, "w1", "w2") as both,
+    ):
         await both[0].open()
         at.daemon.end_sessions()
         error = await both[0].ended()
@@ -546,7 +567,7 @@ def test_a_thirty_step_answer_takes_at_most_150_bytes() -> None:
 
 
 async def test_what_a_worker_sent_before_it_closed_its_side_is_taken(
-    at: Served, two: list[Hand]
+    at: Served, two: list[ScriptedWorker]
 ) -> None:
     disk_is_slow = threading.Event()
     at.daemon._writer.submit(disk_is_slow.wait)

@@ -18,8 +18,8 @@ from tests.integration.support.harness import (
     Programs,
     config_of,
     genesis_of,
-    hands,
     run_values,
+    scripted_workers,
 )
 
 skip_without_server()
@@ -86,13 +86,13 @@ async def test_a_standby_takes_over_from_a_coordinator_that_was_killed_and_ends_
     second = standby(programs, url)
     await second.says("standing by")
     assert "is served at" not in second.said
-    async with hands(address, GENESIS, "w1") as [hand]:
+    async with scripted_workers(address, GENESIS, "w1") as [hand]:
         await hand.open()
         await hand.answer(await hand.assigned())
         await hand.next("ack")
     first.send(signal.SIGKILL)
     address = (await second.says(r"is served at (127\.0\.0\.1:\d+)"))[1]
-    async with hands(address, GENESIS, "w1") as [hand]:
+    async with scripted_workers(address, GENESIS, "w1") as [hand]:
         await hand.open()
         assert await hand.work_to_the_end() == 3
     second.send(signal.SIGTERM)
@@ -148,7 +148,7 @@ async def test_nothing_is_acknowledged_while_postgresql_is_away_and_the_round_go
     programs: Programs, server: Server, url: str
 ) -> None:
     coordinator, address = await programs.coordinator(url, RUN, "--no-replica")
-    async with hands(address, GENESIS, "w1") as [hand]:
+    async with scripted_workers(address, GENESIS, "w1") as [hand]:
         await hand.open()
         assign = await hand.assigned()
         server.stop("immediate")
@@ -170,7 +170,7 @@ async def test_a_signal_ends_a_coordinator_that_waits_for_its_postgresql(
     programs: Programs, server: Server, url: str
 ) -> None:
     coordinator, address = await programs.coordinator(url, RUN, "--no-replica")
-    async with hands(address, GENESIS, "w1") as [hand]:
+    async with scripted_workers(address, GENESIS, "w1") as [hand]:
         await hand.open()
         assign = await hand.assigned()
         server.stop("immediate")

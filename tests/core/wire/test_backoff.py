@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmezo_core.wire.backoff import BASE_S, CAP_S, HINT_MAX_S, delay_after_refusal_s, delay_s
+from fedmezo_core.wire.backoff import BASE_S, CAP_S, HINT_MAX_S, delay_s
 
 
 @given(st.integers(0, 10**6), st.floats(0, 1, exclude_max=True))
@@ -32,5 +32,5 @@ def test_base_and_cap_can_be_given() -> None:
 def test_a_hint_of_the_coordinator_takes_the_place_of_the_attempts(
     attempt: int, uniform: float, hint_s: float
 ) -> None:
-    assert delay_after_refusal_s(attempt, uniform, None) == delay_s(attempt, uniform)
-    assert delay_after_refusal_s(attempt, uniform, hint_s) == uniform * min(hint_s, HINT_MAX_S)
+    assert delay_s(attempt, uniform, None) == delay_s(attempt, uniform)
+    assert delay_s(attempt, uniform, hint_s) == uniform * min(hint_s, HINT_MAX_S)

@@ -1,4 +1,4 @@
-"""Real programs, a real daemon, and workers driven by hand: what the tests of whole runs share.
+"""What tests of whole runs share: real programs, a real daemon, and workers that a test scripts.
 
 Nothing here imports torch; `parties` does.
 """
@@ -70,7 +70,7 @@ def config_of(**changes: Any) -> RunConfig:
 
 
 def genesis_of(config: RunConfig) -> Genesis:
-    """A genesis without a model, for workers driven by hand."""
+    """A genesis without a model, for scripted workers."""
     return Genesis(
         config, b"m" * 32, b"b" * 32, b"t" * 32, trainable_elements=8, trainable_bytes=32
     )
@@ -79,18 +79,55 @@ def genesis_of(config: RunConfig) -> Genesis:
 async def until(
     holds: Callable[[], Awaitable[bool]], what: str, patience_s: float = PATIENCE_S
 ) -> None:
-    """Wait until it holds, looking often."""
+    """Wait until `holds` returns True; `what` says what the test waits for."""
     end_s = time.monotonic() + patience_s
     while not await holds():
         assert time.monotonic() < end_s, f"waited {patience_s} s in vain for: {what}"
         await asyncio.sleep(LOOK_EVERY_S)
 
 
+async def at_round(client: CoordinatorClient, round_: int) -> None:
+    """Wait until the run has committed `round_`."""
+
+    async def reached() -> bool:
+        return (await client.get_status()).round >= round_
+
+    await until(reached, f"round {round_}")
+
+
+async def joined(client: CoordinatorClient, worker: str) -> None:
+    """Wait until a worker has joined."""
+
+    async def has_joined() -> bool:
+        return any(w.worker == worker for w in (await client.get_status()).workers)
+
+    await until(has_joined, f"worker {worker} to join")
+
+
+async def replica_digested(client: CoordinatorClient, round_: int) -> None:
+    """Wait until the replica has digested the weights after `round_`, or after a later round."""
+
+    async def digested() -> bool:
+        digests = (await client.get_status()).digests
+        return any(d.party == "replica" and d.round >= round_ for d in digests)
+
+    await until(digested, f"the replica's digest of round {round_}")
+
+
+async def vouched_for(client: CoordinatorClient) -> None:
+    """Wait until the coordinator above a relay has vouched for the relay's copy."""
+
+    async def has_head() -> bool:
+        return (await client.get_run()).round_head != b""
+
+    await until(has_head, "the relay to be vouched for")
+
+
 # ---------------------------------------------------------------- programs
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a program under test: our sources, one thread, no settings of the person who tests."""
+    """The environment of a program under test: our sources, one thread, no one's settings."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDMEZO_")}
     roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker")]
     return inherited | {
@@ -102,7 +139,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Program:
-    """One process of ours, in a process group of its own, its words in a file."""
+    """One process of ours, in its own process group; its output goes to a file."""
 
     def __init__(
         self, module: str, arguments: Sequence[str | Path], folder: Path, **more: str
@@ -172,7 +209,7 @@ class Program:
 
 
 class Programs:
-    """Starts programs, and sees to it that none outlives its test."""
+    """Starts programs and ends them with their test."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -260,7 +297,7 @@ def records_of(path: Path) -> list[Record]:
     return [entry.record for entry in entries_of(path)]
 
 
-# ---------------------------------------------------------------- a daemon in this process
+# ---------------------------------------------------------------- a daemon or relay in this process
 
 
 @dataclass
@@ -284,28 +321,19 @@ async def served(
     snapshots: Path | None = None,
     compact_after_records: int = 0,
 ) -> AsyncIterator[Served]:
-    """Serve the journal at `path`, which `genesis` begins if it is new, and the files in `snapshots`."""
+    """Serve the journal at `path`, which `genesis` begins if it is new.
+
+    `snapshots` is the folder of the snapshots' files.
+    """
     journal = Journal(SqliteStore(path))
     if journal.is_empty:
         assert genesis is not None
         journal.append([genesis])
     daemon = Daemon(journal, session_limit, signer, snapshots, compact_after_records)
-    await daemon.load()
     with tempfile.TemporaryDirectory() as folder:
-        server, port = bind_server(listen, tls, f"unix:{folder}/replica.sock")
-        await start_server(server, daemon)
-        serving = asyncio.create_task(daemon.serve())
-        try:
-            yield Served(daemon, f"127.0.0.1:{port}", serving)
-        finally:
-            daemon.end_sessions()
-            await server.stop(0.5)
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-            await daemon.close()
-
-
-# ---------------------------------------------------------------- a relay in this process
+        local = f"unix:{folder}/replica.sock"
+        async with _on_a_port(daemon, listen, tls, local) as (address, serving):
+            yield Served(daemon, address, serving)
 
 
 @dataclass
@@ -321,31 +349,40 @@ class Site:
 async def relayed(
     upstream: str, folder: Path, name: str, *, listen: str = "127.0.0.1:0", **changes: Any
 ) -> AsyncIterator[Site]:
-    """A relay in this process, until the end of the block."""
+    """Serve a site from `folder` until the end of the block; `changes` are the relay's settings."""
     values = {"upstream": upstream, "name": name, "journal_copy": folder / f"{name}.db"}
     settings = RelaySettings.model_validate(values | changes)
     async with CoordinatorClient(upstream, settings.tls_ca) as client:
         relay = Relay(settings, client)
-        await relay.load()
-        server, port = bind_server(listen, settings.tls)
-        await start_server(server, relay)
-        serving = asyncio.create_task(relay.serve())
-        try:
-            yield Site(relay, f"127.0.0.1:{port}", serving)
-        finally:
-            relay.end_sessions()
-            await server.stop(0.5)
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
-            await relay.close()
+        async with _on_a_port(relay, listen, settings.tls) as (address, serving):
+            yield Site(relay, address, serving)
 
 
-# ---------------------------------------------------------------- a worker driven by hand
+@asynccontextmanager
+async def _on_a_port(
+    loop: Daemon | Relay, listen: str, tls: tuple[Path, Path] | None, local: str | None = None
+) -> AsyncIterator[tuple[str, asyncio.Task[None]]]:
+    """Load the loop and serve it: the address, and the task that runs it."""
+    await loop.load()
+    server, port = bind_server(listen, tls, local)
+    await start_server(server, loop)
+    serving = asyncio.create_task(loop.serve())
+    try:
+        yield f"127.0.0.1:{port}", serving
+    finally:
+        loop.end_sessions()
+        await server.stop(0.5)
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        await loop.close()
+
+
+# ---------------------------------------------------------------- a worker that a test scripts
 
 
 @dataclass
-class Hand:
-    """A worker without a model: every message it sends is the test's."""
+class ScriptedWorker:
+    """A worker without a model: the test decides every message that it sends."""
 
     client: CoordinatorClient
     genesis: Genesis
@@ -440,13 +477,15 @@ def answer_to(assign: wire.Assign, **changes: Any) -> wire.Answer:
 
 
 @asynccontextmanager
-async def hands(address: str, genesis: Genesis, *names: str) -> AsyncIterator[list[Hand]]:
-    """Workers driven by hand, each on a channel of its own, not yet joined."""
+async def scripted_workers(
+    address: str, genesis: Genesis, *names: str
+) -> AsyncIterator[list[ScriptedWorker]]:
+    """Workers that the test scripts, each on its own channel, not yet joined."""
     clients = [CoordinatorClient(address) for _ in names]
     try:
         description = await clients[0].get_run()
         yield [
-            Hand(client, genesis, name, description.head)
+            ScriptedWorker(client, genesis, name, description.head)
             for client, name in zip(clients, names, strict=True)
         ]
     finally:

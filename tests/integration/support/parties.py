@@ -21,7 +21,7 @@ from fedmezo_core.zo.model.loading import quiet
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.party import Party
 from fedmezo_worker.agent import Agent
-from fedmezo_worker.engine import Engine
+from fedmezo_worker.engine import Engine, Loaded
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.core.zo.conftest import make_tokenizer
 
@@ -95,15 +95,14 @@ class GatedEngine(Engine):
             await self.gate.wait()
         return await super().measure(order)
 
-    def _load(self, settings: WorkerSettings, genesis: Genesis) -> Party:
+    def _load(self, settings: WorkerSettings, genesis: Genesis) -> Loaded:
         with _LOADING:
             return super()._load(settings, genesis)
 
     @property
     def party(self) -> Party:
-        """What was loaded."""
-        assert self._party is not None
-        return self._party
+        """The model and weights that were loaded."""
+        return self.loaded.party
 
     def flip_a_bit(self) -> None:
         """Turn the lowest bit of one element, as a failing memory cell would."""

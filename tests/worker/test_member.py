@@ -1,7 +1,8 @@
-"""What the agent owes to the session machine when a stream breaks in the middle."""
+"""What a member owes to the session machine when a stream breaks in the middle."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,10 +12,15 @@ import pytest
 from fedmezo_core.errors import UnavailableError
 from fedmezo_core.events import ApplyCommit, SendAnswer, SessionAction, Ticket
 from fedmezo_core.records import Committed
-from fedmezo_core.wire.client import SessionStream
-from fedmezo_worker.agent import Agent
+from fedmezo_core.wire.client import RunDescription, SessionStream
+from fedmezo_core.wire.history import History
+from fedmezo_core.wire.reconnecting import Reconnecting
+from fedmezo_core.wire.snapshots import Suffix
 from fedmezo_worker.engine import Engine
+from fedmezo_worker.evaluations import Evaluations
+from fedmezo_worker.member import Member
 from fedmezo_worker.worker_settings import WorkerSettings
+from tests.integration.support.harness import config_of, genesis_of
 
 
 class RecordingEngine(Engine):
@@ -32,17 +38,26 @@ class TornStream:
     """A stream that breaks at its first message."""
 
     def __init__(self) -> None:
-        self.tries = 0
+        self.attempts = 0
 
     async def send(self, message: Any) -> None:
-        self.tries += 1
+        self.attempts += 1
         raise UnavailableError("gone")
 
 
 async def test_every_commit_is_applied_although_the_stream_breaks_between_them() -> None:
     """The machine has counted them; a commit left out would make the next one impossible."""
     engine, stream = RecordingEngine(), TornStream()
-    agent = Agent(WorkerSettings(name="w", data=Path("rows.jsonl")), engine)
+    genesis = genesis_of(config_of())
+    member = Member(
+        WorkerSettings(name="w", data=Path("rows.jsonl")),
+        engine,
+        History(None, None),
+        Reconnecting(logging.getLogger(__name__)),
+        RunDescription(1, genesis, b"h" * 32, 0, 1, Suffix(0, 0), None),
+        Evaluations(0, genesis.config.rounds, None),
+        set(),
+    )
     answer = SendAnswer(Ticket(1, 1, 0), (0.5,), None, None)
     actions: list[SessionAction] = [
         ApplyCommit(Committed(1, (), 0)),
@@ -52,7 +67,7 @@ async def test_every_commit_is_applied_although_the_stream_breaks_between_them()
         ApplyCommit(Committed(3, (), 0)),
     ]
     with pytest.raises(UnavailableError, match="gone"):
-        await agent._act(actions, cast("SessionStream", stream))
+        await member._act(actions, cast("SessionStream", stream))
     assert engine.applied == [1, 2, 3]
-    assert stream.tries == 1
+    assert stream.attempts == 1
     await engine.close()

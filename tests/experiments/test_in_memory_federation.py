@@ -104,8 +104,11 @@ async def compare(
     federation.run()
 
     path = tmp_path / "journal.db"
-    async with served(path, genesis) as at, CoordinatorClient(at.address) as client:
-        working = workers.start_all(at.address, data_files[:4])
+    async with (
+        served(path, genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        working = workers.start_all(coordinator.address, data_files[:4])
         assert [await worker.outcome() for worker in working] == [None] * 4
         status = await client.get_status()
     networked = entries_of(path)
