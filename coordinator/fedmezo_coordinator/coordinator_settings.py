@@ -14,7 +14,7 @@ from fedmezo_coordinator.serving.session_limit import JOINS_AT_A_TIME, SESSIONS_
 from fedmezo_coordinator.stores.opening import path_beside
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, parse_run
 from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey
-from fedmezo_core.machines.cohort import REPLICA_PARTY
+from fedmezo_core.machines.divergence import REPLICA_PARTY
 
 ENVIRONMENT_PREFIX = "FEDMEZO_COORDINATOR_"
 RELAY_ENVIRONMENT_PREFIX = "FEDMEZO_RELAY_"

@@ -11,11 +11,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import NumericError
-from fedmezo_core.records import Answered
+from fedmezo_core.records import Scalars
 
 
 def to_binary32(value: float) -> float:
@@ -97,23 +96,14 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
     ]
 
 
-class SiteMean(NamedTuple):
-    """The answers of a site as one answer."""
-
-    projected_grads: tuple[float, ...]
-    mean_loss: float | None
-    """None if no answer carried one."""
-    rows: int
-    """Of all answers; an answer without a count has 1."""
-
-
-def site_mean(answers: Sequence[Answered]) -> SiteMean:
+def site_mean(answers: Sequence[Scalars]) -> Scalars:
     """What a relay makes of the answers of its workers, all measured along the same seeds.
 
-    Each projected gradient is binary32( fsum(grad * rows) / sum of rows ): products rounded to binary64,
-    their sum exact and rounded once, so that the order of the answers does not matter, the divisor an exact
-    integer. Where answers are not weighted by rows they count alike. The loss is the same over the answers
-    that carry one. Nobody computes it again: the mean is what the coordinator above journals.
+    Each projected gradient is binary32( fsum(grad * rows) / sum of rows ): products rounded to
+    binary64, their sum exact and rounded once, so that the order of the answers does not matter, the
+    divisor an exact integer. An answer without a count of rows has 1. The mean loss is the same mean
+    over the answers that carry one, None if none does. `rows` is the sum, and there is no digest.
+    Nobody computes the mean again: the coordinator above journals it as the site's answer.
     """
 
     def mean(values: Sequence[float], weights: Sequence[int]) -> float:
@@ -122,11 +112,12 @@ def site_mean(answers: Sequence[Answered]) -> SiteMean:
 
     rows = [answer.rows or 1 for answer in answers]
     columns = zip(*(answer.projected_grads for answer in answers), strict=True)
-    told = [(a.mean_loss, a.rows or 1) for a in answers if a.mean_loss is not None]
-    return SiteMean(
-        tuple(mean(column, rows) for column in columns),
-        mean([loss for loss, _ in told], [count for _, count in told]) if told else None,
-        sum(rows),
+    losses = [(a.mean_loss, a.rows or 1) for a in answers if a.mean_loss is not None]
+    return Scalars(
+        projected_grads=tuple(mean(column, rows) for column in columns),
+        mean_loss=mean([loss for loss, _ in losses], [n for _, n in losses]) if losses else None,
+        weights_digest64=None,
+        rows=sum(rows),
     )
 
 

@@ -364,13 +364,14 @@ class SessionMachine:
         return self.state is SessionState.ONLINE and ticket.epoch == self.epoch
 
     def _answer(self, running: _Running, measured: Measured, ticket: Ticket) -> SendAnswer:
-        has_digest = measured.weights_digest64 is not None
+        scalars = measured.scalars
+        has_digest = scalars.weights_digest64 is not None
         return SendAnswer(
-            ticket=ticket,
-            projected_grads=measured.projected_grads,
-            mean_loss=measured.mean_loss if self._report_losses else None,
-            weights_digest64=measured.weights_digest64,
-            rows=measured.rows if self._report_rows else None,
+            ticket,
+            scalars._replace(
+                mean_loss=scalars.mean_loss if self._report_losses else None,
+                rows=scalars.rows if self._report_rows else None,
+            ),
             head64=None if has_digest else digest64_of(running.head),
         )
 

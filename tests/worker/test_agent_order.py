@@ -10,7 +10,7 @@ import pytest
 
 from fedmezo_core.errors import UnavailableError
 from fedmezo_core.events import ApplyCommit, SendAnswer, SessionAction, Ticket
-from fedmezo_core.records import Committed
+from fedmezo_core.records import Committed, Scalars
 from fedmezo_core.wire.client import SessionStream
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
@@ -43,7 +43,7 @@ async def test_every_commit_is_applied_although_the_stream_breaks_between_them()
     """The machine has counted them; a commit left out would make the next one impossible."""
     engine, stream = RecordingEngine(), TornStream()
     agent = Agent(WorkerSettings(name="w", data=Path("rows.jsonl")), engine)
-    answer = SendAnswer(Ticket(1, 1, 0), (0.5,), None, None)
+    answer = SendAnswer(Ticket(1, 1, 0), Scalars((0.5,), None, None))
     actions: list[SessionAction] = [
         ApplyCommit(Committed(1, (), 0)),
         answer,

@@ -38,6 +38,7 @@ from fedmezo_core.records import (
     Paused,
     Record,
     Resumed,
+    Scalars,
     SeedRange,
     SignedHead,
     Snapshotted,
@@ -453,7 +454,8 @@ def _line(row: Row, record: Record) -> str:
             text = f"started    epoch {epoch}"
         case Opened(round_, first_slot, workers):
             text = f"opened     round {round_}, slots from {first_slot}: {', '.join(workers)}"
-        case Answered(round_, slot, grads):
+        case Answered(round_, slot):
+            grads = record.projected_grads
             text = f"answered   round {round_}, slot {slot}, {len(grads)} projected gradients"
         case Committed(round_, runs):
             base = " from the base" if record.from_base else ""
@@ -484,7 +486,9 @@ def _json_line(row: Row, record: Record) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.hex()
-        if isinstance(value, (Answered, SeedRange)):
+        if isinstance(value, Answered):
+            return {"round": value.round, "slot": value.slot, **plain(value.scalars)}
+        if isinstance(value, (Scalars, SeedRange)):
             return {name: plain(item) for name, item in value._asdict().items()}
         if isinstance(value, (tuple, list)):
             return [plain(item) for item in value]

@@ -12,7 +12,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -44,13 +44,14 @@ from fedmezo_core.events import (
     RoundEvent,
     RoundMessage,
     Tick,
+    WeightsReported,
     WorkerLost,
     WorkerReady,
 )
 from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.journal.journal import Entry, Journal, Row, StoredOrigin
-from fedmezo_core.machines.divergence import DigestBoard, PartyDigest
-from fedmezo_core.machines.rounds import Phase, RoundSummary, WorkerView
+from fedmezo_core.machines.divergence import DigestBoard
+from fedmezo_core.machines.roster import Phase, Roster, RoundSummary
 from fedmezo_core.records import Committed, Genesis, digest64_of
 from fedmezo_core.wire.messages import (
     answer_from_pb,
@@ -117,20 +118,16 @@ class Machine(Protocol[ReadyT_co]):
         """Why nothing goes on; empty if it does."""
 
     @property
-    def awaited(self) -> Sequence[str]:
-        """Workers whose answers are."""
+    def roster(self) -> Roster:
+        """The workers, and what each of them does."""
 
     @property
-    def awaits_answers(self) -> bool:
-        """Whether there are any."""
+    def digests(self) -> DigestBoard:
+        """The full digests that parties have reported."""
 
     @property
     def diverged(self) -> frozenset[str]:
         """Workers whose weights were found to differ."""
-
-    @property
-    def workers(self) -> Mapping[str, WorkerView]:
-        """Every worker seen since the start, by name."""
 
     @property
     def recent_rounds(self) -> Iterable[RoundSummary]:
@@ -222,7 +219,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """The subclass owes a journal and a machine before anything is served."""
         self.session_limit = session_limit or SessionLimit()
         self._index = CommitIndex()
-        self._digests = DigestBoard()
         self._recent: deque[Row] = deque()
         self._recent_bytes = 0
         self._sessions: dict[str, Session] = {}
@@ -277,10 +273,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
     @abstractmethod
     def _step_other(self, item: Item) -> list[ReadyT]:
         """Take an item that does not come from a worker."""
-
-    @abstractmethod
-    def _digest_reported(self, digest: PartyDigest) -> list[ReadyT]:
-        """Take a party's full digest."""
 
     async def _after_turn(self) -> None:
         """What is left to do when everything was sent."""
@@ -369,7 +361,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
     async def _siblings(self, readies: Sequence[ReadyT], until_s: float) -> list[Item]:
         """What else comes until then, if there is something to append and an answer to wait for."""
         waits_s = until_s - time.monotonic()
-        if waits_s <= 0 or not self._machine.awaits_answers:
+        if waits_s <= 0 or not self._machine.roster.assignments:
             return []
         records = [record for ready in readies for record in ready.records]
         # After a commit the answers that are awaited are the next round's, which nobody was asked for yet.
@@ -442,9 +434,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
                         )
                     )
                     return []
-                return self._digest_reported(
-                    PartyDigest(worker, report.round, report.weights_digest)
-                )
+                reported = WeightsReported(worker, report.round, report.weights_digest)
+                return [self._machine.step(reported)]
             case kind:
                 session.end(
                     ProtocolError(
@@ -583,7 +574,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
             error.retry_after_s = RETRY_AFTER_MAX_S
             raise error
         del self._traffic[gone]
-        self._digests.forget(gone)
 
     # ------------------------------------------------------------ out
 
@@ -759,7 +749,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """The whole picture."""
         check_run_id(run_id, self.genesis.config.run_id)
         machine = self._machine
-        awaited, diverged = frozenset(machine.awaited), machine.diverged
+        awaited, diverged = frozenset(machine.roster.awaited), machine.diverged
         phases = {
             Phase.WAITING: wire.PHASE_WAITING,
             Phase.OPEN: wire.PHASE_OPEN,
@@ -778,7 +768,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             ],
             digests=[
                 wire.PartyDigest(party=d.party, round=d.round, weights_digest=d.weights_digest)
-                for d in self._digests.newest()
+                for d in machine.digests.newest()
             ],
             recent_rounds=[
                 wire.RoundStatus(round=s.round, mean_loss=s.mean_loss, answers=s.answers)
@@ -795,7 +785,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
     def _worker_status(
         self, name: str, awaited: frozenset[str], diverged: frozenset[str]
     ) -> wire.WorkerStatus:
-        traffic, view = self._traffic[name], self._machine.workers.get(name)
+        traffic, view = self._traffic[name], self._machine.roster.workers.get(name)
         return wire.WorkerStatus(
             worker=name,
             connected=name in self._sessions,
