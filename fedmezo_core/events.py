@@ -1,9 +1,9 @@
 """What goes into the machines and what comes out: dataclasses without logic, which nobody changes.
 
-Those that every answer makes are not frozen, because a frozen one takes three times as long to make.
+Those that every answer makes are not frozen: a frozen one takes three times as long to make.
 
-Inputs are facts that a driver observed (a message came, time passed). Outputs are a `Ready`: records to
-append durably FIRST, then messages to send.
+Inputs are facts that a driver observed (a message came, time passed). Outputs are a `Ready`:
+records to append durably FIRST, then messages to send.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fedmezo_core.records import Committed, Evaluated, Record, Scalars
 class Ticket:
     """Names one measurement; the worker echoes it and anything else is stale.
 
-    `epoch` counts coordinator starts: without it, an answer from before a crash could be credited to
-    a seed that it was not measured on.
+    `epoch` counts coordinator starts: without it, an answer from before a crash could be credited
+    to a seed that it was not measured on.
     """
 
     epoch: int
@@ -77,7 +77,7 @@ class UnableReceived:
 
 @dataclass(frozen=True, slots=True)
 class WeightsReported:
-    """A party has digested its weights after `round`: a worker, or the coordinator's own replica."""
+    """A worker, or the coordinator's own replica, has digested its weights after `round`."""
 
     party: str
     round: int
@@ -266,7 +266,7 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Vouched:
-    """The coordinator above a relay says in which epoch it is, and which head its last round has."""
+    """The coordinator above a relay names its epoch, its last round and the head after that."""
 
     epoch: int
     round: int

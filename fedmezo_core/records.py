@@ -3,8 +3,8 @@
 `Scalars`, `Answered` and `SeedRange` are named tuples: every answer makes one of each, and a frozen
 dataclass takes several times as long to make.
 
-`journal.codec` gives their bytes, `journal.journal` chains and stores them, `machines.run_state` and
-`machines.session` fold them.
+`journal.codec` gives their bytes, `journal.journal` chains and stores them, and
+`machines.run_state` and `machines.session` fold them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Answered(NamedTuple):
 
     @property
     def weights_digest64(self) -> int | None:
-        """First 64 bits of the digest of the weights that the answer was measured on, if it has it."""
+        """First 64 bits of the digest of the weights measured on, in digest rounds."""
         return self.scalars.weights_digest64
 
     @property
@@ -121,8 +121,9 @@ class Committed:
     """Applied to the base instead of to the weights so far, of which it holds everything."""
 
     answers: tuple[RoundSlot, ...] = ()
-    """Where the commit of a buffered round got its answers, in the order of `seed_ranges` if each answer
-    has its own seeds. An answer's age is `round` minus its `RoundSlot.round`. Empty in synchronous runs."""
+    """The slots whose answers the commit of a buffered round holds, in the order of `seed_ranges`
+    if each answer has its own seeds. An answer's age is `round` minus its slot's round. Empty in
+    synchronous runs."""
 
     @property
     def pairs(self) -> int:
@@ -187,7 +188,7 @@ class Snapshotted:
 
 @dataclass(frozen=True, slots=True)
 class SignedHead:
-    """What the coordinator said, and signed, of the run's head. Only in a party's own copy of the run."""
+    """A head that the coordinator named and signed. Only in a party's own copy of the run."""
 
     epoch: int
     round: int
@@ -215,10 +216,11 @@ Record = (
 
 @lru_cache(maxsize=8192)  # Asked for at an assignment, and again at the commit.
 def first_seed_of(run_seed: int, round_: int, slot: int) -> int:
-    """Seed of the first pair of `slot` in `round_`; probe p of local step h uses this + h * probes + p.
+    """Seed of the first pair of `slot` in `round_`.
 
-    The low 16 bits are zero, so that the seeds of one assignment (at most 4,096) never carry into
-    another's; the upper 48 come from SHA-256, so that runs, rounds and slots share no direction.
+    Probe p of local step h uses this + h * probes + p. The low 16 bits are zero, so that the seeds
+    of one assignment (at most 4,096) never carry into another's; the upper 48 come from SHA-256, so
+    that runs, rounds and slots share no direction.
     """
     return _hash64("fedmezo seed v1", run_seed, round_, slot) & ~0xFFFF
 

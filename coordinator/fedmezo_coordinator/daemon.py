@@ -182,7 +182,8 @@ class Daemon(ServingLoop[Ready]):
         """Write down the replica's newest snapshot, once the run has agreed to its weights."""
         snapshotted = self._snapshots.take_agreed()
         if snapshotted is not None:
-            await self._flush([self._recorded(snapshotted)])
+            self._machine.apply(snapshotted)
+            await self._flush([Ready((snapshotted,))])
             # Beside the loop: a large file takes its time to go.
             asyncio.get_running_loop().run_in_executor(None, self._snapshots.sweep)
 
@@ -304,11 +305,6 @@ class Daemon(ServingLoop[Ready]):
                 request.round, request.weights_digest, report.file_sha256, report.file_bytes
             )
         )
-
-    def _recorded(self, record: Snapshotted) -> Ready:
-        """A fact that the daemon found, not the machine: folded here, appended like the others."""
-        self._machine.apply(record)
-        return Ready(records=(record,))
 
     def _welcome(self, round_: int, head: bytes) -> wire.Welcome:
         return wire.Welcome(

@@ -1,4 +1,4 @@
-"""What an answer must be to be taken, by a coordinator and by a relay alike. Pure."""
+"""What the coordinator and a relay check before they accept an answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedmezo_core.machines.aggregate import all_to_binary32, bits_of, clip_of, t
 from fedmezo_core.records import Scalars
 
 ROWS_MAX = 2**40
-"""Most rows that a worker may claim."""
+"""Most rows of data that a worker may claim."""
 
 
 def is_digest_round(config: RunConfig, round_: int) -> bool:
@@ -78,8 +78,8 @@ def checked(event: AnswerReceived, learning_rate: float, config: RunConfig) -> S
         )
     if (scalars.rows is not None) != (config.weighting == "rows"):
         raise ProtocolError(
-            f"{who} the answer {'lacks' if scalars.rows is None else 'carries'} a count of rows, but "
-            f"this run's weighting is {config.weighting!r}; use the same FedMeZO version."
+            f"{who} the answer {'lacks' if scalars.rows is None else 'carries'} a count of rows, "
+            f"but this run's weighting is {config.weighting!r}; use the same FedMeZO version."
         )
     if scalars.rows is not None and not 1 <= scalars.rows <= ROWS_MAX:
         raise ScalarError(f"{who} {scalars.rows} rows are claimed; send 1 to {ROWS_MAX}.")

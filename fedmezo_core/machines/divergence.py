@@ -1,7 +1,7 @@
 """Whose weights are the run's. No digests of weights are compared anywhere else.
 
-Parties name the digest of their weights in the answers of digest rounds and in `WeightsReported`. The
-machines ask `agreed_digest` which digest is the run's, and `differing` who has another one.
+Parties name the digest of their weights in the answers of digest rounds and in `WeightsReported`.
+The machines ask `agreed_digest` which digest is the run's, and `differing` who has another one.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from fedmezo_core.machines.roster import WORKERS_SEEN_MAX
 from fedmezo_core.records import Diverged, digest64_of
 
 REPLICA_PARTY = "replica"
-"""The coordinator's own copy of the weights, as a party in `Diverged`; no worker may be named so."""
+"""Name of the coordinator's own replica of the weights as a party; no worker may have it."""
 
 
 def agreed_digest(votes: Sequence[int], replica: int | None) -> int | None:
     """The weights digest that the run goes by, or None while nobody can tell.
 
-    This is the value that more than half of the workers' `votes` and the replica's vote (if it has one)
-    name; without such a majority the replica's, because the coordinator rebuilds it from the journal
-    alone. Without either it is None: weights that are known to disagree are never committed from.
+    It is the value that more than half of all votes name, the workers' `votes` and the replica's if
+    it has one. Without such a majority it is the replica's, rebuilt from the journal alone. Without
+    either it is None: nothing is committed from weights that are known to disagree.
     """
     counts = Counter(votes)
     if replica is not None:
@@ -34,7 +34,7 @@ def agreed_digest(votes: Sequence[int], replica: int | None) -> int | None:
 
 
 def differing(found: Iterable[tuple[str, int]], expected: int | None) -> list[tuple[str, int]]:
-    """Each party of `found` whose digest is not `expected`, once, with its digest, in their order."""
+    """The pairs (party, digest) of `found` whose digest is not `expected`, each once, in order."""
     return [(party, digest64) for party, digest64 in dict.fromkeys(found) if digest64 != expected]
 
 

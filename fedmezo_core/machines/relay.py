@@ -1,4 +1,4 @@
-"""The relay's machine: a worker of the coordinator above, a coordinator of its site's workers. Pure.
+"""The relay's machine: a worker of the coordinator above, a coordinator of its site's workers.
 
 The workers of the site measure what the relay is assigned, all along the same seeds and under the
 ticket that the relay was given; the mean of their answers is the relay's answer. So a site of any
@@ -69,22 +69,9 @@ from fedmezo_core.machines.aggregate import site_mean
 from fedmezo_core.machines.answers import ROWS_MAX, checked, content_of
 from fedmezo_core.machines.cohort import choose_cohort
 from fedmezo_core.machines.divergence import DigestBoard, agreed_digest, differing
-from fedmezo_core.machines.roster import (
-    RECENT_ROUNDS_MAX,
-    Phase,
-    Roster,
-    RoundSummary,
-    stale_ticket,
-)
+from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX, Phase, Roster, RoundSummary
 from fedmezo_core.machines.session import SessionMachine, SessionState
-from fedmezo_core.records import (
-    Committed,
-    Diverged,
-    Genesis,
-    RoundSlot,
-    Scalars,
-    digest64_of,
-)
+from fedmezo_core.records import Committed, Diverged, Genesis, RoundSlot, Scalars, digest64_of
 
 REJOIN_MS = 10_000
 """How long the site waits for the answer of a worker whose session ended, which may come back."""
@@ -138,7 +125,7 @@ def site_workers_max(config: RunConfig) -> int:
 
 
 class RelayMachine:
-    """Passes assignments and commits down, and one mean answer up. See the module's text for its use."""
+    """Passes assignments and commits down, and one mean answer up; see the module's docstring."""
 
     def __init__(
         self,
@@ -151,8 +138,8 @@ class RelayMachine:
     ) -> None:
         """`round_` and `head` are those of the copy that the driver holds.
 
-        The site takes part from `workers_min` workers on. Its workers get `deadline_share` of the time
-        that the coordinator above gives.
+        The site takes part from `workers_min` workers on. Its workers get `deadline_share` of the
+        time that the coordinator above gives.
         """
         self.config = genesis.config
         self.roster = Roster("this relay")
@@ -186,7 +173,7 @@ class RelayMachine:
         self._up: list[RelayUp] = []
         self._differing: list[Diverged] = []
 
-    # ------------------------------------------------------------ what the driver and the status ask
+    # ------------------------------------------------------------ for the driver and the status
 
     @property
     def round(self) -> int:
@@ -205,7 +192,7 @@ class RelayMachine:
 
     @property
     def may_welcome(self) -> bool:
-        """Whether the coordinator above vouches for the head at `round`, so that workers can join."""
+        """Whether the coordinator above vouches for the head at `round`: then workers can join."""
         return self._vouched
 
     @property
@@ -255,15 +242,10 @@ class RelayMachine:
                 self._worker_ready(worker)
             case WorkerLost(worker):
                 self._worker_lost(worker)
-            case AnswerReceived() | UnableReceived():
-                try:
-                    self.roster.checked(event.worker)
-                    if isinstance(event, AnswerReceived):
-                        self._answer(event)
-                    else:
-                        self._unable(event)
-                except ProtocolError as error:
-                    self._messages.append(self.roster.refuse(event, error))
+            case AnswerReceived():
+                self._messages.extend(self.roster.take(event, self._answer))
+            case UnableReceived():
+                self._messages.extend(self.roster.take(event, self._unable))
             case WeightsReported():
                 self._differing += self.digests.report(event)
             case Tick(now_ms):
@@ -323,7 +305,7 @@ class RelayMachine:
                     self._up.append(action)
 
     def _heard(self, epoch: int) -> None:
-        """Note the epoch above. Workers follow one epoch in a session, so a new one dismisses them."""
+        """Note the epoch above; a new one ends all sessions, for a session knows one epoch."""
         if epoch > self._epoch > 0:
             self._dismiss("The coordinator above was started anew; join again.")
         self._epoch = max(self._epoch, epoch)
@@ -339,8 +321,8 @@ class RelayMachine:
             raise DivergedError(
                 f"The coordinator above has another history up to round {event.round} than this "
                 f"relay's copy (head {event.head.hex()[:16]} instead of "
-                f"{self._session.head.hex()[:16]}); find out which journal is served there, or move "
-                "the copy away."
+                f"{self._session.head.hex()[:16]}); find out which journal is served there, or "
+                "move the copy away."
             )
         self._heard(event.epoch)
         self._over |= event.finished
@@ -348,7 +330,7 @@ class RelayMachine:
             self._vouch_for(event.round)
 
     def _vouch_for(self, round_: int) -> None:
-        """The coordinator above has signed the head after a round; its commit may still wait here."""
+        """Note that the coordinator above has signed the head after a round."""
         self._unsigned.discard(round_)
         self._vouched |= round_ == self._round
 
@@ -485,7 +467,7 @@ class RelayMachine:
             f"this is epoch {self._epoch}, the last committed round is {self._round}, and the site "
             "may have answered without it"
         )
-        return stale_ticket(event.worker, event.ticket, now)
+        return self.roster.stale(event, now)
 
     # ------------------------------------------------------------ one assignment
 
@@ -550,8 +532,8 @@ class RelayMachine:
     def _agreeing(self, site: _SiteRound) -> tuple[dict[str, Scalars], int | None]:
         """The answers of workers whose weights are alike, and the digest of those, if it is wanted.
 
-        The relay has no weights. It goes by more than half of its workers, and sends the others away;
-        if there is no such majority nobody can tell, and all of them rebuild their weights.
+        The relay has no weights. It goes by more than half of its workers and sends the others
+        away; without such a majority nobody can tell, and all of them rebuild their weights.
         """
         answers = {worker: scalars for worker, (_, scalars) in sorted(site.answers.items())}
         if not site.work.want_digest:
@@ -596,7 +578,7 @@ class RelayMachine:
         self._messages.extend(Finish(worker, self._round) for worker in sorted(self.roster.ready))
 
     def _report(self) -> None:
-        """Report above the weights that most workers ended with, once all have, or the time is over."""
+        """Report above which weights most workers ended with, when all have said or time is up."""
         reports = self.digests.reports_of(self._round)
         waits = (self.roster.ready | self._lost_at_ms.keys()) - reports.keys()
         if waits and self._now_ms < self._report_until_ms:

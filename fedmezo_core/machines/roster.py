@@ -1,17 +1,19 @@
 """Who takes part: the workers of a coordinator, or of a relay's site, and what each of them does.
 
-The round machine and the relay's machine keep their workers in a `Roster`. Which work is assigned, and
-which answers count, they decide themselves.
+The round machine and the relay's machine keep their workers in a `Roster`. They decide themselves
+which work is assigned and which answers count.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from fedmezo_core.config import COHORT_MAX
 from fedmezo_core.errors import ProtocolError, StaleTicketError, UnknownWorkerError
-from fedmezo_core.events import AnswerReceived, Expel, Refuse, Ticket, UnableReceived
+from fedmezo_core.events import AnswerReceived, Expel, Refuse, UnableReceived
 from fedmezo_core.records import RoundSlot
 
 RECENT_ROUNDS_MAX = 1000
@@ -54,9 +56,9 @@ class WorkerView:
     mean_loss: float | None = None
     """Mean loss of the last accepted answer, in nats; None if it carried none."""
     complaint: str = ""
-    """Why the worker could not answer last, or was refused, in this session; empty if it was not."""
+    """Why the worker could not answer last, or was refused, in this session; empty if neither."""
     told_diverged: bool = False
-    """Whether the worker was sent away because its weights differ, so that it can come with others."""
+    """Whether the worker knows that its weights differ, and is expected to rebuild them."""
     learning_rate: float | None = None
     """Learning rate of the last assignment."""
 
@@ -70,7 +72,7 @@ class Roster:
         self.workers: dict[str, WorkerView] = {}
         """Workers seen since the start, by name. Only for reading."""
         self.ready: set[str] = set()
-        """Workers whose session is open and whose weights are not known to differ. Only for reading."""
+        """Workers with an open session whose weights are not known to differ. Only for reading."""
         self.idle: set[str] = set()
         """Ready workers without an assignment. Only for reading."""
         self.assignments: dict[str, RoundSlot] = {}
@@ -80,15 +82,6 @@ class Roster:
     def awaited(self) -> tuple[str, ...]:
         """Workers that can still answer an assignment, by round and slot."""
         return tuple(sorted(self.assignments, key=lambda w: (self.assignments[w], w)))
-
-    @property
-    def working_count(self) -> int:
-        """Count of ready workers with an assignment."""
-        return len(self.ready) - len(self.idle)
-
-    def is_working(self, worker: str) -> bool:
-        """Whether the worker is ready and has an assignment."""
-        return worker in self.ready and worker in self.assignments
 
     def view(self, worker: str) -> WorkerView:
         """What is remembered of the worker; a new name may make the machine forget an old one."""
@@ -100,15 +93,6 @@ class Roster:
                     del self.workers[gone]
             view = self.workers[worker] = WorkerView(worker)
         return view
-
-    def checked(self, worker: str) -> WorkerView:
-        """What is remembered of a ready worker; `UnknownWorkerError` if it is not ready."""
-        if worker not in self.ready:
-            raise UnknownWorkerError(
-                f"Worker {worker} has not joined {self._host}, or was sent away; "
-                "open a new session with hello first."
-            )
-        return self.workers[worker]
 
     # ------------------------------------------------------------ coming and going
 
@@ -124,7 +108,7 @@ class Roster:
         self._sort_in(worker)
 
     def expel(self, worker: str, sentence: str) -> Expel:
-        """End the session of a worker whose weights are not the run's; returns the message to it."""
+        """End the session of a worker whose weights differ; returns the message to it."""
         self.view(worker).told_diverged = True
         self.leave(worker)
         return Expel(worker, sentence)
@@ -138,13 +122,13 @@ class Roster:
         self.view(worker).learning_rate = learning_rate
 
     def release(self, worker: str, assignment: RoundSlot) -> None:
-        """Wait for that answer no more; nothing changes if the worker has another assignment by now."""
+        """Stop waiting for that answer; nothing changes if the worker has another assignment."""
         if self.assignments.get(worker) == assignment:
             del self.assignments[worker]
             self._sort_in(worker)
 
     def release_all(self) -> None:
-        """Wait for no answer any more."""
+        """Stop waiting for any answer."""
         self.assignments.clear()
         self.idle |= self.ready
 
@@ -158,18 +142,39 @@ class Roster:
         self.complain(event.worker, event.reason)
         self.release(event.worker, RoundSlot(event.ticket.round, event.ticket.slot))
 
-    # ------------------------------------------------------------ complaints
+    # ------------------------------------------------------------ answers that are refused
+
+    def take(
+        self, event: AnswerReceived | UnableReceived, take: Callable[[Any], None]
+    ) -> tuple[Refuse, ...]:
+        """Let the machine `take` what a ready worker sent; returns the refusal if it raises one."""
+        worker = event.worker
+        try:
+            if worker not in self.ready:
+                raise UnknownWorkerError(
+                    f"Worker {worker} has not joined {self._host}, or was sent away; "
+                    "open a new session with hello first."
+                )
+            take(event)
+        except ProtocolError as error:
+            # A stale ticket is no fault: an answer and a deadline may cross on the way.
+            if worker in self.workers and not isinstance(error, StaleTicketError):
+                self.complain(worker, str(error))
+            return (Refuse(worker, event.ticket, type(error).__name__, str(error)),)
+        return ()
 
     def complain(self, worker: str, sentence: str) -> None:
         """Remember what went wrong with the worker."""
         self.view(worker).complaint = sentence[:COMPLAINT_CHARS_MAX]
 
-    def refuse(self, event: AnswerReceived | UnableReceived, error: ProtocolError) -> Refuse:
-        """Remember why an answer is refused; returns the message to the worker."""
-        # A stale ticket is no fault: an answer and a deadline may cross on the way.
-        if event.worker in self.workers and not isinstance(error, StaleTicketError):
-            self.complain(event.worker, str(error))
-        return Refuse(event.worker, event.ticket, type(error).__name__, str(error))
+    @staticmethod
+    def stale(event: AnswerReceived | UnableReceived, now: str) -> StaleTicketError:
+        """The error for a ticket that cannot be answered; `now` says where the run is instead."""
+        ticket = event.ticket
+        return StaleTicketError(
+            f"Ticket (epoch {ticket.epoch}, round {ticket.round}, slot {ticket.slot}) of worker "
+            f"{event.worker} is not open: {now}; drop it and wait for the next assignment."
+        )
 
     def _sort_in(self, worker: str) -> None:
         """Keep `idle` what it says it is."""
@@ -177,11 +182,3 @@ class Roster:
             self.idle.add(worker)
         else:
             self.idle.discard(worker)
-
-
-def stale_ticket(worker: str, ticket: Ticket, now: str) -> StaleTicketError:
-    """The error for a ticket that nobody may answer; `now` says where the run is instead."""
-    return StaleTicketError(
-        f"Ticket (epoch {ticket.epoch}, round {ticket.round}, slot {ticket.slot}) of worker "
-        f"{worker} is not open: {now}; drop it and wait for the next assignment."
-    )

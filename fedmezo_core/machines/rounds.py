@@ -20,13 +20,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedmezo_core.config import COHORT_MAX, RunConfig
-from fedmezo_core.errors import (
-    ConfigError,
-    EquivocationError,
-    JournalError,
-    ProtocolError,
-    StaleTicketError,
-)
+from fedmezo_core.errors import ConfigError, EquivocationError, JournalError, StaleTicketError
 from fedmezo_core.events import (
     Ack,
     AnswerReceived,
@@ -48,20 +42,9 @@ from fedmezo_core.events import (
 from fedmezo_core.machines.aggregate import coefficients_of, decay_of, to_binary32
 from fedmezo_core.machines.answers import checked, content_of, is_digest_round
 from fedmezo_core.machines.cohort import choose_cohort
-from fedmezo_core.machines.divergence import (
-    REPLICA_PARTY,
-    DigestBoard,
-    agreed_digest,
-    differing,
-)
+from fedmezo_core.machines.divergence import REPLICA_PARTY, DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.rates import own_rates, schedule_factor
-from fedmezo_core.machines.roster import (
-    COMPLAINT_CHARS_MAX,
-    Phase,
-    Roster,
-    RoundSummary,
-    stale_ticket,
-)
+from fedmezo_core.machines.roster import COMPLAINT_CHARS_MAX, Phase, Roster, RoundSummary
 from fedmezo_core.machines.run_state import RoundState, RunState, keep_newest_rounds
 from fedmezo_core.machines.seeds import seed_ranges_of, seeds_of
 from fedmezo_core.records import (
@@ -98,7 +81,7 @@ class RoundMachine:
         # Round -> first 64 bits of the replica's digest after it, for the newest rounds known.
         self._replica_digests: dict[int, int] = {}
         self._replica_agreed_round = -1
-        # Deadlines in a row at which the open round had no answer and no worker that could give one.
+        # Deadlines in a row at which the open round had no answer and nobody who could give one.
         self._fruitless_deadlines = 0
         self._records: list[Record] = []
         self._messages: list[RoundMessage] = []
@@ -151,9 +134,9 @@ class RoundMachine:
 
     @property
     def closes_at_ms(self) -> int | None:
-        """When the open round may close on its quorum, on the clock of `Tick`; None if none is open.
+        """Time in ms, on the clock of `Tick`, at which the open round may close on its quorum.
 
-        The driver owes a `Tick` then; ticks in between are welcome.
+        None if no round is open. The driver owes a `Tick` then; ticks in between are welcome.
         """
         return None if self.state.open is None else self._closes_at_ms
 
@@ -191,8 +174,8 @@ class RoundMachine:
         Raises `JournalError` without a genesis.
         """
         assert not self._started, "a machine starts once"
-        self._closes_at_ms = now_ms + self.config.deadline_ms
         self._now_ms = now_ms
+        self._restart_deadline()
         self._started = True
         self.roster.assignments.update(self.state.outstanding())
         self._record(Started(self.state.epoch + 1))
@@ -216,7 +199,7 @@ class RoundMachine:
             )
         self._record(Resumed(rate_factor))
         self._fruitless_deadlines = 0
-        self._closes_at_ms = self._now_ms + self.config.deadline_ms
+        self._restart_deadline()
         self._advance()
         return self._take_ready()
 
@@ -228,15 +211,10 @@ class RoundMachine:
                 self._worker_ready(worker)
             case WorkerLost(worker):
                 self.roster.leave(worker)
-            case AnswerReceived() | UnableReceived():
-                try:
-                    self.roster.checked(event.worker)
-                    if isinstance(event, AnswerReceived):
-                        self._answer(event)
-                    else:
-                        self._unable(event)
-                except ProtocolError as error:
-                    self._messages.append(self.roster.refuse(event, error))
+            case AnswerReceived():
+                self._messages.extend(self.roster.take(event, self._answer))
+            case UnableReceived():
+                self._messages.extend(self.roster.take(event, self._unable))
             case WeightsReported():
                 self._weights_reported(event)
             case ReplicaEvaluated(evaluation):
@@ -251,13 +229,11 @@ class RoundMachine:
 
     def _worker_ready(self, worker: str) -> None:
         if worker == REPLICA_PARTY:
-            self._messages.append(
-                Expel(
-                    worker,
-                    f"{REPLICA_PARTY!r} is the name of the coordinator's own weights; "
-                    "start the worker under another name.",
-                )
+            sentence = (
+                f"{REPLICA_PARTY!r} is the name of the coordinator's own weights; "
+                "start the worker under another name."
             )
+            self._messages.append(Expel(worker, sentence))
             return
         self.roster.join(worker)
         known = self.state.diverged.get(worker)
@@ -273,13 +249,10 @@ class RoundMachine:
                 self._assign(assignment.round, (assignment.slot,))
 
     def _answer(self, event: AnswerReceived) -> None:
-        state, ticket = self.state, event.ticket
-        held = state.held(ticket.round)
-        if held is None or not self._owns(held, ticket.slot, event.worker):
-            raise self._stale(event.worker, ticket)
+        state, ticket, held = self.state, event.ticket, self._held_of(event)
         accepted = held.answers.get(ticket.slot)
         if ticket.epoch != (state.epoch if accepted is None else accepted.epoch):
-            raise self._stale(event.worker, ticket)
+            raise self._stale(event)
         if accepted is None and held is not state.open:
             self._check_not_too_late(event)
         scalars = checked(event, held.rates[ticket.slot], self.config)
@@ -313,15 +286,21 @@ class RoundMachine:
         )
 
     def _unable(self, event: UnableReceived) -> None:
-        ticket, held = event.ticket, self.state.held(event.ticket.round)
+        ticket, held = event.ticket, self._held_of(event)
         if (
-            held is None
-            or self.state.age(ticket.round) > self.config.staleness_max
+            self.state.age(held.round) > self.config.staleness_max
             or ticket.epoch != self.state.epoch
-            or not self._owns(held, ticket.slot, event.worker)
         ):
-            raise self._stale(event.worker, ticket)
+            raise self._stale(event)
         self.roster.unable(event)
+
+    def _held_of(self, event: AnswerReceived | UnableReceived) -> RoundState:
+        """The round that the event's ticket names, if the slot is the worker's."""
+        ticket, held = event.ticket, self.state.held(event.ticket.round)
+        is_slot = held is not None and 0 <= ticket.slot < len(held.cohort)
+        if held is None or not is_slot or held.cohort[ticket.slot] != event.worker:
+            raise self._stale(event)
+        return held
 
     def _weights_reported(self, report: WeightsReported) -> None:
         """Record who differs by full digests; nobody is sent away, for the run may be over."""
@@ -482,7 +461,7 @@ class RoundMachine:
             else f"within {config.deadline_ms} ms"
         )
         for worker, assignment in late.items():
-            if self.roster.is_working(worker):
+            if worker in self.roster.ready:
                 self.roster.complain(worker, f"did not answer round {assignment.round} {within}")
 
     def _judge_health(self) -> None:
@@ -521,15 +500,15 @@ class RoundMachine:
 
     def _choose(self, current: RoundState) -> tuple[str, ...]:
         """Ready workers without an assignment that get slots of `current`, as many as may work."""
-        config = self.config
+        config, ready, idle = self.config, self.roster.ready, self.roster.idle
         if config.buffer_answers:
-            room = max(0, config.cohort_size_max - self.roster.working_count)
+            room = max(0, config.cohort_size_max - (len(ready) - len(idle)))
         else:
             room = max(1, config.cohort_size_max - current.counting)
         room = min(room, COHORT_MAX - len(current.cohort))
         if room <= 0:
             return ()
-        free = [worker for worker in self.roster.idle if self._is_free(current, worker)]
+        free = [worker for worker in idle if self._is_free(current, worker)]
         return choose_cohort(config.seed, current.round, free, room)
 
     def _is_free(self, current: RoundState, idle: str) -> bool:
@@ -544,7 +523,7 @@ class RoundMachine:
         )
 
     def _pauses_fruitless(self, current: RoundState) -> bool:
-        """Pause a run in which nobody can measure any more; weights that overflow look like this."""
+        """Pause a run in which nobody can measure any more, as when the weights overflow."""
         unable = [worker for worker in current.slots if worker in self.roster.ready]
         fruitless = bool(unable) and not current.answers and not self.roster.assignments
         self._fruitless_deadlines = self._fruitless_deadlines + 1 if fruitless else 0
@@ -602,13 +581,9 @@ class RoundMachine:
         found = self.state.diverged.get(REPLICA_PARTY)
         return found is None or self._replica_agreed_round > found.round
 
-    @staticmethod
-    def _owns(held: RoundState, slot: int, worker: str) -> bool:
-        return 0 <= slot < len(held.cohort) and held.cohort[slot] == worker
-
-    def _stale(self, worker: str, ticket: Ticket) -> StaleTicketError:
+    def _stale(self, event: AnswerReceived | UnableReceived) -> StaleTicketError:
         now = f"this is epoch {self.state.epoch} and the last committed round is {self.state.round}"
-        return stale_ticket(worker, ticket, now)
+        return self.roster.stale(event, now)
 
     def _record(self, record: Record) -> None:
         self.apply(record)
@@ -625,8 +600,8 @@ def _diverged_sentence(record: Diverged) -> str:
     return (
         f"The weights of worker {record.party} after round {record.round} are not the run's: their "
         f"digest begins {_digest_hex(record.found_digest64)}, the run's "
-        f"{_digest_hex(record.expected_digest64)}; restart the worker so that it rebuilds them from "
-        "the base and the journal."
+        f"{_digest_hex(record.expected_digest64)}; restart the worker so that it rebuilds them "
+        "from the base and the journal."
     )
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import attrgetter
 from typing import NamedTuple, TypeVar
 
 from fedmezo_core.config import COHORT_MAX, RunConfig
@@ -58,8 +56,8 @@ class RoundState:
 
     round: int
     cohort: list[str] = field(default_factory=list)
-    """Worker of each slot. A worker may have several: it was found diverged and came back, or the run is
-    buffered."""
+    """Worker of each slot. A worker has several if it was found diverged and came back, or if the
+    run is buffered."""
     slots: dict[str, int] = field(default_factory=dict)
     """Worker -> its newest slot. Invariant: none of these slots is in `excluded`."""
     answers: dict[int, Accepted] = field(default_factory=dict)
@@ -80,9 +78,7 @@ class RoundState:
 
     def counted(self) -> list[Answered]:
         """Answers that may yet be committed, in slot order."""
-        left: Set[int] = self.answers.keys()
-        if self.excluded or self.committed:
-            left = left - self.excluded - self.committed
+        left = self.answers.keys() - self.excluded - self.committed
         return [self.answers[slot].record for slot in sorted(left)]
 
 
@@ -95,11 +91,11 @@ class RunState:
     round: int = 0
     """Last committed round."""
     open: RoundState | None = None
-    """The open round. Invariant: `open.round == round + 1`. In a buffered run it has no slots while only
-    answers to earlier rounds wait for its commit."""
+    """The open round. Invariant: `open.round == round + 1`. In a buffered run it has no slots while
+    only answers to earlier rounds wait for its commit."""
     earlier: deque[RoundState] = field(default_factory=deque)
-    """The newest committed rounds, oldest first: those whose slots may still be answered, and one more
-    so that a lost acknowledgement can be repeated."""
+    """The newest committed rounds, oldest first: those whose slots may still be answered, and one
+    more so that a lost acknowledgement can be repeated."""
     agreed: dict[int, int] = field(default_factory=dict)
     """Round -> first 64 bits of the digest of the weights after it, for the newest rounds known."""
     diverged: dict[str, Diverged] = field(default_factory=dict)
@@ -117,8 +113,8 @@ class RunState:
     pool: Pool | None = None
     """The seed pool; None if the run draws its seeds from no pool."""
     losses: dict[str, deque[float]] = field(default_factory=dict)
-    """Worker -> mean losses of its newest committed answers, in nats. The worker whose last answer is
-    oldest comes first."""
+    """Worker -> mean losses of its newest committed answers, in nats. The longest silent come
+    first."""
     distances: dict[str, float] = field(default_factory=dict)
     """Worker -> how far its newest committed update was from the mean update."""
     copied: bool = False
@@ -126,8 +122,8 @@ class RunState:
     _shares: tuple[Sequence[Answered], list[Share]] = field(
         default=((), []), init=False, repr=False, compare=False
     )
-    """Answers of the next commit and what they put into its mean: computed by the machine for the
-    commit, and needed again when that is folded."""
+    """The last answers given to `shares` and their shares: the machine needs them to make a commit,
+    and `apply` again to fold it."""
 
     def apply(self, record: Record) -> None:
         """Fold one record; `JournalCorruptError` if it cannot follow those before."""
@@ -266,14 +262,12 @@ class RunState:
             return self._shares[1]
         config, pool = self.genesis.config, self.pool
         shares = []
-        for round_, of_round in groupby(answers, key=attrgetter("round")):
-            held = self.held(round_)
+        for answer in answers:
+            held = self.held(answer.round)
             assert held is not None
-            discount = staleness_discount(config, self.age(round_))
-            for answer in of_round:
-                seeds = seeds_of(config, round_, answer.slot, pool)
-                rate = held.rates[answer.slot] * discount
-                shares.append(Share(seeds, answer.projected_grads, rate, answer.rows or 1))
+            rate = held.rates[answer.slot] * staleness_discount(config, self.age(answer.round))
+            seeds = seeds_of(config, answer.round, answer.slot, pool)
+            shares.append(Share(seeds, answer.projected_grads, rate, answer.rows or 1))
         self._shares = (answers, shares)
         return shares
 
@@ -310,8 +304,10 @@ class RunState:
         self.open = current
 
     def _is_taken(self, current: RoundState, worker: str) -> bool:
-        """Whether the worker's slot of the round keeps it from another; in a buffered run, until it is
-        answered."""
+        """Whether the worker can have no further slot of the round.
+
+        In a buffered run that is until its slot is answered.
+        """
         assert self.genesis is not None
         slot = current.slots.get(worker)
         is_answered = slot in current.answers
@@ -477,7 +473,7 @@ class RunState:
 
 
 def keep_newest_rounds(by_round: dict[int, int], config: RunConfig) -> None:
-    """Forget the digests of the oldest rounds until `DIGESTS_KEPT_MAX` and those for late answers are left."""
+    """Drop the oldest rounds beyond `DIGESTS_KEPT_MAX` and those of late answers."""
     while len(by_round) > DIGESTS_KEPT_MAX + config.staleness_max:
         del by_round[min(by_round)]
 
