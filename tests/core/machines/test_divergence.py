@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,16 @@ def test_what_a_board_remembers_does_not_grow_with_the_rounds() -> None:
             found = board.report(WeightsReported(party, round_, digest))
         assert [(d.party, d.round) for d in found] == [(REPLICA, round_)]
     assert len(board._named) == 1
+
+
+def test_a_board_forgets_the_party_that_reported_longest_ago(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedmezo_core.machines.divergence.WORKERS_SEEN_MAX", 2)
+    board = DigestBoard()
+    for report in (("w1", 3, GOOD), ("w2", 3, GOOD), ("w1", 4, GOOD), ("w3", 4, GOOD)):
+        board.report(WeightsReported(*report))
+    assert [report.party for report in board.newest()] == ["w1", "w3"]
 
 
 def test_equal_digests_name_nobody() -> None:

@@ -592,6 +592,16 @@ def test_if_the_last_weights_differ_none_are_reported() -> None:
     assert site.step(WeightsReported("w1", 2, b"e" * 32)).up == (Leave(),)
 
 
+def test_a_worker_whose_last_weights_differ_is_named_for_the_log() -> None:
+    site = Site(workers=3, round_=2)
+    site.step(FinishedByCoordinator(2))
+    for worker, digest in (("w0", b"d"), ("w1", b"e")):
+        assert site.step(WeightsReported(worker, 2, digest * 32)).diverged == ()
+    ready = site.step(WeightsReported("w2", 2, b"d" * 32))
+    assert [(found.party, found.round) for found in ready.diverged] == [("w1", 2)]
+    assert ready.up == (ReportDigest(2, b"d" * 32), Leave())
+
+
 def test_a_worker_that_never_reports_holds_the_end_up_for_a_minute_only() -> None:
     site = finished()
     site.step(WeightsReported("w0", 2, b"d" * 32))

@@ -17,6 +17,7 @@ from fedmezo_core.events import (
     Ready,
     Refuse,
     Ticket,
+    WeightsReported,
     Work,
     WorkerReady,
 )
@@ -44,6 +45,7 @@ from tests.core.machines.rounds_driver import (
     RoundsDriver,
     config_of,
     expelled,
+    full,
     kinds,
     refusal,
 )
@@ -523,6 +525,24 @@ def test_who_was_not_told_is_told_at_the_next_session(away: str) -> None:
     run.lost("b")
     assert expelled(run.ready("b")) == []
     assert "b" in run.machine.roster.ready
+
+
+def test_full_digests_that_differ_are_recorded_once_and_nobody_is_sent_away() -> None:
+    run = RoundsDriver(rounds=1, workers_min=3)
+    run.ready("a", "b", "c")
+    for worker in ("a", "b", "c"):
+        run.answer(worker)
+    good, bad = full(TRUE_DIGEST64), full(WRONG_DIGEST64)
+    for worker, digest in (("a", good), ("b", bad)):
+        assert run.step(WeightsReported(worker, 1, digest)) == Ready()
+    found = Diverged(1, "b", WRONG_DIGEST64, TRUE_DIGEST64)
+    assert run.step(WeightsReported("c", 1, good)) == Ready((found,))
+    assert run.step(WeightsReported("b", 1, bad)) == Ready()
+    assert run.step(WeightsReported("b", 2, bad)) == Ready(), "no round of this journal"
+    assert [report.party for report in run.machine.digests.newest()] == ["a", "b", "c"]
+    run.restart()
+    for worker, digest in (("a", good), ("c", good), ("b", bad)):
+        assert run.step(WeightsReported(worker, 1, digest)) == Ready(), "the journal knows it"
 
 
 def test_a_tie_waits_for_the_replica() -> None:

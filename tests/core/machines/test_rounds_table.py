@@ -286,6 +286,8 @@ def _check(run: RoundsDriver, ready: Ready, now_ms: int) -> None:
     else:
         assert machine.closes_at_ms is None
         assert machine.roster.awaited == ()
+    roster = machine.roster
+    assert roster.idle == roster.ready - roster.assignments.keys()
     assert machine.cohort == (tuple(machine.state.open.cohort) if machine.state.open else ())
 
 
