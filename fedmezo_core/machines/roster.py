@@ -100,12 +100,13 @@ class Roster:
         """The worker's session is open."""
         self.view(worker).complaint = ""
         self.ready.add(worker)
-        self._sort_in(worker)
+        if worker not in self.assignments:
+            self.idle.add(worker)
 
     def leave(self, worker: str) -> None:
         """The worker's session is over; its assignment can be answered in the next one."""
         self.ready.discard(worker)
-        self._sort_in(worker)
+        self.idle.discard(worker)
 
     def expel(self, worker: str, sentence: str) -> Expel:
         """End the session of a worker whose weights differ; returns the message to it."""
@@ -118,14 +119,15 @@ class Roster:
     def assign(self, worker: str, assignment: RoundSlot, learning_rate: float) -> None:
         """Wait for the worker's answer to `assignment`."""
         self.assignments[worker] = assignment
-        self._sort_in(worker)
+        self.idle.discard(worker)
         self.view(worker).learning_rate = learning_rate
 
     def release(self, worker: str, assignment: RoundSlot) -> None:
         """Stop waiting for that answer; nothing changes if the worker has another assignment."""
         if self.assignments.get(worker) == assignment:
             del self.assignments[worker]
-            self._sort_in(worker)
+            if worker in self.ready:
+                self.idle.add(worker)
 
     def release_all(self) -> None:
         """Stop waiting for any answer."""
@@ -175,10 +177,3 @@ class Roster:
             f"Ticket (epoch {ticket.epoch}, round {ticket.round}, slot {ticket.slot}) of worker "
             f"{event.worker} is not open: {now}; drop it and wait for the next assignment."
         )
-
-    def _sort_in(self, worker: str) -> None:
-        """Keep `idle` what it says it is."""
-        if worker in self.ready and worker not in self.assignments:
-            self.idle.add(worker)
-        else:
-            self.idle.discard(worker)

@@ -78,7 +78,7 @@ class RoundState:
 
     def counted(self) -> list[Answered]:
         """Answers that may yet be committed, in slot order."""
-        left = self.answers.keys() - self.excluded - self.committed
+        left = self.answers.keys() - (self.excluded | self.committed)
         return [self.answers[slot].record for slot in sorted(left)]
 
 
@@ -261,12 +261,15 @@ class RunState:
         if self._shares[0] == answers:
             return self._shares[1]
         config, pool = self.genesis.config, self.pool
+        by_round = {
+            held.round: (held.rates, staleness_discount(config, self.age(held.round)))
+            for held in self.answerable()
+        }
         shares = []
         for answer in answers:
-            held = self.held(answer.round)
-            assert held is not None
-            rate = held.rates[answer.slot] * staleness_discount(config, self.age(answer.round))
+            rates, discount = by_round[answer.round]
             seeds = seeds_of(config, answer.round, answer.slot, pool)
+            rate = rates[answer.slot] * discount
             shares.append(Share(seeds, answer.projected_grads, rate, answer.rows or 1))
         self._shares = (answers, shares)
         return shares
