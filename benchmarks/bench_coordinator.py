@@ -30,6 +30,7 @@ from fedmezo_core.records import (
     Committed,
     Opened,
     Record,
+    Scalars,
     SeedRange,
     first_seed_of,
     rounding_seed_of,
@@ -501,7 +502,9 @@ def _write_rounds(path: Path, config: RunConfig, count: int) -> int:
         round_ += 1
         digest = 99 if (round_ - 1) % config.digest_every_rounds == 0 else None
         records.append(Opened(round_, 0, names))
-        records += [Answered(round_, slot, GRADS, 0.5, digest) for slot in range(len(names))]
+        records += [
+            Answered(round_, slot, Scalars(GRADS, 0.5, digest)) for slot in range(len(names))
+        ]
         runs = tuple(
             SeedRange(first_seed_of(config.seed, round_, slot), GRADS) for slot in range(len(names))
         )

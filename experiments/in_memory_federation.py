@@ -49,7 +49,8 @@ from fedmezo_core.events import (
     WorkerReady,
 )
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
-from fedmezo_core.machines.rounds import Phase, RoundMachine
+from fedmezo_core.machines.roster import Phase
+from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.session import SessionMachine
 from fedmezo_core.records import Committed, Evaluated
 from fedmezo_core.wire.messages import (
@@ -181,7 +182,7 @@ class InMemoryFederation:
                 event = event_from_pb(wire.SessionResponse.FromString(message), self.party.config)
                 self._act(worker, worker.machine.step(event))
         if self._machine.phase is not Phase.FINISHED:
-            complaints = [view.complaint for view in self._machine.workers.values()]
+            complaints = [view.complaint for view in self._machine.roster.workers.values()]
             reasons = [self._machine.reason, *complaints, "too few workers are there"]
             reason = next(filter(None, reasons))
             raise StalledError(f"Round {self.round + 1} cannot be closed: {reason}")
@@ -305,9 +306,11 @@ class InMemoryFederation:
         finally:
             self.applying_s += digested - begin
             self.working_s += time.process_time() - digested
-        assert measured.mean_loss is not None, "only a relay's workers may keep it to themselves"
-        self.train_losses.setdefault(order.ticket.round, []).append(measured.mean_loss)
-        pairs, probes = len(measured.projected_grads), self.party.config.probes
+        assert measured.scalars.mean_loss is not None, (
+            "only a relay's workers may keep it to themselves"
+        )
+        self.train_losses.setdefault(order.ticket.round, []).append(measured.scalars.mean_loss)
+        pairs, probes = len(measured.scalars.projected_grads), self.party.config.probes
         two_sided = self.party.config.estimator == "two_sided"
         self.forwards += 2 * pairs if two_sided else pairs + pairs // probes
         return measured

@@ -1,24 +1,24 @@
-"""What goes into the machines and what comes out: dataclasses that are never changed, no logic.
+"""What goes into the machines and what comes out: dataclasses without logic, which nobody changes.
 
-Those that every answer makes are not frozen all the same: a frozen one takes three times as long to make.
+Those that every answer makes are not frozen: a frozen one takes three times as long to make.
 
-Inputs are facts that a driver observed (a message came, time passed). Outputs are a `Ready`: records to
-append durably FIRST, then messages to send.
+Inputs are facts that a driver observed (a message came, time passed). Outputs are a `Ready`:
+records to append durably FIRST, then messages to send.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedmezo_core.records import Committed, Evaluated, Record
+from fedmezo_core.records import Committed, Evaluated, Record, Scalars
 
 
 @dataclass(slots=True, unsafe_hash=True)
 class Ticket:
     """Names one measurement; the worker echoes it and anything else is stale.
 
-    `epoch` counts coordinator starts: without it, an answer from before a crash could be credited to
-    a seed that it was not measured on.
+    `epoch` counts coordinator starts: without it, an answer from before a crash could be credited
+    to a seed that it was not measured on.
     """
 
     epoch: int
@@ -33,8 +33,9 @@ class Work:
     seeds: tuple[int, ...]
     """Probe p of local step h measures along the direction of seed h * probes + p of these."""
     learning_rate: float
-    """Of the local steps."""
+    """Learning rate of the local steps."""
     eps: float
+    """Perturbation scale."""
     want_digest: bool
     """Whether the answer carries the digest of the weights that it starts from."""
 
@@ -62,10 +63,7 @@ class AnswerReceived:
 
     worker: str
     ticket: Ticket
-    projected_grads: tuple[float, ...]
-    mean_loss: float | None
-    weights_digest64: int | None
-    rows: int | None = None
+    scalars: Scalars
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +76,13 @@ class UnableReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplicaDigest:
-    """The coordinator's own replica has digested the weights after `round`."""
+class WeightsReported:
+    """A worker, or the coordinator's own replica, has digested its weights after `round`."""
 
+    party: str
     round: int
-    weights_digest64: int
+    weights_digest: bytes
+    """32 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +99,12 @@ class Tick:
     now_ms: int
 
 
-@dataclass(frozen=True, slots=True)
-class WeightsReported:
-    """A worker of a relay's site has digested its weights after the last round."""
-
-    worker: str
-    round: int
-    weights_digest: bytes
-
-
 RoundEvent = (
     WorkerReady
     | WorkerLost
     | AnswerReceived
     | UnableReceived
-    | ReplicaDigest
+    | WeightsReported
     | ReplicaEvaluated
     | Tick
 )
@@ -200,7 +191,7 @@ class Welcomed:
     epoch: int
     round: int
     head: bytes = b""
-    """Head after `round`, which the commits that follow must lead to; empty if it was not said."""
+    """Head after `round`, which the commits that follow must lead to; empty if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +220,7 @@ class Acknowledged:
 
     ticket: Ticket
     head: bytes = b""
-    """Head after the round before the ticket's, as the coordinator has it; empty if it was not said."""
+    """The coordinator's head after the round before the ticket's; empty if it did not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,11 +244,8 @@ class Measured:
     """The engine finished what `Measure` asked for."""
 
     ticket: Ticket
-    projected_grads: tuple[float, ...]
-    mean_loss: float | None
-    weights_digest64: int | None
-    rows: int
-    """Rows of this worker's data."""
+    scalars: Scalars
+    """With the mean loss and the count of rows, whether or not the run asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +266,7 @@ class Restored:
 
 @dataclass(frozen=True, slots=True)
 class Vouched:
-    """The coordinator above a relay says in which epoch it is, and which head its last round has."""
+    """The coordinator above a relay names its epoch, its last round and the head after that."""
 
     epoch: int
     round: int
@@ -289,7 +277,7 @@ class Vouched:
 
 @dataclass(frozen=True, slots=True)
 class SentAway:
-    """The coordinator above a relay has ended its session: the weights behind its answer are not the run's."""
+    """The coordinator above ended the relay's session: its answer's weights are not the run's."""
 
     message: str
 
@@ -334,15 +322,12 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class SendAnswer:
-    """Send a measurement; `mean_loss` and `rows` are None unless the run asks for them."""
+    """Send a measurement; its `mean_loss` and `rows` are None unless the run asks for them."""
 
     ticket: Ticket
-    projected_grads: tuple[float, ...]
-    mean_loss: float | None
-    weights_digest64: int | None
-    rows: int | None = None
+    scalars: Scalars
     head64: int | None = None
-    """First 64 bits of the head that it was measured at, where no digest says more."""
+    """First 64 bits of the head that it was measured at; None if it carries a weights digest."""
 
 
 @dataclass(frozen=True, slots=True)

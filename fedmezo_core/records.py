@@ -1,9 +1,10 @@
-"""What the journal holds: one dataclass for each kind of record. No logic but arithmetic on seeds.
+"""What the journal holds: one immutable value for each kind of record, and arithmetic on seeds.
 
-None is ever changed. `Answered` and `SeedRange` are tuples, because a start makes one for every answer and
-pair run of the journal, and a frozen dataclass takes eight times as long to make.
+`Scalars`, `Answered` and `SeedRange` are named tuples: every answer makes one of each, and a frozen
+dataclass takes several times as long to make.
 
-`codec` gives their bytes, `journal` chains and stores them, `rounds` and `session` fold them.
+`journal.codec` gives their bytes, `journal.journal` chains and stores them, and
+`machines.run_state` and `machines.session` fold them.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Genesis:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A coordinator start. Invariant: epochs are 1, 2, 3, ... in journal order."""
+    """The coordinator was started. Invariant: epochs are 1, 2, 3, ... in journal order."""
 
     epoch: int
 
@@ -73,28 +74,57 @@ class Opened:
     first_slot: int
     workers: tuple[str, ...]
     learning_rates: tuple[float, ...] = ()
-    """One for each of `workers`; empty where all have the contract's."""
+    """Learning rate of each of `workers`; empty where all have the contract's."""
     eps: float | None = None
-    """The round's; None where it is the contract's."""
+    """Perturbation scale of the round; None where it is the contract's."""
 
 
 class RoundSlot(NamedTuple):
-    """A slot of a round: what one measurement was assigned to. Places sort by age, oldest first."""
+    """One slot of one round: what a measurement is assigned to. Sorts by round, then by slot."""
 
     round: int
     slot: int
+
+
+class Scalars(NamedTuple):
+    """What one measurement comes to: all that travels from a worker into the journal."""
+
+    projected_grads: tuple[float, ...]
+    """One for each seed of the assignment. In the journal these are binary32 values."""
+    mean_loss: float | None
+    """Mean loss over the measurement, in nats; None where losses stay with the worker."""
+    weights_digest64: int | None
+    """First 64 bits of the digest of the weights measured on; None outside digest rounds."""
+    rows: int | None = None
+    """Rows of the worker's data; None in runs that do not weight answers by rows."""
 
 
 class Answered(NamedTuple):
-    """An accepted answer; the scalars are binary32 values held as floats."""
+    """An accepted answer, its floats rounded to binary32."""
 
     round: int
     slot: int
-    projected_grads: tuple[float, ...]
-    mean_loss: float | None
-    weights_digest64: int | None
-    rows: int | None = None
-    """Rows of the worker's data; only in runs that weight answers by them."""
+    scalars: Scalars
+
+    @property
+    def projected_grads(self) -> tuple[float, ...]:
+        """The answer's projected gradients, one for each seed of its assignment."""
+        return self.scalars.projected_grads
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The answer's mean loss in nats, if it carries one."""
+        return self.scalars.mean_loss
+
+    @property
+    def weights_digest64(self) -> int | None:
+        """First 64 bits of the digest of the weights measured on, in digest rounds."""
+        return self.scalars.weights_digest64
+
+    @property
+    def rows(self) -> int | None:
+        """Rows of the worker's data, if the run weights answers by rows."""
+        return self.scalars.rows
 
 
 class SeedRange(NamedTuple):
@@ -120,8 +150,9 @@ class Committed:
     """Applied to the base instead of to the weights so far, of which it holds everything."""
 
     answers: tuple[RoundSlot, ...] = ()
-    """Of a buffered round: the answers that it is made of, in the order of `seed_ranges` where each has its
-    own. How old one is, is `round` minus its place's. Empty where they are the round's own."""
+    """The slots whose answers the commit of a buffered round holds, in the order of `seed_ranges`
+    if each answer has its own seeds. An answer's age is `round` minus its slot's round. Empty in
+    synchronous runs."""
 
     @property
     def pairs(self) -> int:
@@ -186,7 +217,7 @@ class Snapshotted:
 
 @dataclass(frozen=True, slots=True)
 class SignedHead:
-    """In a party's own copy of the run: what the coordinator had said, and signed, of its history."""
+    """A head that the coordinator named and signed. Only in a party's own copy of the run."""
 
     epoch: int
     round: int
@@ -214,10 +245,11 @@ Record = (
 
 @lru_cache(maxsize=8192)  # Asked for at an assignment, and again at the commit.
 def first_seed_of(run_seed: int, round_: int, slot: int) -> int:
-    """Seed of the first pair of `slot` in `round_`; probe p of local step h uses this + h * probes + p.
+    """Seed of the first pair of `slot` in `round_`.
 
-    The low 16 bits are zero, so that the seeds of one assignment (at most 4,096) never carry into
-    another's; the upper 48 come from SHA-256, so that runs, rounds and slots share no direction.
+    Probe p of local step h uses this + h * probes + p. The low 16 bits are zero, so that the seeds
+    of one assignment (at most 4,096) never carry into another's; the upper 48 come from SHA-256, so
+    that runs, rounds and slots share no direction.
     """
     return _hash64("fedmezo seed v1", run_seed, round_, slot) & ~0xFFFF
 

@@ -28,6 +28,7 @@ from fedmezo_core.records import (
     Committed,
     Opened,
     Record,
+    Scalars,
     SeedRange,
     Snapshotted,
     first_seed_of,
@@ -69,7 +70,7 @@ def records_of(seed: int, round_: int) -> list[Record]:
     ]
     return [
         Opened(round_, 0, tuple(f"w{k}" for k in range(WORKERS))),
-        *(Answered(round_, slot, grads, None, digest) for slot in range(WORKERS)),
+        *(Answered(round_, slot, Scalars(grads, None, digest)) for slot in range(WORKERS)),
         Committed(round_, tuple(runs), round_),
     ]
 

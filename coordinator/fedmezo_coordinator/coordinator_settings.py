@@ -13,7 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from fedmezo_coordinator.stores.opening import path_beside
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, parse_run
 from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey, ListenAddress
-from fedmezo_core.machines.cohort import REPLICA_PARTY
+from fedmezo_core.machines.divergence import REPLICA_PARTY
 
 SESSIONS_MAX = 16_000
 """Default of `sessions_max`."""

@@ -26,13 +26,13 @@ from fedmezo_core.errors import (
     SnapshotError,
     UnknownWorkerError,
 )
-from fedmezo_core.events import Ready, ReplicaDigest, ReplicaEvaluated
+from fedmezo_core.events import Ready, ReplicaEvaluated, WeightsReported
 from fedmezo_core.journal.codec import diverged_to_pb, evaluated_from_pb, evaluated_to_pb
 from fedmezo_core.journal.journal import Entry, Journal
 from fedmezo_core.journal.signed_heads import Signer
-from fedmezo_core.machines.cohort import REPLICA_PARTY
-from fedmezo_core.machines.divergence import PartyDigest
-from fedmezo_core.machines.rounds import Phase, RoundMachine
+from fedmezo_core.machines.divergence import REPLICA_PARTY
+from fedmezo_core.machines.roster import Phase
+from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.sealed_state import Origin
 from fedmezo_core.records import (
     Answered,
@@ -43,7 +43,6 @@ from fedmezo_core.records import (
     Resumed,
     Snapshotted,
     Stopped,
-    digest64_of,
 )
 from fedmezo_core.wire.messages import snapshot_to_pb
 from fedmezo_core.wire.snapshots import Snapshot
@@ -183,7 +182,8 @@ class Daemon(ServingLoop[Ready]):
         """Write down the replica's newest snapshot, once the run has agreed to its weights."""
         snapshotted = self._snapshots.take_agreed()
         if snapshotted is not None:
-            await self._flush([self._recorded(snapshotted)])
+            self._machine.apply(snapshotted)
+            await self._flush([Ready((snapshotted,))])
             # Beside the loop: a large file takes its time to go.
             asyncio.get_running_loop().run_in_executor(None, self._snapshots.sweep)
 
@@ -286,9 +286,8 @@ class Daemon(ServingLoop[Ready]):
         return self._from_replica(item.request)
 
     def _from_replica(self, request: wire.ReportReplicaRequest) -> list[Ready]:
-        digest = request.weights_digest
-        readies = self._digest_reported(PartyDigest(REPLICA_PARTY, request.round, digest))
-        readies.append(self._machine.step(ReplicaDigest(request.round, digest64_of(digest))))
+        reported = WeightsReported(REPLICA_PARTY, request.round, request.weights_digest)
+        readies = [self._machine.step(reported)]
         if request.HasField("evaluation"):
             evaluation = evaluated_from_pb(request.evaluation)
             readies.append(self._machine.step(ReplicaEvaluated(evaluation)))
@@ -306,16 +305,6 @@ class Daemon(ServingLoop[Ready]):
                 request.round, request.weights_digest, report.file_sha256, report.file_bytes
             )
         )
-
-    def _digest_reported(self, digest: PartyDigest) -> list[Ready]:
-        known = {(d.party, d.round) for d in self._machine.state.divergences}
-        found = self._digests.report(digest)
-        return [self._recorded(d) for d in found if (d.party, d.round) not in known]
-
-    def _recorded(self, record: Diverged | Snapshotted) -> Ready:
-        """A fact that the daemon found, not the machine: folded here, appended like the others."""
-        self._machine.apply(record)
-        return Ready(records=(record,))
 
     def _welcome(self, round_: int, head: bytes) -> wire.Welcome:
         return wire.Welcome(

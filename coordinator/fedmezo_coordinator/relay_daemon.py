@@ -35,11 +35,9 @@ from fedmezo_core.events import (
     SentAway,
     SessionEvent,
     Vouched,
-    WeightsReported,
     Welcomed,
 )
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Row, chain_after, head_after
-from fedmezo_core.machines.divergence import PartyDigest
 from fedmezo_core.machines.relay import RelayMachine, RelayReady, RelayUp
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.history import History
@@ -359,6 +357,15 @@ class Relay(ServingLoop[RelayReady]):
             for action in ready.up:
                 if self._up is not None:
                     self._up.put_nowait(action)
+            for found in ready.diverged:
+                log.error(
+                    "%s diverged: its weights after round %d have digest %016x, "
+                    "most of the site's %016x",
+                    found.party,
+                    found.round,
+                    found.found_digest64,
+                    found.expected_digest64,
+                )
 
     async def _keep(self, readies: Sequence[RelayReady]) -> dict[int, tuple[Row, bytes]]:
         """Write commits into the copy, a page at a time; returns rows and signatures by round."""
@@ -402,19 +409,6 @@ class Relay(ServingLoop[RelayReady]):
             self._staffed.clear()
             if self._up is not None:
                 self._up.put_nowait(None)
-
-    def _digest_reported(self, digest: PartyDigest) -> list[RelayReady]:
-        for found in self._digests.report(digest):
-            log.error(
-                "%s diverged: its weights after round %d have digest %016x, most of the site's "
-                "%016x",
-                found.party,
-                found.round,
-                found.found_digest64,
-                found.expected_digest64,
-            )
-        event = WeightsReported(digest.party, digest.round, digest.weights_digest)
-        return [self._machine.step(event)]
 
     def _welcome(self, round_: int, head: bytes) -> wire.Welcome:
         if not self._machine.may_welcome or (self._key and self._signed_round != round_):

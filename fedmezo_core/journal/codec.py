@@ -32,6 +32,7 @@ from fedmezo_core.records import (
     Record,
     Resumed,
     RoundSlot,
+    Scalars,
     SeedRange,
     SignedHead,
     Snapshotted,
@@ -418,13 +419,14 @@ def _places_of(message: pb.Committed) -> tuple[RoundSlot, ...]:
 
 def answered_to_pb(record: Answered) -> pb.Answered:
     """An accepted answer as a message."""
+    scalars = record.scalars
     return pb.Answered(
         round=record.round,
         slot=record.slot,
-        projected_grads=record.projected_grads,
-        mean_loss=record.mean_loss,
-        weights_digest64=record.weights_digest64,
-        rows=record.rows,
+        projected_grads=scalars.projected_grads,
+        mean_loss=scalars.mean_loss,
+        weights_digest64=scalars.weights_digest64,
+        rows=scalars.rows,
     )
 
 
@@ -434,10 +436,12 @@ def answered_from_pb(message: pb.Answered) -> Answered:
     return Answered(
         message.round,
         message.slot,
-        tuple(message.projected_grads[:]),  # a slice is made in one step
-        message.mean_loss if has("mean_loss") else None,
-        message.weights_digest64 if has("weights_digest64") else None,
-        message.rows if has("rows") else None,
+        Scalars(
+            tuple(message.projected_grads[:]),  # a slice is made in one step
+            message.mean_loss if has("mean_loss") else None,
+            message.weights_digest64 if has("weights_digest64") else None,
+            message.rows if has("rows") else None,
+        ),
     )
 
 

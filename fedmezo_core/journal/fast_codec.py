@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from functools import lru_cache, partial
 
-from fedmezo_core.records import Answered, Committed, SeedRange
+from fedmezo_core.records import Answered, Committed, Scalars, SeedRange
 
 ANSWERED = 0x22
 """First byte of an `Answered` record: field 4 of `Record`, with a length."""
@@ -111,10 +111,10 @@ class AnswerLayout:
                     return None
             case _:
                 pass
-        return _answered_of((round_, slot, grads, mean_loss, digest64, None))
+        return Answered(round_, slot, _scalars_of((grads, mean_loss, digest64, None)))
 
 
-_answered_of: Callable[[tuple[object, ...]], Answered] = partial(tuple.__new__, Answered)
+_scalars_of: Callable[[tuple[object, ...]], Scalars] = partial(tuple.__new__, Scalars)
 _run_of: Callable[[tuple[object, ...]], SeedRange] = partial(tuple.__new__, SeedRange)
 
 

@@ -1,1 +1,7 @@
-"""What decides: pure state machines. No clock, socket, disk, thread or entropy."""
+"""What decides: pure state machines. No clock, socket, disk, thread or entropy.
+
+Reading order: `fedmezo_core.events` and `fedmezo_core.records` (what goes in and comes out);
+`rounds` (the coordinator) with `run_state` (the journal, folded) and `roster` (the workers);
+`answers`, `divergence`, `cohort`, `seeds`, `rates`, `aggregate` and `health` (what it decides by);
+`session` (a worker); `relay` (both at once, for a site); `sealed_state` (a folded state as bytes).
+"""

@@ -11,11 +11,10 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import NumericError
-from fedmezo_core.records import Answered
+from fedmezo_core.records import Scalars
 
 
 def to_binary32(value: float) -> float:
@@ -35,7 +34,7 @@ def to_binary32(value: float) -> float:
 
 
 def all_to_binary32(values: Sequence[float]) -> tuple[float, ...]:
-    """Each of `values` rounded as by `to_binary32`; `NumericError` names the first that cannot be."""
+    """Each of `values` rounded as by `to_binary32`; `NumericError` names the first it fails for."""
     form = f"<{len(values)}f"
     try:
         rounded: tuple[float, ...] = struct.unpack(form, struct.pack(form, *values))
@@ -49,7 +48,7 @@ def all_to_binary32(values: Sequence[float]) -> tuple[float, ...]:
 
 @lru_cache
 def clip_of(projected_grad_abs_max: float) -> float:
-    """Largest size of a binary32 projected gradient that the clip allows.
+    """Largest absolute value of a binary32 projected gradient that the clip allows.
 
     A worker that clamps to the clip and then rounds to binary32 may land just above the clip's
     binary64 value; that is still the clip.
@@ -67,23 +66,23 @@ def bits_of(values: Sequence[float]) -> bytes:
 
 @dataclass(slots=True)
 class Share:
-    """One answer's part in a round's mean. Never changed, and not frozen because a commit makes thousands."""
+    """One answer's part in a round's mean. Nobody changes it; a frozen one takes longer to make."""
 
     seeds: tuple[int, ...]
     projected_grads: tuple[float, ...]
     """One for each seed, step by step."""
     learning_rate: float
     weight: int = 1
-    """Its count of rows where answers are weighted by them; otherwise 1."""
+    """Rows of the worker's data where answers are weighted by rows; otherwise 1."""
 
 
 def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[float, ...]]:
     """Coefficients of each answer's seeds in a round that commits `shares`.
 
-    Each is binary32( -(learning_rate * grad * weight) / (sum of weights * probes) ), every operation
-    rounded to binary64 from the left, the divisor an exact integer: the mean over workers and directions
-    of MeZO's step (Malladi et al. 2023, algorithms 1 and 2). With `normalized_step`, `grad` is the
-    projected gradient over the root mean square of its step's (see `normalized`).
+    Each is binary32( -(learning_rate * grad * weight) / (sum of weights * probes) ), every
+    operation rounded to binary64 from the left, the divisor an exact integer: the mean over workers
+    and directions of MeZO's step (Malladi et al. 2023, algorithms 1 and 2). With `normalized_step`,
+    `grad` is the projected gradient over the root mean square of those of its step.
     Raises `NumericError` if one is not finite.
     """
     grads: list[Sequence[float]] = [share.projected_grads for share in shares]
@@ -97,23 +96,14 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
     ]
 
 
-class SiteMean(NamedTuple):
-    """The answers of a site as one answer."""
-
-    projected_grads: tuple[float, ...]
-    mean_loss: float | None
-    """None if no answer carried one."""
-    rows: int
-    """Of all answers; an answer without a count has 1."""
-
-
-def site_mean(answers: Sequence[Answered]) -> SiteMean:
+def site_mean(answers: Sequence[Scalars]) -> Scalars:
     """What a relay makes of the answers of its workers, all measured along the same seeds.
 
-    Each projected gradient is binary32( fsum(grad * rows) / sum of rows ): products rounded to binary64,
-    their sum exact and rounded once, so that the order of the answers does not matter, the divisor an exact
-    integer. Where answers are not weighted by rows they count alike. The loss is the same over the answers
-    that carry one. Nobody computes it again: the mean is what the coordinator above journals.
+    Each projected gradient is binary32( fsum(grad * rows) / sum of rows ): products rounded to
+    binary64, their sum exact and rounded once, so that the order of the answers does not matter,
+    the divisor an exact integer. An answer without a count of rows has 1. The mean loss is the same
+    mean over the answers that carry one, None if none does. `rows` is the sum, and there is no
+    digest. Nobody computes the mean again: the coordinator above journals it as the site's answer.
     """
 
     def mean(values: Sequence[float], weights: Sequence[int]) -> float:
@@ -122,31 +112,32 @@ def site_mean(answers: Sequence[Answered]) -> SiteMean:
 
     rows = [answer.rows or 1 for answer in answers]
     columns = zip(*(answer.projected_grads for answer in answers), strict=True)
-    told = [(a.mean_loss, a.rows or 1) for a in answers if a.mean_loss is not None]
-    return SiteMean(
-        tuple(mean(column, rows) for column in columns),
-        mean([loss for loss, _ in told], [count for _, count in told]) if told else None,
-        sum(rows),
+    losses = [(a.mean_loss, a.rows or 1) for a in answers if a.mean_loss is not None]
+    return Scalars(
+        projected_grads=tuple(mean(column, rows) for column in columns),
+        mean_loss=mean([loss for loss, _ in losses], [n for _, n in losses]) if losses else None,
+        weights_digest64=None,
+        rows=sum(rows),
     )
 
 
 def normalized(projected_grads: Sequence[float]) -> list[float]:
     """Projected gradients over their root mean square; all 0 if that is 0.
 
-    FZOO (Dang et al. 2025) divides by the standard deviation of the perturbed losses; eps takes that to
-    this, up to the gradients' mean, which is nearly 0. About 0 instead of about the mean, no result is
-    larger than the square root of their count, and a single one is allowed.
+    FZOO (Dang et al. 2025) divides by the standard deviation of the perturbed losses, which is eps
+    times this up to the gradients' mean, which is nearly 0. With deviations from 0 instead of from
+    the mean, no result is larger than the square root of their count, and one gradient is enough.
     """
     size = math.sqrt(math.fsum(g * g for g in projected_grads) / len(projected_grads))
     return [grad / size if size > 0 else 0.0 for grad in projected_grads]
 
 
 def staleness_discount(config: RunConfig, rounds_old: int) -> float:
-    """What the learning rate of an answer that was measured `rounds_old` rounds before its commit is
-    multiplied by: (1 + rounds_old) ^ -staleness_exponent, above 0, at most 1.
+    """Factor for the learning rate of an answer measured `rounds_old` rounds before its commit.
 
-    FedBuff's polynomial discount (Nguyen et al. 2022, section 5, after FedAsync, Xie et al. 2019). As
-    there, the divisor of the mean stays: answers that are all old make a smaller step.
+    It is (1 + rounds_old) ^ -staleness_exponent, above 0 and at most 1: FedBuff's polynomial
+    discount (Nguyen et al. 2022, section 5, after FedAsync, Xie et al. 2019). As there, the divisor
+    of the mean stays: answers that are all old make a smaller step.
     """
     return float((1.0 + rounds_old) ** -config.staleness_exponent) if rounds_old else 1.0
 
@@ -154,8 +145,9 @@ def staleness_discount(config: RunConfig, rounds_old: int) -> float:
 def decay_of(config: RunConfig, factor: float) -> float:
     """What a commit multiplies the weights by: binary32( (1 - rate * weight_decay) ^ local_steps ).
 
-    Decoupled from the gradient, as in AdamW (Loshchilov & Hutter 2019). `factor` times the contract's
-    learning rate is the round's. The power is a product, so that every machine rounds it alike.
+    The decay is decoupled from the gradient, as in AdamW (Loshchilov & Hutter 2019). The round's
+    learning rate is `factor` times the contract's. The power is a product, so that every machine
+    rounds it alike.
     """
     once = 1.0 - config.learning_rate * factor * config.weight_decay
     power = 1.0
@@ -165,10 +157,10 @@ def decay_of(config: RunConfig, factor: float) -> float:
 
 
 def _normalized_by_step(answers: Sequence[Sequence[float]], probes: int) -> list[Sequence[float]]:
-    """The same step of all workers together: a federation is one pool of probes."""
+    """Normalize the probes of each step over all workers: a federation is one pool of probes."""
     found: list[list[float]] = [[] for _ in answers]
     for first in range(0, len(answers[0]), probes):
         together = normalized([g for grads in answers for g in grads[first : first + probes]])
-        for place, grads in enumerate(found):
-            grads += together[place * probes : (place + 1) * probes]
+        for number, grads in enumerate(found):
+            grads += together[number * probes : (number + 1) * probes]
     return list(found)

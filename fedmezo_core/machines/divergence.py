@@ -1,58 +1,83 @@
-"""Who holds which weights: full digests that parties report, and who stands alone."""
+"""Whose weights are the run's. No digests of weights are compared anywhere else.
+
+Parties name the digest of their weights in the answers of digest rounds and in `WeightsReported`.
+The machines ask `agreed_digest` which digest is the run's, and `differing` who has another one.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from fedmezo_core.machines.cohort import REPLICA_PARTY, agreed_digest
+from fedmezo_core.events import WeightsReported
+from fedmezo_core.machines.roster import WORKERS_SEEN_MAX
 from fedmezo_core.records import Diverged, digest64_of
 
+REPLICA_PARTY = "replica"
+"""Name of the coordinator's own replica of the weights as a party; no worker may have it."""
 
-@dataclass(frozen=True, slots=True)
-class PartyDigest:
-    """A party's digest of the weights after `round`."""
 
-    party: str
-    round: int
-    weights_digest: bytes
+def agreed_digest(votes: Sequence[int], replica: int | None) -> int | None:
+    """The weights digest that the run goes by, or None while nobody can tell.
+
+    It is the value that more than half of all votes name, the workers' `votes` and the replica's if
+    it has one. Without such a majority it is the replica's, rebuilt from the journal alone. Without
+    either it is None: nothing is committed from weights that are known to disagree.
+    """
+    counts = Counter(votes)
+    if replica is not None:
+        counts[replica] += 1
+    if not counts:
+        return None
+    value, count = counts.most_common(1)[0]
+    return value if 2 * count > counts.total() else replica
+
+
+def differing(found: Iterable[tuple[str, int]], expected: int | None) -> list[tuple[str, int]]:
+    """The pairs (party, digest) of `found` whose digest is not `expected`, each once, in order."""
+    return [(party, digest64) for party, digest64 in dict.fromkeys(found) if digest64 != expected]
 
 
 class DigestBoard:
-    """Newest full digest of each party."""
+    """The newest full digest that each party has reported."""
 
     def __init__(self) -> None:
-        self._newest: dict[str, PartyDigest] = {}
+        # Party -> its newest report; the party that reported last comes last.
+        self._newest: dict[str, WeightsReported] = {}
+        # Party -> the round in which it was last found to differ.
         self._named: dict[str, int] = {}
-        """Party -> the round that it was named for last."""
 
-    def newest(self) -> list[PartyDigest]:
-        """One a party, by name."""
+    def newest(self) -> list[WeightsReported]:
+        """The newest report of each party, sorted by the party's name."""
         return [self._newest[party] for party in sorted(self._newest)]
 
-    def forget(self, party: str) -> None:
-        """Drop what a party reported."""
-        self._newest.pop(party, None)
-        self._named.pop(party, None)
-
-    def report(self, digest: PartyDigest) -> list[Diverged]:
-        """Take a digest; returns the parties that it shows to have diverged, each once a round.
-
-        Which digest is the run's is decided as for answers, by `agreed_digest`.
-        """
-        self._newest[digest.party] = digest
-        found_by = {
-            d.party: digest64_of(d.weights_digest)
-            for d in self._newest.values()
-            if d.round == digest.round
+    def reports_of(self, round_: int) -> dict[str, bytes]:
+        """Party -> 32-byte digest of its weights after `round_`, if that is its newest report."""
+        return {
+            party: report.weights_digest
+            for party, report in self._newest.items()
+            if report.round == round_
         }
-        votes = [found for party, found in found_by.items() if party != REPLICA_PARTY]
-        expected = agreed_digest(votes, found_by.get(REPLICA_PARTY))
+
+    def report(self, report: WeightsReported) -> list[Diverged]:
+        """Take a report; returns the parties that it shows to differ, each once a round."""
+        self._newest.pop(report.party, None)
+        self._newest[report.party] = report
+        if len(self._newest) > WORKERS_SEEN_MAX:
+            gone = next(iter(self._newest))
+            del self._newest[gone]
+            self._named.pop(gone, None)
+        found = {
+            party: digest64_of(digest) for party, digest in self.reports_of(report.round).items()
+        }
+        votes = [digest64 for party, digest64 in found.items() if party != REPLICA_PARTY]
+        expected = agreed_digest(votes, found.get(REPLICA_PARTY))
         if expected is None:
             return []
         diverged = [
-            Diverged(digest.round, party, found, expected)
-            for party, found in sorted(found_by.items())
-            if found != expected and self._named.get(party) != digest.round
+            Diverged(report.round, party, digest64, expected)
+            for party, digest64 in differing(sorted(found.items()), expected)
+            if self._named.get(party) != report.round
         ]
         self._named.update((d.party, d.round) for d in diverged)
         return diverged

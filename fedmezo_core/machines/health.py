@@ -1,4 +1,4 @@
-"""Whether a run gets better, worse or no better: judged by losses alone. Pure."""
+"""Whether a run gets better, worse or no better, by its losses alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedmezo_core.records import Evaluated
 
 @dataclass(slots=True)
 class LossWatch:
-    """One kind of loss over the rounds."""
+    """Follows one kind of loss over the rounds."""
 
     first: float | None = None
     newest: float = 0.0
@@ -18,9 +18,9 @@ class LossWatch:
     """The round since which every loss was above the allowed multiple of the first one."""
 
     def see(self, round_: int, loss: float, factor: float) -> None:
-        """Take the loss of `round_`; beyond `factor` times the first one it is high.
+        """Take the loss of `round_`, which is high if it is above `factor` times the first one.
 
-        A first loss of 0 or below, as an objective's scores can be, is nothing to take multiples of.
+        If the first loss is 0 or below, as an objective's scores can be, no loss is high.
         """
         if self.first is None:
             self.first = loss
@@ -38,7 +38,7 @@ class Health:
     training: LossWatch = field(default_factory=LossWatch)
     """Mean losses of the committed answers, if the run reports them."""
     heldout: LossWatch = field(default_factory=LossWatch)
-    """Losses of the evaluations."""
+    """Losses on held-out rows."""
     best: Evaluated | None = None
     evaluations_since_best: int = 0
 
@@ -47,7 +47,7 @@ class Health:
         self.training.see(round_, loss, factor)
 
     def evaluated(self, record: Evaluated, factor: float) -> None:
-        """The weights were evaluated. One of an older round than the newest says nothing new."""
+        """Take an evaluation of the weights; one older than the newest changes nothing."""
         if self.heldout.first is not None and record.round <= self.heldout.newest_round:
             return
         self.heldout.see(record.round, record.loss, factor)
@@ -57,23 +57,24 @@ class Health:
             self.evaluations_since_best += 1
 
     def resumed(self) -> None:
-        """A person has looked: what was high so far counts no more."""
+        """A person resumed the run: losses that were high so far no longer count."""
         self.training.high_since = self.heldout.high_since = None
 
     def gone_wrong(self, factor: float, rounds: int) -> str:
-        """Why the run should pause, if a loss was high for `rounds` rounds (0: never); else empty."""
+        """Why the run should pause: a loss was high for `rounds` rounds (0: never). Else empty."""
         for name, watch in (("training", self.training), ("held-out", self.heldout)):
             since = watch.high_since
             if rounds and since is not None and watch.newest_round - since + 1 >= rounds:
                 return (
                     f"the {name} loss is {watch.newest:.4g} in round {watch.newest_round}, above "
-                    f"{factor:g} times its first value {watch.first:.4g} since round {since}: the learning "
-                    "rate is too large; resume with a smaller one, or begin again from an earlier round"
+                    f"{factor:g} times its first value {watch.first:.4g} since round {since}: the "
+                    "learning rate is too large; resume with a smaller one, or begin again from an "
+                    "earlier round"
                 )
         return ""
 
     def no_better(self, evaluations: int) -> str:
-        """Why the run should end, if `evaluations` in a row were not better (0: never); else empty."""
+        """Why the run should end: `evaluations` in a row were not better (0: never). Else empty."""
         if not evaluations or self.evaluations_since_best < evaluations or self.best is None:
             return ""
         return (

@@ -1,12 +1,13 @@
-"""Learning rates: the schedule over the rounds, and each worker's own around it. Pure.
+"""Learning rates: the schedule over the rounds, and each worker's own rate around it.
 
-A worker's rate in a round is `factor * (learning_rate + amplitude * phi)`: `factor` is the schedule's,
-`phi` in [-1, 1] what its signal says (FedMeZO, Ling et al. 2024, proposition 3.7 and section 5.4):
+A worker's rate in a round is `factor * (learning_rate + amplitude * phi)`, where `factor` comes
+from the schedule and `phi` in [-1, 1] from the worker's signal (FedMeZO, Ling et al. 2024,
+proposition 3.7 and section 5.4):
 
     phi_i = (s_i - mean(s)) / max_j |s_j - mean(s)|        over the workers whose signal is known
 
-so a worker whose loss, or whose update's distance from the mean, is above the others' takes larger
-steps. The paper's clients read each other's updates for the distance; here it comes from scalars.
+So a worker takes larger steps if its loss, or its update's distance from the mean, is above the
+others'. The paper's clients read each other's updates for the distance; here it comes from scalars.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from fedmezo_core.config import RunConfig
 
 SIGNAL_ROUNDS = 5
-"""Answers whose losses the signal `mean_loss` is the mean of."""
+"""How many of a worker's newest answers the signal `mean_loss` averages over."""
 
 
 def schedule_factor(config: RunConfig, round_: int) -> float:
-    """What the schedule multiplies the learning rate of `round_` (from 1) by: above 0, at most 1.
+    """Factor of the schedule for the learning rate of `round_` (from 1): above 0, at most 1.
 
-    Up in a straight line over `warmup_rounds`, then down to `final_rate_fraction`, which the round
-    after the last one would have.
+    It rises in a straight line over `warmup_rounds`, then falls to `final_rate_fraction`, which it
+    would reach in the round after the last one.
     """
     if round_ <= config.warmup_rounds:
         return round_ / (config.warmup_rounds + 1)
@@ -64,14 +65,14 @@ def own_rates(
 def update_distances(
     updates: Sequence[Mapping[int, float]], weights: Sequence[float], elements: int
 ) -> list[float]:
-    """How far each answer's update is from the mean update, || D_i - sum_j w_j D_j ||, from scalars.
+    """Distance of each answer's update from the mean update, || D_i - sum_j w_j D_j ||.
 
     `updates`: for each answer, seed -> the coefficient that its direction has in D_i. `weights` sum
     to 1. `elements`: count of trained elements d.
 
-    Directions of different seeds are nearly orthogonal and have || z || = sqrt(d) (Rademacher: exactly;
-    the others: nearly), so the squared norm of sum_s a_s z_s is d * sum_s a_s^2 within a relative
-    error of the order of sqrt(seeds / d).
+    Directions of different seeds are nearly orthogonal and have || z || = sqrt(d) (Rademacher:
+    exactly; the others: nearly), so the squared norm of sum_s a_s z_s is d * sum_s a_s^2 within a
+    relative error of the order of sqrt(seeds / d).
     """
     mean: dict[int, float] = {}
     for update, weight in zip(updates, weights, strict=True):
@@ -89,7 +90,7 @@ def update_distances(
 
 
 def _chance(run_seed: int, round_: int, worker: str) -> float:
-    """Uniform in [-1, 1): the paper's control. A function of its arguments."""
+    """Uniform in [-1, 1) and a pure function of its arguments: the paper's control."""
     prefix = b"fedmezo rate v1\0" + run_seed.to_bytes(8, "little") + round_.to_bytes(8, "little")
     bits = hashlib.sha256(prefix + worker.encode()).digest()[:8]
     return int.from_bytes(bits, "little") / 2**63 - 1.0

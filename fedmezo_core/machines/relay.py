@@ -1,23 +1,23 @@
-"""The relay's machine: a worker of the coordinator above, a coordinator of the workers of its site. Pure.
+"""The relay's machine: a worker of the coordinator above, a coordinator of its site's workers.
 
-Its workers measure what it is assigned, all along the same seeds, under the ticket that it was given; the
-mean of their answers is its answer. So a site of any size is one stream to the coordinator above, and the
-journal there knows nothing of it. Towards that coordinator it is a `SessionMachine`, whose engine is the
-site.
+The workers of the site measure what the relay is assigned, all along the same seeds and under the
+ticket that the relay was given; the mean of their answers is the relay's answer. So a site of any
+size is one stream to the coordinator above, and the journal there knows nothing of it. Towards that
+coordinator the relay is a `SessionMachine`, whose engine is the site.
 
-Its driver owes, for each `RelayReady`: end all sessions if it says so, then keep and send each `Committed`
-among `records` to every worker, then send `messages`, then `up`. Events from above may raise, as
-`SessionMachine.step` does, and then nothing has changed.
+The driver owes, for each `RelayReady`: end all sessions if it says so, then keep and send each
+`Committed` among `records` to every worker, then send `messages`, then `up`. Events from above may
+raise, as `SessionMachine.step` does, and then nothing has changed.
 
-What is acknowledged to a worker is durable above: the coordinator has acknowledged the mean that it is in.
+A worker gets its acknowledgement when its answer is durable above, that is when the coordinator has
+acknowledged the mean that holds it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedmezo_core.config import COHORT_MAX, COMMIT_PAIRS_MAX, RunConfig
 from fedmezo_core.errors import (
@@ -25,7 +25,6 @@ from fedmezo_core.errors import (
     EquivocationError,
     ProtocolError,
     StaleTicketError,
-    UnknownWorkerError,
 )
 from fedmezo_core.events import (
     Ack,
@@ -37,7 +36,6 @@ from fedmezo_core.events import (
     CommitReceived,
     Connected,
     Disconnected,
-    Expel,
     Finish,
     FinishedByCoordinator,
     Leave,
@@ -69,22 +67,16 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.aggregate import site_mean
 from fedmezo_core.machines.answers import ROWS_MAX, checked, content_of
-from fedmezo_core.machines.cohort import agreed_digest, choose_cohort
-from fedmezo_core.machines.rounds import (
-    COMPLAINT_CHARS_MAX,
-    RECENT_ROUNDS_MAX,
-    WORKERS_SEEN_MAX,
-    Phase,
-    RoundSummary,
-    WorkerView,
-)
+from fedmezo_core.machines.cohort import choose_cohort
+from fedmezo_core.machines.divergence import DigestBoard, agreed_digest, differing
+from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX, Phase, Roster, RoundSummary
 from fedmezo_core.machines.session import SessionMachine, SessionState
-from fedmezo_core.records import Answered, Committed, Genesis, digest64_of
+from fedmezo_core.records import Committed, Diverged, Genesis, RoundSlot, Scalars, digest64_of
 
 REJOIN_MS = 10_000
-"""A worker whose session ended so lately may come back: its answer is waited for."""
+"""How long the site waits for the answer of a worker whose session ended, which may come back."""
 REPORT_MS = 60_000
-"""How long the site's workers may take to digest the last weights."""
+"""How long the site waits for its workers to digest their last weights."""
 
 RelayUp = SendHello | SendAnswer | SendUnable | ReportDigest | Leave
 
@@ -97,7 +89,9 @@ class RelayReady(Ready):
     dismissed: str = ""
     """If not empty: end every worker's session with this sentence; they may join again at once."""
     up: tuple[RelayUp, ...] = ()
-    """To the coordinator above."""
+    """Messages to the coordinator above."""
+    diverged: tuple[Diverged, ...] = ()
+    """Workers whose digest of the weights differs from most of the site's; only for the log."""
 
 
 @dataclass(eq=False, slots=True)
@@ -108,27 +102,30 @@ class _SiteRound:
     work: Work
     closes_at_ms: int
     asked: set[str] = field(default_factory=set)
-    pending: set[str] = field(default_factory=set)
-    """Asked, and neither answered nor unable."""
-    answers: dict[str, tuple[Ticket, Answered]] = field(default_factory=dict)
-    """Worker -> its answer, and the ticket that it came under."""
+    answers: dict[str, tuple[Ticket, Scalars]] = field(default_factory=dict)
+    """Worker -> the ticket that its answer came under, and the answer."""
     counted: tuple[str, ...] = ()
-    """Workers whose answers the mean is made of, once it is."""
+    """Workers whose answers are in the site's mean, sorted; empty until there is a mean."""
     acknowledged: bool = False
-    """Whether that mean is durable above."""
+    """Whether the mean is durable above."""
+
+    @property
+    def assignment(self) -> RoundSlot:
+        """What the relay was assigned, and so each of its workers."""
+        return RoundSlot(self.given.round, self.given.slot)
 
     def is_of(self, ticket: Ticket) -> bool:
         """Whether the ticket names this work. A new epoch repeats it under a new ticket."""
-        return (self.given.round, self.given.slot) == (ticket.round, ticket.slot)
+        return self.assignment == (ticket.round, ticket.slot)
 
 
 def site_workers_max(config: RunConfig) -> int:
-    """Most workers that one assignment is given to: their answers are held until it is answered."""
+    """Most workers that one assignment is given to, for the relay holds their answers in memory."""
     return min(COHORT_MAX, max(1, COMMIT_PAIRS_MAX // config.pairs_per_answer))
 
 
 class RelayMachine:
-    """Passes assignments and commits down, and one mean answer up. See the module's text for its use."""
+    """Passes assignments and commits down, and one mean answer up; see the module's docstring."""
 
     def __init__(
         self,
@@ -141,10 +138,12 @@ class RelayMachine:
     ) -> None:
         """`round_` and `head` are those of the copy that the driver holds.
 
-        `workers_min` workers must be there before the site takes part. `deadline_share` is their part of
-        the time that the coordinator above gives.
+        The site takes part from `workers_min` workers on. Its workers get `deadline_share` of the
+        time that the coordinator above gives.
         """
         self.config = genesis.config
+        self.roster = Roster("this relay")
+        self.digests = DigestBoard()
         self._workers_min = workers_min
         self._deadline_share = deadline_share
         self._round = round_
@@ -160,56 +159,53 @@ class RelayMachine:
         self._open: _SiteRound | None = None
         # The last one that was answered: its acknowledgement may still come.
         self._answered: _SiteRound | None = None
-        self._workers: dict[str, WorkerView] = {}
-        self._ready: set[str] = set()
         self._lost_at_ms: dict[str, int] = {}
-        self._diverged: set[str] = set()
         self._recent: deque[RoundSummary] = deque(maxlen=RECENT_ROUNDS_MAX)
         self._staffed = False
-        # No more rounds follow, as the coordinator above says; and the workers were told so.
+        # Whether the coordinator above says that no more rounds follow, and the workers know it.
         self._over = False
         self._finished = False
         self._left = False
-        self._reports: dict[str, bytes] = {}
         self._report_until_ms = 0
         self._dismissed = ""
         self._records: list[Committed] = []
         self._messages: list[RoundMessage] = []
         self._up: list[RelayUp] = []
+        self._differing: list[Diverged] = []
 
-    # ------------------------------------------------------------ what the driver and the status ask
+    # ------------------------------------------------------------ for the driver and the status
 
     @property
     def round(self) -> int:
-        """Last commit that was given out: what workers are welcomed at."""
+        """Round of the last commit that the workers got: new ones are welcomed at it."""
         return self._round
 
     @property
     def received_round(self) -> int:
-        """Last commit received; it may wait for the open assignment to end."""
+        """Round of the last commit received, which may wait for the open assignment to end."""
         return self._session.round
 
     @property
     def epoch(self) -> int:
-        """Newest epoch of the coordinator above that is known; 0 if none is."""
+        """Newest known epoch of the coordinator above; 0 if none is known."""
         return self._epoch
 
     @property
     def may_welcome(self) -> bool:
-        """Whether the coordinator above vouches for the head at `round`: without that nobody can join."""
+        """Whether the coordinator above vouches for the head at `round`: then workers can join."""
         return self._vouched
 
     @property
     def is_staffed(self) -> bool:
-        """Whether the site should take part: from `workers_min` workers on, until the last one is gone.
+        """Whether the site should take part: from `workers_min` workers on, until none is left.
 
-        Of a run that is over, one worker is enough to be told so.
+        If the run is over, one worker is enough, so that it learns of the end.
         """
         return self._staffed
 
     @property
     def left(self) -> bool:
-        """Whether the run is over and everything is said above."""
+        """Whether the run is over and the coordinator above has got everything."""
         return self._left
 
     @property
@@ -224,38 +220,22 @@ class RelayMachine:
         """Why the site does not take part; empty if it does."""
         if self._staffed or self.phase is Phase.FINISHED:
             return ""
-        return f"{len(self._ready)} of {self._workers_min} workers are here"
-
-    @property
-    def awaited(self) -> tuple[str, ...]:
-        """Workers that have the open assignment and have not answered."""
-        return () if self._open is None else tuple(sorted(self._open.pending))
-
-    @property
-    def awaits_answers(self) -> bool:
-        """Whether there are any."""
-        return self._open is not None and bool(self._open.pending)
+        return f"{len(self.roster.ready)} of {self._workers_min} workers are here"
 
     @property
     def diverged(self) -> frozenset[str]:
         """Workers whose weights were found to differ and have not agreed since."""
-        return frozenset(self._diverged)
-
-    @property
-    def workers(self) -> Mapping[str, WorkerView]:
-        """Every worker seen, by name; to be read, not changed."""
-        return self._workers
+        views = self.roster.workers.values()
+        return frozenset(view.worker for view in views if view.told_diverged)
 
     @property
     def recent_rounds(self) -> Sequence[RoundSummary]:
-        """The newest assignments that were answered above, oldest first."""
+        """Summaries of the newest assignments that the site answered, oldest first."""
         return self._recent
 
     # ------------------------------------------------------------ driving it
 
-    def step(
-        self, event: RoundEvent | WeightsReported | SessionEvent | Vouched | SentAway
-    ) -> RelayReady:
+    def step(self, event: RoundEvent | SessionEvent | Vouched | SentAway) -> RelayReady:
         """Take one event; the driver owes what is returned before it calls again."""
         match event:
             case WorkerReady(worker):
@@ -263,12 +243,11 @@ class RelayMachine:
             case WorkerLost(worker):
                 self._worker_lost(worker)
             case AnswerReceived():
-                self._or_refuse(event, self._answer)
+                self._messages.extend(self.roster.take(event, self._answer))
             case UnableReceived():
-                self._or_refuse(event, self._unable)
-            case WeightsReported(worker, round_, digest):
-                if self._finished and round_ == self._round and worker in self._ready:
-                    self._reports[worker] = digest
+                self._messages.extend(self.roster.take(event, self._unable))
+            case WeightsReported():
+                self._differing += self.digests.report(event)
             case Tick(now_ms):
                 self._tick(now_ms)
             case CommitReceived():
@@ -326,7 +305,7 @@ class RelayMachine:
                     self._up.append(action)
 
     def _heard(self, epoch: int) -> None:
-        """Workers follow one epoch a session, so in a new one they must join again."""
+        """Note the epoch above; a new one ends all sessions, for a session knows one epoch."""
         if epoch > self._epoch > 0:
             self._dismiss("The coordinator above was started anew; join again.")
         self._epoch = max(self._epoch, epoch)
@@ -340,9 +319,10 @@ class RelayMachine:
     def _vouch(self, event: Vouched) -> None:
         if event.round == self._session.round and event.head != self._session.head:
             raise DivergedError(
-                f"The coordinator above has another history up to round {event.round} than this relay's "
-                f"copy (head {event.head.hex()[:16]} instead of {self._session.head.hex()[:16]}); find out "
-                "which journal is served there, or move the copy away."
+                f"The coordinator above has another history up to round {event.round} than this "
+                f"relay's copy (head {event.head.hex()[:16]} instead of "
+                f"{self._session.head.hex()[:16]}); find out which journal is served there, or "
+                "move the copy away."
             )
         self._heard(event.epoch)
         self._over |= event.finished
@@ -350,7 +330,7 @@ class RelayMachine:
             self._vouch_for(event.round)
 
     def _vouch_for(self, round_: int) -> None:
-        """The coordinator above has signed the head after a round; its commit may still wait here."""
+        """Note that the coordinator above has signed the head after a round."""
         self._unsigned.discard(round_)
         self._vouched |= round_ == self._round
 
@@ -381,10 +361,10 @@ class RelayMachine:
         if before is None or self._open is not before:
             return
         if before.is_of(event.ticket) and before.work == event.work:
-            # Asked again for want of answers, so those who could not measure may try again.
+            # Too few answered above, so those who could not measure may try again.
             before.closes_at_ms = self._closes_at_ms
-            silent = before.asked - before.pending - before.answers.keys()
-            for worker in sorted(silent & self._ready):
+            silent = before.asked - self.roster.assignments.keys() - before.answers.keys()
+            for worker in sorted(silent & self.roster.ready):
                 self._ask(before, worker)
         else:
             self._fail(before, "another assignment has taken its place")
@@ -396,8 +376,8 @@ class RelayMachine:
             return
         site.acknowledged = True
         for worker in site.counted:
-            self._view(worker).rounds_answered += 1
-            if worker in self._ready:
+            self.roster.view(worker).rounds_answered += 1
+            if worker in self.roster.ready:
                 self._messages.append(Ack(worker, site.answers[worker][0]))
 
     def _refused(self, event: RefusedByCoordinator) -> None:
@@ -418,18 +398,17 @@ class RelayMachine:
         """Nobody here knows whose weights are wrong, so all that are here rebuild them."""
         if self._open is not None:
             self._fail(self._open, "the site's weights differ from the run's")
-        for worker in sorted(self._ready):
-            self._expel(worker, f"Of this site, the coordinator above says: {message}")
-        # What is remembered of the wrong weights goes too.
+        for worker in sorted(self.roster.ready):
+            sentence = f"Of this site, the coordinator above says: {message}"
+            self._messages.append(self.roster.expel(worker, sentence))
+        # The session forgets the answers that were measured on the wrong weights.
         self._session = self._session_at(self._session.round, self._session.head)
         self._answered = None
 
     # ------------------------------------------------------------ workers
 
     def _worker_ready(self, worker: str) -> None:
-        view = self._view(worker)
-        view.ready, view.complaint = True, ""
-        self._ready.add(worker)
+        self.roster.join(worker)
         self._lost_at_ms.pop(worker, None)
         site = self._open
         if self._finished:
@@ -438,41 +417,16 @@ class RelayMachine:
             self._ask(site, worker)
 
     def _worker_lost(self, worker: str) -> None:
-        if worker in self._ready:
-            self._ready.remove(worker)
-            self._view(worker).ready = False
+        if worker in self.roster.ready:
+            self.roster.leave(worker)
             self._lost_at_ms[worker] = self._now_ms
 
     def _dismiss(self, sentence: str) -> None:
-        if self._ready:
+        if self.roster.ready:
             self._dismissed = sentence
-            self._messages.clear()  # to sessions that are over
-        for worker in sorted(self._ready):
+            self._messages.clear()  # Their sessions are over.
+        for worker in sorted(self.roster.ready):
             self._worker_lost(worker)
-
-    def _expel(self, worker: str, sentence: str) -> None:
-        self._ready.discard(worker)
-        self._view(worker).ready = False
-        self._diverged.add(worker)
-        self._messages.append(Expel(worker, sentence))
-
-    def _or_refuse(
-        self, event: AnswerReceived | UnableReceived, take: Callable[[Any], None]
-    ) -> None:
-        try:
-            if event.worker not in self._ready:
-                raise UnknownWorkerError(
-                    f"Worker {event.worker} has not joined this relay, or was sent away; open a new "
-                    "session with hello first."
-                )
-            take(event)
-        except ProtocolError as error:
-            # A stale ticket is no fault: an answer and a deadline may cross on the way.
-            if not isinstance(error, StaleTicketError) and event.worker in self._ready:
-                self._view(event.worker).complaint = str(error)[:COMPLAINT_CHARS_MAX]
-            self._messages.append(
-                Refuse(event.worker, event.ticket, type(error).__name__, str(error))
-            )
 
     def _answer(self, event: AnswerReceived) -> None:
         worker, ticket = event.worker, event.ticket
@@ -480,16 +434,15 @@ class RelayMachine:
         known = site.answers.get(worker)
         if known is None:
             self._check_open(site, event)
-            record = checked(event, site.work.learning_rate, self.config)
-            site.answers[worker] = (ticket, record)
-            site.pending.discard(worker)
-            self._view(worker).mean_loss = record.mean_loss
+        scalars = checked(event, site.work.learning_rate, self.config)
+        if known is None:
+            site.answers[worker] = (ticket, scalars)
+            self.roster.answered(worker, site.assignment, scalars.mean_loss)
             return
-        record = checked(event, site.work.learning_rate, self.config)
-        if content_of(record) != content_of(known[1]):
+        if content_of(scalars) != content_of(known[1]):
             raise EquivocationError(
-                f"Worker {worker} gave a second, different answer to round {ticket.round}; the first one "
-                "stands: drop this one."
+                f"Worker {worker} gave a second, different answer to round {ticket.round}; the "
+                "first one stands: drop this one."
             )
         if site.acknowledged and worker in site.counted:
             self._messages.append(Ack(worker, ticket))
@@ -497,8 +450,7 @@ class RelayMachine:
     def _unable(self, event: UnableReceived) -> None:
         site = self._site_of(event)
         self._check_open(site, event)
-        site.pending.discard(event.worker)
-        self._view(event.worker).complaint = event.reason[:COMPLAINT_CHARS_MAX]
+        self.roster.unable(event)
 
     def _site_of(self, event: AnswerReceived | UnableReceived) -> _SiteRound:
         for site in (self._open, self._answered):
@@ -511,20 +463,18 @@ class RelayMachine:
             raise self._stale(event)
 
     def _stale(self, event: AnswerReceived | UnableReceived) -> StaleTicketError:
-        ticket = event.ticket
-        return StaleTicketError(
-            f"Ticket (epoch {ticket.epoch}, round {ticket.round}, slot {ticket.slot}) of worker "
-            f"{event.worker} is not open: this is epoch {self._epoch}, the last committed round is "
-            f"{self._round}, and the site may have answered without it; drop it and wait for the next "
-            "assignment."
+        now = (
+            f"this is epoch {self._epoch}, the last committed round is {self._round}, and the site "
+            "may have answered without it"
         )
+        return self.roster.stale(event, now)
 
     # ------------------------------------------------------------ one assignment
 
     def _begin(self, ticket: Ticket, work: Work) -> None:
         site = self._open = _SiteRound(ticket, work, self._closes_at_ms)
         most = site_workers_max(self.config)
-        for worker in choose_cohort(self.config.seed, ticket.round, self._ready, most):
+        for worker in choose_cohort(self.config.seed, ticket.round, self.roster.ready, most):
             self._ask(site, worker)
 
     def _may_ask(self, site: _SiteRound, worker: str) -> bool:
@@ -532,38 +482,37 @@ class RelayMachine:
 
     def _ask(self, site: _SiteRound, worker: str) -> None:
         site.asked.add(worker)
-        site.pending.add(worker)
-        self._view(worker).learning_rate = site.work.learning_rate
+        self.roster.assign(worker, site.assignment, site.work.learning_rate)
         ticket = Ticket(self._epoch, site.given.round, site.given.slot)
         left_ms = max(site.closes_at_ms - self._now_ms, 0)
         self._messages.append(Assign(worker, ticket, site.work, left_ms))
 
     def _advance(self) -> None:
-        """Answer above if everyone has answered who can, or the time is over."""
-        present = len(self._ready) + len(self._lost_at_ms)
-        enough = len(self._ready) >= (1 if self._over else self._workers_min)
+        """Answer above if everyone who can has answered, or the time is over."""
+        present = len(self.roster.ready) + len(self._lost_at_ms)
+        enough = len(self.roster.ready) >= (1 if self._over else self._workers_min)
         self._staffed = present > 0 if self._staffed else enough
         while (site := self._open) is not None:
             if self._session.measuring_in_vain:
                 self._fail(site, "its round was committed without this site")
-            # Without any answer the site is as a worker that still measures: a late one counts too.
-            elif self._waits_in(site) and (self._now_ms < site.closes_at_ms or not site.answers):
+            # A site without any answer is like a worker that still measures: late answers count.
+            elif self._is_waiting(site) and (self._now_ms < site.closes_at_ms or not site.answers):
                 return
             else:
                 self._close(site)
         if self._finished and not self._left:
             self._report()
 
-    def _waits_in(self, site: _SiteRound) -> bool:
-        return any(w in self._ready or w in self._lost_at_ms for w in site.pending) or any(
-            worker not in site.asked for worker in self._lost_at_ms
+    def _is_waiting(self, site: _SiteRound) -> bool:
+        ready, lost = self.roster.ready, self._lost_at_ms
+        return any(w in ready or w in lost for w in self.roster.assignments) or any(
+            worker not in site.asked for worker in lost
         )
 
     def _close(self, site: _SiteRound) -> None:
-        for worker in site.pending & self._ready:
-            self._view(
-                worker
-            ).complaint = f"did not answer round {site.given.round} within the site's time"
+        for worker in self.roster.assignments.keys() & self.roster.ready:
+            sentence = f"did not answer round {site.given.round} within the site's time"
+            self.roster.complain(worker, sentence)
         answers, digest64 = self._agreeing(site)
         if not answers:
             unable = "no worker of this site can measure it"
@@ -573,51 +522,52 @@ class RelayMachine:
             return
         site.counted = tuple(sorted(answers))
         self._open, self._answered = None, site
+        self.roster.release_all()
         mean = site_mean([answers[worker] for worker in site.counted])
         self._recent.append(RoundSummary(site.given.round, mean.mean_loss, len(answers)))
-        rows = min(mean.rows, ROWS_MAX)
-        measured = Measured(site.given, mean.projected_grads, mean.mean_loss, digest64, rows)
-        self._from_above(measured)
+        assert mean.rows is not None
+        scalars = mean._replace(weights_digest64=digest64, rows=min(mean.rows, ROWS_MAX))
+        self._from_above(Measured(site.given, scalars))
 
-    def _agreeing(self, site: _SiteRound) -> tuple[dict[str, Answered], int | None]:
-        """The answers of workers whose weights are alike, and the digest of those, if it was asked for.
+    def _agreeing(self, site: _SiteRound) -> tuple[dict[str, Scalars], int | None]:
+        """The answers of workers whose weights are alike, and the digest of those, if it is wanted.
 
-        The relay has no weights. It goes by more than half of its workers, and sends the others away;
-        if there is no such majority nobody can tell, and all of them rebuild their weights.
+        The relay has no weights. It goes by more than half of its workers and sends the others
+        away; without such a majority nobody can tell, and all of them rebuild their weights.
         """
-        answers = {worker: record for worker, (_, record) in site.answers.items()}
+        answers = {worker: scalars for worker, (_, scalars) in sorted(site.answers.items())}
         if not site.work.want_digest:
             return answers, None
-        agreed = agreed_digest([a.weights_digest64 or 0 for a in answers.values()], None)
-        for worker, answer in sorted(answers.items()):
-            if answer.weights_digest64 == agreed:
-                self._diverged.discard(worker)
-                continue
+        found = [(worker, scalars.weights_digest64 or 0) for worker, scalars in answers.items()]
+        agreed = agreed_digest([digest64 for _, digest64 in found], None)
+        for worker, _ in differing(found, agreed):
             del answers[worker]
-            self._expel(
-                worker,
-                f"The weights of worker {worker} before round {site.given.round} are not those of the "
-                "other workers of its site; restart the worker so that it rebuilds them from the base "
-                "and the journal.",
+            sentence = (
+                f"The weights of worker {worker} before round {site.given.round} are not those of "
+                "the other workers of its site; restart the worker so that it rebuilds them from "
+                "the base and the journal."
             )
+            self._messages.append(self.roster.expel(worker, sentence))
+        for worker in answers:
+            self.roster.view(worker).told_diverged = False
         return answers, agreed
 
     def _fail(self, site: _SiteRound, reason: str) -> None:
         self._open = None
-        counted = [worker for worker in site.answers if worker in self._ready]
-        site.counted = tuple(sorted(counted))
+        self.roster.release_all()
+        site.counted = tuple(sorted(site.answers.keys() & self.roster.ready))
         self._drop(
             site,
             StaleTicketError.__name__,
-            f"The site did not answer round {site.given.round}: {reason}; drop the answer and wait for "
-            "the next assignment.",
+            f"The site did not answer round {site.given.round}: {reason}; drop the answer and wait "
+            "for the next assignment.",
         )
         self._from_above(MeasureFailed(site.given, reason))
 
     def _drop(self, site: _SiteRound, reason: str, sentence: str) -> None:
-        """Tell everyone whose answer did not get through."""
+        """Refuse the answers that the site's mean was, or was to be, made of."""
         for worker in site.counted:
-            if worker in self._ready:
+            if worker in self.roster.ready:
                 self._messages.append(Refuse(worker, site.answers[worker][0], reason, sentence))
 
     # ------------------------------------------------------------ the end
@@ -625,16 +575,16 @@ class RelayMachine:
     def _finish(self) -> None:
         self._finished = True
         self._report_until_ms = self._now_ms + REPORT_MS
-        self._messages.extend(Finish(worker, self._round) for worker in sorted(self._ready))
+        self._messages.extend(Finish(worker, self._round) for worker in sorted(self.roster.ready))
 
     def _report(self) -> None:
-        """Say above which weights most workers ended with, once they have said it, or had the time."""
-        waits = (self._ready | self._lost_at_ms.keys()) - self._reports.keys()
+        """Report above which weights most workers ended with, when all have said or time is up."""
+        reports = self.digests.reports_of(self._round)
+        waits = (self.roster.ready | self._lost_at_ms.keys()) - reports.keys()
         if waits and self._now_ms < self._report_until_ms:
             return
-        votes = [digest64_of(digest) for digest in self._reports.values()]
-        agreed = agreed_digest(votes, None)
-        found = {digest64_of(digest): digest for digest in self._reports.values()}
+        found = {digest64_of(digest): digest for digest in reports.values()}
+        agreed = agreed_digest([digest64_of(digest) for digest in reports.values()], None)
         if agreed is not None:
             self._up.append(ReportDigest(self._round, found[agreed]))
         self._up.append(Leave())
@@ -648,23 +598,15 @@ class RelayMachine:
         for worker in [w for w, at_ms in self._lost_at_ms.items() if at_ms <= since_ms]:
             del self._lost_at_ms[worker]
 
-    def _view(self, worker: str) -> WorkerView:
-        view = self._workers.get(worker)
-        if view is None:
-            if len(self._workers) >= WORKERS_SEEN_MAX:
-                gone = next((name for name in self._workers if name not in self._ready), None)
-                if gone is not None:
-                    del self._workers[gone]
-                    self._diverged.discard(gone)
-            view = self._workers[worker] = WorkerView(worker)
-        return view
-
     def _take_ready(self) -> RelayReady:
         ready = RelayReady(
-            tuple(self._records), tuple(self._messages), self._dismissed, tuple(self._up)
+            tuple(self._records),
+            tuple(self._messages),
+            self._dismissed,
+            tuple(self._up),
+            tuple(self._differing),
         )
-        self._records.clear()
-        self._messages.clear()
-        self._up.clear()
+        for owed in (self._records, self._messages, self._up, self._differing):
+            owed.clear()
         self._dismissed = ""
         return ready

@@ -26,7 +26,8 @@ from fedmezo_core.journal.codec import (
 from fedmezo_core.journal.signed_heads import Signer, Witness
 from fedmezo_core.machines.health import Health, LossWatch
 from fedmezo_core.machines.rates import SIGNAL_ROUNDS
-from fedmezo_core.machines.rounds import Accepted, RoundState, RoundSummary, RunState
+from fedmezo_core.machines.roster import RoundSummary
+from fedmezo_core.machines.run_state import Accepted, RoundState, RunState
 from fedmezo_core.machines.seeds import Pool
 from fedmezo_core.records import Genesis, Paused, Stopped
 from fedmezo_proto.v1 import journal_pb2

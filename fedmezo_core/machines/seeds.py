@@ -1,8 +1,9 @@
-"""Which directions an assignment measures along: three policies, one list of seeds. Pure.
+"""Which directions an assignment measures along: three policies, one list of seeds.
 
-`per_worker`: each slot its own, as in FedMeZO. `shared`: all slots of a round the same, so that their
-scalars can be compared and averaged seed by seed. `pool`: drawn from one pool for the whole run
-(FedKSeed, Qin et al. 2024), so that all commits together are one coefficient for each seed of the pool.
+`per_worker`: each slot has its own seeds, as in FedMeZO. `shared`: all slots of a round have the
+same, so that their scalars can be compared and averaged seed by seed. `pool`: the seeds are drawn
+from one pool for the whole run (FedKSeed, Qin et al. 2024), so that all commits together come to
+one coefficient for each seed of the pool.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from fedmezo_core.records import Committed, SeedRange, first_seed_of
 
 SHARED_SLOT = 0
 POOL_ROUND = 0
-"""No round has this number: the pool's seeds are no round's own."""
+"""The pool's seeds are derived as those of this round, a number that no round has."""
 
 
 @dataclass(slots=True)
 class Pool:
-    """What the commits and answers so far made of the pool. Equal journals give equal pools."""
+    """The run's seed pool after the commits so far. Equal journals give equal pools."""
 
     first_seed: int
     coefficients: list[float]
@@ -55,14 +56,14 @@ class Pool:
             self.decay *= record.decay
             self.coefficients = [record.decay * value for value in self.coefficients]
         for seed_range in record.seed_ranges:
-            place = seed_range.first_seed - self.first_seed
-            for number, coefficient in enumerate(seed_range.coefficients, start=place):
+            first = seed_range.first_seed - self.first_seed
+            for number, coefficient in enumerate(seed_range.coefficients, start=first):
                 self.coefficients[number] += coefficient
 
     def holds(self, seed_range: SeedRange) -> bool:
         """Whether all seeds of the range are the pool's."""
-        place = seed_range.first_seed - self.first_seed
-        return place >= 0 and place + len(seed_range.coefficients) <= len(self.coefficients)
+        first = seed_range.first_seed - self.first_seed
+        return first >= 0 and first + len(seed_range.coefficients) <= len(self.coefficients)
 
     def from_base(self, record: Committed) -> Committed:
         """`record` together with all commits before it, as one commit on top of the base."""
@@ -98,7 +99,7 @@ class Pool:
 
 
 def seeds_of(config: RunConfig, round_: int, slot: int, pool: Pool | None) -> tuple[int, ...]:
-    """Seeds of one assignment: probe p of local step h measures along seed h * probes + p of these."""
+    """Seeds of one assignment: probe p of local step h measures along number h * probes + p."""
     count = config.pairs_per_answer
     if pool is None:
         owner = SHARED_SLOT if config.seed_policy == "shared" else slot
@@ -106,7 +107,7 @@ def seeds_of(config: RunConfig, round_: int, slot: int, pool: Pool | None) -> tu
         return tuple(range(first, first + count))
     draws = _draws(config.seed, round_, slot)
     if config.pool_sampling == "uniform":
-        # 64 bits over at most 2**16 places: no bias that could be seen.
+        # 64 bits modulo at most 2**16 seeds: the bias is too small to be seen.
         return tuple(pool.first_seed + next(draws) % config.pool_size for _ in range(count))
     cumulative = pool.chances()
     return tuple(

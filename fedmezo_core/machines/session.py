@@ -1,18 +1,19 @@
 """The worker's session machine: no clock, no socket, no disk, no entropy, no weights.
 
-It is told what came from the coordinator and from the engine, and says what to do next. Its driver owes:
+It takes what came from the coordinator and from the engine, and returns what to do next. Its driver
+owes:
 
-- Actions in the order given, one at a time. `Measure` alone runs beside further events; the machine
-  asks for nothing that touches the weights until that measurement's `Measured` or `MeasureFailed`.
+- Actions in the order given, one at a time. Only `Measure` runs while further events come; until
+  its `Measured` or `MeasureFailed` the machine asks for nothing that touches the weights.
 - `Measured` and `MeasureFailed` with the ticket of the `Measure` that they answer.
-- On a `ProtocolError` from `step`: the event was dropped and the state is as before; close the stream,
-  then send `Disconnected` and try again. On a `DivergedError`: stop.
+- On a `ProtocolError` from `step`: the event was dropped and the state is as before; close the
+  stream, then send `Disconnected` and try again. On a `DivergedError`: stop.
 
-In a buffered run (`staleness_max` above 0) a measurement goes on while rounds are committed, and is answered
-as long as it is at most so many rounds old; the commits wait until it ends.
+In a buffered run (`staleness_max` above 0) a measurement goes on while rounds are committed, and is
+answered if it is at most `staleness_max` rounds old by then; the commits wait until it ends.
 
-A machine outlives its streams. What it must not outlive is the weights: after a crash the worker starts
-again from the base and the journal with a new machine.
+A machine outlives its streams, but must not outlive the weights: after a crash the worker starts
+again from the base and the journal, with a new machine.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ from fedmezo_core.events import (
 from fedmezo_core.records import digest64_of
 
 COMMITS_QUEUED_MAX = 1024
-"""Most commits that wait for a running measurement; far more than a worker can be behind and useful."""
+"""Most commits that wait for a running measurement."""
 REASON_CHARS_MAX = 512
 """Longest reason sent with an Unable."""
 
@@ -61,7 +62,7 @@ _Actions = tuple[SessionAction, ...]
 
 
 class SessionState(Enum):
-    """Where the session is. Whether a measurement runs is beside this."""
+    """Where the session is. A measurement may run in any of these states."""
 
     OFFLINE = "offline"
     """No stream. Commits may be read from the journal."""
@@ -70,7 +71,7 @@ class SessionState(Enum):
     ONLINE = "online"
     """Welcomed: commits and assignments come."""
     LEFT = "left"
-    """The run is over and everything is said."""
+    """The run is over, and the coordinator has got everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class _Running:
     newest: Ticket
     """The ticket to answer under: the work may be assigned again while it runs."""
     head: bytes
-    """Names the weights that it is made on."""
+    """Head that names the weights measured on."""
 
 
 class SessionMachine:
@@ -124,12 +125,12 @@ class SessionMachine:
         self.acknowledged: Ticket | None = None
         """Newest ticket whose answer is durable."""
         self.refusal: RefusedByCoordinator | None = None
-        """Newest refusal, except of stale tickets: those are normal after a restart or a deadline."""
+        """Newest refusal, except of stale tickets: they are normal after a restart or deadline."""
         self._report_losses = report_losses
         self._report_rows = report_rows
         self._staleness_max = staleness_max
         self._head_before = b""
-        # What the welcome said of a round that this worker had not reached yet.
+        # The welcome, which may name the head of a round that this worker has not reached yet.
         self._promised: Welcomed | None = None
         self._running: _Running | None = None
         self._queued: deque[ApplyCommit] = deque()
@@ -155,8 +156,8 @@ class SessionMachine:
     def step(self, event: SessionEvent) -> _Actions:
         """Take one event. An event that is not allowed here raises and changes nothing.
 
-        `ProtocolError`: the peer, or the driver, broke the protocol. `DivergedError`: the coordinator's
-        journal went back behind what this worker holds.
+        `ProtocolError`: the peer, or the driver, broke the protocol. `DivergedError`: the
+        coordinator's journal went back behind what this worker holds.
         """
         handler = self._TRANSITIONS.get((self.state, type(event)))
         if handler is None:
@@ -181,10 +182,10 @@ class SessionMachine:
     def _welcomed(self, event: Welcomed) -> _Actions:
         if event.round < self.round or event.epoch < self.epoch:
             raise DivergedError(
-                f"The coordinator is at epoch {event.epoch}, round {event.round}, but this worker was "
-                f"already at epoch {self.epoch}, round {self.round}: the coordinator's journal went "
-                "back; restore the newest journal, or restart the worker so that it rebuilds its "
-                "weights from this one."
+                f"The coordinator is at epoch {event.epoch}, round {event.round}, but this worker "
+                f"was already at epoch {self.epoch}, round {self.round}: the coordinator's journal "
+                "went back; restore the newest journal, or restart the worker so that it rebuilds "
+                "its weights from this one."
             )
         if event.round == self.round:
             self._check_head(event.head, self.head, event.round)
@@ -201,15 +202,15 @@ class SessionMachine:
                 and head_of(self._head_before + event.record_bytes).digest() != self.head
             ):
                 raise ProtocolError(
-                    f"A second commit of round {commit.round} came with other bytes than the first; "
-                    "check which coordinator this worker is connected to."
+                    f"A second commit of round {commit.round} came with other bytes than the "
+                    "first; check which coordinator this worker is connected to."
                 )
             return ()
         jumps = commit.from_base and len(event.head_before) == len(self.head)
         if commit.round != self.round + 1 and not jumps:
             raise ProtocolError(
-                f"The commit of round {commit.round} came after that of round {self.round}: those in "
-                "between are missing; connect again to catch up."
+                f"The commit of round {commit.round} came after that of round {self.round}: those "
+                "in between are missing; connect again to catch up."
             )
         if len(self._queued) >= COMMITS_QUEUED_MAX:
             raise ProtocolError(
@@ -231,8 +232,8 @@ class SessionMachine:
     def _restored(self, event: Restored) -> _Actions:
         if self._running is not None or event.round <= self.round:
             raise ProtocolError(
-                f"Weights of round {event.round} came to a worker that holds round {self.round}, or "
-                "measures; read the journal instead."
+                f"Weights of round {event.round} came to a worker that holds round {self.round}, "
+                "or measures; read the journal instead."
             )
         self.round, self.head, self._head_before = event.round, event.head, b""
         self._cached = None
@@ -244,7 +245,8 @@ class SessionMachine:
         if ticket.epoch != self.epoch or is_ahead or not self._counts(ticket.round):
             raise ProtocolError(
                 f"Epoch {ticket.epoch}, round {ticket.round} was assigned, but this session is in "
-                f"epoch {self.epoch} and its next round is {self.round + 1}; connect again to catch up."
+                f"epoch {self.epoch} and its next round is {self.round + 1}; connect again to "
+                "catch up."
             )
         if not 1 <= len(event.work.seeds) <= STEPS_MAX:
             raise ProtocolError(
@@ -316,7 +318,7 @@ class SessionMachine:
         return running
 
     def _drained(self) -> _Actions:
-        """What waited for the measurement to end."""
+        """The actions that waited for the measurement to end."""
         actions: list[SessionAction] = list(self._queued)
         self._queued.clear()
         if self._next is not None:
@@ -334,15 +336,16 @@ class SessionMachine:
     def _check_head(said: bytes, held: bytes, round_: int) -> None:
         if said and said != held:
             raise DivergedError(
-                f"The coordinator's history up to round {round_} is not the one that this worker was told "
-                f"(head {said.hex()[:16]} instead of {held.hex()[:16]}); find out which journal is "
-                "served, then restart the worker so that it rebuilds its weights."
+                f"The coordinator's history up to round {round_} is not the one that this worker "
+                f"was told (head {said.hex()[:16]} instead of {held.hex()[:16]}); find out which "
+                "journal is served, then restart the worker so that it rebuilds its weights."
             )
 
     def _begin(self, event: Assigned) -> _Actions:
-        """Measure, if the weights are those that the assignment means; the newest never go back.
+        """Measure if the worker holds the weights that the assignment means.
 
-        An overtaken assignment that could still be answered is given back, so that newer work comes.
+        If it holds newer ones and the assignment could still be answered, the worker declines it,
+        so that newer work comes.
         """
         ticket = event.ticket
         if ticket.round == self.round + 1:
@@ -351,8 +354,8 @@ class SessionMachine:
         if not self._counts(ticket.round):
             return ()
         reason = (
-            f"the weights before round {ticket.round} are no longer held, this worker has those after "
-            f"round {self.round}"
+            f"the weights before round {ticket.round} are no longer held, this worker has those "
+            f"after round {self.round}"
         )
         return (SendUnable(ticket, reason),)
 
@@ -364,13 +367,14 @@ class SessionMachine:
         return self.state is SessionState.ONLINE and ticket.epoch == self.epoch
 
     def _answer(self, running: _Running, measured: Measured, ticket: Ticket) -> SendAnswer:
-        has_digest = measured.weights_digest64 is not None
+        scalars = measured.scalars
+        has_digest = scalars.weights_digest64 is not None
         return SendAnswer(
-            ticket=ticket,
-            projected_grads=measured.projected_grads,
-            mean_loss=measured.mean_loss if self._report_losses else None,
-            weights_digest64=measured.weights_digest64,
-            rows=measured.rows if self._report_rows else None,
+            ticket,
+            scalars._replace(
+                mean_loss=scalars.mean_loss if self._report_losses else None,
+                rows=scalars.rows if self._report_rows else None,
+            ),
             head64=None if has_digest else digest64_of(running.head),
         )
 

@@ -31,7 +31,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.journal.codec import decode_record, digest_in, positive
 from fedmezo_core.journal.journal import Row
-from fedmezo_core.records import Committed, ModelDigests
+from fedmezo_core.records import Committed, ModelDigests, Scalars
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -120,13 +120,14 @@ def assigned_from_pb(message: wire.Assign, config: RunConfig) -> Assigned:
 
 def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
     """An answer as a session message."""
+    scalars = answer.scalars
     return wire.SessionRequest(
         answer=wire.Answer(
             ticket=ticket_to_pb(answer.ticket),
-            projected_grads=answer.projected_grads,
-            mean_loss=answer.mean_loss,
-            weights_digest64=answer.weights_digest64,
-            rows=answer.rows,
+            projected_grads=scalars.projected_grads,
+            mean_loss=scalars.mean_loss,
+            weights_digest64=scalars.weights_digest64,
+            rows=scalars.rows,
             head64=answer.head64,
         )
     )
@@ -134,16 +135,14 @@ def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
 
 def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
     """A worker's answer as an event for the round machine."""
-    return AnswerReceived(
-        worker=worker,
-        ticket=ticket_from_pb(message.ticket),
+    has = message.HasField
+    scalars = Scalars(
         projected_grads=tuple(message.projected_grads),
-        mean_loss=message.mean_loss if message.HasField("mean_loss") else None,
-        weights_digest64=(
-            message.weights_digest64 if message.HasField("weights_digest64") else None
-        ),
-        rows=message.rows if message.HasField("rows") else None,
+        mean_loss=message.mean_loss if has("mean_loss") else None,
+        weights_digest64=message.weights_digest64 if has("weights_digest64") else None,
+        rows=message.rows if has("rows") else None,
     )
+    return AnswerReceived(worker, ticket_from_pb(message.ticket), scalars)
 
 
 def unable_to_pb(unable: SendUnable) -> wire.SessionRequest:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 from fedmezo_core.events import Measure, Measured
-from fedmezo_core.records import digest64_of
+from fedmezo_core.records import Scalars, digest64_of
 from fedmezo_core.zo.data.task import Batches, Dataset
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, local_steps
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore
@@ -90,9 +90,11 @@ def measure(
     batch_of = functools.partial(batches.batch, order.ticket.round)
     steps = local_steps(estimator, batch_of, order.work, party.config)
     return Measured(
-        ticket=order.ticket,
-        projected_grads=tuple(steps.projected_grads.tolist()),
-        mean_loss=steps.loss,
-        weights_digest64=digest64,
-        rows=batches.row_count,
+        order.ticket,
+        Scalars(
+            projected_grads=tuple(steps.projected_grads.tolist()),
+            mean_loss=steps.loss,
+            weights_digest64=digest64,
+            rows=batches.row_count,
+        ),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
-from fedmezo_core.records import Answered, Committed, Opened, SeedRange, Snapshotted
+from fedmezo_core.records import Answered, Committed, Opened, Scalars, SeedRange, Snapshotted
 from fedmezo_core.wire.snapshots import Snapshot, file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import Served, config_of, genesis_of, served
@@ -69,7 +69,7 @@ async def kept_snapshot(folder: Path, data: bytes) -> AsyncIterator[Kept]:
         [
             genesis,
             Opened(1, 0, ("w1",)),
-            Answered(1, 0, (0.5,), None, 1),
+            Answered(1, 0, Scalars((0.5,), None, 1)),
             Committed(1, (SeedRange(0, (0.5,)),), 0),
             recorded,
         ]

@@ -21,7 +21,7 @@ from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.journal.journal import Journal, Row
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.journal.sqlite import SqliteStore
-from fedmezo_core.machines.rounds import RunState
+from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.sealed_state import Origin
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import file_name

@@ -30,7 +30,7 @@ from fedmezo_core.journal import sqlite as product
 from fedmezo_core.journal.codec import encode_record
 from fedmezo_core.journal.journal import ZERO_HASH, Journal, MemoryStore, Row, StoredOrigin
 from fedmezo_core.journal.sqlite import SqliteStore
-from fedmezo_core.machines.rounds import RunState
+from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.sealed_state import Origin, seal
 from fedmezo_core.records import Paused
 from tests.faults.disk import (

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, cast
 
 from fedmezo_core.events import Measure, Measured
-from fedmezo_core.records import Committed, Genesis, digest64_of
+from fedmezo_core.records import Committed, Genesis, Scalars, digest64_of
 from fedmezo_core.wire import client
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
@@ -48,7 +48,7 @@ class LightEngine:
         grads, loss = measure(self.name, order.work.seeds, self.weights)
         digest64 = digest64_of(self.weights) if order.work.want_digest else None
         await asyncio.sleep(MEASURING_S)
-        return Measured(order.ticket, grads, loss, digest64, rows_of(self.name))
+        return Measured(order.ticket, Scalars(grads, loss, digest64, rows_of(self.name)))
 
     def set_deadline(self, deadline_s: float) -> None:
         """A measurement is always in time."""

@@ -27,7 +27,7 @@ from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.signed_heads import open_signer
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.aggregate import site_mean
-from fedmezo_core.records import Answered, Committed, Diverged, Genesis
+from fedmezo_core.records import Committed, Diverged, Genesis, Scalars
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.party import commits_of as pairs_of
 from fedmezo_core.zo.party import open_party
@@ -139,11 +139,9 @@ class SiteEngine(LightEngine):
         for name in self._names:
             grads, loss = measure(name, order.work.seeds, self.weights)
             rows = rows_of(name) if self._weighted else None
-            answers.append(Answered(1, 0, grads, loss, None, rows))
-        mean = site_mean(answers)
-        return Measured(
-            order.ticket, mean.projected_grads, mean.mean_loss, whole.weights_digest64, mean.rows
-        )
+            answers.append(Scalars(grads, loss, None, rows))
+        digest64 = whole.scalars.weights_digest64
+        return Measured(order.ticket, site_mean(answers)._replace(weights_digest64=digest64))
 
 
 def commits_of(path: Path) -> list[Committed]:

@@ -266,13 +266,7 @@ class Checker:
 
 
 def _answer_of(record: Answered, ticket: Ticket) -> SendAnswer:
-    return SendAnswer(
-        ticket,
-        record.projected_grads,
-        record.mean_loss,
-        record.weights_digest64,
-        record.rows,
-    )
+    return SendAnswer(ticket, record.scalars)
 
 
 def _binary32(value: float) -> float:

@@ -39,7 +39,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.journal.journal import Row, head_after
 from fedmezo_core.machines.relay import RelayMachine, RelayReady
-from fedmezo_core.machines.rounds import Phase
+from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Answered, Committed, Genesis
 from tests.sim.checker import Checker, ViolationError, _binary32, measure, rows_of
 from tests.sim.world import (

@@ -11,9 +11,9 @@ import pytest
 
 from fedmezo_core.events import Acknowledged, SendAnswer
 from fedmezo_core.machines import relay as relay_module
-from fedmezo_core.machines.aggregate import SiteMean, site_mean
+from fedmezo_core.machines.aggregate import site_mean
 from fedmezo_core.machines.relay import RelayMachine, RelayReady
-from fedmezo_core.records import Answered
+from fedmezo_core.records import Scalars
 from tests.sim.checker import ViolationError
 from tests.sim.hierarchy import HierarchyWorld, SiteChecker
 
@@ -95,7 +95,7 @@ def test_control_passing_missed_rounds_on_is_caught() -> None:
 
 
 def test_control_a_mean_that_forgets_the_rows_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unweighted(answers: Sequence[Answered]) -> SiteMean:
+    def unweighted(answers: Sequence[Scalars]) -> Scalars:
         mean = site_mean([answer._replace(rows=None) for answer in answers])
         return mean._replace(rows=sum(answer.rows or 1 for answer in answers))
 

@@ -39,7 +39,6 @@ from fedmezo_core.events import (
     Ready,
     Refuse,
     RefusedByCoordinator,
-    ReplicaDigest,
     ReportWeights,
     RoundEvent,
     RoundMessage,
@@ -50,15 +49,19 @@ from fedmezo_core.events import (
     Tick,
     Ticket,
     UnableReceived,
+    WeightsReported,
     Welcomed,
     WorkerLost,
     WorkerReady,
 )
 from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Journal, MemoryStore, Row, head_after
-from fedmezo_core.machines.rounds import Phase, RoundMachine, RunState
+from fedmezo_core.machines.divergence import REPLICA_PARTY
+from fedmezo_core.machines.roster import Phase
+from fedmezo_core.machines.rounds import RoundMachine
+from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.session import SessionMachine
-from fedmezo_core.records import Committed, Genesis, Opened, Paused, Record, digest64_of
+from fedmezo_core.records import Committed, Genesis, Opened, Paused, Record, Scalars, digest64_of
 from tests.sim.checker import (
     BASE_WEIGHTS,
     Checker,
@@ -479,10 +482,7 @@ class Coordinator:
                     AnswerReceived(
                         name,
                         message.ticket,
-                        message.projected_grads,
-                        message.mean_loss,
-                        message.weights_digest64,
-                        message.rows,
+                        message.scalars,
                     )
                 )
             case SendUnable(ticket, reason):
@@ -745,7 +745,7 @@ class Worker:
             return
         grads, loss = measure(self.name, asked.work.seeds, self.weights)
         digest64 = digest64_of(self.weights) if asked.work.want_digest else None
-        self.step(Measured(asked.ticket, grads, loss, digest64, rows_of(self.name)))
+        self.step(Measured(asked.ticket, Scalars(grads, loss, digest64, rows_of(self.name))))
 
     def _up(self, message: Up) -> None:
         world, stream = self.world, self.stream
@@ -782,7 +782,7 @@ class Replica:
                 assert isinstance(record, Committed)
                 self.weights = weights_after(self.weights, record)
                 self.round = record.round
-            coordinator.step(ReplicaDigest(self.round, digest64_of(self.weights)))
+            coordinator.step(WeightsReported(REPLICA_PARTY, self.round, self.weights))
         world.later(world.rng.randint(20, 600), self.poll)
 
 

@@ -54,8 +54,8 @@ async def test_a_measurement_leaves_the_weights_as_they_are(engine: Engine) -> N
     before = await engine.digest()
     measured = await engine.measure(MEASURE)
     assert await engine.digest() == before
-    assert measured.weights_digest64 == digest64_of(before)
-    assert len(measured.projected_grads) == 2
+    assert measured.scalars.weights_digest64 == digest64_of(before)
+    assert len(measured.scalars.projected_grads) == 2
 
 
 async def test_the_same_order_gives_the_same_bits(
@@ -84,9 +84,11 @@ async def test_a_projected_gradient_for_each_probe_of_each_step(
     finally:
         for engine in engines.values():
             await engine.close()
-    assert len(found[3].projected_grads) == STEPS * 3
+    assert len(found[3].scalars.projected_grads) == STEPS * 3
     # The first step's first probe is the run's with one: same seed, batch and weights.
-    assert found[3].projected_grads[0] == pytest.approx(found[1].projected_grads[0], rel=0.05)
+    assert found[3].scalars.projected_grads[0] == pytest.approx(
+        found[1].scalars.projected_grads[0], rel=0.05
+    )
 
 
 async def test_one_sided_gradients_come_near_the_two_sided(
@@ -97,7 +99,9 @@ async def test_one_sided_gradients_come_near_the_two_sided(
         engine = Engine()
         try:
             await engine.load(settings, tiny_genesis(estimator=estimator, eps=1e-4))
-            found.append((await engine.measure(measure_of(STEPS, eps=1e-4))).projected_grads)
+            found.append(
+                (await engine.measure(measure_of(STEPS, eps=1e-4))).scalars.projected_grads
+            )
         finally:
             await engine.close()
     assert found[0] != found[1]
@@ -107,7 +111,7 @@ async def test_one_sided_gradients_come_near_the_two_sided(
 
 async def test_a_digest_is_taken_only_if_asked_for(engine: Engine) -> None:
     measured = await engine.measure(measure_of(1, want_digest=False))
-    assert measured.weights_digest64 is None
+    assert measured.scalars.weights_digest64 is None
 
 
 async def test_commits_one_by_one_or_at_once_give_the_same_weights(
@@ -281,7 +285,9 @@ async def test_rows_that_come_often_go_through_the_frozen_part_once(
     )
     try:
         ours, theirs = await engine.measure(MEASURE), await plain.measure(MEASURE)
-        assert ours.projected_grads == pytest.approx(theirs.projected_grads, rel=0.05, abs=0.01)
+        assert ours.scalars.projected_grads == pytest.approx(
+            theirs.scalars.projected_grads, rel=0.05, abs=0.01
+        )
         row_states = engine.loaded.row_states
         assert once is (row_states is not None and bool(row_states.cut))
         # A measurement that was cut short is no reason to end an evaluation.

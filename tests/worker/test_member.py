@@ -11,7 +11,7 @@ import pytest
 
 from fedmezo_core.errors import UnavailableError
 from fedmezo_core.events import ApplyCommit, SendAnswer, SessionAction, Ticket
-from fedmezo_core.records import Committed
+from fedmezo_core.records import Committed, Scalars
 from fedmezo_core.wire.client import RunDescription, SessionStream
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.reconnecting import Reconnecting
@@ -58,7 +58,7 @@ async def test_every_commit_is_applied_although_the_stream_breaks_between_them()
         Evaluations(0, genesis.config.rounds, None),
         set(),
     )
-    answer = SendAnswer(Ticket(1, 1, 0), (0.5,), None, None)
+    answer = SendAnswer(Ticket(1, 1, 0), Scalars((0.5,), None, None))
     actions: list[SessionAction] = [
         ApplyCommit(Committed(1, (), 0)),
         answer,

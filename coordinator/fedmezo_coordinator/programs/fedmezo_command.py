@@ -451,7 +451,8 @@ def _line(row: Row, record: records.Record) -> str:
             text = f"started    epoch {epoch}"
         case records.Opened(round_, first_slot, workers):
             text = f"opened     round {round_}, slots from {first_slot}: {', '.join(workers)}"
-        case records.Answered(round_, slot, grads):
+        case records.Answered(round_, slot):
+            grads = record.projected_grads
             text = f"answered   round {round_}, slot {slot}, {len(grads)} projected gradients"
         case records.Committed(round_, runs):
             base = " from the base" if record.from_base else ""
@@ -482,7 +483,9 @@ def _json_line(row: Row, record: records.Record) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.hex()
-        if isinstance(value, (records.Answered, records.SeedRange)):
+        if isinstance(value, records.Answered):
+            return {"round": value.round, "slot": value.slot, **plain(value.scalars)}
+        if isinstance(value, (records.Scalars, records.SeedRange)):
             return {name: plain(item) for name, item in value._asdict().items()}
         if isinstance(value, (tuple, list)):
             return [plain(item) for item in value]

@@ -14,7 +14,7 @@ from fedmezo_core.errors import (
     VersionError,
     WrongRunError,
 )
-from fedmezo_core.machines.cohort import REPLICA_PARTY
+from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.records import Genesis
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 

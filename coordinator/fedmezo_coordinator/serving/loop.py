@@ -46,12 +46,12 @@ from fedmezo_core.events import (
     RoundEvent,
     RoundMessage,
     Tick,
+    WeightsReported,
     WorkerLost,
     WorkerReady,
 )
 from fedmezo_core.journal.journal import Entry, Journal, Row
-from fedmezo_core.machines.divergence import DigestBoard, PartyDigest
-from fedmezo_core.machines.rounds import Phase
+from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Committed, Genesis, digest64_of
 from fedmezo_core.wire.messages import (
     answer_from_pb,
@@ -89,10 +89,6 @@ class Machine(MachineStatus, Protocol[ReadyT_co]):
 
     def step(self, event: RoundEvent) -> ReadyT_co:
         """Take one event; returns what the driver has to do."""
-
-    @property
-    def awaits_answers(self) -> bool:
-        """Whether the machine awaits an answer of any worker."""
 
 
 class Item:
@@ -133,7 +129,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """The subclass sets `_machine` and `_pages.journal` before anything is served."""
         self.session_limit = session_limit or SessionLimit()
         self._index = CommitIndex()
-        self._digests = DigestBoard()
         self._sessions: dict[str, WorkerSession] = {}
         self._overflowed: list[WorkerSession] = []
         self._noted = 0
@@ -193,10 +188,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
     @abstractmethod
     def _step_other(self, item: Item) -> list[ReadyT]:
         """Step the machine with an item that only the subclass knows."""
-
-    @abstractmethod
-    def _digest_reported(self, digest: PartyDigest) -> list[ReadyT]:
-        """Compare a party's digest of all its weights with the others'."""
 
     async def _after_turn(self) -> None:
         """Do what is left after everything of a turn was sent."""
@@ -285,7 +276,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
     async def _siblings(self, readies: Sequence[ReadyT], until_s: float) -> list[Item]:
         """The next item before `until_s`, if there is something to append and an answer is due."""
         waits_s = until_s - time.monotonic()
-        if waits_s <= 0 or not self._machine.awaits_answers:
+        if waits_s <= 0 or not self._machine.roster.assignments:
             return []
         records = [record for ready in readies for record in ready.records]
         # After a commit, the awaited answers are the next round's, which is not assigned yet.
@@ -358,9 +349,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
                         )
                     )
                     return []
-                return self._digest_reported(
-                    PartyDigest(worker, report.round, report.weights_digest)
-                )
+                reported = WeightsReported(worker, report.round, report.weights_digest)
+                return [self._machine.step(reported)]
             case kind:
                 session.end(
                     ProtocolError(
@@ -466,7 +456,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
             error.retry_after_s = RETRY_AFTER_MAX_S
             raise error
         del self._traffic[gone]
-        self._digests.forget(gone)
 
     # ------------------------------------------------------------ sending
 
@@ -578,7 +567,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._journal,
             traffic=self._traffic,
             connected=self._sessions,
-            digests=self._digests.newest(),
             session_limit=self.session_limit,
             uptime_ms=self._now_ms(),
             loop_lag_p99_ms=self._lag.percentile_ms(0.99),

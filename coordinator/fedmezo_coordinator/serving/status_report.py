@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping
 from typing import Protocol
 
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.serving.worker_session import Traffic
 from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.journal.journal import Journal
-from fedmezo_core.machines.divergence import PartyDigest
-from fedmezo_core.machines.rounds import Phase, RoundSummary, WorkerView
+from fedmezo_core.machines.divergence import DigestBoard
+from fedmezo_core.machines.roster import Phase, Roster, RoundSummary, WorkerView
 from fedmezo_core.records import Genesis
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -42,16 +42,16 @@ class MachineStatus(Protocol):
         """Why the run stands still; empty if it does not."""
 
     @property
-    def awaited(self) -> Sequence[str]:
-        """Workers whose answers are awaited."""
+    def roster(self) -> Roster:
+        """Every worker seen since the start, and what each of them does."""
+
+    @property
+    def digests(self) -> DigestBoard:
+        """The full digests that parties have reported."""
 
     @property
     def diverged(self) -> frozenset[str]:
         """Workers whose weights were found to differ from the run's."""
-
-    @property
-    def workers(self) -> Mapping[str, WorkerView]:
-        """Every worker seen since the start, by name."""
 
     @property
     def recent_rounds(self) -> Iterable[RoundSummary]:
@@ -65,13 +65,13 @@ def status_report(
     *,
     traffic: Mapping[str, Traffic],
     connected: Container[str],
-    digests: Iterable[PartyDigest],
     session_limit: SessionLimit,
     uptime_ms: int,
     loop_lag_p99_ms: float,
 ) -> wire.GetStatusResponse:
     """The status of a run with the counters of each worker in `traffic`, sorted by name."""
-    awaited, diverged = frozenset(machine.awaited), machine.diverged
+    roster, diverged = machine.roster, machine.diverged
+    awaited = frozenset(roster.awaited)
     return wire.GetStatusResponse(
         config=config_to_pb(genesis.config),
         phase=_PHASES[machine.phase],
@@ -81,7 +81,7 @@ def status_report(
         head=journal.head,
         workers=[
             _worker_status(
-                machine.workers.get(name, WorkerView(name)),
+                roster.workers.get(name, WorkerView(name)),
                 counters,
                 connected=name in connected,
                 measuring=name in awaited,
@@ -91,7 +91,7 @@ def status_report(
         ],
         digests=[
             wire.PartyDigest(party=d.party, round=d.round, weights_digest=d.weights_digest)
-            for d in digests
+            for d in machine.digests.newest()
         ],
         recent_rounds=[
             wire.RoundStatus(round=s.round, mean_loss=s.mean_loss, answers=s.answers)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedmezo_core.errors import JournalCorruptError
 from fedmezo_core.journal.codec import decode_record, decode_with_protobuf, encode_record
 from fedmezo_core.journal.fast_codec import LAYOUTS_MAX, AnswerReader, committed_in
-from fedmezo_core.records import Answered, Committed, Record, SeedRange
+from fedmezo_core.records import Answered, Committed, Record, Scalars, SeedRange
 
 UINT64 = st.integers(0, 2**64 - 1)
 ROUNDS = st.one_of(st.integers(1, 2**21), st.integers(1, 2**63))
@@ -20,12 +20,15 @@ ANSWERS = st.builds(
     Answered,
     round=ROUNDS,
     slot=st.one_of(st.integers(0, 4095), st.integers(0, 2**32 - 1)),
-    projected_grads=st.one_of(
-        st.lists(FLOATS, max_size=12), st.integers(28, 70).map(lambda n: [0.5] * n)
-    ).map(tuple),
-    mean_loss=st.none() | FLOATS,
-    weights_digest64=st.none() | UINT64,
-    rows=st.none() | st.integers(0, 2**40),
+    scalars=st.builds(
+        Scalars,
+        projected_grads=st.one_of(
+            st.lists(FLOATS, max_size=12), st.integers(28, 70).map(lambda n: [0.5] * n)
+        ).map(tuple),
+        mean_loss=st.none() | FLOATS,
+        weights_digest64=st.none() | UINT64,
+        rows=st.none() | st.integers(0, 2**40),
+    ),
 )
 
 
@@ -103,10 +106,10 @@ def _answer(body: bytes) -> Answered:
 @pytest.mark.parametrize(
     "record",
     [
-        Answered(1, 0, (0.5,) * 10, None, None),
-        Answered(15_000, 63, (0.5,) * 10, 0.5, 99),
-        Answered(2**27, 4095, (0.5,) * 1000, None, 99),
-        Answered(3, 1, (0.5,), 0.5, None),
+        Answered(1, 0, Scalars((0.5,) * 10, None, None)),
+        Answered(15_000, 63, Scalars((0.5,) * 10, 0.5, 99)),
+        Answered(2**27, 4095, Scalars((0.5,) * 1000, None, 99)),
+        Answered(3, 1, Scalars((0.5,), 0.5, None)),
     ],
 )
 def test_usual_answers_are_read_quickly(record: Answered) -> None:

@@ -21,6 +21,7 @@ from fedmezo_core.records import (
     Genesis,
     Opened,
     Record,
+    Scalars,
     SeedRange,
     Started,
     first_seed_of,
@@ -53,10 +54,13 @@ records: st.SearchStrategy[Record] = st.one_of(
         Answered,
         rounds,
         st.integers(0, 4095),
-        st.lists(f32, max_size=40).map(tuple),
-        st.none() | f32,
-        st.none() | u64,
-        st.none() | st.integers(0, 2**40),
+        st.builds(
+            Scalars,
+            st.lists(f32, max_size=40).map(tuple),
+            st.none() | f32,
+            st.none() | u64,
+            st.none() | st.integers(0, 2**40),
+        ),
     ),
     st.builds(
         Committed,
@@ -162,7 +166,7 @@ def test_coefficients_keep_their_bits() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 28, 29, 30, 31, 32, 500, 4093, 4096])
 def test_an_answer_of_any_length_is_read_as_any_other_record(count: int) -> None:
-    answer = Answered(3, 2, tuple(float(k) for k in range(count)), 0.5, 2**64 - 1, 7)
+    answer = Answered(3, 2, Scalars(tuple(float(k) for k in range(count)), 0.5, 2**64 - 1, 7))
     body = encode_record(answer)
     assert decode_record(body) == answer
     # A record of more than the answer goes the long way; protobuf takes the last of a oneof.

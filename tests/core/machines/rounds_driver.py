@@ -10,17 +10,19 @@ from fedmezo_core.events import (
     Expel,
     Ready,
     Refuse,
-    ReplicaDigest,
     RoundEvent,
     Tick,
     Ticket,
     UnableReceived,
+    WeightsReported,
     WorkerLost,
     WorkerReady,
 )
 from fedmezo_core.machines.answers import is_digest_round
-from fedmezo_core.machines.rounds import RoundMachine, RunState
-from fedmezo_core.records import Genesis, Record
+from fedmezo_core.machines.divergence import REPLICA_PARTY
+from fedmezo_core.machines.rounds import RoundMachine
+from fedmezo_core.machines.run_state import RunState
+from fedmezo_core.records import Genesis, Record, Scalars
 
 TRUE_DIGEST64 = 0xA11CE
 WRONG_DIGEST64 = 0xBAD
@@ -29,6 +31,11 @@ WRONG_DIGEST64 = 0xBAD
 def config_of(**values: Any) -> RunConfig:
     """A small run's contract, with `values` on top."""
     return RunConfig.model_validate(_BASE | values)
+
+
+def full(digest64: int) -> bytes:
+    """A digest of 32 bytes that begins with these 64 bits."""
+    return digest64.to_bytes(32, "little")
 
 
 def parse(**values: Any) -> RunConfig:
@@ -95,7 +102,7 @@ class RoundsDriver:
         ticket = self.ticket(worker, slot, epoch=epoch, round_=round_)
         if not is_digest_round(self.config, ticket.round):
             digest = None
-        return self.step(AnswerReceived(worker, ticket, grads, loss, digest, rows))
+        return self.step(AnswerReceived(worker, ticket, Scalars(grads, loss, digest, rows)))
 
     def unable(
         self,
@@ -116,7 +123,7 @@ class RoundsDriver:
 
     def replica(self, round_: int, digest: int = TRUE_DIGEST64) -> Ready:
         """The replica reports."""
-        return self.step(ReplicaDigest(round_, digest))
+        return self.step(WeightsReported(REPLICA_PARTY, round_, full(digest)))
 
     def ticket(
         self, worker: str, slot: int | None, *, epoch: int | None = None, round_: int | None = None

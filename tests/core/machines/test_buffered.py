@@ -21,13 +21,15 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.machines.answers import is_digest_round
-from fedmezo_core.machines.rounds import Phase, RunState
+from fedmezo_core.machines.roster import Phase
+from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.records import (
     Answered,
     Committed,
     Diverged,
     Opened,
     RoundSlot,
+    Scalars,
     SeedRange,
     Started,
 )
@@ -63,7 +65,7 @@ class Buffered(RoundsDriver):
         wants_digest = is_digest_round(self.config, ticket.round)
         digest64 = values.pop("digest", TRUE_DIGEST64) if wants_digest else None
         grads = values.pop("grads", (1.0, -2.0))
-        return self.step(AnswerReceived(worker, ticket, grads, None, digest64))
+        return self.step(AnswerReceived(worker, ticket, Scalars(grads, None, digest64)))
 
     @property
     def commits(self) -> list[Committed]:
@@ -96,7 +98,7 @@ def test_a_round_commits_with_so_many_answers_whoever_is_slow() -> None:
     assert kinds(ready) == ["Answered", "Committed", "Opened", "Ack", "Assign"]
     assert assigned(ready) == [("fast", 2)]
     assert run.tickets["slow"].round == 1
-    assert run.machine.awaited == ("slow", "fast")
+    assert run.machine.roster.awaited == ("slow", "fast")
 
 
 def test_a_late_answer_counts_with_its_age_and_discount() -> None:
@@ -137,7 +139,7 @@ def test_an_answer_that_is_too_old_is_refused_and_its_worker_has_new_work() -> N
     run.give("fast")
     ready = run.give("fast")
     assert ("slow", 3) in assigned(ready)
-    assert run.machine.workers["slow"].complaint == (
+    assert run.machine.roster.workers["slow"].complaint == (
         "did not answer round 1 before it was more than 1 rounds old"
     )
     ready = run.give("slow", old)
@@ -164,7 +166,7 @@ def test_no_more_workers_measure_at_a_time_than_may() -> None:
     run.ready("a", "b", "c")
     assert len(run.tickets) == 2
     [idle] = {"a", "b", "c"} - set(run.tickets)
-    run.lost(run.machine.awaited[0])
+    run.lost(run.machine.roster.awaited[0])
     assert idle in run.tickets, "who is gone makes room"
 
 
@@ -236,7 +238,7 @@ def test_a_commit_that_holds_other_answers_cannot_be_folded(answers: tuple[Round
     state = RunState()
     run = Buffered()
     opened = Opened(1, 0, ("a", "b", "c"))
-    given = [Answered(1, slot, (1.0, 2.0), None, 1) for slot in (0, 2)]
+    given = [Answered(1, slot, Scalars((1.0, 2.0), None, 1)) for slot in (0, 2)]
     for record in (run.records[0], Started(1), opened, *given):
         state.apply(record)
     pairs = SeedRange(0, (1.0, 2.0))

@@ -21,7 +21,8 @@ from fedmezo_core.machines.aggregate import (
     normalized,
     to_binary32,
 )
-from fedmezo_core.machines.cohort import agreed_digest, choose_cohort
+from fedmezo_core.machines.cohort import choose_cohort
+from fedmezo_core.machines.divergence import agreed_digest
 from tests.core.machines.rounds_driver import config_of
 
 names = st.lists(st.text("abcdef0123456789", min_size=1, max_size=6), unique=True, max_size=20)

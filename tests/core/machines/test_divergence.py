@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmezo_core.machines.cohort import REPLICA_PARTY as REPLICA
-from fedmezo_core.machines.divergence import DigestBoard, PartyDigest
+from fedmezo_core.events import WeightsReported
+from fedmezo_core.machines.divergence import REPLICA_PARTY as REPLICA
+from fedmezo_core.machines.divergence import DigestBoard
 
 GOOD, BAD, WORSE = b"g" * 32, b"b" * 32, b"w" * 32
 
@@ -14,7 +16,7 @@ GOOD, BAD, WORSE = b"g" * 32, b"b" * 32, b"w" * 32
 def named(*reports: tuple[str, int, bytes]) -> list[tuple[str, int]]:
     """Who is named after all reports, in order."""
     board = DigestBoard()
-    found = [d for report in reports for d in board.report(PartyDigest(*report))]
+    found = [d for report in reports for d in board.report(WeightsReported(*report))]
     return [(d.party, d.round) for d in found]
 
 
@@ -22,9 +24,19 @@ def test_what_a_board_remembers_does_not_grow_with_the_rounds() -> None:
     board = DigestBoard()
     for round_ in range(100):
         for party, digest in (("w1", GOOD), ("w2", GOOD), (REPLICA, BAD)):
-            found = board.report(PartyDigest(party, round_, digest))
+            found = board.report(WeightsReported(party, round_, digest))
         assert [(d.party, d.round) for d in found] == [(REPLICA, round_)]
     assert len(board._named) == 1
+
+
+def test_a_board_forgets_the_party_that_reported_longest_ago(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fedmezo_core.machines.divergence.WORKERS_SEEN_MAX", 2)
+    board = DigestBoard()
+    for report in (("w1", 3, GOOD), ("w2", 3, GOOD), ("w1", 4, GOOD), ("w3", 4, GOOD)):
+        board.report(WeightsReported(*report))
+    assert [report.party for report in board.newest()] == ["w1", "w3"]
 
 
 def test_equal_digests_name_nobody() -> None:
@@ -56,7 +68,7 @@ def test_rounds_are_not_mixed() -> None:
 def test_the_newest_of_each_party_is_kept_by_name() -> None:
     board = DigestBoard()
     for report in (("w2", 3, GOOD), ("w1", 3, GOOD), ("w2", 4, GOOD)):
-        board.report(PartyDigest(*report))
+        board.report(WeightsReported(*report))
     assert [(d.party, d.round) for d in board.newest()] == [("w1", 3), ("w2", 4)]
 
 

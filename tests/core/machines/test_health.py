@@ -7,7 +7,8 @@ import pytest
 from fedmezo_core.errors import ConfigError, JournalCorruptError
 from fedmezo_core.events import Assign, Finish, Ready, ReplicaEvaluated
 from fedmezo_core.journal.codec import decode_record, encode_record
-from fedmezo_core.machines.rounds import Phase, RunState
+from fedmezo_core.machines.roster import Phase
+from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.records import Committed, Evaluated, Paused, Resumed, Stopped
 from tests.core.machines.rounds_driver import RoundsDriver, kinds
 
@@ -115,8 +116,8 @@ def test_a_worker_that_misses_the_deadline_is_named_and_the_round_goes_on() -> N
     run.answer("a")
     ready = run.tick(1000)
     assert any(isinstance(record, Committed) for record in ready.records)
-    assert run.machine.workers["b"].complaint == "did not answer round 1 within 1000 ms"
-    assert run.machine.workers["a"].complaint == ""
+    assert run.machine.roster.workers["b"].complaint == "did not answer round 1 within 1000 ms"
+    assert run.machine.roster.workers["a"].complaint == ""
 
 
 def test_a_run_that_gets_no_better_ends() -> None:

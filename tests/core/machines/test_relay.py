@@ -50,8 +50,8 @@ from fedmezo_core.machines.relay import (
     RelayReady,
     site_workers_max,
 )
-from fedmezo_core.machines.rounds import Phase
-from fedmezo_core.records import Answered, Committed, Genesis, SeedRange
+from fedmezo_core.machines.roster import Phase
+from fedmezo_core.records import Committed, Genesis, Scalars, SeedRange
 
 HEAD = b"h" * 32
 SEEDS = (7, 8)
@@ -104,7 +104,7 @@ class Site:
     def answer(self, worker: str, *grads: float, round_: int = 2, **more: Any) -> RelayReady:
         values: dict[str, Any] = {"mean_loss": None, "weights_digest64": None}
         ticket = more.pop("ticket", Ticket(1, round_, 3))
-        return self.step(AnswerReceived(worker, ticket, grads, **(values | more)))
+        return self.step(AnswerReceived(worker, ticket, Scalars(grads, **(values | more))))
 
     def commit(self, round_: int) -> RelayReady:
         record = Committed(round_, (SeedRange(1, (0.5, 0.5)),), 0)
@@ -117,8 +117,8 @@ def rounds_of(ready: RelayReady) -> list[int]:
     return [record.round for record in ready.records]
 
 
-def answered(*grads: float, rows: int | None = None, loss: float | None = None) -> Answered:
-    return Answered(1, 0, grads, loss, None, rows)
+def answered(*grads: float, rows: int | None = None, loss: float | None = None) -> Scalars:
+    return Scalars(grads, loss, None, rows)
 
 
 # ---------------------------------------------------------------- the mean
@@ -126,7 +126,7 @@ def answered(*grads: float, rows: int | None = None, loss: float | None = None) 
 
 def test_a_mean_is_weighted_by_rows_and_rounded_to_binary32() -> None:
     mean = site_mean([answered(1.0, -2.0, rows=1, loss=1.0), answered(4.0, 1.0, rows=2)])
-    assert mean == ((3.0, 0.0), 1.0, 3)
+    assert mean == Scalars((3.0, 0.0), 1.0, None, 3)
     assert site_mean([answered(0.1), answered(0.2), answered(0.4)]).projected_grads == (
         to_binary32((0.1 + 0.2 + 0.4) / 3),
     )
@@ -176,7 +176,7 @@ def test_all_workers_get_the_ticket_that_the_site_got_and_their_mean_goes_up() -
     [up] = ready.up
     assert isinstance(up, SendAnswer)
     assert up.ticket == Ticket(1, 2, 3)
-    assert up.projected_grads == (2.0, 4.0)
+    assert up.scalars.projected_grads == (2.0, 4.0)
     assert up.head64 is not None
 
 
@@ -198,7 +198,11 @@ def test_rows_and_losses_go_up_as_the_contract_says() -> None:
     site.answer("w0", 1.0, 1.0, rows=3, mean_loss=1.0)
     [up] = site.answer("w1", 5.0, 1.0, rows=1, mean_loss=3.0).up
     assert isinstance(up, SendAnswer)
-    assert (up.projected_grads, up.mean_loss, up.rows) == ((2.0, 1.0), 1.5, 4)
+    assert (up.scalars.projected_grads, up.scalars.mean_loss, up.scalars.rows) == (
+        (2.0, 1.0),
+        1.5,
+        4,
+    )
 
 
 def test_rows_of_a_huge_site_stay_within_what_one_worker_may_claim() -> None:
@@ -207,7 +211,7 @@ def test_rows_of_a_huge_site_stay_within_what_one_worker_may_claim() -> None:
     site.answer("w0", 1.0, 1.0, rows=2**40)
     [up] = site.answer("w1", 1.0, 1.0, rows=2**40).up
     assert isinstance(up, SendAnswer)
-    assert up.rows == 2**40
+    assert up.scalars.rows == 2**40
 
 
 @pytest.mark.parametrize(
@@ -244,7 +248,7 @@ def test_a_second_different_answer_is_refused_and_the_first_stands() -> None:
     assert refused.reason == "EquivocationError"
     [up] = site.answer("w1", 3.0, 1.0).up
     assert isinstance(up, SendAnswer)
-    assert up.projected_grads == (2.0, 1.0)
+    assert up.scalars.projected_grads == (2.0, 1.0)
 
 
 def test_a_stranger_is_told_to_join() -> None:
@@ -285,8 +289,8 @@ def test_stragglers_cost_the_site_only_their_share() -> None:
     assert site.step(Tick(7999)).up == ()
     [up] = site.step(Tick(8000)).up
     assert isinstance(up, SendAnswer)
-    assert up.projected_grads == (1.0, 1.0)
-    assert "did not answer round 2" in site.machine.workers["w1"].complaint
+    assert up.scalars.projected_grads == (1.0, 1.0)
+    assert "did not answer round 2" in site.machine.roster.workers["w1"].complaint
     [refused] = site.answer("w1", 1.0, 1.0).messages
     assert isinstance(refused, Refuse)
     assert refused.reason == "StaleTicketError"
@@ -415,7 +419,7 @@ def test_the_digest_of_most_workers_goes_up_and_others_are_sent_away() -> None:
     ready = site.answer("w2", 3.0, 3.0, round_=3, weights_digest64=5)
     [up] = ready.up
     assert isinstance(up, SendAnswer)
-    assert (up.projected_grads, up.weights_digest64) == ((2.0, 2.0), 5)
+    assert (up.scalars.projected_grads, up.scalars.weights_digest64) == ((2.0, 2.0), 5)
     [expelled] = ready.messages
     assert isinstance(expelled, Expel)
     assert expelled.worker == "w1"
@@ -478,7 +482,7 @@ def test_in_a_new_epoch_workers_join_again_and_answer_under_the_new_ticket() -> 
     ready = site.answer("w1", 3.0, 3.0, ticket=Ticket(2, 2, 3))
     [up] = ready.up
     assert isinstance(up, SendAnswer)
-    assert (up.ticket, up.projected_grads) == (Ticket(2, 2, 3), (2.0, 2.0))
+    assert (up.ticket, up.scalars.projected_grads) == (Ticket(2, 2, 3), (2.0, 2.0))
 
 
 def test_other_work_in_a_new_epoch_takes_the_place_of_what_was_measured() -> None:
@@ -586,6 +590,16 @@ def test_if_the_last_weights_differ_none_are_reported() -> None:
     site = finished()
     site.step(WeightsReported("w0", 2, b"d" * 32))
     assert site.step(WeightsReported("w1", 2, b"e" * 32)).up == (Leave(),)
+
+
+def test_a_worker_whose_last_weights_differ_is_named_for_the_log() -> None:
+    site = Site(workers=3, round_=2)
+    site.step(FinishedByCoordinator(2))
+    for worker, digest in (("w0", b"d"), ("w1", b"e")):
+        assert site.step(WeightsReported(worker, 2, digest * 32)).diverged == ()
+    ready = site.step(WeightsReported("w2", 2, b"d" * 32))
+    assert [(found.party, found.round) for found in ready.diverged] == [("w1", 2)]
+    assert ready.up == (ReportDigest(2, b"d" * 32), Leave())
 
 
 def test_a_worker_that_never_reports_holds_the_end_up_for_a_minute_only() -> None:

@@ -17,18 +17,14 @@ from fedmezo_core.events import (
     Ready,
     Refuse,
     Ticket,
+    WeightsReported,
     Work,
     WorkerReady,
 )
 from fedmezo_core.machines.aggregate import to_binary32
-from fedmezo_core.machines.rounds import (
-    COMPLAINT_CHARS_MAX,
-    DIGESTS_KEPT_MAX,
-    RECENT_ROUNDS_MAX,
-    Phase,
-    RoundMachine,
-    RunState,
-)
+from fedmezo_core.machines.roster import COMPLAINT_CHARS_MAX, RECENT_ROUNDS_MAX, Phase
+from fedmezo_core.machines.rounds import RoundMachine
+from fedmezo_core.machines.run_state import DIGESTS_KEPT_MAX, RunState
 from fedmezo_core.records import (
     Answered,
     Committed,
@@ -37,6 +33,7 @@ from fedmezo_core.records import (
     Genesis,
     Opened,
     Record,
+    Scalars,
     SeedRange,
     Started,
     first_seed_of,
@@ -48,6 +45,7 @@ from tests.core.machines.rounds_driver import (
     RoundsDriver,
     config_of,
     expelled,
+    full,
     kinds,
     refusal,
 )
@@ -85,7 +83,7 @@ def test_a_round_opens_when_enough_workers_are_ready() -> None:
     )
     assert run.machine.phase.value == "open"
     assert run.machine.closes_at_ms == 1300
-    assert run.machine.awaited == run.machine.cohort == ("a", "b")
+    assert run.machine.roster.awaited == run.machine.cohort == ("a", "b")
 
 
 def test_a_cohort_is_at_most_its_size_and_late_workers_wait_for_the_next_round() -> None:
@@ -118,11 +116,11 @@ def test_an_answer_is_recorded_then_acknowledged() -> None:
     run.ready("a", "b")
     ready = run.answer("b", grads=(0.1, 3.0), loss=0.7)
     assert ready.records == (
-        Answered(1, 1, (to_binary32(0.1), 3.0), to_binary32(0.7), TRUE_DIGEST64),
+        Answered(1, 1, Scalars((to_binary32(0.1), 3.0), to_binary32(0.7), TRUE_DIGEST64)),
     )
     assert ready.messages == (Ack("b", Ticket(1, 1, 1)),)
-    assert run.machine.awaited == ("a",)
-    assert run.machine.workers["b"].mean_loss == to_binary32(0.7)
+    assert run.machine.roster.awaited == ("a",)
+    assert run.machine.roster.workers["b"].mean_loss == to_binary32(0.7)
 
 
 def test_the_same_answer_again_is_acknowledged_again_and_another_is_refused() -> None:
@@ -175,8 +173,8 @@ def test_a_stale_ticket_is_refused_and_changes_nothing(ticket: dict[str, int], w
     assert refusal(run.answer("a", **ticket)) == "StaleTicketError", why  # type: ignore[arg-type]
     assert refusal(run.unable("a", **ticket)) == "StaleTicketError", why  # type: ignore[arg-type]
     assert run.machine.state == before
-    assert run.machine.awaited == ("a", "b")
-    assert run.machine.workers["a"].complaint == "", "a stale ticket is no fault"
+    assert run.machine.roster.awaited == ("a", "b")
+    assert run.machine.roster.workers["a"].complaint == "", "a stale ticket is no fault"
 
 
 def test_an_answer_that_missed_the_commit_is_stale() -> None:
@@ -209,8 +207,8 @@ def test_a_malformed_answer_is_refused_and_a_sound_one_still_counts(
     run = RoundsDriver(workers_min=2)
     run.ready("a", "b")
     assert refusal(run.answer("a", **answer)) == reason  # type: ignore[arg-type]
-    assert "a" in run.machine.workers["a"].complaint
-    assert run.machine.awaited == ("a", "b")
+    assert "a" in run.machine.roster.workers["a"].complaint
+    assert run.machine.roster.awaited == ("a", "b")
     assert kinds(run.answer("a")) == ["Answered", "Ack"]
 
 
@@ -246,8 +244,8 @@ def test_a_digest_that_nobody_asked_for_is_left_out() -> None:
     run.answer("a")
     assert run.machine.state.open is not None
     ticket = Ticket(1, 2, 0)
-    ready = run.machine.step(AnswerReceived("a", ticket, (1.0, 2.0), None, 77))
-    assert ready.records[0] == Answered(2, 0, (1.0, 2.0), None, None)
+    ready = run.machine.step(AnswerReceived("a", ticket, Scalars((1.0, 2.0), None, 77)))
+    assert ready.records[0] == Answered(2, 0, Scalars((1.0, 2.0), None, None))
 
 
 @pytest.mark.parametrize("leave", [False, True])
@@ -279,7 +277,7 @@ def test_a_commit_is_the_mean_of_the_answers_in_slot_order() -> None:
     assert kinds(ready) == ["Answered", "Committed", "Opened", "Ack", "Assign", "Assign"]
     [summary] = run.machine.state.recent_rounds
     assert (summary.round, summary.mean_loss, summary.answers) == (1, 1.5, 2)
-    assert run.machine.workers["a"].rounds_answered == 1
+    assert run.machine.roster.workers["a"].rounds_answered == 1
 
 
 def test_a_commit_is_the_mean_over_the_probes_too() -> None:
@@ -352,15 +350,15 @@ def test_losing_a_worker_keeps_its_slot_until_the_deadline() -> None:
     assert run.ready("b").messages[0] == Assign("b", Ticket(1, 1, 1), work_of(run, 1), 1000)
     run.lost("b")
     assert kinds(run.tick(1000)) == ["Committed"]
-    assert run.machine.awaited == ()
+    assert run.machine.roster.awaited == ()
 
 
 def test_the_unable_are_not_waited_for() -> None:
     run = RoundsDriver(workers_min=2)
     run.ready("a", "b")
     assert run.unable("b", reason="loss is nan" * 100) == Ready()
-    assert len(run.machine.workers["b"].complaint) == COMPLAINT_CHARS_MAX
-    assert run.machine.awaited == ("a",)
+    assert len(run.machine.roster.workers["b"].complaint) == COMPLAINT_CHARS_MAX
+    assert run.machine.roster.awaited == ("a",)
     ready = run.answer("a")
     assert kinds(ready)[:2] == ["Answered", "Committed"]
 
@@ -431,7 +429,7 @@ def test_a_restart_keeps_answers_and_fences_old_tickets() -> None:
     ready = run.restart(now_ms=50)
     assert ready == Ready(records=(Started(2),))
     assert run.machine.phase is Phase.OPEN
-    assert run.machine.awaited == ("b",)
+    assert run.machine.roster.awaited == ("b",)
     assert run.machine.closes_at_ms == 1050
     assert run.ready("a") == Ready()
     assert assigned(run.ready("b")) == {"b": Ticket(2, 1, 1)}
@@ -448,7 +446,7 @@ def test_the_deadline_passes_after_a_restart_with_nobody_there() -> None:
     run.answer("a")
     run.restart()
     assert kinds(run.tick(1000)) == ["Committed"]
-    assert run.machine.awaited == ()
+    assert run.machine.roster.awaited == ()
     assert run.machine.phase is Phase.WAITING
 
 
@@ -484,7 +482,7 @@ def test_a_rebuilt_worker_is_cleared_by_an_agreeing_answer() -> None:
     run.lost("b")
     run.ready("b")
     for _ in range(2):
-        for worker in run.machine.awaited:
+        for worker in run.machine.roster.awaited:
             run.answer(worker)
     assert run.machine.diverged == frozenset()
 
@@ -526,7 +524,25 @@ def test_who_was_not_told_is_told_at_the_next_session(away: str) -> None:
     assert expelled(run.ready("b")) == ["b"]
     run.lost("b")
     assert expelled(run.ready("b")) == []
-    assert run.machine.workers["b"].ready
+    assert "b" in run.machine.roster.ready
+
+
+def test_full_digests_that_differ_are_recorded_once_and_nobody_is_sent_away() -> None:
+    run = RoundsDriver(rounds=1, workers_min=3)
+    run.ready("a", "b", "c")
+    for worker in ("a", "b", "c"):
+        run.answer(worker)
+    good, bad = full(TRUE_DIGEST64), full(WRONG_DIGEST64)
+    for worker, digest in (("a", good), ("b", bad)):
+        assert run.step(WeightsReported(worker, 1, digest)) == Ready()
+    found = Diverged(1, "b", WRONG_DIGEST64, TRUE_DIGEST64)
+    assert run.step(WeightsReported("c", 1, good)) == Ready((found,))
+    assert run.step(WeightsReported("b", 1, bad)) == Ready()
+    assert run.step(WeightsReported("b", 2, bad)) == Ready(), "no round of this journal"
+    assert [report.party for report in run.machine.digests.newest()] == ["a", "b", "c"]
+    run.restart()
+    for worker, digest in (("a", good), ("c", good), ("b", bad)):
+        assert run.step(WeightsReported(worker, 1, digest)) == Ready(), "the journal knows it"
 
 
 def test_a_tie_waits_for_the_replica() -> None:
@@ -657,7 +673,7 @@ def test_a_machine_needs_its_genesis() -> None:
         machine.apply(Started(1))
 
 
-ANSWER = Answered(1, 0, (1.0, 2.0), None, TRUE_DIGEST64)
+ANSWER = Answered(1, 0, Scalars((1.0, 2.0), None, TRUE_DIGEST64))
 COMMIT = Committed(1, (SeedRange(0, (1.0, 2.0)),), 0)
 
 
@@ -676,10 +692,10 @@ COMMIT = Committed(1, (SeedRange(0, (1.0, 2.0)),), 0)
         ([Opened(1, 0, ("a",))], Opened(1, 0, ("b",))),
         ([Opened(1, 0, ("a",))], Opened(1, 1, ("a",))),
         ([Opened(1, 0, ("a",))], Opened(2, 0, ("a",))),
-        ([Opened(1, 0, ("a",))], Answered(1, 1, (1.0, 2.0), None, TRUE_DIGEST64)),
-        ([Opened(1, 0, ("a",))], Answered(1, -1, (1.0, 2.0), None, TRUE_DIGEST64)),
-        ([Opened(1, 0, ("a",))], Answered(2, 0, (1.0, 2.0), None, TRUE_DIGEST64)),
-        ([Opened(1, 0, ("a",))], Answered(1, 0, (1.0, 2.0), None, None)),
+        ([Opened(1, 0, ("a",))], Answered(1, 1, Scalars((1.0, 2.0), None, TRUE_DIGEST64))),
+        ([Opened(1, 0, ("a",))], Answered(1, -1, Scalars((1.0, 2.0), None, TRUE_DIGEST64))),
+        ([Opened(1, 0, ("a",))], Answered(2, 0, Scalars((1.0, 2.0), None, TRUE_DIGEST64))),
+        ([Opened(1, 0, ("a",))], Answered(1, 0, Scalars((1.0, 2.0), None, None))),
         ([Opened(1, 0, ("a",))], COMMIT),
         ([Opened(1, 0, ("a",)), ANSWER], ANSWER),
         ([Opened(1, 0, ("a",)), ANSWER], Committed(2, COMMIT.seed_ranges, 0)),
@@ -726,7 +742,7 @@ def test_memory_stays_bounded() -> None:
     machine = run.machine
     machine.step(WorkerReady("a"))
     for round_ in range(1, RECENT_ROUNDS_MAX + 50):
-        machine.step(AnswerReceived("a", Ticket(1, round_, 0), (1.0,), None, 7))
+        machine.step(AnswerReceived("a", Ticket(1, round_, 0), Scalars((1.0,), None, 7)))
     state = machine.state
     assert machine.round == RECENT_ROUNDS_MAX + 49
     assert len(state.recent_rounds) == RECENT_ROUNDS_MAX

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fedmezo_core.events import Ack, Assign, Expel, Finish, Ready, Refuse, RoundMessage
-from fedmezo_core.records import Answered, Committed, Diverged, Opened, Record, Started
+from fedmezo_core.records import Answered, Committed, Diverged, Opened, Record, Scalars, Started
 from tests.core.machines.rounds_driver import WRONG_DIGEST64, RoundsDriver
 
 FOLDER = Path(__file__).parents[2] / "golden" / "rounds"
@@ -88,7 +88,7 @@ def perform(run: RoundsDriver, command: str, words: list[str]) -> Ready:
 def state_of(run: RoundsDriver) -> str:
     """One line of state."""
     machine = run.machine
-    awaited = " ".join(machine.awaited) or "-"
+    awaited = " ".join(machine.roster.awaited) or "-"
     return (
         f"= {machine.phase.value}, epoch {machine.epoch}, committed {machine.round}, "
         f"awaited {awaited}"
@@ -102,7 +102,7 @@ def shown(item: Record | RoundMessage) -> str:
             return f"started epoch={epoch}"
         case Opened(round_, first_slot, workers):
             return f"opened round={round_} first_slot={first_slot} workers={','.join(workers)}"
-        case Answered(round_, slot, grads, _, digest64):
+        case Answered(round_, slot, Scalars(grads, _, digest64)):
             return (
                 f"answered round={round_} slot={slot} grads={_list(grads)} digest={digest64 or 0:x}"
             )

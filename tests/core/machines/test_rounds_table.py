@@ -16,18 +16,25 @@ from fedmezo_core.events import (
     Finish,
     Ready,
     Refuse,
-    ReplicaDigest,
     RoundEvent,
     Tick,
     Ticket,
     UnableReceived,
+    WeightsReported,
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.machines.cohort import REPLICA_PARTY
-from fedmezo_core.machines.rounds import Phase, RunState
-from fedmezo_core.records import Answered, Committed, Diverged, Opened, first_seed_of
-from tests.core.machines.rounds_driver import TRUE_DIGEST64, WRONG_DIGEST64, RoundsDriver, kinds
+from fedmezo_core.machines.divergence import REPLICA_PARTY
+from fedmezo_core.machines.roster import Phase
+from fedmezo_core.machines.run_state import RunState
+from fedmezo_core.records import Answered, Committed, Diverged, Opened, Scalars, first_seed_of
+from tests.core.machines.rounds_driver import (
+    TRUE_DIGEST64,
+    WRONG_DIGEST64,
+    RoundsDriver,
+    full,
+    kinds,
+)
 
 # ---------------------------------------------------------------- every pair
 # All states: 2 rounds, quorum 2, workers a and b, each ticket of epoch 1.
@@ -92,18 +99,18 @@ EVENTS: dict[str, RoundEvent] = {
     "replica joins": WorkerReady(REPLICA_PARTY),
     "a lost": WorkerLost("a"),
     "c lost": WorkerLost("c"),
-    "a answers 1": AnswerReceived("a", Ticket(1, 1, 0), GRADS, None, TRUE_DIGEST64),
-    "a differs 1": AnswerReceived("a", Ticket(1, 1, 0), (1.0, 2.0), None, TRUE_DIGEST64),
-    "a answers 2": AnswerReceived("a", Ticket(1, 2, 0), GRADS, None, TRUE_DIGEST64),
-    "b answers 1": AnswerReceived("b", Ticket(1, 1, 1), GRADS, None, TRUE_DIGEST64),
-    "b flipped 1": AnswerReceived("b", Ticket(1, 1, 1), GRADS, None, WRONG_DIGEST64),
-    "c answers 1": AnswerReceived("c", Ticket(1, 1, 0), GRADS, None, TRUE_DIGEST64),
-    "a malformed 1": AnswerReceived("a", Ticket(1, 1, 0), (), None, TRUE_DIGEST64),
+    "a answers 1": AnswerReceived("a", Ticket(1, 1, 0), Scalars(GRADS, None, TRUE_DIGEST64)),
+    "a differs 1": AnswerReceived("a", Ticket(1, 1, 0), Scalars((1.0, 2.0), None, TRUE_DIGEST64)),
+    "a answers 2": AnswerReceived("a", Ticket(1, 2, 0), Scalars(GRADS, None, TRUE_DIGEST64)),
+    "b answers 1": AnswerReceived("b", Ticket(1, 1, 1), Scalars(GRADS, None, TRUE_DIGEST64)),
+    "b flipped 1": AnswerReceived("b", Ticket(1, 1, 1), Scalars(GRADS, None, WRONG_DIGEST64)),
+    "c answers 1": AnswerReceived("c", Ticket(1, 1, 0), Scalars(GRADS, None, TRUE_DIGEST64)),
+    "a malformed 1": AnswerReceived("a", Ticket(1, 1, 0), Scalars((), None, TRUE_DIGEST64)),
     "a unable 1": UnableReceived("a", Ticket(1, 1, 0), "loss is nan"),
     "a unable 2": UnableReceived("a", Ticket(1, 2, 0), "loss is nan"),
     "c unable 1": UnableReceived("c", Ticket(1, 1, 0), "loss is nan"),
-    "replica 0": ReplicaDigest(0, TRUE_DIGEST64),
-    "replica 9": ReplicaDigest(9, WRONG_DIGEST64),
+    "replica 0": WeightsReported(REPLICA_PARTY, 0, full(TRUE_DIGEST64)),
+    "replica 9": WeightsReported(REPLICA_PARTY, 9, full(WRONG_DIGEST64)),
     "early tick": Tick(999),
     "deadline": Tick(1000),
 }
@@ -259,17 +266,17 @@ def _check(run: RoundsDriver, ready: Ready, now_ms: int) -> None:
             case Assign(worker, ticket, work):
                 current = machine.state.open
                 assert current is not None
-                assert machine.workers[worker].ready
+                assert worker in machine.roster.ready
                 assert ticket == Ticket(machine.epoch, machine.round + 1, current.slots[worker])
                 assert ticket.slot not in current.answers
                 assert work.seeds[0] == first_seed_of(config.seed, ticket.round, ticket.slot)
             case Ack(_, ticket):
                 assert (ticket.round, ticket.slot) in answered
             case Finish(worker, round_):
-                assert machine.workers[worker].ready
+                assert worker in machine.roster.ready
                 assert round_ == config.rounds == machine.round
             case Expel(worker):
-                assert worker == REPLICA_PARTY or not machine.workers[worker].ready
+                assert worker == REPLICA_PARTY or worker not in machine.roster.ready
             case Refuse():
                 assert len(ready.messages) == 1
                 assert not ready.records
@@ -278,7 +285,9 @@ def _check(run: RoundsDriver, ready: Ready, now_ms: int) -> None:
         assert machine.closes_at_ms > now_ms, "a deadline that has passed was acted on"
     else:
         assert machine.closes_at_ms is None
-        assert machine.awaited == ()
+        assert machine.roster.awaited == ()
+    roster = machine.roster
+    assert roster.idle == roster.ready - roster.assignments.keys()
     assert machine.cohort == (tuple(machine.state.open.cohort) if machine.state.open else ())
 
 
@@ -290,7 +299,7 @@ def test_a_run_of_honest_workers_always_finishes(values: dict[str, int], dice: o
     for worker in WORKERS:
         run.ready(worker)
     while run.machine.phase is not Phase.FINISHED:
-        awaited = run.machine.awaited
+        awaited = run.machine.roster.awaited
         if awaited:
             run.answer(dice.choice(awaited))  # type: ignore[attr-defined]
         else:

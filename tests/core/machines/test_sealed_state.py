@@ -13,7 +13,7 @@ from fedmezo_core.journal.codec import encode_record
 from fedmezo_core.journal.journal import Entry, Journal, MemoryStore, StoredOrigin
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.signed_heads import Signer
-from fedmezo_core.machines.rounds import RunState
+from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.sealed_state import Origin, seal, unseal
 from fedmezo_core.records import Answered, Evaluated, Opened, Paused, Started, Stopped
 from fedmezo_proto.v1 import origin_pb2 as pb

@@ -42,7 +42,7 @@ from fedmezo_core.machines.session import (
     SessionMachine,
     SessionState,
 )
-from fedmezo_core.records import Committed, SeedRange
+from fedmezo_core.records import Committed, Scalars, SeedRange
 
 HEAD = hashlib.sha256(b"genesis").digest()
 
@@ -62,11 +62,11 @@ def assigned_of(round_: int, *, epoch: int = 1, slot: int = 0, steps: int = 2) -
 
 
 def measured_of(ticket: Ticket) -> Measured:
-    return Measured(ticket, (1.0, 2.0), 0.7, 5, 24)
+    return Measured(ticket, Scalars((1.0, 2.0), 0.7, 5, 24))
 
 
 def answer_of(ticket: Ticket, loss: float | None = None) -> SendAnswer:
-    return SendAnswer(ticket, (1.0, 2.0), loss, 5)
+    return SendAnswer(ticket, Scalars((1.0, 2.0), loss, 5))
 
 
 def online(
@@ -604,7 +604,7 @@ def test_an_answer_names_the_head_that_it_was_measured_at_where_no_digest_says_m
     machine.step(commit_of(1))
     assigned = assigned_of(2)
     machine.step(assigned)
-    [answer] = machine.step(Measured(assigned.ticket, (1.0, 2.0), 0.7, None, 24))
+    [answer] = machine.step(Measured(assigned.ticket, Scalars((1.0, 2.0), 0.7, None, 24)))
     assert isinstance(answer, SendAnswer)
     assert answer.head64 == int.from_bytes(head_at(1)[:8], "little")
 

@@ -20,7 +20,7 @@ from fedmezo_core.journal.party_copy import JournalCopy
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.aggregate import to_binary32
-from fedmezo_core.machines.rounds import RunState
+from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.sealed_state import Origin, seal
 from fedmezo_core.records import (
     Answered,
@@ -31,6 +31,7 @@ from fedmezo_core.records import (
     Paused,
     Record,
     Resumed,
+    Scalars,
     SeedRange,
     SignedHead,
     Started,
@@ -100,14 +101,14 @@ def paused() -> MemoryStore:
             genesis_of(config),
             Started(1),
             Opened(1, 0, ("w1",), (2e-3,), 1e-4),
-            Answered(1, 0, (0.5, -2.0), None, 12),
+            Answered(1, 0, Scalars((0.5, -2.0), None, 12)),
             Committed(1, (SeedRange(1 << 16, (1e-3, -4e-3)),), 77, to_binary32(0.999)),
             evaluated,
             Paused(1, "held-out loss is 3 times its best"),
             Started(2),
             Resumed(0.5),
             Opened(2, 0, ("w1", "w2")),
-            Answered(2, 1, (1.0, 1.5), None, None),
+            Answered(2, 1, Scalars((1.0, 1.5), None, None)),
             Committed(2, (SeedRange(2 << 16, (2e-3, 3e-3)),), 78, to_binary32(0.9995)),
             Stopped(2, "no better for 5 evaluations"),
         ]

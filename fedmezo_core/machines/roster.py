@@ -1,0 +1,179 @@
+"""Who takes part: the workers of a coordinator, or of a relay's site, and what each of them does.
+
+The round machine and the relay's machine keep their workers in a `Roster`. They decide themselves
+which work is assigned and which answers count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from fedmezo_core.config import COHORT_MAX
+from fedmezo_core.errors import ProtocolError, StaleTicketError, UnknownWorkerError
+from fedmezo_core.events import AnswerReceived, Expel, Refuse, UnableReceived
+from fedmezo_core.records import RoundSlot
+
+RECENT_ROUNDS_MAX = 1000
+"""Most summaries of rounds, evaluations and divergences that are kept for the status."""
+WORKERS_SEEN_MAX = 4 * COHORT_MAX
+"""Most workers that are remembered; those that left longest ago are forgotten first."""
+COMPLAINT_CHARS_MAX = 512
+"""Longest complaint that is kept, in characters."""
+
+
+class Phase(Enum):
+    """Where the run is."""
+
+    WAITING = "waiting"
+    """No round is open: fewer workers are ready than the run wants."""
+    OPEN = "open"
+    """Answers are coming in."""
+    FINISHED = "finished"
+    """All rounds are committed, or the run was stopped early."""
+    PAUSED = "paused"
+    """Nothing is assigned until a person resumes the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """A committed round, for the status. `mean_loss` is in nats, None if no answer carried one."""
+
+    round: int
+    mean_loss: float | None
+    answers: int
+
+
+@dataclass(slots=True)
+class WorkerView:
+    """What a machine remembers of one worker, for the status and for its decisions."""
+
+    worker: str
+    rounds_answered: int = 0
+    """Count of committed rounds that hold an answer of this worker."""
+    mean_loss: float | None = None
+    """Mean loss of the last accepted answer, in nats; None if it carried none."""
+    complaint: str = ""
+    """Why the worker could not answer last, or was refused, in this session; empty if neither."""
+    told_diverged: bool = False
+    """Whether the worker knows that its weights differ, and is expected to rebuild them."""
+    learning_rate: float | None = None
+    """Learning rate of the last assignment."""
+
+
+class Roster:
+    """Which workers are known, which are ready, and what they are assigned."""
+
+    def __init__(self, host: str) -> None:
+        """`host` is what the workers join, as their error messages name it."""
+        self._host = host
+        self.workers: dict[str, WorkerView] = {}
+        """Workers seen since the start, by name. Only for reading."""
+        self.ready: set[str] = set()
+        """Workers with an open session whose weights are not known to differ. Only for reading."""
+        self.idle: set[str] = set()
+        """Ready workers without an assignment. Only for reading."""
+        self.assignments: dict[str, RoundSlot] = {}
+        """Worker -> the assignment that it can still answer, whether or not it is ready."""
+
+    @property
+    def awaited(self) -> tuple[str, ...]:
+        """Workers that can still answer an assignment, by round and slot."""
+        return tuple(sorted(self.assignments, key=lambda w: (self.assignments[w], w)))
+
+    def view(self, worker: str) -> WorkerView:
+        """What is remembered of the worker; a new name may make the machine forget an old one."""
+        view = self.workers.get(worker)
+        if view is None:
+            if len(self.workers) >= WORKERS_SEEN_MAX:
+                gone = next((name for name in self.workers if name not in self.ready), None)
+                if gone is not None:
+                    del self.workers[gone]
+            view = self.workers[worker] = WorkerView(worker)
+        return view
+
+    # ------------------------------------------------------------ coming and going
+
+    def join(self, worker: str) -> None:
+        """The worker's session is open."""
+        self.view(worker).complaint = ""
+        self.ready.add(worker)
+        if worker not in self.assignments:
+            self.idle.add(worker)
+
+    def leave(self, worker: str) -> None:
+        """The worker's session is over; its assignment can be answered in the next one."""
+        self.ready.discard(worker)
+        self.idle.discard(worker)
+
+    def expel(self, worker: str, sentence: str) -> Expel:
+        """End the session of a worker whose weights differ; returns the message to it."""
+        self.view(worker).told_diverged = True
+        self.leave(worker)
+        return Expel(worker, sentence)
+
+    # ------------------------------------------------------------ assignments
+
+    def assign(self, worker: str, assignment: RoundSlot, learning_rate: float) -> None:
+        """Wait for the worker's answer to `assignment`."""
+        self.assignments[worker] = assignment
+        self.idle.discard(worker)
+        self.view(worker).learning_rate = learning_rate
+
+    def release(self, worker: str, assignment: RoundSlot) -> None:
+        """Stop waiting for that answer; nothing changes if the worker has another assignment."""
+        if self.assignments.get(worker) == assignment:
+            del self.assignments[worker]
+            if worker in self.ready:
+                self.idle.add(worker)
+
+    def release_all(self) -> None:
+        """Stop waiting for any answer."""
+        self.assignments.clear()
+        self.idle |= self.ready
+
+    def answered(self, worker: str, assignment: RoundSlot, mean_loss: float | None) -> None:
+        """The worker's answer was accepted."""
+        self.release(worker, assignment)
+        self.view(worker).mean_loss = mean_loss
+
+    def unable(self, event: UnableReceived) -> None:
+        """The worker cannot measure its assignment."""
+        self.complain(event.worker, event.reason)
+        self.release(event.worker, RoundSlot(event.ticket.round, event.ticket.slot))
+
+    # ------------------------------------------------------------ answers that are refused
+
+    def take(
+        self, event: AnswerReceived | UnableReceived, take: Callable[[Any], None]
+    ) -> tuple[Refuse, ...]:
+        """Let the machine `take` what a ready worker sent; returns the refusal if it raises one."""
+        worker = event.worker
+        try:
+            if worker not in self.ready:
+                raise UnknownWorkerError(
+                    f"Worker {worker} has not joined {self._host}, or was sent away; "
+                    "open a new session with hello first."
+                )
+            take(event)
+        except ProtocolError as error:
+            # A stale ticket is no fault: an answer and a deadline may cross on the way.
+            if worker in self.workers and not isinstance(error, StaleTicketError):
+                self.complain(worker, str(error))
+            return (Refuse(worker, event.ticket, type(error).__name__, str(error)),)
+        return ()
+
+    def complain(self, worker: str, sentence: str) -> None:
+        """Remember what went wrong with the worker."""
+        self.view(worker).complaint = sentence[:COMPLAINT_CHARS_MAX]
+
+    @staticmethod
+    def stale(event: AnswerReceived | UnableReceived, now: str) -> StaleTicketError:
+        """The error for a ticket that cannot be answered; `now` says where the run is instead."""
+        ticket = event.ticket
+        return StaleTicketError(
+            f"Ticket (epoch {ticket.epoch}, round {ticket.round}, slot {ticket.slot}) of worker "
+            f"{event.worker} is not open: {now}; drop it and wait for the next assignment."
+        )
