@@ -40,7 +40,7 @@ from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import loss_tolerance
 from fedmezo_core.zo.noise import Distribution
-from fedmezo_core.zo.objective import Predictions
+from fedmezo_core.zo.objectives import Predictions
 
 log = logging.getLogger("fedmezo.estimator")
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedmezo_core.errors import ModelError
 from fedmezo_core.folders import whole_folder
 from fedmezo_core.zo.model.loading import quiet
-from fedmezo_core.zo.model.offload import homes_of
+from fedmezo_core.zo.model.offload import stored_parameters
 
 _BASE_LAYER = ".base_layer."
 
@@ -22,9 +22,9 @@ _BASE_LAYER = ".base_layer."
 def export_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write `model` and `tokenizer` to `folder` in Hugging Face's layout, safetensors only.
 
-    Of a LoRA model, the whole model with the adapter merged into it is written; its own weights stay
-    as they are. The folder appears complete or not at all. Raises `ModelError` if it exists and isn't
-    empty, or can't be written.
+    Of a LoRA model, the whole model with the adapter merged into it is written; its own weights
+    stay as they are. The folder appears complete or not at all. Raises `ModelError` if it exists
+    and isn't empty, or can't be written.
     """
 
     def write(target: Path) -> None:
@@ -54,10 +54,10 @@ def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, torch.Tensor] 
     if not hasattr(model, "peft_config"):
         return cast("PreTrainedModel", model), None
     inner = cast("PreTrainedModel", cast("Any", model).get_base_model())
-    homes = homes_of(inner)
+    stored = stored_parameters(inner)
     state = {
         # transformers itself reads what is offloaded, but for the names that peft has changed.
-        name.replace(_BASE_LAYER, "."): homes[name].read() if _BASE_LAYER in name else tensor
+        name.replace(_BASE_LAYER, "."): stored[name].read() if _BASE_LAYER in name else tensor
         for name, tensor in inner.state_dict().items()
         if ".lora_" not in name
     }

@@ -13,7 +13,8 @@ import pytest
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, SeedRange, digest64_of, first_seed_of
-from fedmezo_core.zo.data.rows import read_rows
+from fedmezo_core.zo.data.held_out import evaluate
+from fedmezo_core.zo.data.rows import read_examples
 from fedmezo_core.zo.forward import row_states as prefix
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
@@ -188,8 +189,8 @@ async def test_an_evaluation_is_the_replicas(
     tiny_genesis: Callable[..., Genesis],
 ) -> None:
     party = open_party(tiny_genesis().config, str(model_folder), threads=1)
-    rows = party.task.encode(read_rows(heldout_file, party.task.columns))
-    expected = party.task.evaluate(party.loaded.model, rows, 32)
+    rows = party.task.encode(read_examples(heldout_file, party.task.columns))
+    expected = evaluate(party.task, party.loaded.model, rows, 32)
     found = await evaluating_engine.evaluate()
     assert found is not None
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)

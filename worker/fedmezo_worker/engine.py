@@ -17,12 +17,14 @@ from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
-from fedmezo_core.zo.data.rows import Row, read_rows
-from fedmezo_core.zo.data.task import Batches, Dataset
+from fedmezo_core.zo.data.batches import Batches
+from fedmezo_core.zo.data.held_out import evaluate
+from fedmezo_core.zo.data.rows import Example, read_examples
+from fedmezo_core.zo.data.task import Dataset
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
-from fedmezo_core.zo.objective import Objective, load_objective
+from fedmezo_core.zo.objectives import Objective, load_objective
 from fedmezo_core.zo.party import Party, commits_of, open_party
 from fedmezo_core.zo.snapshot_files import install_snapshot
 from fedmezo_core.zo.weights import Weights
@@ -124,8 +126,8 @@ class Engine:
         objective = _objective(settings, config)
         columns = (*config.task.columns(), _answer_column(config))
         columns = tuple(dict.fromkeys(columns))
-        rows = read_rows(settings.data, columns, keep_others=objective is not None)
-        heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, columns)
+        rows = read_examples(settings.data, columns, keep_others=objective is not None)
+        heldout_rows = [] if settings.heldout is None else read_examples(settings.heldout, columns)
         party = open_party(
             config,
             settings.model or config.model,
@@ -193,7 +195,8 @@ class Engine:
                 raise _EvaluationCutShortError
 
         try:
-            result = party.task.evaluate(
+            result = evaluate(
+                party.task,
                 party.loaded.model,
                 heldout,
                 # There is room for these: a measurement takes each row of a batch at least twice.
@@ -219,7 +222,7 @@ class Engine:
         return self._party.weights
 
 
-def _encoded(party: Party, path: Path, rows: Sequence[Row]) -> Dataset:
+def _encoded(party: Party, path: Path, rows: Sequence[Example]) -> Dataset:
     dataset = party.task.encode(rows)
     cut = ""
     if dataset.truncated_count:

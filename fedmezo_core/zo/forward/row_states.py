@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedmezo_core.zo.data.task import Batch, Example, Task
+from fedmezo_core.zo.data.task import Batch, EncodedExample, Task
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import (
     computing,
@@ -168,7 +168,7 @@ class RowStates:
         the bits of what is measured.
         """
         response = () if self._task.config.kind == "classification" else _TRIED_TOKENS[:3]
-        tried = [Example(_TRIED_TOKENS[first:], response, 0) for first in (0, 9)]
+        tried = [EncodedExample(_TRIED_TOKENS[first:], response, 0) for first in (0, 9)]
         pair = self._task.collate(tried, "the trial", device)
         calls, wanted = self._observed(pair), self._task.loss(self._model, pair)
         whole = computing_elements([self._model])
@@ -239,7 +239,10 @@ class RowStates:
     # ------------------------------------------------------------------ states of rows
 
     def _assembled(
-        self, cut: _Cut, batch: Batch, leaves_of: Callable[[_Cut, Example], list[torch.Tensor]]
+        self,
+        cut: _Cut,
+        batch: Batch,
+        leaves_of: Callable[[_Cut, EncodedExample], list[torch.Tensor]],
     ) -> Any:
         """The cut's result for a batch, out of its rows'; padding is zero, which attention masks."""
         rows, tokens = batch.input_ids.shape
@@ -250,7 +253,7 @@ class RowStates:
         return _like(cut.form, leaves)
 
     def _kept(
-        self, before_row: Callable[[], None], cut: _Cut, example: Example
+        self, before_row: Callable[[], None], cut: _Cut, example: EncodedExample
     ) -> list[torch.Tensor]:
         """What `_alone` gives, if possible from where it is kept."""
         ids = [*example.prompt, *example.response]
@@ -272,7 +275,7 @@ class RowStates:
             for end, size, (shape, dtype) in zip(ends, sizes, forms, strict=True)
         ]
 
-    def _alone(self, cut: _Cut, example: Example) -> list[torch.Tensor]:
+    def _alone(self, cut: _Cut, example: EncodedExample) -> list[torch.Tensor]:
         """[tokens, ...] of each tensor in the cut's result on one row, which goes up to there by itself."""
 
         def last(_: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,7 +1,9 @@
-"""Frozen layers in 8 or 4 bits, by bitsandbytes: a LoRA run's base in a half or a quarter of the memory.
+"""Frozen layers in 8 or 4 bits, by bitsandbytes: a LoRA run's base in a half or a quarter of the
+memory.
 
-A party's own choice. Its adapter, commits and digests keep their bits; its measurements are those of
-the compressed base, close to the others' (LLM.int8, Dettmers et al. 2022; NF4, Dettmers et al. 2023).
+A party's own choice. Its adapter, commits and digests keep their bits; its measurements are those
+of the compressed base, close to the others' (LLM.int8, Dettmers et al. 2022; NF4, Dettmers et al.
+2023).
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ def check_compressible(*, has_adapter: bool, placement: Placement) -> None:
     """Raise `ConfigError` if a base can't be compressed here, before anything is loaded."""
     if not has_adapter:
         raise ConfigError(
-            "frozen_base_bits: this run trains no adapter, and only the base under one is compressed; "
-            "leave it out, or join a run with lora."
+            "frozen_base_bits: this run trains no adapter, and only the base under one is "
+            "compressed; leave it out, or join a run with lora."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "frozen_base_bits: the library that compresses is not installed; pip install bitsandbytes."
+            "frozen_base_bits: the library that compresses is not installed; pip install "
+            "bitsandbytes."
         )
     if placement.device_memory_max_bytes is not None or placement.offload_folder is not None:
         raise ConfigError(
@@ -44,7 +47,8 @@ def check_compressible(*, has_adapter: bool, placement: Placement) -> None:
 
 
 def compress_frozen(model: Any, manifest: Manifest, bits: int, device: torch.device) -> None:
-    """Put every frozen linear layer of `model` on `device` in `bits` (8 or 4) bits, and the rest as it is.
+    """Put every frozen linear layer of `model` on `device` in `bits` (8 or 4) bits, and the rest as
+    it is.
 
     In place, layer by layer. The head that gives the logits stays as it is, and so does what is no
     linear layer (embeddings, norms, a mixture's experts), and in 4 bits what fills no whole blocks.

@@ -30,7 +30,11 @@ from fedmezo_core.errors import ModelError
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.model.adapters import read_adapter
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of, trained_tensors
-from fedmezo_core.zo.model.offload import execution_device, move_into_mapped_memory, unique_homes
+from fedmezo_core.zo.model.offload import (
+    execution_device,
+    move_into_mapped_memory,
+    unique_parameters,
+)
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.selection import lora_targets
 from fedmezo_core.zo.noise import Distribution
@@ -50,7 +54,8 @@ class LoadedModel:
     """A model ready for forward passes, and what it is trained by."""
 
     model: nn.Module
-    """A transformers model, or the `PeftModel` around it in a LoRA run; in eval mode, no gradients."""
+    """A transformers model, or the `PeftModel` around it in a LoRA run; in eval mode, no
+    gradients."""
     tokenizer: PreTrainedTokenizerBase
     manifest: Manifest
 
@@ -70,13 +75,13 @@ def load_model(
 
     Only safetensors files are read and no code that comes with a model is run. With `lora`, an
     adapter is added (see `add_adapter`) whose first weights are those in the folder `adapter`, or
-    else depend on `run_seed`, a u64; with `train`, only the parameters of the modules that it names are in the manifest. `placement`
-    says which device it computes on, and where weights lie that don't fit into its memory. With
-    `local_files_only` a name is looked up in the local cache alone.
+    else depend on `run_seed`, a u64; with `train`, only the parameters of the modules that it names
+    are in the manifest. `placement` says which device it computes on, and where weights lie that
+    don't fit into its memory. With `local_files_only` a name is looked up in the local cache alone.
 
     Raises `ModelError` for a folder that holds no model, a name that can't be reached, a checkpoint
-    that lacks some of the model's tensors or holds a NaN or infinity, a tokenizer that is missing, or
-    weights that the placement has no room for; `ConfigError` for modules to train that the model
+    that lacks some of the model's tensors or holds a NaN or infinity, a tokenizer that is missing,
+    or weights that the placement has no room for; `ConfigError` for modules to train that the model
     doesn't have, and a device or offload folder that can't be used.
     """
     folder = Path(name_or_path).expanduser()
@@ -103,7 +108,8 @@ def load_model(
                 **common,
             )
         except Exception as error:
-            # transformers raises almost any type here, up to ImportError for an unknown architecture.
+            # transformers raises almost any type here, up to ImportError for an unknown
+            # architecture.
             raise _model_error(name_or_path, is_folder, "model", error) from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
@@ -112,7 +118,8 @@ def load_model(
         placement.check(name_or_path, loaded)
         _require_complete(name_or_path, loaded, info)
         if placement.offload_folder is not None:
-            # What is trained can't stay in the checkpoint's own files, nor anything in passing ones.
+            # What is trained can't stay in the checkpoint's own files, nor anything in passing
+            # ones.
             passing = None if lora is None else Path(place["offload_folder"])
             move_into_mapped_memory(loaded, placement.offload_folder, only_from=passing)
     model: nn.Module = loaded
@@ -120,10 +127,10 @@ def load_model(
     head = loaded.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(_contiguous)
-    for name, home in unique_homes(model).items():
-        if home.offloaded is None:
-            home.parameter.data = home.parameter.data.contiguous()
-        _require_finite(name_or_path, name, home.read())
+    for name, stored in unique_parameters(model).items():
+        if stored.offloaded is None:
+            stored.parameter.data = stored.parameter.data.contiguous()
+        _require_finite(name_or_path, name, stored.read())
     if lora is not None:
         model = add_adapter(cast("PreTrainedModel", model), lora, run_seed, adapter)
     for parameter in model.parameters():
@@ -140,7 +147,8 @@ def load_model(
 def _contiguous(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Copy a head's input, which is a slice of few positions, to one place.
 
-    Otherwise torch multiplies row by row of the batch, in bfloat16 by a copy of the weight for each.
+    Otherwise torch multiplies row by row of the batch, in bfloat16 by a copy of the weight for
+    each.
     """
     return tuple(
         value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs
@@ -171,11 +179,11 @@ def add_adapter(
     Scale is alpha / rank, dropout 0, and the adapter is float32 even on a bfloat16 model: peft's
     conventions. B is zero. A has the variance of peft's default (Kaiming uniform with a = sqrt 5,
     that is 1 / (3 fan_in)), but comes from the noise standard, so that every party starts at the
-    same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`, and
-    the tensor id that the manifest gives to A. With `folder`, both are read from there instead.
+    same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`,
+    and the tensor id that the manifest gives to A. With `folder`, both are read from there instead.
 
-    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer, or for an adapter
-    that isn't as `lora` says (see `read_adapter`).
+    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer, or for an
+    adapter that isn't as `lora` says (see `read_adapter`).
     """
     targets = lora_targets(model, lora)
     with quiet():
@@ -241,8 +249,8 @@ def _check_folder(folder: Path, shown: str) -> None:
     if not any(folder.glob("*.safetensors")):
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise ModelError(
-                f"{shown} has its weights as pickle files, which can run code when they are loaded; "
-                "save the model as safetensors (save_pretrained does) and use that folder."
+                f"{shown} has its weights as pickle files, which can run code when they are "
+                "loaded; save the model as safetensors (save_pretrained does) and use that folder."
             )
         raise ModelError(f"{shown} has no weights: no .safetensors file; check the path.")
 
@@ -253,12 +261,12 @@ def _model_error(shown: str, is_folder: bool, what: str, error: Exception) -> Mo
         reason = reason[:300] + "…"
     if is_folder:
         return ModelError(
-            f"The {what} in {shown} cannot be loaded ({reason.rstrip('.')}); the folder must hold a "
-            "causal language model and its tokenizer, as save_pretrained writes them."
+            f"The {what} in {shown} cannot be loaded ({reason.rstrip('.')}); the folder must hold "
+            "a causal language model and its tokenizer, as save_pretrained writes them."
         )
     return ModelError(
-        f"The {what} {shown} cannot be loaded: it is no folder here, and the model hub did not give "
-        f"it ({reason.rstrip('.')}); check the name and the network, or name a folder."
+        f"The {what} {shown} cannot be loaded: it is no folder here, and the model hub did not "
+        f"give it ({reason.rstrip('.')}); check the name and the network, or name a folder."
     )
 
 
@@ -276,7 +284,8 @@ def _require_finite(shown: str, name: str, values: torch.Tensor) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the log lines, bars and warnings of transformers, peft and what they use off a terminal."""
+    """Keep the log lines, bars and warnings of transformers, peft and what they use off a
+    terminal."""
     verbosity = _logging.get_verbosity()
     loggers = [logging.getLogger(name) for name in ("accelerate", "bitsandbytes")]
     levels = [logger.level for logger in loggers]

@@ -1,4 +1,5 @@
-"""A model's modules, by whether they hold anything that is trained, and another forward for a while."""
+"""A model's modules, by whether they hold anything that is trained, and another forward for a
+while."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ class Placement:
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1`; `auto`: the first CUDA device if there is one, else the CPU."""
     device_memory_max_bytes: int | None = None
-    """What weights may take of the device's memory; None: what is free. More is kept in the machine's
-    memory (for a CUDA device) or in `offload_folder`, and travels layer by layer."""
+    """What weights may take of the device's memory; None: what is free. More is kept in the
+    machine's memory (for a CUDA device) or in `offload_folder`, and travels layer by layer."""
     offload_folder: Path | None = None
     """Folder on a disk for weights that no memory has room for; None: that is an error."""
 
@@ -47,8 +47,8 @@ class Placement:
         if index >= count:
             have = "has no CUDA device" if count == 0 else f"has CUDA devices 0 to {count - 1}"
             raise ConfigError(
-                f"device: there is no {self.device}, because this machine, as PyTorch sees it, {have}; "
-                "use auto or cpu, or install PyTorch's CUDA build."
+                f"device: there is no {self.device}, because this machine, as PyTorch sees it, "
+                f"{have}; use auto or cpu, or install PyTorch's CUDA build."
             )
         return torch.device("cuda", index)
 
@@ -97,8 +97,8 @@ class Placement:
             )
         if self.torch_device().type != "cpu" and devices <= {"cpu", "disk"}:
             raise ModelError(
-                f"The device's memory holds no layer of {shown}; raise device_memory_max, free memory "
-                "on the device, or use device = cpu."
+                f"The device's memory holds no layer of {shown}; raise device_memory_max, free "
+                "memory on the device, or use device = cpu."
             )
 
     def _memory_max(self, device: torch.device) -> dict[int | str, int]:

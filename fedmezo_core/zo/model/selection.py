@@ -15,9 +15,9 @@ from fedmezo_core.errors import ConfigError
 def parameters_inside(model: nn.Module, names: Iterable[str]) -> set[str]:
     """Names of the parameters that belong to the named modules or to modules inside them.
 
-    A name is a module's whole dotted name or the end of one (`mlp` for `model.layers.3.mlp`); a `*` in
-    it stands for any characters but dots. Raises `ConfigError` for a name that means no module, or
-    modules without parameters.
+    A name is a module's whole dotted name or the end of one (`mlp` for `model.layers.3.mlp`); a `*`
+    in it stands for any characters but dots. Raises `ConfigError` for a name that means no module,
+    or modules without parameters.
     """
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -81,14 +81,15 @@ def lora_targets(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
             if name not in linear:
                 raise ConfigError(
                     f"lora.target_modules: {target} is no linear layer"
-                    f"{'' if _last(name) == target else f' ({name})'}; the linear layers are {kinds}."
+                    f"{'' if _last(name) == target else f' ({name})'}; the linear layers are "
+                    f"{kinds}."
                 )
             targets[name] = modules[name]
     if unknown:
         how = "" if expression is None else " whose whole name matches the regular expression"
         raise ConfigError(
-            f"lora.target_modules: the model has no module{how} {', '.join(unknown)}; its linear layers "
-            f"are {kinds}."
+            f"lora.target_modules: the model has no module{how} {', '.join(unknown)}; its linear "
+            f"layers are {kinds}."
         )
     return targets
 
