@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmezo_core.errors import ModelError
@@ -107,8 +108,9 @@ class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     ) -> Any:
         kwargs = kwargs or {}
         if not self._paused:
-            for value in tensors_in((args, tuple(kwargs.values()))):
-                self._check(value, func)
+            for value in pytree.tree_leaves((args, kwargs)):
+                if isinstance(value, torch.Tensor):
+                    self._check(value, func)
         return func(*args, **kwargs)
 
     def _check(self, tensor: torch.Tensor, func: Any) -> None:
@@ -118,14 +120,3 @@ class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         read += [name for name, (first, end) in self._visiting.items() if first <= address < end]
         if read:
             raise DirectReadError(read[0], func)
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested lists, tuples and mappings."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))

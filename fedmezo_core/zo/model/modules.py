@@ -1,5 +1,4 @@
-"""A model's modules, by whether they hold anything that is trained, and another forward for a
-while."""
+"""A model's modules, by whether they hold anything trained, with another forward for a while."""
 
 from __future__ import annotations
 
@@ -117,3 +116,24 @@ def computing(
             del module.__dict__[name]
         else:
             module.__dict__[name] = before
+
+
+@contextmanager
+def with_parameters(owned: Sequence[Owned], tensors: Sequence[Any]) -> Iterator[None]:
+    """While open, modules see `tensors`, or objects that act as such, in place of `owned`.
+
+    The parameters themselves stay as they are. `torch.func.functional_call` does the same, but it
+    takes tensors alone, and calls the module, whose forward may be replaced (see `computing`).
+    """
+    before = [item.parameter for item in owned]
+
+    def put(values: Sequence[Any]) -> None:
+        for item, value in zip(owned, values, strict=True):
+            parameters: dict[str, Any] = item.holder._parameters
+            parameters[item.attribute] = value
+
+    put(tensors)
+    try:
+        yield
+    finally:
+        put(before)

@@ -70,7 +70,7 @@ def estimator_on(
         row_states=row_states,
     )
     if not once:
-        estimator._forward.compute_every_copy()
+        estimator._forward.frozen.compute_every_copy()
     return estimator
 
 

@@ -51,9 +51,9 @@ class Forgetful:
 
 
 @pytest.fixture(autouse=True)
-def small_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_frozen_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one frozen layer of a tiny model is less than half of it."""
-    monkeypatch.setattr(row_states_module, "PREFIX_SHARE_MIN", 0.1)
+    monkeypatch.setattr(row_states_module, "FROZEN_SHARE_MIN", 0.1)
 
 
 def _row_states(
