@@ -50,8 +50,7 @@ class Predictions:
     predicted: list[str]
     """The label with the largest logit for each row; empty in instruction tuning."""
     log_likelihoods: npt.NDArray[np.float64]
-    """Log-likelihood of the right class among the verbalizers, or of the response: float64 [rows],
-    in nats."""
+    """Log-likelihoods of the right classes or the responses, in nats: float64 [rows]."""
     texts: list[str]
     """The text that the model generates greedily after each prompt; empty if
     `generated_tokens_max` is 0."""
@@ -65,8 +64,7 @@ class Objective:
         self._function = function
 
     def __call__(self, predictions: Predictions) -> float:
-        """Score `predictions` with the function: a finite number of at most `SCORE_ABS_MAX` in
-        size.
+        """The function's score of `predictions`: a finite number, at most `SCORE_ABS_MAX` in size.
 
         Raises `MeasurementError` for anything else that the function does. Its message tells
         nothing about the data, as an exception's own message may; the details go to this machine's

@@ -44,9 +44,7 @@ class Batches:
         """
         self._task = task
         self._dataset = dataset
-        self._lengths = np.array(
-            [len(example.prompt) + len(example.response) for example in dataset.examples]
-        )
+        self._lengths = np.array([example.token_count for example in dataset.examples])
         self._key = struct.pack("<Q", run_seed) + worker_name.encode()
         self._batch_size = min(batch_size, len(dataset))
         self._local_steps = local_steps

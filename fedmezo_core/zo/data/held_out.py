@@ -54,18 +54,12 @@ def evaluate(
     `MeasurementError` if a loss is NaN or infinite.
     """
     # Rows of similar length share a batch, so that little of it is padding. The sort is stable.
-    order = sorted(
-        range(len(dataset)),
-        key=lambda index: (
-            len(dataset.examples[index].prompt) + len(dataset.examples[index].response)
-        ),
-    )
+    examples = sorted(dataset.examples, key=lambda example: example.token_count)
     device = execution_device(model)
     outcomes: list[Outcome] = []
-    for start in range(0, len(order), batch_size):
+    for start in range(0, len(examples), batch_size):
         before_batch()
-        examples = [dataset.examples[index] for index in order[start : start + batch_size]]
-        batch = task.collate(examples, "evaluation", device)
+        batch = task.collate(examples[start : start + batch_size], "evaluation", device)
         with around_batch(batch) if around_batch else nullcontext():
             outcome = task.outcome(model, batch)
         if not math.isfinite(sum(outcome.row_losses)):
@@ -76,7 +70,7 @@ def evaluate(
         outcomes.append(outcome)
     target_count = sum(outcome.target_count for outcome in outcomes)
     margins = [margin for outcome in outcomes for margin in outcome.margins]
-    labels = [dataset.examples[index].label for index in order]
+    labels = [example.label for example in examples]
     auc = _auc(margins, labels) if margins else None
     return Evaluation(
         loss=math.fsum(loss for outcome in outcomes for loss in outcome.row_losses) / target_count,

@@ -55,6 +55,11 @@ class EncodedExample:
     values: Mapping[str, str] = field(default_factory=dict)
     """The row as text, by column; empty unless the task has an objective."""
 
+    @property
+    def token_count(self) -> int:
+        """Number of tokens of prompt and response together."""
+        return len(self.prompt) + len(self.response)
+
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
@@ -83,8 +88,8 @@ class Batch:
     labels: torch.Tensor
     """Indices of the right classes, or -1 in instruction tuning: int64 [rows]."""
     targets: torch.Tensor
-    """Response tokens, at the ends of the rows, and -100 for padding: int64 [rows, response
-    tokens]. The second dimension is 0 in classification."""
+    """Response tokens at the ends of the rows, -100 elsewhere: int64 [rows, response tokens], with
+    no response tokens in classification."""
     examples: tuple[EncodedExample, ...]
     """The examples that the rows hold."""
 
@@ -307,7 +312,7 @@ class Task:
     ) -> Batch:
         """Pad `examples` on the left into one batch on `device`, which messages call `name`."""
         rows = len(examples)
-        tokens = max(len(example.prompt) + len(example.response) for example in examples)
+        tokens = max(example.token_count for example in examples)
         response_tokens = max(len(example.response) for example in examples)
         # Padding is masked. 0 is a token that every vocabulary has.
         input_ids = np.zeros((rows, tokens), dtype=np.int64)

@@ -1,21 +1,19 @@
 """The forward pass at several points of weight space at once, without writing to the weights.
 
-A point is the base weights plus a commit: `W + local pairs + eps z`, say. A batch goes through the
-model once, in as many copies as there are points; when a module with trained parameters runs, copy k
-of its input meets the parameters of point k, which are built in scratch memory and forgotten. So every
-weight is read once for all points, a model whose layers travel to the device one by one (offload)
-travels once, and if the pass raises, there is nothing to restore.
+A point is the base weights plus a commit, for example `W + local pairs + eps z`. A batch goes
+through the model once, in as many copies as there are points. When a module with trained parameters
+runs, copy k of its input meets the parameters of point k, which are built in scratch memory and
+then forgotten. So every weight is read once for all points, an offloaded model is copied to the
+device once, and if the pass raises, there is nothing to restore.
 
-- Linear layers (`nn.Linear`, GPT-2's `Conv1D`) are built and multiplied one block of rows at a time:
-  scratch stays in the cache, and a vocabulary-sized matrix is never built whole.
-- With low-rank directions, a linear layer builds no weights: all copies of the batch are multiplied by
-  the base at once, and by the directions' factors.
+- Linear layers (`nn.Linear`, GPT-2's `Conv1D`) are built and multiplied one block of rows at a
+  time. So scratch memory stays in the cache, and a vocabulary-sized matrix is never built whole.
+- With low-rank directions, a linear layer builds no weights: all copies of the batch are multiplied
+  by the base at once, and by the factors of the directions.
 - Embeddings build only the rows that are looked up.
 - Experts of a mixture run once for each point, and build only the experts that tokens go to.
 - Any other module runs once for each point, on that point's copy, with all its own parameters.
-
-Until the first module with trained parameters runs, all copies are alike: whatever is frozen and runs
-before it (an embedding, a decoder layer) computes the first copy alone, and its result is repeated.
+- Frozen modules that run before anything trained compute one copy for all points (`FrozenPart`).
 """
 
 from __future__ import annotations
@@ -54,13 +52,14 @@ from fedmezo_core.zo.noise import Distribution
 log = logging.getLogger("fedmezo.forward")
 
 LINEAR_BLOCK_BYTES = 2 << 20
-"""Weights of an `nn.Linear` that are built at a time, all points together: a cache's worth."""
+"""Weights of an `nn.Linear` that are built at a time, for all points together; fits a cache."""
 CONV1D_BLOCK_BYTES = 4 << 20
-"""The same for a `Conv1D`, each of whose blocks adds to the whole output: fewer and larger ones."""
+"""Weights of a `Conv1D` that are built at a time; larger, since each block adds to all outputs."""
 DEVICE_BLOCK_BYTES = 32 << 20
-"""The same for both where a block is built and multiplied by launches: fits into a GPU's L2 cache."""
+"""Weights of either kind that are built at a time on a GPU; fits its L2 cache."""
 THIN_RANKS_PER_FULL_RANK: Final = 8
-"""Low-rank local pairs are thin products until their ranks add up to this part of the matrix's."""
+"""Local low-rank pairs are thin products while their ranks, times this, are at most the
+matrix's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,7 @@ class _Pass:
 
 
 class Forward:
-    """Lets a model compute at points near its weights."""
+    """Lets a model compute at several points of weight space in one pass."""
 
     def __init__(
         self,
@@ -83,10 +82,11 @@ class Forward:
         rounding: Rounding,
         threads: int | None = None,
     ) -> None:
-        """`threads` is how many build weights (default: as `materialize` chooses).
+        """Prepare `model`, whose trained tensors `manifest` lists.
 
-        Raises `MismatchError` if the model isn't the manifest's, `ModelError` for an embedding that
-        renormalises its own weights.
+        `threads` build the weights (default: as `materialize` chooses). Raises `MismatchError` if
+        the manifest is of another model, `ModelError` for an embedding that renormalises its
+        weights.
         """
         self._distribution = distribution
         self._rounding = rounding
@@ -101,17 +101,16 @@ class Forward:
         self.frozen = FrozenPart(model, self._owners)
         """What passes compute for one copy of the batch, or not at all."""
         self._unsliced: set[nn.Module] = set()
-        self._told: set[type[nn.Module]] = set()
+        self._warned: set[type[nn.Module]] = set()
 
     @contextmanager
     def at(self, points: Sequence[Commit], rows: int, tokens: int) -> Iterator[None]:
         """While open, the model computes copy k of a batch at base + `points[k]`.
 
-        A point is the weights plus pairs: none has a decay, or starts from the base. `rows`,
-        `tokens`: shape of one copy. A batch for one point is a single copy, and any model can compute
-        it; with more points, a forward pass raises `InseparableError` where a module sees input whose
-        copies cannot be told apart. Raises `DirectReadError` in a first pass if the architecture
-        reads a parameter outside its owner (see `build_further_out`).
+        A point has no decay, and does not start from the base. `rows` and `tokens` are the shape of
+        one copy. With several points, a forward pass raises `InseparableError` where a module sees
+        input whose copies cannot be told apart. A first pass raises `DirectReadError` if the
+        architecture reads a parameter outside its owner (see `build_further_out`).
         """
         assert not any(point.decay != 1.0 or point.from_base for point in points)
         with ExitStack() as stack:
@@ -124,14 +123,14 @@ class Forward:
             stack.enter_context(self.frozen.left_out(copies))
             stack.enter_context(self._guard or nullcontext())
             yield
-        # The first pass has shown that no parameter is read behind its owner's back.
+        # The first pass has shown that no parameter is read outside its owner.
         self._guard = None
 
     def build_further_out(self, error: DirectReadError) -> None:
-        """Let the next pass build what was read directly where the module around its owner runs.
+        """Build the parameter that was read directly around the module that contains its owner.
 
-        Raises `error` if there is no such module within the model, the parameter has several owners, or
-        it is offloaded (and thus on the device only while its owner runs).
+        Raises `error` if there is no such module within the model, if the parameter has several
+        owners, or if it is offloaded (and thus on the device only while its owner runs).
         """
         owning = [
             (module, owned)
@@ -146,7 +145,7 @@ class Forward:
         if not path or any(item.parameter.is_meta for item in owning[0][1]):
             raise error
         self._owners.setdefault(parent, []).extend(self._owners.pop(owning[0][0]))
-        self._tell(parent, f"it reads {error.name} directly")
+        self._warn(parent, f"it reads {error.name} directly")
 
     @contextmanager
     def _running(self, new: _Pass) -> Iterator[None]:
@@ -159,7 +158,7 @@ class Forward:
     def _moved(
         self, owned: list[Owned], module: nn.Module, original: Callable[..., Any]
     ) -> Callable[..., Any]:
-        """What `module` does instead of `original`, its forward."""
+        """The forward that replaces `original`, the forward of `module`."""
         names = [item.attribute for item in owned if item.holder is module]
         plain = getattr(original, "__func__", None)
         run: Callable[..., Any]
@@ -172,7 +171,7 @@ class Forward:
         elif (reference := one_by_one(module, original)) is not None:
             run = functools.partial(self._experts, module, original, reference, owned)
         else:
-            self._tell_if_large(module, owned)
+            self._warn_if_large(module, owned)
             run = functools.partial(self._whole, module, original, owned)
 
         # wraps: callers look at the signature of a model's forward.
@@ -186,7 +185,7 @@ class Forward:
     # ------------------------------------------------------------------ kinds of modules
 
     def _product(self, module: nn.Module, owned: list[Owned], x: torch.Tensor) -> torch.Tensor:
-        """A matrix product with the weight, which is [outputs, inputs], or for `Conv1D` the reverse."""
+        """A matrix product with the weight: [outputs, inputs], or the reverse for `Conv1D`."""
         parameters: dict[str, Any] = module._parameters
         ids = {item.attribute: item.tensor_id for item in owned}
         weight = parameters["weight"]
@@ -228,8 +227,8 @@ class Forward:
     ) -> None:
         """out = x @ (the weight at each point) + biases, without building weights.
 
-        The small terms come first and the base's product is added to them, so that in low precision
-        they are rounded for what they are.
+        The small terms come first, and the base's product is added to them, so that in low
+        precision they are rounded by their own size.
         """
         weight: Any = module._parameters["weight"]
         sides = [(Side.ROWS, weight.shape[0]), (Side.COLUMNS, weight.shape[1])]
@@ -263,12 +262,12 @@ class Forward:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """An embedding, or a subclass of it: only the rows that are looked up."""
+        """An embedding, or a subclass of it, which builds only the rows that are looked up."""
         weight = item.parameter
         points = self._pass.points
 
         def of_all_copies(ids: torch.Tensor) -> torch.Tensor:
-            """`ids` (or what stands in their places), repeated where one row is meant for all."""
+            """`ids`, or values in their places, repeated if one row applies to all."""
             if len(points) > 1:
                 if ids.dim() > 1 and len(ids) == 1:
                     return ids.expand(len(points) * self._pass.copies.rows, *ids.shape[1:])
@@ -277,7 +276,7 @@ class Forward:
             return ids
 
         def look_up_on_device(ids: torch.Tensor) -> torch.Tensor:
-            """Each copy's rows at its own point: finding the distinct ones would wait for the device."""
+            """Each copy's rows at its point; distinct ids would have to be waited for."""
             ids = of_all_copies(ids)
             with self._unguarded():
                 rows = weight.new_empty(*ids.shape, weight.shape[1])
@@ -327,7 +326,7 @@ class Forward:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Any module: once for each point, with all its own parameters."""
+        """Any module, which runs once for each point, with all its own parameters."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             moved = [self._built(item.parameter, item.tensor_id)[0] for item in owned]
@@ -346,12 +345,12 @@ class Forward:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """A mixture's experts: once for each point, with those that tokens go to, one at a time."""
+        """A mixture's experts, which run once for each point and are built one at a time."""
 
         def build(parameter: torch.Tensor, tensor_id: int, index: int) -> torch.Tensor:
             with self._unguarded():
                 part = parameter[index]
-                # Memory of its own, not scratch: who knows how long a module keeps it.
+                # Not in scratch memory, because the module may keep it for a while.
                 built = torch.empty_like(part)
                 self._fan([built], part, tensor_id, index * part.numel(), self._pass.points)
             return built
@@ -371,7 +370,7 @@ class Forward:
                 return self._point_by_point(module, run, *args, **kwargs)
             except NotSlicedError as error:
                 self._unsliced.add(module)
-                self._tell(module, f"it {error}")
+                self._warn(module, f"it {error}")
         return self._whole(module, original, owned, *args, **kwargs)
 
     def _point_by_point(
@@ -399,7 +398,7 @@ class Forward:
     def _blocks(
         self, module: nn.Module, tensor_id: int, points: Sequence[Commit]
     ) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
-        """Row ranges of `module`'s weight and its rows at every point; each is overwritten by the next."""
+        """Row ranges of the module's weight, and its rows at every point, until the next range."""
         weight: Any = module._parameters["weight"]
         count, width = weight.shape
         row_bytes = len(points) * width * weight.element_size()
@@ -416,7 +415,7 @@ class Forward:
             yield first, last, blocks
 
     def _built(self, parameter: torch.Tensor, tensor_id: int) -> list[torch.Tensor]:
-        """A parameter at every point, in scratch."""
+        """The parameter at every point, in scratch memory."""
         outs = [
             self._scratch.take(parameter.numel(), parameter).view(parameter.shape)
             for _ in self._pass.points
@@ -445,28 +444,28 @@ class Forward:
             name=self._parameter_names[tensor_id],
         )
 
-    def _tell_if_large(self, module: nn.Module, owned: Sequence[Owned]) -> None:
+    def _warn_if_large(self, module: nn.Module, owned: Sequence[Owned]) -> None:
         for item in owned:
             size_bytes = item.parameter.nbytes
             if size_bytes > LINEAR_BLOCK_BYTES:
-                self._tell(module, f"{item.attribute} has {size_bytes} bytes")
+                self._warn(module, f"{item.attribute} has {size_bytes} bytes")
                 return
 
-    def _tell(self, module: nn.Module, why: str) -> None:
-        """Warn, once for each kind of module, that it is perturbed in the portable way."""
+    def _warn(self, module: nn.Module, why: str) -> None:
+        """Warn, once for each kind of module, that it runs once for each point, built whole."""
         kind = type(module)
-        if kind not in self._told:
-            self._told.add(kind)
+        if kind not in self._warned:
+            self._warned.add(kind)
             log.warning(
-                "%s (%s) is not perturbed block by block but whole, once for each point, which takes "
-                "time and memory: %s.",
+                "%s (%s) is not perturbed block by block but whole, once for each point, which "
+                "takes time and memory: %s.",
                 self._names[module],
                 kind.__name__,
                 why,
             )
 
     def _unguarded(self) -> AbstractContextManager[None]:
-        """Reading the base weights is our own doing here."""
+        """While open, the guard does not look: this module reads the base weights itself."""
         return nullcontext() if self._guard is None else self._guard.aside()
 
     def _inseparable(self, module: nn.Module, seen: torch.Tensor) -> InseparableError:

@@ -51,8 +51,8 @@ class FrozenPart:
     def share(self) -> float:
         """The share of the model's parameters in the frozen part, from 0 to 1.
 
-        Parameters that are looked up (embeddings) do not count. 0 before the first pass over several
-        points.
+        Parameters that are looked up (embeddings) do not count. 0 before the first pass over
+        several points.
         """
         return self._share or 0.0
 
@@ -67,8 +67,9 @@ class FrozenPart:
     ) -> Iterator[list[FrozenResult]]:
         """While open, all passes are over one batch, of which the results `known` are known.
 
-        They are in the order in which their modules run. With `keeps`, further results of the frozen
-        part are added to the list that this yields, so that the next pass does not repeat the work.
+        They are in the order in which their modules run. With `keeps`, further results of the
+        frozen part are added to the list that this yields, so that the next pass does not repeat
+        the work.
         """
         self._known, self._keeps = list(known), keeps
         try:

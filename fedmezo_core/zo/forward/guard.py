@@ -23,8 +23,9 @@ class DirectReadError(ModelError):
 
     def __init__(self, name: str, func: Any) -> None:
         super().__init__(
-            f"This architecture reads parameter {name} outside the module that owns it ({func}), where it "
-            "can't be perturbed; train a LoRA adapter on other modules, or use another model."
+            f"This architecture reads parameter {name} outside the module that owns it ({func}), "
+            "where it can't be perturbed; train a LoRA adapter on other modules, or use another "
+            "model."
         )
         self.name = name
 
@@ -73,7 +74,7 @@ class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Offloaded parameters are copied to the device: now they can be read there."""
+        """From now on, offloaded parameters can be read on the device."""
         with self.aside():
             result = original(module, *args, **kwargs)
         for name, _, parameter in hooked_parameters(prefix, module, hook):
@@ -92,7 +93,7 @@ class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """While open, reads are no concern of the guard's."""
+        """While open, any read is allowed."""
         before, self._paused = self._paused, True
         try:
             yield

@@ -91,21 +91,15 @@ class SpooledRows:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """The last module that a pass can do without, and all that run before it."""
+    """The last module that a pass can do without, and a result of it, whose form matters."""
 
     name: str
-    results: tuple[FrozenResult, ...]
-    """These modules in the order in which they run, with results of which only the form matters."""
+    module: nn.Module
+    form: Any
+    before: tuple[FrozenResult, ...]
+    """The modules that run before it, in order, with results whose form matters."""
     device: torch.device
     """Device of the batches."""
-
-    @property
-    def module(self) -> nn.Module:
-        return self.results[-1][0]
-
-    @property
-    def form(self) -> Any:
-        return self.results[-1][1]
 
 
 class _EnoughError(Exception):
@@ -153,7 +147,8 @@ class RowStates:
 
         Rows without states go through the model first, each after a call of `before_row`, which may
         raise to end it; the states of earlier rows are kept. There are no results if less than
-        `FROZEN_SHARE_MIN` of the model runs before the trained part, or if no module can be the cut.
+        `FROZEN_SHARE_MIN` of the model runs before the trained part, or if no module can be the
+        cut.
         """
         if not self._has_searched:
             self._cut, self._has_searched = self._search(batch.input_ids.device), True
@@ -190,11 +185,12 @@ class RowStates:
             modules = [module for module, _ in results[:count]]
             if computing_elements(modules) < FROZEN_SHARE_MIN * whole:
                 break
-            cut = _Cut(self._names[modules[-1]], tuple(results[:count]), device)
+            *before, (module, form) = results[:count]
+            cut = _Cut(self._names[module], module, form, tuple(before), device)
             if len(set(modules)) == len(modules) and self._serves(cut, pair, wanted):
                 log.info("Passes begin after %s, with the kept states of each row.", cut.name)
-                forms = [(module, _emptied(result)) for module, result in cut.results]
-                return replace(cut, results=tuple(forms))
+                forms = tuple((earlier, _emptied(result)) for earlier, result in before)
+                return replace(cut, form=_emptied(form), before=forms)
         return None
 
     def _serves(self, cut: _Cut, pair: Batch, wanted: float) -> bool:
@@ -205,7 +201,7 @@ class RowStates:
         tolerance = loss_tolerance(self._model) * abs(wanted)
         shape = pair.input_ids.shape
         try:
-            for _, result in cut.results:
+            for result in (*(result for _, result in cut.before), cut.form):
                 if any(tensor.shape[:2] != shape for tensor in _tensors(result)):
                     return False
             # With the whole result first: it shows whether a result's rows are the batch's rows.
@@ -291,13 +287,8 @@ class RowStates:
         def nan(form: torch.Tensor) -> torch.Tensor:
             return form.new_full((), math.nan).expand(rows, tokens, *form.shape[2:])
 
-        return [
-            *(
-                (module, pytree.tree_map_only(torch.Tensor, nan, form))
-                for module, form in cut.results[:-1]
-            ),
-            (cut.module, states),
-        ]
+        before = [(m, pytree.tree_map_only(torch.Tensor, nan, form)) for m, form in cut.before]
+        return [*before, (cut.module, states)]
 
     @contextmanager
     def _beginning(self, results: Sequence[FrozenResult], batch: Batch) -> Iterator[None]:

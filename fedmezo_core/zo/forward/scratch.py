@@ -13,7 +13,7 @@ _ALIGNMENT_BYTES: Final = 64
 
 
 class Scratch:
-    """Reusable memory, given out as a stack, because a module with parameters may contain others."""
+    """Reusable memory, given out as a stack: a module with parameters may contain others."""
 
     def __init__(self) -> None:
         self._buffers: dict[torch.device, torch.Tensor] = {}
@@ -29,7 +29,7 @@ class Scratch:
             self._used_bytes = used
 
     def take(self, count: int, like: torch.Tensor) -> torch.Tensor:
-        """`count` aligned elements with the dtype and device of `like`: [count], not initialised."""
+        """Uninitialised, aligned memory, with the dtype and device of `like`: [count]."""
         first = self._used_bytes.get(like.device, 0)
         size = count * like.element_size()
         last = first + size + -size % _ALIGNMENT_BYTES

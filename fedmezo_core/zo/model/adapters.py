@@ -1,4 +1,4 @@
-"""A LoRA adapter that a run begins from, out of a folder in peft's layout."""
+"""The LoRA adapter that a run begins from, read from a folder in peft's layout."""
 
 from __future__ import annotations
 
@@ -23,20 +23,19 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     # Others (PiSSA, OLoRA, LoftQ) take the adapter's start out of the base's weights.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
-"""What an adapter's configuration may say; where it says nothing, peft's default is among these."""
+"""The values that an adapter's settings may have; peft's default is the first."""
 _ABSENT: Final = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias",
     "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora",
 )  # fmt: skip
-"""What changes a plain adapter's function or adds other weights to it, if it is set."""
+"""Settings that would change the adapter's function or add other weights to it."""
 
 
 def read_adapter(folder: Path, lora: LoraConfig, manifest: Manifest) -> list[torch.Tensor]:
-    """The weights of the adapter in `folder`, float32, in the order of `manifest`, which is the
-    run's.
+    """The float32 weights of the adapter in `folder`, in the order of the run's `manifest`.
 
-    Raises `ConfigError` where it is another kind of adapter than the run's `lora` says,
-    `ModelError` for a folder that holds none that can be read. Nothing is unpickled.
+    Raises `ConfigError` for an adapter of another kind than the run's `lora`, `ModelError` for a
+    folder without a readable adapter. Nothing is unpickled.
     """
     folder = folder.expanduser()
     settings = _configuration(folder)

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer so that every party ends with the same bits."""
+"""Load a causal language model and its tokenizer with the same bits at every party."""
 
 from __future__ import annotations
 
@@ -44,18 +44,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _auto_model: Any = AutoModelForCausalLM
 _logging: Any = transformers_logging
 ON_CPU = Placement()
-"""Everything in the machine's memory, computed there."""
+"""All weights are in the machine's memory, and the CPU computes."""
 _ADAPTER = "default"
 """Peft's own name for the only adapter of a model."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for forward passes, and what it is trained by."""
+    """A model that is ready for forward passes, with its tokenizer and its trained tensors."""
 
     model: nn.Module
-    """A transformers model, or the `PeftModel` around it in a LoRA run; in eval mode, no
-    gradients."""
+    """A transformers model, or its `PeftModel` in a LoRA run; in eval mode, without gradients."""
     tokenizer: PreTrainedTokenizerBase
     manifest: Manifest
 
@@ -73,16 +72,17 @@ def load_model(
 ) -> LoadedModel:
     """Load a Hugging Face causal LM by hub name or from a folder.
 
-    Only safetensors files are read and no code that comes with a model is run. With `lora`, an
-    adapter is added (see `add_adapter`) whose first weights are those in the folder `adapter`, or
-    else depend on `run_seed`, a u64; with `train`, only the parameters of the modules that it names
-    are in the manifest. `placement` says which device it computes on, and where weights lie that
-    don't fit into its memory. With `local_files_only` a name is looked up in the local cache alone.
+    Only safetensors files are read, and no code that comes with a model is run. With `lora`, the
+    model gets an adapter (see `add_adapter`) with the weights in the folder `adapter`, or with
+    weights that depend on `run_seed`, a u64. With `train`, the manifest holds only the parameters
+    of the modules that it names. `placement` says which device computes, and where the weights are
+    that do not fit its memory. With `local_files_only`, a name is only looked up in the local
+    cache.
 
-    Raises `ModelError` for a folder that holds no model, a name that can't be reached, a checkpoint
-    that lacks some of the model's tensors or holds a NaN or infinity, a tokenizer that is missing,
-    or weights that the placement has no room for; `ConfigError` for modules to train that the model
-    doesn't have, and a device or offload folder that can't be used.
+    Raises `ModelError` for a folder without a model, a name that cannot be reached, a checkpoint
+    that lacks some of the model's tensors or holds a NaN or infinity, a missing tokenizer, or
+    weights that the placement has no room for; `ConfigError` for modules to train that the model
+    does not have, and a device or offload folder that cannot be used.
     """
     folder = Path(name_or_path).expanduser()
     is_folder = folder.exists()
@@ -118,10 +118,9 @@ def load_model(
         placement.check(name_or_path, loaded)
         _require_complete(name_or_path, loaded, info)
         if placement.offload_folder is not None:
-            # What is trained can't stay in the checkpoint's own files, nor anything in passing
-            # ones.
-            passing = None if lora is None else Path(place["offload_folder"])
-            move_into_mapped_memory(loaded, placement.offload_folder, only_from=passing)
+            # Trained weights may not stay in the checkpoint's files, nor any in temporary files.
+            temporary = None if lora is None else Path(place["offload_folder"])
+            move_into_mapped_memory(loaded, placement.offload_folder, only_from=temporary)
     model: nn.Module = loaded
     model.eval()
     head = loaded.get_output_embeddings()
@@ -145,10 +144,10 @@ def load_model(
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copy a head's input, which is a slice of few positions, to one place.
+    """Make a head's input, a slice of few positions, contiguous.
 
-    Otherwise torch multiplies row by row of the batch, in bfloat16 by a copy of the weight for
-    each.
+    Otherwise torch multiplies each row of the batch by itself, in bfloat16 by its own copy of the
+    weight.
     """
     return tuple(
         value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs
@@ -182,8 +181,8 @@ def add_adapter(
     same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`,
     and the tensor id that the manifest gives to A. With `folder`, both are read from there instead.
 
-    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer, or for an
-    adapter that isn't as `lora` says (see `read_adapter`).
+    Raises `ConfigError` for a target module that is not in the model or not a linear layer, or an
+    adapter of another kind than `lora` (see `read_adapter`).
     """
     targets = lora_targets(model, lora)
     with quiet():
@@ -205,7 +204,7 @@ def add_adapter(
     for layer in wrapped.modules():
         for side in ("lora_A", "lora_B"):
             matrices: Any = getattr(layer, side, {})
-            # Beside an offloaded layer, peft leaves them empty. They are small enough to stay.
+            # peft leaves an offloaded layer's adapter empty. It is small enough for the device.
             if _ADAPTER in matrices and matrices[_ADAPTER].weight.is_meta:
                 matrices[_ADAPTER].to_empty(device=execution_device(layer))
     manifest = manifest_of(wrapped, adapters_only=True)
@@ -232,10 +231,10 @@ def add_adapter(
 
 
 def adapter_seed(run_seed: int) -> int:
-    """Seed of a LoRA adapter's first A matrices.
+    """The seed (u64) of a LoRA adapter's first A matrices.
 
-    First 8 bytes, little-endian, of SHA-256(`fedmezo lora v1`, a zero byte, run seed as 8
-    little-endian bytes): no direction of the run uses it.
+    It is the first 8 bytes, little-endian, of SHA-256(`fedmezo lora v1`, a zero byte, run seed as 8
+    little-endian bytes). No direction of the run uses it.
     """
     hashed = hashlib.sha256(b"fedmezo lora v1\0" + struct.pack("<Q", run_seed)).digest()
     return int.from_bytes(hashed[:8], "little")
@@ -273,7 +272,7 @@ def _model_error(shown: str, is_folder: bool, what: str, error: Exception) -> Mo
 def _require_finite(shown: str, name: str, values: torch.Tensor) -> None:
     if not values.is_floating_point() or values.numel() == 0:
         return
-    # Extremes carry NaN and infinities along, and need no temporary of the tensor's size.
+    # The extremes show NaN and infinities, and need no temporary of the tensor's size.
     low, high = torch.aminmax(values.detach())
     if not (math.isfinite(float(low)) and math.isfinite(float(high))):
         raise ModelError(
@@ -284,8 +283,7 @@ def _require_finite(shown: str, name: str, values: torch.Tensor) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the log lines, bars and warnings of transformers, peft and what they use off a
-    terminal."""
+    """While open, suppress log lines, bars and warnings of transformers, peft and bitsandbytes."""
     verbosity = _logging.get_verbosity()
     loggers = [logging.getLogger(name) for name in ("accelerate", "bitsandbytes")]
     levels = [logger.level for logger in loggers]

@@ -42,8 +42,7 @@ class StoredParameter:
     storage_key: Hashable
     """Equal for all names of one tensor (tied weights), and different for any other tensor."""
     offloaded: tuple[Mapping[str, torch.Tensor], str] | None
-    """The map that an offloaded parameter is copied from when its module runs, and its name in
-    it."""
+    """The map that an offloaded parameter is copied from, and its name in it."""
 
     def read(self) -> torch.Tensor:
         """The parameter's values: `tensor`, or a new copy of the values in the file."""
