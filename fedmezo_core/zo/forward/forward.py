@@ -58,8 +58,7 @@ CONV1D_BLOCK_BYTES = 4 << 20
 DEVICE_BLOCK_BYTES = 32 << 20
 """Weights of either kind that are built at a time on a GPU; fits its L2 cache."""
 THIN_RANKS_PER_FULL_RANK: Final = 8
-"""Local low-rank pairs are thin products while their ranks, times this, are at most the
-matrix's."""
+"""Local low-rank pairs are thin products while ranks times this are at most the matrix's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,7 @@ class Owned:
 
     @property
     def parameter(self) -> torch.Tensor:
-        """The current parameter: that of an offloaded module is on the device only while it
-        runs."""
+        """The parameter now: an offloaded one is on the device only while its module runs."""
         parameter = self.holder._parameters[self.attribute]
         assert parameter is not None
         return parameter
