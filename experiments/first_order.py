@@ -21,10 +21,10 @@ from torch.nn import functional
 from experiments.judging import Judge
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.zo.assignment import open_batches
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, logits_of
 from fedmezo_core.zo.model.manifest import trained_tensors
-from fedmezo_core.zo.model.offload import homes_of
+from fedmezo_core.zo.model.offload import stored_parameters
 from fedmezo_core.zo.party import Party
 
 
@@ -45,7 +45,7 @@ class FedAvg:
     def __init__(
         self,
         party: Party,
-        rows: Mapping[str, Sequence[Row]],
+        rows: Mapping[str, Sequence[Example]],
         first_order: FirstOrder,
         *,
         judge: Judge | None = None,
@@ -118,8 +118,8 @@ class FedAvg:
 
 def train(party: Party, first_order: FirstOrder, batches: Sequence[Batch]) -> float:
     """Make an AdamW step on the party's tensors for each batch; returns the mean loss in nats."""
-    homes = homes_of(party.loaded.model)
-    parameters = [homes[entry.name].parameter for entry in party.loaded.manifest]
+    stored = stored_parameters(party.loaded.model)
+    parameters = [stored[entry.name].parameter for entry in party.loaded.manifest]
     optimizer = torch.optim.AdamW(
         parameters,
         lr=first_order.learning_rate,

@@ -64,8 +64,8 @@ from fedmezo_core.wire.messages import (
     unable_to_pb,
 )
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
-from fedmezo_core.zo.data.rows import Row
-from fedmezo_core.zo.data.task import Batches
+from fedmezo_core.zo.data.batches import Batches
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.party import Party, commits_of
@@ -93,7 +93,7 @@ class InMemoryFederation:
     def __init__(
         self,
         party: Party,
-        rows: Mapping[str, Sequence[Row]],
+        rows: Mapping[str, Sequence[Example]],
         *,
         judge: Judge | None = None,
         store: JournalStore | None = None,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from fedmezo_core.zo.data.rows import Row
-from fedmezo_core.zo.data.task import Dataset, Evaluation
+from fedmezo_core.zo.data.held_out import Evaluation, evaluate
+from fedmezo_core.zo.data.rows import Example
+from fedmezo_core.zo.data.task import Dataset
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.party import Party
 
@@ -39,7 +40,7 @@ class Judge:
     """
 
     party: Party
-    rows: Sequence[Row]
+    rows: Sequence[Example]
     every_rounds: int
     batch_size: int = 64
     curve_rows: int | None = None
@@ -99,7 +100,8 @@ class Judge:
         return found
 
     def _evaluated(self, dataset: Dataset) -> Evaluation:
-        return self.party.task.evaluate(
+        return evaluate(
+            self.party.task,
             self.party.loaded.model,
             dataset,
             self.batch_size,

@@ -20,7 +20,7 @@ from experiments.runs import KEPT, Run, key_of
 from experiments.starting_point import load_data
 from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.zo.assignment import open_estimator, open_row_states
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.forward.row_states import SpooledRows
 from fedmezo_core.zo.model.allocator import keep_freed_memory
@@ -32,7 +32,7 @@ TRAINING = "training"
 OF_INFERENCE = "peak memory of inference"
 
 
-def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[], object]:
+def passes(run: Run, party: Party, rows: Sequence[Example], way: str) -> Callable[[], object]:
     """Return a function that makes one pass, on the longest batch that the rows can make."""
     batch = longest_batch(run, party, rows)
     if way == INFERENCE:
@@ -56,7 +56,7 @@ def passes(run: Run, party: Party, rows: Sequence[Row], way: str) -> Callable[[]
     return lambda: estimator.measure(batch, [(0, 1e-9)], seeds, run.config.eps)
 
 
-def longest_batch(run: Run, party: Party, rows: Sequence[Row]) -> Batch:
+def longest_batch(run: Run, party: Party, rows: Sequence[Example]) -> Batch:
     """Make the batch that takes the most memory."""
     examples = sorted(
         party.task.encode(rows).examples,

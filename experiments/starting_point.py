@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.zo.data.rows import Row, read_rows
+from fedmezo_core.zo.data.rows import Example, read_examples
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 
 CACHE = Path("build/cache")
@@ -121,9 +121,9 @@ class Data(BaseModel):
 
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
 
-    clients: dict[str, list[Row]]
-    heldout: list[Row]
-    fitting: list[Row]
+    clients: dict[str, list[Example]]
+    heldout: list[Example]
+    fitting: list[Example]
     """Rows that an adapter is fitted to; neither training nor judging uses them."""
 
 
@@ -141,11 +141,11 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
     files = sorted(folder.glob("*.train.jsonl"))
     if not files:
         raise ConfigError(f"{folder} holds no <domain>.train.jsonl; run `make demo` or see docs.")
-    heldout = read_rows(folder / "heldout.jsonl", columns)
-    domains: dict[str, list[Row]] = {}
-    fitting: list[Row] = []
+    heldout = read_examples(folder / "heldout.jsonl", columns)
+    domains: dict[str, list[Example]] = {}
+    fitting: list[Example] = []
     for file in files:
-        rows = read_rows(file, columns)
+        rows = read_examples(file, columns)
         taken = _last_of_each(rows, task.answer_column, settings.heldout_per_label)
         heldout += [row for number, row in enumerate(rows) if number in taken]
         left = [row for number, row in enumerate(rows) if number not in taken]
@@ -162,7 +162,7 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
     )
 
 
-def _last_of_each(rows: Sequence[Row], column: str, count: int) -> set[int]:
+def _last_of_each(rows: Sequence[Example], column: str, count: int) -> set[int]:
     """Indices of the last `count` rows with each value of `column`."""
     indices: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
@@ -170,7 +170,7 @@ def _last_of_each(rows: Sequence[Row], column: str, count: int) -> set[int]:
     return {index for all_of in indices.values() for index in all_of[len(all_of) - count :]}
 
 
-def split(domains: Mapping[str, Sequence[Row]], clients: int) -> dict[str, list[Row]]:
+def split(domains: Mapping[str, Sequence[Example]], clients: int) -> dict[str, list[Example]]:
     """Deal whole domains to fewer clients, or the rows of a domain to several, in turns."""
     names = sorted(domains)
     if clients <= len(names):

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from fedmezo_core.config import TaskConfig
-from fedmezo_core.zo.data.task import Batch, Example, Task
+from fedmezo_core.zo.data.task import Batch, EncodedExample, Task
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of
@@ -76,7 +76,9 @@ class Subject:
         through all layers and gets a whole vocabulary of logits."""
         generator = np.random.default_rng(tokens)
         ids = [int(token) for token in generator.integers(0, self.vocabulary, tokens)]
-        return self.task.collate([Example((ids[0],), tuple(ids[1:]), -1)], "bench", self.device)
+        return self.task.collate(
+            [EncodedExample((ids[0],), tuple(ids[1:]), -1)], "bench", self.device
+        )
 
     def estimator(self, distribution: Distribution, *, one_sided: bool = False) -> Estimator:
         return Estimator(

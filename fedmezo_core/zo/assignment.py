@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Scalars, digest64_of
-from fedmezo_core.zo.data.task import Batches, Dataset
+from fedmezo_core.zo.data.batches import Batches
+from fedmezo_core.zo.data.task import Dataset
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, local_steps
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore
 from fedmezo_core.zo.model.offload import execution_device
-from fedmezo_core.zo.objective import Predictions
+from fedmezo_core.zo.objectives import Predictions
 from fedmezo_core.zo.party import Party
 
 _VISITS_MIN = 2

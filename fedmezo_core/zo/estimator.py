@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -33,21 +32,23 @@ from fedmezo_core.errors import MeasurementError
 from fedmezo_core.events import Work
 from fedmezo_core.machines.aggregate import Share, coefficients_of
 from fedmezo_core.zo.data.task import Batch, Task
-from fedmezo_core.zo.forward.forward import Forward, InseparableError
+from fedmezo_core.zo.forward.copies import InseparableError
+from fedmezo_core.zo.forward.forward import Forward
+from fedmezo_core.zo.forward.frozen import FROZEN_SHARE_MIN, FrozenResult
 from fedmezo_core.zo.forward.guard import DirectReadError
-from fedmezo_core.zo.forward.row_states import PREFIX_SHARE_MIN, RowStates
+from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import loss_tolerance
 from fedmezo_core.zo.noise import Distribution
-from fedmezo_core.zo.objective import Predictions
+from fedmezo_core.zo.objectives import Predictions
 
 log = logging.getLogger("fedmezo.estimator")
 
 POINTS_MAX: Final = 16
 """Most points in one pass through all of the model: activations take as many copies of the batch."""
-PREFIX_POINTS_MAX: Final = 64
-"""The same where `PREFIX_SHARE_MIN` of the model runs first and is frozen."""
+FROZEN_POINTS_MAX: Final = 64
+"""The same where `FROZEN_SHARE_MIN` of the model runs first and is frozen."""
 PASS_TOKENS_MAX: Final = 1 << 11
 """There passes can be small, because that part is computed once for all of a batch: most tokens of all copies in one, or 2 points. Their activations are a few
 per cent of the memory of inference. A GPU is faster with more."""
@@ -167,9 +168,9 @@ class Estimator:
         measure = self._task_losses if self._objective is None else self._scores
         losses: list[float] = []
         # Generating is passes of several batches.
-        one_batch = self._objective is None and length < len(points)
+        keeps = self._together and self._objective is None and length < len(points)
         try:
-            with self._known(batch), self._forward.remembering() if one_batch else nullcontext():
+            with self._forward.frozen.holding(self._known(batch), keeps=keeps):
                 for first in range(0, len(points), length):
                     losses += measure(batch, points[first : first + length])
         except InseparableError as error:
@@ -177,18 +178,18 @@ class Estimator:
             return self._losses(batch, points)
         return losses
 
-    def _known(self, batch: Batch) -> AbstractContextManager[None]:
-        """What comes before the trained part, if it computes one copy of the batch and no more."""
-        one_copy = not self._together or self._forward.prefix_share > 0
+    def _known(self, batch: Batch) -> Sequence[FrozenResult]:
+        """The results of the frozen part, if passes compute no more than one copy of it."""
+        one_copy = not self._together or self._forward.frozen.share > 0
         if self._row_states is None or self._objective is not None or not one_copy:
-            return nullcontext()
-        return self._row_states.known(batch, self._before_pass)
+            return ()
+        return self._row_states.results(batch, self._before_pass)
 
     def _points_max(self, batch: Batch, count: int) -> int:
         """Points a pass; where passes are small, none shall have a single one, which computes all anew."""
-        if self._builds_weights or self._forward.prefix_share < PREFIX_SHARE_MIN:
+        if self._builds_weights or self._forward.frozen.share < FROZEN_SHARE_MIN:
             return POINTS_MAX
-        most = min(max(2, self._pass_tokens_max // batch.input_ids.numel()), PREFIX_POINTS_MAX)
+        most = min(max(2, self._pass_tokens_max // batch.input_ids.numel()), FROZEN_POINTS_MAX)
         lengths = (*range(most, 1, -1), most + 1, most + 2)
         return next((length for length in lengths if count % length != 1), most)
 
@@ -245,7 +246,7 @@ class Estimator:
         tolerance = 0.1 * abs(alone[0] - alone[1]) + loss_tolerance(self._model) * alone[0]
         if all(abs(a - b) <= tolerance for a, b in zip(alone, shared, strict=True)):
             return True
-        if self._forward.compute_every_copy():
+        if self._forward.frozen.compute_every_copy():
             return self._can_share_a_pass(batch, points)
         self._go_singly(f"losses {shared} in one pass are {alone} in two")
         return False

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedmezo_core.errors import ModelError
 from fedmezo_core.folders import whole_folder
 from fedmezo_core.zo.model.loading import quiet
-from fedmezo_core.zo.model.offload import homes_of
+from fedmezo_core.zo.model.offload import stored_parameters
 
 _BASE_LAYER = ".base_layer."
 
@@ -22,9 +22,9 @@ _BASE_LAYER = ".base_layer."
 def export_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Write `model` and `tokenizer` to `folder` in Hugging Face's layout, safetensors only.
 
-    Of a LoRA model, the whole model with the adapter merged into it is written; its own weights stay
-    as they are. The folder appears complete or not at all. Raises `ModelError` if it exists and isn't
-    empty, or can't be written.
+    A LoRA model is written with its adapter merged into it; the weights in memory stay as they are.
+    The folder appears complete or not at all. Raises `ModelError` if it exists and is not empty, or
+    cannot be written.
     """
 
     def write(target: Path) -> None:
@@ -36,14 +36,15 @@ def export_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: s
 
 
 def export_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the LoRA adapter of `model` alone to `folder`, in peft's layout, safetensors only.
+    """Write only the LoRA adapter of `model` to `folder`, in peft's layout, safetensors only.
 
-    Raises as `export_model` does, and `ModelError` for a model without adapter.
+    The folder appears complete or not at all. Raises `ModelError` if it exists and is not empty, or
+    cannot be written, and for a model without an adapter.
     """
     if not hasattr(model, "peft_config"):
         raise ModelError("The model has no LoRA adapter to export; export the whole model.")
     wrapped = cast("Any", model)
-    # "auto" would ask the model hub whether the embeddings were changed; they never are.
+    # "auto" would ask the model hub whether the embeddings have changed; they never do.
     _write_folder(
         Path(folder), lambda target: wrapped.save_pretrained(target, save_embedding_layers=False)
     )
@@ -54,10 +55,10 @@ def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, torch.Tensor] 
     if not hasattr(model, "peft_config"):
         return cast("PreTrainedModel", model), None
     inner = cast("PreTrainedModel", cast("Any", model).get_base_model())
-    homes = homes_of(inner)
+    stored = stored_parameters(inner)
     state = {
-        # transformers itself reads what is offloaded, but for the names that peft has changed.
-        name.replace(_BASE_LAYER, "."): homes[name].read() if _BASE_LAYER in name else tensor
+        # transformers reads offloaded weights itself, except under the names that peft changed.
+        name.replace(_BASE_LAYER, "."): stored[name].read() if _BASE_LAYER in name else tensor
         for name, tensor in inner.state_dict().items()
         if ".lora_" not in name
     }

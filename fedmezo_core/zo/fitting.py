@@ -1,11 +1,12 @@
-"""An adapter that is fitted to texts before it is trained: A from the data, B zero.
+"""Fit a LoRA adapter to texts before it is trained: A from the data, B zero.
 
-The rows of A are the main directions of what a module sees, each scaled to unit size there (principal
-components, whitened; as EVA initialises LoRA, Paischer et al. 2024). With A left as it is (`freeze_a`,
-LoRA-FA, Zhang et al. 2023) the trained B has inputs that are alike in size and hardly correlated. A step
-along random directions can't adapt to the curvature of each parameter as AdamW does, so it needs this.
+The rows of A are the principal components of a module's inputs, whitened: each is scaled so that
+the inputs have unit size along it (as EVA initialises LoRA, Paischer et al. 2024). If A stays as it
+is (`freeze_a`, LoRA-FA, Zhang et al. 2023), the inputs of the trained B are equal in size and
+nearly uncorrelated. A step along random directions needs that, because it cannot adapt to the
+curvature of each parameter as AdamW does.
 
-No labels are used, and nothing is trained here: any texts like the workers' will do.
+The fitting uses no labels and trains nothing. Any texts that resemble the workers' are suitable.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from fedmezo_core.errors import ConfigError, DataError
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.party import Party
 
@@ -25,12 +26,12 @@ BATCH_ROWS = 32
 
 
 @torch.inference_mode()
-def fit_adapter(party: Party, rows: Sequence[Row]) -> None:
+def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
     """Replace the A matrices of a LoRA run's party by fitted ones, in place.
 
-    Of each row, the positions count that a loss depends on directly: the prompt's last one
-    (classification), or the response's (instruction). Raises `ConfigError` for a run without adapter,
-    `DataError` if there are fewer positions than the adapter's rank.
+    The fitting uses the positions of each row that a loss depends on directly: the last one of the
+    prompt (classification), or those of the response (instruction). Raises `ConfigError` for a run
+    without an adapter, `DataError` if there are fewer positions than the adapter's rank.
     """
     lora = party.config.lora
     if lora is None:
@@ -74,19 +75,19 @@ def _collector(into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any
 
 
 def _whitening(inputs: torch.Tensor, rank: int, name: str) -> torch.Tensor:
-    """[rank, inputs]: the largest right singular vectors over the root mean square along them."""
+    """The main right singular vectors over the root mean square along them: [rank, inputs]."""
     count, width = inputs.shape
     if count < rank or width < rank:
         raise DataError(
-            f"{count} positions of {width} inputs at {name} can't fit an adapter of rank {rank}; give more "
-            "rows, or a smaller rank."
+            f"{count} positions of {width} inputs at {name} can't fit an adapter of rank {rank}; "
+            "give more rows, or a smaller rank."
         )
     _, sizes, directions = torch.linalg.svd(inputs.double(), full_matrices=False)
     sizes = sizes[:rank, None] / count**0.5
     if not bool((sizes > 1e-6 * sizes[0]).all()):
         raise DataError(
-            f"What {name} sees varies in fewer than {rank} directions; give more different rows, or a "
-            "smaller rank."
+            f"What {name} sees varies in fewer than {rank} directions; give more different rows, "
+            "or a smaller rank."
         )
     fitted: torch.Tensor = (directions[:rank] / sizes).float()
     return fitted

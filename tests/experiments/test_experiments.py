@@ -22,7 +22,7 @@ from experiments.judging import Point
 from experiments.runs import Result, Run
 from experiments.starting_point import Settings, load_data, split
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.party import open_party
 from tests.integration.support.harness import TASK
 from tests.integration.support.parties import write_rows
@@ -30,8 +30,8 @@ from tests.integration.support.parties import write_rows
 LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["c_attn"]}
 
 
-def row(number: int, label: str = "a") -> Row:
-    return Row({"text": f"{number}", "label": label}, "file", number)
+def row(number: int, label: str = "a") -> Example:
+    return Example({"text": f"{number}", "label": label}, "file", number)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from experiments.first_order import FedAvg, FirstOrder, differentiable_loss, tra
 from experiments.judging import Judge
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.zo.assignment import open_batches
-from fedmezo_core.zo.data.rows import Row, read_rows
+from fedmezo_core.zo.data.rows import Example, read_examples
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.party import Party, open_party
 from tests.integration.support.harness import config_of
@@ -21,8 +21,8 @@ COLUMNS = ("text", "label")
 LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["c_attn"]}
 
 
-def rows_of(files: list[Path]) -> dict[str, list[Row]]:
-    return {f"w{k}": read_rows(path, COLUMNS) for k, path in enumerate(files, start=1)}
+def rows_of(files: list[Path]) -> dict[str, list[Example]]:
+    return {f"w{k}": read_examples(path, COLUMNS) for k, path in enumerate(files, start=1)}
 
 
 def party_of(model: Path, **changes: Any) -> Party:
@@ -38,7 +38,7 @@ def test_its_loss_is_the_tasks_loss(model_folder: Path, data_files: list[Path], 
         else {"response_column": "label"}
     )
     party = party_of(model_folder, task=task)
-    dataset = party.task.encode(read_rows(data_files[0], COLUMNS))
+    dataset = party.task.encode(read_examples(data_files[0], COLUMNS))
     batch = open_batches(party, dataset, "w1").batch(1, 0)
     expected = party.task.loss(party.loaded.model, batch)
     assert float(differentiable_loss(party, batch)) == pytest.approx(expected, rel=1e-5)
@@ -53,7 +53,7 @@ def test_it_learns_and_changes_nothing_else(
     places = {tensor.data_ptr() for tensor in trained}
     others = [p for p in party.loaded.model.parameters() if p.data_ptr() not in places]
     before = [parameter.clone() for parameter in others]
-    judge = Judge(party, read_rows(heldout_file, COLUMNS), every_rounds=20)
+    judge = Judge(party, read_examples(heldout_file, COLUMNS), every_rounds=20)
     run = FedAvg(party, rows_of(data_files[:2]), FirstOrder(learning_rate=1e-2), judge=judge)
     run.run()
     assert [point.round for point in judge.whole] == [0, 20]
@@ -69,8 +69,8 @@ def test_it_learns_and_changes_nothing_else(
 def test_workers_count_equally_or_by_their_rows(model_folder: Path, data_files: list[Path]) -> None:
     """A round is the weighted mean of what each worker would have made of the base alone."""
     rows = {
-        "w1": read_rows(data_files[0], COLUMNS),
-        "w2": read_rows(data_files[1], COLUMNS)[:8],
+        "w1": read_examples(data_files[0], COLUMNS),
+        "w2": read_examples(data_files[1], COLUMNS)[:8],
     }
     first_order = FirstOrder(learning_rate=1e-2)
 

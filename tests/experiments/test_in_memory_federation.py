@@ -16,7 +16,7 @@ from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Record
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.assignment import open_row_states
-from fedmezo_core.zo.data.rows import Row, read_rows
+from fedmezo_core.zo.data.rows import Example, read_examples
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.party import Party, open_party
@@ -26,8 +26,8 @@ from tests.integration.support.parties import Workers, save_model
 COLUMNS = ("text", "label")
 
 
-def rows_of(files: list[Path]) -> dict[str, list[Row]]:
-    return {f"w{k}": read_rows(path, COLUMNS) for k, path in enumerate(files, start=1)}
+def rows_of(files: list[Path]) -> dict[str, list[Example]]:
+    return {f"w{k}": read_examples(path, COLUMNS) for k, path in enumerate(files, start=1)}
 
 
 def party_of(model: Path, **changes: Any) -> Party:
@@ -152,7 +152,7 @@ def test_evaluations_are_recorded_and_do_not_change_the_run(
     plain = InMemoryFederation(party_of(model_folder), rows)
     plain.run()
     party, store = party_of(model_folder), MemoryStore()
-    judge = Judge(party, read_rows(heldout_file, COLUMNS), every_rounds=4, curve_rows=4)
+    judge = Judge(party, read_examples(heldout_file, COLUMNS), every_rounds=4, curve_rows=4)
     judged = InMemoryFederation(party, rows, judge=judge, store=store)
     judged.run()
     assert judged.journal.head == plain.journal.head
@@ -166,7 +166,7 @@ def test_evaluations_are_recorded_and_do_not_change_the_run(
 
 
 def test_dozens_of_workers(model_folder: Path, data_files: list[Path]) -> None:
-    rows = {f"w{k:02}": read_rows(data_files[k % 5], COLUMNS) for k in range(40)}
+    rows = {f"w{k:02}": read_examples(data_files[k % 5], COLUMNS) for k in range(40)}
     many = {"workers_min": 40, "quorum": 40, "rounds": 2}
     federation = InMemoryFederation(party_of(model_folder, **many), rows)
     federation.run()

@@ -12,12 +12,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmezo_core.config import TaskConfig
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.estimator import Estimator, Measurement
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.loading import LoadedModel, load_model
-from fedmezo_core.zo.model.offload import execution_device, homes_of
+from fedmezo_core.zo.model.offload import execution_device, stored_parameters
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.noise import Distribution
@@ -63,7 +63,7 @@ def _measured(loaded: LoadedModel) -> Measurement:
     )
     task = Task(config, loaded.tokenizer, 384)
     rows = [
-        Row({"text": text, "label": "01"[k % 2]}, "data", k) for k, text in enumerate(SENTENCES)
+        Example({"text": text, "label": "01"[k % 2]}, "data", k) for k, text in enumerate(SENTENCES)
     ]
     examples = task.encode(rows).examples
     estimator = Estimator(
@@ -124,7 +124,7 @@ def test_wherever_the_weights_lie(
     on_cpu = load_model(str(folder), dtype=dtype)
     on_device = load_model(str(folder), dtype=dtype, placement=Placement("cuda"))
     loaded = load_model(str(folder), dtype=dtype, placement=placement)
-    offloaded = [home for home in homes_of(loaded.model).values() if home.offloaded]
+    offloaded = [stored for stored in stored_parameters(loaded.model).values() if stored.offloaded]
     assert bool(offloaded) == (where != "device")
     assert execution_device(loaded.model).type == "cuda"
     assert base_digest(loaded.model) == base_digest(on_cpu.model)

@@ -16,7 +16,7 @@ import pytest
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.records import Answered, Committed, Genesis
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.zo.objective import load_objective
+from fedmezo_core.zo.objectives import load_objective
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support import scoring
 from tests.integration.support.harness import (

@@ -13,8 +13,9 @@ import pytest
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, SeedRange, digest64_of, first_seed_of
-from fedmezo_core.zo.data.rows import read_rows
-from fedmezo_core.zo.forward import row_states as prefix
+from fedmezo_core.zo.data.held_out import evaluate
+from fedmezo_core.zo.data.rows import read_examples
+from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.scorer import CancelledMeasurementError
@@ -192,8 +193,8 @@ async def test_an_evaluation_is_the_replicas(
     tiny_genesis: Callable[..., Genesis],
 ) -> None:
     party = open_party(tiny_genesis().config, str(model_folder), threads=1)
-    rows = party.task.encode(read_rows(heldout_file, party.task.columns))
-    expected = party.task.evaluate(party.loaded.model, rows, 32)
+    rows = party.task.encode(read_examples(heldout_file, party.task.columns))
+    expected = evaluate(party.task, party.loaded.model, rows, 32)
     found = await evaluating_engine.evaluate()
     assert found is not None
     assert found.loss == pytest.approx(expected.loss, rel=1e-5)
@@ -257,7 +258,7 @@ async def test_weights_on_a_disk_change_nothing(
 @pytest.fixture
 def final_norm(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Genesis]:
     """Gives the genesis of a run of so many rounds that trains the final norm alone."""
-    monkeypatch.setattr(prefix, "PREFIX_SHARE_MIN", 0.1)
+    monkeypatch.setattr(row_states_module, "FROZEN_SHARE_MIN", 0.1)
 
     def genesis(rounds: int) -> Genesis:
         config = config_of(train=["ln_f"], rounds=rounds)

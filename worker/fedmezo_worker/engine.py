@@ -18,12 +18,14 @@ from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
-from fedmezo_core.zo.data.rows import Row, read_rows
-from fedmezo_core.zo.data.task import Batches, Dataset
+from fedmezo_core.zo.data.batches import Batches
+from fedmezo_core.zo.data.held_out import evaluate
+from fedmezo_core.zo.data.rows import Example, read_examples
+from fedmezo_core.zo.data.task import Dataset
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
-from fedmezo_core.zo.objective import Objective, load_objective
+from fedmezo_core.zo.objectives import Objective, load_objective
 from fedmezo_core.zo.party import Party, commits_of, open_party
 from fedmezo_core.zo.snapshot_files import install_snapshot
 from fedmezo_core.zo.weights import Weights
@@ -140,8 +142,8 @@ class Engine:
         # What is quick first: a wrong name or column should not cost a model's loading time.
         objective = _objective(settings, config)
         columns = tuple(dict.fromkeys([*config.task.columns(), config.task.answer_column]))
-        rows = read_rows(settings.data, columns, keep_others=objective is not None)
-        heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, columns)
+        rows = read_examples(settings.data, columns, keep_others=objective is not None)
+        heldout_rows = [] if settings.heldout is None else read_examples(settings.heldout, columns)
         party = open_party(
             config,
             settings.model or config.model,
@@ -204,7 +206,8 @@ class Engine:
                 raise _EvaluationCutShortError
 
         try:
-            result = party.task.evaluate(
+            result = evaluate(
+                party.task,
                 party.loaded.model,
                 self.loaded.heldout,
                 # They fit into memory: a measurement takes each row of a batch at least twice.
@@ -229,7 +232,7 @@ class Engine:
         return self.loaded.party.weights
 
 
-def _encoded(party: Party, path: Path, rows: Sequence[Row]) -> Dataset:
+def _encoded(party: Party, path: Path, rows: Sequence[Example]) -> Dataset:
     dataset = party.task.encode(rows)
     cut = ""
     if dataset.truncated_count:

@@ -8,7 +8,7 @@ import time
 from typing import Final
 
 from fedmezo_core.errors import MeasurementError
-from fedmezo_core.zo.objective import Objective, Predictions
+from fedmezo_core.zo.objectives import Objective, Predictions
 
 LOOK_EVERY_S: Final = 0.05
 """Seconds until a waiting engine sees that its measurement was cut short."""

@@ -252,7 +252,7 @@ def adapter(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo adapter"
     )
     with worker_packages("fit an adapter"):
-        from fedmezo_core.zo.data.rows import read_rows
+        from fedmezo_core.zo.data.rows import read_examples
         from fedmezo_core.zo.export import export_adapter
         from fedmezo_core.zo.fitting import fit_adapter
         from fedmezo_core.zo.party import open_party
@@ -262,7 +262,7 @@ def adapter(
             f"{config} has no [run.lora], so there is no adapter to fit; add that table."
         )
     party = open_party(run, settings.model, threads=threads)
-    rows = read_rows(data, party.task.columns)[:rows_max]
+    rows = read_examples(data, party.task.columns)[:rows_max]
     fit_adapter(party, rows)
     export_adapter(party.loaded.model, folder)
     print(

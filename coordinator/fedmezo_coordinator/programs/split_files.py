@@ -25,7 +25,7 @@ from fedmezo_coordinator.programs.splits import (
 )
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.folders import whole_folder
-from fedmezo_core.zo.data.rows import WholeRow, read_whole_rows
+from fedmezo_core.zo.data.rows import RawExample, read_raw_examples
 
 ALPHA_DEFAULT = 0.5
 HELD_OUT = "held-out"
@@ -89,7 +89,7 @@ def split_file(data: Path, out: Path, options: SplitOptions) -> Written:
     """
     _check(options)
     try:
-        rows = read_whole_rows(data)
+        rows = read_raw_examples(data)
         classes = None if options.by is None else _classes(rows, options.by)
         written = _split(len(rows), classes, options)
         _write(out, rows, written.parts)
@@ -115,7 +115,7 @@ def _check(options: SplitOptions) -> None:
         raise ConfigError("The number of workers is missing; give --workers or --names.")
 
 
-def _classes(rows: Sequence[WholeRow], by: str) -> tuple[str, ...]:
+def _classes(rows: Sequence[RawExample], by: str) -> tuple[str, ...]:
     columns = dict.fromkeys(name for row in rows for name in row.values)
     if by not in columns:
         raise ConfigError(
@@ -162,7 +162,7 @@ def _parts(shares: Shares, names: Sequence[str]) -> list[Part]:
     return [Part(name, rows) for name, rows in zip(names, shares.rows, strict=True)]
 
 
-def _write(out: Path, rows: Sequence[WholeRow], parts: Sequence[Part]) -> None:
+def _write(out: Path, rows: Sequence[RawExample], parts: Sequence[Part]) -> None:
     try:
         with whole_folder(out, ConfigError) as folder:
             for part in parts:

@@ -1,4 +1,4 @@
-"""Read a user's JSONL, CSV or Parquet files: as rows of text, or whole, to write them again."""
+"""Read the rows of a user's JSONL, CSV or Parquet files."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ _CSV_FIELD_CHARACTERS_MAX = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One row of data, every value as text."""
+class Example:
+    """One row of data, with all values as text."""
 
     values: dict[str, str]
     file: str
-    """Path it was read from, for messages."""
+    """Path of the file that holds the row, for messages."""
     number: int
     """Row number in the file, from 1 (a CSV header is not counted)."""
 
     @property
-    def place(self) -> str:
-        """Where a person finds it."""
+    def location(self) -> str:
+        """The row and its file in words, for messages."""
         return f"row {self.number} of {self.file}"
 
 
 @dataclass(frozen=True, slots=True)
-class WholeRow:
-    """One row of data with all its columns, every value as the file has it."""
+class RawExample:
+    """One row of data with all its columns, and values of the types that the file gives them."""
 
     values: dict[str, Any]
     file: Path
-    """Path it was read from, for messages."""
+    """Path of the file that holds the row, for messages."""
     number: int
-    """As `Row.number`."""
+    """Row number in the file, from 1 (a CSV header is not counted)."""
 
     def text(self, column: str) -> str:
-        """Its value of `column` as text; raises `DataError` as `read_rows` does."""
+        """The row's value of `column` as text; raises `DataError` as `read_examples` does."""
         return _text(self.file, self.number, self.values, column)
 
     def json_line(self) -> bytes:
-        """Itself as a line of a JSONL file, in UTF-8.
+        """The row as one line of a JSONL file, in UTF-8.
 
-        Dates and times of a Parquet file become ISO 8601 text, decimal numbers text. Raises `DataError`
-        for what JSON cannot hold: binary values, NaN and infinities.
+        Dates and times of a Parquet file become ISO 8601 text, and decimal numbers become text.
+        Raises `DataError` for values that JSON cannot hold: binary values, NaN and infinities.
         """
         try:
             line = _json(self.values)
@@ -62,32 +62,36 @@ class WholeRow:
                 f"Row {self.number} of {self.file}: {column} holds a value that JSON cannot hold "
                 f"({error}); convert it or remove the column."
             ) from error
-        # A lone half of a surrogate pair is no UTF-8; Python's escape for it is also JSON's.
+        # UTF-8 has no lone surrogates. Python escapes them as JSON does.
         return line.encode("utf-8", "backslashreplace") + b"\n"
 
 
-def read_whole_rows(path: str | Path) -> list[WholeRow]:
-    """Read files as `read_rows` does, but every column that a row has, whatever its value is."""
+def read_raw_examples(path: str | Path) -> list[RawExample]:
+    """Read all columns of a .jsonl, .csv or .parquet file, or of all such files in a folder.
+
+    Raises `DataError` as `read_examples` does for a file that it cannot read.
+    """
     return [
-        WholeRow(record, file, number)
+        RawExample(record, file, number)
         for file in _files(Path(path).expanduser())
         for number, record in _records_of(file, None)
     ]
 
 
-def read_rows(path: str | Path, columns: Sequence[str], *, keep_others: bool = False) -> list[Row]:
+def read_examples(
+    path: str | Path, columns: Sequence[str], *, keep_others: bool = False
+) -> list[Example]:
     """Read `columns` of a .jsonl, .csv or .parquet file, or of all such files in a folder.
 
-    With `keep_others` a row also has what it holds in other columns, where that is text or a number.
+    With `keep_others`, examples also have the other columns that hold text or a number. Files of a
+    folder are read in the order of their names. Values become text: JSON and Parquet strings as
+    they are, integers in decimal, booleans as `true` and `false`, other numbers as Python writes
+    them. A UTF-8 byte order mark and empty lines are skipped.
 
-    Files of a folder are read in the order of their names. Values become text: JSON and Parquet
-    strings as they are, integers in decimal, booleans as `true` and `false`, other numbers as Python
-    writes them. A UTF-8 byte order mark is skipped, and so are empty lines.
-
-    Raises `DataError`, naming the file and row: not readable, not UTF-8, malformed, without rows, a
-    column that no row has, or a row in which a column is missing or null.
+    Raises `DataError`, which names the file and row, if a file is not readable, not UTF-8,
+    malformed or without rows, if no row has one of the columns, or if a row has no value for one.
     """
-    rows: list[Row] = []
+    rows: list[Example] = []
     for file in _files(Path(path).expanduser()):
         rows.extend(_rows_of(file, columns, keep_others))
     return rows
@@ -111,7 +115,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _records_of(file: Path, columns: Sequence[str] | None) -> list[tuple[int, dict[str, Any]]]:
-    """Numbered records with at least `columns`, or with all columns."""
+    """The numbered records of `file`, with at least `columns`, or with all columns."""
     try:
         records = list(_READERS[file.suffix.lower()](file, columns))
     except OSError as error:
@@ -125,7 +129,7 @@ def _records_of(file: Path, columns: Sequence[str] | None) -> list[tuple[int, di
     return records
 
 
-def _rows_of(file: Path, columns: Sequence[str], keep_others: bool) -> list[Row]:
+def _rows_of(file: Path, columns: Sequence[str], keep_others: bool) -> list[Example]:
     records = _records_of(file, None if keep_others else columns)
     present = dict.fromkeys(name for _, record in records for name in record)
     for column in columns:
@@ -145,7 +149,7 @@ def _rows_of(file: Path, columns: Sequence[str], keep_others: bool) -> list[Row]
         }
         return needed | others
 
-    return [Row(values(number, record), str(file), number) for number, record in records]
+    return [Example(values(number, record), str(file), number) for number, record in records]
 
 
 def _text(file: Path, number: int, record: dict[str, Any], column: str) -> str:
@@ -177,7 +181,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _plain(value: Any) -> str:
-    """What JSON has no type for, as text."""
+    """A value that JSON has no type for, as text."""
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
@@ -217,8 +221,9 @@ def _read_csv(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[int,
                 number += 1
                 if len(fields) != len(header):
                     raise DataError(
-                        f"Row {number} of {file} (line {reader.line_num}) has {len(fields)} fields, "
-                        f"but the header has {len(header)}; quote fields that contain commas."
+                        f"Row {number} of {file} (line {reader.line_num}) has {len(fields)} "
+                        f"fields, but the header has {len(header)}; quote fields that contain "
+                        "commas."
                     )
                 yield number, dict(zip(header, fields, strict=True))
         except csv.Error as error:
@@ -229,7 +234,7 @@ def _read_csv(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[int,
 
 @contextmanager
 def _long_csv_fields() -> Iterator[None]:
-    """Documents can be longer than the 128 KiB that the csv module allows a field by default."""
+    """While open, a CSV field may be longer than the csv module's default of 128 KiB."""
     limit = csv.field_size_limit(_CSV_FIELD_CHARACTERS_MAX)
     try:
         yield
@@ -253,7 +258,7 @@ def _read_parquet(
         with pyarrow.parquet.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
             wanted = [name for name in names if columns is None or name in columns]
-            # Columns that are not wanted are not read, but a message can still list them.
+            # Only the wanted columns are read, but a message can list them all.
             blank = dict.fromkeys(names)
             if not wanted and parquet.metadata.num_rows:
                 yield 1, blank

@@ -10,14 +10,14 @@ from torch import nn
 
 
 class NotSlicedError(Exception):
-    """A module used a parameter in another way than slice by slice; the message says how."""
+    """A module used a parameter other than slice by slice; the message says how."""
 
 
 class Slices:
-    """Stands for a parameter [experts, rows, columns] of which only slices exist, each while in use."""
+    """Acts as a parameter [experts, rows, columns], of which slices exist only while in use."""
 
     def __init__(self, parameter: torch.Tensor, build: Callable[[int], torch.Tensor]) -> None:
-        """`build(index)` gives what takes the place of `parameter[index]`."""
+        """`build(index)` gives the tensor that replaces `parameter[index]`."""
         self._parameter = parameter
         self._build = build
 
@@ -37,15 +37,16 @@ class Slices:
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> NoReturn:
-        """Called by any function of torch that meets such an object."""
+        """Refuse to be an argument of any function of torch."""
         raise NotSlicedError(f"computes with all experts at once, in {func.__name__}")
 
 
 def one_by_one(module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any] | None:
-    """The forward of `module` that visits the experts which tokens go to, one after the other.
+    """The forward of `module` that visits, one by one, the experts that tokens go to.
 
-    It is the reference that transformers keeps in each class beside faster ways through all experts at
-    once (`use_experts_implementation`). None if `module` is no such class, or its forward another.
+    Each such class of transformers keeps it as the reference for faster ways through all experts at
+    once (`use_experts_implementation`). None if `module` is not a mixture of experts, or `original`
+    is not its class's forward.
     """
     kind: Any = type(module)
     if getattr(original, "__func__", None) is not kind.forward or not hasattr(kind, "_apply_gate"):

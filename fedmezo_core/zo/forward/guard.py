@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmezo_core.errors import ModelError
@@ -22,8 +23,9 @@ class DirectReadError(ModelError):
 
     def __init__(self, name: str, func: Any) -> None:
         super().__init__(
-            f"This architecture reads parameter {name} outside the module that owns it ({func}), where it "
-            "can't be perturbed; train a LoRA adapter on other modules, or use another model."
+            f"This architecture reads parameter {name} outside the module that owns it ({func}), "
+            "where it can't be perturbed; train a LoRA adapter on other modules, or use another "
+            "model."
         )
         self.name = name
 
@@ -72,7 +74,7 @@ class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Offloaded parameters are copied to the device: now they can be read there."""
+        """From now on, offloaded parameters can be read on the device."""
         with self.aside():
             result = original(module, *args, **kwargs)
         for name, _, parameter in hooked_parameters(prefix, module, hook):
@@ -91,7 +93,7 @@ class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """While open, reads are no concern of the guard's."""
+        """While open, any read is allowed."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -107,8 +109,9 @@ class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
     ) -> Any:
         kwargs = kwargs or {}
         if not self._paused:
-            for value in tensors_in((args, tuple(kwargs.values()))):
-                self._check(value, func)
+            for value in pytree.tree_leaves((args, kwargs)):
+                if isinstance(value, torch.Tensor):
+                    self._check(value, func)
         return func(*args, **kwargs)
 
     def _check(self, tensor: torch.Tensor, func: Any) -> None:
@@ -118,14 +121,3 @@ class DirectReadGuard(TorchDispatchMode):  # type: ignore[no-untyped-call]  # to
         read += [name for name, (first, end) in self._visiting.items() if first <= address < end]
         if read:
             raise DirectReadError(read[0], func)
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in nested lists, tuples and mappings."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, Mapping):
-        yield from tensors_in(list(value.values()))

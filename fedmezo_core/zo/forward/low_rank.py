@@ -1,8 +1,8 @@
-"""Low-rank directions in a forward pass, where their factors are all that is needed.
+"""Low-rank directions in a forward pass, which needs only their factors.
 
-A direction of a matrix is z = scale * sum over k of u_k v_k^T (noise standard, section 6), so with x a
-batch of rows, x (W + c z)^T = x W^T + c scale (x V) U^T: the product with the base, and two thin ones.
-EGGROLL (Sarkar et al. 2025, arXiv 2511.16652) does the same with Gaussian factors.
+A direction of a matrix is z = scale * sum over k of u_k v_k^T (noise standard, section 6). So for a
+batch of rows x, x (W + c z)^T = x W^T + c scale (x V) U^T: the product with the base, and two thin
+ones. EGGROLL (Sarkar et al. 2025, arXiv 2511.16652) does the same with Gaussian factors.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _ONE: Final = {torch.float32: 0x3F800000, torch.bfloat16: 0x3F80, torch.float16:
 
 
 class Side(Enum):
-    """Which factor of a direction; the value is the noise standard's domain."""
+    """A factor of a direction; the value is its domain in the noise standard."""
 
     ROWS = spec.DOMAIN_ROW_SIGNS
     COLUMNS = spec.DOMAIN_COLUMN_SIGNS
 
 
 class _Scratch(threading.local):
-    """One thread's block words, made once."""
+    """The block words of one thread, which are allocated once."""
 
     def __init__(self) -> None:
         self.words = np.empty(cpu.SCRATCH_WORDS, dtype=np.uint32)
@@ -53,9 +53,9 @@ def factors(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """The signs u_k (or v_k) of each seed's direction: `dtype` [seeds, rank, length], each 1 or -1.
+    """The signs u_k (or v_k) of each seed's direction, 1 or -1: `dtype` [seeds, rank, length].
 
-    `length`: rows (or columns) of the tensor as a matrix.
+    `length` is the number of rows (or columns) of the tensor as a matrix.
     """
     if devices.elsewhere(device):
         return devices.factor_signs(
@@ -77,20 +77,21 @@ def factors(
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Points of a measurement as the pairs that all of them have, and at most one more of each."""
+    """The points of a measurement: the pairs that they share, and at most one more for each."""
 
     shared: Commit
     own_seeds: npt.NDArray[np.uint64]
     own_coefficients: npt.NDArray[np.float32]
-    """[points]; 0 where a point has no pair of its own."""
+    """float32 [points]; 0 for a point that has no pair of its own."""
     _on_device: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, torch.Tensor]] = field(
         default_factory=dict, repr=False
     )
 
     def coefficients(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(shared, own) coefficients with the dtype and device of `like`: [pairs, 1], [points, 1, 1].
+        """The (shared, own) coefficients with the dtype and device of `like`.
 
-        Uploaded once for a measurement, rather than once for each of its layers.
+        Their shapes are [pairs, 1] and [points, 1, 1]. They are uploaded once for a measurement,
+        not for each of its layers.
         """
         key = like.dtype, like.device
         if key not in self._on_device:
@@ -104,7 +105,7 @@ class Split:
 
 @functools.lru_cache(maxsize=32)
 def split(points: tuple[Commit, ...]) -> Split | None:
-    """The points' common pairs and own ones; None if a point has more than one of its own, or a decay."""
+    """Split `points` into shared and own pairs; None if one has several of its own, or a decay."""
     count = common_pairs(points)
     if count is None:
         return None
@@ -121,20 +122,22 @@ def split(points: tuple[Commit, ...]) -> Split | None:
 
 @dataclass(frozen=True, slots=True)
 class Thin:
-    """The directions of one weight matrix, as products with their factors."""
+    """The directions of one weight matrix, applied as products with their factors."""
 
     tensor_id: int
     rank: int
     inputs: tuple[Side, int]
-    """The factor that meets the rows of a batch, and its length."""
+    """The factor that is multiplied by the rows of a batch, and its length."""
     outputs: tuple[Side, int]
+    """The other factor, and its length."""
 
     def set_own(
         self, split: Split, x: torch.Tensor, biases: torch.Tensor | None, out: torch.Tensor
     ) -> None:
-        """out[p] = x[p] @ (the pair that point p has of its own)^T + biases[p].
+        """out[p] = x[p] @ (the own pair of point p)^T + biases[p].
 
-        x, out: [points, rows, inputs], [points, rows, outputs]. biases: [points or 1, 1, outputs].
+        x is [points, rows, inputs], out is [points, rows, outputs], and biases is
+        [points or 1, 1, outputs].
         """
         thin = torch.bmm(x, self._factors(split.own_seeds, self.inputs, x).transpose(1, 2))
         thin.mul_(split.coefficients(x)[1]).mul_(self._scale)
@@ -145,7 +148,7 @@ class Thin:
             torch.baddbmm(biases, thin, factors_out, out=out)
 
     def add_shared(self, split: Split, x: torch.Tensor, out: torch.Tensor) -> None:
-        """out += x @ (the pairs that all points have)^T; x, out: [rows, inputs], [rows, outputs]."""
+        """out += x @ (the shared pairs)^T, with x [rows, inputs] and out [rows, outputs]."""
         seeds = split.shared.seeds
         inputs, outputs = (
             self._factors(seeds, side, x).flatten(0, 1) for side in (self.inputs, self.outputs)

@@ -1,4 +1,4 @@
-"""A LoRA adapter that a run begins from, out of a folder in peft's layout."""
+"""The LoRA adapter that a run begins from, read from a folder in peft's layout."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     # Others (PiSSA, OLoRA, LoftQ) take the adapter's start out of the base's weights.
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
 }
-"""What an adapter's configuration may say; where it says nothing, peft's default is among these."""
+"""The values that an adapter's settings may have; peft's default is the first."""
 _ABSENT: Final = (
     "use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "lora_bias",
     "layer_replication", "target_parameters", "trainable_token_indices", "use_qalora",
 )  # fmt: skip
-"""What changes a plain adapter's function or adds other weights to it, if it is set."""
+"""Settings that would change the adapter's function or add other weights to it."""
 
 
 def read_adapter(folder: Path, lora: LoraConfig, manifest: Manifest) -> list[torch.Tensor]:
-    """The weights of the adapter in `folder`, float32, in the order of `manifest`, which is the run's.
+    """The float32 weights of the adapter in `folder`, in the order of the run's `manifest`.
 
-    Raises `ConfigError` where it is another kind of adapter than the run's `lora` says, `ModelError` for
-    a folder that holds none that can be read. Nothing is unpickled.
+    Raises `ConfigError` for an adapter of another kind than the run's `lora`, `ModelError` for a
+    folder without a readable adapter. Nothing is unpickled.
     """
     folder = folder.expanduser()
     settings = _configuration(folder)
@@ -62,7 +62,8 @@ def read_adapter(folder: Path, lora: LoraConfig, manifest: Manifest) -> list[tor
         tensor = tensor.float()
         if tensor.numel() and not all(map(math.isfinite, (tensor.min(), tensor.max()))):
             raise ModelError(
-                f"The adapter in {folder} is damaged: {name} holds a NaN or an infinity; get it again."
+                f"The adapter in {folder} is damaged: {name} holds a NaN or an infinity; get it "
+                "again."
             )
         tensors.append(tensor)
     return tensors
@@ -87,15 +88,15 @@ def _require_same(folder: Path, settings: dict[str, Any], lora: LoraConfig) -> N
     for key, run_key, ours in (("r", "rank", lora.rank), ("lora_alpha", "alpha", lora.alpha)):
         if settings.get(key) != ours:
             raise ConfigError(
-                f"adapter: {folder} has {key} = {settings.get(key)!r}, the run has lora.{run_key} = "
-                f"{ours:g}; give the run the adapter's value."
+                f"adapter: {folder} has {key} = {settings.get(key)!r}, the run has lora.{run_key} "
+                f"= {ours:g}; give the run the adapter's value."
             )
     odd = [key for key, allowed in _PLAIN.items() if settings.get(key, allowed[0]) not in allowed]
     odd += [key for key in _ABSENT if settings.get(key)]
     if odd:
         raise ConfigError(
-            f"adapter: {folder} has {odd[0]} = {settings[odd[0]]!r}, which a run's adapter has not; "
-            "begin from a plain LoRA adapter."
+            f"adapter: {folder} has {odd[0]} = {settings[odd[0]]!r}, which a run's adapter has "
+            "not; begin from a plain LoRA adapter."
         )
 
 
@@ -104,8 +105,8 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         why = (
-            "has its weights as a pickle file, which can run code when it is loaded; save the adapter "
-            "as safetensors"
+            "has its weights as a pickle file, which can run code when it is loaded; save the "
+            "adapter as safetensors"
             if pickled
             else f"has no {WEIGHTS_FILE}; check the path"
         )

@@ -1,7 +1,8 @@
-"""Frozen layers in 8 or 4 bits, by bitsandbytes: a LoRA run's base in a half or a quarter of the memory.
+"""Frozen layers of a LoRA run in 8 or 4 bits, by bitsandbytes.
 
-A party's own choice. Its adapter, commits and digests keep their bits; its measurements are those of
-the compressed base, close to the others' (LLM.int8, Dettmers et al. 2022; NF4, Dettmers et al. 2023).
+A party may choose this for itself. Its adapter, commits and digests keep their bits. Its
+measurements are those of the compressed base, which are close to the others' (LLM.int8, Dettmers et
+al. 2022; NF4, Dettmers et al. 2023).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fedmezo_core.zo.model.manifest import Manifest, tensor_ids
 from fedmezo_core.zo.model.placement import Placement
 
 OUTLIER_THRESHOLD: Final = 6.0
-"""Columns of an input with larger values are multiplied uncompressed: LLM.int8's own."""
+"""Columns of an input with larger values are multiplied uncompressed (LLM.int8's default)."""
 INPUTS_PER_BLOCK: Final = 64
 OUTPUTS_PER_BLOCK: Final = 32
 """Weights that bitsandbytes' 4-bit kernel for CPUs takes at a time."""
@@ -29,12 +30,13 @@ def check_compressible(*, has_adapter: bool, placement: Placement) -> None:
     """Raise `ConfigError` if a base can't be compressed here, before anything is loaded."""
     if not has_adapter:
         raise ConfigError(
-            "frozen_base_bits: this run trains no adapter, and only the base under one is compressed; "
-            "leave it out, or join a run with lora."
+            "frozen_base_bits: this run trains no adapter, and only the base under one is "
+            "compressed; leave it out, or join a run with lora."
         )
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "frozen_base_bits: the library that compresses is not installed; pip install bitsandbytes."
+            "frozen_base_bits: the library that compresses is not installed; pip install "
+            "bitsandbytes."
         )
     if placement.device_memory_max_bytes is not None or placement.offload_folder is not None:
         raise ConfigError(
@@ -44,12 +46,12 @@ def check_compressible(*, has_adapter: bool, placement: Placement) -> None:
 
 
 def compress_frozen(model: Any, manifest: Manifest, bits: int, device: torch.device) -> None:
-    """Put every frozen linear layer of `model` on `device` in `bits` (8 or 4) bits, and the rest as it is.
+    """Compress the frozen linear layers of `model` to `bits` (8 or 4), and move it to `device`.
 
-    In place, layer by layer. The head that gives the logits stays as it is, and so does what is no
-    linear layer (embeddings, norms, a mixture's experts), and in 4 bits what fills no whole blocks.
+    It works in place, layer by layer. The head that gives the logits, embeddings, norms and a
+    mixture's experts stay as they are, and in 4 bits so do layers that do not fill whole blocks.
     """
-    # It says in each product of float32 inputs that it takes them as float16.
+    # Otherwise each product warns that it rounds float32 inputs to float16.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     trained = tensor_ids(model, manifest)
     head = model.get_output_embeddings()

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer so that every party ends with the same bits."""
+"""Load a causal language model and its tokenizer with the same bits at every party."""
 
 from __future__ import annotations
 
@@ -30,7 +30,11 @@ from fedmezo_core.errors import ModelError
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.model.adapters import read_adapter
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of, trained_tensors
-from fedmezo_core.zo.model.offload import execution_device, move_into_mapped_memory, unique_homes
+from fedmezo_core.zo.model.offload import (
+    execution_device,
+    move_into_mapped_memory,
+    unique_parameters,
+)
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.selection import lora_targets
 from fedmezo_core.zo.noise import Distribution
@@ -40,17 +44,17 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _auto_model: Any = AutoModelForCausalLM
 _logging: Any = transformers_logging
 ON_CPU = Placement()
-"""Everything in the machine's memory, computed there."""
+"""All weights are in the machine's memory, and the CPU computes."""
 _ADAPTER = "default"
 """Peft's own name for the only adapter of a model."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for forward passes, and what it is trained by."""
+    """A model that is ready for forward passes, with its tokenizer and its trained tensors."""
 
     model: nn.Module
-    """A transformers model, or the `PeftModel` around it in a LoRA run; in eval mode, no gradients."""
+    """A transformers model, or its `PeftModel` in a LoRA run; in eval mode, without gradients."""
     tokenizer: PreTrainedTokenizerBase
     manifest: Manifest
 
@@ -68,16 +72,17 @@ def load_model(
 ) -> LoadedModel:
     """Load a Hugging Face causal LM by hub name or from a folder.
 
-    Only safetensors files are read and no code that comes with a model is run. With `lora`, an
-    adapter is added (see `add_adapter`) whose first weights are those in the folder `adapter`, or
-    else depend on `run_seed`, a u64; with `train`, only the parameters of the modules that it names are in the manifest. `placement`
-    says which device it computes on, and where weights lie that don't fit into its memory. With
-    `local_files_only` a name is looked up in the local cache alone.
+    Only safetensors files are read, and no code that comes with a model is run. With `lora`, the
+    model gets an adapter (see `add_adapter`) with the weights in the folder `adapter`, or with
+    weights that depend on `run_seed`, a u64. With `train`, the manifest holds only the parameters
+    of the modules that it names. `placement` says which device computes, and where the weights are
+    that do not fit its memory. With `local_files_only`, a name is only looked up in the local
+    cache.
 
-    Raises `ModelError` for a folder that holds no model, a name that can't be reached, a checkpoint
-    that lacks some of the model's tensors or holds a NaN or infinity, a tokenizer that is missing, or
+    Raises `ModelError` for a folder without a model, a name that cannot be reached, a checkpoint
+    that lacks some of the model's tensors or holds a NaN or infinity, a missing tokenizer, or
     weights that the placement has no room for; `ConfigError` for modules to train that the model
-    doesn't have, and a device or offload folder that can't be used.
+    does not have, and a device or offload folder that cannot be used.
     """
     folder = Path(name_or_path).expanduser()
     is_folder = folder.exists()
@@ -103,7 +108,8 @@ def load_model(
                 **common,
             )
         except Exception as error:
-            # transformers raises almost any type here, up to ImportError for an unknown architecture.
+            # transformers raises almost any type here, up to ImportError for an unknown
+            # architecture.
             raise _model_error(name_or_path, is_folder, "model", error) from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
@@ -112,18 +118,18 @@ def load_model(
         placement.check(name_or_path, loaded)
         _require_complete(name_or_path, loaded, info)
         if placement.offload_folder is not None:
-            # What is trained can't stay in the checkpoint's own files, nor anything in passing ones.
-            passing = None if lora is None else Path(place["offload_folder"])
-            move_into_mapped_memory(loaded, placement.offload_folder, only_from=passing)
+            # Trained weights may not stay in the checkpoint's files, nor any in temporary files.
+            temporary = None if lora is None else Path(place["offload_folder"])
+            move_into_mapped_memory(loaded, placement.offload_folder, only_from=temporary)
     model: nn.Module = loaded
     model.eval()
     head = loaded.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(_contiguous)
-    for name, home in unique_homes(model).items():
-        if home.offloaded is None:
-            home.parameter.data = home.parameter.data.contiguous()
-        _require_finite(name_or_path, name, home.read())
+    for name, stored in unique_parameters(model).items():
+        if stored.offloaded is None:
+            stored.parameter.data = stored.parameter.data.contiguous()
+        _require_finite(name_or_path, name, stored.read())
     if lora is not None:
         model = add_adapter(cast("PreTrainedModel", model), lora, run_seed, adapter)
     for parameter in model.parameters():
@@ -138,9 +144,10 @@ def load_model(
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Copy a head's input, which is a slice of few positions, to one place.
+    """Make a head's input, a slice of few positions, contiguous.
 
-    Otherwise torch multiplies row by row of the batch, in bfloat16 by a copy of the weight for each.
+    Otherwise torch multiplies each row of the batch by itself, in bfloat16 by its own copy of the
+    weight.
     """
     return tuple(
         value.contiguous() if isinstance(value, torch.Tensor) else value for value in inputs
@@ -171,11 +178,11 @@ def add_adapter(
     Scale is alpha / rank, dropout 0, and the adapter is float32 even on a bfloat16 model: peft's
     conventions. B is zero. A has the variance of peft's default (Kaiming uniform with a = sqrt 5,
     that is 1 / (3 fan_in)), but comes from the noise standard, so that every party starts at the
-    same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`, and
-    the tensor id that the manifest gives to A. With `folder`, both are read from there instead.
+    same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`,
+    and the tensor id that the manifest gives to A. With `folder`, both are read from there instead.
 
-    Raises `ConfigError` if a target module isn't in the model or isn't a linear layer, or for an adapter
-    that isn't as `lora` says (see `read_adapter`).
+    Raises `ConfigError` for a target module that is not in the model or not a linear layer, or an
+    adapter of another kind than `lora` (see `read_adapter`).
     """
     targets = lora_targets(model, lora)
     with quiet():
@@ -197,7 +204,7 @@ def add_adapter(
     for layer in wrapped.modules():
         for side in ("lora_A", "lora_B"):
             matrices: Any = getattr(layer, side, {})
-            # Beside an offloaded layer, peft leaves them empty. They are small enough to stay.
+            # peft leaves an offloaded layer's adapter empty. It is small enough for the device.
             if _ADAPTER in matrices and matrices[_ADAPTER].weight.is_meta:
                 matrices[_ADAPTER].to_empty(device=execution_device(layer))
     manifest = manifest_of(wrapped, adapters_only=True)
@@ -224,10 +231,10 @@ def add_adapter(
 
 
 def adapter_seed(run_seed: int) -> int:
-    """Seed of a LoRA adapter's first A matrices.
+    """The seed (u64) of a LoRA adapter's first A matrices.
 
-    First 8 bytes, little-endian, of SHA-256(`fedmezo lora v1`, a zero byte, run seed as 8
-    little-endian bytes): no direction of the run uses it.
+    It is the first 8 bytes, little-endian, of SHA-256(`fedmezo lora v1`, a zero byte, run seed as 8
+    little-endian bytes). No direction of the run uses it.
     """
     hashed = hashlib.sha256(b"fedmezo lora v1\0" + struct.pack("<Q", run_seed)).digest()
     return int.from_bytes(hashed[:8], "little")
@@ -241,8 +248,8 @@ def _check_folder(folder: Path, shown: str) -> None:
     if not any(folder.glob("*.safetensors")):
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise ModelError(
-                f"{shown} has its weights as pickle files, which can run code when they are loaded; "
-                "save the model as safetensors (save_pretrained does) and use that folder."
+                f"{shown} has its weights as pickle files, which can run code when they are "
+                "loaded; save the model as safetensors (save_pretrained does) and use that folder."
             )
         raise ModelError(f"{shown} has no weights: no .safetensors file; check the path.")
 
@@ -253,19 +260,19 @@ def _model_error(shown: str, is_folder: bool, what: str, error: Exception) -> Mo
         reason = reason[:300] + "…"
     if is_folder:
         return ModelError(
-            f"The {what} in {shown} cannot be loaded ({reason.rstrip('.')}); the folder must hold a "
-            "causal language model and its tokenizer, as save_pretrained writes them."
+            f"The {what} in {shown} cannot be loaded ({reason.rstrip('.')}); the folder must hold "
+            "a causal language model and its tokenizer, as save_pretrained writes them."
         )
     return ModelError(
-        f"The {what} {shown} cannot be loaded: it is no folder here, and the model hub did not give "
-        f"it ({reason.rstrip('.')}); check the name and the network, or name a folder."
+        f"The {what} {shown} cannot be loaded: it is no folder here, and the model hub did not "
+        f"give it ({reason.rstrip('.')}); check the name and the network, or name a folder."
     )
 
 
 def _require_finite(shown: str, name: str, values: torch.Tensor) -> None:
     if not values.is_floating_point() or values.numel() == 0:
         return
-    # Extremes carry NaN and infinities along, and need no temporary of the tensor's size.
+    # The extremes show NaN and infinities, and need no temporary of the tensor's size.
     low, high = torch.aminmax(values.detach())
     if not (math.isfinite(float(low)) and math.isfinite(float(high))):
         raise ModelError(
@@ -276,7 +283,7 @@ def _require_finite(shown: str, name: str, values: torch.Tensor) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the log lines, bars and warnings of transformers, peft and what they use off a terminal."""
+    """While open, suppress log lines, bars and warnings of transformers, peft and bitsandbytes."""
     verbosity = _logging.get_verbosity()
     loggers = [logging.getLogger(name) for name in ("accelerate", "bitsandbytes")]
     levels = [logger.level for logger in loggers]

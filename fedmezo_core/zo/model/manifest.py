@@ -4,16 +4,15 @@ Every party derives it from its own copy of the model, and all of them must deri
 tensor id goes into the noise, so two parties that numbered their tensors differently would silently
 train different directions. Therefore
 
-- entries are sorted by name, by Unicode code point. The order in which modules were registered, or
+- entries are sorted by name, by Unicode code point. The order in which modules are registered, or
   in which a library walks them, can differ between releases; a sort of the names cannot;
 - a tensor that has several names (tied weights) is one entry, under the first of its names in that
-  same order;
-- buffers are no part of it: they are not trained;
-- in a LoRA run the entries are the adapter's A and B matrices and nothing else, or with `freeze_a`
-  its B matrices. In any other run
-  they are all parameters, or those of the modules that the run's `train` names; a tied tensor is one
-  of them if any of its names is. `requires_grad` plays no part, so that no party can change the set
-  by freezing something.
+  order;
+- buffers have no entry, because they are not trained;
+- in a LoRA run the entries are the adapter's A and B matrices, or only its B matrices with
+  `freeze_a`. In any other run they are all parameters, or those of the modules that the run's
+  `train` names. A tied tensor has an entry if any of its names is among these. `requires_grad` has
+  no effect, so that no party can change the set by freezing something.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import torch
 from torch import nn
 
 from fedmezo_core.errors import MismatchError, ModelError
-from fedmezo_core.zo.model.offload import homes_of, unique_homes
+from fedmezo_core.zo.model.offload import stored_parameters, unique_parameters
 from fedmezo_core.zo.model.selection import parameters_inside
 
 _ADAPTER_NAME = re.compile(r"\.lora_([AB])\.[^.]+\.weight$")
@@ -42,7 +41,7 @@ class Entry:
     """One trained tensor."""
 
     tensor_id: int
-    """Position in the manifest, from 0; the tensor id of the noise standard."""
+    """The noise standard's tensor id: the position in the manifest, from 0."""
     name: str
     """Dotted parameter name in the model."""
     shape: tuple[int, ...]
@@ -51,12 +50,12 @@ class Entry:
 
     @property
     def columns(self) -> int:
-        """Length of the last dimension, 1 for a scalar: what the low-rank families call columns."""
+        """Columns of the tensor as a matrix: the length of its last dimension, 1 for a scalar."""
         return self.shape[-1] if self.shape else 1
 
     @property
     def element_count(self) -> int:
-        """Number of elements."""
+        """Number of elements of the tensor."""
         return prod(self.shape)
 
 
@@ -77,15 +76,16 @@ class Manifest:
 
     @property
     def element_count(self) -> int:
-        """Number of trained parameters."""
+        """Number of elements of all trained tensors together."""
         return sum(entry.element_count for entry in self.entries)
 
     def canonical_bytes(self) -> bytes:
-        r"""The bytes that the digest is taken over.
+        r"""The manifest as the bytes that its digest is taken over.
 
-        ASCII text: the line `fedmezo manifest 1`, then a line for each entry, of four fields with a
-        tab between them: tensor id in decimal, name as a JSON string (non-ASCII as \uXXXX), dtype,
-        shape as decimal lengths joined by `x` (empty for a scalar). Every line ends in a newline.
+        They are ASCII text: the line `fedmezo manifest 1`, then one line for each entry, of four
+        fields separated by tabs: tensor id in decimal, name as a JSON string (non-ASCII as \uXXXX),
+        dtype, shape as decimal lengths joined by `x` (empty for a scalar). Every line ends in a
+        newline.
         """
         lines = ["fedmezo manifest 1"]
         for entry in self.entries:
@@ -94,7 +94,7 @@ class Manifest:
         return ("\n".join(lines) + "\n").encode("ascii")
 
     def digest(self) -> bytes:
-        """SHA-256 of `canonical_bytes`, 32 bytes."""
+        """SHA-256 of the manifest's `canonical_bytes`: 32 bytes."""
         return hashlib.sha256(self.canonical_bytes()).digest()
 
 
@@ -107,50 +107,53 @@ def manifest_of(
 ) -> Manifest:
     """Derive the manifest of `model`.
 
-    With `adapters_only`, the entries are the matrices of a LoRA adapter that peft has put into the
-    model, with `freeze_a` of these the B alone; with `train`, the parameters of the modules that it names (see `parameters_inside`); otherwise
-    all parameters. Raises `ConfigError` for a name that means nothing in the model, `ModelError` where
-    there is nothing to train, or a tensor that is neither float32, bfloat16 nor float16, not contiguous,
-    or shares only part of its memory with another.
+    With `adapters_only`, the entries are the matrices of the LoRA adapter that peft put into the
+    model, or only its B matrices if `freeze_a` is set. With `train`, they are the parameters of the
+    modules that it names (see `parameters_inside`). Otherwise they are all parameters.
+
+    Raises `ConfigError` for a name that no module has. Raises `ModelError` if there is nothing to
+    train, or if a tensor is neither float32, bfloat16 nor float16, is not contiguous, or shares
+    only part of its memory with another.
     """
-    every = homes_of(model)
+    every = stored_parameters(model)
     inside = parameters_inside(model, train) if train else every.keys()
-    places = {every[name].place for name in inside}
-    unique = unique_homes(model)
+    keys = {every[name].storage_key for name in inside}
+    unique = unique_parameters(model)
     chosen = {
-        name: home
-        for name, home in unique.items()
-        if home.parameter.numel() > 0
-        and home.place in places
+        name: stored
+        for name, stored in unique.items()
+        if stored.parameter.numel() > 0
+        and stored.storage_key in keys
         and (not adapters_only or _is_trained_side(name, freeze_a))
     }
     if not chosen:
         what = "LoRA adapter matrices" if adapters_only else "parameters"
         raise ModelError(f"The model has no {what} to train; check the model and lora settings.")
     entries: list[Entry] = []
-    for tensor_id, (name, home) in enumerate(chosen.items()):
-        parameter = home.parameter
+    for tensor_id, (name, stored) in enumerate(chosen.items()):
+        parameter = stored.parameter
         dtype = _DTYPES.get(parameter.dtype)
         if dtype is None:
             raise ModelError(
-                f"Parameter {name} is {str(parameter.dtype).removeprefix('torch.')}, which cannot be "
-                "trained; load the model unquantised as float32, bfloat16 or float16."
+                f"Parameter {name} is {str(parameter.dtype).removeprefix('torch.')}, which cannot "
+                "be trained; load the model unquantised as float32, bfloat16 or float16."
             )
-        if home.tensor is not None and not home.tensor.is_contiguous():
+        if stored.tensor is not None and not stored.tensor.is_contiguous():
             raise ModelError(
                 f"Parameter {name} is not contiguous in memory; make it contiguous before training."
             )
         entries.append(Entry(tensor_id, name, tuple(parameter.shape), dtype))
     spans = sorted(
-        (home.tensor.data_ptr(), home.tensor.data_ptr() + home.tensor.nbytes, name)
-        for name, home in unique.items()
-        if home.tensor is not None and not home.tensor.is_meta
+        (stored.tensor.data_ptr(), stored.tensor.data_ptr() + stored.tensor.nbytes, name)
+        for name, stored in unique.items()
+        if stored.tensor is not None and not stored.tensor.is_meta
     )
     for (_, end, one), (start, _, other) in itertools.pairwise(spans):
         if start < end and (one in chosen or other in chosen):
             raise ModelError(
-                f"Parameters {min(one, other)} and {max(one, other)} share memory without being one "
-                "tied parameter; tie them, or load a copy of the model in which they are separate."
+                f"Parameters {min(one, other)} and {max(one, other)} share memory without being "
+                "one tied parameter; tie them, or load a copy of the model in which they are "
+                "separate."
             )
     return Manifest(tuple(entries))
 
@@ -161,38 +164,42 @@ def _is_trained_side(name: str, freeze_a: bool) -> bool:
 
 
 def trained_tensors(model: nn.Module, manifest: Manifest) -> list[torch.Tensor]:
-    """The model's own tensors (no copies) in manifest order, wherever they are kept.
+    """The trained tensors of `model` themselves, not copies, in manifest order.
 
-    Raises `MismatchError` if one is missing, or of another shape or dtype than the manifest says;
-    `ModelError` if one is kept in a file.
+    They are the values in memory, also of offloaded parameters. Raises `MismatchError` if one is
+    missing or has another shape or dtype than in the manifest, `ModelError` if one is in a file.
     """
-    homes = homes_of(model)
+    parameters = stored_parameters(model)
     tensors: list[torch.Tensor] = []
     for entry in manifest:
-        home = homes.get(entry.name)
-        if home is None:
+        stored = parameters.get(entry.name)
+        if stored is None:
             raise MismatchError(
-                f"The model has no parameter {entry.name}, which the manifest names; load the model "
-                "that the run was started with."
+                f"The model has no parameter {entry.name}, which the manifest names; load the "
+                "model that the run was started with."
             )
-        parameter = home.parameter
+        parameter = stored.parameter
         found = (tuple(parameter.shape), _DTYPES.get(parameter.dtype, str(parameter.dtype)))
         if found != (entry.shape, entry.dtype):
             raise MismatchError(
                 f"Parameter {entry.name} is {found[1]} {list(found[0])}, but the manifest says "
                 f"{entry.dtype} {list(entry.shape)}; load the model that the run was started with."
             )
-        if home.tensor is None:
+        if stored.tensor is None:
             raise ModelError(
-                f"Parameter {entry.name} is kept in a file, which is only read; load the model with "
-                "an offload_folder, into which trained weights are copied."
+                f"Parameter {entry.name} is kept in a file, which is only read; load the model "
+                "with an offload_folder, into which trained weights are copied."
             )
-        tensors.append(home.tensor)
+        tensors.append(stored.tensor)
     return tensors
 
 
 def tensor_ids(model: nn.Module, manifest: Manifest) -> dict[str, int]:
-    """The tensor id of every trained parameter of `model`, under each of its names."""
-    homes = homes_of(model)
-    by_place = {homes[entry.name].place: entry.tensor_id for entry in manifest}
-    return {name: by_place[home.place] for name, home in homes.items() if home.place in by_place}
+    """The tensor id of every trained parameter of `model`, by each of its names."""
+    parameters = stored_parameters(model)
+    ids = {parameters[entry.name].storage_key: entry.tensor_id for entry in manifest}
+    return {
+        name: ids[stored.storage_key]
+        for name, stored in parameters.items()
+        if stored.storage_key in ids
+    }

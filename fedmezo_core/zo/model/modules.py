@@ -1,4 +1,4 @@
-"""A model's modules, by whether they hold anything that is trained, and another forward for a while."""
+"""A model's modules, by whether they hold anything trained, with another forward for a while."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ class Owned:
 
     @property
     def parameter(self) -> torch.Tensor:
-        """As it is now: offloaded weights are on the device only for a while."""
+        """The parameter now: an offloaded one is on the device only while its module runs."""
         parameter = self.holder._parameters[self.attribute]
         assert parameter is not None
         return parameter
 
 
 def owners_of(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[Owned]]:
-    """Modules with trained parameters of their own, and which; attributes sorted by name."""
+    """The modules that hold trained parameters, with these parameters, sorted by attribute.
+
+    Raises as `trained_tensors` does, and `ModelError` for an embedding that renormalises its
+    weights.
+    """
     trained_tensors(model, manifest)
     ids = tensor_ids(model, manifest)
     owners: dict[nn.Module, list[Owned]] = {}
@@ -54,14 +58,14 @@ def owners_of(model: nn.Module, manifest: Manifest) -> dict[nn.Module, list[Owne
 
 
 def frozen_modules(model: nn.Module, owners: Mapping[nn.Module, object]) -> list[nn.Module]:
-    """The outermost modules that compute with parameters none of which is trained."""
+    """The outermost modules that have parameters, but none that is trained."""
     has_trained = {
         module for module in model.modules() if any(inner in owners for inner in module.modules())
     }
     found: list[nn.Module] = []
 
     def visit(module: nn.Module) -> None:
-        # A list of modules is never called, only what is in it.
+        # A list of modules is never called, only the modules in it.
         if module not in has_trained and not isinstance(module, nn.ModuleList | nn.ModuleDict):
             if next(module.parameters(), None) is not None:
                 found.append(module)
@@ -74,7 +78,7 @@ def frozen_modules(model: nn.Module, owners: Mapping[nn.Module, object]) -> list
 
 
 def computing_elements(modules: Sequence[nn.Module]) -> int:
-    """Parameters in the modules, but for those that are looked up."""
+    """The number of elements of the modules' parameters, without those of embeddings."""
     return sum(
         parameter.numel()
         for module in modules
@@ -85,14 +89,14 @@ def computing_elements(modules: Sequence[nn.Module]) -> int:
 
 
 def loss_tolerance(model: nn.Module) -> float:
-    """How far two ways to compute a loss may differ by rounding, relative to it."""
+    """The relative difference that rounding may cause between two ways to compute a loss."""
     low_precision = any(value.dtype != torch.float32 for value in model.parameters())
     return 3e-2 if low_precision else 1e-3
 
 
 @contextmanager
 def emptied_after_errors(model: nn.Module) -> Iterator[None]:
-    """While open, an error sends offloaded weights back to where they are kept."""
+    """While open, an error removes offloaded weights from the device (see `put_back`)."""
     try:
         yield
     except BaseException:
@@ -104,8 +108,11 @@ def emptied_after_errors(model: nn.Module) -> Iterator[None]:
 def computing(
     module: nn.Module, make: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """While open, `module` runs `make(module, its forward)`, inside the hook that `accelerate` may
-    have put around its forward: only there are offloaded weights at hand."""
+    """While open, `module` runs `make(module, its forward)` in place of its forward.
+
+    It runs inside the hook that `accelerate` may have put around the forward, because offloaded
+    weights are on the device only there.
+    """
     name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
     before = module.__dict__.get(name)
     module.__dict__[name] = make(module, getattr(module, name))
@@ -116,3 +123,24 @@ def computing(
             del module.__dict__[name]
         else:
             module.__dict__[name] = before
+
+
+@contextmanager
+def with_parameters(owned: Sequence[Owned], tensors: Sequence[Any]) -> Iterator[None]:
+    """While open, modules see `tensors`, or objects that act as such, in place of `owned`.
+
+    The parameters themselves stay as they are. `torch.func.functional_call` does the same, but it
+    takes tensors alone, and calls the module, whose forward may be replaced (see `computing`).
+    """
+    before = [item.parameter for item in owned]
+
+    def put(values: Sequence[Any]) -> None:
+        for item, value in zip(owned, values, strict=True):
+            parameters: dict[str, Any] = item.holder._parameters
+            parameters[item.attribute] = value
+
+    put(tensors)
+    try:
+        yield
+    finally:
+        put(before)

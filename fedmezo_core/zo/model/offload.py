@@ -1,14 +1,14 @@
-"""Where the values of a model's parameters are kept between forward passes.
+"""Where the values of a model's parameters are stored between forward passes.
 
-`accelerate` lets a model be larger than its device: the parameters of an offloaded module are empty (on
-the meta device) but while the module runs; their values are kept in a map from names to tensors that
-its hook holds, in memory or in files. So whoever reads or writes weights asks here for a parameter's
-home: the parameter itself, the tensor in memory that its hook copies from, or a file.
+`accelerate` lets a model be larger than its device. The parameters of an offloaded module are empty
+(on the meta device) except while the module runs. Its hook holds a map from names to their values,
+in memory or in files. So code that reads or writes weights asks this module where a parameter's
+values are: in the parameter itself, in the tensor that the hook copies from, or in a file.
 
-Files are only ever read: they may be the checkpoint itself. What a run trains is first copied into one
-memory-mapped file of this process's own (`move_into_mapped_memory`), and is then written like any
-other memory. The file has no name, so that whatever ends the process, nothing is left of it, and no
-other process can take its contents for the base.
+Files are only read, because they may be the checkpoint itself. Trained parameters are first copied
+into a memory-mapped file of this process (`move_into_mapped_memory`), and are then written like any
+other memory. That file has no name. So nothing is left of it however the process ends, and no other
+process can mistake its contents for the base.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _ALIGNMENT_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Home:
-    """Where the values of one parameter are kept."""
+class StoredParameter:
+    """Where the values of one parameter are stored."""
 
     parameter: nn.Parameter
-    """The model's own: gives dtype and shape; empty (on the meta device) while it is offloaded."""
+    """The model's parameter, with its dtype and shape; empty (on the meta device) if offloaded."""
     tensor: torch.Tensor | None
-    """The values themselves, to be read and written in place; None if they are in a file."""
+    """The values, which may be read and written in place; None if they are in a file."""
     file: Path | None
     """The file that holds the values of an offloaded parameter; None if they are in memory."""
-    place: Hashable
-    """The same for all names of one tensor (tied weights), another for any other tensor."""
+    storage_key: Hashable
+    """Equal for all names of one tensor (tied weights), and different for any other tensor."""
     offloaded: tuple[Mapping[str, torch.Tensor], str] | None
-    """The map that an offloaded parameter is copied from whenever its module runs, and its name there."""
+    """The map that an offloaded parameter is copied from, and its name in it."""
 
     def read(self) -> torch.Tensor:
-        """The values: `tensor`, or a fresh copy of what is in the file."""
+        """The parameter's values: `tensor`, or a new copy of the values in the file."""
         if self.tensor is not None:
             return self.tensor
         assert self.offloaded is not None
@@ -53,64 +53,67 @@ class Home:
         return weights[key]
 
 
-def homes_of(model: nn.Module) -> dict[str, Home]:
-    """The home of every parameter, under each of its names, sorted by name."""
+def stored_parameters(model: nn.Module) -> dict[str, StoredParameter]:
+    """Where every parameter of `model` is stored, by each of its names, sorted by name."""
     offloaded = {
         name: (hook.weights_map, key)
         for prefix, module in model.named_modules(remove_duplicate=False)
         for hook in offload_hooks(module)
         for name, key, _ in hooked_parameters(prefix, module, hook)
     }
-    homes: dict[str, Home] = {}
+    by_name: dict[str, StoredParameter] = {}
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     for name, parameter in sorted(model.named_parameters(remove_duplicate=False)):
         if name not in offloaded:
-            homes[name] = Home(parameter, parameter.detach(), None, id(parameter), None)
+            by_name[name] = StoredParameter(
+                parameter, parameter.detach(), None, id(parameter), None
+            )
             continue
-        kept, key = _innermost(*offloaded[name])
-        in_memory = getattr(kept, "state_dict", kept)
-        if key in in_memory:
-            tensor = in_memory[key].detach()
-            address = tensor.data_ptr() or id(in_memory[key])
-            place: Hashable = (tensor.device, address, tuple(tensor.shape))
-            homes[name] = Home(parameter, tensor, None, place, offloaded[name])
+        values, inner_name = _innermost(*offloaded[name])
+        in_memory = getattr(values, "state_dict", values)
+        if inner_name in in_memory:
+            tensor = in_memory[inner_name].detach()
+            address = tensor.data_ptr() or id(in_memory[inner_name])
+            key: Hashable = (tensor.device, address, tuple(tensor.shape))
+            by_name[name] = StoredParameter(parameter, tensor, None, key, offloaded[name])
         else:
             # accelerate's own files hold tied weights once for each name.
-            entry: dict[str, Any] = kept.index[key]
+            entry: dict[str, Any] = values.index[inner_name]
             if "safetensors_file" in entry:
                 file = Path(entry["safetensors_file"])
-                place = (file, entry.get("weight_name", key))
+                key = (file, entry.get("weight_name", inner_name))
             else:
-                file = Path(kept.save_folder)
-                place = (file, ties.get(key, key))
-            homes[name] = Home(parameter, None, file, place, offloaded[name])
-    return homes
+                file = Path(values.save_folder)
+                key = (file, ties.get(inner_name, inner_name))
+            by_name[name] = StoredParameter(parameter, None, file, key, offloaded[name])
+    return by_name
 
 
-def unique_homes(model: nn.Module) -> dict[str, Home]:
-    """The home of every parameter once, under the first of its names, sorted by name."""
+def unique_parameters(model: nn.Module) -> dict[str, StoredParameter]:
+    """Where every parameter of `model` is stored, by the first of its names, sorted by name."""
     seen: set[Hashable] = set()
-    unique: dict[str, Home] = {}
-    for name, home in homes_of(model).items():
-        if home.place not in seen:
-            seen.add(home.place)
-            unique[name] = home
+    unique: dict[str, StoredParameter] = {}
+    for name, stored in stored_parameters(model).items():
+        if stored.storage_key not in seen:
+            seen.add(stored.storage_key)
+            unique[name] = stored
     return unique
 
 
 def move_into_mapped_memory(
     model: nn.Module, folder: Path, *, only_from: Path | None = None
 ) -> None:
-    """Copy the parameters whose homes are files (in `only_from`) into memory mapped from `folder`.
+    """Copy parameters that are stored in files into memory that is mapped from `folder`.
 
-    Afterwards they have a `tensor`: it can be larger than the machine's memory, because the system
-    writes it to the disk and drops it from memory as it needs to. The file is as large as the tensors
-    together, has no name, and is gone with the process. Raises `ModelError` if the disk is full.
+    With `only_from`, only files inside that folder count. Afterwards the parameters have a
+    `tensor`. Together they can be larger than the machine's memory, because the system writes them
+    to the disk and drops them from memory as it needs to. The mapped file is as large as the
+    tensors, has no name, and disappears with the process. Raises `ModelError` if the disk is full.
     """
-    groups: dict[Hashable, list[Home]] = {}
-    for home in homes_of(model).values():
-        if home.file is not None and (only_from is None or only_from in home.file.parents):
-            groups.setdefault(home.place, []).append(home)
+    groups: dict[Hashable, list[StoredParameter]] = {}
+    for stored in stored_parameters(model).values():
+        if stored.file is not None and (only_from is None or only_from in stored.file.parents):
+            groups.setdefault(stored.storage_key, []).append(stored)
     if not groups:
         return
     sizes = [_padded(group[0].parameter.nbytes) for group in groups.values()]
@@ -121,16 +124,16 @@ def move_into_mapped_memory(
         moved = octets[first : first + parameter.nbytes].view(parameter.dtype)
         moved = moved.view(parameter.shape)
         moved.copy_(group[0].read())
-        for home in group:
-            assert home.offloaded is not None
-            kept, key = _innermost(*home.offloaded)
-            # What is here is taken before any file.
-            kept.state_dict[key] = moved
+        for stored in group:
+            assert stored.offloaded is not None
+            values, name = _innermost(*stored.offloaded)
+            # accelerate looks here before it opens a file.
+            values.state_dict[name] = moved
         first += size
 
 
 def execution_device(model: nn.Module) -> torch.device:
-    """The device that a batch for `model` belongs on."""
+    """The device that a batch for `model` must be on."""
     for module in model.modules():
         for hook in _hooks(module):
             if getattr(hook, "execution_device", None) is not None:
@@ -139,9 +142,9 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def put_back(model: nn.Module) -> None:
-    """Empty the offloaded parameters that a forward pass left on the device when it raised.
+    """Empty the offloaded parameters of `model` that a failed forward pass left on the device.
 
-    accelerate would take some of them for up to date in the next pass.
+    Otherwise accelerate would take some of them for up to date in the next pass.
     """
     for module in model.modules():
         for hook in offload_hooks(module):
@@ -152,14 +155,17 @@ def put_back(model: nn.Module) -> None:
 
 
 def offload_hooks(module: nn.Module) -> Iterator[Any]:
-    """The hooks of accelerate that fill the module's parameters before it runs and empty them after."""
+    """accelerate's hooks that fill the module's parameters before it runs and empty them after."""
     return (hook for hook in _hooks(module) if getattr(hook, "offload", False))
 
 
 def hooked_parameters(
     prefix: str, module: nn.Module, hook: Any
 ) -> Iterator[tuple[str, str, nn.Parameter]]:
-    """What such a hook of the module called `prefix` offloads: (name in the model and in the module, it)."""
+    """The parameters that `hook` offloads: (name in the model, name in the module, parameter).
+
+    `module` has the hook and is called `prefix` in the model.
+    """
     recurse = hook.place_submodules
     for key, parameter in module.named_parameters(recurse=recurse, remove_duplicate=False):
         yield f"{prefix}.{key}" if prefix else key, key, parameter
@@ -172,7 +178,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _innermost(weights: Any, key: str) -> tuple[Any, str]:
-    """The map and name behind accelerate's views of a map under prefixes."""
+    """The map and the name in it that accelerate's views of a map under prefixes lead to."""
     while hasattr(weights, "prefix"):
         weights, key = weights.dataset, weights.prefix + key
     return weights, key
@@ -183,10 +189,10 @@ def _padded(size_bytes: int) -> int:
 
 
 def _mapped(folder: Path, size_bytes: int) -> torch.Tensor:
-    """`size_bytes` of memory backed by a file without a name in `folder`: uint8."""
+    """Memory that a nameless file in `folder` backs: uint8 [size_bytes]."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            # Now, so that a full disk is an error here and not a signal at some later write.
+            # Otherwise a full disk would be a signal at some later write, not an error here.
             os.posix_fallocate(file.fileno(), 0, size_bytes)
             array = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size_bytes,))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which device a model computes on, and where the weights lie that its memory has no room for."""
+"""The device that a model computes on, and where weights are that do not fit its memory."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from torch import nn
 from fedmezo_core.errors import ConfigError, ModelError
 
 FREE_MEMORY_SHARE: Final = 0.9
-"""Of the free memory, how much weights may take if nobody says; the rest is for activations."""
+"""Share of the free memory that weights may take by default; the rest is for activations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A party's own choice: it changes where numbers are, and none of them."""
+    """Where a party keeps its weights. It changes none of their bits."""
 
     device: str = "cpu"
     """`cpu`, `cuda`, `cuda:1`; `auto`: the first CUDA device if there is one, else the CPU."""
     device_memory_max_bytes: int | None = None
-    """What weights may take of the device's memory; None: what is free. More is kept in the machine's
-    memory (for a CUDA device) or in `offload_folder`, and travels layer by layer."""
+    """Memory of the device that weights may take; None for `FREE_MEMORY_SHARE` of what is free.
+    Other weights are in the machine's memory (for a CUDA device) or in `offload_folder`, and are
+    copied to the device layer by layer."""
     offload_folder: Path | None = None
-    """Folder on a disk for weights that no memory has room for; None: that is an error."""
+    """Folder on a disk for weights that do not fit into memory; without it they are an error."""
 
     def torch_device(self) -> torch.device:
-        """The device. Raises `ConfigError` if this machine doesn't have it."""
+        """The device for torch. Raises `ConfigError` if this machine does not have it."""
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if self.device == "auto":
             return torch.device("cuda", 0) if count else torch.device("cpu")
@@ -47,17 +48,17 @@ class Placement:
         if index >= count:
             have = "has no CUDA device" if count == 0 else f"has CUDA devices 0 to {count - 1}"
             raise ConfigError(
-                f"device: there is no {self.device}, because this machine, as PyTorch sees it, {have}; "
-                "use auto or cpu, or install PyTorch's CUDA build."
+                f"device: there is no {self.device}, because this machine, as PyTorch sees it, "
+                f"{have}; use auto or cpu, or install PyTorch's CUDA build."
             )
         return torch.device("cuda", index)
 
     @contextmanager
     def loading(self) -> Iterator[dict[str, Any]]:
-        """While open, the arguments of `from_pretrained` that place a model.
+        """While open, give the arguments of `from_pretrained` that place a model.
 
-        What transformers itself writes into the offload folder is gone at the end. Raises
-        `ConfigError` for a device that isn't there and a folder that can't be written to.
+        Files that transformers writes into the offload folder are removed at the end. Raises
+        `ConfigError` for a device that does not exist or a folder that cannot be written to.
         """
         device = self.torch_device()
         if (
@@ -85,8 +86,11 @@ class Placement:
             shutil.rmtree(own, ignore_errors=True)
 
     def check(self, shown: str, model: nn.Module) -> None:
-        """Refuse a placement that leaves weights without a place, or the device without weights."""
-        # transformers leaves no map on a model that is all in one place.
+        """Raise `ModelError` if weights have no room, or the device holds none of them.
+
+        Messages call `model` by the name `shown`.
+        """
+        # transformers gives no map to a model that is on a single device.
         device_map: dict[str, Any] = getattr(model, "hf_device_map", {})
         everywhere = device_map.values() or [weight.device.type for weight in model.parameters()]
         devices = {str(device) for device in everywhere}
@@ -97,8 +101,8 @@ class Placement:
             )
         if self.torch_device().type != "cpu" and devices <= {"cpu", "disk"}:
             raise ModelError(
-                f"The device's memory holds no layer of {shown}; raise device_memory_max, free memory "
-                "on the device, or use device = cpu."
+                f"The device's memory holds no layer of {shown}; raise device_memory_max, free "
+                "memory on the device, or use device = cpu."
             )
 
     def _memory_max(self, device: torch.device) -> dict[int | str, int]:

@@ -1,4 +1,4 @@
-"""Which modules of a model a user's names mean: `train`, and a LoRA adapter's `target_modules`."""
+"""The modules that a run's `train` or a LoRA adapter's `target_modules` name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fedmezo_core.errors import ConfigError
 
 
 def parameters_inside(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Names of the parameters that belong to the named modules or to modules inside them.
+    """The names of the parameters of the modules `names`, and of all modules inside them.
 
-    A name is a module's whole dotted name or the end of one (`mlp` for `model.layers.3.mlp`); a `*` in
-    it stands for any characters but dots. Raises `ConfigError` for a name that means no module, or
-    modules without parameters.
+    A name is a module's whole dotted name or the end of one (`mlp` for `model.layers.3.mlp`); a `*`
+    in it stands for any characters but dots. Raises `ConfigError` for a name that no module has, or
+    only modules without parameters.
     """
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
@@ -45,9 +45,9 @@ def parameters_inside(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def lora_targets(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
-    """The linear layers, by name, that `lora.target_modules` means, by peft's rules.
+    """The linear layers, by name, that `lora.target_modules` names by peft's rules.
 
-    Raises `ConfigError` for a name that means no module, or one that isn't a linear layer.
+    Raises `ConfigError` for a name that no module has, or one of a module that is not linear.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     linear = {name: m for name, m in modules.items() if isinstance(m, (nn.Linear, Conv1D))}
@@ -81,14 +81,15 @@ def lora_targets(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
             if name not in linear:
                 raise ConfigError(
                     f"lora.target_modules: {target} is no linear layer"
-                    f"{'' if _last(name) == target else f' ({name})'}; the linear layers are {kinds}."
+                    f"{'' if _last(name) == target else f' ({name})'}; the linear layers are "
+                    f"{kinds}."
                 )
             targets[name] = modules[name]
     if unknown:
         how = "" if expression is None else " whose whole name matches the regular expression"
         raise ConfigError(
-            f"lora.target_modules: the model has no module{how} {', '.join(unknown)}; its linear layers "
-            f"are {kinds}."
+            f"lora.target_modules: the model has no module{how} {', '.join(unknown)}; its linear "
+            f"layers are {kinds}."
         )
     return targets
 

@@ -1,6 +1,6 @@
-"""Digests by which two parties see whether they hold the same weights and the same tokenizer.
+"""Digests that show two parties whether they hold the same weights and the same tokenizer.
 
-All are SHA-256 and are defined over plain bytes, so that another stack can compute them.
+All are SHA-256 over plain bytes, so that another stack can compute them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
-from fedmezo_core.zo.model.offload import unique_homes
+from fedmezo_core.zo.model.offload import unique_parameters
 
 CHUNK_BYTES = 1 << 22
 """Bytes of a tensor hashed as one leaf (4 MiB). Part of the definition of every weights digest."""
@@ -29,15 +29,16 @@ def tensors_digest(
 ) -> bytes:
     """Two-level SHA-256 tree over `tensors`: 32 bytes.
 
-    Each tensor, by itself, is the bytes of its elements in row-major order, little-endian, as its
-    dtype stores them. They are cut into chunks of `CHUNK_BYTES` (the last one of a tensor may be
+    A tensor stands for the bytes of its elements in row-major order, little-endian, as its dtype
+    stores them. The bytes are cut into chunks of `CHUNK_BYTES` (the last one of a tensor may be
     shorter; a tensor without elements has none). With `leaf = SHA-256(chunk)`,
 
         digest = SHA-256(header || leaf_0 || leaf_1 || ...)
 
     over all chunks of the first tensor, then of the second, and so on. `header` must fix the
-    number, order, dtypes and shapes of the tensors. `threads` (default: one for each core that this
-    process may use) can't change the result. `tensors` are taken as they are needed, and dropped.
+    number, order, dtypes and shapes of the tensors. The result does not depend on `threads`
+    (default: one for each core that this process may use). `tensors` is read as an iterator, so
+    few of them are in memory at a time.
     """
     root = hashlib.sha256(header)
     workers = threads or len(os.sched_getaffinity(0))
@@ -45,7 +46,7 @@ def tensors_digest(
     with ThreadPoolExecutor(max_workers=workers) as pool:
         for chunk in _chunks(tensors):
             leaves.append(pool.submit(_leaf, chunk))
-            # A few ahead keep the threads busy; all of them would keep all the tensors.
+            # A few chunks keep the threads busy; all of them would keep every tensor in memory.
             if len(leaves) > 2 * workers:
                 root.update(leaves.popleft().result())
         for leaf in leaves:
@@ -61,39 +62,40 @@ def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 
 def _leaf(chunk: torch.Tensor) -> bytes:
-    # hashlib releases the GIL, so leaves really are hashed side by side.
+    # hashlib releases the GIL, so threads hash leaves in parallel.
     return hashlib.sha256(chunk.cpu().numpy().data).digest()
 
 
 def weights_digest(model: nn.Module, manifest: Manifest, *, threads: int | None = None) -> bytes:
-    """Digest of the trained tensors: what the parties of a run compare after a round.
+    """SHA-256 digest (32 bytes) of the trained tensors, which the parties of a run compare.
 
-    `tensors_digest` in manifest order, with the header `fedmezo weights 1` and a newline, followed
-    by the manifest's canonical bytes.
+    It is the `tensors_digest` of these tensors in manifest order. The header is the line
+    `fedmezo weights 1`, followed by the manifest's canonical bytes.
     """
     header = b"fedmezo weights 1\n" + manifest.canonical_bytes()
     return tensors_digest(header, trained_tensors(model, manifest), threads=threads)
 
 
 def base_digest(model: nn.Module, *, threads: int | None = None) -> bytes:
-    """Digest of everything that determines what the model computes, trained or not.
+    """SHA-256 digest (32 bytes) of everything that determines what the model computes.
 
-    All parameters (tied ones once, under the first of their names) and all persistent buffers,
-    sorted together by name. The header is the line `fedmezo base 1`, then for each tensor a line of
-    three fields with a tab between them: name as an ASCII JSON string, dtype in torch's spelling
-    without `torch.`, shape joined by `x`. Every line ends in a newline.
+    It is the `tensors_digest` of all parameters, trained or not (tied ones once, under the first of
+    their names), and all persistent buffers, sorted together by name. The header is the line
+    `fedmezo base 1`, then for each tensor a line of three fields with a tab between them: name as
+    an ASCII JSON string, dtype in torch's spelling without `torch.`, shape joined by `x`. Every
+    line ends in a newline.
     """
-    # state_dict holds persistent buffers and parameters; what is no parameter is a buffer.
+    # state_dict holds parameters and persistent buffers.
     parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     buffers = {
         name: value
         for name, value in model.state_dict().items()
         if name not in parameter_names and isinstance(value, torch.Tensor)
     }
-    homes = unique_homes(model)
-    # Of an offloaded parameter the model holds shape and dtype alone.
+    parameters = unique_parameters(model)
+    # The model holds only shape and dtype of an offloaded parameter.
     named: dict[str, torch.Tensor] = {
-        **{name: home.parameter for name, home in homes.items()},
+        **{name: stored.parameter for name, stored in parameters.items()},
         **buffers,
     }
     lines = ["fedmezo base 1"]
@@ -102,16 +104,18 @@ def base_digest(model: nn.Module, *, threads: int | None = None) -> bytes:
         dtype = str(named[name].dtype).removeprefix("torch.")
         lines.append(f"{json.dumps(name)}\t{dtype}\t{shape}")
     header = ("\n".join(lines) + "\n").encode("ascii")
-    values = (homes[name].read() if name in homes else buffers[name] for name in sorted(named))
+    values = (
+        parameters[name].read() if name in parameters else buffers[name] for name in sorted(named)
+    )
     return tensors_digest(header, values, threads=threads)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> bytes:
-    """Digest of what turns text into token ids: 32 bytes.
+    """SHA-256 digest (32 bytes) of what turns text into token ids.
 
-    SHA-256 of `fedmezo tokenizer 1`, a newline, and one JSON object (keys sorted, no spaces,
-    non-ASCII escaped) with the members `special_tokens` (the special tokens map), `chat_template`
-    (string, object or null), and
+    It is the SHA-256 of `fedmezo tokenizer 1`, a newline, and one JSON object (keys sorted, no
+    spaces, non-ASCII escaped) with the members `special_tokens` (the special tokens map),
+    `chat_template` (string, object or null), and
 
     - for a tokenizer of the tokenizers library, `tokenizer`: its JSON form without `truncation`,
       `padding` and `version` (run-time state), without members whose value is null, and with each

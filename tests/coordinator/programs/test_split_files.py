@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from fedmezo_coordinator.programs import fedmezo_command as client_cli
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.zo.data.rows import read_rows
+from fedmezo_core.zo.data.rows import read_examples
 
 DOMAINS = ["films", "films", "films", "Product Reviews", "Product Reviews", "news"]
 
@@ -137,7 +137,7 @@ def test_csv_parquet_and_folders_become_jsonl(tmp_path: Path) -> None:
     )
     pq.write_table(pa.Table.from_pylist(plain[3:]), folder / "b.parquet")
     split(folder, "--out", tmp_path / "out", "--workers", "2", "--heldout", "2")
-    found = read_rows(tmp_path / "out", ("text", "label"))
+    found = read_examples(tmp_path / "out", ("text", "label"))
     assert sorted((row.values for row in found), key=lambda row: row["text"]) == plain
 
 

@@ -146,7 +146,8 @@ def make_model(kind: str) -> nn.Module:
 
 
 MODEL_KINDS = (
-    "gpt2", "llama", "llama-tied", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3-moe", "opt",
+    "gpt2", "llama", "llama-tied", "qwen2", "qwen3", "gemma2", "gemma3", "mixtral", "qwen3-moe",
+    "opt",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.events import Work
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.estimator import Estimator, local_steps
 from fedmezo_core.zo.materialize import Commit, Rounding
@@ -50,7 +50,7 @@ def test_cycles_of_learning_rate_zero_change_nothing(
         384,
     )
     batch = task.collate(
-        task.encode([Row({"text": "It was", "label": "1"}, "data", 1)]).examples, "x"
+        task.encode([Example({"text": "It was", "label": "1"}, "data", 1)]).examples, "x"
     )
     options: Any = {
         "distribution": Distribution.RADEMACHER,

@@ -19,7 +19,7 @@ from fedmezo_core.errors import MeasurementError, ModelError, NumericError
 from fedmezo_core.events import Work
 from fedmezo_core.zo import devices
 from fedmezo_core.zo import estimator as estimator_module
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Pair, local_steps
 from fedmezo_core.zo.forward import forward as forward_module
@@ -46,7 +46,7 @@ def _task(tokenizer: PreTrainedTokenizerBase, kind: str) -> tuple[Task, Batch]:
     )
     task = Task(config, tokenizer, 384)
     rows = [
-        Row({"text": text, "label": str(index % 2)}, "data.jsonl", index + 1)
+        Example({"text": text, "label": str(index % 2)}, "data.jsonl", index + 1)
         for index, text in enumerate(SENTENCES)
     ]
     return task, task.collate(task.encode(rows).examples, "the test")

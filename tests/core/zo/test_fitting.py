@@ -13,7 +13,7 @@ from fedmezo_coordinator.programs import fedmezo_command as client_cli
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.journal.codec import decode_record, encode_record
-from fedmezo_core.zo.data.rows import Row, read_rows
+from fedmezo_core.zo.data.rows import Example, read_examples
 from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.party import Party, open_party
 from tests.integration.support.parties import save_model, write_rows
@@ -33,8 +33,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _rows(tmp_path: Path, count: int = 60) -> list[Row]:
-    return read_rows(write_rows(tmp_path / "rows.jsonl", count=count), ("text", "label"))
+def _rows(tmp_path: Path, count: int = 60) -> list[Example]:
+    return read_examples(write_rows(tmp_path / "rows.jsonl", count=count), ("text", "label"))
 
 
 def _layer(party: Party) -> Any:

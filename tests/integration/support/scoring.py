@@ -6,8 +6,7 @@ import math
 import threading
 from typing import Any
 
-from fedmezo_core.zo.objective import Predictions
-from fedmezo_core.zo.objectives import error_rate
+from fedmezo_core.zo.objectives import Predictions, error_rate
 
 NAME = f"{__name__}:by_conduct"
 

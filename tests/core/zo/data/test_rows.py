@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedmezo_core.errors import DataError
-from fedmezo_core.zo.data.rows import read_rows, read_whole_rows
+from fedmezo_core.zo.data.rows import read_examples, read_raw_examples
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 
@@ -44,7 +44,7 @@ def test_the_three_formats_give_the_same_text(pairs: list[tuple[str, str]], tmp_
     for suffix in (".jsonl", ".csv", ".parquet"):
         path = tmp_path / f"data{suffix}"
         _write(path, records)
-        rows = read_rows(path, ("label", "text"))
+        rows = read_examples(path, ("label", "text"))
         assert [(row.values["text"], row.values["label"]) for row in rows] == pairs
         assert [row.number for row in rows] == list(range(1, len(pairs) + 1))
 
@@ -54,7 +54,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     _write(tmp_path / "a.parquet", [{"text": "1"}])
     _write(tmp_path / "c.jsonl", [{"text": "3"}])
     (tmp_path / "notes.txt").write_text("not data")
-    assert [row.values["text"] for row in read_rows(tmp_path, ("text",))] == ["1", "2", "3"]
+    assert [row.values["text"] for row in read_examples(tmp_path, ("text",))] == ["1", "2", "3"]
 
 
 def test_values_become_text(tmp_path: Path) -> None:
@@ -62,20 +62,20 @@ def test_values_become_text(tmp_path: Path) -> None:
     path.write_text(
         '\ufeff{"a": 1, "b": true, "c": 0.5}\n\n{"a": -2, "b": false, "c": 2}\n', encoding="utf-8"
     )
-    rows = read_rows(path, ("a", "b", "c"))
+    rows = read_examples(path, ("a", "b", "c"))
     assert [list(row.values.values()) for row in rows] == [
         ["1", "true", "0.5"],
         ["-2", "false", "2"],
     ]
-    assert rows[1].place == f"row 3 of {path}", "lines are counted, empty ones too"
+    assert rows[1].location == f"row 3 of {path}", "lines are counted, empty ones too"
     (tmp_path / "data.csv").write_text("\ufeffa,b\n007,1.50\n", encoding="utf-8")
-    assert read_rows(tmp_path / "data.csv", ("a", "b"))[0].values == {"a": "007", "b": "1.50"}
+    assert read_examples(tmp_path / "data.csv", ("a", "b"))[0].values == {"a": "007", "b": "1.50"}
 
 
 def test_long_documents_in_csv(tmp_path: Path) -> None:
     limit = csv.field_size_limit()
     _write(tmp_path / "data.csv", [{"text": "x" * 200_000}])
-    assert len(read_rows(tmp_path / "data.csv", ("text",))[0].values["text"]) == 200_000
+    assert len(read_examples(tmp_path / "data.csv", ("text",))[0].values["text"]) == 200_000
     assert csv.field_size_limit() == limit
 
 
@@ -126,7 +126,7 @@ def test_bad_files_are_refused_in_one_sentence(
     path = tmp_path / name
     make(path)
     with pytest.raises(DataError, match=sentence) as caught:
-        read_rows(path, ("text",))
+        read_examples(path, ("text",))
     assert "\n" not in str(caught.value)
     assert name in str(caught.value)
 
@@ -138,7 +138,7 @@ def test_whole_rows_keep_every_column_and_value(tmp_path: Path) -> None:
     ]
     path = tmp_path / "data.jsonl"
     path.write_text("\n\n".join(lines), encoding="utf-8")
-    rows = read_whole_rows(path)
+    rows = read_raw_examples(path)
     assert [row.json_line().decode() for row in rows] == [f"{line}\n" for line in lines]
     assert rows[0].text("label") == "1"
     with pytest.raises(DataError, match=r"Row 3 of .*data\.jsonl has no label"):
@@ -150,10 +150,12 @@ def test_whole_rows_of_the_three_formats_are_the_same(tmp_path: Path) -> None:
     lines = []
     for suffix in (".jsonl", ".csv", ".parquet"):
         _write(tmp_path / f"data{suffix}", records)
-        lines.append([row.json_line() for row in read_whole_rows(tmp_path / f"data{suffix}")])
+        lines.append([row.json_line() for row in read_raw_examples(tmp_path / f"data{suffix}")])
     assert lines[0] == lines[1] == lines[2]
     (tmp_path / "again.jsonl").write_bytes(b"".join(lines[0]))
-    assert [row.values for row in read_rows(tmp_path / "again.jsonl", ("text", "label"))] == records
+    assert [
+        row.values for row in read_examples(tmp_path / "again.jsonl", ("text", "label"))
+    ] == records
 
 
 def test_what_json_has_no_type_for(tmp_path: Path) -> None:
@@ -161,7 +163,7 @@ def test_what_json_has_no_type_for(tmp_path: Path) -> None:
     path = tmp_path / "data.parquet"
     table = {"day": [moment.date()], "at": [moment], "price": [decimal.Decimal("1.50")]}
     pq.write_table(pa.table(table), path)
-    assert json.loads(read_whole_rows(path)[0].json_line()) == {
+    assert json.loads(read_raw_examples(path)[0].json_line()) == {
         "day": "2024-05-06",
         "at": "2024-05-06T07:08:00+00:00",
         "price": "1.50",
@@ -171,7 +173,7 @@ def test_what_json_has_no_type_for(tmp_path: Path) -> None:
         with pytest.raises(
             DataError, match=r"Row 1 of .*data.parquet: odd holds a value that JSON cannot hold \("
         ) as caught:
-            read_whole_rows(path)[0].json_line()
+            read_raw_examples(path)[0].json_line()
         assert "\n" not in str(caught.value)
 
 
@@ -179,13 +181,13 @@ def test_what_json_has_no_type_for(tmp_path: Path) -> None:
 def test_other_columns_are_kept_where_they_are_text_or_numbers(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"data.{ending}"
     _write(path, [{"text": "a", "source": "page 1", "grade": "3"}])
-    (row,) = read_rows(path, ("text",), keep_others=True)
+    (row,) = read_examples(path, ("text",), keep_others=True)
     assert row.values == {"text": "a", "source": "page 1", "grade": "3"}
-    assert read_rows(path, ("text",))[0].values == {"text": "a"}
+    assert read_examples(path, ("text",))[0].values == {"text": "a"}
 
 
 def test_other_columns_that_are_neither_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a", "n": 3, "yes": true, "none": null, "list": [1]}\n')
-    (row,) = read_rows(path, ("text",), keep_others=True)
+    (row,) = read_examples(path, ("text",), keep_others=True)
     assert row.values == {"text": "a", "n": "3", "yes": "true"}

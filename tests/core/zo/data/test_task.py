@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
-from fedmezo_core.zo.data.rows import Row
-from fedmezo_core.zo.data.task import Batches, Dataset, Task
+from fedmezo_core.zo.data.batches import Batches
+from fedmezo_core.zo.data.held_out import evaluate
+from fedmezo_core.zo.data.rows import Example
+from fedmezo_core.zo.data.task import Dataset, Task
 from tests.core.zo.conftest import MODEL_KINDS, SENTENCES
 
 VERBALIZERS = {"negative": " terrible", "positive": " great"}
@@ -41,16 +43,18 @@ def _instruction(**changes: Any) -> TaskConfig:
     return TaskConfig(**(values | changes))
 
 
-def _rows(values: Sequence[dict[str, str]]) -> list[Row]:
-    return [Row(dict(value), "data.jsonl", number) for number, value in enumerate(values, start=1)]
+def _rows(values: Sequence[dict[str, str]]) -> list[Example]:
+    return [
+        Example(dict(value), "data.jsonl", number) for number, value in enumerate(values, start=1)
+    ]
 
 
-def _labelled(texts: Sequence[str] = SENTENCES) -> list[Row]:
+def _labelled(texts: Sequence[str] = SENTENCES) -> list[Example]:
     labels = ("negative", "positive")
     return _rows([{"text": text, "label": labels[i % 2]} for i, text in enumerate(texts)])
 
 
-def _answers() -> list[Row]:
+def _answers() -> list[Example]:
     return _rows(
         [
             {"question": s[:25], "response": " " + s[25 : 30 + 8 * i]}
@@ -106,10 +110,10 @@ def test_the_head_computes_the_verbalizers_alone(
     head = model.get_output_embeddings()
     seen: list[torch.Tensor] = []
     head.register_forward_hook(lambda *call: seen.append(call[2]))
-    few = task.evaluate(model, dataset, 4)
+    few = evaluate(task, model, dataset, 4)
     plain = head.forward
     head.forward = lambda hidden: plain(hidden)
-    whole = task.evaluate(model, dataset, 4)
+    whole = evaluate(task, model, dataset, 4)
     # Softcaps and scales behind the head see all words, and take 0 to 0.
     columns = [logits.flatten(0, -2).abs().sum(dim=0) for logits in seen]
     assert [int(column.count_nonzero()) for column in columns] == [2, 384]
@@ -177,7 +181,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(
     task = Task(_classification(), tokenizer, 384)
     rows = _labelled([sentence[:n] for sentence in SENTENCES for n in (12, 20, 33, 50)])
     dataset = task.encode(rows)
-    found = task.evaluate(model, dataset, size)
+    found = evaluate(task, model, dataset, size)
     margins, correct = [], 0
     for example in dataset.examples:
         logits: Any = model(torch.tensor([example.prompt])).logits[0, -1]
@@ -199,7 +203,7 @@ def test_evaluation_does_not_depend_on_the_batch_size(
 
     answers = Task(_instruction(), tokenizer, 384)
     encoded = answers.encode(_answers())
-    tokens = answers.evaluate(model, encoded, size)
+    tokens = evaluate(answers, model, encoded, size)
     assert tokens.auc is tokens.calibrated_accuracy is None
     assert tokens.target_count == sum(len(example.response) for example in encoded.examples)
     assert tokens.loss == pytest.approx(
@@ -214,7 +218,7 @@ def test_evaluation_of_diverged_weights(
     model.lm_head.weight.fill_(math.nan)
     task = Task(_classification(), tokenizer, 384)
     with pytest.raises(MeasurementError, match="held-out loss is NaN or infinite"):
-        task.evaluate(model, task.encode(_labelled()), 4)
+        evaluate(task, model, task.encode(_labelled()), 4)
 
 
 # ---------------------------------------------------------------------- text to tokens

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import TaskConfig
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, Measurement, Pair
 from fedmezo_core.zo.forward.row_states import RowStates
@@ -41,7 +41,9 @@ def task_of(tokenizer: PreTrainedTokenizerBase, kind: Any = "classification") ->
 
 def batch_of(task: Task, rows: int = 4) -> Batch:
     sentences = itertools.islice(itertools.cycle(SENTENCES), rows)
-    data = [Row({"text": text, "label": "01"[k % 2]}, "d", k) for k, text in enumerate(sentences)]
+    data = [
+        Example({"text": text, "label": "01"[k % 2]}, "d", k) for k, text in enumerate(sentences)
+    ]
     return task.collate(task.encode(data).examples, "the test")
 
 
@@ -68,7 +70,7 @@ def estimator_on(
         row_states=row_states,
     )
     if not once:
-        estimator._forward.compute_every_copy()
+        estimator._forward.frozen.compute_every_copy()
     return estimator
 
 

@@ -56,7 +56,7 @@ def test_losses_are_those_of_every_copy_computed(
         )
         assert ours == pytest.approx(theirs, rel=2e-6)
         assert len(set(ours)) == 4, "the perturbation shows"
-    assert once._forward.prefix_share > 0.2 > every._forward.prefix_share == 0
+    assert once._forward.frozen.share > 0.2 > every._forward.frozen.share == 0
     warnings = [record.getMessage() for record in caplog.records if "one pass" in record.message]
     assert not warnings
 
@@ -130,7 +130,7 @@ def test_what_is_trained_first_leaves_nothing_to_compute_once(
     rows.taken()
     estimator.measure(batch_of(task), [], [5], EPS)
     assert rows.taken() == [8]
-    assert estimator._forward.prefix_share == 0
+    assert estimator._forward.frozen.share == 0
 
 
 @pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_2])
@@ -172,7 +172,7 @@ def test_an_offloaded_model(
     ours, theirs = (estimator_on(model, manifest, task) for model in (plain, moved))
     for _ in range(2):
         assert ours.measure(batch, LOCAL, [3, 4], EPS) == theirs.measure(batch, LOCAL, [3, 4], EPS)
-    assert ours._forward.prefix_share == theirs._forward.prefix_share > 0.2
+    assert ours._forward.frozen.share == theirs._forward.frozen.share > 0.2
 
 
 def test_bfloat16(model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -234,12 +234,12 @@ def test_a_result_that_cannot_be_repeated_is_computed_for_every_copy(
         ours = losses_of(once.measure(batch, LOCAL, [99, 7], EPS))
         assert ours == pytest.approx(losses_of(every.measure(batch, LOCAL, [99, 7], EPS)), rel=2e-6)
     assert odd.calls == [16, 16], "tried once, not again"
-    assert once._forward.prefix_share > 0.2, "the layers before it"
+    assert once._forward.frozen.share > 0.2, "the layers before it"
     assert not caplog.records
 
 
 @pytest.mark.parametrize("distribution", [Distribution.LOW_RANK_1, Distribution.RADEMACHER])
-def test_many_points_take_several_passes_but_one_prefix(
+def test_many_points_take_several_passes_but_the_frozen_part_runs_once(
     distribution: Distribution,
     model_of: Callable[[str], nn.Module],
     tokenizer: PreTrainedTokenizerBase,
@@ -266,7 +266,7 @@ def test_many_points_take_several_passes_but_one_prefix(
         return [rows // 4 for rows in after.taken()]
 
     assert passes() == [16] * 5, "one layer of two, and a head: passes stay large"
-    monkeypatch.setattr(estimator_module, "PREFIX_SHARE_MIN", 0.2)
+    monkeypatch.setattr(estimator_module, "FROZEN_SHARE_MIN", 0.2)
     estimator = estimator_on(
         model, manifest, task, distribution, pass_tokens_max=5 * batch.input_ids.numel()
     )
@@ -274,7 +274,7 @@ def test_many_points_take_several_passes_but_one_prefix(
     assert passes() == ([16] * 5 if distribution is Distribution.RADEMACHER else [5] * 16)
     estimator = estimator_on(model, manifest, task, distribution, pass_tokens_max=1)
     estimator.measure(batch, LOCAL, [1], EPS)
-    assert min(passes()) >= 2, "a single point would compute the prefix again"
+    assert min(passes()) >= 2, "a single point would compute the frozen part again"
 
 
 def test_another_batch_is_not_taken_for_the_one_before(
@@ -285,7 +285,7 @@ def test_another_batch_is_not_taken_for_the_one_before(
     model, task = model_of("llama"), task_of(tokenizer)
     manifest = manifest_of(model, train=["layers.1.mlp"])
     monkeypatch.setattr(estimator_module, "POINTS_MAX", 2)
-    monkeypatch.setattr(estimator_module, "PREFIX_POINTS_MAX", 2)
+    monkeypatch.setattr(estimator_module, "FROZEN_POINTS_MAX", 2)
     once, every = (estimator_on(model, manifest, task, once=on) for on in (True, False))
     first = batch_of(task)
     other = dataclasses.replace(first, input_ids=first.input_ids.flip(1))
@@ -358,5 +358,5 @@ def test_a_result_that_only_looks_like_rows_is_found_out(
     once, every = (estimator_on(model, manifest, task, once=on) for on in (True, False))
     ours, theirs = (losses_of(e.measure(batch, LOCAL, [99, 7], EPS)) for e in (once, every))
     assert ours == pytest.approx(theirs, rel=2e-6)
-    assert once._forward.prefix_share == 0
+    assert once._forward.frozen.share == 0
     assert not caplog.records, "one pass for all points still"

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig
+from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.task import Batch, Dataset, Task
 from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore, SpooledRows
@@ -50,9 +51,9 @@ class Forgetful:
 
 
 @pytest.fixture(autouse=True)
-def small_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_frozen_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one frozen layer of a tiny model is less than half of it."""
-    monkeypatch.setattr(row_states_module, "PREFIX_SHARE_MIN", 0.1)
+    monkeypatch.setattr(row_states_module, "FROZEN_SHARE_MIN", 0.1)
 
 
 def _row_states(
@@ -283,11 +284,11 @@ def test_evaluations_begin_behind_what_is_known(
     manifest = manifest_of(model, train=["layers.1"])
     task = task_of(tokenizer)
     dataset = Dataset(batch_of(task, 7).examples, 0)
-    whole = task.evaluate(model, dataset, 3)
+    whole = evaluate(task, model, dataset, 3)
     row_states = _row_states(model, manifest, task)
     for _ in range(2):
         frozen.taken()
-        found = task.evaluate(model, dataset, 3, around_batch=row_states.known)
+        found = evaluate(task, model, dataset, 3, around_batch=row_states.known)
         assert dataclasses.asdict(found) == pytest.approx(dataclasses.asdict(whole), rel=1e-5)
     assert frozen.taken() == []
     with torch.inference_mode():

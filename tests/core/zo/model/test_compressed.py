@@ -20,7 +20,7 @@ from transformers import (
 
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.materialize import Commit
 from fedmezo_core.zo.model.placement import Placement
@@ -80,7 +80,9 @@ def _party(folder: Path, kind: str, bits: int | None, dtype: Any = "float32") ->
 
 
 def _grads(party: Party) -> list[float]:
-    rows = [Row({"text": text, "label": "01"[k % 2]}, "d", k) for k, text in enumerate(SENTENCES)]
+    rows = [
+        Example({"text": text, "label": "01"[k % 2]}, "d", k) for k, text in enumerate(SENTENCES)
+    ]
     batch = party.task.collate(party.task.encode(rows).examples, "the test")
     estimator = Estimator(
         party.loaded.model,

@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig, TaskConfig
 from fedmezo_core.errors import ModelError
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Estimator, Measurement, Pair
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.loading import load_model
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of
-from fedmezo_core.zo.model.offload import homes_of, offload_hooks
+from fedmezo_core.zo.model.offload import offload_hooks, stored_parameters
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.noise import Distribution
@@ -70,7 +70,7 @@ def task(tokenizer: PreTrainedTokenizerBase) -> Task:
 @pytest.fixture
 def batch(task: Task) -> Batch:
     rows = [
-        Row({"text": text, "label": "01"[k % 2]}, "data", k) for k, text in enumerate(SENTENCES)
+        Example({"text": text, "label": "01"[k % 2]}, "data", k) for k, text in enumerate(SENTENCES)
     ]
     return task.collate(task.encode(rows).examples, "the test")
 
@@ -141,7 +141,7 @@ def test_a_model_on_a_disk_measures_the_same_bits(
     placement = Placement("cpu", size // 2, tmp_path)
     plain = load_model(str(folder), dtype=dtype, lora=config)
     moved = load_model(str(folder), dtype=dtype, lora=config, placement=placement)
-    assert any(home.offloaded for home in homes_of(moved.model).values())
+    assert any(stored.offloaded for stored in stored_parameters(moved.model).values())
     ours, theirs = (
         _measured_around_a_commit(loaded.model, loaded.manifest, task, batch)
         for loaded in (plain, moved)
@@ -197,7 +197,8 @@ def test_a_parameter_that_is_read_outside_its_module(
     projection = model.model.layers[1].mlp.down_proj
 
     class Reader(nn.Module):
-        """What transformers' force_accelerate_hooks does for a layer whose weight another one reads."""
+        """What transformers' force_accelerate_hooks does for a layer whose weight another one
+        reads."""
 
         def __init__(self, inner: nn.Linear) -> None:
             super().__init__()

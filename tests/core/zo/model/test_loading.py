@@ -94,7 +94,8 @@ def test_lora_starts_at_the_same_bits_at_every_party(
 def test_the_head_multiplies_all_rows_at_once(
     lora: LoraConfig | None, folder_of: Callable[[str], Path]
 ) -> None:
-    """torch takes a slice of positions row by row, in bfloat16 with a copy of the weight for each."""
+    """torch takes a slice of positions row by row, in bfloat16 with a copy of the weight for
+    each."""
     model: Any = load_model(str(folder_of("llama")), lora=lora).model
     seen: list[bool] = []
     head = model.get_output_embeddings()

@@ -18,10 +18,10 @@ from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.offload import (
     execution_device,
-    homes_of,
     move_into_mapped_memory,
     put_back,
-    unique_homes,
+    stored_parameters,
+    unique_parameters,
 )
 from fedmezo_core.zo.model.weight_digest import base_digest, weights_digest
 from fedmezo_core.zo.noise import Distribution
@@ -114,9 +114,9 @@ def test_tied_weights_have_one_home(model_of: Callable[[str], nn.Module], tmp_pa
         model = model_of("gpt2")
         (tmp_path / name).mkdir()
         way(model, tmp_path / name)
-        homes = homes_of(model)
-        assert homes["lm_head.weight"].place == homes["transformer.wte.weight"].place
-        assert "transformer.wte.weight" not in unique_homes(model)
+        stored = stored_parameters(model)
+        assert stored["lm_head.weight"].storage_key == stored["transformer.wte.weight"].storage_key
+        assert "transformer.wte.weight" not in unique_parameters(model)
 
 
 def test_files_are_read_and_never_written(

@@ -14,7 +14,7 @@ from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.zo.export import export_adapter, export_model
 from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.loading import LoadedModel, load_model
-from fedmezo_core.zo.model.offload import homes_of
+from fedmezo_core.zo.model.offload import stored_parameters
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.noise import Distribution
@@ -54,9 +54,9 @@ def test_weights_on_a_disk_are_the_same_model(
     for share in (0.6, 0.95):
         plain = load_model(str(folder))
         moved = load_model(str(folder), placement=_placement(folder, tmp_path, share))
-        mapped = [home for home in homes_of(moved.model).values() if home.offloaded]
+        mapped = [stored for stored in stored_parameters(moved.model).values() if stored.offloaded]
         assert mapped
-        assert all(home.tensor is not None for home in mapped)
+        assert all(stored.tensor is not None for stored in mapped)
         assert moved.manifest == plain.manifest
         assert base_digest(moved.model) == base_digest(plain.model)
         assert _digest_after_commits(moved) == _digest_after_commits(plain)
@@ -74,7 +74,7 @@ def test_an_adapter_on_a_base_in_files(kind: str, folder_of: FolderOf, tmp_path:
     moved = load_model(
         str(folder), lora=LORA, run_seed=3, placement=_placement(folder, tmp_path, 0.4)
     )
-    files = {home.file for home in homes_of(moved.model).values() if home.file}
+    files = {stored.file for stored in stored_parameters(moved.model).values() if stored.file}
     assert files == {folder / "model.safetensors"}, "what is not trained stays in the checkpoint"
     assert moved.manifest == plain.manifest
     assert base_digest(moved.model) == base_digest(plain.model)
@@ -119,7 +119,7 @@ def test_everything_fits(folder_of: FolderOf, tmp_path: Path) -> None:
     loaded = load_model(
         str(folder_of("llama")), placement=Placement("auto", None, tmp_path / "offload")
     )
-    assert not any(home.offloaded for home in homes_of(loaded.model).values())
+    assert not any(stored.offloaded for stored in stored_parameters(loaded.model).values())
 
 
 @pytest.mark.parametrize(

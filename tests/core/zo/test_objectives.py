@@ -25,13 +25,14 @@ from fedmezo_core.errors import ConfigError, MeasurementError
 from fedmezo_core.events import Work
 from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo import objectives
-from fedmezo_core.zo.data.rows import Row
+from fedmezo_core.zo.data.held_out import evaluate
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Estimator, Pair, local_steps
 from fedmezo_core.zo.materialize import Commit, Rounding, materialize
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.noise import Distribution
-from fedmezo_core.zo.objective import SCORE_ABS_MAX, Objective, Predictions, load_objective
+from fedmezo_core.zo.objectives import SCORE_ABS_MAX, Objective, Predictions, load_objective
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES
 from tests.integration.support.parties import TEXTS
@@ -63,7 +64,7 @@ def _task(
     )
     task = Task(config, tokenizer, 384)
     rows = [
-        Row(
+        Example(
             {"text": text[: 20 + 9 * i], "label": ("bad", "good")[i % 2], "response": text[9 * i :]}
             | {"source": f"page {i}"},
             "data.jsonl",
@@ -416,7 +417,7 @@ def test_accuracy_rises_by_the_error_rate_alone(
     trained, held_out = (
         task.encode(
             [
-                Row({"text": f"{TEXTS[label][n % 4]} {n}", "label": label}, "data.jsonl", n + 1)
+                Example({"text": f"{TEXTS[label][n % 4]} {n}", "label": label}, "data.jsonl", n + 1)
                 for n in numbers
                 for label in TEXTS
             ]
@@ -433,7 +434,7 @@ def test_accuracy_rises_by_the_error_rate_alone(
     weights = Weights(model, manifest, **options)
     estimator = Estimator(model, manifest, task, objective=objectives.error_rate, **options)
     chance = np.random.default_rng(2)
-    before = task.evaluate(model, held_out, 64).accuracy
+    before = evaluate(task, model, held_out, 64).accuracy
     for step in range(1, 41):
         picked = chance.choice(len(trained), 64, replace=False)
         batch = task.collate([trained.examples[index] for index in picked], "the test")
@@ -441,4 +442,4 @@ def test_accuracy_rises_by_the_error_rate_alone(
         measured = estimator.measure(batch, [], [int(seed) for seed in seeds], 3e-2)
         grads = np.array([m.projected_grad for m in measured], dtype=np.float32)
         weights.apply(step, [Commit(seeds, np.float32(-1e-3 / 8) * grads, step)])
-    assert task.evaluate(model, held_out, 64).accuracy > before + 0.1
+    assert evaluate(task, model, held_out, 64).accuracy > before + 0.1
