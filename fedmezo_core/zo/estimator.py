@@ -32,14 +32,14 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.events import Work
 from fedmezo_core.machines.aggregate import Share, coefficients_of
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.forward.forward import Forward, InseparableError
 from fedmezo_core.zo.forward.guard import DirectReadError
 from fedmezo_core.zo.forward.row_states import PREFIX_SHARE_MIN, RowStates
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import loss_tolerance
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.objective import Predictions
 
 log = logging.getLogger("fedmezo.estimator")

@@ -12,13 +12,14 @@ import torch
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, MismatchError
 from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Task
-from fedmezo_core.zo.materialize import Commit, Rounding, warm_up
+from fedmezo_core.zo.materialize import warm_up
 from fedmezo_core.zo.model.compressed import check_compressible, compress_frozen
 from fedmezo_core.zo.model.loading import ON_CPU, LoadedModel, load_model
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest, tokenizer_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 
 

@@ -13,11 +13,12 @@ from torch import nn
 
 from fedmezo_core.errors import DivergedError, MismatchError, SnapshotDamagedError
 from fedmezo_core.zo import devices
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.kept_base import KeptBase
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
 from fedmezo_core.zo.model.weight_digest import weights_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 _PROBE_ELEMENTS = 1 << 20
 _PROBE_PAIRS = 16
@@ -97,17 +98,10 @@ class Weights:
                 source = base[entry.tensor_id]
                 if devices.elsewhere(tensor.device):
                     source = tensor.copy_(source)
-            materialize(
-                tensor,
-                source,
-                commits,
-                tensor_id=entry.tensor_id,
-                distribution=self._distribution,
-                rounding=self._rounding,
-                columns=entry.columns,
-                threads=self._threads,
-                name=entry.name,
+            operands = Operands(
+                entry.tensor_id, self._distribution, self._rounding, 0, entry.columns, entry.name
             )
+            materialize(tensor, source, commits, operands, threads=self._threads)
             if base is not None:
                 base.release(entry.tensor_id)
         self._interrupted_round = None
@@ -146,18 +140,11 @@ class Weights:
             np.full(_PROBE_PAIRS, 1e-3, dtype=np.float32),
             0,
         )
+        operands = Operands(0, self._distribution, self._rounding)
         seconds: list[float] = []
         for _ in range(2):  # The first may wake threads.
             begin_s = time.perf_counter()
-            materialize(
-                scratch,
-                scratch,
-                [commit],
-                tensor_id=0,
-                distribution=self._distribution,
-                rounding=self._rounding,
-                threads=self._threads,
-            )
+            materialize(scratch, scratch, [commit], operands, threads=self._threads)
             seconds.append(time.perf_counter() - begin_s)
         return _PROBE_ELEMENTS * _PROBE_PAIRS / min(seconds)
 

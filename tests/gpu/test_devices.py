@@ -12,15 +12,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmezo_core.config import TaskConfig
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Row
 from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.estimator import Estimator, Measurement
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.loading import LoadedModel, load_model
 from fedmezo_core.zo.model.offload import execution_device, homes_of
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES, make_tokenizer
 

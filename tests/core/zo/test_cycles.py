@@ -12,12 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.events import Work
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Row
 from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.estimator import Estimator, local_steps
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import manifest_of
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 
 

@@ -19,15 +19,16 @@ from fedmezo_core.errors import MeasurementError, ModelError, NumericError
 from fedmezo_core.events import Work
 from fedmezo_core.zo import devices
 from fedmezo_core.zo import estimator as estimator_module
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Row
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Pair, local_steps
 from fedmezo_core.zo.forward import forward as forward_module
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize, materialize_fan
+from fedmezo_core.zo.materialize import materialize, materialize_fan
 from fedmezo_core.zo.model.loading import add_adapter
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of, tensor_ids, trained_tensors
 from fedmezo_core.zo.model.weight_digest import base_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from tests.core.zo.conftest import MODEL_KINDS, SENTENCES
 from tests.core.zo.forward.frozen_parts import estimator_on
 
@@ -69,14 +70,8 @@ def _naive_loss(
         rounding_seed,
     )
     for entry, tensor in zip(manifest, trained_tensors(moved, manifest), strict=True):
-        materialize(
-            tensor,
-            tensor,
-            [commit],
-            tensor_id=entry.tensor_id,
-            distribution=distribution,
-            rounding=Rounding.STOCHASTIC,
-        )
+        operands = Operands(entry.tensor_id, distribution, Rounding.STOCHASTIC)
+        materialize(tensor, tensor, [commit], operands)
     return task.loss(moved, batch)
 
 
@@ -168,11 +163,17 @@ def test_only_the_experts_that_tokens_go_to_are_built(
     built: list[int] = []
     fan = materialize_fan
 
-    def seen(outs: Sequence[torch.Tensor], base: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        if kwargs["tensor_id"] == down_proj:
-            built.append(kwargs["start"] // base.numel())
+    def seen(
+        outs: Sequence[torch.Tensor],
+        base: torch.Tensor,
+        commits: Sequence[Commit],
+        operands: Operands,
+        threads: int,
+    ) -> None:
+        if operands.tensor_id == down_proj:
+            built.append(operands.start // base.numel())
         assert all(out.dim() < 3 for out in outs), "never all experts at once"
-        fan(outs, base, *args, **kwargs)
+        fan(outs, base, commits, operands, threads=threads)
 
     monkeypatch.setattr(forward_module, "materialize_fan", seen)
     # To experts 0 and 1 alone.

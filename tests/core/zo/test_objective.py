@@ -25,12 +25,13 @@ from fedmezo_core.errors import ConfigError, MeasurementError
 from fedmezo_core.events import Work
 from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo import objectives
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Row
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Estimator, Pair, local_steps
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from fedmezo_core.zo.objective import SCORE_ABS_MAX, Objective, Predictions, load_objective
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES
@@ -109,14 +110,8 @@ def _moved(model: nn.Module, pairs: Sequence[Pair], rounding_seed: int) -> nn.Mo
         rounding_seed,
     )
     for entry, tensor in zip(manifest, trained_tensors(moved, manifest), strict=True):
-        materialize(
-            tensor,
-            tensor,
-            [commit],
-            tensor_id=entry.tensor_id,
-            distribution=Distribution.RADEMACHER,
-            rounding=Rounding.STOCHASTIC,
-        )
+        operands = Operands(entry.tensor_id, Distribution.RADEMACHER, Rounding.STOCHASTIC)
+        materialize(tensor, tensor, [commit], operands)
     return moved
 
 
