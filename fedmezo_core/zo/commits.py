@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -156,22 +157,9 @@ class FanPlan:
     """Bits of the largest magnitude to which any last pair can be added without overflow."""
 
 
-_latest: tuple[tuple[Commit, ...], FanPlan | None] = (), None
-"""The last plan made: a measurement asks for the same one at each of its layers."""
-
-
-def fan_plan(commits: Sequence[Commit]) -> FanPlan | None:
+@functools.lru_cache(maxsize=1)  # a measurement asks for the same plan at each of its layers
+def fan_plan(commits: tuple[Commit, ...]) -> FanPlan | None:
     """How to make all outputs in one visit; None if the commits have too little in common."""
-    global _latest
-    asked = tuple(commits)
-    planned, plan = _latest
-    if planned != asked:  # commits are equal only if they are the same object
-        plan = _make_plan(asked)
-        _latest = asked, plan
-    return plan
-
-
-def _make_plan(commits: tuple[Commit, ...]) -> FanPlan | None:
     shared = common_pairs(commits)
     if shared is None:
         return None

@@ -187,8 +187,9 @@ def warm_up(
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """The tensor that an entry in the list of bad elements belongs to."""
+    """A tensor whose first bad element is in a device's list."""
 
+    place: int
     operands: Operands
     end: int
     """The largest index of an element, plus one."""
@@ -199,19 +200,16 @@ class _Results(threading.local):
 
     def __init__(self) -> None:
         self.bad: dict[torch.device, torch.Tensor] = {}
-        self.asked: dict[torch.device, dict[int, tuple[int, _Asked]]] = {}
+        self.asked: dict[torch.device, dict[int, _Asked]] = {}
 
     def place(self, operands: Operands, base: torch.Tensor) -> tuple[torch.Tensor, int]:
         """(the list of the base's device, the tensor's index in it)."""
         device, tensor_id = base.device, operands.tensor_id
         asked = self.asked.setdefault(device, {})
-        end = operands.start + base.numel()
-        if tensor_id in asked:
-            place, before = asked[tensor_id]
-            asked[tensor_id] = place, _Asked(operands, max(before.end, end))
-        else:
-            place = len(asked)
-            asked[tensor_id] = place, _Asked(operands, end)
+        before = asked.get(tensor_id)
+        place = len(asked) if before is None else before.place
+        end = max(operands.start + base.numel(), 0 if before is None else before.end)
+        asked[tensor_id] = _Asked(place, operands, end)
         bad = self.bad.get(device)
         if bad is None or place >= len(bad):
             with torch.inference_mode(False):  # a pass is in that mode, what follows it may not be
@@ -232,9 +230,9 @@ class _Results(threading.local):
             if not asked:
                 continue
             found = self.bad[device][: len(asked)].tolist()
-            for place, tensor in asked.values():
-                if found[place] != NO_ELEMENT:
-                    raise _not_finite(tensor, found[place])
+            for tensor in asked.values():
+                if found[tensor.place] != NO_ELEMENT:
+                    raise _not_finite(tensor, found[tensor.place])
 
 
 _results = _Results()

@@ -180,10 +180,7 @@ class Estimator:
         return self._row_states.known(batch, self._before_pass)
 
     def _points_max(self, batch: Batch, count: int) -> int:
-        """Most points in a pass.
-
-        Where passes are small, none may have a single point, which would compute everything anew.
-        """
+        """Most points in a pass. No small pass has a single one, which would compute all anew."""
         if self._builds_weights or self._forward.prefix_share < PREFIX_SHARE_MIN:
             return POINTS_MAX
         most = min(max(2, self._pass_tokens_max // batch.input_ids.numel()), PREFIX_POINTS_MAX)

@@ -134,7 +134,7 @@ def materialize_fan(
     if devices.elsewhere(base.device):
         devices.apply_fan(outs, base, commits, operands)
         return
-    plan = fan_plan(commits)
+    plan = fan_plan(tuple(commits))
     if plan is None:
         own_columns = operands._replace(columns=columns)
         for out, commit in zip(outs, commits, strict=True):

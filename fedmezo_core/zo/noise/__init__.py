@@ -17,12 +17,6 @@ from fedmezo_core.zo.noise.spec import (
 )
 
 __all__ = [
-    "ELEMENTS_MAX",
-    "NOISE_VERSION",
-    "SEED_MAX",
-    "TENSOR_ID_MAX",
-    "Distribution",
-    "Operands",
-    "Rounding",
-    "noise",
-]
+    "ELEMENTS_MAX", "NOISE_VERSION", "SEED_MAX", "TENSOR_ID_MAX", "Distribution", "Operands",
+    "Rounding", "noise",
+]  # fmt: skip

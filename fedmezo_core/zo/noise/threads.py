@@ -68,15 +68,6 @@ def _forget_pool() -> None:
     _pool = None
 
 
-def _grain(rank: int, columns: int) -> int:
-    """The number of elements that every chunk is a multiple of."""
-    if rank == 0:
-        return cpu.TILE_ELEMENTS
-    # Whole rows of a matrix share patterns; a chunk of one long row has none to share.
-    rows = max(1, cpu.MATRIX_ELEMENTS // columns)
-    return rows * columns if columns <= cpu.MATRIX_ELEMENTS else cpu.MATRIX_ELEMENTS
-
-
 def spread(
     run: Callable[[int, int], None],
     start: int,
@@ -92,7 +83,10 @@ def spread(
     and the length of a row, which decide where a chunk may begin. pairs: the work per element.
     threads: None stands for torch's number. Raises what `run` raises.
     """
-    grain = _grain(rank, columns)
+    grain = cpu.TILE_ELEMENTS
+    if rank:
+        # Whole rows of a matrix share patterns; a chunk of one long row has none to share.
+        grain = cpu.MATRIX_ELEMENTS // columns * columns or cpu.MATRIX_ELEMENTS
     work = size * pairs // CHUNK_WORK_MIN
     used = min(work, size // grain)
     if used > 1:

@@ -29,11 +29,7 @@ import triton.language as tl
 
 from fedmezo_core.zo.noise import spec
 from fedmezo_core.zo.noise.operands import Operands
-
-NO_ELEMENT: Final = 2**63 - 1
-"""What `bad` holds while every result is finite."""
-RECORD: Final = 4
-"""32-bit integers of a line of a table: see `apply` and `fan`."""
+from fedmezo_core.zo.noise.portable import NO_ELEMENT
 
 # Families, storage types and sides as the kernels know them.
 RADEMACHER: Final = tl.constexpr(0)
