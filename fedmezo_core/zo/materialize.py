@@ -66,9 +66,9 @@ def materialize(
     seeds, coefficients, commit_ends, rounding_seeds, decays = join(
         commits, endless=storage == cpu.FLOAT32
     )
-    start, tensor_id, stochastic = operands.start, operands.tensor_id, operands.stochastic
-    gaussian = operands.distribution is Distribution.GAUSSIAN
-    rank = operands.distribution.rank
+    tensor_id, distribution, rounding, start, _, _ = operands
+    gaussian, stochastic = distribution is Distribution.GAUSSIAN, rounding is Rounding.STOCHASTIC
+    rank = distribution.rank
     bad: list[int] = []
     if storage == cpu.FLOAT32 and rank == 0:
         out_values, base_values = values_of(out), values_of(base)
@@ -140,10 +140,10 @@ def materialize_fan(
         for out, commit in zip(outs, commits, strict=True):
             materialize(out, base, [commit], own_columns, threads=threads)
         return
-    start, tensor_id, stochastic = operands.start, operands.tensor_id, operands.stochastic
-    gaussian = operands.distribution is Distribution.GAUSSIAN
+    tensor_id, distribution, rounding, start, _, _ = operands
+    gaussian, stochastic = distribution is Distribution.GAUSSIAN, rounding is Rounding.STOCHASTIC
     addresses = np.array(pointers, dtype=np.uint64)
-    storage, rank = _STORAGE[base.dtype], operands.distribution.rank
+    storage, rank = _STORAGE[base.dtype], distribution.rank
     ceiling = plan.ceilings[base.dtype]
     in_doubt: list[int] = []
 
