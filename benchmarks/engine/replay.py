@@ -102,8 +102,7 @@ def figures(
 
 
 def products(machine: Machine, elements: int) -> Iterator[Figure]:
-    """The other plain way for low-rank pairs: all of a commit's in one matrix product, whose bits are
-    its library's own."""
+    """Low-rank pairs the other plain way: a commit as one matrix product, with its library's bits."""
     pairs = 64
     weights = torch.zeros(max(1, elements // COLUMNS), COLUMNS, device=machine.device)
     rows, columns = (

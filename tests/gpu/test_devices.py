@@ -1,4 +1,4 @@
-"""A model on a CUDA device, and one that is larger than it: the CPU's digests, the same measurements."""
+"""Models on a CUDA device, or larger than it: the CPU's digests, the same measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.core.zo.conftest import SENTENCES, make_tokenizer
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
-    reason="needs a CUDA device, and kernels that are compiled; run make test-gpu where there is one",
+    reason="needs a CUDA device and compiled kernels; run make test-gpu where there is one",
 )
 
 COMMITS = [Commit(np.array([5, 6], np.uint64), np.array([0.02, -0.01], np.float32), 1)]

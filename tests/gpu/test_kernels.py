@@ -1,4 +1,4 @@
-"""The CUDA kernels on a real GPU: bit for bit the specification's, at any size, and nothing waits."""
+"""The CUDA kernels on a real GPU: the specification's bits, at any size, and nothing waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low precision does not drift: what is measured is never written, and a step of zero changes nothing."""
+"""Low precision does not drift: measuring never writes, and a step of zero changes nothing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The CUDA kernels in Triton's interpreter and the portable path, against the specification.
 
-Both work on CPU tensors here: the public functions would take their CPU path, so what lies behind them is
-called. The interpreter is slow (a program of a kernel takes 0.01 to 0.5 s): tensors are small.
+Both work on CPU tensors here. `materialize` would take its CPU path, so the tests call `devices`.
+The interpreter is slow (a program of a kernel takes 0.01 to 0.5 s): tensors are small.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def use(monkeypatch: pytest.MonkeyPatch, found: Backend) -> None:
 
 
 def check(commits: Sequence[Commit], base: torch.Tensor, operands: Operands) -> None:
-    """Out of place and in place equal the specification; all at once equals one commit at a time."""
+    """Out of place, and in place one commit at a time, the backend equals the specification."""
     expected = specified(base, commits, operands)
     out, kept = torch.empty_like(base), base.clone()
     assert devices.apply_commits(out, base, commits, operands)
@@ -86,7 +86,7 @@ def check(commits: Sequence[Commit], base: torch.Tensor, operands: Operands) -> 
     assert_same_bits(base, expected)
 
 
-# Tile edges, starts in mid-tile and mid-row, indices that need 64 bits, blocks that need their high word.
+# Tile edges, starts in mid-tile and mid-row, indices of 64 bits, blocks that need their high word.
 WHERE = [
     (0, 300, 100),
     (4096 - 130, 264, 7 * 37),
@@ -144,8 +144,8 @@ def golden_cases() -> list[Any]:
     cases = golden_weights()
     names = [golden_name(case) for case in cases]
     few = [names.index(name) for name in (
-        "gaussian-float32-nearest", "rademacher-bfloat16-stochastic", "low_rank_2-float16-stochastic",
-        "low_rank_4-bfloat16-nearest", "rademacher-float32-nearest-decay",
+        "gaussian-float32-nearest", "rademacher-bfloat16-stochastic",
+        "low_rank_2-float16-stochastic", "low_rank_4-bfloat16-nearest", "rademacher-float32-nearest-decay",
         "gaussian-float16-stochastic-decay",
     )]  # fmt: skip
     return [
@@ -176,7 +176,7 @@ def test_a_fan_of_the_kernels(
     storage: tuple[torch.dtype, Rounding],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two ends of one direction, the weights themselves, another direction; then with other bits."""
+    """Two ends of one direction, the weights themselves, another direction; then other bits."""
     use(monkeypatch, interpreted())
     generator = np.random.default_rng(8)
     ends: list[list[tuple[int, float]]] = [[(7, 1e-3)], [(7, -1e-3)], [], [(9, -0.0)]]
@@ -200,7 +200,7 @@ def test_a_fan_of_the_kernels(
 def test_any_fan_equals_one_call_for_each_output(
     journal: tuple[list[Commit], np.random.Generator], by_kernels: bool
 ) -> None:
-    """Also of commits that have nothing in common, and outputs that lie anywhere."""
+    """Also for commits that have nothing in common, and for outputs that lie anywhere."""
     commits, generator = journal
     base = weights_of(generator, 150, torch.bfloat16)
     outs = [torch.empty_like(base) for _ in commits]

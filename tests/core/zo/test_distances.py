@@ -67,7 +67,7 @@ def test_distances_from_scalars_are_those_of_the_vectors(
     mean = sum(weight * vector for weight, vector in zip(weights, vectors, strict=True))
     true = [float(np.linalg.norm(vector - mean)) for vector in vectors]
     found = update_distances(updates, weights, ELEMENTS)
-    # Products of different directions are about sqrt(d); of low rank, about sqrt(rows) sqrt(columns).
+    # Products of different directions are about sqrt(d), also those of low rank.
     assert found == pytest.approx(true, rel=0.04)
     assert np.argmax(found) == np.argmax(true)
 

@@ -313,7 +313,7 @@ def test_low_rank_directions(
     tokenizer: PreTrainedTokenizerBase,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Thin products for none and few local pairs, built weights for so many that they fill the rank."""
+    """Few or no local pairs are thin products; weights are built for pairs that fill the rank."""
     model = model_of(kind)
     manifest = manifest_of(model)
     task, batch = _task(tokenizer, "classification")
@@ -476,8 +476,9 @@ def test_a_parameter_that_the_module_around_its_owner_reads_is_built_there(
     ours = [record for record in caplog.records if record.name.startswith("fedmezo")]
     (warning,) = (record.getMessage() for record in ours)
     assert warning == (
-        "backbone.layers.0.mixer (MambaMixer) is not perturbed block by block but whole, once for each "
-        "point, which takes time and memory: it reads backbone.layers.0.mixer.conv1d.weight directly."
+        "backbone.layers.0.mixer (MambaMixer) is not perturbed block by block but whole, once for "
+        "each point, which takes time and memory: it reads backbone.layers.0.mixer.conv1d.weight "
+        "directly."
     )
 
 
