@@ -102,7 +102,7 @@ def figures(
 
 
 def products(machine: Machine, elements: int) -> Iterator[Figure]:
-    """Low-rank pairs the other plain way: a commit as one matrix product, with its library's bits."""
+    """Low-rank pairs the other plain way: one matrix product per commit, in its library's bits."""
     pairs = 64
     weights = torch.zeros(max(1, elements // COLUMNS), COLUMNS, device=machine.device)
     rows, columns = (

@@ -50,7 +50,7 @@ class Roofline:
         return max(moving, weights.numel() * pairs / self.additions_per_s)
 
     def passes_seconds(self, weights_bytes: int, products: float) -> float:
-        """Least time of a pass that reads the weights once and does `products` multiply-and-adds."""
+        """Least time of a pass that reads weights once and does `products` multiply-and-adds."""
         return max(weights_bytes / self.bytes_per_s, products / self.products_per_s)
 
     def figures(self) -> list[Figure]:

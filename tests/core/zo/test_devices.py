@@ -145,8 +145,8 @@ def golden_cases() -> list[Any]:
     names = [golden_name(case) for case in cases]
     few = [names.index(name) for name in (
         "gaussian-float32-nearest", "rademacher-bfloat16-stochastic",
-        "low_rank_2-float16-stochastic", "low_rank_4-bfloat16-nearest", "rademacher-float32-nearest-decay",
-        "gaussian-float16-stochastic-decay",
+        "low_rank_2-float16-stochastic", "low_rank_4-bfloat16-nearest",
+        "rademacher-float32-nearest-decay", "gaussian-float16-stochastic-decay",
     )]  # fmt: skip
     return [
         pytest.param("portable", c, id=f"portable-{n}") for n, c in zip(names, cases, strict=True)
