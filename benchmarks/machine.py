@@ -1,8 +1,8 @@
 """The machine that is measured, and how time is taken on it.
 
-On a CPU, time is the CPU time of all threads of this process, so that other programs on the machine
-disturb it little; on a CUDA device it is the time between two events. What is compared is measured in
-turns, and of each the best turn counts.
+On a CPU, time is the CPU time of all threads of this process, so that other programs disturb it
+little. On a CUDA device it is the time between two events. Things to be compared are measured in
+turns, and the best turn of each counts.
 """
 
 from __future__ import annotations

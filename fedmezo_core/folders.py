@@ -1,13 +1,16 @@
-"""A folder of output that appears whole or not at all."""
+"""Folders of output that appear whole or not at all, and files that leave nothing behind."""
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from fedmezo_core.errors import FedMezoError
 
@@ -43,3 +46,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def nameless_mapping(
+    folder: Path, size_bytes: int, fill: Callable[[IO[bytes]], None] | None = None
+) -> mmap.mmap:
+    """Memory backed by a file in `folder` that has no name: it is gone when the process ends.
+
+    With `fill`, which writes the contents to the file, the memory is read-only; without it, zeros
+    that can be written to. Raises `OSError` where the system does, for a full disk among others.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        # Without this, a full disk would be a signal at some later write.
+        os.posix_fallocate(file.fileno(), 0, size_bytes)
+        if fill is None:
+            return mmap.mmap(file.fileno(), size_bytes)
+        fill(file)
+        file.flush()
+        return mmap.mmap(file.fileno(), size_bytes, prot=mmap.PROT_READ)

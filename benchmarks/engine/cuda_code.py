@@ -1,7 +1,7 @@
 """What the CUDA kernels become: registers, spills and instructions, without a GPU.
 
 python benchmarks/engine/cuda_code.py [--arch 90]          a table of the kernels
-python benchmarks/engine/cuda_code.py --json --kernels 3   the first three, for tests/core/zo/noise/test_cuda_code.py
+python benchmarks/engine/cuda_code.py --json --kernels 3   the first three, for test_cuda_code.py
 
 Triton compiles for a GPU that isn't there, and brings the assembler and disassembler along.
 """
@@ -86,7 +86,7 @@ def measured(
     lookup: bool,
     arch: int,
 ) -> dict[str, Any]:
-    """One kernel's registers, stack bytes, and instructions per value and pair of its inner loop."""
+    """One kernel's registers, stack bytes, and inner loop's instructions per value and pair."""
     result, chosen = compiled(kernel, distribution, dtype, stochastic, lookup, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(result.asm["cubin"])

@@ -12,8 +12,8 @@ from benchmarks.engine.subjects import Subject
 from benchmarks.figures import Figure
 from fedmezo_core.config import RunConfig
 from fedmezo_core.events import Work
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.estimator import local_steps
-from fedmezo_core.zo.materialize import Commit
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.noise import Distribution
 
@@ -27,13 +27,13 @@ def figures(subject: Subject, tokens: int, cycles: int) -> Iterator[Figure]:
     config = RunConfig(run_id="drift", model="none", task=subject.task.config)
     for cycle in range(cycles):
         first_seed = cycle << 16
-        steps = local_steps(
+        [measured] = local_steps(
             estimator,
             lambda _: batch,
             Work((first_seed,), learning_rate=0.0, eps=EPS, want_digest=False),
             config,
         )
-        coefficients = np.float32(-0.0) * steps.projected_grads
+        coefficients = np.float32(-0.0) * np.array([measured.projected_grad], np.float32)
         commit = Commit(np.array([first_seed], np.uint64), coefficients, rounding_seed=cycle)
         weights.apply(cycle + 1, [commit])
         changed += weights.digest() != before

@@ -83,7 +83,8 @@ def figures(
             3 if tokens < 1000 else 1,
         )
         yield Figure(
-            f"torch, MeZO in place, {distribution.value}: measurement ÷ forward, {name}{machine.suffix}",
+            f"torch, MeZO in place, {distribution.value}: "
+            f"measurement ÷ forward, {name}{machine.suffix}",
             in_place["measurement"] / seconds["forward"],
             "ratio",
         )
@@ -104,8 +105,8 @@ def low_rank(machine: Machine, subject: Subject, tokens: int, *, turns: int) -> 
         turns,
     )
     yield Figure(
-        f"measurement, low-rank-1, {PROBES} one-sided probes ÷ forward of the {PROBES + 1}-fold batch, "
-        f"{tokens:,} tokens{machine.suffix}",
+        f"measurement, low-rank-1, {PROBES} one-sided probes ÷ "
+        f"forward of the {PROBES + 1}-fold batch, {tokens:,} tokens{machine.suffix}",
         seconds["measurement"] / seconds["copies"],
         "ratio",
         "at most 1.15",

@@ -1,9 +1,9 @@
-"""Peak memory of a measurement beside that of inference.
+"""Peak memory of a measurement, compared with that of inference.
 
-On a CPU each is a process of its own, of which the system says how large it was at its largest since
-the model was built; on a CUDA device torch's allocator says it. A process does what its name says and nothing else: the
-measurement's very first pass makes three passes to see whether the architecture lets both points share
-one, and is part of it.
+On a CPU each runs in a process of its own, and the system tells the process's peak since the model
+was built. On a CUDA device torch's allocator tells it. A process does only what its name says. The
+first measurement makes three more passes, to see whether the architecture lets both points share
+one; they count as part of it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from fedmezo_core.zo.materialize import Commit
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.noise import Distribution
 
 

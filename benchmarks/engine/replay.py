@@ -17,8 +17,9 @@ from benchmarks.engine.roofline import Roofline
 from benchmarks.engine.subjects import commit_of
 from benchmarks.figures import Figure
 from benchmarks.machine import Call, Machine, wall_seconds
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.materialize import materialize
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 COLUMNS: Final = 768
 PLAIN_PAIRS: Final = 2
@@ -56,15 +57,8 @@ def replaying(
     weights: torch.Tensor, commit: Commit, distribution: Distribution, threads: int = 1
 ) -> Call:
     def call() -> None:
-        materialize(
-            weights,
-            weights,
-            [commit],
-            tensor_id=0,
-            distribution=distribution,
-            rounding=Rounding.STOCHASTIC,
-            threads=threads,
-        )
+        operands = Operands(0, distribution, Rounding.STOCHASTIC)
+        materialize(weights, weights, [commit], operands, threads=threads)
 
     return call
 
@@ -108,8 +102,7 @@ def figures(
 
 
 def products(machine: Machine, elements: int) -> Iterator[Figure]:
-    """The other plain way for low-rank pairs: all of a commit's in one matrix product, whose bits are
-    its library's own."""
+    """Low-rank pairs the other plain way: one matrix product per commit, in its library's bits."""
     pairs = 64
     weights = torch.zeros(max(1, elements // COLUMNS), COLUMNS, device=machine.device)
     rows, columns = (

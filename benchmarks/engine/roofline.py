@@ -1,4 +1,4 @@
-"""What a GPU could do at best, measured in the same run with torch's own copy and matrix product."""
+"""The best that a GPU could do, measured in the same run with torch's copy and matrix product."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Roofline:
         return cls(2 * source.nbytes / seconds["copy"], size**3 / seconds["product"], additions)
 
     def replay_seconds(self, weights: torch.Tensor, pairs: int) -> float:
-        """Least time: weights read and written once, or one addition for each parameter and pair."""
+        """Least time: weights read and written once, or an addition for each parameter and pair."""
         moving = 2 * weights.nbytes / self.bytes_per_s
         return max(moving, weights.numel() * pairs / self.additions_per_s)
 
     def passes_seconds(self, weights_bytes: int, products: float) -> float:
-        """Least time of a pass that reads the weights once and does so many multiply-and-adds."""
+        """Least time of a pass that reads weights once and does `products` multiply-and-adds."""
         return max(weights_bytes / self.bytes_per_s, products / self.products_per_s)
 
     def figures(self) -> list[Figure]:

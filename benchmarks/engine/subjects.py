@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from fedmezo_core.config import TaskConfig
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Batch, EncodedExample, Task
 from fedmezo_core.zo.estimator import Estimator
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 
 COMMIT_PAIRS: Final = 40

@@ -1,8 +1,9 @@
-"""From an assignment to its answer: what a worker computes, wherever that worker runs."""
+"""What a worker computes between an assignment and its answer."""
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 from fedmezo_core.events import Measure, Measured
@@ -16,7 +17,7 @@ from fedmezo_core.zo.objectives import Predictions
 from fedmezo_core.zo.party import Party
 
 _VISITS_MIN = 2
-"""In float32 a row by itself takes 1.6 times as long as in a batch."""
+"""Least visits of a row that pay: in float32, a row alone takes 1.6 times its time in a batch."""
 
 
 def open_estimator(
@@ -28,7 +29,7 @@ def open_estimator(
     row_states: RowStates | None = None,
     before_pass: Callable[[], None] = lambda: None,
 ) -> Estimator:
-    """The run's estimator on a party's model; arguments and errors as of `Estimator`."""
+    """The estimator of a party's run on its model; takes and raises what `Estimator` does."""
     return Estimator(
         party.loaded.model,
         party.loaded.manifest,
@@ -47,11 +48,11 @@ def open_estimator(
 def open_row_states(
     party: Party, rows: RowStore, *, visits: float, batch_size: int
 ) -> RowStates | None:
-    """What comes before the trained part of a party's model, if it pays to send rows there by themselves.
+    """Kept results of the frozen part of a party's model, or None where keeping them does not pay.
 
-    `visits` is how often each row comes, in batches of `batch_size`. None on a GPU; its passes take as
-    long as their launches, whatever their size. In 16 bits it depends on the CPU what a row costs by
-    itself, but no more than a batch (decision 0024).
+    visits: how often each row comes, in batches of `batch_size`. Each row's first visit runs alone.
+    On a GPU that never pays: a pass takes as long as its launches, whatever its size. In 16 bits,
+    how long a row alone takes depends on the CPU; it is no longer than a batch (decision 0024).
     """
     model = party.loaded.model
     visits_min = _VISITS_MIN if party.config.dtype == "float32" else batch_size
@@ -84,17 +85,17 @@ def measure(
 ) -> Measured:
     """Measure one assignment on the party's weights, which are not written.
 
-    `digest` is asked for the weights' digest if the order wants it. Raises as `Estimator.measure` does.
+    digest: gives the weights' digest; called only if the order wants it. Raises as
+    `Estimator.measure` does.
     """
     digest64 = digest64_of(digest()) if order.work.want_digest else None
-
     batch_of = functools.partial(batches.batch, order.ticket.round)
-    steps = local_steps(estimator, batch_of, order.work, party.config)
+    measured = local_steps(estimator, batch_of, order.work, party.config)
     return Measured(
         order.ticket,
         Scalars(
-            projected_grads=tuple(steps.projected_grads.tolist()),
-            mean_loss=steps.loss,
+            projected_grads=tuple(measurement.projected_grad for measurement in measured),
+            mean_loss=math.fsum(measurement.loss for measurement in measured) / len(measured),
             weights_digest64=digest64,
             rows=batches.row_count,
         ),

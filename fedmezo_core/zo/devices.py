@@ -1,8 +1,9 @@
-"""`materialize` away from the CPU: Triton's kernels on a CUDA device, plain torch operations elsewhere.
+"""What `materialize` calls for devices other than the CPU.
 
-Seeds and coefficients are uploaded once for a list of commits and a device, not once a tensor. A fan never
-waits for the device: whether its results are finite is collected there, and asked for once, at the end of
-a forward pass (`finite_results`).
+On a CUDA device these are Triton's kernels, elsewhere plain torch operations. Seeds and
+coefficients are uploaded once for a list of commits and a device, not once for each tensor. A fan
+never waits for the device: whether its results are finite is collected there, and asked for once,
+at the end of a forward pass (`finite_results`).
 """
 
 from __future__ import annotations
@@ -15,34 +16,38 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from fedmezo_core.errors import NumericError
-from fedmezo_core.zo.noise import Distribution, portable
+from fedmezo_core.zo.commits import Commit, common_pairs, join
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding, portable, spec
 from fedmezo_core.zo.noise.portable import NO_ELEMENT
-
-if TYPE_CHECKING:
-    from fedmezo_core.zo.materialize import Commit
 
 log = logging.getLogger("fedmezo.devices")
 
 TABLES_MAX: Final = 32
-"""Lists of commits that stay uploaded: a pass asks for the same ones at every layer, and for each of its
-points alone where embeddings are looked up."""
+"""Lists of commits that stay uploaded.
+
+A pass asks for the same ones at every layer, and for each of its points alone where embeddings are
+looked up.
+"""
 
 
 def elsewhere(device: torch.device) -> bool:
-    """Whether `device` is for this module: any but the CPU, whose kernels are in `noise.cpu`."""
+    """Whether `device` is not the CPU, whose kernels are in `noise.cpu`."""
     return device.type != "cpu"
 
 
 @functools.cache
 def kernels(device: torch.device) -> ModuleType | None:
-    """The module with the kernels for `device`; None where plain torch operations must do, said once."""
+    """The module with the kernels for `device`.
+
+    None where plain torch operations must do, which the log says once.
+    """
     if device.type != "cuda" or torch.version.cuda is None:
         reason = "there are kernels for CUDA devices and the CPU only"
     else:
@@ -51,9 +56,8 @@ def kernels(device: torch.device) -> ModuleType | None:
 
             # Triton compiles when a kernel is first launched: only then is it known to work here.
             weight = torch.zeros(1, device=device)
-            _launch_apply(
-                triton_kernels, weight, weight, (), 0, 0, 1, Distribution.RADEMACHER, False
-            )
+            operands = Operands(0, Distribution.RADEMACHER, Rounding.NEAREST)
+            _launch_apply(triton_kernels, weight, weight, (), operands)
             return triton_kernels
         except torch.OutOfMemoryError:
             raise
@@ -68,104 +72,67 @@ def kernels(device: torch.device) -> ModuleType | None:
     return None
 
 
-def materialize(
-    out: torch.Tensor,
-    base: torch.Tensor,
-    commits: Sequence[Commit],
-    *,
-    tensor_id: int,
-    start: int,
-    distribution: Distribution,
-    stochastic: bool,
-    columns: int,
+def apply_commits(
+    out: torch.Tensor, base: torch.Tensor, commits: Sequence[Commit], operands: Operands
 ) -> bool:
-    """out = base + commits for checked operands that are not on the CPU; whether all results are finite.
+    """out = base + commits on a device that is not the CPU; whether all results are finite.
 
-    Waits for the device.
+    Waits for the device. The operands are checked already.
     """
     found = kernels(base.device)
     if found is None:
-        bad = portable.materialize(
+        bad = portable.apply_commits(
             out.detach().view(-1), base.detach().view(-1), [_plain(commit) for commit in commits],
-            start, tensor_id=tensor_id, distribution=distribution, stochastic=stochastic,
-            columns=columns,
+            operands.start, operands, operands.columns_of(out),
         )  # fmt: skip
     else:
-        bad = _launch_apply(
-            found, out, base, commits, tensor_id, start, columns, distribution, stochastic
-        )
+        bad = _launch_apply(found, out, base, commits, operands)
     return int(bad) == NO_ELEMENT
 
 
-def materialize_fan(
+def apply_fan(
     outs: Sequence[torch.Tensor],
     base: torch.Tensor,
     commits: Sequence[Commit],
-    *,
-    tensor_id: int,
-    start: int,
-    distribution: Distribution,
-    stochastic: bool,
-    columns: int,
-    name: str | None,
+    operands: Operands,
     rows: torch.Tensor | None = None,
 ) -> None:
-    """outs[g] = base + commits[g] for checked operands that are not on the CPU, without waiting for it.
+    """outs[g] = base + commits[g] on a device that is not the CPU, without waiting for it.
 
-    With `rows` (int64, on the device): only these rows of the base, a tensor of `columns` columns, one
-    after the other. What is not finite, and a row that is not there, `finite_results` raises.
+    The operands are checked already. With `rows` (int64, 1-D, on the device), an embedding's
+    lookup: `base` is a whole table, contiguous [any, columns], and each output, contiguous [rows,
+    columns], gets only these rows of it; no commit may have a decay. `finite_results` raises
+    `NumericError` for a result that is not finite and for a row that the table does not have.
     """
     found = kernels(base.device)
-    bad, place = _results.place(base.device, tensor_id, start, base.numel(), name)
+    columns = operands.columns_of(base)
+    bad, place = _results.place(operands, base)
+    if rows is not None:
+        rows = rows.contiguous()
     if found is None:
-        elements: torch.Tensor | int = start
+        elements: torch.Tensor | int = operands.start
         source = base.detach().view(-1)
         if rows is not None:
             source, elements = _looked_up(source, rows, columns, bad[place])
         for out, commit in zip(outs, commits, strict=True):
-            first = portable.materialize(
-                out.view(-1), source, [_plain(commit)], elements, tensor_id=tensor_id,
-                distribution=distribution, stochastic=stochastic, columns=columns,
-            )  # fmt: skip
+            first = portable.apply_commits(
+                out.view(-1), source, [_plain(commit)], elements, operands, columns
+            )
             bad[place] = torch.minimum(bad[place], first)
         return
     if any(commit.decay != 1.0 for commit in commits):
         assert rows is None, "no measurement looks up rows at a commit with a decay"
+        operands = operands._replace(columns=columns)
         for out, commit in zip(outs, commits, strict=True):
-            _launch_apply(
-                found, out, base, [commit], tensor_id, start, columns, distribution, stochastic,
-                bad[place : place + 1],
-            )  # fmt: skip
+            _launch_apply(found, out, base, [commit], operands, bad[place : place + 1])
         return
     with _current(base.device):
         for begin, end, stride in _runs_of_equal_distance(outs):
             for table in _fan_tables(tuple(commits[begin:end]), base.device):
-                found.materialize_fan(
+                found.launch_fan(
                     outs[begin + table.first_output], stride, base, table.lines, table.pairs,
-                    table.draws, table.shared_bits, bad, place, tensor_id=tensor_id, start=start,
-                    columns=columns, distribution=distribution, stochastic=stochastic, rows=rows,
+                    table.draws, table.shared_bits, bad, place, operands, rows,
                 )  # fmt: skip
-
-
-def materialize_rows(
-    outs: Sequence[torch.Tensor],
-    table: torch.Tensor,
-    rows: torch.Tensor,
-    commits: Sequence[Commit],
-    *,
-    tensor_id: int,
-    distribution: Distribution,
-    stochastic: bool,
-) -> None:
-    """outs[g] = the rows `rows` of `table` + commits[g]: an embedding's lookup, without waiting.
-
-    outs: contiguous [rows, columns] each, apart from each other. table: contiguous [any, columns], a whole
-    tensor. rows: int64, 1-D, on the device of the table, which is not the CPU. No commit has a decay.
-    """
-    materialize_fan(
-        outs, table, commits, tensor_id=tensor_id, start=0, distribution=distribution,
-        stochastic=stochastic, columns=table.shape[1], name=None, rows=rows.contiguous(),
-    )  # fmt: skip
 
 
 def factor_signs(
@@ -178,7 +145,11 @@ def factor_signs(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """`low_rank.factors` on a device that is not the CPU, without waiting: [seeds, rank, length]."""
+    """Signs of each seed's low-rank direction on a device that is not the CPU, without waiting.
+
+    Returns `dtype` [seeds, rank, length], each 1 or -1. domain: the noise standard's for rows or
+    for columns, of which there are `length`.
+    """
     found = kernels(device)
     if found is None:
         indices = torch.arange(length, device=device)
@@ -192,62 +163,53 @@ def factor_signs(
 
 
 def warm_up(
-    device: torch.device, dtype: torch.dtype, distribution: Distribution, stochastic: bool
+    device: torch.device, dtype: torch.dtype, distribution: Distribution, rounding: Rounding
 ) -> None:
-    """Compile what a run launches on a device that is not the CPU: seconds once, then Triton's cache."""
-    from fedmezo_core.zo.materialize import Commit
-
+    """Compile what a run launches on a device that is not the CPU: seconds once, then a cache."""
     commits = [
         Commit(np.zeros(1, np.uint64), np.array([eps], np.float32), 0) for eps in (1e-3, -1e-3)
     ]
+    operands = Operands(0, distribution, rounding)
     weights = torch.zeros(2, 8, dtype=dtype, device=device)
     outs = list(torch.empty(2, 2, 8, dtype=dtype, device=device))
     rows = torch.zeros(2, dtype=torch.int64, device=device)
-    materialize(
-        weights, weights, commits, tensor_id=0, start=0, distribution=distribution,
-        stochastic=stochastic, columns=8,
-    )  # fmt: skip
+    apply_commits(weights, weights, commits, operands)
     with finite_results():
         for looked_up in (None, rows):
-            materialize_fan(
-                outs, weights, commits, tensor_id=0, start=0, distribution=distribution,
-                stochastic=stochastic, columns=8, name=None, rows=looked_up,
-            )  # fmt: skip
+            apply_fan(outs, weights, commits, operands, looked_up)
     if distribution.rank:
-        for domain in (4, 5):
+        for domain in (spec.DOMAIN_ROW_SIGNS, spec.DOMAIN_COLUMN_SIGNS):
             factor_signs([0], 0, domain, 8, distribution.rank, dtype=dtype, device=device)
 
 
-# --- whether results are finite -----------------------------------------------------------------------
+# --- whether results are finite -----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What a place in the list of bad elements stands for."""
+    """A tensor whose first bad element is in a device's list."""
 
-    tensor_id: int
+    place: int
+    operands: Operands
     end: int
-    name: str | None
+    """The largest index of an element, plus one."""
 
 
 class _Results(threading.local):
-    """For each device, and each tensor since the last question, the first element that is not finite."""
+    """For each device, the first bad element of each tensor since `finite_results` began."""
 
     def __init__(self) -> None:
         self.bad: dict[torch.device, torch.Tensor] = {}
-        self.asked: dict[torch.device, dict[int, tuple[int, _Asked]]] = {}
+        self.asked: dict[torch.device, dict[int, _Asked]] = {}
 
-    def place(
-        self, device: torch.device, tensor_id: int, start: int, size: int, name: str | None
-    ) -> tuple[torch.Tensor, int]:
-        """(the device's list, the tensor's place in it)."""
+    def place(self, operands: Operands, base: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """(the list of the base's device, the tensor's index in it)."""
+        device, tensor_id = base.device, operands.tensor_id
         asked = self.asked.setdefault(device, {})
-        if tensor_id in asked:
-            place, before = asked[tensor_id]
-            asked[tensor_id] = place, _Asked(tensor_id, max(before.end, start + size), name)
-        else:
-            place = len(asked)
-            asked[tensor_id] = place, _Asked(tensor_id, start + size, name)
+        before = asked.get(tensor_id)
+        place = len(asked) if before is None else before.place
+        end = max(operands.start + base.numel(), 0 if before is None else before.end)
+        asked[tensor_id] = _Asked(place, operands, end)
         bad = self.bad.get(device)
         if bad is None or place >= len(bad):
             with torch.inference_mode(False):  # a pass is in that mode, what follows it may not be
@@ -268,9 +230,9 @@ class _Results(threading.local):
             if not asked:
                 continue
             found = self.bad[device][: len(asked)].tolist()
-            for place, what in asked.values():
-                if found[place] != NO_ELEMENT:
-                    raise _not_finite(what, found[place])
+            for tensor in asked.values():
+                if found[tensor.place] != NO_ELEMENT:
+                    raise _not_finite(tensor, found[tensor.place])
 
 
 _results = _Results()
@@ -278,9 +240,10 @@ _results = _Results()
 
 @contextmanager
 def finite_results() -> Iterator[None]:
-    """Around fans on a device: at the end, wait for it, and raise NumericError if a result is not finite.
+    """Collect, inside the block, whether the results of `apply_fan` are finite.
 
-    The error names the tensor and its first such element.
+    At the end, waits for the device and raises `NumericError`, which names the tensor and its first
+    element that is NaN or infinite.
     """
     _results.forget()
     try:
@@ -290,24 +253,16 @@ def finite_results() -> Iterator[None]:
         _results.forget()
 
 
-def _not_finite(what: _Asked, element: int) -> NumericError:
-    called = (
-        f"Tensor {what.tensor_id}"
-        if what.name is None
-        else f"Tensor {what.tensor_id} ({what.name})"
-    )
-    if element >= what.end:
+def _not_finite(tensor: _Asked, element: int) -> NumericError:
+    if element >= tensor.end:
         return NumericError(
-            f"{called}: a row was looked up that it doesn't have; "
+            f"{tensor.operands.called}: a row was looked up that it doesn't have; "
             "check the token ids against the model's vocabulary."
         )
-    return NumericError(
-        f"{called}: element {element} is NaN or infinite; check the base weights, "
-        "or lower the learning rate or eps."
-    )
+    return tensor.operands.not_finite(element, "NaN or infinite")
 
 
-# --- tables ------------------------------------------------------------------------------------------
+# --- tables -------------------------------------------------------------------------------------
 
 
 def _plain(commit: Commit) -> portable.PlainCommit:
@@ -316,7 +271,7 @@ def _plain(commit: Commit) -> portable.PlainCommit:
 
 
 def _uploaded(array: npt.NDArray[np.int64 | np.int32], device: torch.device) -> torch.Tensor:
-    """A copy on the device, made in the stream's order and not waited for."""
+    """A copy on the device, made in the stream's order; nothing waits for it."""
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
@@ -336,18 +291,11 @@ def _pair_lines(
     return lines
 
 
-def _first_lines(commit: Commit, count: int) -> npt.NDArray[np.uint32]:
-    """`_pair_lines` of a commit's first `count` pairs, or of all if it has fewer."""
-    return _pair_lines(commit.seeds[:count], commit.coefficients[:count])
-
-
 @functools.lru_cache(TABLES_MAX)
 def _apply_table(
     commits: tuple[Commit, ...], endless: bool, device: torch.device
 ) -> tuple[torch.Tensor, int, int]:
-    """(lines for the kernel `apply`, pairs, commits); `endless`: see `materialize.join`."""
-    from fedmezo_core.zo.materialize import join
-
+    """(lines for the kernel `apply`, pairs, commits); `endless`: see `join`."""
     seeds, coefficients, commit_ends, rounding_seeds, decays = join(commits, endless=endless)
     ends = np.zeros((len(commit_ends), 4), dtype=np.uint32)
     ends[:, :2] = _halves(rounding_seeds)
@@ -372,15 +320,9 @@ class _FanTable:
 
 @functools.lru_cache(TABLES_MAX)
 def _fan_tables(commits: tuple[Commit, ...], device: torch.device) -> list[_FanTable]:
-    """What makes the outputs of `commits`: one launch if they differ in their last pair at most, else
-    one for each."""
-    shared = max(0, max(len(commit.seeds) for commit in commits) - 1)
-    first = _first_lines(commits[0], shared)
-    alike = all(
-        len(commit.seeds) >= shared and np.array_equal(_first_lines(commit, shared), first)
-        for commit in commits
-    )
-    if not alike:
+    """One table if the commits differ in their last pair at most, else one for each."""
+    shared = common_pairs(commits)
+    if shared is None:
         return [
             _fan_table((commit,), max(0, len(commit.seeds) - 1), device, g)
             for g, commit in enumerate(commits)
@@ -399,7 +341,7 @@ def _fan_table(
         moves = len(commit.seeds) > shared
         if moves:
             outputs[g, 2:] = commit.coefficients[shared].view(np.uint32), 1
-        # An output without a pair of its own goes with its neighbour's direction and does not use it.
+        # An output without a pair of its own joins its neighbour's direction and does not use it.
         seed = int(commit.seeds[shared]) if moves else draws[-1][0] if draws else 0
         if draws and draws[-1][0] == seed:
             draws[-1][2] = g + 1
@@ -408,14 +350,16 @@ def _fan_table(
     directions = np.zeros((len(draws), 4), dtype=np.uint32)
     directions[:, :2] = _halves(np.array([seed for seed, _, _ in draws], np.uint64))
     directions[:, 2:] = [draw[1:] for draw in draws]
-    lines = np.concatenate([_first_lines(commits[0], shared), directions, outputs])
+    first = commits[0]
+    pairs = _pair_lines(first.seeds[:shared], first.coefficients[:shared])
+    lines = np.concatenate([pairs, directions, outputs])
     return _FanTable(
         _uploaded(lines.view(np.int32), device), shared, len(draws),
         bool((rounding_seeds == rounding_seeds[0]).all()), first_output,
     )  # fmt: skip
 
 
-# --- launches ----------------------------------------------------------------------------------------
+# --- launches -----------------------------------------------------------------------------------
 
 
 def _launch_apply(
@@ -423,22 +367,15 @@ def _launch_apply(
     out: torch.Tensor,
     base: torch.Tensor,
     commits: Sequence[Commit],
-    tensor_id: int,
-    start: int,
-    columns: int,
-    distribution: Distribution,
-    stochastic: bool,
+    operands: Operands,
     bad: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The first bad element, or `NO_ELEMENT`, on the device; in `bad` (int64 [1]) if it is given."""
+    """The first bad element, or `NO_ELEMENT`: int64 [1] on the device; `bad` if it is given."""
     table, pairs, count = _apply_table(tuple(commits), base.dtype == torch.float32, base.device)
     if bad is None:
         bad = torch.full((1,), NO_ELEMENT, device=base.device)
     with _current(base.device):
-        found.materialize(
-            out, base, table, pairs, count, bad, tensor_id=tensor_id, start=start, columns=columns,
-            distribution=distribution, stochastic=stochastic,
-        )  # fmt: skip
+        found.launch_apply(out, base, table, pairs, count, bad, operands)
     return bad
 
 
@@ -450,7 +387,7 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 def _runs_of_equal_distance(outs: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, int]]:
     """Outputs that lie equally far apart, as one launch takes them: (first, end, elements apart).
 
-    Those of a forward pass all do; of others two at a time, which always do.
+    The outputs of a forward pass all do. Others are taken two at a time.
     """
     addresses = [out.data_ptr() for out in outs]
     together = len(outs) if len({b - a for a, b in pairwise(addresses)}) <= 1 else 2

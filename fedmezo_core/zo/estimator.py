@@ -1,17 +1,17 @@
 """Measurements of projected gradients, forward only, that never write to the model's weights.
 
-SPSA (Spall 1992) as MeZO uses it (Malladi et al. 2023): for a direction z,
+SPSA (Spall 1992) as MeZO uses it (Malladi et al. 2023, arXiv 2305.17333): for a direction z,
 
     projected_grad = (loss(W + eps z) - loss(W - eps z)) / (2 eps)     two-sided
     projected_grad = (loss(W + eps z) - loss(W)) / eps                 one-sided
 
-Existing systems add eps z to the weights in place, run, and subtract it again, which in low precision
-doesn't lead back to the same weights. Here `Forward` computes all the losses in one pass, with weights
-that are built block by block through the one primitive `materialize`: `W + local pairs ± eps z`, so a
-worker's uncommitted local steps need no copy of the weights either.
+Existing systems add eps z to the weights in place, run, and subtract it again, which in low
+precision doesn't lead back to the same weights. Here `Forward` computes all the losses in one pass,
+with weights that are built block by block through the one primitive `materialize`:
+`W + local pairs ± eps z`, so a worker's uncommitted local steps need no copy of the weights either.
 
-Nothing asks the loss for a gradient, so an objective may stand in its place: any number that can be
-computed from what the model says to a batch.
+Nothing asks the loss for a gradient, so an objective may replace it: any number that can be
+computed from the model's predictions on a batch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -31,27 +30,30 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.events import Work
 from fedmezo_core.machines.aggregate import Share, coefficients_of
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.forward.copies import InseparableError
 from fedmezo_core.zo.forward.forward import Forward
 from fedmezo_core.zo.forward.frozen import FROZEN_SHARE_MIN, FrozenResult
 from fedmezo_core.zo.forward.guard import DirectReadError
 from fedmezo_core.zo.forward.row_states import RowStates
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import loss_tolerance
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.objectives import Predictions
 
 log = logging.getLogger("fedmezo.estimator")
 
 POINTS_MAX: Final = 16
-"""Most points in one pass through all of the model: activations take as many copies of the batch."""
+"""Most points in one pass through the whole model, whose activations are a batch's per point."""
 FROZEN_POINTS_MAX: Final = 64
-"""The same where `FROZEN_SHARE_MIN` of the model runs first and is frozen."""
+"""Most points in one pass where `FROZEN_SHARE_MIN` of the model runs first and is frozen."""
 PASS_TOKENS_MAX: Final = 1 << 11
-"""There passes can be small, because that part is computed once for all of a batch: most tokens of all copies in one, or 2 points. Their activations are a few
-per cent of the memory of inference. A GPU is faster with more."""
+"""Most tokens, those of all copies together, in one pass behind such a frozen part.
+
+The frozen part is computed once per batch, so small passes cost nothing and their activations are a
+few per cent of inference's memory. A pass has at least 2 points. A GPU is faster with more tokens.
+"""
 
 Result = TypeVar("Result")
 Pair = tuple[int, float]
@@ -60,26 +62,16 @@ Pair = tuple[int, float]
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """The losses on both ends of one step along one seed's direction."""
+    """What a batch says about one seed's direction."""
 
     loss_plus: float
     """Mean loss at W + eps z, in nats (float64), or the objective's score."""
     loss_other: float
-    """At W - eps z, or one-sided at W."""
+    """Mean loss at W - eps z, or one-sided at W, in nats, or the objective's score."""
     projected_grad: float
-    """A float32 value: the difference over 2 eps, or over eps, rounded once."""
+    """A float32 value: the difference of both over 2 eps, or over eps, rounded once."""
     loss: float
-    """The loss at W (one-sided), or the mean of both ends as its estimate."""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalSteps:
-    """What a worker answers to one assignment."""
-
-    projected_grads: npt.NDArray[np.float32]
-    """[steps x probes], clipped, in the order of the seeds."""
-    loss: float
-    """Mean over all measurements of `Measurement.loss`, in nats."""
+    """The loss at W (one-sided), or the mean of both losses as its estimate, in nats."""
 
 
 class Estimator:
@@ -100,13 +92,14 @@ class Estimator:
         row_states: RowStates | None = None,
         before_pass: Callable[[], None] = lambda: None,
     ) -> None:
-        """`threads` is how many build perturbed weights (default: as `materialize` chooses).
-        `pass_tokens_max` bounds the passes behind a frozen part that is most of the model.
+        """Take a model at its base weights, and the manifest of what is perturbed.
 
-        With an `objective`, which returns finite numbers or raises, a point's loss is what that makes
-        of the predictions there. With a `row_states`, of the same model and task, losses begin with what it knows
-        of the rows. `before_pass` is called before each pass over the model, and may
-        raise to end a measurement. Raises as `Forward` does.
+        threads: how many build perturbed weights (default: as `materialize` chooses).
+        pass_tokens_max: most tokens in one pass behind a frozen part that is most of the model.
+        objective: returns finite numbers or raises; its score of the predictions at a point
+        replaces the loss there. row_states: of the same model and task; passes begin with what it
+        knows of the rows. before_pass: called before each pass over the model; may raise to end a
+        measurement. Raises as `Forward` does.
         """
         self._model = model
         self._task = task
@@ -125,12 +118,13 @@ class Estimator:
     def measure(
         self, batch: Batch, local: Sequence[Pair], seeds: Sequence[int], eps: float
     ) -> list[Measurement]:
-        """Measure along each seed's direction on one batch, at the weights plus `local` pairs.
+        """One measurement for each seed's direction, on one batch, at the weights plus `local`.
 
         In low precision the perturbed weights of all points are rounded with the same random bits,
         those of the rounding seed `seeds[0]`: rounding then moves all losses alike, and cancels out
-        of their differences. Raises `MeasurementError` if a loss is NaN or infinite, `ModelError` if
-        the architecture reads a parameter where it can't be perturbed. The weights are never written.
+        of their differences. The weights are never written. Raises `MeasurementError` if a loss is
+        NaN or infinite, `ModelError` if the architecture reads a parameter where it can't be
+        perturbed.
         """
         ends: list[Sequence[Pair]] = [()] if self._one_sided else []
         for seed in seeds:
@@ -141,7 +135,8 @@ class Estimator:
             if not math.isfinite(loss):
                 where = "" if not end else "+eps " if end[0][1] > 0 else "-eps "
                 raise MeasurementError(
-                    f"The loss at {where or 'the weights '}is {loss} on the batch of {batch.name}; "
+                    f"The loss at {where or 'the weights '}is {loss} on the batch of "
+                    f"{batch.name}; "
                     "use a smaller eps or learning_rate, or check this worker's data."
                 )
         if self._one_sided:
@@ -167,7 +162,7 @@ class Estimator:
         length = self._points_max(batch, len(points)) if self._together else 1
         measure = self._task_losses if self._objective is None else self._scores
         losses: list[float] = []
-        # Generating is passes of several batches.
+        # Generating text runs passes over several batches.
         keeps = self._together and self._objective is None and length < len(points)
         try:
             with self._forward.frozen.holding(self._known(batch), keeps=keeps):
@@ -186,7 +181,7 @@ class Estimator:
         return self._row_states.results(batch, self._before_pass)
 
     def _points_max(self, batch: Batch, count: int) -> int:
-        """Points a pass; where passes are small, none shall have a single one, which computes all anew."""
+        """Most points in a pass. No small pass has a single one, which would compute all anew."""
         if self._builds_weights or self._forward.frozen.share < FROZEN_SHARE_MIN:
             return POINTS_MAX
         most = min(max(2, self._pass_tokens_max // batch.input_ids.numel()), FROZEN_POINTS_MAX)
@@ -201,7 +196,7 @@ class Estimator:
         )
 
     def _scores(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
-        """The objective's scores, from one pass and one more for each token that is generated."""
+        """The objective's score at each point: one pass, and one more per generated token."""
         assert self._objective is not None
         task, copies = self._task, batch.repeated(len(points))
 
@@ -232,8 +227,8 @@ class Estimator:
     def _can_share_a_pass(self, batch: Batch, points: Sequence[Commit]) -> bool:
         """Whether two points in one pass give the losses that they give alone.
 
-        They do unless an architecture mixes the rows of a batch. An objective's scores say less: they
-        may be equal although the losses are not.
+        They do unless an architecture mixes the rows of a batch. This compares losses, because an
+        objective's scores may be equal although the losses are not.
         """
         alone = [self._task_losses(batch, [point])[0] for point in points]
         if not all(map(math.isfinite, alone)):
@@ -270,32 +265,29 @@ def _commit(pairs: Sequence[Pair], rounding_seed: int) -> Commit:
 
 def local_steps(
     estimator: Estimator, batch_of: Callable[[int], Batch], work: Work, config: RunConfig
-) -> LocalSteps:
+) -> list[Measurement]:
     """Run one assignment: MeZO steps from the current weights, none of them written.
 
-    Step h measures along its `config.probes` seeds of `work.seeds` on `batch_of(h)`, at the weights plus
-    the pairs of the steps before, and then appends its own pairs: the coefficients that a round of this
-    step alone would be committed with (see `coefficients_of`), its projected gradients being clipped to
-    ± `config.projected_grad_abs_max`. Weight decay comes with the commit. A pure function of weights,
+    Step h measures along its `config.probes` seeds of `work.seeds` on `batch_of(h)`, at the weights
+    plus the pairs of the steps before. It then appends its own pairs, with the coefficients that a
+    round of this step alone would be committed with (see `coefficients_of`). Weight decay comes
+    with the commit. Returns a measurement for each seed, in the order of `work.seeds`, whose
+    projected gradient is clipped to ± `config.projected_grad_abs_max`. A pure function of weights,
     batches and arguments. Raises as `Estimator.measure` does.
     """
     bound = np.float32(config.projected_grad_abs_max)
     if float(bound) > config.projected_grad_abs_max:
         # The nearest float32 may lie outside the run's clip, where the coordinator refuses it.
         bound = np.nextafter(bound, np.float32(0))
-    projected_grads: list[float] = []
+    measured: list[Measurement] = []
     local: list[Pair] = []
-    losses: list[float] = []
     for first in range(0, len(work.seeds), config.probes):
         seeds = work.seeds[first : first + config.probes]
         batch = batch_of(first // config.probes)
-        measured = estimator.measure(batch, local, seeds, work.eps)
-        grads = [
-            float(np.clip(np.float32(measurement.projected_grad), -bound, bound))
-            for measurement in measured
-        ]
-        [coefficients] = coefficients_of([Share(seeds, tuple(grads), work.learning_rate)], config)
-        projected_grads += grads
+        for measurement in estimator.measure(batch, local, seeds, work.eps):
+            clipped = np.clip(np.float32(measurement.projected_grad), -bound, bound)
+            measured.append(replace(measurement, projected_grad=float(clipped)))
+        grads = tuple(measurement.projected_grad for measurement in measured[first:])
+        [coefficients] = coefficients_of([Share(seeds, grads, work.learning_rate)], config)
         local += zip(seeds, coefficients, strict=True)
-        losses += [measurement.loss for measurement in measured]
-    return LocalSteps(np.array(projected_grads, dtype=np.float32), math.fsum(losses) / len(losses))
+    return measured

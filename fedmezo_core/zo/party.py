@@ -1,4 +1,4 @@
-"""One party's copy of a run: its model, task and weights, built alike at workers and at the replica."""
+"""One party's copy of a run: its model, task and weights, as workers and replicas have it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, MismatchError
 from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Task
-from fedmezo_core.zo.materialize import Commit, Rounding, warm_up
+from fedmezo_core.zo.materialize import warm_up
 from fedmezo_core.zo.model.compressed import check_compressible, compress_frozen
 from fedmezo_core.zo.model.loading import ON_CPU, LoadedModel, load_model
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest, tokenizer_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 
 
@@ -36,16 +37,16 @@ class Party:
 
     @property
     def distribution(self) -> Distribution:
-        """Of the run's directions."""
+        """The distribution of the run's directions."""
         return Distribution[self.config.distribution.upper()]
 
     @property
     def rounding(self) -> Rounding:
-        """Of the run's commits."""
+        """How the run's commits round weights that are not float32."""
         return Rounding[self.config.rounding.upper()]
 
     def genesis(self) -> Genesis:
-        """The record that begins a run from this base."""
+        """The record that begins the journal of a run from this base."""
         element_bytes = torch.finfo(getattr(torch, self.config.dtype)).bits // 8
         elements = self.loaded.manifest.element_count
         return Genesis(
@@ -80,9 +81,9 @@ def open_party(
     """Load `model` (hub name or folder) for a run and digest it.
 
     `adapter` is the folder of the LoRA adapter that the run begins from; without it, a fresh one.
-    `threads` also sets torch's thread count for this process; `placement` says where the weights go,
-    which changes no bit of them; `frozen_base_bits` compresses what a LoRA run leaves frozen (see
-    `compress_frozen`), after it was digested. Raises `ModelError`, `ConfigError`.
+    `threads` also sets torch's thread count for this process; `placement` says where the weights
+    go, which changes no bit of them; `frozen_base_bits` compresses what a LoRA run leaves frozen
+    (see `compress_frozen`), after it was digested. Raises `ModelError`, `ConfigError`.
     """
     if adapter is not None and config.lora is None:
         raise ConfigError(
@@ -134,7 +135,7 @@ def open_party(
 
 
 def commits_of(records: Sequence[Committed]) -> list[Commit]:
-    """The pairs of journaled commits as `materialize` takes them; coefficients are used as they are."""
+    """The commits of a journal, in its order, as `materialize` takes them."""
     return [
         Commit(
             seeds=np.concatenate(

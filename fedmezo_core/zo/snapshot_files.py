@@ -24,10 +24,10 @@ _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 def write_snapshot(
     folder: Path, weights: Weights, *, run_id: str, head: bytes, weights_digest: bytes
 ) -> Snapshot:
-    """Write `weights` as they are into `folder`, durably, whole or not at all.
+    """Write `weights` as a safetensors file into `folder`, durably, whole or not at all.
 
-    `weights_digest` is theirs, `head` that after their round. Raises `SnapshotError` if the disk
-    refuses.
+    weights_digest: the digest of `weights` (32 bytes). head: the journal's after their round (32
+    bytes). Raises `SnapshotError` if the disk refuses.
     """
     path = folder / file_name(run_id, weights.round)
     partial = path.with_name(partial_name(path.name))
@@ -56,23 +56,23 @@ def write_snapshot(
         # safetensors reports a full disk as its own exception, with the system's words in it.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split("\n", 1)[0].split())
         raise SnapshotError(
-            f"The snapshot of round {weights.round} cannot be written to {folder} ({reason}); make room "
-            "there, or set another folder in snapshots."
+            f"The snapshot of round {weights.round} cannot be written to {folder} ({reason}); make "
+            "room there, or set another folder in snapshots."
         ) from error
     return Snapshot(weights.round, head, weights_digest, sha256, size)
 
 
 def sha256_of(path: Path) -> bytes:
-    """SHA-256 of a file, read in pieces."""
+    """SHA-256 of a file (32 bytes), which is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
 def install_snapshot(path: Path, weights: Weights, snapshot: Snapshot) -> None:
-    """Let `weights` be those in the file, and check that they have the snapshot's digest.
+    """Replace `weights` by those in the file at `path`, and check them against the digest.
 
-    Reads one tensor at a time. Raises `SnapshotDamagedError` if the file, or what comes of it, is not
-    the snapshot; `weights` may then be unusable, and the base must be loaded again.
+    Reads one tensor at a time. Raises `SnapshotDamagedError` if the file, or the weights in it, are
+    not those of `snapshot`. `weights` may then be unusable, and the base must be loaded again.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -82,8 +82,8 @@ def install_snapshot(path: Path, weights: Weights, snapshot: Snapshot) -> None:
             )
     except (OSError, SafetensorError) as error:
         raise SnapshotDamagedError(
-            f"The snapshot of round {snapshot.round} is no safetensors file that can be read ({error}); "
-            "read the journal instead."
+            f"The snapshot of round {snapshot.round} is no safetensors file that can be read "
+            f"({error}); read the journal instead."
         ) from None
 
 

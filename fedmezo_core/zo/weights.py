@@ -1,4 +1,4 @@
-"""The trained weights of one party: which round they are at, and how they move to the next."""
+"""The trained weights of one party: which round they are at, and how they move on."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from torch import nn
 
 from fedmezo_core.errors import DivergedError, MismatchError, SnapshotDamagedError
 from fedmezo_core.zo import devices
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.kept_base import KeptBase
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
 from fedmezo_core.zo.model.weight_digest import weights_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 _PROBE_ELEMENTS = 1 << 20
 _PROBE_PAIRS = 16
@@ -27,8 +28,8 @@ class Weights:
     """A model's trained tensors and the round whose commit was applied last.
 
     Invariant: the tensors hold what the commits of rounds 1 to `round`, in order, make of the base
-    (the last one that starts from it, and those after that), applied here or restored from a party that
-    did so, and nothing else ever writes to them.
+    (the last one that starts from it, and those after that). They were applied here, or restored
+    from a party that applied them, and nothing else ever writes to the tensors.
     """
 
     def __init__(
@@ -44,10 +45,10 @@ class Weights:
     ) -> None:
         """Take `model` at its base weights, that is at round 0.
 
-        `threads` is how many apply and digest (default: as `materialize` chooses, and one for each
-        core). `keeps_base`: copy the base to a disk, which commits that start from it need, in
-        `base_folder` or where `KeptBase` finds one. Raises `MismatchError` if the model isn't the
-        manifest's, `ConfigError` if the disk has no room.
+        threads: how many apply and digest (default: as `materialize` chooses, and one per core).
+        keeps_base: copy the base to a disk, in `base_folder` or where `KeptBase` finds one; commits
+        that start from the base need it. Raises `MismatchError` if the model isn't the manifest's,
+        `ConfigError` if the disk has no room.
         """
         self.model = model
         self.manifest = manifest
@@ -62,12 +63,12 @@ class Weights:
     def apply(self, first_round: int, commits: Sequence[Commit]) -> None:
         """Apply the commits of rounds `first_round`, `first_round` + 1, ... in place, in one pass.
 
-        Many at once give the same bits as one at a time. What comes before a commit that starts from
-        the base needs not be applied: neither is what `commits` has before it, nor must it be there
-        at all. Raises `DivergedError` if the first commit that counts is neither of the round after
-        `round` nor, starting from the base, of a later one, `MismatchError` if the base was not
-        kept, and `NumericError` if a resulting weight is NaN or infinite; after the latter these
-        weights are of no more use.
+        Many at once give the same bits as one at a time. The last commit that starts from the base
+        makes all commits before it superfluous: those are skipped, and may be missing. The first
+        one applied must be of the round after `round`, or of any later round if it starts from the
+        base: raises `DivergedError` otherwise. Raises `MismatchError` if the base was not kept, and
+        `NumericError` if a resulting weight is NaN or infinite, after which these weights must not
+        be used.
         """
         self._check()
         base = None
@@ -81,8 +82,9 @@ class Weights:
             base = self._base
             if base is None:
                 raise MismatchError(
-                    f"The commit of round {first_round} starts from the base weights, which were not "
-                    "kept here; load the model with the configuration of the run in the journal."
+                    f"The commit of round {first_round} starts from the base weights, which were "
+                    "not kept here; load the model with the configuration of the run in the "
+                    "journal."
                 )
         if first_round <= self.round or (base is None and first_round != self.round + 1):
             raise DivergedError(
@@ -97,27 +99,21 @@ class Weights:
                 source = base[entry.tensor_id]
                 if devices.elsewhere(tensor.device):
                     source = tensor.copy_(source)
-            materialize(
-                tensor,
-                source,
-                commits,
-                tensor_id=entry.tensor_id,
-                distribution=self._distribution,
-                rounding=self._rounding,
-                columns=entry.columns,
-                threads=self._threads,
-                name=entry.name,
+            operands = Operands(
+                entry.tensor_id, self._distribution, self._rounding, 0, entry.columns, entry.name
             )
+            materialize(tensor, source, commits, operands, threads=self._threads)
             if base is not None:
                 base.release(entry.tensor_id)
         self._interrupted_round = None
         self.round = first_round + len(commits) - 1
 
     def restore(self, round_: int, tensors: Iterable[torch.Tensor], digest: bytes) -> None:
-        """Take the weights after `round_` from elsewhere: `tensors` in manifest order, each used at once.
+        """Replace the weights by those after `round_`, which another party computed.
 
-        Raises `SnapshotDamagedError` if their digest then is not `digest`, after which these weights
-        are of no more use.
+        tensors: in manifest order; each is copied before the next is asked for. Raises
+        `SnapshotDamagedError` if the result's digest is not `digest`, after which these weights
+        must not be used.
         """
         self._check()
         self._interrupted_round = round_
@@ -126,8 +122,8 @@ class Weights:
         found = weights_digest(self.model, self.manifest, threads=self._threads)
         if found != digest:
             raise SnapshotDamagedError(
-                f"The weights in the snapshot of round {round_} have digest {found.hex()[:16]} instead "
-                f"of {digest.hex()[:16]}; read the journal instead."
+                f"The weights in the snapshot of round {round_} have digest {found.hex()[:16]} "
+                f"instead of {digest.hex()[:16]}; read the journal instead."
             )
         self._interrupted_round = None
         self.round = round_
@@ -138,7 +134,7 @@ class Weights:
         return weights_digest(self.model, self.manifest, threads=self._threads)
 
     def replay_rate(self) -> float:
-        """Pairs times elements a second that `apply` reaches here, by a probe of some milliseconds."""
+        """The speed of `apply` here, in pairs times elements a second; a probe of milliseconds."""
         like = trained_tensors(self.model, self.manifest)[0]
         scratch = torch.zeros(1024, _PROBE_ELEMENTS // 1024, dtype=like.dtype, device=like.device)
         commit = Commit(
@@ -146,24 +142,17 @@ class Weights:
             np.full(_PROBE_PAIRS, 1e-3, dtype=np.float32),
             0,
         )
+        operands = Operands(0, self._distribution, self._rounding)
         seconds: list[float] = []
-        for _ in range(2):  # The first may wake threads.
+        for _ in range(2):  # the first may wake threads
             begin_s = time.perf_counter()
-            materialize(
-                scratch,
-                scratch,
-                [commit],
-                tensor_id=0,
-                distribution=self._distribution,
-                rounding=self._rounding,
-                threads=self._threads,
-            )
+            materialize(scratch, scratch, [commit], operands, threads=self._threads)
             seconds.append(time.perf_counter() - begin_s)
         return _PROBE_ELEMENTS * _PROBE_PAIRS / min(seconds)
 
     def _check(self) -> None:
         if self._interrupted_round is not None:
             raise DivergedError(
-                f"An error interrupted the commit of round {self._interrupted_round}, so these weights "
-                "are no round's; start again from the base checkpoint."
+                f"An error interrupted the commit of round {self._interrupted_round}, so these "
+                "weights are no round's; start again from the base checkpoint."
             )

@@ -1,4 +1,4 @@
-"""A model on a CUDA device, and one that is larger than it: the CPU's digests, the same measurements."""
+"""Models on a CUDA device, or larger than it: the CPU's digests, the same measurements."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedmezo_core.config import TaskConfig
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.estimator import Estimator, Measurement
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.loading import LoadedModel, load_model
 from fedmezo_core.zo.model.offload import execution_device, stored_parameters
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES, make_tokenizer
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
-    reason="needs a CUDA device, and kernels that are compiled; run make test-gpu where there is one",
+    reason="needs a CUDA device and compiled kernels; run make test-gpu where there is one",
 )
 
 COMMITS = [Commit(np.array([5, 6], np.uint64), np.array([0.02, -0.01], np.float32), 1)]

@@ -1,10 +1,9 @@
-"""The CUDA kernels on a real GPU: bit for bit the specification's, at any size, and nothing waits."""
+"""The CUDA kernels on a real GPU: the specification's bits, at any size, and nothing waits."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,17 +11,18 @@ import torch
 
 from fedmezo_core.errors import NumericError
 from fedmezo_core.zo import devices
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.forward.low_rank import Side, factors
-from fedmezo_core.zo.materialize import (
-    Commit,
-    Rounding,
-    materialize,
-    materialize_fan,
-    materialize_reference,
-    warm_up,
+from fedmezo_core.zo.materialize import materialize, materialize_fan, warm_up
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
+from tests.core.zo.test_materialize import (
+    STORAGE,
+    assert_same_bits,
+    commit_of,
+    made,
+    specified,
+    weights_of,
 )
-from fedmezo_core.zo.noise import Distribution
-from tests.core.zo.test_materialize import STORAGE, assert_same_bits, commit_of, weights_of
 
 pytestmark = [
     pytest.mark.skipif(
@@ -78,19 +78,13 @@ def test_equals_the_specification(
         commit_of(generator, 0, 1.0, 8, decay=3e-38),
     ]
     for start, size, columns in places(distribution):
-        how: dict[str, Any] = {
-            "tensor_id": 2**32 - 1, "start": start, "columns": columns,
-            "distribution": distribution, "rounding": storage[1],
-        }  # fmt: skip
+        operands = Operands(2**32 - 1, distribution, storage[1], start, columns)
         base = weights_of(generator, size, storage[0])
-        expected = torch.empty_like(base)
-        materialize_reference(expected, base, commits, **how)
+        expected = specified(base, commits, operands)
         on_device = base.to(GPU)
-        out = torch.empty_like(on_device)
-        materialize(out, on_device, commits, **how)
-        assert_same_bits(out.cpu(), expected)
+        assert_same_bits(made(on_device, commits, operands).cpu(), expected)
         for commit in commits:
-            materialize(on_device, on_device, [commit], **how)
+            materialize(on_device, on_device, [commit], operands)
         assert_same_bits(on_device.cpu(), expected)
 
 
@@ -111,18 +105,13 @@ def test_a_fan_equals_one_call_for_each_output(
             for end, rounding_seed in zip(ends, rounding_seeds, strict=True)
         ]
         for start, size, columns in places(distribution):
-            how: dict[str, Any] = {
-                "tensor_id": 4, "start": start, "columns": columns,
-                "distribution": distribution, "rounding": storage[1],
-            }  # fmt: skip
+            operands = Operands(4, distribution, storage[1], start, columns)
             base = weights_of(generator, size, storage[0])
             outs = list(torch.empty(len(commits), size, dtype=storage[0], device=GPU))
             with devices.finite_results():
-                materialize_fan(outs, base.to(GPU), commits, **how)
+                materialize_fan(outs, base.to(GPU), commits, operands)
             for out, commit in zip(outs, commits, strict=True):
-                expected = torch.empty_like(base)
-                materialize(expected, base, [commit], **how)
-                assert_same_bits(out.cpu(), expected)
+                assert_same_bits(out.cpu(), made(base, [commit], operands))
 
 
 @pytest.mark.parametrize("distribution", list(Distribution))
@@ -134,22 +123,14 @@ def test_rows_that_are_looked_up(backend: str, distribution: Distribution) -> No
         Commit(np.array([7], np.uint64), np.array([eps], np.float32), 5) for eps in (1e-3, -1e-3)
     ]
     outs = list(torch.empty(2, 500, 96, dtype=torch.bfloat16, device=GPU))
-    how: dict[str, Any] = {"tensor_id": 3, "distribution": distribution}
+    operands = Operands(3, distribution, Rounding.STOCHASTIC)
     with devices.finite_results():
-        devices.materialize_rows(outs, table.to(GPU), rows.to(GPU), commits, stochastic=True, **how)
+        devices.apply_fan(outs, table.to(GPU), commits, operands, rows.to(GPU))
     for out, commit in zip(outs, commits, strict=True):
-        expected = torch.empty_like(table)
-        materialize(expected, table, [commit], rounding=Rounding.STOCHASTIC, **how)
-        assert_same_bits(out.cpu(), expected[rows])
+        assert_same_bits(out.cpu(), made(table, [commit], operands)[rows])
+    unknown = torch.full((500,), 3000, device=GPU)
     with pytest.raises(NumericError, match="a row was looked up"), devices.finite_results():
-        devices.materialize_rows(
-            outs,
-            table.to(GPU),
-            torch.full((500,), 3000, device=GPU),
-            commits,
-            stochastic=True,
-            **how,
-        )
+        devices.apply_fan(outs, table.to(GPU), commits, operands, unknown)
 
 
 @pytest.mark.parametrize("distribution", list(Distribution))
@@ -160,39 +141,33 @@ def test_more_elements_than_32_bits_count(distribution: Distribution) -> None:
         pytest.skip("the device has less free memory than 6.5 GB")
     generator = np.random.default_rng(8)
     commits = [commit_of(generator, 3, 1e-2, 5)]
-    how: dict[str, Any] = {
-        "tensor_id": 4, "columns": columns, "distribution": distribution,
-        "rounding": Rounding.STOCHASTIC,
-    }  # fmt: skip
+    operands = Operands(4, distribution, Rounding.STOCHASTIC, 0, columns)
     weights = torch.full((count,), 0.5, dtype=torch.bfloat16, device=GPU)
     torch.cuda.reset_peak_memory_stats(GPU)
     before = torch.cuda.memory_allocated(GPU)
-    materialize(weights, weights, commits, **how)
+    materialize(weights, weights, commits, operands)
     assert torch.cuda.max_memory_allocated(GPU) - before < 1 << 20  # nothing but tables
     for start in (0, 2**30 - 77, 2**31 - 5000, count - 9000):
         end = min(start + 9000, count)
         base = torch.full((end - start,), 0.5, dtype=torch.bfloat16)
-        materialize(base, base, commits, start=start, **how)
+        materialize(base, base, commits, operands._replace(start=start))
         assert_same_bits(weights[start:end].cpu(), base)
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 def test_what_is_not_finite_is_named(backend: str, storage: tuple[torch.dtype, Rounding]) -> None:
-    how: dict[str, Any] = {
-        "tensor_id": 7, "start": 1_000_000, "name": "wte", "rounding": storage[1],
-        "distribution": Distribution.GAUSSIAN,
-    }  # fmt: skip
+    operands = Operands(7, Distribution.GAUSSIAN, storage[1], 1_000_000, name="wte")
     commits = [commit_of(np.random.default_rng(0), 3)]
     for value in (float("nan"), float("-inf")):
         base = torch.zeros(9000, dtype=storage[0], device=GPU)
         base[[4100, 8999]] = value
         with pytest.raises(NumericError, match=r"Tensor 7 \(wte\): element 1004100 is (nan|-inf)"):
-            materialize(torch.empty_like(base), base, commits, **how)
+            made(base, commits, operands)
         with (
             pytest.raises(NumericError, match=r"Tensor 7 \(wte\): element 1004100 is NaN or inf"),
             devices.finite_results(),
         ):
-            materialize_fan([torch.empty_like(base)], base, commits, **how)
+            materialize_fan([torch.empty_like(base)], base, commits, operands)
 
 
 @pytest.mark.parametrize("distribution", list(Distribution))
@@ -209,13 +184,9 @@ def test_fans_do_not_wait(nothing_waits: None, distribution: Distribution) -> No
     with devices.finite_results():
         torch.cuda.set_sync_debug_mode("error")
         for tensor_id in range(3):
-            materialize_fan(
-                outs, base, commits, tensor_id=tensor_id, distribution=distribution,
-                rounding=Rounding.STOCHASTIC,
-            )  # fmt: skip
-        devices.materialize_rows(
-            few, base, rows, commits, tensor_id=9, distribution=distribution, stochastic=True
-        )
+            operands = Operands(tensor_id, distribution, Rounding.STOCHASTIC)
+            materialize_fan(outs, base, commits, operands)
+        devices.apply_fan(few, base, commits, operands._replace(tensor_id=9), rows)
         if distribution.rank:
             factors([3], 0, Side.ROWS, 64, distribution.rank, dtype=torch.bfloat16, device=GPU)
         torch.cuda.set_sync_debug_mode("default")

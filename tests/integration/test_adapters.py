@@ -18,8 +18,8 @@ from fedmezo_coordinator.replica.supervisor import describe_base
 from fedmezo_core.errors import ConfigError, FedMezoError, MismatchError
 from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.records import Genesis
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter
-from fedmezo_core.zo.materialize import Commit
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings

@@ -31,6 +31,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.zo import devices
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.forward.copies import Copies, InseparableError, tensors_in
 from fedmezo_core.zo.forward.embeddings import EmbeddingLookups, consecutive
 from fedmezo_core.zo.forward.experts import NotSlicedError, Slices, one_by_one
@@ -38,7 +39,7 @@ from fedmezo_core.zo.forward.frozen import FrozenPart
 from fedmezo_core.zo.forward.guard import DirectReadError, DirectReadGuard
 from fedmezo_core.zo.forward.low_rank import Side, Split, Thin, split
 from fedmezo_core.zo.forward.scratch import Scratch, detached_from
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize_fan
+from fedmezo_core.zo.materialize import materialize_fan
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import (
     Owned,
@@ -47,7 +48,7 @@ from fedmezo_core.zo.model.modules import (
     owners_of,
     with_parameters,
 )
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 log = logging.getLogger("fedmezo.forward")
 
@@ -281,15 +282,8 @@ class Forward:
                 rows = weight.new_empty(*ids.shape, weight.shape[1])
                 parts = zip(rows.chunk(len(points)), ids.chunk(len(points)), points, strict=True)
                 for out, part, point in parts:
-                    devices.materialize_rows(
-                        [out],
-                        weight,
-                        part.reshape(-1),
-                        [point],
-                        tensor_id=item.tensor_id,
-                        distribution=self._distribution,
-                        stochastic=self._rounding is Rounding.STOCHASTIC,
-                    )
+                    operands = self._operands(item.tensor_id)
+                    devices.apply_fan([out], weight, [point], operands, part.reshape(-1))
             return rows
 
         def look_up(ids: torch.Tensor) -> torch.Tensor:
@@ -431,17 +425,12 @@ class Forward:
         start: int,
         points: Sequence[Commit],
     ) -> None:
-        materialize_fan(
-            outs,
-            base,
-            points,
-            tensor_id=tensor_id,
-            start=start,
-            distribution=self._distribution,
-            rounding=self._rounding,
-            threads=self._threads,
-            name=self._parameter_names[tensor_id],
-        )
+        operands = self._operands(tensor_id, start)
+        materialize_fan(outs, base, points, operands, threads=self._threads)
+
+    def _operands(self, tensor_id: int, start: int = 0) -> Operands:
+        name = self._parameter_names[tensor_id]
+        return Operands(tensor_id, self._distribution, self._rounding, start, None, name)
 
     def _warn_if_large(self, module: nn.Module, owned: Sequence[Owned]) -> None:
         for item in owned:

@@ -8,7 +8,6 @@ ones. EGGROLL (Sarkar et al. 2025, arXiv 2511.16652) does the same with Gaussian
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,8 +18,9 @@ import numpy.typing as npt
 import torch
 
 from fedmezo_core.zo import devices
-from fedmezo_core.zo.materialize import Commit, common_pairs
+from fedmezo_core.zo.commits import Commit, common_pairs
 from fedmezo_core.zo.noise import cpu, spec
+from fedmezo_core.zo.noise.threads import scratch
 
 _ONE: Final = {torch.float32: 0x3F800000, torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 """The bits of 1."""
@@ -31,16 +31,6 @@ class Side(Enum):
 
     ROWS = spec.DOMAIN_ROW_SIGNS
     COLUMNS = spec.DOMAIN_COLUMN_SIGNS
-
-
-class _Scratch(threading.local):
-    """The block words of one thread, which are allocated once."""
-
-    def __init__(self) -> None:
-        self.words = np.empty(cpu.SCRATCH_WORDS, dtype=np.uint32)
-
-
-_scratch = _Scratch()
 
 
 def factors(
@@ -70,7 +60,7 @@ def factors(
     signs = torch.empty(len(seeds), rank, length, dtype=dtype)
     cpu.factor_signs(
         signs.data_ptr(), dtype == torch.float32, _ONE[dtype], np.array(seeds, dtype=np.uint64),
-        tensor_id, side.value, length, rank, _scratch.words,
+        tensor_id, side.value, length, rank, scratch.words,
     )  # fmt: skip
     return signs
 

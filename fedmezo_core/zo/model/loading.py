@@ -27,7 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ModelError
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.adapters import read_adapter
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of, trained_tensors
 from fedmezo_core.zo.model.offload import (
@@ -37,7 +38,7 @@ from fedmezo_core.zo.model.offload import (
 )
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.selection import lora_targets
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # transformers leaves these without types.
@@ -218,14 +219,8 @@ def add_adapter(
         zeros = torch.zeros(entry.shape, dtype=tensor.dtype)
         if ".lora_A." in entry.name:
             scale = np.array([1.0 / math.sqrt(3.0 * entry.shape[-1])], dtype=np.float32)
-            materialize(
-                zeros,
-                zeros,
-                [Commit(seeds, scale, 0)],
-                tensor_id=entry.tensor_id,
-                distribution=Distribution.GAUSSIAN,
-                rounding=Rounding.NEAREST,
-            )
+            operands = Operands(entry.tensor_id, Distribution.GAUSSIAN, Rounding.NEAREST)
+            materialize(zeros, zeros, [Commit(seeds, scale, 0)], operands)
         tensor.copy_(zeros)
     return wrapped
 

@@ -13,18 +13,16 @@ process can mistake its contents for the base.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from fedmezo_core.errors import ModelError
+from fedmezo_core.folders import nameless_mapping
 
 _ALIGNMENT_BYTES = 4096
 
@@ -191,13 +189,10 @@ def _padded(size_bytes: int) -> int:
 def _mapped(folder: Path, size_bytes: int) -> torch.Tensor:
     """Memory that a nameless file in `folder` backs: uint8 [size_bytes]."""
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            # Otherwise a full disk would be a signal at some later write, not an error here.
-            os.posix_fallocate(file.fileno(), 0, size_bytes)
-            array = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size_bytes,))
+        memory = nameless_mapping(folder, size_bytes)
     except OSError as error:
         raise ModelError(
             f"The weights that fit into no memory need {size_bytes} bytes in {folder} "
             f"({error.strerror}); make room there, or name another offload_folder."
         ) from error
-    return torch.from_numpy(array)
+    return torch.frombuffer(memory, dtype=torch.uint8)

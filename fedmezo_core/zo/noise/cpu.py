@@ -1,18 +1,31 @@
-"""The numba backend: whole tiles of `materialize`, equal to `spec` bit for bit.
+"""The numba backend: `materialize` on the CPU, equal to `spec` bit for bit.
 
 A kernel takes a range of a tensor and the pairs, and loops over tiles of 4,096 elements (one Philox
-slot cycle of Rademacher bits, 16 KB: an L1 cache's worth); commits and pairs are the inner loops, so a
-weight is read and written once however many pairs there are. Low-rank pairs have larger tiles, of a
-matrix, because its rows share work. How it becomes SIMD:
+slot cycle of Rademacher bits, 16 KB: an L1 cache's worth); commits and pairs are the inner loops,
+so a weight is read and written once however many pairs there are. Low-rank pairs have larger tiles,
+of a matrix, because its rows share work. How it becomes SIMD:
 
-- Philox and Box-Muller are written out as LLVM vectors, because what limits them is latency: several
-  vectors must go through the same dependent steps side by side, which no loop vectoriser does.
-- Loops over elements are left to LLVM's loop vectoriser. Indices are unsigned, or numba adds Python's
-  negative-index test to every access.
+- Philox and Box-Muller are written out as LLVM vectors, because what limits them is latency:
+  several vectors must go through the same dependent steps side by side, which no loop vectoriser
+  does.
+- Loops over elements are left to LLVM's loop vectoriser. Indices are unsigned, or numba adds
+  Python's negative-index test to every access.
 
 No operation is reassociated or fused: numba asks LLVM for strict IEEE arithmetic unless told
-otherwise, and the tests compare every path with the specification. All compiled code is in this file
-because numba's disk cache notices changes of a function's own file only.
+otherwise, and the tests compare every path with the specification. All compiled code is in this
+file because numba's disk cache notices changes of a function's own file only.
+
+Contents, each a section below:
+
+- 32-bit operations: choosing, signs, rounding to bfloat16 and float16, pointers
+- the floating-point environment: round to nearest, subnormals kept
+- Philox: 32 blocks of random words at a time
+- one tile, many pairs: Rademacher and Gaussian directions
+- low-rank pairs: patterns of a strip of columns
+- any tile: loading, adding pairs, rounding, storing
+- a range of a tensor: the kernels `apply_float32` and `apply_tiles`
+- several outputs from one base: the kernels `fan_float32` and `fan_tiles`
+- factors of low-rank directions: the kernel `factor_signs`
 """
 
 from __future__ import annotations
@@ -33,7 +46,7 @@ from numba.np.numpy_support import carray as numba_carray
 from fedmezo_core.zo.noise import spec
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Operands = ParamSpec("Operands")
+Parameters = ParamSpec("Parameters")
 
 
 def _kernel(function: Function) -> Function:
@@ -46,9 +59,9 @@ def _compiled(function: Function) -> Function:
     return cast("Function", njit(error_model="numpy")(function))
 
 
-def _emitted(function: Callable[Concatenate[Any, Operands], Any]) -> Callable[Operands, Any]:
+def _emitted(function: Callable[Concatenate[Any, Parameters], Any]) -> Callable[Parameters, Any]:
     """A few LLVM instructions on 32-bit values, which numba would widen to 64 bits."""
-    return cast("Callable[Operands, Any]", intrinsic(function))
+    return cast("Callable[Parameters, Any]", intrinsic(function))
 
 
 types: Any = numba_types  # partly annotated
@@ -61,7 +74,7 @@ TILE_ELEMENTS: Final = TILE_ROWS * spec.ROW_ELEMENTS
 FUSED_PAIRS: Final = 4
 """Rademacher pairs added in one visit of a row: their +c and -c fill half the vector registers."""
 VECTOR_LANES: Final = 16
-"""Low-rank kernels work in whole vectors of so many elements: their arrays have room for one more."""
+"""Elements of a vector of the low-rank kernels, whose arrays have room for one vector more."""
 FUSED_PATTERNS: Final = 8
 """Low-rank pairs added in one visit of a row."""
 SCRATCH_WORDS: Final = FUSED_PATTERNS * spec.ROW_ELEMENTS + VECTOR_LANES
@@ -71,7 +84,7 @@ MATRIX_ELEMENTS: Final = 1 << 16
 MATRIX_ROWS_MAX: Final = 1024
 """Most rows of such a tile; their signs are in one or two runs of 32 Philox blocks."""
 FAN_ELEMENTS: Final = 1 << 14
-"""The same where a fan's products and rounding bits must be kept beside it."""
+"""Elements of such a tile in a fan, which keeps products and rounding bits as well."""
 STRIP_COLUMNS: Final = (0, 128, 128, 0, 64)
 """Columns of a strip, by rank: all its patterns fit an L1 cache."""
 NEUTRAL_PATTERN: Final = FUSED_PATTERNS * max(2**rank * STRIP_COLUMNS[rank] for rank in (1, 2, 4))
@@ -95,8 +108,9 @@ _VECTOR, _FUSED, _PLACES = U64(VECTOR_LANES), U64(FUSED_PATTERNS), U64(MATRIX_RO
 _SLOTS, _SIGNS = U64(8), U64(1024)  # of row and column signs: in a word, in 32 blocks
 _LINE_BYTES = U64(64)
 
-# Lanes of the vectors that are written out below; any number gives the same bits. Philox keeps 16 words
-# of state a lane in 4 vectors: more than eight lanes each fit only into the registers of AVX-512.
+# Lanes of the vectors that are written out below; any number gives the same bits. Philox keeps 16
+# words of state a lane in 4 vectors: more than eight lanes each fit only into the registers of
+# AVX-512.
 _PHILOX_LANES: Final = 16 if get_host_cpu_features().get("avx512f") else 8
 _GAUSSIAN_LANES: Final = 16
 _PIECE = U64(_GAUSSIAN_LANES)
@@ -113,7 +127,7 @@ def _constant(value: int) -> Any:
     return ir.Constant(_I32, value)
 
 
-# --- 32-bit operations ------------------------------------------------------------------------------
+# --- 32-bit operations --------------------------------------------------------------------------
 
 
 @_emitted
@@ -130,7 +144,7 @@ def _choose(typing_context: Any, word: Any, mask: Any, clear: Any, set_: Any) ->
 
 @_emitted
 def _larger_magnitude(typing_context: Any, magnitude: Any, value: Any) -> Any:
-    """The larger of `magnitude` and the bits of |value|: integers order as floats do, NaN on top."""
+    """The larger of `magnitude` and |value|, as bits: integers order as floats do, NaN on top."""
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         bits = builder.and_(builder.bitcast(values[1], _I32), _constant(0x7FFFFFFF))
@@ -194,7 +208,7 @@ def _nearest_bfloat16(typing_context: Any, value: Any) -> Any:
     return types.float32(types.float32), emit
 
 
-# float16 by integer arithmetic: not every machine converts it, and a library's routine is no vector.
+# float16 by integer arithmetic: not every machine converts it, and a library's is no vector code.
 
 _HALF_BIAS: Final = 112 << 23
 """Between the exponents' biases of float32 and float16."""
@@ -215,8 +229,11 @@ def _emit_signed(builder: Any, magnitude: Any, bits: Any) -> Any:
 
 
 def _emit_float16(builder: Any, value: Any, addend: Any, round_units: Any) -> Any:
-    """`value` rounded to float16, kept as float32. `addend`: what is added to the bits of normal
-    numbers before the low 13 are dropped. `round_units`: rounds a float32 below 1024 to an integer."""
+    """`value` rounded to float16, kept as float32.
+
+    `addend` is added to the bits of normal numbers before the low 13 are dropped. `round_units`
+    rounds a float32 below 1024 to an integer.
+    """
     bits = builder.bitcast(value, _I32)
     magnitude = builder.and_(bits, _constant(0x7FFFFFFF))
     normal = builder.and_(builder.add(magnitude, addend), _constant(0xFFFFE000))
@@ -331,7 +348,7 @@ def _signed_32(typing_context: Any, word: Any, shift: Any, one: Any) -> Any:
 
 @_emitted
 def _signed_16(typing_context: Any, word: Any, shift: Any, one: Any) -> Any:
-    """The same for 16 bits."""
+    """`one`, the bits of a 16-bit float, with the sign that is bit 31 of `word << shift`."""
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         sign = builder.lshr(_emit_sign(builder, values[0], values[1]), _constant(16))
@@ -340,43 +357,29 @@ def _signed_16(typing_context: Any, word: Any, shift: Any, one: Any) -> Any:
     return types.uint16(types.uint32, types.uint32, types.uint32), emit
 
 
-@_emitted
-def _float32_at(typing_context: Any, address: Any) -> Any:
-    """The memory at `address` as a pointer to float32, for `carray`."""
-    pointer = types.CPointer(types.float32)
+def _pointer_to(element: Any) -> Any:
+    """An emitted function that makes an address (uint64) a pointer to `element`, for `carray`."""
 
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+    def at(typing_context: Any, address: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
 
-    return pointer(types.uint64), emit
+        return types.CPointer(element)(types.uint64), emit
 
-
-@_emitted
-def _uint32_at(typing_context: Any, address: Any) -> Any:
-    """The memory at `address` as a pointer to uint32, for `carray`."""
-    pointer = types.CPointer(types.uint32)
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-    return pointer(types.uint64), emit
+    return _emitted(at)
 
 
-@_emitted
-def _uint16_at(typing_context: Any, address: Any) -> Any:
-    """The memory at `address` as a pointer to uint16, for `carray`."""
-    pointer = types.CPointer(types.uint16)
-
-    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
-
-    return pointer(types.uint64), emit
+_float32_at = _pointer_to(types.float32)
+_uint32_at = _pointer_to(types.uint32)
+_uint16_at = _pointer_to(types.uint16)
 
 
 @_emitted
 def _outlined(typing_context: Any) -> Any:
-    """Keep the calling function a function: where LLVM copies long ones into each other, compiling can
-    take minutes, and gigabytes."""
+    """Keep the calling function a function.
+
+    Where LLVM copies long ones into each other, compiling can take minutes, and gigabytes.
+    """
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         builder.function.attributes.add("noinline")
@@ -385,7 +388,7 @@ def _outlined(typing_context: Any) -> Any:
     return types.void(), emit
 
 
-# --- the floating-point environment ------------------------------------------------------------------
+# --- the floating-point environment -------------------------------------------------------------
 
 _MACHINE: Final = platform.machine().lower()
 STRICT_CONTROL: Final = U64(0x1F80 if _MACHINE in {"x86_64", "amd64"} else 0)
@@ -432,7 +435,7 @@ def exchange_float_control(control: Any) -> Any:
     return _exchange(control)
 
 
-# --- Philox ------------------------------------------------------------------------------------------
+# --- Philox -------------------------------------------------------------------------------------
 
 
 def _emit_splat(builder: Any, value: Any, lanes: int) -> Any:
@@ -455,8 +458,8 @@ def _emit_xor(builder: Any, a: Any, b: Any) -> Any:
 def _emit_product(builder: Any, word: Any, multiplier: int) -> tuple[Any, Any]:
     """The (high, low) halves of multiplier * word, for a 32-bit integer or a vector of them.
 
-    A vector's even and odd lanes are multiplied apart: SIMD units multiply 32-bit integers in 64-bit
-    lanes, of which they read the lower halves.
+    A vector's even and odd lanes are multiplied apart: SIMD units multiply 32-bit integers in
+    64-bit lanes, of which they read the lower halves.
     """
     i64 = ir.IntType(64)
     if not isinstance(word.type, ir.VectorType):
@@ -485,9 +488,9 @@ def _store_blocks(
 ) -> Any:
     """Philox4x32-10 of 32 blocks, all at once: word w of block `block + i` to words[at + 32 w + i].
 
-    The vectors go through each round side by side: a round's five dependent steps take longer than its
-    work, so that one vector after the other would leave the arithmetic units half idle. Where the
-    counter is the same for all blocks, the first two rounds are scalar.
+    The vectors go through each round side by side: a round's five dependent steps take longer than
+    its work, so that one vector after the other would leave the arithmetic units half idle. Where
+    the counter is the same for all blocks, the first two rounds are scalar.
     """
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -547,11 +550,11 @@ def _generate(words: Any, at: Any, block: Any, seed: Any, tensor: Any, domain: A
     _store_blocks(words, at, block, seed, tensor, domain)
 
 
-# --- one tile, many pairs ----------------------------------------------------------------------------
+# --- one tile, many pairs -----------------------------------------------------------------------
 #
 # target[at + e] += the pairs begin .. end of seeds and coefficients, e over the tile's rows
-# row_begin .. row_end. In place, because LLVM then sees one array: with two it must test at run time
-# whether they overlap, and takes a scalar loop where they do.
+# row_begin .. row_end. In place, because LLVM then sees one array: with two it must test at run
+# time whether they overlap, and takes a scalar loop where they do.
 
 
 @_compiled
@@ -592,9 +595,11 @@ def _add_rademacher(
 
 
 def _rademacher_row(both: bool) -> Any:
-    """An emitted function (out, opposite, at, base, base_at, words, row, coefficient, largest): a row of
-    out[at + i] = base[base_at + i] + coefficient * z, and with `both` also opposite[at + i] = base - it.
-    It returns the larger of `largest` and the bits of the row's |base|.
+    """An emitted function that sets a row: out[at + i] = base[base_at + i] + coefficient * z.
+
+    Its arguments are out, opposite, at, base, base_at, words, row, coefficient and largest. With
+    `both`, also opposite[at + i] = base[base_at + i] - coefficient * z. It returns the larger of
+    `largest` and the bits of the row's largest |base|.
 
     Written out because LLVM would test at every row whether the arrays overlap.
     """
@@ -657,7 +662,10 @@ def _set_rademacher(
     out: Any, at: Any, base: Any, base_at: Any, tile: Any, tensor: Any, seed: Any, coefficient: Any,
     words: Any,
 ) -> Any:  # fmt: skip
-    """out[at + e] = base[base_at + e] + one pair, over a whole tile; the bits of the largest |base|."""
+    """out[at + e] = base[base_at + e] + one pair, over a whole tile.
+
+    Returns the bits of the largest |base|.
+    """
     _generate(words, _ZERO, tile * _LANES, seed, tensor, _RADEMACHER)
     largest = np.uint32(0)
     for row in range(_ROWS):
@@ -739,9 +747,11 @@ def _emit_box_muller(builder: Any, radius_word: Any, angle_word: Any) -> tuple[A
 
 
 def _gaussian_piece(add: bool) -> Any:
-    """An emitted function (target, at, words, from, coefficient): a piece of a row, for `_GAUSSIAN_LANES`
-    radius words from `words[from]` and their angle words 32 further. `add`: target[at ...] is
-    increased by the products with the coefficient, rather than set to them."""
+    """An emitted function (target, at, words, word, coefficient) that makes a piece of a row.
+
+    It takes `_GAUSSIAN_LANES` radius words from `words[word]` on and their angle words 32 further.
+    With `add`, target[at ...] is increased by the products with the coefficient, else set to them.
+    """
 
     def piece(
         typing_context: Any, target: Any, at: Any, words: Any, word: Any, coefficient: Any
@@ -797,25 +807,25 @@ def _add_gaussian(
                     _add_gaussian_piece(target, t + p, words, w + p, coefficient)
 
 
-# --- low-rank pairs ----------------------------------------------------------------------------------
+# --- low-rank pairs -----------------------------------------------------------------------------
 #
-# A tile is `rows` rows of `width` columns of a matrix, contiguous, from `row` and `column` on. Row i of
-# c * z is one of 2^rank: the signs of row i decide which. So these *patterns* are made first, of those
-# that occur, for a strip of columns and a few pairs (an L1 cache's worth); then each row of the strip
-# is increased by one pattern a pair: a load and an addition an element. All is done in whole vectors:
-# a pattern is -0 beyond its strip's last column, which changes no number that it is added to. Missing
-# pairs of a few have such a pattern too.
+# A tile is `rows` rows of `width` columns of a matrix, contiguous, from `row` and `column` on. Row
+# i of c * z is one of 2^rank: the signs of row i decide which. So these *patterns* are made first,
+# of those that occur, for a strip of columns and a few pairs (an L1 cache's worth); then each row
+# of the strip is increased by one pattern a pair: a load and an addition an element. All is done in
+# whole vectors: a pattern is -0 beyond its strip's last column, which changes no number that it is
+# added to. Missing pairs of a few have such a pattern too.
 
 
 @_emitted
 def _set_patterns(
-    typing_context: Any, patterns: Any, at: Any, opposite: Any, words: Any, word: Any, shift: Any, row_signs: Any,
-    rank: Any, scale: Any, coefficient: Any, count: Any,
+    typing_context: Any, patterns: Any, at: Any, opposite: Any, words: Any, word: Any, shift: Any,
+    row_signs: Any, rank: Any, scale: Any, coefficient: Any, count: Any,
 ) -> Any:  # fmt: skip
-    """patterns[at + i] = fl(coefficient * z), -0 for i >= count; i over a vector. patterns[opposite + i]
-    is the same for a row of opposite signs.
+    """patterns[at + i] = fl(coefficient * z), -0 for i >= count; i over a vector.
 
-    Column i's four signs are the bits of words[word + i] from `shift` on, a row's are `row_signs`.
+    patterns[opposite + i] is the same for a row of opposite signs. Column i's four signs are the
+    bits of words[word + i] from `shift` on, a row's are `row_signs`.
     """
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -860,10 +870,10 @@ def _set_patterns(
 
 
 def _pattern_sum(pairs: int) -> Any:
-    """An emitted function (target, at, patterns, p_0, ..): target[at + i] += patterns[p_0 + i], then
-    patterns[p_1 + i] and so on, i over a vector.
+    """An emitted function (target, at, patterns, p_0, ...) that adds patterns to a vector.
 
-    Written out because LLVM would test at every row whether the arrays overlap.
+    target[at + i] += patterns[p_0 + i], then patterns[p_1 + i] and so on. Written out because LLVM
+    would test at every row whether the arrays overlap.
     """
 
     def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
@@ -918,8 +928,8 @@ def _prefetch(typing_context: Any, address: Any) -> Any:
 
 @_compiled
 def _place_rows(
-    row_patterns: Any, pair: Any, rows: Any, row: Any, tensor: Any, rank: Any, strip: Any, seed: Any,
-    words: Any,
+    row_patterns: Any, pair: Any, rows: Any, row: Any, tensor: Any, rank: Any, strip: Any,
+    seed: Any, words: Any,
 ) -> Any:  # fmt: skip
     """row_patterns[at + r] = where the pattern of row `row + r` begins; a bit for each used."""
     _outlined()
@@ -985,8 +995,10 @@ def _add_low_rank(
                         p, q = ((pair << rank) + signs) * strip, ((pair << rank) + opposite) * strip
                         w = pair * _ROW + i % _ROW
                         for e in range(_ZERO, count, _VECTOR):
-                            _set_patterns(patterns, p + e, q + e, words, w + e, shift, signs,
-                                          rank, scale, coefficients[k + pair], count - e)  # fmt: skip
+                            _set_patterns(
+                                patterns, p + e, q + e, words, w + e, shift, signs,
+                                rank, scale, coefficients[k + pair], count - e,
+                            )  # fmt: skip
             t = at + j
             if fused:
                 for r in range(rows):
@@ -1017,17 +1029,19 @@ def _add_low_rank(
         k += pairs
 
 
-# --- any tile: storage, pairs, rounding --------------------------------------------------------------
+# --- any tile: storage, pairs, rounding ---------------------------------------------------------
 #
-# A tile is `rows` runs of `width` consecutive elements, one every `stride` elements of the tensor: a
-# part of a matrix for low-rank pairs, one run within 4,096 aligned elements for the others. Its values
-# are kept as float32 in tile_values, contiguous from `first` on.
+# A tile is `rows` runs of `width` consecutive elements, one every `stride` elements of the tensor:
+# a part of a matrix for low-rank pairs, one run within 4,096 aligned elements for the others. Its
+# values are kept as float32 in tile_values, contiguous from `first` on.
 
 
 @_compiled
 def _band(element: Any, left: Any, rank: Any, columns: Any, room: Any, rows_least: Any) -> Any:
-    """How the next of the `left` elements from `element` on are taken: a band of (rows, width), and into
-    how wide tiles it is cut. `rows_least`: rows that a wide matrix's tiles have, to share patterns."""
+    """(rows, width, tile width) of the band that takes the next of the `left` elements.
+
+    `rows_least` is how many rows a wide matrix's tiles have, to share patterns.
+    """
     if rank == _ZERO:
         width = min(_TILE - element % _TILE, left)
         return _ONE, width, width
@@ -1099,8 +1113,8 @@ def _add_pairs(
     """The tile's values += the pairs begin .. end; `element`: the tile's first."""
     if rank > _ZERO:
         _add_low_rank(tile_values, first, rows, width, element // columns, element % columns,
-                      tensor, rank, seeds, coefficients, begin, end,
-                      words, row_patterns, patterns, used, next_tile, next_stride, item_bytes)  # fmt: skip
+                      tensor, rank, seeds, coefficients, begin, end, words, row_patterns,
+                      patterns, used, next_tile, next_stride, item_bytes)  # fmt: skip
         return
     row_begin, row_end = first // _ROW, (first + width + _ROW - _ONE) // _ROW
     if gaussian:
@@ -1113,7 +1127,8 @@ def _add_pairs(
 
 @_compiled
 def _set_random_bits(
-    random_bits: Any, at: Any, element: Any, count: Any, tensor: Any, storage: Any, seed: Any, words: Any
+    random_bits: Any, at: Any, element: Any, count: Any, tensor: Any, storage: Any, seed: Any,
+    words: Any,
 ) -> None:  # fmt: skip
     """random_bits[at + i] = what rounds `element + i`: 16 bits for bfloat16, 32 for float16."""
     _outlined()
@@ -1137,7 +1152,8 @@ def _set_random_bits(
 
 @_compiled
 def _round_run(
-    tile_values: Any, at: Any, count: Any, storage: Any, stochastic: Any, random_bits: Any, bits_at: Any
+    tile_values: Any, at: Any, count: Any, storage: Any, stochastic: Any, random_bits: Any,
+    bits_at: Any,
 ) -> None:  # fmt: skip
     """Round tile_values[at : at + count] as a commit's end does, kept as float32."""
     _outlined()
@@ -1168,18 +1184,18 @@ def _decay(values: Any, at: Any, count: Any, decay: Any) -> None:
             values[at + i] *= decay
 
 
-# --- a range of a tensor -----------------------------------------------------------------------------
+# --- a range of a tensor ------------------------------------------------------------------------
 #
-# Both take: out and base, 1-D, or their addresses; the range begin .. end of them; `start`, the element
-# index of out[0]; the journal's pairs; for each commit the number of pairs up to its end (uint64) and its
-# decay; and a thread's scratch. They return FINITE, or the offset in out of the first result that is NaN
-# or infinite. float32 pairs of full rank, which need neither rounding nor rows, have a kernel that works
-# in `out` itself. In float32 a commit's end changes nothing, so that commits without a decay come as a
-# part of the one before.
+# Both take: out and base, 1-D, or their addresses; the range begin .. end of them; `start`, the
+# element index of out[0]; the journal's pairs; for each commit the number of pairs up to its end
+# (uint64) and its decay; and a thread's scratch. They return FINITE, or the offset in out of the
+# first result that is NaN or infinite. float32 pairs of full rank, which need neither rounding nor
+# rows, have a kernel that works in `out` itself. In float32 a commit's end changes nothing, so that
+# commits without a decay come as a part of the one before.
 
 
 @_kernel
-def materialize_float32(
+def apply_float32(
     out: Any, base: Any, out_of_place: Any, begin: Any, end: Any, start: Any, tensor: Any,
     gaussian: Any, seeds: Any, coefficients: Any, commit_ends: Any, decays: Any,
     words: Any, tile_values: Any,
@@ -1210,11 +1226,11 @@ def materialize_float32(
             for commit in range(commits):
                 _decay(out, at, _TILE, decays[commit])
                 if gaussian:
-                    _add_gaussian(out, at, _ZERO, _ROWS, tile, tensor,
-                                  seeds, coefficients, pair, commit_ends[commit], words)  # fmt: skip
+                    _add_gaussian(out, at, _ZERO, _ROWS, tile, tensor, seeds,
+                                  coefficients, pair, commit_ends[commit], words)  # fmt: skip
                 else:
-                    _add_rademacher(out, at, _ZERO, _ROWS, tile, tensor,
-                                    seeds, coefficients, pair, commit_ends[commit], words)  # fmt: skip
+                    _add_rademacher(out, at, _ZERO, _ROWS, tile, tensor, seeds,
+                                    coefficients, pair, commit_ends[commit], words)  # fmt: skip
                 pair = commit_ends[commit]
             for i in range(_TILE):
                 largest = _larger_magnitude(largest, out[at + i])
@@ -1225,11 +1241,11 @@ def materialize_float32(
             for commit in range(commits):
                 _decay(tile_values, first, last - first, decays[commit])
                 if gaussian:
-                    _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, tensor,
-                                  seeds, coefficients, pair, commit_ends[commit], words)  # fmt: skip
+                    _add_gaussian(tile_values, _ZERO, row_begin, row_end, tile, tensor, seeds,
+                                  coefficients, pair, commit_ends[commit], words)  # fmt: skip
                 else:
-                    _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, tensor,
-                                    seeds, coefficients, pair, commit_ends[commit], words)  # fmt: skip
+                    _add_rademacher(tile_values, _ZERO, row_begin, row_end, tile, tensor, seeds,
+                                    coefficients, pair, commit_ends[commit], words)  # fmt: skip
                 pair = commit_ends[commit]
             for i in range(last - first):
                 value = tile_values[first + i]
@@ -1244,7 +1260,7 @@ def materialize_float32(
 
 
 @_kernel
-def materialize_tiles(
+def apply_tiles(
     out_address: Any, base_address: Any, begin: Any, end: Any, start: Any, tensor: Any,
     storage: Any, stochastic: Any, gaussian: Any, rank: Any, columns: Any,
     seeds: Any, coefficients: Any, commit_ends: Any, rounding_seeds: Any, decays: Any,
@@ -1277,8 +1293,8 @@ def materialize_tiles(
             pair = _ZERO
             for commit in range(commits):
                 _decay(tile_values, first, rows * width, decays[commit])
-                _add_pairs(tile_values, first, rows, width, element, tensor_id, gaussian, rank_, stride,
-                           seeds, coefficients, pair, commit_ends[commit],
+                _add_pairs(tile_values, first, rows, width, element, tensor_id, gaussian, rank_,
+                           stride, seeds, coefficients, pair, commit_ends[commit],
                            words, row_patterns, patterns, used,
                            next_tile, stride * item_bytes, item_bytes)  # fmt: skip
                 pair = commit_ends[commit]
@@ -1292,8 +1308,8 @@ def materialize_tiles(
                         if stochastic:
                             _set_random_bits(random_bits, _ZERO, e, count, tensor_id, storage,
                                              rounding_seeds[commit], words)  # fmt: skip
-                        _round_run(tile_values, first + r * run + offset, count, storage, stochastic,
-                                   random_bits, _ZERO)  # fmt: skip
+                        _round_run(tile_values, first + r * run + offset, count, storage,
+                                   stochastic, random_bits, _ZERO)  # fmt: skip
                         offset += count
             largest = np.uint32(0)
             for r in range(runs):
@@ -1308,22 +1324,22 @@ def materialize_tiles(
     return np.int64(FINITE) if found == stop else np.int64(found)
 
 
-# --- several outputs from one base -------------------------------------------------------------------
+# --- several outputs from one base --------------------------------------------------------------
 #
 # outs[g] = base + the pairs of `seeds` and `coefficients` + at most one more pair of its own, which
 # `last_seeds`, `last_coefficients` and `steps` (a step for each output, below) give. Operands are
-# addresses: making an array of a tensor costs more than a small block's arithmetic. They return whether
-# every magnitude before the last pair stayed within `ceiling` (float32 bits), chosen by the caller so
-# that no last pair can then make a result infinite.
+# addresses: making an array of a tensor costs more than a small block's arithmetic. They return
+# whether every magnitude before the last pair stayed within `ceiling` (float32 bits), chosen by the
+# caller so that no last pair can then make a result infinite.
 
 SHARED_STEP: Final = 0
 """The output has no pair of its own."""
 OWN_STEP: Final = 1
 """The output has a pair of its own."""
 BOTH_STEP: Final = 2
-"""The same, and the next output has its opposite: the same seed, the coefficient negated."""
+"""The output has a pair of its own; the next has its opposite: one seed, minus the coefficient."""
 DONE_STEP: Final = 3
-"""The output is the second of two such."""
+"""The output is the second of such two: a `BOTH_STEP` has made it."""
 
 
 @_compiled
@@ -1355,8 +1371,8 @@ def _set_products(
 @_kernel
 def fan_float32(
     outs: Any, base_address: Any, begin: Any, end: Any, start: Any, tensor: Any, gaussian: Any,
-    seeds: Any, coefficients: Any, steps: Any, last_seeds: Any, last_coefficients: Any, ceiling: Any,
-    words: Any, tile_values: Any, products: Any,
+    seeds: Any, coefficients: Any, steps: Any, last_seeds: Any, last_coefficients: Any,
+    ceiling: Any, words: Any, tile_values: Any, products: Any,
 ) -> Any:  # fmt: skip
     """float32, full rank."""
     base = carray(_float32_at(U64(base_address)), end)
@@ -1403,8 +1419,10 @@ def fan_float32(
             elif step == BOTH_STEP:
                 other = carray(_float32_at(outs[g + 1]), end)
                 if streamed:
-                    in_tile = _set_both_rademacher(out, other, at, source, source_at, tile,
-                                                   U64(tensor), seed, coefficient, words)  # fmt: skip
+                    in_tile = _set_both_rademacher(
+                        out, other, at, source, source_at, tile, U64(tensor), seed, coefficient,
+                        words,
+                    )  # fmt: skip
                     largest = max(largest, in_tile)
                 else:
                     _set_products(products, row_begin, row_end, tile, U64(tensor), gaussian,
@@ -1426,7 +1444,7 @@ def fan_tiles(
     words: Any, tile_values: Any, row_patterns: Any, patterns: Any, used: Any, random_bits: Any,
     products: Any, sums: Any,
 ) -> Any:  # fmt: skip
-    """Any storage and distribution; the pairs before each output's own are of the same commit as that."""
+    """Any storage and distribution: an output's pairs are one commit, rounded at its end."""
     largest = np.uint32(0)
     at, stop = U64(begin), U64(end)
     origin, base_at, tensor_id = U64(start), U64(base_address), U64(tensor)
@@ -1463,9 +1481,11 @@ def fan_tiles(
                     # The one float whose sum changes nothing.
                     products[first : first + rows * width] = np.float32(-0.0)
                 if step in (OWN_STEP, BOTH_STEP):
-                    _add_pairs(products, first, rows, width, element, tensor_id, gaussian, rank_, stride,
-                               last_seeds, last_coefficients, g, g + _ONE,
-                               words, row_patterns, patterns, used, _ZERO, _ZERO, _ZERO)  # fmt: skip
+                    _add_pairs(
+                        products, first, rows, width, element, tensor_id, gaussian, rank_, stride,
+                        last_seeds, last_coefficients, g, g + _ONE,
+                        words, row_patterns, patterns, used, _ZERO, _ZERO, _ZERO,
+                    )  # fmt: skip
                 sign = np.float32(-1 if step == DONE_STEP else 1)
                 for r in range(runs):
                     offset = _ZERO
@@ -1483,13 +1503,13 @@ def fan_tiles(
     return largest <= ceiling
 
 
-# --- factors of low-rank directions ------------------------------------------------------------------
+# --- factors of low-rank directions -------------------------------------------------------------
 
 
 @_kernel
 def factor_signs(
-    out_address: Any, wide: Any, one: Any, seeds: Any, tensor: Any, domain: Any, length: Any, rank: Any,
-    words: Any,
+    out_address: Any, wide: Any, one: Any, seeds: Any, tensor: Any, domain: Any, length: Any,
+    rank: Any, words: Any,
 ) -> None:  # fmt: skip
     """out[s, k, i] = `one` with sign k of row or column i under seeds[s]: [seeds, rank, length].
 

@@ -1,9 +1,9 @@
-"""`materialize` in plain torch operations, for devices without kernels: the same bits, slowly.
+"""Commits applied by plain torch operations, for devices without kernels: the same bits, slowly.
 
-`spec` and the arithmetic standard again, an operation at a time. 32-bit words are kept in int64, which
-every device multiplies alike (modulo 2**64). Each float operation is a torch operation of its own, so
-that nothing can fuse a multiplication with an addition: no `alpha=`, no `addcmul`. Elements are taken a
-piece at a time, which bounds the memory, and nothing is waited for.
+This follows `spec` and the arithmetic standard one operation at a time. 32-bit words are kept in
+int64, which every device multiplies alike (modulo 2**64). Each float operation is a torch operation
+of its own, so that nothing can fuse a multiplication with an addition: no `alpha=`, no `addcmul`.
+Elements are taken a piece at a time, which bounds the memory. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Final
 import torch
 
 from fedmezo_core.zo.noise import spec
+from fedmezo_core.zo.noise.operands import Operands
 
 NO_ELEMENT: Final = 2**63 - 1
-"""What stands for the index of a bad element where there is none."""
+"""The index of the first bad element where there is none."""
 PIECE_ELEMENTS: Final = 1 << 20
 """Elements that are computed at once; each takes about 200 bytes of scratch."""
 
@@ -29,7 +30,10 @@ PlainCommit = tuple[Pairs, int, float]
 
 
 def philox(blocks: torch.Tensor, seed: int, tensor_id: int, domain: int) -> list[torch.Tensor]:
-    """The four words (int64) of each block (int64): counter = (block low, block high, tensor, domain)."""
+    """The four words (int64) of each block (int64), by Philox4x32-10 (Salmon et al., SC 2011).
+
+    The counter is (block low, block high, tensor, domain); the key is the seed.
+    """
     c0, c1 = blocks & _LOW, blocks >> 32
     c2, c3 = torch.full_like(blocks, tensor_id), torch.full_like(blocks, domain)
     for index in range(10):
@@ -64,7 +68,7 @@ def noise(
     distribution: spec.Distribution,
     columns: int = 1,
 ) -> torch.Tensor:
-    """`spec.noise`: float32 values of any int64 elements, on their device."""
+    """z(seed, tensor_id, element) of int64 elements in any order: float32, as of `spec.noise`."""
     if distribution is spec.Distribution.RADEMACHER:
         words, which, slot = _words(elements, 32, seed, tensor_id, spec.DOMAIN_RADEMACHER)
         bit = _chosen(which, words) >> (31 - slot) & 1
@@ -86,7 +90,7 @@ def noise(
 def box_muller(
     radius_word: torch.Tensor, angle_word: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`spec.box_muller` of words in int64."""
+    """Two float32 normals from two uniform words in int64, as `spec.box_muller` gives them."""
     log, sin, cos = ([float(c) for c in series] for series in (spec.LOG, spec.SIN, spec.COS))
     uniform = ((radius_word >> 1) | 1).to(torch.int32).to(torch.float32)
     shifted = uniform.view(torch.int32).to(torch.int64) + (spec.ONE - spec.SQRT_HALF)
@@ -114,7 +118,7 @@ def box_muller(
 def factor_signs(
     indices: torch.Tensor, seed: int, tensor_id: int, domain: int
 ) -> list[torch.Tensor]:
-    """The four signs of each row or column (int64), 1 or -1."""
+    """The four signs, 1 or -1 (int64), of each row or column that `indices` (int64) names."""
     words, which, slot = _words(indices, 8, seed, tensor_id, domain)
     nibble = _chosen(which, words) >> (28 - 4 * slot) & 0xF
     return [1 - 2 * (nibble >> (3 - k) & 1) for k in range(spec.RANK_MAX)]
@@ -143,7 +147,10 @@ def rounded(
     rounding_seed: int,
     tensor_id: int,
 ) -> torch.Tensor:
-    """A commit's results as `dtype` represents them, in float32 (arithmetic standard, `round`)."""
+    """float32 `value` rounded to what `dtype` represents (arithmetic standard, `round`).
+
+    elements: int64 indices in the tensor, which choose the random bits under `rounding_seed`.
+    """
     if dtype == torch.float32:
         return value
     bits = _bits(value)
@@ -174,22 +181,21 @@ def rounded(
     return _float(torch.where(small, tiny, normal) | (bits & 0x80000000))
 
 
-def materialize(
+def apply_commits(
     out: torch.Tensor,
     base: torch.Tensor,
     commits: Sequence[PlainCommit],
     elements: torch.Tensor | int,
-    *,
-    tensor_id: int,
-    distribution: spec.Distribution,
-    stochastic: bool,
+    operands: Operands,
     columns: int,
 ) -> torch.Tensor:
-    """out = base + commits; both flat and on one device.
+    """out = base + commits; both flat, on one device, of `operands`' tensor.
 
-    `elements`: index in the tensor of the first, or int64 indices of all. Returns the least index of a
-    result that is NaN or infinite, `NO_ELEMENT` if there is none: int64, a tensor without dimensions.
+    elements: the first one's index in the tensor, or int64 indices of all. columns: length of the
+    tensor's last dimension. Returns the least index of a result that is NaN or infinite, or
+    `NO_ELEMENT`: int64, a tensor without dimensions.
     """
+    tensor_id, distribution = operands.tensor_id, operands.distribution
     first_bad = torch.full((), NO_ELEMENT, dtype=torch.int64, device=base.device)
     for begin in range(0, base.numel(), PIECE_ELEMENTS):
         piece = slice(begin, min(begin + PIECE_ELEMENTS, base.numel()))
@@ -203,7 +209,7 @@ def materialize(
                 value = value * decay
             for seed, coefficient in pairs:
                 value = value + noise(here, seed, tensor_id, distribution, columns) * coefficient
-            value = rounded(value, base.dtype, stochastic, here, rounding_seed, tensor_id)
+            value = rounded(value, base.dtype, operands.stochastic, here, rounding_seed, tensor_id)
         out[piece] = value.to(base.dtype)
         bad = torch.where(torch.isfinite(value), NO_ELEMENT, here).min()
         first_bad = torch.minimum(first_bad, bad)

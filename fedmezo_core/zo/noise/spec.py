@@ -1,18 +1,18 @@
 """The noise standard v1 as obvious, slow NumPy. This file *is* the specification.
 
 Every value is a pure function of (64-bit seed, tensor id, element index); those of the low-rank
-families depend on the length of the tensor's last dimension as well. A Philox4x32-10 block
-(Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives four 32-bit
-words. Each word is cut into `slots` values, the most significant bits first, laid out so that a *row*
-of 128 consecutive elements takes the same slot of the four words of 32 blocks:
+families depend on the length of the tensor's last dimension as well. A Philox4x32-10 block (Salmon,
+Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) gives four 32-bit words.
+Each word is cut into `slots` values, the most significant bits first, laid out so that a *row* of
+128 consecutive elements takes the same slot of the four words of 32 blocks:
 
     element = ((block // 32) * slots + slot) * 128 + word * 32 + block % 32
 
 A row is a run of SIMD registers on a CPU; with a block per lane it is coalesced across a GPU warp.
 
 All arithmetic is on unsigned integers, or on IEEE 754 binary32 with rounding to nearest even after
-each single operation and with subnormals kept: NumPy stays in float32 when both operands are float32,
-and never fuses.
+each single operation and with subnormals kept: NumPy stays in float32 when both operands are
+float32, and never fuses.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ LOW_RANK_SCALE: Final = {
 
 
 def philox4x32(counter: tuple[Words, Words, Words, Words], seed: int) -> list[Words]:
-    """Philox4x32-10: four uint32 words for each counter; the key is `seed`'s low and high halves."""
+    """Philox4x32-10: four uint32 words for each counter; the key is `seed`'s two halves."""
     multiplier_0, multiplier_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     c0, c1, c2, c3 = (word.astype(np.uint64) for word in counter)
@@ -149,7 +149,7 @@ def locate(elements: Elements, slots: int) -> tuple[Elements, Elements, Elements
 
 
 def rademacher(elements: Elements, seed: int, tensor_id: int) -> Floats:
-    """+1 where the element's bit is 0, -1 where it is 1; one bit an element, 128 elements a block."""
+    """+1 where the element's bit is 0, -1 where it is 1: one bit per element, 128 per block."""
     block, word, slot = locate(elements, slots=32)
     words = np.choose(word, block_words(block, seed, tensor_id, DOMAIN_RADEMACHER))
     bit = (words >> (31 - slot).astype(np.uint32)) & np.uint32(1)
@@ -159,7 +159,8 @@ def rademacher(elements: Elements, seed: int, tensor_id: int) -> Floats:
 def gaussian(elements: Elements, seed: int, tensor_id: int) -> Floats:
     """Standard normals by the Box-Muller transform (1958) in strictly rounded binary32.
 
-    Words 0 and 1 of a block give the normals of its elements 0 and 1, words 2 and 3 those of 2 and 3.
+    Words 0 and 1 of a block give the normals of its elements 0 and 1, words 2 and 3 those of
+    elements 2 and 3.
     """
     block, word, _ = locate(elements, slots=1)
     words = block_words(block, seed, tensor_id, DOMAIN_GAUSSIAN)
@@ -168,10 +169,10 @@ def gaussian(elements: Elements, seed: int, tensor_id: int) -> Floats:
 
 
 def box_muller(radius_word: Words, angle_word: Words) -> tuple[Floats, Floats]:
-    """Two independent standard normals from two uniform words; the order of operations is normative.
+    """Two independent standard normals from two uniform words, in a normative order of operations.
 
-    `u` is an odd number of 2**-31, so that it is never 0 and |z| stays below 6.56. The angle takes its
-    quadrant from two bits (a swap and a sign) and the rest from 30 bits.
+    `u` is an odd number of 2**-31, so that it is never 0 and |z| stays below 6.56. The angle takes
+    its quadrant from two bits (a swap and a sign) and the rest from 30 bits.
     """
     # u in (0, 1] as mantissa * 2**-exponent, with mantissa in [sqrt(1/2), sqrt(2)).
     uniform = ((radius_word >> np.uint32(1)) | np.uint32(1)).astype(np.int32).astype(np.float32)
@@ -215,7 +216,7 @@ def rounding_words_float16(elements: Elements, seed: int, tensor_id: int) -> Wor
 def factor_signs(
     indices: Elements, seed: int, tensor_id: int, domain: int
 ) -> npt.NDArray[np.int32]:
-    """The four signs of each row or column, int32 [4, ...]: its four bits, the highest first; 1 is -1.
+    """The four signs of each row or column, int32 [4, ...]: its bits, the highest first; 1 is -1.
 
     `domain` says whether `indices` number rows or columns.
     """
@@ -227,7 +228,7 @@ def factor_signs(
 
 
 def low_rank(elements: Elements, seed: int, tensor_id: int, rank: int, columns: int) -> Floats:
-    """Elements of sum over k < rank of u_k v_k^T, u_k and v_k vectors of signs, times 1 / sqrt(rank).
+    """Elements of 1 / sqrt(rank) * (sum over k < rank of u_k v_k^T), u_k and v_k vectors of signs.
 
     The factors of a lower rank are the first of a higher one's.
     """

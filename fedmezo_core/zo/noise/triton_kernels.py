@@ -1,19 +1,20 @@
-"""The CUDA backend in Triton: `materialize` fused over pairs and commits, equal to `spec` bit for bit.
+"""The CUDA backend in Triton: commits applied in one launch, equal to `spec` bit for bit.
 
-One warp a program and one Philox block a lane: the four words of a lane's block are the values of four
-columns of its rows, so a program keeps four tensors, one for each word, and a value's bit is brought up
-by a shift that is known when the kernel is compiled. A program's values stay in registers while it goes
-through all pairs: each weight is read and written once.
+One warp a program and one Philox block a lane: the four words of a lane's block are the values of
+four columns of its rows, so a program keeps four tensors, one for each word, and a value's bit is
+brought up by a shift that is known when the kernel is compiled. A program's values stay in
+registers while it goes through all pairs: each weight is read and written once.
 
 - Elements come as rows of 128 (`spec.ROW_ELEMENTS`), whole row pairs at a time, because a block of
-  rounding bits serves two rows. Of low-rank directions a program takes a rectangle of its matrix instead.
-- No multiply is fused with an add: every launch says `enable_fp_fusion=False`. Values are rounded to the
-  storage type by integer arithmetic of our own, and sqrt is the correctly rounded one.
-- Nothing is told about alignment (`do_not_specialize`): Triton would vectorise accesses, and then give a
-  lane values of four blocks, so that each block's words were made by four lanes.
+  rounding bits serves two rows. Of low-rank directions a program takes a rectangle of its matrix
+  instead.
+- No multiply is fused with an add: every launch says `enable_fp_fusion=False`. Values are rounded
+  to the storage type by integer arithmetic of our own, and sqrt is the correctly rounded one.
+- Nothing is told about alignment (`do_not_specialize`): Triton would vectorise accesses, and then
+  give a lane values of four blocks, so that each block's words were made by four lanes.
 - Addresses and element indices are 64-bit; within a program's tile, 32 bits are enough.
-- A result that is NaN or infinite leaves the smallest such element index in `bad`; nothing else is told,
-  so that no launch has to be waited for.
+- A result that is NaN or infinite leaves the smallest such element index in `bad`; nothing else is
+  told, so that no launch has to be waited for.
 
 This file imports Triton, so it is itself imported only where there is a CUDA device.
 """
@@ -27,11 +28,8 @@ import triton
 import triton.language as tl
 
 from fedmezo_core.zo.noise import spec
-
-NO_ELEMENT: Final = 2**63 - 1
-"""What `bad` holds while every result is finite."""
-RECORD: Final = 4
-"""32-bit integers of a line of a table: see `apply` and `fan`."""
+from fedmezo_core.zo.noise.operands import Operands
+from fedmezo_core.zo.noise.portable import NO_ELEMENT
 
 # Families, storage types and sides as the kernels know them.
 RADEMACHER: Final = tl.constexpr(0)
@@ -62,7 +60,7 @@ _S0, _S1, _S2, _S3 = (tl.constexpr(float(value)) for value in spec.SIN)
 _C0, _C1, _C2, _C3 = (tl.constexpr(float(value)) for value in spec.COS)
 
 
-# --- words ------------------------------------------------------------------------------------------
+# --- words --------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -74,7 +72,7 @@ def _philox(
     tensor: tl.tensor,
     domain: tl.constexpr,
 ) -> tl.tensor:
-    """Philox4x32-10 of the blocks `low + high * 2**32`: four uint32 tensors of the shape of `low`."""
+    """Philox4x32-10 of the blocks `low + high * 2**32`: four uint32 tensors shaped like `low`."""
     c0 = low
     c1 = high
     c2 = tensor
@@ -127,7 +125,7 @@ def _line(table: tl.tensor, index: tl.tensor) -> tl.tensor:
     )
 
 
-# --- where a program's values are ---------------------------------------------------------------------
+# --- where a program's values are ---------------------------------------------------------------
 
 
 @triton.jit
@@ -136,12 +134,15 @@ def _tile(
     first_row: tl.tensor, end_row: tl.tensor, first_column: tl.tensor, end_column: tl.tensor,
     FAMILY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """(begin, within, low, high, rows, origin) of a program's values of word 0; word w is 32 w further.
+    """(begin, within, low, high, rows, origin) of a program's values of word 0.
+
+    Those of word w are 32 w further.
 
     The tensor's elements are begin + within, [A, B, 32]: int64 [A or 1, 1, 1] and int32, so that an
-    address is a sum of 64-bit numbers which few values share and of constants. Those from `low` to below
-    `high` within are asked for. rows: int64 [A, 1, 1] (low rank). origin: the tile's first element, or
-    column (low rank). [A, B] are [row of a pair, pair], or [row, run of 128 columns] (low rank).
+    address is a sum of 64-bit numbers which few values share and of constants. Those from `low` to
+    below `high` within are asked for. rows: int64 [A, 1, 1] (low rank). origin: the tile's first
+    element, or column (low rank). [A, B] are [row of a pair, pair], or [row, run of 128 columns]
+    (low rank).
     """
     program = tl.program_id(0).to(tl.int64)
     a = tl.arange(0, A)[:, None, None]
@@ -195,7 +196,7 @@ def _inside(
     return inside
 
 
-# --- noise -------------------------------------------------------------------------------------------
+# --- noise --------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -225,10 +226,10 @@ def _normals(radius_word: tl.tensor, angle_word: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _draw(
-    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor, rows: tl.tensor,
-    FAMILY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor,
+    rows: tl.tensor, FAMILY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """A direction in a program's tile, as `_moved` takes it: one tensor for each word, one for the rows."""
+    """A direction in a program's tile, as `_moved` takes it: four words and the rows' word."""
     lane = tl.arange(0, 32)[None, None, :]
     line = origin // 128
     row_word = tl.zeros([1, 1, 1], tl.uint32)
@@ -300,7 +301,7 @@ def _moved(
     return acc + product
 
 
-# --- storage -----------------------------------------------------------------------------------------
+# --- storage ------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -330,7 +331,7 @@ def _rounding_words(
     seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor,
     STORAGE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """What `_rounded` needs for whole row pairs: a tensor for each word, [1, B, 32] or [A, B, 32]."""
+    """What `_rounded` needs for whole row pairs: a tensor per word, [1, B, 32] or [A, B, 32]."""
     HALVES: tl.constexpr = STORAGE == BFLOAT16
     DOMAIN: tl.constexpr = _DOMAIN_ROUNDING if HALVES else _DOMAIN_ROUNDING_FLOAT16
     place = tl.arange(0, B)[None, :, None]
@@ -349,7 +350,7 @@ def _rounding_word(
     seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, element: tl.tensor,
     STORAGE: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """What `_rounded` needs for any elements, a Philox block for each: a matrix's row begins anywhere."""
+    """What `_rounded` needs for any elements, whose rows begin anywhere: one Philox block each."""
     line = element >> 7
     if STORAGE == BFLOAT16:
         blocks = (line >> 1) * 32 + (element & 31)
@@ -367,7 +368,7 @@ def _rounded(
     value: tl.tensor, word: tl.tensor,
     FAMILY: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr, A: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """A commit's result as the storage type represents it, in float32 (arithmetic standard, `round`)."""
+    """A float32 rounded to what the storage type represents (arithmetic standard, `round`)."""
     bits = value.to(tl.uint32, bitcast=True)
     magnitude = bits & _MAGNITUDE
     if STORAGE == BFLOAT16:
@@ -403,7 +404,8 @@ def _rounded(
 
 @triton.jit
 def _all_rounding_words(
-    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor, element: tl.tensor,
+    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor,
+    element: tl.tensor,
     FAMILY: tl.constexpr, STORAGE: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """What `_rounded` needs, for each of the four words."""
@@ -421,8 +423,8 @@ def _all_rounding_words(
 @triton.jit
 def _all_rounded(
     v0: tl.tensor, v1: tl.tensor, v2: tl.tensor, v3: tl.tensor,
-    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor, element: tl.tensor,
-    FAMILY: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    seed_low: tl.tensor, seed_high: tl.tensor, tensor: tl.tensor, origin: tl.tensor,
+    element: tl.tensor, FAMILY: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """All four words of a tile, `_rounded` with bits made here."""
@@ -506,7 +508,7 @@ def _note_bad(
     tl.atomic_min(bad, first)
 
 
-# --- kernels -----------------------------------------------------------------------------------------
+# --- kernels ------------------------------------------------------------------------------------
 
 _NUMBERS: Final = [
     "pairs", "commits", "draws", "stride", "place", "tensor", "start", "size", "columns",
@@ -526,8 +528,8 @@ def apply(
 ) -> None:  # fmt: skip
     """out = base + commits, rounded at each commit's end.
 
-    `table`: a line for each pair (seed low, seed high, coefficient), then one for each commit (rounding
-    seed low, high, number of pairs up to its end, decay).
+    `table`: a line for each pair (seed low, seed high, coefficient), then one for each commit
+    (rounding seed low, high, number of pairs up to its end, decay).
     """
     tensor_word = tensor.to(tl.uint32)
     begin, within, low, high, rows, origin = _tile(
@@ -544,7 +546,8 @@ def apply(
         line = pairs.to(tl.int32) + commit
         rounding_low, rounding_high, end, decay = _line(table, line)
         last = end.to(tl.int32, bitcast=True)
-        # Read again, not carried on: Triton 3.6 and 3.7 take a bound that a loop carries for its first value.
+        # Read again, not carried on: Triton 3.6 and 3.7 take a bound that a loop carries for its
+        # first value.
         first = tl.load(table + (line - 1) * 4 + 2, mask=commit > 0, other=0)
         # Times 1 is exact; a branch around it would take a third more registers.
         factor = decay.to(tl.float32, bitcast=True)
@@ -583,12 +586,13 @@ def fan(
 ) -> None:  # fmt: skip
     """Several outputs, `stride` elements apart, from one reading of the base.
 
-    `table`: a line for each pair that all outputs begin with (seed low, seed high, coefficient); one for
-    each further direction (seed low, high, its first output, the one after its last); and one for each
-    output (rounding seed low, high, coefficient of its direction, whether it has one).
-    SHARED_BITS: all rounding seeds are the same. LOOKUP: instead of one range of the base, its rows (of
-    `columns` elements) that `looked_up` names, one after the other; axis 1 of the launch counts them.
-    `bad[place]` gets the first index that is not finite, or the base's size for a row that is not there.
+    `table`: a line for each pair that all outputs begin with (seed low, seed high, coefficient);
+    one for each further direction (seed low, high, its first output, the one after its last); and
+    one for each output (rounding seed low, high, coefficient of its direction, whether it has one).
+    SHARED_BITS: all rounding seeds are the same. LOOKUP: instead of one range of the base, its rows
+    (of `columns` elements) that `looked_up` names, one after the other; axis 1 of the launch counts
+    them. `bad[place]` gets the first index that is not finite, or the base's size for a row that is
+    not there.
     """
     tensor_word = tensor.to(tl.uint32)
     outputs = pairs.to(tl.int32) + draws.to(tl.int32)
@@ -680,7 +684,7 @@ def signs(
     out: tl.tensor, seeds: tl.tensor, tensor: tl.int64, length: tl.int64,
     DOMAIN: tl.constexpr, RANK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out[s, k, i] = sign k of row (or column) i of the direction of `seeds[s]`; s is axis 1 of the launch."""
+    """out[s, k, i] = sign k of row (or column) i under `seeds[s]`; s is axis 1 of the launch."""
     seed = tl.load(seeds + tl.program_id(1)).to(tl.uint64, bitcast=True)
     slot = tl.arange(0, 8)[:, None]
     lane = tl.arange(0, 32)[None, :]
@@ -707,7 +711,7 @@ def _store_signs(
     tl.store(place + index, value.to(place.dtype.element_ty), mask=index < length)
 
 
-# --- launches ----------------------------------------------------------------------------------------
+# --- launches -----------------------------------------------------------------------------------
 
 _FAMILIES: Final = {
     spec.Distribution.RADEMACHER: RADEMACHER.value,
@@ -724,7 +728,8 @@ def options(kernel: str, distribution: spec.Distribution) -> dict[str, Any]:
     """How a kernel is compiled: one warp a program, and no fused multiply-add."""
     chosen: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
     if kernel == "fan" and distribution is spec.Distribution.GAUSSIAN:
-        # Left alone, the assembler spills to stay at 128. (Others take fewer registers if left alone.)
+        # Left alone, the assembler spills to stay at 128. (Others take fewer registers if left
+        # alone.)
         chosen["maxnreg"] = 160
     return chosen
 
@@ -756,31 +761,27 @@ def constants(
     }
 
 
-def materialize(
+def launch_apply(
     out: torch.Tensor,
     base: torch.Tensor,
     table: torch.Tensor,
     pairs: int,
     commits: int,
     bad: torch.Tensor,
-    *,
-    tensor_id: int,
-    start: int,
-    columns: int,
-    distribution: spec.Distribution,
-    stochastic: bool,
+    operands: Operands,
 ) -> None:
-    """One launch of `apply` (up to three for a low-rank slice that begins or ends inside a row)."""
-    chosen = constants("apply", distribution, base.dtype, stochastic)
+    """Launch `apply` once, or up to three times if a low-rank slice begins or ends inside a row."""
+    columns = operands.columns_of(out)
+    chosen = constants("apply", operands.distribution, base.dtype, operands.stochastic)
     to, read = _stored(out), _stored(base)
-    for box, programs in _boxes(start, base.numel(), columns, chosen):
+    for box, programs in _boxes(operands.start, base.numel(), columns, chosen):
         apply[(programs,)](
-            to, read, table, bad, pairs, commits, tensor_id, start, base.numel(), columns, *box,
-            **chosen, **options("apply", distribution),
+            to, read, table, bad, pairs, commits, operands.tensor_id, operands.start, base.numel(),
+            columns, *box, **chosen, **options("apply", operands.distribution),
         )  # fmt: skip
 
 
-def materialize_fan(
+def launch_fan(
     first_out: torch.Tensor,
     stride: int,
     base: torch.Tensor,
@@ -790,35 +791,34 @@ def materialize_fan(
     shared_bits: bool,
     bad: torch.Tensor,
     place: int,
-    *,
-    tensor_id: int,
-    start: int,
-    columns: int,
-    distribution: spec.Distribution,
-    stochastic: bool,
+    operands: Operands,
     rows: torch.Tensor | None = None,
 ) -> None:
-    """One launch of `fan`, as for `materialize`; with `rows` (int64), it looks up those of `base`."""
-    chosen = constants("fan", distribution, base.dtype, stochastic)
+    """Launch `fan` as often as `launch_apply` does; with `rows` (int64), once, to look up those."""
+    columns = operands.columns_of(base)
+    chosen = constants("fan", operands.distribution, base.dtype, operands.stochastic)
     chosen |= {"SHARED_BITS": shared_bits, "LOOKUP": rows is not None}
     to, read = _stored(first_out), _stored(base)
     if rows is not None:
         boxes = [((0, 0, 0, columns), _programs_of_any_row(columns, chosen))]
         grid: tuple[int, ...] = (0, rows.numel())
     else:
-        boxes, grid = list(_boxes(start, base.numel(), columns, chosen)), (0,)
+        boxes, grid = list(_boxes(operands.start, base.numel(), columns, chosen)), (0,)
     for box, programs in boxes:
         fan[(programs, *grid[1:])](
-            to, stride, read, table, bad, place, pairs, draws, tensor_id, start, base.numel(),
-            columns, *box, bad if rows is None else rows, base.numel() // columns,
-            **chosen, **options("fan", distribution),
+            to, stride, read, table, bad, place, pairs, draws, operands.tensor_id, operands.start,
+            base.numel(), columns, *box, bad if rows is None else rows, base.numel() // columns,
+            **chosen, **options("fan", operands.distribution),
         )  # fmt: skip
 
 
 def factor_signs(
     out: torch.Tensor, seeds: torch.Tensor, tensor_id: int, domain: int, rank: int, length: int
 ) -> None:
-    """out: contiguous [seeds, rank, length] of any float type; seeds: int64, the bits of the seeds."""
+    """out[s, k, i] = sign k, 1 or -1, of row or column i under `seeds[s]`.
+
+    out: contiguous [seeds, rank, length] of any float type. seeds: int64, the bits of the seeds.
+    """
     grid = (-(-length // 1024), seeds.numel())
     signs[grid](
         out, seeds, tensor_id, length, DOMAIN=domain, RANK=rank, num_warps=1, enable_fp_fusion=False
@@ -839,7 +839,7 @@ def _shape(chosen: dict[str, Any]) -> tuple[int, int]:
 def _boxes(
     start: int, size: int, columns: int, chosen: dict[str, Any]
 ) -> list[tuple[tuple[int, int, int, int], int]]:
-    """What each launch covers, (first row, end row, first column, end column), and in how many programs.
+    """What each launch covers, (first row, end row, first column, end column), and its programs.
 
     Low-rank directions are made by rectangles: a range that begins or ends inside a row takes more.
     """

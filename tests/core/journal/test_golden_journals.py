@@ -20,8 +20,8 @@ from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.records import Committed, Genesis, Record
-from fedmezo_core.zo.materialize import Rounding, materialize
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.materialize import materialize
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from fedmezo_core.zo.party import commits_of
 
 HERE = Path(__file__).parents[2] / "golden/journals"
@@ -64,14 +64,8 @@ def _weights_sha256(genesis: Genesis, commits: list[Committed]) -> str:
     # What comes before a commit from the base does not count.
     first = max((n for n, commit in enumerate(commits) if commit.from_base), default=0)
     counting = [replace(commit, from_base=False) for commit in commits[first:]]
-    materialize(
-        out,
-        base,
-        commits_of(counting),
-        tensor_id=3,
-        distribution=Distribution(config.distribution),
-        rounding=Rounding(config.rounding),
-    )
+    operands = Operands(3, Distribution(config.distribution), Rounding(config.rounding))
+    materialize(out, base, commits_of(counting), operands)
     return hashlib.sha256(out.view(torch.uint8).numpy().tobytes()).hexdigest()
 
 

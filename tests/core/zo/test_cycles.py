@@ -1,4 +1,4 @@
-"""Low precision does not drift: what is measured is never written, and a step of zero changes nothing."""
+"""Low precision does not drift: measuring never writes, and a step of zero changes nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.events import Work
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.estimator import Estimator, local_steps
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.manifest import manifest_of
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 
 
@@ -62,14 +62,15 @@ def test_cycles_of_learning_rate_zero_change_nothing(
     weights = Weights(model, manifest, **options)
     before, seen = weights.digest(), set()
     for cycle in range(cycles):
-        steps = local_steps(
+        [measured] = local_steps(
             estimator,
             lambda _: batch,
             Work((cycle << 16,), learning_rate=0.0, eps=1e-3, want_digest=False),
             config,
         )
-        seen.add(float(steps.projected_grads[0]))
-        pairs = np.array([cycle << 16], np.uint64), np.float32(-0.0) * steps.projected_grads
+        seen.add(measured.projected_grad)
+        coefficients = np.float32(-0.0) * np.array([measured.projected_grad], np.float32)
+        pairs = np.array([cycle << 16], np.uint64), coefficients
         weights.apply(cycle + 1, [Commit(*pairs, cycle)])
     assert weights.digest() == before
     assert len(seen) > cycles // 10, "they were measurements"

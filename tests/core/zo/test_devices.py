@@ -1,7 +1,7 @@
 """The CUDA kernels in Triton's interpreter and the portable path, against the specification.
 
-Both work on CPU tensors here: the public functions would take their CPU path, so what lies behind them is
-called. The interpreter is slow (a program of a kernel takes 0.01 to 0.5 s): tensors are small.
+Both work on CPU tensors here. `materialize` would take its CPU path, so the tests call `devices`.
+The interpreter is slow (a program of a kernel takes 0.01 to 0.5 s): tensors are small.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from hypothesis import strategies as st
 
 from fedmezo_core.errors import NumericError
 from fedmezo_core.zo import devices
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize_reference
-from fedmezo_core.zo.noise import Distribution, portable, spec
-from tests.core.zo.noise.test_noise_spec import columns_of
+from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding, portable, spec
 from tests.core.zo.test_materialize import (
     STORAGE,
+    Case,
     assert_same_bits,
-    bits,
+    cases,
     commit_of,
     fans,
     golden_name,
     golden_operands,
+    golden_place,
     golden_weights,
-    journals,
-    places,
+    hexadecimal,
+    specified,
     weights_of,
 )
 
@@ -44,6 +45,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 Backend = ModuleType | None
 CPU = torch.device("cpu")
+TENSOR_ID = 2**32 - 1
 
 
 def interpreted() -> ModuleType:
@@ -72,31 +74,19 @@ def use(monkeypatch: pytest.MonkeyPatch, found: Backend) -> None:
     monkeypatch.setattr(devices, "kernels", lambda device: found)
 
 
-def check(
-    commits: Sequence[Commit],
-    base: torch.Tensor,
-    *,
-    rounding: Rounding,
-    start: int,
-    columns: int,
-    distribution: Distribution,
-    tensor_id: int = 2**32 - 1,
-) -> None:
-    """Out of place and in place equal the specification; all at once equals one commit at a time."""
-    how: dict[str, Any] = {"tensor_id": tensor_id, "columns": columns, "distribution": distribution}
-    expected = torch.empty_like(base)
-    materialize_reference(expected, base, commits, start=start, rounding=rounding, **how)
-    how["stochastic"] = rounding is Rounding.STOCHASTIC
+def check(commits: Sequence[Commit], base: torch.Tensor, operands: Operands) -> None:
+    """Out of place, and in place one commit at a time, the backend equals the specification."""
+    expected = specified(base, commits, operands)
     out, kept = torch.empty_like(base), base.clone()
-    assert devices.materialize(out, base, commits, start=start, **how)
+    assert devices.apply_commits(out, base, commits, operands)
     assert_same_bits(out, expected)
     assert_same_bits(base, kept)
     for commit in commits:
-        assert devices.materialize(base, base, [commit], start=start, **how)
+        assert devices.apply_commits(base, base, [commit], operands)
     assert_same_bits(base, expected)
 
 
-# Tile edges, starts in mid-tile and mid-row, indices that need 64 bits, blocks that need their high word.
+# Tile edges, starts in mid-tile and mid-row, indices of 64 bits, blocks that need their high word.
 WHERE = [
     (0, 300, 100),
     (4096 - 130, 264, 7 * 37),
@@ -121,55 +111,32 @@ def test_kernels_equal_the_specification(
         commit_of(generator, 2, 1e-3, 5),
         commit_of(generator, 1, 1e-39, 2**64 - 1, decay=0.9),
     ]
-    check(
-        commits, weights_of(generator, size, storage[0]), rounding=storage[1], start=start,
-        columns=columns, distribution=distribution,
-    )  # fmt: skip
+    operands = Operands(TENSOR_ID, distribution, storage[1], start, columns)
+    check(commits, weights_of(generator, size, storage[0]), operands)
 
 
 def test_whole_tiles_take_the_unmasked_path(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, interpreted())
     generator = np.random.default_rng(6)
     for distribution, start in ((Distribution.RADEMACHER, 2**32 - 8), (Distribution.LOW_RANK_2, 0)):
-        check(
-            [commit_of(generator, 1)], weights_of(generator, 4200, torch.float32),
-            rounding=Rounding.NEAREST, start=start, columns=1050, distribution=distribution,
-        )  # fmt: skip
+        operands = Operands(TENSOR_ID, distribution, Rounding.NEAREST, start, 1050)
+        check([commit_of(generator, 1)], weights_of(generator, 4200, torch.float32), operands)
 
 
 @pytest.mark.usefixtures("without_kernels")
 @settings(deadline=None, max_examples=60)
-@given(
-    journals(),
-    st.sampled_from(STORAGE),
-    st.sampled_from(Distribution),
-    columns_of,
-    places,
-    st.integers(1, 700),
-)
-def test_the_portable_path_equals_the_specification(
-    journal: tuple[list[Commit], np.random.Generator],
-    storage: tuple[torch.dtype, Rounding],
-    distribution: Distribution,
-    columns: int,
-    start: int,
-    size: int,
-) -> None:
-    commits, generator = journal
-    check(
-        commits, weights_of(generator, size, storage[0]), rounding=storage[1], start=start,
-        columns=columns, distribution=distribution,
-    )  # fmt: skip
+@given(cases(sizes=st.integers(1, 700)))
+def test_the_portable_path_equals_the_specification(case: Case) -> None:
+    check(case.commits, case.base, case.operands)
 
 
 def test_pieces_of_the_portable_path(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, None)
     monkeypatch.setattr(portable, "PIECE_ELEMENTS", 100)
     generator = np.random.default_rng(7)
-    check(
-        [commit_of(generator, 2, rounding_seed=3)], weights_of(generator, 450, torch.bfloat16),
-        rounding=Rounding.STOCHASTIC, start=50, columns=7, distribution=Distribution.LOW_RANK_4,
-    )  # fmt: skip
+    operands = Operands(TENSOR_ID, Distribution.LOW_RANK_4, Rounding.STOCHASTIC, 50, 7)
+    commits = [commit_of(generator, 2, rounding_seed=3)]
+    check(commits, weights_of(generator, 450, torch.bfloat16), operands)
 
 
 def golden_cases() -> list[Any]:
@@ -177,9 +144,9 @@ def golden_cases() -> list[Any]:
     cases = golden_weights()
     names = [golden_name(case) for case in cases]
     few = [names.index(name) for name in (
-        "gaussian-float32-nearest", "rademacher-bfloat16-stochastic", "low_rank_2-float16-stochastic",
-        "low_rank_4-bfloat16-nearest", "rademacher-float32-nearest-decay",
-        "gaussian-float16-stochastic-decay",
+        "gaussian-float32-nearest", "rademacher-bfloat16-stochastic",
+        "low_rank_2-float16-stochastic", "low_rank_4-bfloat16-nearest",
+        "rademacher-float32-nearest-decay", "gaussian-float16-stochastic-decay",
     )]  # fmt: skip
     return [
         pytest.param("portable", c, id=f"portable-{n}") for n, c in zip(names, cases, strict=True)
@@ -190,20 +157,16 @@ def golden_cases() -> list[Any]:
 def test_golden_weights(backend: str, case: dict[str, Any]) -> None:
     base, commits = golden_operands(case)
     out = torch.empty_like(base)
-    assert devices.materialize(
-        out, base, commits, tensor_id=case["tensor_id"], start=case["start"],
-        distribution=Distribution(case["distribution"]),
-        stochastic=case["rounding"] == "stochastic", columns=case.get("columns", 48),
-    )  # fmt: skip
-    digits = 8 if base.dtype == torch.float32 else 4
-    got = bits(out).tolist()
-    assert " ".join(f"{v & (16**digits - 1):0{digits}x}" for v in got) == case["result"]
+    assert devices.apply_commits(out, base, commits, golden_place(case))
+    assert hexadecimal(out) == case["result"]
 
 
-def fan(
-    outs: Sequence[torch.Tensor], base: torch.Tensor, commits: Sequence[Commit], **how: Any
-) -> None:
-    devices.materialize_fan(outs, base, commits, name="wte", **how)
+def assert_fan(base: torch.Tensor, commits: Sequence[Commit], operands: Operands) -> None:
+    outs = list(torch.empty(len(commits), *base.shape, dtype=base.dtype))
+    with devices.finite_results():
+        devices.apply_fan(outs, base, commits, operands)
+    for out, commit in zip(outs, commits, strict=True):
+        assert_same_bits(out, specified(base, [commit], operands))
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -213,7 +176,7 @@ def test_a_fan_of_the_kernels(
     storage: tuple[torch.dtype, Rounding],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Two ends of one direction, the weights themselves, another direction; then with other bits."""
+    """Two ends of one direction, the weights themselves, another direction; then other bits."""
     use(monkeypatch, interpreted())
     generator = np.random.default_rng(8)
     ends: list[list[tuple[int, float]]] = [[(7, 1e-3)], [(7, -1e-3)], [], [(9, -0.0)]]
@@ -229,16 +192,7 @@ def test_a_fan_of_the_kernels(
             )
             for end, rounding_seed in zip(ends, rounding_seeds, strict=False)
         ]
-        outs = list(torch.empty(len(commits), size, dtype=storage[0]))
-        how: dict[str, Any] = {
-            "tensor_id": 4, "start": start, "columns": columns, "distribution": distribution,
-        }  # fmt: skip
-        with devices.finite_results():
-            fan(outs, base, commits, stochastic=storage[1] is Rounding.STOCHASTIC, **how)
-        for out, commit in zip(outs, commits, strict=True):
-            expected = torch.empty_like(base)
-            materialize_reference(expected, base, [commit], rounding=storage[1], **how)
-            assert_same_bits(out, expected)
+        assert_fan(base, commits, Operands(4, distribution, storage[1], start, columns))
 
 
 @settings(deadline=None, max_examples=12)
@@ -246,20 +200,16 @@ def test_a_fan_of_the_kernels(
 def test_any_fan_equals_one_call_for_each_output(
     journal: tuple[list[Commit], np.random.Generator], by_kernels: bool
 ) -> None:
-    """Also of commits that have nothing in common, and outputs that lie anywhere."""
+    """Also for commits that have nothing in common, and for outputs that lie anywhere."""
     commits, generator = journal
     base = weights_of(generator, 150, torch.bfloat16)
     outs = [torch.empty_like(base) for _ in commits]
-    how: dict[str, Any] = {
-        "tensor_id": 4, "start": 77, "columns": 150, "distribution": Distribution.RADEMACHER,
-    }  # fmt: skip
+    operands = Operands(4, Distribution.RADEMACHER, Rounding.STOCHASTIC, 77, 150)
     with pytest.MonkeyPatch.context() as patch, devices.finite_results():
         use(patch, interpreted() if by_kernels else None)
-        fan(outs, base, commits, stochastic=True, **how)
+        devices.apply_fan(outs, base, commits, operands)
     for out, commit in zip(outs, commits, strict=True):
-        expected = torch.empty_like(base)
-        materialize_reference(expected, base, [commit], rounding=Rounding.STOCHASTIC, **how)
-        assert_same_bits(out, expected)
+        assert_same_bits(out, specified(base, [commit], operands))
 
 
 @pytest.mark.parametrize("storage", STORAGE[::2], ids=str)
@@ -272,10 +222,8 @@ def test_commits_with_and_without_decay(
     decays = [1.0, 1.0, 1 - 1e-4, 2.0**-149, 1.0, 0.5, 1.0]
     commits = [commit_of(generator, k % 2, 1e-39, k, decay) for k, decay in enumerate(decays)]
     for distribution in (Distribution.RADEMACHER, Distribution.LOW_RANK_2):
-        check(
-            commits, weights_of(generator, 100, storage[0]) * 1e-3, rounding=storage[1], start=4000,
-            columns=37, distribution=distribution,
-        )  # fmt: skip
+        operands = Operands(TENSOR_ID, distribution, storage[1], 4000, 37)
+        check(commits, weights_of(generator, 100, storage[0]) * 1e-3, operands)
 
 
 def test_a_fan_of_commits_with_a_decay(backend: str) -> None:
@@ -283,22 +231,14 @@ def test_a_fan_of_commits_with_a_decay(backend: str) -> None:
     base = weights_of(generator, 130, torch.bfloat16)
     pairs = np.array([7], np.uint64), np.array([1e-3], np.float32)
     commits = [Commit(*pairs, 5, decay=0.5), Commit(*pairs, 5), Commit(*pairs, 6, decay=0.25)]
-    how: dict[str, Any] = {
-        "tensor_id": 7, "start": 77, "columns": 13, "distribution": Distribution.RADEMACHER,
-    }  # fmt: skip
-    outs = list(torch.empty(3, 130, dtype=torch.bfloat16))
-    with devices.finite_results():
-        fan(outs, base, commits, stochastic=True, **how)
-    for out, commit in zip(outs, commits, strict=True):
-        expected = torch.empty_like(base)
-        materialize_reference(expected, base, [commit], rounding=Rounding.STOCHASTIC, **how)
-        assert_same_bits(out, expected)
+    operands = Operands(7, Distribution.RADEMACHER, Rounding.STOCHASTIC, 77, 13, "wte")
+    assert_fan(base, commits, operands)
     base[60] = float("inf")
     with (
         pytest.raises(NumericError, match=r"Tensor 7 \(wte\): element 137 is NaN or inf"),
         devices.finite_results(),
     ):
-        fan(outs, base, commits, stochastic=True, **how)
+        assert_fan(base, commits, operands)
 
 
 @pytest.mark.parametrize("distribution", [Distribution.GAUSSIAN, Distribution.LOW_RANK_1])
@@ -310,34 +250,27 @@ def test_rows_that_are_looked_up(backend: str, distribution: Distribution) -> No
         Commit(np.array([7], np.uint64), np.array([eps], np.float32), 5) for eps in (1e-3, -1e-3)
     ]
     outs = list(torch.empty(2, 4, 50, dtype=torch.float16))
-    how: dict[str, Any] = {"tensor_id": 3, "distribution": distribution}
+    operands = Operands(3, distribution, Rounding.STOCHASTIC)
     with devices.finite_results():
-        devices.materialize_rows(outs, table, rows, commits, stochastic=True, **how)
+        devices.apply_fan(outs, table, commits, operands, rows)
     for out, commit in zip(outs, commits, strict=True):
-        expected = torch.empty_like(table)
-        materialize_reference(expected, table, [commit], rounding=Rounding.STOCHASTIC, **how)
-        assert_same_bits(out, expected[rows])
+        assert_same_bits(out, specified(table, [commit], operands)[rows])
     for unknown in (9, -1, 2**40):
         with (
             pytest.raises(NumericError, match="Tensor 3: a row was looked up"),
             devices.finite_results(),
         ):
-            devices.materialize_rows(
-                outs, table, torch.tensor([1, unknown, 2, 2]), commits, stochastic=True, **how
-            )
+            devices.apply_fan(outs, table, commits, operands, torch.tensor([1, unknown, 2, 2]))
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 def test_what_is_not_finite_is_named(backend: str, storage: tuple[torch.dtype, Rounding]) -> None:
-    how: dict[str, Any] = {
-        "tensor_id": 7, "columns": 600, "start": 2**33, "distribution": Distribution.RADEMACHER,
-        "stochastic": storage[1] is Rounding.STOCHASTIC,
-    }  # fmt: skip
+    operands = Operands(7, Distribution.RADEMACHER, storage[1], 2**33, 600, "wte")
     commits = [commit_of(np.random.default_rng(0), 1)] * 2
     for value in (float("nan"), float("-inf")):
         base = torch.zeros(600, dtype=storage[0])
         base[[410, 599]] = value
-        assert not devices.materialize(torch.empty_like(base), base, commits, **how)
+        assert not devices.apply_commits(torch.empty_like(base), base, commits, operands)
         outs = [torch.empty_like(base), torch.empty_like(base)]
         with (
             pytest.raises(
@@ -345,13 +278,14 @@ def test_what_is_not_finite_is_named(backend: str, storage: tuple[torch.dtype, R
             ),
             devices.finite_results(),
         ):
-            fan(outs, base, commits, **how)
+            devices.apply_fan(outs, base, commits, operands)
     huge = float(torch.finfo(storage[0]).max)
     overflow = Commit(np.array([5], np.uint64), np.array([0.9 * huge], np.float32), 1)
     base = torch.full((3,), huge).to(storage[0])
-    assert not devices.materialize(torch.empty_like(base), base, [overflow], **how)
+    assert not devices.apply_commits(torch.empty_like(base), base, [overflow], operands)
     with devices.finite_results():  # an error of one pass is not the next one's
-        fan([outs[0][:3]], torch.zeros(3, dtype=storage[0]), commits[:1], **how)
+        zeros = torch.zeros(3, dtype=storage[0])
+        devices.apply_fan([outs[0][:3]], zeros, commits[:1], operands)
 
 
 def test_an_overflow_outside_the_range_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,10 +297,8 @@ def test_an_overflow_outside_the_range_is_none(monkeypatch: pytest.MonkeyPatch) 
     steps = np.array([1, -1, 1, -1]) * 3e38 * np.array(signs)
     commit = Commit(seeds, steps.astype(np.float32), 0)
     base = torch.full((1,), 1.0)
-    assert devices.materialize(
-        base, base, [commit], tensor_id=0, start=40, columns=1, stochastic=False,
-        distribution=Distribution.RADEMACHER,
-    )  # fmt: skip
+    operands = Operands(0, Distribution.RADEMACHER, Rounding.NEAREST, 40)
+    assert devices.apply_commits(base, base, [commit], operands)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -410,16 +342,14 @@ def test_tables_are_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(devices, "_uploaded", counted)
     commits = [commit_of(np.random.default_rng(k), 1) for k in range(2)]
-    how: dict[str, Any] = {
-        "start": 0, "columns": 8, "distribution": Distribution.RADEMACHER, "stochastic": False,
-    }  # fmt: skip
     with devices.finite_results():
         for tensor_id in range(3):
             base = torch.ones(8)
-            fan(list(torch.empty(2, 8)), base, commits, tensor_id=tensor_id, **how)
-            assert devices.materialize(base, base, commits, tensor_id=tensor_id, **how)
+            operands = Operands(tensor_id, Distribution.RADEMACHER, Rounding.NEAREST)
+            devices.apply_fan(list(torch.empty(2, 8)), base, commits, operands)
+            assert devices.apply_commits(base, base, commits, operands)
     assert len(uploads) == 2
 
 
 def test_warming_up_launches_everything(backend: str) -> None:
-    devices.warm_up(CPU, torch.bfloat16, Distribution.LOW_RANK_1, True)
+    devices.warm_up(CPU, torch.bfloat16, Distribution.LOW_RANK_1, Rounding.STOCHASTIC)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from fedmezo_core.machines.rates import update_distances
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.materialize import materialize
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 ELEMENTS = 40_000
 
@@ -23,14 +24,7 @@ def _vector(update: dict[int, float], distribution: Distribution) -> npt.NDArray
         np.array(list(update.values()), dtype=np.float32),
         0,
     )
-    materialize(
-        vector,
-        vector,
-        [commit],
-        tensor_id=0,
-        distribution=distribution,
-        rounding=Rounding.NEAREST,
-    )
+    materialize(vector, vector, [commit], Operands(0, distribution, Rounding.NEAREST))
     return vector.numpy().reshape(-1).astype(np.float64)
 
 
@@ -73,7 +67,7 @@ def test_distances_from_scalars_are_those_of_the_vectors(
     mean = sum(weight * vector for weight, vector in zip(weights, vectors, strict=True))
     true = [float(np.linalg.norm(vector - mean)) for vector in vectors]
     found = update_distances(updates, weights, ELEMENTS)
-    # Products of different directions are about sqrt(d); of low rank, about sqrt(rows) sqrt(columns).
+    # Products of different directions are about sqrt(d), also those of low rank.
     assert found == pytest.approx(true, rel=0.04)
     assert np.argmax(found) == np.argmax(true)
 

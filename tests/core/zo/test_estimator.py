@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,15 +18,16 @@ from fedmezo_core.errors import MeasurementError, ModelError, NumericError
 from fedmezo_core.events import Work
 from fedmezo_core.zo import devices
 from fedmezo_core.zo import estimator as estimator_module
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Pair, local_steps
 from fedmezo_core.zo.forward import forward as forward_module
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize, materialize_fan
+from fedmezo_core.zo.materialize import materialize, materialize_fan
 from fedmezo_core.zo.model.loading import add_adapter
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of, tensor_ids, trained_tensors
 from fedmezo_core.zo.model.weight_digest import base_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from tests.core.zo.conftest import MODEL_KINDS, SENTENCES
 from tests.core.zo.forward.frozen_parts import estimator_on
 
@@ -69,14 +69,8 @@ def _naive_loss(
         rounding_seed,
     )
     for entry, tensor in zip(manifest, trained_tensors(moved, manifest), strict=True):
-        materialize(
-            tensor,
-            tensor,
-            [commit],
-            tensor_id=entry.tensor_id,
-            distribution=distribution,
-            rounding=Rounding.STOCHASTIC,
-        )
+        operands = Operands(entry.tensor_id, distribution, Rounding.STOCHASTIC)
+        materialize(tensor, tensor, [commit], operands)
     return task.loss(moved, batch)
 
 
@@ -168,11 +162,17 @@ def test_only_the_experts_that_tokens_go_to_are_built(
     built: list[int] = []
     fan = materialize_fan
 
-    def seen(outs: Sequence[torch.Tensor], base: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        if kwargs["tensor_id"] == down_proj:
-            built.append(kwargs["start"] // base.numel())
+    def seen(
+        outs: Sequence[torch.Tensor],
+        base: torch.Tensor,
+        commits: Sequence[Commit],
+        operands: Operands,
+        threads: int,
+    ) -> None:
+        if operands.tensor_id == down_proj:
+            built.append(operands.start // base.numel())
         assert all(out.dim() < 3 for out in outs), "never all experts at once"
-        fan(outs, base, *args, **kwargs)
+        fan(outs, base, commits, operands, threads=threads)
 
     monkeypatch.setattr(forward_module, "materialize_fan", seen)
     # To experts 0 and 1 alone.
@@ -313,7 +313,7 @@ def test_low_rank_directions(
     tokenizer: PreTrainedTokenizerBase,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Thin products for none and few local pairs, built weights for so many that they fill the rank."""
+    """Few or no local pairs are thin products; weights are built for pairs that fill the rank."""
     model = model_of(kind)
     manifest = manifest_of(model)
     task, batch = _task(tokenizer, "classification")
@@ -476,8 +476,9 @@ def test_a_parameter_that_the_module_around_its_owner_reads_is_built_there(
     ours = [record for record in caplog.records if record.name.startswith("fedmezo")]
     (warning,) = (record.getMessage() for record in ours)
     assert warning == (
-        "backbone.layers.0.mixer (MambaMixer) is not perturbed block by block but whole, once for each "
-        "point, which takes time and memory: it reads backbone.layers.0.mixer.conv1d.weight directly."
+        "backbone.layers.0.mixer (MambaMixer) is not perturbed block by block but whole, once for "
+        "each point, which takes time and memory: it reads backbone.layers.0.mixer.conv1d.weight "
+        "directly."
     )
 
 
@@ -587,26 +588,24 @@ def test_local_steps_chain_their_own_pairs(
     work = Work(tuple(range(first_seed, first_seed + 4)), 1e-3, EPS, want_digest=False)
     config = RunConfig(run_id="local", model="none", task=task.config, probes=2)
     steps = local_steps(estimator, lambda _: batch, work, config)
-    assert steps.projected_grads.dtype == np.float32
-    assert len(steps.projected_grads) == 4
+    assert len(steps) == 4
     local: list[Pair] = []
-    losses: list[float] = []
     for step in range(2):
         seeds = [(1 << 40) + 2 * step, (1 << 40) + 2 * step + 1]
-        found = steps.projected_grads[2 * step : 2 * step + 2]
-        measured = estimator.measure(batch, local, seeds, EPS)
-        assert found.tolist() == [measurement.projected_grad for measurement in measured]
+        found = steps[2 * step : 2 * step + 2]
+        assert found == estimator.measure(batch, local, seeds, EPS)
         local += [
-            (seed, float(np.float32(-1e-3 * float(grad) / 2)))
-            for seed, grad in zip(seeds, found, strict=True)
+            (seed, float(np.float32(-1e-3 * measurement.projected_grad / 2)))
+            for seed, measurement in zip(seeds, found, strict=True)
         ]
-        losses += [measurement.loss for measurement in measured]
-    assert steps.loss == pytest.approx(math.fsum(losses) / len(losses), rel=1e-12)
-    again = local_steps(estimator, lambda _: batch, work, config)
-    assert again.projected_grads.tobytes() == steps.projected_grads.tobytes()
+    grads = np.array([measurement.projected_grad for measurement in steps])
+    assert (grads == grads.astype(np.float32)).all()
+    assert local_steps(estimator, lambda _: batch, work, config) == steps
 
-    bound = float(np.abs(steps.projected_grads).min()) * 0.3
+    bound = float(np.abs(grads).min()) * 0.3
     narrow = config.model_copy(update={"projected_grad_abs_max": bound})
     clipped = local_steps(estimator, lambda _: batch, work, narrow)
-    assert np.abs(clipped.projected_grads).max() <= bound, "a float32 inside the run's clip"
-    assert np.sign(clipped.projected_grads[0]) == np.sign(steps.projected_grads[0])
+    assert max(abs(measurement.projected_grad) for measurement in clipped) <= bound, (
+        "a float32 inside the run's clip"
+    )
+    assert np.sign(clipped[0].projected_grad) == np.sign(grads[0])

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ModelError
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter, export_model
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.loading import load_model
 from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.model.weight_digest import base_digest, tokenizer_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import MODEL_KINDS
 

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedmezo_core.errors import MismatchError, NumericError
+from fedmezo_core.zo.arithmetic_spec import materialize_reference
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.forward.low_rank import Side, factors, split
-from fedmezo_core.zo.materialize import (
-    Commit,
-    Rounding,
-    materialize,
-    materialize_fan,
-    materialize_reference,
-    require_finite,
-    warm_up,
-)
-from fedmezo_core.zo.noise import Distribution, cpu, spec
+from fedmezo_core.zo.materialize import materialize, materialize_fan, warm_up
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding, cpu, spec
+from fedmezo_core.zo.noise.operands import require_finite
 from tests.core.zo.noise.test_noise_spec import columns_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "noise" / "v1.json"
@@ -43,7 +39,7 @@ STORAGE = [
     (torch.float16, Rounding.NEAREST),
     (torch.float16, Rounding.STOCHASTIC),
 ]
-RADEMACHER: dict[str, Any] = {"distribution": Distribution.RADEMACHER, "rounding": Rounding.NEAREST}
+RADEMACHER = Operands(0, Distribution.RADEMACHER, Rounding.NEAREST)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -96,45 +92,63 @@ def journals(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
     ], generator
 
 
-places = st.integers(0, 5000) | st.sampled_from([2**32 - 700, 2**35 + 1, 2**48 - 6000])
-sizes = st.integers(0, 700) | st.integers(3000, 6000)
+@dataclass(frozen=True)
+class Case:
+    """Commits for base weights, which are some elements of a larger tensor."""
+
+    commits: list[Commit]
+    base: torch.Tensor
+    operands: Operands
+
+
+@st.composite
+def cases(
+    draw: st.DrawFn,
+    journals: st.SearchStrategy[tuple[list[Commit], np.random.Generator]] = journals(),  # noqa: B008
+    sizes: st.SearchStrategy[int] = st.integers(0, 700) | st.integers(3000, 6000),  # noqa: B008
+) -> Case:
+    commits, generator = draw(journals)
+    dtype, rounding = draw(st.sampled_from(STORAGE))
+    far = st.sampled_from([2**32 - 700, 2**35 + 1, 2**48 - 6000])
+    operands = Operands(
+        draw(st.integers(0, 2**32 - 1)),
+        draw(st.sampled_from(Distribution)),
+        rounding,
+        draw(st.integers(0, 5000) | far),
+        draw(columns_of),
+    )
+    return Case(commits, weights_of(generator, draw(sizes), dtype), operands)
+
+
+threads_used = st.sampled_from([1, 2, 3])
+
+
+def made(
+    base: torch.Tensor,
+    commits: Sequence[Commit],
+    operands: Operands,
+    threads: int | None = None,
+) -> torch.Tensor:
+    out = torch.empty_like(base)
+    materialize(out, base, commits, operands, threads=threads)
+    return out
+
+
+def specified(base: torch.Tensor, commits: Sequence[Commit], operands: Operands) -> torch.Tensor:
+    out = torch.empty_like(base)
+    materialize_reference(out, base, commits, operands)
+    return out
 
 
 @settings(deadline=None, max_examples=120)
-@given(
-    journals(),
-    st.sampled_from(STORAGE),
-    st.sampled_from(Distribution),
-    columns_of,
-    places,
-    sizes,
-    st.integers(0, 2**32 - 1),
-)
-def test_equals_the_reference(
-    journal: tuple[list[Commit], np.random.Generator],
-    storage: tuple[torch.dtype, Rounding],
-    distribution: Distribution,
-    columns: int,
-    start: int,
-    size: int,
-    tensor_id: int,
-) -> None:
-    commits, generator = journal
-    base = weights_of(generator, size, storage[0])
+@given(cases())
+def test_equals_the_reference(case: Case) -> None:
+    base, commits, operands = case.base, case.commits, case.operands
     kept = base.clone()
-    how: dict[str, Any] = {
-        "tensor_id": tensor_id,
-        "start": start,
-        "columns": columns,
-        "distribution": distribution,
-        "rounding": storage[1],
-    }
-    expected, out = torch.empty_like(base), torch.empty_like(base)
-    materialize_reference(expected, base, commits, **how)
-    materialize(out, base, commits, **how)
-    assert_same_bits(out, expected)
+    expected = specified(base, commits, operands)
+    assert_same_bits(made(base, commits, operands), expected)
     assert_same_bits(base, kept)
-    materialize(base, base, commits, **how)
+    materialize(base, base, commits, operands)
     assert_same_bits(base, expected)
 
 
@@ -146,51 +160,27 @@ def cut(draw: st.DataObject, whole: int) -> list[tuple[int, int]]:
 
 
 @settings(deadline=None, max_examples=100)
-@given(
-    journals(),
-    st.sampled_from(STORAGE),
-    st.sampled_from(Distribution),
-    columns_of,
-    places,
-    sizes,
-    st.sampled_from([1, 2, 3]),
-    st.data(),
-)
+@given(cases(), threads_used, st.data())
 def test_any_way_of_calling_gives_the_same_bits(
-    journal: tuple[list[Commit], np.random.Generator],
-    storage: tuple[torch.dtype, Rounding],
-    distribution: Distribution,
-    columns: int,
-    start: int,
-    size: int,
-    threads: int,
-    data: st.DataObject,
+    case: Case, threads: int, data: st.DataObject
 ) -> None:
-    commits, generator = journal
-    base = weights_of(generator, size, storage[0])
-    how: dict[str, Any] = {
-        "tensor_id": 4,
-        "columns": columns,
-        "distribution": distribution,
-        "rounding": storage[1],
-    }
-    at_once = torch.empty_like(base)
-    materialize(at_once, base, commits, start=start, **how)
+    base, commits, operands = case.base, case.commits, case.operands
+    at_once = made(base, commits, operands)
 
-    # The journal in pieces, and within each the elements in other pieces, out of place then in place.
+    # The journal in pieces, and within each the elements in other pieces; out of place, then in.
     pieces = base.clone()
     for first, last in cut(data, len(commits)):
         source = pieces.clone()
-        for begin, end in cut(data, size):
+        for begin, end in cut(data, len(base)):
+            part = operands._replace(start=operands.start + begin)
             materialize(
-                pieces[begin:end], source[begin:end], commits[first:last],
-                start=start + begin, threads=threads, **how,
-            )  # fmt: skip
+                pieces[begin:end], source[begin:end], commits[first:last], part, threads=threads
+            )
     assert_same_bits(pieces, at_once)
 
-    if storage[0] == torch.float32:
-        # float32: a commit's end leaves no trace, so commits may be cut and joined as well, up to the
-        # next decay.
+    if base.dtype == torch.float32:
+        # float32: a commit's end leaves no trace, so commits may be cut and joined as well, up to
+        # the next decay.
         decayed = [k for k, commit in enumerate(commits) if commit.decay != 1.0]
         joined = base.clone()
         for begin, end in itertools.pairwise(sorted({0, *decayed, len(commits)})):
@@ -199,8 +189,8 @@ def test_any_way_of_calling_gives_the_same_bits(
             coefficients = np.concatenate([commit.coefficients for commit in together])
             decay = together[0].decay
             for first, last in cut(data, len(seeds)):
-                part = Commit(seeds[first:last], coefficients[first:last], 0, decay=decay)
-                materialize(joined, joined, [part], start=start, **how)
+                some = Commit(seeds[first:last], coefficients[first:last], 0, decay=decay)
+                materialize(joined, joined, [some], operands)
                 decay = 1.0
         assert_same_bits(joined, at_once)
 
@@ -213,16 +203,9 @@ def test_threads_over_many_tiles(
     generator = np.random.default_rng(3)
     commits = [commit_of(generator, n, rounding_seed=n, decay=n / 5) for n in (2, 5)]
     base = weights_of(generator, 700_001, storage[0])
-    how: dict[str, Any] = {
-        "tensor_id": 4,
-        "start": 77,
-        "columns": 768,
-        "distribution": distribution,
-        "rounding": storage[1],
-    }
-    one, many = torch.empty_like(base), base.clone()
-    materialize(one, base, commits, threads=1, **how)
-    materialize(many, many, commits, threads=5, **how)
+    operands = Operands(4, distribution, storage[1], 77, 768)
+    one, many = made(base, commits, operands, threads=1), base.clone()
+    materialize(many, many, commits, operands, threads=5)
     assert_same_bits(many, one)
 
 
@@ -232,11 +215,8 @@ def test_callers_in_many_threads() -> None:
     bases = [weights_of(generator, 300_000, torch.float32) for _ in range(6)]
 
     def build(tensor_id: int, threads: int) -> torch.Tensor:
-        out = torch.empty_like(bases[tensor_id])
-        materialize(
-            out, bases[tensor_id], commits, tensor_id=tensor_id, threads=threads, **RADEMACHER
-        )
-        return out
+        operands = RADEMACHER._replace(tensor_id=tensor_id)
+        return made(bases[tensor_id], commits, operands, threads)
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         together = list(pool.map(lambda tensor_id: build(tensor_id, 3), range(6)))
@@ -267,39 +247,26 @@ def test_matrices_of_many_tiles(
 ) -> None:
     generator = np.random.default_rng(columns)
     commits = [commit_of(generator, n, rounding_seed=n, decay=n / 9) for n in (9, 2, 3)]
-    how: dict[str, Any] = {
-        "tensor_id": 4,
-        "start": start,
-        "columns": columns,
-        "distribution": distribution,
-        "rounding": storage[1],
-    }
+    operands = Operands(4, distribution, storage[1], start, columns)
     base = weights_of(generator, size, storage[0])
-    expected, out = torch.empty_like(base), torch.empty_like(base)
-    materialize_reference(expected, base, commits, **how)
-    materialize(out, base, commits, **how)
-    assert_same_bits(out, expected)
-    materialize_fan([out], base, commits[:1], **how)
-    materialize_reference(expected, base, commits[:1], **how)
-    assert_same_bits(out, expected)
+    out = made(base, commits, operands)
+    assert_same_bits(out, specified(base, commits, operands))
+    materialize_fan([out], base, commits[:1], operands)
+    assert_same_bits(out, specified(base, commits[:1], operands))
     # One direction alone, coefficient 1: the reference's zeros have the sign of the coefficient.
     zeros = torch.full_like(base[:5000], -0.0)
     for coefficient in (1.0, -1.0, -0.0):
         commit = Commit(np.array([3], np.uint64), np.array([coefficient], np.float32), 1)
-        materialize(out[:5000], zeros, [commit], **how)
-        materialize_reference(expected[:5000], zeros, [commit], **how)
-        assert_same_bits(out[:5000], expected[:5000])
+        assert_same_bits(made(zeros, [commit], operands), specified(zeros, [commit], operands))
 
 
 def test_the_first_element_that_is_not_finite_is_named_also_in_a_later_tile() -> None:
     """A wide matrix's tiles end in mid-row."""
     base = torch.zeros(20, 3000)
     base[5, 10] = base[2, 2900] = float("inf")
+    operands = Operands(0, Distribution.LOW_RANK_4, Rounding.NEAREST)
     with pytest.raises(NumericError, match=f"element {2 * 3000 + 2900} is inf"):
-        materialize(
-            base, base, [commit_of(np.random.default_rng(0), 3)], tensor_id=0,
-            distribution=Distribution.LOW_RANK_4, rounding=Rounding.NEAREST,
-        )  # fmt: skip
+        materialize(base, base, [commit_of(np.random.default_rng(0), 3)], operands)
 
 
 def test_a_zero_of_a_huge_coefficient_is_a_zero() -> None:
@@ -309,16 +276,14 @@ def test_a_zero_of_a_huge_coefficient_is_a_zero() -> None:
     place = int(np.argmin(np.abs(z)))
     assert z[place] == 0
     out = torch.zeros(1)
-    materialize(
-        out, out, [huge], tensor_id=0, start=place, columns=40,
-        distribution=Distribution.LOW_RANK_2, rounding=Rounding.NEAREST,
-    )  # fmt: skip
+    operands = Operands(0, Distribution.LOW_RANK_2, Rounding.NEAREST, place, 40)
+    materialize(out, out, [huge], operands)
     assert out.item() == 0.0
 
 
 @st.composite
 def fans(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
-    """Commits as measurements have them (the same local pairs, then one more), and some unlike that."""
+    """Commits of measurements (the same local pairs, then one more each), and some unlike those."""
     generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     local = commit_of(generator, draw(st.sampled_from([0, 0, 1, 3, 5])))
     last = st.tuples(st.integers(0, 2), st.sampled_from([1e-3, -1e-3, 0.0, -0.0, 1e-39, 2.0]))
@@ -342,46 +307,21 @@ def fans(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
 
 
 @settings(deadline=None, max_examples=120)
-@given(
-    fans(),
-    st.sampled_from(STORAGE),
-    st.sampled_from(Distribution),
-    columns_of,
-    places,
-    sizes,
-    st.sampled_from([1, 2, 3]),
-    st.data(),
-)
+@given(cases(fans()), threads_used, st.data())
 def test_a_fan_equals_one_call_for_each_output(
-    fan: tuple[list[Commit], np.random.Generator],
-    storage: tuple[torch.dtype, Rounding],
-    distribution: Distribution,
-    columns: int,
-    start: int,
-    size: int,
-    threads: int,
-    data: st.DataObject,
+    case: Case, threads: int, data: st.DataObject
 ) -> None:
-    commits, generator = fan
-    base = weights_of(generator, size, storage[0])
+    base, commits, operands = case.base, case.commits, case.operands
     kept = base.clone()
-    how: dict[str, Any] = {
-        "tensor_id": 4,
-        "columns": columns,
-        "distribution": distribution,
-        "rounding": storage[1],
-    }
     outs = [torch.empty_like(base) for _ in commits]
-    for begin, end in cut(data, size):
+    for begin, end in cut(data, len(base)):
         materialize_fan(
             [out[begin:end] for out in outs], base[begin:end], commits,
-            start=start + begin, threads=threads, **how,
+            operands._replace(start=operands.start + begin), threads=threads,
         )  # fmt: skip
     assert_same_bits(base, kept)
     for out, commit in zip(outs, commits, strict=True):
-        expected = torch.empty_like(base)
-        materialize_reference(expected, base, [commit], start=start, **how)
-        assert_same_bits(out, expected)
+        assert_same_bits(out, specified(base, [commit], operands))
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -395,30 +335,16 @@ def test_a_fan_in_threads_over_many_tiles(
         Commit(np.array([7, 8], np.uint64), np.array([1e-5, eps], np.float32), 3)
         for eps in (1e-3, -1e-3, 2e-3)
     ]
-    how: dict[str, Any] = {
-        "tensor_id": 4,
-        "start": 77,
-        "columns": 768,
-        "distribution": distribution,
-        "rounding": storage[1],
-    }
+    operands = Operands(4, distribution, storage[1], 77, 768)
     outs = [torch.empty_like(base) for _ in commits]
-    materialize_fan(outs, base, commits, threads=5, **how)
+    materialize_fan(outs, base, commits, operands, threads=5)
     for out, commit in zip(outs, commits, strict=True):
-        expected = torch.empty_like(base)
-        materialize(expected, base, [commit], threads=1, **how)
-        assert_same_bits(out, expected)
+        assert_same_bits(out, made(base, [commit], operands, threads=1))
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 @pytest.mark.parametrize("local", [0, 2])
 def test_a_fan_names_what_is_not_finite(storage: tuple[torch.dtype, Rounding], local: int) -> None:
-    how: dict[str, Any] = {
-        "tensor_id": 7,
-        "start": 1_000_000,
-        "name": "wte",
-        "rounding": storage[1],
-    }
     pairs = [(k, 0.0) for k in range(local)]
     huge = float(torch.finfo(storage[0]).max)
 
@@ -432,7 +358,8 @@ def test_a_fan_names_what_is_not_finite(storage: tuple[torch.dtype, Rounding], l
             for coefficient in (eps, -eps)
         ]
         outs = [torch.empty_like(base), torch.empty_like(base)]
-        materialize_fan(outs, base, commits, distribution=distribution, **how)
+        operands = Operands(7, distribution, storage[1], 1_000_000, name="wte")
+        materialize_fan(outs, base, commits, operands)
 
     for distribution in Distribution:
         for value in (float("nan"), float("-inf")):
@@ -452,7 +379,7 @@ def test_a_fan_names_what_is_not_finite(storage: tuple[torch.dtype, Rounding], l
 def test_a_fan_whose_tensors_overlap_is_refused() -> None:
     memory = torch.zeros(40)
     commits = [commit_of(np.random.default_rng(0), 1)] * 2
-    place: dict[str, Any] = {"tensor_id": 3, **RADEMACHER}
+    operands = RADEMACHER._replace(tensor_id=3)
     apart = torch.zeros(8)
     for first, second, base in (
         (memory[:8], memory[4:12], apart),
@@ -461,15 +388,15 @@ def test_a_fan_whose_tensors_overlap_is_refused() -> None:
         (memory[:8], apart, memory[7:15]),
     ):
         with pytest.raises(MismatchError, match="overlap"):
-            materialize_fan([first, second], base, commits, **place)
+            materialize_fan([first, second], base, commits, operands)
     with pytest.raises(MismatchError, match="1 outputs for 2 commits"):
-        materialize_fan([apart], memory[:8], commits, **place)
+        materialize_fan([apart], memory[:8], commits, operands)
     with pytest.raises(MismatchError, match="one size"):
-        materialize_fan([apart, memory[:9]], memory[10:18], commits, **place)
+        materialize_fan([apart, memory[:9]], memory[10:18], commits, operands)
     assert not memory.any()
-    materialize_fan([memory[:8], memory[8:16]], apart, commits, **place)
-    materialize_fan([], apart, [], **place)
-    materialize_fan([memory[:0], memory[:0]], apart[:0], commits, **place)
+    materialize_fan([memory[:8], memory[8:16]], apart, commits, operands)
+    materialize_fan([], apart, [], operands)
+    materialize_fan([memory[:0], memory[:0]], apart[:0], commits, operands)
 
 
 def golden_weights() -> list[dict[str, Any]]:
@@ -507,19 +434,25 @@ def golden_operands(case: dict[str, Any]) -> tuple[torch.Tensor, list[Commit]]:
     return base, commits
 
 
+def golden_place(case: dict[str, Any]) -> Operands:
+    return Operands(
+        case["tensor_id"], Distribution(case["distribution"]), Rounding(case["rounding"]),
+        case["start"], case.get("columns"),
+    )  # fmt: skip
+
+
+def hexadecimal(weights: torch.Tensor) -> str:
+    digits = 8 if weights.dtype == torch.float32 else 4
+    return " ".join(f"{v & (16**digits - 1):0{digits}x}" for v in bits(weights).tolist())
+
+
 @pytest.mark.parametrize("build", [materialize, materialize_reference])
 @pytest.mark.parametrize("case", golden_weights(), ids=golden_name)
 def test_golden_weights(build: Any, case: dict[str, Any]) -> None:
     base, commits = golden_operands(case)
     out = torch.empty_like(base)
-    build(
-        out, base, commits, tensor_id=case["tensor_id"], start=case["start"],
-        distribution=Distribution(case["distribution"]), rounding=Rounding(case["rounding"]),
-        columns=case.get("columns"),
-    )  # fmt: skip
-    digits = 8 if base.dtype == torch.float32 else 4
-    got = bits(out).tolist()
-    assert " ".join(f"{v & (16**digits - 1):0{digits}x}" for v in got) == case["result"]
+    build(out, base, commits, golden_place(case))
+    assert hexadecimal(out) == case["result"]
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -529,20 +462,17 @@ def test_a_decay_comes_before_the_pairs_and_is_rounded_by_itself(
     """Also that of a commit without pairs, and whatever the distribution."""
     generator = np.random.default_rng(11)
     base = weights_of(generator, 9000, storage[0])
-    how: dict[str, Any] = {"tensor_id": 4, "rounding": storage[1]}
     decay = np.float32(0.9)
     shrunk = torch.from_numpy(base.float().numpy() * decay)
     for distribution in Distribution:
         pairs = commit_of(generator, 3)
         commit = Commit(pairs.seeds, pairs.coefficients, 5, decay=float(decay))
-        out = torch.empty_like(base)
-        materialize(out, base, [commit], distribution=distribution, **how)
+        operands = Operands(4, distribution, storage[1])
+        out = made(base, [commit], operands)
         if storage[0] == torch.float32:
-            exact = torch.empty_like(shrunk)
-            materialize(exact, shrunk, [pairs], distribution=distribution, **how)
-            assert_same_bits(out, exact)
+            assert_same_bits(out, made(shrunk, [pairs], operands))
         nothing = Commit(np.empty(0, np.uint64), np.empty(0, np.float32), 5, decay=float(decay))
-        materialize(out, base, [nothing], distribution=distribution, **how)
+        out = made(base, [nothing], operands)
         if storage[0] == torch.float32:
             assert_same_bits(out, shrunk)
         elif storage[1] is Rounding.NEAREST:
@@ -568,16 +498,12 @@ def test_a_thousand_commits_with_and_without_decay(storage: tuple[torch.dtype, R
         for k in range(1000)
     ]
     base = weights_of(generator, 4600, storage[0])
-    how: dict[str, Any] = {
-        "tensor_id": 4, "start": 77, "distribution": Distribution.RADEMACHER, "rounding": storage[1],
-    }  # fmt: skip
-    fused, one_by_one, expected = torch.empty_like(base), base.clone(), torch.empty_like(base)
-    materialize(fused, base, commits, **how)
+    operands = Operands(4, Distribution.RADEMACHER, storage[1], 77)
+    fused, one_by_one = made(base, commits, operands), base.clone()
     for commit in commits:
-        materialize(one_by_one, one_by_one, [commit], **how)
+        materialize(one_by_one, one_by_one, [commit], operands)
     assert_same_bits(fused, one_by_one)
-    materialize_reference(expected, base, commits, **how)
-    assert_same_bits(fused, expected)
+    assert_same_bits(fused, specified(base, commits, operands))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -585,17 +511,10 @@ def test_nearest_rounds_like_torch(dtype: torch.dtype) -> None:
     generator = np.random.default_rng(5)
     base = weights_of(generator, 9000, dtype)
     commit = commit_of(generator, 1, scale=1e-2)
-    rounded, exact = torch.empty_like(base), torch.empty(9000)
     for distribution in Distribution:
-        materialize(
-            rounded, base, [commit], tensor_id=0,
-            distribution=distribution, rounding=Rounding.NEAREST,
-        )  # fmt: skip
-        materialize(
-            exact, base.float(), [commit], tensor_id=0,
-            distribution=distribution, rounding=Rounding.NEAREST,
-        )  # fmt: skip
-        assert_same_bits(rounded, exact.to(dtype))
+        operands = Operands(0, distribution, Rounding.NEAREST)
+        exact = made(base.float(), [commit], operands)
+        assert_same_bits(made(base, [commit], operands), exact.to(dtype))
 
 
 def float16_of_all_patterns() -> torch.Tensor:
@@ -609,18 +528,14 @@ def test_what_float16_represents_is_unchanged(build: Any, rounding: Rounding) ->
     """Whatever the random bits; adding -0 keeps the sign of zeros too."""
     base = float16_of_all_patterns()
     sign = spec.rademacher(np.zeros(1, np.int64), 5, 0)[0]
+    operands = Operands(0, Distribution.RADEMACHER, rounding)
     for rounding_seed in range(8):
         out = torch.empty_like(base)
         nothing = Commit(np.array([], np.uint64), np.array([], np.float32), rounding_seed)
-        build(
-            out, base, [nothing], tensor_id=0,
-            distribution=Distribution.RADEMACHER, rounding=rounding,
-        )  # fmt: skip
+        build(out, base, [nothing], operands)
         assert_same_bits(out, base)
         zero = Commit(np.array([5], np.uint64), np.array([-0.0 * sign], np.float32), rounding_seed)
-        build(
-            out, base, [zero], tensor_id=0, distribution=Distribution.RADEMACHER, rounding=rounding
-        )
+        build(out, base, [zero], operands)
         assert torch.equal(out, base)
 
 
@@ -633,16 +548,8 @@ def test_float16_of_any_size_equals_the_reference(rounding: Rounding, step: floa
         Commit(np.array([k], np.uint64), np.array([step], np.float32), 2**64 - 1 - k)
         for k in range(3)
     ]
-    how: dict[str, Any] = {
-        "tensor_id": 1,
-        "start": 1000,
-        "distribution": Distribution.RADEMACHER,
-        "rounding": rounding,
-    }
-    expected, out = torch.empty_like(base), torch.empty_like(base)
-    materialize_reference(expected, base, commits, **how)
-    materialize(out, base, commits, **how)
-    assert_same_bits(out, expected)
+    operands = Operands(1, Distribution.RADEMACHER, rounding, 1000)
+    assert_same_bits(made(base, commits, operands), specified(base, commits, operands))
 
 
 def test_float16_rounds_to_a_neighbour_and_right_on_average() -> None:
@@ -654,11 +561,8 @@ def test_float16_rounds_to_a_neighbour_and_right_on_average() -> None:
         base = torch.full((count,), value, dtype=torch.float16)
         for share in (0.3, 1e-3):
             commit = Commit(np.array([5], np.uint64), np.array([share * step], np.float32), 123)
-            out = torch.empty_like(base)
-            materialize(
-                out, base, [commit], tensor_id=tensor_id,
-                distribution=Distribution.RADEMACHER, rounding=Rounding.STOCHASTIC,
-            )  # fmt: skip
+            operands = Operands(tensor_id, Distribution.RADEMACHER, Rounding.STOCHASTIC)
+            out = made(base, [commit], operands)
             moved = (out.double().numpy() - value) * signs / step
             assert ((moved >= 0) & (moved <= 1)).all()
             error = np.abs(moved.mean() - share) / math.sqrt(share / count)
@@ -674,7 +578,7 @@ def test_float16_ties_and_the_limit() -> None:
         commit = Commit(np.array([5], np.uint64), np.array([step * sign], np.float32), 0)
         for build in (materialize, materialize_reference):
             out = torch.empty(1, dtype=torch.float16)
-            build(out, base[i : i + 1], [commit], tensor_id=0, **RADEMACHER)
+            build(out, base[i : i + 1], [commit], RADEMACHER)
             assert out.item() == expected[i]
 
 
@@ -682,25 +586,17 @@ def test_stochastic_rounding_is_right_on_average() -> None:
     count = 1 << 16
     base = torch.full((count,), 1.0, dtype=torch.bfloat16)
     step = 2.0**-7  # between neighbours of 1 in bfloat16
-    out = torch.empty_like(base)
     seeds = np.array([5], dtype=np.uint64)
     coefficient = np.array([0.3 * step], dtype=np.float32)
-    materialize(
-        out, base, [Commit(seeds, coefficient, 123)], tensor_id=0,
-        distribution=Distribution.RADEMACHER, rounding=Rounding.STOCHASTIC,
-    )  # fmt: skip
+    operands = Operands(0, Distribution.RADEMACHER, Rounding.STOCHASTIC)
+    out = made(base, [Commit(seeds, coefficient, 123)], operands)
     up = spec.rademacher(np.arange(count, dtype=np.int64), 5, 0) > 0
     moved = out.float().numpy() - 1.0
     assert set(np.unique(moved[up])) == {0.0, step}
     assert set(np.unique(moved[~up])) == {-step / 2, 0.0}  # below 1 the neighbours are half as far
     assert abs(float((moved[up] > 0).mean()) - 0.3) < 0.01
     assert abs(float((moved[~up] < 0).mean()) - 0.6) < 0.01
-    other = torch.empty_like(base)
-    materialize(
-        other, base, [Commit(seeds, coefficient, 124)], tensor_id=0,
-        distribution=Distribution.RADEMACHER, rounding=Rounding.STOCHASTIC,
-    )  # fmt: skip
-    assert not torch.equal(out, other)
+    assert not torch.equal(out, made(base, [Commit(seeds, coefficient, 124)], operands))
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -713,27 +609,19 @@ def test_subnormals_are_kept_even_where_torch_flushes_them(
     steps = np.array([1e-41, 3e-42, 1e-45, -2e-41]) * scale
     pairs = np.arange(4, dtype=np.uint64), steps.astype(np.float32)
     commits = [Commit(*pairs, 9), Commit(*pairs, 10, decay=0.75)]
-    how: dict[str, Any] = {
-        "tensor_id": 0,
-        "distribution": Distribution.GAUSSIAN,
-        "rounding": storage[1],
-    }
-    expected, out = torch.empty_like(base), torch.empty_like(base)
-    materialize_reference(expected[:5000], base[:5000], commits, **how)
-    materialize(expected, base, commits, threads=1, **how)
+    operands = Operands(0, Distribution.GAUSSIAN, storage[1])
+    expected, out = made(base, commits, operands, threads=1), torch.empty_like(base)
+    assert_same_bits(expected[:5000], specified(base[:5000], commits, operands))
     if not torch.set_flush_denormal(True):
         pytest.skip("this CPU cannot flush subnormals")
     try:
         with concurrent.futures.ThreadPoolExecutor(1) as flushing:  # inherits the flushing mode
-            flushing.submit(materialize, out, base, commits, threads=4, **how).result()
+            flushing.submit(materialize, out, base, commits, operands, threads=4).result()
             flushed = torch.ones(1) * 1e-40
     finally:
         torch.set_flush_denormal(False)
     assert flushed.item() == 0.0  # the mode was on, and was restored in this thread
     assert_same_bits(out, expected)
-    check = torch.empty_like(base[:5000])
-    materialize_reference(check, base[:5000], commits, **how)
-    assert_same_bits(check, out[:5000])
     assert len(set(bits(out[:100]).tolist())) > 1
 
 
@@ -744,11 +632,10 @@ def test_the_rounding_mode_is_set_and_restored() -> None:
     toward_zero = np.uint64(int(cpu.STRICT_CONTROL) | 0x6000)
     generator = np.random.default_rng(5)
     base, commits = weights_of(generator, 5000, torch.float32), [commit_of(generator, 9)]
-    expected, out = torch.empty_like(base), torch.empty_like(base)
-    materialize(expected, base, commits, tensor_id=0, **RADEMACHER)
+    expected, out = made(base, commits, RADEMACHER), torch.empty_like(base)
     try:
         cpu.exchange_float_control(toward_zero)
-        materialize(out, base, commits, tensor_id=0, **RADEMACHER)
+        materialize(out, base, commits, RADEMACHER)
         restored = int(cpu.exchange_float_control(before)) & 0x6000
     finally:
         cpu.exchange_float_control(before)
@@ -765,25 +652,22 @@ def test_a_bad_weight_is_named(
     base = torch.zeros(9000, dtype=storage[0])
     base[[4100, 8999]] = value
     commits = [commit_of(np.random.default_rng(0), 3, decay=decay) for decay in (1.0, 1e-40)]
+    operands = Operands(7, Distribution.GAUSSIAN, storage[1], 1_000_000, name="wte")
     with pytest.raises(NumericError, match=r"Tensor 7 \(wte\): element 1004100 is (nan|-?inf)"):
-        build(
-            base.clone(), base, commits, tensor_id=7, start=1_000_000, name="wte",
-            distribution=Distribution.GAUSSIAN, rounding=storage[1],
-        )  # fmt: skip
+        build(base.clone(), base, commits, operands)
+    operands = RADEMACHER._replace(tensor_id=7)
     with pytest.raises(NumericError, match="Tensor 7: element 4100 is"):
-        require_finite(base, tensor_id=7)
-    require_finite(base[:4100], tensor_id=7)
+        require_finite(base, operands)
+    require_finite(base[:4100], operands)
 
 
 @pytest.mark.parametrize("pattern", [0x7F800001, 0x7FFFFFFF, 0xFFFFFFFF, 0xFFC00000])
 def test_no_nan_is_rounded_into_a_number(pattern: int) -> None:
     base = torch.tensor([pattern >> 16], dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
     for rounding in Rounding:
+        operands = Operands(0, Distribution.RADEMACHER, rounding)
         with pytest.raises(NumericError, match="element 0 is"):
-            materialize(
-                base.clone(), base, [commit_of(np.random.default_rng(0), 1)], tensor_id=0,
-                distribution=Distribution.RADEMACHER, rounding=rounding,
-            )  # fmt: skip
+            made(base, [commit_of(np.random.default_rng(0), 1)], operands)
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -796,11 +680,9 @@ def test_an_overflow_is_named(storage: tuple[torch.dtype, Rounding]) -> None:
     seeds = np.array([5], dtype=np.uint64)
     commits = [Commit(seeds, sign * huge, 1), Commit(seeds, -sign * huge, 2)]
     for build in (materialize, materialize_reference):
+        operands = Operands(0, Distribution.RADEMACHER, storage[1])
         with pytest.raises(NumericError, match="Tensor 0: element 4999 is inf"):
-            build(
-                torch.empty_like(base), base, commits, tensor_id=0,
-                distribution=Distribution.RADEMACHER, rounding=storage[1],
-            )  # fmt: skip
+            build(torch.empty_like(base), base, commits, operands)
 
 
 def test_bad_commits_are_refused() -> None:
@@ -826,42 +708,42 @@ def test_a_commit_takes_any_array_and_keeps_its_own() -> None:
     seeds = np.arange(8, dtype=np.uint64)
     coefficients = np.linspace(-1, 1, 8, dtype=np.float32)
     plain, read = torch.zeros(500), torch.zeros(500)
-    materialize(plain, plain, [Commit(seeds[::2], coefficients[::2], 0)], tensor_id=0, **RADEMACHER)
-    compiled = len(cpu.materialize_float32.signatures)  # type: ignore[attr-defined]  # numba's
+    materialize(plain, plain, [Commit(seeds[::2], coefficients[::2], 0)], RADEMACHER)
+    compiled = len(cpu.apply_float32.signatures)  # type: ignore[attr-defined]  # numba's
     commit = Commit(
         np.frombuffer(seeds[::2].tobytes(), np.uint64),
         np.frombuffer(coefficients[::2].tobytes(), np.float32),
         0,
     )
-    materialize(read, read, [commit], tensor_id=0, **RADEMACHER)
+    materialize(read, read, [commit], RADEMACHER)
     assert_same_bits(read, plain)
-    assert len(cpu.materialize_float32.signatures) == compiled  # type: ignore[attr-defined]
+    assert len(cpu.apply_float32.signatures) == compiled  # type: ignore[attr-defined]
     own = Commit(seeds, coefficients, 0)
     seeds[:], coefficients[:] = 0, np.nan
     assert own.seeds.tolist() == list(range(8))
     assert np.isfinite(own.coefficients).all()
 
 
-def refused() -> Sequence[tuple[str, type[Exception], torch.Tensor, torch.Tensor, dict[str, int]]]:
-    zeros, memory = torch.zeros(8), torch.zeros(12)
+def refused() -> Sequence[tuple[str, type[Exception], torch.Tensor, torch.Tensor, Operands]]:
+    zeros, memory, plain = torch.zeros(8), torch.zeros(12), RADEMACHER
     return [
-        ("one size", MismatchError, zeros, torch.zeros(9), {}),
-        ("one dtype", MismatchError, zeros, zeros.bfloat16(), {}),
-        ("one dtype", MismatchError, zeros.half(), zeros.bfloat16(), {}),
-        ("float32, bfloat16 or float16", MismatchError, zeros.double(), zeros.double(), {}),
-        ("contiguous", MismatchError, zeros, torch.zeros(8, 2)[:, 0], {}),
-        ("CPU", MismatchError, zeros, zeros.to("meta"), {}),
-        ("overlap", MismatchError, memory[4:], memory[:8], {}),
-        ("tensor id", NumericError, zeros, zeros, {"tensor_id": 2**32}),
-        ("tensor id", NumericError, zeros, zeros, {"tensor_id": -1}),
-        ("elements", NumericError, zeros, zeros, {"start": -1}),
-        ("elements", NumericError, zeros, zeros, {"start": 2**48 - 7}),
-        ("columns", NumericError, zeros, zeros, {"columns": 0}),
-        ("columns", NumericError, zeros, zeros, {"columns": 2**48 + 1}),
+        ("one size", MismatchError, zeros, torch.zeros(9), plain),
+        ("one dtype", MismatchError, zeros, zeros.bfloat16(), plain),
+        ("one dtype", MismatchError, zeros.half(), zeros.bfloat16(), plain),
+        ("float32, bfloat16 or float16", MismatchError, zeros.double(), zeros.double(), plain),
+        ("contiguous", MismatchError, zeros, torch.zeros(8, 2)[:, 0], plain),
+        ("CPU", MismatchError, zeros, zeros.to("meta"), plain),
+        ("overlap", MismatchError, memory[4:], memory[:8], plain),
+        ("tensor id", NumericError, zeros, zeros, plain._replace(tensor_id=2**32)),
+        ("tensor id", NumericError, zeros, zeros, plain._replace(tensor_id=-1)),
+        ("elements", NumericError, zeros, zeros, plain._replace(start=-1)),
+        ("elements", NumericError, zeros, zeros, plain._replace(start=2**48 - 7)),
+        ("columns", NumericError, zeros, zeros, plain._replace(columns=0)),
+        ("columns", NumericError, zeros, zeros, plain._replace(columns=2**48 + 1)),
     ]
 
 
-@pytest.mark.parametrize(("message", "error", "out", "base", "place"), refused())
+@pytest.mark.parametrize(("message", "error", "out", "base", "operands"), refused())
 @pytest.mark.parametrize("build", [materialize, materialize_reference])
 def test_bad_operands_are_refused_untouched(
     build: Any,
@@ -869,40 +751,38 @@ def test_bad_operands_are_refused_untouched(
     error: type[Exception],
     out: torch.Tensor,
     base: torch.Tensor,
-    place: dict[str, int],
+    operands: Operands,
 ) -> None:
     before = out.clone()
     commit = commit_of(np.random.default_rng(0), 3)
     with pytest.raises(error, match=message):
-        build(out, base, [commit], **{"tensor_id": 0, **place}, **RADEMACHER)
+        build(out, base, [commit], operands)
     assert torch.equal(out, before)
 
 
 def test_shapes_parameters_and_empty_tensors() -> None:
     commit = commit_of(np.random.default_rng(0), 3)
     flat = torch.ones(6 * 50)
-    materialize(flat, flat, [commit], tensor_id=0, **RADEMACHER)
+    materialize(flat, flat, [commit], RADEMACHER)
     parameter = torch.nn.Parameter(torch.ones(6, 50))
-    materialize(parameter, parameter, [commit], tensor_id=0, **RADEMACHER)
+    materialize(parameter, parameter, [commit], RADEMACHER)
     assert_same_bits(parameter.detach().view(-1), flat)
     one = torch.ones(())
-    materialize(one, one, [commit], tensor_id=0, **RADEMACHER)
+    materialize(one, one, [commit], RADEMACHER)
     assert one == flat[0]
     row = torch.empty(2, 50)
-    materialize(row, torch.ones(2, 50), [commit], tensor_id=0, start=100, **RADEMACHER)
+    materialize(row, torch.ones(2, 50), [commit], RADEMACHER._replace(start=100))
     assert_same_bits(row, flat.view(6, 50)[2:4])
-    materialize(torch.empty(0), torch.empty(0), [commit], tensor_id=0, **RADEMACHER)
-    copied = torch.empty_like(flat)
-    materialize(copied, flat, [], tensor_id=0, **RADEMACHER)
-    assert_same_bits(copied, flat)
+    materialize(torch.empty(0), torch.empty(0), [commit], RADEMACHER)
+    assert_same_bits(made(flat, [], RADEMACHER), flat)
 
 
 def test_nothing_is_compiled_after_the_warm_up() -> None:
-    """Compiling takes seconds: a kernel called with other types than before would take them in a round."""
+    """Compiling takes seconds, which a kernel called with new types would cost in a round."""
     warm_up()
     kernels: list[Any] = [
-        cpu.materialize_float32,
-        cpu.materialize_tiles,
+        cpu.apply_float32,
+        cpu.apply_tiles,
         cpu.fan_float32,
         cpu.fan_tiles,
         cpu.factor_signs,
@@ -911,19 +791,14 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     local = commit_of(generator, 3, rounding_seed=2**64 - 1)
     decayed = commit_of(generator, 3, decay=0.5)
     for (dtype, rounding), distribution in itertools.product(STORAGE, Distribution):
-        how: dict[str, Any] = {
-            "tensor_id": 2**32 - 1,
-            "start": 2**48 - 6000,
-            "distribution": distribution,
-            "rounding": rounding,
-        }
+        operands = Operands(2**32 - 1, distribution, rounding, 2**48 - 6000)
         weights = torch.nn.Parameter(torch.zeros(60, 100, dtype=dtype), requires_grad=False)
         outs = list(torch.empty(3, 60, 100, dtype=dtype))
         for commits in ([], [local], [local, local], [local, decayed, local], [decayed]):
-            materialize(weights, weights, commits, **how)
-            materialize(outs[0], weights, commits, **how)
+            materialize(weights, weights, commits, operands)
+            materialize(outs[0], weights, commits, operands)
         for fan in ([local], [local, local, local], [local, decayed]):
-            materialize_fan(outs[: len(fan)], weights, fan, **how)
+            materialize_fan(outs[: len(fan)], weights, fan, operands)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for side in Side:
             factors([2**64 - 1], 2**32 - 1, side, 9, 4, dtype=dtype, device=torch.device("cpu"))
@@ -932,19 +807,19 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
 
 def test_the_last_dimension_is_the_columns() -> None:
     commit = commit_of(np.random.default_rng(0), 3)
-    how: dict[str, Any] = {"distribution": Distribution.LOW_RANK_2, "rounding": Rounding.NEAREST}
+    operands = Operands(0, Distribution.LOW_RANK_2, Rounding.NEAREST)
     flat, matrix, deep = torch.ones(6 * 50), torch.ones(6, 50), torch.ones(3, 2, 50)
-    materialize(flat, flat, [commit], tensor_id=0, columns=50, **how)
-    materialize(matrix, matrix, [commit], tensor_id=0, **how)
-    materialize(deep, deep, [commit], tensor_id=0, **how)
+    materialize(flat, flat, [commit], operands._replace(columns=50))
+    materialize(matrix, matrix, [commit], operands)
+    materialize(deep, deep, [commit], operands)
     assert_same_bits(matrix.view(-1), flat)
     assert_same_bits(deep.view(-1), flat)
     block = torch.empty(2, 50)
-    materialize(block, torch.ones(2, 50), [commit], tensor_id=0, start=100, **how)
+    materialize(block, torch.ones(2, 50), [commit], operands._replace(start=100))
     assert_same_bits(block, matrix[2:4])
     one, row = torch.ones(()), torch.ones(1)
-    materialize(one, one, [commit], tensor_id=0, **how)
-    materialize(row, row, [commit], tensor_id=0, **how)
+    materialize(one, one, [commit], operands)
+    materialize(row, row, [commit], operands)
     assert one == row[0]
     with pytest.raises(AssertionError):
         assert_same_bits(flat, torch.ones(300))
@@ -955,12 +830,10 @@ def test_a_forked_child_has_its_own_threads() -> None:
     warm_up()
     commits = [commit_of(np.random.default_rng(0), 8)]
     base = torch.ones(400_000)
-    out = torch.empty_like(base)
-    materialize(out, base, commits, tensor_id=0, threads=3, **RADEMACHER)
+    out = made(base, commits, RADEMACHER, threads=3)
     child = os.fork()
     if child == 0:
-        again = torch.empty_like(base)
-        materialize(again, base, commits, tensor_id=0, threads=3, **RADEMACHER)
+        again = made(base, commits, RADEMACHER, threads=3)
         os._exit(0 if again.numpy().tobytes() == out.numpy().tobytes() else 1)
     _, status = os.waitpid(child, 0)
     assert status == 0

@@ -25,13 +25,14 @@ from fedmezo_core.errors import ConfigError, MeasurementError
 from fedmezo_core.events import Work
 from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo import objectives
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Estimator, Pair, local_steps
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from fedmezo_core.zo.objectives import SCORE_ABS_MAX, Objective, Predictions, load_objective
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES
@@ -110,14 +111,8 @@ def _moved(model: nn.Module, pairs: Sequence[Pair], rounding_seed: int) -> nn.Mo
         rounding_seed,
     )
     for entry, tensor in zip(manifest, trained_tensors(moved, manifest), strict=True):
-        materialize(
-            tensor,
-            tensor,
-            [commit],
-            tensor_id=entry.tensor_id,
-            distribution=Distribution.RADEMACHER,
-            rounding=Rounding.STOCHASTIC,
-        )
+        operands = Operands(entry.tensor_id, Distribution.RADEMACHER, Rounding.STOCHASTIC)
+        materialize(tensor, tensor, [commit], operands)
     return moved
 
 
@@ -232,14 +227,14 @@ def test_the_largest_scores_are_clipped(
         rounding=Rounding.STOCHASTIC,
         objective=lambda _: next(scores),
     )
-    steps = local_steps(
+    [measured] = local_steps(
         estimator,
         lambda _: batch,
         Work((99,), learning_rate=1e-6, eps=1e-3, want_digest=False),
         RunConfig(run_id="clip", model="none", task=task.config),
     )
-    assert steps.projected_grads.tolist() == [1e4]
-    assert steps.loss == 0.0
+    assert measured.projected_grad == 1e4
+    assert measured.loss == 0.0
 
 
 def test_a_diverged_model_is_not_scored(

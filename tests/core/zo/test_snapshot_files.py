@@ -17,9 +17,9 @@ from torch import nn
 from fedmezo_core.errors import DivergedError, SnapshotDamagedError, SnapshotError
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo import snapshot_files
-from fedmezo_core.zo.materialize import Commit, Rounding
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.model.manifest import manifest_of
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.snapshot_files import install_snapshot, sha256_of, write_snapshot
 from fedmezo_core.zo.weights import Weights
 

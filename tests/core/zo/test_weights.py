@@ -20,18 +20,14 @@ from torch import nn
 from fedmezo_core.errors import ConfigError, DivergedError, MismatchError, NumericError
 from fedmezo_core.records import Committed, SeedRange
 from fedmezo_core.zo import devices
+from fedmezo_core.zo.arithmetic_spec import materialize_reference
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.kept_base import KeptBase
-from fedmezo_core.zo.materialize import (
-    Commit,
-    Rounding,
-    materialize,
-    materialize_fan,
-    materialize_reference,
-)
+from fedmezo_core.zo.materialize import materialize, materialize_fan
 from fedmezo_core.zo.model.loading import load_model
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.placement import Placement
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from fedmezo_core.zo.party import commits_of
 from fedmezo_core.zo.weights import Weights
 
@@ -66,7 +62,8 @@ def _rebuilt(model: nn.Module, commits: Sequence[Commit]) -> bytes:
     ]
     manifest = manifest_of(model)
     for entry, tensor in zip(manifest, trained_tensors(model, manifest), strict=True):
-        materialize(tensor, tensor.clone(), plain, tensor_id=entry.tensor_id, **HOW)
+        operands = Operands(entry.tensor_id, **HOW)
+        materialize(tensor, tensor.clone(), plain, operands)
     return _weights(model).digest()
 
 
@@ -148,9 +145,9 @@ def test_materialize_refuses_what_only_the_holder_can_do() -> None:
     commit = _commit(1, from_base=True)
     for build in (materialize, materialize_reference):
         with pytest.raises(AssertionError):
-            build(torch.ones(3), torch.ones(3), [commit], tensor_id=0, **HOW)
+            build(torch.ones(3), torch.ones(3), [commit], Operands(0, **HOW))
     with pytest.raises(AssertionError):
-        materialize_fan([torch.ones(3)], torch.ones(3), [commit], tensor_id=0, **HOW)
+        materialize_fan([torch.ones(3)], torch.ones(3), [commit], Operands(0, **HOW))
 
 
 def test_on_a_device(model_of: ModelOf, monkeypatch: pytest.MonkeyPatch) -> None:

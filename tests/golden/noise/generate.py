@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize_reference
-from fedmezo_core.zo.noise import NOISE_VERSION, Distribution, spec
+from fedmezo_core.zo.arithmetic_spec import materialize_reference
+from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.noise import NOISE_VERSION, Distribution, Operands, Rounding, spec
 
 PLACES = [
     # (seed, tensor id, first element)
@@ -82,9 +83,8 @@ def decayed_weights() -> list[dict[str, Any]]:
         start = 2**33 - 16
         shape: dict[str, Any] = {"columns": 7} if distribution.rank else {}
         materialize_reference(
-            out, base, commits, tensor_id=5, start=start, distribution=distribution,
-            rounding=rounding, **shape,
-        )  # fmt: skip
+            out, base, commits, Operands(5, distribution, rounding, start, shape.get("columns"))
+        )
         cases.append(
             {
                 "distribution": distribution.value,
@@ -185,14 +185,7 @@ def main() -> None:
         start = 2**33 - 16
         shape: dict[str, Any] = {"columns": 7} if distribution.rank else {}
         materialize_reference(
-            out,
-            base,
-            commits,
-            tensor_id=5,
-            start=start,
-            distribution=distribution,
-            rounding=rounding,
-            **shape,
+            out, base, commits, Operands(5, distribution, rounding, start, shape.get("columns"))
         )
         weights.append(
             {

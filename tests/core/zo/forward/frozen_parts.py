@@ -14,9 +14,8 @@ from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, Measurement, Pair
 from fedmezo_core.zo.forward.row_states import RowStates
-from fedmezo_core.zo.materialize import Rounding
 from fedmezo_core.zo.model.manifest import Manifest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from tests.core.zo.conftest import SENTENCES
 
 EPS = 1e-2

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.zo import estimator as estimator_module
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.forward.forward import Forward
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.loading import add_adapter
 from fedmezo_core.zo.model.manifest import manifest_of
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from tests.core.zo.conftest import MODEL_KINDS
 from tests.core.zo.forward.frozen_parts import (
     EPS,

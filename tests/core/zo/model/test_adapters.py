@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError, MismatchError, ModelError
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter
-from fedmezo_core.zo.materialize import Commit
 from fedmezo_core.zo.model.loading import load_model, quiet
 from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.party import Party, open_party

@@ -20,9 +20,9 @@ from transformers import (
 
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.estimator import Estimator
-from fedmezo_core.zo.materialize import Commit
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.party import Party, open_party
 from tests.core.zo.conftest import SENTENCES

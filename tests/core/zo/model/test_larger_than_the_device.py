@@ -18,16 +18,16 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig, TaskConfig
 from fedmezo_core.errors import ModelError
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Estimator, Measurement, Pair
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.loading import load_model
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of
 from fedmezo_core.zo.model.offload import offload_hooks, stored_parameters
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES
 

@@ -17,11 +17,12 @@ from torch import nn
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ConfigError, ModelError
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
+from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.loading import adapter_seed, load_model
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.weight_digest import base_digest, tokenizer_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 LORA = LoraConfig(rank=4, alpha=8, target_modules=("q_proj", "v_proj"))
 
@@ -83,9 +84,7 @@ def test_lora_starts_at_the_same_bits_at_every_party(
                     0,
                 )
             ],
-            tensor_id=entry.tensor_id,
-            distribution=Distribution.GAUSSIAN,
-            rounding=Rounding.NEAREST,
+            Operands(entry.tensor_id, Distribution.GAUSSIAN, Rounding.NEAREST),
         )
         assert torch.equal(tensor, expected)
 

@@ -14,7 +14,7 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from torch import nn
 
 from fedmezo_core.errors import ModelError
-from fedmezo_core.zo.materialize import Commit, Rounding
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.offload import (
     execution_device,
@@ -24,7 +24,7 @@ from fedmezo_core.zo.model.offload import (
     unique_parameters,
 )
 from fedmezo_core.zo.model.weight_digest import base_digest, weights_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

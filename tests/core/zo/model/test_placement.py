@@ -11,13 +11,13 @@ import torch
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ConfigError, ModelError
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter, export_model
-from fedmezo_core.zo.materialize import Commit, Rounding
 from fedmezo_core.zo.model.loading import LoadedModel, load_model
 from fedmezo_core.zo.model.offload import stored_parameters
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
-from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 
 COMMITS = [Commit(np.array([5, 6], np.uint64), np.array([0.02, -0.01], np.float32), 1)]

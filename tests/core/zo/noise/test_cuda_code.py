@@ -1,4 +1,4 @@
-"""What the CUDA kernels are compiled to, without a GPU: nothing fuses, flushes, approximates or spills."""
+"""The CUDA kernels, compiled without a GPU: nothing fuses, flushes, approximates or spills."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[4]
 
 @pytest.fixture(scope="module", params=[80, 90], ids=["sm_80", "sm_90"])
 def code(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """Of the most different kernels. In a process of its own, whose Triton compiles."""
+    """The most different kernels, compiled in a process of its own: here, Triton interprets."""
     pytest.importorskip("triton", reason="Triton is not installed: nothing compiles the kernels")
+    script = "benchmarks/engine/cuda_code.py"
     done = subprocess.run(
-        [sys.executable, "benchmarks/engine/cuda_code.py", "--json", "--arch", str(request.param), "--kernels", "5"],
+        [sys.executable, script, "--json", "--arch", str(request.param), "--kernels", "5"],
         cwd=ROOT,
         env={
             **os.environ,
@@ -65,7 +66,7 @@ def test_nothing_spills(code: list[dict[str, Any]]) -> None:
 
 
 def test_no_loop_forgets_what_it_carries(code: list[dict[str, Any]]) -> None:
-    """Triton 3.6 and 3.7 drop a bound that an outer loop carries to an inner one, and take its first value."""
+    """Triton 3.6 and 3.7 forget the changes of a bound that an outer loop carries to an inner one."""
     for kernel in code:
         before, after = kernel["carried"]
         assert before == after, kernel["kernel"]

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.forward.low_rank import Side, factors
-from fedmezo_core.zo.materialize import Commit, Rounding, materialize
-from fedmezo_core.zo.noise import Distribution, cpu, noise, spec
+from fedmezo_core.zo.materialize import materialize
+from fedmezo_core.zo.noise import Distribution, Operands, Rounding, cpu, noise, spec
 from tests.core.zo.noise.test_noise_spec import (
     LOW_RANK,
     columns_of,
@@ -38,10 +39,8 @@ def generated(
     """`z` by the kernels: minus zero is the one float to which adding z gives z, zeros included."""
     out = torch.full((count,), -0.0)
     pair = Commit(np.array([seed], np.uint64), np.ones(1, np.float32), 0)
-    materialize(
-        out, out, [pair], tensor_id=tensor_id, start=start, columns=columns, threads=threads,
-        distribution=distribution, rounding=Rounding.NEAREST,
-    )  # fmt: skip
+    operands = Operands(tensor_id, distribution, Rounding.NEAREST, start, columns)
+    materialize(out, out, [pair], operands, threads=threads)
     return out.numpy()
 
 
