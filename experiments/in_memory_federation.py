@@ -47,7 +47,8 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
+from fedmezo_core.journal.codec import encode_records
+from fedmezo_core.journal.journal import COMMITTED, Journal, JournalStore, MemoryStore
 from fedmezo_core.machines.rounds import Phase, RoundMachine
 from fedmezo_core.machines.session import SessionMachine
 from fedmezo_core.records import Committed, Evaluated
@@ -121,7 +122,7 @@ class InMemoryFederation:
         )
         self._machine = RoundMachine()
         genesis = party.genesis()
-        [entry] = self.journal.append([genesis])
+        [entry] = self.journal.append(encode_records([genesis]))
         self._machine.apply(genesis)
         self._index = CommitIndex()
         self._index.fold(entry)
@@ -217,9 +218,10 @@ class InMemoryFederation:
 
     def _flush(self, ready: Ready) -> None:
         """Append, then send: commits to everyone first."""
-        for entry in self.journal.append(ready.records) if ready.records else ():
+        bodies = encode_records(ready.records)
+        for entry in self.journal.append(bodies) if bodies else ():
             self._index.fold(entry)
-            if isinstance(entry.record, Committed):
+            if entry.row.kind == COMMITTED:
                 for worker in self._joined:
                     self._send(worker, commit_to_pb(entry.row))
         for message in ready.messages:

@@ -11,7 +11,7 @@ from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings
 
 from fedmezo_coordinator.serving.session_limit import JOINS_AT_A_TIME, SESSIONS_LIMIT, SESSIONS_MAX
-from fedmezo_coordinator.stores.opening import path_beside
+from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, parse_run
 from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey
 from fedmezo_core.machines.cohort import REPLICA_PARTY

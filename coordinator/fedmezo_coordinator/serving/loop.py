@@ -47,8 +47,9 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal.codec import config_to_pb
-from fedmezo_core.journal.journal import Entry, Journal, Row, StoredOrigin
+from fedmezo_core.journal.codec import config_to_pb, decode_record
+from fedmezo_core.journal.journal import COMMITTED, GENESIS, Entry, Journal, Row
+from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.machines.divergence import DigestBoard, PartyDigest
 from fedmezo_core.machines.rounds import Phase, RoundSummary, WorkerView
 from fedmezo_core.records import Committed, Genesis, digest64_of
@@ -222,6 +223,12 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """The subclass owes a journal and a machine before anything is served."""
         self.session_limit = session_limit or SessionLimit()
         self._index = CommitIndex()
+        self._folds: list[Callable[[Entry], None]] = [
+            self._take_genesis,
+            self._index.fold,
+            self._remember_commit,
+        ]
+        """What follows the journal, in this order, live and at a restart alike."""
         self._digests = DigestBoard()
         self._recent: deque[Row] = deque()
         self._recent_bytes = 0
@@ -502,25 +509,29 @@ class ServingLoop(ABC, Generic[ReadyT]):
         await self._flush([self._machine.step(WorkerReady(worker))])
 
     def _fold(self, entry: Entry) -> None:
-        """Take one more record that stands in the journal."""
-        self._index.fold(entry)
-        record = entry.record
-        if type(record) is Committed:
-            self._remember(entry.row)
-        elif type(record) is Genesis:
-            self._genesis, self._genesis_body = record, entry.row.body
+        """Take one more record that is in the journal."""
+        for fold in self._folds:
+            fold(entry)
+
+    def _take_genesis(self, entry: Entry) -> None:
+        if entry.row.kind == GENESIS:
+            genesis = decode_record(entry.row.body)
+            assert isinstance(genesis, Genesis)
+            self._genesis, self._genesis_body = genesis, entry.row.body
+
+    def _remember_commit(self, entry: Entry) -> None:
+        """Keep a commit for workers that come back; the oldest make room."""
+        if entry.row.kind != COMMITTED:
+            return
+        self._recent.append(entry.row)
+        self._recent_bytes += len(entry.row.body)
+        while self._recent_bytes > RECENT_BYTES_MAX or len(self._recent) > CATCH_UP_ROUNDS_MAX:
+            self._recent_bytes -= len(self._recent.popleft().body)
 
     def _announce(self) -> None:
         """Wake whoever waits for news of the journal."""
         news, self._news = self._news, asyncio.Event()
         news.set()
-
-    def _remember(self, row: Row) -> None:
-        """Keep a commit for workers that come back; the oldest make room."""
-        self._recent.append(row)
-        self._recent_bytes += len(row.body)
-        while self._recent_bytes > RECENT_BYTES_MAX or len(self._recent) > CATCH_UP_ROUNDS_MAX:
-            self._recent_bytes -= len(self._recent.popleft().body)
 
     async def _commits_after(self, round_: int) -> Sequence[Row]:
         """All commits that a worker at `round_` lacks; most who come back lack one or none."""
@@ -711,7 +722,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             origin=b"" if origin is None else origin.sealed,
         )
 
-    def _sendable_origin(self) -> StoredOrigin | None:
+    def _sendable_origin(self) -> StoredState | None:
         stored = self._journal.stored_origin
         if stored is not None and len(stored.sealed) > ORIGIN_BYTES_MAX:
             raise JournalCompactedError(

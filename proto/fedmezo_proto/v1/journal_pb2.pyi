@@ -742,7 +742,7 @@ class Checkpoint(google.protobuf.message.Message):
     key: builtins.bytes
     """Ed25519 public key of the coordinator. 32 bytes, or empty if it signs nothing."""
     signature: builtins.bytes
-    """Of this round and head (fedmezo_core.checkpoints). 64 bytes, or empty."""
+    """Of this round and head (fedmezo_core.journal.signed_heads). 64 bytes, or empty."""
     def __init__(
         self,
         *,
