@@ -48,7 +48,8 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
+from fedmezo_core.journal.codec import encode_records
+from fedmezo_core.journal.journal import COMMITTED, Journal, JournalStore, MemoryStore
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.session import SessionMachine
@@ -123,7 +124,7 @@ class InMemoryFederation:
         )
         self._machine = RoundMachine()
         genesis = party.genesis()
-        [entry] = self.journal.append([genesis])
+        [entry] = self.journal.append(encode_records([genesis]))
         self._machine.apply(genesis)
         self._index = CommitIndex()
         self._index.fold(entry)
@@ -219,9 +220,10 @@ class InMemoryFederation:
 
     def _flush(self, ready: Ready) -> None:
         """Append to the journal, then send: commits first, to everyone."""
-        for entry in self.journal.append(ready.records) if ready.records else ():
+        bodies = encode_records(ready.records)
+        for entry in self.journal.append(bodies) if bodies else ():
             self._index.fold(entry)
-            if isinstance(entry.record, Committed):
+            if entry.row.kind == COMMITTED:
                 for worker in self._joined:
                     self._send(worker, commit_to_pb(entry.row))
         for message in ready.messages:

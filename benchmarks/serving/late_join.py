@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving.late_join
 
-A random GPT-2 of 22 M parameters, a journal of 4,000 pairs, a snapshot 20 rounds before its end. Both
-ways must end in the same weights.
+A random GPT-2 of 22 M parameters, a journal of 4,000 pairs, a snapshot 20 rounds before its end.
+Both ways must end in the same weights.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Final
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import (
@@ -142,10 +143,10 @@ async def main() -> None:
         )
         party = open_party(config, str(folder / "model"), threads=THREADS)
         journal = Journal(SqliteStore(folder / "journal.db"))
-        head = journal.append([party.genesis()])[0].head
+        head = journal.append(encode_records([party.genesis()]))[0].head
         for round_ in range(1, ROUNDS + 1):
-            entries = journal.append(records_of(config.seed, round_))
-            commit = entries[-1].record
+            records = records_of(config.seed, round_)
+            entries, commit = journal.append(encode_records(records)), records[-1]
             assert isinstance(commit, Committed)
             if round_ <= SNAPSHOT_ROUND:
                 party.weights.apply(round_, commits_of([commit]))
@@ -159,9 +160,8 @@ async def main() -> None:
         with timed(f"hashing, installing and digesting its {written.file_bytes:,} bytes"):
             assert sha256_of(path) == written.file_sha256
             install_snapshot(path, party.weights, written)
-        journal.append(
-            [Snapshotted(SNAPSHOT_ROUND, digest, written.file_sha256, written.file_bytes)]
-        )
+        recorded = Snapshotted(SNAPSHOT_ROUND, digest, written.file_sha256, written.file_bytes)
+        journal.append(encode_records([recorded]))
         journal.close()
         pairs = ROUNDS * WORKERS * STEPS
         print(

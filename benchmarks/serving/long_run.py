@@ -1,9 +1,11 @@
-"""A coordinator's memory and journal over a long run, with and without dropping records (decision 0021).
+r"""A coordinator's memory and journal over a long run, with and without compaction (decision 0021).
 
-The daemon's own loop, machine and SQLite store, without gRPC; one worker answers at once, and what is
-played of the replica writes a small file as a snapshot. The journal should lie where a sync is cheap.
+The daemon's own loop, machine and SQLite store, without gRPC; one worker answers at once, and what
+is played of the replica writes a small file as a snapshot. The journal should lie where a sync is
+cheap.
 
-    python -m benchmarks.serving.long_run --rounds 100000 --compact-after-records 50000 --folder /dev/shm
+    python -m benchmarks.serving.long_run --rounds 100000 --compact-after-records 50000 \
+        --folder /dev/shm
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from benchmarks.serving.swarm import answer_to, hello_of
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.serving import loop as serving
 from fedmezo_coordinator.serving.worker_session import WorkerSession
-from fedmezo_core.journal.codec import encode_record
+from fedmezo_core.journal.codec import encode_record, encode_records
 from fedmezo_core.journal.journal import ZERO_HASH, Journal, head_after
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Genesis
@@ -70,7 +72,7 @@ def bytes_of_journal(folder: Path) -> int:
 
 
 def without_thread(daemon: Daemon) -> None:
-    """Use the journal on the loop: a sync costs nothing here, and a million changes of threads would."""
+    """Use the journal on the loop: a sync is cheap here, a million changes of threads are not."""
 
     async def here(work: Callable[[], Any]) -> Any:
         return work()
@@ -84,7 +86,7 @@ async def drive(folder: Path, genesis: Genesis, rounds: int, every: int, compact
     path, snapshots, run_id = folder / "journal.db", folder / "snapshots", genesis.config.run_id
     snapshots.mkdir()
     journal = Journal(SqliteStore(path))
-    journal.append([genesis])
+    journal.append(encode_records([genesis]))
     daemon = Daemon(journal, snapshots=snapshots, compact_after_records=compact)
     await daemon.load()
     without_thread(daemon)

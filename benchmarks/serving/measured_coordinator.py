@@ -1,4 +1,4 @@
-"""A coordinator process to be measured: the command itself, with TLS and a real journal, on a core of its own."""
+"""A coordinator process to be measured, with TLS and a real journal, on a core of its own."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ import psutil
 import trustme
 
 from fedmezo_core.config import RunConfig, parse_run
+from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Genesis
@@ -71,7 +72,7 @@ class Coordinator:
             self.port = int(free.getsockname()[1])
         if not self.journal.exists():
             journal = Journal(SqliteStore(self.journal))
-            journal.append([self.genesis])
+            journal.append(encode_records([self.genesis]))
             journal.close()
 
     def _issue(self) -> None:

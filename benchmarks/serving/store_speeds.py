@@ -1,6 +1,7 @@
-"""Journal stores side by side: durable rows a second in SQLite and in PostgreSQL, and how long a takeover takes.
+"""Durable rows a second in SQLite and in PostgreSQL, and how long a takeover takes.
 
-A throwaway PostgreSQL server runs on this machine; both stores are on the same disk, and take turns.
+A throwaway PostgreSQL server runs on this machine; both stores are on the same disk, and take
+turns.
 """
 
 from __future__ import annotations

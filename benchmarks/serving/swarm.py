@@ -1,10 +1,10 @@
-"""Thousands of workers in one thread: HTTP/2 frames over TLS sockets, without a model and without grpc.
+"""Thousands of workers in one thread: HTTP/2 over TLS sockets, without a model or grpc.
 
-They speak `fedmezo.v1` as a worker does, each on a connection of its own. A gRPC client costs as much as
-the coordinator's end of the same connection, so that on two cores it would be the load that is measured.
-What is left out of HTTP/2 is what such a worker never meets: the header compression of what the server
-sends (of its trailers only their end is looked at, and the hint when to come back), and a send window
-(a worker's messages stay far below it).
+They speak `fedmezo.v1` as a worker does, each on a connection of its own. A gRPC client costs as
+much as the coordinator's end of the same connection, so that on two cores it would be the load that
+is measured. What is left out of HTTP/2 is what such a worker never meets: the header compression of
+what the server sends (of its trailers only their end is looked at, and the hint when to come back),
+and a send window (a worker's messages stay far below it).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ LARGE_BYTES = 1024
 """Messages above are commits, the same to all workers."""
 HANDSHAKES_A_TURN = 32
 CONNECTING_MAX = 64
-"""TLS handshakes in the air at a time: more only grow old here, beyond the time that a coordinator gives
-them, because their other half is done by this one thread."""
+"""TLS handshakes in the air at a time: more only grow old here, beyond the time that a coordinator
+gives them, because their other half is done by this one thread."""
 RETRY_AFTER = re.compile(rb"fedmezo-retry-after-ms.(\d+)", re.DOTALL)
 """A header that is new to a connection stands in its first trailers in plain letters."""
 
@@ -77,7 +77,7 @@ def call_frame(method: str, authority: str, stream: int = 1) -> bytes:
 
 
 def tls_context() -> ssl.SSLContext:
-    """Without a check of the certificate: that costs only the load's core, a third of a handshake."""
+    """TLS without a check of the certificate, which costs the load a third of a handshake."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
@@ -193,7 +193,7 @@ class Swarm:
                 self._serve(worker, events)
             else:
                 shaking_hands.append((worker, events))
-        # A handshake takes as long as ten messages: those who are in do not wait for all the others.
+        # A handshake takes as long as ten messages: who has joined does not wait for the others.
         for worker, events in shaking_hands[:HANDSHAKES_A_TURN]:
             self._serve(worker, events)
 
@@ -384,7 +384,7 @@ class Swarm:
         self.on_message(worker, message)
 
     def _follow(self, worker: Worker, body: bytes) -> None:
-        """Hold the head after a commit, as a worker does that says where it is when it comes back."""
+        """Hold the head after a commit, which a worker names when it comes back."""
         if self._newest[:2] != (worker.head, body):
             round_ = Record.FromString(body).committed.round
             self._newest = (worker.head, body, round_, head_after(worker.head, body))

@@ -10,7 +10,7 @@ from typing import Any, Self
 from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from fedmezo_coordinator.stores.opening import path_beside
+from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, parse_run
 from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey, ListenAddress
 from fedmezo_core.machines.divergence import REPLICA_PARTY

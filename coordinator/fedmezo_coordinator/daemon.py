@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import hmac
 import logging
 import secrets
@@ -15,7 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmezo_coordinator.compaction import Candidate, Compaction
+from fedmezo_coordinator.compaction import Compaction, Seal
 from fedmezo_coordinator.serving.hello import check_run_id
 from fedmezo_coordinator.serving.loop import Item, ServingLoop
 from fedmezo_coordinator.serving.session_limit import SessionLimit
@@ -27,13 +26,20 @@ from fedmezo_core.errors import (
     UnknownWorkerError,
 )
 from fedmezo_core.events import Ready, ReplicaEvaluated, WeightsReported
-from fedmezo_core.journal.codec import diverged_to_pb, evaluated_from_pb, evaluated_to_pb
-from fedmezo_core.journal.journal import Entry, Journal
+from fedmezo_core.journal.codec import (
+    decode_record,
+    diverged_to_pb,
+    encode_records,
+    evaluated_from_pb,
+    evaluated_to_pb,
+)
+from fedmezo_core.journal.journal import ANSWERED, MOVES_HEAD, SNAPSHOTTED, Entry, Journal
+from fedmezo_core.journal.sealed import SealedState, seal
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
-from fedmezo_core.machines.sealed_state import Origin
+from fedmezo_core.machines.state_codec import STATE_VERSION, state_of, state_to_pb
 from fedmezo_core.records import (
     Answered,
     Committed,
@@ -49,6 +55,9 @@ from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
+
+FOLLOWED_WHEN_SEALED = MOVES_HEAD | {SNAPSHOTTED}
+"""Kinds of records that a start reads even if a sealed state says what they come to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +81,17 @@ class Daemon(ServingLoop[Ready]):
         """`journal` is opened and not yet loaded; it must hold a genesis record.
 
         Without a `signer` checkpoints are not signed. `snapshots` is the folder that the replica
-        writes to; None: there are none. The oldest records are dropped when `compact_after_records`
-        of them can go; 0: never.
+        writes to; None: there are none. The oldest records are dropped when at least
+        `compact_after_records` of them can be; 0: never.
         """
         super().__init__(session_limit)
         self._pages.journal = journal
         self._machine = RoundMachine()
         self._signer = signer
         self._snapshots = SnapshotStore(snapshots)
-        self._compaction = Compaction(compact_after_records, signer)
-        self._may_mark = False
-        """Whether there is something new to begin from since the last turn."""
-        self._chosen: Candidate | None = None
+        self._folds.append(self._fold_snapshots)
+        self._compaction = Compaction(compact_after_records)
+        self._chosen: Seal | None = None
         self._checking: asyncio.Task[None] | None = None
         self._checked: tuple[Snapshotted, ...] = ()
         self._loading = True
@@ -105,37 +113,36 @@ class Daemon(ServingLoop[Ready]):
         await self._on_disk(lambda: self._snapshots.sweep(at_start=True))
         if not self._index.can_follow(0) and not await self._on_disk(self._snapshots.has_newest):
             log.error(
-                "no worker can join anew: the journal begins after round %d, and there is no snapshot "
-                "to begin from; put the snapshots back",
+                "no worker can join anew: the journal begins after round %d, and there is no "
+                "snapshot to begin from; put the snapshots back",
                 self._index.begins,
             )
         await self._flush([self._machine.start(self._now_ms())])
+        await self._seal()
 
     def _fold_journal(self) -> None:
-        """Everything from the start, one record after the other: a million do not fit in a list.
+        """Verify all records, and fold those after the newest sealed state, one after the other.
 
         Runs in the journal's thread; nothing is served yet.
         """
-        collects = gc.isenabled()
-        gc.disable()  # Nothing here makes cycles, and looking for them takes a tenth of the time.
-        try:
-            self._begin_at_origin()
-            apply = self._machine.state.apply
-            for entry in self._journal.load():
-                record = entry.record
-                apply(record)
-                if type(record) is Answered:  # nearly all are
+        self._begin_at_origin()
+        begin = self._begin_at_seal()
+        for entry in self._journal.load(begin, FOLLOWED_WHEN_SEALED):
+            row = entry.row
+            if row.seqno >= begin:
+                self._machine.apply(decode_record(row.body))
+                if row.kind == ANSWERED:  # nearly all are
                     continue
-                if not self._loading:
-                    return  # given up
-                self._fold(entry)
-                self._snapshots.fold(record, self._machine.state.agreed)
-                if _can_begin_after(record):
-                    self._mark()
-            self._snapshots.drop_before(self._index.begins)
-        finally:
-            if collects:
-                gc.enable()
+            if not self._loading:
+                return  # given up
+            self._fold(entry)
+            if self._compaction.is_due(row.seqno + 1):
+                self._add_seal(row.seqno + 1, row.chain, entry.head)
+        self._snapshots.drop_before(self._index.begins)
+        if self._compaction.seals and self._compaction.seals[-1].seqno > begin:
+            self._keep_seals()
+        records = len(self._journal)
+        log.info("%d records are sound; the last %d were folded", records, records - begin)
 
     def _begin_at_origin(self) -> None:
         origin = self._journal.origin()
@@ -152,9 +159,33 @@ class Daemon(ServingLoop[Ready]):
                 origin.key.hex() or "nobody",
             )
         self._genesis, self._genesis_body = origin.genesis, origin.genesis_body
-        self._machine.restore(origin.state)
+        self._machine.restore(state_of(origin))
         self._index.begin(origin)
         self._compaction.begin(origin.seqno)
+
+    def _begin_at_seal(self) -> int:
+        """Take the usable sealed states; returns the seqno of the first record to fold."""
+        for stored in self._journal.stored_seals():
+            if stored.seqno <= self._compaction.begins:
+                continue
+            try:
+                sealed = self._journal.unsealed(stored)
+                if sealed.state_version != STATE_VERSION:
+                    raise ProtocolError(f"it is of version {sealed.state_version}")
+                if sealed.key != self.checkpoint_key:
+                    raise ProtocolError("another key signed it")
+                self._machine.restore(state_of(sealed))
+            except (ProtocolError, JournalCorruptError) as error:
+                log.warning(
+                    "what records 0 to %d come to was sealed, but cannot be used (%s)",
+                    stored.seqno - 1,
+                    error,
+                )
+                continue
+            self._snapshots.agreed.update(sealed.agreed)
+            self._compaction.add(Seal(sealed.round, stored), round_max=0)
+        seals = self._compaction.seals
+        return seals[-1].seqno if seals else self._compaction.begins
 
     async def resume(self, rate_factor: float) -> None:
         """Let a paused run go on; before `serve`. Raises `ConfigError` if it is not paused."""
@@ -174,47 +205,58 @@ class Daemon(ServingLoop[Ready]):
     # ------------------------------------------------------------ the loop
 
     async def _after_turn(self) -> None:
-        """Write down what the replica has written, and drop what nobody needs any more."""
+        """Record the replica's snapshot, seal the state, and drop records that nobody needs."""
         await self._record_snapshot()
+        await self._seal()
         await self._compact()
 
     async def _record_snapshot(self) -> None:
-        """Write down the replica's newest snapshot, once the run has agreed to its weights."""
+        """Append the replica's newest snapshot, once the run has agreed to its weights."""
         snapshotted = self._snapshots.take_agreed()
         if snapshotted is not None:
             self._machine.apply(snapshotted)
             await self._flush([Ready((snapshotted,))])
-            # Beside the loop: a large file takes its time to go.
+            # In another thread, because deleting a large file takes long.
             asyncio.get_running_loop().run_in_executor(None, self._snapshots.sweep)
 
-    # ------------------------------------------------------------ dropping records
+    # ------------------------------------------------------------ sealed states, dropping records
 
-    def _mark(self) -> None:
-        """Note what the journal came to; the state is exactly that of all its records."""
-        if self._compaction.is_on:
-            journal = self._journal
-            self._compaction.pass_by(
-                Origin(
-                    len(journal),
-                    journal.chain,
-                    journal.head,
-                    self._genesis_body,
-                    self._machine.state,
-                ),
-                self._droppable_round,
-            )
+    async def _seal(self) -> None:
+        """Seal what all records come to, if enough of them came since the last time."""
+        journal = self._journal
+        if self._compaction.is_due(len(journal)):
+            self._add_seal(len(journal), journal.chain, journal.head)
+            await self._on_disk(self._keep_seals)
+
+    def _keep_seals(self) -> None:
+        self._journal.keep_seals([seal.stored for seal in self._compaction.seals])
+
+    def _add_seal(self, seqno: int, chain: bytes, head: bytes) -> None:
+        """Seal the state, which must be exactly that of the records before `seqno`."""
+        state = self._machine.state
+        sealed = SealedState(
+            seqno,
+            chain,
+            head,
+            self._genesis_body,
+            state_to_pb(state),
+            STATE_VERSION,
+            self._snapshots.agreed,
+        )
+        stored = seal(sealed, self._signer)
+        self._compaction.add(Seal(state.round, stored), self._droppable_round)
 
     @property
     def _droppable_round(self) -> int:
-        """Last round whose commit nobody may ask for: all can begin later, and all acks name later heads."""
+        """Last round whose commit nobody may ask for.
+
+        Everyone can begin after it, and every acknowledgement names the head of a later round.
+        """
         can_begin = max(self._snapshots.oldest_round, self._index.last_base_round - 1)
         return min(can_begin, self._machine.round - self.genesis.config.staleness_max - 2)
 
     async def _compact(self) -> None:
-        """Drop old records, if enough can go and what takes their place is sound."""
-        if self._may_mark:
-            self._may_mark = False
-            self._mark()
+        """Drop old records, if there are enough of them and what they come to is sound."""
         if self._checking is None:
             self._begin_check()
         if self._checking is None or not self._checking.done():
@@ -240,14 +282,14 @@ class Daemon(ServingLoop[Ready]):
         )
 
     def _begin_check(self) -> None:
-        """Read the snapshots that stand for the records that would go, beside the loop."""
+        """Start to read the snapshots that must be sound before records are dropped."""
         self._chosen = self._compaction.chosen(self._droppable_round)
         if self._chosen is None:
             return
         in_commit = self._chosen.round < self._index.last_base_round
         snapshots = () if in_commit else tuple(self._snapshots.recorded)
         if snapshots and snapshots == self._checked:
-            return  # They were found damaged: newer ones must come first.
+            return  # They were found damaged; newer ones must come first.
         self._checked = snapshots
         self._checking = asyncio.create_task(asyncio.to_thread(self._snapshots.check, snapshots))
 
@@ -270,16 +312,16 @@ class Daemon(ServingLoop[Ready]):
             await self._send(ready.messages)
 
     async def _append(self, records: Sequence[Record]) -> list[Entry]:
-        entries = await self._on_disk(lambda: self._journal.append(records))
-        for entry in entries:
-            if type(entry.record) is Answered:  # nearly all are
-                continue
-            self._fold(entry)
-            self._snapshots.fold(entry.record, self._machine.state.agreed)
-            self._tell(entry.record)
-            self._may_mark |= _can_begin_after(entry.record)
+        entries = await self._on_disk(lambda: self._journal.append(encode_records(records)))
+        for entry, record in zip(entries, records, strict=True):
+            if type(record) is not Answered:  # nearly all are
+                self._fold(entry)
+                self._tell(record)
         self._pages.announce()
         return entries
+
+    def _fold_snapshots(self, entry: Entry) -> None:
+        self._snapshots.fold(entry, self._machine.state.agreed)
 
     def _step_other(self, item: Item) -> list[Ready]:
         assert isinstance(item, _FromReplica), "nothing else comes"
@@ -327,7 +369,8 @@ class Daemon(ServingLoop[Ready]):
                     log.info("the run is finished")
             case Diverged():
                 log.error(
-                    "%s diverged: its weights after round %d have digest %016x, the run's have %016x",
+                    "%s diverged: its weights after round %d have digest %016x, the run's have "
+                    "%016x",
                     record.party,
                     record.round,
                     record.found_digest64,
@@ -352,7 +395,7 @@ class Daemon(ServingLoop[Ready]):
         return b"" if self._signer is None else self._signer.public_key
 
     def describe(self, version: int, run_id: str, round_: int = 0) -> wire.GetRunResponse:
-        """As every loop does; and the newest snapshot, if that is of a later round."""
+        """What the run is, and its newest snapshot, if that is of a later round than `round_`."""
         answer = super().describe(version, run_id, round_)
         newest = self._snapshots.newest
         if newest is not None and newest.round > round_:
@@ -403,13 +446,8 @@ class Daemon(ServingLoop[Ready]):
         await self._items.put(_FromReplica(request))
 
     def status(self, run_id: str) -> wire.GetStatusResponse:
-        """As every loop's, and what the journal knows besides."""
+        """The whole picture, with the evaluations and divergences in the journal."""
         answer, state = super().status(run_id), self._machine.state
         answer.evaluations.extend(evaluated_to_pb(e) for e in state.evaluations)
         answer.divergences.extend(diverged_to_pb(d) for d in state.divergences)
         return answer
-
-
-def _can_begin_after(record: Record) -> bool:
-    """Whether a worker that comes late can begin with this instead of with the records before it."""
-    return type(record) is Snapshotted or (type(record) is Committed and record.from_base)

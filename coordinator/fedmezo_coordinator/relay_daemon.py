@@ -117,7 +117,7 @@ class Relay(ServingLoop[RelayReady]):
         self._key = description.checkpoint_key
         body = description.genesis_body
         row = Row(0, body, chain_after(ZERO_HASH, 0, body))
-        self._fold(Entry(row, description.genesis, description.head))
+        self._fold(Entry(row, description.head))
         async for page in self._history.open(description):
             for entry in page:
                 self._fold(entry)

@@ -1,7 +1,7 @@
-"""The snapshots of one run: which files there are, which of them the run has agreed to, and their bytes.
+"""The snapshots of one run: their files, and which of them the run has agreed to.
 
-The replica writes a file and reports it. It counts once the answers of the next round have agreed to the
-same digest of the weights, and is then recorded in the journal; until then nobody is told of it.
+The replica writes a file and reports it. It counts once the answers of the next round have agreed
+to the same digest of the weights. Then it is recorded in the journal and offered to workers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedmezo_core.errors import NotReadyError, ProtocolError, SnapshotDamagedError, SnapshotError
-from fedmezo_core.records import Committed, Record, Snapshotted, digest64_of
+from fedmezo_core.journal.codec import decode_record
+from fedmezo_core.journal.journal import COMMITTED, SNAPSHOTTED, Entry
+from fedmezo_core.records import Snapshotted, digest64_of
 from fedmezo_core.wire.snapshots import (
     SNAPSHOT_CHUNK_BYTES,
     SNAPSHOTS_KEPT,
@@ -38,42 +40,45 @@ class SnapshotStore:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """`folder`: where the files are; None: nothing is offered to anyone."""
+        """`folder` holds the files; None: no snapshot is offered."""
         self.recorded: list[Snapshotted] = []
         self._folder = folder
         self._run_id = ""
-        self._agreed: dict[int, int] = {}
+        self.agreed: dict[int, int] = {}
+        """Round -> first 64 bits of the digest that it agreed to, for the newest rounds known."""
         self._offered: Snapshotted | None = None
         self._streams = 0
 
     def open(self, run_id: str) -> None:
-        """Say whose snapshots these are; before anything else."""
+        """Set the run whose snapshots these are; comes first."""
         self._run_id = run_id
 
-    def fold(self, record: Record, agreed: Mapping[int, int]) -> None:
-        """Take one more record; `agreed` is the run's (round -> first 64 bits of its digest) after it."""
-        if isinstance(record, Snapshotted):
+    def fold(self, entry: Entry, agreed: Mapping[int, int]) -> None:
+        """Take one more entry, and what the newest rounds agreed to after it."""
+        if entry.row.kind == SNAPSHOTTED:
+            record = decode_record(entry.row.body)
+            assert isinstance(record, Snapshotted)
             self.recorded = [*self.recorded, record][-SNAPSHOTS_KEPT:]
-        elif isinstance(record, Committed) and record.round - 1 in agreed:
-            self._agreed[record.round - 1] = agreed[record.round - 1]
-            if len(self._agreed) > AGREED_KEPT_MAX:
-                del self._agreed[next(iter(self._agreed))]
+        elif entry.row.kind == COMMITTED:
+            self.agreed.update(agreed)
+            while len(self.agreed) > AGREED_KEPT_MAX:
+                del self.agreed[next(iter(self.agreed))]
 
     @property
     def newest(self) -> Snapshotted | None:
-        """The newest snapshot that can be had here."""
+        """The newest snapshot that is offered here; None if there is none."""
         return self.recorded[-1] if self.recorded and self._folder is not None else None
 
     def offer(self, snapshot: Snapshotted) -> None:
-        """Take note of a file that the replica has written; a newer one takes the place of an older."""
+        """Take note of a file that the replica has written; a newer file replaces an older one."""
         if self._folder is None or snapshot.round <= self._newest_round:
             return
         self._offered = snapshot
 
     def take_agreed(self) -> Snapshotted | None:
-        """The file on offer, once it can be recorded: as soon as the run has agreed to its weights."""
+        """The offered file, once the run has agreed to its weights, so that it can be recorded."""
         offered = self._offered
-        agreed = None if offered is None else self._agreed.get(offered.round)
+        agreed = None if offered is None else self.agreed.get(offered.round)
         if offered is None or agreed is None:
             return None
         self._offered = None
@@ -86,28 +91,28 @@ class SnapshotStore:
 
     @property
     def oldest_round(self) -> int:
-        """After which round the oldest snapshot is that can be had, if there are as many as are kept; else 0."""
+        """Round of the oldest kept snapshot; 0 while there are fewer than `SNAPSHOTS_KEPT`."""
         is_full = len(self.recorded) == SNAPSHOTS_KEPT and self._folder is not None
         return self.recorded[0].round if is_full else 0
 
     def drop_before(self, round_: int) -> None:
-        """Forget snapshots after which the journal has not all commits any more."""
+        """Forget snapshots of rounds before `round_`, whose later commits were dropped."""
         self.recorded = [snapshot for snapshot in self.recorded if snapshot.round >= round_]
 
     def check(self, snapshots: Sequence[Snapshotted]) -> None:
-        """Read whole files; raises `SnapshotError` and its kinds unless all are what was recorded."""
+        """Read whole files; raises a `SnapshotError` unless all of them are what was recorded."""
         for snapshot in snapshots:
             descriptor = self._opened(snapshot)
             with os.fdopen(descriptor, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").digest()
             if found != snapshot.file_sha256:
                 raise SnapshotDamagedError(
-                    f"The snapshot of round {snapshot.round} has SHA-256 {found.hex()[:16]} instead of "
-                    f"{snapshot.file_sha256.hex()[:16]}; check the coordinator's disk."
+                    f"The snapshot of round {snapshot.round} has SHA-256 {found.hex()[:16]} "
+                    f"instead of {snapshot.file_sha256.hex()[:16]}; check the coordinator's disk."
                 )
 
     def has_newest(self) -> bool:
-        """Whether the newest snapshot can be opened; if not, what is wrong is logged."""
+        """Whether the newest snapshot can be opened; logs what is wrong if not."""
         newest = self.newest
         if newest is None:
             return False
@@ -118,7 +123,7 @@ class SnapshotStore:
         return True
 
     def sweep(self, *, at_start: bool = False) -> None:
-        """Delete the files that no longer count; at a start also those that the journal doesn't know.
+        """Delete files that no longer count, and at a start those that the journal does not know.
 
         What cannot be deleted is left, with a warning.
         """
@@ -137,7 +142,7 @@ class SnapshotStore:
             log.warning("old snapshots in %s cannot be deleted (%s)", self._folder, error.strerror)
 
     async def read(self, round_: int, offset: int) -> AsyncGenerator[bytes, None]:
-        """The bytes of a snapshot's file from `offset` on, read beside the event loop, chunk by chunk.
+        """The bytes of a snapshot's file from `offset` on, in chunks, read in other threads.
 
         Raises `SnapshotError` for one that is not kept, `SnapshotDamagedError` where the file has
         another size than was recorded, `ProtocolError` for an offset beyond it, and `NotReadyError`
@@ -146,8 +151,8 @@ class SnapshotStore:
         snapshot = self.find(round_)
         if offset > snapshot.file_bytes:
             raise ProtocolError(
-                f"The snapshot of round {round_} has {snapshot.file_bytes} bytes, so there is no byte "
-                f"{offset}; begin again at 0."
+                f"The snapshot of round {round_} has {snapshot.file_bytes} bytes, so there is no "
+                f"byte {offset}; begin again at 0."
             )
         with self._one_more_stream():
             descriptor = await asyncio.to_thread(self._opened, snapshot)
@@ -161,12 +166,13 @@ class SnapshotStore:
                 os.close(descriptor)
 
     def find(self, round_: int) -> Snapshotted:
-        """The snapshot of a round; `SnapshotError` if it is not, or no longer, kept."""
+        """The snapshot of a round; `SnapshotError` if it is not kept (any more)."""
         for snapshot in self.recorded:
             if snapshot.round == round_ and self._folder is not None:
                 return snapshot
         raise SnapshotError(
-            f"No snapshot of round {round_} is kept here; ask for the newest one, or read the journal."
+            f"No snapshot of round {round_} is kept here; ask for the newest one, or read the "
+            "journal."
         )
 
     @property
@@ -189,8 +195,8 @@ class SnapshotStore:
             os.close(descriptor)
             log.error("the snapshot %s has %d bytes, not %d", path, size, snapshot.file_bytes)
             raise SnapshotDamagedError(
-                f"The snapshot of round {snapshot.round} has {size} bytes at the coordinator instead of "
-                f"{snapshot.file_bytes}; read the journal."
+                f"The snapshot of round {snapshot.round} has {size} bytes at the coordinator "
+                f"instead of {snapshot.file_bytes}; read the journal."
             )
         return descriptor
 
@@ -198,8 +204,8 @@ class SnapshotStore:
     def _one_more_stream(self) -> Iterator[None]:
         if self._streams >= STREAMS_MAX:
             raise NotReadyError(
-                f"{STREAMS_MAX} snapshots are being read, the most that one coordinator serves at a "
-                "time; try later."
+                f"{STREAMS_MAX} snapshots are being read, the most that one coordinator serves at "
+                "a time; try later."
             )
         self._streams += 1
         try:

@@ -1,30 +1,31 @@
 """The journal: an append-only, hash-chained list of records. The model is a base plus this list.
 
-`Journal` gives records their bytes, places and hashes and checks them on reading; a `JournalStore`
-holds the rows durably and decides nothing.
+`Journal` gives the bodies of records their seqnos and hashes, and checks these on reading; what a
+body says is for its users to decode. A `JournalStore` holds the rows durably and decides nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from fedmezo_core.errors import JournalCorruptError
-from fedmezo_core.journal.codec import decode_record, encode_record
-from fedmezo_core.machines.sealed_state import Origin, unseal
-from fedmezo_core.records import Answered, Committed, Genesis, Record
+from fedmezo_core.errors import JournalCorruptError, ProtocolError
+from fedmezo_core.journal.sealed import SealedState, StoredState, unseal
 
 ZERO_HASH = bytes(32)
 
+GENESIS, ANSWERED, COMMITTED, SNAPSHOTTED = b"\x0a", b"\x22", b"\x2a", b"\x5a"
+"""Kinds of records: the first byte of a body, which is the tag of its field in `Record`."""
+MOVES_HEAD = frozenset({GENESIS, COMMITTED})
+"""Kinds of records that the model is made of: the head changes with them."""
+
 
 class Row(NamedTuple):
-    """What a store keeps for one record."""
+    """What a store keeps of one record."""
 
     seqno: int
-    """0-based place. Invariant: a store's rows have places without gaps, from 0 or from its origin on."""
+    """0, 1, 2, ... Invariant: the seqnos in a store have no gap, from 0 or from its origin on."""
 
     body: bytes
     """The serialized record, exactly as it was first written."""
@@ -32,41 +33,23 @@ class Row(NamedTuple):
     chain: bytes
     """SHA-256 over the previous row's chain, this seqno and this body."""
 
-
-@dataclass(frozen=True, slots=True)
-class StoredOrigin:
-    """What a store keeps in the place of rows that were dropped."""
-
-    seqno: int
-    """Place of the first row that is left."""
-
-    sealed: bytes
-    """The sealed origin, exactly as it was first written."""
-
-    digest: bytes
-    """SHA-256 over seqno and these bytes."""
-
-    @classmethod
-    def of(cls, seqno: int, sealed: bytes) -> StoredOrigin:
-        """With its digest."""
-        return cls(seqno, sealed, hashlib.sha256(seqno.to_bytes(8, "little") + sealed).digest())
+    @property
+    def kind(self) -> bytes:
+        """First byte of the body, which says what kind of record it is; empty for an empty body."""
+        return self.body[:1]
 
 
 class Entry(NamedTuple):
-    """A record in its place, with both hashes after it."""
+    """A row, with the head after it."""
 
     row: Row
-    record: Record
 
     head: bytes
     """Names the model after this record; changes with genesis and commits only."""
 
 
-_entry_of: Callable[[tuple[Row, Record, bytes]], Entry] = partial(tuple.__new__, Entry)
-
-
 class JournalStore(Protocol):
-    """Durable home of the rows. `store_conformance` states what every implementation must do."""
+    """Keeps the rows durably. `store_conformance` states what every implementation must do."""
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write all rows or none, and return only once they are durable.
@@ -78,18 +61,27 @@ class JournalStore(Protocol):
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
         """At most `rows_max` rows from `from_seqno` on, in order; dropped ones are passed over."""
 
-    def origin(self) -> StoredOrigin | None:
-        """What stands for the rows that were dropped; None if none were."""
+    def origin(self) -> StoredState | None:
+        """What the dropped rows come to; None if no row was dropped."""
 
-    def drop_before(self, origin: StoredOrigin) -> None:
-        """Write `origin` in place of the one before and drop all rows before it: all of that or nothing.
+    def drop_before(self, origin: StoredState) -> None:
+        """Replace the origin and drop all rows before the new one: all of that or nothing.
 
-        A row must be left after it; or there is none at all, and the store then begins there. Durable
+        At least one row must be left, or the store must be empty, and it then begins there. Durable
         when it returns; for errors see `append`.
         """
 
+    def seals(self) -> Sequence[StoredState]:
+        """The sealed states that were kept last, in the order of their seqnos."""
+
+    def keep_seals(self, seals: Sequence[StoredState]) -> None:
+        """Keep exactly these sealed states beside the rows, at least one: all of that or nothing.
+
+        No row is dropped. Durable when it returns; for errors see `append`.
+        """
+
     def __len__(self) -> int:
-        """Place of the next row: the count of rows, dropped ones included."""
+        """Seqno of the next row: the count of rows, dropped ones included."""
 
     def close(self) -> None:
         """Release the file or connection."""
@@ -100,28 +92,37 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
-        self._origin: StoredOrigin | None = None
+        self._origin: StoredState | None = None
         self._begins = 0
+        self._seals: Sequence[StoredState] = ()
 
     def append(self, rows: Sequence[Row]) -> None:
         """Keep all rows."""
-        check_places(rows, len(self))
+        check_seqnos(rows, len(self))
         self._rows.extend(rows)
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
-        """A slice of the rows."""
+        """At most `rows_max` rows from `from_seqno` on."""
         first = max(from_seqno - self._begins, 0)
         return tuple(self._rows[first : first + rows_max])
 
-    def origin(self) -> StoredOrigin | None:
-        """As it was given."""
+    def origin(self) -> StoredState | None:
+        """What the dropped rows come to."""
         return self._origin
 
-    def drop_before(self, origin: StoredOrigin) -> None:
-        """Forget rows."""
+    def drop_before(self, origin: StoredState) -> None:
+        """Forget the rows before `origin`."""
         check_origin(origin, self._begins, len(self))
         del self._rows[: origin.seqno - self._begins]
         self._origin, self._begins = origin, origin.seqno
+
+    def seals(self) -> Sequence[StoredState]:
+        """The sealed states that were kept last."""
+        return self._seals
+
+    def keep_seals(self, seals: Sequence[StoredState]) -> None:
+        """Keep these sealed states instead of those before."""
+        self._seals = tuple(seals)
 
     def __len__(self) -> int:
         return self._begins + len(self._rows)
@@ -130,18 +131,19 @@ class MemoryStore:
         """Nothing to release."""
 
 
-def check_places(rows: Sequence[Row], length: int) -> None:
-    """Raise `JournalCorruptError` unless the rows follow the `length` that a store holds, without a gap."""
-    for place, row in enumerate(rows, start=length):
-        if row.seqno != place:
-            raise JournalCorruptError(f"row {row.seqno} was appended at place {place}")
+def check_seqnos(rows: Sequence[Row], length: int) -> None:
+    """Raise `JournalCorruptError` unless the rows follow the first `length` without a gap."""
+    for seqno, row in enumerate(rows, start=length):
+        if row.seqno != seqno:
+            raise JournalCorruptError(f"row {row.seqno} was appended where row {seqno} must stand")
 
 
-def check_origin(origin: StoredOrigin, begins: int, length: int) -> None:
-    """Raise `JournalCorruptError` unless a store with rows `begins` to `length` - 1 may begin there."""
+def check_origin(origin: StoredState, begins: int, length: int) -> None:
+    """Raise `JournalCorruptError` unless rows `begins` to `length` - 1 may begin at `origin`."""
     if not begins <= origin.seqno < length and length:
         raise JournalCorruptError(
-            f"an origin at place {origin.seqno} was given to a journal of places {begins} to {length - 1}"
+            f"an origin before record {origin.seqno} was given to a journal of records "
+            f"{begins} to {length - 1}"
         )
 
 
@@ -156,7 +158,7 @@ def head_after(head: bytes, body: bytes) -> bytes:
 
 
 class Journal:
-    """Appends records to a store and reads them back verified.
+    """Appends bodies of records to a store and reads them back verified.
 
     Invariant: `len(self)`, `chain` and `head` describe the store's last row.
     """
@@ -164,10 +166,11 @@ class Journal:
     PAGE_ROWS = 4096
 
     def __init__(self, store: JournalStore) -> None:
+        """Over a store that is new, or that `load` is to read."""
         self._store = store
         self._length = 0
         self.begins = 0
-        """Place of the first record that is left."""
+        """Seqno of the first record that is left."""
         self.chain = ZERO_HASH
         self.head = ZERO_HASH
 
@@ -180,41 +183,57 @@ class Journal:
         return len(self._store) == 0
 
     @property
-    def stored_origin(self) -> StoredOrigin | None:
-        """What stands for the records that were dropped, as it is stored; the reader verifies."""
+    def stored_origin(self) -> StoredState | None:
+        """What the dropped records come to, as it is stored; the reader verifies it."""
         return self._store.origin()
 
-    def origin(self) -> Origin | None:
-        """What stands for the records that were dropped, verified and decoded anew; None: all are there.
+    def origin(self) -> SealedState | None:
+        """What the dropped records come to, verified; None if all records are there.
 
         Raises `JournalCorruptError` if it is not what was written.
         """
         stored = self._store.origin()
         if stored is None:
             return None
-        if stored != StoredOrigin.of(stored.seqno, stored.sealed):
+        try:
+            return unseal(stored)
+        except ProtocolError as error:
             raise JournalCorruptError(
-                f"The journal's origin, in place of records 0 to {stored.seqno - 1}, is not what was "
-                "written (its hash does not match). Restore the journal from a copy."
-            )
-        origin = unseal(stored.sealed)
-        if origin.seqno != stored.seqno:
-            raise JournalCorruptError(
-                f"The journal begins at record {stored.seqno}, its origin says {origin.seqno}. Restore "
-                "the journal from a copy."
-            )
-        return origin
+                f"The journal's origin, in place of records 0 to {stored.seqno - 1}, is not what "
+                f"was written ({error}). Restore the journal from a copy."
+            ) from None
 
-    def drop_before(self, origin: StoredOrigin) -> None:
-        """Let an origin take the place of all records before it, durably."""
+    def drop_before(self, origin: StoredState) -> None:
+        """Replace all records before an origin by that origin, durably."""
         self._store.drop_before(origin)
         self.begins = origin.seqno
 
-    def load(self) -> Iterator[Entry]:
-        """Read everything that is there, verifying; afterwards the journal can be appended to.
+    def stored_seals(self) -> Sequence[StoredState]:
+        """The sealed states beside the records, as they are stored; `unsealed` verifies them."""
+        return self._store.seals()
 
-        If records were dropped, it begins behind the `origin`. Raises `JournalCorruptError` at the
-        first row that is not what was written.
+    def keep_seals(self, seals: Sequence[StoredState]) -> None:
+        """Keep exactly these sealed states beside the records, durably; at least one."""
+        self._store.keep_seals(seals)
+
+    def unsealed(self, stored: StoredState) -> SealedState:
+        """A sealed state that was stored, verified to be of the records before it.
+
+        Raises `ProtocolError`, with what is wrong, if it is not. Needs no `load`.
+        """
+        sealed = unseal(stored)
+        rows = self._store.read(sealed.seqno - 1, 1)
+        if not rows or (rows[0].seqno, rows[0].chain) != (sealed.seqno - 1, sealed.chain):
+            raise ProtocolError("it is of other records")
+        return sealed
+
+    def load(self, from_seqno: int = 0, kinds_before: Collection[bytes] = ()) -> Iterator[Entry]:
+        """Read and verify everything that is there; afterwards the journal can be appended to.
+
+        Yields the entries from `from_seqno` on, and of the earlier ones those of `kinds_before`. If
+        records were dropped, the first entry is the one behind the `origin`. Raises
+        `JournalCorruptError` at the first row that is not what was written. The iterator must be
+        exhausted before anything is appended.
         """
         origin = self.origin()
         if origin is None:
@@ -222,60 +241,52 @@ class Journal:
         else:
             self._length, self.chain, self.head = origin.seqno, origin.chain, origin.head
         self.begins = self._length
-        return self._entries()
+        return self._entries(from_seqno, frozenset(kinds_before))
 
-    def _entries(self) -> Iterator[Entry]:
-        # Every start goes through here a million times: no calls, and nothing kept, that can be done
-        # without.
-        sha256, head = hashlib.sha256, self.head
-        place, chain = self._length, self.chain
-        while rows := self._store.read(place, self.PAGE_ROWS):
+    def _entries(self, from_seqno: int, kinds_before: frozenset[bytes]) -> Iterator[Entry]:
+        # Every start goes through here a million times, hence the local names and no calls.
+        sha256 = hashlib.sha256
+        expected, chain, head = self._length, self.chain, self.head
+        while rows := self._store.read(expected, self.PAGE_ROWS):
             for row in rows:
                 seqno, body, stored = row
-                if seqno != place:
+                if seqno != expected:
                     raise JournalCorruptError(
-                        f"The journal jumps from record {place - 1} to {seqno}; records are missing. "
-                        "Restore the journal from a copy."
+                        f"The journal jumps from record {expected - 1} to {seqno}; records are "
+                        "missing. Restore the journal from a copy."
                     )
                 chain = sha256(chain + seqno.to_bytes(8, "little") + body).digest()
                 if chain != stored:
                     raise JournalCorruptError(
-                        f"Journal record {seqno} is not what was written (its hash does not match); "
-                        f"records {self.begins} to {seqno - 1} are sound. Restore the journal from a copy."
+                        f"Journal record {seqno} is not what was written (its hash does not "
+                        "match); "
+                        f"records {self.begins} to {seqno - 1} are sound. Restore the journal "
+                        "from a copy."
                     )
-                record = decode_record(body)
-                place = seqno + 1
-                kind = type(record)
-                if kind is not Answered:  # nearly all are
-                    if kind is Committed or kind is Genesis:
-                        head = head_after(head, body)
-                    self._length, self.chain, self.head = place, chain, head
-                yield _entry_of((row, record, head))
-            self._length, self.chain, self.head = place, chain, head
+                expected = seqno + 1
+                kind = body[:1]
+                if kind in MOVES_HEAD:
+                    head = head_after(head, body)
+                if seqno >= from_seqno or kind in kinds_before:
+                    yield Entry(row, head)
+            self._length, self.chain, self.head = expected, chain, head
 
-    def append(self, records: Sequence[Record]) -> list[Entry]:
-        """Append records durably, all or none."""
-        return self._append([(encode_record(record), record) for record in records])
-
-    def append_bodies(self, bodies: Sequence[bytes]) -> list[Entry]:
-        """Append records of another journal, as they were written there; raises as `decode_record` does."""
-        return self._append([(body, decode_record(body)) for body in bodies])
-
-    def _append(self, records: Sequence[tuple[bytes, Record]]) -> list[Entry]:
+    def append(self, bodies: Sequence[bytes]) -> list[Entry]:
+        """Append records by their bodies, durably, all or none."""
         entries: list[Entry] = []
         length, chain, head = self._length, self.chain, self.head
-        for body, record in records:
-            chain = chain_after(chain, length, body)
-            if isinstance(record, (Genesis, Committed)):
+        for body in bodies:
+            row = Row(length, body, chain_after(chain, length, body))
+            if row.kind in MOVES_HEAD:
                 head = head_after(head, body)
-            entries.append(Entry(Row(length, body, chain), record, head))
-            length += 1
+            entries.append(Entry(row, head))
+            length, chain = length + 1, row.chain
         self._store.append([entry.row for entry in entries])
         self._length, self.chain, self.head = length, chain, head
         return entries
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
-        """Rows as they are stored; the reader verifies."""
+        """At most `rows_max` rows from `from_seqno` on, as stored; the reader verifies them."""
         return self._store.read(from_seqno, rows_max)
 
     def close(self) -> None:

@@ -1,16 +1,17 @@
-"""Signed checkpoints: who the coordinator is, and what it says the run's history is.
+"""Signed heads: who the coordinator is, and what it says the run's history is.
 
-A checkpoint is a note in the manner of C2SP's tlog-checkpoint, three lines that anyone can rebuild:
+A signed head, or checkpoint, is a note in the manner of C2SP's tlog-checkpoint, three lines that
+anyone can rebuild:
 
     fedmezo.v1/<run id>
     <round>
     <head after it, base64>
 
-signed with Ed25519 (RFC 8032), so the signature alone travels. The coordinator makes one for each commit.
-Two valid signatures of different heads for one round prove that it told two histories.
+signed with Ed25519 (RFC 8032), so the signature alone travels. The coordinator signs one for each
+commit. Two valid signatures of different heads for one round prove that it told two histories.
 
-What dropped records came to (`origin`) is signed in the same manner, in a note that no run's id can make
-one of the above:
+A sealed state (`sealed`) is signed in the same manner, in a note that no run's id can turn into one
+of the above:
 
     fedmezo.v1/<run id>/origin
     <round>
@@ -47,7 +48,7 @@ def signed_head_text(run_id: str, round_: int, head: bytes) -> bytes:
 
 
 def origin_text(run_id: str, round_: int, body: bytes) -> bytes:
-    """What is signed of an origin: the run, its round, and the hash of its bytes."""
+    """What is signed of a sealed state: the run, its round, and the hash of its bytes."""
     digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
     return f"fedmezo.v1/{run_id}/origin\n{round_}\n{digest}\n".encode()
 
@@ -61,11 +62,11 @@ class Signer:
         """32 bytes: what workers check signatures with."""
 
     def sign(self, run_id: str, round_: int, head: bytes) -> bytes:
-        """64 bytes; equal for equal arguments."""
+        """The signature of the head after a round, 64 bytes; equal for equal arguments."""
         return self._key.sign(signed_head_text(run_id, round_, head))
 
     def sign_origin(self, run_id: str, round_: int, body: bytes) -> bytes:
-        """64 bytes; equal for equal arguments."""
+        """The signature of a sealed state's bytes, 64 bytes; equal for equal arguments."""
         return self._key.sign(origin_text(run_id, round_, body))
 
 
@@ -112,8 +113,8 @@ def _read(path: Path) -> Ed25519PrivateKey:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(
-            f"{path} holds no unencrypted Ed25519 private key in PEM; check signing_key, or move the "
-            "file away so that a new key is made."
+            f"{path} holds no unencrypted Ed25519 private key in PEM; check signing_key, or move "
+            "the file away so that a new key is made."
         )
     return key
 
@@ -132,17 +133,18 @@ class Witness:
             self._key.verify(signature, signed_head_text(self.run_id, round_, head))
         except InvalidSignature:
             raise DivergedError(
-                f"The coordinator's signature for round {round_} is not of key {self.key.hex()} over the "
-                f"history that this party holds (head {head.hex()[:16]}); find out who serves run "
-                f"{self.run_id}, and which journal it serves."
+                f"The coordinator's signature for round {round_} is not of key {self.key.hex()} "
+                "over "
+                f"the history that this party holds (head {head.hex()[:16]}); find out who serves "
+                f"run {self.run_id}, and which journal it serves."
             ) from None
 
     def check_origin(self, round_: int, body: bytes, signature: bytes) -> None:
-        """Raises `DivergedError` unless `signature` is the key's for an origin of these bytes."""
+        """Raises `DivergedError` unless `signature` is the key's for a sealed state's bytes."""
         try:
             self._key.verify(signature, origin_text(self.run_id, round_, body))
         except InvalidSignature:
             raise DivergedError(
-                f"The signature of the journal's origin, of round {round_}, is not of key "
-                f"{self.key.hex()} over what it holds; take another party's copy."
+                f"The signature of the state after round {round_} is not of key {self.key.hex()} "
+                "over what it holds; take another party's copy."
             ) from None

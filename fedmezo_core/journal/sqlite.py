@@ -1,12 +1,12 @@
 """The embedded journal store: one SQLite file, one connection, one process.
 
 apsw brings its own SQLite, because 3.7.0 to 3.51.2 can corrupt a WAL that two connections reset at
-once, and distributions still ship those. `locking_mode=EXCLUSIVE` keeps every other process out for as
-long as the file is open; `synchronous=FULL` makes a returned append survive power loss (with NORMAL,
-46 % of enumerated power-loss states had lost an acknowledged row).
+once, and distributions still ship those. `locking_mode=EXCLUSIVE` keeps every other process out for
+as long as the file is open. `synchronous=FULL` makes a returned append survive power loss (with
+NORMAL, 46 % of enumerated power-loss states had lost an acknowledged row).
 
-SQLite itself lets some errors pass: of a folder's sync, and of a checkpoint that it makes by its own
-decision. So both are made here.
+SQLite ignores some errors: those of a folder's sync, and those of its automatic checkpoints. So
+this module syncs the folder and makes the checkpoints.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import errno
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from itertools import starmap
 from pathlib import Path
 
 import apsw
@@ -27,12 +27,13 @@ from fedmezo_core.errors import (
     JournalLockedError,
 )
 from fedmezo_core.folders import sync
-from fedmezo_core.journal.journal import Row, StoredOrigin, check_origin, check_places
+from fedmezo_core.journal.journal import Row, check_origin, check_seqnos
+from fedmezo_core.journal.sealed import StoredState
 
 APPLICATION_ID = 0x464D5A4F  # "FMZO"
 SQLITE_VERSION_MIN = (3, 51, 3)
 CHECKPOINT_PAGES = 1000
-"""Pages of 4 KiB in the write-ahead log from which on an append also folds it into the file."""
+"""Once the write-ahead log has this many pages of 4 KiB, a write also folds it into the file."""
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -50,6 +51,13 @@ MIGRATIONS: tuple[str, ...] = (
       digest BLOB NOT NULL CHECK (length(digest) = 32)
     ) STRICT
     """,
+    """
+    CREATE TABLE seal (
+      seqno INTEGER PRIMARY KEY CHECK (seqno > 0),
+      sealed BLOB NOT NULL,
+      digest BLOB NOT NULL CHECK (length(digest) = 32)
+    ) STRICT
+    """,
 )
 """Each step takes a journal's schema from the version before to its own; there is no way back."""
 SCHEMA_VERSION = len(MIGRATIONS)
@@ -58,7 +66,7 @@ SCHEMA_VERSION = len(MIGRATIONS)
 class SqliteStore:
     """A `JournalStore` in one SQLite file. Use it from one thread at a time.
 
-    After any error while appending it refuses every further call: what reached the disk is known only
+    After any error while writing it refuses every further call: what reached the disk is known only
     after opening and verifying anew.
     """
 
@@ -68,7 +76,8 @@ class SqliteStore:
         """Open, lock and check the file; `JournalError` and its kinds say what is wrong with it."""
         if _version() < SQLITE_VERSION_MIN:
             raise JournalError(
-                f"SQLite {apsw.sqlite_lib_version()} has the WAL-reset bug; install apsw 3.51.3 or later."
+                f"SQLite {apsw.sqlite_lib_version()} has the WAL-reset bug; install apsw 3.51.3 or "
+                "later."
             )
         self._path = path
         self._broken = False
@@ -90,7 +99,7 @@ class SqliteStore:
 
     def _prepare(self) -> None:
         self._db.set_busy_timeout(0)
-        # Exclusive before WAL: the WAL index then lives in this process's memory, shared with nobody.
+        # Exclusive before WAL: the WAL index then lives in this process's memory only.
         self._db.pragma("locking_mode", "EXCLUSIVE")
         self._db.execute("BEGIN EXCLUSIVE; COMMIT")
         application = self._db.pragma("application_id")
@@ -128,18 +137,11 @@ class SqliteStore:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write all rows in one transaction; returns once they are on the disk."""
-        check_places(rows, self._length)
-        with self._errors_named("appended to"):
-            # Plain BEGIN and COMMIT: when the disk is full SQLite rolls back by itself, and a
-            # savepoint's own rollback would then hide the error that matters.
-            self._db.execute("BEGIN IMMEDIATE")
+        check_seqnos(rows, self._length)
+        with self._written("appended to"):
             self._db.executemany(
-                "INSERT INTO journal (seqno, body, chain) VALUES (?, ?, ?)",
-                [(row.seqno, row.body, row.chain) for row in rows],
+                "INSERT INTO journal (seqno, body, chain) VALUES (?, ?, ?)", list(rows)
             )
-            self._db.execute("COMMIT")
-            if self._log.pages >= self._checkpoint_pages:
-                self._db.wal_checkpoint()
         self._length += len(rows)
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
@@ -149,28 +151,40 @@ class SqliteStore:
                 "SELECT seqno, body, chain FROM journal WHERE seqno >= ? ORDER BY seqno LIMIT ?",
                 (from_seqno, rows_max),
             )
-            return tuple(map(_row_of, found))
+            return tuple(map(Row._make, found))
 
-    def origin(self) -> StoredOrigin | None:
-        """What stands for the rows that were dropped."""
+    def origin(self) -> StoredState | None:
+        """What the dropped rows come to."""
         with self._errors_named("read"):
             found = self._db.execute("SELECT seqno, sealed, digest FROM origin").fetchone()
-            return None if found is None else StoredOrigin(*found)
+            return None if found is None else StoredState(*found)
 
-    def drop_before(self, origin: StoredOrigin) -> None:
-        """Write the origin and drop rows in one transaction; later rows take the space that is free."""
+    def drop_before(self, origin: StoredState) -> None:
+        """Write the origin and drop rows in one transaction; later rows reuse their space."""
         check_origin(origin, self._begins, self._length)
-        with self._errors_named("compacted"):
-            self._db.execute("BEGIN IMMEDIATE")
+        with self._written("compacted"):
             self._db.execute(
-                "INSERT OR REPLACE INTO origin (only_row, seqno, sealed, digest) VALUES (1, ?, ?, ?)",
+                "INSERT OR REPLACE INTO origin (only_row, seqno, sealed, digest) VALUES (1, ?, ?, "
+                "?)",
                 (origin.seqno, origin.sealed, origin.digest),
             )
             self._db.execute("DELETE FROM journal WHERE seqno < ?", (origin.seqno,))
-            self._db.execute("COMMIT")
-            if self._log.pages >= self._checkpoint_pages:
-                self._db.wal_checkpoint()
         self._begins, self._length = origin.seqno, max(self._length, origin.seqno)
+
+    def seals(self) -> Sequence[StoredState]:
+        """The sealed states that were kept last."""
+        with self._errors_named("read"):
+            found = self._db.execute("SELECT seqno, sealed, digest FROM seal ORDER BY seqno")
+            return tuple(starmap(StoredState, found))
+
+    def keep_seals(self, seals: Sequence[StoredState]) -> None:
+        """Write these sealed states in place of those before, in one transaction."""
+        with self._written("sealed"):
+            self._db.execute("DELETE FROM seal")
+            self._db.executemany(
+                "INSERT INTO seal (seqno, sealed, digest) VALUES (?, ?, ?)",
+                [(seal.seqno, seal.sealed, seal.digest) for seal in seals],
+            )
 
     def __len__(self) -> int:
         return int(self._length)
@@ -180,11 +194,24 @@ class SqliteStore:
         self._db.close(True)
 
     @contextmanager
+    def _written(self, doing: str) -> Iterator[None]:
+        """One transaction, on the disk when it ends."""
+        with self._errors_named(doing):
+            # Plain BEGIN and COMMIT: when the disk is full SQLite rolls back by itself, and a
+            # savepoint's own rollback would then hide the error that matters.
+            self._db.execute("BEGIN IMMEDIATE")
+            yield
+            self._db.execute("COMMIT")
+            if self._log.pages >= self._checkpoint_pages:
+                self._db.wal_checkpoint()
+
+    @contextmanager
     def _errors_named(self, doing: str) -> Iterator[None]:
         """Turn SQLite's errors into ours, and make the first one final."""
         if self._broken:
             raise JournalError(
-                f"The journal {self._path} failed before; restart the coordinator so that it is verified."
+                f"The journal {self._path} failed before; restart the coordinator so that it is "
+                "verified."
             )
         try:
             yield
@@ -194,7 +221,7 @@ class SqliteStore:
 
 
 class _LogSize:
-    """Told by SQLite after each commit; knows nothing of the store, which would then never be freed."""
+    """SQLite calls it after each commit. It holds no store, so that stores can be freed."""
 
     pages = 0
 
@@ -204,12 +231,8 @@ class _LogSize:
         return apsw.SQLITE_OK
 
 
-# A start reads millions of rows: what SQLite gives becomes one without a call of Python's.
-_row_of = partial(tuple.__new__, Row)
-
-
 def _create(path: Path) -> None:
-    """An empty file that only its owner can read: answers hold what workers measured on their data."""
+    """Create an empty file that only its owner can read: answers come from the workers' data."""
     try:
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except OSError as error:
@@ -222,8 +245,8 @@ def _create(path: Path) -> None:
 def _forget_cache(path: Path) -> None:
     """Let the file be read from the disk, and not from what the kernel remembers of it.
 
-    After a failed sync the kernel shows pages that are not on the disk and that it will not write any
-    more. Appending after such pages would acknowledge rows behind a hole.
+    After a failed sync the kernel shows pages that are not on the disk and that it will not write
+    again. Appending after such pages would acknowledge rows behind a hole.
     """
     if not path.is_file() or not hasattr(os, "posix_fadvise"):
         return
@@ -242,7 +265,7 @@ def _forget_cache(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Make the names of the journal's files durable; SQLite tries, but says nothing if that fails."""
+    """Make the names of the journal's files durable; SQLite would not report a failure."""
     try:
         sync(path.parent)
     except OSError as error:
@@ -275,19 +298,23 @@ def _named(error: apsw.Error, path: Path, doing: str) -> JournalError:
             )
         case apsw.FullError():
             return JournalFullError(
-                f"The disk that holds {path} is full; free some space and start the coordinator again. "
-                "Every acknowledged answer is in the journal."
+                f"The disk that holds {path} is full; free some space and start the coordinator "
+                "again. Every acknowledged answer is in the journal."
             )
         case apsw.CantOpenError():
             return JournalError(
-                f"The journal {path} cannot be created or opened; check that its folder exists and is writable."
+                f"The journal {path} cannot be created or opened; check that its folder exists "
+                "and is writable."
             )
         case apsw.ReadOnlyError():
             return JournalError(
-                f"The journal {path} cannot be {doing}: it is read-only; make the file and its folder writable."
+                f"The journal {path} cannot be {doing}: it is read-only; make the file and its "
+                "folder writable."
             )
         case _:
             return JournalError(
-                f"The journal {path} could not be {doing} ({error}); the coordinator stops, so that nothing "
-                "is acknowledged that is not on the disk. Check the disk and start it again."
+                f"The journal {path} could not be {doing} ({error}); the coordinator stops, so "
+                "that "
+                "nothing is acknowledged that is not on the disk. Check the disk and start it "
+                "again."
             )

@@ -1,4 +1,4 @@
-"""How a party that is behind catches up: from the journal, or from a snapshot and the journal after it. Pure."""
+"""How a party catches up: from the journal, or from a snapshot and the journal after it. Pure."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from fedmezo_core.wire.snapshots import SnapshotOffer, Suffix
 
 INSTALL_BYTES_PER_S = 600e6
-"""What one core reaches in hashing a snapshot's file, copying it into the weights and digesting those
+"""Speed of one core that hashes a snapshot's file, copies it into the weights and digests these
 (measured: decision 0019)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """What a party is expected to reach; each above 0."""
+    """The expected speeds of a party; each is above 0."""
 
     pair_elements_per_s: float
-    """In applying pairs: pairs times trained elements a second."""
+    """Pairs times trained elements that it applies in a second."""
     download_bytes_per_s: float
 
 

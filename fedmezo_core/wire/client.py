@@ -63,28 +63,28 @@ _NOBODY_THERE = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RunDescription:
-    """What `GetRun` says."""
+    """What a coordinator says of its run, in answer to `GetRun`."""
 
     protocol_version: int
     genesis: Genesis
     head: bytes
-    """Head at genesis: names the base."""
+    """Head after genesis, which names the base; 32 bytes."""
     round: int
     epoch: int
     missing: Suffix
-    """What the caller would have to apply."""
+    """The commits that the caller would have to apply."""
     snapshot: SnapshotOffer | None
-    """None: there is none of a later round than the caller's."""
+    """The newest snapshot, if it is of a later round than the caller's."""
     needs_snapshot: bool = False
-    """Commits that the caller lacks are in the journal no more."""
+    """Whether the journal has dropped commits that the caller lacks."""
     genesis_body: bytes = b""
     """Record 0 as it was written."""
     checkpoint_key: bytes = b""
-    """What the coordinator signs with; empty if it does not."""
+    """Public key of the coordinator, 32 bytes; empty if it signs nothing."""
     round_head: bytes = b""
-    """Head after `round`; empty if nobody could vouch for it."""
+    """Head after `round`, 32 bytes; empty if the coordinator could not vouch for it."""
     signature: bytes = b""
-    """SignedHead of `round` and `round_head`; empty without a key."""
+    """Signature of `round` and `round_head`, 64 bytes; empty without a key."""
 
 
 class CoordinatorClient:
@@ -144,8 +144,8 @@ class CoordinatorClient:
         genesis = decode_record(answer.genesis)
         if not isinstance(genesis, Genesis):
             raise ProtocolError(
-                f"The coordinator at {self.address} described its run by a {type(genesis).__name__} "
-                "record; it is no FedMeZO coordinator of this version."
+                f"The coordinator at {self.address} described its run by a "
+                f"{type(genesis).__name__} record; it is no FedMeZO coordinator of this version."
             )
         return RunDescription(
             protocol_version=answer.protocol_version,
@@ -174,7 +174,7 @@ class CoordinatorClient:
         from_round: int = 0,
         from_origin: bool = False,
     ) -> wire.ReadJournalResponse:
-        """One page of the journal."""
+        """One page of the journal; the fields of `ReadJournalRequest` say which."""
         with self._errors_mapped():
             return await self._stub.ReadJournal(
                 wire.ReadJournalRequest(
@@ -191,7 +191,7 @@ class CoordinatorClient:
             )
 
     async def journal_pages(self, run_id: str = "") -> AsyncIterator[wire.ReadJournalResponse]:
-        """All pages that exist now; the first one names the journal's origin, if it has one."""
+        """All pages of the journal so far; the first one names its origin, if it has one."""
         seqno = 0
         while True:
             page = await self.read_journal(seqno, run_id=run_id, from_origin=seqno == 0)
@@ -203,7 +203,7 @@ class CoordinatorClient:
     async def read_snapshot(
         self, run_id: str, round_: int, offset: int
     ) -> AsyncGenerator[Snapshot | bytes, None]:
-        """What a snapshot's file is, then its bytes from `offset` on, as they come.
+        """The description of a snapshot, then the bytes of its file from `offset` on.
 
         A stream that breaks is an `UnavailableError`: ask again from where it broke. Any other
         `SnapshotError` means that it cannot be had.
@@ -222,7 +222,7 @@ class CoordinatorClient:
             call.cancel()
 
     async def get_status(self, run_id: str = "") -> wire.GetStatusResponse:
-        """The whole picture."""
+        """The status of the run and of its workers."""
         with self._errors_mapped():
             return await self._stub.GetStatus(
                 wire.GetStatusRequest(run_id=run_id), timeout=CALL_TIMEOUT_S
@@ -237,7 +237,7 @@ class CoordinatorClient:
         evaluation: Evaluated | None,
         snapshot: wire.SnapshotReport | None = None,
     ) -> None:
-        """Hand in the replica's digest, and an evaluation or a snapshot if there is one."""
+        """Report the replica's digest, and an evaluation or a snapshot if there is one."""
         with self._errors_mapped():
             await self._stub.ReportReplica(
                 wire.ReportReplicaRequest(
@@ -286,8 +286,8 @@ class CoordinatorClient:
                 ) from None
             if not reason and error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 raise VersionError(
-                    f"What answers at {self.address} is no FedMeZO coordinator of this version; check "
-                    "the address, or upgrade the older of the two."
+                    f"What answers at {self.address} is no FedMeZO coordinator of this version; "
+                    "check the address, or upgrade the older of the two."
                 ) from None
             hint = str(metadata.get(RETRY_AFTER_KEY, ""))
             raise error_from(error.code().name, reason, details, hint) from None
@@ -313,7 +313,7 @@ class SessionStream:
         self._client = client
 
     async def send(self, message: wire.SessionRequest) -> None:
-        """Send one message up."""
+        """Send one message to the coordinator."""
         with self._client._errors_mapped():
             try:
                 await self._call.write(message)
@@ -323,7 +323,7 @@ class SessionStream:
                 raise UnavailableError("The coordinator ended the session.") from None
 
     async def receive(self) -> wire.SessionResponse | None:
-        """The next message down, or None when the coordinator has ended the session."""
+        """The next message from the coordinator, or None when it has ended the session."""
         with self._client._errors_mapped():
             message = await self._call.read()
         if isinstance(message, wire.SessionResponse):
@@ -331,10 +331,10 @@ class SessionStream:
         return None
 
     async def end(self) -> None:
-        """Say that nothing more will be sent."""
+        """Tell the coordinator that nothing more will be sent."""
         with self._client._errors_mapped():
             await self._call.done_writing()
 
     def cancel(self) -> None:
-        """Break off."""
+        """Break the session off."""
         self._call.cancel()

@@ -1,4 +1,4 @@
-"""A snapshot's file from the coordinator onto a disk here, whole and checked, or an error."""
+"""Download a snapshot's file from the coordinator: the whole file, checked, or an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fedmezo_core.wire.snapshots import Snapshot
 log = logging.getLogger("fedmezo.download")
 
 HEADER_BYTES_MAX = 100_000_000
-"""What a snapshot may have beyond its weights: safetensors' own bound on a header."""
+"""Most bytes of a snapshot beyond its weights: the bound of safetensors on a header."""
 
 
 @contextlib.asynccontextmanager
@@ -38,17 +38,17 @@ async def downloaded(
     weights_bytes: int,
     give_up_after_s: float,
 ) -> AsyncIterator[Path]:
-    """Download a snapshot of `weights_bytes` of weights into `folder`; gives a path that can be opened.
+    """Download a snapshot of `weights_bytes` of weights into `folder`; yields the file's path.
 
-    A stream that breaks is taken up again where it broke. The file has no name, so that whatever ends
-    the process, nothing is left of it. Raises `SnapshotError` where it is no longer kept or the disk has
-    no room, `SnapshotDamagedError` if it is not what the journal says, and `UnavailableError` after
-    `give_up_after_s` seconds without a byte.
+    A broken stream is resumed where it broke. The file has no name, so that nothing is left of it
+    when the process ends. Raises `SnapshotError` where it is no longer kept or
+    the disk has no room, `SnapshotDamagedError` if it is not what the journal says, and
+    `UnavailableError` after `give_up_after_s` seconds without a byte.
     """
     if snapshot.file_bytes > weights_bytes + HEADER_BYTES_MAX:
         raise SnapshotDamagedError(
-            f"The snapshot of round {snapshot.round} is said to have {snapshot.file_bytes} bytes, but the "
-            f"weights have {weights_bytes}; check the coordinator."
+            f"The snapshot of round {snapshot.round} is said to have {snapshot.file_bytes} bytes, "
+            f"but the weights have {weights_bytes}; check the coordinator."
         )
     with contextlib.ExitStack() as stack:
         try:
@@ -113,8 +113,8 @@ class _Download:
         snapshot = self._snapshot
         if self._offset + len(piece) > snapshot.file_bytes:
             raise SnapshotDamagedError(
-                f"More than the {snapshot.file_bytes} bytes of the snapshot of round {snapshot.round} "
-                "came; check the coordinator."
+                f"More than the {snapshot.file_bytes} bytes of the snapshot of round "
+                f"{snapshot.round} came; check the coordinator."
             )
         try:
             await asyncio.to_thread(self._write, piece)

@@ -1,4 +1,4 @@
-"""What a party is told of the run's history: checked against the coordinator's key, and kept."""
+"""The run's history as a party receives it: checked against the coordinator's key, and kept."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedmezo_core.wire.client import RunDescription
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 PAGE_COMMITS = 1024
-"""Commits of a copy that are given at a time."""
+"""Most commits in one page of a copy."""
 
 Result = TypeVar("Result")
 
@@ -30,7 +30,7 @@ class History:
     def __init__(
         self, path: Path | None, key: bytes | None, thread: ThreadPoolExecutor | None = None
     ) -> None:
-        """`path` of the copy, or None for none; `key` that the coordinator must have, or None for any.
+        """`path` of the copy, or None for no copy; `key` that must sign, or None for any key.
 
         `thread` is the one that touches the file, if others read it too.
         """
@@ -40,18 +40,19 @@ class History:
         self._witness: Witness | None = None
         self._copy: JournalCopy | None = None
         self.journal: Journal | None = None
-        """What the copy is, once it is opened."""
+        """The journal of the copy, once it is open."""
         self._welcome = wire.Welcome()
 
     @property
     def keeps(self) -> bool:
-        """Whether there is a copy, which every commit goes into."""
+        """Whether there is a copy, to which every commit is added."""
         return self._path is not None
 
     async def open(self, description: RunDescription) -> AsyncIterator[Sequence[Entry]]:
-        """Open or begin the copy; gives the commits that are in it, in pages.
+        """Open or begin the copy; yields its commits in pages.
 
-        Raises `MismatchError` if the coordinator's key is not the wanted one, and as `JournalCopy.begin`.
+        Raises `MismatchError` if the coordinator's key is not the wanted one, and as
+        `JournalCopy.begin`.
         """
         key = description.checkpoint_key
         if self._wanted_key is not None and key != self._wanted_key:
@@ -72,19 +73,19 @@ class History:
         self._copy = copy
 
     async def add(self, bodies: Sequence[bytes]) -> Sequence[Entry]:
-        """Keep commits that were read from the coordinator's journal; where they are in the copy."""
+        """Keep commits that were read from the coordinator; returns their entries in the copy."""
         copy = self._copy
         if copy is None or not bodies:
             return ()
         return await self._on_disk(lambda: copy.add(bodies))
 
     def expect(self, welcome: wire.Welcome) -> None:
-        """Check the checkpoint that the commits which follow lead to; raises as `welcomed`."""
+        """Check the signed head that the next commits lead to; raises as `welcomed`."""
         self._welcome = welcome
         self._check(welcome.round, welcome.head, welcome.signature)
 
     async def welcomed(self, welcome: wire.Welcome, round_: int) -> None:
-        """Check the welcome's checkpoint; `round_` is the one that this party holds.
+        """Check the welcome's signed head; `round_` is the round that this party holds.
 
         Raises `DivergedError` if the run's key did not sign it.
         """
@@ -95,7 +96,7 @@ class History:
     async def committed(
         self, notice: wire.CommitNotice, round_: int, head: bytes
     ) -> Sequence[Entry]:
-        """Check and keep a commit that came down the stream: `round_` and `head` are those after it.
+        """Check and keep a commit from the stream; `round_` and `head` are those after it.
 
         Raises `DivergedError` if the run's key did not sign them.
         """
@@ -105,7 +106,7 @@ class History:
         return await self._keep((notice.record,), round_, head, signature)
 
     def signature_of(self, notice: wire.CommitNotice, round_: int) -> bytes:
-        """What the coordinator signed of the head after a commit; empty before the welcome's round."""
+        """The coordinator's signature of a commit's head; empty before the welcome's round."""
         return self._welcome.signature if round_ == self._welcome.round else notice.signature
 
     async def close(self) -> None:
@@ -119,8 +120,8 @@ class History:
             self._witness.check(round_, head, signature)
         elif signature:
             raise DivergedError(
-                f"The coordinator signs round {round_}, but named no key when this party asked for the "
-                "run; restart it."
+                f"The coordinator signs round {round_}, but named no key when this party asked "
+                "for the run; restart it."
             )
 
     async def _keep(

@@ -1,4 +1,4 @@
-"""Snapshots: the trained weights after a round, as a safetensors file. What names one; no numbers here."""
+"""Names and descriptions of snapshots: the trained weights after a round, in a safetensors file."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import re
 from dataclasses import dataclass
 
 SNAPSHOTS_KEPT = 2
-"""Newest snapshots whose files are kept: who is reading the last one may finish while a new one comes."""
+"""Snapshots that are kept; more than one, so that a reader can finish when a newer one comes."""
 SNAPSHOT_CHUNK_BYTES = 1024 * 1024
 """Most bytes of a snapshot in one message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a snapshot's file is, by the coordinator's journal."""
+    """A snapshot as the coordinator's journal describes it."""
 
     round: int
     head: bytes
-    """After that round, 32 bytes."""
+    """Head after that round, 32 bytes."""
     weights_digest: bytes
-    """32 bytes."""
+    """Digest of the trained weights, 32 bytes."""
     file_sha256: bytes
-    """32 bytes."""
+    """SHA-256 of the file, 32 bytes."""
     file_bytes: int
 
 
 def file_name(run_id: str, round_: int) -> str:
-    """How the file of a run's snapshot is called in its folder."""
+    """The file name of a run's snapshot."""
     return f"{run_id}-{round_}.safetensors"
 
 
 def partial_name(name: str) -> str:
-    """How a file is called until it is whole."""
+    """The name of a file until it is complete."""
     return f"{name}.partial"
 
 
@@ -47,12 +47,12 @@ class Suffix:
 
     pairs: int
     bytes: int
-    """Of their records."""
+    """Bytes of their records."""
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotOffer:
-    """The newest snapshot, and what is to be done after it."""
+    """The newest snapshot, and the commits to apply after it."""
 
     snapshot: Snapshot
     missing: Suffix

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 
+from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Answered, Committed, Opened, Scalars, SeedRange, Snapshotted
@@ -66,13 +67,15 @@ async def kept_snapshot(folder: Path, data: bytes) -> AsyncIterator[Kept]:
     journal = Journal(SqliteStore(folder / "journal.db"))
     recorded = Snapshotted(1, b"w" * 32, sha256(data).digest(), len(data))
     entries = journal.append(
-        [
-            genesis,
-            Opened(1, 0, ("w1",)),
-            Answered(1, 0, Scalars((0.5,), None, 1)),
-            Committed(1, (SeedRange(0, (0.5,)),), 0),
-            recorded,
-        ]
+        encode_records(
+            [
+                genesis,
+                Opened(1, 0, ("w1",)),
+                Answered(1, 0, Scalars((0.5,), None, 1)),
+                Committed(1, (SeedRange(0, (0.5,)),), 0),
+                recorded,
+            ]
+        )
     )
     journal.close()
     snapshot = Snapshot(1, entries[-1].head, b"w" * 32, recorded.file_sha256, len(data))

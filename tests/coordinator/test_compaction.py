@@ -1,4 +1,4 @@
-"""Old records go when something takes their place, and nobody can tell the difference but by asking for them."""
+"""Old records are dropped once they are sealed; only who asks for them can tell."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmezo_coordinator.compaction import CANDIDATES_MAX, Compaction
+from fedmezo_coordinator.compaction import SEAL_RECORDS, SEALS_MAX, Compaction, Seal
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.coordinator_command import check_compaction
 from fedmezo_coordinator.programs.fedmezo_command import app
 from fedmezo_core.errors import ConfigError, JournalCompactedError, JournalCorruptError
-from fedmezo_core.journal.codec import decode_record, encode_record
+from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, Row
+from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.run_state import RunState
-from fedmezo_core.machines.sealed_state import Origin
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -47,15 +47,17 @@ SIGNER = Signer(Ed25519PrivateKey.from_private_bytes(b"k" * 32))
 # ---------------------------------------------------------------- the decision
 
 
-def passed(compaction: Compaction, seqno: int, round_: int, round_max: int = 0) -> None:
-    state = RunState(genesis=GENESIS, round=round_)
-    origin = Origin(seqno, b"c" * 32, b"h" * 32, encode_record(GENESIS), state)
-    compaction.pass_by(origin, round_max)
+def passed(
+    compaction: Compaction, seqno: int, round_: int, round_max: int = 0, size: int = 100
+) -> None:
+    """A run passes by, and is sealed if that is due."""
+    if compaction.is_due(seqno):
+        compaction.add(Seal(round_, StoredState.of(seqno, bytes(size))), round_max)
 
 
 @pytest.mark.parametrize(("can_go", "goes"), [(99, False), (100, True), (101, True)])
 def test_records_go_when_so_many_can(can_go: int, goes: bool) -> None:
-    compaction = Compaction(100, None)
+    compaction = Compaction(100)
     compaction.begin(50)
     passed(compaction, 50 + can_go, 8)
     assert compaction.chosen(7) is None, "not before everyone can begin later"
@@ -65,21 +67,43 @@ def test_records_go_when_so_many_can(can_go: int, goes: bool) -> None:
 
 
 def test_nothing_goes_by_default() -> None:
-    compaction = Compaction(0, None)
+    compaction = Compaction(0)
     passed(compaction, 10_000_000, 8)
     assert compaction.chosen(100) is None
 
 
-@pytest.mark.parametrize("most", [CANDIDATES_MAX - 1, CANDIDATES_MAX, CANDIDATES_MAX + 1])
-def test_so_many_origins_wait_and_the_newest_that_can_be_used_is(most: int) -> None:
-    compaction = Compaction(8, None)
+@pytest.mark.parametrize(
+    ("records", "wanted"),
+    [(0, SEAL_RECORDS), (10**9, SEAL_RECORDS), (8 * 125, 125), (7, 1)],
+)
+def test_a_state_is_sealed_after_so_many_records(records: int, wanted: int) -> None:
+    compaction = Compaction(records)
+    compaction.begin(50)
+    for _ in range(3):
+        last = compaction.seals[-1].seqno if compaction.seals else 50
+        assert not compaction.is_due(last + wanted - 1)
+        passed(compaction, last + wanted, 8)
+        assert compaction.seals[-1].seqno == last + wanted
+
+
+def test_a_large_state_is_sealed_less_often() -> None:
+    compaction = Compaction(0)
+    passed(compaction, SEAL_RECORDS, 8, size=16 * 100_000)
+    assert not compaction.is_due(SEAL_RECORDS + 99_999)
+    assert compaction.is_due(SEAL_RECORDS + 100_000)
+
+
+@pytest.mark.parametrize("most", [SEALS_MAX - 1, SEALS_MAX, SEALS_MAX + 1])
+def test_so_many_states_are_kept_and_the_newest_that_can_be_used_is(most: int) -> None:
+    compaction = Compaction(8)
     for number in range(1, most + 1):
         passed(compaction, 10 * number, number)
-    chosen = compaction.chosen(most)
+    assert compaction.seals[-1].round == most, "a restart begins from the newest"
+    chosen = compaction.chosen(SEALS_MAX - 1)
     assert chosen is not None
-    assert chosen.round == min(most, CANDIDATES_MAX)
+    assert chosen.round == SEALS_MAX - 1
     compaction.begin(chosen.seqno)
-    assert compaction.chosen(10_000) is None
+    assert [seal.round for seal in compaction.seals] == ([most] if most >= SEALS_MAX else [])
     # And it goes on: what could not be kept has made room.
     passed(compaction, 1000, 90)
     after = compaction.chosen(90)
@@ -88,8 +112,8 @@ def test_so_many_origins_wait_and_the_newest_that_can_be_used_is(most: int) -> N
 
 
 def test_a_journal_that_grows_for_ever_finds_its_way_however_much_must_go() -> None:
-    """Candidates that are too early for so many records make room for later ones."""
-    compaction, begins, begun = Compaction(1000, None), 0, 0
+    """States that are too early for so many records make room for later ones."""
+    compaction, begins, begun = Compaction(1000), 0, 0
     for round_ in range(1, 5000):
         passed(compaction, 10 * round_, round_, round_ - 20)
         chosen = compaction.chosen(round_ - 20)
@@ -364,9 +388,10 @@ async def test_commands_begin_at_the_origin(
         )
         head = at.daemon._journal.head.hex()
     what = (
-        f"sound: {len(written) - begins} records after {begins} that were dropped, up to round {round_} "
-        f"(signed by {SIGNER.public_key.hex()}), run tiny-run, 1 coordinator starts, 20 rounds committed, "
-        f"head {head}\n"
+        f"sound: {len(written) - begins} records after {begins} that were dropped, up to round "
+        f"{round_} "
+        f"(signed by {SIGNER.public_key.hex()}), run tiny-run, 1 coordinator starts, 20 rounds "
+        f"committed, head {head}\n"
     )
     assert remote == what
     assert await asyncio.to_thread(printed, capsys, "journal", "verify", str(path)) == what

@@ -142,7 +142,7 @@ async def test_a_worker_that_joins_later_gets_the_commits_it_lacks(tmp_path: Pat
 async def test_nothing_more_is_taken_from_a_session_that_another_has_replaced(
     tmp_path: Path,
 ) -> None:
-    """A relay's mean may be another one after a restart, and its acknowledgement does not say which."""
+    """A relay's mean may change with a restart, and its acknowledgement does not say which."""
     genesis = genesis_of(config_of(rounds=9, workers_min=1, quorum=1, local_steps=1))
     head = head_after(ZERO_HASH, encode_record(genesis))
     async with served(tmp_path / "journal.db", genesis) as at:

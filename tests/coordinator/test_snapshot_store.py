@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -17,8 +19,9 @@ from fedmezo_core.errors import (
     SnapshotError,
     UnknownWorkerError,
 )
-from fedmezo_core.journal.journal import head_after
-from fedmezo_core.records import Committed, SeedRange, Snapshotted, digest64_of
+from fedmezo_core.journal.codec import encode_record
+from fedmezo_core.journal.journal import Entry, Row, head_after
+from fedmezo_core.records import Committed, Record, SeedRange, Snapshotted, digest64_of
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.snapshots import SNAPSHOT_CHUNK_BYTES, file_name, round_in
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -53,7 +56,14 @@ def commit(snapshots: SnapshotStore, round_: int, *, agreed: bytes | None = None
     """A round closes whose answers were measured on the weights after the round before."""
     digest = digest_of(round_ - 1) if agreed is None else agreed
     commit = Committed(round_, (SeedRange(0, (1.0,)),), 0)
-    snapshots.fold(commit, {round_ - 1: digest64_of(digest)})
+    fold(snapshots, commit, {round_ - 1: digest64_of(digest)})
+
+
+def fold(
+    snapshots: SnapshotStore, record: Record, agreed: Mapping[int, int] = MappingProxyType({})
+) -> None:
+    """Let the store take one more record, wherever it stands in the journal."""
+    snapshots.fold(Entry(Row(9, encode_record(record), bytes(32)), bytes(32)), agreed)
 
 
 def write(folder: Path, *names: str, data: bytes = b"0123456789") -> None:
@@ -81,7 +91,7 @@ def test_a_snapshot_is_recorded_once_the_run_has_agreed_to_its_weights(
     assert snapshots.take_agreed() == record_of(4)
     assert snapshots.take_agreed() is None
     assert snapshots.newest is None, "not before it is in the journal"
-    snapshots.fold(record_of(4), {})
+    fold(snapshots, record_of(4))
     assert snapshots.newest == record_of(4)
 
 
@@ -100,7 +110,7 @@ def test_a_snapshot_that_the_run_does_not_agree_to_is_dropped_and_named(
 
 def test_only_a_newer_snapshot_counts(tmp_path: Path) -> None:
     snapshots = shelf_of(tmp_path)
-    snapshots.fold(record_of(4), {})
+    fold(snapshots, record_of(4))
     for round_ in (3, 4):
         commit(snapshots, round_ + 1)
         snapshots.offer(record_of(round_))
@@ -122,7 +132,7 @@ def test_without_a_folder_nothing_is_offered() -> None:
     snapshots.offer(record_of(4))
     commit(snapshots, 5)
     assert snapshots.take_agreed() is None
-    snapshots.fold(record_of(4), {})
+    fold(snapshots, record_of(4))
     assert snapshots.newest is None
     with pytest.raises(SnapshotError):
         snapshots.find(4)
@@ -135,7 +145,7 @@ def test_the_newest_two_files_are_kept_and_other_files_are_nobodys_business(tmp_
     write(tmp_path, *others, *(file_name("run", n) for n in (1, 2, 3, 4)))
     write(tmp_path, "run-5.safetensors.partial")
     for round_ in (1, 2, 3):
-        snapshots.fold(record_of(round_), {})
+        fold(snapshots, record_of(round_))
     snapshots.sweep()
     kept = {file_name("run", n) for n in (2, 3, 4)} | {"run-5.safetensors.partial"}
     assert names_in(tmp_path) == kept | others, "4 and 5 may be on their way"
@@ -155,7 +165,7 @@ async def test_a_file_is_read_in_chunks_from_any_offset(tmp_path: Path, offset: 
     data = bytes(range(256)) * (SNAPSHOT_CHUNK_BYTES // 128) + b"12345"
     write(tmp_path, file_name("run", 7), data=data)
     snapshots = shelf_of(tmp_path)
-    snapshots.fold(record_of(7, len(data)), {})
+    fold(snapshots, record_of(7, len(data)))
     chunks = [chunk async for chunk in snapshots.read(7, offset)]
     assert b"".join(chunks) == data[offset:]
     assert all(len(chunk) <= SNAPSHOT_CHUNK_BYTES for chunk in chunks)
@@ -165,7 +175,7 @@ async def test_a_file_is_read_in_chunks_from_any_offset(tmp_path: Path, offset: 
 
 async def test_a_file_that_is_gone_or_cut_short_is_named(tmp_path: Path) -> None:
     snapshots = shelf_of(tmp_path)
-    snapshots.fold(record_of(7, 10), {})
+    fold(snapshots, record_of(7, 10))
     with pytest.raises(SnapshotError, match="No such file"):
         await anext(snapshots.read(7, 0))
     write(tmp_path, file_name("run", 7), data=b"short")
@@ -181,7 +191,7 @@ async def test_one_reader_too_many_is_refused_until_another_has_ended(
     monkeypatch.setattr(store_module, "STREAMS_MAX", 1)
     write(tmp_path, file_name("run", 7))
     snapshots = shelf_of(tmp_path)
-    snapshots.fold(record_of(7), {})
+    fold(snapshots, record_of(7))
     first = snapshots.read(7, 0)
     await anext(first)
     with pytest.raises(NotReadyError, match="the most that one coordinator serves"):

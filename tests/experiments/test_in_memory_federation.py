@@ -10,7 +10,7 @@ import pytest
 from experiments.in_memory_federation import InMemoryFederation, StalledError
 from experiments.judging import Judge
 from fedmezo_core.errors import ConfigError, MeasurementError
-from fedmezo_core.journal.codec import encode_record
+from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Record
@@ -35,7 +35,7 @@ def party_of(model: Path, **changes: Any) -> Party:
 
 
 def records_in(store: MemoryStore | SqliteStore) -> list[Record]:
-    return [entry.record for entry in Journal(store).load()]
+    return [decode_record(entry.row.body) for entry in Journal(store).load()]
 
 
 def by_kind(records: list[Record], *kinds: type) -> set[bytes]:
@@ -114,7 +114,7 @@ async def compare(
     networked = entries_of(path)
 
     assert federation.journal.head == networked[-1].head == status.head
-    ours, theirs = records_in(store), [entry.record for entry in networked]
+    ours, theirs = records_in(store), [decode_record(entry.row.body) for entry in networked]
     assert len(ours) == len(theirs)
     commits = [encode_record(record) for record in ours if isinstance(record, Committed)]
     assert commits == [encode_record(r) for r in theirs if isinstance(r, Committed)]

@@ -2,9 +2,10 @@
 
     python -m tests.faults.appender
 
-reads folders from its input, one a line. For each it forks a child, says its process number, and then how
-it ended. So a child costs no start of Python. It waits for `go` (a named pipe in its folder), works on
-`journal.db` beside it, and writes to `said`. After a failure it tries to go on, as no coordinator should.
+reads folders from its input, one a line. For each it forks a child, says its process number, and
+then how it ended. So a child costs no start of Python. It waits for `go` (a named pipe in its
+folder), works on `journal.db` beside it, and writes to `said`. After a failure it tries to go on,
+as no coordinator should.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from fedmezo_core.errors import JournalError
+from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Paused
@@ -38,7 +40,7 @@ def rows_to_write() -> list[Row]:
     """All rows that a child would write if nothing failed."""
     journal = Journal(MemoryStore())
     for batch in range(len(BATCHES)):
-        journal.append(records_of(batch))
+        journal.append(encode_records(records_of(batch)))
     return list(journal.read(0, 1000))
 
 
@@ -54,7 +56,7 @@ def append_all(folder: Path) -> None:
         return
     for batch in range(ENDS.index(len(journal)), len(BATCHES)):
         try:
-            journal.append(records_of(batch))
+            journal.append(encode_records(records_of(batch)))
         except JournalError:
             os.write(said, b"failed\n")
         else:

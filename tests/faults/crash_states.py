@@ -1,8 +1,8 @@
 """Every way in which a power cut can leave the journal, tried on the real store.
 
-A scenario is recorded once (`disk.recording`). Then power is cut after each operation, and what was not
-synced is lost, kept, torn or reordered. Each state is written to a folder, opened as the coordinator
-would open it, and compared with what had been acknowledged by then.
+A scenario is recorded once (`disk.recording`). Then power is cut after each operation, and what was
+not synced is lost, kept, torn or reordered. Each state is written to a folder, opened as the
+coordinator would open it, and compared with what had been acknowledged by then.
 
     python -m tests.faults.crash_states --count 20                # many states
     python -m tests.faults.crash_states --state small/7/120/torn/3    # one again
@@ -27,11 +27,12 @@ from unittest.mock import patch
 
 from fedmezo_core.errors import JournalError
 from fedmezo_core.journal import sqlite as product
-from fedmezo_core.journal.codec import encode_record
-from fedmezo_core.journal.journal import ZERO_HASH, Journal, MemoryStore, Row, StoredOrigin
+from fedmezo_core.journal.codec import encode_record, encode_records
+from fedmezo_core.journal.journal import ZERO_HASH, Journal, MemoryStore, Row
+from fedmezo_core.journal.sealed import SealedState, StoredState, seal
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.run_state import RunState
-from fedmezo_core.machines.sealed_state import Origin, seal
+from fedmezo_core.machines.state_codec import state_to_pb
 from fedmezo_core.records import Paused
 from tests.faults.disk import (
     RANDOM_MODES,
@@ -76,7 +77,7 @@ class UnsyncedStore(SqliteStore):
 class DroppingFirstStore(SqliteStore):
     """A control: rows are gone before what they came to is there."""
 
-    def drop_before(self, origin: StoredOrigin) -> None:
+    def drop_before(self, origin: StoredState) -> None:
         self._db.execute("DELETE FROM journal WHERE seqno < ?", (origin.seqno,))
         super().drop_before(origin)
 
@@ -160,17 +161,22 @@ class Author:
         texts = [self.rng.randbytes(size).hex() for size in sizes]
         records = [Paused(begun, text) for text in texts]
         # Before the append: what fails may be there all the same.
-        self.history.rows += [entry.row for entry in self.expected.append(records)]
+        self.history.rows += [entry.row for entry in self.expected.append(encode_records(records))]
         self.history.ends.add(begun)
-        self.journal.append(records)
+        self.journal.append(encode_records(records))
         self.acknowledged = begun
         self._promise(begun)
 
     def compact(self) -> None:
         """Drop some of the rows that are there, but not all."""
         seqno = self.rng.randint(self.journal.begins + 1, len(self.journal) - 1)
-        sealed = origin_at(seqno, self.history.rows[seqno - 1].chain)
-        self.journal.drop_before(StoredOrigin.of(seqno, sealed))
+        self.journal.drop_before(state_at(seqno, self.history.rows[seqno - 1].chain))
+
+    def seal(self) -> None:
+        """Seal some of what the rows come to, in place of what was sealed before."""
+        seqnos = self.rng.sample(range(1, len(self.journal) + 1), self.rng.randint(1, 3))
+        rows = self.history.rows
+        self.journal.keep_seals([state_at(n, rows[n - 1].chain) for n in sorted(seqnos)])
 
     def close(self) -> None:
         """End cleanly."""
@@ -278,7 +284,7 @@ def _failed_sync(end: Callable[[Author], None], author: Author) -> None:
 
 
 def _compacted(end: Callable[[Author], None], author: Author) -> None:
-    """What dropped rows came to is larger than a page, so that it can be torn, and takes turns with appends."""
+    """Origins are larger than a page, so that they can be torn, and alternate with appends."""
     for _ in range(2):
         author.open(CHECKPOINT_PAGES)
         for _ in range(4):
@@ -292,17 +298,30 @@ def _compacted(end: Callable[[Author], None], author: Author) -> None:
     author.close()
 
 
-def origin_at(seqno: int, chain: bytes) -> bytes:
-    """An origin of rows that are no run's, as large as one of a run with some workers."""
+def _sealed(end: Callable[[Author], None], author: Author) -> None:
+    """Sealed states are larger than a page, too, and are replaced between appends."""
+    for _ in range(2):
+        author.open(CHECKPOINT_PAGES)
+        for _ in range(4):
+            author.append(author.rng.randint(2, 5), author.rng.choice((20, 3000)))
+            author.seal()
+        end(author)
+    author.open(CHECKPOINT_PAGES)
+    author.append(3, 400)
+    author.close()
+
+
+def state_at(seqno: int, chain: bytes) -> StoredState:
+    """A sealed state of rows that are no run's, as large as one of a run with some workers."""
     genesis = genesis_of(config_of())
     state = RunState(genesis=genesis)
     for worker in range(200):
         state.distances[f"worker-{worker:04d}-of-run-{seqno}"] = seqno / (worker + 1)
-    return seal(Origin(seqno, chain, ZERO_HASH, encode_record(genesis), state))
+    return seal(SealedState(seqno, chain, ZERO_HASH, encode_record(genesis), state_to_pb(state)))
 
 
 def _rows_of(journal: Journal, history: History) -> list[Row]:
-    """All rows that a journal ever had, if those that it has are those of the history; else what it has."""
+    """All rows that a journal ever had, if the rows left are the history's; else those left."""
     found = [entry.row for entry in journal.load()]
     whole = history.rows[: journal.begins] + found
     return whole if whole == history.rows[: len(journal)] else found
@@ -328,6 +347,8 @@ SCENARIOS: Final[dict[str, Callable[[Author], None]]] = {
     "sync-fails-killed": lambda author: _failed_sync(Author.kill_now, author),
     "compacted": lambda author: _compacted(Author.kill, author),
     "compacted-cut": lambda author: _compacted(Author.cut_power, author),
+    "sealed": lambda author: _sealed(Author.kill, author),
+    "sealed-cut": lambda author: _sealed(Author.cut_power, author),
 }
 
 
@@ -382,7 +403,7 @@ class State:
 
 
 def states(scenario: str, seed: int, kind: str = "full") -> Iterator[tuple[State, Disk]]:
-    """Every state to try of a scenario, each with the disk at its cut, which the next one changes."""
+    """Every state of a scenario, with the disk at its cut; the next state changes that disk."""
     what = recorded(scenario, seed, kind)
     disk = replayed(what.trace[: what.first_cut])
     for cut in range(what.first_cut, len(what.trace) + 1):
@@ -422,7 +443,12 @@ def _verdict_on(store: SqliteStore, what: Recording, promise: Promise) -> str:
         return f"changed: {len(found)} rows are there, not all as they were written"
     if len(found) > promise.begun or len(found) not in history.ends:
         return f"in part: {len(found)} rows are there of {promise}"
-    [entry] = journal.append([Paused(1, "after the cut")])
+    for stored in store.seals():
+        if stored != StoredState.of(stored.seqno, stored.sealed):
+            return f"changed: the state that was sealed before row {stored.seqno}"
+        if stored != state_at(stored.seqno, history.rows[stored.seqno - 1].chain):
+            return f"changed: the state before row {stored.seqno} is of other rows"
+    [entry] = journal.append(encode_records([Paused(1, "after the cut")]))
     if list(store.read(0, len(found) + 2)) != [*found[journal.begins :], entry.row]:
         return "changed: by an append after the cut"
     return ""

@@ -1,9 +1,9 @@
 """A disk that remembers what was asked of it, and what a power cut could leave of that.
 
 `recording` puts a VFS under SQLite that notes every write, truncation, sync, creation and deletion.
-`Disk` replays such a trace up to any point and knows what was synced by then; everything else is at the
-mercy of a `Mode`. Two things are assumed, as SQLite itself assumes them: a write changes no bytes outside
-its range, and a folder's changes reach the disk in the order in which they were made.
+`Disk` replays such a trace up to any point and knows what was synced by then; everything else is at
+the mercy of a `Mode`. Two things are assumed, as SQLite itself assumes them: a write changes no
+bytes outside its range, and a folder's changes reach the disk in the order in which they were made.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class FailedSync:
-    """A sync that failed. As Linux does it, what it should have written is forgotten, yet still read."""
+    """A sync that failed. On Linux its data is then never written, yet can still be read."""
 
     inode: int
 

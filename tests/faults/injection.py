@@ -1,4 +1,4 @@
-"""`kill -9` and I/O errors at chosen system calls of a child that appends to a journal, by strace."""
+"""strace kills a child that appends to a journal, or fails it, at chosen system calls."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Outcome:
     status: int
     """Its exit status, negative if a signal ended it."""
     calls: Sequence[str]
-    """Names of the calls, with `failed:` before those that an error was injected into, `folder:` before
-    those on a folder, and `said:` before a word that the child wrote."""
+    """Names of the calls, with `failed:` before those that an error was injected into, `folder:`
+    before those on a folder, and `said:` before a word that the child wrote."""
     acknowledged: int
     """Rows that were said to be durable."""
 

@@ -1,9 +1,9 @@
-"""A worker that is real but for its model: the product's agent over real gRPC, with an oracle for an engine.
+"""A worker without a model: the product's agent over real gRPC, with an oracle as engine.
 
     python -m tests.faults.light_worker HOST:PORT NAME
 
-Its weights are a hash of the commits, and its measurements a hash of weights, seeds and name: so a run
-ends with the same head whatever happened to the connections, or something is wrong.
+Its weights are a hash of the commits, and its measurements a hash of weights, seeds and name: so a
+run ends with the same head whatever happened to the connections, or something is wrong.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from tests.sim.checker import BASE_WEIGHTS, measure, rows_of, weights_after
 
 MEASURING_S: Final = 0.02
 KEEPALIVE_MS: Final = 1500
-"""Of pings and of the wait for an answer; the product's are a minute and 20 s, too long for a test."""
+"""Of pings and of the wait for an answer; the product's are a minute and 20 s, too long for a
+test."""
 
 
 class LightEngine:
@@ -74,5 +75,6 @@ def with_quick_keepalive(options: Sequence[tuple[str, int]]) -> tuple[tuple[str,
 
 
 if __name__ == "__main__":
-    client.CHANNEL_OPTIONS = with_quick_keepalive(client.CHANNEL_OPTIONS)  # type: ignore[assignment]
+    quick_options = with_quick_keepalive(client.CHANNEL_OPTIONS)
+    client.CHANNEL_OPTIONS = quick_options  # type: ignore[assignment]
     asyncio.run(light_agent(sys.argv[1], sys.argv[2]).run())

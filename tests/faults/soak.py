@@ -2,8 +2,8 @@
 
     python -m tests.faults.soak --minutes 30 --seed 1000000
 
-Prints what was tried and writes build/reports/soak.json. Ends with 1 if a promise was broken, or if a
-control that must break one did not.
+Prints what was tried and writes build/reports/soak.json. Ends with 1 if a promise was broken, or if
+a control that must break one did not.
 """
 
 from __future__ import annotations

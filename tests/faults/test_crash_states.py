@@ -83,7 +83,7 @@ def test_a_store_that_promises_too_much_is_caught(
 def test_reading_a_dead_process_s_log_from_memory_is_caught(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a failed sync, what can be read need not be on the disk: appending after it is unsafe."""
+    """After a failed sync, what is read may not be on the disk: appending after it is unsafe."""
     monkeypatch.setattr("fedmezo_core.journal.sqlite._forget_cache", lambda path: None)
     recorded.cache_clear()
     tally = tried("sync-fails-killed", SEED, folder)

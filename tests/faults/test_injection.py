@@ -1,4 +1,4 @@
-"""The real store in a real process, killed or failed by the kernel at each of its writes and syncs."""
+"""The real store in a real process, killed or failed at each of its writes and syncs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Paused
@@ -52,7 +53,7 @@ def _killed_before(folder: Path) -> None:
         path = Path(elsewhere) / NAME
         journal = Journal(SqliteStore(path, checkpoint_pages=CHECKPOINT_PAGES))
         for batch in range(4):
-            journal.append(records_of(batch))
+            journal.append(encode_records(records_of(batch)))
         for name in (NAME, f"{NAME}-wal"):
             (folder / name).write_bytes(path.with_name(name).read_bytes())
         journal.close()
@@ -76,7 +77,7 @@ def check_remains(folder: Path, outcome: Outcome, fault: Fault) -> None:
     assert len(found) >= outcome.acknowledged, f"{fault} cost an acknowledged row"
     assert len(found) in ENDS, f"{fault} left part of an append"
     assert found == ALL_ROWS[: len(found)], f"{fault} changed a row"
-    journal.append([Paused(1, "afterwards")])
+    journal.append(encode_records([Paused(1, "afterwards")]))
     journal.close()
 
 

@@ -1,4 +1,4 @@
-"""Bad links between a real coordinator and real agents: the run ends as it would have without them."""
+"""Bad links between a coordinator and agents: the run ends as it would without them."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import pytest
 
 from fedmezo_coordinator.replica.replica import describe
 from fedmezo_core.errors import DataError, FedMezoError, JournalError, ModelError
-from fedmezo_core.journal.codec import config_to_pb
+from fedmezo_core.journal.codec import config_to_pb, decode_record
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Genesis
@@ -400,7 +400,7 @@ def test_no_flipped_byte_goes_unnoticed_or_changes_a_record(journal: Path) -> No
             continue
         with closing(store):
             try:
-                records = [entry.record for entry in Journal(store).load()]
+                records = [decode_record(entry.row.body) for entry in Journal(store).load()]
             except JournalError:
                 continue
         assert records == sound

@@ -148,7 +148,7 @@ def commits_of(path: Path) -> list[Committed]:
     """Of a journal or a copy; every hash and signature is checked."""
     store = SqliteStore(path, create=False)
     try:
-        return [e.record for e in verified(Journal(store)) if isinstance(e.record, Committed)]
+        return [r for _, r in verified(Journal(store)) if isinstance(r, Committed)]
     finally:
         store.close()
 

@@ -16,7 +16,7 @@ from fedmezo_core.journal.signed_heads import Signer, open_signer
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.support.harness import at_round, entries_of, served
+from tests.integration.support.harness import at_round, records_of, served
 from tests.integration.support.parties import Workers, Working
 
 ROUNDS = 6
@@ -61,7 +61,7 @@ async def test_a_run_goes_on_from_a_workers_copy_to_the_end_it_would_have_had(
             await asyncio.wait_for(other.engine.waiting.wait(), 60)
     # The coordinator's machine is lost, with its journal; the workers end too.
     await end([keeper, other])
-    kept = [e.record.round for e in entries_of(copy) if isinstance(e.record, Committed)]
+    kept = [record.round for record in records_of(copy) if isinstance(record, Committed)]
     assert 2 <= len(kept) < ROUNDS
 
     restored = tmp_path / "restored.db"
@@ -77,7 +77,7 @@ async def test_a_run_goes_on_from_a_workers_copy_to_the_end_it_would_have_had(
             ends.append(await client.get_status())
     assert ends[0].head == ends[1].head
     assert len({d.weights_digest for end in ends for d in end.digests}) == 1
-    assert len([e for e in entries_of(copy) if isinstance(e.record, Committed)]) == ROUNDS
+    assert len([r for r in records_of(copy) if isinstance(r, Committed)]) == ROUNDS
 
 
 async def test_a_worker_with_a_copy_refuses_a_coordinator_whose_history_went_back(

@@ -54,8 +54,16 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal.codec import decode_record, encode_record
-from fedmezo_core.journal.journal import ZERO_HASH, Entry, Journal, MemoryStore, Row, head_after
+from fedmezo_core.journal.codec import decode_record, encode_record, encode_records
+from fedmezo_core.journal.journal import (
+    MOVES_HEAD,
+    ZERO_HASH,
+    Entry,
+    Journal,
+    MemoryStore,
+    Row,
+    head_after,
+)
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
@@ -246,7 +254,7 @@ class World:
         """What has gone wrong so far."""
         self.store = MemoryStore()
         genesis = Genesis(self.scenario.config, bytes(32), bytes(32), bytes(32), 1, 4)
-        [entry] = Journal(self.store).append([genesis])
+        [entry] = Journal(self.store).append(encode_records([genesis]))
         self.genesis_head = entry.head
         self.checker = Checker(self.scenario.config)
         self.coordinator = Coordinator(self)
@@ -356,7 +364,7 @@ class Coordinator:
         self.journal = Journal(self.world.store)
         self.commits, self.heads = [], []
         for entry in self.journal.load():
-            self.machine.apply(entry.record)
+            self.machine.apply(_decoded(entry.row.body))
             self._remember(entry)
         self.up = True
         self.perform(self.machine.start(self._clock_ms()))
@@ -396,7 +404,7 @@ class Coordinator:
             return
         folded = RunState()
         for entry in Journal(self.world.store).load():
-            folded.apply(entry.record)
+            folded.apply(_decoded(entry.row.body))
         if folded != self.machine.state:
             raise ViolationError(f"a restart folds to {folded}, live is {self.machine.state}")
 
@@ -437,14 +445,15 @@ class Coordinator:
         return bool(records) and self.world.chance(rate)
 
     def _append(self, records: tuple[Record, ...]) -> None:
-        for entry in self.journal.append(records) if records else ():
-            self.world.say("journal", entry.record)
-            self.world.faults["the run paused"] += isinstance(entry.record, Paused)
-            self.world.checker.appended(entry.record)
+        entries = self.journal.append(encode_records(records)) if records else ()
+        for entry, record in zip(entries, records, strict=True):
+            self.world.say("journal", record)
+            self.world.faults["the run paused"] += isinstance(record, Paused)
+            self.world.checker.appended(record)
             self._remember(entry)
 
     def _remember(self, entry: Entry) -> None:
-        if isinstance(entry.record, Genesis | Committed):
+        if entry.row.kind in MOVES_HEAD:
             self.commits.append(entry.row)
             self.heads.append(entry.head)
 

@@ -15,9 +15,11 @@ from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_b
 from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit, stop_signal
 from fedmezo_coordinator.serving.service import bind_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
-from fedmezo_coordinator.stores.opening import journal_shown, open_store, path_beside
+from fedmezo_coordinator.stores.location import journal_shown, path_beside
+from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError
+from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.signed_heads import open_signer
 from fedmezo_core.program import run_daemon
@@ -77,7 +79,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         check_compaction(settings, config)
         log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
         genesis = await describe_base(settings, config)
-        journal.append([genesis])
+        journal.append(encode_records([genesis]))
     session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
     signer = open_signer(settings.signing_key or path_beside(settings.journal, ".key"))
     daemon = Daemon(

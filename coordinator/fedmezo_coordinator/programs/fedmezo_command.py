@@ -20,14 +20,16 @@ from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
-from fedmezo_coordinator.stores.opening import journal_shown, open_store, path_beside
+from fedmezo_coordinator.stores.location import journal_shown, path_beside
+from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core import records
 from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
-from fedmezo_core.journal.journal import Journal, MemoryStore, Row, StoredOrigin
+from fedmezo_core.journal.journal import Journal, MemoryStore, Row
 from fedmezo_core.journal.party_copy import verified
+from fedmezo_core.journal.sealed import SealedState, StoredState
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.machines.rounds import RoundMachine
-from fedmezo_core.machines.sealed_state import Origin, unseal
+from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.program import run_program, worker_packages
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -111,9 +113,9 @@ def inspect(
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
             print((_json_origin_line if as_json else _origin_line)(origin))
-        for entry in verified(source):
+        for entry, record in verified(source):
             if entry.row.seqno >= from_seqno:
-                print((_json_line if as_json else _line)(entry.row, entry.record))
+                print((_json_line if as_json else _line)(entry.row, record))
 
 
 @journal_app.command()
@@ -373,15 +375,15 @@ def _verified_line(journal: Journal) -> str:
     signed: records.SignedHead | None = None
     origin = journal.origin()
     if origin is not None:
-        machine.restore(origin.state)
+        machine.restore(state_of(origin))
         before = (
             f" after {origin.seqno} that were dropped, up to round {origin.round} "
             f"({_signed_by(origin.key)}),"
         )
-    for entry in verified(journal):
-        machine.apply(entry.record)
-        if isinstance(entry.record, records.SignedHead) and entry.record.signature:
-            signed = entry.record
+    for _, record in verified(journal):
+        machine.apply(record)
+        if isinstance(record, records.SignedHead) and record.signature:
+            signed = record
         count += 1
     if len(journal) == 0:
         raise JournalCorruptError("The journal is empty: no run has begun in it.")
@@ -399,7 +401,7 @@ async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
     async with CoordinatorClient(address, tls_ca) as client:
         async for page in client.journal_pages():
             if page.origin:
-                store.drop_before(StoredOrigin.of(unseal(page.origin).seqno, page.origin))
+                store.drop_before(StoredState.received(page.origin))
             store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
     return store
 
@@ -417,7 +419,7 @@ def status_values(answer: wire.GetStatusResponse) -> dict[str, Any]:
     return values
 
 
-def _origin_line(origin: Origin) -> str:
+def _origin_line(origin: SealedState) -> str:
     return (
         f"{origin.seqno - 1:>8}  {origin.chain.hex()[:12]}  origin     records 0 to "
         f"{origin.seqno - 1}, up to round {origin.round}, were dropped; head "
@@ -429,7 +431,7 @@ def _signed_by(key: bytes) -> str:
     return f"signed by {key.hex()}" if key else "not signed"
 
 
-def _json_origin_line(origin: Origin) -> str:
+def _json_origin_line(origin: SealedState) -> str:
     return json.dumps(
         {
             "seqno": origin.seqno,

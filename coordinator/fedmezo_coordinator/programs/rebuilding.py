@@ -46,16 +46,16 @@ def plan_of(journal: Journal, last_round: int | None) -> Plan:
     heads = {} if origin is None else {origin.round: origin.head}
     commits: list[Committed] = []
     recorded: list[Snapshotted] = []
-    for entry in verified(journal):
-        match entry.record:
+    for entry, record in verified(journal):
+        match record:
             case Genesis():
-                genesis = entry.record
+                genesis = record
             case Committed():
-                commits.append(entry.record)
+                commits.append(record)
                 if origin is not None:
-                    heads[entry.record.round] = entry.head
+                    heads[record.round] = entry.head
             case Snapshotted():
-                recorded.append(entry.record)
+                recorded.append(record)
     if genesis is None:
         raise JournalCorruptError("The journal does not begin with a genesis record.")
     newest = first_round + len(commits)

@@ -1,4 +1,4 @@
-"""Where the daemon finds the model's records in the journal: genesis and commits, and their heads."""
+"""Where the model's records are in the journal: genesis and commits, with the heads after them."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 
-from fedmezo_core.journal.journal import Entry
-from fedmezo_core.machines.sealed_state import Origin
-from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.journal.codec import pairs_in_commit
+from fedmezo_core.journal.journal import COMMITTED, MOVES_HEAD, Entry
+from fedmezo_core.journal.sealed import SealedState
 from fedmezo_core.wire.snapshots import Suffix
 
 
 class CommitIndex:
-    """Folds entries, live and at a restart alike.
+    """Folds the journal's entries, live and at a restart alike.
 
-    Invariant: item k of `seqnos` is the place of the commit of round `begins` + k; item 0 is genesis, or
-    the last record that was dropped. A round takes 56 bytes, so a million rounds take 56 MB, unless
-    records are dropped.
+    Invariant: item k of `seqnos` is the seqno of the commit of round `begins` + k; item 0 is that
+    of genesis, or of the last record that was dropped. A round takes 56 bytes, so a million rounds
+    take 56 MB, unless records are dropped.
     """
 
     def __init__(self) -> None:
@@ -43,16 +43,13 @@ class CommitIndex:
 
     @property
     def last_base_round(self) -> int:
-        """The same of the one before; 0 if the journal does not hold two."""
+        """Round of the second newest commit from the base; 0 if the journal does not hold two."""
         return self._from_base[0] if len(self._from_base) == 2 else 0
 
-    def begin(self, origin: Origin) -> None:
-        """Begin where the journal does."""
+    def begin(self, origin: SealedState) -> None:
+        """Begin where a journal begins whose first records were dropped."""
         self.begins = origin.round
-        self.seqnos.append(origin.seqno - 1)
-        self._heads += origin.head
-        self._pairs.append(0)
-        self._bytes.append(0)
+        self._add(origin.seqno - 1, origin.head, 0, 0)
 
     def drop_before(self, round_: int, seqno: int) -> None:
         """Forget the commits up to that of `round_`, which were before record `seqno`."""
@@ -66,24 +63,32 @@ class CommitIndex:
             self._from_base.popleft()
 
     def fold(self, entry: Entry) -> None:
-        """Take one more entry."""
-        record = entry.record
-        if not isinstance(record, (Genesis, Committed)):
-            return
-        self.seqnos.append(entry.row.seqno)
-        self._heads += entry.head
-        self._add_up(entry)
-        if isinstance(record, Committed) and record.from_base:
-            self._from_base.append(record.round)
+        """Take one more entry; only genesis and commits change anything."""
+        row = entry.row
+        if row.kind == COMMITTED:
+            pairs, from_base = pairs_in_commit(row.body)
+            self._add(
+                row.seqno, entry.head, self._pairs[-1] + pairs, self._bytes[-1] + len(row.body)
+            )
+            if from_base:
+                self._from_base.append(self.round)
+        elif row.kind in MOVES_HEAD:
+            self._add(row.seqno, entry.head, 0, 0)
+
+    def _add(self, seqno: int, head: bytes, pairs: int, size: int) -> None:
+        self.seqnos.append(seqno)
+        self._heads += head
+        self._pairs.append(pairs)
+        self._bytes.append(size)
 
     def can_follow(self, round_: int) -> bool:
         """Whether the journal has all commits that a party at this round lacks."""
         return self._first_after(round_) >= self.begins
 
     def suffix(self, round_: int) -> Suffix:
-        """What a party that holds the weights after `round_`, a committed one, would have to apply.
+        """What a party that holds the weights after a committed round would have to apply.
 
-        Nothing, if the journal does not have it.
+        It is empty if the journal does not have these commits any more.
         """
         first = self._first_after(round_) - self.begins
         if first < 0:
@@ -93,33 +98,25 @@ class CommitIndex:
         )
 
     def _first_after(self, round_: int) -> int:
-        """The round after whose commit such a party begins to read."""
+        """The round after whose commit a party that holds `round_` begins to read."""
         return max(round_, self.newest_base_round - 1)
-
-    def _add_up(self, entry: Entry) -> None:
-        if isinstance(entry.record, Committed):
-            self._pairs.append(self._pairs[-1] + entry.record.pairs)
-            self._bytes.append(self._bytes[-1] + len(entry.row.body))
-        else:
-            self._pairs.append(0)
-            self._bytes.append(0)
 
     def head_at(self, round_: int) -> bytes:
         """Head after `round_`; empty for a round that is not committed, or was dropped."""
-        place = 32 * (round_ - self.begins)
-        return bytes(self._heads[place : place + 32]) if place >= 0 else b""
+        start = 32 * (round_ - self.begins)
+        return bytes(self._heads[start : start + 32]) if start >= 0 else b""
 
     def seqno_of(self, round_: int, default: int) -> int:
-        """Place of a round's commit; `default` for one that is not committed, or was dropped."""
-        place = round_ - self.begins
-        is_here = place < len(self.seqnos) and (place > 0 or self.begins == place == 0)
-        return self.seqnos[place] if is_here else default
+        """Seqno of a round's commit; `default` for one that is not committed, or was dropped."""
+        index = round_ - self.begins
+        is_here = index < len(self.seqnos) and (index > 0 or self.begins == index == 0)
+        return self.seqnos[index] if is_here else default
 
     def after(self, round_: int) -> Sequence[int]:
-        """Places of all commits after a round that is not before `begins`."""
+        """Seqnos of all commits after a round that is not before `begins`."""
         return self.seqnos[round_ - self.begins + 1 :]
 
     def seqnos_from(self, seqno: int, count_max: int) -> Sequence[int]:
-        """Places of genesis and commits at or after `seqno`."""
+        """At most `count_max` seqnos of genesis and commits, from `seqno` on."""
         start = bisect_left(self.seqnos, seqno)
         return self.seqnos[start : start + count_max]

@@ -13,7 +13,8 @@ from typing import TypeVar
 from fedmezo_coordinator.serving.commit_index import CommitIndex
 from fedmezo_coordinator.serving.hello import CATCH_UP_ROUNDS_MAX
 from fedmezo_core.errors import JournalCompactedError, ProtocolError
-from fedmezo_core.journal.journal import Journal, Row, StoredOrigin
+from fedmezo_core.journal.journal import Journal, Row
+from fedmezo_core.journal.sealed import StoredState
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 PAGE_RECORDS_MAX = 4096
@@ -148,7 +149,7 @@ class JournalPages:
             raise self._compacted()
         return row
 
-    def _sendable_origin(self) -> StoredOrigin | None:
+    def _sendable_origin(self) -> StoredState | None:
         stored = self.journal.stored_origin
         if stored is not None and len(stored.sealed) > ORIGIN_BYTES_MAX:
             raise JournalCompactedError(

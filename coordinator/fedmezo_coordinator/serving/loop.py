@@ -50,7 +50,8 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal.journal import Entry, Journal, Row
+from fedmezo_core.journal.codec import decode_record
+from fedmezo_core.journal.journal import COMMITTED, GENESIS, Entry, Journal, Row
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Committed, Genesis, digest64_of
 from fedmezo_core.wire.messages import (
@@ -131,6 +132,12 @@ class ServingLoop(ABC, Generic[ReadyT]):
         self._index = CommitIndex()
         self._sessions: dict[str, WorkerSession] = {}
         self._overflowed: list[WorkerSession] = []
+        self._folds: list[Callable[[Entry], None]] = [
+            self._take_genesis,
+            self._index.fold,
+            self._remember_commit,
+        ]
+        """What follows the journal, in this order, live and at a restart alike."""
         self._noted = 0
         self._noted_second = 0
         self._paces = 0
@@ -409,13 +416,19 @@ class ServingLoop(ABC, Generic[ReadyT]):
         await self._flush([self._machine.step(WorkerReady(worker))])
 
     def _fold(self, entry: Entry) -> None:
-        """Take one more record of the journal into what is served."""
-        self._index.fold(entry)
-        record = entry.record
-        if type(record) is Committed:
+        """Take one more record of the journal into everything that follows it."""
+        for fold in self._folds:
+            fold(entry)
+
+    def _take_genesis(self, entry: Entry) -> None:
+        if entry.row.kind == GENESIS:
+            genesis = decode_record(entry.row.body)
+            assert isinstance(genesis, Genesis)
+            self._genesis, self._genesis_body = genesis, entry.row.body
+
+    def _remember_commit(self, entry: Entry) -> None:
+        if entry.row.kind == COMMITTED:
             self._pages.remember(entry.row)
-        elif type(record) is Genesis:
-            self._genesis, self._genesis_body = record, entry.row.body
 
     def _way_past_dropped(self) -> str:
         """Advice for a reader who asked for records that were dropped; ends a sentence."""

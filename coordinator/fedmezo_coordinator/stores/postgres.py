@@ -1,21 +1,23 @@
 """A journal store in PostgreSQL, for when one machine is not enough.
 
-Two things keep a journal to one coordinator. A session-level advisory lock says who may start: PostgreSQL
-lets go of it when that session ends, so a standby that waits for it takes over. The *fence* says who may
-write: a row with a number that every takeover raises, and that every append names. A coordinator whose
-connection was lost, or which slept through a takeover, names an old number and can write nothing more.
+Two things keep a journal to one coordinator. A session-level advisory lock says who may start:
+PostgreSQL releases it when that session ends, so a waiting standby takes over. The
+*fence* says who may write: a row with a number that every takeover raises, and that every append
+names. A coordinator whose connection was lost, or which slept through a takeover, names an old
+number and can write nothing more.
 
-**An append is one statement**, so one transaction and one round trip: it takes a share lock on the fence
-row if the row still has the writer's number, and inserts only then. A takeover updates that row. The two
-locks exclude each other, so an append is either before the takeover, which then reads its rows, or after
-it, and then it finds another number and inserts nothing, whenever it was sent.
+**An append is one statement**, so one transaction and one round trip: it takes a share lock on the
+fence row if the row still has the writer's number, and inserts only then. A takeover updates that
+row. The two locks exclude each other, so an append is either before the takeover, which then reads
+its rows, or after it, and then it finds another number and inserts nothing, whenever it was sent.
 
-**An append whose outcome is unknown** (the connection broke before the answer came) is settled the same
-way. The store connects again, takes the lock and raises the fence *if it is still the holder*. Once that
-update is durable, the lost statement has either committed or never will: had it locked the fence row
-first, the update would have waited for its end; otherwise it finds the new number. So one look at the
-rows is exact: either they are all there (equal places and chains are equal bytes), or none is, and the
-same rows are appended again. Anything else means that another hand wrote, and the store stops.
+**An append whose outcome is unknown** (the connection broke before the answer came) is settled the
+same way. The store connects again, takes the lock and raises the fence *if it is still the holder*.
+Once that update is durable, the lost statement has either committed or never will: had it locked
+the fence row first, the update would have waited for its end; otherwise it finds the new number. So
+one look at the rows is exact: either they are all there (equal seqnos and chains are equal bytes),
+or none is, and the same rows are appended again. Anything else means that another hand wrote, and
+the store stops.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
+from itertools import starmap
 from typing import Any, TypeAlias, TypeVar
 
 import asyncpg
 
-from fedmezo_coordinator.stores.opening import DatabasePlace
+from fedmezo_coordinator.stores.location import DatabaseLocation
 from fedmezo_core.errors import (
     ConfigError,
     FencedError,
@@ -43,21 +46,22 @@ from fedmezo_core.errors import (
     JournalFullError,
     JournalLockedError,
 )
-from fedmezo_core.journal.journal import Row, StoredOrigin, check_origin, check_places
+from fedmezo_core.journal.journal import Row, check_origin, check_seqnos
+from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.wire.backoff import delay_s
 
 log = logging.getLogger("fedmezo.coordinator")
 
 RECONNECT_S = 30.0
-"""How long a PostgreSQL that has gone away is waited for, at the start and in the middle of a run."""
+"""How long the store waits for a PostgreSQL that does not answer, at the start and during a run."""
 RETRY_CAP_S = 1.0
-"""Longest wait between two attempts; a database has few coordinators that could storm it."""
+"""Longest wait between two attempts; few coordinators share a database."""
 CONNECT_S = 5.0
 """Longest wait for one connection."""
 ANSWER_S = 20.0
 """Longest wait for the answer to one statement; then its connection counts as lost."""
 DROPPED_ROWS_PER_S = 10_000
-"""The least that a server reaches in dropping rows; many may go at once."""
+"""The least speed at which a server is expected to drop rows."""
 STANDBY_LOOK_S = 0.5
 """How often a standby tries the lock. It does not wait inside PostgreSQL: that would be one long
 transaction, which keeps the server from cleaning up, and could not be ended by a signal."""
@@ -104,6 +108,13 @@ MIGRATIONS: tuple[str, ...] = (
       digest bytea NOT NULL CHECK (octet_length(digest) = 32)
     );
     """,
+    """
+    CREATE TABLE {schema}.seal (
+      seqno bigint PRIMARY KEY CHECK (seqno > 0),
+      sealed bytea NOT NULL,
+      digest bytea NOT NULL CHECK (octet_length(digest) = 32)
+    );
+    """,
 )
 """Each step takes a journal's schema from the version before to its own; there is no way back."""
 
@@ -120,7 +131,16 @@ INSERT INTO {schema}.origin (seqno, sealed, digest) SELECT $2, $3, $4 FROM held
 ON CONFLICT (only_row) DO UPDATE
 SET seqno = excluded.seqno, sealed = excluded.sealed, digest = excluded.digest
 """
+_KEEP_SEALS = """
+WITH held AS (SELECT FROM {schema}.fence WHERE fence = $1 FOR SHARE),
+gone AS (DELETE FROM {schema}.seal USING held WHERE seqno <> ALL($2::bigint[]))
+INSERT INTO {schema}.seal (seqno, sealed, digest)
+SELECT kept.seqno, kept.sealed, kept.digest
+FROM held, unnest($2::bigint[], $3::bytea[], $4::bytea[]) AS kept (seqno, sealed, digest)
+ON CONFLICT (seqno) DO UPDATE SET sealed = excluded.sealed, digest = excluded.digest
+"""
 _ORIGIN = "SELECT seqno, sealed, digest FROM {schema}.origin"
+_SEALS = "SELECT seqno, sealed, digest FROM {schema}.seal ORDER BY seqno"
 _READ = "SELECT seqno, body, chain FROM {schema}.journal WHERE seqno >= $1 ORDER BY seqno LIMIT $2"
 _ENDS = "SELECT seqno, chain FROM {schema}.journal WHERE seqno >= $1 ORDER BY seqno LIMIT $2"
 _LAST = "SELECT seqno, chain FROM {schema}.journal ORDER BY seqno DESC LIMIT 1"
@@ -148,7 +168,7 @@ class PostgresStore:
 
     def __init__(
         self,
-        place: DatabasePlace,
+        location: DatabaseLocation,
         *,
         read_only: bool = False,
         standby: bool = False,
@@ -157,11 +177,12 @@ class PostgresStore:
     ) -> None:
         """Connect, check the server, lock, migrate and raise the fence.
 
-        `read_only` does none of the last three and reads beside a running coordinator. `standby` waits
-        for the lock, without limit, until `give_up` is set. `patience_s` is instead of `RECONNECT_S`.
-        Raises `JournalError` and its kinds, or `ConfigError` for a URL that cannot be used.
+        `read_only` does none of the last three and reads beside a running coordinator. `standby`
+        waits for the lock, without limit, until `give_up` is set. `patience_s` replaces
+        `RECONNECT_S`. Raises `JournalError` and its kinds, or `ConfigError` for a URL that cannot
+        be used.
         """
-        self._place = place
+        self._location = location
         self._read_only = read_only
         self._standby = standby
         self._give_up = give_up or threading.Event()
@@ -170,7 +191,7 @@ class PostgresStore:
         self._fence = 0
         self._begins = 0
         self._length = 0
-        # Of the last row; empty while there is none.
+        # Chain of the last row; empty while there is none.
         self._chain = b""
         self._sending: Sequence[Row] = ()
         self._landed = False
@@ -195,7 +216,7 @@ class PostgresStore:
 
         Raises `FencedError` once another coordinator has taken over.
         """
-        check_places(rows, self._length)
+        check_seqnos(rows, self._length)
         if not rows:
             return
         self._sending, self._landed = rows, False
@@ -212,16 +233,16 @@ class PostgresStore:
 
         return self._run(self._persist(work))
 
-    def origin(self) -> StoredOrigin | None:
-        """What stands for the rows that were dropped."""
+    def origin(self) -> StoredState | None:
+        """What the dropped rows come to."""
 
-        async def work(db: Connection) -> StoredOrigin | None:
+        async def work(db: Connection) -> StoredState | None:
             found = await db.fetchrow(self._sql(_ORIGIN))
-            return None if found is None else StoredOrigin(*found)
+            return None if found is None else StoredState(*found)
 
         return self._run(self._persist(work))
 
-    def drop_before(self, origin: StoredOrigin) -> None:
+    def drop_before(self, origin: StoredState) -> None:
         """Write the origin and drop rows in one statement, under the fence as an append is.
 
         One without an answer is sent again: a second time it changes nothing.
@@ -242,6 +263,32 @@ class PostgresStore:
         self._run(self._persist(work))
         self._begins, self._length = origin.seqno, max(self._length, origin.seqno)
 
+    def seals(self) -> Sequence[StoredState]:
+        """The sealed states that were kept last."""
+
+        async def work(db: Connection) -> Sequence[StoredState]:
+            return tuple(starmap(StoredState, await db.fetch(self._sql(_SEALS))))
+
+        return self._run(self._persist(work))
+
+    def keep_seals(self, seals: Sequence[StoredState]) -> None:
+        """Write these sealed states in place of those before, in one statement, under the fence.
+
+        One without an answer is sent again: a second time it changes nothing.
+        """
+
+        async def work(db: Connection) -> None:
+            await self._do_fenced(
+                db,
+                _KEEP_SEALS,
+                f"INSERT 0 {len(seals)}",
+                [seal.seqno for seal in seals],
+                [seal.sealed for seal in seals],
+                [seal.digest for seal in seals],
+            )
+
+        self._run(self._persist(work))
+
     def __len__(self) -> int:
         return self._length
 
@@ -256,8 +303,8 @@ class PostgresStore:
         if self._broken:
             work.close()
             raise JournalError(
-                f"The journal {self._place.shown} failed before; restart the coordinator so that it is "
-                "verified."
+                f"The journal {self._location.shown} failed before; restart the coordinator so "
+                "that it is verified."
             )
         try:
             return self._loop.run(work)
@@ -292,10 +339,12 @@ class PostgresStore:
         if done != expected:
             raise self._fenced()
         if self._warned:
-            # PostgreSQL warns, and reports success, when its wait for a synchronous replica was cancelled.
+            # PostgreSQL warns, and reports success, if its wait for a synchronous replica was cut.
             raise JournalError(
-                f'PostgreSQL may not have made a change of {self._place.shown} durable ("{self._warned}"); '
-                "the coordinator stops, so that nothing is acknowledged that can be lost. Start it again."
+                f"PostgreSQL may not have made a change of {self._location.shown} durable "
+                f'("{self._warned}"); '
+                "the coordinator stops, so that nothing is acknowledged that can be lost. Start "
+                "it again."
             )
 
     # ------------------------------------------------------------ the connection
@@ -309,7 +358,7 @@ class PostgresStore:
                     self._db = await self._connected()
                 result = await work(self._db)
                 if attempt:
-                    log.info("PostgreSQL is back at %s", self._place.shown)
+                    log.info("PostgreSQL is back at %s", self._location.shown)
                 return result
             except Exception as error:
                 if not self._is_lost(error):
@@ -328,9 +377,9 @@ class PostgresStore:
                 await self._pause(wait_s)
 
     async def _connected(self) -> Connection:
-        """A connection that may be worked with: checked, and holding lock and fence if it writes."""
+        """A checked connection, which holds lock and fence if this store writes."""
         db: Connection = await asyncpg.connect(
-            self._place.dsn,
+            self._location.dsn,
             timeout=CONNECT_S,
             command_timeout=ANSWER_S,
             server_settings=SERVER_SETTINGS,
@@ -352,12 +401,13 @@ class PostgresStore:
         version = await self._version(db)
         if version == 0:
             raise JournalError(
-                f"There is no journal at {self._place.shown}; check the URL and its journal=NAME."
+                f"There is no journal at {self._location.shown}; check the URL and its "
+                "journal=NAME."
             )
         if version < len(MIGRATIONS):
             raise JournalError(
-                f"The journal {self._place.shown} was written by an older FedMeZO (schema {version}); start "
-                "its coordinator with this version once, which migrates it."
+                f"The journal {self._location.shown} was written by an older FedMeZO (schema "
+                f"{version}); start its coordinator with this version once, which migrates it."
             )
         await self._find_end(db)
 
@@ -369,11 +419,11 @@ class PostgresStore:
         async with db.transaction():
             await self._migrate(db)
             self._fence = await db.fetchval(self._sql(_TAKE), self._holder)
-        # After the fence: what an earlier writer committed up to here is seen, and it commits no more.
+        # After the fence: all that an earlier writer committed is seen, and it commits no more.
         await self._find_end(db)
 
     async def _take_again(self, db: Connection) -> None:
-        """Become the writer anew after a lost connection, unless another has become it meanwhile."""
+        """Become the writer again after a lost connection, unless another store has taken over."""
         await self._check_durable(db)
         # The old session may not have ended yet, and then still holds the lock.
         while not await self._try_lock(db):
@@ -389,7 +439,7 @@ class PostgresStore:
         await self._settle(db)
 
     async def _settle(self, db: Connection) -> None:
-        """Find out whether the rows that were being sent are there; the module says why this is exact."""
+        """Find out whether the sent rows were written; the module's text says why this is exact."""
         before = [(self._length - 1, self._chain)] if self._chain else []
         sent = [(row.seqno, row.chain) for row in self._sending]
         first = self._length - len(before)
@@ -397,7 +447,8 @@ class PostgresStore:
         ends = [(seqno, chain) for seqno, chain in found]
         if ends not in (before, before + sent):
             raise JournalCorruptError(
-                f"PostgreSQL came back at {self._place.shown} with other records than it had acknowledged; "
+                f"PostgreSQL came back at {self._location.shown} with other records than it had "
+                "acknowledged; "
                 "restore the database, or see that it fails over only to synchronous replicas."
             )
         self._landed = ends != before
@@ -407,19 +458,21 @@ class PostgresStore:
             found = await db.fetchval(f"SHOW {setting}")
             if found != needed:
                 raise JournalError(
-                    f"The PostgreSQL of {self._place.shown} has {setting} = {found}, so what it acknowledges "
-                    f"can be lost; set {setting} = {needed} there and start again."
+                    f"The PostgreSQL of {self._location.shown} has {setting} = {found}, so what "
+                    f"it acknowledges can be lost; set {setting} = {needed} there and start again."
                 )
 
     async def _version(self, db: Connection) -> int:
         """The journal's schema version, 0 if there is none yet."""
-        if not await db.fetchval("SELECT to_regclass($1)", f"{self._place.schema}.schema_version"):
+        if not await db.fetchval(
+            "SELECT to_regclass($1)", f"{self._location.schema}.schema_version"
+        ):
             return 0
         version = int(await db.fetchval(self._sql(_VERSION)))
         if version > len(MIGRATIONS):
             raise JournalError(
-                f"The journal {self._place.shown} was written by a newer FedMeZO (schema {version}, this one "
-                f"knows {len(MIGRATIONS)}); upgrade FedMeZO to open it."
+                f"The journal {self._location.shown} was written by a newer FedMeZO (schema "
+                f"{version}, this one knows {len(MIGRATIONS)}); upgrade FedMeZO to open it."
             )
         return version
 
@@ -441,27 +494,29 @@ class PostgresStore:
 
     async def _lock(self, db: Connection) -> None:
         """Take the advisory lock, or say who has it; a standby waits."""
-        told = False
+        is_waiting = False
         while not await self._try_lock(db):
-            owner = await db.fetchval(_LOCK_OWNER, lock_key(self._place.name))
+            owner = await db.fetchval(_LOCK_OWNER, lock_key(self._location.name))
             if not self._standby:
                 raise JournalLockedError(
-                    f"The journal {self._place.shown} is held by another session (PostgreSQL process {owner}); "
-                    "stop that coordinator first, or start this one with --standby to take over from it."
+                    f"The journal {self._location.shown} is held by another session (PostgreSQL "
+                    f"process {owner}); "
+                    "stop that coordinator first, or start this one with --standby to take over "
+                    "from it."
                 )
-            if not told:
+            if not is_waiting:
                 log.info(
-                    "standing by: %s is held by PostgreSQL process %s", self._place.shown, owner
+                    "standing by: %s is held by PostgreSQL process %s", self._location.shown, owner
                 )
-                told = True
+                is_waiting = True
             self._standing_by = True
             await self._pause(STANDBY_LOOK_S)
-        if told:
-            log.info("taking over %s", self._place.shown)
+        if is_waiting:
+            log.info("taking over %s", self._location.shown)
 
     async def _try_lock(self, db: Connection) -> bool:
         return bool(
-            await db.fetchval("SELECT pg_try_advisory_lock($1)", lock_key(self._place.name))
+            await db.fetchval("SELECT pg_try_advisory_lock($1)", lock_key(self._location.name))
         )
 
     async def _pause(self, seconds: float) -> None:
@@ -469,11 +524,11 @@ class PostgresStore:
         end_s = time.monotonic() + seconds
         while (left_s := end_s - time.monotonic()) > 0:
             if self._give_up.is_set():
-                raise JournalLockedError(f"Stopped waiting for the journal {self._place.shown}.")
+                raise JournalLockedError(f"Stopped waiting for the journal {self._location.shown}.")
             await asyncio.sleep(min(left_s, 0.1))
 
     def _drop(self) -> None:
-        """Forget the connection without a word: the server may not be there to hear it."""
+        """Drop the connection without a goodbye: the server may be gone."""
         if self._db is not None:
             self._db.terminate()
             self._db = None
@@ -483,7 +538,7 @@ class PostgresStore:
             self._warned = str(getattr(message, "message", message))
 
     def _sql(self, text: str) -> str:
-        return text.format(schema=self._place.schema)
+        return text.format(schema=self._location.schema)
 
     # ------------------------------------------------------------ what is wrong, in words
 
@@ -506,19 +561,21 @@ class PostgresStore:
         )
 
     def _away(self, error: Exception) -> str:
-        return f"PostgreSQL does not answer at {self._place.shown} ({self._reason(error)})"
+        return f"PostgreSQL does not answer at {self._location.shown} ({self._reason(error)})"
 
     def _reason(self, error: Exception) -> str:
         if isinstance(error, TimeoutError) and not str(error):
             return "no answer in time"
         first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        return self._place.clean(first_line)
+        return self._location.clean(first_line)
 
     def _gone(self, error: Exception) -> JournalError:
         if self._opened:
             return JournalError(
-                f"{self._away(error)} and did not come back within {self._patience_s:g} s; the coordinator "
-                "stops. Everything acknowledged is in the journal: start it again when PostgreSQL runs."
+                f"{self._away(error)} and did not come back within {self._patience_s:g} s; the "
+                "coordinator "
+                "stops. Everything acknowledged is in the journal: start it again when PostgreSQL "
+                "runs."
             )
         return JournalError(
             f"{self._away(error)}; see that it runs and that host and port are right."
@@ -526,33 +583,34 @@ class PostgresStore:
 
     def _fenced(self) -> FencedError:
         return FencedError(
-            f"Another coordinator has taken over the journal {self._place.shown}, so this one stops and writes "
+            f"Another coordinator has taken over the journal {self._location.shown}, so this one "
+            "stops and writes "
             "nothing more; start it again with --standby to be ready if that one ends."
         )
 
     def _named(self, error: Exception) -> Exception:
-        """The error as one of ours, with what to do next; what is ours, or a defect, stays as it is."""
-        where, reason = self._place.shown, self._reason(error)
+        """The error as a `FedMezoError` that says what to do; our own errors and defects stay."""
+        where, reason = self._location.shown, self._reason(error)
         match error:
             case asyncpg.InvalidAuthorizationSpecificationError():
                 return JournalError(
-                    f"PostgreSQL refuses the user of {where} ({reason}); check the name, and the password in "
-                    "the URL, PGPASSWORD or ~/.pgpass."
+                    f"PostgreSQL refuses the user of {where} ({reason}); check the name, and the "
+                    "password in the URL, PGPASSWORD or ~/.pgpass."
                 )
             case asyncpg.InvalidCatalogNameError():
                 return JournalError(
-                    f"There is no such database for {where} ({reason}); create it with createdb, or check "
-                    "the URL."
+                    f"There is no such database for {where} ({reason}); create it with createdb, "
+                    "or check the URL."
                 )
             case asyncpg.InsufficientPrivilegeError():
                 return JournalError(
-                    f"The user of {where} may not do this ({reason}); as the database's owner, GRANT CREATE ON "
-                    "DATABASE to it, or use the user that began the journal."
+                    f"The user of {where} may not do this ({reason}); as the database's owner, "
+                    "GRANT CREATE ON DATABASE to it, or use the user that began the journal."
                 )
             case asyncpg.DuplicateSchemaError():
                 return JournalError(
-                    f"The database has a schema {self._place.schema} that is not a FedMeZO journal; choose "
-                    f"another journal=NAME in {where}."
+                    f"The database has a schema {self._location.schema} that is not a FedMeZO "
+                    f"journal; choose another journal=NAME in {where}."
                 )
             case asyncpg.ReadOnlySQLTransactionError():
                 return JournalError(
@@ -560,21 +618,22 @@ class PostgresStore:
                 )
             case asyncpg.DiskFullError():
                 return JournalFullError(
-                    f"The disk of the PostgreSQL of {where} is full; free some space and start the coordinator "
-                    "again. Every acknowledged answer is in the journal."
+                    f"The disk of the PostgreSQL of {where} is full; free some space and start "
+                    "the coordinator again. Every acknowledged answer is in the journal."
                 )
             case asyncpg.UniqueViolationError():
                 return JournalCorruptError(
-                    f"The journal {where} has records that no coordinator wrote ({reason}); restore it from "
-                    "a copy."
+                    f"The journal {where} has records that no coordinator wrote ({reason}); "
+                    "restore it from a copy."
                 )
             case asyncpg.ClientConfigurationError():
                 return ConfigError(f"The URL {where} cannot be used ({reason}); correct it.")
             case asyncpg.PostgresError() | asyncpg.InterfaceError() | ssl.SSLError():
                 return JournalError(
-                    f"The journal {where} cannot be used ({type(error).__name__}: {reason}); the coordinator "
-                    "stops, so that nothing is acknowledged that is not durable. Check PostgreSQL and start it "
-                    "again."
+                    f"The journal {where} cannot be used ({type(error).__name__}: {reason}); the "
+                    "coordinator "
+                    "stops, so that nothing is acknowledged that is not durable. Check PostgreSQL "
+                    "and start it again."
                 )
             case _:
                 return error
@@ -593,8 +652,9 @@ def lock_key(name: str) -> int:
 class _LoopThread:
     """An event loop in a thread of its own, where asyncpg lives.
 
-    Callers block: a store is synchronous. They cannot run the loop themselves, because a thread that
-    already runs one (the coordinator opens its journal from such a thread) may not run a second.
+    Callers block: a store is synchronous. They cannot run the loop themselves, because a thread
+    that already runs one (the coordinator opens its journal from such a thread) may not run a
+    second.
     """
 
     def __init__(self) -> None:

@@ -60,6 +60,8 @@ class Origin(google.protobuf.message.Message):
     HEAD_FIELD_NUMBER: builtins.int
     GENESIS_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
+    STATE_VERSION_FIELD_NUMBER: builtins.int
+    AGREED_FIELD_NUMBER: builtins.int
     seqno: builtins.int
     """Seqno of the first record that is left."""
     chain: builtins.bytes
@@ -68,9 +70,19 @@ class Origin(google.protobuf.message.Message):
     """Head before that record. 32 bytes."""
     genesis: builtins.bytes
     """Record 0, as it was written (a serialized `Record`)."""
+    state_version: builtins.int
+    """The way of folding that made `state`. A coordinator begins only from a state that it would
+    fold itself; an origin counts whatever its version. Absent: 0.
+    """
     @property
     def state(self) -> Global___RunState:
         """The state that the dropped records fold into."""
+
+    @property
+    def agreed(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___AgreedDigest]:
+        """Digests that rounds agreed to, also earlier ones than `state` keeps; the oldest come first. A
+        snapshot that is not written yet needs the one of its round.
+        """
 
     def __init__(
         self,
@@ -80,9 +92,11 @@ class Origin(google.protobuf.message.Message):
         head: builtins.bytes = ...,
         genesis: builtins.bytes = ...,
         state: Global___RunState | None = ...,
+        state_version: builtins.int = ...,
+        agreed: collections.abc.Iterable[Global___AgreedDigest] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["state", b"state"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chain", b"chain", "genesis", b"genesis", "head", b"head", "seqno", b"seqno", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agreed", b"agreed", "chain", b"chain", "genesis", b"genesis", "head", b"head", "seqno", b"seqno", "state", b"state", "state_version", b"state_version"]) -> None: ...
 
 Global___Origin: typing_extensions.TypeAlias = Origin
 

@@ -27,7 +27,7 @@ PATIENCE_S = 60
 
 
 def binaries() -> Path | None:
-    """The folder of `initdb` and `postgres`, the newest if there are several; None if there is none."""
+    """The newest folder of `initdb` and `postgres`; None if there is none."""
     found = shutil.which("initdb")
     if found and (Path(found).resolve().parent / "postgres").exists():
         return Path(found).resolve().parent
@@ -60,7 +60,7 @@ class Server:
     """One cluster. `stop` and `start` as often as a test likes; `remove` when it is done."""
 
     def __init__(self, *, netns: str = "", **settings: str) -> None:
-        """Make the cluster and start it, with `settings` of postgresql.conf, maybe in a network namespace."""
+        """Make the cluster and start it, with lines for postgresql.conf, maybe in a namespace."""
         self._netns = netns
         found = binaries()
         assert found is not None
@@ -149,7 +149,7 @@ class Server:
             command = ["runuser", "-u", "postgres", "--", *command]
         if self._netns:
             command = ["ip", "netns", "exec", self._netns, *command]
-        # Files, not pipes: the server inherits them, and a pipe would be open for as long as it lives.
+        # Files, not pipes: the server inherits them and would keep a pipe open.
         with tempfile.TemporaryFile("w+") as said:
             done = subprocess.run(
                 command, cwd="/", stdin=subprocess.DEVNULL, stdout=said, stderr=said, check=False

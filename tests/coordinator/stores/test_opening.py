@@ -1,4 +1,4 @@
-"""Where a journal is: what a URL means, what of it is shown, and what is refused before connecting."""
+"""Where a journal is: what a URL means, what is shown of it, and which are refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator.stores.opening import journal_shown, open_store, parse_url
+from fedmezo_coordinator.stores.location import journal_shown, parse_url
+from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.errors import ConfigError
 
 

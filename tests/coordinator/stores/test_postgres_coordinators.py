@@ -1,4 +1,4 @@
-"""Real coordinators on a real PostgreSQL: a standby takes over, and an outage in mid-round is waited out."""
+"""Real coordinators on a real PostgreSQL: a standby takes over, an outage is waited out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator.stores.opening import journal_shown, open_store
+from fedmezo_coordinator.stores.location import journal_shown
+from fedmezo_coordinator.stores.opening import open_store
+from fedmezo_core.journal.codec import decode_record, encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.records import Answered, Record, Started
 from tests.coordinator.stores.postgres_server import Server, running, skip_without_server
@@ -40,7 +42,7 @@ def url(server: Server, request: pytest.FixtureRequest) -> str:
     """A journal that has begun, so that no coordinator need load a model."""
     place = server.url(f"run-{abs(hash(request.node.name)) % 10**9}")
     store = open_store(place)
-    Journal(store).append([GENESIS])
+    Journal(store).append(encode_records([GENESIS]))
     store.close()
     return place
 
@@ -69,7 +71,7 @@ def standby(programs: Programs, url: str) -> Program:
 def records_at(url: str) -> list[Record]:
     store = open_store(url, read_only=True)
     try:
-        return [entry.record for entry in Journal(store).load()]
+        return [decode_record(entry.row.body) for entry in Journal(store).load()]
     finally:
         store.close()
 

@@ -1,4 +1,4 @@
-"""A coordinator's machine vanishes from the network: two network namespaces, and the cable between them."""
+"""A coordinator's machine vanishes from the network: two namespaces, and the cable between."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from tests.integration.support.harness import environment
 skip_without_server()
 
 TAKEOVER_S_MAX = 20.0
-"""TCP keepalive ends the session after 11 s without a sign of life, or an unanswered answer after 10 s."""
+"""TCP keepalive ends the session after 11 s without a sign of life, or an unanswered answer after
+10 s."""
 
 COORDINATOR = """
 import sys, time

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ import pytest
 from fedmezo_coordinator.programs import coordinator_command as cli
 from fedmezo_coordinator.serving import hosting
 from fedmezo_coordinator.stores import postgres
-from fedmezo_coordinator.stores.opening import open_store, parse_url
+from fedmezo_coordinator.stores.location import parse_url
+from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_coordinator.stores.postgres import PostgresStore, lock_key
 from fedmezo_core.errors import (
     FencedError,
@@ -26,7 +28,9 @@ from fedmezo_core.errors import (
     JournalError,
     JournalLockedError,
 )
-from fedmezo_core.journal.journal import Journal, JournalStore, Row, StoredOrigin
+from fedmezo_core.journal.codec import encode_records
+from fedmezo_core.journal.journal import Journal, JournalStore, Row
+from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.records import Started
 from tests.coordinator.serving.tcp_proxy import Proxy
 from tests.coordinator.stores.postgres_server import PASSWORD, Server, running, skip_without_server
@@ -173,7 +177,7 @@ def test_after_its_session_was_ended_and_a_standby_took_over_the_old_one_writes_
 def test_a_coordinator_that_comes_back_after_its_successor_has_ended_writes_nothing(
     server: Server, name: str
 ) -> None:
-    """The lock is free by then, and the rows are as it left them; still the journal is not its own."""
+    """The lock is free by then, and the rows are as it left them; yet it no longer owns them."""
     with store_at(server.url(name)) as old:
         old.append([row(0)])
         with standby(server.url(name)) as opening:
@@ -187,7 +191,7 @@ def test_a_coordinator_that_comes_back_after_its_successor_has_ended_writes_noth
 def test_a_coordinator_whose_session_lives_is_fenced_all_the_same(
     server: Server, name: str
 ) -> None:
-    """The lock may be lost without the session's end (an operator, a pooler): the fence is enough."""
+    """An operator or a pooler may take the lock while the session lives: the fence is enough."""
     with store_at(server.url(name)) as store:
         store.append([row(0)])
         server.query(f"UPDATE fedmezo_{name}.fence SET fence = fence + 1")
@@ -257,8 +261,8 @@ def test_rows_that_were_dropped_without_an_answer_are_dropped_once(
 ) -> None:
     with store_through_proxy(server, name) as (store, proxy), ThreadPoolExecutor(1) as pool:
         store.append([row(n) for n in range(5)])
-        store.drop_before(StoredOrigin.of(1, b"what one came to"))  # So that it is prepared.
-        origin = StoredOrigin.of(3, b"what they came to")
+        store.drop_before(StoredState.of(1, b"what one came to"))  # So that it is prepared.
+        origin = StoredState.of(3, b"what they came to")
         proxy.mute = True
         sent = pool.submit(store.drop_before, origin)
         until(lambda: count(server, name) == 2, "the commit")
@@ -266,7 +270,7 @@ def test_rows_that_were_dropped_without_an_answer_are_dropped_once(
         proxy.cut()
         sent.result(PATIENCE_S)
         assert store.origin() == origin
-        later = StoredOrigin.of(4, b"what more came to")
+        later = StoredState.of(4, b"what more came to")
         proxy.deaf = True
         sent = pool.submit(store.drop_before, later)
         until(lambda: proxy.swallowed > 0, "the statement")
@@ -282,7 +286,7 @@ def test_a_connection_that_is_lost_before_the_first_row_behind_an_origin(
     server: Server, name: str
 ) -> None:
     with store_through_proxy(server, name) as (store, proxy), ThreadPoolExecutor(1) as pool:
-        store.drop_before(StoredOrigin.of(7, b"of another store"))
+        store.drop_before(StoredState.of(7, b"of another store"))
         proxy.deaf = True
         sent = pool.submit(store.append, [row(7)])
         until(lambda: proxy.swallowed > 0, "the statement")
@@ -297,7 +301,7 @@ def test_an_old_writer_drops_nothing(server: Server, name: str) -> None:
         store.append([row(0), row(1)])
         server.query(f"UPDATE fedmezo_{name}.fence SET fence = fence + 1")
         with pytest.raises(FencedError):
-            store.drop_before(StoredOrigin.of(1, b"by an old writer"))
+            store.drop_before(StoredState.of(1, b"by an old writer"))
         assert count(server, name) == 2
         assert server.query(f"SELECT count(*) FROM fedmezo_{name}.origin") == "0"
 
@@ -414,14 +418,14 @@ class TestCrashes:
                 store.append(rows)
                 acknowledged[0] += len(rows)
 
+        def went_on(before: int) -> bool:
+            return appending.done() or acknowledged[0] > before + 200
+
         with store_at(own.url("a"), patience_s=60) as store, ThreadPoolExecutor(1) as pool:
             appending = pool.submit(append, store)
             for crash in range(4):
                 before = acknowledged[0]
-                until(
-                    lambda before=before: appending.done() or acknowledged[0] > before + 200,  # type: ignore[misc]
-                    "appends",
-                )
+                until(partial(went_on, before), "appends")
                 time.sleep(random.Random(crash).random() * 0.05)
                 own.kill() if crash % 2 else own.stop("immediate")
                 own.start()
@@ -461,7 +465,7 @@ class TestCrashes:
         monkeypatch.setattr(postgres, "RECONNECT_S", 0.5)
         monkeypatch.setattr(hosting, "CHECK_JOURNAL_EVERY_S", 0.2)
         store = open_store(own.url("a"))
-        Journal(store).append([genesis_of(config_of())])
+        Journal(store).append(encode_records([genesis_of(config_of())]))
         store.close()
 
         def crash() -> None:
@@ -523,13 +527,13 @@ def test_schema_migrations_go_forward_and_keep_the_rows(
     with monkeypatch.context() as newer:
         newer.setattr(postgres, "MIGRATIONS", (*postgres.MIGRATIONS, later))
         with pytest.raises(
-            JournalError, match=r"older FedMeZO \(schema 2\); start its coordinator"
+            JournalError, match=r"older FedMeZO \(schema 3\); start its coordinator"
         ):
             open_store(server.url(name), read_only=True)
         with store_at(server.url(name)) as store:
             store.append([row(1)])
             assert store.read(0, 9) == (row(0), row(1))
-    with pytest.raises(JournalError, match=r"newer FedMeZO \(schema 3, this one knows 2\)"):
+    with pytest.raises(JournalError, match=r"newer FedMeZO \(schema 4, this one knows 3\)"):
         open_store(server.url(name))
     assert count(server, name) == 2
 
@@ -609,7 +613,7 @@ def test_a_schema_that_is_not_ours_is_left_alone(server: Server, name: str) -> N
 
 def test_a_record_that_was_changed_in_the_database_is_found(server: Server, name: str) -> None:
     with store_at(server.url(name)) as store:
-        Journal(store).append([Started(n + 1) for n in range(3)])
+        Journal(store).append(encode_records(Started(n + 1) for n in range(3)))
         server.query(f"UPDATE fedmezo_{name}.journal SET body = body || '\\x00' WHERE seqno = 1")
         with pytest.raises(JournalCorruptError, match="record 1 is not what was written"):
             list(Journal(store).load())

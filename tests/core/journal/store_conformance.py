@@ -8,7 +8,9 @@ from abc import ABC, abstractmethod
 import pytest
 
 from fedmezo_core.errors import JournalError
-from fedmezo_core.journal.journal import Journal, JournalStore, Row, StoredOrigin
+from fedmezo_core.journal.codec import encode_records
+from fedmezo_core.journal.journal import Journal, JournalStore, Row
+from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.records import Committed, SeedRange, Started
 
 
@@ -85,8 +87,8 @@ class StoreConformance(ABC):
         journal = Journal(store)
         assert list(journal.load()) == []
         commit = Committed(1, (SeedRange(5 << 16, (0.5, -0.25)),), 7)
-        first = journal.append([Started(1)])
-        more = journal.append([commit, Started(2)])
+        first = journal.append(encode_records([Started(1)]))
+        more = journal.append(encode_records([commit, Started(2)]))
         again = Journal(store)
         assert list(again.load()) == [*first, *more]
         assert (again.head, again.chain, len(again)) == (journal.head, journal.chain, 3)
@@ -100,7 +102,7 @@ class StoreConformance(ABC):
         store.append(rows)
         assert store.origin() is None
         for seqno in (2, 2, 4):
-            origin = StoredOrigin.of(seqno, b"what they came to, up to %d" % seqno)
+            origin = StoredState.of(seqno, b"what they came to, up to %d" % seqno)
             store.drop_before(origin)
             assert store.origin() == origin
             assert store.read(0, 10) == tuple(rows[seqno:])
@@ -120,10 +122,10 @@ class StoreConformance(ABC):
     def test_an_origin_before_the_last_one_or_after_all_rows_is_refused(self, seqno: int) -> None:
         store = self.open()
         store.append([row(n) for n in range(6)])
-        kept = StoredOrigin.of(2, b"kept")
+        kept = StoredState.of(2, b"kept")
         store.drop_before(kept)
         with pytest.raises(JournalError):
-            store.drop_before(StoredOrigin.of(seqno, b"refused"))
+            store.drop_before(StoredState.of(seqno, b"refused"))
         if self.durable:
             store.close()
             store = self.open()
@@ -131,9 +133,31 @@ class StoreConformance(ABC):
         assert len(store.read(0, 10)) == 4
         store.close()
 
+    def test_sealed_states_are_kept_beside_the_rows(self) -> None:
+        store = self.open()
+        rows = [row(n) for n in range(6)]
+        store.append(rows)
+        assert tuple(store.seals()) == ()
+        states = [StoredState.of(n, b"what they come to, up to %d" % n) for n in (2, 4, 5, 6)]
+        changed = StoredState.of(4, b"another, of the same records")
+        for kept in (states[:1], states[:3], states[1:], [changed, states[3]], [changed]):
+            store.keep_seals(kept)
+            assert tuple(store.seals()) == tuple(kept)
+        assert store.origin() is None
+        assert store.read(0, 10) == tuple(rows)
+        store.append([row(6)])
+        store.drop_before(StoredState.of(5, b"what five come to"))
+        if self.durable:
+            store.close()
+            store = self.open()
+        assert tuple(store.seals()) == (changed,)
+        assert store.read(0, 10) == (rows[5], row(6))
+        store.append([row(7)])
+        store.close()
+
     def test_an_empty_store_may_begin_at_an_origin(self) -> None:
         store = self.open()
-        store.drop_before(StoredOrigin.of(7, b"of another store"))
+        store.drop_before(StoredState.of(7, b"of another store"))
         assert (len(store), store.read(0, 10)) == (7, ())
         if self.durable:
             store.close()

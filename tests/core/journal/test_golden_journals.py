@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from fedmezo_core.journal.codec import decode_record, encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.rounds import RoundMachine
+from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.records import Committed, Genesis, Record
 from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
@@ -30,16 +32,16 @@ SHAPE = (24, 40)
 
 
 def outcome(path: Path) -> dict[str, Any]:
-    """What a journal comes to: its hashes, its folded state, and the weights that it makes of one base."""
+    """What a journal comes to: its hashes, its folded state, and the weights over one base."""
     store = SqliteStore(path, create=False)
     journal, machine = Journal(store), RoundMachine()
     records: list[Record] = []
     origin = journal.origin()
     if origin is not None:
-        machine.restore(origin.state)
-    for entry in verified(journal):
-        machine.apply(entry.record)
-        records.append(entry.record)
+        machine.restore(state_of(origin))
+    for _, record in verified(journal):
+        machine.apply(record)
+        records.append(record)
     store.close()
     return {
         "records": len(journal),
@@ -102,10 +104,10 @@ def test_a_coordinator_can_start_on_it(path: Path, tmp_path: Path) -> None:
     journal, machine = Journal(store), RoundMachine()
     origin = journal.origin()
     if origin is not None:
-        machine.restore(origin.state)
+        machine.restore(state_of(origin))
     for entry in journal.load():
-        machine.apply(entry.record)
-    journal.append(machine.start().records)
+        machine.apply(decode_record(entry.row.body))
+    journal.append(encode_records(machine.start().records))
     store.close()
     after = outcome(copied)
     assert after["epoch"] == before["epoch"] + 1

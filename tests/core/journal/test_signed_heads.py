@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
-from fedmezo_core.journal.codec import encode_record
+from fedmezo_core.journal.codec import decode_record, encode_record, encode_records
 from fedmezo_core.journal.journal import Entry, Journal, MemoryStore
 from fedmezo_core.journal.party_copy import JournalCopy, verified
 from fedmezo_core.journal.signed_heads import Signer, Witness, open_signer, signed_head_text
@@ -105,13 +105,14 @@ def test_a_signature_holds_for_one_run_round_head_and_key(signer: Signer, change
 def followed(signer: Signer, rounds: int = 3) -> tuple[MemoryStore, list[Entry]]:
     """A copy of a run of some rounds, each signed; and the coordinator's entries."""
     original = Journal(MemoryStore())
-    entries = original.append([GENESIS, *(commit(k) for k in range(1, rounds + 1))])
+    entries = original.append(encode_records([GENESIS, *(commit(k) for k in range(1, rounds + 1))]))
     store = MemoryStore()
     copy = JournalCopy(Journal(store))
     assert list(copy.begin(entries[0].row.body, 1, signer.public_key)) == []
     for entry in entries[1:]:
-        assert isinstance(entry.record, Committed)
-        round_ = entry.record.round
+        record = decode_record(entry.row.body)
+        assert isinstance(record, Committed)
+        round_ = record.round
         signature = signer.sign(RUN, round_, entry.head)
         signed = SignedHead(1, round_, entry.head, signer.public_key, signature)
         copy.add([entry.row.body], signed)
@@ -123,13 +124,13 @@ def test_a_copy_has_the_runs_heads_and_is_a_journal_that_a_coordinator_can_go_on
 ) -> None:
     store, entries = followed(signer)
     journal, machine = Journal(store), RoundMachine()
-    for entry in verified(journal):
-        machine.apply(entry.record)
+    for _, record in verified(journal):
+        machine.apply(record)
     assert journal.head == entries[-1].head
     assert (machine.round, machine.epoch) == (3, 1)
     ready = machine.start()
     assert ready.records == (Started(2),), "tickets of before cannot be mistaken for new ones"
-    journal.append(ready.records)
+    journal.append(encode_records(ready.records))
     with pytest.raises(JournalCorruptError, match="once open"):
         machine.apply(commit(4))
 
@@ -158,10 +159,10 @@ def test_a_copy_is_of_one_run_and_of_one_key(signer: Signer, tmp_path: Path) -> 
 def test_a_checkpoint_that_does_not_fit_the_commits_is_found(signer: Signer, field: str) -> None:
     store, _ = followed(signer)
     journal = Journal(store)
-    last = [entry.record for entry in journal.load()][-1]
+    last = [decode_record(entry.row.body) for entry in journal.load()][-1]
     assert isinstance(last, SignedHead)
     wrong = replace(last, head=bytes(32)) if field == "head" else replace(last, signature=bytes(64))
-    journal.append([wrong])
+    journal.append(encode_records([wrong]))
     with pytest.raises(JournalCorruptError, match=r"checkpoint of round 3|signature for round 3"):
         list(verified(Journal(store)))
 

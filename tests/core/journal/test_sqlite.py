@@ -15,6 +15,7 @@ from fedmezo_core.errors import (
     JournalError,
     JournalLockedError,
 )
+from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal, JournalStore
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Opened, Started
@@ -34,7 +35,9 @@ class TestSqliteStore(StoreConformance):
 
 def written(path: Path, rows: int = 200) -> None:
     store = SqliteStore(path)
-    Journal(store).append([Opened(n + 1, 0, ("worker-" * 5,) * 20) for n in range(rows)])
+    Journal(store).append(
+        encode_records(Opened(n + 1, 0, ("worker-" * 5,) * 20) for n in range(rows))
+    )
     store.close()
 
 
@@ -163,7 +166,7 @@ def test_the_log_is_folded_into_the_file_when_it_is_long(tmp_path: Path) -> None
 def test_after_an_error_nothing_more_is_taken(tmp_path: Path) -> None:
     """A store that failed once may hold less than it said; only a restart can tell."""
     store = SqliteStore(tmp_path / "journal.db")
-    Journal(store).append([Started(1)])
+    Journal(store).append(encode_records([Started(1)]))
     store._db.pragma("max_page_count", store._db.pragma("page_count"))
     with pytest.raises(JournalError, match=r"disk that holds .* is full"):
         store.append([row(1, 1_000_000)])

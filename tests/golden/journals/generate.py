@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_core.config import RunConfig
-from fedmezo_core.journal.codec import encode_record
-from fedmezo_core.journal.journal import Journal, MemoryStore, StoredOrigin
+from fedmezo_core.journal.codec import decode_record, encode_records
+from fedmezo_core.journal.journal import Journal, MemoryStore
 from fedmezo_core.journal.party_copy import JournalCopy
+from fedmezo_core.journal.sealed import SealedState, seal
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.aggregate import to_binary32
 from fedmezo_core.machines.run_state import RunState
-from fedmezo_core.machines.sealed_state import Origin, seal
+from fedmezo_core.machines.state_codec import state_to_pb
 from fedmezo_core.records import (
     Answered,
     Committed,
     Diverged,
     Evaluated,
+    Genesis,
     Opened,
     Paused,
     Record,
@@ -82,7 +84,7 @@ def simulated(wanted: Test) -> MemoryStore:
     for seed in range(100_000):
         world = World(seed)
         world.run()
-        records = [entry.record for entry in Journal(world.store).load()]
+        records = [decode_record(entry.row.body) for entry in Journal(world.store).load()]
         if len(records) <= ROWS_MAX and wanted(world.scenario.config, records):
             return world.store
     raise AssertionError("no simulated run is of this kind")
@@ -97,21 +99,23 @@ def paused() -> MemoryStore:
     journal = Journal(store)
     evaluated = Evaluated(1, 0.7, 0.5, 40, b"w" * 32, 0.6)
     journal.append(
-        [
-            genesis_of(config),
-            Started(1),
-            Opened(1, 0, ("w1",), (2e-3,), 1e-4),
-            Answered(1, 0, Scalars((0.5, -2.0), None, 12)),
-            Committed(1, (SeedRange(1 << 16, (1e-3, -4e-3)),), 77, to_binary32(0.999)),
-            evaluated,
-            Paused(1, "held-out loss is 3 times its best"),
-            Started(2),
-            Resumed(0.5),
-            Opened(2, 0, ("w1", "w2")),
-            Answered(2, 1, Scalars((1.0, 1.5), None, None)),
-            Committed(2, (SeedRange(2 << 16, (2e-3, 3e-3)),), 78, to_binary32(0.9995)),
-            Stopped(2, "no better for 5 evaluations"),
-        ]
+        encode_records(
+            [
+                genesis_of(config),
+                Started(1),
+                Opened(1, 0, ("w1",), (2e-3,), 1e-4),
+                Answered(1, 0, Scalars((0.5, -2.0), None, 12)),
+                Committed(1, (SeedRange(1 << 16, (1e-3, -4e-3)),), 77, to_binary32(0.999)),
+                evaluated,
+                Paused(1, "held-out loss is 3 times its best"),
+                Started(2),
+                Resumed(0.5),
+                Opened(2, 0, ("w1", "w2")),
+                Answered(2, 1, Scalars((1.0, 1.5), None, None)),
+                Committed(2, (SeedRange(2 << 16, (2e-3, 3e-3)),), 78, to_binary32(0.9995)),
+                Stopped(2, "no better for 5 evaluations"),
+            ]
+        )
     )
     return store
 
@@ -122,13 +126,15 @@ def compacted(store: MemoryStore) -> MemoryStore:
     state = RunState()
     begins = len(entries) // 2
     for entry in entries:
-        if isinstance(entry.record, Committed) and entry.record.from_base:
+        record = decode_record(entry.row.body)
+        if isinstance(record, Committed) and record.from_base:
             begins = entry.row.seqno
     for entry in entries[:begins]:
-        state.apply(entry.record)
+        state.apply(decode_record(entry.row.body))
     last = entries[begins - 1]
-    origin = Origin(begins, last.row.chain, last.head, entries[0].row.body, state)
-    store.drop_before(StoredOrigin.of(begins, seal(origin, signer())))
+    body = entries[0].row.body
+    origin = SealedState(begins, last.row.chain, last.head, body, state_to_pb(state))
+    store.drop_before(seal(origin, signer()))
     return store
 
 
@@ -144,12 +150,14 @@ def copied(store: MemoryStore) -> MemoryStore:
     target = MemoryStore()
     copy = JournalCopy(Journal(target))
     entries = list(Journal(store).load())
-    config = entries[0].record.config  # type: ignore[union-attr]
-    list(copy.begin(encode_record(entries[0].record), 1, signer().public_key))
+    genesis = decode_record(entries[0].row.body)
+    assert isinstance(genesis, Genesis)
+    list(copy.begin(entries[0].row.body, 1, signer().public_key))
     for entry in entries:
-        if isinstance(entry.record, Committed):
-            round_, head = entry.record.round, entry.head
-            signature = signer().sign(config.run_id, round_, head)
+        record = decode_record(entry.row.body)
+        if isinstance(record, Committed):
+            round_, head = record.round, entry.head
+            signature = signer().sign(genesis.config.run_id, round_, head)
             copy.add([entry.row.body], SignedHead(2, round_, head, signer().public_key, signature))
     return target
 

@@ -28,6 +28,7 @@ from fedmezo_coordinator.serving.service import bind_server, start_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
 from fedmezo_core.errors import FedMezoError, UnavailableError
+from fedmezo_core.journal.codec import decode_record, encode_records
 from fedmezo_core.journal.journal import Entry, Journal
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.journal.sqlite import SqliteStore
@@ -276,7 +277,7 @@ def toml_of(values: dict[str, Any], path: str = "") -> str:
 def write_genesis(path: Path, genesis: Genesis) -> None:
     """Begin a journal, so that a coordinator need not load a model to do it."""
     journal = Journal(SqliteStore(path))
-    journal.append([genesis])
+    journal.append(encode_records([genesis]))
     journal.close()
 
 
@@ -289,12 +290,12 @@ def entries_of(path: Path) -> list[Entry]:
         store.close()
     machine = RoundMachine()
     for entry in entries:
-        machine.apply(entry.record)
+        machine.apply(decode_record(entry.row.body))
     return entries
 
 
 def records_of(path: Path) -> list[Record]:
-    return [entry.record for entry in entries_of(path)]
+    return [decode_record(entry.row.body) for entry in entries_of(path)]
 
 
 # ---------------------------------------------------------------- a daemon or relay in this process
@@ -328,7 +329,7 @@ async def served(
     journal = Journal(SqliteStore(path))
     if journal.is_empty:
         assert genesis is not None
-        journal.append([genesis])
+        journal.append(encode_records([genesis]))
     daemon = Daemon(journal, session_limit, signer, snapshots, compact_after_records)
     with tempfile.TemporaryDirectory() as folder:
         local = f"unix:{folder}/replica.sock"

@@ -1,29 +1,23 @@
-"""What a journal begins with once its oldest records were dropped, and its bytes.
+"""Between a run's folded state and its message, `RunState`.
 
-An origin is the position, the two hashes and the folded state that the dropped records came to. Like a
-record it is serialized once, and hashed and signed as written; unlike one it is never appended, but takes
-the place of all records before it.
+The message says everything: a state that is read from it goes on exactly as the state that was
+written.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
 
-from google.protobuf.message import DecodeError
-
-from fedmezo_core.errors import DivergedError, JournalCorruptError, ProtocolError
+from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.journal.codec import (
     answered_from_pb,
     answered_to_pb,
-    decode_record,
-    digest_in,
     diverged_from_pb,
     diverged_to_pb,
     evaluated_from_pb,
     evaluated_to_pb,
 )
-from fedmezo_core.journal.signed_heads import Signer, Witness
+from fedmezo_core.journal.sealed import SealedState
 from fedmezo_core.machines.health import Health, LossWatch
 from fedmezo_core.machines.rates import SIGNAL_ROUNDS
 from fedmezo_core.machines.roster import RoundSummary
@@ -33,83 +27,25 @@ from fedmezo_core.records import Genesis, Paused, Stopped
 from fedmezo_proto.v1 import journal_pb2
 from fedmezo_proto.v1 import origin_pb2 as pb
 
+STATE_VERSION = 1
+"""The way in which records are folded.
 
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The records 0 to `seqno` - 1, folded."""
-
-    seqno: int
-    """Place of the first record that is left."""
-    chain: bytes
-    """Chain before it, 32 bytes."""
-    head: bytes
-    """Head before it, 32 bytes."""
-    genesis_body: bytes
-    """Record 0 as it was written."""
-    state: RunState
-    """Whoever takes it changes it: it is decoded anew for each."""
-    key: bytes = b""
-    """Public key of the coordinator that signed it; empty if none did."""
-
-    @property
-    def genesis(self) -> Genesis:
-        """Record 0."""
-        assert self.state.genesis is not None
-        return self.state.genesis
-
-    @property
-    def round(self) -> int:
-        """Last round that was committed before it."""
-        return self.state.round
+It goes up whenever equal records would give another state than before, or the state another
+message: restarts then fold all records again instead of beginning from what the old way gave."""
 
 
-def seal(origin: Origin, signer: Signer | None = None) -> bytes:
-    """An origin's bytes, signed if there is a `signer`; its own `key` does not count."""
-    body = pb.Origin(
-        seqno=origin.seqno,
-        chain=origin.chain,
-        head=origin.head,
-        genesis=origin.genesis_body,
-        state=state_to_pb(origin.state),
-    ).SerializeToString(deterministic=True)
-    sealed = pb.SealedOrigin(body=body)
-    if signer is not None:
-        sealed.key = signer.public_key
-        sealed.signature = signer.sign_origin(origin.genesis.config.run_id, origin.round, body)
-    return sealed.SerializeToString(deterministic=True)
+def state_of(sealed: SealedState) -> RunState:
+    """A new copy of the run's state in a sealed state; the caller may change it.
 
-
-def unseal(sealed_bytes: bytes) -> Origin:
-    """An origin from its bytes, its signature checked; `JournalCorruptError` if they are none."""
+    Raises `JournalCorruptError` if the message cannot be a state.
+    """
     try:
-        sealed = pb.SealedOrigin.FromString(sealed_bytes)
-        message = pb.Origin.FromString(sealed.body)
-        genesis = decode_record(message.genesis)
-        if not isinstance(genesis, Genesis):
-            raise ProtocolError("its record 0 is no genesis")
-        origin = Origin(
-            seqno=message.seqno,
-            chain=digest_in(message.chain, "chain"),
-            head=digest_in(message.head, "head"),
-            genesis_body=message.genesis,
-            state=state_from_pb(message.state, genesis),
-            key=digest_in(sealed.key, "key") if sealed.key else b"",
-        )
-    except (DecodeError, ProtocolError) as error:
+        return state_from_pb(sealed.state, sealed.genesis)
+    except ProtocolError as error:
         raise JournalCorruptError(
-            f"The journal's origin of {len(sealed_bytes)} bytes cannot be read ({error}); restore the "
+            f"What the records before {sealed.seqno} come to cannot be read ({error}); restore the "
             "journal from a copy, or check that the versions match."
         ) from None
-    if origin.key:
-        witness = Witness(genesis.config.run_id, origin.key)
-        try:
-            witness.check_origin(origin.round, sealed.body, sealed.signature)
-        except DivergedError as error:
-            raise JournalCorruptError(str(error)) from None
-    return origin
-
-
-# ---------------------------------------------------------------- the state
 
 
 def state_to_pb(state: RunState) -> pb.RunState:
