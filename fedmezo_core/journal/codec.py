@@ -8,13 +8,15 @@ default.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, MutableSequence
+from dataclasses import fields
+from typing import Any, TypeVar
 
-from google.protobuf.message import DecodeError
-from pydantic import ValidationError
+from google.protobuf.descriptor import EnumDescriptor
+from google.protobuf.message import DecodeError, Message
+from pydantic import BaseModel, ValidationError
 
-from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig, sentence_of
+from fedmezo_core.config import RunConfig, sentence_of
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.records import (
     Answered,
@@ -37,72 +39,8 @@ from fedmezo_core.records import (
 from fedmezo_proto.v1 import journal_pb2 as pb
 
 DIGEST_BYTES = 32
+MessageT = TypeVar("MessageT", bound=Message)
 
-_DISTRIBUTION = {
-    "rademacher": pb.DISTRIBUTION_RADEMACHER,
-    "gaussian": pb.DISTRIBUTION_GAUSSIAN,
-    "low_rank_1": pb.DISTRIBUTION_LOW_RANK_1,
-    "low_rank_2": pb.DISTRIBUTION_LOW_RANK_2,
-    "low_rank_4": pb.DISTRIBUTION_LOW_RANK_4,
-}
-_ESTIMATOR = {"two_sided": pb.ESTIMATOR_TWO_SIDED, "one_sided": pb.ESTIMATOR_ONE_SIDED}
-_DTYPE = {
-    "float32": pb.WEIGHT_TYPE_FLOAT32,
-    "bfloat16": pb.WEIGHT_TYPE_BFLOAT16,
-    "float16": pb.WEIGHT_TYPE_FLOAT16,
-}
-_ROUNDING = {"stochastic": pb.ROUNDING_STOCHASTIC, "nearest": pb.ROUNDING_NEAREST}
-_SCHEDULE = {
-    "constant": pb.SCHEDULE_CONSTANT,
-    "linear": pb.SCHEDULE_LINEAR,
-    "cosine": pb.SCHEDULE_COSINE,
-}
-_WEIGHTING = {"uniform": pb.WEIGHTING_UNIFORM, "rows": pb.WEIGHTING_ROWS}
-_PERSONAL_RATE = {
-    "frozen": pb.PERSONAL_RATE_FROZEN,
-    "last_loss": pb.PERSONAL_RATE_LAST_LOSS,
-    "mean_loss": pb.PERSONAL_RATE_MEAN_LOSS,
-    "update_distance": pb.PERSONAL_RATE_UPDATE_DISTANCE,
-    "random": pb.PERSONAL_RATE_RANDOM,
-}
-_SEED_POLICY = {
-    "per_worker": pb.SEED_POLICY_PER_WORKER,
-    "shared": pb.SEED_POLICY_SHARED,
-    "pool": pb.SEED_POLICY_POOL,
-}
-_POOL_SAMPLING = {
-    "uniform": pb.POOL_SAMPLING_UNIFORM,
-    "weighted": pb.POOL_SAMPLING_WEIGHTED,
-}
-_OPTIONAL: Mapping[str, Mapping[str, int] | None] = {
-    "probes": None,
-    "estimator": _ESTIMATOR,
-    "normalized_step": None,
-    "schedule": _SCHEDULE,
-    "warmup_rounds": None,
-    "final_rate_fraction": None,
-    "eps_follows_rate": None,
-    "weight_decay": None,
-    "weighting": _WEIGHTING,
-    "personal_rate": _PERSONAL_RATE,
-    "personal_rate_amplitude": None,
-    "seed_policy": _SEED_POLICY,
-    "pool_size": None,
-    "pool_sampling": _POOL_SAMPLING,
-    "rebase_every_rounds": None,
-    "pause_loss_factor": None,
-    "pause_rounds": None,
-    "early_stop_evaluations": None,
-    "buffer_answers": None,
-    "staleness_max_rounds": None,
-    "staleness_exponent": None,
-}
-"""Fields that the message leaves out at their defaults, so that the bytes of a contract stay the
-same when a new version adds a field; for enums, with the number of each name."""
-_TASK_KIND = {
-    "classification": pb.TASK_KIND_CLASSIFICATION,
-    "instruction": pb.TASK_KIND_INSTRUCTION,
-}
 _FIRST_BYTES = {field.name: field.number << 3 | 2 for field in pb.Record.DESCRIPTOR.fields}
 """Kind of a record -> the byte that its body begins with: the tag of its field in `Record`."""
 
@@ -111,110 +49,63 @@ _FIRST_BYTES = {field.name: field.number << 3 | 2 for field in pb.Record.DESCRIP
 
 
 def config_to_pb(config: RunConfig) -> pb.RunConfig:
-    """A run's contract as a message."""
-    message = pb.RunConfig(
-        run_id=config.run_id,
-        model=config.model,
-        task=pb.TaskConfig(
-            kind=_TASK_KIND[config.task.kind],
-            template=config.task.template,
-            label_column=config.task.label_column,
-            verbalizers=[
-                pb.Verbalizer(label=label, word=word)
-                for label, word in config.task.verbalizers.items()
-            ],
-            response_column=config.task.response_column,
-            tokens_max=config.task.tokens_max,
-            objective=config.task.objective or None,
-            generated_tokens_max=config.task.generated_tokens_max or None,
-        ),
-        seed=config.seed,
-        rounds=config.rounds,
-        local_steps=config.local_steps,
-        batch_size=config.batch_size,
-        distribution=_DISTRIBUTION[config.distribution],
-        eps=config.eps,
-        learning_rate=config.learning_rate,
-        projected_grad_abs_max=config.projected_grad_abs_max,
-        dtype=_DTYPE[config.dtype],
-        rounding=_ROUNDING[config.rounding],
-        workers_min=config.workers_min,
-        quorum=config.quorum,
-        cohort_size_max=config.cohort_size_max,
-        deadline_ms=config.deadline_ms,
-        digest_every_rounds=config.digest_every_rounds,
-        report_losses=config.report_losses,
-        train=config.train,
-    )
-    for name, numbers in _OPTIONAL.items():
-        value = getattr(config, name)
-        if value != RunConfig.model_fields[name].default:
-            setattr(message, name, value if numbers is None else numbers[value])
-    if config.lora is not None:
-        message.lora.CopyFrom(
-            pb.LoraConfig(
-                rank=config.lora.rank,
-                alpha=config.lora.alpha,
-                target_modules=config.lora.target_modules,
-                freeze_a=config.lora.freeze_a or None,
-            )
-        )
+    """A run's contract as a message.
+
+    `optional` fields are left out at their defaults, so that the bytes of a contract stay the same
+    when a new version adds a field.
+    """
+    message = pb.RunConfig()
+    _fill(message, config)
     return message
 
 
 def config_from_pb(message: pb.RunConfig) -> RunConfig:
     """A run's contract from a message; `ProtocolError` if a value is not allowed."""
-    optional = {
-        name: value if numbers is None else _name_of(numbers, value)
-        for name, numbers in _OPTIONAL.items()
-        if message.HasField(name)  # type: ignore[arg-type]
-        for value in [getattr(message, name)]
-    }
     try:
-        return RunConfig(
-            run_id=message.run_id,
-            model=message.model,
-            task=TaskConfig(
-                kind=_name_of(_TASK_KIND, message.task.kind),
-                template=message.task.template,
-                label_column=message.task.label_column,
-                verbalizers={v.label: v.word for v in message.task.verbalizers},
-                response_column=message.task.response_column,
-                tokens_max=message.task.tokens_max,
-                objective=message.task.objective,
-                generated_tokens_max=message.task.generated_tokens_max,
-            ),
-            lora=(
-                LoraConfig(
-                    rank=message.lora.rank,
-                    alpha=message.lora.alpha,
-                    target_modules=tuple(message.lora.target_modules),
-                    freeze_a=message.lora.freeze_a,
-                )
-                if message.HasField("lora")
-                else None
-            ),
-            seed=message.seed,
-            rounds=message.rounds,
-            local_steps=message.local_steps,
-            batch_size=message.batch_size,
-            distribution=_name_of(_DISTRIBUTION, message.distribution),
-            eps=message.eps,
-            learning_rate=message.learning_rate,
-            projected_grad_abs_max=message.projected_grad_abs_max,
-            dtype=_name_of(_DTYPE, message.dtype),
-            rounding=_name_of(_ROUNDING, message.rounding),
-            workers_min=message.workers_min,
-            quorum=message.quorum,
-            cohort_size_max=message.cohort_size_max,
-            deadline_ms=message.deadline_ms,
-            digest_every_rounds=message.digest_every_rounds,
-            report_losses=message.report_losses,
-            train=tuple(message.train),
-            **optional,
-        )
+        return RunConfig(**_values_in(message))
     except ValidationError as error:
         raise ProtocolError(sentence_of(error, "the run's configuration")) from None
+
+
+def _fill(message: Any, model: BaseModel) -> None:
+    """Set each field of `message` from the field of `model` that has its name."""
+    for field in message.DESCRIPTOR.fields:
+        name, value = field.name, getattr(model, field.name)
+        if isinstance(value, BaseModel):
+            _fill(getattr(message, name), value)
+        elif field.message_type is pb.Verbalizer.DESCRIPTOR:
+            message.verbalizers.extend(pb.Verbalizer(label=k, word=v) for k, v in value.items())
+        elif isinstance(value, tuple):
+            getattr(message, name).extend(value)
+        elif not field.has_presence or value != type(model).model_fields[name].default:
+            setattr(
+                message, name, _numbers_of(field.enum_type)[value] if field.enum_type else value
+            )
+
+
+def _values_in(message: Any) -> dict[str, Any]:
+    """What `_fill` set; the defaults of fields that are left out are the model's."""
+    values: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        name, value = field.name, getattr(message, field.name)
+        if field.message_type is pb.Verbalizer.DESCRIPTOR:
+            values[name] = {one.label: one.word for one in value}
+        elif isinstance(value, MutableSequence):
+            values[name] = tuple(value)
+        elif not field.has_presence or message.HasField(name):
+            if field.message_type:
+                value = _values_in(value)
+            values[name] = (
+                _name_of(_numbers_of(field.enum_type), value) if field.enum_type else value
+            )
+    return values
+
+
+def _numbers_of(enum: EnumDescriptor) -> dict[str, int]:
+    """The contract's word for each value of an enum but the unset one, with its number."""
+    unset, *values = enum.values
+    prefix = unset.name.removesuffix("UNSPECIFIED")
+    return {value.name.removeprefix(prefix).lower(): value.number for value in values}
 
 
 # ---------------------------------------------------------------- records
@@ -264,28 +155,12 @@ def pairs_in_commit(body: bytes) -> tuple[int, bool]:
 def _record_to_pb(record: Record) -> pb.Record:
     match record:
         case Genesis():
-            return pb.Record(
-                genesis=pb.Genesis(
-                    config=config_to_pb(record.config),
-                    manifest_digest=record.manifest_digest,
-                    base_digest=record.base_digest,
-                    tokenizer_digest=record.tokenizer_digest,
-                    trainable_elements=record.trainable_elements,
-                    trainable_bytes=record.trainable_bytes,
-                )
-            )
+            genesis = _as(pb.Genesis, record, config=config_to_pb(record.config))
+            return pb.Record(genesis=genesis)
         case Started():
-            return pb.Record(started=pb.Started(epoch=record.epoch))
+            return pb.Record(started=_as(pb.Started, record))
         case Opened():
-            return pb.Record(
-                opened=pb.Opened(
-                    round=record.round,
-                    first_slot=record.first_slot,
-                    workers=record.workers,
-                    learning_rates=record.learning_rates,
-                    eps=record.eps,
-                )
-            )
+            return pb.Record(opened=_as(pb.Opened, record))
         case Answered():
             return pb.Record(answered=answered_to_pb(record))
         case Committed():
@@ -308,30 +183,21 @@ def _record_to_pb(record: Record) -> pb.Record:
         case Evaluated():
             return pb.Record(evaluated=evaluated_to_pb(record))
         case Paused():
-            return pb.Record(paused=pb.Paused(round=record.round, reason=record.reason))
+            return pb.Record(paused=_as(pb.Paused, record))
         case Resumed():
-            return pb.Record(resumed=pb.Resumed(rate_factor=record.rate_factor))
+            return pb.Record(resumed=_as(pb.Resumed, record))
         case Stopped():
-            return pb.Record(stopped=pb.Stopped(round=record.round, reason=record.reason))
+            return pb.Record(stopped=_as(pb.Stopped, record))
         case SignedHead():
-            return pb.Record(
-                checkpoint=pb.Checkpoint(
-                    epoch=record.epoch,
-                    round=record.round,
-                    head=record.head,
-                    key=record.key,
-                    signature=record.signature,
-                )
-            )
+            return pb.Record(checkpoint=_as(pb.Checkpoint, record))
         case Snapshotted():
-            return pb.Record(
-                snapshotted=pb.Snapshotted(
-                    round=record.round,
-                    weights_digest=record.weights_digest,
-                    file_sha256=record.file_sha256,
-                    file_bytes=record.file_bytes,
-                )
-            )
+            return pb.Record(snapshotted=_as(pb.Snapshotted, record))
+
+
+def _as(kind: type[MessageT], record: Any, **others: Any) -> MessageT:
+    """A message with the fields of a record, under the same names, except for `others`."""
+    values = {field.name: getattr(record, field.name) for field in fields(record)}
+    return kind(**values | others)
 
 
 def _record_from_pb(message: pb.Record, kind: str) -> Record:
@@ -462,12 +328,7 @@ def answered_from_pb(message: pb.Answered) -> Answered:
 
 def diverged_to_pb(record: Diverged) -> pb.Diverged:
     """A divergence as a message."""
-    return pb.Diverged(
-        round=record.round,
-        party=record.party,
-        found_digest64=record.found_digest64,
-        expected_digest64=record.expected_digest64,
-    )
+    return _as(pb.Diverged, record)
 
 
 def diverged_from_pb(message: pb.Diverged) -> Diverged:
@@ -482,14 +343,7 @@ def diverged_from_pb(message: pb.Diverged) -> Diverged:
 
 def evaluated_to_pb(record: Evaluated) -> pb.Evaluated:
     """An evaluation as a message."""
-    return pb.Evaluated(
-        round=record.round,
-        loss=record.loss,
-        accuracy=record.accuracy,
-        rows=record.rows,
-        weights_digest=record.weights_digest,
-        auc=record.auc,
-    )
+    return _as(pb.Evaluated, record)
 
 
 def evaluated_from_pb(message: pb.Evaluated) -> Evaluated:
