@@ -66,7 +66,7 @@ def test_nothing_spills(code: list[dict[str, Any]]) -> None:
 
 
 def test_no_loop_forgets_what_it_carries(code: list[dict[str, Any]]) -> None:
-    """Triton 3.6 and 3.7 forget the changes of a bound that an outer loop carries to an inner one."""
+    """Triton 3.6 and 3.7 forget that an outer loop changes a bound of an inner one."""
     for kernel in code:
         before, after = kernel["carried"]
         assert before == after, kernel["kernel"]
