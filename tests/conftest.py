@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-# Triton's interpreter runs the CUDA kernels without a GPU, and reads this once, when Triton is imported.
-# `make test-gpu` says 0: it runs them on one.
+# Triton's interpreter runs the CUDA kernels without a GPU. Triton reads this once, on import.
+# `make test-gpu` sets 0, because it runs them on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parent

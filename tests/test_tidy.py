@@ -124,7 +124,7 @@ def circle_in(graph: dict[str, set[str]]) -> list[str]:
 
 
 def room_of(module: str) -> str:
-    """The folder that a module lies in; a module at the top of a package or of `zo` is its own room."""
+    """The folder of a module; a module at the top of a package or of `zo` is its own room."""
     folder = module.rpartition(".")[0]
     return module if folder in {*PACKAGES, "fedmezo_core.zo"} else folder
 
@@ -229,8 +229,8 @@ def test_generic_folders_are_not_packages(folder: str) -> None:
 def test_serving_needs_no_torch() -> None:
     """What the daemon imports, in a fresh interpreter."""
     code = (
-        "import sys, fedmezo_coordinator.programs.coordinator_command, fedmezo_coordinator.programs.fedmezo_command, "
-        "fedmezo_coordinator.programs.relay_command; "
+        "import sys; from fedmezo_coordinator.programs import coordinator_command, "
+        "fedmezo_command, relay_command; "
         f"loaded = set(sys.modules) & {NUMERIC!r}; assert not loaded, loaded"
     )
     subprocess.run(

@@ -1,1 +1,1 @@
-"""Zeroth-order numerics: noise, materialize, manifest, estimator. torch and numba live only below here."""
+"""Zeroth-order numerics: the only folder that imports torch, numba, triton or transformers."""

@@ -22,7 +22,7 @@ CHUNK_BYTES = 4096
 
 @dataclass
 class Kept:
-    """A snapshot on offer; `breaks` are the next streams' ends: after so many bytes, with that error."""
+    """A snapshot on offer; `breaks` says after how many bytes, and how, the next streams end."""
 
     at: Served
     folder: Path

@@ -58,6 +58,7 @@ def test_a_session_ends_once_and_with_what_was_first() -> None:
     assert [str(item) for item in waiting[1:]] == ["first"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [

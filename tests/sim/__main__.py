@@ -1,4 +1,7 @@
-"""Replays one seed with its transcript, or runs many: `python -m tests.sim [--sites] --seed 7 [--count 1000]`."""
+"""Replay one seed with its transcript, or run many.
+
+python -m tests.sim [--sites] --seed 7 [--count 1000]
+"""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class ViolationError(AssertionError):
 
 @lru_cache(maxsize=256)
 def weights_after(weights: bytes, commit: Committed) -> bytes:
-    """Stands for the weights: 32 bytes that depend on every commit since the base, and on their order."""
+    """32 bytes in place of weights; they depend on all commits since the base, in their order."""
     weights = BASE_WEIGHTS if commit.from_base else weights
     return hashlib.sha256(weights + repr(commit).encode()).digest()
 
@@ -221,7 +221,7 @@ class Checker:
         return sound[: self.config.cohort_size_max]
 
     def _buffered(self, record: Committed) -> list[Answered]:
-        """What the commit of a buffered round says that it is made of: sound answers, not too old."""
+        """The answers that the commit of a buffered round names; they are sound and not too old."""
         answers = [self.answers[place] for place in record.answers if place in self.answers]
         _require(len(answers) == len(record.answers), f"{record} holds an answer that nobody gave")
         for answer in answers:
@@ -241,7 +241,7 @@ class Checker:
         wanted: dict[int, list[float]] = {}
         for answer in sound:
             seeds = self._seeds(answer)
-            # The oracle's scalar, not the journaled one: the two were compared when it was appended.
+            # The oracle's scalar; it was compared with the journaled one when that was appended.
             grads, _, _ = self._oracle(answer)
             discount = (1.0 + record.round - answer.round) ** -self.config.staleness_exponent
             rate = self.rates[answer.round][answer.slot] * discount

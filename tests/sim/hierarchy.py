@@ -1,8 +1,8 @@
 """Federations with sites: some workers of the coordinator are relays with workers of their own.
 
-The relays' machines are real, their drivers simulated: streams above and below tear, relays crash between
-keeping a commit, sending it and answering, and lose all but their copy. The checker knows what each of
-their workers measures, and so of which workers' answers a site's answer is the mean.
+The relays' machines are real, their drivers are simulated. Streams above and below tear. Relays
+crash between keeping a commit, sending it and answering, and lose everything but their copy. The
+checker knows what each worker measures, and so which workers' answers a site's mean is made of.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ class SiteChecker(Checker):
         members = self.members.get((ticket.round, ticket.slot), ())
         if self._is_sound(stored) and worker not in members:
             raise ViolationError(
-                f"{worker} of {site} got an ack for {ticket}, but the journal holds the mean of {members}"
+                f"{worker} of {site} got an ack for {ticket}, but the journal holds the mean "
+                f"of {members}"
             )
 
 

@@ -1,7 +1,8 @@
 """What one slow worker costs a federation: `python -m tests.sim.slow_worker`.
 
-A simulated federation without faults, in which measuring takes 100 ms, and at one worker ten times as long.
-Prints a table in Markdown, in simulated time: synchronous rounds, the same with a deadline, and buffered ones.
+In a simulated federation without faults a measurement takes 100 ms, and ten times as long at one
+worker. Prints a Markdown table, in simulated time: synchronous rounds, synchronous rounds with a
+deadline, and buffered rounds.
 """
 
 from __future__ import annotations

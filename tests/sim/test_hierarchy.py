@@ -1,4 +1,4 @@
-"""A thousand federations with sites, and proof that the simulator would notice what relays can do wrong."""
+"""A thousand federations with sites, and proof that the simulator notices a faulty relay."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ten thousand federations, and proof that the simulator would notice what it is there to notice."""
+"""Ten thousand federations, and proof that the simulator notices each fault it is made for."""
 
 from __future__ import annotations
 

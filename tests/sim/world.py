@@ -1,9 +1,10 @@
 """A whole federation in memory, on one thread, from one seed.
 
-Round machine, journal and session machines are the real ones; their drivers, the network, the clock and
-the disk are simulated, and break as the seed says: streams tear, messages are delayed, doubled, lost or
-overtake each other, the coordinator and workers crash at the worst places and lose what was not appended,
-clocks jump, runs pause and an operator resumes them, weights flip. `Checker` looks on, knows the truth, and raises `ViolationError`.
+The round machine, the journal and the session machines are real. Their drivers, the network, the
+clock and the disk are simulated, and break as the seed says: streams tear; messages are delayed,
+doubled, lost or reordered; the coordinator and workers crash at the worst points and lose what was
+not appended; clocks jump; runs pause and an operator resumes them; weights flip. `Checker` knows
+the truth and raises `ViolationError`.
 """
 
 from __future__ import annotations
@@ -568,7 +569,7 @@ class Worker:
     """The agent's loop around a session machine, with an oracle for an engine."""
 
     repeats_itself = True
-    """A process that starts again answers the same, so that a late answer of the one before does no harm."""
+    """A restarted process answers the same, so that a late answer of the old one does no harm."""
 
     def __init__(self, world: World, name: str, above: Coordinator | None = None) -> None:
         self.world = world
@@ -649,7 +650,7 @@ class Worker:
             world.later(world.rng.randint(10, 1500), lambda: self.connect(session))
 
     def release(self) -> None:
-        """The network hands over what it held back: just now, the coordinator waits for an answer."""
+        """Hand over what the network held back, because the coordinator waits for an answer now."""
         for stream, message in self.held_back:
             late_ms = self.world.rng.randint(0, 100)
             self.world.later(late_ms, partial(self.above.receive, stream, message))

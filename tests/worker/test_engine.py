@@ -224,6 +224,7 @@ async def test_another_base_is_refused(
     await engine.close()
 
 
+@pytest.mark.slow
 async def test_weights_on_a_disk_change_nothing(
     evaluating_engine: Engine,
     settings: WorkerSettings,
@@ -267,6 +268,7 @@ def final_norm(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
     return genesis
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rounds", "row_states_max", "once"), [(99, 1 << 20, True), (99, 0, False), (2, 1 << 20, False)]
 )

@@ -136,6 +136,7 @@ async def run(
         return await client.get_status(), sent
 
 
+@pytest.mark.slow
 async def test_evaluating_changes_nothing_that_others_see(
     workers: Workers,
     data_files: list[Path],

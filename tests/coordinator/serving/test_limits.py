@@ -211,6 +211,7 @@ async def test_bytes_that_are_no_message_end_the_session_and_not_the_coordinator
 # ---------------------------------------------------------------- slow readers
 
 
+@pytest.mark.slow
 async def test_a_worker_that_never_reads_is_cut_off_alone_and_catches_up_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,7 @@ def test_the_agreed_digest(votes: list[int], replica: int | None, agreed: int | 
 def alone_of(
     grads: Sequence[float], learning_rate: float, *, answers: int, probes: int
 ) -> tuple[float, ...]:
-    """Coefficients of one answer among `answers` alike, for a number of gradients that need not fit."""
+    """Coefficients of one of `answers` equal answers, with any number of gradients."""
     share = Share(tuple(range(len(grads))), tuple(grads), learning_rate)
     others = [Share((), (), learning_rate)] * (answers - 1)
     return coefficients_of([share, *others], config_of(probes=probes))[0]

@@ -1,7 +1,7 @@
 """Readable transcripts of whole rounds, in `tests/golden/rounds/`.
 
-Lines that begin with `> ` are what happens; the lines below each are what the machine answers: records to
-append first, then messages to send. After a change that is meant to change them:
+A line that begins with `> ` is an event. The lines below it are the machine's answer: records to
+append, then messages to send. After a change that is meant to change them:
 
     FEDMEZO_REWRITE_GOLDEN=1 pytest tests/core/machines/test_rounds_golden.py
 
@@ -115,7 +115,8 @@ def shown(item: Record | RoundMessage) -> str:
         case Assign(worker, ticket, work, deadline_ms):
             return (
                 f"assign {worker} ticket={ticket.epoch}/{ticket.round}/{ticket.slot} "
-                f"seed={work.seeds[0]:016x} want_digest={work.want_digest} deadline_ms={deadline_ms}"
+                f"seed={work.seeds[0]:016x} want_digest={work.want_digest} "
+                f"deadline_ms={deadline_ms}"
             )
         case Ack(worker, ticket):
             return f"ack {worker} ticket={ticket.epoch}/{ticket.round}/{ticket.slot}"

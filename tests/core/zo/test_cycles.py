@@ -36,6 +36,7 @@ def _model(dtype: torch.dtype) -> nn.Module:
     return model.eval().to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "cycles"), [(torch.bfloat16, 1000), (torch.float16, 200)], ids=str
 )

@@ -96,6 +96,7 @@ def _assert_equals_naive(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [False, True], ids=["whole", "blocks"])
 @pytest.mark.parametrize("kind", MODEL_KINDS)
 def test_losses_equal_those_of_really_perturbed_weights(
@@ -302,6 +303,7 @@ def test_a_model_that_mixes_rows_is_measured_point_by_point(
     assert ("in one pass are" if silently else "gain (Linear) sees input of shape [") in warning
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("local_pairs", [0, 2, 20], ids="{}-local".format)
 @pytest.mark.parametrize("distribution", LOW_RANK)
 @pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "qwen2", "mixtral"])
@@ -536,6 +538,7 @@ def test_bfloat16_rounding_cancels_out_of_the_difference(
     assert np.corrcoef(truth, found)[0, 1] > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_2])
 @pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "opt", "mixtral", "gemma3"])
 def test_away_from_the_cpu(

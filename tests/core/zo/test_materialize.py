@@ -224,6 +224,7 @@ def test_callers_in_many_threads() -> None:
         assert_same_bits(out, build(tensor_id, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGE[::2], ids=str)
 @pytest.mark.parametrize(
     ("distribution", "columns", "start", "size"),
@@ -490,6 +491,7 @@ def test_commits_with_a_decay_have_no_pairs_in_common() -> None:
     assert split(tuple(commits)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", STORAGE[::2], ids=str)
 def test_a_thousand_commits_with_and_without_decay(storage: tuple[torch.dtype, Rounding]) -> None:
     generator = np.random.default_rng(12)

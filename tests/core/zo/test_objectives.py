@@ -131,6 +131,7 @@ def _written(model: Any, prompt: Sequence[int], count: int, end: int) -> list[in
 # ---------------------------------------------------------------------- what it is given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task_kind", ["classification", "instruction"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama-tied", "gemma3", "mixtral", "opt"])
 def test_predictions_and_texts_are_those_of_really_perturbed_weights(
@@ -398,6 +399,7 @@ def test_what_cannot_be_loaded_is_one_sentence(name: str, words: str) -> None:
 # ---------------------------------------------------------------------- training by it alone
 
 
+@pytest.mark.slow
 def test_accuracy_rises_by_the_error_rate_alone(
     model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
 ) -> None:

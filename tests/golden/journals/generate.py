@@ -1,6 +1,7 @@
 """Write a journal of each kind of run as this version writes them, with what it comes to.
 
-Run to add the journals of a new version, never to fix a test: those of earlier versions stay, byte for byte.
+Run it to add the journals of a new version, never to fix a test. The journals of earlier versions
+stay, byte for byte.
 
 python -m tests.golden.journals.generate v2
 """
@@ -121,7 +122,8 @@ def paused() -> MemoryStore:
 
 
 def compacted(store: MemoryStore) -> MemoryStore:
-    """The same journal without its first records; those before its last commit from the base, if it has one."""
+    """The journal without its first records: without those before its last commit from the base,
+    if it has one."""
     entries = list(Journal(store).load())
     state = RunState()
     begins = len(entries) // 2

@@ -45,7 +45,7 @@ def bits_of(values: torch.Tensor) -> str:
 
 
 def decayed_weights() -> list[dict[str, Any]]:
-    """Commits with a decay, without, and without pairs; the base has zeros, subnormals, huge numbers."""
+    """Commits with and without a decay, and without pairs, on a base of extreme numbers."""
     commits = [
         Commit(
             np.array([11, 2**63 + 5], dtype=np.uint64),

@@ -157,7 +157,7 @@ def test_lora_targets_as_in_peft(
     linear = {
         f"{layer}.{name}"
         for layer in "01"
-        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+        for name in (*(f"self_attn.{p}" for p in "qkvo"), "mlp.gate", "mlp.up", "mlp.down")
     }  # fmt: skip
     assert found == {name for name in linear if re.fullmatch(expected, name)}
     assert {entry.shape[0] for entry in loaded.manifest if ".lora_A." in entry.name} == {128}
