@@ -23,11 +23,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.spinner import Spinner
 
 from deploy.demo import summary
 from deploy.demo.inputs import Inputs, last_widening_layer, write_inputs, write_settings
 from deploy.demo.prepare import prepare
 from deploy.demo.processes import Processes
+from fedmezo_coordinator.coordinator_settings import model_label
 from fedmezo_coordinator.programs.view import run_line, run_view, seconds_left
 from fedmezo_core.config import TaskConfig, parse_run
 from fedmezo_core.errors import DivergedError, UnavailableError
@@ -45,8 +47,6 @@ REPORT = Path("build/reports/demo.json")
 LOOK_EVERY_S = 0.5
 PACE_ROUNDS = 8
 """Newest rounds by which the time that is left is estimated."""
-LINES = 10
-"""Progress lines of a whole run where there is no terminal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +154,8 @@ def demo(given: argparse.Namespace) -> None:
     summary.write_json(summary.figures(status, wall_s, cpu_s), REPORT)
     summary.write_plot(status, OUTPUT / "demo.png", with_back_propagation=what.is_default)
     print(
-        f"\nplot {OUTPUT / 'demo.png'}, figures {REPORT}, logs {OUTPUT}/*.log\n"
-        "Take the trained model home as an ordinary Hugging Face folder"
-        " (--adapter-only: the adapter alone):\n"
+        f"\nPlot: {OUTPUT / 'demo.png'}. Figures: {REPORT}. Logs: {OUTPUT}/*.log.\n"
+        "Take the model home as a Hugging Face folder (with --adapter-only, the adapter alone):\n"
         f"  {Path(sys.executable).parent / 'fedmezo'} export {OUTPUT / 'model'} "
         f"--journal {JOURNAL} \\\n    --model {what.model} --adapter {ADAPTER}"
     )
@@ -167,11 +166,10 @@ def demo(given: argparse.Namespace) -> None:
 
 def _introduce(what: Plan) -> None:
     inputs, run = what.inputs, what.coordinator["run"]
-    trained = "+".join(str(count) for count in inputs.rows.values())
     print(
-        f"{len(inputs.workers)} workers ({', '.join(inputs.workers)}) train {what.model} "
-        f"for {run['rounds']} rounds.\n"
-        f"Each has its own rows: {trained} of the {inputs.rows_found:,} in the data.",
+        f"{len(inputs.workers)} workers ({', '.join(inputs.workers)}) train "
+        f"{model_label(what.model)} for {run['rounds']} rounds, each on rows of its own: "
+        f"{', '.join(map(str, inputs.rows.values()))} of {inputs.rows_found:,}.",
         flush=True,
     )
 
@@ -239,15 +237,13 @@ async def _watch(federation: Processes, console: Console) -> wire.GetStatusRespo
     told: wire.GetStatusResponse | None = None
     status = wire.GetStatusResponse()
     print(
-        f"Coordinator, replica and {parties - 1} workers each load the model; then rounds begin. "
-        "The first ones\ntake longest: each row goes through the frozen layers once, and what "
-        "comes out is kept.",
+        "Now everyone loads the model. The first rounds take longest: each row passes the frozen "
+        "layers once.",
         flush=True,
     )
     async with CoordinatorClient(federation.address) as client:
-        with (
-            Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
-        ) as live:
+        loading = Spinner("dots", "loading the model")
+        with Live(loading, console=console) if console.is_terminal else nullcontext() as live:
             while not _is_complete(status, parties):
                 await asyncio.sleep(LOOK_EVERY_S)
                 federation.check()
@@ -262,7 +258,7 @@ async def _watch(federation: Processes, console: Console) -> wire.GetStatusRespo
                     seen.append((status.round, now_s))
                 left = seconds_left(status, seen[0], now_s)
                 if live is not None:
-                    live.update(run_view(status, seconds_left=left), refresh=True)
+                    live.update(run_view(status, seconds_left=left))
                 elif _is_news(status, told):
                     told = status
                     print(run_line(status, left), flush=True)
@@ -273,14 +269,9 @@ async def _watch(federation: Processes, console: Console) -> wire.GetStatusRespo
 
 def _is_news(status: wire.GetStatusResponse, told: wire.GetStatusResponse | None) -> bool:
     """Whether enough has happened since the last line that it is time for another."""
-    if told is None:
+    if told is None or len(status.evaluations) > len(told.evaluations):
         return True
-    step = max(1, status.config.rounds // LINES)
-    return (
-        status.round // step > told.round // step
-        or status.phase != told.phase
-        or bool(status.evaluations) != bool(told.evaluations)
-    )
+    return status.phase != told.phase and status.phase == wire.PHASE_PAUSED
 
 
 def _is_complete(status: wire.GetStatusResponse, parties: int) -> bool:

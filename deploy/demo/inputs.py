@@ -66,7 +66,8 @@ def write_inputs(
         rows = read_rows(path, columns)
         found += len(rows)
         if not own_texts:
-            kept = len(rows) - min(texts_max // len(trained), len(rows) // SET_ASIDE_SHARE)
+            share = max(1, texts_max // len(trained))
+            kept = len(rows) - min(share, len(rows) // SET_ASIDE_SHARE)
             texts += rows[kept:]
             rows = rows[:kept]
         workers[name] = _write_rows(folder / f"{name}.jsonl", rows[:rows_max])
@@ -132,7 +133,7 @@ def last_widening_layer(model: str) -> tuple[str, int]:
     for name, layer in reversed(lora_targets(empty, everything).items()):
         # A Conv1D, as in GPT-2, keeps its weight transposed.
         is_linear = isinstance(layer, torch.nn.Linear)
-        rows, columns = layer.weight.shape  # type: ignore[union-attr, misc]
+        rows, columns = layer.weight.shape  # type: ignore[misc]
         inputs, outputs = (columns, rows) if is_linear else (rows, columns)
         if outputs > inputs:
             return name, int(inputs)

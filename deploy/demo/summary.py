@@ -25,7 +25,7 @@ class Measured:
 
 
 BACK_PROPAGATION: Final = (
-    Measured("back-propagation, an adapter (LoRA)", 0.871, 0.946, 29_491_200),
+    Measured("back-propagation, adapters (LoRA)", 0.871, 0.946, 29_491_200),
     Measured("back-propagation, all weights", 0.908, 0.971, 8_608_960_512),
 )
 """Federated averaging on a CPU, as docs/experiments.md has it (`make experiment-accuracy`): the
@@ -97,20 +97,21 @@ def print_tables(
         f"\n{'All parties hold the same weights' if equal else '[bold red]The weights DIFFER[/]'}. "
         f"Fit and run took {duration_text(wall_s)}, and {cpu_s:.0f} s of CPU time.",
         highlight=False,
+        soft_wrap=True,
     )
     if with_back_propagation:
         console.print()
         console.print(_compared(status))
         console.print(
-            "  Back-propagation: measured on a CPU with 1,000 rows a worker and 1,200 held-out "
-            "rows (docs/experiments.md).",
+            "Back-propagation: measured on a CPU with 1,000 rows a worker and 1,200 held-out rows "
+            "(docs/experiments.md).",
             highlight=False,
             soft_wrap=True,
         )
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 2), header_style="bold")
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
     table.add_column(first)
     for name in others:
         table.add_column(name, justify="right")
@@ -132,7 +133,7 @@ def _sent(status: wire.GetStatusResponse) -> Table:
     table = _table(
         f"{status.round} rounds, {len(status.workers)} workers",
         "sent",
-        "shipping the trained weights",
+        "shipping weights",
         "times less",
     )
     for name, count in (("up", _bytes_up(status)), ("down", _bytes_down(status))):
@@ -186,26 +187,35 @@ def write_plot(
     left.plot(rounds, [e.loss for e in status.evaluations], "o-", color="#0b3954", label="held-out")
     left.set(title="Loss", xlabel="round", ylabel="cross-entropy (nats)", ylim=(0, None))
     right.plot(
-        rounds, [e.accuracy for e in status.evaluations], "o-", color="#0b3954", label="accuracy"
+        rounds,
+        [e.accuracy for e in status.evaluations],
+        "o-",
+        color="#0b3954",
+        label=f"accuracy, this run: {size_text(_bytes_up(status))} up",
     )
     if all(e.HasField("auc") for e in status.evaluations):
-        right.plot(rounds, [e.auc for e in status.evaluations], "s--", color="#bf6900", label="AUC")
+        right.plot(
+            rounds,
+            [e.auc for e in status.evaluations],
+            "s--",
+            color="#bf6900",
+            label="AUC, this run",
+        )
     if with_back_propagation:
         for each, style in zip(BACK_PROPAGATION, ("dotted", "dashdot"), strict=True):
             right.axhline(
                 each.accuracy,
-                color="#0b3954",
+                color="#666666",
                 linestyle=style,
                 linewidth=1,
-                alpha=0.7,
-                label=f"accuracy of {each.method} ({size_text(each.bytes_up)} up)",
+                label=f"accuracy, {each.method}: {size_text(each.bytes_up)} up",
             )
-    right.set(title="Held-out accuracy and AUC", xlabel="round", ylim=(0.4, 1.0))
+    right.set(title="Held-out accuracy and AUC", xlabel="round", ylim=(0.3, 1.0))
     right.yaxis.set_major_formatter(PercentFormatter(1.0))
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="lower right" if axes is right else "upper right")
     figure.suptitle(
         f"{status.config.model}, {len(status.workers)} workers, {status.round} rounds: "
         f"{size_text(_bytes_up(status))} sent up in all"

@@ -30,6 +30,7 @@ def start_demo(model: Path, folder: Path, *arguments: str) -> subprocess.Popen[b
     )
 
 
+@pytest.mark.timeout(600)
 def test_a_users_own_model_and_data_from_the_fit_to_the_export(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -38,9 +39,12 @@ def test_a_users_own_model_and_data_from_the_fit_to_the_export(
     write_rows(tmp_path / "heldout.jsonl", count=10)
     demo = start_demo(model_folder, tmp_path, "--rounds", "4")
     try:
-        output, _ = demo.communicate(timeout=PATIENCE_S)
+        # Six processes import torch, one after the other or at the same time.
+        output, _ = demo.communicate(timeout=3 * PATIENCE_S)
     finally:
-        demo.kill()
+        # So that it ends its own processes, too.
+        demo.terminate()
+        demo.wait()
     said = output.decode()
     assert demo.returncode == 0, said
     assert "2 workers (a, b)" in said

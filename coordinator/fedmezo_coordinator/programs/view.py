@@ -137,7 +137,7 @@ def worker_table(status: wire.GetStatusResponse) -> Table:
     for worker in status.workers:
         table.add_row(
             worker.worker,
-            _state(worker),
+            _state(worker, is_over=status.phase == wire.PHASE_FINISHED),
             str(worker.rounds_answered),
             f"{worker.mean_loss:.4f}" if worker.HasField("mean_loss") else "-",
             f"{worker.learning_rate:.3g}" if worker.HasField("learning_rate") else "-",
@@ -148,11 +148,11 @@ def worker_table(status: wire.GetStatusResponse) -> Table:
     return table
 
 
-def _state(worker: wire.WorkerStatus) -> str:
+def _state(worker: wire.WorkerStatus, *, is_over: bool) -> str:
     if worker.diverged:
         return "[red]diverged[/]"
     if not worker.connected:
-        return "[yellow]away[/]"
+        return "done" if is_over else "[yellow]away[/]"
     return "measuring" if worker.measuring else "ready"
 
 
