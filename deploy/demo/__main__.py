@@ -168,8 +168,8 @@ def _introduce(what: Plan) -> None:
     inputs, run = what.inputs, what.coordinator["run"]
     print(
         f"{len(inputs.workers)} workers ({', '.join(inputs.workers)}) train "
-        f"{model_label(what.model)} for {run['rounds']} rounds, each on rows of its own: "
-        f"{', '.join(map(str, inputs.rows.values()))} of {inputs.rows_found:,}.",
+        f"{model_label(what.model)} for {run['rounds']} rounds,\neach on rows of its own: "
+        f"{', '.join(map(str, inputs.rows.values()))} of the {inputs.rows_found:,} in the data.",
         flush=True,
     )
 

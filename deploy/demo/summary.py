@@ -113,7 +113,7 @@ def print_tables(
 
 
 def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="bold")
     table.add_column(first)
     for name in others:
         table.add_column(name, justify="right")
