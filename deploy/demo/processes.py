@@ -66,13 +66,20 @@ class Processes:
             )
         self.children.append(Child(name, log, process))
 
+    def run(self, name: str, module: str, arguments: Sequence[str]) -> None:
+        """Run such a process to its end; raises `ChildError` if it fails."""
+        self.start(name, module, arguments)
+        self.children[-1].process.wait()
+        self.check()
+        self.children.pop()
+
     def check(self) -> None:
         """Raise if a process has failed."""
         for child in self.children:
             if child.process.poll():
                 raise ChildError(
-                    f"{child.name} ended with status {child.process.returncode}: {child.last_line()} "
-                    f"(all of it is in {child.log})"
+                    f"{child.name} ended with status {child.process.returncode}: "
+                    f"{child.last_line()} (all of it is in {child.log})"
                 )
 
     def wait_workers(self) -> None:

@@ -1,4 +1,4 @@
-"""Preparing the demo's data: what is kept, what is held out, and that nothing fetched is ever run."""
+"""Preparing the demo's data: what is kept, what is held out; nothing fetched is ever run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tar_gz(members: dict[str, bytes]) -> bytes:
 
 @st.composite
 def snippets(draw: st.DrawFn) -> list[Snippet]:
-    """Two domains with enough rows to hold out one of each label, in documents of a few sentences."""
+    """Two domains of documents of a few sentences, enough to hold out a row of each label."""
     rows: list[Snippet] = []
     for domain in ("films", "news"):
         sentences = draw(st.integers(1, 3))
@@ -202,7 +202,7 @@ def test_fetching_a_source_archive_runs_nothing_of_it(tmp_path: Path, snapshots:
     fetched = prepare.fetch(package, tmp_path / "archives", tmp_path)
     assert fetched.read_bytes() == archive.read_bytes()
     assert not ran.exists()
-    # A second fetch needs no index; a damaged archive is fetched again, and not from an empty snapshots.
+    # A second fetch needs no index. A damaged archive is fetched again, from an empty index.
     archive.unlink()
     assert prepare.fetch(package, tmp_path / "archives", tmp_path) == fetched
     fetched.write_bytes(b"damaged")

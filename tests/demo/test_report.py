@@ -1,16 +1,13 @@
-"""What the demo makes of a finished run, and of a user's own folder."""
+"""What the demo makes of a finished run."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 import pytest
 
-from deploy.demo import summary as report
-from deploy.demo.__main__ import plan
-from fedmezo_core.errors import ConfigError
+from deploy.demo import summary
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
 
@@ -37,50 +34,63 @@ def finished() -> wire.GetStatusResponse:
     )
 
 
+def named(status: wire.GetStatusResponse) -> dict[str, float]:
+    return {each["name"]: each["value"] for each in summary.figures(status, 12.5, 20.0)}
+
+
 def test_the_figures_are_a_list_of_named_values(tmp_path: Path) -> None:
-    report.write_json(report.figures(finished(), 12.5), tmp_path / "reports/demo.json")
+    summary.write_json(summary.figures(finished(), 12.5, 20.0), tmp_path / "reports/demo.json")
     values = json.loads((tmp_path / "reports/demo.json").read_text())
     assert all(set(value) == {"name", "value", "unit", "goal"} for value in values)
-    named = {value["name"]: value["value"] for value in values}
-    assert named["bytes up, all workers"] == 200
-    assert named["bytes to ship the weights, each way"] == 4_000_000
-    assert named["uplink a round and worker"] == 50
-    assert named["parties whose final digests are equal"] == 3
-    assert named["run time"] == 12.5
+    found = {value["name"]: value["value"] for value in values}
+    assert found["bytes up, all workers"] == 200
+    assert found["bytes to ship the trained weights, each way"] == 4_000_000
+    assert found["uplink a round and worker"] == 50
+    assert found["parties whose final digests are equal"] == 3
+    assert found["run time, with the fit"] == 12.5
+    assert found["CPU time of all processes"] == 20.0
 
 
 def test_a_party_with_other_weights_is_not_counted_as_equal() -> None:
     status = finished()
     status.digests[0].weights_digest = b"e" * 32
-    named = {value["name"]: value["value"] for value in report.figures(status, 1.0)}
-    assert named["parties whose final digests are equal"] == 2
+    assert named(status)["parties whose final digests are equal"] == 2
 
 
-def test_the_table_and_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report.print_table(finished(), 65.0)
+def test_the_tables_and_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary.print_tables(finished(), 65.0, 90.0, with_back_propagation=False)
     said = capsys.readouterr().out
     assert "50.0 %" in said
     assert "80.0 %" in said
-    assert "the run took 1:05" in said
-    report.write_plot(finished(), tmp_path / "demo.png")
+    assert "All parties hold the same weights" in said
+    assert "1:05" in said
+    assert "back-propagation" not in said
+    summary.write_plot(finished(), tmp_path / "demo.png")
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
-def given(data: Path) -> argparse.Namespace:
-    return argparse.Namespace(model="some/model", data=str(data), seed=7, rounds=None)
+def test_back_propagation_stands_beside_the_demos_own_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary.print_tables(finished(), 65.0, 90.0, with_back_propagation=True)
+    said = capsys.readouterr().out
+    assert "90.8 %" in said
+    assert "87.1 %" in said
+    assert "docs/experiments.md" in said
+    summary.write_plot(finished(), tmp_path / "demo.png", with_back_propagation=True)
 
 
-def test_a_users_own_folder_needs_two_values_only(tmp_path: Path) -> None:
-    for name in ("Clinic A.train.csv", "b.train.jsonl", "heldout.parquet"):
-        (tmp_path / name).touch()
-    made = plan(given(tmp_path))
-    assert made.model == "some/model"
-    assert set(made.workers) == {"clinic-a", "b"}
-    assert made.heldout == tmp_path / "heldout.parquet"
-    assert made.settings["run"]["seed"] == 7
-    assert made.settings["run"]["workers_min"] == 2
+def test_back_propagations_results_are_those_of_the_experiments() -> None:
+    text = (Path(__file__).parents[2] / "docs/experiments.md").read_text()
+    on_a_cpu = text[text.index("`make experiment-accuracy`:") :]
+    for each in summary.BACK_PROPAGATION:
+        assert f"{each.accuracy:.3f}".lstrip("0") in on_a_cpu
+        assert f"{each.auc:.3f}".lstrip("0") in on_a_cpu
+        assert f"{each.bytes_up:,}" in on_a_cpu
 
 
-def test_a_folder_without_the_files_is_refused_with_what_it_must_hold(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"must hold a heldout\.jsonl"):
-        plan(given(tmp_path))
+def test_weights_that_differ_are_said_to(capsys: pytest.CaptureFixture[str]) -> None:
+    status = finished()
+    status.digests[0].weights_digest = b"e" * 32
+    summary.print_tables(status, 65.0, 90.0, with_back_propagation=False)
+    assert "The weights DIFFER" in capsys.readouterr().out

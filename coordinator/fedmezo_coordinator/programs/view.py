@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -52,7 +53,8 @@ def agreement(status: wire.GetStatusResponse) -> tuple[bool, str]:
     kinds = {digest.weights_digest for digest in same}
     names = ", ".join(digest.party for digest in same)
     if len(kinds) == 1:
-        return True, f"round {newest}: {names} hold {next(iter(kinds)).hex()[:16]}"
+        hold = "holds" if len(same) == 1 else "hold"
+        return True, f"round {newest}: {names} {hold} {next(iter(kinds)).hex()[:16]}"
     return False, f"round {newest}: {names} DIFFER"
 
 
@@ -86,10 +88,12 @@ def run_view(
     head = Table.grid(padding=(0, 2))
     head.add_row("run", f"[bold]{config.run_id}[/] on {config.model}")
     left = "" if seconds_left is None else f", about {duration_text(seconds_left)} left"
-    head.add_row(
-        "round",
+    progress = Table.grid(padding=(0, 2, 0, 0))
+    progress.add_row(
         f"{status.round} of {config.rounds} ({_PHASES.get(status.phase, 'unknown')}{left})",
+        ProgressBar(total=config.rounds, completed=status.round, width=20),
     )
+    head.add_row("round", progress)
     if status.reason:
         paused = status.phase == wire.PHASE_PAUSED
         head.add_row("because", Text(status.reason, style="bold red" if paused else ""))
@@ -100,7 +104,9 @@ def run_view(
         head.add_row("training loss", f"{losses[-1].mean_loss:.4f}")
     if status.evaluations:
         first, last = status.evaluations[0], status.evaluations[-1]
-        head.add_row("held-out", f"{_evaluation(first)}  ->  {_evaluation(last)}")
+        head.add_row("held-out", _evaluation(first))
+        if last.round > first.round:
+            head.add_row("", _evaluation(last))
     equal, text = agreement(status)
     head.add_row("weights", Text(text, style="" if equal else "bold red"))
     head.add_row("journal", f"{status.records:,} records, head {status.head.hex()[:16]}")
@@ -122,8 +128,8 @@ def run_view(
 
 
 def worker_table(status: wire.GetStatusResponse) -> Table:
-    """A table with one line for each worker."""
-    table = Table(box=None, padding=(0, 2), header_style="bold")
+    """A table with one line for each worker, at most 80 columns wide if names are short."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("worker", "state"):
         table.add_column(name)
     for name in ("rounds", "loss", "rate", "answer after", "up", "down"):
@@ -131,7 +137,7 @@ def worker_table(status: wire.GetStatusResponse) -> Table:
     for worker in status.workers:
         table.add_row(
             worker.worker,
-            _state(worker),
+            _state(worker, is_over=status.phase == wire.PHASE_FINISHED),
             str(worker.rounds_answered),
             f"{worker.mean_loss:.4f}" if worker.HasField("mean_loss") else "-",
             f"{worker.learning_rate:.3g}" if worker.HasField("learning_rate") else "-",
@@ -142,11 +148,11 @@ def worker_table(status: wire.GetStatusResponse) -> Table:
     return table
 
 
-def _state(worker: wire.WorkerStatus) -> str:
+def _state(worker: wire.WorkerStatus, *, is_over: bool) -> str:
     if worker.diverged:
         return "[red]diverged[/]"
     if not worker.connected:
-        return "[yellow]away[/]"
+        return "done" if is_over else "[yellow]away[/]"
     return "measuring" if worker.measuring else "ready"
 
 

@@ -108,3 +108,10 @@ def test_the_view_shows_round_loss_accuracy_traffic_and_divergences() -> None:
         "1,234 records",
     ):
         assert words in text
+
+
+def test_a_worker_that_left_a_finished_run_is_done() -> None:
+    gone = [wire.WorkerStatus(worker="w1", rounds_answered=100)]
+    text = text_of(status(phase=wire.PHASE_FINISHED, round=100, workers=gone))
+    assert "done" in text
+    assert "away" not in text
