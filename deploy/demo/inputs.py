@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, ModelError
-from fedmezo_core.zo.data.rows import Row, read_rows
+from fedmezo_core.zo.data.rows import Example, read_examples
 
 DATA_SUFFIXES = ("jsonl", "csv", "parquet")
 """Endings of the data files that workers read."""
@@ -58,12 +58,12 @@ def write_inputs(
     answer = task.label_column if task.kind == "classification" else task.response_column
     columns = tuple(dict.fromkeys([*task.columns(), answer]))
     own_texts = _files(data, "texts")
-    texts = [row for path in own_texts for row in read_rows(path, columns)][:texts_max]
+    texts = [row for path in own_texts for row in read_examples(path, columns)][:texts_max]
     workers: dict[str, Path] = {}
     counts: dict[str, int] = {}
     found = 0
     for name, path in trained.items():
-        rows = read_rows(path, columns)
+        rows = read_examples(path, columns)
         found += len(rows)
         if not own_texts:
             share = max(1, texts_max // len(trained))
@@ -98,7 +98,7 @@ def _worker_name(path: Path) -> str:
     return re.sub(r"[^a-z0-9-]+", "-", path.name.split(".")[0].lower()).strip("-")[:64] or "worker"
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
+def _write_rows(path: Path, rows: Sequence[Example]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(row.values, ensure_ascii=False) + "\n" for row in rows)
     path.write_bytes("".join(lines).encode("utf-8", "backslashreplace"))

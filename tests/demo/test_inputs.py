@@ -13,7 +13,7 @@ from deploy.demo.__main__ import plan
 from deploy.demo.inputs import last_widening_layer, write_inputs, write_settings
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, ModelError
-from fedmezo_core.zo.data.rows import read_rows
+from fedmezo_core.zo.data.rows import read_examples
 from tests.integration.support.parties import save_model
 
 TASK = TaskConfig(template="{text} It was", verbalizers={"bad": " bad", "good": " good"})
@@ -29,7 +29,7 @@ def write(path: Path, count: int) -> None:
 
 
 def texts_of(path: Path) -> list[str]:
-    return [row.values["text"] for row in read_rows(path, ["text", "label"])]
+    return [row.values["text"] for row in read_examples(path, ["text", "label"])]
 
 
 @pytest.fixture
