@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(BIN)/python -c 'from fedmezo_core.zo.materialize import warm_up; warm_up()'
 	touch $@
 
-demo: setup  ## four workers fine-tune a real language model over gRPC (about 5 minutes)
+demo: setup  ## four workers fine-tune a real language model over gRPC (about 4 minutes)
 	$(BIN)/python -m deploy.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) --seed $(SEED)
 
 test: setup  ## run the tests (no GPU, no network)
@@ -114,10 +114,11 @@ experiments: setup  ## all experiments: build/reports/<name>.md, .png, .json; on
 $(EXPERIMENTS:%=experiment-%): experiment-%: setup
 	$(BIN)/python -m experiments $* $(EXPERIMENT)
 
-wheel-test: setup  ## build the wheel, install it alone in a fresh environment, run the commands
+wheel-test: setup  ## build the wheel, check its metadata, install it alone, run the commands
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel -q --no-deps -w build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
+	$(BIN)/twine check --strict build/wheel/*.whl
 	build/wheel/venv/bin/python -m pip install -q -c requirements.lock build/wheel/*.whl
 	cd / && for program in fedmezo fedmezo-coordinator fedmezo-relay fedmezo-worker; do \
 	  $(abspath build/wheel/venv/bin)/$$program --help > /dev/null; done
