@@ -41,6 +41,8 @@ HERE = Path(__file__).parent
 CACHE = Path("build/cache")
 OUTPUT = Path("build/demo")
 ADAPTER = OUTPUT / "adapter"
+LINE_EVERY_ROUNDS = 10
+"""Without a terminal, rounds after which a line is printed even without an evaluation."""
 JOURNAL = OUTPUT / "journal.db"
 SETTINGS = OUTPUT / "coordinator.toml"
 REPORT = Path("build/reports/demo.json")
@@ -268,8 +270,10 @@ async def _watch(federation: Processes, console: Console) -> wire.GetStatusRespo
 
 
 def _is_news(status: wire.GetStatusResponse, told: wire.GetStatusResponse | None) -> bool:
-    """Whether enough has happened since the last line that it is time for another."""
+    """Whether a line is due: after an evaluation, after some rounds, or at a pause."""
     if told is None or len(status.evaluations) > len(told.evaluations):
+        return True
+    if status.round >= told.round + LINE_EVERY_ROUNDS:
         return True
     return status.phase != told.phase and status.phase == wire.PHASE_PAUSED
 
