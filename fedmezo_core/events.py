@@ -245,7 +245,7 @@ class Measured:
 
     ticket: Ticket
     scalars: Scalars
-    """With the mean loss and the count of rows, whether or not the run asks for them."""
+    """They hold the mean loss and the count of rows, whether or not the run asks for them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -446,7 +446,10 @@ class Daemon(ServingLoop[Ready]):
         await self._items.put(_FromReplica(request))
 
     def status(self, run_id: str) -> wire.GetStatusResponse:
-        """The whole picture, with the evaluations and divergences in the journal."""
+        """The status of the run, with its newest evaluations and divergences.
+
+        Raises `WrongRunError` if `run_id` is another run's.
+        """
         answer, state = super().status(run_id), self._machine.state
         answer.evaluations.extend(evaluated_to_pb(e) for e in state.evaluations)
         answer.divergences.extend(diverged_to_pb(d) for d in state.divergences)

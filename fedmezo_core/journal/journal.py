@@ -259,9 +259,8 @@ class Journal:
                 if chain != stored:
                     raise JournalCorruptError(
                         f"Journal record {seqno} is not what was written (its hash does not "
-                        "match); "
-                        f"records {self.begins} to {seqno - 1} are sound. Restore the journal "
-                        "from a copy."
+                        f"match); records {self.begins} to {seqno - 1} are sound. Restore the "
+                        "journal from a copy."
                     )
                 expected = seqno + 1
                 kind = body[:1]

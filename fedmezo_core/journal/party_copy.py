@@ -54,12 +54,11 @@ class JournalCopy:
         if known != key:
             raise DivergedError(
                 f"The coordinator signs with key {key.hex() or '(none)'}, but signed what the "
-                "journal "
-                f"copy holds with {known.hex() or '(none)'}; if the run was restored with a new "
-                "key, move the copy away so that a new one is begun."
+                f"journal copy holds with {known.hex() or '(none)'}; if the run was restored with "
+                "a new key, move the copy away so that a new one is begun."
             )
 
-    def add(self, bodies: Sequence[bytes], checkpoint: SignedHead | None = None) -> Sequence[Entry]:
+    def add(self, bodies: Sequence[bytes], signed: SignedHead | None = None) -> Sequence[Entry]:
         """Append commits as the coordinator gave them, then the signed head after the last one.
 
         Returns the entries of the commits. Raises as `decode_record` does; nothing is then
@@ -69,9 +68,9 @@ class JournalCopy:
             assert isinstance(record, Committed)
             self.round = record.round
         added = self._journal.append(bodies) if bodies else ()
-        if checkpoint is not None and checkpoint != self.newest:
-            self._journal.append([encode_record(checkpoint)])
-            self.newest = checkpoint
+        if signed is not None and signed != self.newest:
+            self._journal.append([encode_record(signed)])
+            self.newest = signed
         return added
 
     def close(self) -> None:

@@ -41,8 +41,14 @@ class StoredState:
 
     @classmethod
     def received(cls, sealed: bytes) -> StoredState:
-        """A sealed state that came from elsewhere; raises `ProtocolError` as `unseal` does."""
-        return cls.of(_parsed(sealed).seqno, sealed)
+        """The origin that a coordinator sent; raises `JournalCorruptError` if it is none."""
+        try:
+            return cls.of(_parsed(sealed).seqno, sealed)
+        except ProtocolError as error:
+            raise JournalCorruptError(
+                f"The origin of the coordinator's journal cannot be used ({error}); read another "
+                "copy of the journal, or check that the versions match."
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,9 +38,6 @@ from cryptography.hazmat.primitives.serialization import (
 from fedmezo_core.errors import ConfigError, DivergedError
 from fedmezo_core.folders import sync
 
-KEY_BYTES = 32
-SIGNATURE_BYTES = 64
-
 
 def signed_head_text(run_id: str, round_: int, head: bytes) -> bytes:
     """What is signed: the run, a round, and the 32-byte head after it."""
@@ -134,9 +131,8 @@ class Witness:
         except InvalidSignature:
             raise DivergedError(
                 f"The coordinator's signature for round {round_} is not of key {self.key.hex()} "
-                "over "
-                f"the history that this party holds (head {head.hex()[:16]}); find out who serves "
-                f"run {self.run_id}, and which journal it serves."
+                f"over the history that this party holds (head {head.hex()[:16]}); find out who "
+                f"serves run {self.run_id}, and which journal it serves."
             ) from None
 
     def check_origin(self, round_: int, body: bytes, signature: bytes) -> None:

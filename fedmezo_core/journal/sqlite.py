@@ -164,8 +164,8 @@ class SqliteStore:
         check_origin(origin, self._begins, self._length)
         with self._written("compacted"):
             self._db.execute(
-                "INSERT OR REPLACE INTO origin (only_row, seqno, sealed, digest) VALUES (1, ?, ?, "
-                "?)",
+                "INSERT OR REPLACE INTO origin (only_row, seqno, sealed, digest) "
+                "VALUES (1, ?, ?, ?)",
                 (origin.seqno, origin.sealed, origin.digest),
             )
             self._db.execute("DELETE FROM journal WHERE seqno < ?", (origin.seqno,))
@@ -314,7 +314,6 @@ def _named(error: apsw.Error, path: Path, doing: str) -> JournalError:
         case _:
             return JournalError(
                 f"The journal {path} could not be {doing} ({error}); the coordinator stops, so "
-                "that "
-                "nothing is acknowledged that is not on the disk. Check the disk and start it "
+                "that nothing is acknowledged that is not on the disk. Check the disk and start it "
                 "again."
             )

@@ -186,11 +186,6 @@ class RunState:
                     )
                 self.epoch, self.copied = epoch, True
 
-    @property
-    def closed(self) -> RoundState | None:
-        """The last committed round."""
-        return self.earlier[-1] if self.earlier else None
-
     def held(self, round_: int) -> RoundState | None:
         """The round with its slots, if it is open or one of the newest committed ones."""
         if self.open is not None and self.open.round == round_:

@@ -6,7 +6,6 @@ Decoding is strict: a missing field or an impossible value is a `ProtocolError`,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from fedmezo_core.config import PROTOCOL_VERSION, STEPS_MAX, RunConfig
 from fedmezo_core.errors import ProtocolError
@@ -31,7 +30,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.journal.codec import decode_record, digest_in, positive
 from fedmezo_core.journal.journal import Row
-from fedmezo_core.records import Committed, ModelDigests, Scalars
+from fedmezo_core.records import Committed, Genesis, Scalars
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -158,25 +157,17 @@ def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
     return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
 
 
-class Describes(ModelDigests, Protocol):
-    """What a hello says of a party's model and run: a genesis has it, and a loaded model."""
-
-    @property
-    def config(self) -> RunConfig:
-        """The run's contract."""
-
-
-def hello_to_pb(party: Describes, worker: str, round_: int, head: bytes) -> wire.SessionRequest:
-    """The hello of `worker` at the round and head that it holds."""
-    config = party.config
+def hello_to_pb(genesis: Genesis, worker: str, round_: int, head: bytes) -> wire.SessionRequest:
+    """The hello of `worker`, which holds the run's model, at the round and head that it holds."""
+    config = genesis.config
     return wire.SessionRequest(
         hello=wire.Hello(
             protocol_version=PROTOCOL_VERSION,
             run_id=config.run_id,
             worker=worker,
-            manifest_digest=party.manifest_digest,
-            base_digest=party.base_digest,
-            tokenizer_digest=party.tokenizer_digest,
+            manifest_digest=genesis.manifest_digest,
+            base_digest=genesis.base_digest,
+            tokenizer_digest=genesis.tokenizer_digest,
             recipe=config.recipe,
             round=round_,
             head=head,

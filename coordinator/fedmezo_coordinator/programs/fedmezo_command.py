@@ -458,7 +458,7 @@ def _line(row: Row, record: records.Record) -> str:
             text = f"answered   round {round_}, slot {slot}, {len(grads)} projected gradients"
         case records.Committed(round_, runs):
             base = " from the base" if record.from_base else ""
-            ages = [round_ - place.round for place in record.answers]
+            ages = [round_ - answer.round for answer in record.answers]
             old = f", answers {', '.join(map(str, ages))} rounds old" if ages else ""
             text = f"committed  round {round_}, {len(runs)} runs, {record.pairs} pairs{base}{old}"
         case records.Diverged(round_, party):
@@ -481,6 +481,10 @@ def _line(row: Row, record: records.Record) -> str:
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 
+_JSON_NAMES = {"seed_ranges": "runs", "signedhead": "checkpoint"}
+"""Names in the code -> their names in the .proto files, which the JSON keeps."""
+
+
 def _json_line(row: Row, record: records.Record) -> str:
     def plain(value: Any) -> Any:
         if isinstance(value, bytes):
@@ -494,14 +498,16 @@ def _json_line(row: Row, record: records.Record) -> str:
         if hasattr(value, "model_dump"):
             return value.model_dump()
         if hasattr(value, "__dataclass_fields__"):
-            return {name: plain(getattr(value, name)) for name in value.__dataclass_fields__}
+            names = value.__dataclass_fields__
+            return {_JSON_NAMES.get(name, name): plain(getattr(value, name)) for name in names}
         return value
 
+    kind = type(record).__name__.lower()
     return json.dumps(
         {
             "seqno": row.seqno,
             "chain": row.chain.hex(),
-            "kind": type(record).__name__.lower(),
+            "kind": _JSON_NAMES.get(kind, kind),
             **plain(record),
         }
     )

@@ -342,9 +342,8 @@ class PostgresStore:
             # PostgreSQL warns, and reports success, if its wait for a synchronous replica was cut.
             raise JournalError(
                 f"PostgreSQL may not have made a change of {self._location.shown} durable "
-                f'("{self._warned}"); '
-                "the coordinator stops, so that nothing is acknowledged that can be lost. Start "
-                "it again."
+                f'("{self._warned}"); the coordinator stops, so that nothing is acknowledged that '
+                "can be lost. Start it again."
             )
 
     # ------------------------------------------------------------ the connection
@@ -448,8 +447,8 @@ class PostgresStore:
         if ends not in (before, before + sent):
             raise JournalCorruptError(
                 f"PostgreSQL came back at {self._location.shown} with other records than it had "
-                "acknowledged; "
-                "restore the database, or see that it fails over only to synchronous replicas."
+                "acknowledged; restore the database, or see that it fails over only to "
+                "synchronous replicas."
             )
         self._landed = ends != before
 
@@ -500,9 +499,8 @@ class PostgresStore:
             if not self._standby:
                 raise JournalLockedError(
                     f"The journal {self._location.shown} is held by another session (PostgreSQL "
-                    f"process {owner}); "
-                    "stop that coordinator first, or start this one with --standby to take over "
-                    "from it."
+                    f"process {owner}); stop that coordinator first, or start this one with "
+                    "--standby to take over from it."
                 )
             if not is_waiting:
                 log.info(
@@ -573,9 +571,8 @@ class PostgresStore:
         if self._opened:
             return JournalError(
                 f"{self._away(error)} and did not come back within {self._patience_s:g} s; the "
-                "coordinator "
-                "stops. Everything acknowledged is in the journal: start it again when PostgreSQL "
-                "runs."
+                "coordinator stops. Everything acknowledged is in the journal: start it again when "
+                "PostgreSQL runs."
             )
         return JournalError(
             f"{self._away(error)}; see that it runs and that host and port are right."
@@ -584,8 +581,8 @@ class PostgresStore:
     def _fenced(self) -> FencedError:
         return FencedError(
             f"Another coordinator has taken over the journal {self._location.shown}, so this one "
-            "stops and writes "
-            "nothing more; start it again with --standby to be ready if that one ends."
+            "stops and writes nothing more; start it again with --standby to be ready if that one "
+            "ends."
         )
 
     def _named(self, error: Exception) -> Exception:
@@ -631,9 +628,8 @@ class PostgresStore:
             case asyncpg.PostgresError() | asyncpg.InterfaceError() | ssl.SSLError():
                 return JournalError(
                     f"The journal {where} cannot be used ({type(error).__name__}: {reason}); the "
-                    "coordinator "
-                    "stops, so that nothing is acknowledged that is not durable. Check PostgreSQL "
-                    "and start it again."
+                    "coordinator stops, so that nothing is acknowledged that is not durable. Check "
+                    "PostgreSQL and start it again."
                 )
             case _:
                 return error

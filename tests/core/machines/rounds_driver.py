@@ -130,7 +130,7 @@ class RoundsDriver:
     ) -> Ticket:
         """The worker's ticket, with what is given in its place."""
         if slot is None:
-            current = self.machine.state.open or self.machine.state.closed
+            current = self.machine.state.open or self.machine.state.held(self.machine.round)
             slot = current.slots.get(worker, 0) if current else 0
         return Ticket(
             self.machine.epoch if epoch is None else epoch,

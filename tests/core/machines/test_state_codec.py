@@ -164,6 +164,15 @@ def test_a_sealed_state_that_is_not_of_the_journals_records_is_refused() -> None
             journal.unsealed(stored)
 
 
+def test_an_origin_that_a_coordinator_sends_is_checked() -> None:
+    sealed = sealed_after(journal_of(3)[:9])
+    good = seal(sealed, SIGNER)
+    assert StoredState.received(good.sealed) == good
+    for stored, words in damaged(sealed)[3:]:
+        with pytest.raises(JournalCorruptError, match=f"cannot be used .*{words}"):
+            StoredState.received(stored.sealed)
+
+
 def test_a_changed_way_of_folding_needs_a_new_version() -> None:
     """If this fails, raise `STATE_VERSION` and write the new digest here."""
     found = hashlib.sha256()
