@@ -205,7 +205,7 @@ async def test_an_evaluation_is_the_replicas(
     tiny_genesis: Callable[..., Genesis],
 ) -> None:
     party = open_party(tiny_genesis().config, str(model_folder), threads=1)
-    rows = party.task.encode(read_examples(heldout_file, party.task.columns))
+    rows = party.task.encode(read_examples(heldout_file, party.config.task.data_columns))
     expected = evaluate(party.task, party.loaded.model, rows, 32)
     found = await evaluating_engine.evaluate()
     assert found is not None
