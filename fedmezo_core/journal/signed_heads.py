@@ -38,9 +38,6 @@ from cryptography.hazmat.primitives.serialization import (
 from fedmezo_core.errors import ConfigError, DivergedError
 from fedmezo_core.folders import sync
 
-KEY_BYTES = 32
-SIGNATURE_BYTES = 64
-
 
 def signed_head_text(run_id: str, round_: int, head: bytes) -> bytes:
     """What is signed: the run, a round, and the 32-byte head after it."""
