@@ -1,4 +1,4 @@
-"""`make bench`: our figures on this machine's CPU, each beside the plain torch way, in one run."""
+"""`make bench`: our figures on this machine's CPU, each compared with plain torch, in one run."""
 
 from __future__ import annotations
 
