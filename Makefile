@@ -102,7 +102,7 @@ bench-gpu: setup  ## the same on a CUDA device, with its roofline; build/reports
 bench-coordinator: setup  ## submissions, connections, restarts of one coordinator; build/reports/bench-coordinator.json
 	$(BIN)/python -m benchmarks.bench_coordinator
 
-# `make experiments` does all of them; a finished run is kept, so what was broken off goes on where it was.
+# `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set clients=8" or EXPERIMENT=--fresh.
 EXPERIMENT ?=
 EXPERIMENTS := accuracy accuracy-gpu personalised local-steps clients distributions precision estimators

@@ -1,4 +1,4 @@
-"""`make bench`: our figures on this machine's CPU, each beside the plain torch way, in one run."""
+"""`make bench`: our figures on this machine's CPU, each compared with plain torch, in one run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from itertools import chain
 import torch
 from rich.console import Console
 
-from benchmarks.engine import catching_up as catch_up
-from benchmarks.engine import drift, measuring, replay
-from benchmarks.engine import measuring_memory as memory
+from benchmarks.engine import catching_up, drift, measuring, measuring_memory, replay
 from benchmarks.engine.subjects import GPT2_SMALL, GPT2_TINY, gpt2
 from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
 from benchmarks.machine import Machine
@@ -50,8 +48,8 @@ def groups(elements: int, *, tiny: bool = False) -> dict[str, Group]:
             measuring.low_rank(machine, gpt2(shape), 16 if tiny else 64, turns=3),
         ),
         "measuring": measurements,
-        "memory": lambda: memory.figures(16 if tiny else 64, tiny=tiny),
-        "catch-up": lambda: catch_up.figures(machine, gpt2(shape), 80 if tiny else 2000),
+        "memory": lambda: measuring_memory.figures(16 if tiny else 64, tiny=tiny),
+        "catch-up": lambda: catching_up.figures(machine, gpt2(shape), 80 if tiny else 2000),
         "drift": lambda: drift.figures(
             gpt2(BFLOAT16_SHAPE, dtype=torch.bfloat16), 8, 10 if tiny else 1000
         ),

@@ -89,7 +89,7 @@ SMALL = Sizes(
 
 @contextmanager
 def swarm_of(coordinator: Coordinator, count: int) -> Iterator[Swarm]:
-    """So many workers, not yet joined."""
+    """A swarm of `count` workers, not yet joined."""
     swarm = Swarm(
         (HOST, coordinator.port),
         coordinator.genesis,
@@ -473,7 +473,7 @@ def _answered(path: Path) -> set[Ticket]:
 
 
 def start(sizes: Sizes) -> Iterator[Figure]:
-    """Rounds of 64 workers, until there are so many records; the last of them are not sealed."""
+    """Starts on `sizes.records` records of rounds of 64 workers, the last of them not sealed."""
     config = contract(
         workers_min=64,
         quorum=64,

@@ -13,9 +13,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.bench import BFLOAT16_SHAPE, ELEMENTS, Group, collect
-from benchmarks.engine import catching_up as catch_up
-from benchmarks.engine import drift, measuring, replay
-from benchmarks.engine import measuring_memory as memory
+from benchmarks.engine import catching_up, drift, measuring, measuring_memory, replay
 from benchmarks.engine.roofline import Roofline
 from benchmarks.engine.subjects import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_TINY, gpt2, llama
 from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
@@ -39,7 +37,7 @@ def groups(machine: Machine, elements: int, *, tiny: bool = False) -> dict[str, 
         )
         yield from measuring.low_rank(machine, subject, 4 if tiny else 256, turns=5)
         if machine.cuda:
-            yield from memory.figures_cuda(machine, subject, tokens)
+            yield from measuring_memory.figures_cuda(machine, subject, tokens)
 
     def digests() -> Iterator[Figure]:
         for dtype, shown in replay.NAMES.items():
@@ -59,7 +57,7 @@ def groups(machine: Machine, elements: int, *, tiny: bool = False) -> dict[str, 
         ),
         "low-rank": lambda: replay.products(machine, elements),
         "measuring": large,
-        "catch-up": lambda: catch_up.figures(
+        "catch-up": lambda: catching_up.figures(
             machine, gpt2(GPT2_TINY if tiny else GPT2_SMALL, device), 80 if tiny else 10_000
         ),
         "drift": lambda: drift.figures(

@@ -1,4 +1,4 @@
-"""Figures: what is measured, beside its goal, as a table and as JSON."""
+"""Figures: measured values with their goals, as a table and as JSON."""
 
 from __future__ import annotations
 

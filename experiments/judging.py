@@ -64,7 +64,7 @@ class Judge:
     def judge(self, round_: int, *, is_last: bool = False) -> Evaluation | None:
         """Evaluate the model after `round_` if that is due and was not done yet.
 
-        Returns the curve's new point, if there is one. Raises as `Task.evaluate` does.
+        Returns the curve's new point, if there is one. Raises as `held_out.evaluate` does.
         """
         is_end = is_last or round_ in (0, self.party.config.rounds)
         is_due = is_end or round_ % self.every_rounds == 0

@@ -58,10 +58,8 @@ def passes(run: Run, party: Party, rows: Sequence[Example], way: str) -> Callabl
 
 def longest_batch(run: Run, party: Party, rows: Sequence[Example]) -> Batch:
     """Make the batch that takes the most memory."""
-    examples = sorted(
-        party.task.encode(rows).examples,
-        key=lambda example: len(example.prompt) + len(example.response),
-    )
+    encoded = party.task.encode(rows).examples
+    examples = sorted(encoded, key=lambda example: example.token_count)
     return party.task.collate(examples[-run.config.batch_size :], "the longest rows")
 
 

@@ -137,7 +137,7 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
     first of them are a fair sample.
     """
     folder = Path(settings.data)
-    columns = tuple(dict.fromkeys([*task.columns(), task.answer_column]))
+    columns = task.data_columns
     files = sorted(folder.glob("*.train.jsonl"))
     if not files:
         raise ConfigError(f"{folder} holds no <domain>.train.jsonl; run `make demo` or see docs.")

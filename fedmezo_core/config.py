@@ -101,6 +101,11 @@ class TaskConfig(_Frozen):
         """Name of the column that holds a row's label or response."""
         return self.label_column if self.kind == "classification" else self.response_column
 
+    @property
+    def data_columns(self) -> tuple[str, ...]:
+        """Columns that the data must have: those that the template names, and the answer's."""
+        return tuple(dict.fromkeys([*self.columns(), self.answer_column]))
+
 
 class LoraConfig(_Frozen):
     """Train a LoRA adapter (Hu et al. 2021, peft's format) instead of all parameters."""

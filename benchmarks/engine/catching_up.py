@@ -16,7 +16,7 @@ from fedmezo_core.zo.noise import Distribution
 JOURNAL_PAIRS: Final = 10_000
 PLAIN_PAIRS: Final = 2
 GAUSSIAN_SHARE: Final = 16
-"""Gaussian pairs take so many times longer, and fewer of them are measured."""
+"""Gaussian pairs take about this many times longer, so fewer of them are measured."""
 
 
 def figures(machine: Machine, subject: Subject, pairs: int) -> Iterator[Figure]:

@@ -1,4 +1,4 @@
-"""One measurement beside forward passes of the same model on the same batch."""
+"""One measurement, compared with forward passes of the same model on the same batch."""
 
 from __future__ import annotations
 

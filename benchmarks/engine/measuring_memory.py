@@ -108,7 +108,7 @@ def figures_cuda(machine: Machine, subject: Subject, tokens: int) -> Iterator[Fi
 
 
 def forget_peak() -> None:
-    """What building the model took beside the model would hide what passes take."""
+    """Begin the peak anew: that of building the model would hide that of the passes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

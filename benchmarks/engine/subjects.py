@@ -72,8 +72,10 @@ class Subject:
         object.__setattr__(self, "manifest", manifest_of(self.model))
 
     def batch(self, tokens: int) -> Batch:
-        """One row of so many random tokens. All but the first are its response, so that each goes
-        through all layers and gets a whole vocabulary of logits."""
+        """One row of random tokens, of which all but the first are the response.
+
+        So each token goes through all layers and gets logits of the whole vocabulary.
+        """
         generator = np.random.default_rng(tokens)
         ids = [int(token) for token in generator.integers(0, self.vocabulary, tokens)]
         return self.task.collate(

@@ -82,7 +82,7 @@ def without_thread(daemon: Daemon) -> None:
 
 
 async def drive(folder: Path, genesis: Genesis, rounds: int, every: int, compact: int) -> None:
-    """Run so many rounds, and print what they took."""
+    """Run `rounds` rounds, and print what they took."""
     path, snapshots, run_id = folder / "journal.db", folder / "snapshots", genesis.config.run_id
     snapshots.mkdir()
     journal = Journal(SqliteStore(path))

@@ -99,8 +99,6 @@ class Worker:
     ready: bool = False
     """TLS is up."""
     welcomed: bool = False
-    reads: bool = True
-    """Whether it takes what comes."""
     buffer: bytearray = field(default_factory=bytearray)
     unsent: bytes = b""
     attempt: int = 0
@@ -196,12 +194,6 @@ class Swarm:
         # A handshake takes as long as ten messages: who has joined does not wait for the others.
         for worker, events in shaking_hands[:HANDSHAKES_A_TURN]:
             self._serve(worker, events)
-
-    def stop_reading(self, worker: Worker) -> None:
-        """From now on nothing that is sent to it is taken."""
-        assert worker.sock is not None
-        worker.reads = False
-        self._epoll.modify(worker.sock.fileno(), 0)
 
     def close(self) -> None:
         """Break all connections off."""

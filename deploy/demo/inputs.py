@@ -17,7 +17,7 @@ DATA_SUFFIXES = ("jsonl", "csv", "parquet")
 """Endings of the data files that workers read."""
 
 SET_ASIDE_SHARE = 10
-"""One row in so many is set aside for the fit, if the folder has no texts of its own."""
+"""One row of this many is set aside for the fit, if the folder has no texts of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,7 @@ def write_inputs(
             f"{data} must hold a heldout.jsonl (or .csv, .parquet) and one <worker>.train.jsonl "
             "for each worker; see docs/data.md."
         )
-    answer = task.label_column if task.kind == "classification" else task.response_column
-    columns = tuple(dict.fromkeys([*task.columns(), answer]))
+    columns = task.data_columns
     own_texts = _files(data, "texts")
     texts = [row for path in own_texts for row in read_examples(path, columns)][:texts_max]
     workers: dict[str, Path] = {}

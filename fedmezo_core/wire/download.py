@@ -41,9 +41,9 @@ async def downloaded(
     """Download a snapshot of `weights_bytes` of weights into `folder`; yields the file's path.
 
     A broken stream is resumed where it broke. The file has no name, so that nothing is left of it
-    when the process ends. Raises `SnapshotError` where it is no longer kept or
-    the disk has no room, `SnapshotDamagedError` if it is not what the journal says, and
-    `UnavailableError` after `give_up_after_s` seconds without a byte.
+    when the process ends. Raises `SnapshotError` where it is no longer kept or the disk has no
+    room, `SnapshotDamagedError` if it is not what the journal says, and `UnavailableError` after
+    `give_up_after_s` seconds without a byte.
     """
     if snapshot.file_bytes > weights_bytes + HEADER_BYTES_MAX:
         raise SnapshotDamagedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -15,6 +16,7 @@ from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, SeedRange, digest64_of, first_seed_of
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import read_examples
+from fedmezo_core.zo.estimator import local_steps
 from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
@@ -115,6 +117,16 @@ async def test_a_digest_is_taken_only_if_asked_for(engine: Engine) -> None:
     assert measured.scalars.weights_digest64 is None
 
 
+async def test_an_answers_loss_is_the_mean_over_its_steps(engine: Engine) -> None:
+    answer = await engine.measure(MEASURE)
+    loaded = engine.loaded
+    batch_of = functools.partial(loaded.batches.batch, MEASURE.ticket.round)
+    steps = local_steps(loaded.estimator, batch_of, MEASURE.work, loaded.party.config)
+    losses = [measurement.loss for measurement in steps]
+    assert len(set(losses)) == STEPS
+    assert answer.scalars.mean_loss == pytest.approx(sum(losses) / STEPS, rel=1e-12)
+
+
 async def test_commits_one_by_one_or_at_once_give_the_same_weights(
     engine: Engine, settings: WorkerSettings, tiny_genesis: Callable[..., Genesis]
 ) -> None:
@@ -193,7 +205,7 @@ async def test_an_evaluation_is_the_replicas(
     tiny_genesis: Callable[..., Genesis],
 ) -> None:
     party = open_party(tiny_genesis().config, str(model_folder), threads=1)
-    rows = party.task.encode(read_examples(heldout_file, party.task.columns))
+    rows = party.task.encode(read_examples(heldout_file, party.config.task.data_columns))
     expected = evaluate(party.task, party.loaded.model, rows, 32)
     found = await evaluating_engine.evaluate()
     assert found is not None

@@ -141,7 +141,7 @@ class Engine:
         config = genesis.config
         # What is quick first: a wrong name or column should not cost a model's loading time.
         objective = _objective(settings, config)
-        columns = tuple(dict.fromkeys([*config.task.columns(), config.task.answer_column]))
+        columns = config.task.data_columns
         rows = read_examples(settings.data, columns, keep_others=objective is not None)
         heldout_rows = [] if settings.heldout is None else read_examples(settings.heldout, columns)
         party = open_party(

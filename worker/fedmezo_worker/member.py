@@ -200,7 +200,7 @@ class Member:
     async def _take_needed_snapshot(
         self, client: CoordinatorClient, run_id: str, offer: SnapshotOffer | None
     ) -> None:
-        """Begin from a snapshot because the journal has not the commits; errors say what to do."""
+        """Begin from a snapshot because the journal lacks commits; errors say what to do."""
         where = (
             f"this worker is at round {self._machine.round}, and the coordinator's journal no "
             "longer has the commits after that"

@@ -110,7 +110,9 @@ class _Copy:
         task = self.party.task
         heldout = orders["heldout"]
         self.heldout = (
-            None if heldout is None else task.encode(read_examples(heldout, task.columns))
+            None
+            if heldout is None
+            else task.encode(read_examples(heldout, task.config.data_columns))
         )
         self.row_states = None
         if states_max := orders["row_states_max"]:

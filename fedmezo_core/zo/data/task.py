@@ -147,7 +147,7 @@ class Task:
         self._vocabulary_size = vocabulary_size
         # Odd items are names of columns.
         self._template = _FIELD.split(config.template)
-        self._row_states = self._special_prefix()
+        self._special_tokens = self._special_prefix()
         self._labels = {label: index for index, label in enumerate(config.verbalizers)}
         self._eos: int | None = tokenizer.eos_token_id
         if config.kind == "classification":
@@ -159,11 +159,6 @@ class Task:
                     "The tokenizer has no end-of-text token, which instruction tuning needs; use a "
                     "model whose tokenizer sets eos_token."
                 )
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns that the data must have, for `read_examples`."""
-        return tuple(dict.fromkeys([*self.config.columns(), self.config.answer_column]))
 
     # ------------------------------------------------------------------ text to tokens
 
@@ -190,7 +185,7 @@ class Task:
         examples: list[EncodedExample] = []
         truncated_count = 0
         for row, label, tokens, response in zip(rows, labels, prompts, responses, strict=True):
-            prompt = [*self._row_states, *tokens]
+            prompt = [*self._special_tokens, *tokens]
             if not prompt:
                 raise DataError(
                     f"In {row.location} the prompt is empty; fill the row in or remove it."
@@ -230,13 +225,13 @@ class Task:
     ) -> tuple[list[int], list[int]]:
         tokens_max = self.config.tokens_max
         response = response[: max(tokens_max - prompt_count, tokens_max // 2)]
-        budget = tokens_max - len(response) - len(self._row_states)
+        budget = tokens_max - len(response) - len(self._special_tokens)
         # The largest cut that fits, by bisection: `fits` is always the tokens of `low` characters.
         fits = self._tokens([self._prompt(row, 0)])[0]
         if len(fits) > budget:
             raise ConfigError(
-                f"The template alone takes {len(fits) + len(self._row_states)} tokens, too many "
-                f"for tokens_max = {tokens_max}; raise tokens_max or shorten the template."
+                f"The template alone takes {len(fits) + len(self._special_tokens)} tokens, too "
+                f"many for tokens_max = {tokens_max}; raise tokens_max or shorten the template."
             )
         low, high = 0, max(len(row.values[column]) for column in self.config.columns()) + 1
         while high - low > 1:
@@ -246,7 +241,7 @@ class Task:
                 low, fits = middle, tokens
             else:
                 high = middle
-        return [*self._row_states, *fits], response
+        return [*self._special_tokens, *fits], response
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         tokens: list[list[int]] = []

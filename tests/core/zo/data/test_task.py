@@ -302,7 +302,7 @@ def test_verbalizers_that_cannot_work(
 
 def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     task = Task(_classification(), tokenizer, 384)
-    assert task.columns == ("text", "label")
+    assert task.config.data_columns == ("text", "label")
     rows = _rows([{"text": "a", "label": "negative"}, {"text": "b", "label": "meh"}])
     with pytest.raises(
         DataError, match=r"row 2 of data.jsonl, label 'meh' is not .*\('negative', 'positive'\)"
