@@ -164,3 +164,18 @@ def _headings_in(page: Path) -> set[str]:
 
 def _python_in(folder: str) -> list[Path]:
     return sorted((ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/operating.md"])
+def test_the_contract_that_is_shown_is_the_demos(page: str) -> None:
+    [shown] = re.findall(r"^```toml\n(listen.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    settings = tomllib.loads((ROOT / "deploy/demo/demo.toml").read_text())
+    run, demo = tomllib.loads(shown)["run"], settings["coordinator"]["run"]
+    # What depends on the workers and the data, and what only the demo needs.
+    own = {"run_id", "workers_min", "quorum", "deadline_ms", "report_losses", "digest_every_rounds"}
+    defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
+    for name in demo.keys() - own - {"lora", "task"}:
+        assert run.get(name, defaults[name]) == demo[name], name
+    assert run["lora"].items() >= demo["lora"].items()
+    for name in ("template", "tokens_max", "verbalizers"):
+        assert run["task"][name] == demo["task"][name], name

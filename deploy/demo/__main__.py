@@ -137,12 +137,16 @@ def plan(given: argparse.Namespace, output: Path = OUTPUT) -> Plan:
 
 def demo(given: argparse.Namespace) -> None:
     """Run it all and report."""
-    shutil.rmtree(OUTPUT, ignore_errors=True)
-    OUTPUT.mkdir(parents=True)
     for number in (signal.SIGTERM, signal.SIGHUP):
         # As Ctrl-C does: the processes must not outlive a closed terminal.
         signal.signal(number, signal.default_int_handler)
     what = plan(given)
+    # Only now: a wrong name on the command line leaves the last demo alone.
+    for old in OUTPUT.iterdir():
+        if old.is_dir() and old.name != "data":
+            shutil.rmtree(old)
+        elif old.is_file():
+            old.unlink()
     console = Console()
     timing = Timing()
     with Processes(OUTPUT) as federation:
@@ -158,7 +162,7 @@ def demo(given: argparse.Namespace) -> None:
     print(
         f"\nPlot: {OUTPUT / 'demo.png'}. Figures: {REPORT}. Logs: {OUTPUT}/*.log.\n"
         "Take the model home as a Hugging Face folder (with --adapter-only, the adapter alone):\n"
-        f"  {Path(sys.executable).parent / 'fedmezo'} export {OUTPUT / 'model'} "
+        f"  {Path(sys.executable).parent / 'fedmezo'} export my-model "
         f"--journal {JOURNAL} \\\n    --model {what.model} --adapter {ADAPTER}"
     )
     final = {d.weights_digest for d in status.digests if d.round == status.round}
@@ -203,9 +207,9 @@ def _fit(federation: Processes, what: Plan, console: Console) -> None:
             ],
         )
     print(
-        f"Done without being asked: an adapter of rank {lora['rank']} on {layer} was fitted to\n"
-        f"{inputs.text_count} texts {whose}, labels unseen, in {time.monotonic() - began_s:.0f} s "
-        "(docs/decisions/0015).",
+        f"Done without being asked: fitted an adapter of rank {lora['rank']} on\n{layer} "
+        f"to {inputs.text_count} texts {whose}\nin {time.monotonic() - began_s:.0f} s, without "
+        "their labels (docs/decisions/0015).",
         flush=True,
     )
 
@@ -239,8 +243,8 @@ async def _watch(federation: Processes, console: Console) -> wire.GetStatusRespo
     told: wire.GetStatusResponse | None = None
     status = wire.GetStatusResponse()
     print(
-        "Now everyone loads the model. The first rounds take longest: each row passes the frozen "
-        "layers once.",
+        "Now everyone loads the model. The first rounds take longest: the frozen layers\nare "
+        "computed once for each row and kept.",
         flush=True,
     )
     async with CoordinatorClient(federation.address) as client:

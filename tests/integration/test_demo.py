@@ -48,7 +48,9 @@ def test_a_users_own_model_and_data_from_the_fit_to_the_export(
     said = output.decode()
     assert demo.returncode == 0, said
     assert "2 workers (a, b)" in said
-    assert "Done without being asked: an adapter of rank 4 on transformer.h.0.mlp.c_fc" in said
+    assert (
+        "Done without being asked: fitted an adapter of rank 4 on\ntransformer.h.0.mlp.c_fc" in said
+    )
     assert "set aside from the workers' rows" in said
     assert "round 4/4" in said
     assert "All parties hold the same weights" in said

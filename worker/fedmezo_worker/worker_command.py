@@ -6,7 +6,7 @@ import asyncio
 import signal
 from collections.abc import Sequence
 
-from fedmezo_core.program import run_daemon
+from fedmezo_core.program import run_daemon, worker_packages
 from fedmezo_worker.worker_settings import WorkerSettings
 
 
@@ -25,11 +25,12 @@ async def run(settings: WorkerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     # Imported here: torch takes seconds, and a wrong flag should not.
-    from fedmezo_core.zo.model.allocator import keep_freed_memory
+    with worker_packages("work on a run"):
+        from fedmezo_core.zo.model.allocator import keep_freed_memory
 
-    keep_freed_memory()
-    from fedmezo_worker.agent import Agent
-    from fedmezo_worker.engine import Engine
+        keep_freed_memory()
+        from fedmezo_worker.agent import Agent
+        from fedmezo_worker.engine import Engine
 
     engine = Engine()
     working = asyncio.create_task(Agent(settings, engine).run())
