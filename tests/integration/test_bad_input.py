@@ -289,6 +289,7 @@ async def test_a_held_out_file_that_is_missing_ends_the_start(
     program = programs.start(
         *("fedmezo_coordinator", "--config", settings, "--model", model_folder),
         *("--heldout", tmp_path / "gone.jsonl", "--journal", tmp_path / "journal.db"),
+        *("--listen", "127.0.0.1:0"),
     )
     assert await program.wait() == 1
     said = only_sentence(program, "fedmezo-coordinator")
