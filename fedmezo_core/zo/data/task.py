@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,8 @@ from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.model.modules import computing
 from fedmezo_core.zo.objectives import Predictions
 
-_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
+log = logging.getLogger("fedmezo.data")
+
 _IGNORED = -100
 """Target of a position that is not part of the loss (torch's convention)."""
 _LOSS_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -142,11 +143,17 @@ class Task:
         Raises `ConfigError` for verbalizers that begin with the same token or that merge with the
         template's last word, `ModelError` for a tokenizer that does not fit the model or the task.
         """
+        if config.holds_its_answer:
+            log.warning(
+                "the template names %s, the column with the answer: the prompt gives the answer "
+                "away",
+                config.answer_column,
+            )
         self.config = config
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
         # Odd items are names of columns.
-        self._template = _FIELD.split(config.template)
+        self._template = config.template_parts()
         self._special_tokens = self._special_prefix()
         self._labels = {label: index for index, label in enumerate(config.verbalizers)}
         self._eos: int | None = tokenizer.eos_token_id
