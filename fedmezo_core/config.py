@@ -457,6 +457,14 @@ def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) 
     return f"{where}: {key}{shown} is not allowed: {message}{more}."
 
 
+def template_version_of(task: dict[str, Any]) -> int:
+    """The version that the template of a new run's `task` needs: 1 if it holds plain names only."""
+    template = task.get("template")
+    if not isinstance(template, str):
+        return 1
+    return 2 if set("{}") & set(_PLAIN_COLUMN.sub("", template)) else 1
+
+
 def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None) -> RunConfig:
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
@@ -465,10 +473,8 @@ def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None
     describe again, the template keeps that run's version and nothing of this is checked.
     """
     task = values.get("task")
-    if isinstance(task, dict) and isinstance(template := task.get("template"), str):
-        version = 2 if set("{}") & set(_PLAIN_COLUMN.sub("", template)) else 1
-        if begun is not None:
-            version = begun.task.template_version
+    if isinstance(task, dict):
+        version = begun.task.template_version if begun else template_version_of(task)
         values = {**values, "task": {"template_version": version, **task}}
     try:
         config = RunConfig.model_validate(values)
