@@ -122,7 +122,7 @@ def read_raw_examples(path: str | Path) -> list[RawExample]:
     return [
         RawExample(record, file, number)
         for file in _files(Path(path).expanduser())
-        for number, record in _records_of(file, None)
+        for number, record in _records_of(file, (), keep_others=True)
     ]
 
 
@@ -176,10 +176,12 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _records_of(file: Path, columns: Sequence[str] | None) -> list[tuple[int, dict[str, Any]]]:
+def _records_of(
+    file: Path, columns: Sequence[str], keep_others: bool
+) -> list[tuple[int, dict[str, Any]]]:
     """The numbered records of `file`, with at least `columns`, or with all columns."""
     try:
-        records = list(_READERS[file.suffix.lower()](file, columns))
+        records = list(_READERS[file.suffix.lower()](file, columns, keep_others))
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
@@ -192,7 +194,7 @@ def _records_of(file: Path, columns: Sequence[str] | None) -> list[tuple[int, di
 
 
 def _rows_of(file: Path, columns: Sequence[str], keep_others: bool) -> list[Example]:
-    records = _records_of(file, None if keep_others else columns)
+    records = _records_of(file, columns, keep_others)
     present = dict.fromkeys(name for _, record in records for name in record)
     spelling = {column: spelling_in(present, column) for column in columns}
     for column in columns:
@@ -307,7 +309,9 @@ def _integer(digits: str) -> int | decimal.Decimal:
 _DECODER = json.JSONDecoder(parse_int=_integer)
 
 
-def _read_jsonl(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_jsonl(
+    file: Path, _columns: Sequence[str], _keep_others: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -325,7 +329,9 @@ def _read_jsonl(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[in
             yield number, record
 
 
-def _read_csv(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(
+    file: Path, columns: Sequence[str], _keep_others: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines, _long_csv_fields():
         reader = csv.reader(lines, strict=True)
         try:
@@ -333,9 +339,15 @@ def _read_csv(file: Path, columns: Sequence[str] | None) -> Iterator[tuple[int, 
             # A spreadsheet's empty columns at the end have no names.
             while header and not header[-1].strip():
                 header.pop()
-            twice = {name for name, count in Counter(header).items() if count > 1}
-            if twice if columns is None else twice.intersection(columns):
-                raise DataError(f"{file} names a column twice in its first line; rename one.")
+            counts = Counter[str]()
+            for index, name in enumerate(header):
+                counts[name] += 1
+                if counts[name] > 1:
+                    if name in columns:
+                        raise DataError(
+                            f"{file} names a column twice in its first line; rename one."
+                        )
+                    header[index] = f"{name} ({counts[name]})"
             number = empty_count = 0
             for fields in reader:
                 if not fields:
@@ -371,7 +383,7 @@ def _long_csv_fields() -> Iterator[None]:
 
 
 def _read_parquet(
-    file: Path, columns: Sequence[str] | None
+    file: Path, columns: Sequence[str], keep_others: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     # Slow to import, and only Parquet files need it.
     try:
@@ -385,8 +397,8 @@ def _read_parquet(
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
-            forms = None if columns is None else set(map(_composed, columns))
-            wanted = [name for name in names if forms is None or _composed(name) in forms]
+            forms = set(map(_composed, columns))
+            wanted = [name for name in names if keep_others or _composed(name) in forms]
             # Only the wanted columns are read, but a message can list them all.
             blank = dict.fromkeys(names)
             if not wanted and parquet.metadata.num_rows:
@@ -425,5 +437,5 @@ def _value_of(scalar: Any, text_type: Any) -> Any:
             return None
 
 
-_Reader = Callable[[Path, Sequence[str] | None], Iterable[tuple[int, dict[str, Any]]]]
+_Reader = Callable[[Path, Sequence[str], bool], Iterable[tuple[int, dict[str, Any]]]]
 _READERS: dict[str, _Reader] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
