@@ -34,7 +34,7 @@ def written(path: Path, content: Any) -> Path:
     return path
 
 
-def nanoseconds(count: int) -> pa.Array:
+def nanoseconds(count: int) -> Any:
     return pa.array([count], pa.timestamp("ns"))
 
 

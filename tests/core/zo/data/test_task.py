@@ -383,7 +383,7 @@ def test_a_template_with_any_column_and_braces(tokenizer: PreTrainedTokenizerBas
     config = _instruction(template='{{"q": "{größe-neu}"}}', template_version=2)
     task = Task(config, tokenizer, 384)
     (example,) = task.encode(_rows([{"größe-neu": "tall", "response": " yes"}])).examples
-    assert tokenizer.decode(example.prompt) == '{"q": "tall"}'
+    assert tokenizer.decode(list(example.prompt)) == '{"q": "tall"}'
 
 
 def test_an_answer_in_the_prompt_is_warned_of(
