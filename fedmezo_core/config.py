@@ -118,9 +118,9 @@ class TaskConfig(_Frozen):
             text, column, stray = match.group("text", "column", "stray")
             if stray is not None or (column is not None and not _COLUMN_NAME.fullmatch(column)):
                 raise ValueError(
-                    f"template {self.template!r} holds {match.group()}, which names no column; a "
-                    "name has letters, digits, spaces, dots, - and _, and a brace of the text is "
-                    "written twice: {{ or }}"
+                    f"template {self.template!r} holds {repr(match.group())[1:-1]}, which names no "
+                    "column; a name has letters, digits, spaces, dots, - and _, and a brace of the "
+                    "text is written twice: {{ or }}"
                 )
             if column is None:
                 parts[-1] += text.replace("{{", "{").replace("}}", "}")

@@ -211,6 +211,8 @@ def test_what_stands_in_a_new_runs_braces_is_a_column(
     assert config.task.template_parts() == parts
     assert config.task.template_version == version
     assert config_from_pb(config_to_pb(config)) == config
+    again = VALUES | {"task": INSTRUCTION | {"template": template}}
+    assert parse_run(again, "run", config) == config, "a restart with the same settings"
     assert (" template=2" in config.recipe) == (version == 2)
     assert config_to_pb(config).task.HasField("template_version") == (version == 2)
 
@@ -223,6 +225,7 @@ def test_what_stands_in_a_new_runs_braces_is_a_column(
         ("{text!r}", "{text!r}"),
         ("{text[0]}", "{text[0]}"),
         ("{text} { x }", "{ x }"),
+        ("{text} {x\ny}", "{x\\ny}"),
         ("{text} {", "{"),
         ("{text} }", "}"),
     ],
