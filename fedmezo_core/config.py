@@ -36,6 +36,12 @@ POOL_SIZE_MAX = 65_536
 ALL_LINEAR = "all-linear"
 """peft's name for a LoRA adapter on every linear layer except the head."""
 
+_PLAIN_COLUMN = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
+_COLUMN_NAME = re.compile(r"(?!\s)(?:\w|[ .-]|[^\x00-\x7f])+(?<!\s)")
+_BRACES = re.compile(
+    r"(?P<text>(?:[^{}]|\{\{|\}\})+)|\{(?P<column>[^{}]*)\}|(?P<stray>[{}])", re.DOTALL
+)
+
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -52,6 +58,12 @@ class TaskConfig(_Frozen):
     template: str = Field(
         default="{text}",
         description="The prompt; {column} stands for the row's value.",
+    )
+    template_version: int = Field(
+        default=1,
+        ge=1,
+        le=2,
+        description="How braces are read; new runs choose it. 1: only {plain_name} is a column.",
     )
     label_column: str = Field(
         default="label", description="Column with the class (classification)."
@@ -78,7 +90,7 @@ class TaskConfig(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> TaskConfig:
-        if not self.columns():
+        if not self.columns():  # Raises `ValueError` for braces that hold no column.
             raise ValueError(f"template {self.template!r} names no column; write one as {{text}}")
         if self.kind == "classification" and len(self.verbalizers) < 2:
             raise ValueError(
@@ -92,9 +104,38 @@ class TaskConfig(_Frozen):
             )
         return self
 
+    def template_parts(self) -> list[str]:
+        """The template in parts: text at even indices, names of columns at odd ones.
+
+        Version 1 takes only `{plain_name}` as a column, and all other braces as text. In version 2
+        all braces hold a column, and `{{` and `}}` are braces of the text; raises `ValueError` for
+        braces that hold no name.
+        """
+        if self.template_version == 1:
+            return _PLAIN_COLUMN.split(self.template)
+        parts = [""]
+        for match in _BRACES.finditer(self.template):
+            text, column, stray = match.group("text", "column", "stray")
+            if stray is not None or (column is not None and not _COLUMN_NAME.fullmatch(column)):
+                raise ValueError(
+                    f"template {self.template!r} holds {repr(match.group())[1:-1]}, which names no "
+                    "column; a name has letters, digits, spaces, dots, - and _, and a brace of the "
+                    "text is written twice: {{ or }}"
+                )
+            if column is None:
+                parts[-1] += text.replace("{{", "{").replace("}}", "}")
+            else:
+                parts += [column, ""]
+        return parts
+
     def columns(self) -> tuple[str, ...]:
         """Columns that the template names, in the order of their first use."""
-        return tuple(dict.fromkeys(re.findall(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}", self.template)))
+        return tuple(dict.fromkeys(self.template_parts()[1::2]))
+
+    @property
+    def holds_its_answer(self) -> bool:
+        """Whether the template names the column with the answer, so that prompts give it away."""
+        return self.answer_column in self.columns()
 
     @property
     def answer_column(self) -> str:
@@ -387,6 +428,8 @@ class RunConfig(_Frozen):
             recipe += " pool"
         if self.buffer_answers:
             recipe += " buffered"
+        if self.task.template_version != 1:
+            recipe += f" template={self.task.template_version}"
         if self.task.objective:
             recipe += f" objective={self.task.objective}"
         return recipe
@@ -414,9 +457,33 @@ def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) 
     return f"{where}: {key}{shown} is not allowed: {message}{more}."
 
 
-def parse_run(values: dict[str, Any], where: str) -> RunConfig:
-    """The contract in `values`; raises a `ConfigError` with key, value and what is allowed."""
+def template_version_of(task: dict[str, Any]) -> int:
+    """The version that the template of a new run's `task` needs: 1 if it holds plain names only."""
+    template = task.get("template")
+    if not isinstance(template, str):
+        return 1
+    return 2 if set("{}") & set(_PLAIN_COLUMN.sub("", template)) else 1
+
+
+def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None) -> RunConfig:
+    """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
+
+    A new run's template is read by the newest version that it needs, and may not give the answer
+    away unless an objective scores the run. With `begun`, the contract of the run that `values`
+    describe again, the template keeps that run's version and nothing of this is checked.
+    """
+    task = values.get("task")
+    if isinstance(task, dict):
+        version = begun.task.template_version if begun else template_version_of(task)
+        values = {**values, "task": {"template_version": version, **task}}
     try:
-        return RunConfig.model_validate(values)
+        config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(sentence_of(error, where)) from None
+    if begun is None and config.task.holds_its_answer and not config.task.objective:
+        raise ConfigError(
+            f"{where}: task.template = {config.task.template!r} is not allowed: it names "
+            f"{config.task.answer_column}, the column with the answer, so every prompt would give "
+            "its answer away; take that column out of the template."
+        )
+    return config

@@ -189,3 +189,68 @@ def test_a_probe_count_or_estimator_that_is_none_is_refused(change: dict[str, in
     message.MergeFrom(pb.RunConfig(**change))  # type: ignore[arg-type]
     with pytest.raises(ProtocolError):
         config_from_pb(message)
+
+
+INSTRUCTION = {"kind": "instruction", "response_column": "answer"}
+
+
+@pytest.mark.parametrize(
+    ("template", "parts", "version"),
+    [
+        ("{text} It was", ["", "text", " It was"], 1),
+        ("{text} {bewertung-neu}: x", ["", "text", " ", "bewertung-neu", ": x"], 2),
+        ("{größe}{名前}{a.b}{0}", ["", "größe", "", "名前", "", "a.b", "", "0", ""], 2),
+        ('{{"q": "{text}"}}', ['{"q": "', "text", '"}'], 2),
+        ("{{text}} {{{text}}}", ["{text} {", "text", "}"], 2),
+    ],
+)
+def test_what_stands_in_a_new_runs_braces_is_a_column(
+    template: str, parts: list[str], version: int
+) -> None:
+    config = parse_run(VALUES | {"task": INSTRUCTION | {"template": template}}, "run")
+    assert config.task.template_parts() == parts
+    assert config.task.template_version == version
+    assert config_from_pb(config_to_pb(config)) == config
+    again = VALUES | {"task": INSTRUCTION | {"template": template}}
+    assert parse_run(again, "run", config) == config, "a restart with the same settings"
+    assert (" template=2" in config.recipe) == (version == 2)
+    assert config_to_pb(config).task.HasField("template_version") == (version == 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{text:>10}", "{text:>10}"),
+        ("{text} {}", "{}"),
+        ("{text!r}", "{text!r}"),
+        ("{text[0]}", "{text[0]}"),
+        ("{text} { x }", "{ x }"),
+        ("{text} {x\ny}", "{x\\ny}"),
+        ("{text} {", "{"),
+        ("{text} }", "}"),
+    ],
+)
+def test_braces_without_a_column_are_refused_by_name(template: str, named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_run(VALUES | {"task": INSTRUCTION | {"template": template}}, "run")
+    assert f"holds {named}, which names no column" in str(caught.value)
+    assert "{{ or }}" in str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["{text} {größe}", "{{{text}}}", "{text:>10} {text}"])
+def test_the_braces_of_a_run_that_has_begun_keep_their_meaning(template: str) -> None:
+    task = INSTRUCTION | {"template": template}
+    begun = RunConfig.model_validate(VALUES | {"task": task})
+    assert begun.task.columns() == ("text",)
+    assert config_from_pb(config_to_pb(begun)) == begun
+    assert parse_run(VALUES | {"task": task}, "run", begun) == begun
+
+
+def test_a_template_that_gives_the_answer_away_is_refused() -> None:
+    task = VALUES["task"] | {"template": "{text} {label}"}
+    with pytest.raises(ConfigError, match=r"names label, the column with the answer"):
+        parse_run(VALUES | {"task": task}, "run")
+    begun = RunConfig.model_validate(VALUES | {"task": task})
+    assert parse_run(VALUES | {"task": task}, "run", begun) == begun
+    objective = parse_run(VALUES | {"task": task | {"objective": "a:b"}}, "run")
+    assert objective.task.holds_its_answer, "an objective may want it"

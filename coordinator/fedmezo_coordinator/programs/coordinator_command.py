@@ -120,7 +120,7 @@ def warn_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) ->
 def _check_same_run(settings: CoordinatorSettings, fixed: RunConfig) -> None:
     """Refuse settings that differ from the contract in the journal, which nothing can change."""
     written = fixed.model_dump()
-    asked = parse_run({**written, **settings.run}, "the [run] settings").model_dump()
+    asked = parse_run({**written, **settings.run}, "the [run] settings", fixed).model_dump()
     for key, value in asked.items():
         if value != written[key]:
             raise ConfigError(

@@ -25,7 +25,13 @@ from fedmezo_coordinator.programs.splits import (
 )
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.folders import whole_folder
-from fedmezo_core.zo.data.rows import RawExample, read_raw_examples
+from fedmezo_core.zo.data.rows import (
+    RawExample,
+    label_form,
+    read_raw_examples,
+    shown_columns,
+    spelling_in,
+)
 
 ALPHA_DEFAULT = 0.5
 HELD_OUT = "held-out"
@@ -117,12 +123,13 @@ def _check(options: SplitOptions) -> None:
 
 def _classes(rows: Sequence[RawExample], by: str) -> tuple[str, ...]:
     columns = dict.fromkeys(name for row in rows for name in row.values)
+    by = spelling_in(columns, by)
     if by not in columns:
         raise ConfigError(
-            f"There is no column {by} to split by; "
-            f"the columns are {', '.join(columns) or '(none)'}."
+            f"There is no column {shown_columns([by])} to split by; "
+            f"the columns are {shown_columns(columns)}."
         )
-    return tuple(row.text(by) for row in rows)
+    return tuple(label_form(row.text(by)) for row in rows)
 
 
 def _split(row_count: int, classes: tuple[str, ...] | None, options: SplitOptions) -> Written:

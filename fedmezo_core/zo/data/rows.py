@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import datetime
 import decimal
 import json
+import logging
+import math
+import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +20,15 @@ from typing import Any
 
 from fedmezo_core.errors import DataError
 
+log = logging.getLogger("fedmezo.data")
+
 _CSV_FIELD_CHARACTERS_MAX = 1 << 28
 """Longest field of a CSV file: 256 Mi characters."""
+_NAMES_SHOWN_MAX = 5
+"""Files that are passed over and named in the log."""
+_BYTE_ORDER_MARK = "\ufeff"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_WHOLE_NUMBER = re.compile(r"([+-]?[0-9]+)\.0+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,19 +64,54 @@ class RawExample:
     def json_line(self) -> bytes:
         """The row as one line of a JSONL file, in UTF-8.
 
-        Dates and times of a Parquet file become ISO 8601 text, and decimal numbers become text.
-        Raises `DataError` for values that JSON cannot hold: binary values, NaN and infinities.
+        Dates and times of a Parquet file become ISO 8601 text, decimal numbers and other values
+        become text, and bytes that are not UTF-8 become base64. NaN and infinities, which JSON does
+        not have, become null. Raises `DataError` for values that are nested too deep.
         """
         try:
-            line = _json(self.values)
-        except (TypeError, ValueError) as error:
-            column = next(name for name, value in self.values.items() if not _is_json(value))
+            try:
+                line = _json(self.values)
+            except ValueError:
+                line = _json(_finite(self.values))
+        except RecursionError as error:
             raise DataError(
-                f"Row {self.number} of {self.file}: {column} holds a value that JSON cannot hold "
-                f"({error}); convert it or remove the column."
+                f"Row {self.number} of {self.file} holds a value that is nested too deep; flatten "
+                "it or remove its column."
             ) from error
         # UTF-8 has no lone surrogates. Python escapes them as JSON does.
         return line.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def label_form(label: str) -> str:
+    """The one form of all spellings of a label.
+
+    It is in Unicode's form NFC and without byte-order marks. `1.0` becomes `1`, as software writes
+    whole numbers with a gap between them, and `True` and `TRUE` become `true`, as in JSON.
+    """
+    label = _composed(label)
+    if label.lower() in ("true", "false"):
+        return label.lower()
+    whole = _WHOLE_NUMBER.fullmatch(label)
+    return whole[1] if whole else label
+
+
+def shown(text: str) -> str:
+    """`text` in quotes for a message; what cannot be seen on a screen is escaped."""
+    return repr(text) if text == _composed(text) else ascii(text)
+
+
+def shown_columns(names: Iterable[str]) -> str:
+    """Names of columns for a message, in quotes where a plain name would mislead."""
+    texts = [name if name and shown(name)[1:-1] == name else shown(name) for name in names]
+    return ", ".join(texts) or "(none)"
+
+
+def spelling_in(names: Iterable[str], column: str) -> str:
+    """How `names` spell `column`: they may differ in Unicode form and byte-order marks."""
+    names = list(names)
+    if column in names:
+        return column
+    return next((name for name in names if _composed(name) == _composed(column)), column)
 
 
 def read_raw_examples(path: str | Path) -> list[RawExample]:
@@ -74,7 +122,7 @@ def read_raw_examples(path: str | Path) -> list[RawExample]:
     return [
         RawExample(record, file, number)
         for file in _files(Path(path).expanduser())
-        for number, record in _records_of(file, None)
+        for number, record in _records_of(file, (), keep_others=True)
     ]
 
 
@@ -86,10 +134,12 @@ def read_examples(
     With `keep_others`, examples also have the other columns that hold text or a number. Files of a
     folder are read in the order of their names. Values become text: JSON and Parquet strings as
     they are, integers in decimal, booleans as `true` and `false`, other numbers as Python writes
-    them. A UTF-8 byte order mark and empty lines are skipped.
+    them, dates and times in ISO 8601, bytes as UTF-8; a lone surrogate becomes U+FFFD. A UTF-8
+    byte-order mark and lines without any value are skipped. NaN is a missing value.
 
     Raises `DataError`, which names the file and row, if a file is not readable, not UTF-8,
-    malformed or without rows, if no row has one of the columns, or if a row has no value for one.
+    malformed or without rows, if no row has one of the columns, or if a row's value for one is
+    missing, blank, infinite, or neither text nor a number.
     """
     rows: list[Example] = []
     for file in _files(Path(path).expanduser()):
@@ -99,12 +149,24 @@ def read_examples(
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        files = sorted(
-            (file for file in path.iterdir() if file.suffix.lower() in _READERS and file.is_file()),
-            key=lambda file: file.name,
-        )
+        found = sorted(path.iterdir(), key=lambda file: file.name)
+        seen = [file for file in found if not file.name.startswith(".")]
+        files = [file for file in seen if file.suffix.lower() in _READERS and file.is_file()]
+        others = [file.name + "/" * file.is_dir() for file in seen if file not in files]
+        more = len(others) - _NAMES_SHOWN_MAX
+        passed_over = ", ".join(map(shown, others[:_NAMES_SHOWN_MAX]))
+        passed_over += f" and {more} more" if more > 0 else ""
         if not files:
-            raise DataError(f"{path} holds no data: put .jsonl, .csv or .parquet files there.")
+            raise DataError(
+                f"{path} holds no data{' but ' if others else ''}{passed_over}: put .jsonl, .csv "
+                "or .parquet files there."
+            )
+        if others:
+            log.warning(
+                "%s: passed over %s; only .jsonl, .csv and .parquet files are read",
+                path,
+                passed_over,
+            )
         return files
     if not path.exists():
         raise DataError(f"There is no data file or folder {path}; check the path.")
@@ -114,10 +176,12 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def _records_of(file: Path, columns: Sequence[str] | None) -> list[tuple[int, dict[str, Any]]]:
+def _records_of(
+    file: Path, columns: Sequence[str], keep_others: bool
+) -> list[tuple[int, dict[str, Any]]]:
     """The numbered records of `file`, with at least `columns`, or with all columns."""
     try:
-        records = list(_READERS[file.suffix.lower()](file, columns))
+        records = list(_READERS[file.suffix.lower()](file, columns, keep_others))
     except OSError as error:
         raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
     except UnicodeDecodeError as error:
@@ -130,23 +194,24 @@ def _records_of(file: Path, columns: Sequence[str] | None) -> list[tuple[int, di
 
 
 def _rows_of(file: Path, columns: Sequence[str], keep_others: bool) -> list[Example]:
-    records = _records_of(file, None if keep_others else columns)
+    records = _records_of(file, columns, keep_others)
     present = dict.fromkeys(name for _, record in records for name in record)
+    spelling = {column: spelling_in(present, column) for column in columns}
     for column in columns:
-        if column not in present:
+        if spelling[column] not in present:
             raise DataError(
-                f"{file} has no column {column}; its columns are {', '.join(present) or '(none)'}."
+                f"{file} has no column {shown_columns([column])}; its columns are "
+                f"{shown_columns(present)}."
             )
 
     def values(number: int, record: dict[str, Any]) -> dict[str, str]:
-        needed = {column: _text(file, number, record, column) for column in columns}
+        needed = {name: _text(file, number, record, spelling[name]) for name in columns}
         if not keep_others:
             return needed
-        others = {
-            column: _text(file, number, record, column)
-            for column, value in record.items()
-            if column not in needed and isinstance(value, (str, int, float))
-        }
+        others: dict[str, str] = {}
+        for column, value in record.items():
+            if column not in needed and (text := _text_of(value)) is not None:
+                others[column] = text
         return needed | others
 
     return [Example(values(number, record), str(file), number) for number, record in records]
@@ -154,30 +219,68 @@ def _rows_of(file: Path, columns: Sequence[str], keep_others: bool) -> list[Exam
 
 def _text(file: Path, number: int, record: dict[str, Any], column: str) -> str:
     value = record.get(column)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        return str(value)
-    if value is None:
-        raise DataError(f"Row {number} of {file} has no {column}; fill it in or remove the row.")
+    text = _text_of(value)
+    name = shown_columns([column])
+    if text is not None and text.replace(_BYTE_ORDER_MARK, "").strip():
+        return text
+    if text is not None:
+        raise DataError(
+            f"Row {number} of {file} has an empty {name}; fill it in or remove the row."
+        )
+    if _is_missing(value):
+        raise DataError(f"Row {number} of {file} has no {name}; fill it in or remove the row.")
+    if isinstance(value, float):
+        raise DataError(
+            f"Row {number} of {file}: {name} is infinite or too large a number; correct it or "
+            "remove the row."
+        )
+    if isinstance(value, bytes):
+        raise DataError(
+            f"Row {number} of {file}: {name} is not UTF-8 text; convert it or name another column."
+        )
     raise DataError(
-        f"Row {number} of {file}: {column} is {type(value).__name__}, not text or a number; "
+        f"Row {number} of {file}: {name} is {type(value).__name__}, not text or a number; "
         "flatten it or name another column."
     )
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _text_of(value: Any) -> str | None:
+    """A value of a file as text; None if it is missing or has no text."""
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+        return str(value)
+    if isinstance(value, (datetime.date, datetime.time, decimal.Decimal)):
+        return _plain(value)
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    return None
+
+
+def _composed(text: str) -> str:
+    return unicodedata.normalize("NFC", text.replace(_BYTE_ORDER_MARK, ""))
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
 
 
-def _is_json(value: Any) -> bool:
-    try:
-        _json(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+def _finite(value: Any) -> Any:
+    """`value` with None in place of all NaN and infinities in it."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(value: Any) -> str:
@@ -185,17 +288,36 @@ def _plain(value: Any) -> str:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, decimal.Decimal):
-        return str(value)
-    raise TypeError(f"a {type(value).__name__}")
+        is_whole = value.is_finite() and value == value.to_integral_value()
+        return format(value.to_integral_value() if is_whole else value, "f")
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return base64.b64encode(value).decode()
+    return str(value)
 
 
-def _read_jsonl(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _integer(digits: str) -> int | decimal.Decimal:
+    # Python refuses to make an int of thousands of digits, because that takes quadratic time.
+    try:
+        return int(digits)
+    except ValueError:
+        return decimal.Decimal(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer)
+
+
+def _read_jsonl(
+    file: Path, _columns: Sequence[str], _keep_others: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line)
+                record = _DECODER.decode(line)
             except (json.JSONDecodeError, RecursionError) as error:
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep"
                 raise DataError(f"Line {number} of {file} is not JSON ({reason}).") from error
@@ -207,25 +329,43 @@ def _read_jsonl(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[in
             yield number, record
 
 
-def _read_csv(file: Path, _columns: Sequence[str] | None) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_csv(
+    file: Path, columns: Sequence[str], _keep_others: bool
+) -> Iterator[tuple[int, dict[str, Any]]]:
     with file.open(encoding="utf-8-sig", newline="") as lines, _long_csv_fields():
         reader = csv.reader(lines, strict=True)
         try:
             header = next(reader, [])
-            if len(set(header)) != len(header):
-                raise DataError(f"{file} names a column twice in its first line; rename one.")
-            number = 0
+            # A spreadsheet's empty columns at the end have no names.
+            while header and not header[-1].strip():
+                header.pop()
+            counts = Counter[str]()
+            for index, name in enumerate(header):
+                counts[name] += 1
+                if counts[name] > 1:
+                    if name in columns:
+                        raise DataError(
+                            f"{file} names a column twice in its first line; rename one."
+                        )
+                    header[index] = f"{name} ({counts[name]})"
+            number = empty_count = 0
             for fields in reader:
                 if not fields:
                     continue
                 number += 1
-                if len(fields) != len(header):
+                if not any(map(str.strip, fields)):
+                    empty_count += 1
+                    continue
+                if len(fields) < len(header) or any(map(str.strip, fields[len(header) :])):
                     raise DataError(
                         f"Row {number} of {file} (line {reader.line_num}) has {len(fields)} "
                         f"fields, but the header has {len(header)}; quote fields that contain "
                         "commas."
                     )
-                yield number, dict(zip(header, fields, strict=True))
+                yield number, dict(zip(header, fields, strict=False))
+            if empty_count:
+                lines_shown = f"{empty_count} line{'s' * (empty_count > 1)}"
+                log.warning("%s: skipped %s without any value", file, lines_shown)
         except csv.Error as error:
             raise DataError(
                 f"Line {reader.line_num} of {file} is not valid CSV ({error}); check its quotes."
@@ -243,7 +383,7 @@ def _long_csv_fields() -> Iterator[None]:
 
 
 def _read_parquet(
-    file: Path, columns: Sequence[str] | None
+    file: Path, columns: Sequence[str], keep_others: bool
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     # Slow to import, and only Parquet files need it.
     try:
@@ -257,7 +397,8 @@ def _read_parquet(
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
-            wanted = [name for name in names if columns is None or name in columns]
+            forms = set(map(_composed, columns))
+            wanted = [name for name in names if keep_others or _composed(name) in forms]
             # Only the wanted columns are read, but a message can list them all.
             blank = dict.fromkeys(names)
             if not wanted and parquet.metadata.num_rows:
@@ -265,13 +406,36 @@ def _read_parquet(
                 return
             number = 0
             for batch in parquet.iter_batches(columns=wanted):
-                for record in batch.to_pylist():
+                values = [_values_of(column, pyarrow.string()) for column in batch.columns]
+                for row in zip(*values, strict=True):
                     number += 1
-                    yield number, blank | record
+                    yield number, blank | dict(zip(batch.schema.names, row, strict=True))
     except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split("\n", 1)[0].split())
         raise DataError(f"{file} is not a readable Parquet file ({reason}).") from error
 
 
-_Reader = Callable[[Path, Sequence[str] | None], Iterable[tuple[int, dict[str, Any]]]]
+def _values_of(column: Any, text_type: Any) -> list[Any]:
+    """The values of an Arrow array, as Python's; what Python has no type for becomes text."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError):
+        return [_value_of(scalar, text_type) for scalar in column]
+    return values
+
+
+def _value_of(scalar: Any, text_type: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error.object
+    except (ValueError, OverflowError):
+        try:
+            # Nanoseconds, and years after 9999. Arrow writes them like ISO 8601, with a space.
+            return str(scalar.cast(text_type).as_py()).replace(" ", "T", 1)
+        except (ValueError, NotImplementedError):
+            return None
+
+
+_Reader = Callable[[Path, Sequence[str], bool], Iterable[tuple[int, dict[str, Any]]]]
 _READERS: dict[str, _Reader] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -30,11 +31,12 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
-from fedmezo_core.zo.data.rows import Example
+from fedmezo_core.zo.data.rows import Example, label_form, shown
 from fedmezo_core.zo.model.modules import computing
 from fedmezo_core.zo.objectives import Predictions
 
-_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
+log = logging.getLogger("fedmezo.data")
+
 _IGNORED = -100
 """Target of a position that is not part of the loss (torch's convention)."""
 _LOSS_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
@@ -142,13 +144,25 @@ class Task:
         Raises `ConfigError` for verbalizers that begin with the same token or that merge with the
         template's last word, `ModelError` for a tokenizer that does not fit the model or the task.
         """
+        if config.holds_its_answer:
+            log.warning(
+                "the template names %s, the column with the answer: the prompt gives the answer "
+                "away",
+                config.answer_column,
+            )
         self.config = config
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
         # Odd items are names of columns.
-        self._template = _FIELD.split(config.template)
+        self._template = config.template_parts()
         self._special_tokens = self._special_prefix()
         self._labels = {label: index for index, label in enumerate(config.verbalizers)}
+        forms = Counter(map(label_form, self._labels))
+        self._label_forms = {
+            label_form(label): index
+            for label, index in self._labels.items()
+            if forms[label_form(label)] == 1
+        }
         self._eos: int | None = tokenizer.eos_token_id
         if config.kind == "classification":
             self.verbalizer_ids = self._first_tokens()
@@ -212,13 +226,14 @@ class Task:
         if self.config.kind != "classification":
             return -1
         label = row.values[self.config.label_column]
-        if label not in self._labels:
+        index = self._labels.get(label, self._label_forms.get(label_form(label)))
+        if index is None:
             raise DataError(
-                f"In {row.location}, label {label!r} is not among the run's labels "
-                f"({', '.join(map(repr, self._labels))}); correct the row or add a verbalizer for "
+                f"In {row.location}, label {shown(label)} is not among the run's labels "
+                f"({', '.join(map(shown, self._labels))}); correct the row or add a verbalizer for "
                 "it."
             )
-        return self._labels[label]
+        return index
 
     def _truncated(
         self, row: Example, prompt_count: int, response: list[int]
@@ -365,7 +380,10 @@ class Task:
         return [
             Predictions(
                 rows=[dict(example.values) for example in batch.examples[part]],
-                wanted=[example.values[answer] for example in batch.examples[part]],
+                wanted=[
+                    classes[example.label] if classes else example.values[answer]
+                    for example in batch.examples[part]
+                ],
                 classes=list(classes),
                 logits=logits[part],
                 predicted=predicted[part],

@@ -870,6 +870,7 @@ class TaskConfig(google.protobuf.message.Message):
     TOKENS_MAX_FIELD_NUMBER: builtins.int
     OBJECTIVE_FIELD_NUMBER: builtins.int
     GENERATED_TOKENS_MAX_FIELD_NUMBER: builtins.int
+    TEMPLATE_VERSION_FIELD_NUMBER: builtins.int
     kind: Global___TaskKind.ValueType
     """The kind of loss."""
     template: builtins.str
@@ -884,6 +885,10 @@ class TaskConfig(google.protobuf.message.Message):
     """module:function that scores a batch in place of its loss. Absent: none."""
     generated_tokens_max: builtins.int
     """Tokens generated after each prompt for the objective, 0 to 4096. Absent: 0."""
+    template_version: builtins.int
+    """How the template's braces are read, 1 or 2. 2: all braces hold columns, {{ and }} are braces.
+    Absent: 1, which takes {plain_name} as a column and all other braces as text.
+    """
     @property
     def verbalizers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Verbalizer]:
         """At least two (classification)."""
@@ -899,13 +904,16 @@ class TaskConfig(google.protobuf.message.Message):
         tokens_max: builtins.int = ...,
         objective: builtins.str | None = ...,
         generated_tokens_max: builtins.int | None = ...,
+        template_version: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_generated_tokens_max", b"_generated_tokens_max", "_objective", b"_objective", "generated_tokens_max", b"generated_tokens_max", "objective", b"objective"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_generated_tokens_max", b"_generated_tokens_max", "_objective", b"_objective", "generated_tokens_max", b"generated_tokens_max", "kind", b"kind", "label_column", b"label_column", "objective", b"objective", "response_column", b"response_column", "template", b"template", "tokens_max", b"tokens_max", "verbalizers", b"verbalizers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_generated_tokens_max", b"_generated_tokens_max", "_objective", b"_objective", "_template_version", b"_template_version", "generated_tokens_max", b"generated_tokens_max", "objective", b"objective", "template_version", b"template_version"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_generated_tokens_max", b"_generated_tokens_max", "_objective", b"_objective", "_template_version", b"_template_version", "generated_tokens_max", b"generated_tokens_max", "kind", b"kind", "label_column", b"label_column", "objective", b"objective", "response_column", b"response_column", "template", b"template", "template_version", b"template_version", "tokens_max", b"tokens_max", "verbalizers", b"verbalizers"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_generated_tokens_max", b"_generated_tokens_max"]) -> typing.Literal["generated_tokens_max"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_objective", b"_objective"]) -> typing.Literal["objective"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_template_version", b"_template_version"]) -> typing.Literal["template_version"] | None: ...
 
 Global___TaskConfig: typing_extensions.TypeAlias = TaskConfig
 

@@ -200,3 +200,26 @@ def test_a_refusal_is_one_sentence_and_status_2(
     assert said.startswith("fedmezo: ")
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_careless_rows_are_split_as_workers_read_them(tmp_path: Path) -> None:
+    labels = ["1", "1.0", "true", "true", '"True"', "0", "0.0", "0"]
+    lines = [
+        f'{{"text": "ok \\ud83d", "label": {label}, "x": NaN, "y": [1e400], "z": {"1" * 5000}}}\n'
+        for label in labels
+    ]
+    (tmp_path / "all.jsonl").write_text("".join(lines))
+    options = ["--splitter", "category", "--by", "label", "--heldout", "0"]
+    split(tmp_path / "all.jsonl", "--out", tmp_path / "a", *options)
+    assert {path.name: len(read(path)) for path in (tmp_path / "a").iterdir()} == {
+        "0.train.jsonl": 3,
+        "1.train.jsonl": 2,
+        "true.train.jsonl": 3,
+    }
+    for path in (tmp_path / "a").iterdir():
+        for row in read_examples(path, ["text", "z"]):
+            assert row.values == {"text": "ok \ufffd", "z": "1" * 5000}
+        assert all((record["x"], record["y"]) == (None, [None]) for record in read(path))
+    (tmp_path / "odd.csv").write_text("text,label\na,b\n,\nc,\n")
+    with pytest.raises(ConfigError, match=r"Row 3 of .*odd\.csv has an empty label"):
+        split(tmp_path / "odd.csv", "--out", tmp_path / "b", *options)

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from fedmezo_core.errors import DataError
 from fedmezo_core.zo.data.rows import read_examples, read_raw_examples
 
-_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30).filter(
+    lambda text: text.replace("\ufeff", "").strip()
+)
 
 
 def _write(path: Path, records: list[dict[str, str]]) -> None:
@@ -146,7 +148,7 @@ def test_whole_rows_keep_every_column_and_value(tmp_path: Path) -> None:
 
 
 def test_whole_rows_of_the_three_formats_are_the_same(tmp_path: Path) -> None:
-    records = [{"text": 'a,\n"b"', "label": "x"}, {"text": "\u2028", "label": "y"}]
+    records = [{"text": 'a,\n"b"', "label": "x"}, {"text": "\u2028b", "label": "y"}]
     lines = []
     for suffix in (".jsonl", ".csv", ".parquet"):
         _write(tmp_path / f"data{suffix}", records)
@@ -168,13 +170,15 @@ def test_what_json_has_no_type_for(tmp_path: Path) -> None:
         "at": "2024-05-06T07:08:00+00:00",
         "price": "1.50",
     }
-    for value in (b"bytes", float("nan"), [float("inf")]):
+    for value, written in (
+        (b"bytes", "bytes"),
+        (b"\xff\xd8", "/9g="),
+        (float("nan"), None),
+        ([float("inf"), 1.5], [None, 1.5]),
+        (datetime.timedelta(seconds=90), "0:01:30"),
+    ):
         pq.write_table(pa.table({"text": ["a"], "odd": [value]}), path)
-        with pytest.raises(
-            DataError, match=r"Row 1 of .*data.parquet: odd holds a value that JSON cannot hold \("
-        ) as caught:
-            read_raw_examples(path)[0].json_line()
-        assert "\n" not in str(caught.value)
+        assert json.loads(read_raw_examples(path)[0].json_line()) == {"text": "a", "odd": written}
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])

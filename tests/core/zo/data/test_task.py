@@ -377,3 +377,20 @@ def test_a_batch_has_rows_of_like_length(tokenizer: PreTrainedTokenizerBase) -> 
     used = sum(int(mask.sum()) for mask in masks)
     assert padded < 1.15 * used
     assert batches.batch(3, 2).name == "round 3, step 2"
+
+
+def test_a_template_with_any_column_and_braces(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = _instruction(template='{{"q": "{größe-neu}"}}', template_version=2)
+    task = Task(config, tokenizer, 384)
+    (example,) = task.encode(_rows([{"größe-neu": "tall", "response": " yes"}])).examples
+    assert tokenizer.decode(list(example.prompt)) == '{"q": "tall"}'
+
+
+def test_an_answer_in_the_prompt_is_warned_of(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    Task(_instruction(template="{question} {response}"), tokenizer, 384)
+    assert "names response, the column with the answer" in caplog.text
+    caplog.clear()
+    Task(_instruction(), tokenizer, 384)
+    assert not caplog.text
