@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, SnapshotDamagedError
@@ -261,8 +261,7 @@ def _check_positions(party: Party, dataset: Dataset) -> None:
     """Refuse prompts and answers that together exceed the positions that the model knows."""
     generated = party.config.task.generated_tokens_max
     longest = max(len(example.prompt) for example in dataset.examples)
-    model_config: Any = party.loaded.model.config
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    positions = party.positions_max
     if generated and positions is not None and longest + generated > positions:
         raise ConfigError(
             f"A prompt of {longest} tokens and {generated} generated ones don't fit the model's "

@@ -264,6 +264,7 @@ def adapter(
             f"{config} has no [run.lora], so there is no adapter to fit; add that table."
         )
     party = open_party(run, settings.model, threads=threads)
+    party.check_can_begin()
     rows = read_examples(data, party.config.task.data_columns)[:rows_max]
     fit_adapter(party, rows)
     export_adapter(party.loaded.model, folder)
