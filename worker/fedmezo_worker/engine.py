@@ -37,6 +37,9 @@ log = logging.getLogger("fedmezo.worker")
 
 Result = TypeVar("Result")
 
+MANY_CUT_ROWS = 0.1
+"""Share of rows that are cut from which on the worker warns."""
+
 
 class _EvaluationCutShortError(Exception):
     """Something more urgent came."""
@@ -234,10 +237,31 @@ class Engine:
 
 def _encoded(party: Party, path: Path, rows: Sequence[Example]) -> Dataset:
     dataset = party.task.encode(rows)
-    cut = ""
-    if dataset.truncated_count:
-        cut = f", {dataset.truncated_count} of them cut to {party.config.task.tokens_max} tokens"
-    log.info("%s: %d rows%s", path, len(dataset), cut)
+    if not dataset.truncated_count:
+        log.info("%s: %d rows", path, len(dataset))
+        return dataset
+    left = sum(example.token_count for example in dataset.examples)
+    longest, task = dataset.longest_token_count, party.config.task
+    positions = party.positions_max
+    fits = longest if positions is None else min(longest, positions - task.generated_tokens_max)
+    advice = (
+        f"a new run with tokens_max = {fits} keeps {'all' if fits == longest else 'more'} of them"
+        if fits > task.tokens_max
+        else "the model has positions for no more, so make the rows shorter"
+    )
+    is_much = dataset.truncated_count >= MANY_CUT_ROWS * len(dataset)
+    log.log(
+        logging.WARNING if is_much else logging.INFO,
+        "%s: %d rows, %d of them cut to %d tokens, which loses %.0f %% of all tokens; the longest "
+        "row has %d; %s",
+        path,
+        len(dataset),
+        dataset.truncated_count,
+        task.tokens_max,
+        100 * dataset.cut_token_count / (left + dataset.cut_token_count),
+        longest,
+        advice,
+    )
     return dataset
 
 
