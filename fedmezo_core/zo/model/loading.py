@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import struct
@@ -29,7 +30,7 @@ from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ModelError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
-from fedmezo_core.zo.model.adapters import read_adapter
+from fedmezo_core.zo.model.adapters import read_adapter, require_fetched
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of, trained_tensors
 from fedmezo_core.zo.model.offload import (
     execution_device,
@@ -46,6 +47,13 @@ _auto_model: Any = AutoModelForCausalLM
 _logging: Any = transformers_logging
 ON_CPU = Placement()
 """All weights are in the machine's memory, and the CPU computes."""
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.*.json", "tokenizer.model*", "*.model", "*.tiktoken", "*.spm",
+    "tekken.json", "vocab*",
+)  # fmt: skip
+"""Files that hold a vocabulary; a tokenizer has at least one of them."""
+_BYTE_TOKENIZERS = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}
+"""Tokenizers of bytes or characters, which have no vocabulary in a file."""
 _ADAPTER = "default"
 """Peft's own name for the only adapter of a model."""
 
@@ -116,6 +124,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
         except Exception as error:
             raise _model_error(name_or_path, is_folder, "tokenizer", error) from error
+        _require_vocabulary(name_or_path, tokenizer)
         placement.check(name_or_path, loaded)
         _require_complete(name_or_path, loaded, info)
         if placement.offload_folder is not None:
@@ -247,6 +256,34 @@ def _check_folder(folder: Path, shown: str) -> None:
                 "loaded; save the model as safetensors (save_pretrained does) and use that folder."
             )
         raise ModelError(f"{shown} has no weights: no .safetensors file; check the path.")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".safetensors", ".json", ".model", ".txt"} and path.is_file():
+            require_fetched(path)
+    if not _has_tokenizer(folder):
+        raise _no_tokenizer(shown)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    if any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("tokenizer_class") in _BYTE_TOKENIZERS
+
+
+def _require_vocabulary(shown: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that transformers has made up, for lack of files."""
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise _no_tokenizer(shown)
+
+
+def _no_tokenizer(shown: str) -> ModelError:
+    return ModelError(
+        f"There is no tokenizer in {shown}; add the files of the model's own one, such as "
+        "tokenizer.json."
+    )
 
 
 def _model_error(shown: str, is_folder: bool, what: str, error: Exception) -> ModelError:

@@ -213,7 +213,28 @@ def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    refuses(folder, "tokenizer in .* cannot be loaded")
+        refuses(folder, f"There is no tokenizer in {re.escape(str(folder))};")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_file_that_git_lfs_has_not_fetched(name: str, folder: Path) -> None:
+    (folder / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
+    )
+    path = re.escape(str(folder / name))
+    with pytest.raises(ModelError, match=rf"^{path} is a Git LFS pointer: fetch the file"):
+        load_model(str(folder))
+
+
+def test_a_tokenizer_that_was_made_up(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of("gpt2"), folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "vocab.json").write_text('{"<|endoftext|>": 0}')
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ModelError, match="There is no tokenizer in "):
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
