@@ -19,6 +19,7 @@ from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
+from fedmezo_core.zo.model import loading
 from fedmezo_core.zo.model.loading import adapter_seed, load_model
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.weight_digest import base_digest, tokenizer_digest
@@ -251,3 +252,34 @@ def test_a_name_that_cannot_be_reached() -> None:
         ModelError, match=r"some-one/no-such-model cannot be loaded: it is no folder"
     ):
         load_model("some-one/no-such-model", local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("some-one/no-such-model", "check the name and the network"),
+        ("no-such-model", "if it is a folder at the coordinator, give your copy"),
+        ("not a name", "if it is a folder at the coordinator, give your copy"),
+    ],
+)
+def test_without_a_network_the_hub_is_asked_once(
+    name: str,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[str] = []
+
+    def nowhere(*_: Any, **__: Any) -> str:
+        asked.append(name)
+        return "http://127.0.0.1:9/config.json"
+
+    monkeypatch.setattr(loading, "hf_hub_url", nowhere)
+    monkeypatch.setattr(loading, "_auto_model", None)  # It would ask for a minute.
+    with pytest.raises(ModelError, match=f"{advice}.* --model") as caught:
+        load_model(name)
+    assert "\n" not in str(caught.value)
+    assert len(asked) <= 1
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.messages
