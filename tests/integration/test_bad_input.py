@@ -261,7 +261,7 @@ async def test_a_loss_that_is_no_number_is_reported_and_the_run_goes_on(
         ),
         (
             {},
-            {"task": {"tokens_max": 65}},
+            {"task": {"tokens_max": 65, "verbalizers": {"a": " yes", "b": " no"}}},
             ConfigError,
             "tokens_max = 65 is more than the 64 positions of .*; set tokens_max = 64 or less",
         ),

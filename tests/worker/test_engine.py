@@ -167,9 +167,9 @@ async def evaluating_engine(
 @pytest.mark.parametrize(
     ("short_rows", "words", "level", "fits"),
     [
-        (0, 20, logging.WARNING, "a new run with tokens_max = {} keeps all of them"),
+        (0, 40, logging.WARNING, "a new run with tokens_max = {} keeps all of them"),
         (1, 99, logging.WARNING, "a new run with tokens_max = 64 keeps more of them"),
-        (19, 20, logging.INFO, "a new run with tokens_max = {} keeps all of them"),
+        (19, 40, logging.INFO, "a new run with tokens_max = {} keeps all of them"),
     ],
     ids=["all", "many, beyond the positions", "few"],
 )
@@ -203,6 +203,22 @@ async def test_rows_that_were_cut_are_counted(
     if not short_rows:
         assert percent == round(100 * (longest - 32) / longest)
     assert f"{settings.data}: 24 rows" in caplog.messages
+
+
+async def test_text_that_is_a_control_token_is_told(
+    settings: WorkerSettings,
+    tiny_genesis: Callable[..., Genesis],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    plain = '{"text": "A film.", "label": "positive"}\n'
+    path.write_text(plain + plain.replace("film", "<eos> film"))
+    engine = Engine()
+    await engine.load(settings.model_copy(update={"data": path}), tiny_genesis())
+    await engine.close()
+    [said] = [one for one in caplog.messages if "control token" in one]
+    assert said.startswith(f"{path}: the text of 1 rows contains '<eos>' or the like (first in ")
 
 
 async def test_evaluations_change_no_bit(engine: Engine, evaluating_engine: Engine) -> None:

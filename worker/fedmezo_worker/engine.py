@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, SnapshotDamagedError
@@ -237,6 +238,7 @@ class Engine:
 
 def _encoded(party: Party, path: Path, rows: Sequence[Example]) -> Dataset:
     dataset = party.task.encode(rows)
+    _warn_of_control_tokens(party, path, rows)
     if not dataset.truncated_count:
         log.info("%s: %d rows", path, len(dataset))
         return dataset
@@ -263,6 +265,33 @@ def _encoded(party: Party, path: Path, rows: Sequence[Example]) -> Dataset:
         advice,
     )
     return dataset
+
+
+def _warn_of_control_tokens(party: Party, path: Path, rows: Sequence[Example]) -> None:
+    """Warn of text that the tokenizer takes for a control token, such as an end of text."""
+    tokenizer: Any = party.loaded.tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = [token.content for token in added.values() if token.special]
+    if not special:
+        return
+    written = re.compile("|".join(re.escape(token) for token in special))
+    task = party.config.task
+    columns = task.columns() if task.kind == "classification" else task.data_columns
+    found = [
+        (row, match)
+        for row in rows
+        if (match := written.search("\n".join(row.values[column] for column in columns)))
+    ]
+    if found:
+        first, match = found[0]
+        log.warning(
+            "%s: the text of %d rows contains %r or the like (first in %s), which the tokenizer "
+            "takes for a control token; remove it from the rows if it is not meant",
+            path,
+            len(found),
+            match[0],
+            first.location,
+        )
 
 
 def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:
