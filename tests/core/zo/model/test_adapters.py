@@ -166,6 +166,8 @@ def test_folders_that_hold_no_adapter(
     refuses(adapter, f"damaged: {name} holds a NaN")
     weights.write_bytes(b"what")
     refuses(adapter, r"adapter_model\.safetensors cannot be read")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n")
+    refuses(adapter, r"adapter_model\.safetensors is a Git LFS pointer: fetch the file")
     weights.unlink()
     refuses(adapter, r"has no adapter_model\.safetensors")
     torch.save({}, adapter / "adapter_model.bin")

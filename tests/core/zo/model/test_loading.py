@@ -283,3 +283,20 @@ def test_without_a_network_the_hub_is_asked_once(
     assert len(asked) <= 1
     assert capfd.readouterr() == ("", "")
     assert not caplog.messages
+
+
+def test_without_a_network_the_cache_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Model:
+        @staticmethod
+        def from_pretrained(source: str, **given: Any) -> None:
+            seen.update(given, source=source)
+            raise OSError("this test has no weights")
+
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    monkeypatch.setattr(loading, "hf_hub_url", lambda *_: "http://127.0.0.1:9/config.json")
+    monkeypatch.setattr(loading, "_auto_model", Model)
+    with pytest.raises(ModelError, match="this test has no weights"):
+        load_model("some-one/a-model")
+    assert (seen["source"], seen["local_files_only"]) == ("some-one/a-model", True)
