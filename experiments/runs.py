@@ -193,7 +193,7 @@ def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path | 
         party = open_party(config, settings.model, threads=settings.threads, placement=placement)
         fit_adapter(party, data.fitting)
         try:
-            export_adapter(party.loaded.model, folder)
+            export_adapter(party.loaded.model, folder, config.model)
         except ModelError:
             # Another run's process was faster.
             if not folder.exists():

@@ -39,6 +39,13 @@ def whole_folder(folder: Path, error: type[FedMezoError]) -> Iterator[Path]:
             shutil.rmtree(partial)
 
 
+def is_git_lfs_pointer(path: Path) -> bool:
+    """Whether a file is what Git LFS leaves in the place of a large file that was not fetched."""
+    begin = b"version https://git-lfs.github.com/spec/"
+    with path.open("rb") as file:
+        return file.read(len(begin)) == begin
+
+
 def sync(path: Path) -> None:
     """Return as soon as a file, or the list of names in a folder, is on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)

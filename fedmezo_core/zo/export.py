@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -35,19 +36,27 @@ def export_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: s
     _write_folder(Path(folder), write)
 
 
-def export_adapter(model: nn.Module, folder: str | Path) -> None:
+def export_adapter(model: nn.Module, folder: str | Path, base: str) -> None:
     """Write only the LoRA adapter of `model` to `folder`, in peft's layout, safetensors only.
 
-    The folder appears complete or not at all. Raises `ModelError` if it exists and is not empty, or
-    cannot be written, and for a model without an adapter.
+    The files call the base model `base`, which should tell nothing about this machine. The folder
+    appears complete or not at all. Raises `ModelError` if it exists and is not empty, or cannot be
+    written, and for a model without an adapter.
     """
     if not hasattr(model, "peft_config"):
         raise ModelError("The model has no LoRA adapter to export; export the whole model.")
     wrapped = cast("Any", model)
-    # "auto" would ask the model hub whether the embeddings have changed; they never do.
-    _write_folder(
-        Path(folder), lambda target: wrapped.save_pretrained(target, save_embedding_layers=False)
-    )
+
+    def write(target: Path) -> None:
+        plain = wrapped.get_base_model()
+        # Each of these is written somewhere, and is the path of a base that came from a folder.
+        plain.name_or_path = plain.config.name_or_path = base
+        for config in wrapped.peft_config.values():
+            config.base_model_name_or_path = base
+        # "auto" would ask the model hub whether the embeddings have changed; they never do.
+        wrapped.save_pretrained(target, save_embedding_layers=False)
+
+    _write_folder(Path(folder), write)
 
 
 def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
@@ -74,7 +83,15 @@ def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, torch.Tensor] 
 def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         with whole_folder(folder, ModelError) as partial, quiet():
+            # safetensors makes its files readable for their owner alone, whatever the umask says.
+            plain = partial / "plain"
+            plain.touch()
+            mode = stat.S_IMODE(plain.stat().st_mode)
+            plain.unlink()
             write(partial)
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    path.chmod(mode)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         # safetensors reports a full disk as its own exception, with the system's words in it.
         reason = getattr(error, "strerror", None) or " ".join(str(error).split("\n", 1)[0].split())

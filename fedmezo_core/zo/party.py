@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest, tokenizer_digest
 from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Names that models' configurations have for their number of positions."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,29 @@ class Party:
             trainable_elements=elements,
             trainable_bytes=elements * element_bytes,
         )
+
+    @property
+    def positions_max(self) -> int | None:
+        """The most tokens of a row that the model knows positions for; None if it does not say."""
+        model_config: Any = self.loaded.model.config
+        text_config = model_config.get_text_config()
+        for name in _POSITIONS:
+            positions = getattr(text_config, name, None)
+            if isinstance(positions, int) and positions > 0:
+                return positions
+        return None
+
+    def check_can_begin(self) -> None:
+        """Refuse a new run whose rows may be longer than the model's positions.
+
+        Raises `ConfigError`. Runs that have begun may go on: their rows may be shorter.
+        """
+        tokens_max, positions = self.config.task.tokens_max, self.positions_max
+        if positions is not None and tokens_max > positions:
+            raise ConfigError(
+                f"task.tokens_max = {tokens_max} is more than the {positions} positions of "
+                f"{self.config.model}; set tokens_max = {positions} or less in [run.task]."
+            )
 
     def check_same_base(self, genesis: Genesis) -> None:
         """Refuse to go on from another base than the run's, and say what differs."""

@@ -35,7 +35,7 @@ def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     party = open_party(CONFIG, str(model_folder), threads=1)
     party.weights.apply(1, [Commit(np.array([5], np.uint64), np.array([0.03], np.float32), 1)])
     folder = tmp_path_factory.mktemp("adapters") / "adapter"
-    export_adapter(party.loaded.model, folder)
+    export_adapter(party.loaded.model, folder, CONFIG.model)
     return folder
 
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from fedmezo_coordinator.replica.replica import describe
-from fedmezo_core.errors import DataError, FedMezoError, JournalError, ModelError
+from fedmezo_core.errors import ConfigError, DataError, FedMezoError, JournalError, ModelError
 from fedmezo_core.journal.codec import config_to_pb, decode_record
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
@@ -259,8 +259,14 @@ async def test_a_loss_that_is_no_number_is_reported_and_the_run_goes_on(
             FedMezoError,
             "begin with the same token",
         ),
+        (
+            {},
+            {"task": {"tokens_max": 65, "verbalizers": {"a": " yes", "b": " no"}}},
+            ConfigError,
+            "tokens_max = 65 is more than the 64 positions of .*; set tokens_max = 64 or less",
+        ),
     ],
-    ids=["no model", "no held-out file", "held-out label", "verbalizers"],
+    ids=["no model", "no held-out file", "held-out label", "verbalizers", "positions"],
 )
 def test_what_the_base_is_described_from(
     model_folder: Path,
@@ -277,6 +283,7 @@ def test_what_the_base_is_described_from(
         "adapter": None,
         "heldout": None,
         "threads": 1,
+        "row_states_max": 0,
     }
     with pytest.raises(kind, match=words):
         describe(orders | {k: v.replace("{tmp}", str(tmp_path)) for k, v in changes.items()})

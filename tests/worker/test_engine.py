@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -163,7 +164,20 @@ async def evaluating_engine(
     await made.close()
 
 
+@pytest.mark.parametrize(
+    ("short_rows", "words", "level", "fits"),
+    [
+        (0, 40, logging.WARNING, "a new run with tokens_max = {} keeps all of them"),
+        (1, 99, logging.WARNING, "a new run with tokens_max = 64 keeps more of them"),
+        (19, 40, logging.INFO, "a new run with tokens_max = {} keeps all of them"),
+    ],
+    ids=["all", "many, beyond the positions", "few"],
+)
 async def test_rows_that_were_cut_are_counted(
+    short_rows: int,
+    words: int,
+    level: int,
+    fits: str,
     settings: WorkerSettings,
     tiny_genesis: Callable[..., Genesis],
     tmp_path: Path,
@@ -172,13 +186,39 @@ async def test_rows_that_were_cut_are_counted(
     caplog.set_level(logging.INFO, "fedmezo.worker")
     path = tmp_path / "rows.jsonl"
     short = '{"text": "Short.", "label": "positive"}\n'
-    path.write_text(short + short.replace("Short.", "A very long story. " * 99))
+    path.write_text(short * short_rows + short.replace("Short.", "good " * words))
     engine = Engine()
     changes = {"data": path, "heldout": settings.data}
     await engine.load(settings.model_copy(update=changes), tiny_genesis())
     await engine.close()
-    assert f"{path}: 2 rows, 1 of them cut to 32 tokens" in caplog.messages
+    [said] = [one for one in caplog.records if str(path) in one.getMessage()]
+    found = re.fullmatch(
+        rf"{re.escape(str(path))}: {short_rows + 1} rows, 1 of them cut to 32 tokens, which loses "
+        r"(\d+) % of all tokens; the longest row has (\d+); (.*)",
+        said.getMessage(),
+    )
+    assert found is not None, said.getMessage()
+    percent, longest, advice = int(found[1]), int(found[2]), found[3]
+    assert (said.levelno, advice) == (level, fits.format(longest))
+    if not short_rows:
+        assert percent == round(100 * (longest - 32) / longest)
     assert f"{settings.data}: 24 rows" in caplog.messages
+
+
+async def test_text_that_is_a_control_token_is_told(
+    settings: WorkerSettings,
+    tiny_genesis: Callable[..., Genesis],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    plain = '{"text": "A film.", "label": "positive"}\n'
+    path.write_text(plain + plain.replace("film", "<eos> film"))
+    engine = Engine()
+    await engine.load(settings.model_copy(update={"data": path}), tiny_genesis())
+    await engine.close()
+    [said] = [one for one in caplog.messages if "control token" in one]
+    assert said.startswith(f"{path}: the text of 1 rows contains '<eos>' or the like (first in ")
 
 
 async def test_evaluations_change_no_bit(engine: Engine, evaluating_engine: Engine) -> None:

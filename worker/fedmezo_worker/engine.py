@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,9 @@ from fedmezo_worker.worker_settings import WorkerSettings
 log = logging.getLogger("fedmezo.worker")
 
 Result = TypeVar("Result")
+
+MANY_CUT_ROWS = 0.1
+"""Share of rows that are cut from which on the worker warns."""
 
 
 class _EvaluationCutShortError(Exception):
@@ -234,11 +238,60 @@ class Engine:
 
 def _encoded(party: Party, path: Path, rows: Sequence[Example]) -> Dataset:
     dataset = party.task.encode(rows)
-    cut = ""
-    if dataset.truncated_count:
-        cut = f", {dataset.truncated_count} of them cut to {party.config.task.tokens_max} tokens"
-    log.info("%s: %d rows%s", path, len(dataset), cut)
+    _warn_of_control_tokens(party, path, rows)
+    if not dataset.truncated_count:
+        log.info("%s: %d rows", path, len(dataset))
+        return dataset
+    left = sum(example.token_count for example in dataset.examples)
+    longest, task = dataset.longest_token_count, party.config.task
+    positions = party.positions_max
+    fits = longest if positions is None else min(longest, positions - task.generated_tokens_max)
+    advice = (
+        f"a new run with tokens_max = {fits} keeps {'all' if fits == longest else 'more'} of them"
+        if fits > task.tokens_max
+        else "the model has positions for no more, so make the rows shorter"
+    )
+    is_much = dataset.truncated_count >= MANY_CUT_ROWS * len(dataset)
+    log.log(
+        logging.WARNING if is_much else logging.INFO,
+        "%s: %d rows, %d of them cut to %d tokens, which loses %.0f %% of all tokens; the longest "
+        "row has %d; %s",
+        path,
+        len(dataset),
+        dataset.truncated_count,
+        task.tokens_max,
+        100 * dataset.cut_token_count / (left + dataset.cut_token_count),
+        longest,
+        advice,
+    )
     return dataset
+
+
+def _warn_of_control_tokens(party: Party, path: Path, rows: Sequence[Example]) -> None:
+    """Warn of text that the tokenizer takes for a control token, such as an end of text."""
+    tokenizer: Any = party.loaded.tokenizer
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special = [token.content for token in added.values() if token.special]
+    if not special:
+        return
+    written = re.compile("|".join(re.escape(token) for token in special))
+    task = party.config.task
+    columns = task.columns() if task.kind == "classification" else task.data_columns
+    found = [
+        (row, match)
+        for row in rows
+        if (match := written.search("\n".join(row.values[column] for column in columns)))
+    ]
+    if found:
+        first, match = found[0]
+        log.warning(
+            "%s: the text of %d rows contains %r or the like (first in %s), which the tokenizer "
+            "takes for a control token; remove it from the rows if it is not meant",
+            path,
+            len(found),
+            match[0],
+            first.location,
+        )
 
 
 def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:
@@ -261,8 +314,7 @@ def _check_positions(party: Party, dataset: Dataset) -> None:
     """Refuse prompts and answers that together exceed the positions that the model knows."""
     generated = party.config.task.generated_tokens_max
     longest = max(len(example.prompt) for example in dataset.examples)
-    model_config: Any = party.loaded.model.config
-    positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    positions = party.positions_max
     if generated and positions is not None and longest + generated > positions:
         raise ConfigError(
             f"A prompt of {longest} tokens and {generated} generated ones don't fit the model's "

@@ -229,7 +229,7 @@ def export(
         party.weights.apply(commits[0].round, commits_of(commits))
     digest = party.weights.digest()
     if adapter_only:
-        export_adapter(party.loaded.model, folder)
+        export_adapter(party.loaded.model, folder, genesis.config.model)
     else:
         export_model(party.loaded.model, party.loaded.tokenizer, folder)
     what = "adapter" if adapter_only else "model"
@@ -264,9 +264,10 @@ def adapter(
             f"{config} has no [run.lora], so there is no adapter to fit; add that table."
         )
     party = open_party(run, settings.model, threads=threads)
+    party.check_can_begin()
     rows = read_examples(data, party.config.task.data_columns)[:rows_max]
     fit_adapter(party, rows)
-    export_adapter(party.loaded.model, folder)
+    export_adapter(party.loaded.model, folder, run.model)
     print(
         f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
         f'"{folder}" at the coordinator and at every worker'

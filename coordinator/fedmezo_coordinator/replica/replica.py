@@ -79,6 +79,7 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
     """Load the base model and return its digests and sizes; also checks the held-out rows."""
     config = config_from_pb(pb.RunConfig.FromString(bytes.fromhex(orders["config"])))
     copy = _Copy(orders, config)
+    copy.party.check_can_begin()
     genesis = copy.party.genesis()
     return {
         "manifest_digest": genesis.manifest_digest.hex(),

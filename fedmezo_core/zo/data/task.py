@@ -70,6 +70,10 @@ class Dataset:
     examples: tuple[EncodedExample, ...]
     truncated_count: int
     """Number of rows whose text was cut to fit `tokens_max`."""
+    cut_token_count: int = 0
+    """Number of tokens that these rows lost."""
+    longest_token_count: int = 0
+    """Number of tokens of the longest row before it was cut."""
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -197,16 +201,19 @@ class Task:
             texts = [row.values[self.config.response_column] for row in rows]
             responses = [[*tokens, self._eos] for tokens in self._tokens(texts)]
         examples: list[EncodedExample] = []
-        truncated_count = 0
+        truncated_count = cut_token_count = longest_token_count = 0
         for row, label, tokens, response in zip(rows, labels, prompts, responses, strict=True):
             prompt = [*self._special_tokens, *tokens]
             if not prompt:
                 raise DataError(
                     f"In {row.location} the prompt is empty; fill the row in or remove it."
                 )
-            if len(prompt) + len(response) > self.config.tokens_max:
+            token_count = len(prompt) + len(response)
+            longest_token_count = max(longest_token_count, token_count)
+            if token_count > self.config.tokens_max:
                 truncated_count += 1
                 prompt, response = self._truncated(row, len(prompt), response)
+                cut_token_count += token_count - len(prompt) - len(response)
             if max(*prompt, *response, 0) >= self._vocabulary_size:
                 raise ModelError(
                     f"The tokenizer turns {row.location} into token {max(*prompt, *response)}, but "
@@ -214,7 +221,7 @@ class Task:
                 )
             values = row.values if self.config.objective else {}
             examples.append(EncodedExample(tuple(prompt), tuple(response), label, values))
-        return Dataset(tuple(examples), truncated_count)
+        return Dataset(tuple(examples), truncated_count, cut_token_count, longest_token_count)
 
     def _prompt(self, row: Example, characters_max: int | None = None) -> str:
         return "".join(

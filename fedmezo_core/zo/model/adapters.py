@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ConfigError, ModelError
+from fedmezo_core.folders import is_git_lfs_pointer
 from fedmezo_core.zo.model.manifest import Manifest
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -111,10 +112,23 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
             else f"has no {WEIGHTS_FILE}; check the path"
         )
         raise ModelError(f"The adapter in {folder} {why}.")
+    require_fetched(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read ({error}); get the adapter again.") from None
+
+
+def require_fetched(path: Path) -> None:
+    """Raise `ModelError` for a file that is only a Git LFS pointer to the real one."""
+    try:
+        is_pointer = is_git_lfs_pointer(path)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror}).") from None
+    if is_pointer:
+        raise ModelError(
+            f"{path} is a Git LFS pointer: fetch the file, for example with git lfs pull."
+        )
 
 
 def _layer(name: str) -> str:

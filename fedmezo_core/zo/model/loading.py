@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import struct
@@ -15,6 +16,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -29,7 +32,7 @@ from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ModelError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
-from fedmezo_core.zo.model.adapters import read_adapter
+from fedmezo_core.zo.model.adapters import read_adapter, require_fetched
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of, trained_tensors
 from fedmezo_core.zo.model.offload import (
     execution_device,
@@ -46,6 +49,16 @@ _auto_model: Any = AutoModelForCausalLM
 _logging: Any = transformers_logging
 ON_CPU = Placement()
 """All weights are in the machine's memory, and the CPU computes."""
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.*.json", "tokenizer.model*", "*.model", "*.tiktoken", "*.spm",
+    "tekken.json", "vocab*",
+)  # fmt: skip
+"""Files that hold a vocabulary; a tokenizer has at least one of them."""
+_BYTE_TOKENIZERS = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}
+"""Tokenizers of bytes or characters, which have no vocabulary in a file."""
+_HUB_TIMEOUT_S = 10.0
+_NOISY = ("accelerate", "bitsandbytes", "huggingface_hub")
+"""Loggers that transformers' own verbosity leaves as they are."""
 _ADAPTER = "default"
 """Peft's own name for the only adapter of a model."""
 
@@ -93,7 +106,7 @@ def load_model(
         raise ModelError(f"There is no model folder {name_or_path}; check the path.")
     source = str(folder) if is_folder else name_or_path
     common: dict[str, Any] = {
-        "local_files_only": local_files_only or is_folder,
+        "local_files_only": is_folder or local_files_only or _only_in_cache(name_or_path),
         "trust_remote_code": False,
     }
     with quiet(), placement.loading() as place:
@@ -116,6 +129,7 @@ def load_model(
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
         except Exception as error:
             raise _model_error(name_or_path, is_folder, "tokenizer", error) from error
+        _require_vocabulary(name_or_path, tokenizer)
         placement.check(name_or_path, loaded)
         _require_complete(name_or_path, loaded, info)
         if placement.offload_folder is not None:
@@ -247,9 +261,63 @@ def _check_folder(folder: Path, shown: str) -> None:
                 "loaded; save the model as safetensors (save_pretrained does) and use that folder."
             )
         raise ModelError(f"{shown} has no weights: no .safetensors file; check the path.")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in {".safetensors", ".json", ".model", ".txt"} and path.is_file():
+            require_fetched(path)
+    if not _has_tokenizer(folder):
+        raise _no_tokenizer(shown)
 
 
-def _model_error(shown: str, is_folder: bool, what: str, error: Exception) -> ModelError:
+def _has_tokenizer(folder: Path) -> bool:
+    if any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        return True
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("tokenizer_class") in _BYTE_TOKENIZERS
+
+
+def _require_vocabulary(shown: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer that transformers has made up, for lack of files."""
+    if len(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)) < 2:
+        raise _no_tokenizer(shown)
+
+
+def _no_tokenizer(shown: str) -> ModelError:
+    return ModelError(
+        f"There is no tokenizer in {shown}; add the files of the model's own one, such as "
+        "tokenizer.json."
+    )
+
+
+def _only_in_cache(name: str) -> bool:
+    """Ask the hub once for a model; returns whether only the local cache can give it.
+
+    Without this, transformers would ask for each file several times, for a minute or more. Raises
+    `ModelError` if neither the hub nor the cache has the model.
+    """
+    is_cached = False
+    try:
+        is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_TIMEOUT_S)
+    except RepositoryNotFoundError as error:
+        if not is_cached:
+            raise _model_error(
+                name, False, "model", "it has none of this name, or none without a login"
+            ) from error
+    except HfHubHTTPError:
+        return False  # It answers. transformers tries again, or finds the weights without this.
+    except Exception as error:
+        # Every version of huggingface_hub has its own types for a network that fails.
+        if not is_cached:
+            raise _model_error(name, False, "model", error) from error
+    else:
+        return False
+    return True
+
+
+def _model_error(shown: str, is_folder: bool, what: str, error: Exception | str) -> ModelError:
     reason = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
     if len(reason) > 300:
         reason = reason[:300] + "…"
@@ -258,9 +326,15 @@ def _model_error(shown: str, is_folder: bool, what: str, error: Exception) -> Mo
             f"The {what} in {shown} cannot be loaded ({reason.rstrip('.')}); the folder must hold "
             "a causal language model and its tokenizer, as save_pretrained writes them."
         )
+    advice = (
+        "check the name and the network, or give the model's folder with --model"
+        if "/" in shown
+        # This is how a coordinator calls a base that it has loaded from a folder.
+        else "if it is a folder at the coordinator, give your copy of it with --model"
+    )
     return ModelError(
         f"The {what} {shown} cannot be loaded: it is no folder here, and the model hub did not "
-        f"give it ({reason.rstrip('.')}); check the name and the network, or name a folder."
+        f"give it ({reason.rstrip('.')}); {advice}."
     )
 
 
@@ -278,9 +352,9 @@ def _require_finite(shown: str, name: str, values: torch.Tensor) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """While open, suppress log lines, bars and warnings of transformers, peft and bitsandbytes."""
+    """While open, suppress log lines, bars and warnings of transformers and what it uses."""
     verbosity = _logging.get_verbosity()
-    loggers = [logging.getLogger(name) for name in ("accelerate", "bitsandbytes")]
+    loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

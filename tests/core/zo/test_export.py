@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,7 +108,7 @@ def test_lora_merged_and_alone(
     _move(model, adapters_only=True)
     before = base_digest(model)
     export_model(model, tokenizer, tmp_path / "merged")
-    export_adapter(model, tmp_path / "adapter")
+    export_adapter(model, tmp_path / "adapter", "the-base")
     assert base_digest(model) == before, "merging leaves the live model alone"
 
     ids = torch.arange(20)[None]
@@ -125,6 +127,33 @@ def test_lora_merged_and_alone(
     assert not torch.allclose(unchanged, expected, atol=1e-2)
     names = {path.name for path in (tmp_path / "adapter").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= names
+    for path in [*(tmp_path / "adapter").iterdir(), *(tmp_path / "merged").iterdir()]:
+        assert str(folder_of(kind)).encode() not in path.read_bytes(), path
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "the-base"
+    assert "base_model: the-base" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_others_may_read_what_the_umask_says(
+    umask: int,
+    tmp_path: Path,
+    folder_of: Callable[[str], Path],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    lora = LoraConfig(rank=2, alpha=4, target_modules=TARGETS["gpt2"])
+    model = load_model(str(folder_of("gpt2")), lora=lora).model
+    before = os.umask(umask)
+    try:
+        export_model(model, tokenizer, tmp_path / "merged")
+        export_adapter(model, tmp_path / "adapter", "the-base")
+    finally:
+        os.umask(before)
+    for name in ("merged", "adapter"):
+        assert {path.stat().st_mode & 0o777 for path in (tmp_path / name).iterdir()} == {
+            0o666 & ~umask
+        }
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o777 & ~umask
 
 
 def test_folders_that_are_in_the_way(
@@ -132,7 +161,7 @@ def test_folders_that_are_in_the_way(
 ) -> None:
     model = model_of("llama")
     with pytest.raises(ModelError, match="no LoRA adapter to export"):
-        export_adapter(model, tmp_path / "adapter")
+        export_adapter(model, tmp_path / "adapter", "the-base")
     (tmp_path / "empty").mkdir()
     export_model(model, tokenizer, tmp_path / "empty")
     for taken in ("empty", "empty/config.json"):

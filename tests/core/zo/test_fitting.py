@@ -63,14 +63,20 @@ def test_a_run_begins_from_the_command_s_adapter_and_trains_b_alone(
     folder: Path, tmp_path: Path
 ) -> None:
     settings = tmp_path / "coordinator.toml"
-    settings.write_text(
-        f'model = "{folder}"\n[run]\nrun_id = "fit"\n[run.task]\ntemplate = "{{text}} It was"\n'
+    head = f'model = "{folder}"\n[run]\nrun_id = "fit"\n[run.task]\n'
+    task = (
+        'template = "{text} It was"\n'
         '[run.task.verbalizers]\nnegative = " bad"\npositive = " good"\n'
         '[run.lora]\nrank = 4\nalpha = 4\ntarget_modules = ["c_fc"]\nfreeze_a = true\n'
     )
+    settings.write_text(head + task)
     data = write_rows(tmp_path / "rows.jsonl", count=60)
     adapter = tmp_path / "adapter"
     flags = ["--config", str(settings), "--data", str(data), "--threads", "1"]
+    refused = CliRunner().invoke(client_cli.app, ["adapter", str(adapter), *flags])
+    assert "tokens_max = 256 is more than the 64 positions of model" in str(refused.exception)
+    assert not adapter.exists()
+    settings.write_text(f"{head}tokens_max = 64\n{task}")
     taken = CliRunner().invoke(client_cli.app, ["adapter", str(adapter), *flags])
     assert taken.exit_code == 0, taken.output
     assert "rank 4 fitted to 60 rows" in taken.output

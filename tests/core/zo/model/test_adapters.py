@@ -57,7 +57,7 @@ def test_one_runs_adapter_is_the_next_ones_base(
     folder = folder_of(kind)
     first = _party(folder, kind, None, dtype)
     first.weights.apply(1, [_commit(1)])
-    export_adapter(first.loaded.model, tmp_path / "first")
+    export_adapter(first.loaded.model, tmp_path / "first", "m")
 
     second = _party(folder, kind, tmp_path / "first", dtype)
     assert second.manifest_digest == first.manifest_digest
@@ -68,7 +68,7 @@ def test_one_runs_adapter_is_the_next_ones_base(
         _party(folder, kind, None, dtype).check_same_base(second.genesis())
 
     second.weights.apply(1, [_commit(2)])
-    export_adapter(second.loaded.model, tmp_path / "second")
+    export_adapter(second.loaded.model, tmp_path / "second", "m")
     with torch.inference_mode():
         expected = second.loaded.model(torch.arange(20)[None]).logits
     assert torch.equal(_logits_in_peft(folder, tmp_path / "second", dtype), expected)
@@ -102,7 +102,7 @@ def test_an_adapter_that_peft_has_written(
 def adapter(tmp_path: Path, folder_of: Callable[[str], Path]) -> Path:
     """An adapter of a small model that a test may spoil."""
     party = _party(folder_of("llama-tied"), "llama-tied", None)
-    export_adapter(party.loaded.model, tmp_path / "adapter")
+    export_adapter(party.loaded.model, tmp_path / "adapter", "m")
     return tmp_path / "adapter"
 
 
@@ -166,6 +166,8 @@ def test_folders_that_hold_no_adapter(
     refuses(adapter, f"damaged: {name} holds a NaN")
     weights.write_bytes(b"what")
     refuses(adapter, r"adapter_model\.safetensors cannot be read")
+    weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n")
+    refuses(adapter, r"adapter_model\.safetensors is a Git LFS pointer: fetch the file")
     weights.unlink()
     refuses(adapter, r"has no adapter_model\.safetensors")
     torch.save({}, adapter / "adapter_model.bin")

@@ -19,6 +19,7 @@ from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
+from fedmezo_core.zo.model import loading
 from fedmezo_core.zo.model.loading import adapter_seed, load_model
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.weight_digest import base_digest, tokenizer_digest
@@ -213,7 +214,28 @@ def test_folders_that_are_no_model(folder: Path, tmp_path: Path) -> None:
 
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    refuses(folder, "tokenizer in .* cannot be loaded")
+        refuses(folder, f"There is no tokenizer in {re.escape(str(folder))};")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_file_that_git_lfs_has_not_fetched(name: str, folder: Path) -> None:
+    (folder / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n"
+    )
+    path = re.escape(str(folder / name))
+    with pytest.raises(ModelError, match=rf"^{path} is a Git LFS pointer: fetch the file"):
+        load_model(str(folder))
+
+
+def test_a_tokenizer_that_was_made_up(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folder_of("gpt2"), folder)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    (folder / "vocab.json").write_text('{"<|endoftext|>": 0}')
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(ModelError, match="There is no tokenizer in "):
+        load_model(str(folder))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -230,3 +252,51 @@ def test_a_name_that_cannot_be_reached() -> None:
         ModelError, match=r"some-one/no-such-model cannot be loaded: it is no folder"
     ):
         load_model("some-one/no-such-model", local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("some-one/no-such-model", "check the name and the network"),
+        ("no-such-model", "if it is a folder at the coordinator, give your copy"),
+        ("not a name", "if it is a folder at the coordinator, give your copy"),
+    ],
+)
+def test_without_a_network_the_hub_is_asked_once(
+    name: str,
+    advice: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[str] = []
+
+    def nowhere(*_: Any, **__: Any) -> str:
+        asked.append(name)
+        return "http://127.0.0.1:9/config.json"
+
+    monkeypatch.setattr(loading, "hf_hub_url", nowhere)
+    monkeypatch.setattr(loading, "_auto_model", None)  # It would ask for a minute.
+    with pytest.raises(ModelError, match=f"{advice}.* --model") as caught:
+        load_model(name)
+    assert "\n" not in str(caught.value)
+    assert len(asked) <= 1
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.messages
+
+
+def test_without_a_network_the_cache_is_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Model:
+        @staticmethod
+        def from_pretrained(source: str, **given: Any) -> None:
+            seen.update(given, source=source)
+            raise OSError("this test has no weights")
+
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: "/cache/config.json")
+    monkeypatch.setattr(loading, "hf_hub_url", lambda *_: "http://127.0.0.1:9/config.json")
+    monkeypatch.setattr(loading, "_auto_model", Model)
+    with pytest.raises(ModelError, match="this test has no weights"):
+        load_model("some-one/a-model")
+    assert (seen["source"], seen["local_files_only"]) == ("some-one/a-model", True)

@@ -84,7 +84,7 @@ def test_an_adapter_on_a_base_in_files(kind: str, folder_of: FolderOf, tmp_path:
         logits = [loaded.model(input_ids=ids).logits for loaded in (plain, moved)]
     assert torch.equal(*logits)
     for loaded, name in ((plain, "plain"), (moved, "moved")):
-        export_adapter(loaded.model, tmp_path / f"{name}-adapter")
+        export_adapter(loaded.model, tmp_path / f"{name}-adapter", "m")
     _assert_same_files(tmp_path / "plain-adapter", tmp_path / "moved-adapter")
     if kind != "mixtral":
         for loaded, name in ((plain, "plain"), (moved, "moved")):
