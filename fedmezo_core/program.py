@@ -31,14 +31,18 @@ REPEAT_AFTER_S = 1.0
 def launch(module: str) -> NoReturn:
     """Import the module of a program and end with the status of its `main`.
 
-    Ctrl-C ends the process while it imports, without a traceback.
+    Ctrl-C ends the process without a traceback while it imports, and after `main`.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     main = import_module(module).main
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    status = main()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    sys.exit(status)
 
 
 def stop_signal() -> asyncio.Event:
@@ -53,14 +57,15 @@ def stop_signal() -> asyncio.Event:
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal first_s
         now_s = time.monotonic()
-        if first_s is None and not loop.is_closed():
+        if first_s is None:
             first_s = now_s
-            loop.call_soon_threadsafe(stop.set)
-        elif first_s is None or (number != signal.SIGHUP and now_s - first_s >= REPEAT_AFTER_S):
+        elif number != signal.SIGHUP and now_s - first_s >= REPEAT_AFTER_S:
             os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            # The loop wakes whichever thread gets the signal. `handle` needs no loop that runs.
+            loop.add_signal_handler(number, stop.set)
             signal.signal(number, handle)
     return stop
 

@@ -61,7 +61,7 @@ def test_the_home_folder_is_meant_in_every_path(
     ]
     given = {"name": "w1", "data": "rows.jsonl", "heldout": "rows.jsonl"}
     given |= dict.fromkeys(paths, "~/file")
-    values = {name: given[name] for name in kind.model_fields if name in given}
+    values: dict[str, Any] = {name: given[name] for name in kind.model_fields if name in given}
     settings = kind(**values)
     assert {str(getattr(settings, name)) for name in paths} == {f"{tmp_path}/file"}
 

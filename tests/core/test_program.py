@@ -151,3 +151,16 @@ def test_a_signal_during_imports_ends_without_a_traceback(number: signal.Signals
     process.send_signal(number)
     assert process.communicate(timeout=20) == ("", "")
     assert process.returncode == -number  # 128 + number, as a shell shows it
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_that_another_thread_gets_stops_a_daemon(name: str) -> None:
+    code = DAEMON.format(stops_in_s=0).replace(
+        "    await stop.wait()",
+        "    import signal, threading\n"
+        "    kill = lambda: signal.pthread_kill(threading.get_ident(), signal.NAME)\n"
+        "    threading.Timer(0.2, kill).start()\n"
+        "    await stop.wait()",
+    )
+    code = code.replace("signal.NAME", f"signal.{name}")
+    assert started(code).communicate(timeout=10) == ("stopping\n", "")

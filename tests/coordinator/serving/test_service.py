@@ -308,10 +308,9 @@ async def test_bytes_that_are_no_request_get_a_status_and_few_lines_of_the_log(
     path = f"/fedmezo.v1.CoordinatorService/{method}"
     async with grpc.aio.insecure_channel(at.address) as channel:
         for _ in range(20):
-            if method == "ReadSnapshot":
-                answer = channel.unary_stream(path)(b"\xff\xff").read()
-            else:
-                answer = channel.unary_unary(path)(b"\xff\xff")
+            streams = method == "ReadSnapshot"
+            call: Any = channel.unary_stream(path) if streams else channel.unary_unary(path)
+            answer = call(b"\xff\xff").read() if streams else call(b"\xff\xff")
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await answer
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
