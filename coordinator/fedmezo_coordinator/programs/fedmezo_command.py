@@ -430,7 +430,8 @@ def _verified_line(journal: Journal) -> str:
         f"coordinator starts, {machine.round} rounds committed, head {journal.head.hex()}"
     )
     if signed is None:
-        return f"{line}; no signatures in it, so none were checked"
+        is_signed = origin is not None and origin.key
+        return line if is_signed else f"{line}; no signatures in it, so none were checked"
     return f"{line}; signed up to round {signed.round} by {signed.key.hex()}, signatures checked"
 
 
