@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from fedmezo_core.errors import ConfigError
 
@@ -436,25 +437,74 @@ class RunConfig(_Frozen):
 
 
 def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) -> str:
-    """One sentence for the first problem that pydantic found.
+    """One sentence for all keys that are missing, or else for the first problem of another kind.
 
-    It names the key, the given value and what is allowed. `where` is the file or program that the
-    value comes from, and `prefix` the path to the validated part.
+    It names the key, the given value and what is allowed. `where` is the file that the value comes
+    from, or empty, and `prefix` the path to the validated part.
     """
-    problem = error.errors(include_url=False)[0]
-    path: list[Any] = [*prefix, *problem["loc"]]
-    key = ".".join(str(part) for part in path)
-    message = problem["msg"].removeprefix("Value error, ")
-    more = "" if error.error_count() == 1 else f" ({error.error_count() - 1} more after this one)"
-    if problem["type"] == "missing":
-        return f"{where}: {key} is missing; set it{more}."
+    problems = error.errors(include_url=False)
+    missing = [_key_of(problem, prefix) for problem in problems if problem["type"] == "missing"]
+    rest = len(problems) - (len(missing) or 1)
+    more = f" ({rest} more after this one)" if rest else ""
+    start = f"{where}: " if where else ""
+    if missing:
+        names = " and ".join([", ".join(missing[:-1])] * (len(missing) > 1) + missing[-1:])
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
+        return f"{start}{names} {are} missing; set {them}{more}."
+    problem = problems[0]
+    key = _key_of(problem, prefix)
     if problem["type"] == "extra_forbidden":
-        return f"{where}: {key} is not a known setting; remove it or check its spelling{more}."
+        return f"{start}{key} is not a known setting; remove it or check its spelling{more}."
+    message = _allowed(problem)
     if not key:
-        return f"{where}: {message}{more}."
+        return f"{start}{message}{more}."
     given = problem.get("input")
     shown = f" = {given!r}" if isinstance(given, (str, int, float, bool)) else ""
-    return f"{where}: {key}{shown} is not allowed: {message}{more}."
+    return f"{start}{key}{shown} is not allowed: {message}{more}."
+
+
+def _key_of(problem: ErrorDetails, prefix: Sequence[str]) -> str:
+    return ".".join(str(part) for part in [*prefix, *problem["loc"]])
+
+
+_ALLOWED = {
+    "bool_parsing": "use true or false",
+    "bool_type": "use true or false",
+    "byte_size": "use a number of bytes, as in 8GiB",
+    "byte_size_unit": "use a number of bytes, as in 8GiB",
+    "dict_type": "use a table of keys and values",
+    "finite_number": "use a number that is finite",
+    "float_parsing": "use a number",
+    "float_type": "use a number",
+    "greater_than": "use more than {gt}",
+    "greater_than_equal": "use {ge} or more",
+    "int_from_float": "use a whole number",
+    "int_parsing": "use a whole number",
+    "int_parsing_size": "use a whole number of fewer digits",
+    "int_type": "use a whole number",
+    "less_than": "use less than {lt}",
+    "less_than_equal": "use {le} or less",
+    "literal_error": "use {expected}",
+    "model_type": "use a table of keys and values",
+    "path_type": "use the path of a file or folder",
+    "string_pattern_mismatch": "it must match {pattern}",
+    "string_too_long": "use at most {max_length} characters",
+    "string_too_short": "use at least {min_length} characters",
+    "string_type": "use text, in quotes",
+    "too_long": "use at most {max_length} items",
+    "too_short": "use at least {min_length} items",
+    "tuple_type": "use a list",
+    "value_error": "{error}",
+}
+"""What is allowed, for pydantic's types of errors; keys in braces are those of its contexts."""
+
+
+def _allowed(problem: ErrorDetails) -> str:
+    context = problem.get("ctx", {})
+    if context.get("min_length") == 1:
+        return "it must not be empty"
+    words = _ALLOWED.get(problem["type"])
+    return problem["msg"] if words is None else words.format(**context)
 
 
 def template_version_of(task: dict[str, Any]) -> int:

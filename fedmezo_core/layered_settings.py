@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import ipaddress
 import os
 import re
 import tomllib
+from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, ByteSize, ValidationError
+from pydantic_core import PydanticUndefinedType
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -31,11 +35,41 @@ ROW_STATES_MAX = ByteSize(256 << 20)
 """Default size of the file that keeps row states (decision 0024), in bytes."""
 
 
-def _check_address(value: str, *, port_min: int = 1) -> str:
+def check_address(value: str, *, port_min: int = 1) -> str:
+    """Return `value` if it is a host:port; otherwise the `ValueError` says how to write it."""
+    if "://" in value:
+        bare = value.partition("://")[2].partition("/")[0]
+        raise ValueError(f"write it as host:port, without a scheme or a path: {bare}")
     host, _, port = value.rpartition(":")
-    if not host or not port.isdigit() or not port_min <= int(port) < 65536:
+    if ":" in host and not host.startswith("["):
+        shown = f"[{host}]:{port}" if _is_ipv6(host) else "[::1]:7465"
+        raise ValueError(f"write it as host:port, with an IPv6 address in brackets: {shown}")
+    if not re.fullmatch("[0-9]{1,5}", port) or not port_min <= int(port) < 65536:
         raise ValueError("write it as host:port, for example 127.0.0.1:7465")
+    if not (_is_ipv6(host[1:-1]) if host[-1:] == "]" else re.fullmatch(r"[\w.-]+", host)):
+        raise ValueError("write it as host:port, where the host is a name or an IP address")
     return value
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def expanded(path: str) -> str:
+    """`path` with the home folder in place of a `~` at its start; a URL is left as it is.
+
+    Raises `ValueError` for a user whose home folder is not known.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ValueError("nobody of that name has a home folder here; write the path") from None
 
 
 def _check_key(value: str) -> str:
@@ -44,9 +78,13 @@ def _check_key(value: str) -> str:
     return value
 
 
-Address = Annotated[str, AfterValidator(_check_address)]
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(expanded(str(path))))]
+"""A file or folder; `~` at its start is the user's home folder."""
+UserPathText = Annotated[str, AfterValidator(expanded)]
+"""A file or folder, or another name such as a URL; `~` at its start is the user's home folder."""
+Address = Annotated[str, AfterValidator(check_address)]
 """host:port of a coordinator to connect to."""
-ListenAddress = Annotated[str, AfterValidator(partial(_check_address, port_min=0))]
+ListenAddress = Annotated[str, AfterValidator(partial(check_address, port_min=0))]
 """host:port to listen on; with port 0 the system chooses a free port."""
 CheckpointKey = Annotated[str, AfterValidator(_check_key)]
 """The public key that a coordinator must sign with, as 64 hex digits; empty: any."""
@@ -80,6 +118,7 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
                     cli_implicit_flags=True,
                     cli_hide_none_type=True,
                     cli_avoid_json=False,
+                    add_argument_method=partial(_add_flag, kind),
                 ),
                 EnvSettingsSource(settings_cls, env_nested_delimiter="__"),
                 InitSettingsSource(settings_cls, init_kwargs=file_values),
@@ -90,14 +129,79 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
     try:
         loaded: Settings = _Loaded()
     except ValidationError as error:
-        where = str(config_path) if config_path is not None else program
+        where = str(config_path) if config_path is not None else ""
         raise ConfigError(sentence_of(error, where)) from None
     except SettingsError as error:
+        keys = "|".join(map(re.escape, kind.model_fields))
+        named = re.search(rf"\b({keys})\b", str(error))
         raise ConfigError(
-            f"{program}: {error}; write a table as JSON, for example --run '{{\"rounds\": 5}}', "
-            f"and check the flags and {prefix}*."
+            f"{named.group() if named else 'A setting'} cannot be read: write a table as JSON, "
+            f"for example --run '{{\"rounds\": 5}}', and check the flags and {prefix}*."
         ) from None
     return loaded
+
+
+def _add_flag(
+    kind: type[BaseSettings], parser: ArgumentParser, *names: str, **options: Any
+) -> None:
+    """Add a flag to the parser, described in a person's words instead of Python's."""
+    field = kind.model_fields.get(options.get("dest", ""))
+    if field is not None:
+        default = "required" if field.is_required() else _shown(field.default)
+        words = f"{field.description or ''} ({default})" if default else field.description or ""
+        options["help"] = words.replace("%", "%%")
+        if "metavar" in options:
+            options["metavar"] = _METAVARS.get(options["metavar"], options["metavar"])
+    parser.add_argument(*names, **options)
+    if "--help" in names:
+        parser.add_argument(
+            "--version",
+            action="version",
+            version=f"{parser.prog} {installed_version()}",
+            help="show the version and exit",
+        )
+        parser.add_argument(
+            "--config",
+            metavar="FILE",
+            default=SUPPRESS,
+            help="TOML file with settings; flags and the environment come before it "
+            f"(also {kind.model_config.get('env_prefix', '')}CONFIG)",
+        )
+
+
+def installed_version() -> str:
+    """The version of FedMeZO that is installed."""
+    try:
+        return metadata.version("fedmezo")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+_METAVARS = {
+    "str": "TEXT",
+    "Path": "PATH",
+    "int": "NUMBER",
+    "float": "NUMBER",
+    "ByteSize": "SIZE",
+    "dict[str,Any]": "JSON",
+}
+"""pydantic's names of types -> those that the help shows."""
+
+
+def _shown(default: object) -> str:
+    """The default of a setting as the help shows it; empty if there is none."""
+    match default:
+        case bool():
+            return f"default: {'yes' if default else 'no'}"
+        case ByteSize() if default and default % (1 << 20) == 0:
+            return f"default: {default >> 20}MiB"
+        case ByteSize() if default:
+            return f"default: {default.human_readable(decimal=True)}"
+        case float():
+            return f"default: {default:g}"
+        case None | "" | PydanticUndefinedType():
+            return ""
+    return f"default: {default}"
 
 
 def _take_config_flag(
@@ -116,12 +220,15 @@ def _take_config_flag(
             rest.append(argument)
     if path == "":
         raise ConfigError("--config needs a file name; write --config coordinator.toml.")
-    return rest, Path(path) if path is not None else None
+    try:
+        return rest, None if path is None else Path(expanded(path))
+    except ValueError as error:
+        raise ConfigError(f"--config {path} is not allowed: {error}.") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(
             f"The configuration file {path} cannot be read ({error.strerror}); check --config."

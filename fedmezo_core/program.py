@@ -5,16 +5,90 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from importlib import import_module
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedmezo_core.errors import ConfigError, FedMezoError, ModelError
-from fedmezo_core.layered_settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from fedmezo_core.layered_settings import Settings
 
 TRACEBACK_VARIABLE = "FEDMEZO_TRACEBACK"
 """Environment variable that turns the sentence for an unexpected error into a traceback."""
+
+
+REPEAT_AFTER_S = 1.0
+"""A second signal counts from this long after the first; two at once are often one, sent twice."""
+
+
+def launch(module: str) -> NoReturn:
+    """Import the module of a program and end with the status of its `main`.
+
+    Ctrl-C ends the process without a traceback while it imports, and after `main`.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    main = import_module(module).main
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status = main()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    sys.exit(status)
+
+
+def stop_signal() -> asyncio.Event:
+    """An event of the running loop that SIGTERM, SIGHUP or Ctrl-C sets from now on.
+
+    A second SIGTERM or Ctrl-C, `REPEAT_AFTER_S` later or more, ends the process at once with status
+    128 + its number, even if the loop does not run. `nohup` keeps its meaning for SIGHUP.
+    """
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    first_s: float | None = None
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal first_s
+        now_s = time.monotonic()
+        if first_s is None:
+            first_s = now_s
+        elif number != signal.SIGHUP and now_s - first_s >= REPEAT_AFTER_S:
+            os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            # The loop wakes whichever thread gets the signal. `handle` needs no loop that runs.
+            loop.add_signal_handler(number, stop.set)
+            signal.signal(number, handle)
+    return stop
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end this block by an exception, so that it leaves nothing behind."""
+
+    def end(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    ours: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGTERM, signal.SIGHUP)
+        ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in ours:
+            if signal.getsignal(number) is end:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def run_daemon(
@@ -32,6 +106,9 @@ def run_daemon(
         level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
     )
     logging.getLogger("fedmezo").setLevel(logging.INFO)
+    # Imported here: pydantic takes a moment, in which a signal should end the program cleanly too.
+    from fedmezo_core.layered_settings import load_settings
+
     given = sys.argv[1:] if arguments is None else arguments
     return run_program(
         program, lambda: asyncio.run(run(load_settings(kind, given, program=program)))
@@ -42,10 +119,12 @@ def run_program(program: str, work: Callable[[], None]) -> int:
     """Run `work` and return the exit status of the program.
 
     0 if `work` returns, 2 for `ConfigError`, 1 for every other `FedMezoError`, 130 for Ctrl-C, 70
-    for an unexpected error. An error is printed as one sentence on standard error.
+    for an unexpected error. An error is printed as one sentence on standard error. SIGTERM and
+    SIGHUP raise `SystemExit` with 128 + the signal's number, unless `work` handles them.
     """
     try:
-        work()
+        with _ended_by_signals():
+            work()
     except FedMezoError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

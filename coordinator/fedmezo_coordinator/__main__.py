@@ -1,7 +1,24 @@
-"""`python -m fedmezo_coordinator`."""
+"""The programs of this package; `python -m fedmezo_coordinator` is `fedmezo-coordinator`."""
 
-import sys
+from typing import NoReturn
 
-from fedmezo_coordinator.programs.coordinator_command import main
+from fedmezo_core.program import launch
 
-sys.exit(main())
+
+def main() -> NoReturn:
+    """Run `fedmezo-coordinator`."""
+    launch("fedmezo_coordinator.programs.coordinator_command")
+
+
+def relay() -> NoReturn:
+    """Run `fedmezo-relay`."""
+    launch("fedmezo_coordinator.programs.relay_command")
+
+
+def fedmezo() -> NoReturn:
+    """Run `fedmezo`."""
+    launch("fedmezo_coordinator.programs.fedmezo_command")
+
+
+if __name__ == "__main__":
+    main()

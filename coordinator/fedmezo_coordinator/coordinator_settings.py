@@ -12,7 +12,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, parse_run
-from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey, ListenAddress
+from fedmezo_core.layered_settings import (
+    ROW_STATES_MAX,
+    Address,
+    CheckpointKey,
+    ListenAddress,
+    UserPath,
+    UserPathText,
+)
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 
 SESSIONS_MAX = 16_000
@@ -27,10 +34,10 @@ class ServingSettings(BaseSettings):
     """Settings of every program that serves workers."""
 
     listen: ListenAddress = Field(default="127.0.0.1:7465", description="host:port to listen on")
-    tls_cert: Path | None = Field(
+    tls_cert: UserPath | None = Field(
         default=None, description="PEM certificate chain to serve TLS with"
     )
-    tls_key: Path | None = Field(default=None, description="PEM private key of tls_cert")
+    tls_key: UserPath | None = Field(default=None, description="PEM private key of tls_cert")
     sessions_max: int = Field(
         default=SESSIONS_MAX,
         ge=1,
@@ -74,19 +81,21 @@ class CoordinatorSettings(ServingSettings):
 
     model_config = SettingsConfigDict(env_prefix="FEDMEZO_COORDINATOR_")
 
-    journal: str = Field(
+    journal: UserPathText = Field(
         default="journal.db", description="the run's journal: a file, or a postgresql:// URL"
     )
     standby: bool = Field(
         default=False,
         description="wait while another coordinator holds the journal; take over when it ends",
     )
-    model: str = Field(default="", description="Hugging Face name or folder of the base model")
-    adapter: Path | None = Field(
+    model: UserPathText = Field(
+        default="", description="Hugging Face name or folder of the base model"
+    )
+    adapter: UserPath | None = Field(
         default=None,
         description="folder of the adapter (peft's layout) that a run with lora begins from",
     )
-    heldout: Path | None = Field(
+    heldout: UserPath | None = Field(
         default=None,
         description="held-out rows (JSONL, CSV or Parquet) that the model is evaluated on",
     )
@@ -112,7 +121,7 @@ class CoordinatorSettings(ServingSettings):
         description="rounds between two files of the trained weights, written by the replica, from "
         "which late workers begin; 0: write none",
     )
-    snapshots: Path | None = Field(
+    snapshots: UserPath | None = Field(
         default=None, description="folder of the snapshots; none: next to the journal"
     )
     compact_after_records: int = Field(
@@ -128,7 +137,7 @@ class CoordinatorSettings(ServingSettings):
         allow_inf_nan=False,
         description="with resume: factor on the learning rates",
     )
-    signing_key: Path | None = Field(
+    signing_key: UserPath | None = Field(
         default=None,
         description="PEM file with the Ed25519 key that signs checkpoints, created if missing; "
         "none: the journal's name with .key added (for a database: in the working folder)",
@@ -153,7 +162,7 @@ class CoordinatorSettings(ServingSettings):
     def snapshots_folder(self) -> Path:
         """Absolute path of the folder that holds the snapshots."""
         folder = self.snapshots or path_beside(self.journal, ".snapshots")
-        return folder.expanduser().absolute()
+        return folder.absolute()
 
     def run_config(self, where: str) -> RunConfig:
         """The run's contract in these settings; raises `ConfigError`, which names what is wrong."""
@@ -177,7 +186,7 @@ class RelaySettings(ServingSettings):
     name: str = Field(
         description="name of this site, unique among the run's workers: a-z, 0-9 and -"
     )
-    journal_copy: Path = Field(
+    journal_copy: UserPath = Field(
         default=Path("journal-copy.db"),
         description="file with a copy of the run's history, for workers that have to catch up",
     )
@@ -193,7 +202,7 @@ class RelaySettings(ServingSettings):
         le=1,
         description="part of each deadline of the coordinator above that this site's workers get",
     )
-    tls_ca: Path | None = Field(
+    tls_ca: UserPath | None = Field(
         default=None,
         description="PEM file of the CA that vouches for the coordinator above; none: no TLS",
     )

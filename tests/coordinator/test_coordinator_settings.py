@@ -6,12 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic_settings import BaseSettings
 
-from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, model_label
+from fedmezo_coordinator.coordinator_settings import (
+    CoordinatorSettings,
+    RelaySettings,
+    model_label,
+)
 from fedmezo_coordinator.programs.coordinator_command import warn_if_no_loss_is_seen
 from fedmezo_coordinator.serving.hosting import FILES_RESERVED, sessions_that_fit
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import load_settings
+from fedmezo_worker.worker_settings import WorkerSettings
 from tests.integration.support.harness import config_of, run_values, toml_of
 
 
@@ -41,6 +47,23 @@ def test_an_address_that_is_none_is_named(listen: str) -> None:
 )
 def test_what_only_this_machine_can_reach(listen: str, loopback: bool) -> None:
     assert load(f"--listen={listen}").is_loopback is loopback
+
+
+@pytest.mark.parametrize("kind", [CoordinatorSettings, RelaySettings, WorkerSettings])
+def test_the_home_folder_is_meant_in_every_path(
+    kind: type[BaseSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = [
+        name
+        for name, field in kind.model_fields.items()
+        if "Path" in str(field.annotation) or name in ("journal", "model")
+    ]
+    given = {"name": "w1", "data": "rows.jsonl", "heldout": "rows.jsonl"}
+    given |= dict.fromkeys(paths, "~/file")
+    values: dict[str, Any] = {name: given[name] for name in kind.model_fields if name in given}
+    settings = kind(**values)
+    assert {str(getattr(settings, name)) for name in paths} == {f"{tmp_path}/file"}
 
 
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:

@@ -2,10 +2,65 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.program import TRACEBACK_VARIABLE, run_program
+
+DAEMON = """
+import asyncio, sys, time
+from fedmezo_core.program import run_program, stop_signal
+
+async def run():
+    stop = stop_signal()
+    print("ready", flush=True)
+    await stop.wait()
+    print("stopping", flush=True)
+    time.sleep({stops_in_s})
+
+sys.exit(run_program("daemon", lambda: asyncio.run(run())))
+"""
+COMMAND = """
+import sys, time
+from fedmezo_core.program import run_program
+
+def work():
+    try:
+        print("ready", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaned", flush=True)
+
+sys.exit(run_program("command", work))
+"""
+IMPORTING = """
+import pathlib, sys, tempfile
+folder = tempfile.mkdtemp()
+pathlib.Path(folder, "slow_to_import.py").write_text(
+    "import time; print('ready', flush=True); time.sleep(60)"
+)
+sys.path.insert(0, folder)
+from fedmezo_core.program import launch
+launch("slow_to_import")
+"""
+
+
+def started(code: str) -> subprocess.Popen[str]:
+    """A Python process that runs `code`, once it has printed that it is ready."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
 
 
 def ending(error: BaseException | None) -> int:
@@ -47,3 +102,65 @@ def test_a_developer_can_see_the_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv(TRACEBACK_VARIABLE, "1")
     with pytest.raises(ValueError, match="odd"):
         ending(ValueError("odd"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_stops_a_daemon_cleanly(number: signal.Signals) -> None:
+    process = started(DAEMON.format(stops_in_s=0))
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("stopping\n", "")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_daemon_at_once(number: signal.Signals) -> None:
+    process = started(DAEMON.format(stops_in_s=60))
+    process.send_signal(number)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stopping\n"
+    process.send_signal(number)  # The same one, sent twice.
+    time.sleep(1.1)
+    assert process.poll() is None
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 128 + number
+
+
+def test_a_second_sighup_is_no_haste() -> None:
+    process = started(DAEMON.format(stops_in_s=1.5))
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1.1)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=20)
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+def test_a_signal_ends_a_command_that_cleans_up(number: signal.Signals, status: int) -> None:
+    process = started(COMMAND)
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("cleaned\n", "")
+    assert process.returncode == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_during_imports_ends_without_a_traceback(number: signal.Signals) -> None:
+    process = started(IMPORTING)
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == -number  # 128 + number, as a shell shows it
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_that_another_thread_gets_stops_a_daemon(name: str) -> None:
+    code = DAEMON.format(stops_in_s=0).replace(
+        "    await stop.wait()",
+        "    import signal, threading\n"
+        "    kill = lambda: signal.pthread_kill(threading.get_ident(), signal.NAME)\n"
+        "    threading.Timer(0.2, kill).start()\n"
+        "    await stop.wait()",
+    )
+    code = code.replace("signal.NAME", f"signal.{name}")
+    assert started(code).communicate(timeout=10) == ("stopping\n", "")

@@ -68,7 +68,10 @@ async def test_a_run_goes_on_from_a_workers_copy_to_the_end_it_would_have_had(
     done = CliRunner().invoke(client_cli.app, ["journal", "restore", str(copy), str(restored)])
     assert done.exit_code == 0, done.output
     assert f"{len(kept)} rounds committed" in done.output
-    assert f"signed up to round {len(kept)} by {signer.public_key.hex()}" in done.output
+    assert (
+        f"signed up to round {len(kept)} by {signer.public_key.hex()}, signatures checked"
+        in done.output
+    )
     async with served(restored, signer=signer) as coordinator:
         again = workers.start(coordinator.address, "w1", data_files[0], journal_copy=copy)
         fresh = workers.start(coordinator.address, "w2", data_files[1])

@@ -1,7 +1,14 @@
-"""`python -m fedmezo_worker`."""
+"""`fedmezo-worker`, also as `python -m fedmezo_worker`."""
 
-import sys
+from typing import NoReturn
 
-from fedmezo_worker.worker_command import main
+from fedmezo_core.program import launch
 
-sys.exit(main())
+
+def main() -> NoReturn:
+    """Run `fedmezo-worker`."""
+    launch("fedmezo_worker.worker_command")
+
+
+if __name__ == "__main__":
+    main()

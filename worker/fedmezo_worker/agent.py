@@ -59,10 +59,11 @@ class Agent:
     async def join(self, client: CoordinatorClient) -> Member:
         """Learn what the run is, and load model and data for it; refuses a base that differs."""
         settings = self._settings
+        log.info("connecting to %s", settings.coordinator)
         description = await client.get_run(settings.run_id)
         self._reconnecting.reached()
         config = description.genesis.config
-        log.info("run %s: loading %s", config.run_id, settings.model or config.model)
+        log.info("run %s of model %s", config.run_id, settings.model or config.model)
         evaluations = Evaluations(
             0 if settings.heldout is None else settings.evaluate_every_rounds,
             config.rounds,

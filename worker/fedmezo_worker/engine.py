@@ -146,8 +146,10 @@ class Engine:
         # What is quick first: a wrong name or column should not cost a model's loading time.
         objective = _objective(settings, config)
         columns = config.task.data_columns
+        log.info("reading %s", settings.data)
         rows = read_examples(settings.data, columns, keep_others=objective is not None)
         heldout_rows = [] if settings.heldout is None else read_examples(settings.heldout, columns)
+        log.info("loading %s", settings.model or config.model)
         party = open_party(
             config,
             settings.model or config.model,

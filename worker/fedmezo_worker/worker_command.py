@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import signal
+import logging
 from collections.abc import Sequence
 
-from fedmezo_core.program import run_daemon, worker_packages
+from fedmezo_core.errors import DataError, ModelError
+from fedmezo_core.program import run_daemon, stop_signal, worker_packages
 from fedmezo_worker.worker_settings import WorkerSettings
+
+log = logging.getLogger("fedmezo.worker")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,16 +18,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_daemon("fedmezo-worker", WorkerSettings, run, arguments)
 
 
+def check_paths(settings: WorkerSettings) -> None:
+    """Refuse settings that name data or an adapter that is not there; it is read later."""
+    for path in (settings.data, settings.heldout):
+        if path is not None and not path.exists():
+            raise DataError(f"There is no data file or folder {path}; check the path.")
+    if settings.adapter is not None and not settings.adapter.is_dir():
+        raise ModelError(f"There is no adapter folder {settings.adapter}; check adapter.")
+
+
 async def run(settings: WorkerSettings) -> None:
     """Work until the run is finished, or until SIGTERM or Ctrl-C.
 
     Raises whatever else stopped the worker.
     """
+    check_paths(settings)
     # First: a signal during the imports below must end the worker cleanly too.
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    # Imported here: torch takes seconds, and a wrong flag should not.
+    stop = stop_signal()
+    log.info("worker %s of the coordinator at %s is starting", settings.name, settings.coordinator)
+    # Imported here: torch takes seconds, and a wrong flag or path should not.
     with worker_packages("work on a run"):
         from fedmezo_core.zo.model.allocator import keep_freed_memory
 

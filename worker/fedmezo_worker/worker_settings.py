@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmezo_core.config import NAME_PATTERN
-from fedmezo_core.layered_settings import ROW_STATES_MAX, Address, CheckpointKey
+from fedmezo_core.layered_settings import (
+    ROW_STATES_MAX,
+    Address,
+    CheckpointKey,
+    UserPath,
+    UserPathText,
+)
 
 
 class WorkerSettings(BaseSettings):
@@ -25,10 +30,10 @@ class WorkerSettings(BaseSettings):
         default="127.0.0.1:7465", description="host:port of the coordinator"
     )
     name: str = Field(description="this worker's name, unique in the run: a-z, 0-9 and -")
-    data: Path = Field(
+    data: UserPath = Field(
         description="its private rows: a JSONL, CSV or Parquet file, or a folder of them"
     )
-    heldout: Path | None = Field(
+    heldout: UserPath | None = Field(
         default=None,
         description="rows of its own to evaluate the model on, in files as for data; stays here",
     )
@@ -37,17 +42,17 @@ class WorkerSettings(BaseSettings):
         ge=1,
         description="rounds between two evaluations; base and end are always evaluated",
     )
-    evaluations: Path | None = Field(
+    evaluations: UserPath | None = Field(
         default=None, description="JSONL file that each evaluation is appended to"
     )
-    model: str = Field(
+    model: UserPathText = Field(
         default="", description="model folder or hub name, if not the name that the run gives"
     )
-    adapter: Path | None = Field(
+    adapter: UserPath | None = Field(
         default=None,
         description="folder of the adapter (peft's layout) that the run begins from, if it does",
     )
-    journal_copy: Path | None = Field(
+    journal_copy: UserPath | None = Field(
         default=None,
         description="file for this worker's own copy of the run's history; the run can be "
         "rebuilt from it, and after a restart it shows whether the coordinator's history went back",
@@ -81,7 +86,7 @@ class WorkerSettings(BaseSettings):
         default=None,
         description="the device's memory that weights may take, as in 8GiB; none: what is free",
     )
-    offload_folder: Path | None = Field(
+    offload_folder: UserPath | None = Field(
         default=None, description="folder on a disk for weights that no memory has room for"
     )
     frozen_base_bits: int | None = Field(
@@ -93,7 +98,7 @@ class WorkerSettings(BaseSettings):
         description="expected bytes per second of a download; a late worker chooses between "
         "snapshot and journal by it; 0: always the journal",
     )
-    tls_ca: Path | None = Field(
+    tls_ca: UserPath | None = Field(
         default=None, description="PEM file of the CA to trust; none: no TLS"
     )
     give_up_after_s: float = Field(

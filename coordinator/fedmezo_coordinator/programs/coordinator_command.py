@@ -12,17 +12,17 @@ from pathlib import Path
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
-from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit, stop_signal
+from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit
 from fedmezo_coordinator.serving.service import bind_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
-from fedmezo_coordinator.stores.location import journal_shown, path_beside
+from fedmezo_coordinator.stores.location import is_url, journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.signed_heads import open_signer
-from fedmezo_core.program import run_daemon
+from fedmezo_core.program import run_daemon, stop_signal
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -42,17 +42,32 @@ async def run(settings: CoordinatorSettings) -> None:
         # know before a model is loaded. A standby takes no port before it serves, because workers
         # would connect to it and wait.
         bound = None if settings.standby else bind_server(settings.listen, settings.tls, private)
+        new_files = _files_to_make(settings)
         journal = await _open(settings, stop, give_up)
         if journal is None:
             return
-        server, port = bound or bind_server(settings.listen, settings.tls, private)
-        starting = asyncio.create_task(_prepare(settings, journal))
-        if not await first_of(starting, stop):
-            return
-        daemon = starting.result()
+        try:
+            server, port = bound or bind_server(settings.listen, settings.tls, private)
+            starting = asyncio.create_task(_prepare(settings, journal))
+            if not await first_of(starting, stop):
+                return
+            daemon = starting.result()
+        finally:
+            if new_files and journal.is_empty:
+                # While the file is still locked: nobody else can have begun a run in it.
+                for path in new_files:
+                    path.unlink(missing_ok=True)
+                journal.close()
         log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
         replica = _keep_replica(settings, daemon, private)
         await host(settings, server, port, daemon, stop, alongside=replica, at_stop=give_up.set)
+
+
+def _files_to_make(settings: CoordinatorSettings) -> list[Path]:
+    """Files that opening the journal will make; empty if it is there or in a database."""
+    if is_url(settings.journal) or Path(settings.journal).exists():
+        return []
+    return [Path(settings.journal), Path(f"{settings.journal}-wal")]
 
 
 async def _open(

@@ -27,7 +27,7 @@ from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.sealed import SealedState, StoredState
-from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.layered_settings import check_address, expanded, installed_version, load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.program import run_program, worker_packages
@@ -36,7 +36,6 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 app = typer.Typer(
     name="fedmezo",
-    help="Split data, watch a federated run, check its journal, export its model.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,13 +46,34 @@ journal_app = typer.Typer(
 )
 app.add_typer(journal_app, name="journal")
 
+
+def _address(given: str) -> str:
+    try:
+        return check_address(given)
+    except ValueError as error:
+        raise ConfigError(f"coordinator = {given!r} is not allowed: {error}.") from None
+
+
+def _user_path(given: Path | None) -> Path | None:
+    try:
+        return None if given is None else Path(expanded(str(given)))
+    except ValueError as error:
+        raise ConfigError(f"{given} is not allowed: {error}.") from None
+
+
 Coordinator = Annotated[
     str,
     typer.Option(
-        "--coordinator", envvar="FEDMEZO_COORDINATOR", help="host:port of the coordinator"
+        "--coordinator",
+        envvar="FEDMEZO_COORDINATOR",
+        callback=_address,
+        help="host:port of the coordinator",
     ),
 ]
-TlsCa = Annotated[Path | None, typer.Option(help="PEM file of the CA to trust; none: no TLS")]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(callback=_user_path, help="PEM file of the CA to trust; none: no TLS"),
+]
 JournalArgument = Annotated[
     str | None,
     typer.Argument(
@@ -70,6 +90,24 @@ DEFAULT_ADDRESS = "127.0.0.1:7465"
 def main() -> int:
     """Run `fedmezo`; returns the exit status."""
     return run_program("fedmezo", lambda: app(standalone_mode=True))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fedmezo {installed_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="show the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Split data, watch a federated run, check its journal, export its model."""
 
 
 @app.command()
@@ -392,9 +430,10 @@ def _verified_line(journal: Journal) -> str:
         f"sound: {count} records{before or ','} run {machine.config.run_id}, {machine.epoch} "
         f"coordinator starts, {machine.round} rounds committed, head {journal.head.hex()}"
     )
-    if signed is not None:
-        line += f"; signed up to round {signed.round} by {signed.key.hex()}"
-    return line
+    if signed is None:
+        is_signed = origin is not None and origin.key
+        return line if is_signed else f"{line}; no signatures in it, so none were checked"
+    return f"{line}; signed up to round {signed.round} by {signed.key.hex()}, signatures checked"
 
 
 async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:

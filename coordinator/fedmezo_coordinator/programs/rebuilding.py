@@ -98,7 +98,7 @@ def take_snapshot(
     from fedmezo_core.zo.snapshot_files import install_snapshot
 
     if folder is not None:
-        install_snapshot(folder / file_name(run_id, snapshot.round), weights, snapshot)
+        install_snapshot(folder.expanduser() / file_name(run_id, snapshot.round), weights, snapshot)
         return
 
     async def work() -> None:

@@ -200,11 +200,11 @@ def split_view(written: Written, width: int) -> RenderableType:
             table.add_column(Text(name), justify="right")
         for part, count in zip(written.parts, counts, strict=True):
             numbers = [f"{count[name]:,}" for name in names]
-            table.add_row(part.name, f"{len(part.rows):,}", *numbers)
+            table.add_row(Text(part.name), f"{len(part.rows):,}", *numbers)
     else:
         table.add_column("of each class, largest first", overflow="fold")
         for part, count in zip(written.parts, counts, strict=True):
-            table.add_row(part.name, f"{len(part.rows):,}", Text(_largest(count)))
+            table.add_row(Text(part.name), f"{len(part.rows):,}", Text(_largest(count)))
     lines: list[RenderableType] = [table]
     if written.moved_count:
         lines.append(

@@ -86,7 +86,8 @@ def run_view(
     """The status as tables."""
     config = status.config
     head = Table.grid(padding=(0, 2))
-    head.add_row("run", f"[bold]{config.run_id}[/] on {config.model}")
+    # Texts, not strings: rich would read what stands in brackets in a string as its markup.
+    head.add_row("run", Text.assemble((config.run_id, "bold"), f" on {config.model}"))
     left = "" if seconds_left is None else f", about {duration_text(seconds_left)} left"
     progress = Table.grid(padding=(0, 2, 0, 0))
     progress.add_row(
@@ -136,7 +137,7 @@ def worker_table(status: wire.GetStatusResponse) -> Table:
         table.add_column(name, justify="right")
     for worker in status.workers:
         table.add_row(
-            worker.worker,
+            Text(worker.worker),
             _state(worker, is_over=status.phase == wire.PHASE_FINISHED),
             str(worker.rounds_answered),
             f"{worker.mean_loss:.4f}" if worker.HasField("mean_loss") else "-",

@@ -7,7 +7,6 @@ import contextlib
 import gc
 import logging
 import resource
-import signal
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -27,14 +26,6 @@ COLLECT_AFTER = (20_000, 10, 50)
 """Thresholds of Python's garbage collector, as for `gc.set_threshold`."""
 
 log = logging.getLogger("fedmezo.coordinator")
-
-
-def stop_signal() -> asyncio.Event:
-    """An event that SIGTERM and Ctrl-C set from now on."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    return stop
 
 
 async def host(

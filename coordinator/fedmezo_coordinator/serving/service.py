@@ -6,13 +6,16 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
 
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.hello import choose_version
@@ -34,6 +37,9 @@ HELLO_TIMEOUT_S = 20.0
 WRITES_A_TURN = 4
 """Messages that are sent in one turn of the event loop. They are few, because gRPC accepts one new
 stream after the other, and each takes three turns."""
+
+GARBAGE_LOG_PERIOD_S = 60.0
+"""Shortest time between two lines of the log about calls that cannot be read."""
 
 SERVER_OPTIONS = (
     # Otherwise a second coordinator can bind the same port and silently takes half the workers.
@@ -78,12 +84,29 @@ async def abort(context: Context, error: FedMezoError) -> NoReturn:
     )
 
 
+class _Garbage:
+    """Stands for a request whose bytes are no message of its type."""
+
+
+def _reader(kind: type[Message]) -> Callable[[bytes], Message | _Garbage]:
+    """Read requests of `kind`, without the exception that gRPC would log with a traceback."""
+
+    def read(serialized: bytes) -> Message | _Garbage:
+        try:
+            return kind.FromString(serialized)
+        except DecodeError:
+            return _Garbage()
+
+    return read
+
+
 def _mapped(handler: Handler) -> Handler:
     """Turn a `FedMezoError` of a unary handler into a gRPC status."""
 
     @functools.wraps(handler)
     async def wrapper(self: Any, request: Any, context: Any) -> Any:
         try:
+            self.check_readable(request)
             return await handler(self, request, context)
         except FedMezoError as error:
             await abort(context, error)
@@ -98,6 +121,20 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self._daemon = daemon
         self._poll_sessions = PollSessions(daemon)
         self._pacing = WritePacing(WRITES_A_TURN)
+        self._garbage_count = 0
+        self._garbage_said_s = -math.inf
+
+    def check_readable(self, request: Any) -> None:
+        """Refuse a call whose bytes are no request; the log says so once in a while only."""
+        if not isinstance(request, _Garbage):
+            return
+        self._garbage_count += 1
+        if time.monotonic() - self._garbage_said_s >= GARBAGE_LOG_PERIOD_S:
+            self._garbage_said_s = time.monotonic()
+            log.warning("%d calls so far with bytes that are no request", self._garbage_count)
+        raise ProtocolError(
+            "The bytes of this call are no request of its kind; use the same FedMeZO version."
+        )
 
     @_mapped
     async def GetRun(  # noqa: N802 - the name in the .proto file
@@ -141,6 +178,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     ) -> AsyncIterator[wire.ReadSnapshotResponse]:
         """Send a snapshot's file, with one chunk in memory; a slow reader delays only itself."""
         try:
+            self.check_readable(request)
             async with contextlib.aclosing(self._daemon.read_snapshot(request)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -241,16 +279,28 @@ def bind_server(
 async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
     """Let a bound server answer calls with `daemon`."""
     servicer = CoordinatorServicer(daemon)
-    # This replaces the generated handler and has no serializers: a message to thousands of workers
-    # is serialised once, and its bytes are counted without serialising it again.
+    service = wire.DESCRIPTOR.services_by_name["CoordinatorService"]
+    # Not the generated handlers. Session has no serializers: a message to thousands of workers is
+    # serialised once, and its bytes are counted without serialising it again.
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Session": grpc.stream_stream_rpc_method_handler(servicer.session)
     }
-    name = wire.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
-    # gRPC takes the first of the generic handlers and the last of the registered ones.
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
-    rpc.add_CoordinatorServiceServicer_to_server(servicer, server)
-    server.add_registered_method_handlers(name, handlers)
+    for method in service.methods:
+        if method.name not in handlers:
+            handler = (
+                grpc.unary_stream_rpc_method_handler
+                if method.server_streaming
+                else grpc.unary_unary_rpc_method_handler
+            )
+            handlers[method.name] = handler(
+                getattr(servicer, method.name),
+                request_deserializer=_reader(GetMessageClass(method.input_type)),
+                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+            )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service.full_name, handlers),)
+    )
+    server.add_registered_method_handlers(service.full_name, handlers)
     await server.start()
 
 

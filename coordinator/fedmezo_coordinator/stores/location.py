@@ -62,7 +62,7 @@ def path_beside(journal: str, ending: str) -> Path:
     The path is the journal file's, or for a database the journal's name in the working folder, plus
     `ending`.
     """
-    return Path((parse_url(journal).name if is_url(journal) else journal) + ending)
+    return Path((parse_url(journal).name if is_url(journal) else journal) + ending).expanduser()
 
 
 def parse_url(url: str) -> DatabaseLocation:

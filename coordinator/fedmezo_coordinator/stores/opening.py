@@ -31,7 +31,7 @@ def open_store(
                 f"standby needs a journal that two machines can reach, not the file {journal}; "
                 "set journal to a postgresql:// URL, or leave standby out."
             )
-        return SqliteStore(Path(journal), create=not read_only)
+        return SqliteStore(Path(journal).expanduser(), create=not read_only)
     location = parse_url(journal)
     try:
         from fedmezo_coordinator.stores.postgres import PostgresStore

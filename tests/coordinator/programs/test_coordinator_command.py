@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 
 from fedmezo_coordinator.programs import coordinator_command as cli
 from fedmezo_coordinator.programs import fedmezo_command as client_cli
-from fedmezo_core.errors import FedMezoError
+from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.journal.journal import Row
+from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import SignedHead
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
@@ -19,6 +20,7 @@ from tests.integration.support.harness import (
     config_of,
     genesis_of,
     records_of,
+    run_values,
     scripted_workers,
     served,
     until,
@@ -37,6 +39,11 @@ async def journal(tmp_path: Path) -> Path:
     return path
 
 
+def names_in(folder: Path, pattern: str) -> list[str]:
+    """The names of the files of a folder that match."""
+    return sorted(path.name for path in folder.glob(pattern))
+
+
 def fedmezo(*arguments: str) -> str:
     """Run the client's command in this process; what it printed."""
     result = CliRunner().invoke(client_cli.app, list(arguments), catch_exceptions=False)
@@ -51,6 +58,27 @@ def test_inspect_prints_one_line_a_record(journal: Path) -> None:
     assert "run tiny-run on tiny" in lines[0]
     tail = fedmezo("journal", "inspect", str(journal), "--from-seqno", "6").splitlines()
     assert tail == lines[6:]
+
+
+def test_a_journal_in_the_home_folder(journal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(journal.parent))
+    assert fedmezo("journal", "inspect", f"~/{journal.name}") == fedmezo(
+        "journal", "inspect", str(journal)
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--coordinator", "http://host:7465"], "without a scheme or a path: host:7465"),
+        (["--coordinator", "::1:7465"], r"in brackets: \[::1\]:7465"),
+        (["--tls-ca", "~nobody-here/ca.pem"], "nobody of that name"),
+    ],
+)
+@pytest.mark.parametrize("command", ["status", "watch", "journal inspect", "journal verify"])
+def test_a_wrong_address_is_refused_at_once(command: str, flags: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        CliRunner().invoke(client_cli.app, [*command.split(), *flags], catch_exceptions=False)
 
 
 def test_inspect_prints_json_for_programs(journal: Path) -> None:
@@ -68,6 +96,7 @@ def test_inspect_prints_json_for_programs(journal: Path) -> None:
 def test_verify_prints_the_head(journal: Path) -> None:
     said = fedmezo("journal", "verify", str(journal))
     assert "sound: 8 records, run tiny-run, 1 coordinator starts, 2 rounds committed" in said
+    assert said.endswith("; no signatures in it, so none were checked\n")
 
 
 def test_looking_leaves_the_journal_as_it_is(journal: Path) -> None:
@@ -182,3 +211,36 @@ def test_a_bad_setting_ends_the_coordinator_with_status_2(
 ) -> None:
     assert cli.main(["--evaluate-every-rounds", "0"]) == 2
     assert capsys.readouterr().err.startswith("fedmezo-coordinator: ")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--run", '{"run_id": "r"}'], "task is missing"),
+        (["--run", json.dumps(run_values())], "--model"),
+        (["--run", '{"rounds": 0}'], "the [run] settings"),
+    ],
+)
+async def test_a_start_that_fails_leaves_no_journal(
+    tmp_path: Path, flags: list[str], said: str
+) -> None:
+    journal = tmp_path / "journal.db"
+    programs = Programs(tmp_path)
+    try:
+        for existed in (False, True):
+            if existed:
+                SqliteStore(journal).close()
+            program = programs.start(
+                *("fedmezo_coordinator", "--listen", "127.0.0.1:0", "--journal", journal), *flags
+            )
+            assert await program.wait() == 2
+            assert said in program.said
+            # A journal that was there before stays.
+            assert names_in(tmp_path, "journal*") == ["journal.db"] * existed
+    finally:
+        programs.end()
+
+
+def test_the_version() -> None:
+    assert fedmezo("--version").startswith("fedmezo ")
+    assert "--version" in fedmezo("--help")

@@ -115,3 +115,25 @@ def test_a_worker_that_left_a_finished_run_is_done() -> None:
     text = text_of(status(phase=wire.PHASE_FINISHED, round=100, workers=gone))
     assert "done" in text
     assert "away" not in text
+
+
+def test_what_stands_in_brackets_is_shown() -> None:
+    config = config_to_pb(config_of())
+    config.run_id, config.model = "run[red]", "org/model[bold]:smile:"
+    said = text_of(
+        status(
+            config=config,
+            phase=wire.PHASE_PAUSED,
+            reason="loss [nan] [/] of round 3",
+            workers=[wire.WorkerStatus(worker="w[1]", complaint="no [text] in it [/red]")],
+            digests=[digest("w[1]", 1, b"a")],
+        )
+    )
+    for shown in (
+        "run[red] on org/model[bold]:smile:",
+        "loss [nan] [/] of round 3",
+        "w[1]: no [text] in it [/red]",
+        "round 1: w[1] holds",
+    ):
+        assert shown in said
+    assert said.count("w[1]") == 3

@@ -297,6 +297,30 @@ async def test_a_session_that_does_not_begin_with_a_sound_hello_ends_with_a_stat
     assert caught.value.details()
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["GetRun", "PollSession", "ReadJournal", "GetStatus", "ReportReplica", "ReadSnapshot"],
+)
+async def test_bytes_that_are_no_request_get_a_status_and_few_lines_of_the_log(
+    at: Served, two: list[ScriptedWorker], method: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.clear()
+    path = f"/fedmezo.v1.CoordinatorService/{method}"
+    async with grpc.aio.insecure_channel(at.address) as channel:
+        for _ in range(20):
+            streams = method == "ReadSnapshot"
+            call: Any = channel.unary_stream(path) if streams else channel.unary_unary(path)
+            answer = call(b"\xff\xff").read() if streams else call(b"\xff\xff")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await answer
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert dict(caught.value.trailing_metadata() or ())[REASON_KEY] == "ProtocolError"
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 calls so far with bytes that are no request"
+    ]
+    await work_on(two, at)
+
+
 @pytest.mark.parametrize("kind", ["hello", "nothing", "unknown"])
 async def test_a_message_that_has_no_place_ends_the_session_but_not_the_run(
     at: Served, two: list[ScriptedWorker], kind: str
