@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedmezo_core.config import RunConfig
+from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError, MismatchError
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.commits import Commit
@@ -22,6 +23,8 @@ from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest, tokenizer_digest
 from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
+
+log = logging.getLogger("fedmezo.party")
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names that models' configurations have for their number of positions."""
@@ -95,6 +98,15 @@ class Party:
             )
 
 
+def warn_of_answers_in_prompts(task: TaskConfig) -> None:
+    """Log a warning if the prompts of `task` hold the answer that the model should learn."""
+    if task.holds_its_answer:
+        log.warning(
+            "the template names %s, the column with the answer: the prompt gives the answer away",
+            task.answer_column,
+        )
+
+
 def open_party(
     config: RunConfig,
     model: str,
@@ -137,6 +149,7 @@ def open_party(
         placement=placement if frozen_base_bits is None else ON_CPU,
         local_files_only=local_files_only,
     )
+    warn_of_answers_in_prompts(config.task)
     task = Task(config.task, loaded.tokenizer, _vocabulary_size(loaded))
     weights = Weights(
         loaded.model,

@@ -191,7 +191,7 @@ async def test_rows_that_were_cut_are_counted(
     changes = {"data": path, "heldout": settings.data}
     await engine.load(settings.model_copy(update=changes), tiny_genesis())
     await engine.close()
-    [said] = [one for one in caplog.records if str(path) in one.getMessage()]
+    [said] = [one for one in caplog.records if f"{path}: " in one.getMessage()]
     found = re.fullmatch(
         rf"{re.escape(str(path))}: {short_rows + 1} rows, 1 of them cut to 32 tokens, which loses "
         r"(\d+) % of all tokens; the longest row has (\d+); (.*)",

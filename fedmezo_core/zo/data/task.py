@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,8 +33,6 @@ from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelE
 from fedmezo_core.zo.data.rows import Example, label_form, shown
 from fedmezo_core.zo.model.modules import computing
 from fedmezo_core.zo.objectives import Predictions
-
-log = logging.getLogger("fedmezo.data")
 
 _IGNORED = -100
 """Target of a position that is not part of the loss (torch's convention)."""
@@ -148,12 +145,6 @@ class Task:
         Raises `ConfigError` for verbalizers that begin with the same token or that merge with the
         template's last word, `ModelError` for a tokenizer that does not fit the model or the task.
         """
-        if config.holds_its_answer:
-            log.warning(
-                "the template names %s, the column with the answer: the prompt gives the answer "
-                "away",
-                config.answer_column,
-            )
         self.config = config
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size

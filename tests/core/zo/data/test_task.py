@@ -20,6 +20,7 @@ from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Dataset, Task
+from fedmezo_core.zo.party import warn_of_answers_in_prompts
 from tests.core.zo.conftest import MODEL_KINDS, SENTENCES
 
 VERBALIZERS = {"negative": " terrible", "positive": " great"}
@@ -386,11 +387,9 @@ def test_a_template_with_any_column_and_braces(tokenizer: PreTrainedTokenizerBas
     assert tokenizer.decode(list(example.prompt)) == '{"q": "tall"}'
 
 
-def test_an_answer_in_the_prompt_is_warned_of(
-    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
-) -> None:
-    Task(_instruction(template="{question} {response}"), tokenizer, 384)
+def test_an_answer_in_the_prompt_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    warn_of_answers_in_prompts(_instruction(template="{question} {response}"))
     assert "names response, the column with the answer" in caplog.text
     caplog.clear()
-    Task(_instruction(), tokenizer, 384)
+    warn_of_answers_in_prompts(_instruction())
     assert not caplog.text
