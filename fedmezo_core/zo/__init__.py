@@ -1,1 +1,1 @@
-"""Zeroth-order numerics: the only folder that imports torch, numba, triton or transformers."""
+"""Zeroth-order numerics: the only folder of the core that imports torch, numba or transformers."""
