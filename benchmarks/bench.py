@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import chain
 
 import torch
-from rich.console import Console
 
 from benchmarks.engine import catching_up, drift, measuring, measuring_memory, replay
 from benchmarks.engine.subjects import GPT2_SMALL, GPT2_TINY, gpt2
-from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
+from benchmarks.figures import REPORTS, Figure, Group, collect, markdown, publish, read
 from benchmarks.machine import Machine
 from fedmezo_core.zo.materialize import warm_up
 from fedmezo_core.zo.model.allocator import keep_freed_memory
@@ -20,8 +19,6 @@ REPORT = REPORTS / "bench.json"
 ELEMENTS = 124_000_000
 """Parameters of GPT-2 small."""
 BFLOAT16_SHAPE = {**GPT2_TINY, "n_embd": 64}
-
-Group = Callable[[], Iterator[Figure]]
 
 
 def groups(elements: int, *, tiny: bool = False) -> dict[str, Group]:
@@ -56,17 +53,6 @@ def groups(elements: int, *, tiny: bool = False) -> dict[str, Group]:
     }
 
 
-def collect(chosen: dict[str, Group]) -> list[Figure]:
-    """All figures, with a line on standard error for each as it is ready: some take a minute."""
-    console = Console(stderr=True, width=120)
-    figures: list[Figure] = []
-    for group in chosen.values():
-        for figure in group():
-            console.print(f"[dim]{figure.name}: {figure.shown} {figure.unit}[/]", highlight=False)
-            figures.append(figure)
-    return figures
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     names = list(groups(1))
@@ -83,10 +69,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warm_up()
     available = groups(arguments.elements)
-    figures = collect({name: available[name] for name in arguments.only})
-    show(figures, f"{Machine().describe()}, torch {torch.__version__}")
-    write(figures, REPORT)
-    print(f"wrote {REPORT}")
+    figures = collect(available[name] for name in arguments.only)
+    publish(figures, REPORT, f"{Machine().describe()}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from rich.console import Console
-
-from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
+from benchmarks.figures import REPORTS, Figure, collect, markdown, publish, read
 from benchmarks.serving.measured_coordinator import HOST, Coordinator, contract, cores, serving
 from benchmarks.serving.swarm import Caller, Swarm, Worker, answer_to, hello_of
 from fedmezo_coordinator.compaction import SEAL_RECORDS
@@ -534,8 +532,7 @@ def _write_rounds(path: Path, config: RunConfig, count: int) -> int:
 
 # ---------------------------------------------------------------- the command
 
-Group = Callable[[Sizes], Iterator[Figure]]
-GROUPS: dict[str, Group] = {
+GROUPS: dict[str, Callable[[Sizes], Iterator[Figure]]] = {
     "submissions": submissions,
     "unary": unary,
     "empty-round": empty_round,
@@ -544,17 +541,6 @@ GROUPS: dict[str, Group] = {
     "reconnect": reconnect,
     "start": start,
 }
-
-
-def collect(chosen: Sequence[Group], sizes: Sizes) -> list[Figure]:
-    """All figures, with a line on standard error for each as it is ready."""
-    console = Console(stderr=True, width=120)
-    figures: list[Figure] = []
-    for group in chosen:
-        for figure in group(sizes):
-            console.print(f"[dim]{figure.name}: {figure.shown} {figure.unit}[/]", highlight=False)
-            figures.append(figure)
-    return figures
 
 
 def allow_files() -> None:
@@ -576,11 +562,9 @@ def main() -> None:
         return
     allow_files()
     sizes = SMALL if arguments.small else Sizes()
-    figures = collect([GROUPS[name] for name in arguments.only], sizes)
+    figures = collect(partial(GROUPS[name], sizes) for name in arguments.only)
     ours, theirs = cores()
-    show(figures, f"coordinator on core {sorted(ours)}, its load on {sorted(theirs)}")
-    write(figures, REPORT)
-    print(f"wrote {REPORT}")
+    publish(figures, REPORT, f"coordinator on core {sorted(ours)}, its load on {sorted(theirs)}")
 
 
 if __name__ == "__main__":

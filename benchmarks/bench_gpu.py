@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.bench import BFLOAT16_SHAPE, ELEMENTS, Group, collect
+from benchmarks.bench import BFLOAT16_SHAPE, ELEMENTS
 from benchmarks.engine import catching_up, drift, measuring, measuring_memory, replay
 from benchmarks.engine.roofline import Roofline
 from benchmarks.engine.subjects import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_TINY, gpt2, llama
-from benchmarks.figures import REPORTS, Figure, markdown, read, show, write
+from benchmarks.figures import REPORTS, Figure, Group, collect, markdown, publish, read
 from benchmarks.machine import Machine
 
 REPORT = REPORTS / "bench-gpu.json"
@@ -84,10 +84,8 @@ def main() -> int:
         )
         return 1
     machine = Machine(torch.device("cuda", 0))
-    figures = collect(groups(machine, arguments.elements))
-    show(figures, f"{machine.describe()}, torch {torch.__version__}")
-    write(figures, REPORT)
-    print(f"wrote {REPORT}")
+    figures = collect(groups(machine, arguments.elements).values())
+    publish(figures, REPORT, f"{machine.describe()}, torch {torch.__version__}")
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
@@ -42,11 +42,33 @@ class Figure:
         return f"{self.value:.{2 if abs(self.value) < 10 else 1}f}"
 
 
+Group = Callable[[], Iterator[Figure]]
+"""Measures some figures, one after another."""
+
+
+def collect(groups: Iterable[Group]) -> list[Figure]:
+    """All figures of `groups`, with a line on standard error for each as it is ready."""
+    console = Console(stderr=True, width=120)
+    figures: list[Figure] = []
+    for group in groups:
+        for figure in group():
+            console.print(f"[dim]{figure.name}: {figure.shown} {figure.unit}[/]", highlight=False)
+            figures.append(figure)
+    return figures
+
+
 def write(figures: Sequence[Figure], path: Path) -> None:
     """The report: a list of {name, value, unit, goal}."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps([asdict(figure) for figure in figures], indent=1, ensure_ascii=False)
     path.write_text(text + "\n")
+
+
+def publish(figures: Sequence[Figure], path: Path, title: str) -> None:
+    """Print the table and write the report, which `--markdown` reads."""
+    show(figures, title)
+    write(figures, path)
+    print(f"wrote {path}")
 
 
 def read(path: Path) -> list[Figure]:

@@ -55,7 +55,7 @@ def test_each_group_of_the_bench_runs(
     # A process each takes seconds to start; the test below starts one.
     monkeypatch.setattr(memory, "peak_mb", peak_here)
     chosen = {group: bench.groups(ELEMENTS, tiny=True)[group]}
-    _check(bench.collect(chosen), tmp_path / "reports" / "bench.json")
+    _check(figures.collect(chosen.values()), tmp_path / "reports" / "bench.json")
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
@@ -63,7 +63,10 @@ def test_peak_memory_is_that_of_a_process_of_its_own() -> None:
 
 
 def test_the_gpu_bench_runs_on_any_device(tmp_path: Path) -> None:
-    _check(bench.collect(bench_gpu.groups(Machine(), ELEMENTS, tiny=True)), tmp_path / "gpu.json")
+    _check(
+        figures.collect(bench_gpu.groups(Machine(), ELEMENTS, tiny=True).values()),
+        tmp_path / "gpu.json",
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
