@@ -7,7 +7,7 @@ body says is for its users to decode. A `JournalStore` holds the rows durably an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
@@ -38,6 +38,11 @@ class Row(NamedTuple):
         """First byte of the body, which says what kind of record it is; empty for an empty body."""
         return self.body[:1]
 
+    @property
+    def size(self) -> int:
+        """Bytes of its body and its chain."""
+        return len(self.body) + len(self.chain)
+
 
 class Entry(NamedTuple):
     """A row, with the head after it."""
@@ -61,8 +66,18 @@ class JournalStore(Protocol):
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
         """At most `rows_max` rows from `from_seqno` on, in order; dropped ones are passed over."""
 
+    def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
+        """The rows of the first of these ascending seqnos: at least one, all within `bytes_max`.
+
+        Reads no other bodies. Rows that were dropped, or are not there yet, are passed over. A
+        second thread may call this; what the first one does meanwhile never waits for it.
+        """
+
     def origin(self) -> StoredState | None:
-        """What the dropped rows come to; None if no row was dropped."""
+        """What the dropped rows come to; None if no row was dropped.
+
+        A second thread may call this, as `read_beside`.
+        """
 
     def drop_before(self, origin: StoredState) -> None:
         """Replace the origin and drop all rows before the new one: all of that or nothing.
@@ -106,6 +121,18 @@ class MemoryStore:
         first = max(from_seqno - self._begins, 0)
         return tuple(self._rows[first : first + rows_max])
 
+    def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
+        """The rows of the first of these seqnos."""
+        length = len(self)
+        rows = [
+            row
+            for seqno in seqnos
+            if seqno < length
+            for row in self.read(seqno, 1)
+            if row.seqno == seqno
+        ]
+        return rows[: count_within([row.size for row in rows], bytes_max)]
+
     def origin(self) -> StoredState | None:
         """What the dropped rows come to."""
         return self._origin
@@ -136,6 +163,20 @@ def check_seqnos(rows: Sequence[Row], length: int) -> None:
     for seqno, row in enumerate(rows, start=length):
         if row.seqno != seqno:
             raise JournalCorruptError(f"row {row.seqno} was appended where row {seqno} must stand")
+
+
+def count_within(sizes: Iterable[int], bytes_max: int) -> int:
+    """How many of these rows come to at most `bytes_max` together; at least one, if there are any.
+
+    Looks at no size behind the first one that is too much.
+    """
+    total = count = 0
+    for size in sizes:
+        total += size
+        if total > bytes_max and count:
+            break
+        count += 1
+    return count
 
 
 def check_origin(origin: StoredState, begins: int, length: int) -> None:
@@ -184,7 +225,10 @@ class Journal:
 
     @property
     def stored_origin(self) -> StoredState | None:
-        """What the dropped records come to, as it is stored; the reader verifies it."""
+        """What the dropped records come to, as it is stored; the reader verifies it.
+
+        A second thread may ask for it, as for `read_beside`.
+        """
         return self._store.origin()
 
     def origin(self) -> SealedState | None:
@@ -287,6 +331,13 @@ class Journal:
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
         """At most `rows_max` rows from `from_seqno` on, as stored; the reader verifies them."""
         return self._store.read(from_seqno, rows_max)
+
+    def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
+        """The rows of the first of these ascending seqnos: at least one, all within `bytes_max`.
+
+        A second thread may call this, while the first appends; see `JournalStore.read_beside`.
+        """
+        return self._store.read_beside(seqnos, bytes_max)
 
     def close(self) -> None:
         """Close the store."""
