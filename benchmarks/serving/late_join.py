@@ -90,8 +90,8 @@ def counted(coordinator: Served) -> Iterator[Traffic]:
     traffic, daemon = Traffic(), coordinator.daemon
     read_journal, read_snapshot = daemon.read_journal, daemon.read_snapshot
 
-    async def journal(request: Any) -> Any:
-        answer = await read_journal(request)
+    async def journal(request: Any, enter: Any) -> Any:
+        answer = await read_journal(request, enter)
         traffic.journal += answer.ByteSize()
         return answer
 

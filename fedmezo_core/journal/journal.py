@@ -21,6 +21,10 @@ MOVES_HEAD = frozenset({GENESIS, COMMITTED})
 """Kinds of records that the model is made of: the head changes with them."""
 
 
+READ_BYTES_MAX = 8 * 1024 * 1024
+"""Bytes of bodies with which a read of many rows is full."""
+
+
 class Row(NamedTuple):
     """What a store keeps of one record."""
 
@@ -64,7 +68,10 @@ class JournalStore(Protocol):
         """
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
-        """At most `rows_max` rows from `from_seqno` on, in order; dropped ones are passed over."""
+        """At most `rows_max` rows from `from_seqno` on, in order; dropped ones are passed over.
+
+        The row with which they reach `READ_BYTES_MAX` is the last one.
+        """
 
     def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
         """The rows of the first of these ascending seqnos: at least one, all within `bytes_max`.
@@ -119,7 +126,7 @@ class MemoryStore:
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
         """At most `rows_max` rows from `from_seqno` on."""
         first = max(from_seqno - self._begins, 0)
-        return tuple(self._rows[first : first + rows_max])
+        return tuple(until_full(self._rows[first : first + rows_max]))
 
     def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
         """The rows of the first of these seqnos."""
@@ -163,6 +170,16 @@ def check_seqnos(rows: Sequence[Row], length: int) -> None:
     for seqno, row in enumerate(rows, start=length):
         if row.seqno != seqno:
             raise JournalCorruptError(f"row {row.seqno} was appended where row {seqno} must stand")
+
+
+def until_full(rows: Iterable[Row]) -> Iterator[Row]:
+    """The first rows, up to the one with which they reach `READ_BYTES_MAX`."""
+    size = 0
+    for row in rows:
+        yield row
+        size += len(row.body)
+        if size >= READ_BYTES_MAX:
+            return
 
 
 def count_within(sizes: Iterable[int], bytes_max: int) -> int:
@@ -329,7 +346,10 @@ class Journal:
         return entries
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
-        """At most `rows_max` rows from `from_seqno` on, as stored; the reader verifies them."""
+        """At most `rows_max` rows from `from_seqno` on, as stored; the reader verifies them.
+
+        The row with which they reach `READ_BYTES_MAX` is the last one.
+        """
         return self._store.read(from_seqno, rows_max)
 
     def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:

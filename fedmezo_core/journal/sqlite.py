@@ -34,7 +34,13 @@ from fedmezo_core.errors import (
     JournalLockedError,
 )
 from fedmezo_core.folders import sync
-from fedmezo_core.journal.journal import Row, check_origin, check_seqnos, count_within
+from fedmezo_core.journal.journal import (
+    Row,
+    check_origin,
+    check_seqnos,
+    count_within,
+    until_full,
+)
 from fedmezo_core.journal.sealed import StoredState
 
 APPLICATION_ID = 0x464D5A4F  # "FMZO"
@@ -172,7 +178,9 @@ class SqliteStore:
                 "SELECT seqno, body, chain FROM journal WHERE seqno >= ? ORDER BY seqno LIMIT ?",
                 (from_seqno, rows_max),
             )
-            return tuple(map(Row._make, found))
+            rows = tuple(until_full(map(Row._make, found)))
+            found.close()  # One that is not at its end would keep the log from being folded.
+            return rows
 
     def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
         """The rows of the first of these seqnos; another thread may append meanwhile."""

@@ -19,6 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.hello import choose_version
+from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
 from fedmezo_coordinator.serving.session_limit import SessionPermit
@@ -84,6 +85,11 @@ async def abort(context: Context, error: FedMezoError) -> NoReturn:
     )
 
 
+def _serialized(response: Message | bytes) -> bytes:
+    """The bytes of a response, which a handler may have made itself."""
+    return response if isinstance(response, bytes) else response.SerializeToString()
+
+
 class _Garbage:
     """Stands for a request whose bytes are no message of its type."""
 
@@ -120,6 +126,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
         self._poll_sessions = PollSessions(daemon)
+        self._places = PagePlaces()
         self._pacing = WritePacing(WRITES_A_TURN)
         self._garbage_count = 0
         self._garbage_said_s = -math.inf
@@ -149,20 +156,26 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self, request: wire.PollSessionRequest, context: Context
     ) -> wire.PollSessionResponse:
         """Serve one call of a session without a stream."""
-        return await self._poll_sessions.poll(request)
+        return await self._poll_sessions.poll(request, lambda: self._enter(context))
 
     @_mapped
-    async def ReadJournal(  # noqa: N802
-        self, request: wire.ReadJournalRequest, context: Context
-    ) -> wire.ReadJournalResponse:
-        """Read a page of the journal."""
-        return await self._daemon.read_journal(request)
+    async def read_journal(self, request: wire.ReadJournalRequest, context: Context) -> bytes:
+        """Read a page of the journal; returns the serialized response.
+
+        gRPC would keep the message beside its bytes for as long as nobody reads them.
+        """
+        page = await self._daemon.read_journal(request, lambda: self._enter(context))
+        return page.SerializeToString()
+
+    ReadJournal = read_journal  # type: ignore[assignment]
 
     @_mapped
     async def GetStatus(  # noqa: N802
         self, request: wire.GetStatusRequest, context: Context
     ) -> wire.GetStatusResponse:
         """Report the status of the run."""
+        if self._daemon.status_is_large:
+            await self._enter(context)
         return self._daemon.status(request.run_id)
 
     @_mapped
@@ -172,6 +185,12 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Take a digest, evaluation or snapshot that the replica reports."""
         await self._daemon.report_replica(request)
         return wire.ReportReplicaResponse()
+
+    async def _enter(self, context: Context) -> None:
+        """Take the place of a large response until gRPC is done with it."""
+        connection = context.peer()
+        await self._places.take(connection, context.time_remaining())
+        context.add_done_callback(lambda _: self._places.leave(connection))  # type: ignore[arg-type]
 
     async def ReadSnapshot(  # noqa: N802
         self, request: wire.ReadSnapshotRequest, context: Context
@@ -295,7 +314,7 @@ async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
             handlers[method.name] = handler(
                 getattr(servicer, method.name),
                 request_deserializer=_reader(GetMessageClass(method.input_type)),
-                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+                response_serializer=_serialized,
             )
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service.full_name, handlers),)

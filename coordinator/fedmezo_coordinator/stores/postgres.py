@@ -46,7 +46,13 @@ from fedmezo_core.errors import (
     JournalFullError,
     JournalLockedError,
 )
-from fedmezo_core.journal.journal import Row, check_origin, check_seqnos, count_within
+from fedmezo_core.journal.journal import (
+    READ_BYTES_MAX,
+    Row,
+    check_origin,
+    check_seqnos,
+    count_within,
+)
 from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.wire.backoff import delay_s
 
@@ -141,7 +147,14 @@ ON CONFLICT (seqno) DO UPDATE SET sealed = excluded.sealed, digest = excluded.di
 """
 _ORIGIN = "SELECT seqno, sealed, digest FROM {schema}.origin"
 _SEALS = "SELECT seqno, sealed, digest FROM {schema}.seal ORDER BY seqno"
-_READ = "SELECT seqno, body, chain FROM {schema}.journal WHERE seqno >= $1 ORDER BY seqno LIMIT $2"
+_READ = """
+WITH first AS (
+  SELECT seqno, body, chain FROM {schema}.journal WHERE seqno >= $1 ORDER BY seqno LIMIT $2
+), summed AS (
+  SELECT *, sum(octet_length(body)) OVER (ORDER BY seqno) - octet_length(body) AS before FROM first
+)
+SELECT seqno, body, chain FROM summed WHERE before < $3 ORDER BY seqno
+"""
 _SIZES = """
 SELECT seqno, octet_length(body) + octet_length(chain) FROM {schema}.journal
 WHERE seqno = ANY($1::bigint[]) ORDER BY seqno
@@ -239,7 +252,7 @@ class PostgresStore:
         """At most `rows_max` rows from `from_seqno` on."""
 
         async def work(db: Connection) -> Sequence[Row]:
-            found = await db.fetch(self._sql(_READ), from_seqno, rows_max)
+            found = await db.fetch(self._sql(_READ), from_seqno, rows_max, READ_BYTES_MAX)
             return tuple(map(Row._make, found))
 
         return self._run(self._persist(work))

@@ -12,12 +12,12 @@ import pytest
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.serving import loop as serving
 from fedmezo_coordinator.serving import worker_session
-from fedmezo_coordinator.serving.journal_pages import PAGE_RECORDS_MAX, WAIT_MS_MAX, _within
+from fedmezo_coordinator.serving.journal_pages import PAGE_RECORDS_MAX, WAIT_MS_MAX
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.serving.worker_session import OUTBOX_BYTES_MAX, OUTBOX_MAX, WorkerSession
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import FedMezoError, NotReadyError, ProtocolError
-from fedmezo_core.journal.journal import Journal, Row, head_after
+from fedmezo_core.journal.journal import Journal, head_after
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY
@@ -162,12 +162,6 @@ async def test_a_reader_waits_so_long_at_most(tmp_path: Path, wait_ms: int, refu
                 await client.read_journal(0, wait_ms=wait_ms)
         else:
             assert (await client.read_journal(0, wait_ms=wait_ms)).entries
-
-
-@pytest.mark.parametrize(("bytes_max", "fit"), [(299, 2), (300, 3), (301, 3), (1, 1)])
-def test_a_page_ends_where_the_next_record_would_not_fit(bytes_max: int, fit: int) -> None:
-    rows = [Row(n, bytes(68), bytes(32)) for n in range(3)]
-    assert len(_within(rows, bytes_max)) == fit
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])

@@ -10,7 +10,7 @@ import pytest
 
 from fedmezo_core.errors import JournalError
 from fedmezo_core.journal.codec import encode_records
-from fedmezo_core.journal.journal import Journal, JournalStore, Row
+from fedmezo_core.journal.journal import READ_BYTES_MAX, Journal, JournalStore, Row
 from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.records import Committed, SeedRange, Started
 
@@ -52,6 +52,17 @@ class StoreConformance(ABC):
         assert store.read(8, 4) == tuple(rows[8:])
         assert store.read(10, 4) == ()
         assert store.read(99, 4) == ()
+        store.close()
+
+    def test_a_read_of_many_rows_ends_when_it_is_full(self) -> None:
+        store = self.open()
+        rows = [row(n, READ_BYTES_MAX // 2 - 1) for n in range(5)]
+        for one in rows:
+            store.append([one])
+        assert tuple(store.read(0, 10)) == tuple(rows[:3])
+        assert tuple(store.read(1, 2)) == tuple(rows[1:3])
+        assert tuple(store.read(3, 10)) == tuple(rows[3:])
+        store.append([row(5)])
         store.close()
 
     @pytest.mark.parametrize(
