@@ -92,7 +92,7 @@ def counted(coordinator: Served) -> Iterator[Traffic]:
 
     async def journal(request: Any, enter: Any) -> Any:
         answer = await read_journal(request, enter)
-        traffic.journal += answer.ByteSize()
+        traffic.journal += len(answer)
         return answer
 
     async def snapshot(request: Any) -> Any:

@@ -175,13 +175,17 @@ class JournalPages:
         return self._messages[row.seqno]
 
     async def read(
-        self, request: wire.ReadJournalRequest, enter: Callable[[], Awaitable[None]]
-    ) -> wire.ReadJournalResponse:
-        """The page that was asked for, all of the response but `finished`.
+        self,
+        request: wire.ReadJournalRequest,
+        is_finished: Callable[[], bool],
+        enter: Callable[[], Awaitable[None]],
+    ) -> bytes:
+        """The page that was asked for, a serialized `ReadJournalResponse`.
 
-        Waits for a first record for as long as the request allows, and for the page's place, which
-        `enter` takes. Raises `ProtocolError` for a request that makes no sense and
-        `JournalCompactedError` for records that were dropped.
+        `is_finished` says whether nothing will follow the records that are shown now. Waits for a
+        first record for as long as the request allows, and for the page's place, which `enter`
+        takes. Raises `ProtocolError` for a request that makes no sense and `JournalCompactedError`
+        for records that were dropped.
         """
         _check_request(request)
         deadline_s = time.monotonic() + request.wait_ms / 1000
@@ -198,21 +202,28 @@ class JournalPages:
                 break
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), remaining_s)
-        rows: Sequence[Row] = ()
-        if seqnos:
-            if not request.from_origin:
-                await enter()
-            rows = await self._on_disk(lambda: self.journal.read_beside(seqnos, PAGE_BYTES_MAX))
-            if not rows or rows[0].seqno != seqnos[0]:
-                raise self._compacted()
-        return wire.ReadJournalResponse(
-            entries=[
-                wire.JournalEntry(seqno=row.seqno, record=row.body, chain=row.chain) for row in rows
-            ],
-            next_seqno=next_seqno if len(rows) == len(seqnos) else rows[-1].seqno + 1,
+        page = wire.ReadJournalResponse(
+            next_seqno=next_seqno,
             head_before=head_before,
             origin=b"" if origin is None else origin.sealed,
+            finished=next_seqno >= self.length and is_finished(),
         )
+        if not seqnos:
+            return page.SerializeToString()
+        if not request.from_origin:
+            await enter()
+        return await self._on_disk(lambda: self._filled(page, seqnos))
+
+    def _filled(self, page: wire.ReadJournalResponse, seqnos: Sequence[int]) -> bytes:
+        """The serialized page with these records, or as many as fit; runs in the thread."""
+        rows = self.journal.read_beside(seqnos, PAGE_BYTES_MAX)
+        if not rows or rows[0].seqno != seqnos[0]:
+            raise self._compacted()
+        for row in rows:
+            page.entries.add(seqno=row.seqno, record=row.body, chain=row.chain)
+        if len(rows) < len(seqnos):
+            page.next_seqno, page.finished = rows[-1].seqno + 1, False
+        return page.SerializeToString()
 
     def _wanted(
         self, request: wire.ReadJournalRequest, start: int

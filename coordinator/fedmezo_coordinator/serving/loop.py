@@ -568,13 +568,13 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     async def read_journal(
         self, request: wire.ReadJournalRequest, enter: Callable[[], Awaitable[None]]
-    ) -> wire.ReadJournalResponse:
-        """A page of records, as `JournalPages.read` finds it; `enter` takes its place."""
+    ) -> bytes:
+        """A page of records, as `JournalPages.read` makes it; `enter` takes its place."""
         check_run_id(request.run_id, self.genesis.config.run_id)
-        page = await self._pages.read(request, enter)
-        is_last = page.next_seqno >= self._pages.length
-        page.finished = self._durable_phase is Phase.FINISHED and is_last
-        return page
+        return await self._pages.read(request, self._is_finished, enter)
+
+    def _is_finished(self) -> bool:
+        return self._durable_phase is Phase.FINISHED
 
     @property
     def status_is_large(self) -> bool:

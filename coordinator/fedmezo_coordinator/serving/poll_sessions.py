@@ -80,7 +80,8 @@ class PollSessions:
             down = await self._collect(polling.session, request.wait_ms / 1000, enter)
             ends = request.leave
         except FedMezoError:
-            ends = polling.session.ended is not None
+            # Without the response to its hello, the caller has no token to come back with.
+            ends = polling.session.ended is not None or not request.token
             raise
         except asyncio.CancelledError:
             ends = False

@@ -164,8 +164,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
         gRPC would keep the message beside its bytes for as long as nobody reads them.
         """
-        page = await self._daemon.read_journal(request, lambda: self._enter(context))
-        return page.SerializeToString()
+        return await self._daemon.read_journal(request, lambda: self._enter(context))
 
     ReadJournal = read_journal  # type: ignore[assignment]
 
