@@ -17,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from fedmezo_coordinator.coordinator_settings import SESSIONS_MAX
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.hello import choose_version
 from fedmezo_coordinator.serving.journal_pages import PagePlaces
@@ -39,6 +40,9 @@ WRITES_A_TURN = 4
 """Messages that are sent in one turn of the event loop. They are few, because gRPC accepts one new
 stream after the other, and each takes three turns."""
 
+CONNECTIONS_BESIDE = 128
+"""Connections beside those of the most sessions: of readers, of idle clients."""
+
 GARBAGE_LOG_PERIOD_S = 60.0
 """Shortest time between two lines of the log about calls that cannot be read."""
 
@@ -47,6 +51,8 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", 16),
+    # Without any call for so long, which is longer than a polled session's lease.
+    ("grpc.max_connection_idle_ms", 300_000),
     # After a restart, thousands of handshakes of a millisecond or more share one core.
     ("grpc.server_handshake_timeout_ms", 20_000),
     # A small compressed message can unpack to a large one.
@@ -270,17 +276,23 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
 
 def bind_server(
-    listen: str, tls: tuple[Path, Path] | None, private: str | None = None
+    listen: str,
+    tls: tuple[Path, Path] | None,
+    private: str | None = None,
+    connections_max: int = SESSIONS_MAX + CONNECTIONS_BESIDE,
 ) -> tuple[Server, int]:
     """Bind a server to `listen` (host:port) and return it with its port.
 
     `tls` is a certificate file and a key file. `private` is a second address, a Unix socket for the
-    replica. Port 0 lets the system choose a port. Callers that connect wait until `start_server`.
-    Raises `ConfigError` for an address or TLS files that cannot be used.
+    replica. More than `connections_max` connections at an address are closed as soon as they come,
+    whatever they have sent. Port 0 lets the system choose a port. Callers that connect wait until
+    `start_server`. Raises `ConfigError` for an address or TLS files that cannot be used.
     """
     credentials = None if tls is None else _credentials(*tls)
     with reading_all_wakeups():
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(
+            options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_max))
+        )
     if private is not None:
         server.add_insecure_port(private)
     try:
