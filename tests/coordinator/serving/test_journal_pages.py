@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks.serving.swarm import call_frame, frame, message_frame
 from fedmezo_coordinator.serving import journal_pages, poll_sessions
+from fedmezo_coordinator.serving import loop as serving
 from fedmezo_coordinator.serving.journal_pages import (
     ENDLESS_PLACES,
     PLACES,
@@ -385,6 +386,24 @@ async def test_an_unread_page_is_dropped_at_the_calls_deadline(
             connection.close()
             assert (await waiting).entries
         assert (await _read(stub)).entries
+
+
+@pytest.mark.parametrize(("workers", "needs_a_place"), [(-1, False), (0, False), (1, True)])
+async def test_a_status_of_many_workers_needs_a_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, needs_a_place: bool
+) -> None:
+    monkeypatch.setattr(journal_pages, "PLACES", 1)
+    monkeypatch.setattr(journal_pages, "PLACE_WAIT_S", 0.2)
+    async with with_large_pages(tmp_path) as (at, _), CoordinatorClient(at.address) as client:
+        known = len((await client.get_status()).workers)
+        monkeypatch.setattr(serving, "STATUS_WORKERS", known - workers)
+        with unread_calls(at.address, 1):
+            await asyncio.sleep(0.2)
+            if needs_a_place:
+                with pytest.raises(NotReadyError, match="under way"):
+                    await client.get_status()
+            else:
+                assert await client.get_status()
 
 
 async def _read(stub: Any) -> wire.ReadJournalResponse:
