@@ -24,7 +24,8 @@ from fedmezo_coordinator.serving.journal_pages import (
 )
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
-from fedmezo_core.errors import NotReadyError
+from fedmezo_coordinator.serving.service import bind_server, start_server
+from fedmezo_core.errors import JournalCompactedError, NotReadyError
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
@@ -409,6 +410,36 @@ async def test_a_status_of_many_workers_needs_a_place(
 async def _read(stub: Any) -> wire.ReadJournalResponse:
     answer: wire.ReadJournalResponse = await stub.ReadJournal(wire.ReadJournalRequest(), timeout=10)
     return answer
+
+
+async def test_a_page_that_cannot_be_read_leaves_its_place(
+    at: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with CoordinatorClient(at.address) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(at.daemon._journal, "read_beside", lambda *_: ())
+            for _ in range(2):
+                with pytest.raises(JournalCompactedError):
+                    await asyncio.wait_for(client.read_journal(), 10)
+        assert (await client.read_journal()).entries
+
+
+async def test_the_replica_reads_whatever_others_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_pages, "PLACES", 0)
+    monkeypatch.setattr(journal_pages, "PLACE_WAIT_S", 0.1)
+    async with served(tmp_path / "journal.db", GENESIS) as at:
+        server, port = bind_server("127.0.0.1:0", None, f"unix:{tmp_path}/replica.sock")
+        await start_server(server, at.daemon)
+        try:
+            async with CoordinatorClient(f"127.0.0.1:{port}") as worker:
+                with pytest.raises(NotReadyError, match="read that, or try later"):
+                    await worker.read_journal()
+            async with CoordinatorClient(f"unix:{tmp_path}/replica.sock") as replica:
+                assert (await replica.read_journal()).entries
+        finally:
+            await server.stop(0)
 
 
 async def test_a_large_response_to_a_poll_needs_a_place(
