@@ -77,7 +77,7 @@ class JournalStore(Protocol):
         """The rows of the first of these ascending seqnos: at least one, all within `bytes_max`.
 
         Reads no other bodies. Rows that were dropped, or are not there yet, are passed over. A
-        second thread may call this; what the first one does meanwhile never waits for it.
+        second thread may call this while the first one appends, which does not wait for it.
         """
 
     def origin(self) -> StoredState | None:

@@ -1,4 +1,4 @@
-"""The embedded journal store: one SQLite file, one connection, one process.
+"""The embedded journal store: one SQLite file, one connection that writes, one process.
 
 apsw brings its own SQLite, because 3.7.0 to 3.51.2 can corrupt a WAL that two connections reset at
 once, and distributions still ship those. `locking_mode=EXCLUSIVE` keeps every other process out for
