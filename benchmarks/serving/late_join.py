@@ -90,9 +90,9 @@ def counted(coordinator: Served) -> Iterator[Traffic]:
     traffic, daemon = Traffic(), coordinator.daemon
     read_journal, read_snapshot = daemon.read_journal, daemon.read_snapshot
 
-    async def journal(request: Any) -> Any:
-        answer = await read_journal(request)
-        traffic.journal += answer.ByteSize()
+    async def journal(request: Any, enter: Any) -> Any:
+        answer = await read_journal(request, enter)
+        traffic.journal += len(answer)
         return answer
 
     async def snapshot(request: Any) -> Any:

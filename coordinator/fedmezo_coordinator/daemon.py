@@ -304,6 +304,7 @@ class Daemon(ServingLoop[Ready]):
     async def _flush(self, readies: Sequence[Ready]) -> None:
         records = [record for ready in readies for record in ready.records]
         entries = iter(await self._append(records) if records else ())
+        self._durable_phase = self._machine.phase
         for ready in readies:
             for record in ready.records:
                 entry = next(entries)

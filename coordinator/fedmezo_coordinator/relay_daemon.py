@@ -123,6 +123,7 @@ class Relay(ServingLoop[RelayReady]):
                 self._fold(entry)
         assert self._history.journal is not None
         self._pages.journal = self._history.journal
+        self._pages.announce()
         round_ = self._index.round
         self._machine = RelayMachine(
             description.genesis,
@@ -149,6 +150,7 @@ class Relay(ServingLoop[RelayReady]):
 
     async def close(self) -> None:
         """Close the copy; nothing is served afterwards."""
+        await self._pages.close()
         await self._history.close()
 
     # ------------------------------------------------------------ above
@@ -345,6 +347,7 @@ class Relay(ServingLoop[RelayReady]):
 
     async def _flush(self, readies: Sequence[RelayReady]) -> None:
         sent = await self._keep(readies)
+        self._durable_phase = self._machine.phase
         for ready in readies:
             if ready.dismissed:
                 for session in self._sessions.values():

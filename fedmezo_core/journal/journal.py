@@ -7,7 +7,7 @@ body says is for its users to decode. A `JournalStore` holds the rows durably an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
@@ -19,6 +19,10 @@ GENESIS, ANSWERED, COMMITTED, SNAPSHOTTED = b"\x0a", b"\x22", b"\x2a", b"\x5a"
 """Kinds of records: the first byte of a body, which is the tag of its field in `Record`."""
 MOVES_HEAD = frozenset({GENESIS, COMMITTED})
 """Kinds of records that the model is made of: the head changes with them."""
+
+
+READ_BYTES_MAX = 8 * 1024 * 1024
+"""Bytes of bodies with which a read of many rows is full."""
 
 
 class Row(NamedTuple):
@@ -37,6 +41,11 @@ class Row(NamedTuple):
     def kind(self) -> bytes:
         """First byte of the body, which says what kind of record it is; empty for an empty body."""
         return self.body[:1]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its body and its chain."""
+        return len(self.body) + len(self.chain)
 
 
 class Entry(NamedTuple):
@@ -59,10 +68,23 @@ class JournalStore(Protocol):
         """
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
-        """At most `rows_max` rows from `from_seqno` on, in order; dropped ones are passed over."""
+        """At most `rows_max` rows from `from_seqno` on, in order; dropped ones are passed over.
+
+        The row with which they reach `READ_BYTES_MAX` is the last one.
+        """
+
+    def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
+        """The rows of the first of these ascending seqnos: at least one, all within `bytes_max`.
+
+        Reads no other bodies. Rows that were dropped, or are not there yet, are passed over. A
+        second thread may call this while the first one appends, which does not wait for it.
+        """
 
     def origin(self) -> StoredState | None:
-        """What the dropped rows come to; None if no row was dropped."""
+        """What the dropped rows come to; None if no row was dropped.
+
+        A second thread may call this, as `read_beside`.
+        """
 
     def drop_before(self, origin: StoredState) -> None:
         """Replace the origin and drop all rows before the new one: all of that or nothing.
@@ -104,7 +126,19 @@ class MemoryStore:
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
         """At most `rows_max` rows from `from_seqno` on."""
         first = max(from_seqno - self._begins, 0)
-        return tuple(self._rows[first : first + rows_max])
+        return tuple(until_full(self._rows[first : first + rows_max]))
+
+    def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
+        """The rows of the first of these seqnos."""
+        length = len(self)
+        rows = [
+            row
+            for seqno in seqnos
+            if seqno < length
+            for row in self.read(seqno, 1)
+            if row.seqno == seqno
+        ]
+        return rows[: count_within([row.size for row in rows], bytes_max)]
 
     def origin(self) -> StoredState | None:
         """What the dropped rows come to."""
@@ -136,6 +170,30 @@ def check_seqnos(rows: Sequence[Row], length: int) -> None:
     for seqno, row in enumerate(rows, start=length):
         if row.seqno != seqno:
             raise JournalCorruptError(f"row {row.seqno} was appended where row {seqno} must stand")
+
+
+def until_full(rows: Iterable[Row]) -> Iterator[Row]:
+    """The first rows, up to the one with which they reach `READ_BYTES_MAX`."""
+    size = 0
+    for row in rows:
+        yield row
+        size += len(row.body)
+        if size >= READ_BYTES_MAX:
+            return
+
+
+def count_within(sizes: Iterable[int], bytes_max: int) -> int:
+    """How many of these rows come to at most `bytes_max` together; at least one, if there are any.
+
+    Looks at no size behind the first one that is too much.
+    """
+    total = count = 0
+    for size in sizes:
+        total += size
+        if total > bytes_max and count:
+            break
+        count += 1
+    return count
 
 
 def check_origin(origin: StoredState, begins: int, length: int) -> None:
@@ -184,7 +242,10 @@ class Journal:
 
     @property
     def stored_origin(self) -> StoredState | None:
-        """What the dropped records come to, as it is stored; the reader verifies it."""
+        """What the dropped records come to, as it is stored; the reader verifies it.
+
+        A second thread may ask for it, as for `read_beside`.
+        """
         return self._store.origin()
 
     def origin(self) -> SealedState | None:
@@ -285,8 +346,18 @@ class Journal:
         return entries
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
-        """At most `rows_max` rows from `from_seqno` on, as stored; the reader verifies them."""
+        """At most `rows_max` rows from `from_seqno` on, as stored; the reader verifies them.
+
+        The row with which they reach `READ_BYTES_MAX` is the last one.
+        """
         return self._store.read(from_seqno, rows_max)
+
+    def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
+        """The rows of the first of these ascending seqnos: at least one, all within `bytes_max`.
+
+        A second thread may call this, while the first appends; see `JournalStore.read_beside`.
+        """
+        return self._store.read_beside(seqnos, bytes_max)
 
     def close(self) -> None:
         """Close the store."""

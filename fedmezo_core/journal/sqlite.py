@@ -1,4 +1,4 @@
-"""The embedded journal store: one SQLite file, one connection, one process.
+"""The embedded journal store: one SQLite file, one connection that writes, one process.
 
 apsw brings its own SQLite, because 3.7.0 to 3.51.2 can corrupt a WAL that two connections reset at
 once, and distributions still ship those. `locking_mode=EXCLUSIVE` keeps every other process out for
@@ -7,12 +7,19 @@ NORMAL, 46 % of enumerated power-loss states had lost an acknowledged row).
 
 SQLite ignores some errors: those of a folder's sync, and those of its automatic checkpoints. So
 this module syncs the folder and makes the checkpoints.
+
+The lock keeps out a second connection of this process, too. So that a second thread can read while
+the first appends, it reads the file as it was left by the last checkpoint, and takes the rows since
+then from memory. Between two checkpoints nothing writes to the file itself (only to its log), so a
+connection that takes it for immutable reads it soundly. A checkpoint and such a read exclude each
+other; a checkpoint that finds a read under way is left to the next write.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import starmap
@@ -27,13 +34,21 @@ from fedmezo_core.errors import (
     JournalLockedError,
 )
 from fedmezo_core.folders import sync
-from fedmezo_core.journal.journal import Row, check_origin, check_seqnos
+from fedmezo_core.journal.journal import (
+    Row,
+    check_origin,
+    check_seqnos,
+    count_within,
+    until_full,
+)
 from fedmezo_core.journal.sealed import StoredState
 
 APPLICATION_ID = 0x464D5A4F  # "FMZO"
 SQLITE_VERSION_MIN = (3, 51, 3)
 CHECKPOINT_PAGES = 1000
 """Once the write-ahead log has this many pages of 4 KiB, a write also folds it into the file."""
+LATE_CHECKPOINTS = 4
+"""With so many times that length, the write waits for the read that keeps it from doing so."""
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -66,6 +81,8 @@ SCHEMA_VERSION = len(MIGRATIONS)
 class SqliteStore:
     """A `JournalStore` in one SQLite file. Use it from one thread at a time.
 
+    A second thread may call `read_beside` and `origin`.
+
     After any error while writing it refuses every further call: what reached the disk is known only
     after opening and verifying anew.
     """
@@ -83,6 +100,12 @@ class SqliteStore:
         self._broken = False
         self._checkpoint_pages = checkpoint_pages
         self._log = _LogSize()
+        # Held by a read of the second thread, and by a checkpoint.
+        self._file_is_used = threading.Lock()
+        self._beside: apsw.Connection | None = None
+        # The rows since the last checkpoint, and the seqno that the first of them has or will have.
+        self._in_log: list[Row] = []
+        self._log_begins = 0
         if not path.is_file():
             if not create:
                 raise JournalError(f"There is no journal at {path}; check the path.")
@@ -130,10 +153,12 @@ class SqliteStore:
                 "restore it from a copy."
             )
         _sync_folder(self._path)
+        self._db.wal_checkpoint()
         self._begins = self._db.execute("SELECT coalesce(max(seqno), 0) FROM origin").get
         self._length = self._db.execute(
             "SELECT coalesce(max(seqno) + 1, ?) FROM journal", (self._begins,)
         ).get
+        self._log_begins = self._length
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write all rows in one transaction; returns once they are on the disk."""
@@ -142,7 +167,9 @@ class SqliteStore:
             self._db.executemany(
                 "INSERT INTO journal (seqno, body, chain) VALUES (?, ?, ?)", list(rows)
             )
+        self._in_log.extend(rows)
         self._length += len(rows)
+        self._fold_log("appended to")
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
         """At most `rows_max` rows from `from_seqno` on."""
@@ -151,12 +178,49 @@ class SqliteStore:
                 "SELECT seqno, body, chain FROM journal WHERE seqno >= ? ORDER BY seqno LIMIT ?",
                 (from_seqno, rows_max),
             )
-            return tuple(map(Row._make, found))
+            rows = tuple(until_full(map(Row._make, found)))
+            found.close()  # One that is not at its end would keep the log from being folded.
+            return rows
+
+    def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
+        """The rows of the first of these seqnos; another thread may append meanwhile."""
+        with self._reading_beside() as file:
+            in_log, log_begins = self._in_log, self._log_begins
+            found: list[int] = []
+
+            def sizes() -> Iterator[int]:
+                for seqno in seqnos:
+                    size: int | None
+                    if seqno < log_begins:
+                        # The length of a column is known without its bytes.
+                        size = file.execute(
+                            "SELECT length(body) + length(chain) FROM journal WHERE seqno = ?",
+                            (seqno,),
+                        ).get
+                    elif seqno - log_begins < len(in_log):
+                        size = in_log[seqno - log_begins].size
+                    else:
+                        return
+                    if size is not None:
+                        found.append(seqno)
+                        yield size
+
+            count = count_within(sizes(), bytes_max)
+            return tuple(
+                in_log[seqno - log_begins]
+                if seqno >= log_begins
+                else Row(
+                    *file.execute(
+                        "SELECT seqno, body, chain FROM journal WHERE seqno = ?", (seqno,)
+                    ).get
+                )
+                for seqno in found[:count]
+            )
 
     def origin(self) -> StoredState | None:
-        """What the dropped rows come to."""
-        with self._errors_named("read"):
-            found = self._db.execute("SELECT seqno, sealed, digest FROM origin").fetchone()
+        """What the dropped rows come to; another thread may append meanwhile."""
+        with self._reading_beside() as file:
+            found = file.execute("SELECT seqno, sealed, digest FROM origin").fetchone()
             return None if found is None else StoredState(*found)
 
     def drop_before(self, origin: StoredState) -> None:
@@ -170,6 +234,8 @@ class SqliteStore:
             )
             self._db.execute("DELETE FROM journal WHERE seqno < ?", (origin.seqno,))
         self._begins, self._length = origin.seqno, max(self._length, origin.seqno)
+        # The second thread sees the new origin as soon as this returns.
+        self._fold_log("compacted", waits=True)
 
     def seals(self) -> Sequence[StoredState]:
         """The sealed states that were kept last."""
@@ -185,13 +251,49 @@ class SqliteStore:
                 "INSERT INTO seal (seqno, sealed, digest) VALUES (?, ?, ?)",
                 [(seal.seqno, seal.sealed, seal.digest) for seal in seals],
             )
+        self._fold_log("sealed")
 
     def __len__(self) -> int:
         return int(self._length)
 
     def close(self) -> None:
         """Fold the write-ahead log into the file and let go of the lock."""
-        self._db.close(True)
+        with self._file_is_used:
+            self._close_beside()
+            self._db.close(True)
+
+    def _fold_log(self, doing: str, *, waits: bool = False) -> None:
+        """Fold the log into the file, if it is long or the caller waits for that."""
+        pages = self._log.pages
+        if pages < self._checkpoint_pages and not waits:
+            return
+        waits = waits or pages >= LATE_CHECKPOINTS * self._checkpoint_pages
+        if not self._file_is_used.acquire(blocking=waits):
+            return
+        try:
+            self._close_beside()
+            with self._errors_named(doing):
+                self._db.wal_checkpoint()
+            self._in_log, self._log_begins = [], self._length
+        finally:
+            self._file_is_used.release()
+
+    @contextmanager
+    def _reading_beside(self) -> Iterator[apsw.Connection]:
+        """A connection that reads the file, which no checkpoint writes to meanwhile."""
+        with self._file_is_used, self._errors_named("read"):
+            if self._beside is None:
+                self._beside = apsw.Connection(
+                    f"{self._path.absolute().as_uri()}?immutable=1",
+                    flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI,
+                )
+            yield self._beside
+
+    def _close_beside(self) -> None:
+        """Close the second thread's connection: it may remember pages that are written now."""
+        if self._beside is not None:
+            self._beside.close(True)
+            self._beside = None
 
     @contextmanager
     def _written(self, doing: str) -> Iterator[None]:
@@ -202,8 +304,6 @@ class SqliteStore:
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
-            if self._log.pages >= self._checkpoint_pages:
-                self._db.wal_checkpoint()
 
     @contextmanager
     def _errors_named(self, doing: str) -> Iterator[None]:

@@ -14,7 +14,12 @@ from fedmezo_coordinator.coordinator_settings import (
     model_label,
 )
 from fedmezo_coordinator.programs.coordinator_command import warn_if_no_loss_is_seen
-from fedmezo_coordinator.serving.hosting import FILES_RESERVED, sessions_that_fit
+from fedmezo_coordinator.serving.hosting import (
+    FILES_RESERVED,
+    connections_that_fit,
+    sessions_that_fit,
+)
+from fedmezo_coordinator.serving.service import CONNECTIONS_BESIDE
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_worker.worker_settings import WorkerSettings
@@ -128,6 +133,37 @@ def test_no_more_sessions_are_taken_than_files_may_be_opened(
     caplog.clear()
     assert sessions_that_fit(load()) == hard - FILES_RESERVED
     assert not caplog.text  # nobody asked for a number
+
+
+@pytest.mark.parametrize(
+    ("listen", "hard", "connections", "files"),
+    [
+        ("127.0.0.1:1", 100_000, 100 + CONNECTIONS_BESIDE, 100 + FILES_RESERVED),
+        ("127.0.0.1:1", 100 + FILES_RESERVED, 100 + CONNECTIONS_BESIDE, 100 + FILES_RESERVED),
+        ("127.0.0.1:1", 99 + FILES_RESERVED, 99 + CONNECTIONS_BESIDE, 99 + FILES_RESERVED),
+        # Each of two addresses may have as many, if there are files for them.
+        ("both:1", 100_000, 100 + CONNECTIONS_BESIDE, 200 + CONNECTIONS_BESIDE + FILES_RESERVED),
+        ("both:1", 101 + FILES_RESERVED, 114, 101 + FILES_RESERVED),
+        (
+            "127.0.0.1:1",
+            FILES_RESERVED - CONNECTIONS_BESIDE,
+            1,
+            FILES_RESERVED - CONNECTIONS_BESIDE,
+        ),
+    ],
+)
+def test_no_more_connections_are_open_than_files_may_be(
+    listen: str, hard: int, connections: int, files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = [64]
+    monkeypatch.setattr("resource.getrlimit", lambda _: (limits[-1], hard))
+    monkeypatch.setattr("resource.setrlimit", lambda _, new: limits.append(new[0]))
+    addresses = ["127.0.0.1", "::1"] if listen.startswith("both") else ["127.0.0.1"]
+    monkeypatch.setattr(
+        "socket.getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (a, 0)) for a in addresses]
+    )
+    assert connections_that_fit(load("--sessions-max=100", f"--listen={listen}")) == connections
+    assert limits[-1] == files
 
 
 @pytest.mark.parametrize(

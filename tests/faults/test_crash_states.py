@@ -39,6 +39,8 @@ from tests.faults.disk import (
 
 STATES_MIN = 10_000
 SEED = 0
+SEED_OF_A_LOST_LOG = 5
+"""One with which reading the log from memory does harm."""
 DICE = random.Random(5)
 
 
@@ -83,12 +85,15 @@ def test_a_store_that_promises_too_much_is_caught(
 def test_reading_a_dead_process_s_log_from_memory_is_caught(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a failed sync, what is read may not be on the disk: appending after it is unsafe."""
+    """After a failed sync, what is read may not be on the disk: appending after it is unsafe.
+
+    Opening folds the log into the file, so only a power cut while it does that shows it.
+    """
     monkeypatch.setattr("fedmezo_core.journal.sqlite._forget_cache", lambda path: None)
     recorded.cache_clear()
-    tally = tried("sync-fails-killed", SEED, folder)
+    tally = tried("sync-fails-killed", SEED_OF_A_LOST_LOG, folder)
     recorded.cache_clear()
-    assert {"lost", "refused"} <= set(tally.kinds())
+    assert set(tally.kinds()) == {"refused"}
 
 
 def test_every_failed_sync_is_told_and_ends_the_store(tmp_path: Path) -> None:

@@ -12,8 +12,13 @@ from pathlib import Path
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
-from fedmezo_coordinator.serving.hosting import first_of, host, sessions_that_fit
-from fedmezo_coordinator.serving.service import bind_server
+from fedmezo_coordinator.serving.hosting import (
+    connections_that_fit,
+    first_of,
+    host,
+    sessions_that_fit,
+)
+from fedmezo_coordinator.serving.service import Server, bind_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.location import is_url, journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
@@ -41,13 +46,13 @@ async def run(settings: CoordinatorSettings) -> None:
         # The port and the journal come first: if another process has one of them, a person should
         # know before a model is loaded. A standby takes no port before it serves, because workers
         # would connect to it and wait.
-        bound = None if settings.standby else bind_server(settings.listen, settings.tls, private)
+        bound = None if settings.standby else _bind(settings, private)
         new_files = _files_to_make(settings)
         journal = await _open(settings, stop, give_up)
         if journal is None:
             return
         try:
-            server, port = bound or bind_server(settings.listen, settings.tls, private)
+            server, port = bound or _bind(settings, private)
             starting = asyncio.create_task(_prepare(settings, journal))
             if not await first_of(starting, stop):
                 return
@@ -61,6 +66,10 @@ async def run(settings: CoordinatorSettings) -> None:
         log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
         replica = _keep_replica(settings, daemon, private)
         await host(settings, server, port, daemon, stop, alongside=replica, at_stop=give_up.set)
+
+
+def _bind(settings: CoordinatorSettings, private: str) -> tuple[Server, int]:
+    return bind_server(settings.listen, settings.tls, private, connections_that_fit(settings))
 
 
 def _files_to_make(settings: CoordinatorSettings) -> list[Path]:

@@ -112,10 +112,6 @@ class CommitIndex:
         is_here = index < len(self.seqnos) and (index > 0 or self.begins == index == 0)
         return self.seqnos[index] if is_here else default
 
-    def after(self, round_: int) -> Sequence[int]:
-        """Seqnos of all commits after a round that is not before `begins`."""
-        return self.seqnos[round_ - self.begins + 1 :]
-
     def seqnos_from(self, seqno: int, count_max: int) -> Sequence[int]:
         """At most `count_max` seqnos of genesis and commits, from `seqno` on."""
         start = bisect_left(self.seqnos, seqno)

@@ -19,7 +19,8 @@ from fedmezo_core.records import Genesis
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 CATCH_UP_ROUNDS_MAX = 512
-"""Most commits that a new session sends; a worker further behind reads the journal first."""
+"""Most commits that a new session sends; a worker further behind reads the journal first. They come
+from memory: nothing waits for the disk while a worker joins."""
 
 # An error's sentence travels in a header, whose size is limited. So it quotes only a part of what a
 # caller sent.
@@ -48,13 +49,19 @@ def check_run_id(asked: str, served: str) -> None:
 
 
 def check_hello(
-    hello: wire.Hello, genesis: Genesis, round_: int, head_at_hello: bytes, begins: int = 0
+    hello: wire.Hello,
+    genesis: Genesis,
+    round_: int,
+    head_at_hello: bytes,
+    begins: int = 0,
+    catch_up_rounds: int = CATCH_UP_ROUNDS_MAX,
 ) -> None:
     """Refuse a worker that would compute other numbers than the run's, and say what differs.
 
     `round_` is the last committed round. `head_at_hello` is the head at the hello's round, and is
     not used if that round is not committed. `begins` is the round after which the journal has all
-    commits. Raises a `FedMezoError` whose class says what kind of difference it is.
+    commits, `catch_up_rounds` how many of the last ones a new session can send. Raises a
+    `FedMezoError` whose class says what kind of difference it is.
     """
     if hello.protocol_version != PROTOCOL_VERSION:
         choose_version([hello.protocol_version])
@@ -92,8 +99,8 @@ def check_hello(
             f"(head {hello.head.hex()[:16]} instead of {head_at_hello.hex()[:16]}); restart the "
             "worker, so that it rebuilds from base and journal."
         )
-    if round_ - hello.round > CATCH_UP_ROUNDS_MAX:
+    if round_ - hello.round > catch_up_rounds:
         raise NotReadyError(
             f"Worker {hello.worker} is {round_ - hello.round} rounds behind, more than "
-            f"{CATCH_UP_ROUNDS_MAX}; read the journal first, then join."
+            f"{catch_up_rounds}; read the journal first, then join."
         )

@@ -7,12 +7,13 @@ import contextlib
 import gc
 import logging
 import resource
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fedmezo_coordinator.coordinator_settings import ServingSettings
 from fedmezo_coordinator.serving.loop import ServingLoop
-from fedmezo_coordinator.serving.service import Server, start_server
+from fedmezo_coordinator.serving.service import CONNECTIONS_BESIDE, Server, start_server
 from fedmezo_core.errors import FedMezoError
 
 STOP_GRACE_S = 2.0
@@ -20,7 +21,7 @@ STOP_GRACE_S = 2.0
 CHECK_JOURNAL_EVERY_S = 5.0
 """Period in which an idle coordinator checks that no other has taken over its journal."""
 FILES_RESERVED = 256
-"""Open files that are not a worker's connection: the journal, the log, readers of the status."""
+"""Open files that are not a session's connection: other connections, the journal, snapshots."""
 
 COLLECT_AFTER = (20_000, 10, 50)
 """Thresholds of Python's garbage collector, as for `gc.set_threshold`."""
@@ -108,11 +109,7 @@ def sessions_that_fit(settings: ServingSettings) -> int:
 
     Raises the process's limit of open files as far as needed and allowed.
     """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = settings.sessions_max + FILES_RESERVED
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    most = _files_up_to(settings.sessions_max + FILES_RESERVED)
     sessions = max(1, most - FILES_RESERVED)
     if sessions < settings.sessions_max and "sessions_max" in settings.model_fields_set:
         log.warning(
@@ -123,6 +120,34 @@ def sessions_that_fit(settings: ServingSettings) -> int:
             sessions,
         )
     return sessions
+
+
+def connections_that_fit(settings: ServingSettings) -> int:
+    """The most connections that this process can keep open at each address that it listens on.
+
+    They are those of all sessions and `CONNECTIONS_BESIDE` more. So connections that never open a
+    session cannot use up the files that this process may open, whose limit is raised as needed.
+    """
+    sessions = max(1, _files_up_to(settings.sessions_max + FILES_RESERVED) - FILES_RESERVED)
+    host = settings.listen.rpartition(":")[0].strip("[]")
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        found = []  # Binding says what is wrong with it.
+    addresses = max(1, len({address for *_, address in found}))
+    others = FILES_RESERVED - CONNECTIONS_BESIDE
+    connections = sessions + CONNECTIONS_BESIDE
+    most = _files_up_to(addresses * connections + others)
+    return max(1, min(connections, (most - others) // addresses))
+
+
+def _files_up_to(wanted: int) -> int:
+    """Let the process open `wanted` files; returns that number, or the one that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return most
 
 
 async def first_of(task: asyncio.Task[Any], stop: asyncio.Event) -> bool:

@@ -1,4 +1,9 @@
-"""Reading the journal for others: pages of records, and the commits that a joining worker lacks."""
+"""Reading the journal for others: pages of records, and the commits that a joining worker lacks.
+
+Reads have a thread of their own, so that no append waits for one. A page that nobody takes off the
+connection stays in gRPC's memory until the call's deadline, and no handler can take it back. So the
+pages that are under way have places: one for each connection, and so many altogether.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +11,17 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from fedmezo_coordinator.serving.commit_index import CommitIndex
 from fedmezo_coordinator.serving.hello import CATCH_UP_ROUNDS_MAX
-from fedmezo_core.errors import JournalCompactedError, ProtocolError
+from fedmezo_core.errors import JournalCompactedError, NotReadyError, ProtocolError
 from fedmezo_core.journal.journal import Journal, Row
 from fedmezo_core.journal.sealed import StoredState
+from fedmezo_core.wire.messages import commit_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 PAGE_RECORDS_MAX = 4096
@@ -29,35 +36,117 @@ RECENT_BYTES_MAX = 8 * 1024 * 1024
 """Most bytes of the newest commits, which stay in memory for workers that come back."""
 WAIT_MS_MAX = 30_000
 """Longest time that a request may wait for news."""
+PLACES = 64
+"""Most pages that are under way at a time; each takes a little more than twice its bytes."""
+ENDLESS_PLACES = 32
+"""How many of them calls may have whose deadline is further away than `DEADLINE_MAX_S`, or that
+have none: gRPC keeps their pages for as long as the connection lasts."""
+DEADLINE_MAX_S = 120.0
+PLACE_WAIT_S = 15.0
+"""Longest wait for a place; then the caller is asked to come back."""
+PLACES_AWAITED_MAX = 1024
+"""Most calls that wait for a place."""
 
 Result = TypeVar("Result")
+
+
+class PagePlaces:
+    """Places of the pages that are under way: one for each connection, and so many altogether.
+
+    A page has its place from before it is read until gRPC has sent it, or has dropped it.
+    """
+
+    def __init__(self) -> None:
+        self._endless: dict[str, bool] = {}
+        """Connections that have a place, and whether the page in it may stay for ever."""
+        self._waiting: list[_Waiting] = []
+
+    async def take(self, connection: str, deadline_s: float | None) -> None:
+        """Wait for the connection's place; the caller gives it back with `leave`.
+
+        `deadline_s` is the time until the call ends by itself; None: it never does. Raises
+        `NotReadyError` if too many others wait, or if this takes longer than `PLACE_WAIT_S`.
+        """
+        if len(self._waiting) >= PLACES_AWAITED_MAX:
+            raise _no_place()
+        endless = deadline_s is None or deadline_s > DEADLINE_MAX_S
+        waiting = _Waiting(connection, endless, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._admit()
+        try:
+            async with asyncio.timeout(PLACE_WAIT_S):
+                await waiting.admitted
+        except BaseException as error:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+            elif not waiting.admitted.cancelled():
+                self.leave(connection)  # It was admitted at the same moment.
+            if isinstance(error, TimeoutError):
+                raise _no_place() from None
+            raise
+
+    def leave(self, connection: str) -> None:
+        """Give the connection's place to whoever waits for it."""
+        del self._endless[connection]
+        self._admit()
+
+    def _admit(self) -> None:
+        """Admit whoever there is room for, in the order in which they came."""
+        if len(self._endless) >= PLACES:
+            return
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if self._has_room(one):
+                self._endless[one.connection] = one.endless
+                one.admitted.set_result(None)
+            elif not one.admitted.done():
+                self._waiting.append(one)
+
+    def _has_room(self, one: _Waiting) -> bool:
+        if one.admitted.done() or one.connection in self._endless or len(self._endless) >= PLACES:
+            return False
+        return not one.endless or sum(self._endless.values()) < ENDLESS_PLACES
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    """A call that waits for its place."""
+
+    connection: str
+    endless: bool
+    admitted: asyncio.Future[None]
 
 
 class JournalPages:
     """Pages of the journal.
 
-    Everything here runs on the event loop, except reads of the journal, which run in its thread.
+    Everything here runs on the event loop, except reads of the journal, which run in their thread.
     """
 
     journal: Journal
     """Set as soon as the journal is open; nothing can be read earlier."""
 
-    def __init__(
-        self, index: CommitIndex, thread: Executor, way_past_dropped: Callable[[], str]
-    ) -> None:
-        """`thread` is the journal's only thread.
-
-        `way_past_dropped` says what a reader can do who asked for records that were dropped.
-        """
+    def __init__(self, index: CommitIndex, way_past_dropped: Callable[[], str]) -> None:
+        """`way_past_dropped` says what a reader can do who asked for records that were dropped."""
         self._index = index
-        self._thread = thread
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="reading")
         self._way_past_dropped = way_past_dropped
         self._recent: deque[Row] = deque()
         self._recent_bytes = 0
+        # Seqno of a recent commit -> the message with it, which is made once for all workers.
+        self._messages: dict[int, bytes] = {}
         self._news = asyncio.Event()
+        self.length = 0
+        """How many of the journal's records are shown; those of an append that is not over are not.
+        """
+
+    async def close(self) -> None:
+        """Wait for the read that is under way; then the journal may be closed."""
+        await asyncio.to_thread(self._thread.shutdown, cancel_futures=True)
 
     def announce(self) -> None:
-        """Wake every reader that waits for new records."""
+        """Show every record so far, all of which the index must know, and wake who waits."""
+        self.length = len(self.journal)
         news, self._news = self._news, asyncio.Event()
         news.set()
 
@@ -66,88 +155,104 @@ class JournalPages:
         self._recent.append(row)
         self._recent_bytes += len(row.body)
         while self._recent_bytes > RECENT_BYTES_MAX or len(self._recent) > CATCH_UP_ROUNDS_MAX:
-            self._recent_bytes -= len(self._recent.popleft().body)
+            oldest = self._recent.popleft()
+            self._recent_bytes -= len(oldest.body)
+            self._messages.pop(oldest.seqno, None)
 
-    async def commits_after(self, round_: int) -> Sequence[Row]:
-        """All commits that a worker at `round_` lacks; most workers that come back lack 0 or 1.
+    @property
+    def rounds_in_memory(self) -> int:
+        """How many of the newest commits are in memory."""
+        return len(self._recent)
 
-        Raises `JournalCompactedError` if some were dropped in the meantime.
-        """
-        missing = self._index.after(round_)
-        kept = min(len(self._recent), len(missing))
-        rows = list(self._recent)[len(self._recent) - kept :]
-        older = missing[: len(missing) - kept]
-        if older:
-            rows[:0] = await self._rows_at(older)
-        return rows
+    def commits_after(self, round_: int) -> list[bytes]:
+        """Messages with the commits after a round, at most the newest `rounds_in_memory`."""
+        missing = min(self._index.round - round_, len(self._recent))
+        return [self._message(self._recent[-number]) for number in range(missing, 0, -1)]
 
-    async def read(self, request: wire.ReadJournalRequest) -> wire.ReadJournalResponse:
-        """The page that was asked for, all of the response but `finished`.
+    def _message(self, row: Row) -> bytes:
+        if row.seqno not in self._messages:
+            self._messages[row.seqno] = commit_to_pb(row).SerializeToString()
+        return self._messages[row.seqno]
 
-        Waits for a first record for as long as the request allows. Raises `ProtocolError` for a
-        request that makes no sense and `JournalCompactedError` for records that were dropped.
+    async def read(
+        self,
+        request: wire.ReadJournalRequest,
+        is_finished: Callable[[], bool],
+        enter: Callable[[], Awaitable[None]],
+    ) -> bytes:
+        """The page that was asked for, a serialized `ReadJournalResponse`.
+
+        `is_finished` says whether nothing will follow the records that are shown now. Waits for a
+        first record for as long as the request allows, and for the page's place, which `enter`
+        takes. Raises `ProtocolError` for a request that makes no sense and `JournalCompactedError`
+        for records that were dropped.
         """
         _check_request(request)
         deadline_s = time.monotonic() + request.wait_ms / 1000
-        origin = await self._on_disk(self._sendable_origin) if request.from_origin else None
+        origin = None
+        if request.from_origin:
+            await enter()
+            origin = await self._on_disk(self._sendable_origin)
         from_seqno = request.from_seqno if origin is None else origin.seqno
         while True:
             news = self._news
-            rows, next_seqno, head_before = await self._page(request, from_seqno)
+            seqnos, next_seqno, head_before = self._wanted(request, from_seqno)
             remaining_s = deadline_s - time.monotonic()
-            if rows or remaining_s <= 0:
+            if seqnos or remaining_s <= 0:
                 break
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(news.wait(), remaining_s)
-        return wire.ReadJournalResponse(
-            entries=[
-                wire.JournalEntry(seqno=row.seqno, record=row.body, chain=row.chain) for row in rows
-            ],
+        page = wire.ReadJournalResponse(
             next_seqno=next_seqno,
             head_before=head_before,
             origin=b"" if origin is None else origin.sealed,
+            finished=next_seqno >= self.length and is_finished(),
         )
+        if not seqnos:
+            return page.SerializeToString()
+        if not request.from_origin:
+            await enter()
+        return await self._on_disk(lambda: self._filled(page, seqnos))
 
-    async def _page(
+    def _filled(self, page: wire.ReadJournalResponse, seqnos: Sequence[int]) -> bytes:
+        """The serialized page with these records, or as many as fit; runs in the thread."""
+        rows = self.journal.read_beside(seqnos, PAGE_BYTES_MAX)
+        if not rows or rows[0].seqno != seqnos[0]:
+            raise self._compacted()
+        for row in rows:
+            page.entries.add(seqno=row.seqno, record=row.body, chain=row.chain)
+        if len(rows) < len(seqnos):
+            page.next_seqno, page.finished = rows[-1].seqno + 1, False
+        return page.SerializeToString()
+
+    def _wanted(
         self, request: wire.ReadJournalRequest, start: int
-    ) -> tuple[Sequence[Row], int, bytes]:
-        """Rows, the seqno that follows them, and the head before a base commit that comes first."""
+    ) -> tuple[Sequence[int], int, bytes]:
+        """What to read if it fits into a page: seqnos, and the seqno that follows them.
+
+        Then the head before a base commit that comes first.
+        """
         count_max = request.records_max or PAGE_RECORDS_DEFAULT
-        length, head_before = len(self.journal), b""
+        length, head_before = self.length, b""
         if request.from_round:
             start = self._index.seqno_of(request.from_round, length)
             if request.from_round <= self._index.begins:
                 start = 0
         if start >= length:
             return (), start, b""
-        if request.commits_only:
-            base_round = self._index.newest_base_round
-            base_seqno = self._index.seqno_of(base_round, 0)
-            if request.from_newest_base and base_round and base_seqno >= start:
-                start = base_seqno
-                head_before = self._index.head_at(base_round - 1)
+        if not request.commits_only:
             self._check_not_dropped(start)
-            seqnos = self._index.seqnos_from(start, count_max)
-            rows: Sequence[Row] = await self._rows_at(seqnos)
-            is_last = len(seqnos) < count_max
-        else:
-            rows = await self._on_disk(lambda: self.journal.read(start, count_max))
-            self._check_not_dropped(start)
-            is_last = False
-        kept = _within(rows, PAGE_BYTES_MAX)
-        if len(kept) == len(rows) and is_last:
-            return kept, length, head_before
-        return kept, kept[-1].seqno + 1 if kept else length, head_before
-
-    async def _rows_at(self, seqnos: Sequence[int]) -> list[Row]:
-        return await self._on_disk(lambda: [self._row_at(seqno) for seqno in seqnos])
-
-    def _row_at(self, seqno: int) -> Row:
-        # In the journal's thread: the record may have been dropped since the index was asked.
-        [row] = self.journal.read(seqno, 1)
-        if row.seqno != seqno:
-            raise self._compacted()
-        return row
+            end = min(start + count_max, length)
+            return range(start, end), end, b""
+        base_round = self._index.newest_base_round
+        base_seqno = self._index.seqno_of(base_round, 0)
+        if request.from_newest_base and base_round and base_seqno >= start:
+            start = base_seqno
+            head_before = self._index.head_at(base_round - 1)
+        self._check_not_dropped(start)
+        seqnos = self._index.seqnos_from(start, count_max)
+        is_last = len(seqnos) < count_max
+        return seqnos, length if is_last else seqnos[-1] + 1, head_before
 
     def _sendable_origin(self) -> StoredState | None:
         stored = self.journal.stored_origin
@@ -190,11 +295,10 @@ def _check_request(request: wire.ReadJournalRequest) -> None:
         )
 
 
-def _within(rows: Sequence[Row], bytes_max: int) -> Sequence[Row]:
-    """The first rows that fit into `bytes_max`, and at least one."""
-    total = 0
-    for count, row in enumerate(rows):
-        total += len(row.body) + len(row.chain)
-        if total > bytes_max and count > 0:
-            return rows[:count]
-    return rows
+def _no_place() -> NotReadyError:
+    error = NotReadyError(
+        f"{PLACES} pages of the journal are under way, the most at a time, or this connection has "
+        "yet to read its last one; read that, or try later."
+    )
+    error.retry_after_s = PLACE_WAIT_S
+    return error

@@ -1,7 +1,7 @@
 """The loop that serves workers, in a coordinator and in a relay.
 
 Everything that changes the run goes through one queue and one task, so the machine needs no locks.
-Only one thread touches the journal.
+Only one thread changes the journal; a second one reads it for others.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -77,6 +77,8 @@ NOTED_A_SECOND_MAX = 20
 """Joins and departures that the log names in one second; it counts the others."""
 WORKERS_MAX = SESSIONS_LIMIT
 """Most workers whose counters are kept, and so most sessions under different names."""
+STATUS_WORKERS = 1000
+"""A status with more workers is large; each takes about 70 bytes."""
 TICK_MS = 200
 """Time between two ticks of the machine."""
 
@@ -144,7 +146,9 @@ class ServingLoop(ABC, Generic[ReadyT]):
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[Item] = asyncio.Queue(EVENTS_MAX)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._pages = JournalPages(self._index, self._writer, self._way_past_dropped)
+        self._pages = JournalPages(self._index, self._way_past_dropped)
+        self._durable_phase = Phase.WAITING
+        """The machine's phase as far as the journal has what led to it."""
         self._started_at_s = time.monotonic()
         self._lag = LoopLag()
         self._genesis: Genesis | None = None
@@ -175,7 +179,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """
 
     def _welcome_now(self) -> wire.Welcome:
-        round_ = self._machine.round
+        round_ = self._index.round
         return self._welcome(round_, self._index.head_at(round_))
 
     def _check_hello(self, hello: wire.Hello) -> None:
@@ -186,6 +190,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._machine.round,
             self._index.head_at(hello.round),
             self._index.begins,
+            self._pages.rounds_in_memory,
         )
 
     @abstractmethod
@@ -236,6 +241,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     async def close(self) -> None:
         """Close the journal; nothing is served afterwards."""
+        await self._pages.close()
         await self._on_disk(self._journal.close)
         self._writer.shutdown()
 
@@ -398,9 +404,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 )
             )
             await self._flush([self._machine.step(WorkerLost(worker))])
-        rows = await self._pages.commits_after(hello.round)
-        if item.done.done():
-            return
         try:
             welcome = self._welcome_now()
         except FedMezoError as error:
@@ -410,8 +413,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         session.traffic = self._traffic.setdefault(worker, session.traffic)
         self._note("worker %s joined at round %d", worker, hello.round)
         self._put(session, wire.SessionResponse(welcome=welcome))
-        for row in rows:
-            self._put(session, commit_to_pb(row).SerializeToString())
+        for message in self._pages.commits_after(hello.round):
+            self._put(session, message)
         item.done.set_result(None)
         await self._flush([self._machine.step(WorkerReady(worker))])
 
@@ -512,7 +515,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
     # ------------------------------------------------------------ what the service calls
 
     def describe(self, version: int, run_id: str, round_: int = 0) -> wire.GetRunResponse:
-        """Describe the run to a caller who holds the weights after `round_`.
+        """Describe the run, as far as it is durable, to a caller who holds the weights of `round_`.
 
         `version` is the protocol version to name. Raises `WrongRunError` for the id of another run.
         """
@@ -520,7 +523,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         answer = wire.GetRunResponse(
             protocol_version=version,
             genesis=self._genesis_body,
-            round=self._machine.round,
+            round=self._index.round,
             epoch=self._machine.epoch,
             checkpoint_key=self.checkpoint_key,
             missing=self._missing_after(round_),
@@ -563,13 +566,20 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """End a session whose worker has closed its side, or whose stream is gone."""
         await self._items.put(_Left(session))
 
-    async def read_journal(self, request: wire.ReadJournalRequest) -> wire.ReadJournalResponse:
-        """A page of records, as `JournalPages.read` finds it."""
+    async def read_journal(
+        self, request: wire.ReadJournalRequest, enter: Callable[[], Awaitable[None]]
+    ) -> bytes:
+        """A page of records, as `JournalPages.read` makes it; `enter` takes its place."""
         check_run_id(request.run_id, self.genesis.config.run_id)
-        page = await self._pages.read(request)
-        is_last = page.next_seqno >= len(self._journal)
-        page.finished = self._machine.phase is Phase.FINISHED and is_last
-        return page
+        return await self._pages.read(request, self._is_finished, enter)
+
+    def _is_finished(self) -> bool:
+        return self._durable_phase is Phase.FINISHED
+
+    @property
+    def status_is_large(self) -> bool:
+        """Whether the status has so many workers that it needs a place, as a page does."""
+        return len(self._traffic) > STATUS_WORKERS
 
     def status(self, run_id: str) -> wire.GetStatusResponse:
         """The status of the run; raises `WrongRunError` if `run_id` is another run's."""
@@ -578,6 +588,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._machine,
             self.genesis,
             self._journal,
+            phase=self._durable_phase,
+            round_=self._index.round,
             traffic=self._traffic,
             connected=self._sessions,
             session_limit=self.session_limit,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ LEASE_S = 90.0
 """Time from the last call of a session to its end; three times the longest wait of a call."""
 ANSWER_BYTES_MAX = 4 * 1024 * 1024
 """Size at which a response is full, in bytes; the next call brings the rest."""
+LARGE_BYTES = 64 * 1024
+"""A response with more bytes of commits needs a place, as a page of the journal does."""
 TOKEN_BYTES = 16
 
 
@@ -47,8 +50,13 @@ class PollSessions:
         self._sessions: dict[bytes, _PollSession] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
-    async def poll(self, request: wire.PollSessionRequest) -> wire.PollSessionResponse:
-        """Serve one call; raises the error that ended the session or refuses the call."""
+    async def poll(
+        self, request: wire.PollSessionRequest, enter: Callable[[], Awaitable[None]]
+    ) -> wire.PollSessionResponse:
+        """Serve one call; raises the error that ended the session or refuses the call.
+
+        `enter` takes the place of a large response.
+        """
         if request.wait_ms > WAIT_MS_MAX:
             raise ProtocolError(f"wait_ms is at most {WAIT_MS_MAX}; ask for less.")
         messages, token = list(request.messages), request.token
@@ -69,10 +77,11 @@ class PollSessions:
         try:
             for message in messages:
                 await self._daemon.receive(polling.session, message)
-            down = await self._collect(polling.session, request.wait_ms / 1000)
+            down = await self._collect(polling.session, request.wait_ms / 1000, enter)
             ends = request.leave
         except FedMezoError:
-            ends = True
+            # Without the response to its hello, the caller has no token to come back with.
+            ends = polling.session.ended is not None or not request.token
             raise
         except asyncio.CancelledError:
             ends = False
@@ -99,7 +108,9 @@ class PollSessions:
             self._sessions[token] = _PollSession(session, stack.pop_all(), lease, ends_at_s)
         return token
 
-    async def _collect(self, session: WorkerSession, wait_s: float) -> list[wire.SessionResponse]:
+    async def _collect(
+        self, session: WorkerSession, wait_s: float, enter: Callable[[], Awaitable[None]]
+    ) -> list[wire.SessionResponse]:
         """The messages for the caller, after a wait for the first one.
 
         Raises the error that ended the session if there are none.
@@ -109,6 +120,8 @@ class PollSessions:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await session.outbox.wait()
+        if session.outbox.bytes_waiting > LARGE_BYTES:
+            await enter()
         while session.outbox.qsize() and size < ANSWER_BYTES_MAX:
             item = session.outbox.get_nowait()
             if isinstance(item, FedMezoError):

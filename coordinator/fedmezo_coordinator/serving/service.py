@@ -17,8 +17,10 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from fedmezo_coordinator.coordinator_settings import SESSIONS_MAX
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.hello import choose_version
+from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
 from fedmezo_coordinator.serving.session_limit import SessionPermit
@@ -38,6 +40,9 @@ WRITES_A_TURN = 4
 """Messages that are sent in one turn of the event loop. They are few, because gRPC accepts one new
 stream after the other, and each takes three turns."""
 
+CONNECTIONS_BESIDE = 128
+"""Connections beside those of the most sessions: of readers, of idle clients."""
+
 GARBAGE_LOG_PERIOD_S = 60.0
 """Shortest time between two lines of the log about calls that cannot be read."""
 
@@ -46,6 +51,8 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", 16),
+    # Without any call for so long, which is longer than a polled session's lease.
+    ("grpc.max_connection_idle_ms", 300_000),
     # After a restart, thousands of handshakes of a millisecond or more share one core.
     ("grpc.server_handshake_timeout_ms", 20_000),
     # A small compressed message can unpack to a large one.
@@ -84,6 +91,11 @@ async def abort(context: Context, error: FedMezoError) -> NoReturn:
     )
 
 
+def _serialized(response: Message | bytes) -> bytes:
+    """The bytes of a response, which a handler may have made itself."""
+    return response if isinstance(response, bytes) else response.SerializeToString()
+
+
 class _Garbage:
     """Stands for a request whose bytes are no message of its type."""
 
@@ -120,6 +132,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
         self._poll_sessions = PollSessions(daemon)
+        self._places = PagePlaces()
         self._pacing = WritePacing(WRITES_A_TURN)
         self._garbage_count = 0
         self._garbage_said_s = -math.inf
@@ -149,20 +162,25 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self, request: wire.PollSessionRequest, context: Context
     ) -> wire.PollSessionResponse:
         """Serve one call of a session without a stream."""
-        return await self._poll_sessions.poll(request)
+        return await self._poll_sessions.poll(request, lambda: self._enter(context))
 
     @_mapped
-    async def ReadJournal(  # noqa: N802
-        self, request: wire.ReadJournalRequest, context: Context
-    ) -> wire.ReadJournalResponse:
-        """Read a page of the journal."""
-        return await self._daemon.read_journal(request)
+    async def read_journal(self, request: wire.ReadJournalRequest, context: Context) -> bytes:
+        """Read a page of the journal; returns the serialized response.
+
+        gRPC would keep the message beside its bytes for as long as nobody reads them.
+        """
+        return await self._daemon.read_journal(request, lambda: self._enter(context))
+
+    ReadJournal = read_journal  # type: ignore[assignment]
 
     @_mapped
     async def GetStatus(  # noqa: N802
         self, request: wire.GetStatusRequest, context: Context
     ) -> wire.GetStatusResponse:
         """Report the status of the run."""
+        if self._daemon.status_is_large:
+            await self._enter(context)
         return self._daemon.status(request.run_id)
 
     @_mapped
@@ -172,6 +190,14 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Take a digest, evaluation or snapshot that the replica reports."""
         await self._daemon.report_replica(request)
         return wire.ReportReplicaResponse()
+
+    async def _enter(self, context: Context) -> None:
+        """Take the place of a large response until gRPC is done with it."""
+        connection = context.peer()
+        if connection.startswith("unix:"):
+            return  # The replica, which reads what it asks for, never waits behind others.
+        await self._places.take(connection, context.time_remaining())
+        context.add_done_callback(lambda _: self._places.leave(connection))  # type: ignore[arg-type]
 
     async def ReadSnapshot(  # noqa: N802
         self, request: wire.ReadSnapshotRequest, context: Context
@@ -252,17 +278,23 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
 
 def bind_server(
-    listen: str, tls: tuple[Path, Path] | None, private: str | None = None
+    listen: str,
+    tls: tuple[Path, Path] | None,
+    private: str | None = None,
+    connections_max: int = SESSIONS_MAX + CONNECTIONS_BESIDE,
 ) -> tuple[Server, int]:
     """Bind a server to `listen` (host:port) and return it with its port.
 
     `tls` is a certificate file and a key file. `private` is a second address, a Unix socket for the
-    replica. Port 0 lets the system choose a port. Callers that connect wait until `start_server`.
-    Raises `ConfigError` for an address or TLS files that cannot be used.
+    replica. More than `connections_max` connections at an address are closed as soon as they come,
+    whatever they have sent. Port 0 lets the system choose a port. Callers that connect wait until
+    `start_server`. Raises `ConfigError` for an address or TLS files that cannot be used.
     """
     credentials = None if tls is None else _credentials(*tls)
     with reading_all_wakeups():
-        server = grpc.aio.server(options=SERVER_OPTIONS)
+        server = grpc.aio.server(
+            options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_max))
+        )
     if private is not None:
         server.add_insecure_port(private)
     try:
@@ -295,7 +327,7 @@ async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
             handlers[method.name] = handler(
                 getattr(servicer, method.name),
                 request_deserializer=_reader(GetMessageClass(method.input_type)),
-                response_serializer=GetMessageClass(method.output_type).SerializeToString,
+                response_serializer=_serialized,
             )
     server.add_generic_rpc_handlers(
         (grpc.method_handlers_generic_handler(service.full_name, handlers),)

@@ -63,19 +63,24 @@ def status_report(
     genesis: Genesis,
     journal: Journal,
     *,
+    phase: Phase,
+    round_: int,
     traffic: Mapping[str, Traffic],
     connected: Container[str],
     session_limit: SessionLimit,
     uptime_ms: int,
     loop_lag_p99_ms: float,
 ) -> wire.GetStatusResponse:
-    """The status of a run with the counters of each worker in `traffic`, sorted by name."""
+    """The status of a run with the counters of each worker in `traffic`, sorted by name.
+
+    `phase` and `round_` are the durable ones; the machine's own may be an append ahead.
+    """
     roster, diverged = machine.roster, machine.diverged
     awaited = frozenset(roster.awaited)
     return wire.GetStatusResponse(
         config=config_to_pb(genesis.config),
-        phase=_PHASES[machine.phase],
-        round=machine.round,
+        phase=_PHASES[phase],
+        round=round_,
         epoch=machine.epoch,
         records=len(journal),
         head=journal.head,
@@ -96,6 +101,7 @@ def status_report(
         recent_rounds=[
             wire.RoundStatus(round=s.round, mean_loss=s.mean_loss, answers=s.answers)
             for s in machine.recent_rounds
+            if s.round <= round_
         ],
         trainable_bytes=genesis.trainable_bytes,
         uptime_ms=uptime_ms,

@@ -46,7 +46,13 @@ from fedmezo_core.errors import (
     JournalFullError,
     JournalLockedError,
 )
-from fedmezo_core.journal.journal import Row, check_origin, check_seqnos
+from fedmezo_core.journal.journal import (
+    READ_BYTES_MAX,
+    Row,
+    check_origin,
+    check_seqnos,
+    count_within,
+)
 from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.wire.backoff import delay_s
 
@@ -141,7 +147,21 @@ ON CONFLICT (seqno) DO UPDATE SET sealed = excluded.sealed, digest = excluded.di
 """
 _ORIGIN = "SELECT seqno, sealed, digest FROM {schema}.origin"
 _SEALS = "SELECT seqno, sealed, digest FROM {schema}.seal ORDER BY seqno"
-_READ = "SELECT seqno, body, chain FROM {schema}.journal WHERE seqno >= $1 ORDER BY seqno LIMIT $2"
+_READ = """
+WITH first AS (
+  SELECT seqno, body, chain FROM {schema}.journal WHERE seqno >= $1 ORDER BY seqno LIMIT $2
+), summed AS (
+  SELECT *, sum(octet_length(body)) OVER (ORDER BY seqno) - octet_length(body) AS before FROM first
+)
+SELECT seqno, body, chain FROM summed WHERE before < $3 ORDER BY seqno
+"""
+_SIZES = """
+SELECT seqno, octet_length(body) + octet_length(chain) FROM {schema}.journal
+WHERE seqno = ANY($1::bigint[]) ORDER BY seqno
+"""
+_READ_BESIDE = """
+SELECT seqno, body, chain FROM {schema}.journal WHERE seqno = ANY($1::bigint[]) ORDER BY seqno
+"""
 _ENDS = "SELECT seqno, chain FROM {schema}.journal WHERE seqno >= $1 ORDER BY seqno LIMIT $2"
 _LAST = "SELECT seqno, chain FROM {schema}.journal ORDER BY seqno DESC LIMIT 1"
 _TAKE = "UPDATE {schema}.fence SET fence = fence + 1, holder = $1 RETURNING fence"
@@ -161,6 +181,8 @@ Connection: TypeAlias = "asyncpg.Connection[Any]"
 
 class PostgresStore:
     """A `JournalStore` in one schema of a PostgreSQL database. Use it from one thread at a time.
+
+    A second thread may call `read_beside` and `origin`, which have a connection of their own.
 
     Every call waits for at most about `RECONNECT_S` while PostgreSQL is away; after an error while
     appending or reconnecting it refuses every further call.
@@ -201,6 +223,8 @@ class PostgresStore:
         self._warned = ""
         self._patience_ends_s = 0.0
         self._standing_by = False
+        self._reader: PostgresStore | None = None
+        """The store of the second thread, as soon as that reads; it is replaced if it fails."""
         self._loop = _LoopThread()
         try:
             self._run(self._persist(_nothing))
@@ -228,19 +252,30 @@ class PostgresStore:
         """At most `rows_max` rows from `from_seqno` on."""
 
         async def work(db: Connection) -> Sequence[Row]:
-            found = await db.fetch(self._sql(_READ), from_seqno, rows_max)
+            found = await db.fetch(self._sql(_READ), from_seqno, rows_max, READ_BYTES_MAX)
             return tuple(map(Row._make, found))
 
         return self._run(self._persist(work))
 
+    def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
+        """The rows of the first of these seqnos; another thread may append meanwhile."""
+
+        async def work(db: Connection) -> Sequence[Row]:
+            sizes = await db.fetch(self._sql(_SIZES), list(seqnos))
+            count = count_within([size for _, size in sizes], bytes_max)
+            fit = [seqno for seqno, _ in sizes[:count]]
+            return tuple(map(Row._make, await db.fetch(self._sql(_READ_BESIDE), fit)))
+
+        return self._run_beside(work)
+
     def origin(self) -> StoredState | None:
-        """What the dropped rows come to."""
+        """What the dropped rows come to; another thread may append meanwhile."""
 
         async def work(db: Connection) -> StoredState | None:
             found = await db.fetchrow(self._sql(_ORIGIN))
             return None if found is None else StoredState(*found)
 
-        return self._run(self._persist(work))
+        return self._run_beside(work)
 
     def drop_before(self, origin: StoredState) -> None:
         """Write the origin and drop rows in one statement, under the fence as an append is.
@@ -294,6 +329,8 @@ class PostgresStore:
 
     def close(self) -> None:
         """End the session, and with it the lock."""
+        if self._reader is not None:
+            self._reader.close()
         if self._db is not None and not self._db.is_closed():
             with suppress(Exception):
                 self._loop.run(self._db.close(timeout=CLOSE_S))
@@ -310,6 +347,23 @@ class PostgresStore:
             return self._loop.run(work)
         except BaseException:
             self._broken = True
+            raise
+
+    def _run_beside(self, work: Callable[[Connection], Awaitable[Result]]) -> Result:
+        """Do `work`, which only reads, on the second thread's connection."""
+        if self._reader is None:
+            self._reader = PostgresStore(
+                self._location,
+                read_only=True,
+                give_up=self._give_up,
+                patience_s=self._patience_s,
+            )
+        reader = self._reader
+        try:
+            return reader._run(reader._persist(work))
+        except BaseException:
+            self._reader = None
+            reader.close()
             raise
 
     async def _append(self, db: Connection) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ import pytest
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.serving import loop as serving
 from fedmezo_coordinator.serving import worker_session
-from fedmezo_coordinator.serving.journal_pages import PAGE_RECORDS_MAX, WAIT_MS_MAX, _within
+from fedmezo_coordinator.serving.journal_pages import PAGE_RECORDS_MAX, WAIT_MS_MAX
+from fedmezo_coordinator.serving.service import bind_server, start_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.serving.worker_session import OUTBOX_BYTES_MAX, OUTBOX_MAX, WorkerSession
 from fedmezo_core.config import MESSAGE_BYTES_MAX
-from fedmezo_core.errors import FedMezoError, NotReadyError, ProtocolError
-from fedmezo_core.journal.journal import Journal, Row, head_after
+from fedmezo_core.errors import FedMezoError, NotReadyError, ProtocolError, UnavailableError
+from fedmezo_core.journal.codec import encode_records
+from fedmezo_core.journal.journal import Journal, head_after
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY
@@ -92,6 +96,69 @@ async def test_one_join_too_many_at_a_time_is_told_when_to_come_back(tmp_path: P
         assert session_limit.joining == 1  # the other silent one
 
 
+# ---------------------------------------------------------------- connections
+
+HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+"""What opens a connection: the preface and empty settings."""
+
+
+@pytest.mark.parametrize("says", [b"", HTTP2], ids=["silent", "idle"])
+async def test_connections_without_a_session_leave_files_to_the_others(
+    tmp_path: Path, says: bytes
+) -> None:
+    store = SqliteStore(tmp_path / "j.db")
+    journal = Journal(store)
+    journal.append(encode_records([GENESIS]))
+    daemon = Daemon(journal)
+    await daemon.load()
+    server, port = bind_server("127.0.0.1:0", None, f"unix:{tmp_path}/r.sock", connections_max=3)
+    await start_server(server, daemon)
+    try:
+        async with CoordinatorClient(f"127.0.0.1:{port}") as first:
+            await first.get_run()
+            with contextlib.ExitStack() as stack:
+                open_ones = [await _connection(stack, port, says) for _ in range(2)]
+                assert [await _is_open(one) for one in open_ones] == [True, True]
+                more = [await _connection(stack, port, says) for _ in range(3)]
+                assert [await _is_open(one) for one in more] == [False] * 3
+                assert (await first.get_run()).round == 0
+                # The replica has an address of its own.
+                async with CoordinatorClient(f"unix:{tmp_path}/r.sock") as replica:
+                    assert (await replica.get_run()).round == 0
+            async with CoordinatorClient(f"127.0.0.1:{port}") as later:
+
+                async def welcome() -> bool:
+                    try:
+                        return (await later.get_run()).round == 0
+                    except UnavailableError:
+                        return False
+
+                await until(welcome, "the connections that were closed to make room")
+    finally:
+        await server.stop(0)
+        await daemon.close()
+
+
+async def _connection(stack: contextlib.ExitStack, port: int, says: bytes) -> socket.socket:
+    connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+    connection.setblocking(False)
+    connection.sendall(says)
+    await asyncio.sleep(0.2)
+    return connection
+
+
+async def _is_open(connection: socket.socket) -> bool:
+    """Whether a connection is open after what it has received so far."""
+    with contextlib.suppress(BlockingIOError):
+        try:
+            while connection.recv(4096):
+                pass
+        except ConnectionError:
+            pass
+        return False
+    return True
+
+
 # ---------------------------------------------------------------- queues
 
 
@@ -162,12 +229,6 @@ async def test_a_reader_waits_so_long_at_most(tmp_path: Path, wait_ms: int, refu
                 await client.read_journal(0, wait_ms=wait_ms)
         else:
             assert (await client.read_journal(0, wait_ms=wait_ms)).entries
-
-
-@pytest.mark.parametrize(("bytes_max", "fit"), [(299, 2), (300, 3), (301, 3), (1, 1)])
-def test_a_page_ends_where_the_next_record_would_not_fit(bytes_max: int, fit: int) -> None:
-    rows = [Row(n, bytes(68), bytes(32)) for n in range(3)]
-    assert len(_within(rows, bytes_max)) == fit
 
 
 @pytest.mark.parametrize("more", [-1, 0, 1])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from fedmezo_core.errors import JournalError
 from fedmezo_core.journal.codec import encode_records
-from fedmezo_core.journal.journal import Journal, JournalStore, Row
+from fedmezo_core.journal.journal import READ_BYTES_MAX, Journal, JournalStore, Row
 from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.records import Committed, SeedRange, Started
 
@@ -51,6 +52,56 @@ class StoreConformance(ABC):
         assert store.read(8, 4) == tuple(rows[8:])
         assert store.read(10, 4) == ()
         assert store.read(99, 4) == ()
+        store.close()
+
+    def test_a_read_of_many_rows_ends_when_it_is_full(self) -> None:
+        store = self.open()
+        rows = [row(n, READ_BYTES_MAX // 2 - 1) for n in range(5)]
+        for one in rows:
+            store.append([one])
+        assert tuple(store.read(0, 10)) == tuple(rows[:3])
+        assert tuple(store.read(1, 2)) == tuple(rows[1:3])
+        assert tuple(store.read(3, 10)) == tuple(rows[3:])
+        store.append([row(5)])
+        store.close()
+
+    @pytest.mark.parametrize(
+        ("bytes_max", "fit"), [(1, 1), (299, 2), (300, 3), (301, 3), (400, 4), (10**9, 4)]
+    )
+    def test_a_read_ends_where_the_next_row_would_not_fit(self, bytes_max: int, fit: int) -> None:
+        store = self.open()
+        rows = [row(n, 68) for n in range(8)]
+        store.append(rows)
+        found = store.read_beside([1, 2, 5, 7], bytes_max)
+        assert tuple(found) == (rows[1], rows[2], rows[5], rows[7])[:fit]
+        store.close()
+
+    def test_a_read_passes_over_rows_that_are_dropped_or_not_there_yet(self) -> None:
+        store = self.open()
+        assert tuple(store.read_beside([0, 1], 1000)) == ()
+        store.append([row(n) for n in range(6)])
+        store.drop_before(StoredState.of(4, b"what they came to"))
+        assert tuple(store.read_beside(range(9), 1000)) == (row(4), row(5))
+        assert tuple(store.read_beside(range(4), 1000)) == ()
+        store.append([row(6)])
+        assert tuple(store.read_beside([3, 5, 6, 7], 1000)) == (row(5), row(6))
+        store.close()
+
+    def test_a_second_thread_reads_what_the_first_appends(self) -> None:
+        store = self.open()
+        rows = [row(n, 40_000 if n % 7 == 0 else 50) for n in range(300)]
+        read: list[Row] = []
+
+        def follow() -> None:
+            while len(read) < len(rows):
+                read.extend(store.read_beside(range(len(read), len(rows)), 100_000))
+
+        with ThreadPoolExecutor(1) as thread:
+            reading = thread.submit(follow)
+            for n in range(0, len(rows), 3):
+                store.append(rows[n : n + 3])
+            reading.result(60)
+        assert read == rows
         store.close()
 
     def test_appending_nothing_changes_nothing(self) -> None:

@@ -6,8 +6,10 @@ import errno
 import multiprocessing
 import os
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fedmezo_core.errors import (
@@ -62,6 +64,10 @@ def test_a_second_process_cannot_open_it(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "journal.db")
     context = multiprocessing.get_context("spawn")
     answer: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
+    for n in range(3):  # The connections of a reading thread come and go, the lock stays.
+        store.append([row(n)])
+        store._fold_log("appended to", waits=True)
+        assert len(store.read_beside(range(9), 1000)) == n + 1
     process = context.Process(target=_try_to_open, args=(tmp_path / "journal.db", answer))
     process.start()
     process.join()
@@ -161,6 +167,46 @@ def test_the_log_is_folded_into_the_file_when_it_is_long(tmp_path: Path) -> None
     assert path.stat().st_size > 40 * 3000
     assert (tmp_path / "journal.db-wal").stat().st_size < 20 * 4096
     store.close()
+
+
+def test_an_append_does_not_wait_for_a_read_until_the_log_is_far_too_long(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    store = SqliteStore(path, checkpoint_pages=10)
+    store.append([row(n, 3000) for n in range(20)])
+    assert path.stat().st_size > 20 * 3000
+    size = path.stat().st_size
+    with ThreadPoolExecutor(1) as thread:
+        with store._reading_beside() as file:
+            for n in range(20, 30):
+                thread.submit(store.append, [row(n, 3000)]).result(10)
+            waiting = thread.submit(store.append, [row(30, 100_000)])
+            with pytest.raises(TimeoutError):
+                waiting.result(0.2)
+            # The file that is read is still what it was.
+            assert path.stat().st_size == size
+            assert file.execute("SELECT count(*) FROM journal").get == 20
+        waiting.result(10)
+    assert path.stat().st_size > size + 100_000
+    assert tuple(store.read_beside([19, 29, 30], 10**6)) == (
+        *(row(19, 3000), row(29, 3000)),
+        row(30, 100_000),
+    )
+    store.close()
+
+
+def test_a_read_takes_little_more_from_the_disk_than_it_returns(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "journal.db")
+    for n in range(40):
+        store.append([row(n, 2**20)])
+    before = _bytes_read()
+    for n in range(32):
+        assert store.read_beside(range(n, 40), 2**20) == (row(n, 2**20),)
+    assert _bytes_read() - before < 1.05 * 32 * 2**20
+    store.close()
+
+
+def _bytes_read() -> int:
+    return int(psutil.Process().io_counters().read_chars)
 
 
 def test_after_an_error_nothing_more_is_taken(tmp_path: Path) -> None:
