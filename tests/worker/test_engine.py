@@ -23,7 +23,7 @@ from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.scorer import CancelledMeasurementError
 from fedmezo_worker.worker_settings import WorkerSettings
-from tests.integration.support.harness import config_of
+from tests.integration.support.harness import TASK, config_of
 
 FIRST_SEED = first_seed_of(7, 1, 0)
 STEPS = 2
@@ -205,7 +205,9 @@ async def test_rows_that_were_cut_are_counted(
     assert f"{settings.data}: 24 rows" in caplog.messages
 
 
-async def test_text_that_is_a_control_token_is_told(
+@pytest.mark.parametrize("version", [2, 3])
+async def test_an_old_runs_text_that_is_a_control_token_is_told(
+    version: int,
     settings: WorkerSettings,
     tiny_genesis: Callable[..., Genesis],
     tmp_path: Path,
@@ -215,10 +217,16 @@ async def test_text_that_is_a_control_token_is_told(
     plain = '{"text": "A film.", "label": "positive"}\n'
     path.write_text(plain + plain.replace("film", "<eos> film"))
     engine = Engine()
-    await engine.load(settings.model_copy(update={"data": path}), tiny_genesis())
+    task = TASK | {"template_version": version}
+    await engine.load(settings.model_copy(update={"data": path}), tiny_genesis(task=task))
+    eos = engine.loaded.party.task.encode(read_examples(path, ("text", "label"))).examples[1]
+    assert (0 in eos.prompt) == (version == 2)
     await engine.close()
-    [said] = [one for one in caplog.messages if "control token" in one]
-    assert said.startswith(f"{path}: the text of 1 rows contains '<eos>' or the like (first in ")
+    said = "".join(one for one in caplog.messages if "control token" in one)
+    assert bool(said) == (version == 2)
+    assert not said or said.startswith(
+        f"{path}: the text of 1 rows contains '<eos>' or the like (first in "
+    )
 
 
 async def test_evaluations_change_no_bit(engine: Engine, evaluating_engine: Engine) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, SnapshotDamagedError
@@ -21,6 +21,7 @@ from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.held_out import evaluate
+from fedmezo_core.zo.data.prompts import control_tokens
 from fedmezo_core.zo.data.rows import Example, read_examples
 from fedmezo_core.zo.data.task import Dataset
 from fedmezo_core.zo.estimator import Estimator
@@ -270,14 +271,11 @@ def _encoded(party: Party, path: Path, rows: Sequence[Example]) -> Dataset:
 
 
 def _warn_of_control_tokens(party: Party, path: Path, rows: Sequence[Example]) -> None:
-    """Warn of text that the tokenizer takes for a control token, such as an end of text."""
-    tokenizer: Any = party.loaded.tokenizer
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = [token.content for token in added.values() if token.special]
-    if not special:
+    """In an old run, warn of text that the tokenizer takes for a control token."""
+    task, controls = party.config.task, control_tokens(party.loaded.tokenizer)
+    if task.columns_are_plain or not controls:
         return
-    written = re.compile("|".join(re.escape(token) for token in special))
-    task = party.config.task
+    written = re.compile("|".join(map(re.escape, controls)))
     columns = task.columns() if task.kind == "classification" else task.data_columns
     found = [
         (row, match)

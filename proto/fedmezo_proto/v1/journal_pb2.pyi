@@ -886,8 +886,10 @@ class TaskConfig(google.protobuf.message.Message):
     generated_tokens_max: builtins.int
     """Tokens generated after each prompt for the objective, 0 to 4096. Absent: 0."""
     template_version: builtins.int
-    """How the template's braces are read, 1 or 2. 2: all braces hold columns, {{ and }} are braces.
-    Absent: 1, which takes {plain_name} as a column and all other braces as text.
+    """How rows become tokens, 1 to 3. 2: all braces of the template hold columns, {{ and }} are braces.
+    3, also: columns are plain text, prompts begin once, verbalizers are compared at their first
+    difference, and the tokenizer's digest is one over parts. Absent: 1, which takes {plain_name} as a
+    column and all other braces as text.
     """
     @property
     def verbalizers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Verbalizer]:
