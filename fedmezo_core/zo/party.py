@@ -16,6 +16,7 @@ from fedmezo_core.errors import ConfigError, MismatchError
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Task
+from fedmezo_core.zo.data.tokenizer_parts import digest_of_parts
 from fedmezo_core.zo.materialize import warm_up
 from fedmezo_core.zo.model.compressed import check_compressible, compress_frozen
 from fedmezo_core.zo.model.loading import ON_CPU, LoadedModel, load_model
@@ -41,6 +42,8 @@ class Party:
     manifest_digest: bytes
     base_digest: bytes
     tokenizer_digest: bytes
+    tokenizer_parts: tuple[bytes, ...]
+    """As in `Genesis`."""
 
     @property
     def distribution(self) -> Distribution:
@@ -63,6 +66,7 @@ class Party:
             tokenizer_digest=self.tokenizer_digest,
             trainable_elements=elements,
             trainable_bytes=elements * element_bytes,
+            tokenizer_parts=self.tokenizer_parts,
         )
 
     @property
@@ -91,7 +95,7 @@ class Party:
     def check_same_base(self, genesis: Genesis) -> None:
         """Refuse to go on from another base than the run's, and say what differs."""
         also = ", and begin from the same adapter, or none" if genesis.config.lora else ""
-        for what, digests in genesis.differences(self):
+        for what, digests in genesis.differences(self, self.tokenizer_parts):
             raise MismatchError(
                 f"The {what} loaded here differ from the run's: {digests}; load the same files of "
                 f"{genesis.config.model} as the coordinator{also}."
@@ -160,6 +164,7 @@ def open_party(
         keeps_base=config.seed_policy == "pool",
         base_folder=placement.offload_folder,
     )
+    parts = task.tokenizer_parts() if config.task.columns_are_plain else ()
     party = Party(
         config=config,
         loaded=loaded,
@@ -167,7 +172,8 @@ def open_party(
         weights=weights,
         manifest_digest=loaded.manifest.digest(),
         base_digest=base_digest(loaded.model, threads=threads),
-        tokenizer_digest=tokenizer_digest(loaded.tokenizer),
+        tokenizer_digest=digest_of_parts(parts) if parts else tokenizer_digest(loaded.tokenizer),
+        tokenizer_parts=parts,
     )
     if frozen_base_bits is not None:
         compress_frozen(loaded.model, loaded.manifest, frozen_base_bits, device)

@@ -201,7 +201,7 @@ def test_another_tokenizer_is_refused_by_name(
     form = json.loads(file.read_text())
     form["model"]["merges"].pop()
     file.write_text(json.dumps(form))
-    assert "The tokenizer loaded here differ" in complaint(model=copy)
+    assert "The tokenizer (its vocabulary) loaded here differ" in complaint(model=copy)
 
 
 def test_another_run_is_refused_by_name(complaint: Said) -> None:

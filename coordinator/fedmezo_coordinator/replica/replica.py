@@ -85,6 +85,7 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
         "manifest_digest": genesis.manifest_digest.hex(),
         "base_digest": genesis.base_digest.hex(),
         "tokenizer_digest": genesis.tokenizer_digest.hex(),
+        "tokenizer_parts": [part.hex() for part in genesis.tokenizer_parts],
         "trainable_elements": genesis.trainable_elements,
         "trainable_bytes": genesis.trainable_bytes,
     }

@@ -89,6 +89,7 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         tokenizer_digest=bytes.fromhex(answer["tokenizer_digest"]),
         trainable_elements=answer["trainable_elements"],
         trainable_bytes=answer["trainable_bytes"],
+        tokenizer_parts=tuple(map(bytes.fromhex, answer["tokenizer_parts"])),
     )
 
 

@@ -33,6 +33,7 @@ from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
 from fedmezo_core.zo.data.prompts import PromptEncoder
 from fedmezo_core.zo.data.rows import Example, label_form, shown
+from fedmezo_core.zo.data.tokenizer_parts import tokenizer_parts
 from fedmezo_core.zo.model.modules import computing
 from fedmezo_core.zo.objectives import Predictions
 
@@ -171,6 +172,10 @@ class Task:
                     "The tokenizer has no end-of-text token, which instruction tuning needs; use a "
                     "model whose tokenizer sets eos_token."
                 )
+
+    def tokenizer_parts(self) -> tuple[bytes, ...]:
+        """Digests of what of the tokenizer can change a loss of this task."""
+        return tokenizer_parts(self._tokenizer, self.config, self._before)
 
     # ------------------------------------------------------------------ text to tokens
 
