@@ -22,7 +22,7 @@ from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, op
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.prompts import control_tokens
-from fedmezo_core.zo.data.rows import Example, read_examples
+from fedmezo_core.zo.data.rows import Example, read_rows
 from fedmezo_core.zo.data.task import Dataset
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
@@ -146,10 +146,9 @@ class Engine:
         config = genesis.config
         # What is quick first: a wrong name or column should not cost a model's loading time.
         objective = _objective(settings, config)
-        columns = config.task.data_columns
         log.info("reading %s", settings.data)
-        rows = read_examples(settings.data, columns, keep_others=objective is not None)
-        heldout_rows = [] if settings.heldout is None else read_examples(settings.heldout, columns)
+        rows = read_rows(settings.data, config.task, keep_others=objective is not None)
+        heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, config.task)
         log.info("loading %s", settings.model or config.model)
         party = open_party(
             config,

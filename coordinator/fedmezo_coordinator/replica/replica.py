@@ -97,7 +97,7 @@ class _Copy:
     def __init__(self, orders: dict[str, Any], config: Any) -> None:
         with worker_packages("keep a replica"):
             from fedmezo_core.zo.assignment import open_row_states
-            from fedmezo_core.zo.data.rows import read_examples
+            from fedmezo_core.zo.data.rows import read_rows
             from fedmezo_core.zo.forward.row_states import SpooledRows
             from fedmezo_core.zo.model.allocator import keep_freed_memory
             from fedmezo_core.zo.party import open_party
@@ -111,11 +111,7 @@ class _Copy:
         )
         task = self.party.task
         heldout = orders["heldout"]
-        self.heldout = (
-            None
-            if heldout is None
-            else task.encode(read_examples(heldout, task.config.data_columns))
-        )
+        self.heldout = None if heldout is None else task.encode(read_rows(heldout, task.config))
         self.row_states = None
         if states_max := orders["row_states_max"]:
             self.row_states = open_row_states(

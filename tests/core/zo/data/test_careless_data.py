@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import DataError
-from fedmezo_core.zo.data.rows import label_form, read_examples, read_raw_examples
+from fedmezo_core.zo.data.rows import label_form, read_examples, read_raw_examples, read_rows
 from fedmezo_core.zo.data.task import Task
 
 COLUMNS = ("text", "label")
@@ -115,6 +115,41 @@ def test_what_is_refused(name: str, content: Any, sentence: str, tmp_path: Path)
     with pytest.raises(DataError, match=sentence) as caught:
         read_examples(path, COLUMNS)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(
+    ("content", "name", "texts"),
+    [
+        ('{"text": 5.0, "label": "a"}', "a.jsonl", ("5.0", "5")),
+        ('{"text": -3.0, "label": "a"}', "a.jsonl", ("-3.0", "-3")),
+        ('{"text": 5.5, "label": "a"}', "a.jsonl", ("5.5", "5.5")),
+        ('{"text": 1e300, "label": "a"}', "a.jsonl", ("1e+300", "1e+300")),
+        ("text,label\n5.0,a\n", "a.csv", ("5.0", "5.0")),
+        ({"text": [5.0], "label": ["a"]}, "a.parquet", ("5.0", "5")),
+    ],
+)
+def test_a_number_that_is_whole_is_written_as_whole(
+    content: Any, name: str, texts: tuple[str, str], version: int, tmp_path: Path
+) -> None:
+    verbalizers = {"a": " bad", "b": " good"}
+    task = TaskConfig(verbalizers=verbalizers, template="{text}", template_version=version)
+    (row,) = read_rows(written(tmp_path / name, content), task)
+    assert row.values["text"] == texts[version == 3]
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_needed_column_that_is_named_twice_is_refused_also_after_a_split(
+    column: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "a.csv", f"text,label,{column}\na,b,c\n")
+    with pytest.raises(DataError, match=f"names the column '{column}' twice in its first line"):
+        read_examples(path, COLUMNS)
+    split = tmp_path / "split.jsonl"
+    split.write_bytes(b"".join(row.json_line() for row in read_raw_examples(path)))
+    named = rf"no column {column}; its columns are .*{column} \(1\).*{column} \(2\)"
+    with pytest.raises(DataError, match=named):
+        read_examples(split, COLUMNS)
 
 
 def test_skipped_lines_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
