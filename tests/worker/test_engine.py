@@ -183,7 +183,7 @@ async def test_rows_that_were_cut_are_counted(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "fedmezo.worker")
+    caplog.set_level(logging.INFO, "fedmezo.party")
     path = tmp_path / "rows.jsonl"
     short = '{"text": "Short.", "label": "positive"}\n'
     path.write_text(short * short_rows + short.replace("Short.", "good " * words))
