@@ -6,11 +6,15 @@ import asyncio
 import functools
 import logging
 import re
+import shutil
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
@@ -203,6 +207,27 @@ async def test_rows_that_were_cut_are_counted(
     if not short_rows:
         assert percent == round(100 * (longest - 32) / longest)
     assert f"{settings.data}: 24 rows" in caplog.messages
+
+
+@pytest.mark.parametrize("version", [2, 3])
+async def test_a_tokenizer_saved_with_a_padding_token_may_join_a_new_run(
+    version: int,
+    settings: WorkerSettings,
+    tiny_genesis: Callable[..., Genesis],
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    tokenizer: Any = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(copy)
+    genesis = tiny_genesis(task=TASK | {"template_version": version})
+    engine = Engine()
+    changed = settings.model_copy(update={"model": str(copy)})
+    with nullcontext() if version == 3 else pytest.raises(MismatchError, match="The tokenizer "):
+        await engine.load(changed, genesis)
+    await engine.close()
 
 
 @pytest.mark.parametrize("version", [2, 3])
