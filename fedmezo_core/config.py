@@ -37,6 +37,9 @@ POOL_SIZE_MAX = 65_536
 ALL_LINEAR = "all-linear"
 """peft's name for a LoRA adapter on every linear layer except the head."""
 
+NEWEST_TEMPLATE_VERSION = 3
+"""The `TaskConfig.template_version` of new runs."""
+
 _PLAIN_COLUMN = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
 _COLUMN_NAME = re.compile(r"(?!\s)(?:\w|[ .-]|[^\x00-\x7f])+(?<!\s)")
 _BRACES = re.compile(
@@ -63,8 +66,8 @@ class TaskConfig(_Frozen):
     template_version: int = Field(
         default=1,
         ge=1,
-        le=2,
-        description="How braces are read; new runs choose it. 1: only {plain_name} is a column.",
+        le=NEWEST_TEMPLATE_VERSION,
+        description="How rows become tokens; new runs take the newest, 3.",
     )
     label_column: str = Field(
         default="label", description="Column with the class (classification)."
@@ -108,9 +111,9 @@ class TaskConfig(_Frozen):
     def template_parts(self) -> list[str]:
         """The template in parts: text at even indices, names of columns at odd ones.
 
-        Version 1 takes only `{plain_name}` as a column, and all other braces as text. In version 2
-        all braces hold a column, and `{{` and `}}` are braces of the text; raises `ValueError` for
-        braces that hold no name.
+        Version 1 takes only `{plain_name}` as a column, and all other braces as text. From version
+        2 on all braces hold a column, and `{{` and `}}` are braces of the text; raises `ValueError`
+        for braces that hold no name.
         """
         if self.template_version == 1:
             return _PLAIN_COLUMN.split(self.template)
@@ -128,6 +131,15 @@ class TaskConfig(_Frozen):
             else:
                 parts += [column, ""]
         return parts
+
+    @property
+    def columns_are_plain(self) -> bool:
+        """Whether the text of a column is only text: no control token, no `5.0` for a number 5.
+
+        From version 3 on. Prompts also begin once, verbalizers are compared at the first token in
+        which they differ, and the tokenizer's digest holds only what can change a loss.
+        """
+        return self.template_version >= 3
 
     def columns(self) -> tuple[str, ...]:
         """Columns that the template names, in the order of their first use."""
@@ -507,24 +519,16 @@ def _allowed(problem: ErrorDetails) -> str:
     return problem["msg"] if words is None else words.format(**context)
 
 
-def template_version_of(task: dict[str, Any]) -> int:
-    """The version that the template of a new run's `task` needs: 1 if it holds plain names only."""
-    template = task.get("template")
-    if not isinstance(template, str):
-        return 1
-    return 2 if set("{}") & set(_PLAIN_COLUMN.sub("", template)) else 1
-
-
 def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None) -> RunConfig:
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
-    A new run's template is read by the newest version that it needs, and may not give the answer
-    away unless an objective scores the run. With `begun`, the contract of the run that `values`
-    describe again, the template keeps that run's version and nothing of this is checked.
+    A new run reads rows by the newest version. Its template may not give the answer away unless an
+    objective scores the run. With `begun`, the contract of the run that `values` describe again,
+    that run's version stays and nothing of this is checked.
     """
     task = values.get("task")
     if isinstance(task, dict):
-        version = begun.task.template_version if begun else template_version_of(task)
+        version = begun.task.template_version if begun else NEWEST_TEMPLATE_VERSION
         values = {**values, "task": {"template_version": version, **task}}
     try:
         config = RunConfig.model_validate(values)

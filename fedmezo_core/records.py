@@ -11,11 +11,23 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from fedmezo_core.config import RunConfig
+
+TOKENIZER_PARTS = (
+    "vocabulary",
+    "normalizer",
+    "pre-tokenizer",
+    "added tokens",
+    "tokens before a prompt",
+    "end-of-text token",
+    "decoder",
+)
+"""The parts of a tokenizer, in the order of `Genesis.tokenizer_parts`."""
 
 
 class ModelDigests(Protocol):
@@ -44,11 +56,22 @@ class Genesis:
     tokenizer_digest: bytes
     trainable_elements: int
     trainable_bytes: int
+    tokenizer_parts: tuple[bytes, ...] = ()
+    """Digest of each of `TOKENIZER_PARTS` (32 bytes), which `tokenizer_digest` is over. Empty in
+    runs whose `tokenizer_digest` is one over the whole tokenizer."""
 
-    def differences(self, other: ModelDigests) -> list[tuple[str, str]]:
-        """What differs in a party's model from the run's: names, each with both digests as text."""
+    def differences(
+        self, other: ModelDigests, tokenizer_parts: Sequence[bytes] = ()
+    ) -> list[tuple[str, str]]:
+        """What differs in a party's model from the run's: names, each with both digests as text.
+
+        With the party's `tokenizer_parts`, a different tokenizer's name includes the parts.
+        """
+        parts = zip(TOKENIZER_PARTS, tokenizer_parts, self.tokenizer_parts, strict=False)
+        named = ", ".join(name for name, theirs, ours in parts if theirs != ours)
+        tokenizer = f"tokenizer (its {named})" if named else "tokenizer"
         pairs = (
-            ("tokenizer", other.tokenizer_digest, self.tokenizer_digest),
+            (tokenizer, other.tokenizer_digest, self.tokenizer_digest),
             ("manifest (the trainable tensors)", other.manifest_digest, self.manifest_digest),
             ("base weights", other.base_digest, self.base_digest),
         )

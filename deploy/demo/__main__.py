@@ -31,7 +31,7 @@ from deploy.demo.prepare import prepare
 from deploy.demo.processes import Processes
 from fedmezo_coordinator.coordinator_settings import model_label
 from fedmezo_coordinator.programs.view import run_line, run_view, seconds_left
-from fedmezo_core.config import TaskConfig, parse_run, template_version_of
+from fedmezo_core.config import NEWEST_TEMPLATE_VERSION, TaskConfig, parse_run
 from fedmezo_core.errors import DivergedError, UnavailableError
 from fedmezo_core.program import run_program
 from fedmezo_core.wire.client import CoordinatorClient
@@ -110,7 +110,7 @@ def plan(given: argparse.Namespace, output: Path = OUTPUT) -> Plan:
     run = settings["coordinator"]["run"]
     inputs = write_inputs(
         Path(own_data or CACHE / "data/vader"),
-        TaskConfig(**{"template_version": template_version_of(run["task"]), **run["task"]}),
+        TaskConfig(**{"template_version": NEWEST_TEMPLATE_VERSION, **run["task"]}),
         output / "data",
         rows_max=settings["rows_max"],
         texts_max=settings["texts_max"],

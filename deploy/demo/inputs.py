@@ -11,7 +11,7 @@ from typing import Any
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, ModelError
-from fedmezo_core.zo.data.rows import Example, read_examples
+from fedmezo_core.zo.data.rows import Example, read_rows
 
 DATA_SUFFIXES = ("jsonl", "csv", "parquet")
 """Endings of the data files that workers read."""
@@ -55,14 +55,13 @@ def write_inputs(
             f"{data} must hold a heldout.jsonl (or .csv, .parquet) and one <worker>.train.jsonl "
             "for each worker; see docs/data.md."
         )
-    columns = task.data_columns
     own_texts = _files(data, "texts")
-    texts = [row for path in own_texts for row in read_examples(path, columns)][:texts_max]
+    texts = [row for path in own_texts for row in read_rows(path, task)][:texts_max]
     workers: dict[str, Path] = {}
     counts: dict[str, int] = {}
     found = 0
     for name, path in trained.items():
-        rows = read_examples(path, columns)
+        rows = read_rows(path, task)
         found += len(rows)
         if not own_texts:
             share = max(1, texts_max // len(trained))

@@ -213,6 +213,9 @@ def _record_from_pb(message: pb.Record, kind: str) -> Record:
                 tokenizer_digest=digest_in(genesis.tokenizer_digest, "tokenizer_digest"),
                 trainable_elements=genesis.trainable_elements,
                 trainable_bytes=genesis.trainable_bytes,
+                tokenizer_parts=tuple(
+                    digest_in(part, "tokenizer_parts") for part in genesis.tokenizer_parts
+                ),
             )
         case "started":
             return Started(epoch=message.started.epoch)

@@ -46,7 +46,7 @@ class Predictions:
     classes: list[str]
     """The labels in the order of the verbalizers; empty in instruction tuning."""
     logits: npt.NDArray[np.float32]
-    """Logits of the verbalizers' first tokens after the prompt: float32 [rows, classes]."""
+    """Logits of the verbalizers' compared tokens after the prompt: float32 [rows, classes]."""
     predicted: list[str]
     """The label with the largest logit for each row; empty in instruction tuning."""
     log_likelihoods: npt.NDArray[np.float64]

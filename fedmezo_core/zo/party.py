@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError, MismatchError
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.commits import Commit
-from fedmezo_core.zo.data.task import Task
+from fedmezo_core.zo.data.prompts import control_tokens
+from fedmezo_core.zo.data.rows import Example
+from fedmezo_core.zo.data.task import Dataset, Task
+from fedmezo_core.zo.data.tokenizer_parts import digest_of_parts
 from fedmezo_core.zo.materialize import warm_up
 from fedmezo_core.zo.model.compressed import check_compressible, compress_frozen
 from fedmezo_core.zo.model.loading import ON_CPU, LoadedModel, load_model
@@ -28,6 +33,10 @@ log = logging.getLogger("fedmezo.party")
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Names that models' configurations have for their number of positions."""
+_POSITION_TABLE = re.compile(r"(^|\.)(wpe|[^.]*pos[^.]*)$")
+"""Names of embeddings that hold a vector for each position."""
+MANY_CUT_ROWS = 0.1
+"""Share of rows that are cut from which on a party warns."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,8 @@ class Party:
     manifest_digest: bytes
     base_digest: bytes
     tokenizer_digest: bytes
+    tokenizer_parts: tuple[bytes, ...]
+    """As in `Genesis`."""
 
     @property
     def distribution(self) -> Distribution:
@@ -63,6 +74,7 @@ class Party:
             tokenizer_digest=self.tokenizer_digest,
             trainable_elements=elements,
             trainable_bytes=elements * element_bytes,
+            tokenizer_parts=self.tokenizer_parts,
         )
 
     @property
@@ -88,10 +100,85 @@ class Party:
                 f"{self.config.model}; set tokens_max = {positions} or less in [run.task]."
             )
 
+    def encode(self, path: Path, rows: Sequence[Example]) -> Dataset:
+        """The token ids of `rows`, which are from `path`; logs what became of them.
+
+        Raises as `Task.encode` does, and `ConfigError` for a row with more tokens than the model
+        has positions, if each has a vector of its own.
+        """
+        dataset = self.task.encode(rows)
+        longest, positions = max(one.token_count for one in dataset.examples), self.positions_max
+        if positions is not None and longest > positions and self._learns_positions:
+            raise ConfigError(
+                f"{path} has a row of {longest} tokens, but {self.config.model} knows {positions} "
+                "positions; make the rows shorter, or begin a new run with task.tokens_max = "
+                f"{positions} or less."
+            )
+        self._tell_of_control_tokens(path, rows)
+        self._tell_of_cut_rows(path, dataset)
+        return dataset
+
+    @property
+    def _learns_positions(self) -> bool:
+        return any(
+            isinstance(module, nn.Embedding) and _POSITION_TABLE.search(name)
+            for name, module in self.loaded.model.named_modules()
+        )
+
+    def _tell_of_cut_rows(self, path: Path, dataset: Dataset) -> None:
+        if not dataset.truncated_count:
+            log.info("%s: %d rows", path, len(dataset))
+            return
+        left = sum(example.token_count for example in dataset.examples)
+        longest, task, positions = dataset.longest_token_count, self.config.task, self.positions_max
+        fits = longest if positions is None else min(longest, positions - task.generated_tokens_max)
+        advice = (
+            f"a new run with tokens_max = {fits} keeps {'all' if fits == longest else 'more'} of "
+            "them"
+            if fits > task.tokens_max
+            else "the model has positions for no more, so make the rows shorter"
+        )
+        is_much = dataset.truncated_count >= MANY_CUT_ROWS * len(dataset)
+        log.log(
+            logging.WARNING if is_much else logging.INFO,
+            "%s: %d rows, %d of them cut to %d tokens, which loses %.0f %% of all tokens; the "
+            "longest row has %d; %s",
+            path,
+            len(dataset),
+            dataset.truncated_count,
+            task.tokens_max,
+            100 * dataset.cut_token_count / (left + dataset.cut_token_count),
+            longest,
+            advice,
+        )
+
+    def _tell_of_control_tokens(self, path: Path, rows: Sequence[Example]) -> None:
+        """In an old run, warn of text that the tokenizer takes for a control token."""
+        task, controls = self.config.task, control_tokens(self.loaded.tokenizer)
+        if task.columns_are_plain or not controls:
+            return
+        written = re.compile("|".join(map(re.escape, controls)))
+        columns = task.columns() if task.kind == "classification" else task.data_columns
+        found = [
+            (row, match)
+            for row in rows
+            if (match := written.search("\n".join(row.values[column] for column in columns)))
+        ]
+        if found:
+            first, match = found[0]
+            log.warning(
+                "%s: the text of %d rows contains %r or the like (first in %s), which the "
+                "tokenizer takes for a control token; remove it from the rows if it is not meant",
+                path,
+                len(found),
+                match[0],
+                first.location,
+            )
+
     def check_same_base(self, genesis: Genesis) -> None:
         """Refuse to go on from another base than the run's, and say what differs."""
         also = ", and begin from the same adapter, or none" if genesis.config.lora else ""
-        for what, digests in genesis.differences(self):
+        for what, digests in genesis.differences(self, self.tokenizer_parts):
             raise MismatchError(
                 f"The {what} loaded here differ from the run's: {digests}; load the same files of "
                 f"{genesis.config.model} as the coordinator{also}."
@@ -160,6 +247,7 @@ def open_party(
         keeps_base=config.seed_policy == "pool",
         base_folder=placement.offload_folder,
     )
+    parts = task.tokenizer_parts() if config.task.columns_are_plain else ()
     party = Party(
         config=config,
         loaded=loaded,
@@ -167,7 +255,8 @@ def open_party(
         weights=weights,
         manifest_digest=loaded.manifest.digest(),
         base_digest=base_digest(loaded.model, threads=threads),
-        tokenizer_digest=tokenizer_digest(loaded.tokenizer),
+        tokenizer_digest=digest_of_parts(parts) if parts else tokenizer_digest(loaded.tokenizer),
+        tokenizer_parts=parts,
     )
     if frozen_base_bits is not None:
         compress_frozen(loaded.model, loaded.manifest, frozen_base_bits, device)

@@ -175,7 +175,7 @@ def test_the_wire_keeps_every_value(config: RunConfig) -> None:
 
 def test_a_run_of_before_probes_keeps_its_recipe_and_its_bytes() -> None:
     """Workers and journals of the first release have these, and know no field 21 or 22."""
-    config = parse_run(VALUES, "run")
+    config = RunConfig.model_validate(VALUES)
     assert (config.probes, config.estimator, config.pairs_per_answer) == (1, "two_sided", 10)
     assert config.recipe == "fedmezo-1 philox4x32-10 rademacher float32 stochastic eps=0.001"
     message = config_to_pb(config)
@@ -195,26 +195,27 @@ INSTRUCTION = {"kind": "instruction", "response_column": "answer"}
 
 
 @pytest.mark.parametrize(
-    ("template", "parts", "version"),
+    ("template", "parts"),
     [
-        ("{text} It was", ["", "text", " It was"], 1),
-        ("{text} {bewertung-neu}: x", ["", "text", " ", "bewertung-neu", ": x"], 2),
-        ("{größe}{名前}{a.b}{0}", ["", "größe", "", "名前", "", "a.b", "", "0", ""], 2),
-        ('{{"q": "{text}"}}', ['{"q": "', "text", '"}'], 2),
-        ("{{text}} {{{text}}}", ["{text} {", "text", "}"], 2),
+        ("{text} It was", ["", "text", " It was"]),
+        ("{text} {bewertung-neu}: x", ["", "text", " ", "bewertung-neu", ": x"]),
+        ("{größe}{名前}{a.b}{0}", ["", "größe", "", "名前", "", "a.b", "", "0", ""]),
+        ('{{"q": "{text}"}}', ['{"q": "', "text", '"}']),
+        ("{{text}} {{{text}}}", ["{text} {", "text", "}"]),
     ],
 )
-def test_what_stands_in_a_new_runs_braces_is_a_column(
-    template: str, parts: list[str], version: int
-) -> None:
-    config = parse_run(VALUES | {"task": INSTRUCTION | {"template": template}}, "run")
+def test_what_stands_in_a_new_runs_braces_is_a_column(template: str, parts: list[str]) -> None:
+    values = VALUES | {"task": INSTRUCTION | {"template": template}}
+    config = parse_run(values, "run")
     assert config.task.template_parts() == parts
-    assert config.task.template_version == version
+    assert config.task.columns_are_plain
     assert config_from_pb(config_to_pb(config)) == config
-    again = VALUES | {"task": INSTRUCTION | {"template": template}}
-    assert parse_run(again, "run", config) == config, "a restart with the same settings"
-    assert (" template=2" in config.recipe) == (version == 2)
-    assert config_to_pb(config).task.HasField("template_version") == (version == 2)
+    assert parse_run(values, "run", config) == config, "a restart with the same settings"
+    assert config.recipe.endswith(" template=3")
+    begun = RunConfig.model_validate(VALUES | {"task": values["task"] | {"template_version": 2}})
+    assert begun.task.template_parts() == parts
+    assert not begun.task.columns_are_plain
+    assert parse_run(values, "run", begun) == begun, "a run of the second version keeps it"
 
 
 @pytest.mark.parametrize(

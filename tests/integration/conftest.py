@@ -48,11 +48,10 @@ def tiny_genesis(model_folder: Path) -> Callable[..., Genesis]:
 
     def genesis(**changes: Any) -> Genesis:
         config = config_of(**changes)
-        base = bases.get(config.dtype)
-        if base is None:
-            base = open_party(config, str(model_folder), threads=1).genesis()
-            bases[config.dtype] = base
-        return replace(base, config=config)
+        key = f"{config.dtype} {config.task}"
+        if key not in bases:
+            bases[key] = open_party(config, str(model_folder), threads=1).genesis()
+        return replace(bases[key], config=config)
 
     return genesis
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.replica.replica import describe
+from fedmezo_coordinator.replica.supervisor import describe_base
 from fedmezo_core.errors import ConfigError, DataError, FedMezoError, JournalError, ModelError
 from fedmezo_core.journal.codec import config_to_pb, decode_record
 from fedmezo_core.journal.journal import Journal
@@ -201,7 +204,7 @@ def test_another_tokenizer_is_refused_by_name(
     form = json.loads(file.read_text())
     form["model"]["merges"].pop()
     file.write_text(json.dumps(form))
-    assert "The tokenizer loaded here differ" in complaint(model=copy)
+    assert "The tokenizer (its vocabulary) loaded here differ" in complaint(model=copy)
 
 
 def test_another_run_is_refused_by_name(complaint: Said) -> None:
@@ -287,6 +290,20 @@ def test_what_the_base_is_described_from(
     }
     with pytest.raises(kind, match=words):
         describe(orders | {k: v.replace("{tmp}", str(tmp_path)) for k, v in changes.items()})
+
+
+async def test_the_coordinator_warns_of_its_held_out_rows_too(
+    model_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "heldout.jsonl"
+    path.write_text('{"text": "' + "good " * 40 + '", "label": "positive"}\n')
+    settings = CoordinatorSettings(
+        journal=str(tmp_path / "journal.db"), model=str(model_folder), heldout=path
+    )
+    await describe_base(settings, config_of())
+    [said] = [one for one in caplog.records if one.name == "fedmezo.coordinator"]
+    assert said.levelno == logging.WARNING
+    assert f"{path}: 1 rows, 1 of them cut to 32 tokens" in said.getMessage()
 
 
 async def test_a_held_out_file_that_is_missing_ends_the_start(

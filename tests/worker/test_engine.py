@@ -6,11 +6,15 @@ import asyncio
 import functools
 import logging
 import re
+import shutil
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
@@ -23,7 +27,7 @@ from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.scorer import CancelledMeasurementError
 from fedmezo_worker.worker_settings import WorkerSettings
-from tests.integration.support.harness import config_of
+from tests.integration.support.harness import TASK, config_of
 
 FIRST_SEED = first_seed_of(7, 1, 0)
 STEPS = 2
@@ -183,7 +187,7 @@ async def test_rows_that_were_cut_are_counted(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "fedmezo.worker")
+    caplog.set_level(logging.INFO, "fedmezo.party")
     path = tmp_path / "rows.jsonl"
     short = '{"text": "Short.", "label": "positive"}\n'
     path.write_text(short * short_rows + short.replace("Short.", "good " * words))
@@ -205,7 +209,30 @@ async def test_rows_that_were_cut_are_counted(
     assert f"{settings.data}: 24 rows" in caplog.messages
 
 
-async def test_text_that_is_a_control_token_is_told(
+@pytest.mark.parametrize("version", [2, 3])
+async def test_a_tokenizer_saved_with_a_padding_token_may_join_a_new_run(
+    version: int,
+    settings: WorkerSettings,
+    tiny_genesis: Callable[..., Genesis],
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    tokenizer: Any = AutoTokenizer.from_pretrained(copy)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(copy)
+    genesis = tiny_genesis(task=TASK | {"template_version": version})
+    engine = Engine()
+    changed = settings.model_copy(update={"model": str(copy)})
+    with nullcontext() if version == 3 else pytest.raises(MismatchError, match="The tokenizer "):
+        await engine.load(changed, genesis)
+    await engine.close()
+
+
+@pytest.mark.parametrize("version", [2, 3])
+async def test_an_old_runs_text_that_is_a_control_token_is_told(
+    version: int,
     settings: WorkerSettings,
     tiny_genesis: Callable[..., Genesis],
     tmp_path: Path,
@@ -215,10 +242,16 @@ async def test_text_that_is_a_control_token_is_told(
     plain = '{"text": "A film.", "label": "positive"}\n'
     path.write_text(plain + plain.replace("film", "<eos> film"))
     engine = Engine()
-    await engine.load(settings.model_copy(update={"data": path}), tiny_genesis())
+    task = TASK | {"template_version": version}
+    await engine.load(settings.model_copy(update={"data": path}), tiny_genesis(task=task))
+    eos = engine.loaded.party.task.encode(read_examples(path, ("text", "label"))).examples[1]
+    assert (0 in eos.prompt) == (version == 2)
     await engine.close()
-    [said] = [one for one in caplog.messages if "control token" in one]
-    assert said.startswith(f"{path}: the text of 1 rows contains '<eos>' or the like (first in ")
+    said = "".join(one for one in caplog.messages if "control token" in one)
+    assert bool(said) == (version == 2)
+    assert not said or said.startswith(
+        f"{path}: the text of 1 rows contains '<eos>' or the like (first in "
+    )
 
 
 async def test_evaluations_change_no_bit(engine: Engine, evaluating_engine: Engine) -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import re
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, SnapshotDamagedError
@@ -21,7 +20,7 @@ from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.held_out import evaluate
-from fedmezo_core.zo.data.rows import Example, read_examples
+from fedmezo_core.zo.data.rows import read_rows
 from fedmezo_core.zo.data.task import Dataset
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
@@ -37,9 +36,6 @@ from fedmezo_worker.worker_settings import WorkerSettings
 log = logging.getLogger("fedmezo.worker")
 
 Result = TypeVar("Result")
-
-MANY_CUT_ROWS = 0.1
-"""Share of rows that are cut from which on the worker warns."""
 
 
 class _EvaluationCutShortError(Exception):
@@ -145,10 +141,9 @@ class Engine:
         config = genesis.config
         # What is quick first: a wrong name or column should not cost a model's loading time.
         objective = _objective(settings, config)
-        columns = config.task.data_columns
         log.info("reading %s", settings.data)
-        rows = read_examples(settings.data, columns, keep_others=objective is not None)
-        heldout_rows = [] if settings.heldout is None else read_examples(settings.heldout, columns)
+        rows = read_rows(settings.data, config.task, keep_others=objective is not None)
+        heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, config.task)
         log.info("loading %s", settings.model or config.model)
         party = open_party(
             config,
@@ -163,8 +158,8 @@ class Engine:
         party.check_same_base(genesis)
         heldout = None
         if settings.heldout is not None:
-            heldout = _encoded(party, settings.heldout, heldout_rows)
-        dataset = _encoded(party, settings.data, rows)
+            heldout = party.encode(settings.heldout, heldout_rows)
+        dataset = party.encode(settings.data, rows)
         _check_positions(party, dataset)
         batches = open_batches(party, dataset, settings.name)
         scorer = None if objective is None else Scorer(objective, self._cut_short)
@@ -236,64 +231,6 @@ class Engine:
     @property
     def _weights(self) -> Weights:
         return self.loaded.party.weights
-
-
-def _encoded(party: Party, path: Path, rows: Sequence[Example]) -> Dataset:
-    dataset = party.task.encode(rows)
-    _warn_of_control_tokens(party, path, rows)
-    if not dataset.truncated_count:
-        log.info("%s: %d rows", path, len(dataset))
-        return dataset
-    left = sum(example.token_count for example in dataset.examples)
-    longest, task = dataset.longest_token_count, party.config.task
-    positions = party.positions_max
-    fits = longest if positions is None else min(longest, positions - task.generated_tokens_max)
-    advice = (
-        f"a new run with tokens_max = {fits} keeps {'all' if fits == longest else 'more'} of them"
-        if fits > task.tokens_max
-        else "the model has positions for no more, so make the rows shorter"
-    )
-    is_much = dataset.truncated_count >= MANY_CUT_ROWS * len(dataset)
-    log.log(
-        logging.WARNING if is_much else logging.INFO,
-        "%s: %d rows, %d of them cut to %d tokens, which loses %.0f %% of all tokens; the longest "
-        "row has %d; %s",
-        path,
-        len(dataset),
-        dataset.truncated_count,
-        task.tokens_max,
-        100 * dataset.cut_token_count / (left + dataset.cut_token_count),
-        longest,
-        advice,
-    )
-    return dataset
-
-
-def _warn_of_control_tokens(party: Party, path: Path, rows: Sequence[Example]) -> None:
-    """Warn of text that the tokenizer takes for a control token, such as an end of text."""
-    tokenizer: Any = party.loaded.tokenizer
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    special = [token.content for token in added.values() if token.special]
-    if not special:
-        return
-    written = re.compile("|".join(re.escape(token) for token in special))
-    task = party.config.task
-    columns = task.columns() if task.kind == "classification" else task.data_columns
-    found = [
-        (row, match)
-        for row in rows
-        if (match := written.search("\n".join(row.values[column] for column in columns)))
-    ]
-    if found:
-        first, match = found[0]
-        log.warning(
-            "%s: the text of %d rows contains %r or the like (first in %s), which the tokenizer "
-            "takes for a control token; remove it from the rows if it is not meant",
-            path,
-            len(found),
-            match[0],
-            first.location,
-        )
 
 
 def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:

@@ -292,7 +292,7 @@ def adapter(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo adapter"
     )
     with worker_packages("fit an adapter"):
-        from fedmezo_core.zo.data.rows import read_examples
+        from fedmezo_core.zo.data.rows import read_rows
         from fedmezo_core.zo.export import export_adapter
         from fedmezo_core.zo.fitting import fit_adapter
         from fedmezo_core.zo.party import open_party
@@ -303,7 +303,7 @@ def adapter(
         )
     party = open_party(run, settings.model, threads=threads)
     party.check_can_begin()
-    rows = read_examples(data, party.config.task.data_columns)[:rows_max]
+    rows = read_rows(data, run.task)[:rows_max]
     fit_adapter(party, rows)
     export_adapter(party.loaded.model, folder, run.model)
     print(

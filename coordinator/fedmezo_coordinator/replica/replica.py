@@ -51,9 +51,9 @@ ROUNDS_BEHIND_MAX = 8
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the child process; the only argument is `describe` or `follow`."""
-    logging.disable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which stops us.
     mode = (sys.argv[1:] if arguments is None else arguments)[0]
+    logging.disable(logging.INFO if mode == "describe" else logging.CRITICAL)
     orders = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
@@ -76,18 +76,39 @@ def _end_with_parent() -> None:
 
 
 def describe(orders: dict[str, Any]) -> dict[str, Any]:
-    """Load the base model and return its digests and sizes; also checks the held-out rows."""
+    """Load the base model and return its digests and sizes; also checks the held-out rows.
+
+    What is logged meanwhile as a warning is returned too, for the daemon to log.
+    """
     config = config_from_pb(pb.RunConfig.FromString(bytes.fromhex(orders["config"])))
-    copy = _Copy(orders, config)
+    warnings = _Warnings(logging.WARNING)
+    logging.getLogger("fedmezo").addHandler(warnings)
+    try:
+        copy = _Copy(orders, config)
+    finally:
+        logging.getLogger("fedmezo").removeHandler(warnings)
     copy.party.check_can_begin()
     genesis = copy.party.genesis()
     return {
         "manifest_digest": genesis.manifest_digest.hex(),
         "base_digest": genesis.base_digest.hex(),
         "tokenizer_digest": genesis.tokenizer_digest.hex(),
+        "tokenizer_parts": [part.hex() for part in genesis.tokenizer_parts],
         "trainable_elements": genesis.trainable_elements,
         "trainable_bytes": genesis.trainable_bytes,
+        "warnings": warnings.messages,
     }
+
+
+class _Warnings(logging.Handler):
+    """Keeps the messages that it handles."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
 
 
 class _Copy:
@@ -96,7 +117,7 @@ class _Copy:
     def __init__(self, orders: dict[str, Any], config: Any) -> None:
         with worker_packages("keep a replica"):
             from fedmezo_core.zo.assignment import open_row_states
-            from fedmezo_core.zo.data.rows import read_examples
+            from fedmezo_core.zo.data.rows import read_rows
             from fedmezo_core.zo.forward.row_states import SpooledRows
             from fedmezo_core.zo.model.allocator import keep_freed_memory
             from fedmezo_core.zo.party import open_party
@@ -108,12 +129,9 @@ class _Copy:
             adapter=None if adapter is None else Path(adapter),
             threads=orders["threads"],
         )
-        task = self.party.task
-        heldout = orders["heldout"]
+        heldout = None if orders["heldout"] is None else Path(orders["heldout"])
         self.heldout = (
-            None
-            if heldout is None
-            else task.encode(read_examples(heldout, task.config.data_columns))
+            None if heldout is None else self.party.encode(heldout, read_rows(heldout, config.task))
         )
         self.row_states = None
         if states_max := orders["row_states_max"]:

@@ -82,6 +82,8 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
     if process.returncode != 0:
         raise _reported(err)
     answer = json.loads(out.splitlines()[-1])
+    for warning in answer["warnings"]:
+        log.warning("%s", warning)
     return Genesis(
         config=config,
         manifest_digest=bytes.fromhex(answer["manifest_digest"]),
@@ -89,6 +91,7 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         tokenizer_digest=bytes.fromhex(answer["tokenizer_digest"]),
         trainable_elements=answer["trainable_elements"],
         trainable_bytes=answer["trainable_bytes"],
+        tokenizer_parts=tuple(map(bytes.fromhex, answer["tokenizer_parts"])),
     )
 
 

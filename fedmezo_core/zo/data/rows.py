@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import DataError
 
 log = logging.getLogger("fedmezo.data")
@@ -126,8 +127,19 @@ def read_raw_examples(path: str | Path) -> list[RawExample]:
     ]
 
 
+def read_rows(path: str | Path, task: TaskConfig, *, keep_others: bool = False) -> list[Example]:
+    """Read the columns that `task` needs, as `read_examples` does, by the rules of its run."""
+    return read_examples(
+        path, task.data_columns, keep_others=keep_others, plain_numbers=task.columns_are_plain
+    )
+
+
 def read_examples(
-    path: str | Path, columns: Sequence[str], *, keep_others: bool = False
+    path: str | Path,
+    columns: Sequence[str],
+    *,
+    keep_others: bool = False,
+    plain_numbers: bool = False,
 ) -> list[Example]:
     """Read `columns` of a .jsonl, .csv or .parquet file, or of all such files in a folder.
 
@@ -135,7 +147,9 @@ def read_examples(
     folder are read in the order of their names. Values become text: JSON and Parquet strings as
     they are, integers in decimal, booleans as `true` and `false`, other numbers as Python writes
     them, dates and times in ISO 8601, bytes as UTF-8; a lone surrogate becomes U+FFFD. A UTF-8
-    byte-order mark and lines without any value are skipped. NaN is a missing value.
+    byte-order mark and lines without any value are skipped. NaN is a missing value. With
+    `plain_numbers`, a number 5.0 becomes `5`, as software writes whole numbers with a gap between
+    them.
 
     Raises `DataError`, which names the file and row, if a file is not readable, not UTF-8,
     malformed or without rows, if no row has one of the columns, or if a row's value for one is
@@ -143,7 +157,7 @@ def read_examples(
     """
     rows: list[Example] = []
     for file in _files(Path(path).expanduser()):
-        rows.extend(_rows_of(file, columns, keep_others))
+        rows.extend(_rows_of(file, columns, keep_others, plain_numbers))
     return rows
 
 
@@ -193,8 +207,15 @@ def _records_of(
     return records
 
 
-def _rows_of(file: Path, columns: Sequence[str], keep_others: bool) -> list[Example]:
+def _rows_of(
+    file: Path, columns: Sequence[str], keep_others: bool, plain_numbers: bool
+) -> list[Example]:
     records = _records_of(file, columns, keep_others)
+    if plain_numbers:
+        records = [
+            (number, {name: _whole(value) for name, value in record.items()})
+            for number, record in records
+        ]
     present = dict.fromkeys(name for _, record in records for name in record)
     spelling = {column: spelling_in(present, column) for column in columns}
     for column in columns:
@@ -242,6 +263,12 @@ def _text(file: Path, number: int, record: dict[str, Any], column: str) -> str:
         f"Row {number} of {file}: {name} is {type(value).__name__}, not text or a number; "
         "flatten it or name another column."
     )
+
+
+def _whole(value: Any) -> Any:
+    """A float that is a whole number as an integer, unless Python writes it with an exponent."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 1e16
+    return int(value) if is_whole else value
 
 
 def _is_missing(value: Any) -> bool:
@@ -339,14 +366,16 @@ def _read_csv(
             # A spreadsheet's empty columns at the end have no names.
             while header and not header[-1].strip():
                 header.pop()
-            counts = Counter[str]()
+            written, counts = Counter(header), Counter[str]()
             for index, name in enumerate(header):
                 counts[name] += 1
-                if counts[name] > 1:
-                    if name in columns:
-                        raise DataError(
-                            f"{file} names a column twice in its first line; rename one."
-                        )
+                if written[name] > 1 and name in columns:
+                    raise DataError(
+                        f"{file} names the column {shown(name)} twice in its first line; rename "
+                        "one."
+                    )
+                # Without columns to look for, all are kept, and none may pass for a single one.
+                if counts[name] > 1 or (written[name] > 1 and not columns):
                     header[index] = f"{name} ({counts[name]})"
             number = empty_count = 0
             for fields in reader:

@@ -3,8 +3,8 @@
 Two kinds of task (`TaskConfig.kind`):
 
 - `classification` by verbalizers, as in MeZO (Malladi et al. 2023): the loss is the cross-entropy
-  over the first tokens of the verbalizers, at the last position of the prompt. Only the logits of
-  that position are computed.
+  over the first tokens in which the verbalizers differ, at the last position of the prompt, which
+  ends in the tokens that they share. Only the logits of that position are computed.
 - `instruction`: the loss is the mean negative log-likelihood of the response's tokens and the
   end-of-text token, given the prompt.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,7 +31,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
+from fedmezo_core.zo.data.prompts import PromptEncoder
 from fedmezo_core.zo.data.rows import Example, label_form, shown
+from fedmezo_core.zo.data.tokenizer_parts import tokenizer_parts
 from fedmezo_core.zo.model.modules import computing
 from fedmezo_core.zo.objectives import Predictions
 
@@ -39,7 +42,6 @@ _IGNORED = -100
 _LOSS_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Logits that losses are computed from at a time. The temporary of the same size stays in a CPU's
 cache; on a GPU it is small, and there are few launches."""
-_TEXTS_PER_CALL = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +150,11 @@ class Task:
         self.config = config
         self._tokenizer = tokenizer
         self._vocabulary_size = vocabulary_size
+        self._encoder = PromptEncoder(tokenizer, columns_are_plain=config.columns_are_plain)
         # Odd items are names of columns.
         self._template = config.template_parts()
-        self._special_tokens = self._special_prefix()
+        self._before = self._tokens_before()
+        self._after: list[int] = []
         self._labels = {label: index for index, label in enumerate(config.verbalizers)}
         forms = Counter(map(label_form, self._labels))
         self._label_forms = {
@@ -160,7 +164,7 @@ class Task:
         }
         self._eos: int | None = tokenizer.eos_token_id
         if config.kind == "classification":
-            self.verbalizer_ids = self._first_tokens()
+            self._after, self.verbalizer_ids = self._scored_tokens()
         else:
             self.verbalizer_ids = ()
             if self._eos is None:
@@ -168,6 +172,10 @@ class Task:
                     "The tokenizer has no end-of-text token, which instruction tuning needs; use a "
                     "model whose tokenizer sets eos_token."
                 )
+
+    def tokenizer_parts(self) -> tuple[bytes, ...]:
+        """Digests of what of the tokenizer can change a loss of this task."""
+        return tokenizer_parts(self._tokenizer, self.config, self._before)
 
     # ------------------------------------------------------------------ text to tokens
 
@@ -186,15 +194,15 @@ class Task:
         if not rows:
             raise DataError("There are no rows; give a data file with at least one.")
         labels = [self._label(row) for row in rows]
-        prompts = self._tokens([self._prompt(row) for row in rows])
+        prompts = self._encoder.of_pieces([self._pieces(row) for row in rows])
         responses: list[list[int]] = [[] for _ in rows]
         if self._eos is not None and self.config.kind == "instruction":
-            texts = [row.values[self.config.response_column] for row in rows]
-            responses = [[*tokens, self._eos] for tokens in self._tokens(texts)]
+            texts = [("", row.values[self.config.response_column]) for row in rows]
+            responses = [[*tokens, self._eos] for tokens in self._encoder.of_pieces(texts)]
         examples: list[EncodedExample] = []
         truncated_count = cut_token_count = longest_token_count = 0
         for row, label, tokens, response in zip(rows, labels, prompts, responses, strict=True):
-            prompt = [*self._special_tokens, *tokens]
+            prompt = self._prompt(tokens)
             if not prompt:
                 raise DataError(
                     f"In {row.location} the prompt is empty; fill the row in or remove it."
@@ -214,11 +222,14 @@ class Task:
             examples.append(EncodedExample(tuple(prompt), tuple(response), label, values))
         return Dataset(tuple(examples), truncated_count, cut_token_count, longest_token_count)
 
-    def _prompt(self, row: Example, characters_max: int | None = None) -> str:
-        return "".join(
+    def _pieces(self, row: Example, characters_max: int | None = None) -> list[str]:
+        return [
             row.values[part][:characters_max] if index % 2 else part
             for index, part in enumerate(self._template)
-        )
+        ]
+
+    def _prompt(self, tokens: Sequence[int]) -> list[int]:
+        return [*self._before, *tokens, *self._after]
 
     def _label(self, row: Example) -> int:
         if self.config.kind != "classification":
@@ -238,78 +249,85 @@ class Task:
     ) -> tuple[list[int], list[int]]:
         tokens_max = self.config.tokens_max
         response = response[: max(tokens_max - prompt_count, tokens_max // 2)]
-        budget = tokens_max - len(response) - len(self._special_tokens)
+        budget = tokens_max - len(response) - len(self._prompt([]))
         # The largest cut that fits, by bisection: `fits` is always the tokens of `low` characters.
-        fits = self._tokens([self._prompt(row, 0)])[0]
+        [fits] = self._encoder.of_pieces([self._pieces(row, 0)])
         if len(fits) > budget:
             raise ConfigError(
-                f"The template alone takes {len(fits) + len(self._special_tokens)} tokens, too "
-                f"many for tokens_max = {tokens_max}; raise tokens_max or shorten the template."
+                f"The template alone takes {len(self._prompt(fits))} tokens, too many for "
+                f"tokens_max = {tokens_max}; raise tokens_max or shorten the template."
             )
         low, high = 0, max(len(row.values[column]) for column in self.config.columns()) + 1
         while high - low > 1:
             middle = (low + high) // 2
-            tokens = self._tokens([self._prompt(row, middle)])[0]
+            [tokens] = self._encoder.of_pieces([self._pieces(row, middle)])
             if len(tokens) <= budget:
                 low, fits = middle, tokens
             else:
                 high = middle
-        return [*self._special_tokens, *fits], response
+        return self._prompt(fits), response
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        tokens: list[list[int]] = []
-        for start in range(0, len(texts), _TEXTS_PER_CALL):
-            encoding = self._tokenizer(
-                list(texts[start : start + _TEXTS_PER_CALL]),
-                add_special_tokens=False,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            tokens.extend(encoding["input_ids"])
-        return tokens
+    def _tokens_before(self) -> list[int]:
+        """What goes before every prompt: the tokenizer's own prefix, unless the template has one.
 
-    def _special_prefix(self) -> list[int]:
-        """The special tokens that the tokenizer puts before every text, such as <s>."""
-        plain = self._tokens(["a"])[0]
-        special: list[int] = self._tokenizer("a", verbose=False)["input_ids"]
-        for start in range(len(special) - len(plain) + 1):
-            if special[start : start + len(plain)] == plain:
-                return special[:start]
-        return []
+        Old runs put it there in any case.
+        """
+        prefix, [first] = self._encoder.prefix, self._encoder.of_texts(self._template[:1])
+        has_its_own = self.config.columns_are_plain and prefix[:1] == first[:1]
+        return [] if has_its_own else prefix
 
-    def _first_tokens(self) -> tuple[int, ...]:
-        tail = self._template[-1] or "."
-        chosen: dict[int, str] = {}
-        for word in self.config.verbalizers.values():
-            if not word.strip():
-                raise ConfigError("A verbalizer is empty; give every label a word.")
-            if self._template[-1][-1:].isalnum() and word[0].isascii() and word[0].isalnum():
+    def _scored_tokens(self) -> tuple[list[int], tuple[int, ...]]:
+        """The tokens that all verbalizers begin with, and the one of each that comes next.
+
+        The former end the prompt. In old runs there are none of them.
+        """
+        words = list(self.config.verbalizers.values())
+        tokens = [self._continuation(word) for word in words]
+        shared: list[int] = []
+        if self.config.columns_are_plain:
+            for column in zip(*tokens, strict=False):
+                if len(set(column)) > 1:
+                    break
+                shared.append(column[0])
+        # A word may end where the others go on.
+        scored = [own[len(shared)] if len(own) > len(shared) else None for own in tokens]
+        for one, two in itertools.combinations(range(len(words)), 2):
+            if scored[one] == scored[two] or None in (scored[one], scored[two]):
+                as_tokens = self._tokenizer.convert_ids_to_tokens
                 raise ConfigError(
-                    f"Verbalizer {word!r} would run into the template's last word "
-                    f"({tail.split()[-1]!r}); write it with a leading space: {' ' + word!r}."
+                    f"Verbalizers {words[one]!r} and {words[two]!r} begin with the same token, and "
+                    f"the loss compares one token of each: they are {as_tokens(tokens[one])} and "
+                    f"{as_tokens(tokens[two])}; choose words that begin differently."
                 )
-            # Some tokenizers treat the start of a text differently.
-            before, whole = self._tokens([tail, tail + word])
-            if whole[: len(before)] != before or len(whole) == len(before):
-                raise ConfigError(
-                    f"Verbalizer {word!r} melts into the end of the template ({tail[-20:]!r}) when "
-                    "it is tokenised; take spaces from the template's end and begin the verbalizer "
-                    "with one."
-                )
-            first = whole[len(before)]
-            if first in chosen:
-                raise ConfigError(
-                    f"Verbalizers {chosen[first]!r} and {word!r} begin with the same token "
-                    f"({self._tokenizer.decode([first])!r}), so the loss can't tell them apart; "
-                    "choose words that begin differently."
-                )
-            if first >= self._vocabulary_size:
+        ids = [token for token in scored if token is not None]
+        for word, token in zip(words, ids, strict=True):
+            largest = max([*shared, token])
+            if largest >= self._vocabulary_size:
                 raise ModelError(
-                    f"Verbalizer {word!r} is token {first}, but the model has only "
+                    f"Verbalizer {word!r} is token {largest}, but the model has only "
                     f"{self._vocabulary_size}; use the model's own tokenizer."
                 )
-            chosen[first] = word
-        return tuple(chosen)
+        return shared, tuple(ids)
+
+    def _continuation(self, word: str) -> list[int]:
+        """The tokens with which a verbalizer goes on after the template."""
+        tail = self._template[-1] or "."
+        if not word.strip():
+            raise ConfigError("A verbalizer is empty; give every label a word.")
+        if self._template[-1][-1:].isalnum() and word[0].isascii() and word[0].isalnum():
+            raise ConfigError(
+                f"Verbalizer {word!r} would run into the template's last word "
+                f"({tail.split()[-1]!r}); write it with a leading space: {' ' + word!r}."
+            )
+        # Some tokenizers treat the start of a text differently.
+        before, whole = self._encoder.of_texts([tail, tail + word])
+        if whole[: len(before)] != before or len(whole) == len(before):
+            raise ConfigError(
+                f"Verbalizer {word!r} melts into the end of the template ({tail[-20:]!r}) when "
+                "it is tokenised; take spaces from the template's end and begin the verbalizer "
+                "with one."
+            )
+        return whole[len(before) :]
 
     # ------------------------------------------------------------------ tokens to a loss
 
@@ -410,7 +428,9 @@ class Task:
             columns.append(next_tokens(rows))
             if self._eos is not None:
                 ended |= columns[-1] == self._eos
-        return [self._text(tokens) for tokens in torch.stack(columns, dim=1).tolist()]
+        # A label's word is whole again, though the prompt holds its first tokens.
+        texts = torch.stack(columns, dim=1).tolist()
+        return [self._text([*self._after, *tokens]) for tokens in texts]
 
     @torch.inference_mode()
     def next_tokens(self, model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -410,12 +410,13 @@ class Genesis(google.protobuf.message.Message):
     TOKENIZER_DIGEST_FIELD_NUMBER: builtins.int
     TRAINABLE_ELEMENTS_FIELD_NUMBER: builtins.int
     TRAINABLE_BYTES_FIELD_NUMBER: builtins.int
+    TOKENIZER_PARTS_FIELD_NUMBER: builtins.int
     manifest_digest: builtins.bytes
     """SHA-256 of the manifest: the ordered trainable tensors. 32 bytes."""
     base_digest: builtins.bytes
     """SHA-256 tree over all base tensors, frozen ones included. 32 bytes."""
     tokenizer_digest: builtins.bytes
-    """SHA-256 of the tokenizer. 32 bytes."""
+    """SHA-256 of the tokenizer, or of tokenizer_parts. 32 bytes."""
     trainable_elements: builtins.int
     """Count of trainable elements."""
     trainable_bytes: builtins.int
@@ -423,6 +424,12 @@ class Genesis(google.protobuf.message.Message):
     @property
     def config(self) -> Global___RunConfig:
         """The contract that all parties compute with."""
+
+    @property
+    def tokenizer_parts(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """SHA-256 of each part of the tokenizer: vocabulary, normalizer, pre-tokenizer, added tokens, tokens
+        before a prompt, end-of-text token, decoder. 32 bytes each. Empty if template_version is below 3.
+        """
 
     def __init__(
         self,
@@ -433,9 +440,10 @@ class Genesis(google.protobuf.message.Message):
         tokenizer_digest: builtins.bytes = ...,
         trainable_elements: builtins.int = ...,
         trainable_bytes: builtins.int = ...,
+        tokenizer_parts: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["base_digest", b"base_digest", "config", b"config", "manifest_digest", b"manifest_digest", "tokenizer_digest", b"tokenizer_digest", "trainable_bytes", b"trainable_bytes", "trainable_elements", b"trainable_elements"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_digest", b"base_digest", "config", b"config", "manifest_digest", b"manifest_digest", "tokenizer_digest", b"tokenizer_digest", "tokenizer_parts", b"tokenizer_parts", "trainable_bytes", b"trainable_bytes", "trainable_elements", b"trainable_elements"]) -> None: ...
 
 Global___Genesis: typing_extensions.TypeAlias = Genesis
 
@@ -886,8 +894,10 @@ class TaskConfig(google.protobuf.message.Message):
     generated_tokens_max: builtins.int
     """Tokens generated after each prompt for the objective, 0 to 4096. Absent: 0."""
     template_version: builtins.int
-    """How the template's braces are read, 1 or 2. 2: all braces hold columns, {{ and }} are braces.
-    Absent: 1, which takes {plain_name} as a column and all other braces as text.
+    """How rows become tokens, 1 to 3. 2: all braces of the template hold columns, {{ and }} are braces.
+    3, also: columns are plain text, prompts begin once, verbalizers are compared at their first
+    difference, and the tokenizer's digest is one over parts. Absent: 1, which takes {plain_name} as a
+    column and all other braces as text.
     """
     @property
     def verbalizers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___Verbalizer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import decimal
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.config import TaskConfig
-from fedmezo_core.errors import DataError
-from fedmezo_core.zo.data.rows import label_form, read_examples, read_raw_examples
+from fedmezo_core.config import RunConfig, TaskConfig
+from fedmezo_core.errors import ConfigError, DataError
+from fedmezo_core.zo.data.rows import (
+    Example,
+    label_form,
+    read_examples,
+    read_raw_examples,
+    read_rows,
+)
 from fedmezo_core.zo.data.task import Task
+from fedmezo_core.zo.party import open_party
 
 COLUMNS = ("text", "label")
 LONG = "1" * 5000
@@ -115,6 +123,59 @@ def test_what_is_refused(name: str, content: Any, sentence: str, tmp_path: Path)
     with pytest.raises(DataError, match=sentence) as caught:
         read_examples(path, COLUMNS)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+@pytest.mark.parametrize(
+    ("content", "name", "texts"),
+    [
+        ('{"text": 5.0, "label": "a"}', "a.jsonl", ("5.0", "5")),
+        ('{"text": -3.0, "label": "a"}', "a.jsonl", ("-3.0", "-3")),
+        ('{"text": 5.5, "label": "a"}', "a.jsonl", ("5.5", "5.5")),
+        ('{"text": 1e300, "label": "a"}', "a.jsonl", ("1e+300", "1e+300")),
+        ("text,label\n5.0,a\n", "a.csv", ("5.0", "5.0")),
+        ({"text": [5.0], "label": ["a"]}, "a.parquet", ("5.0", "5")),
+    ],
+)
+def test_a_number_that_is_whole_is_written_as_whole(
+    content: Any, name: str, texts: tuple[str, str], version: int, tmp_path: Path
+) -> None:
+    verbalizers = {"a": " bad", "b": " good"}
+    task = TaskConfig(verbalizers=verbalizers, template="{text}", template_version=version)
+    (row,) = read_rows(written(tmp_path / name, content), task)
+    assert row.values["text"] == texts[version == 3]
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_needed_column_that_is_named_twice_is_refused_also_after_a_split(
+    column: str, tmp_path: Path
+) -> None:
+    path = written(tmp_path / "a.csv", f"text,label,{column}\na,b,c\n")
+    with pytest.raises(DataError, match=f"names the column '{column}' twice in its first line"):
+        read_examples(path, COLUMNS)
+    split = tmp_path / "split.jsonl"
+    split.write_bytes(b"".join(row.json_line() for row in read_raw_examples(path)))
+    named = rf"no column {column}; its columns are .*{column} \(1\).*{column} \(2\)"
+    with pytest.raises(DataError, match=named):
+        read_examples(split, COLUMNS)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+def test_rows_beyond_the_positions_of_a_run_that_has_begun(
+    kind: str, folder_of: Callable[[str], Path]
+) -> None:
+    """Rotary positions go on without end; others have a vector each, and there are no more."""
+    task = TaskConfig(verbalizers={"a": " bad", "b": " good"}, tokens_max=200)
+    config = RunConfig(run_id="x", model="base", task=task)
+    party = open_party(config, str(folder_of(kind)), threads=1)
+    rows = [Example({"text": "x" * 150, "label": "a"}, "a.csv", 1)]
+    if kind != "llama":
+        told = r"a\.csv has a row of 150 tokens, but base knows 128 .*; make the rows shorter"
+        with pytest.raises(ConfigError, match=told):
+            party.encode(Path("a.csv"), rows)
+        rows = [Example({"text": "x" * 128, "label": "a"}, "a.csv", 1)]
+    batch = party.task.collate(party.encode(Path("a.csv"), rows).examples, "x")
+    assert math.isfinite(party.task.loss(party.loaded.model, batch))
 
 
 def test_skipped_lines_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
