@@ -90,9 +90,14 @@ class SqliteStore:
         _forget_cache(Path(f"{path}-wal"))
         with self._errors_named("opened"):
             self._db = apsw.Connection(str(path))
+        # Not before: a layered file system may copy the file when it is opened.
+        self._files = {path: _identity(path)}
         try:
             with self._errors_named("opened"):
                 self._prepare()
+            log = Path(f"{path}-wal")
+            self._files[log] = _identity(log)
+            self._check_names()
         except BaseException:
             self._db.close(True)
             raise
@@ -151,7 +156,9 @@ class SqliteStore:
                 "SELECT seqno, body, chain FROM journal WHERE seqno >= ? ORDER BY seqno LIMIT ?",
                 (from_seqno, rows_max),
             )
-            return tuple(map(Row._make, found))
+            rows = tuple(map(Row._make, found))
+        self._check_names()
+        return rows
 
     def origin(self) -> StoredState | None:
         """What the dropped rows come to."""
@@ -204,6 +211,22 @@ class SqliteStore:
             self._db.execute("COMMIT")
             if self._log.pages >= self._checkpoint_pages:
                 self._db.wal_checkpoint()
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Refuse to go on if the names of the files no longer mean the files that are open.
+
+        Linux lets anybody delete, move or replace an open file. SQLite then writes on, and syncs
+        what nobody will ever find.
+        """
+        for path, opened in self._files.items():
+            if opened is None or _identity(path) != opened:
+                self._broken = True
+                raise JournalError(
+                    f"{path} was deleted, moved or replaced while it was in use; nothing more is "
+                    "acknowledged. Put that file or the newest copy of the journal back, and start "
+                    "again."
+                )
 
     @contextmanager
     def _errors_named(self, doing: str) -> Iterator[None]:
@@ -262,6 +285,15 @@ def _forget_cache(path: Path) -> None:
             f"The journal's log {path} could not be synced ({error.strerror}); "
             "check the disk and start the coordinator again."
         ) from None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the file that a name means now; None if there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _sync_folder(path: Path) -> None:

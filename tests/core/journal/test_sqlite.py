@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,40 @@ def test_settings_are_the_durable_ones(tmp_path: Path) -> None:
     assert store._db.pragma("synchronous") == 2  # FULL
     assert store._db.pragma("locking_mode") == "exclusive"
     assert (tmp_path / "journal.db").stat().st_mode & 0o077 == 0
+    store.close()
+
+
+def _replaced(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+LOSSES: dict[str, Callable[[Path], object]] = {
+    "deleted": lambda path: path.unlink(),
+    "moved": lambda path: path.rename(path.with_name("elsewhere.db")),
+    "replaced by its copy": _replaced,
+    "the log is deleted": lambda path: Path(f"{path}-wal").unlink(),
+    "the log is replaced": lambda path: _replaced(Path(f"{path}-wal")),
+    "the folder is moved": lambda path: path.parent.rename(path.parent.with_name("elsewhere")),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("use", ["append", "read"])
+def test_a_file_that_is_deleted_moved_or_replaced_while_open_ends_the_store(
+    loss: str, use: str, tmp_path: Path
+) -> None:
+    """What is written then is in no file that anybody finds, so it must not be acknowledged."""
+    path = tmp_path / "folder" / "journal.db"
+    path.parent.mkdir()
+    store = SqliteStore(path)
+    store.append([row(0, 20)])
+    LOSSES[loss](path)
+    with pytest.raises(JournalError, match=r"was deleted, moved or replaced.*copy of the journal"):
+        store.append([row(1, 20)]) if use == "append" else store.read(0, 1)
+    with pytest.raises(JournalError, match="failed before"):
+        store.append([row(2, 20)])
     store.close()
 
 
