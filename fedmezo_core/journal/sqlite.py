@@ -222,6 +222,8 @@ class SqliteStore:
         for path, opened in self._files.items():
             if opened is None or _identity(path) != opened:
                 self._broken = True
+                # At closing SQLite would delete the log by its name, which may mean another's.
+                self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
                 raise JournalError(
                     f"{path} was deleted, moved or replaced while it was in use; nothing more is "
                     "acknowledged. Put that file or the newest copy of the journal back, and start "
@@ -290,7 +292,7 @@ def _forget_cache(path: Path) -> None:
 def _identity(path: Path) -> tuple[int, int] | None:
     """Device and inode of the file that a name means now; None if there is none."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except OSError:
         return None
     return found.st_dev, found.st_ino

@@ -81,8 +81,39 @@ def test_a_file_that_is_deleted_moved_or_replaced_while_open_ends_the_store(
     with pytest.raises(JournalError, match=r"was deleted, moved or replaced.*copy of the journal"):
         store.append([row(1, 20)]) if use == "append" else store.read(0, 1)
     with pytest.raises(JournalError, match="failed before"):
-        store.append([row(2, 20)])
+        store.append([row(1, 20)])
     store.close()
+
+
+def test_a_journal_that_was_moved_can_be_put_back_with_everything(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "journal.db", tmp_path / "elsewhere.db"
+    store = SqliteStore(path)
+    store.append([row(0, 20)])
+    path.rename(elsewhere)
+    with pytest.raises(JournalError, match="moved"):
+        store.read(0, 1)
+    store.close()
+    elsewhere.rename(path)
+    store = SqliteStore(path)
+    assert len(store) == 1
+    store.close()
+
+
+def test_closing_a_journal_that_was_replaced_leaves_the_new_one_s_log_alone(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal.db"
+    store = SqliteStore(path)
+    store.append([row(0, 20)])
+    for name in (path, Path(f"{path}-wal")):
+        name.rename(name.with_suffix(".old"))
+    new = SqliteStore(path)
+    new.append([row(0, 40)])
+    with pytest.raises(JournalError, match="replaced"):
+        store.read(0, 1)
+    store.close()
+    new.append([row(1, 40)])
+    new.close()
 
 
 def _try_to_open(path: Path, answer: multiprocessing.SimpleQueue[str]) -> None:
