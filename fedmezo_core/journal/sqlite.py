@@ -222,8 +222,6 @@ class SqliteStore:
         for path, opened in self._files.items():
             if opened is None or _identity(path) != opened:
                 self._broken = True
-                # At closing SQLite would delete the log by its name, which may mean another's.
-                self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
                 raise JournalError(
                     f"{path} was deleted, moved or replaced while it was in use; nothing more is "
                     "acknowledged. Put that file or the newest copy of the journal back, and start "
