@@ -21,6 +21,7 @@ from pathlib import Path
 import apsw
 
 from fedmezo_core.errors import (
+    JournalBehindError,
     JournalCorruptError,
     JournalError,
     JournalFullError,
@@ -83,6 +84,7 @@ class SqliteStore:
         self._broken = False
         self._checkpoint_pages = checkpoint_pages
         self._log = _LogSize()
+        _check_log_is_no_orphan(path)
         if not path.is_file():
             if not create:
                 raise JournalError(f"There is no journal at {path}; check the path.")
@@ -252,6 +254,21 @@ class _LogSize:
         """Keep the count of pages in the write-ahead log."""
         self.pages = pages
         return apsw.SQLITE_OK
+
+
+def _check_log_is_no_orphan(path: Path) -> None:
+    """Refuse an empty journal beside a log that is not: SQLite would delete the log."""
+    log = Path(f"{path}-wal")
+    if not _size(path) and _size(log):
+        raise JournalBehindError(
+            f"The journal {path} is empty or not there, but its log {log} is, with the newest "
+            "records. Put the newest copy of the journal back beside it, or move the log away to "
+            "go on without it."
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _create(path: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedmezo_core.errors import (
+    JournalBehindError,
     JournalCorruptError,
     JournalError,
     JournalLockedError,
@@ -96,6 +97,27 @@ def test_a_journal_that_was_moved_can_be_put_back_with_everything(tmp_path: Path
     elsewhere.rename(path)
     store = SqliteStore(path)
     assert len(store) == 1
+    store.close()
+
+
+@pytest.mark.parametrize("left", ["no file", "0 bytes"])
+def test_a_log_without_its_journal_is_kept_and_finds_its_records_again(
+    left: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 3)
+    content = path.read_bytes()
+    store = SqliteStore(path)
+    store.append([row(3, 20)])
+    path.unlink()
+    store.close()
+    if left == "0 bytes":
+        path.touch()
+    with pytest.raises(JournalBehindError, match=r"but its log .*journal.db-wal is, with the new"):
+        SqliteStore(path)
+    path.write_bytes(content)
+    store = SqliteStore(path)
+    assert len(store) == 4
     store.close()
 
 
