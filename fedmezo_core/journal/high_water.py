@@ -2,8 +2,8 @@
 
 A log that was cut, an older back-up, or an empty file in a journal's place looks sound in itself:
 all hashes match, and only the newest records are missing. The mark names the newest record that was
-on the disk, so a start can tell. It is a note like that of a signed head (`signed_heads`), with the
-key and the signature below it:
+on the disk, so a start can tell. The file begins with a note like that of a signed head
+(`signed_heads`), with the key and the signature below it:
 
     fedmezo.v1/journal/mark
     <records>
@@ -11,16 +11,17 @@ key and the signature below it:
     <public key, hexadecimal>
     <signature of the first three lines, base64>
 
-The file holds it twice. The first place is on the disk before the file gets its name, and stays as
-it is. The second is written after each append and not synced, because it says nothing that is not
-on the disk already. So a kill costs the mark nothing, and a power cut costs it what the system had
-not written yet. It never names a record that is not on the disk.
+A start writes it, and it is on the disk before the file gets its name. After each append a second
+note follows in a page of its own: the same three lines, and the SHA-256 of the first note and
+these. It is not synced, because it says nothing that is not on the disk already, and not signed,
+because signing costs as much as half of an append. So a kill costs the mark nothing, and a power
+cut costs it what the system had not written yet. It never names a record that is not on the disk.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
+import hashlib
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -32,10 +33,10 @@ from fedmezo_core.errors import JournalCorruptError, JournalError
 from fedmezo_core.folders import sync
 from fedmezo_core.journal.signed_heads import Signer, mark_text
 
-SLOT_BYTES = 512
+NOTE_BYTES = 512
 """A disk writes at least so many bytes in one go."""
-PLACES = (0, 4096)
-"""Offsets of the two notes, in pages of their own."""
+SECOND_OFFSET = 4096
+"""Where the second note is: in a page of its own."""
 
 
 class Mark(NamedTuple):
@@ -65,14 +66,14 @@ def read_mark(path: Path) -> Mark | None:
         raise JournalError(
             f"The journal's mark {path} cannot be read ({error.strerror}); make it readable."
         ) from None
-    found = [_mark_in(content[place : place + SLOT_BYTES]) for place in PLACES]
-    marks = [mark for mark in found if mark is not None]
-    if not marks:
+    first = content[:NOTE_BYTES]
+    mark = _signed_in(first)
+    if mark is None:
         raise JournalCorruptError(
             f"The journal's mark {path} is damaged, so nobody can tell whether the journal is "
             "whole; restore both from a copy, or move the mark away to take the journal as it is."
         )
-    return max(marks)
+    return _followed_in(content[SECOND_OFFSET:], first, mark) or mark
 
 
 class HighWaterMark:
@@ -82,18 +83,21 @@ class HighWaterMark:
         self._path = path
         self._signer = signer
         self._file: int | None = None
+        self._first = b""
 
     def begin(self, records: int, chain: bytes) -> None:
         """Write the file anew, durably, in place of an earlier one.
 
         Raises `JournalError` if that fails.
         """
-        note = self._note(records, chain)
+        text = mark_text(records, chain)
+        signature = base64.b64encode(self._signer.sign_mark(records, chain))
+        self._first = _note(text, self._signer.public_key.hex().encode(), signature)
         partial = self._path.with_name(f".{self._path.name}.partial")
         try:
             self._file = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_RDWR, 0o600)
-            for place in PLACES:
-                os.pwrite(self._file, note, place)
+            os.pwrite(self._file, self._first, 0)
+            os.pwrite(self._file, bytes(NOTE_BYTES), SECOND_OFFSET)
             os.fsync(self._file)
             partial.replace(self._path)
             sync(self._path.parent)
@@ -106,8 +110,9 @@ class HighWaterMark:
         Raises `JournalError` if that fails.
         """
         assert self._file is not None
+        text = mark_text(records, chain)
         try:
-            os.pwrite(self._file, self._note(records, chain), PLACES[1])
+            os.pwrite(self._file, _note(text, _digest(self._first, text)), SECOND_OFFSET)
         except OSError as error:
             raise self._failed(error) from None
 
@@ -117,12 +122,6 @@ class HighWaterMark:
             os.close(self._file)
             self._file = None
 
-    def _note(self, records: int, chain: bytes) -> bytes:
-        signature = base64.b64encode(self._signer.sign_mark(records, chain))
-        key = self._signer.public_key.hex().encode()
-        note = b"%s%s\n%s\n" % (mark_text(records, chain), key, signature)
-        return note.ljust(SLOT_BYTES, b"\n")
-
     def _failed(self, error: OSError) -> JournalError:
         return JournalError(
             f"The journal's mark {self._path} could not be written ({error.strerror}); check the "
@@ -130,15 +129,31 @@ class HighWaterMark:
         )
 
 
-def _mark_in(note: bytes) -> Mark | None:
-    """The mark that a note holds; None if it is damaged."""
-    lines = note.split(b"\n")
+def _note(text: bytes, *lines: bytes) -> bytes:
+    return b"\n".join((text.rstrip(), *lines)).ljust(NOTE_BYTES, b"\n")
+
+
+def _digest(first: bytes, text: bytes) -> bytes:
+    return hashlib.sha256(first + text).hexdigest().encode()
+
+
+def _signed_in(note: bytes) -> Mark | None:
+    """The mark that the first note holds; None if it is damaged."""
     try:
-        records, chain = int(lines[1]), base64.b64decode(lines[2], validate=True)
-        key = bytes.fromhex(lines[3].decode())
-        signature = base64.b64decode(lines[4], validate=True)
-        text = mark_text(records, chain)
-        Ed25519PublicKey.from_public_bytes(key).verify(signature, text)
-    except (IndexError, ValueError, binascii.Error, InvalidSignature):
+        _, records, chain, key, signature, *_ = note.split(b"\n")
+        mark = Mark(int(records), base64.b64decode(chain), bytes.fromhex(key.decode()))
+        text = mark_text(mark.records, mark.chain)
+        Ed25519PublicKey.from_public_bytes(mark.key).verify(base64.b64decode(signature), text)
+    except (ValueError, InvalidSignature):
         return None
-    return Mark(records, chain, key) if note.startswith(text) else None
+    return mark
+
+
+def _followed_in(note: bytes, first: bytes, mark: Mark) -> Mark | None:
+    """The mark that the second note holds; None if it is damaged or not written yet."""
+    try:
+        _, records, chain, digest, *_ = note.split(b"\n")
+        later = mark._replace(records=int(records), chain=base64.b64decode(chain))
+    except ValueError:
+        return None
+    return later if digest == _digest(first, mark_text(later.records, later.chain)) else None

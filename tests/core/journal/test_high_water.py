@@ -12,7 +12,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_core.errors import JournalCorruptError, JournalError
 from fedmezo_core.journal.codec import encode_records
-from fedmezo_core.journal.high_water import PLACES, SLOT_BYTES, HighWaterMark, Mark, read_mark
+from fedmezo_core.journal.high_water import (
+    NOTE_BYTES,
+    SECOND_OFFSET,
+    HighWaterMark,
+    Mark,
+    read_mark,
+)
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.journal.sqlite import SqliteStore
@@ -129,12 +135,12 @@ def test_a_journal_that_went_on_without_its_mark_is_whole(killed: Killed) -> Non
 
 def test_a_note_that_was_being_written_leaves_the_one_from_the_start(killed: Killed) -> None:
     content = bytearray(killed.mark.read_bytes())
-    for place in range(PLACES[1], PLACES[1] + 150, 7):
+    for place in range(SECOND_OFFSET + 24, SECOND_OFFSET + 135, 7):
         torn = content.copy()
         torn[place] ^= 1
         killed.mark.write_bytes(torn)
         assert read_mark(killed.mark) == Mark(1, read_chain(killed, 0), SIGNER.public_key)
-    killed.mark.write_bytes(content[:SLOT_BYTES])
+    killed.mark.write_bytes(content[:NOTE_BYTES])
     assert records_and_whole(killed) == (RECORDS, True)
 
 
@@ -147,7 +153,8 @@ def read_chain(at: Killed, seqno: int) -> bytes:
 
 
 def test_a_mark_that_is_damaged_altogether_is_refused_with_a_way_out(killed: Killed) -> None:
-    for content in (b"", b"\n" * 5000, killed.mark.read_bytes().replace(b"mark", b"marc")):
+    sound = killed.mark.read_bytes()
+    for content in (b"", b"\n" * 5000, sound[SECOND_OFFSET:], sound.replace(b"=\n", b"\n", 1)):
         killed.mark.write_bytes(content)
         with pytest.raises(JournalCorruptError, match=r"journal.db.mark is damaged.*move the mark"):
             read_mark(killed.mark)

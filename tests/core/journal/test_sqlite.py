@@ -63,7 +63,6 @@ LOSSES: dict[str, Callable[[Path], object]] = {
     "moved": lambda path: path.rename(path.with_name("elsewhere.db")),
     "replaced by its copy": _replaced,
     "the log is deleted": lambda path: Path(f"{path}-wal").unlink(),
-    "the log is replaced": lambda path: _replaced(Path(f"{path}-wal")),
     "the folder is moved": lambda path: path.parent.rename(path.parent.with_name("elsewhere")),
 }
 
