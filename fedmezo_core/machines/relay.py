@@ -23,7 +23,7 @@ from fedmezo_core.config import COHORT_MAX, COMMIT_PAIRS_MAX, RunConfig
 from fedmezo_core.errors import (
     DivergedError,
     EquivocationError,
-    ProtocolError,
+    FedMezoError,
     StaleTicketError,
 )
 from fedmezo_core.events import (
@@ -341,7 +341,7 @@ class RelayMachine:
             self._unsigned.add(round_)
         try:
             self._from_above(event)
-        except (ProtocolError, DivergedError):
+        except FedMezoError:
             self._unsigned.discard(round_)
             raise
 

@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from fedmezo_core.config import RunConfig, TaskConfig
-from fedmezo_core.errors import DivergedError, ProtocolError
+from fedmezo_core.errors import FedMezoError, ProtocolError
 from fedmezo_core.events import (
     Ack,
     Acknowledged,
@@ -706,7 +706,7 @@ class Worker:
             self.world.say(self.name, error)
             self.tear()
             return
-        except DivergedError as error:
+        except FedMezoError as error:
             raise ViolationError(f"{self.name}: {error}") from error
         for action in actions:
             self.perform(action)
