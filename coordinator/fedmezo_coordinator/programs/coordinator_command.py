@@ -100,7 +100,12 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
     signer = companions.signer()
     daemon = Daemon(
-        journal, session_limit, signer, settings.snapshots_folder, settings.compact_after_records
+        journal,
+        session_limit,
+        signer,
+        settings.snapshots_folder,
+        settings.compact_after_records,
+        has_replica=settings.has_replica,
     )
     await daemon.load()
     await asyncio.to_thread(companions.keep_mark, journal, signer)
@@ -158,3 +163,4 @@ async def _keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: 
         settings, address, daemon.genesis.config.run_id, daemon.replica_secret
     )
     await supervisor.keep()
+    daemon.lose_replica()
