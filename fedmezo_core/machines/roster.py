@@ -154,7 +154,8 @@ class Roster:
 
         See `choose_cohort`.
         """
-        first, last = [], []
+        first: list[str] = []
+        last: list[str] = []
         for worker in workers:
             (last if self.workers[worker].missed else first).append(worker)
         chosen = choose_cohort(run_seed, round_, first, size_max)

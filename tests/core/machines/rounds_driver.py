@@ -58,8 +58,8 @@ _BASE: dict[str, Any] = {
 class RoundsDriver:
     """Keeps every record in order, and restarts the machine from them."""
 
-    def __init__(self, *, has_replica: bool = False, **values: Any) -> None:
-        self._has_replica = has_replica
+    def __init__(self, **values: Any) -> None:
+        self._has_replica = values.pop("has_replica", False)
         self.config = config_of(**values)
         self.records: list[Record] = [Genesis(self.config, bytes(32), bytes(32), bytes(32), 1, 4)]
         self.restart()
