@@ -20,6 +20,7 @@
         JournalLockedError   another process has the journal open
           FencedError        another coordinator has taken over the journal; this one must not write
         JournalCorruptError  the journal's bytes are not what was written
+        JournalBehindError   it ends before a record that was on the disk or was applied
         JournalFullError     the disk took no more records
         JournalCompactedError  the records asked for were dropped; begin from a snapshot
       SnapshotError          a snapshot is missing, or cannot be written, read or used
@@ -151,6 +152,12 @@ class JournalCorruptError(JournalError):
     """A record's bytes, order or hash are not what was appended."""
 
     status = "DATA_LOSS"
+
+
+class JournalBehindError(JournalError):
+    """The journal lacks its newest records: it was cut, or is an older copy. It may be put back."""
+
+    status = "FAILED_PRECONDITION"
 
 
 class JournalFullError(JournalError):

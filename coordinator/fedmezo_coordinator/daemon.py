@@ -77,16 +77,19 @@ class Daemon(ServingLoop[Ready]):
         signer: Signer | None = None,
         snapshots: Path | None = None,
         compact_after_records: int = 0,
+        *,
+        has_replica: bool = False,
     ) -> None:
         """`journal` is opened and not yet loaded; it must hold a genesis record.
 
         Without a `signer` checkpoints are not signed. `snapshots` is the folder that the replica
         writes to; None: there are none. The oldest records are dropped when at least
-        `compact_after_records` of them can be; 0: never.
+        `compact_after_records` of them can be; 0: never. With `has_replica`, workers whose weights
+        differ wait for the replica's word.
         """
         super().__init__(session_limit)
         self._pages.journal = journal
-        self._machine = RoundMachine()
+        self._machine = RoundMachine(has_replica=has_replica)
         self._signer = signer
         self._snapshots = SnapshotStore(snapshots)
         self._folds.append(self._fold_snapshots)
@@ -195,6 +198,10 @@ class Daemon(ServingLoop[Ready]):
     def pause_reason(self) -> str:
         """Why the run is paused; empty if it is not."""
         return self._machine.reason if self._machine.phase is Phase.PAUSED else ""
+
+    def lose_replica(self) -> None:
+        """No digest of the replica comes any more: workers whose weights differ are outvoted."""
+        self._machine.has_replica = False
 
     async def close(self) -> None:
         """Close the journal; nothing is served afterwards."""

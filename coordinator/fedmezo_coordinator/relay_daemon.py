@@ -19,6 +19,7 @@ from fedmezo_core.errors import (
     ConfigError,
     DivergedError,
     FedMezoError,
+    JournalBehindError,
     NotReadyError,
     ProtocolError,
     UnavailableError,
@@ -170,7 +171,7 @@ class Relay(ServingLoop[RelayReady]):
                     waits = True
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(self._staffed.wait(), LOOK_EVERY_S)
-            except (UnavailableError, NotReadyError) as error:
+            except (UnavailableError, NotReadyError, JournalBehindError) as error:
                 if self._machine.left:
                     log.warning("the coordinator above went away before it took the last digest")
                     return
@@ -184,8 +185,8 @@ class Relay(ServingLoop[RelayReady]):
         for _ in range(ASKED_AGAIN_MAX):
             held = self._machine.received_round
             description = await self._client.get_run(self._settings.run_id, held)
-            self._reconnecting.reached()
             self._check(description, held)
+            self._reconnecting.reached()
             if description.needs_snapshot:
                 raise ConfigError(
                     f"The journal copy {self._settings.journal_copy} holds round {held}, and the "
@@ -208,12 +209,17 @@ class Relay(ServingLoop[RelayReady]):
                 return
 
     def _check(self, description: RunDescription, held: int) -> None:
-        if description.genesis_body != self._genesis_body or description.round < held:
+        if description.genesis_body != self._genesis_body:
             raise DivergedError(
-                f"The coordinator above is at round {description.round} of run "
-                f"{description.genesis.config.run_id}, this relay's copy holds round {held} of run "
-                f"{self.genesis.config.run_id}: the journal there went back or is another one; "
-                "restore the newest journal, or give the relay another journal_copy."
+                f"The coordinator above serves another run {description.genesis.config.run_id} "
+                f"than the run {self.genesis.config.run_id} of this relay's copy; find out which "
+                "journal is served there, or give the relay another journal_copy."
+            )
+        if description.round < held:
+            raise JournalBehindError(
+                f"The coordinator above is at round {description.round}, this relay's copy holds "
+                f"round {held}: the journal there went back. Put the newest journal back; to "
+                "continue from that one, give the relay another journal_copy."
             )
 
     async def _take_page(self, bodies: Sequence[bytes]) -> None:
@@ -240,7 +246,7 @@ class Relay(ServingLoop[RelayReady]):
         try:
             await self._above([Connected()])
             ended: _Above = await self._talk(stream)
-        except (UnavailableError, NotReadyError):
+        except (UnavailableError, NotReadyError, JournalBehindError):
             self._up = None
             await self._above([Disconnected()])
             raise

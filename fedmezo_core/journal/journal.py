@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
+from fedmezo_core.journal.high_water import HighWaterMark
 from fedmezo_core.journal.sealed import SealedState, StoredState, unseal
 
 ZERO_HASH = bytes(32)
@@ -231,6 +232,7 @@ class Journal:
         """Seqno of the first record that is left."""
         self.chain = ZERO_HASH
         self.head = ZERO_HASH
+        self._mark: HighWaterMark | None = None
 
     def __len__(self) -> int:
         return self._length
@@ -239,6 +241,20 @@ class Journal:
     def is_empty(self) -> bool:
         """Whether the store holds nothing yet, not even a genesis."""
         return len(self._store) == 0
+
+    def reaches(self, records: int, chain: bytes) -> bool:
+        """Whether it had so many records or more, and this chain after them; needs no `load`.
+
+        Of records that were dropped the chain is not known, and is taken to be right.
+        """
+        rows = self._store.read(records - 1, 1)
+        is_there = bool(rows) and rows[0].seqno == records - 1
+        return rows[0].chain == chain if is_there else records <= len(self._store)
+
+    def keep_mark(self, mark: HighWaterMark) -> None:
+        """Let a mark name the last record from now on; after `load`. Closing closes it too."""
+        mark.begin(self._length, self.chain)
+        self._mark = mark
 
     @property
     def stored_origin(self) -> StoredState | None:
@@ -343,6 +359,8 @@ class Journal:
             length, chain = length + 1, row.chain
         self._store.append([entry.row for entry in entries])
         self._length, self.chain, self.head = length, chain, head
+        if self._mark is not None:
+            self._mark.move(length, chain)
         return entries
 
     def read(self, from_seqno: int, rows_max: int) -> Sequence[Row]:
@@ -360,5 +378,7 @@ class Journal:
         return self._store.read_beside(seqnos, bytes_max)
 
     def close(self) -> None:
-        """Close the store."""
+        """Close the store, and its mark."""
+        if self._mark is not None:
+            self._mark.close()
         self._store.close()

@@ -16,6 +16,12 @@ of the above:
     fedmezo.v1/<run id>/origin
     <round>
     <SHA-256 of its bytes, base64>
+
+and so is the high-water mark of a journal (`high_water`):
+
+    fedmezo.v1/journal/mark
+    <records>
+    <chain after the last of them, base64>
 """
 
 from __future__ import annotations
@@ -50,6 +56,11 @@ def origin_text(run_id: str, round_: int, body: bytes) -> bytes:
     return f"fedmezo.v1/{run_id}/origin\n{round_}\n{digest}\n".encode()
 
 
+def mark_text(records: int, chain: bytes) -> bytes:
+    """What is signed of a journal's length: the count of records, and the 32-byte chain."""
+    return f"fedmezo.v1/journal/mark\n{records}\n{base64.b64encode(chain).decode()}\n".encode()
+
+
 class Signer:
     """The coordinator's key."""
 
@@ -65,6 +76,10 @@ class Signer:
     def sign_origin(self, run_id: str, round_: int, body: bytes) -> bytes:
         """The signature of a sealed state's bytes, 64 bytes; equal for equal arguments."""
         return self._key.sign(origin_text(run_id, round_, body))
+
+    def sign_mark(self, records: int, chain: bytes) -> bytes:
+        """The signature of a journal's length and chain, 64 bytes; equal for equal arguments."""
+        return self._key.sign(mark_text(records, chain))
 
 
 def open_signer(path: Path) -> Signer:

@@ -28,6 +28,7 @@ from pathlib import Path
 import apsw
 
 from fedmezo_core.errors import (
+    JournalBehindError,
     JournalCorruptError,
     JournalError,
     JournalFullError,
@@ -106,6 +107,7 @@ class SqliteStore:
         # The rows since the last checkpoint, and the seqno that the first of them has or will have.
         self._in_log: list[Row] = []
         self._log_begins = 0
+        _check_log_is_no_orphan(path)
         if not path.is_file():
             if not create:
                 raise JournalError(f"There is no journal at {path}; check the path.")
@@ -113,9 +115,12 @@ class SqliteStore:
         _forget_cache(Path(f"{path}-wal"))
         with self._errors_named("opened"):
             self._db = apsw.Connection(str(path))
+        # Not before: a layered file system may copy the file when it is opened.
+        self._identity = _identity(path)
         try:
             with self._errors_named("opened"):
                 self._prepare()
+            self._check_names()
         except BaseException:
             self._db.close(True)
             raise
@@ -180,7 +185,8 @@ class SqliteStore:
             )
             rows = tuple(until_full(map(Row._make, found)))
             found.close()  # One that is not at its end would keep the log from being folded.
-            return rows
+        self._check_names()
+        return rows
 
     def read_beside(self, seqnos: Sequence[int], bytes_max: int) -> Sequence[Row]:
         """The rows of the first of these seqnos; another thread may append meanwhile."""
@@ -287,6 +293,7 @@ class SqliteStore:
                     f"{self._path.absolute().as_uri()}?immutable=1",
                     flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI,
                 )
+                self._check_names()
             yield self._beside
 
     def _close_beside(self) -> None:
@@ -304,6 +311,26 @@ class SqliteStore:
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Refuse to go on if the names of the files no longer mean the files that are open.
+
+        Linux lets anybody delete, move or replace an open file. SQLite then writes on, and syncs
+        what nobody will ever find.
+        """
+        # Not `stat` for the log: each write after it would have to update the log's times, which
+        # makes an append a third slower (Linux 6.13 and later).
+        log = Path(f"{self._path}-wal")
+        has_log = os.access(log, os.F_OK)
+        if has_log and self._identity is not None and _identity(self._path) == self._identity:
+            return
+        self._broken = True
+        lost = self._path if has_log else log
+        raise JournalError(
+            f"{lost} was deleted, moved or replaced while it was in use; nothing more is "
+            "acknowledged. Put that file or the newest copy of the journal back, and start again."
+        )
 
     @contextmanager
     def _errors_named(self, doing: str) -> Iterator[None]:
@@ -329,6 +356,21 @@ class _LogSize:
         """Keep the count of pages in the write-ahead log."""
         self.pages = pages
         return apsw.SQLITE_OK
+
+
+def _check_log_is_no_orphan(path: Path) -> None:
+    """Refuse an empty journal beside a log that is not: SQLite would delete the log."""
+    log = Path(f"{path}-wal")
+    if not _size(path) and _size(log):
+        raise JournalBehindError(
+            f"The journal {path} is empty or not there, but its log {log} is, with the newest "
+            "records. Put the newest copy of the journal back beside it, or move the log away to "
+            "go on without it."
+        )
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _create(path: Path) -> None:
@@ -362,6 +404,15 @@ def _forget_cache(path: Path) -> None:
             f"The journal's log {path} could not be synced ({error.strerror}); "
             "check the disk and start the coordinator again."
         ) from None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Device and inode of the file that a name means now; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _sync_folder(path: Path) -> None:

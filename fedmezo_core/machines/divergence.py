@@ -17,20 +17,23 @@ REPLICA_PARTY = "replica"
 """Name of the coordinator's own replica of the weights as a party; no worker may have it."""
 
 
-def agreed_digest(votes: Sequence[int], replica: int | None) -> int | None:
+def agreed_digest(
+    votes: Sequence[int], replica: int | None, *, replica_comes: bool = False
+) -> int | None:
     """The weights digest that the run goes by, or None while nobody can tell.
 
-    It is the value that more than half of all votes name, the workers' `votes` and the replica's if
-    it has one. Without such a majority it is the replica's, rebuilt from the journal alone. Without
-    either it is None: nothing is committed from weights that are known to disagree.
+    It is the replica's, rebuilt from the journal alone, if that is known: workers cannot outvote
+    it. Otherwise it is the value that more than half of the workers' `votes` name; but votes that
+    differ decide nothing if the replica's digest is still to come. Nothing is committed from
+    weights that are known to disagree.
     """
+    if replica is not None or not votes:
+        return replica
     counts = Counter(votes)
-    if replica is not None:
-        counts[replica] += 1
-    if not counts:
+    if replica_comes and len(counts) > 1:
         return None
     value, count = counts.most_common(1)[0]
-    return value if 2 * count > counts.total() else replica
+    return value if 2 * count > counts.total() else None
 
 
 def differing(found: Iterable[tuple[str, int]], expected: int | None) -> list[tuple[str, int]]:
@@ -59,8 +62,11 @@ class DigestBoard:
             if report.round == round_
         }
 
-    def report(self, report: WeightsReported) -> list[Diverged]:
-        """Take a report; returns the parties that it shows to differ, each once a round."""
+    def report(self, report: WeightsReported, *, replica_comes: bool = False) -> list[Diverged]:
+        """Take a report; returns the parties that it shows to differ, each once a round.
+
+        For `replica_comes` see `agreed_digest`.
+        """
         self._newest.pop(report.party, None)
         self._newest[report.party] = report
         if len(self._newest) > WORKERS_SEEN_MAX:
@@ -71,7 +77,7 @@ class DigestBoard:
             party: digest64_of(digest) for party, digest in self.reports_of(report.round).items()
         }
         votes = [digest64 for party, digest64 in found.items() if party != REPLICA_PARTY]
-        expected = agreed_digest(votes, found.get(REPLICA_PARTY))
+        expected = agreed_digest(votes, found.get(REPLICA_PARTY), replica_comes=replica_comes)
         if expected is None:
             return []
         diverged = [

@@ -16,14 +16,14 @@ acknowledged the mean that holds it.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fedmezo_core.config import COHORT_MAX, COMMIT_PAIRS_MAX, RunConfig
 from fedmezo_core.errors import (
     DivergedError,
     EquivocationError,
-    ProtocolError,
+    FedMezoError,
     StaleTicketError,
 )
 from fedmezo_core.events import (
@@ -67,7 +67,6 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.aggregate import site_mean
 from fedmezo_core.machines.answers import ROWS_MAX, checked, content_of
-from fedmezo_core.machines.cohort import choose_cohort
 from fedmezo_core.machines.divergence import DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX, Phase, Roster, RoundSummary
 from fedmezo_core.machines.session import SessionMachine, SessionState
@@ -341,7 +340,7 @@ class RelayMachine:
             self._unsigned.add(round_)
         try:
             self._from_above(event)
-        except (ProtocolError, DivergedError):
+        except FedMezoError:
             self._unsigned.discard(round_)
             raise
 
@@ -474,7 +473,7 @@ class RelayMachine:
     def _begin(self, ticket: Ticket, work: Work) -> None:
         site = self._open = _SiteRound(ticket, work, self._closes_at_ms)
         most = site_workers_max(self.config)
-        for worker in choose_cohort(self.config.seed, ticket.round, self.roster.ready, most):
+        for worker in self.roster.choose(self.config.seed, ticket.round, self.roster.ready, most):
             self._ask(site, worker)
 
     def _may_ask(self, site: _SiteRound, worker: str) -> bool:
@@ -495,8 +494,7 @@ class RelayMachine:
         while (site := self._open) is not None:
             if self._session.measuring_in_vain:
                 self._fail(site, "its round was committed without this site")
-            # A site without any answer is like a worker that still measures: late answers count.
-            elif self._is_waiting(site) and (self._now_ms < site.closes_at_ms or not site.answers):
+            elif self._is_waiting(site):
                 return
             else:
                 self._close(site)
@@ -504,15 +502,24 @@ class RelayMachine:
             self._report()
 
     def _is_waiting(self, site: _SiteRound) -> bool:
-        ready, lost = self.roster.ready, self._lost_at_ms
-        return any(w in ready or w in lost for w in self.roster.assignments) or any(
-            worker not in site.asked for worker in lost
+        """Whether an answer may come that is worth waiting for."""
+        # A site without any answer is like a worker that still measures: late answers count.
+        if site.answers and self._now_ms >= site.closes_at_ms:
+            return False
+        workers: Collection[str] = self.roster.assignments
+        if site.answers:
+            workers = self.roster.waited_for
+        lost = self._lost_at_ms
+        return not self.roster.ready.isdisjoint(workers) or any(
+            worker in self.roster.assignments or worker not in site.asked for worker in lost
         )
 
     def _close(self, site: _SiteRound) -> None:
-        for worker in self.roster.assignments.keys() & self.roster.ready:
-            sentence = f"did not answer round {site.given.round} within the site's time"
-            self.roster.complain(worker, sentence)
+        if self._now_ms >= site.closes_at_ms:
+            for worker in self.roster.assignments.keys() & self.roster.ready:
+                sentence = f"did not answer round {site.given.round} within the site's time"
+                self.roster.complain(worker, sentence)
+            self.roster.miss(self.roster.assignments)
         answers, digest64 = self._agreeing(site)
         if not answers:
             unable = "no worker of this site can measure it"

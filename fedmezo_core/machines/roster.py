@@ -6,7 +6,7 @@ which work is assigned and which answers count.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from fedmezo_core.config import COHORT_MAX
 from fedmezo_core.errors import ProtocolError, StaleTicketError, UnknownWorkerError
 from fedmezo_core.events import AnswerReceived, Expel, Refuse, UnableReceived
+from fedmezo_core.machines.cohort import choose_cohort
 from fedmezo_core.records import RoundSlot
 
 RECENT_ROUNDS_MAX = 1000
@@ -61,6 +62,8 @@ class WorkerView:
     """Whether the worker knows that its weights differ, and is expected to rebuild them."""
     learning_rate: float | None = None
     """Learning rate of the last assignment."""
+    missed: bool = False
+    """Whether the worker let its last deadline pass, and has not answered or joined since."""
 
 
 class Roster:
@@ -77,6 +80,9 @@ class Roster:
         """Ready workers without an assignment. Only for reading."""
         self.assignments: dict[str, RoundSlot] = {}
         """Worker -> the assignment that it can still answer, whether or not it is ready."""
+        self.waited_for: set[str] = set()
+        """Workers with an assignment that are worth waiting for: they have not left since the start
+        or missed their last deadline. Only for reading."""
 
     @property
     def awaited(self) -> tuple[str, ...]:
@@ -98,15 +104,19 @@ class Roster:
 
     def join(self, worker: str) -> None:
         """The worker's session is open."""
-        self.view(worker).complaint = ""
+        view = self.view(worker)
+        view.complaint, view.missed = "", False
         self.ready.add(worker)
-        if worker not in self.assignments:
+        if worker in self.assignments:
+            self.waited_for.add(worker)
+        else:
             self.idle.add(worker)
 
     def leave(self, worker: str) -> None:
         """The worker's session is over; its assignment can be answered in the next one."""
         self.ready.discard(worker)
         self.idle.discard(worker)
+        self.waited_for.discard(worker)
 
     def expel(self, worker: str, sentence: str) -> Expel:
         """End the session of a worker whose weights differ; returns the message to it."""
@@ -117,27 +127,60 @@ class Roster:
     # ------------------------------------------------------------ assignments
 
     def assign(self, worker: str, assignment: RoundSlot, learning_rate: float) -> None:
-        """Wait for the worker's answer to `assignment`."""
+        """Let the worker answer `assignment`, and wait for that unless it missed its last one."""
+        view = self.view(worker)
+        view.learning_rate = learning_rate
         self.assignments[worker] = assignment
         self.idle.discard(worker)
-        self.view(worker).learning_rate = learning_rate
+        if not view.missed:
+            self.waited_for.add(worker)
+
+    def expect(self, assignments: Mapping[str, RoundSlot]) -> None:
+        """Wait for workers that were assigned something before the start, until they are back."""
+        self.assignments.update(assignments)
+        self.waited_for.update(assignments)
+
+    def miss(self, workers: Iterable[str]) -> None:
+        """The deadline of these workers' assignments is over: do not wait for them again."""
+        for worker in workers:
+            self.waited_for.discard(worker)
+            if worker in self.workers:
+                self.workers[worker].missed = True
+
+    def choose(
+        self, run_seed: int, round_: int, workers: Iterable[str], size_max: int
+    ) -> tuple[str, ...]:
+        """A round's cohort out of known workers, sorted; who missed its last deadline comes last.
+
+        See `choose_cohort`.
+        """
+        first: list[str] = []
+        last: list[str] = []
+        for worker in workers:
+            (last if self.workers[worker].missed else first).append(worker)
+        chosen = choose_cohort(run_seed, round_, first, size_max)
+        more = choose_cohort(run_seed, round_, last, size_max - len(chosen))
+        return tuple(sorted(chosen + more))
 
     def release(self, worker: str, assignment: RoundSlot) -> None:
         """Stop waiting for that answer; nothing changes if the worker has another assignment."""
         if self.assignments.get(worker) == assignment:
             del self.assignments[worker]
+            self.waited_for.discard(worker)
             if worker in self.ready:
                 self.idle.add(worker)
 
     def release_all(self) -> None:
         """Stop waiting for any answer."""
         self.assignments.clear()
+        self.waited_for.clear()
         self.idle |= self.ready
 
     def answered(self, worker: str, assignment: RoundSlot, mean_loss: float | None) -> None:
         """The worker's answer was accepted."""
         self.release(worker, assignment)
-        self.view(worker).mean_loss = mean_loss
+        view = self.view(worker)
+        view.mean_loss, view.missed = mean_loss, False
 
     def unable(self, event: UnableReceived) -> None:
         """The worker cannot measure its assignment."""

@@ -41,7 +41,6 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.aggregate import coefficients_of, decay_of, to_binary32
 from fedmezo_core.machines.answers import checked, content_of, is_digest_round
-from fedmezo_core.machines.cohort import choose_cohort
 from fedmezo_core.machines.divergence import REPLICA_PARTY, DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.rates import own_rates, schedule_factor
 from fedmezo_core.machines.roster import COMPLAINT_CHARS_MAX, Phase, Roster, RoundSummary
@@ -71,7 +70,9 @@ FRUITLESS_DEADLINES_MAX = 2
 class RoundMachine:
     """Opens rounds, takes answers, compares weights, commits. See the module's text for its use."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, has_replica: bool = False) -> None:
+        """`has_replica`: whether the replica's digests come, so that its word is waited for."""
+        self.has_replica = has_replica
         self.state = RunState()
         self.roster = Roster("this coordinator start")
         self.digests = DigestBoard()
@@ -144,7 +145,7 @@ class RoundMachine:
     def diverged(self) -> frozenset[str]:
         """Parties whose weights were found to differ and have not agreed since."""
         parties = set(self.state.diverged)
-        if self._replica_trusted:
+        if self._replica_agrees:
             parties.discard(REPLICA_PARTY)
         return frozenset(parties)
 
@@ -177,7 +178,7 @@ class RoundMachine:
         self._now_ms = now_ms
         self._restart_deadline()
         self._started = True
-        self.roster.assignments.update(self.state.outstanding())
+        self.roster.expect(self.state.outstanding())
         self._record(Started(self.state.epoch + 1))
         return self._take_ready()
 
@@ -307,7 +308,7 @@ class RoundMachine:
         if report.round > self.state.round:
             return  # This journal does not hold the round, so there is nothing to compare with.
         known = {(d.party, d.round) for d in self.state.divergences}
-        for record in self.digests.report(report):
+        for record in self.digests.report(report, replica_comes=self.has_replica):
             if (record.party, record.round) not in known:
                 self._record(record)
         if report.party == REPLICA_PARTY:
@@ -341,7 +342,7 @@ class RoundMachine:
         overdue = self._now_ms >= self._closes_at_ms
         if config.buffer_answers:
             wanted = config.quorum if overdue else config.buffer_answers
-        elif self.roster.assignments and not overdue and current.counting < config.cohort_size_max:
+        elif self.roster.waited_for and not overdue and current.counting < config.cohort_size_max:
             return False
         else:
             wanted = config.quorum
@@ -369,30 +370,31 @@ class RoundMachine:
         return agreeing
 
     def _expected_digest(self, held: RoundState) -> int | None:
-        """Digest that the weights before `held` should have: agreed earlier, or by a vote now.
+        """Digest that the weights before `held` should have: agreed earlier, or decided now.
 
-        A worker has one vote, however many answers it gave. Without the replica, fewer workers than
-        the quorum decide nothing.
+        The replica decides, or else a vote of the workers, of whom each has one, however many
+        answers it gave. Fewer workers than the quorum decide nothing.
         """
         before = held.round - 1
         if before in self.state.agreed:
             return self.state.agreed[before]
-        replica = self._replica_digests.get(before) if self._replica_trusted else None
+        replica = self._replica_digests.get(before)
         votes = {held.cohort[a.slot]: a.weights_digest64 or 0 for a in held.counted()}
         if replica is None and len(votes) < self.config.quorum:
             return None
-        return agreed_digest(list(votes.values()), replica)
+        return agreed_digest(list(votes.values()), replica, replica_comes=self.has_replica)
 
     def _judge(self, round_: int, found: list[tuple[str, int]], expected: int) -> None:
         """Record which of the workers in `found`, and whether the replica, differs after `round_`.
 
-        The workers are sent away. A replica that is not trusted is not recorded again.
+        The workers are sent away. A replica that has not agreed since it was recorded is not
+        recorded again.
         """
         replica = self._replica_digests.get(round_)
         if replica is not None:
             found = [*found, (REPLICA_PARTY, replica)]
         for party, digest64 in differing(found, expected):
-            if party == REPLICA_PARTY and not self._replica_trusted:
+            if party == REPLICA_PARTY and not self._replica_agrees:
                 continue
             record = Diverged(round_, party, digest64, expected)
             self._record(record)
@@ -414,6 +416,7 @@ class RoundMachine:
         }
         if overdue or self.config.buffer_answers:
             self._complain_of(late)
+            self.roster.miss(late)
         for worker, assignment in late.items():
             self.roster.release(worker, assignment)
         self._restart_deadline()
@@ -492,6 +495,7 @@ class RoundMachine:
         if overdue or not self.config.buffer_answers:
             self._restart_deadline()
         if overdue:
+            self.roster.miss(tuple(self.roster.assignments))
             for worker, assignment in self.state.outstanding().items():
                 if worker in self.roster.ready:
                     self._assign(assignment.round, (assignment.slot,))
@@ -509,7 +513,7 @@ class RoundMachine:
         if room <= 0:
             return ()
         free = [worker for worker in idle if self._is_free(current, worker)]
-        return choose_cohort(config.seed, current.round, free, room)
+        return self.roster.choose(config.seed, current.round, free, room)
 
     def _is_free(self, current: RoundState, idle: str) -> bool:
         """Whether a worker without an assignment may get a slot of `current`.
@@ -576,8 +580,8 @@ class RoundMachine:
     # ------------------------------------------------------------ small parts
 
     @property
-    def _replica_trusted(self) -> bool:
-        """The replica votes unless it was found diverged and has not agreed with a round since."""
+    def _replica_agrees(self) -> bool:
+        """Whether the replica was never found to differ, or has agreed with a round since."""
         found = self.state.diverged.get(REPLICA_PARTY)
         return found is None or self._replica_agreed_round > found.round
 

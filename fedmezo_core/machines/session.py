@@ -26,7 +26,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from fedmezo_core.config import STEPS_MAX
-from fedmezo_core.errors import DivergedError, ProtocolError
+from fedmezo_core.errors import DivergedError, JournalBehindError, ProtocolError
 from fedmezo_core.events import (
     Acknowledged,
     ApplyCommit,
@@ -156,8 +156,9 @@ class SessionMachine:
     def step(self, event: SessionEvent) -> _Actions:
         """Take one event. An event that is not allowed here raises and changes nothing.
 
-        `ProtocolError`: the peer, or the driver, broke the protocol. `DivergedError`: the
-        coordinator's journal went back behind what this worker holds.
+        `ProtocolError`: the peer, or the driver, broke the protocol. `JournalBehindError`: the
+        coordinator's journal went back behind what this worker holds. `DivergedError`: it is of
+        another history.
         """
         handler = self._TRANSITIONS.get((self.state, type(event)))
         if handler is None:
@@ -181,11 +182,11 @@ class SessionMachine:
 
     def _welcomed(self, event: Welcomed) -> _Actions:
         if event.round < self.round or event.epoch < self.epoch:
-            raise DivergedError(
+            raise JournalBehindError(
                 f"The coordinator is at epoch {event.epoch}, round {event.round}, but this worker "
                 f"was already at epoch {self.epoch}, round {self.round}: the coordinator's journal "
-                "went back; restore the newest journal, or restart the worker so that it rebuilds "
-                "its weights from this one."
+                "went back. Put the newest journal back; to continue from this one, restart the "
+                "worker so that it rebuilds its weights."
             )
         if event.round == self.round:
             self._check_head(event.head, self.head, event.round)

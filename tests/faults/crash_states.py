@@ -25,11 +25,15 @@ from pathlib import Path
 from typing import Final
 from unittest.mock import patch
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from fedmezo_core.errors import JournalError
 from fedmezo_core.journal import sqlite as product
 from fedmezo_core.journal.codec import encode_record, encode_records
+from fedmezo_core.journal.high_water import HighWaterMark, read_mark
 from fedmezo_core.journal.journal import ZERO_HASH, Journal, MemoryStore, Row
 from fedmezo_core.journal.sealed import SealedState, StoredState, seal
+from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.state_codec import state_to_pb
@@ -56,6 +60,8 @@ BIG_ROW_BYTES: Final = 300_000
 CHECKPOINT_PAGES: Final = 12
 """In scenarios that should checkpoint often."""
 NAME: Final = "journal.db"
+MARK: Final = f"{NAME}.mark"
+SIGNER: Final = Signer(Ed25519PrivateKey.from_private_bytes(bytes(32)))
 
 
 class NormalStore(SqliteStore):
@@ -88,6 +94,8 @@ class Kind:
 
     open: Callable[..., SqliteStore] = SqliteStore
     acknowledges_first: bool = False
+    marks_first: bool = False
+    """Whether the high-water mark moves before the rows are on the disk."""
     caught_in: str = "checkpoints"
     """A scenario that shows it, if it is a control."""
 
@@ -97,9 +105,10 @@ KINDS: Final = {
     "normal": Kind(NormalStore),
     "off": Kind(UnsyncedStore),
     "early-ack": Kind(acknowledges_first=True),
-    "drops-first": Kind(DroppingFirstStore, caught_in="compacted"),
+    "drops-first": Kind(DroppingFirstStore, caught_in="compacted-cut"),
+    "marks-first": Kind(marks_first=True),
 }
-"""The product's, and four controls."""
+"""The product's, and five controls."""
 
 
 # ---------------------------------------------------------------- scenarios
@@ -138,6 +147,9 @@ class Author:
         self.histories.append(History(found, {n for n in self.history.ends if n <= len(found)}))
         self.expected = _journal_of(found)
         self._promise(len(found))
+        assert not _behind_mark(self.journal, self.folder)
+        self.mark = HighWaterMark(self.folder / MARK, SIGNER)
+        self.journal.keep_mark(self.mark)
 
     @property
     def history(self) -> History:
@@ -163,6 +175,8 @@ class Author:
         # Before the append: what fails may be there all the same.
         self.history.rows += [entry.row for entry in self.expected.append(encode_records(records))]
         self.history.ends.add(begun)
+        if self.kind.marks_first:
+            self.mark.move(begun, self.expected.chain)
         self.journal.append(encode_records(records))
         self.acknowledged = begun
         self._promise(begun)
@@ -180,7 +194,7 @@ class Author:
 
     def close(self) -> None:
         """End cleanly."""
-        self.store.close()
+        self.journal.close()
 
     def kill(self) -> None:
         """Undo what happened since some moment, as `kill -9` then would: what was written stays."""
@@ -192,12 +206,12 @@ class Author:
 
     def _killed_after(self, count: int) -> None:
         trace = self.recorder.trace[:count]
-        self.store.close()
+        self.journal.close()
         self._restart(trace, page_cache(trace))
 
     def cut_power(self) -> None:
         """The same, but what was not synced may be gone."""
-        self.store.close()
+        self.journal.close()
         trace = self.recorder.trace
         disk = replayed(trace[: self.rng.randint(self.first_cut, len(trace))])
         image = disk.crashed(self.rng.choice(RANDOM_MODES), self.rng)
@@ -426,14 +440,22 @@ def verdict(image: Image, what: Recording, promise: Promise, folder: Path) -> st
     except JournalError as error:
         return f"refused: {error}"
     try:
-        return _verdict_on(store, what, promise)
+        return _verdict_on(store, what, promise, folder)
     except JournalError as error:
         return f"corrupt: {error}"
     finally:
         store.close()
 
 
-def _verdict_on(store: SqliteStore, what: Recording, promise: Promise) -> str:
+def _behind_mark(journal: Journal, folder: Path) -> str:
+    """Whether a start would be refused because rows seem to be missing; empty if not."""
+    mark = read_mark(folder / MARK)
+    if mark is None or journal.reaches(mark.records, mark.chain):
+        return ""
+    return f"behind: the mark names {mark.records} rows, {len(journal)} are there"
+
+
+def _verdict_on(store: SqliteStore, what: Recording, promise: Promise, folder: Path) -> str:
     journal = Journal(store)
     history = what.histories[promise.history]
     found = _rows_of(journal, history)
@@ -448,6 +470,9 @@ def _verdict_on(store: SqliteStore, what: Recording, promise: Promise) -> str:
             return f"changed: the state that was sealed before row {stored.seqno}"
         if stored != state_at(stored.seqno, history.rows[stored.seqno - 1].chain):
             return f"changed: the state before row {stored.seqno} is of other rows"
+    behind = _behind_mark(journal, folder)
+    if behind:
+        return behind
     [entry] = journal.append(encode_records([Paused(1, "after the cut")]))
     if list(store.read(0, len(found) + 2)) != [*found[journal.begins :], entry.row]:
         return "changed: by an append after the cut"

@@ -1,6 +1,7 @@
 """A disk that remembers what was asked of it, and what a power cut could leave of that.
 
-`recording` puts a VFS under SQLite that notes every write, truncation, sync, creation and deletion.
+`recording` puts a VFS under SQLite that notes every write, truncation, sync, creation and deletion,
+and notes what Python's `os` does to files whose names end in `WATCHED`.
 `Disk` replays such a trace up to any point and knows what was synced by then; everything else is at
 the mercy of a `Mode`. Two things are assumed, as SQLite itself assumes them: a write changes no
 bytes outside its range, and a folder's changes reach the disk in the order in which they were made.
@@ -8,6 +9,7 @@ bytes outside its range, and a folder's changes reach the disk in the order in w
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,10 +17,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
+from unittest.mock import patch
 
 import apsw
 
 SECTOR_BYTES: Final = 512
+WATCHED: Final = (".mark", ".mark.partial")
+"""Endings of the names of files that Python writes by itself, without SQLite."""
 _BELOW: Final = "unix"
 """The VFS that does the work; named, because the default is the recorder itself."""
 _SYNCS_ITS_FOLDER: Final = (
@@ -317,6 +322,50 @@ class _RecordedFile(apsw.VFSFile):
             self._trace.append(SyncFolder())
 
 
+class _WatchedFiles:
+    """Notes what `os` does to the watched files; each of its functions stands in for one."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._trace = recorder.trace
+        self._pwrite, self._fsync, self._replace = os.pwrite, os.fsync, os.replace
+        self._was_renamed = False
+
+    def pwrite(self, file: int, data: bytes, offset: int) -> int:
+        """Write; the first write creates the file."""
+        name = _name_of(file)
+        if name.endswith(WATCHED):
+            is_new = name not in self._recorder.names
+            inode = self._recorder.opened(name)
+            if not is_new and offset == 0:
+                self._trace.append(Truncate(inode, 0))
+            self._trace.append(Write(inode, offset, data))
+        return self._pwrite(file, data, offset)
+
+    def fsync(self, file: int) -> None:
+        """Sync a watched file, or the folder after one was renamed."""
+        self._fsync(file)
+        name = _name_of(file)
+        if name.endswith(WATCHED):
+            self._trace.append(Sync(self._recorder.opened(name)))
+        elif self._was_renamed:
+            self._trace.append(SyncFolder())
+            self._was_renamed = False
+
+    def replace(self, before: Path, after: Path) -> None:
+        """Give a watched file another name."""
+        self._replace(before, after)
+        names = self._recorder.names
+        if before.name in names:
+            inode = names[after.name] = names.pop(before.name)
+            self._trace += [Link(after.name, inode), Unlink(before.name)]
+            self._was_renamed = True
+
+
+def _name_of(file: int) -> str:
+    return Path(f"/proc/self/fd/{file}").readlink().name
+
+
 @contextmanager
 def recording(trace: list[Op], seed: int = 0) -> Iterator[Recorder]:
     """Note in `trace` what connections that are opened meanwhile do; they all work in one folder.
@@ -325,8 +374,12 @@ def recording(trace: list[Op], seed: int = 0) -> Iterator[Recorder]:
     """
     recorder = Recorder(trace, seed)
     apsw.randomness(0)  # Drawn anew, and now from the recorder's.
+    watched = _WatchedFiles(recorder)
     try:
-        yield recorder
+        with patch.multiple(
+            "os", pwrite=watched.pwrite, fsync=watched.fsync, replace=watched.replace
+        ):
+            yield recorder
     finally:
         recorder.unregister()
         apsw.randomness(0)

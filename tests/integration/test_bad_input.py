@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -345,6 +346,10 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
+def remove(path: Path) -> None:
+    path.unlink()
+
+
 async def refused(
     programs: Programs, journal: Path, run: dict[str, Any], *more: str, status: int = 1
 ) -> str:
@@ -429,6 +434,37 @@ def test_no_flipped_byte_goes_unnoticed_or_changes_a_record(journal: Path) -> No
             except JournalError:
                 continue
         assert records == sound
+
+
+async def test_a_journal_that_is_deleted_while_it_is_served(
+    programs: Programs, journal: Path
+) -> None:
+    """A coordinator with nothing to write tells, too; its next start knows what is missing."""
+    program, _ = await programs.coordinator(journal, HAND_RUN, "--no-replica")
+    remove(journal)
+    assert await program.wait() == 1
+    said = only_sentence(program, "fedmezo-coordinator")
+    assert f"{journal} was deleted, moved or replaced while it was in use" in said
+    assert f"its log {journal}-wal is" in await refused(programs, journal, HAND_RUN)
+    remove(journal.with_name("journal.db-wal"))
+    assert f"{journal}.mark says that it had 12 records" in await refused(
+        programs, journal, HAND_RUN
+    )
+
+
+async def test_a_journal_older_than_its_mark(programs: Programs, journal: Path) -> None:
+    older = shutil.copy(journal, journal.with_name("older.db"))
+    program, _ = await programs.coordinator(journal, HAND_RUN, "--no-replica")
+    program.send(signal.SIGTERM)
+    assert await program.wait() == 0
+    shutil.copy(older, journal)
+    said = await refused(programs, journal, HAND_RUN)
+    assert f"lacks record 11, which {journal}.mark says was on the disk" in said
+    verified = programs.start(
+        "fedmezo_coordinator.programs.fedmezo_command", "journal", "verify", str(journal)
+    )
+    assert await verified.wait() == 1
+    assert "lacks record 11" in only_sentence(verified, "fedmezo")
 
 
 async def test_a_folder_that_is_not_there_or_cannot_be_written(

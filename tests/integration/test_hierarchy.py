@@ -20,7 +20,7 @@ import trustme
 
 from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.relay_daemon import Relay
-from fedmezo_core.errors import FedMezoError, UnavailableError
+from fedmezo_core.errors import FedMezoError, JournalBehindError, UnavailableError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.party_copy import verified
@@ -514,7 +514,7 @@ async def test_a_copy_of_another_run_is_refused(tmp_path: Path) -> None:
                 pass
 
 
-async def test_a_coordinator_above_whose_journal_went_back_is_left(
+async def test_a_coordinator_above_whose_journal_went_back_is_left_in_time(
     tmp_path: Path, light_workers: LightWorkers
 ) -> None:
     genesis = genesis_with(workers_min=1, quorum=1)
@@ -530,11 +530,14 @@ async def test_a_coordinator_above_whose_journal_went_back_is_left(
         CoordinatorClient(coordinator.address) as client,
     ):
         settings = RelaySettings(
-            upstream=coordinator.address, name="site-a", journal_copy=tmp_path / "site-a.db"
+            upstream=coordinator.address,
+            name="site-a",
+            journal_copy=tmp_path / "site-a.db",
+            give_up_after_s=0.3,
         )
         relay = Relay(settings, client)
         await relay.load()
-        with pytest.raises(FedMezoError, match="the journal there went back"):
+        with pytest.raises(JournalBehindError, match="the journal there went back"):
             await asyncio.wait_for(relay.serve(), PATIENCE_S)
         await relay.close()
 

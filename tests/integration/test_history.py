@@ -11,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fedmezo_coordinator.programs import fedmezo_command as client_cli
-from fedmezo_core.errors import DivergedError, MismatchError
+from fedmezo_core.errors import DivergedError, JournalBehindError, MismatchError
 from fedmezo_core.journal.signed_heads import Signer, open_signer
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.support.harness import at_round, records_of, served
+from tests.integration.support.harness import at_round, records_of, served, until
 from tests.integration.support.parties import Workers, Working
 
 ROUNDS = 6
@@ -83,12 +83,13 @@ async def test_a_run_goes_on_from_a_workers_copy_to_the_end_it_would_have_had(
     assert len([r for r in records_of(copy) if isinstance(r, Committed)]) == ROUNDS
 
 
-async def test_a_worker_with_a_copy_refuses_a_coordinator_whose_history_went_back(
+async def test_workers_wait_for_the_right_journal_and_give_up_on_an_older_one(
     workers: Workers,
     data_files: list[Path],
     tmp_path: Path,
     tiny_genesis: Callable[..., Genesis],
     signer: Signer,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     journal, older, copy = tmp_path / "journal.db", tmp_path / "older.db", tmp_path / "copy.db"
     async with served(journal, tiny_genesis(**TWO), signer=signer) as coordinator:
@@ -109,11 +110,22 @@ async def test_a_worker_with_a_copy_refuses_a_coordinator_whose_history_went_bac
         ]
         assert [await working.outcome() for working in both] == [None, None]
     # A backup from before is put back; the worker has restarted, but its copy remembers.
+    met = "the journal is older than the worker"
     async with served(older, signer=signer) as coordinator:
-        again = workers.start(coordinator.address, "w1", data_files[0], journal_copy=copy)
+        listen = coordinator.address
+        again = workers.start(listen, "w1", data_files[0], journal_copy=copy, give_up_after_s=0.5)
         error = await again.outcome()
-    assert isinstance(error, MismatchError)
-    assert "the journal is older than the worker" in str(error)
+        assert isinstance(error, JournalBehindError)
+        assert met in str(error)
+        told = caplog.text.count(met)
+        patient = workers.start(listen, "w1", data_files[0], journal_copy=copy)
+
+        async def has_met_it() -> bool:
+            return caplog.text.count(met) > told
+
+        await until(has_met_it, "the worker to meet the older journal")
+    async with served(journal, listen=listen, signer=signer):
+        assert await patient.outcome() is None
 
 
 @pytest.mark.parametrize("pinned", [False, True])

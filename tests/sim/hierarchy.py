@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from fedmezo_core.errors import DivergedError, ProtocolError
+from fedmezo_core.errors import FedMezoError, ProtocolError
 from fedmezo_core.events import (
     Acknowledged,
     CommitReceived,
@@ -345,7 +345,7 @@ class Relay(Coordinator):
             self.world.say(self.name, error)
             self.uplink.tear()
             return
-        except DivergedError as error:
+        except FedMezoError as error:
             raise ViolationError(f"{self.name}: {error}") from error
         if isinstance(event, CommitReceived):
             self._bodies[event.commit.round] = event.record_bytes

@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from fedmezo_core.config import RunConfig, TaskConfig
-from fedmezo_core.errors import DivergedError, ProtocolError
+from fedmezo_core.errors import FedMezoError, ProtocolError
 from fedmezo_core.events import (
     Ack,
     Acknowledged,
@@ -349,6 +349,7 @@ class Coordinator:
         self.world = world
         self.up = False
         self.machine = world.make_machine()
+        self.machine.has_replica = world.scenario.replica
         self.journal = Journal(world.store)
         self.streams: dict[str, Stream] = {}
         self.commits: list[Row] = []
@@ -362,6 +363,7 @@ class Coordinator:
         rng = self.world.rng
         self.clock_ahead_ms = rng.choice((0, -self.world.now_ms, HOUR_MS, -HOUR_MS))
         self.machine = self.world.make_machine()
+        self.machine.has_replica = self.world.scenario.replica
         self.journal = Journal(self.world.store)
         self.commits, self.heads = [], []
         for entry in self.journal.load():
@@ -500,7 +502,6 @@ class Coordinator:
 
     def _greet(self, stream: Stream, hello: Hello) -> None:
         worker = stream.worker
-        # It is sent the commits that it lacks, so those must be durable by now.
         self._flush(self.machine)
         if not self.up:
             return
@@ -510,8 +511,10 @@ class Coordinator:
             )
         if worker.name in self.streams:
             self.lost(self.streams[worker.name])
-            if not self.up:
-                return
+        # It is sent the commits that it lacks, so those must be durable by now.
+        self._flush(self.machine)
+        if not self.up:
+            return
         self.streams[worker.name] = stream
         round_ = self.machine.round
         self._down(stream, Welcomed(self.machine.epoch, round_, self.heads[round_]))
@@ -706,7 +709,7 @@ class Worker:
             self.world.say(self.name, error)
             self.tear()
             return
-        except DivergedError as error:
+        except FedMezoError as error:
             raise ViolationError(f"{self.name}: {error}") from error
         for action in actions:
             self.perform(action)

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import logging
 
-from fedmezo_core.errors import JournalCompactedError, NotReadyError, UnavailableError
+from fedmezo_core.errors import (
+    JournalBehindError,
+    JournalCompactedError,
+    NotReadyError,
+    UnavailableError,
+)
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
@@ -37,7 +42,8 @@ class Agent:
     async def run(self) -> None:
         """Join, follow and measure until the run is finished; reconnects by itself.
 
-        Raises the error that no retry can help, or `UnavailableError` after `give_up_after_s`.
+        Also waits for the right journal if the coordinator serves an older one. Raises the error
+        that no retry can help, or the newest of the others after `give_up_after_s`.
         """
         member: Member | None = None
         async with CoordinatorClient(self._settings.coordinator, self._settings.tls_ca) as client:
@@ -48,7 +54,12 @@ class Agent:
                             member = await self.join(client)
                         if await member.take_part(client):
                             break
-                    except (UnavailableError, NotReadyError, JournalCompactedError) as error:
+                    except (
+                        UnavailableError,
+                        NotReadyError,
+                        JournalCompactedError,
+                        JournalBehindError,
+                    ) as error:
                         await self._reconnecting.wait_after(error)
             finally:
                 if member is not None:

@@ -112,8 +112,8 @@ class Member:
     async def take_part(self, client: CoordinatorClient) -> bool:
         """Catch up and keep one session until it ends; returns whether the run is finished.
 
-        Raises `UnavailableError`, `NotReadyError` or `JournalCompactedError` where another try may
-        help.
+        Raises `UnavailableError`, `NotReadyError`, `JournalCompactedError` or `JournalBehindError`
+        where another try may help.
         """
         if self._is_behind and self._measuring is None:
             await self.catch_up(client)

@@ -20,13 +20,13 @@ from fedmezo_coordinator.serving.hosting import (
 )
 from fedmezo_coordinator.serving.service import Server, bind_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
-from fedmezo_coordinator.stores.location import is_url, journal_shown, path_beside
+from fedmezo_coordinator.stores.companions import Companions
+from fedmezo_coordinator.stores.location import is_url, journal_shown
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
-from fedmezo_core.journal.signed_heads import open_signer
 from fedmezo_core.program import run_daemon, stop_signal
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -98,6 +98,8 @@ async def _open(
 async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     """Begin the run if the journal is new, load it, and check that the settings mean this run."""
     where = "the [run] settings"
+    companions = Companions(settings.journal, settings.signing_key)
+    companions.check(journal)
     if journal.is_empty:
         config = settings.run_config(where)
         check_compaction(settings, config)
@@ -105,11 +107,17 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         genesis = await describe_base(settings, config)
         journal.append(encode_records([genesis]))
     session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
-    signer = open_signer(settings.signing_key or path_beside(settings.journal, ".key"))
+    signer = companions.signer()
     daemon = Daemon(
-        journal, session_limit, signer, settings.snapshots_folder, settings.compact_after_records
+        journal,
+        session_limit,
+        signer,
+        settings.snapshots_folder,
+        settings.compact_after_records,
+        has_replica=settings.has_replica,
     )
     await daemon.load()
+    await asyncio.to_thread(companions.keep_mark, journal, signer)
     _check_same_run(settings, daemon.genesis.config)
     check_compaction(settings, daemon.genesis.config)
     warn_if_no_loss_is_seen(settings, daemon.genesis.config)
@@ -164,3 +172,4 @@ async def _keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: 
         settings, address, daemon.genesis.config.run_id, daemon.replica_secret
     )
     await supervisor.keep()
+    daemon.lose_replica()

@@ -20,6 +20,7 @@ from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
+from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core import records
@@ -162,9 +163,12 @@ def verify(
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
 ) -> None:
-    """Check the hashes, order and meaning of all records, and print the journal's head."""
+    """Check the records' hashes, order, meaning and number, and print the journal's head."""
     with _opened(journal, coordinator, tls_ca) as source:
-        print(_verified_line(source))
+        line = _verified_line(source)
+        if journal:
+            Companions(journal).check(source)
+        print(line)
 
 
 @journal_app.command()

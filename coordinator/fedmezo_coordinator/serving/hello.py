@@ -7,6 +7,7 @@ import re
 from fedmezo_core.config import NAME_PATTERN, PROTOCOL_VERSION
 from fedmezo_core.errors import (
     DivergedError,
+    JournalBehindError,
     JournalCompactedError,
     MismatchError,
     NotReadyError,
@@ -83,10 +84,10 @@ def check_hello(
             "version."
         )
     if hello.round > round_:
-        raise MismatchError(
+        raise JournalBehindError(
             f"Worker {hello.worker} has applied round {hello.round}, but this journal ends at "
-            f"round {round_}: the journal is older than the worker. Put the newest journal back, "
-            "or start a new run."
+            f"round {round_}: the journal is older than the worker. Put the newest journal back; "
+            "to continue from this one, restart the worker, without its journal_copy."
         )
     if hello.round < begins:
         raise JournalCompactedError(

@@ -99,6 +99,34 @@ async def test_a_run_is_finished_by_one_worker_that_streams_and_one_that_polls(
     assert sum(isinstance(record, Answered) for record in records_of(journal)) == 6
 
 
+@pytest.mark.parametrize("way", ["breaks off its stream", "half-closes it", "leaves its polls"])
+async def test_a_worker_that_leaves_in_mid_round_is_not_waited_for(
+    tmp_path: Path, way: str
+) -> None:
+    config = config_of(rounds=1, local_steps=2, workers_min=2, quorum=1, deadline_ms=3_600_000)
+    genesis = genesis_of(config)
+    async with (
+        served(tmp_path / "journal.db", genesis) as at,
+        scripted_workers(at.address, genesis, "leaving", "staying") as [leaving, staying],
+    ):
+        token = b""
+        if way == "leaves its polls":
+            token = (await leaving.client.poll_session(b"", hello_of(leaving))).token
+        else:
+            await leaving.open()
+        await staying.open()
+        await staying.answer(await staying.assigned())
+        await staying.next("ack")
+        assert at.daemon.status("").round == 0
+        if way == "leaves its polls":
+            await leaving.client.poll_session(token, leave=True)
+        elif way == "half-closes it":
+            await leaving.stream.end()
+        else:
+            leaving.stream.cancel()
+        assert (await staying.next("finished")).finished.round == 1
+
+
 async def test_a_call_waits_for_the_first_message_and_no_longer(
     at: Served, hand: ScriptedWorker
 ) -> None:

@@ -18,6 +18,7 @@ from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
+    JournalBehindError,
     MismatchError,
     NotReadyError,
     ProtocolError,
@@ -254,8 +255,8 @@ async def test_a_worker_that_cannot_measure_shows_its_reason_in_the_status(
         ({"worker": ""}, ProtocolError, "set another --name"),
         ({"worker": "w" * 65}, ProtocolError, "set another --name"),
         ({"worker": "replica"}, ProtocolError, "set another --name"),
-        ({"round": 5}, MismatchError, "has applied round 5, but this journal ends at round 0"),
-        ({"round": 2**64 - 1}, MismatchError, "this journal ends at round 0"),
+        ({"round": 5}, JournalBehindError, "has applied round 5, but this journal ends at round 0"),
+        ({"round": 2**64 - 1}, JournalBehindError, "this journal ends at round 0"),
         ({"head": b"h" * 32}, DivergedError, "restart the worker"),
     ],
 )

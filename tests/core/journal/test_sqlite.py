@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import sqlite3
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from fedmezo_core.errors import (
+    JournalBehindError,
     JournalCorruptError,
     JournalError,
     JournalLockedError,
@@ -50,6 +52,91 @@ def test_settings_are_the_durable_ones(tmp_path: Path) -> None:
     assert store._db.pragma("locking_mode") == "exclusive"
     assert (tmp_path / "journal.db").stat().st_mode & 0o077 == 0
     store.close()
+
+
+def _replaced(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+
+
+LOSSES: dict[str, Callable[[Path], object]] = {
+    "deleted": lambda path: path.unlink(),
+    "moved": lambda path: path.rename(path.with_name("elsewhere.db")),
+    "replaced by its copy": _replaced,
+    "the log is deleted": lambda path: Path(f"{path}-wal").unlink(),
+    "the folder is moved": lambda path: path.parent.rename(path.parent.with_name("elsewhere")),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("use", ["append", "read"])
+def test_a_file_that_is_deleted_moved_or_replaced_while_open_ends_the_store(
+    loss: str, use: str, tmp_path: Path
+) -> None:
+    """What is written then is in no file that anybody finds, so it must not be acknowledged."""
+    path = tmp_path / "folder" / "journal.db"
+    path.parent.mkdir()
+    store = SqliteStore(path)
+    store.append([row(0, 20)])
+    LOSSES[loss](path)
+    with pytest.raises(JournalError, match=r"was deleted, moved or replaced.*copy of the journal"):
+        store.append([row(1, 20)]) if use == "append" else store.read(0, 1)
+    with pytest.raises(JournalError, match="failed before"):
+        store.append([row(1, 20)])
+    store.close()
+
+
+def test_a_journal_that_was_moved_can_be_put_back_with_everything(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "journal.db", tmp_path / "elsewhere.db"
+    store = SqliteStore(path)
+    store.append([row(0, 20)])
+    path.rename(elsewhere)
+    with pytest.raises(JournalError, match="moved"):
+        store.read(0, 1)
+    store.close()
+    elsewhere.rename(path)
+    store = SqliteStore(path)
+    assert len(store) == 1
+    store.close()
+
+
+@pytest.mark.parametrize("left", ["no file", "0 bytes"])
+def test_a_log_without_its_journal_is_kept_and_finds_its_records_again(
+    left: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 3)
+    content = path.read_bytes()
+    store = SqliteStore(path)
+    store.append([row(3, 20)])
+    path.unlink()
+    store.close()
+    if left == "0 bytes":
+        path.touch()
+    with pytest.raises(JournalBehindError, match=r"but its log .*journal.db-wal is, with the new"):
+        SqliteStore(path)
+    path.write_bytes(content)
+    store = SqliteStore(path)
+    assert len(store) == 4
+    store.close()
+
+
+def test_closing_a_journal_that_was_replaced_leaves_the_new_one_s_log_alone(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "journal.db"
+    store = SqliteStore(path)
+    store.append([row(0, 20)])
+    for name in (path, Path(f"{path}-wal")):
+        name.rename(name.with_suffix(".old"))
+    new = SqliteStore(path)
+    new.append([row(0, 40)])
+    with pytest.raises(JournalError, match="replaced"):
+        store.read(0, 1)
+    store.close()
+    new.append([row(1, 40)])
+    new.close()
 
 
 def _try_to_open(path: Path, answer: multiprocessing.SimpleQueue[str]) -> None:

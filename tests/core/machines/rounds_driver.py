@@ -59,14 +59,14 @@ class RoundsDriver:
     """Keeps every record in order, and restarts the machine from them."""
 
     def __init__(self, **values: Any) -> None:
+        self._has_replica = values.pop("has_replica", False)
         self.config = config_of(**values)
         self.records: list[Record] = [Genesis(self.config, bytes(32), bytes(32), bytes(32), 1, 4)]
-        self.machine = RoundMachine()
         self.restart()
 
     def restart(self, now_ms: int = 0) -> Ready:
         """A new machine from the records, in a new epoch."""
-        self.machine = RoundMachine()
+        self.machine = RoundMachine(has_replica=self._has_replica)
         for record in self.records:
             self.machine.apply(record)
         return self.keep(self.machine.start(now_ms))

@@ -56,22 +56,28 @@ def test_partial_participation_is_even_and_changes_with_the_run() -> None:
         ([], 5, 5),
         ([1], None, 1),
         ([1], 1, 1),
-        ([1], 2, 2),  # a tie goes to the replica
-        ([1, 1], 2, 1),  # a majority does not
+        ([1], 2, 2),  # the replica decides
+        ([1, 1], 2, 2),  # so does a majority against it
+        ([1, 1, 1, 2, 2], 2, 2),  # three cannot expel two
         ([1, 2], None, None),
         ([1, 2], 2, 2),
-        ([1, 2], 3, 3),  # nobody has more than half
+        ([1, 2], 3, 3),
         ([1, 1, 2], None, 1),
         ([1, 1, 2, 2], None, None),
         ([1, 1, 2, 3], None, None),  # most, but not more than half
         ([1, 1, 2, 2], 1, 1),
-        ([1, 1, 1, 2, 2], 2, 2),  # 3 of 6 is no majority
         ([0, 0, 7], None, 0),
     ],
 )
 def test_the_agreed_digest(votes: list[int], replica: int | None, agreed: int | None) -> None:
     assert agreed_digest(votes, replica) == agreed
     assert agreed_digest(votes[::-1], replica) == agreed
+
+
+def test_votes_that_differ_wait_for_a_replica_that_comes() -> None:
+    assert agreed_digest([1, 1, 1, 2, 2], None, replica_comes=True) is None
+    assert agreed_digest([1, 1, 1, 2, 2], 2, replica_comes=True) == 2
+    assert agreed_digest([1, 1, 1], None, replica_comes=True) == 1
 
 
 def alone_of(

@@ -23,9 +23,9 @@ def named(*reports: tuple[str, int, bytes]) -> list[tuple[str, int]]:
 def test_what_a_board_remembers_does_not_grow_with_the_rounds() -> None:
     board = DigestBoard()
     for round_ in range(100):
-        for party, digest in (("w1", GOOD), ("w2", GOOD), (REPLICA, BAD)):
+        for party, digest in (("w1", BAD), ("w2", GOOD), (REPLICA, GOOD)):
             found = board.report(WeightsReported(party, round_, digest))
-        assert [(d.party, d.round) for d in found] == [(REPLICA, round_)]
+        assert [(d.party, d.round) for d in found] == [("w1", round_)]
     assert len(board._named) == 1
 
 
@@ -57,8 +57,15 @@ def test_between_equals_the_replica_decides() -> None:
     assert named(*board) == [("w1", 3), ("w3", 3)]
 
 
-def test_a_majority_outvotes_the_replica() -> None:
-    assert named((REPLICA, 3, BAD), ("w1", 3, GOOD), ("w2", 3, GOOD))[-1] == (REPLICA, 3)
+def test_no_majority_outvotes_the_replica() -> None:
+    parties = [(f"w{n}", 3, BAD if n < 3 else GOOD) for n in range(5)]
+    wrong = [("w0", 3), ("w1", 3), ("w2", 3)]
+    assert named((REPLICA, 3, GOOD), *parties) == wrong
+    board = DigestBoard()
+    for report in parties:
+        assert board.report(WeightsReported(*report), replica_comes=True) == []
+    found = board.report(WeightsReported(REPLICA, 3, GOOD), replica_comes=True)
+    assert [(d.party, d.round) for d in found] == wrong
 
 
 def test_rounds_are_not_mixed() -> None:

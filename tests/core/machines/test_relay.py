@@ -297,6 +297,29 @@ def test_stragglers_cost_the_site_only_their_share() -> None:
     assert [m.worker for m in site.step(Acknowledged(Ticket(1, 2, 3))).messages] == ["w0"]
 
 
+def test_a_worker_that_stays_silent_costs_its_site_one_share_of_the_deadline() -> None:
+    site = Site(workers=2, digest_every_rounds=9)
+    site.assign()
+    site.answer("w0", 1.0, 1.0)
+    assert site.step(Tick(8000)).up
+    site.commit(2)
+    for round_ in (3, 4):
+        site.assign(round_)
+        [up] = site.answer("w0", 1.0, 1.0, round_=round_).up
+        assert isinstance(up, SendAnswer)
+        assert not site.answer("w1", 1.0, 1.0, round_=round_).up
+        site.commit(round_)
+    assert site.machine.roster.workers["w1"].missed
+    # It is waited for again once it answers in time.
+    site.assign(5)
+    site.answer("w1", 1.0, 1.0, round_=5)
+    site.answer("w0", 1.0, 1.0, round_=5)
+    site.commit(5)
+    site.assign(6)
+    assert not site.answer("w0", 1.0, 1.0, round_=6).up
+    assert site.answer("w1", 1.0, 1.0, round_=6).up
+
+
 def test_without_any_answer_in_time_the_first_late_one_goes_up_alone() -> None:
     site = Site()
     site.assign()

@@ -341,16 +341,93 @@ def test_time_never_goes_back() -> None:
     assert run.tick(1700).records
 
 
-def test_losing_a_worker_keeps_its_slot_until_the_deadline() -> None:
+def test_a_worker_that_left_keeps_its_slot_and_is_waited_for_once_it_is_back() -> None:
+    run = RoundsDriver(workers_min=3, quorum=2)
+    run.ready("a", "b", "c")
+    assert run.lost("b") == Ready()
+    assert run.ready("b").messages[0] == Assign("b", Ticket(1, 1, 1), work_of(run, 1), 1000)
+    run.answer("a")
+    run.answer("c")
+    assert run.machine.round == 0
+    assert kinds(run.answer("b"))[:2] == ["Answered", "Committed"]
+
+
+def test_a_worker_that_left_is_not_waited_for() -> None:
     run = RoundsDriver(workers_min=2)
     run.ready("a", "b")
     run.answer("a")
-    assert run.lost("b") == Ready()
-    assert run.machine.round == 0
-    assert run.ready("b").messages[0] == Assign("b", Ticket(1, 1, 1), work_of(run, 1), 1000)
-    run.lost("b")
-    assert kinds(run.tick(1000)) == ["Committed"]
+    assert kinds(run.lost("b")) == ["Committed"]
     assert run.machine.roster.awaited == ()
+
+
+def test_after_a_restart_workers_get_a_deadline_to_come_back() -> None:
+    run = RoundsDriver(workers_min=2)
+    run.ready("a", "b")
+    run.answer("a")
+    run.restart()
+    assert run.tick(999) == Ready()
+    assert kinds(run.tick(1000)) == ["Committed"]
+
+
+def rounds_with_a_silent_worker(run: RoundsDriver, rounds: int) -> list[int]:
+    """Milliseconds that each round takes if everybody but "silent" answers after 10 of them."""
+    now_ms, taken_ms = 0, []
+    for _ in range(rounds):
+        begin_ms, round_ = now_ms, run.machine.round
+        now_ms += 10
+        run.tick(now_ms)
+        for worker in ("a", "b", "c"):
+            if worker in run.machine.roster.awaited and run.machine.round == round_:
+                run.answer(worker)
+        if run.machine.round == round_:
+            now_ms = begin_ms + 1000
+            run.tick(now_ms)
+        assert run.machine.round == round_ + 1
+        taken_ms.append(now_ms - begin_ms)
+    return taken_ms
+
+
+@pytest.mark.parametrize("cohort_size_max", [2, 4])
+def test_a_worker_that_stays_silent_costs_one_deadline_and_is_then_chosen_last(
+    cohort_size_max: int,
+) -> None:
+    run = RoundsDriver(workers_min=4, quorum=1, rounds=30, cohort_size_max=cohort_size_max, seed=3)
+    run.ready("a", "b", "c", "silent")
+    taken_ms = rounds_with_a_silent_worker(run, 20)
+    assert sorted(taken_ms) == [10] * 19 + [1000]
+    later = [record for record in run.records if isinstance(record, Opened)][10:]
+    assert all(("silent" in record.workers) == (cohort_size_max == 4) for record in later)
+
+
+@pytest.mark.parametrize("back", ["answers in time", "joins again"])
+def test_a_worker_that_was_silent_is_waited_for_again(back: str) -> None:
+    run = RoundsDriver(workers_min=4, quorum=1, rounds=30)
+    run.ready("a", "b", "c", "silent")
+    rounds_with_a_silent_worker(run, 2)
+    if back == "answers in time":
+        run.answer("silent")
+    else:
+        run.lost("silent")
+        run.ready("silent")
+    for worker in ("a", "b", "c"):
+        run.answer(worker)
+    assert run.machine.round == (3 if back == "answers in time" else 2)
+    if back == "joins again":
+        run.answer("silent")
+    for worker in ("a", "b", "c"):
+        run.answer(worker)
+    assert run.machine.round == 3
+    run.answer("silent")
+    assert run.machine.round == 4
+
+
+def test_below_quorum_the_silent_are_asked_again_and_needed() -> None:
+    run = RoundsDriver(workers_min=3, quorum=3)
+    run.ready("a", "b", "silent")
+    run.answer("a")
+    run.answer("b")
+    assert assigned(run.tick(1000)) == {"silent": Ticket(1, 1, 2)}
+    assert kinds(run.answer("silent"))[:2] == ["Answered", "Committed"]
 
 
 def test_the_unable_are_not_waited_for() -> None:
@@ -368,13 +445,14 @@ def test_the_unable_are_not_waited_for() -> None:
 
 def test_below_quorum_the_round_is_extended_with_workers_that_have_no_slot() -> None:
     run = RoundsDriver(workers_min=2, quorum=2, cohort_size_max=2)
-    run.ready("a", "b")
-    run.lost("a")
-    run.lost("b")
-    run.ready("c", "d")
+    run.ready("a", "b", "c", "d")
     ready = run.tick(1000)
     assert ready.records == (Opened(1, 2, ("c", "d")),)
-    assert assigned(ready) == {"c": Ticket(1, 1, 2), "d": Ticket(1, 1, 3)}
+    assert assigned(ready) == {
+        worker: Ticket(1, 1, slot) for slot, worker in enumerate(("a", "b", "c", "d"))
+    }
+    run.lost("a")
+    run.lost("b")
     assert run.machine.closes_at_ms == 2000
     run.answer("c")
     # A slot of the first cohort is still open.
@@ -569,27 +647,43 @@ def test_a_tie_without_a_replica_asks_more_workers() -> None:
     assert "Committed" in kinds(ready)
 
 
-def test_the_replica_can_be_the_one_that_is_wrong() -> None:
+@pytest.mark.parametrize("replica_first", [True, False])
+def test_three_parties_cannot_expel_two_that_have_the_replica_s_weights(
+    replica_first: bool,
+) -> None:
+    run = RoundsDriver(workers_min=5, quorum=2, has_replica=True)
+    run.ready("a", "b", "c", "honest-1", "honest-2")
+    if replica_first:
+        run.replica(0)
+    for worker in ("a", "b", "c"):
+        run.answer(worker, digest=WRONG_DIGEST64)
+    run.answer("honest-1")
+    ready = run.answer("honest-2")
+    if not replica_first:
+        assert kinds(ready) == ["Answered", "Ack"]
+        assert "Committed" not in kinds(run.tick(1000))
+        ready = run.replica(0)
+    assert expelled(ready) == ["a", "b", "c"]
+    assert "Committed" in kinds(ready)
+    assert run.machine.diverged == {"a", "b", "c"}
+
+
+def test_the_replica_decides_alone_and_a_restart_rebuilds_one_that_is_wrong() -> None:
     run = RoundsDriver(workers_min=2, rounds=9)
     run.ready("a", "b")
     run.replica(0, WRONG_DIGEST64)
     run.answer("a")
-    ready = run.answer("b")
-    assert ready.records[1] == Diverged(0, "replica", WRONG_DIGEST64, TRUE_DIGEST64)
-    assert "Committed" in kinds(ready)
-    assert run.machine.diverged == {"replica"}
-    # It has no vote now, and is not named again, until it has agreed once.
-    run.lost("b")
-    run.replica(1, WRONG_DIGEST64)
-    run.answer("a")
-    assert "Diverged" not in kinds(run.tick(1000))
-    assert run.machine.round == 2
-    run.replica(1)
+    assert expelled(run.answer("b")) == ["a", "b"]
+    assert run.machine.round == 0
+    run.restart()
+    run.replica(0)
+    run.ready("a", "b")  # They are told once more, as after any restart, and rebuild.
+    run.ready("a", "b")
+    run.tick(1000)
+    run.answer("a", 2)
+    run.answer("b", 3)
+    assert run.machine.round == 1
     assert run.machine.diverged == frozenset()
-    run.replica(2, WRONG_DIGEST64)
-    run.ready("b")
-    run.answer("a")
-    assert run.answer("b").records[1] == Diverged(2, "replica", WRONG_DIGEST64, TRUE_DIGEST64)
 
 
 def test_a_replica_that_reports_late_is_compared_with_what_was_agreed() -> None:
