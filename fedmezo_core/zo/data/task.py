@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +40,8 @@ _LOSS_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Logits that losses are computed from at a time. The temporary of the same size stays in a CPU's
 cache; on a GPU it is small, and there are few launches."""
 _TEXTS_PER_CALL = 1024
+_CALL_CHARS = 1 << 20
+"""Characters of texts from which on no more of them are tokenised together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,11 +188,12 @@ class Task:
         if not rows:
             raise DataError("There are no rows; give a data file with at least one.")
         labels = [self._label(row) for row in rows]
-        prompts = self._tokens([self._prompt(row) for row in rows])
-        responses: list[list[int]] = [[] for _ in rows]
+        # Only some rows at a time are held as they were before they were cut.
+        prompts = self._in_tokens(self._prompt(row) for row in rows)
+        responses: Iterator[list[int]] = ([] for _ in rows)
         if self._eos is not None and self.config.kind == "instruction":
-            texts = [row.values[self.config.response_column] for row in rows]
-            responses = [[*tokens, self._eos] for tokens in self._tokens(texts)]
+            ends, texts = [self._eos], (row.values[self.config.response_column] for row in rows)
+            responses = (tokens + ends for tokens in self._in_tokens(texts))
         examples: list[EncodedExample] = []
         truncated_count = cut_token_count = longest_token_count = 0
         for row, label, tokens, response in zip(rows, labels, prompts, responses, strict=True):
@@ -256,16 +259,27 @@ class Task:
                 high = middle
         return [*self._special_tokens, *fits], response
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        tokens: list[list[int]] = []
-        for start in range(0, len(texts), _TEXTS_PER_CALL):
-            encoding = self._tokenizer(
-                list(texts[start : start + _TEXTS_PER_CALL]),
-                add_special_tokens=False,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            tokens.extend(encoding["input_ids"])
+    def _tokens(self, texts: Iterable[str]) -> list[list[int]]:
+        return list(self._in_tokens(texts))
+
+    def _in_tokens(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """The tokens of each text; so many texts are held at a time as `_CALL_CHARS` allows."""
+        together: list[str] = []
+        characters = 0
+        for text in texts:
+            together.append(text)
+            characters += len(text)
+            if len(together) == _TEXTS_PER_CALL or characters >= _CALL_CHARS:
+                yield from self._in_one_call(together)
+                together, characters = [], 0
+        if together:
+            yield from self._in_one_call(together)
+
+    def _in_one_call(self, texts: list[str]) -> list[list[int]]:
+        encoding = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        tokens: list[list[int]] = encoding["input_ids"]
         return tokens
 
     def _special_prefix(self) -> list[int]:
