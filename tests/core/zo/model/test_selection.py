@@ -82,7 +82,7 @@ def test_an_expression_that_takes_for_ever_is_refused(expression: str) -> None:
         lora_targets(tree(*LAYERS), lora)
 
 
-@pytest.mark.parametrize("expression", ["(" * 3000 + ")" * 3000, "a{99999999999}", "(?P<a"])
+@pytest.mark.parametrize("expression", ["(" * 2000 + ")" * 2000, "a{99999999999}", "(?P<a"])
 def test_what_is_no_expression_is_refused(expression: str) -> None:
     lora = LoraConfig(rank=1, alpha=1, target_modules=(expression,))
     with pytest.raises(ConfigError, match="is no regular expression"):
