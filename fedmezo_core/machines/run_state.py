@@ -345,6 +345,7 @@ class RunState:
             self.open = RoundState(self.round + 1)
 
     def _apply_committed(self, record: Committed, config: RunConfig) -> None:
+        record.check_within(config)
         current = self.open
         if self.copied and current is None and record.round == self.round + 1:
             if self.pool is not None:
