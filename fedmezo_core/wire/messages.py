@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig
-from fedmezo_core.errors import JournalCorruptError, ProtocolError, UnavailableError
+from fedmezo_core.errors import ProtocolError, UnavailableError
 from fedmezo_core.events import (
     Ack,
     Acknowledged,
@@ -28,9 +28,9 @@ from fedmezo_core.events import (
     Welcomed,
     Work,
 )
-from fedmezo_core.journal.codec import decode_record, digest_in, positive
+from fedmezo_core.journal.codec import decode_commit, digest_in, positive
 from fedmezo_core.journal.journal import Row
-from fedmezo_core.records import Committed, Genesis, Scalars
+from fedmezo_core.records import Genesis, Scalars
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -182,12 +182,7 @@ def commit_of(record_bytes: bytes, config: RunConfig, head_before: bytes = b"") 
 
     Raises `JournalCorruptError` for another record, or a commit beyond what the contract allows.
     """
-    record = decode_record(record_bytes)
-    if not isinstance(record, Committed):
-        raise JournalCorruptError(
-            f"A {type(record).__name__} record came where a commit must; use the same FedMeZO "
-            "version."
-        )
+    record = decode_commit(record_bytes)
     record.check_within(config)
     return CommitReceived(record, record_bytes, head_before)
 
