@@ -149,6 +149,26 @@ def test_no_more_steps_are_measured_than_the_contract_has(steps: int) -> None:
         assigned_from_pb(wire.Assign(steps=steps), CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"template": "{text}" + "x" * 4_000_000}, "use at most 65536 characters"),
+        ({"verbalizers": {str(n): "x" for n in range(20_000)}}, "use at most 10000 items"),
+        ({"template": "{text}" * 300}, "names columns 300 times"),
+    ],
+)
+async def test_a_contract_beyond_the_bounds_is_refused_at_once(
+    changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    task = CONFIG.task.model_copy(update=changes)
+    liar = Liar(genesis_of(CONFIG.model_copy(update={"task": task})))
+    error = await outcome(liar, tmp_path)
+    assert isinstance(error, JournalCorruptError)
+    assert words in str(error)
+    assert len(str(error)) < 600
+    assert liar.asked == 0
+
+
 @pytest.mark.parametrize("said", [{"checkpoint_key": b"key"}, {"head": b"head"}])
 async def test_a_key_or_head_of_another_length(said: dict[str, Any], tmp_path: Path) -> None:
     error = await outcome(Liar(genesis_of(CONFIG), **said), tmp_path)
