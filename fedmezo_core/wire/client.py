@@ -162,8 +162,8 @@ class CoordinatorClient:
             round=answer.round,
             epoch=answer.epoch,
             genesis_body=answer.genesis,
-            checkpoint_key=_digest_or_none(answer.checkpoint_key, "checkpoint_key"),
-            round_head=_digest_or_none(answer.head, "head"),
+            checkpoint_key=_digest_or_empty(answer.checkpoint_key, "checkpoint_key"),
+            round_head=_digest_or_empty(answer.head, "head"),
             signature=answer.signature,
             missing=_suffix_of(answer.missing),
             snapshot=_offer_of(answer.snapshot) if answer.HasField("snapshot") else None,
@@ -324,7 +324,7 @@ class CoordinatorClient:
             raise error_from(error.code().name, reason, details, hint) from None
 
 
-def _digest_or_none(value: bytes, field: str) -> bytes:
+def _digest_or_empty(value: bytes, field: str) -> bytes:
     return digest_in(value, field) if value else b""
 
 

@@ -120,8 +120,8 @@ def _pattern_of(name: str) -> re.Pattern[str]:
 def _matched(expression: str, names: list[str], kinds: str) -> list[str]:
     """The names that a regular expression matches as a whole.
 
-    An expression may take longer than anyone's life, and Python does nothing else meanwhile. So
-    another process does it first, with a limit on its time; peft then matches the same names.
+    An expression can take practically for ever, and Python does nothing else meanwhile. So another
+    process does it first, with a limit on its time; peft then matches the same names.
     """
     try:
         re.compile(expression)

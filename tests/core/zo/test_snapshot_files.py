@@ -113,7 +113,21 @@ def test_a_file_cut_short_is_no_snapshot(
     assert theirs.digest() == ours.digest(), "nothing was touched"
 
 
-_VALUES = ("", "F32", "x" * 300, 0, -1, 1, 2**63, 2**64, None, True, [], [0], [2**40, 2**40])
+_VALUES: tuple[Any, ...] = (
+    "",
+    "F32",
+    "x" * 300,
+    0,
+    -1,
+    1,
+    2**63,
+    2**64,
+    None,
+    True,
+    [],
+    [0],
+    [2**40, 2**40],
+)
 
 
 def _change(rng: random.Random, part: Any) -> None:
