@@ -33,6 +33,15 @@ HELD_PAIRS_MAX = 8 * COMMIT_PAIRS_MAX
 """Most pairs in the rounds that a coordinator remembers for late answers (64 MiB)."""
 POOL_SIZE_MAX = 65_536
 """Most seeds in a pool; the low 16 bits of a first seed are zero."""
+TEMPLATE_CHARS_MAX = 65_536
+"""Most characters of a template."""
+COLUMN_USES_MAX = 256
+"""Most columns in a template, each as often as it stands there: prompts are no longer than this
+many times a row."""
+VERBALIZERS_MAX = 10_000
+"""Most labels of a task."""
+TEXT_CHARS_MAX = 1024 * 1024
+"""Most characters of all names and texts of a contract together, which then fits into a message."""
 
 ALL_LINEAR = "all-linear"
 """peft's name for a LoRA adapter on every linear layer except the head."""
@@ -41,10 +50,13 @@ NEWEST_TEMPLATE_VERSION = 3
 """The `TaskConfig.template_version` of new runs."""
 
 _PLAIN_COLUMN = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
-_COLUMN_NAME = re.compile(r"(?!\s)(?:\w|[ .-]|[^\x00-\x7f])+(?<!\s)")
+_COLUMN_NAME = re.compile(r"(?!\s)[\w .\x80-\U0010ffff-]+(?<!\s)")
 _BRACES = re.compile(
     r"(?P<text>(?:[^{}]|\{\{|\}\})+)|\{(?P<column>[^{}]*)\}|(?P<stray>[{}])", re.DOTALL
 )
+
+_SHOWN_CHARS_MAX = 200
+"""Most characters of a value in a message."""
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
@@ -61,6 +73,7 @@ class TaskConfig(_Frozen):
     kind: Literal["classification", "instruction"] = "classification"
     template: str = Field(
         default="{text}",
+        max_length=TEMPLATE_CHARS_MAX,
         description="The prompt; {column} stands for the row's value.",
     )
     template_version: int = Field(
@@ -70,18 +83,22 @@ class TaskConfig(_Frozen):
         description="How rows become tokens; new runs take the newest, 3.",
     )
     label_column: str = Field(
-        default="label", description="Column with the class (classification)."
+        default="label", max_length=1024, description="Column with the class (classification)."
     )
     verbalizers: dict[str, str] = Field(
         default_factory=dict,
+        max_length=VERBALIZERS_MAX,
         description="Class as written in the data -> word that the model should answer.",
     )
     response_column: str = Field(
-        default="response", description="Column with the wanted answer (instruction)."
+        default="response",
+        max_length=1024,
+        description="Column with the wanted answer (instruction).",
     )
     tokens_max: int = Field(default=256, ge=8, le=131_072)
     objective: str = Field(
         default="",
+        max_length=1024,
         pattern=r"^([A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)?$",
         description="module:function that scores a batch instead of the loss; lower is better.",
     )
@@ -94,8 +111,16 @@ class TaskConfig(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> TaskConfig:
-        if not self.columns():  # Raises `ValueError` for braces that hold no column.
-            raise ValueError(f"template {self.template!r} names no column; write one as {{text}}")
+        uses = len(self.template_parts()) // 2  # Raises `ValueError` for braces without a column.
+        if not uses:
+            raise ValueError(
+                f"template {_shortened(self.template)} names no column; write one as {{text}}"
+            )
+        if uses > COLUMN_USES_MAX:
+            raise ValueError(
+                f"template {_shortened(self.template)} names columns {uses} times; the most is "
+                f"{COLUMN_USES_MAX}"
+            )
         if self.kind == "classification" and len(self.verbalizers) < 2:
             raise ValueError(
                 "classification needs at least two verbalizers, "
@@ -122,9 +147,10 @@ class TaskConfig(_Frozen):
             text, column, stray = match.group("text", "column", "stray")
             if stray is not None or (column is not None and not _COLUMN_NAME.fullmatch(column)):
                 raise ValueError(
-                    f"template {self.template!r} holds {repr(match.group())[1:-1]}, which names no "
-                    "column; a name has letters, digits, spaces, dots, - and _, and a brace of the "
-                    "text is written twice: {{ or }}"
+                    f"template {_shortened(self.template)} holds "
+                    f"{repr(match.group()[:_SHOWN_CHARS_MAX])[1:-1]}, which names no column; a "
+                    "name has letters, digits, spaces, dots, - and _, and a brace of the text is "
+                    "written twice: {{ or }}"
                 )
             if column is None:
                 parts[-1] += text.replace("{{", "{").replace("}}", "}")
@@ -166,8 +192,9 @@ class LoraConfig(_Frozen):
 
     rank: int = Field(ge=1, le=1024)
     alpha: float = Field(gt=0, allow_inf_nan=False)
-    target_modules: tuple[str, ...] = Field(
+    target_modules: tuple[Annotated[str, Field(max_length=4096)], ...] = Field(
         min_length=1,
+        max_length=4096,
         description="Names of modules or their ends; or one regular expression; or all-linear.",
     )
     freeze_a: bool = Field(
@@ -199,7 +226,9 @@ class RunConfig(_Frozen):
     """The run's contract; every party computes with exactly these values."""
 
     run_id: Name
-    model: str = Field(min_length=1, description="Hugging Face name, or a folder's name.")
+    model: str = Field(
+        min_length=1, max_length=4096, description="Hugging Face name, or a folder's name."
+    )
     task: TaskConfig
     lora: LoraConfig | None = None
     seed: Seed = 1
@@ -326,6 +355,14 @@ class RunConfig(_Frozen):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
+        task, targets = self.task, () if self.lora is None else self.lora.target_modules
+        words = [*task.verbalizers.keys(), *task.verbalizers.values(), *targets, *self.train]
+        characters = sum(map(len, [self.model, task.template, task.objective, *words]))
+        if characters > TEXT_CHARS_MAX:
+            raise ValueError(
+                f"the run's names and texts have {characters} characters together; the most is "
+                f"{TEXT_CHARS_MAX}, so name fewer modules or verbalizers"
+            )
         if self.train and self.lora is not None:
             raise ValueError(
                 "train and lora exclude each other: an adapter is all that a run with lora trains; "
@@ -471,8 +508,15 @@ def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) 
     if not key:
         return f"{start}{message}{more}."
     given = problem.get("input")
-    shown = f" = {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+    shown = f" = {_shortened(given)}" if isinstance(given, (str, int, float, bool)) else ""
     return f"{start}{key}{shown} is not allowed: {message}{more}."
+
+
+def _shortened(value: str | float) -> str:
+    """A value as it is written in code, or its beginning if it is long."""
+    written = repr(value)
+    is_long = len(written) > _SHOWN_CHARS_MAX
+    return f"{written[:_SHOWN_CHARS_MAX]} ..." if is_long else written
 
 
 def _key_of(problem: ErrorDetails, prefix: Sequence[str]) -> str:
@@ -536,7 +580,7 @@ def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None
         raise ConfigError(sentence_of(error, where)) from None
     if begun is None and config.task.holds_its_answer and not config.task.objective:
         raise ConfigError(
-            f"{where}: task.template = {config.task.template!r} is not allowed: it names "
+            f"{where}: task.template = {_shortened(config.task.template)} is not allowed: it names "
             f"{config.task.answer_column}, the column with the answer, so every prompt would give "
             "its answer away; take that column out of the template."
         )

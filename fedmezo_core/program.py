@@ -26,6 +26,8 @@ TRACEBACK_VARIABLE = "FEDMEZO_TRACEBACK"
 
 REPEAT_AFTER_S = 1.0
 """A second signal counts from this long after the first; two at once are often one, sent twice."""
+STOP_WITHIN_S = 4.0
+"""Longest time that a daemon takes to stop; then it ends in the midst of what it does."""
 
 
 def launch(module: str) -> NoReturn:
@@ -49,7 +51,8 @@ def stop_signal() -> asyncio.Event:
     """An event of the running loop that SIGTERM, SIGHUP or Ctrl-C sets from now on.
 
     A second SIGTERM or Ctrl-C, `REPEAT_AFTER_S` later or more, ends the process at once with status
-    128 + its number, even if the loop does not run. `nohup` keeps its meaning for SIGHUP.
+    128 + its number, even if the loop does not run. `STOP_WITHIN_S` after the first signal the
+    process ends with status 0, whatever it does then. `nohup` keeps its meaning for SIGHUP.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     first_s: float | None = None
@@ -59,6 +62,7 @@ def stop_signal() -> asyncio.Event:
         now_s = time.monotonic()
         if first_s is None:
             first_s = now_s
+            threading.Thread(target=_end_in_time, daemon=True).start()
         elif number != signal.SIGHUP and now_s - first_s >= REPEAT_AFTER_S:
             os._exit(128 + number)
 
@@ -68,6 +72,16 @@ def stop_signal() -> asyncio.Event:
             loop.add_signal_handler(number, stop.set)
             signal.signal(number, handle)
     return stop
+
+
+def _end_in_time() -> None:
+    """End this process after a while, as a power cut would: what is durable stays so.
+
+    A thread that loads a model, or computes in native code, cannot be asked to stop.
+    """
+    time.sleep(STOP_WITHIN_S)
+    os.write(2, b"The work under way did not end in time, so it was cut off.\n")
+    os._exit(0)
 
 
 @contextmanager

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from fedmezo_core.config import RunConfig
+from fedmezo_core.config import COHORT_MAX, RunConfig
+from fedmezo_core.errors import JournalCorruptError
 
 TOKENIZER_PARTS = (
     "vocabulary",
@@ -181,6 +182,44 @@ class Committed:
     def pairs(self) -> int:
         """Count of pairs."""
         return sum(len(run.coefficients) for run in self.seed_ranges)
+
+    def check_within(self, config: RunConfig) -> None:
+        """Raise `JournalCorruptError` for a commit that no run of this contract can have."""
+        for what in self._beyond(config):
+            raise JournalCorruptError(
+                f"The commit of round {self.round} {what} in run {config.run_id}; find out who "
+                "serves that run, or restore the journal from a copy."
+            )
+
+    def _beyond(self, config: RunConfig) -> Iterator[str]:
+        match config.seed_policy:
+            case "per_worker":
+                ranges_max, pairs_max = config.answers_max, config.pairs_per_answer
+            case "shared":
+                ranges_max, pairs_max = 1, config.pairs_per_answer
+            case "pool":
+                ranges_max = pairs_max = config.pool_size
+        if not 1 <= self.round <= config.rounds:
+            yield f"is beyond the {config.rounds} rounds"
+        if len(self.seed_ranges) > ranges_max:
+            count = len(self.seed_ranges)
+            yield f"has {count} ranges of seeds, where there are at most {ranges_max}"
+        for run in self.seed_ranges:
+            if len(run.coefficients) > pairs_max:
+                yield (
+                    f"has {len(run.coefficients)} pairs in one range, where there are at most "
+                    f"{pairs_max}"
+                )
+            if run.first_seed + len(run.coefficients) > 2**64:
+                yield "holds a seed of 2^64 or more"
+        if self.from_base and config.seed_policy != "pool":
+            yield "starts from the base, which only a pool's does"
+        answers_max = config.answers_max if config.buffer_answers else 0
+        if len(self.answers) > answers_max:
+            yield f"names {len(self.answers)} answers, where there are at most {answers_max}"
+        for answer in self.answers:
+            if self.round - answer.round > config.staleness_max or answer.slot >= COHORT_MAX:
+                yield f"holds an answer to slot {answer.slot} of round {answer.round}"
 
 
 @dataclass(frozen=True, slots=True)

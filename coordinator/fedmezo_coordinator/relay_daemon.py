@@ -44,7 +44,7 @@ from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionS
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import (
     answer_to_pb,
-    commit_of,
+    commits_in,
     event_from_pb,
     hello_to_pb,
     unable_to_pb,
@@ -199,9 +199,11 @@ class Relay(ServingLoop[RelayReady]):
                     commits_only=True,
                     from_round=self._machine.received_round + 1,
                 )
-                if not page.entries:
+                events = commits_in(page, self.genesis.config, self._machine.received_round)
+                if not events:
                     break
-                await self._take_page([entry.record for entry in page.entries])
+                notices = [wire.CommitNotice(record=event.record_bytes) for event in events]
+                await self._above(events, notices, is_page=True)
             round_, head = description.round, description.round_head
             if self._machine.received_round == round_ and head:
                 await self._vouched(description, page.finished)
@@ -221,13 +223,6 @@ class Relay(ServingLoop[RelayReady]):
                 f"round {held}: the journal there went back. Put the newest journal back; to "
                 "continue from that one, give the relay another journal_copy."
             )
-
-    async def _take_page(self, bodies: Sequence[bytes]) -> None:
-        events = [event for event in map(commit_of, bodies) if event is not None]
-        if not events:
-            raise UnavailableError("The coordinator above sent a page without commits.")
-        notices = [wire.CommitNotice(record=event.record_bytes) for event in events]
-        await self._above(events, notices, is_page=True)
 
     async def _vouched(self, description: RunDescription, finished: bool) -> None:
         round_, head = description.round, description.round_head

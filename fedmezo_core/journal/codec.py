@@ -143,6 +143,17 @@ def decode_record(body: bytes) -> Record:
         ) from None
 
 
+def decode_commit(body: bytes) -> Committed:
+    """The commit in a body; `JournalCorruptError` if it holds another record or none."""
+    record = decode_record(body)
+    if not isinstance(record, Committed):
+        raise JournalCorruptError(
+            f"A {type(record).__name__} record came where a commit must; use the same FedMeZO "
+            "version."
+        )
+    return record
+
+
 def pairs_in_commit(body: bytes) -> tuple[int, bool]:
     """How many pairs a commit holds, and whether it starts from the base; `body` is a commit's.
 
@@ -272,7 +283,7 @@ def _record_from_pb(message: pb.Record, kind: str) -> Record:
                 epoch=found.epoch,
                 round=found.round,
                 head=digest_in(found.head, "head"),
-                key=digest_in(found.key, "key") if found.key else b"",
+                key=digest_in(found.key, "key") if found.key or found.signature else b"",
                 signature=found.signature,
             )
         case "snapshotted":
@@ -315,13 +326,19 @@ def answered_to_pb(record: Answered) -> pb.Answered:
 
 
 def answered_from_pb(message: pb.Answered) -> Answered:
-    """An accepted answer from a message."""
+    """An accepted answer from a message; `ProtocolError` if it holds a value that is no number."""
     has = message.HasField
+    grads = tuple(message.projected_grads[:])  # a slice is made in one step
+    # As for a commit's coefficients: infinities and NaN stay in the sum. An unset loss counts 0.
+    if not math.isfinite(sum(grads) + message.mean_loss):
+        raise ProtocolError(
+            f"the answer to slot {message.slot} of round {message.round} holds what is no number"
+        )
     return Answered(
         message.round,
         message.slot,
         Scalars(
-            tuple(message.projected_grads[:]),  # a slice is made in one step
+            grads,
             message.mean_loss if has("mean_loss") else None,
             message.weights_digest64 if has("weights_digest64") else None,
             message.rows if has("rows") else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from fedmezo_core.errors import DivergedError, JournalCorruptError
-from fedmezo_core.journal.codec import decode_record, encode_record
+from fedmezo_core.journal.codec import decode_commit, decode_record, encode_record
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Journal, head_after
 from fedmezo_core.journal.signed_heads import Witness
 from fedmezo_core.records import Committed, Genesis, Record, SignedHead
@@ -61,13 +61,12 @@ class JournalCopy:
     def add(self, bodies: Sequence[bytes], signed: SignedHead | None = None) -> Sequence[Entry]:
         """Append commits as the coordinator gave them, then the signed head after the last one.
 
-        Returns the entries of the commits. Raises as `decode_record` does; nothing is then
-        appended.
+        Returns the entries of the commits. Raises `JournalCorruptError` for what is no commit;
+        nothing is then appended.
         """
-        for record in [decode_record(body) for body in bodies]:
-            assert isinstance(record, Committed)
-            self.round = record.round
+        rounds = [decode_commit(body).round for body in bodies]
         added = self._journal.append(bodies) if bodies else ()
+        self.round = rounds[-1] if rounds else self.round
         if signed is not None and signed != self.newest:
             self._journal.append([encode_record(signed)])
             self.newest = signed

@@ -131,6 +131,8 @@ def _parsed(sealed_bytes: bytes) -> SealedState:
             agreed={one.round: one.digest64 for one in body.agreed},
             key=digest_in(message.key, "key") if message.key else b"",
         )
+        if not 1 <= sealed.seqno < 2**63:
+            raise ProtocolError(f"record {sealed.seqno} cannot follow")
         run_id = sealed.genesis.config.run_id
     except (DecodeError, JournalCorruptError, ProtocolError) as error:
         raise ProtocolError(f"its {len(sealed_bytes)} bytes cannot be read: {error}") from None

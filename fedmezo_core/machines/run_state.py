@@ -40,6 +40,9 @@ from fedmezo_core.records import (
 DIGESTS_KEPT_MAX = 8
 """Most rounds whose digests are remembered, plus `staleness_max` in a buffered run."""
 
+EPOCH_MAX = 2**32 - 2
+"""Newest epoch that a start can follow: messages hold epochs in 32 bits."""
+
 _Value = TypeVar("_Value")
 
 
@@ -178,7 +181,8 @@ class RunState:
                         f"a snapshot of round {round_}", f"one of a round from 1 to {self.round}"
                     )
             case SignedHead(epoch, round_):
-                if self.open is not None or round_ != self.round or epoch < self.epoch:
+                is_epoch = self.epoch <= epoch <= EPOCH_MAX
+                if self.open is not None or round_ != self.round or not is_epoch:
                     raise _misplaced(
                         f"a checkpoint of epoch {epoch}, round {round_}",
                         f"one of epoch {self.epoch} or later, round {self.round}, "
@@ -328,6 +332,11 @@ class RunState:
                 f"an answer to slot {record.slot} of round {record.round}",
                 "an answer to a slot that is open and has none",
             )
+        if len(record.projected_grads) != config.pairs_per_answer:
+            raise _misplaced(
+                f"an answer of {len(record.projected_grads)} projected gradients",
+                f"one of {config.pairs_per_answer}",
+            )
         if is_digest_round(config, record.round) != (record.weights_digest64 is not None):
             raise _misplaced(
                 f"an answer to slot {record.slot} of round {record.round} "
@@ -345,10 +354,10 @@ class RunState:
             self.open = RoundState(self.round + 1)
 
     def _apply_committed(self, record: Committed, config: RunConfig) -> None:
+        record.check_within(config)
         current = self.open
         if self.copied and current is None and record.round == self.round + 1:
-            if self.pool is not None:
-                self.pool.commit(record)
+            self._commit_to_pool(record)
             self.recent_rounds.append(RoundSummary(record.round, None, len(record.seed_ranges)))
             self.round = record.round
             return
@@ -418,16 +427,21 @@ class RunState:
         shares = self.shares(answers)
         if measures_distances:
             self._keep_distances(workers, shares, config)
+        self._commit_to_pool(record)
         if self.pool is not None:
-            outside = [r for r in record.seed_ranges if not self.pool.holds(r)]
-            if outside:
-                raise _misplaced(
-                    f"a commit of round {record.round} with seed {outside[0].first_seed:016x}",
-                    f"seeds of the run's pool of {config.pool_size}",
-                )
-            self.pool.commit(record)
             for share in shares:
                 self.pool.measured(share.seeds, share.projected_grads)
+
+    def _commit_to_pool(self, record: Committed) -> None:
+        if self.pool is None:
+            return
+        outside = [r for r in record.seed_ranges if not self.pool.holds(r)]
+        if outside:
+            raise _misplaced(
+                f"a commit of round {record.round} with seed {outside[0].first_seed:016x}",
+                f"seeds of the run's pool of {len(self.pool.coefficients)}",
+            )
+        self.pool.commit(record)
 
     def _keep_distances(
         self, workers: Sequence[str], shares: Sequence[Share], config: RunConfig

@@ -6,8 +6,11 @@ written.
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Iterator
 
+from fedmezo_core.config import COHORT_MAX, RunConfig
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.journal.codec import (
     answered_from_pb,
@@ -21,7 +24,7 @@ from fedmezo_core.journal.sealed import SealedState
 from fedmezo_core.machines.health import Health, LossWatch
 from fedmezo_core.machines.rates import SIGNAL_ROUNDS
 from fedmezo_core.machines.roster import RoundSummary
-from fedmezo_core.machines.run_state import Accepted, RoundState, RunState
+from fedmezo_core.machines.run_state import EPOCH_MAX, Accepted, RoundState, RunState
 from fedmezo_core.machines.seeds import Pool
 from fedmezo_core.records import Genesis, Paused, Stopped
 from fedmezo_proto.v1 import journal_pb2
@@ -127,7 +130,57 @@ def state_from_pb(message: pb.RunState, genesis: Genesis) -> RunState:
         state.losses[one.worker] = deque(one.losses, maxlen=SIGNAL_ROUNDS)
     state.distances.update((one.worker, one.distance) for one in message.distances)
     state.copied = message.copied
+    _check(state, genesis.config)
     return state
+
+
+def _check(state: RunState, config: RunConfig) -> None:
+    """Raise `ProtocolError` for a state that no records come to; later code relies on it."""
+    for what in _wrong_in(state, config):
+        raise ProtocolError(what)
+
+
+def _wrong_in(state: RunState, config: RunConfig) -> Iterator[str]:
+    held = [*state.earlier, *([] if state.open is None else [state.open])]
+    rounds = [one.round for one in held]
+    newest = state.round + (state.open is not None)
+    if newest > config.rounds:
+        yield f"it is at round {state.round} of {config.rounds}"
+    if state.epoch > EPOCH_MAX:
+        yield f"it is of epoch {state.epoch}"
+    if len(state.earlier) > min(config.staleness_max + 1, state.round) or rounds != list(
+        range(newest + 1 - len(rounds), newest + 1)
+    ):
+        yield f"it holds rounds {rounds} after round {state.round}"
+    if not all(_is_sound(one, config) for one in held):
+        yield "a round of it is not one of this run"
+    if not (math.isfinite(state.rate_factor) and state.rate_factor > 0):
+        yield f"its learning rates are {state.rate_factor!r} times the contract's"
+    if not all(losses and math.isfinite(sum(losses)) for losses in state.losses.values()):
+        yield "a worker of it has no loss, or one that is not finite"
+    watches = (state.health.training, state.health.heldout)
+    if any(watch.high_since is not None and watch.first is None for watch in watches):
+        yield "it has a loss that was high before there was a first one"
+    pool = state.pool
+    if pool is not None and not math.isfinite(pool.decay + sum(pool.coefficients + pool.sizes)):
+        yield "its pool has a number that is not finite"
+
+
+def _is_sound(held: RoundState, config: RunConfig) -> bool:
+    answered = held.answers.keys()
+    return (
+        len(held.cohort) <= COHORT_MAX
+        and all(math.isfinite(rate) and rate > 0 for rate in held.rates)
+        and all(0 <= slot < len(held.cohort) for slot in answered)
+        and held.excluded <= answered
+        and held.committed <= answered
+        and held.excluded.isdisjoint(held.slots.values())
+        and all(
+            accepted.record.round == held.round
+            and len(accepted.record.projected_grads) == config.pairs_per_answer
+            for accepted in held.answers.values()
+        )
+    )
 
 
 def _fill_pool(pool: Pool, message: pb.PoolState) -> None:

@@ -17,8 +17,14 @@ from typing import Self
 import grpc
 
 from fedmezo_core.config import PROTOCOL_VERSION
-from fedmezo_core.errors import ConfigError, ProtocolError, UnavailableError, VersionError
-from fedmezo_core.journal.codec import decode_record, evaluated_to_pb
+from fedmezo_core.errors import (
+    ConfigError,
+    ProtocolError,
+    SnapshotError,
+    UnavailableError,
+    VersionError,
+)
+from fedmezo_core.journal.codec import decode_record, digest_in, evaluated_to_pb
 from fedmezo_core.journal.journal import ZERO_HASH, head_after
 from fedmezo_core.records import Evaluated, Genesis
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY, error_from
@@ -28,6 +34,8 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 
 CALL_TIMEOUT_S = 20.0
+SNAPSHOT_SILENCE_S = 300.0
+"""Longest time between two messages of a snapshot; a slow link takes less for one."""
 RECEIVE_BYTES_MAX = 8 * 1024 * 1024
 """Above the largest commit (`COMMIT_PAIRS_MAX` coefficients) and the largest journal page."""
 
@@ -154,8 +162,8 @@ class CoordinatorClient:
             round=answer.round,
             epoch=answer.epoch,
             genesis_body=answer.genesis,
-            checkpoint_key=answer.checkpoint_key,
-            round_head=answer.head,
+            checkpoint_key=_digest_or_empty(answer.checkpoint_key, "checkpoint_key"),
+            round_head=_digest_or_empty(answer.head, "head"),
             signature=answer.signature,
             missing=_suffix_of(answer.missing),
             snapshot=_offer_of(answer.snapshot) if answer.HasField("snapshot") else None,
@@ -191,13 +199,21 @@ class CoordinatorClient:
             )
 
     async def journal_pages(self, run_id: str = "") -> AsyncIterator[wire.ReadJournalResponse]:
-        """All pages of the journal so far; the first one names its origin, if it has one."""
+        """All pages of the journal so far; the first one names its origin, if it has one.
+
+        Raises `ProtocolError` for a page after which the same one would come.
+        """
         seqno = 0
         while True:
             page = await self.read_journal(seqno, run_id=run_id, from_origin=seqno == 0)
             yield page
             if not page.entries:
                 return
+            if page.next_seqno <= seqno:
+                raise ProtocolError(
+                    f"The coordinator at {self.address} sent records from {seqno} on, and said that"
+                    f" record {page.next_seqno} comes next; check which coordinator that is."
+                )
             seqno = page.next_seqno
 
     async def read_snapshot(
@@ -205,19 +221,34 @@ class CoordinatorClient:
     ) -> AsyncGenerator[Snapshot | bytes, None]:
         """The description of a snapshot, then the bytes of its file from `offset` on.
 
-        A stream that breaks is an `UnavailableError`: ask again from where it broke. Any other
-        `SnapshotError` means that it cannot be had.
+        A stream that breaks, or from which nothing comes for `SNAPSHOT_SILENCE_S`, is an
+        `UnavailableError`: ask again from where it broke. Any other `SnapshotError` means that it
+        cannot be had.
         """
         call = self._stub.ReadSnapshot(
             wire.ReadSnapshotRequest(run_id=run_id, round=round_, offset=offset)
         )
+        described = False
         try:
             with self._errors_mapped():
-                async for message in call:
-                    if message.HasField("snapshot"):
+                while True:
+                    message = await asyncio.wait_for(call.read(), SNAPSHOT_SILENCE_S)
+                    if not isinstance(message, wire.ReadSnapshotResponse):
+                        return  # the end
+                    if not described:
+                        described = True
                         yield snapshot_from_pb(message.snapshot)
-                    if message.data:
+                    elif message.data:
                         yield message.data
+                    else:
+                        raise SnapshotError(
+                            f"The coordinator at {self.address} sent a piece of a snapshot without "
+                            "bytes; check which coordinator that is."
+                        )
+        except TimeoutError:
+            raise UnavailableError(
+                f"Nothing of the snapshot came for {SNAPSHOT_SILENCE_S:g} s."
+            ) from None
         finally:
             call.cancel()
 
@@ -291,6 +322,10 @@ class CoordinatorClient:
                 ) from None
             hint = str(metadata.get(RETRY_AFTER_KEY, ""))
             raise error_from(error.code().name, reason, details, hint) from None
+
+
+def _digest_or_empty(value: bytes, field: str) -> bytes:
+    return digest_in(value, field) if value else b""
 
 
 def _suffix_of(message: wire.Suffix) -> Suffix:

@@ -11,6 +11,10 @@ RETRY_AFTER_KEY = "fedmezo-retry-after-ms"
 """Key in the trailing metadata for `retry_after_s` in milliseconds."""
 
 
+_HINT_DIGITS_MAX = 15
+"""Longest hint that is read as a number; nobody waits for longer hints."""
+
+
 def _tree(root: type[FedMezoError]) -> dict[str, type[FedMezoError]]:
     found = {root.__name__: root}
     for child in root.__subclasses__():
@@ -35,6 +39,6 @@ def error_from(status: str, reason: str, message: str, retry_after_ms: str = "")
     """The error that a peer sent, of the most specific class that is known here."""
     kind = BY_REASON.get(reason) or BY_STATUS.get(status, FedMezoError)
     error = kind(message)
-    if retry_after_ms.isdecimal():
+    if retry_after_ms.isdecimal() and len(retry_after_ms) <= _HINT_DIGITS_MAX:
         error.retry_after_s = int(retry_after_ms) / 1000
     return error

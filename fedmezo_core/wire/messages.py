@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedmezo_core.config import PROTOCOL_VERSION, STEPS_MAX, RunConfig
-from fedmezo_core.errors import ProtocolError
+from fedmezo_core.config import PROTOCOL_VERSION, RunConfig
+from fedmezo_core.errors import ProtocolError, UnavailableError
 from fedmezo_core.events import (
     Ack,
     Acknowledged,
@@ -28,9 +28,9 @@ from fedmezo_core.events import (
     Welcomed,
     Work,
 )
-from fedmezo_core.journal.codec import decode_record, digest_in, positive
+from fedmezo_core.journal.codec import decode_commit, digest_in, positive
 from fedmezo_core.journal.journal import Row
-from fedmezo_core.records import Committed, Genesis, Scalars
+from fedmezo_core.records import Genesis, Scalars
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -96,10 +96,12 @@ def assign_to_pb(assign: Assign, config: RunConfig) -> wire.SessionResponse:
 def assigned_from_pb(message: wire.Assign, config: RunConfig) -> Assigned:
     """An assignment as an event for the session machine; raises `ProtocolError`."""
     count = message.steps * config.probes
-    if not 1 <= count <= STEPS_MAX or len(message.seed_offsets) not in (0, count):
+    is_within = 1 <= message.steps <= config.local_steps
+    if not is_within or len(message.seed_offsets) not in (0, count):
         raise ProtocolError(
             f"{message.steps} steps of {config.probes} probes were assigned with "
-            f"{len(message.seed_offsets)} seed offsets; use the same FedMeZO version."
+            f"{len(message.seed_offsets)} seed offsets in a run of {config.local_steps} local "
+            "steps; use the same FedMeZO version."
         )
     offsets = message.seed_offsets or range(count)
     if message.first_seed + max(offsets) >= 2**64:
@@ -175,12 +177,39 @@ def hello_to_pb(genesis: Genesis, worker: str, round_: int, head: bytes) -> wire
     )
 
 
-def commit_of(record_bytes: bytes, head_before: bytes = b"") -> CommitReceived | None:
-    """A record as an event for the session machine; None if it is not a commit."""
-    record = decode_record(record_bytes)
-    if not isinstance(record, Committed):
-        return None
+def commit_of(record_bytes: bytes, config: RunConfig, head_before: bytes = b"") -> CommitReceived:
+    """A commit as an event for the session machine.
+
+    Raises `JournalCorruptError` for another record, or a commit beyond what the contract allows.
+    """
+    record = decode_commit(record_bytes)
+    record.check_within(config)
     return CommitReceived(record, record_bytes, head_before)
+
+
+def commits_in(
+    page: wire.ReadJournalResponse,
+    config: RunConfig,
+    round_: int,
+    *,
+    from_newest_base: bool = False,
+) -> list[CommitReceived]:
+    """The commits of a page that was asked for from the round after `round_` on; may be empty.
+
+    With `from_newest_base` it may begin with a later commit that starts from the base. Raises as
+    `commit_of`, and `UnavailableError` for a page that leads no further: read again and again, it
+    would be read for ever.
+    """
+    commits = [
+        commit_of(entry.record, config, page.head_before if from_newest_base and not n else b"")
+        for n, entry in enumerate(page.entries)
+    ]
+    if commits and commits[-1].commit.round <= round_:
+        raise UnavailableError(
+            f"The coordinator sent commits up to round {commits[-1].commit.round} to a party that "
+            f"holds round {round_} and asked for later ones; check the coordinator."
+        )
+    return commits
 
 
 def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
@@ -190,9 +219,7 @@ def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEv
             welcome = message.welcome
             return Welcomed(welcome.epoch, welcome.round, welcome.head)
         case "commit":
-            event = commit_of(message.commit.record)
-            if event is not None:
-                return event
+            return commit_of(message.commit.record, config)
         case "assign":
             return assigned_from_pb(message.assign, config)
         case "ack":

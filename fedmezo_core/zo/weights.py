@@ -128,6 +128,11 @@ class Weights:
         self._interrupted_round = None
         self.round = round_
 
+    @property
+    def byte_count(self) -> int:
+        """Bytes of the trained tensors."""
+        return sum(t.nbytes for t in trained_tensors(self.model, self.manifest))
+
     def digest(self) -> bytes:
         """Digest of the weights after `round` (see `weights_digest`), 32 bytes."""
         self._check()

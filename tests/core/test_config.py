@@ -8,9 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig, parse_run
+from fedmezo_core.config import (
+    COLUMN_USES_MAX,
+    TEMPLATE_CHARS_MAX,
+    TEXT_CHARS_MAX,
+    VERBALIZERS_MAX,
+    LoraConfig,
+    RunConfig,
+    TaskConfig,
+    parse_run,
+)
 from fedmezo_core.errors import ConfigError, ProtocolError
 from fedmezo_core.journal.codec import config_from_pb, config_to_pb
+from fedmezo_core.wire.client import RECEIVE_BYTES_MAX
 from fedmezo_proto.v1 import journal_pb2 as pb
 
 VALUES: dict[str, Any] = {
@@ -92,6 +102,92 @@ def test_a_value_that_is_not_allowed_is_named(changes: dict[str, Any], words: st
         parse_run(VALUES | changes, "run")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def labels(count: int, characters: int) -> dict[str, str]:
+    """As many verbalizers, which have as many characters together."""
+    words = {f"{n:06d}": " x" for n in range(count)}
+    words["000000"] += "x" * (characters - 8 * count)
+    return words
+
+
+def with_characters(count: int) -> dict[str, Any]:
+    """Changes that give the contract as many characters of text."""
+    return {"task": {"verbalizers": labels(2, count - len("m" + "{text}"))}}
+
+
+def with_task(**changes: Any) -> dict[str, Any]:
+    return {"task": VALUES["task"] | changes}
+
+
+def with_targets(*targets: str) -> dict[str, Any]:
+    return {"lora": {"rank": 1, "alpha": 1, "target_modules": list(targets)}}
+
+
+@pytest.mark.parametrize(
+    ("most", "too_much", "words"),
+    [
+        (
+            with_task(template="{text}" + "x" * (TEMPLATE_CHARS_MAX - 6)),
+            with_task(template="{text}" + "x" * (TEMPLATE_CHARS_MAX - 5)),
+            "use at most 65536 characters",
+        ),
+        (
+            with_task(template="{text}" * COLUMN_USES_MAX),
+            with_task(template="{text}" * (COLUMN_USES_MAX + 1)),
+            "names columns 257 times; the most is 256",
+        ),
+        (
+            with_task(verbalizers=labels(VERBALIZERS_MAX, 10 * VERBALIZERS_MAX)),
+            with_task(verbalizers=labels(VERBALIZERS_MAX + 1, 10 * VERBALIZERS_MAX)),
+            "task.verbalizers is not allowed: use at most 10000 items",
+        ),
+        (
+            with_characters(TEXT_CHARS_MAX),
+            with_characters(TEXT_CHARS_MAX + 1),
+            "have 1048577 characters together; the most is 1048576",
+        ),
+        (with_task(label_column="x" * 1024), with_task(label_column="x" * 1025), "at most 1024"),
+        (
+            with_task(response_column="x" * 1024),
+            with_task(response_column="x" * 1025),
+            "at most 1024",
+        ),
+        (
+            with_task(objective="m:" + "x" * 1022),
+            with_task(objective="m:" + "x" * 1023),
+            "at most 1024",
+        ),
+        ({"model": "x" * 4096}, {"model": "x" * 4097}, "at most 4096 characters"),
+        ({"train": ["x" * 256]}, {"train": ["x" * 257]}, "at most 256 characters"),
+        ({"train": ["x"] * 4096}, {"train": ["x"] * 4097}, "at most 4096 items"),
+        (with_targets("x" * 4096), with_targets("x" * 4097), "at most 4096 characters"),
+        (with_targets(*["x"] * 4096), with_targets(*["x"] * 4097), "at most 4096 items"),
+    ],
+)
+def test_every_text_and_list_has_a_bound(
+    most: dict[str, Any], too_much: dict[str, Any], words: str
+) -> None:
+    parse_run(VALUES | most, "run")
+    with pytest.raises(ConfigError) as caught:
+        parse_run(VALUES | too_much, "run")
+    assert words in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_contract_with_all_that_is_allowed_fits_into_a_message() -> None:
+    half = "\U0001f600" * (TEXT_CHARS_MAX // 2 - 6)
+    config = parse_run(VALUES | with_task(verbalizers={"a": half, "b": half}), "run")
+    assert 4_000_000 < config_to_pb(config).ByteSize() < RECEIVE_BYTES_MAX
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "template", ["{" + "é" * 60_000 + "!}", "{" * 60_000, "{{" * 30_000 + "}", "{a" * 30_000]
+)
+def test_no_template_takes_for_ever(template: str) -> None:
+    with pytest.raises(ConfigError, match="names no column"):
+        parse_run(VALUES | with_task(template=template), "run")
 
 
 @pytest.mark.parametrize("key", ["run_id", "model", "task"])

@@ -12,6 +12,8 @@ import pytest
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.program import TRACEBACK_VARIABLE, run_program
 
+SLACK_S = 3.0
+"""What a busy machine may add to a time."""
 DAEMON = """
 import asyncio, sys, time
 from fedmezo_core.program import run_program, stop_signal
@@ -47,6 +49,23 @@ pathlib.Path(folder, "slow_to_import.py").write_text(
 sys.path.insert(0, folder)
 from fedmezo_core.program import launch
 launch("slow_to_import")
+"""
+
+
+STUCK = """
+import asyncio, hashlib, sys
+from fedmezo_core.program import run_program, stop_signal
+
+async def run():
+    stop = stop_signal()
+    # Native code in another thread, for minutes.
+    native = asyncio.to_thread(hashlib.pbkdf2_hmac, "sha256", b"a", b"b", 1_000_000_000)
+    working = asyncio.create_task(native)
+    print("ready", flush=True)
+    await stop.wait()
+    print("stopping", flush=True)
+
+sys.exit(run_program("daemon", lambda: asyncio.run(run())))
 """
 
 
@@ -124,6 +143,18 @@ def test_a_second_signal_ends_a_daemon_at_once(number: signal.Signals) -> None:
     process.send_signal(number)
     assert process.communicate(timeout=20) == ("", "")
     assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_daemon_ends_in_time_whatever_it_does(number: signal.Signals) -> None:
+    process = started(STUCK)
+    begin_s = time.monotonic()
+    process.send_signal(number)
+    said, complained = process.communicate(timeout=20)
+    assert said == "stopping\n"
+    assert complained == "The work under way did not end in time, so it was cut off.\n"
+    assert process.returncode == 0
+    assert 4 <= time.monotonic() - begin_s < 5 + SLACK_S
 
 
 def test_a_second_sighup_is_no_haste() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from fedmezo_core.records import Genesis
+from fedmezo_core.records import Genesis, SeedRange
 from fedmezo_core.wire.client import CoordinatorClient
 from tests.integration.support.harness import Program, Programs, run_values, until, write_genesis
+from tests.integration.support.liar import Liar, commit, page_of, serving
 
 SECONDS = 20.0
 """What "within seconds" may be on a machine that does much else."""
+SLACK_S = 3.0
+"""What such a machine may add to a bound."""
 
 
 async def test_workers_in_mid_measurement_end_within_seconds(
@@ -111,3 +117,58 @@ async def test_a_coordinator_that_still_loads_its_model_ends_too(
     coordinator.send(signal.SIGTERM)
     assert await coordinator.wait(SECONDS) == 0
     await gone(loading)
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        ("importing", "is starting"),
+        ("connecting", "connecting to"),
+        ("reading", "reading"),
+        ("catching up", "trainable elements"),
+        ("applying", "trainable elements"),
+    ],
+)
+async def test_a_worker_ends_in_time_in_any_phase(
+    phase: str,
+    said: str,
+    programs: Programs,
+    model_folder: Path,
+    data_files: list[Path],
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+) -> None:
+    """Whatever a coordinator lets it do: nothing for ever, pages for ever, or long arithmetic."""
+    # The commits of all rounds, in one page, take half a minute.
+    genesis = tiny_genesis(local_steps=4096, rounds=6, distribution="gaussian")
+    config = genesis.config
+    pairs = (SeedRange(0, (1e-6,) * config.pairs_per_answer),) * config.answers_max
+    liar, data = Liar(genesis), data_files[0]
+    if phase == "connecting":
+        liar.delay_s = SECONDS
+    elif phase == "reading":
+        # Nobody writes into it, so it can never be read.
+        data = tmp_path / "rows.jsonl"
+        os.mkfifo(data)
+    elif phase == "catching up":
+        liar.delay_s = 0.5
+        liar.page = lambda request: page_of(commit(config, request.from_round, seed_ranges=()))
+    elif phase == "applying":
+        every = page_of(*[commit(config, n, seed_ranges=pairs) for n in range(1, 7)])
+        liar.page = lambda _: every
+    async with serving(liar) as address:
+        worker = programs.worker(address, "w", data, model_folder)
+        await worker.says(said)
+        if phase in ("catching up", "applying"):
+
+            async def asked() -> bool:
+                return liar.asked > (phase == "catching up")
+
+            await until(asked, "the worker to ask for the journal")
+            await asyncio.sleep(1)
+        begin_s = time.monotonic()
+        worker.send(signal.SIGTERM)
+        assert await worker.wait(SECONDS) == 0
+        assert time.monotonic() - begin_s < 5 + SLACK_S
+        if phase in ("reading", "applying"):
+            assert "did not end in time, so it was cut off" in worker.said

@@ -92,7 +92,7 @@ class Agent:
             self._bad_snapshots,
         )
         async for page in self._history.open(description):
-            await member.take_commits([commit_of(entry.row.body) for entry in page])
+            await member.take_commits([commit_of(entry.row.body, config) for entry in page])
         # Now, because a late worker leaves the base as soon as it catches up.
         await member.evaluate()
         return member

@@ -47,7 +47,7 @@ from fedmezo_core.wire.download import downloaded
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import (
     answer_to_pb,
-    commit_of,
+    commits_in,
     event_from_pb,
     hello_to_pb,
     unable_to_pb,
@@ -139,34 +139,36 @@ class Member:
         """Read the missing commits; many are applied in one pass over the weights."""
         run_id = self._genesis.config.run_id
         start = self._machine.round
+        # A copy holds every commit.
+        from_newest_base = not self._history.keeps
         await self._take_snapshot_if_better(client, run_id)
         while True:
             page = await client.read_journal(
                 run_id=run_id,
                 commits_only=True,
                 from_round=self._machine.round + 1,
-                # A copy holds every commit.
-                from_newest_base=not self._history.keeps,
+                from_newest_base=from_newest_base,
             )
-            if not page.entries:
+            events = commits_in(
+                page,
+                self._genesis.config,
+                self._machine.round,
+                from_newest_base=from_newest_base,
+            )
+            if not events:
                 break
-            events = [
-                commit_of(entry.record, b"" if number else page.head_before)
-                for number, entry in enumerate(page.entries)
-            ]
-            await self._history.add([entry.record for entry in page.entries])
+            await self._history.add([event.record_bytes for event in events])
             await self.take_commits(events)
         if self._machine.round > start:
             log.info("caught up from round %d to %d", start, self._machine.round)
         self._is_behind = False
 
-    async def take_commits(self, events: Sequence[CommitReceived | None]) -> None:
-        """Follow commits that were read from a journal; None is a record of another kind."""
+    async def take_commits(self, events: Sequence[CommitReceived]) -> None:
+        """Follow commits that were read from a journal."""
         actions: list[SessionAction] = []
         try:
             for event in events:
-                if event is not None:
-                    actions += self._step(event)
+                actions += self._step(event)
         finally:
             await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
 
@@ -232,7 +234,7 @@ class Member:
             run_id,
             snapshot,
             folder=self._settings.offload_folder or folder_on_a_disk(),
-            weights_bytes=self._genesis.trainable_bytes,
+            weights_bytes=self._engine.loaded.party.weights.byte_count,
             give_up_after_s=self._settings.give_up_after_s,
         ) as path:
             self._reconnecting.reached()

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 _TEXTS_PER_CALL = 1024
+_CHARS_PER_CALL = 1 << 20
+"""No more texts are tokenised together once they have so many characters."""
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -65,24 +67,30 @@ class PromptEncoder:
 
     def of_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts as the tokenizer reads them, without its own special tokens."""
-        tokens: list[list[int]] = []
-        for start in range(0, len(texts), _TEXTS_PER_CALL):
-            encoding = self._tokenizer(
-                list(texts[start : start + _TEXTS_PER_CALL]),
-                add_special_tokens=False,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            tokens.extend(encoding["input_ids"])
+        encoding = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        tokens: list[list[int]] = encoding["input_ids"]
         return tokens
 
-    def of_pieces(self, texts: Sequence[Sequence[str]]) -> list[list[int]]:
-        """Token ids of texts that come in pieces."""
+    def of_pieces(self, texts: Iterable[Sequence[str]]) -> Iterator[list[int]]:
+        """Token ids of texts that come in pieces; only some of the texts are held at a time."""
+        together: list[Sequence[str]] = []
+        characters = 0
+        for pieces in texts:
+            together.append(pieces)
+            characters += sum(map(len, pieces))
+            if len(together) == _TEXTS_PER_CALL or characters >= _CHARS_PER_CALL:
+                yield from self._of_some(together)
+                together, characters = [], 0
+        if together:
+            yield from self._of_some(together)
+
+    def _of_some(self, texts: Sequence[Sequence[str]]) -> Iterator[list[int]]:
         encoded = self.of_texts(["".join(pieces) for pieces in texts])
-        for index, pieces in enumerate(texts):
-            if self._holds_a_rows_control(pieces, encoded[index]):
-                encoded[index] = self._with_plain_columns(pieces)
-        return encoded
+        for pieces, tokens in zip(texts, encoded, strict=True):
+            is_plain = not self._holds_a_rows_control(pieces, tokens)
+            yield tokens if is_plain else self._with_plain_columns(pieces)
 
     def _holds_a_rows_control(self, pieces: Sequence[str], tokens: Sequence[int]) -> bool:
         if self._unknown is not None and any(self._unknown in text for text in pieces[1::2]):

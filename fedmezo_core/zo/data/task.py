@@ -194,11 +194,14 @@ class Task:
         if not rows:
             raise DataError("There are no rows; give a data file with at least one.")
         labels = [self._label(row) for row in rows]
-        prompts = self._encoder.of_pieces([self._pieces(row) for row in rows])
-        responses: list[list[int]] = [[] for _ in rows]
+        # Only some rows at a time are held as they were before they were cut.
+        prompts = self._encoder.of_pieces(self._pieces(row) for row in rows)
+        responses: Iterator[list[int]] = ([] for _ in rows)
         if self._eos is not None and self.config.kind == "instruction":
-            texts = [("", row.values[self.config.response_column]) for row in rows]
-            responses = [[*tokens, self._eos] for tokens in self._encoder.of_pieces(texts)]
+            ends, texts = [self._eos], (row.values[self.config.response_column] for row in rows)
+            responses = (
+                tokens + ends for tokens in self._encoder.of_pieces(("", text) for text in texts)
+            )
         examples: list[EncodedExample] = []
         truncated_count = cut_token_count = longest_token_count = 0
         for row, label, tokens, response in zip(rows, labels, prompts, responses, strict=True):
@@ -291,14 +294,18 @@ class Task:
                 shared.append(column[0])
         # A word may end where the others go on.
         scored = [own[len(shared)] if len(own) > len(shared) else None for own in tokens]
-        for one, two in itertools.combinations(range(len(words)), 2):
-            if scored[one] == scored[two] or None in (scored[one], scored[two]):
-                as_tokens = self._tokenizer.convert_ids_to_tokens
-                raise ConfigError(
-                    f"Verbalizers {words[one]!r} and {words[two]!r} begin with the same token, and "
-                    f"the loss compares one token of each: they are {as_tokens(tokens[one])} and "
-                    f"{as_tokens(tokens[two])}; choose words that begin differently."
-                )
+        if None in scored or len(set(scored)) < len(scored):
+            one, two = next(
+                (one, two)
+                for one, two in itertools.combinations(range(len(words)), 2)
+                if scored[one] == scored[two] or None in (scored[one], scored[two])
+            )
+            as_tokens = self._tokenizer.convert_ids_to_tokens
+            raise ConfigError(
+                f"Verbalizers {words[one]!r} and {words[two]!r} begin with the same token, and "
+                f"the loss compares one token of each: they are {as_tokens(tokens[one])} and "
+                f"{as_tokens(tokens[two])}; choose words that begin differently."
+            )
         ids = [token for token in scored if token is not None]
         for word, token in zip(words, ids, strict=True):
             largest = max([*shared, token])

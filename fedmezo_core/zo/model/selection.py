@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Final
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.config import ALL_LINEAR, LoraConfig
 from fedmezo_core.errors import ConfigError
+
+MATCHING_CPU_S_MAX: Final = 2
+"""Longest CPU time that a run's regular expression may take over a model's names of modules."""
+
+_MATCHER: Final = """
+import json, re, resource, sys
+seconds, expression, names = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+pattern = re.compile(expression)
+json.dump([name for name in names if pattern.fullmatch(name)], sys.stdout)
+"""
+"""A program that writes which names an expression matches; it is killed when its time is over."""
 
 
 def parameters_inside(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -20,15 +36,18 @@ def parameters_inside(model: nn.Module, names: Iterable[str]) -> set[str]:
     only modules without parameters.
     """
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    # Parameter -> the modules that it is inside of, from its own one outwards.
+    owners = {
+        parameter: list(_ancestors(parameter))
+        for parameter, _ in model.named_parameters(remove_duplicate=False)
+    }
     inside: set[str] = set()
     unknown = []
-    for name in names:
-        any_but_dots = "[^.]*".join(re.escape(part) for part in name.split("*"))
-        pattern = re.compile(rf"(?:.*\.)?{any_but_dots}")
-        prefixes = tuple(f"{module}." for module in modules if pattern.fullmatch(module))
-        found = [parameter for parameter in parameters if parameter.startswith(prefixes)]
-        if not prefixes:
+    for name in dict.fromkeys(names):
+        pattern = _pattern_of(name)
+        matched = {module for module in modules if pattern.fullmatch(module)}
+        found = [p for p, outer in owners.items() if not matched.isdisjoint(outer)]
+        if not matched:
             unknown.append(name)
         elif not found:
             raise ConfigError(
@@ -56,25 +75,18 @@ def lora_targets(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
     if expression == ALL_LINEAR:
         head = getattr(model, "get_output_embeddings", lambda: None)()
         return {name: module for name, module in linear.items() if module is not head}
-    try:
-        pattern = None if expression is None else re.compile(expression)
-    except re.error as error:
-        raise ConfigError(
-            f"lora.target_modules: {expression} is no regular expression ({error}); write names of "
-            f"modules, or one expression; the linear layers are {kinds}."
-        ) from None
+    named: dict[str, list[str]] = {}
+    if expression is not None:
+        named[expression] = _matched(expression, list(modules), kinds)
+    else:
+        ends: dict[str, list[str]] = {}
+        for name in modules:
+            for end in _ends(name):
+                ends.setdefault(end, []).append(name)
+        named = {target: ends.get(target, []) for target in lora.target_modules}
     targets: dict[str, nn.Module] = {}
     unknown = []
-    for target in lora.target_modules:
-        found = [
-            name
-            for name in modules
-            if (
-                pattern.fullmatch(name)
-                if pattern
-                else name == target or name.endswith(f".{target}")
-            )
-        ]
+    for target, found in named.items():
         if not found:
             unknown.append(target)
         for name in found:
@@ -92,6 +104,58 @@ def lora_targets(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:
             f"layers are {kinds}."
         )
     return targets
+
+
+def _pattern_of(name: str) -> re.Pattern[str]:
+    """What a name of `train` means; takes time that grows with the square of a module's name.
+
+    Each `*` but the last keeps the first end that it finds, which leaves the most for the others:
+    to try all ends would take time that grows with a power of the number of `*`.
+    """
+    first, *rest = [re.escape(part) for part in re.sub(r"\*+", "*", name).split("*")]
+    stars = "".join(rf"(?>[^.]*?{part})" for part in rest[:-1])
+    return re.compile(rf"(?:.*\.)?{first}{stars}" + "".join(f"[^.]*{p}" for p in rest[-1:]))
+
+
+def _matched(expression: str, names: list[str], kinds: str) -> list[str]:
+    """The names that a regular expression matches as a whole.
+
+    An expression can take practically for ever, and Python does nothing else meanwhile. So another
+    process does it first, with a limit on its time; peft then matches the same names.
+    """
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"lora.target_modules: {expression} is no regular expression ({error}); write names of "
+            f"modules, or one expression; the linear layers are {kinds}."
+        ) from None
+    done = subprocess.run(
+        [sys.executable, "-ISc", _MATCHER],
+        # peft asks for the model itself too, whose name is empty.
+        input=json.dumps([MATCHING_CPU_S_MAX, expression, ["", *names]]),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise ConfigError(
+            f"lora.target_modules: the regular expression {expression} takes more than "
+            f"{MATCHING_CPU_S_MAX} s over the {len(names)} names of the model's modules; write it "
+            "without repetitions inside repetitions, or name the modules."
+        )
+    return [name for name in json.loads(done.stdout) if name]
+
+
+def _ancestors(name: str) -> Iterator[str]:
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def _ends(name: str) -> Iterator[str]:
+    yield name
+    while name := name.partition(".")[2]:
+        yield name
 
 
 def _last(name: str) -> str:

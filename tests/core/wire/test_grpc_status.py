@@ -45,7 +45,16 @@ def test_a_status_without_a_reason_that_is_known(status: str, kind: type[FedMezo
 
 
 @pytest.mark.parametrize(
-    ("hint", "seconds"), [("", None), ("0", 0.0), ("1250", 1.25), ("-5", None), ("soon", None)]
+    ("hint", "seconds"),
+    [
+        ("", None),
+        ("0", 0.0),
+        ("1250", 1.25),
+        ("-5", None),
+        ("soon", None),
+        ("9" * 400, None),
+        ("9" * 5000, None),
+    ],
 )
 def test_the_time_to_come_back_survives_the_wire(hint: str, seconds: float | None) -> None:
     assert error_from("RESOURCE_EXHAUSTED", "NotReadyError", "full", hint).retry_after_s == seconds

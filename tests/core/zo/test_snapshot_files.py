@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
+import json
+import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +111,57 @@ def test_a_file_cut_short_is_no_snapshot(
     with pytest.raises(SnapshotDamagedError, match="is no safetensors file that can be read"):
         install_snapshot(path, theirs, snapshot)
     assert theirs.digest() == ours.digest(), "nothing was touched"
+
+
+_VALUES: tuple[Any, ...] = (
+    "",
+    "F32",
+    "x" * 300,
+    0,
+    -1,
+    1,
+    2**63,
+    2**64,
+    None,
+    True,
+    [],
+    [0],
+    [2**40, 2**40],
+)
+
+
+def _change(rng: random.Random, part: Any) -> None:
+    """Change one value somewhere in the JSON of a header."""
+    keys = list(part) if isinstance(part, dict) else list(range(len(part)))
+    key = rng.choice(keys) if keys else None
+    if key is None:
+        return
+    if isinstance(part[key], (dict, list)) and rng.random() < 0.8:
+        _change(rng, part[key])
+    elif rng.random() < 0.2:
+        del part[key]
+    else:
+        part[key] = copy.deepcopy(rng.choice(_VALUES))
+
+
+def test_a_hand_made_header_is_installed_or_refused_in_a_sentence(tmp_path: Path) -> None:
+    path, snapshot = written(tmp_path, weights_of(nn.Linear(3, 2)))
+    octets = path.read_bytes()
+    begin = 8 + int.from_bytes(octets[:8], "little")
+    header, data = json.loads(octets[8:begin]), octets[begin:]
+    refused = 0
+    for seed in range(200):
+        rng, changed = random.Random(seed), copy.deepcopy(header)
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            _change(rng, changed)
+        text = json.dumps(changed).encode()
+        length = rng.choice([len(text)] * 9 + [0, len(text) - 1, 2**63, 2**64 - 1])
+        path.write_bytes(length.to_bytes(8, "little") + text + data)
+        try:
+            install_snapshot(path, weights_of(nn.Linear(3, 2)), snapshot)
+        except SnapshotDamagedError:
+            refused += 1
+    assert refused > 100
 
 
 def test_a_snapshot_of_another_round_head_or_model_is_refused_before_anything_is_touched(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.config import TaskConfig
+from fedmezo_core.config import COLUMN_USES_MAX, TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.held_out import evaluate
@@ -255,6 +256,21 @@ def test_truncation_keeps_the_template_and_fits(
         assert len(example.response) >= min(len(whole), tokens_max // 2)
         assert any(f"{text[:kept]} -> {other[:kept]}!" == prompt for kept in range(201))
     assert prompt.endswith("!")
+
+
+def test_rows_are_cut_before_all_of_them_are_held(tokenizer: PreTrainedTokenizerBase) -> None:
+    template = "word " * 4000 + "{text}" * COLUMN_USES_MAX
+    rows = _labelled(["one " * 30] * 800)
+    task = Task(_classification(template=template), tokenizer, 384)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ConfigError, match="template alone takes"):
+            task.encode(rows)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # All prompts together have 40 MB of text, and several times that in tokens.
+    assert peak_bytes < 20_000_000
 
 
 def test_a_template_that_never_fits(tokenizer: PreTrainedTokenizerBase) -> None:
