@@ -13,6 +13,7 @@ import torch
 
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError, MismatchError
+from fedmezo_core.program import long_step
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Task
@@ -137,18 +138,20 @@ def open_party(
     distribution = Distribution[config.distribution.upper()]
     rounding = Rounding[config.rounding.upper()]
     trained_dtype = torch.float32 if config.lora else getattr(torch, config.dtype)
-    warm_up(device, dtype=trained_dtype, distribution=distribution, rounding=rounding)
-    loaded = load_model(
-        model,
-        dtype=config.dtype,
-        lora=config.lora,
-        adapter=adapter,
-        train=config.train,
-        run_seed=config.seed,
-        # Compressing reads the whole base, which the device may have no room for.
-        placement=placement if frozen_base_bits is None else ON_CPU,
-        local_files_only=local_files_only,
-    )
+    with long_step("compiling kernels"):
+        warm_up(device, dtype=trained_dtype, distribution=distribution, rounding=rounding)
+    with long_step(f"loading {model}"):
+        loaded = load_model(
+            model,
+            dtype=config.dtype,
+            lora=config.lora,
+            adapter=adapter,
+            train=config.train,
+            run_seed=config.seed,
+            # Compressing reads the whole base, which the device may have no room for.
+            placement=placement if frozen_base_bits is None else ON_CPU,
+            local_files_only=local_files_only,
+        )
     warn_of_answers_in_prompts(config.task)
     task = Task(config.task, loaded.tokenizer, _vocabulary_size(loaded))
     weights = Weights(
@@ -160,13 +163,15 @@ def open_party(
         keeps_base=config.seed_policy == "pool",
         base_folder=placement.offload_folder,
     )
+    with long_step(f"digesting {model}"):
+        digest = base_digest(loaded.model, threads=threads)
     party = Party(
         config=config,
         loaded=loaded,
         task=task,
         weights=weights,
         manifest_digest=loaded.manifest.digest(),
-        base_digest=base_digest(loaded.model, threads=threads),
+        base_digest=digest,
         tokenizer_digest=tokenizer_digest(loaded.tokenizer),
     )
     if frozen_base_bits is not None:

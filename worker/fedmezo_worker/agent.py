@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from fedmezo_core.errors import JournalCompactedError, NotReadyError, UnavailableError
+from fedmezo_core.program import long_step
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
@@ -83,5 +84,6 @@ class Agent:
         async for page in self._history.open(description):
             await member.take_commits([commit_of(entry.row.body) for entry in page])
         # Now, because a late worker leaves the base as soon as it catches up.
-        await member.evaluate()
+        with long_step("evaluating before the first round here"):
+            await member.evaluate()
         return member

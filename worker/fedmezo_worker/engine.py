@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, SnapshotDamagedError
 from fedmezo_core.events import Measure, Measured
+from fedmezo_core.program import long_step
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
@@ -239,7 +240,8 @@ class Engine:
 
 
 def _encoded(party: Party, path: Path, rows: Sequence[Example]) -> Dataset:
-    dataset = party.task.encode(rows)
+    with long_step(f"turning the rows of {path} into tokens"):
+        dataset = party.task.encode(rows)
     _warn_of_control_tokens(party, path, rows)
     if not dataset.truncated_count:
         log.info("%s: %d rows", path, len(dataset))

@@ -40,6 +40,7 @@ from fedmezo_core.events import (
     Welcomed,
 )
 from fedmezo_core.machines.session import SessionMachine, SessionState
+from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.records import Committed
 from fedmezo_core.wire.catch_up import Speeds, takes_snapshot
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
@@ -139,26 +140,35 @@ class Member:
         """Read the missing commits; many are applied in one pass over the weights."""
         run_id = self._genesis.config.run_id
         start = self._machine.round
-        await self._take_snapshot_if_better(client, run_id)
+        description = await client.get_run(run_id, start)
+        await self._take_snapshot_if_better(client, description)
+        missing = max(description.round - self._machine.round, 0)
+        with long_step("catching up", missing, "rounds") as step:
+            await self._read_commits(client, step)
+        if self._machine.round > start:
+            log.info("caught up from round %d to %d", start, self._machine.round)
+        self._is_behind = False
+
+    async def _read_commits(self, client: CoordinatorClient, step: LongStep) -> None:
+        """Read the journal to its end, and apply its commits page by page."""
         while True:
+            before = self._machine.round
             page = await client.read_journal(
-                run_id=run_id,
+                run_id=self._genesis.config.run_id,
                 commits_only=True,
                 from_round=self._machine.round + 1,
                 # A copy holds every commit.
                 from_newest_base=not self._history.keeps,
             )
             if not page.entries:
-                break
+                return
             events = [
                 commit_of(entry.record, b"" if number else page.head_before)
                 for number, entry in enumerate(page.entries)
             ]
             await self._history.add([entry.record for entry in page.entries])
             await self.take_commits(events)
-        if self._machine.round > start:
-            log.info("caught up from round %d to %d", start, self._machine.round)
-        self._is_behind = False
+            step.advance(self._machine.round - before)
 
     async def take_commits(self, events: Sequence[CommitReceived | None]) -> None:
         """Follow commits that were read from a journal; None is a record of another kind."""
@@ -170,13 +180,14 @@ class Member:
         finally:
             await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
 
-    async def _take_snapshot_if_better(self, client: CoordinatorClient, run_id: str) -> None:
+    async def _take_snapshot_if_better(
+        self, client: CoordinatorClient, description: RunDescription
+    ) -> None:
         """Begin from the newest snapshot if the journal lacks commits, or if that takes less time.
 
         A bad snapshot is not tried again.
         """
-        description = await client.get_run(run_id, self._machine.round)
-        offer = description.snapshot
+        run_id, offer = self._genesis.config.run_id, description.snapshot
         if description.needs_snapshot:
             await self._take_needed_snapshot(client, run_id, offer)
             return

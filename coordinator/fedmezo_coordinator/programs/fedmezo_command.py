@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -17,22 +18,32 @@ from rich.console import Console
 from rich.live import Live
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
 from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core import records
-from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
+from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, StartingError
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.sealed import SealedState, StoredState
 from fedmezo_core.layered_settings import check_address, expanded, installed_version, load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
-from fedmezo_core.program import run_program, worker_packages
+from fedmezo_core.program import (
+    long_step,
+    run_program,
+    show_steps_with,
+    step_log,
+    worker_packages,
+)
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+log = logging.getLogger("fedmezo.command")
 
 app = typer.Typer(
     name="fedmezo",
@@ -89,6 +100,11 @@ DEFAULT_ADDRESS = "127.0.0.1:7465"
 
 def main() -> int:
     """Run `fedmezo`; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    for own in (log, step_log):
+        own.setLevel(logging.INFO)
+    if sys.stderr.isatty():
+        show_steps_with(show_bar)
     return run_program("fedmezo", lambda: app(standalone_mode=True))
 
 
@@ -190,8 +206,10 @@ def restore(
             origin = source.origin()
             if origin is not None:
                 target.drop_before(origin)
-            while rows := source.read(len(target), Journal.PAGE_ROWS):
-                target.append(rows)
+            with long_step(f"writing {journal_shown(journal)}", len(source), "records") as step:
+                while rows := source.read(len(target), Journal.PAGE_ROWS):
+                    target.append(rows)
+                    step.done = len(target)
         finally:
             target.close()
     finally:
@@ -264,12 +282,16 @@ def export(
             genesis.config.run_id,
         )
     if commits:
-        party.weights.apply(commits[0].round, commits_of(commits))
+        with long_step(
+            f"replaying {len(commits)} commits", genesis.trainable_elements, "weights"
+        ) as step:
+            party.weights.apply(commits[0].round, commits_of(commits), step.advance)
     digest = party.weights.digest()
-    if adapter_only:
-        export_adapter(party.loaded.model, folder, genesis.config.model)
-    else:
-        export_model(party.loaded.model, party.loaded.tokenizer, folder)
+    with long_step(f"writing {folder}"):
+        if adapter_only:
+            export_adapter(party.loaded.model, folder, genesis.config.model)
+        else:
+            export_model(party.loaded.model, party.loaded.tokenizer, folder)
     what = "adapter" if adapter_only else "model"
     print(f"{folder}: the {what} after round {party.weights.round}, weights digest {digest.hex()}")
 
@@ -379,7 +401,7 @@ async def _status(address: str, tls_ca: Path | None) -> wire.GetStatusResponse:
 async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
     console = Console()
     async with CoordinatorClient(address, tls_ca) as client:
-        answer = await client.get_status()
+        answer = await _first_status(client)
         first_seen = (answer.round, time.monotonic())
         shown = ""
         with Live(console=console, auto_refresh=False) as live:
@@ -394,6 +416,16 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
                     return
                 await asyncio.sleep(every_s)
                 answer = await client.get_status()
+
+
+async def _first_status(client: CoordinatorClient) -> wire.GetStatusResponse:
+    """The status of a run, once its coordinator has started."""
+    reconnecting = Reconnecting(log)
+    while True:
+        try:
+            return await client.get_status()
+        except StartingError as error:
+            await reconnecting.wait_after(error)
 
 
 @contextmanager
@@ -439,10 +471,12 @@ def _verified_line(journal: Journal) -> str:
 async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
     store = MemoryStore()
     async with CoordinatorClient(address, tls_ca) as client:
-        async for page in client.journal_pages():
-            if page.origin:
-                store.drop_before(StoredState.received(page.origin))
-            store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
+        with long_step(f"fetching the journal of {address}", unit="records") as step:
+            async for page in client.journal_pages():
+                if page.origin:
+                    store.drop_before(StoredState.received(page.origin))
+                store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
+                step.advance(len(page.entries))
     return store
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_core.errors import DataError
+from fedmezo_core.program import long_step
 
 log = logging.getLogger("fedmezo.data")
 
@@ -119,11 +120,12 @@ def read_raw_examples(path: str | Path) -> list[RawExample]:
 
     Raises `DataError` as `read_examples` does for a file that it cannot read.
     """
-    return [
-        RawExample(record, file, number)
-        for file in _files(Path(path).expanduser())
-        for number, record in _records_of(file, (), keep_others=True)
-    ]
+    with long_step(f"reading {path}"):
+        return [
+            RawExample(record, file, number)
+            for file in _files(Path(path).expanduser())
+            for number, record in _records_of(file, (), keep_others=True)
+        ]
 
 
 def read_examples(
@@ -142,8 +144,9 @@ def read_examples(
     missing, blank, infinite, or neither text nor a number.
     """
     rows: list[Example] = []
-    for file in _files(Path(path).expanduser()):
-        rows.extend(_rows_of(file, columns, keep_others))
+    with long_step(f"reading {path}"):
+        for file in _files(Path(path).expanduser()):
+            rows.extend(_rows_of(file, columns, keep_others))
     return rows
 
 
