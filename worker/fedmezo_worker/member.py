@@ -30,6 +30,7 @@ from fedmezo_core.events import (
     Measure,
     Measured,
     MeasureFailed,
+    RefusedByCoordinator,
     ReportWeights,
     Restored,
     SendAnswer,
@@ -342,6 +343,8 @@ class Member:
         """Step; signatures are checked, and commits kept, before any action is returned."""
         before = self._machine.round
         actions = self._step(event)
+        if isinstance(event, RefusedByCoordinator) and event == self._machine.refusal:
+            log.warning("round %d: the answer was refused: %s", event.ticket.round, event.message)
         if isinstance(event, Welcomed):
             await self._history.welcomed(message.welcome, self._machine.round)
         elif self._machine.round > before:
