@@ -59,6 +59,17 @@ class DigestBoard:
             if report.round == round_
         }
 
+    def confirmed_round(self, party: str) -> int:
+        """Round of the party's newest report, if most digests agree with it; -1 if not.
+
+        Somebody else must have reported that round.
+        """
+        newest = self._newest.get(party)
+        if newest is None:
+            return -1
+        found, expected = self._compared(newest.round)
+        return newest.round if len(found) > 1 and found[party] == expected else -1
+
     def report(self, report: WeightsReported) -> list[Diverged]:
         """Take a report; returns the parties that it shows to differ, each once a round."""
         self._newest.pop(report.party, None)
@@ -67,11 +78,7 @@ class DigestBoard:
             gone = next(iter(self._newest))
             del self._newest[gone]
             self._named.pop(gone, None)
-        found = {
-            party: digest64_of(digest) for party, digest in self.reports_of(report.round).items()
-        }
-        votes = [digest64 for party, digest64 in found.items() if party != REPLICA_PARTY]
-        expected = agreed_digest(votes, found.get(REPLICA_PARTY))
+        found, expected = self._compared(report.round)
         if expected is None:
             return []
         diverged = [
@@ -81,3 +88,9 @@ class DigestBoard:
         ]
         self._named.update((d.party, d.round) for d in diverged)
         return diverged
+
+    def _compared(self, round_: int) -> tuple[dict[str, int], int | None]:
+        """Party -> digest of the round's reports, and the one of them that the run goes by."""
+        found = {party: digest64_of(digest) for party, digest in self.reports_of(round_).items()}
+        votes = [digest64 for party, digest64 in found.items() if party != REPLICA_PARTY]
+        return found, agreed_digest(votes, found.get(REPLICA_PARTY))

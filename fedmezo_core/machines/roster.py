@@ -56,7 +56,7 @@ class WorkerView:
     mean_loss: float | None = None
     """Mean loss of the last accepted answer, in nats; None if it carried none."""
     complaint: str = ""
-    """Why the worker could not answer last, or was refused, in this session; empty if neither."""
+    """What went wrong in this session since the worker's last accepted answer; empty: nothing."""
     told_diverged: bool = False
     """Whether the worker knows that its weights differ, and is expected to rebuild them."""
     learning_rate: float | None = None
@@ -137,7 +137,8 @@ class Roster:
     def answered(self, worker: str, assignment: RoundSlot, mean_loss: float | None) -> None:
         """The worker's answer was accepted."""
         self.release(worker, assignment)
-        self.view(worker).mean_loss = mean_loss
+        view = self.view(worker)
+        view.mean_loss, view.complaint = mean_loss, ""
 
     def unable(self, event: UnableReceived) -> None:
         """The worker cannot measure its assignment."""

@@ -49,7 +49,7 @@ async def run(settings: CoordinatorSettings) -> None:
         if journal is None:
             return
         try:
-            front = early or await stack.enter_async_context(fronting)
+            front = await stack.enter_async_context(fronting) if early is None else early
             starting = asyncio.create_task(_prepare(settings, journal))
             if not await first_of(starting, stop):
                 return
@@ -155,6 +155,6 @@ async def _keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: 
         log.warning("no model is set, so there is no replica and nothing is evaluated here")
         return
     supervisor = ReplicaSupervisor(
-        settings, address, daemon.genesis.config.run_id, daemon.replica_secret
+        settings, address, daemon.genesis.config.run_id, daemon.replica_secret, daemon.replica
     )
     await supervisor.keep()

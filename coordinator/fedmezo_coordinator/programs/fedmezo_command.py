@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.bars import show_bar
+from fedmezo_coordinator.programs.plain_values import (
+    json_line,
+    message_values,
+    origin_values,
+    record_values,
+)
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
@@ -135,7 +139,7 @@ def status(
     """Show the progress, workers, traffic, digests and evaluations of a run."""
     answer = asyncio.run(_status(coordinator, tls_ca))
     if as_json:
-        print(json.dumps(status_values(answer)))
+        print(json_line(message_values(answer)))
     else:
         Console().print(run_view(answer))
     if not agreement(answer)[0]:
@@ -148,7 +152,7 @@ def watch(
     tls_ca: TlsCa = None,
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
 ) -> None:
-    """Show a run until it is finished; Ctrl-C stops the display, not the run."""
+    """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
     asyncio.run(_watch(coordinator, tls_ca, every_s))
 
 
@@ -166,10 +170,13 @@ def inspect(
     with _opened(journal, coordinator, tls_ca) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
-            print((_json_origin_line if as_json else _origin_line)(origin))
+            print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
         for entry, record in verified(source):
             if entry.row.seqno >= from_seqno:
-                print((_json_line if as_json else _line)(entry.row, record))
+                if as_json:
+                    print(json_line(record_values(entry.row, record)))
+                else:
+                    print(_line(entry.row, record))
 
 
 @journal_app.command()
@@ -412,7 +419,7 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
                 elif run_line(answer) != shown:
                     shown = run_line(answer)
                     print(shown, flush=True)
-                if answer.phase == wire.PHASE_FINISHED:
+                if answer.phase == wire.PHASE_FINISHED and not answer.evaluation_due:
                     return
                 await asyncio.sleep(every_s)
                 answer = await client.get_status()
@@ -480,19 +487,6 @@ async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
     return store
 
 
-def status_values(answer: wire.GetStatusResponse) -> dict[str, Any]:
-    """A status as plain values: the keys are the .proto field names, digests are in hex."""
-    values: dict[str, Any] = MessageToDict(
-        answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    values["head"] = answer.head.hex()
-    for value, digest in zip(values["digests"], answer.digests, strict=True):
-        value["weights_digest"] = digest.weights_digest.hex()
-    for value, evaluation in zip(values["evaluations"], answer.evaluations, strict=True):
-        value["weights_digest"] = evaluation.weights_digest.hex()
-    return values
-
-
 def _origin_line(origin: SealedState) -> str:
     return (
         f"{origin.seqno - 1:>8}  {origin.chain.hex()[:12]}  origin     records 0 to "
@@ -503,19 +497,6 @@ def _origin_line(origin: SealedState) -> str:
 
 def _signed_by(key: bytes) -> str:
     return f"signed by {key.hex()}" if key else "not signed"
-
-
-def _json_origin_line(origin: SealedState) -> str:
-    return json.dumps(
-        {
-            "seqno": origin.seqno,
-            "chain": origin.chain.hex(),
-            "kind": "origin",
-            "round": origin.round,
-            "head": origin.head.hex(),
-            "key": origin.key.hex(),
-        }
-    )
 
 
 def _line(row: Row, record: records.Record) -> str:
@@ -553,38 +534,6 @@ def _line(row: Row, record: records.Record) -> str:
         case records.Snapshotted(round_):
             text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
-
-
-_JSON_NAMES = {"seed_ranges": "runs", "signedhead": "checkpoint"}
-"""Names in the code -> their names in the .proto files, which the JSON keeps."""
-
-
-def _json_line(row: Row, record: records.Record) -> str:
-    def plain(value: Any) -> Any:
-        if isinstance(value, bytes):
-            return value.hex()
-        if isinstance(value, records.Answered):
-            return {"round": value.round, "slot": value.slot, **plain(value.scalars)}
-        if isinstance(value, (records.Scalars, records.SeedRange)):
-            return {name: plain(item) for name, item in value._asdict().items()}
-        if isinstance(value, (tuple, list)):
-            return [plain(item) for item in value]
-        if hasattr(value, "model_dump"):
-            return value.model_dump()
-        if hasattr(value, "__dataclass_fields__"):
-            names = value.__dataclass_fields__
-            return {_JSON_NAMES.get(name, name): plain(getattr(value, name)) for name in names}
-        return value
-
-    kind = type(record).__name__.lower()
-    return json.dumps(
-        {
-            "seqno": row.seqno,
-            "chain": row.chain.hex(),
-            "kind": _JSON_NAMES.get(kind, kind),
-            **plain(record),
-        }
-    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedmezo_core.records import digest64_hex
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1.journal_pb2 import Evaluated
 
@@ -16,6 +17,8 @@ _PHASES = {
     wire.PHASE_FINISHED: "finished",
     wire.PHASE_PAUSED: "PAUSED",
 }
+
+EVALUATION_DUE = "the last weights are being evaluated"
 
 
 def size_text(byte_count: float) -> str:
@@ -68,11 +71,14 @@ def run_line(status: wire.GetStatusResponse, seconds_left: float | None = None) 
         parts.append(f"held-out at {_evaluation(status.evaluations[-1])}")
     up = sum(worker.bytes_up for worker in status.workers)
     down = sum(worker.bytes_down for worker in status.workers)
-    parts.append(f"up {size_text(up)}, down {size_text(down)}")
+    since = f" since start {status.epoch} of the coordinator" if status.epoch > 1 else ""
+    parts.append(f"up {size_text(up)}, down {size_text(down)}{since}")
     if status.phase == wire.PHASE_PAUSED:
         parts.append(f"PAUSED: {status.reason}")
     elif status.phase == wire.PHASE_FINISHED:
         parts.append("finished")
+        if status.evaluation_due:
+            parts.append(EVALUATION_DUE)
         if status.reason:
             parts.append(status.reason)
     elif seconds_left is not None:
@@ -108,24 +114,55 @@ def run_view(
         head.add_row("held-out", _evaluation(first))
         if last.round > first.round:
             head.add_row("", _evaluation(last))
+    if status.evaluation_due:
+        head.add_row("" if status.evaluations else "held-out", EVALUATION_DUE)
     equal, text = agreement(status)
     head.add_row("weights", Text(text, style="" if equal else "bold red"))
     head.add_row("journal", f"{status.records:,} records, head {status.head.hex()[:16]}")
     parts: list[RenderableType] = [head, worker_table(status)]
+    if status.workers:
+        since = duration_text(status.uptime_ms / 1000)
+        parts.append(
+            Text(
+                f"rounds, up and down count since start {status.epoch} of the coordinator, "
+                f"{since} ago",
+                style="dim",
+            )
+        )
     parts += [
         Text(f"{worker.worker}: {worker.complaint}", style="yellow")
         for worker in status.workers
         if worker.complaint
     ]
-    parts += [
+    if status.replica_complaint:
+        parts.append(Text(status.replica_complaint, style="yellow"))
+    return Group(*parts, *_divergences(status))
+
+
+def _divergences(status: wire.GetStatusResponse) -> list[Text]:
+    """The newest divergence of each party; those that were mended are no alarm."""
+    newest = {divergence.party: divergence for divergence in status.divergences}
+    parties = set(status.diverged_parties)
+    lines = [
         Text(
-            f"{divergence.party} diverged after round {divergence.round}: digest "
-            f"{divergence.found_digest64:016x}, the run's {divergence.expected_digest64:016x}",
+            f"{party} diverged after round {found.round}: digest "
+            f"{digest64_hex(found.found_digest64)}, the run's "
+            f"{digest64_hex(found.expected_digest64)}",
             style="bold red",
         )
-        for divergence in status.divergences
+        for party, found in newest.items()
+        if party in parties
     ]
-    return Group(*parts)
+    mended = [
+        f"{party} (round {found.round})" for party, found in newest.items() if party not in parties
+    ]
+    if mended:
+        lines.append(
+            Text(
+                f"diverged earlier, with the run's weights again: {', '.join(mended)}", style="dim"
+            )
+        )
+    return lines
 
 
 def worker_table(status: wire.GetStatusResponse) -> Table:

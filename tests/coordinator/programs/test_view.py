@@ -8,6 +8,7 @@ from rich.console import Console
 from fedmezo_coordinator.programs.view import (
     agreement,
     duration_text,
+    run_line,
     run_view,
     seconds_left,
     size_text,
@@ -86,6 +87,7 @@ def test_the_view_shows_round_loss_accuracy_traffic_and_divergences() -> None:
                 wire.WorkerStatus(worker="w3", connected=True),
                 wire.WorkerStatus(worker="w4", connected=True, diverged=True),
             ],
+            diverged_parties=["w4"],
             divergences=[
                 Diverged(round=9, party="w4", found_digest64=1, expected_digest64=2),
             ],
@@ -115,6 +117,33 @@ def test_a_worker_that_left_a_finished_run_is_done() -> None:
     text = text_of(status(phase=wire.PHASE_FINISHED, round=100, workers=gone))
     assert "done" in text
     assert "away" not in text
+
+
+def test_a_divergence_that_was_mended_is_no_alarm() -> None:
+    found = Diverged(round=9, party="w4", found_digest64=1, expected_digest64=2)
+    text = text_of(status(diverged_parties=["w4"], divergences=[found, found]))
+    alarm = "w4 diverged after round 9: digest 0100000000000000, the run's 0200000000000000"
+    assert text.count(alarm) == 1
+    text = text_of(status(divergences=[found, found]))
+    assert "w4 diverged after" not in text
+    assert "diverged earlier, with the run's weights again: w4 (round 9)" in text
+
+
+def test_counters_say_since_when_they_count() -> None:
+    worker = wire.WorkerStatus(worker="w1", bytes_up=1500)
+    answer = status(workers=[worker], epoch=3, uptime_ms=75_000)
+    assert "count since start 3 of the coordinator, 1:15 ago" in text_of(answer)
+    assert "down 0 B since start 3 of the coordinator" in run_line(answer)
+    assert "start" not in run_line(status(workers=[worker], epoch=1, uptime_ms=75_000))
+
+
+def test_what_the_replica_is_still_to_do_and_what_is_wrong_with_it() -> None:
+    text = text_of(status(replica_complaint="the replica ended (killed) and is started again"))
+    assert "the replica ended (killed) and is started again" in text
+    assert "evaluated" not in text
+    due = status(phase=wire.PHASE_FINISHED, round=100, evaluation_due=True)
+    assert "the last weights are being evaluated" in text_of(due)
+    assert run_line(due).endswith("; finished; the last weights are being evaluated")
 
 
 def test_what_stands_in_brackets_is_shown() -> None:
