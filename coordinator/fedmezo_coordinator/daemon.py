@@ -145,7 +145,7 @@ class Daemon(ServingLoop[Ready]):
         if self._compaction.seals and self._compaction.seals[-1].seqno > begin:
             self._keep_seals()
         records = len(self._journal)
-        log.info("%d records are sound; the last %d were folded", records, records - begin)
+        log.info("the journal is sound (records: %d, of them folded: %d)", records, records - begin)
 
     def _begin_at_origin(self) -> None:
         origin = self._journal.origin()

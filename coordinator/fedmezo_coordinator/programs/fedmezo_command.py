@@ -25,7 +25,7 @@ from fedmezo_coordinator.programs.plain_values import (
 )
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
-from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
+from fedmezo_coordinator.programs.view import Pace, agreement, counted, run_line, run_view
 from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core import records
@@ -290,10 +290,11 @@ def export(
         )
     if commits:
         with long_step(
-            f"replaying {len(commits)} commits", genesis.trainable_elements, "weights"
+            f"replaying {counted(len(commits), 'commit')}", genesis.trainable_elements, "weights"
         ) as step:
             party.weights.apply(commits[0].round, commits_of(commits), step.advance)
-    digest = party.weights.digest()
+    with long_step("digesting the weights"):
+        digest = party.weights.digest()
     with long_step(f"writing {folder}"):
         if adapter_only:
             export_adapter(party.loaded.model, folder, genesis.config.model)
@@ -409,11 +410,11 @@ async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
     console = Console()
     async with CoordinatorClient(address, tls_ca) as client:
         answer = await _first_status(client)
-        first_seen = (answer.round, time.monotonic())
+        pace = Pace()
         shown = ""
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                left = seconds_left(answer, first_seen, time.monotonic())
+                left = pace.seconds_left(answer, time.monotonic())
                 if console.is_terminal:
                     live.update(run_view(answer, seconds_left=left), refresh=True)
                 elif run_line(answer) != shown:
@@ -466,8 +467,9 @@ def _verified_line(journal: Journal) -> str:
     if len(journal) == 0:
         raise JournalCorruptError("The journal is empty: no run has begun in it.")
     line = (
-        f"sound: {count} records{before or ','} run {machine.config.run_id}, {machine.epoch} "
-        f"coordinator starts, {machine.round} rounds committed, head {journal.head.hex()}"
+        f"sound: {counted(count, 'record')}{before or ','} run {machine.config.run_id}, "
+        f"{counted(machine.epoch, 'coordinator start')}, {counted(machine.round, 'round')} "
+        f"committed, head {journal.head.hex()}"
     )
     if signed is None:
         is_signed = origin is not None and origin.key

@@ -91,7 +91,7 @@ def test_inspect_prints_json_for_programs(journal: Path) -> None:
 
 def test_verify_prints_the_head(journal: Path) -> None:
     said = fedmezo("journal", "verify", str(journal))
-    assert "sound: 8 records, run tiny-run, 1 coordinator starts, 2 rounds committed" in said
+    assert "sound: 8 records, run tiny-run, 1 coordinator start, 2 rounds committed" in said
     assert said.endswith("; no signatures in it, so none were checked\n")
 
 

@@ -6,11 +6,11 @@ import pytest
 from rich.console import Console
 
 from fedmezo_coordinator.programs.view import (
+    Pace,
     agreement,
     duration_text,
     run_line,
     run_view,
-    seconds_left,
     size_text,
 )
 from fedmezo_core.journal.codec import config_to_pb
@@ -50,10 +50,38 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
 
 
-def test_the_time_left_is_at_the_pace_so_far() -> None:
-    assert seconds_left(status(), (20, 100.0), 140.0) == 120.0
-    assert seconds_left(status(), (40, 100.0), 140.0) is None
-    assert seconds_left(status(phase=wire.PHASE_FINISHED), (20, 100.0), 140.0) is None
+def estimates(times_s: list[float], **more: object) -> list[float | None]:
+    """What is estimated after each round of a run of 40, whose rounds take so long."""
+    pace, now_s, found = Pace(), 100.0, []
+    for round_, time_s in enumerate(times_s, start=1):
+        now_s += time_s
+        answer = status(config=config_to_pb(config_of(rounds=40)), round=round_, **more)
+        found.append(pace.seconds_left(answer, now_s))
+    return found
+
+
+def test_the_time_left_is_at_the_pace_of_the_newest_rounds() -> None:
+    found = estimates([2.0] * 20)
+    assert found[:11] == [None] * 11
+    assert found[11:] == [2.0 * (40 - round_) for round_ in range(12, 21)]
+
+
+def test_no_time_is_told_before_the_pace_is_known() -> None:
+    # Ten slow rounds, in which rows are computed for the first time.
+    found = estimates([8.0] * 10 + [1.0] * 20)
+    told = [(round_, left) for round_, left in enumerate(found, start=1) if left is not None]
+    assert all(left <= 1.3 * (40 - round_) for round_, left in told)
+    assert len(told) > 10
+    assert estimates([1.0] * 20, phase=wire.PHASE_PAUSED) == [None] * 20
+    assert estimates([1.0] * 20, phase=wire.PHASE_FINISHED) == [None] * 20
+
+
+def test_the_time_left_falls_while_a_round_runs() -> None:
+    pace = Pace()
+    for round_ in range(60, 69):
+        left = pace.seconds_left(status(round=round_), 10.0 * round_)
+    assert left == 320.0
+    assert pace.seconds_left(status(round=68), 684.0) == 316.0
 
 
 def digest(party: str, round_: int, value: bytes) -> wire.PartyDigest:
