@@ -49,6 +49,7 @@ SETTINGS = OUTPUT / "coordinator.toml"
 REPORT = Path("build/reports/demo.json")
 LOOK_EVERY_S = 0.5
 LINE_COLUMNS = 80
+"""Columns of a terminal; what is printed is wrapped to fit them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +93,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="seed of the run")
     parser.add_argument("--rounds", type=int, help="rounds, if not demo.toml's")
     given = parser.parse_args(arguments)
-    return run_program("demo", lambda: _demo_or_a_word(given))
+    return run_program("demo", lambda: _demo_until_stopped(given))
 
 
-def _demo_or_a_word(given: argparse.Namespace) -> None:
+def _demo_until_stopped(given: argparse.Namespace) -> None:
     """The demo; Ctrl-C and the signals that `demo` turns into it end it with one line."""
     try:
         demo(given)
