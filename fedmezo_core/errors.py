@@ -26,6 +26,7 @@
       SnapshotError          a snapshot is missing, or cannot be written, read or used
         SnapshotDamagedError its bytes or weights are not what was recorded
       UnavailableError       the other side cannot be reached; retrying may help
+        StartingError        it is there and starts; it will answer when that is done
 
 Messages are one sentence for a person: what is wrong, with its name and value, and what to do next.
 Each class names the gRPC status code that it travels as. `fedmezo_core.wire.grpc_status` has the
@@ -188,3 +189,7 @@ class UnavailableError(FedMezoError):
     """The other side cannot be reached."""
 
     status = "UNAVAILABLE"
+
+
+class StartingError(UnavailableError):
+    """The other side is starting and says what it does; nothing is wrong."""

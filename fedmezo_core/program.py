@@ -1,4 +1,4 @@
-"""How a program starts and ends: its log, settings, exit status, and one sentence for errors."""
+"""How a program starts, works and ends: its log, settings, long steps, exit status and errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 TRACEBACK_VARIABLE = "FEDMEZO_TRACEBACK"
 """Environment variable that turns the sentence for an unexpected error into a traceback."""
 
+
+STEP_LINE_EVERY_S = 10.0
+"""Time after which, again and again, the log says how far a long step is."""
 
 REPEAT_AFTER_S = 1.0
 """A second signal counts from this long after the first; two at once are often one, sent twice."""
@@ -155,6 +159,80 @@ def run_program(program: str, work: Callable[[], None]) -> int:
         )
         return 70  # EX_SOFTWARE of sysexits.h
     return 0
+
+
+@dataclass(slots=True, eq=False)
+class LongStep:
+    """A step of a program that a person may have to wait for."""
+
+    what: str
+    """What it does, such as `reading the journal`."""
+    total: int | None = None
+    """How much there is to do; None if nobody knows."""
+    unit: str = ""
+    """What is counted, in the plural; empty if nothing is."""
+    done: int = 0
+    _began_s: float = field(default_factory=time.monotonic)
+
+    def advance(self, count: int = 1) -> None:
+        """Note that `count` more are done."""
+        self.done += count
+
+    @property
+    def counted(self) -> str:
+        """What is done, such as `1,200 of 3,000 records`; empty if nothing is counted."""
+        of = "" if self.total is None else f" of {self.total:,}"
+        return f"{self.done:,}{of} {self.unit}" if self.unit else ""
+
+    def __str__(self) -> str:
+        """How far it is, such as `reading the journal: 1,200 of 3,000 records, 20 s so far`."""
+        so_far = f"{time.monotonic() - self._began_s:.0f} s so far"
+        return f"{self.what}: {', '.join(filter(None, (self.counted, so_far)))}"
+
+
+ShowStep = Callable[[LongStep, threading.Event], None]
+"""Shows how far a step is until the event says that it is over; runs in a thread of its own."""
+
+
+def _log_step(step: LongStep, over: threading.Event) -> None:
+    while not over.wait(STEP_LINE_EVERY_S):
+        step_log.info(str(step))
+
+
+step_log = logging.getLogger("fedmezo.steps")
+_steps: list[LongStep] = []
+_show_step: ShowStep = _log_step
+
+
+def show_steps_with(show: ShowStep) -> None:
+    """Let `show` show this process's long steps from now on, instead of lines of the log."""
+    global _show_step
+    _show_step = show
+
+
+@contextmanager
+def long_step(what: str, total: int | None = None, unit: str = "") -> Iterator[LongStep]:
+    """Show how far this block is, if it takes long; the block calls `advance` if it counts.
+
+    A program shows its steps in its log, or as `show_steps_with` says. The arguments are the fields
+    of `LongStep`.
+    """
+    step, over = LongStep(what, total, unit), threading.Event()
+    showing = threading.Thread(target=_show_step, args=(step, over), name="step", daemon=True)
+    _steps.append(step)
+    showing.start()
+    try:
+        yield step
+    finally:
+        over.set()
+        _steps.remove(step)
+        showing.join()  # A terminal should be as it was.
+
+
+def current_step() -> str:
+    """How far the newest long step of this process is; empty if there is none."""
+    steps = _steps[-1:]
+    return str(steps[0]) if steps else ""
 
 
 @contextmanager

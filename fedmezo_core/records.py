@@ -326,6 +326,11 @@ def digest64_of(digest: bytes) -> int:
     return int.from_bytes(digest[:8], "little")
 
 
+def digest64_hex(digest64: int) -> str:
+    """The first 8 bytes of a digest, as `digest64_of` gives them, as the digest's hex begins."""
+    return digest64.to_bytes(8, "little").hex()
+
+
 def _hash64(domain: str, *numbers: int) -> int:
     words = struct.pack(f"<{len(numbers)}Q", *numbers)
     return int.from_bytes(hashlib.sha256(domain.encode() + b"\0" + words).digest()[:8], "little")

@@ -18,6 +18,7 @@ from fedmezo_coordinator.compaction import Compaction, Seal
 from fedmezo_coordinator.serving.hello import check_run_id
 from fedmezo_coordinator.serving.loop import Item, ServingLoop
 from fedmezo_coordinator.serving.session_limit import SessionLimit
+from fedmezo_coordinator.serving.status_report import ReplicaView
 from fedmezo_coordinator.snapshot_store import SnapshotStore
 from fedmezo_core.errors import (
     JournalCorruptError,
@@ -49,6 +50,7 @@ from fedmezo_core.records import (
     Resumed,
     Snapshotted,
     Stopped,
+    digest64_hex,
 )
 from fedmezo_core.wire.messages import snapshot_to_pb
 from fedmezo_core.wire.snapshots import Snapshot
@@ -99,6 +101,7 @@ class Daemon(ServingLoop[Ready]):
         self._checked: tuple[Snapshotted, ...] = ()
         self._loading = True
         self.replica_secret = secrets.token_bytes(32)
+        self.replica = ReplicaView()
 
     # ------------------------------------------------------------ life
 
@@ -145,7 +148,7 @@ class Daemon(ServingLoop[Ready]):
         if self._compaction.seals and self._compaction.seals[-1].seqno > begin:
             self._keep_seals()
         records = len(self._journal)
-        log.info("%d records are sound; the last %d were folded", records, records - begin)
+        log.info("the journal is sound (records: %d, of them folded: %d)", records, records - begin)
 
     def _begin_at_origin(self) -> None:
         origin = self._journal.origin()
@@ -336,6 +339,7 @@ class Daemon(ServingLoop[Ready]):
         return self._from_replica(item.request)
 
     def _from_replica(self, request: wire.ReportReplicaRequest) -> list[Ready]:
+        self.replica.complaint = ""
         reported = WeightsReported(REPLICA_PARTY, request.round, request.weights_digest)
         readies = [self._machine.step(reported)]
         if request.HasField("evaluation"):
@@ -347,8 +351,12 @@ class Daemon(ServingLoop[Ready]):
 
     def _snapshot_reported(self, request: wire.ReportReplicaRequest) -> None:
         report = request.snapshot
+        self.replica.snapshot_complaint = ""
         if report.complaint:
-            log.warning("no snapshot of round %d: %s", request.round, report.complaint)
+            self.replica.snapshot_complaint = (
+                f"no snapshot of round {request.round}: {report.complaint}"
+            )
+            log.warning("%s", self.replica.snapshot_complaint)
             return
         self._snapshots.offer(
             Snapshotted(
@@ -377,12 +385,11 @@ class Daemon(ServingLoop[Ready]):
                     log.info("the run is finished")
             case Diverged():
                 log.error(
-                    "%s diverged: its weights after round %d have digest %016x, the run's have "
-                    "%016x",
+                    "%s diverged: its weights after round %d have digest %s, the run's have %s",
                     record.party,
                     record.round,
-                    record.found_digest64,
-                    record.expected_digest64,
+                    digest64_hex(record.found_digest64),
+                    digest64_hex(record.expected_digest64),
                 )
             case Paused(round_, reason):
                 log.error("the run is paused after round %d: %s", round_, reason)
@@ -461,4 +468,8 @@ class Daemon(ServingLoop[Ready]):
         answer, state = super().status(run_id), self._machine.state
         answer.evaluations.extend(evaluated_to_pb(e) for e in state.evaluations)
         answer.divergences.extend(diverged_to_pb(d) for d in state.divergences)
+        answer.replica_complaint = self.replica.complaints
+        if self.replica.evaluates and self._machine.phase is Phase.FINISHED:
+            newest = state.evaluations[-1] if state.evaluations else None
+            answer.evaluation_due = newest is None or newest.round < self._machine.round
         return answer

@@ -40,6 +40,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Row, chain_after, head_after
 from fedmezo_core.machines.relay import RelayMachine, RelayReady, RelayUp
+from fedmezo_core.records import digest64_hex
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import (
@@ -363,12 +364,11 @@ class Relay(ServingLoop[RelayReady]):
                     self._up.put_nowait(action)
             for found in ready.diverged:
                 log.error(
-                    "%s diverged: its weights after round %d have digest %016x, "
-                    "most of the site's %016x",
+                    "%s diverged: its weights after round %d have digest %s, most of the site's %s",
                     found.party,
                     found.round,
-                    found.found_digest64,
-                    found.expected_digest64,
+                    digest64_hex(found.found_digest64),
+                    digest64_hex(found.expected_digest64),
                 )
 
     async def _keep(self, readies: Sequence[RelayReady]) -> dict[int, tuple[Row, bytes]]:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import resource
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import tomllib
-from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from deploy.demo.inputs import Inputs, last_widening_layer, write_inputs, write_
 from deploy.demo.prepare import prepare
 from deploy.demo.processes import Processes
 from fedmezo_coordinator.coordinator_settings import model_label
-from fedmezo_coordinator.programs.view import run_line, run_view, seconds_left
+from fedmezo_coordinator.programs.view import Pace, run_line, run_view
 from fedmezo_core.config import NEWEST_TEMPLATE_VERSION, TaskConfig, parse_run
 from fedmezo_core.errors import DivergedError, UnavailableError
 from fedmezo_core.program import run_program
@@ -47,8 +48,8 @@ JOURNAL = OUTPUT / "journal.db"
 SETTINGS = OUTPUT / "coordinator.toml"
 REPORT = Path("build/reports/demo.json")
 LOOK_EVERY_S = 0.5
-PACE_ROUNDS = 8
-"""Newest rounds by which the time that is left is estimated."""
+LINE_COLUMNS = 80
+"""Columns of a terminal; what is printed is wrapped to fit them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="seed of the run")
     parser.add_argument("--rounds", type=int, help="rounds, if not demo.toml's")
     given = parser.parse_args(arguments)
-    return run_program("demo", lambda: demo(given))
+    return run_program("demo", lambda: _demo_until_stopped(given))
+
+
+def _demo_until_stopped(given: argparse.Namespace) -> None:
+    """The demo; Ctrl-C and the signals that `demo` turns into it end it with one line."""
+    try:
+        demo(given)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):  # The terminal may be closed.
+            print(
+                "demo: stopped, and all its processes have ended; run the same command again to "
+                "begin anew.",
+                file=sys.stderr,
+            )
+        raise
 
 
 def plan(given: argparse.Namespace, output: Path = OUTPUT) -> Plan:
@@ -159,9 +174,10 @@ def demo(given: argparse.Namespace) -> None:
     summary.print_tables(status, wall_s, cpu_s, with_back_propagation=what.is_default)
     summary.write_json(summary.figures(status, wall_s, cpu_s), REPORT)
     summary.write_plot(status, OUTPUT / "demo.png", with_back_propagation=what.is_default)
+    print()
+    _say(f"Plot: {OUTPUT / 'demo.png'}. Figures: {REPORT}. Logs: {OUTPUT}/*.log.")
+    _say("Take the model home as a Hugging Face folder (with --adapter-only, the adapter alone):")
     print(
-        f"\nPlot: {OUTPUT / 'demo.png'}. Figures: {REPORT}. Logs: {OUTPUT}/*.log.\n"
-        "Take the model home as a Hugging Face folder (with --adapter-only, the adapter alone):\n"
         f"  {Path(sys.executable).parent / 'fedmezo'} export my-model "
         f"--journal {JOURNAL} \\\n    --model {what.model} --adapter {ADAPTER}"
     )
@@ -170,13 +186,24 @@ def demo(given: argparse.Namespace) -> None:
         raise DivergedError("Not all parties hold the same weights; the logs say who differs.")
 
 
+def _say(text: str) -> None:
+    """Print a paragraph with lines that fit a terminal; only a longer word is longer."""
+    lines = textwrap.fill(
+        text,
+        LINE_COLUMNS,
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    print(lines, flush=True)
+
+
 def _introduce(what: Plan) -> None:
     inputs, run = what.inputs, what.coordinator["run"]
-    print(
+    _say(
         f"{len(inputs.workers)} workers ({', '.join(inputs.workers)}) train "
-        f"{model_label(what.model)} for {run['rounds']} rounds,\neach on rows of its own: "
-        f"{', '.join(map(str, inputs.rows.values()))} of the {inputs.rows_found:,} in the data.",
-        flush=True,
+        f"{model_label(what.model)} for {run['rounds']} rounds, each on rows of its own: "
+        f"{', '.join(map(str, inputs.rows.values()))} of the {inputs.rows_found:,} in the data."
     )
 
 
@@ -206,11 +233,10 @@ def _fit(federation: Processes, what: Plan, console: Console) -> None:
                 *("--threads", str(min(2, os.cpu_count() or 1))),
             ],
         )
-    print(
-        f"Done without being asked: fitted an adapter of rank {lora['rank']} on\n{layer} "
-        f"to {inputs.text_count} texts {whose}\nin {time.monotonic() - began_s:.0f} s, without "
-        "their labels (docs/decisions/0015).",
-        flush=True,
+    _say(
+        f"Done without being asked: fitted an adapter of rank {lora['rank']} on {layer} "
+        f"to {inputs.text_count} texts {whose} in {time.monotonic() - began_s:.0f} s, without "
+        "their labels (docs/decisions/0015)."
     )
 
 
@@ -238,14 +264,13 @@ def _start(federation: Processes, what: Plan) -> None:
 async def _watch(federation: Processes, console: Console) -> wire.GetStatusResponse:
     """Show the run until it is finished, evaluated and digested by everyone."""
     parties = len(federation.children)
-    # When the newest rounds were first seen: the first ones of a run are slower than the rest.
-    seen: deque[tuple[int, float]] = deque(maxlen=PACE_ROUNDS)
+    pace = Pace()
+    has_answered = False
     told: wire.GetStatusResponse | None = None
     status = wire.GetStatusResponse()
-    print(
-        "Now everyone loads the model. The first rounds take longest: the frozen layers\nare "
-        "computed once for each row and kept.",
-        flush=True,
+    _say(
+        "Now everyone loads the model. The first rounds take longest: the frozen layers are "
+        "computed once for each row and kept."
     )
     async with CoordinatorClient(federation.address) as client:
         loading = Spinner("dots", "loading the model")
@@ -256,18 +281,16 @@ async def _watch(federation: Processes, console: Console) -> wire.GetStatusRespo
                 try:
                     status = await client.get_status()
                 except UnavailableError:
-                    if seen:
+                    if has_answered:
                         raise
                     continue
-                now_s = time.monotonic()
-                if not seen or status.round > seen[-1][0]:
-                    seen.append((status.round, now_s))
-                left = seconds_left(status, seen[0], now_s)
+                has_answered = True
+                left = pace.seconds_left(status, time.monotonic())
                 if live is not None:
                     live.update(run_view(status, seconds_left=left))
                 elif _is_news(status, told):
                     told = status
-                    print(run_line(status, left), flush=True)
+                    _say(run_line(status, left))
         await asyncio.to_thread(federation.wait_workers)
         federation.check()
     return status

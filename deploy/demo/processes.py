@@ -38,7 +38,7 @@ class Child:
 
 @dataclass
 class Processes:
-    """Use it as a context manager: leaving it stops every process."""
+    """Use it as a context manager: leaving it stops every process, and a second Ctrl-C at once."""
 
     folder: Path
     address: str = ""
@@ -96,13 +96,15 @@ class Processes:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for child in self.children:
-            if child.process.poll() is None:
-                child.process.terminate()
-        for child in self.children:
-            try:
-                child.process.wait(STOP_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                with contextlib.suppress(ProcessLookupError):
+        try:
+            for child in self.children:
+                if child.process.poll() is None:
+                    child.process.terminate()
+            for child in self.children:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.process.wait(STOP_TIMEOUT_S)
+        finally:
+            for child in self.children:
+                if child.process.poll() is None:
                     child.process.kill()
-                child.process.wait()
+                    child.process.wait()

@@ -32,7 +32,7 @@ BACK_PROPAGATION: Final = (
 demo's model and domains, four clients with 1,000 rows each, 1,200 held-out rows."""
 
 COMPARISON: Final = (
-    "* On a harder test set: 1,200 held-out rows, after training on 1,000 rows a worker\n"
+    "* On a harder test set: 1,200 held-out rows, after training on 1,000 rows a worker "
     "(docs/experiments.md). On it the model of this run with seed 1 comes to 87.6 %, AUC 0.944."
 )
 """What to know about the comparison; the second sentence is measured in decision 0004."""
@@ -103,12 +103,11 @@ def print_tables(
         f"\n{'All parties hold the same weights' if equal else '[bold red]The weights DIFFER[/]'}. "
         f"Fit and run took {duration_text(wall_s)}, and {cpu_s:.0f} s of CPU time.",
         highlight=False,
-        soft_wrap=True,
     )
     if with_back_propagation:
         console.print()
         console.print(_compared(status))
-        console.print(COMPARISON, highlight=False, soft_wrap=True)
+        console.print(COMPARISON, highlight=False)
 
 
 def _table(first: str, *others: str) -> Table:

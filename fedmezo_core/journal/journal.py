@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.journal.high_water import HighWaterMark
 from fedmezo_core.journal.sealed import SealedState, StoredState, unseal
+from fedmezo_core.program import long_step
 
 ZERO_HASH = bytes(32)
 
@@ -324,7 +325,7 @@ class Journal:
         # Every start goes through here a million times, hence the local names and no calls.
         sha256 = hashlib.sha256
         expected, chain, head = self._length, self.chain, self.head
-        while rows := self._store.read(expected, self.PAGE_ROWS):
+        for rows in self._pages(expected):
             for row in rows:
                 seqno, body, stored = row
                 if seqno != expected:
@@ -346,6 +347,12 @@ class Journal:
                 if seqno >= from_seqno or kind in kinds_before:
                     yield Entry(row, head)
             self._length, self.chain, self.head = expected, chain, head
+
+    def _pages(self, seqno: int) -> Iterator[Sequence[Row]]:
+        with long_step("reading the journal", len(self._store), "records") as step:
+            while rows := self._store.read(seqno, self.PAGE_ROWS):
+                yield rows
+                seqno = step.done = rows[-1].seqno + 1
 
     def append(self, bodies: Sequence[bytes]) -> list[Entry]:
         """Append records by their bodies, durably, all or none."""

@@ -62,6 +62,17 @@ class DigestBoard:
             if report.round == round_
         }
 
+    def confirmed_round(self, party: str, *, replica_comes: bool = False) -> int:
+        """Round of the party's newest report, if the run goes by its digest; -1 if not.
+
+        Somebody else must have reported that round. For `replica_comes` see `agreed_digest`.
+        """
+        newest = self._newest.get(party)
+        if newest is None:
+            return -1
+        found, expected = self._compared(newest.round, replica_comes)
+        return newest.round if len(found) > 1 and found[party] == expected else -1
+
     def report(self, report: WeightsReported, *, replica_comes: bool = False) -> list[Diverged]:
         """Take a report; returns the parties that it shows to differ, each once a round.
 
@@ -73,11 +84,7 @@ class DigestBoard:
             gone = next(iter(self._newest))
             del self._newest[gone]
             self._named.pop(gone, None)
-        found = {
-            party: digest64_of(digest) for party, digest in self.reports_of(report.round).items()
-        }
-        votes = [digest64 for party, digest64 in found.items() if party != REPLICA_PARTY]
-        expected = agreed_digest(votes, found.get(REPLICA_PARTY), replica_comes=replica_comes)
+        found, expected = self._compared(report.round, replica_comes)
         if expected is None:
             return []
         diverged = [
@@ -87,3 +94,10 @@ class DigestBoard:
         ]
         self._named.update((d.party, d.round) for d in diverged)
         return diverged
+
+    def _compared(self, round_: int, replica_comes: bool) -> tuple[dict[str, int], int | None]:
+        """Party -> digest of the round's reports, and the one of them that the run goes by."""
+        found = {party: digest64_of(digest) for party, digest in self.reports_of(round_).items()}
+        votes = [digest64 for party, digest64 in found.items() if party != REPLICA_PARTY]
+        replica = found.get(REPLICA_PARTY)
+        return found, agreed_digest(votes, replica, replica_comes=replica_comes)

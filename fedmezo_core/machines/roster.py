@@ -57,7 +57,7 @@ class WorkerView:
     mean_loss: float | None = None
     """Mean loss of the last accepted answer, in nats; None if it carried none."""
     complaint: str = ""
-    """Why the worker could not answer last, or was refused, in this session; empty if neither."""
+    """What went wrong in this session since the worker's last accepted answer; empty: nothing."""
     told_diverged: bool = False
     """Whether the worker knows that its weights differ, and is expected to rebuild them."""
     learning_rate: float | None = None
@@ -180,7 +180,7 @@ class Roster:
         """The worker's answer was accepted."""
         self.release(worker, assignment)
         view = self.view(worker)
-        view.mean_loss, view.missed = mean_loss, False
+        view.mean_loss, view.missed, view.complaint = mean_loss, False, ""
 
     def unable(self, event: UnableReceived) -> None:
         """The worker cannot measure its assignment."""

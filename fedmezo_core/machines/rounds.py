@@ -59,6 +59,7 @@ from fedmezo_core.records import (
     SeedRange,
     Started,
     Stopped,
+    digest64_hex,
     digest64_of,
     rounding_seed_of,
 )
@@ -134,17 +135,13 @@ class RoundMachine:
         return found.reason if found is not None else ""
 
     @property
-    def closes_at_ms(self) -> int | None:
-        """Time in ms, on the clock of `Tick`, at which the open round may close on its quorum.
-
-        None if no round is open. The driver owes a `Tick` then; ticks in between are welcome.
-        """
-        return None if self.state.open is None else self._closes_at_ms
-
-    @property
     def diverged(self) -> frozenset[str]:
         """Parties whose weights were found to differ and have not agreed since."""
-        parties = set(self.state.diverged)
+        parties = {
+            party
+            for party, found in self.state.diverged.items()
+            if self.digests.confirmed_round(party, replica_comes=self.has_replica) < found.round
+        }
         if self._replica_agrees:
             parties.discard(REPLICA_PARTY)
         return frozenset(parties)
@@ -479,6 +476,7 @@ class RoundMachine:
             self._record(Paused(state.round, reason))
 
     def _finish_all(self) -> None:
+        self.roster.release_all()  # Nothing more is committed.
         self._messages.extend(
             Finish(worker, self.state.round)
             for worker in self.roster.workers
@@ -603,12 +601,7 @@ class RoundMachine:
 def _diverged_sentence(record: Diverged) -> str:
     return (
         f"The weights of worker {record.party} after round {record.round} are not the run's: their "
-        f"digest begins {_digest_hex(record.found_digest64)}, the run's "
-        f"{_digest_hex(record.expected_digest64)}; restart the worker so that it rebuilds them "
+        f"digest begins {digest64_hex(record.found_digest64)}, the run's "
+        f"{digest64_hex(record.expected_digest64)}; restart the worker so that it rebuilds them "
         "from the base and the journal."
     )
-
-
-def _digest_hex(digest64: int) -> str:
-    """The digest's first 8 bytes, as `sha256sum` would print them."""
-    return digest64.to_bytes(8, "little").hex()

@@ -122,8 +122,6 @@ class SessionMachine:
         self.head = head
         self.epoch = 0
         """Newest epoch that a coordinator welcomed this worker in."""
-        self.acknowledged: Ticket | None = None
-        """Newest ticket whose answer is durable."""
         self.refusal: RefusedByCoordinator | None = None
         """Newest refusal, except of stale tickets: they are normal after a restart or deadline."""
         self._report_losses = report_losses
@@ -271,7 +269,6 @@ class SessionMachine:
             self._check_head(event.head, self.head, before)
         elif before == self.round - 1 and self._head_before:
             self._check_head(event.head, self._head_before, before)
-        self.acknowledged = event.ticket
         return ()
 
     def _refused(self, event: RefusedByCoordinator) -> _Actions:

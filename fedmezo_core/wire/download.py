@@ -18,6 +18,7 @@ from fedmezo_core.errors import (
     SnapshotError,
     UnavailableError,
 )
+from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot
@@ -82,11 +83,18 @@ class _Download:
         self._offset = 0
 
     async def run(self, give_up_after_s: float) -> None:
+        what = f"downloading the snapshot of round {self._snapshot.round}"
+        with long_step(what, self._snapshot.file_bytes, "bytes") as step:
+            await self._receive(step, give_up_after_s)
+        self._check_hash()
+        self._file.flush()
+
+    async def _receive(self, step: LongStep, give_up_after_s: float) -> None:
         reconnecting = Reconnecting(log, give_up_after_s=give_up_after_s)
         while self._offset < self._snapshot.file_bytes:
             before = self._offset
             try:
-                await self._stream()
+                await self._stream(step)
             except (UnavailableError, NotReadyError) as error:
                 if self._offset > before:
                     reconnecting.reached()
@@ -95,10 +103,8 @@ class _Download:
                     f"the snapshot broke off after {self._offset} of {self._snapshot.file_bytes} "
                     f"bytes; going on from there ({error})",
                 )
-        self._check_hash()
-        self._file.flush()
 
-    async def _stream(self) -> None:
+    async def _stream(self, step: LongStep) -> None:
         pieces = self._client.read_snapshot(self._run_id, self._snapshot.round, self._offset)
         async with contextlib.aclosing(pieces):
             async for piece in pieces:
@@ -106,6 +112,7 @@ class _Download:
                     self._check_same(piece)
                 else:
                     await self._take(piece)
+                    step.advance(len(piece))
         if self._offset < self._snapshot.file_bytes:
             raise UnavailableError("The coordinator ended the stream early.")
 

@@ -13,7 +13,7 @@ import math
 import random
 import time
 
-from fedmezo_core.errors import FedMezoError
+from fedmezo_core.errors import FedMezoError, StartingError
 from fedmezo_core.wire.backoff import delay_s
 
 
@@ -32,14 +32,25 @@ class Reconnecting:
     def reached(self) -> None:
         """Note progress: delays are short again, and the time until giving up begins anew."""
         self._attempt = 0
+        self._is_peer_starting = False
         self._reached_at_s = time.monotonic()
 
     async def wait_after(self, error: FedMezoError, message: str = "") -> None:
         """Wait before the next attempt; follows the peer's hint if `error` carries one.
 
         Logs `message` (default: the error) at the 1st, the 5th and every 20th failure in a row.
-        Raises `error` itself once `give_up_after_s` have passed. Can be cancelled.
+        Raises `error` itself once `give_up_after_s` have passed. Can be cancelled. A peer that is
+        starting is there: this never gives it up, and logs only its first such answer in a row.
         """
+        if isinstance(error, StartingError):
+            was_starting = self._is_peer_starting
+            self.reached()
+            self._is_peer_starting = True
+            if not was_starting:
+                self._log.info("%s", message or f"{error} Waiting until then.")
+            await asyncio.sleep(delay_s(0, random.random(), error.retry_after_s))
+            return
+        self._is_peer_starting = False
         if time.monotonic() - self._reached_at_s > self._give_up_after_s:
             raise error
         wait_s = delay_s(self._attempt, random.random(), error.retry_after_s)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fedmezo_core.errors import ConfigError, DataError
+from fedmezo_core.program import long_step
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.party import Party
@@ -44,27 +45,31 @@ def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
     }
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     dataset = party.task.encode(rows)
-    for first in range(0, len(dataset), BATCH_ROWS):
-        examples = dataset.examples[first : first + BATCH_ROWS]
-        batch = party.task.collate(examples, "fitting", execution_device(model))
-        ends = max(1, batch.targets.shape[1])
-        counts = (
-            batch.targets != -100
-            if batch.targets.shape[1]
-            else torch.ones_like(batch.input_ids[:, :1], dtype=torch.bool)
-        )
-        handles = [
-            layer.register_forward_pre_hook(_collector(seen[name], ends, counts))
-            for name, layer in layers.items()
-        ]
-        try:
-            party.task.loss(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-    for name, layer in layers.items():
-        [matrix] = layer.lora_A.values()
-        matrix.weight.copy_(_whitening(torch.cat(seen[name]), lora.rank, name))
+    with long_step("fitting the adapter", len(dataset), "rows") as step:
+        for first in range(0, len(dataset), BATCH_ROWS):
+            examples = dataset.examples[first : first + BATCH_ROWS]
+            batch = party.task.collate(examples, "fitting", execution_device(model))
+            ends = max(1, batch.targets.shape[1])
+            counts = (
+                batch.targets != -100
+                if batch.targets.shape[1]
+                else torch.ones_like(batch.input_ids[:, :1], dtype=torch.bool)
+            )
+            handles = [
+                layer.register_forward_pre_hook(_collector(seen[name], ends, counts))
+                for name, layer in layers.items()
+            ]
+            try:
+                party.task.loss(model, batch)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            step.advance(len(examples))
+    with long_step("whitening the adapter's inputs", len(layers), "modules") as step:
+        for name, layer in layers.items():
+            [matrix] = layer.lora_A.values()
+            matrix.weight.copy_(_whitening(torch.cat(seen[name]), lora.rank, name))
+            step.advance()
 
 
 def _collector(into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any:

@@ -15,6 +15,7 @@ from torch import nn
 
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError, MismatchError
+from fedmezo_core.program import long_step
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.prompts import control_tokens
@@ -106,7 +107,8 @@ class Party:
         Raises as `Task.encode` does, and `ConfigError` for a row with more tokens than the model
         has positions, if each has a vector of its own.
         """
-        dataset = self.task.encode(rows)
+        with long_step(f"turning the rows of {path} into tokens"):
+            dataset = self.task.encode(rows)
         longest, positions = max(one.token_count for one in dataset.examples), self.positions_max
         if positions is not None and longest > positions and self._learns_positions:
             raise ConfigError(
@@ -224,18 +226,20 @@ def open_party(
     distribution = Distribution[config.distribution.upper()]
     rounding = Rounding[config.rounding.upper()]
     trained_dtype = torch.float32 if config.lora else getattr(torch, config.dtype)
-    warm_up(device, dtype=trained_dtype, distribution=distribution, rounding=rounding)
-    loaded = load_model(
-        model,
-        dtype=config.dtype,
-        lora=config.lora,
-        adapter=adapter,
-        train=config.train,
-        run_seed=config.seed,
-        # Compressing reads the whole base, which the device may have no room for.
-        placement=placement if frozen_base_bits is None else ON_CPU,
-        local_files_only=local_files_only,
-    )
+    with long_step("compiling kernels"):
+        warm_up(device, dtype=trained_dtype, distribution=distribution, rounding=rounding)
+    with long_step(f"loading {model}"):
+        loaded = load_model(
+            model,
+            dtype=config.dtype,
+            lora=config.lora,
+            adapter=adapter,
+            train=config.train,
+            run_seed=config.seed,
+            # Compressing reads the whole base, which the device may have no room for.
+            placement=placement if frozen_base_bits is None else ON_CPU,
+            local_files_only=local_files_only,
+        )
     warn_of_answers_in_prompts(config.task)
     task = Task(config.task, loaded.tokenizer, _vocabulary_size(loaded))
     weights = Weights(
@@ -248,13 +252,15 @@ def open_party(
         base_folder=placement.offload_folder,
     )
     parts = task.tokenizer_parts() if config.task.columns_are_plain else ()
+    with long_step(f"digesting {model}"):
+        digest = base_digest(loaded.model, threads=threads)
     party = Party(
         config=config,
         loaded=loaded,
         task=task,
         weights=weights,
         manifest_digest=loaded.manifest.digest(),
-        base_digest=base_digest(loaded.model, threads=threads),
+        base_digest=digest,
         tokenizer_digest=digest_of_parts(parts) if parts else tokenizer_digest(loaded.tokenizer),
         tokenizer_parts=parts,
     )

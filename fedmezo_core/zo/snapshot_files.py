@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from fedmezo_core.errors import SnapshotDamagedError, SnapshotError
 from fedmezo_core.folders import sync
+from fedmezo_core.program import long_step
 from fedmezo_core.wire.snapshots import Snapshot, file_name, partial_name
 from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
 from fedmezo_core.zo.weights import Weights
@@ -75,7 +76,10 @@ def install_snapshot(path: Path, weights: Weights, snapshot: Snapshot) -> None:
     not those of `snapshot`. `weights` may then be unusable, and the base must be loaded again.
     """
     try:
-        with safe_open(path, framework="pt") as file:
+        with (
+            long_step(f"taking the weights of the snapshot of round {snapshot.round}"),
+            safe_open(path, framework="pt") as file,
+        ):
             _check_header(file, weights.manifest, snapshot)
             weights.restore(
                 snapshot.round, _tensors(file, weights.manifest), snapshot.weights_digest

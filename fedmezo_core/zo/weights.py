@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,7 +60,12 @@ class Weights:
         tensors = trained_tensors(model, manifest)
         self._base = KeptBase(tensors, base_folder) if keeps_base else None
 
-    def apply(self, first_round: int, commits: Sequence[Commit]) -> None:
+    def apply(
+        self,
+        first_round: int,
+        commits: Sequence[Commit],
+        advance: Callable[[int], None] = lambda _count: None,
+    ) -> None:
         """Apply the commits of rounds `first_round`, `first_round` + 1, ... in place, in one pass.
 
         Many at once give the same bits as one at a time. The last commit that starts from the base
@@ -68,7 +73,7 @@ class Weights:
         one applied must be of the round after `round`, or of any later round if it starts from the
         base: raises `DivergedError` otherwise. Raises `MismatchError` if the base was not kept, and
         `NumericError` if a resulting weight is NaN or infinite, after which these weights must not
-        be used.
+        be used. `advance` is called after each tensor, with its count of elements.
         """
         self._check()
         base = None
@@ -105,6 +110,7 @@ class Weights:
             materialize(tensor, source, commits, operands, threads=self._threads)
             if base is not None:
                 base.release(entry.tensor_id)
+            advance(tensor.numel())
         self._interrupted_round = None
         self.round = first_round + len(commits) - 1
 

@@ -390,7 +390,7 @@ async def test_commands_begin_at_the_origin(
     what = (
         f"sound: {len(written) - begins} records after {begins} that were dropped, up to round "
         f"{round_} "
-        f"(signed by {SIGNER.public_key.hex()}), run tiny-run, 1 coordinator starts, 20 rounds "
+        f"(signed by {SIGNER.public_key.hex()}), run tiny-run, 1 coordinator start, 20 rounds "
         f"committed, head {head}\n"
     )
     assert remote == what

@@ -78,7 +78,7 @@ def keep(path: Path, seals: list[StoredState]) -> None:
 
 def folded(caplog: pytest.LogCaptureFixture) -> tuple[int, int]:
     """How many records the last start verified, and how many it folded."""
-    found = re.findall(r"(\d+) records are sound; the last (\d+) were folded", caplog.text)
+    found = re.findall(r"is sound \(records: (\d+), of them folded: (\d+)\)", caplog.text)
     return int(found[-1][0]), int(found[-1][1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import subprocess
 import sys
@@ -9,8 +10,14 @@ import time
 
 import pytest
 
+from fedmezo_core import program
 from fedmezo_core.errors import ConfigError, DataError
-from fedmezo_core.program import TRACEBACK_VARIABLE, run_program
+from fedmezo_core.program import (
+    TRACEBACK_VARIABLE,
+    current_step,
+    long_step,
+    run_program,
+)
 
 SLACK_S = 3.0
 """What a busy machine may add to a time."""
@@ -195,3 +202,33 @@ def test_a_signal_that_another_thread_gets_stops_a_daemon(name: str) -> None:
     )
     code = code.replace("signal.NAME", f"signal.{name}")
     assert started(code).communicate(timeout=10) == ("stopping\n", "")
+
+
+def test_a_long_step_says_again_and_again_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedmezo.steps")
+    monkeypatch.setattr(program, "STEP_LINE_EVERY_S", 0.05)
+    with long_step("reading", 3000, "records") as step:
+        time.sleep(0.08)
+        step.advance(1200)
+        time.sleep(0.05)
+        assert current_step() == "reading: 1,200 of 3,000 records, 0 s so far"
+        with long_step("loading"):
+            assert current_step() == "loading: 0 s so far"
+    assert current_step() == ""
+    told = len(caplog.messages)
+    assert caplog.messages[:2] == [
+        "reading: 0 of 3,000 records, 0 s so far",
+        "reading: 1,200 of 3,000 records, 0 s so far",
+    ]
+    time.sleep(0.1)
+    assert len(caplog.messages) == told
+
+
+def test_a_short_step_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fedmezo.steps")
+    with pytest.raises(DataError), long_step("reading", unit="rows"):
+        raise DataError("bad.")
+    assert not caplog.messages
+    assert current_step() == ""

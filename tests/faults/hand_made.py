@@ -20,12 +20,8 @@ from typing import Any
 from rich.console import Console
 
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.programs.fedmezo_command import (
-    _json_line,
-    _line,
-    _verified_line,
-    status_values,
-)
+from fedmezo_coordinator.programs.fedmezo_command import _line, _verified_line
+from fedmezo_coordinator.programs.plain_values import json_line, message_values, record_values
 from fedmezo_coordinator.programs.view import run_view
 from fedmezo_core.errors import FedMezoError
 from fedmezo_core.events import AnswerReceived, Assign, Ready, Tick, Ticket, WorkerReady
@@ -200,7 +196,7 @@ def _verify(store: MemoryStore, _: random.Random) -> None:
 def _inspect(store: MemoryStore, _: random.Random) -> None:
     for entry, record in verified(Journal(store)):
         _line(entry.row, record)
-        _json_line(entry.row, record)
+        json_line(record_values(entry.row, record))
         if isinstance(record, Committed):
             commits_of([record])
 
@@ -225,7 +221,7 @@ def _serve(store: MemoryStore, rng: random.Random) -> None:
     daemon.describe(1, "", rng.randrange(5))
     _go_on(machine, rng)
     status = daemon.status("")
-    status_values(status)
+    json_line(message_values(status))
     Console(file=io.StringIO()).print(run_view(status))
 
 

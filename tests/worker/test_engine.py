@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from fedmezo_core import program
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, SeedRange, digest64_of, first_seed_of
@@ -56,6 +57,25 @@ async def engine(
     await made.load(settings, tiny_genesis())
     yield made
     await made.close()
+
+
+async def test_loading_shows_its_long_steps(
+    settings: WorkerSettings,
+    tiny_genesis: Callable[..., Genesis],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    genesis, made = tiny_genesis(), Engine()
+    shown: list[str] = []
+    monkeypatch.setattr(program, "_show_step", lambda step, _over: shown.append(step.what))
+    await made.load(settings, genesis)
+    await made.close()
+    assert shown == [
+        f"reading {settings.data}",
+        "compiling kernels",
+        f"loading {settings.model}",
+        f"digesting {settings.model}",
+        f"turning the rows of {settings.data} into tokens",
+    ]
 
 
 async def test_a_measurement_leaves_the_weights_as_they_are(engine: Engine) -> None:

@@ -10,6 +10,7 @@ from fedmezo_core.errors import (
     NotReadyError,
     UnavailableError,
 )
+from fedmezo_core.program import long_step
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
@@ -94,5 +95,6 @@ class Agent:
         async for page in self._history.open(description):
             await member.take_commits([commit_of(entry.row.body, config) for entry in page])
         # Now, because a late worker leaves the base as soon as it catches up.
-        await member.evaluate()
+        with long_step("evaluating before the first round here"):
+            await member.evaluate()
         return member

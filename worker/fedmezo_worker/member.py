@@ -30,6 +30,7 @@ from fedmezo_core.events import (
     Measure,
     Measured,
     MeasureFailed,
+    RefusedByCoordinator,
     ReportWeights,
     Restored,
     SendAnswer,
@@ -40,6 +41,7 @@ from fedmezo_core.events import (
     Welcomed,
 )
 from fedmezo_core.machines.session import SessionMachine, SessionState
+from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.records import Committed
 from fedmezo_core.wire.catch_up import Speeds, takes_snapshot
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
@@ -139,12 +141,23 @@ class Member:
         """Read the missing commits; many are applied in one pass over the weights."""
         run_id = self._genesis.config.run_id
         start = self._machine.round
+        description = await client.get_run(run_id, start)
+        await self._take_snapshot_if_better(client, description)
+        missing = max(description.round - self._machine.round, 0)
+        with long_step("catching up", missing, "rounds") as step:
+            await self._read_commits(client, step)
+        if self._machine.round > start:
+            log.info("caught up from round %d to %d", start, self._machine.round)
+        self._is_behind = False
+
+    async def _read_commits(self, client: CoordinatorClient, step: LongStep) -> None:
+        """Read the journal to its end, and apply its commits page by page."""
         # A copy holds every commit.
         from_newest_base = not self._history.keeps
-        await self._take_snapshot_if_better(client, run_id)
         while True:
+            before = self._machine.round
             page = await client.read_journal(
-                run_id=run_id,
+                run_id=self._genesis.config.run_id,
                 commits_only=True,
                 from_round=self._machine.round + 1,
                 from_newest_base=from_newest_base,
@@ -156,12 +169,10 @@ class Member:
                 from_newest_base=from_newest_base,
             )
             if not events:
-                break
+                return
             await self._history.add([event.record_bytes for event in events])
             await self.take_commits(events)
-        if self._machine.round > start:
-            log.info("caught up from round %d to %d", start, self._machine.round)
-        self._is_behind = False
+            step.advance(self._machine.round - before)
 
     async def take_commits(self, events: Sequence[CommitReceived]) -> None:
         """Follow commits that were read from a journal."""
@@ -172,13 +183,14 @@ class Member:
         finally:
             await self._apply([a.commit for a in actions if isinstance(a, ApplyCommit)])
 
-    async def _take_snapshot_if_better(self, client: CoordinatorClient, run_id: str) -> None:
+    async def _take_snapshot_if_better(
+        self, client: CoordinatorClient, description: RunDescription
+    ) -> None:
         """Begin from the newest snapshot if the journal lacks commits, or if that takes less time.
 
         A bad snapshot is not tried again.
         """
-        description = await client.get_run(run_id, self._machine.round)
-        offer = description.snapshot
+        run_id, offer = self._genesis.config.run_id, description.snapshot
         if description.needs_snapshot:
             await self._take_needed_snapshot(client, run_id, offer)
             return
@@ -333,6 +345,8 @@ class Member:
         """Step; signatures are checked, and commits kept, before any action is returned."""
         before = self._machine.round
         actions = self._step(event)
+        if isinstance(event, RefusedByCoordinator) and event == self._machine.refusal:
+            log.warning("round %d: the answer was refused: %s", event.ticket.round, event.message)
         if isinstance(event, Welcomed):
             await self._history.welcomed(message.welcome, self._machine.round)
         elif self._machine.round > before:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import tempfile
 import threading
@@ -12,13 +13,7 @@ from pathlib import Path
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
-from fedmezo_coordinator.serving.hosting import (
-    connections_that_fit,
-    first_of,
-    host,
-    sessions_that_fit,
-)
-from fedmezo_coordinator.serving.service import Server, bind_server
+from fedmezo_coordinator.serving.hosting import first_of, fronted, host, sessions_that_fit
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import is_url, journal_shown
@@ -27,7 +22,7 @@ from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
-from fedmezo_core.program import run_daemon, stop_signal
+from fedmezo_core.program import long_step, run_daemon, stop_signal
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -40,19 +35,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until SIGTERM or Ctrl-C; raises the error that stopped the coordinator otherwise."""
     stop, give_up = stop_signal(), threading.Event()
-    with tempfile.TemporaryDirectory(prefix="fedmezo-") as folder:
+    async with contextlib.AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmezo-"))
         # The replica gets a private socket, which needs no TLS and which others cannot reach.
         private = f"unix:{Path(folder) / 'replica.sock'}"
         # The port and the journal come first: if another process has one of them, a person should
         # know before a model is loaded. A standby takes no port before it serves, because workers
         # would connect to it and wait.
-        bound = None if settings.standby else _bind(settings, private)
+        fronting = fronted(settings, "coordinator", private)
+        early = None if settings.standby else await stack.enter_async_context(fronting)
         new_files = _files_to_make(settings)
         journal = await _open(settings, stop, give_up)
         if journal is None:
             return
         try:
-            server, port = bound or _bind(settings, private)
+            front = await stack.enter_async_context(fronting) if early is None else early
             starting = asyncio.create_task(_prepare(settings, journal))
             if not await first_of(starting, stop):
                 return
@@ -65,11 +62,7 @@ async def run(settings: CoordinatorSettings) -> None:
                 journal.close()
         log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
         replica = _keep_replica(settings, daemon, private)
-        await host(settings, server, port, daemon, stop, alongside=replica, at_stop=give_up.set)
-
-
-def _bind(settings: CoordinatorSettings, private: str) -> tuple[Server, int]:
-    return bind_server(settings.listen, settings.tls, private, connections_that_fit(settings))
+        await host(settings, front, daemon, stop, alongside=replica, at_stop=give_up.set)
 
 
 def _files_to_make(settings: CoordinatorSettings) -> list[Path]:
@@ -104,7 +97,8 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         config = settings.run_config(where)
         check_compaction(settings, config)
         log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
-        genesis = await describe_base(settings, config)
+        with long_step(f"loading {config.model} to digest its base"):
+            genesis = await describe_base(settings, config)
         journal.append(encode_records([genesis]))
     session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
     signer = companions.signer()
@@ -169,7 +163,7 @@ async def _keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: 
         log.warning("no model is set, so there is no replica and nothing is evaluated here")
         return
     supervisor = ReplicaSupervisor(
-        settings, address, daemon.genesis.config.run_id, daemon.replica_secret
+        settings, address, daemon.genesis.config.run_id, daemon.replica_secret, daemon.replica
     )
     await supervisor.keep()
     daemon.lose_replica()

@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.live import Live
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.programs.bars import show_bar
+from fedmezo_coordinator.programs.plain_values import (
+    json_line,
+    message_values,
+    origin_values,
+    record_values,
+)
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
-from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
+from fedmezo_coordinator.programs.view import Pace, agreement, counted, run_line, run_view
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core import records
-from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
+from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, StartingError
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.sealed import SealedState, StoredState
 from fedmezo_core.layered_settings import check_address, expanded, installed_version, load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
-from fedmezo_core.program import run_program, worker_packages
+from fedmezo_core.program import (
+    long_step,
+    run_program,
+    show_steps_with,
+    step_log,
+    worker_packages,
+)
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+
+log = logging.getLogger("fedmezo.command")
 
 app = typer.Typer(
     name="fedmezo",
@@ -90,6 +105,11 @@ DEFAULT_ADDRESS = "127.0.0.1:7465"
 
 def main() -> int:
     """Run `fedmezo`; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    for own in (log, step_log):
+        own.setLevel(logging.INFO)
+    if sys.stderr.isatty():
+        show_steps_with(show_bar)
     return run_program("fedmezo", lambda: app(standalone_mode=True))
 
 
@@ -120,7 +140,7 @@ def status(
     """Show the progress, workers, traffic, digests and evaluations of a run."""
     answer = asyncio.run(_status(coordinator, tls_ca))
     if as_json:
-        print(json.dumps(status_values(answer)))
+        print(json_line(message_values(answer)))
     else:
         Console().print(run_view(answer))
     if not agreement(answer)[0]:
@@ -133,7 +153,7 @@ def watch(
     tls_ca: TlsCa = None,
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
 ) -> None:
-    """Show a run until it is finished; Ctrl-C stops the display, not the run."""
+    """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
     asyncio.run(_watch(coordinator, tls_ca, every_s))
 
 
@@ -151,10 +171,13 @@ def inspect(
     with _opened(journal, coordinator, tls_ca) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
-            print((_json_origin_line if as_json else _origin_line)(origin))
+            print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
         for entry, record in verified(source):
             if entry.row.seqno >= from_seqno:
-                print((_json_line if as_json else _line)(entry.row, record))
+                if as_json:
+                    print(json_line(record_values(entry.row, record)))
+                else:
+                    print(_line(entry.row, record))
 
 
 @journal_app.command()
@@ -194,8 +217,10 @@ def restore(
             origin = source.origin()
             if origin is not None:
                 target.drop_before(origin)
-            while rows := source.read(len(target), Journal.PAGE_ROWS):
-                target.append(rows)
+            with long_step(f"writing {journal_shown(journal)}", len(source), "records") as step:
+                while rows := source.read(len(target), Journal.PAGE_ROWS):
+                    target.append(rows)
+                    step.done = len(target)
         finally:
             target.close()
     finally:
@@ -268,12 +293,17 @@ def export(
             genesis.config.run_id,
         )
     if commits:
-        party.weights.apply(commits[0].round, commits_of(commits))
-    digest = party.weights.digest()
-    if adapter_only:
-        export_adapter(party.loaded.model, folder, genesis.config.model)
-    else:
-        export_model(party.loaded.model, party.loaded.tokenizer, folder)
+        with long_step(
+            f"replaying {counted(len(commits), 'commit')}", genesis.trainable_elements, "weights"
+        ) as step:
+            party.weights.apply(commits[0].round, commits_of(commits), step.advance)
+    with long_step("digesting the weights"):
+        digest = party.weights.digest()
+    with long_step(f"writing {folder}"):
+        if adapter_only:
+            export_adapter(party.loaded.model, folder, genesis.config.model)
+        else:
+            export_model(party.loaded.model, party.loaded.tokenizer, folder)
     what = "adapter" if adapter_only else "model"
     print(f"{folder}: the {what} after round {party.weights.round}, weights digest {digest.hex()}")
 
@@ -383,21 +413,31 @@ async def _status(address: str, tls_ca: Path | None) -> wire.GetStatusResponse:
 async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
     console = Console()
     async with CoordinatorClient(address, tls_ca) as client:
-        answer = await client.get_status()
-        first_seen = (answer.round, time.monotonic())
+        answer = await _first_status(client)
+        pace = Pace()
         shown = ""
         with Live(console=console, auto_refresh=False) as live:
             while True:
-                left = seconds_left(answer, first_seen, time.monotonic())
+                left = pace.seconds_left(answer, time.monotonic())
                 if console.is_terminal:
                     live.update(run_view(answer, seconds_left=left), refresh=True)
                 elif run_line(answer) != shown:
                     shown = run_line(answer)
                     print(shown, flush=True)
-                if answer.phase == wire.PHASE_FINISHED:
+                if answer.phase == wire.PHASE_FINISHED and not answer.evaluation_due:
                     return
                 await asyncio.sleep(every_s)
                 answer = await client.get_status()
+
+
+async def _first_status(client: CoordinatorClient) -> wire.GetStatusResponse:
+    """The status of a run, once its coordinator has started."""
+    reconnecting = Reconnecting(log)
+    while True:
+        try:
+            return await client.get_status()
+        except StartingError as error:
+            await reconnecting.wait_after(error)
 
 
 @contextmanager
@@ -431,8 +471,9 @@ def _verified_line(journal: Journal) -> str:
     if len(journal) == 0:
         raise JournalCorruptError("The journal is empty: no run has begun in it.")
     line = (
-        f"sound: {count} records{before or ','} run {machine.config.run_id}, {machine.epoch} "
-        f"coordinator starts, {machine.round} rounds committed, head {journal.head.hex()}"
+        f"sound: {counted(count, 'record')}{before or ','} run {machine.config.run_id}, "
+        f"{counted(machine.epoch, 'coordinator start')}, {counted(machine.round, 'round')} "
+        f"committed, head {journal.head.hex()}"
     )
     if signed is None:
         is_signed = origin is not None and origin.key
@@ -443,24 +484,13 @@ def _verified_line(journal: Journal) -> str:
 async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
     store = MemoryStore()
     async with CoordinatorClient(address, tls_ca) as client:
-        async for page in client.journal_pages():
-            if page.origin:
-                store.drop_before(StoredState.received(page.origin))
-            store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
+        with long_step(f"fetching the journal of {address}", unit="records") as step:
+            async for page in client.journal_pages():
+                if page.origin:
+                    store.drop_before(StoredState.received(page.origin))
+                store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
+                step.advance(len(page.entries))
     return store
-
-
-def status_values(answer: wire.GetStatusResponse) -> dict[str, Any]:
-    """A status as plain values: the keys are the .proto field names, digests are in hex."""
-    values: dict[str, Any] = MessageToDict(
-        answer, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    values["head"] = answer.head.hex()
-    for value, digest in zip(values["digests"], answer.digests, strict=True):
-        value["weights_digest"] = digest.weights_digest.hex()
-    for value, evaluation in zip(values["evaluations"], answer.evaluations, strict=True):
-        value["weights_digest"] = evaluation.weights_digest.hex()
-    return values
 
 
 def _origin_line(origin: SealedState) -> str:
@@ -473,19 +503,6 @@ def _origin_line(origin: SealedState) -> str:
 
 def _signed_by(key: bytes) -> str:
     return f"signed by {key.hex()}" if key else "not signed"
-
-
-def _json_origin_line(origin: SealedState) -> str:
-    return json.dumps(
-        {
-            "seqno": origin.seqno,
-            "chain": origin.chain.hex(),
-            "kind": "origin",
-            "round": origin.round,
-            "head": origin.head.hex(),
-            "key": origin.key.hex(),
-        }
-    )
 
 
 def _line(row: Row, record: records.Record) -> str:
@@ -523,38 +540,6 @@ def _line(row: Row, record: records.Record) -> str:
         case records.Snapshotted(round_):
             text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
-
-
-_JSON_NAMES = {"seed_ranges": "runs", "signedhead": "checkpoint"}
-"""Names in the code -> their names in the .proto files, which the JSON keeps."""
-
-
-def _json_line(row: Row, record: records.Record) -> str:
-    def plain(value: Any) -> Any:
-        if isinstance(value, bytes):
-            return value.hex()
-        if isinstance(value, records.Answered):
-            return {"round": value.round, "slot": value.slot, **plain(value.scalars)}
-        if isinstance(value, (records.Scalars, records.SeedRange)):
-            return {name: plain(item) for name, item in value._asdict().items()}
-        if isinstance(value, (tuple, list)):
-            return [plain(item) for item in value]
-        if hasattr(value, "model_dump"):
-            return value.model_dump()
-        if hasattr(value, "__dataclass_fields__"):
-            names = value.__dataclass_fields__
-            return {_JSON_NAMES.get(name, name): plain(getattr(value, name)) for name in names}
-        return value
-
-    kind = type(record).__name__.lower()
-    return json.dumps(
-        {
-            "seqno": row.seqno,
-            "chain": row.chain.hex(),
-            "kind": _JSON_NAMES.get(kind, kind),
-            **plain(record),
-        }
-    )
 
 
 if __name__ == "__main__":

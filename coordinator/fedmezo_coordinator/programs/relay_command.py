@@ -9,13 +9,7 @@ from collections.abc import Sequence
 
 from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.relay_daemon import Relay
-from fedmezo_coordinator.serving.hosting import (
-    connections_that_fit,
-    first_of,
-    host,
-    sessions_that_fit,
-)
-from fedmezo_coordinator.serving.service import bind_server
+from fedmezo_coordinator.serving.hosting import first_of, fronted, host, sessions_that_fit
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.program import run_daemon, stop_signal
 from fedmezo_core.wire.client import CoordinatorClient
@@ -33,17 +27,17 @@ async def run(settings: RelaySettings) -> None:
     stop = stop_signal()
     # The port comes first: a person should not wait for the coordinator above to learn that it is
     # in use.
-    server, port = bind_server(
-        settings.listen, settings.tls, connections_max=connections_that_fit(settings)
-    )
-    async with CoordinatorClient(settings.upstream, settings.tls_ca) as client:
+    async with (
+        fronted(settings, "relay") as front,
+        CoordinatorClient(settings.upstream, settings.tls_ca) as client,
+    ):
         session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
         relay = Relay(settings, client, session_limit)
         if not await first_of(starting := asyncio.create_task(relay.load()), stop):
             return
         starting.result()
         log.info("site %s: relay of %s", settings.name, settings.upstream)
-        await host(settings, server, port, relay, stop)
+        await host(settings, front, relay, stop)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from fedmezo_coordinator.programs.splits import (
 )
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.folders import whole_folder
+from fedmezo_core.program import long_step
 from fedmezo_core.zo.data.rows import (
     RawExample,
     label_form,
@@ -97,8 +98,9 @@ def split_file(data: Path, out: Path, options: SplitOptions) -> Written:
     try:
         rows = read_raw_examples(data)
         classes = None if options.by is None else _classes(rows, options.by)
-        written = _split(len(rows), classes, options)
-        _write(out, rows, written.parts)
+        with long_step(f"writing {out}"):
+            written = _split(len(rows), classes, options)
+            _write(out, rows, written.parts)
     except DataError as error:
         raise ConfigError(str(error)) from error
     return written

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import pairwise
+
 from rich.console import Group, RenderableType
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from fedmezo_core.records import digest64_hex
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1.journal_pb2 import Evaluated
 
@@ -16,6 +20,15 @@ _PHASES = {
     wire.PHASE_FINISHED: "finished",
     wire.PHASE_PAUSED: "PAUSED",
 }
+
+PACE_ROUNDS = 8
+"""Newest rounds by which the time that is left is estimated."""
+PACE_AFTER_SHARE = 0.3
+"""Share of a run's rounds before which nothing is estimated."""
+PACE_DIFFERS = 1.5
+"""Nothing is estimated while the two halves of the newest rounds differ by more than this."""
+
+EVALUATION_DUE = "the last weights are being evaluated"
 
 
 def size_text(byte_count: float) -> str:
@@ -27,6 +40,11 @@ def size_text(byte_count: float) -> str:
     raise AssertionError("the last unit has no bound")
 
 
+def counted(count: int, thing: str) -> str:
+    """A count of things, such as 1 record or 1,200 records."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def duration_text(seconds: float) -> str:
     """A duration, such as 1:02:03 or 2:03."""
     minutes, rest = divmod(round(seconds), 60)
@@ -34,14 +52,41 @@ def duration_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def seconds_left(
-    status: wire.GetStatusResponse, first_seen: tuple[int, float], now_s: float
-) -> float | None:
-    """Seconds to the last round at the pace since `first_seen` (round, time); None if unknown."""
-    rounds = status.round - first_seen[0]
-    if rounds <= 0 or status.phase == wire.PHASE_FINISHED:
-        return None
-    return (now_s - first_seen[1]) / rounds * (status.config.rounds - status.round)
+class Pace:
+    """Estimates how long a run still takes, once its newest rounds tell.
+
+    The first rounds of a run are slower than the rest: models load, kernels compile, and what is
+    computed once for each row is computed then.
+    """
+
+    def __init__(self) -> None:
+        # Round -> when it was first seen, for the newest rounds.
+        self._seen: deque[tuple[int, float]] = deque(maxlen=PACE_ROUNDS + 1)
+
+    def seconds_left(self, status: wire.GetStatusResponse, now_s: float) -> float | None:
+        """Take a status that came at `now_s`; returns the seconds to the last round.
+
+        None until the run has done `PACE_AFTER_SHARE` of its rounds, and while the newest ones do
+        not have one pace.
+        """
+        if not self._seen or status.round > self._seen[-1][0]:
+            self._seen.append((status.round, now_s))
+        rounds = status.config.rounds
+        is_running = status.phase not in (wire.PHASE_FINISHED, wire.PHASE_PAUSED)
+        if not is_running or status.round < PACE_AFTER_SHARE * rounds:
+            return None
+        if len(self._seen) <= PACE_ROUNDS:
+            return None
+        seen = [self._seen[place] for place in (0, PACE_ROUNDS // 2, PACE_ROUNDS)]
+        early, late = (
+            (after_s - before_s) / (after - before)
+            for (before, before_s), (after, after_s) in pairwise(seen)
+        )
+        if max(early, late) > PACE_DIFFERS * min(early, late):
+            return None
+        (first, first_s), (last, last_s) = seen[0], seen[-1]
+        whole_s = (last_s - first_s) / (last - first) * (rounds - last)
+        return max(whole_s - (now_s - last_s), 0.0)
 
 
 def agreement(status: wire.GetStatusResponse) -> tuple[bool, str]:
@@ -68,11 +113,14 @@ def run_line(status: wire.GetStatusResponse, seconds_left: float | None = None) 
         parts.append(f"held-out at {_evaluation(status.evaluations[-1])}")
     up = sum(worker.bytes_up for worker in status.workers)
     down = sum(worker.bytes_down for worker in status.workers)
-    parts.append(f"up {size_text(up)}, down {size_text(down)}")
+    since = f" since start {status.epoch} of the coordinator" if status.epoch > 1 else ""
+    parts.append(f"up {size_text(up)}, down {size_text(down)}{since}")
     if status.phase == wire.PHASE_PAUSED:
         parts.append(f"PAUSED: {status.reason}")
     elif status.phase == wire.PHASE_FINISHED:
         parts.append("finished")
+        if status.evaluation_due:
+            parts.append(EVALUATION_DUE)
         if status.reason:
             parts.append(status.reason)
     elif seconds_left is not None:
@@ -108,24 +156,55 @@ def run_view(
         head.add_row("held-out", _evaluation(first))
         if last.round > first.round:
             head.add_row("", _evaluation(last))
+    if status.evaluation_due:
+        head.add_row("" if status.evaluations else "held-out", EVALUATION_DUE)
     equal, text = agreement(status)
     head.add_row("weights", Text(text, style="" if equal else "bold red"))
-    head.add_row("journal", f"{status.records:,} records, head {status.head.hex()[:16]}")
+    head.add_row("journal", f"{counted(status.records, 'record')}, head {status.head.hex()[:16]}")
     parts: list[RenderableType] = [head, worker_table(status)]
+    if status.workers:
+        since = duration_text(status.uptime_ms / 1000)
+        parts.append(
+            Text(
+                f"rounds, up and down count since start {status.epoch} of the coordinator, "
+                f"{since} ago",
+                style="dim",
+            )
+        )
     parts += [
         Text(f"{worker.worker}: {worker.complaint}", style="yellow")
         for worker in status.workers
         if worker.complaint
     ]
-    parts += [
+    if status.replica_complaint:
+        parts.append(Text(status.replica_complaint, style="yellow"))
+    return Group(*parts, *_divergences(status))
+
+
+def _divergences(status: wire.GetStatusResponse) -> list[Text]:
+    """The newest divergence of each party; those that were mended are no alarm."""
+    newest = {divergence.party: divergence for divergence in status.divergences}
+    parties = set(status.diverged_parties)
+    lines = [
         Text(
-            f"{divergence.party} diverged after round {divergence.round}: digest "
-            f"{divergence.found_digest64:016x}, the run's {divergence.expected_digest64:016x}",
+            f"{party} diverged after round {found.round}: digest "
+            f"{digest64_hex(found.found_digest64)}, the run's "
+            f"{digest64_hex(found.expected_digest64)}",
             style="bold red",
         )
-        for divergence in status.divergences
+        for party, found in newest.items()
+        if party in parties
     ]
-    return Group(*parts)
+    mended = [
+        f"{party} (round {found.round})" for party, found in newest.items() if party not in parties
+    ]
+    if mended:
+        lines.append(
+            Text(
+                f"diverged earlier, with the run's weights again: {', '.join(mended)}", style="dim"
+            )
+        )
+    return lines
 
 
 def worker_table(status: wire.GetStatusResponse) -> Table:

@@ -16,6 +16,7 @@ from asyncio.subprocess import PIPE, Process
 from typing import Any
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.serving.status_report import ReplicaView
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.journal.codec import config_to_pb
@@ -110,24 +111,39 @@ class ReplicaSupervisor:
     """Keeps one replica process running for a daemon."""
 
     def __init__(
-        self, settings: CoordinatorSettings, address: str, run_id: str, secret: bytes
+        self,
+        settings: CoordinatorSettings,
+        address: str,
+        run_id: str,
+        secret: bytes,
+        view: ReplicaView,
     ) -> None:
-        """The child connects to `address` and proves with `secret` that it was started here."""
+        """The child connects to `address` and proves with `secret` that it was started here.
+
+        `view` is kept true while it runs.
+        """
+        self._view = view
+        self._has_heldout = settings.heldout is not None
         self._orders = _orders(settings, address=address, run_id=run_id, secret=secret.hex())
 
     async def keep(self) -> None:
         """Run until cancelled; start a replica that fails again, unless that cannot help."""
         attempt = 0
+        self._view.evaluates = self._has_heldout
         while True:
             status, last_line = await self._run_once()
             if status == 0:
+                self._view.evaluates = False
                 return
             if status == USER_ERROR:
+                self._view.evaluates = False
+                self._view.complaint = f"the replica stopped: {last_line}"
                 log.error("the replica stopped: %s", last_line)
                 log.error("the run continues without the coordinator's digests and evaluations")
                 return
             wait_s = delay_s(attempt, random.random(), base_s=2.0, cap_s=60.0)
             attempt += 1
+            self._view.complaint = f"the replica ended ({last_line}) and is started again"
             log.error("the replica ended (%s); starting it again in %.0f s", last_line, wait_s)
             await asyncio.sleep(wait_s)
 

@@ -8,12 +8,19 @@ import gc
 import logging
 import resource
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any
 
 from fedmezo_coordinator.coordinator_settings import ServingSettings
 from fedmezo_coordinator.serving.loop import ServingLoop
-from fedmezo_coordinator.serving.service import CONNECTIONS_BESIDE, Server, start_server
+from fedmezo_coordinator.serving.service import (
+    CONNECTIONS_BESIDE,
+    CoordinatorServicer,
+    Server,
+    bind_server,
+    start_server,
+)
 from fedmezo_core.errors import FedMezoError
 
 STOP_GRACE_S = 2.0
@@ -29,32 +36,56 @@ COLLECT_AFTER = (20_000, 10, 50)
 log = logging.getLogger("fedmezo.coordinator")
 
 
+@dataclass(frozen=True, slots=True)
+class Front:
+    """A server that answers calls, for now by saying that its program is starting."""
+
+    server: Server
+    servicer: CoordinatorServicer
+    port: int
+
+
+@contextlib.asynccontextmanager
+async def fronted(
+    settings: ServingSettings, what: str, private: str | None = None
+) -> AsyncIterator[Front]:
+    """Listen, and tell every caller that `what` is starting, until `host` serves with it.
+
+    `private` is as for `bind_server`. Raises `ConfigError` for an address that cannot be used.
+    """
+    connections_max = connections_that_fit(settings)
+    server, port = bind_server(settings.listen, settings.tls, private, connections_max)
+    try:
+        yield Front(server, await start_server(server, what), port)
+    finally:
+        await server.stop(None)
+
+
 async def host(
     settings: ServingSettings,
-    server: Server,
-    port: int,
+    front: Front,
     loop: ServingLoop[Any],
     stop: asyncio.Event,
     *,
     alongside: Coroutine[Any, Any, None] | None = None,
     at_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Let a bound server answer calls with `loop` until `stop` is set.
+    """Let `front` answer calls with `loop`, which is loaded, until `stop` is set.
 
     `alongside` runs for the same time. `at_stop` is called before anything is closed. Raises the
     error that ended the loop, such as `JournalError`.
     """
     _collect_seldom()
-    await start_server(server, loop)
+    front.servicer.begin(loop)
     where = settings.listen.rpartition(":")[0]
     if settings.tls is None and not settings.is_loopback:
         log.warning(
             "listening on %s:%d WITHOUT TLS: anyone on that network can read this run's traffic "
             "and join the run; set tls_cert and tls_key, or listen on 127.0.0.1",
             where,
-            port,
+            front.port,
         )
-    log.info("run %s is served at %s:%d", loop.genesis.config.run_id, where, port)
+    log.info("run %s is served at %s:%d", loop.genesis.config.run_id, where, front.port)
     tasks = [asyncio.create_task(_serve(loop))]
     if alongside is not None:
         tasks.append(asyncio.create_task(alongside))
@@ -67,7 +98,7 @@ async def host(
         loop.end_sessions()
         for task in tasks[1:]:
             task.cancel()
-        await server.stop(STOP_GRACE_S)
+        await front.server.stop(STOP_GRACE_S)
         tasks[0].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await loop.close()

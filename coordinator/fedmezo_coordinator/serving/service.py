@@ -27,7 +27,8 @@ from fedmezo_coordinator.serving.session_limit import SessionPermit
 from fedmezo_coordinator.serving.worker_session import HalfClosedError, WorkerSession
 from fedmezo_coordinator.serving.write_pacing import WritePacing
 from fedmezo_core.config import MESSAGE_BYTES_MAX
-from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
+from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError, StartingError
+from fedmezo_core.program import current_step
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
@@ -36,6 +37,10 @@ log = logging.getLogger("fedmezo.coordinator")
 
 HELLO_TIMEOUT_S = 20.0
 """Longest time from the start of a stream to its hello; then the stream is closed."""
+START_RETRY_MIN_S = 1.0
+START_RETRY_MAX_S = 10.0
+"""Callers of a program that is starting are asked to come back within half the time that the start
+has taken so far, but not sooner or later than these."""
 WRITES_A_TURN = 4
 """Messages that are sent in one turn of the event loop. They are few, because gRPC accepts one new
 stream after the other, and each takes three turns."""
@@ -119,6 +124,7 @@ def _mapped(handler: Handler) -> Handler:
     async def wrapper(self: Any, request: Any, context: Any) -> Any:
         try:
             self.check_readable(request)
+            self.check_started()
             return await handler(self, request, context)
         except FedMezoError as error:
             await abort(context, error)
@@ -127,15 +133,38 @@ def _mapped(handler: Handler) -> Handler:
 
 
 class CoordinatorServicer(rpc.CoordinatorServiceServicer):
-    """`fedmezo.v1.CoordinatorService`, answered by a serving loop."""
+    """`fedmezo.v1.CoordinatorService`, answered by a serving loop once there is one."""
 
-    def __init__(self, daemon: ServingLoop[Any]) -> None:
-        self._daemon = daemon
-        self._poll_sessions = PollSessions(daemon)
+    _daemon: ServingLoop[Any]
+    _poll_sessions: PollSessions
+
+    def __init__(self, what: str) -> None:
+        """`what` is the program, for callers that come while it starts: `coordinator`, `relay`."""
+        self._what = what
+        self._is_started = False
+        self._created_s = time.monotonic()
         self._places = PagePlaces()
         self._pacing = WritePacing(WRITES_A_TURN)
         self._garbage_count = 0
         self._garbage_said_s = -math.inf
+
+    def begin(self, daemon: ServingLoop[Any]) -> None:
+        """Let `daemon`, which is loaded, answer calls from now on."""
+        self._daemon = daemon
+        self._poll_sessions = PollSessions(daemon)
+        self._is_started = True
+
+    def check_started(self) -> None:
+        """Tell a caller that comes before `begin` to wait, and what for."""
+        if self._is_started:
+            return
+        so_far_s = time.monotonic() - self._created_s
+        error = StartingError(
+            f"The {self._what} is starting ({current_step() or f'{so_far_s:.0f} s so far'}); it "
+            "answers when that is done."
+        )
+        error.retry_after_s = min(max(so_far_s / 2, START_RETRY_MIN_S), START_RETRY_MAX_S)
+        raise error
 
     def check_readable(self, request: Any) -> None:
         """Refuse a call whose bytes are no request; the log says so once in a while only."""
@@ -205,6 +234,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Send a snapshot's file, with one chunk in memory; a slow reader delays only itself."""
         try:
             self.check_readable(request)
+            self.check_started()
             async with contextlib.aclosing(self._daemon.read_snapshot(request)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -214,6 +244,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     async def session(self, _requests: Any, context: RawContext) -> None:
         """Serve a worker's stream; a second task reads it while this one writes."""
         try:
+            self.check_started()
             with self._daemon.session_limit.session() as permit:
                 await self._open_session(context, permit)
         except HalfClosedError:
@@ -308,9 +339,9 @@ def bind_server(
         ) from None
 
 
-async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
-    """Let a bound server answer calls with `daemon`."""
-    servicer = CoordinatorServicer(daemon)
+async def start_server(server: Server, what: str = "coordinator") -> CoordinatorServicer:
+    """Let a bound server answer calls: that `what` is starting, until the servicer's `begin`."""
+    servicer = CoordinatorServicer(what)
     service = wire.DESCRIPTOR.services_by_name["CoordinatorService"]
     # Not the generated handlers. Session has no serializers: a message to thousands of workers is
     # serialised once, and its bytes are counted without serialising it again.
@@ -334,6 +365,7 @@ async def start_server(server: Server, daemon: ServingLoop[Any]) -> None:
     )
     server.add_registered_method_handlers(service.full_name, handlers)
     await server.start()
+    return servicer
 
 
 def _credentials(cert: Path, key: Path) -> grpc.ServerCredentials:

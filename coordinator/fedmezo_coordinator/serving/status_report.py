@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from fedmezo_coordinator.serving.session_limit import SessionLimit
@@ -20,6 +21,23 @@ _PHASES = {
     Phase.FINISHED: wire.PHASE_FINISHED,
     Phase.PAUSED: wire.PHASE_PAUSED,
 }
+
+
+@dataclass(slots=True)
+class ReplicaView:
+    """What a coordinator knows of its replica's process, for the status."""
+
+    evaluates: bool = False
+    """Whether it runs, or will again, and has held-out rows."""
+    complaint: str = ""
+    """Why its process ended last, if it has reported nothing since; else empty."""
+    snapshot_complaint: str = ""
+    """Why the last snapshot could not be written; empty if it could."""
+
+    @property
+    def complaints(self) -> str:
+        """Both complaints."""
+        return "; ".join(filter(None, (self.complaint, self.snapshot_complaint)))
 
 
 class MachineStatus(Protocol):
@@ -51,7 +69,7 @@ class MachineStatus(Protocol):
 
     @property
     def diverged(self) -> frozenset[str]:
-        """Workers whose weights were found to differ from the run's."""
+        """Parties whose weights were found to differ from the run's and have not agreed since."""
 
     @property
     def recent_rounds(self) -> Iterable[RoundSummary]:
@@ -98,6 +116,7 @@ def status_report(
             wire.PartyDigest(party=d.party, round=d.round, weights_digest=d.weights_digest)
             for d in machine.digests.newest()
         ],
+        diverged_parties=sorted(diverged),
         recent_rounds=[
             wire.RoundStatus(round=s.round, mean_loss=s.mean_loss, answers=s.answers)
             for s in machine.recent_rounds

@@ -20,6 +20,7 @@ from typing import Any
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import DataError
+from fedmezo_core.program import long_step
 
 log = logging.getLogger("fedmezo.data")
 
@@ -120,11 +121,12 @@ def read_raw_examples(path: str | Path) -> list[RawExample]:
 
     Raises `DataError` as `read_examples` does for a file that it cannot read.
     """
-    return [
-        RawExample(record, file, number)
-        for file in _files(Path(path).expanduser())
-        for number, record in _records_of(file, (), keep_others=True)
-    ]
+    with long_step(f"reading {path}"):
+        return [
+            RawExample(record, file, number)
+            for file in _files(Path(path).expanduser())
+            for number, record in _records_of(file, (), keep_others=True)
+        ]
 
 
 def read_rows(path: str | Path, task: TaskConfig, *, keep_others: bool = False) -> list[Example]:
@@ -156,8 +158,9 @@ def read_examples(
     missing, blank, infinite, or neither text nor a number.
     """
     rows: list[Example] = []
-    for file in _files(Path(path).expanduser()):
-        rows.extend(_rows_of(file, columns, keep_others, plain_numbers))
+    with long_step(f"reading {path}"):
+        for file in _files(Path(path).expanduser()):
+            rows.extend(_rows_of(file, columns, keep_others, plain_numbers))
     return rows
 
 

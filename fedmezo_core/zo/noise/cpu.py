@@ -71,8 +71,6 @@ carray: Any = numba_carray  # to which mypy gives no such pointers
 TILE_ROWS: Final = 32
 TILE_ELEMENTS: Final = TILE_ROWS * spec.ROW_ELEMENTS
 """Elements of a tile: 32 blocks of Rademacher bits."""
-FUSED_PAIRS: Final = 4
-"""Rademacher pairs added in one visit of a row: their +c and -c fill half the vector registers."""
 VECTOR_LANES: Final = 16
 """Elements of a vector of the low-rank kernels, whose arrays have room for one vector more."""
 FUSED_PATTERNS: Final = 8

@@ -22,7 +22,9 @@ name of fedmezo_core.errors). The status message is one sentence for a person.
                        Or a snapshot's file is damaged: read the journal.
   RESOURCE_EXHAUSTED   A limit (message size, workers). Retry later. If the trailing metadata has
                        `fedmezo-retry-after-ms`, wait a random time of at most that many milliseconds.
-  UNAVAILABLE          The coordinator is starting or stopping. Retry with backoff.
+  UNAVAILABLE          The coordinator is stopping. Retry with backoff. Or it is starting, if the reason
+                       is `StartingError`: the message says what it does, and
+                       `fedmezo-retry-after-ms` when to ask again.
 """
 
 import builtins
@@ -927,7 +929,7 @@ class WorkerStatus(google.protobuf.message.Message):
     diverged: builtins.bool
     """Whether its weights were found to differ."""
     complaint: builtins.str
-    """The last thing that it could not do, or that was refused. Empty: nothing."""
+    """What went wrong last in its session, since its last accepted answer. Empty: nothing."""
     measuring: builtins.bool
     """Whether the coordinator waits for its answer now."""
     learning_rate: builtins.float
@@ -1030,6 +1032,9 @@ class GetStatusResponse(google.protobuf.message.Message):
     TRAINABLE_BYTES_FIELD_NUMBER: builtins.int
     UPTIME_MS_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    DIVERGED_PARTIES_FIELD_NUMBER: builtins.int
+    EVALUATION_DUE_FIELD_NUMBER: builtins.int
+    REPLICA_COMPLAINT_FIELD_NUMBER: builtins.int
     LOOP_LAG_P99_MS_FIELD_NUMBER: builtins.int
     SESSIONS_FIELD_NUMBER: builtins.int
     SESSIONS_REFUSED_FIELD_NUMBER: builtins.int
@@ -1049,6 +1054,10 @@ class GetStatusResponse(google.protobuf.message.Message):
     """Milliseconds since this coordinator start."""
     reason: builtins.str
     """Why the run is paused, or ended early. Empty: it is neither."""
+    evaluation_due: builtins.bool
+    """Whether the run is finished and its last weights are still to be evaluated."""
+    replica_complaint: builtins.str
+    """What is wrong with the coordinator's replica process or its snapshots. Empty: nothing."""
     loop_lag_p99_ms: builtins.float
     """How late the coordinator's event loop was over the last minute, in milliseconds: 99 % of what was due
     was no later than this.
@@ -1075,11 +1084,15 @@ class GetStatusResponse(google.protobuf.message.Message):
 
     @property
     def divergences(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[fedmezo_proto.v1.journal_pb2.Diverged]:
-        """Divergences found so far."""
+        """The newest divergences, oldest first, at most 1000; those mended since are among them."""
 
     @property
     def recent_rounds(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RoundStatus]:
         """The newest rounds, oldest first, at most 1000."""
+
+    @property
+    def diverged_parties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Parties whose weights were found to differ and have not agreed since, sorted by name."""
 
     def __init__(
         self,
@@ -1098,12 +1111,15 @@ class GetStatusResponse(google.protobuf.message.Message):
         trainable_bytes: builtins.int = ...,
         uptime_ms: builtins.int = ...,
         reason: builtins.str = ...,
+        diverged_parties: collections.abc.Iterable[builtins.str] | None = ...,
+        evaluation_due: builtins.bool = ...,
+        replica_complaint: builtins.str = ...,
         loop_lag_p99_ms: builtins.float = ...,
         sessions: builtins.int = ...,
         sessions_refused: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "divergences", b"divergences", "epoch", b"epoch", "evaluations", b"evaluations", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "diverged_parties", b"diverged_parties", "divergences", b"divergences", "epoch", b"epoch", "evaluation_due", b"evaluation_due", "evaluations", b"evaluations", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "replica_complaint", b"replica_complaint", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
 
 Global___GetStatusResponse: typing_extensions.TypeAlias = GetStatusResponse
 

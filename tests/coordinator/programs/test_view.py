@@ -6,10 +6,11 @@ import pytest
 from rich.console import Console
 
 from fedmezo_coordinator.programs.view import (
+    Pace,
     agreement,
     duration_text,
+    run_line,
     run_view,
-    seconds_left,
     size_text,
 )
 from fedmezo_core.journal.codec import config_to_pb
@@ -49,10 +50,38 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
 
 
-def test_the_time_left_is_at_the_pace_so_far() -> None:
-    assert seconds_left(status(), (20, 100.0), 140.0) == 120.0
-    assert seconds_left(status(), (40, 100.0), 140.0) is None
-    assert seconds_left(status(phase=wire.PHASE_FINISHED), (20, 100.0), 140.0) is None
+def estimates(times_s: list[float], **more: object) -> list[float | None]:
+    """What is estimated after each round of a run of 40, whose rounds take so long."""
+    pace, now_s, found = Pace(), 100.0, []
+    for round_, time_s in enumerate(times_s, start=1):
+        now_s += time_s
+        answer = status(config=config_to_pb(config_of(rounds=40)), round=round_, **more)
+        found.append(pace.seconds_left(answer, now_s))
+    return found
+
+
+def test_the_time_left_is_at_the_pace_of_the_newest_rounds() -> None:
+    found = estimates([2.0] * 20)
+    assert found[:11] == [None] * 11
+    assert found[11:] == [2.0 * (40 - round_) for round_ in range(12, 21)]
+
+
+def test_no_time_is_told_before_the_pace_is_known() -> None:
+    # Ten slow rounds, in which rows are computed for the first time.
+    found = estimates([8.0] * 10 + [1.0] * 20)
+    told = [(round_, left) for round_, left in enumerate(found, start=1) if left is not None]
+    assert all(left <= 1.3 * (40 - round_) for round_, left in told)
+    assert len(told) > 10
+    assert estimates([1.0] * 20, phase=wire.PHASE_PAUSED) == [None] * 20
+    assert estimates([1.0] * 20, phase=wire.PHASE_FINISHED) == [None] * 20
+
+
+def test_the_time_left_falls_while_a_round_runs() -> None:
+    pace = Pace()
+    for round_ in range(60, 69):
+        left = pace.seconds_left(status(round=round_), 10.0 * round_)
+    assert left == 320.0
+    assert pace.seconds_left(status(round=68), 684.0) == 316.0
 
 
 def digest(party: str, round_: int, value: bytes) -> wire.PartyDigest:
@@ -86,6 +115,7 @@ def test_the_view_shows_round_loss_accuracy_traffic_and_divergences() -> None:
                 wire.WorkerStatus(worker="w3", connected=True),
                 wire.WorkerStatus(worker="w4", connected=True, diverged=True),
             ],
+            diverged_parties=["w4"],
             divergences=[
                 Diverged(round=9, party="w4", found_digest64=1, expected_digest64=2),
             ],
@@ -115,6 +145,33 @@ def test_a_worker_that_left_a_finished_run_is_done() -> None:
     text = text_of(status(phase=wire.PHASE_FINISHED, round=100, workers=gone))
     assert "done" in text
     assert "away" not in text
+
+
+def test_a_divergence_that_was_mended_is_no_alarm() -> None:
+    found = Diverged(round=9, party="w4", found_digest64=1, expected_digest64=2)
+    text = text_of(status(diverged_parties=["w4"], divergences=[found, found]))
+    alarm = "w4 diverged after round 9: digest 0100000000000000, the run's 0200000000000000"
+    assert text.count(alarm) == 1
+    text = text_of(status(divergences=[found, found]))
+    assert "w4 diverged after" not in text
+    assert "diverged earlier, with the run's weights again: w4 (round 9)" in text
+
+
+def test_counters_say_since_when_they_count() -> None:
+    worker = wire.WorkerStatus(worker="w1", bytes_up=1500)
+    answer = status(workers=[worker], epoch=3, uptime_ms=75_000)
+    assert "count since start 3 of the coordinator, 1:15 ago" in text_of(answer)
+    assert "down 0 B since start 3 of the coordinator" in run_line(answer)
+    assert "start" not in run_line(status(workers=[worker], epoch=1, uptime_ms=75_000))
+
+
+def test_what_the_replica_is_still_to_do_and_what_is_wrong_with_it() -> None:
+    text = text_of(status(replica_complaint="the replica ended (killed) and is started again"))
+    assert "the replica ended (killed) and is started again" in text
+    assert "evaluated" not in text
+    due = status(phase=wire.PHASE_FINISHED, round=100, evaluation_due=True)
+    assert "the last weights are being evaluated" in text_of(due)
+    assert run_line(due).endswith("; finished; the last weights are being evaluated")
 
 
 def test_what_stands_in_brackets_is_shown() -> None:

@@ -431,7 +431,7 @@ async def test_the_replica_reads_whatever_others_do(
     monkeypatch.setattr(journal_pages, "PLACE_WAIT_S", 0.1)
     async with served(tmp_path / "journal.db", GENESIS) as at:
         server, port = bind_server("127.0.0.1:0", None, f"unix:{tmp_path}/replica.sock")
-        await start_server(server, at.daemon)
+        (await start_server(server, "coordinator")).begin(at.daemon)
         try:
             async with CoordinatorClient(f"127.0.0.1:{port}") as worker:
                 with pytest.raises(NotReadyError, match="read that, or try later"):

@@ -112,7 +112,7 @@ async def test_connections_without_a_session_leave_files_to_the_others(
     daemon = Daemon(journal)
     await daemon.load()
     server, port = bind_server("127.0.0.1:0", None, f"unix:{tmp_path}/r.sock", connections_max=3)
-    await start_server(server, daemon)
+    (await start_server(server, "coordinator")).begin(daemon)
     try:
         async with CoordinatorClient(f"127.0.0.1:{port}") as first:
             await first.get_run()

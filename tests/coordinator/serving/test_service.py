@@ -499,6 +499,49 @@ async def test_the_replicas_digest_and_evaluation_are_recorded(journal: Path) ->
     assert evaluation in records_of(journal)
 
 
+async def test_a_complaint_about_the_replica_is_over_once_it_reports_again(journal: Path) -> None:
+    async with served(journal, GENESIS) as at, CoordinatorClient(at.address) as client:
+        daemon, secret = at.daemon, at.daemon.replica_secret
+
+        async def reports(snapshot: wire.SnapshotReport | None, complaint: str) -> None:
+            await client.report_replica("tiny-run", secret, 0, b"d" * 32, None, snapshot)
+
+            async def shown() -> bool:
+                return daemon.status("").replica_complaint == complaint
+
+            await until(shown, "the replica's complaint")
+
+        daemon.replica.complaint = "the replica ended (killed) and is started again"
+        await reports(None, "")
+        await reports(
+            wire.SnapshotReport(complaint="The disk is full."),
+            "no snapshot of round 0: The disk is full.",
+        )
+        await reports(None, "no snapshot of round 0: The disk is full.")
+
+
+async def test_the_last_evaluation_is_due_until_it_comes(journal: Path) -> None:
+    async with (
+        served(journal, GENESIS) as at,
+        scripted_workers(at.address, GENESIS, "w1", "w2") as two,
+    ):
+        daemon, last = at.daemon, GENESIS.config.rounds
+        daemon.replica.evaluates = True
+        for hand in two:
+            await hand.open()
+        assert not daemon.status("").evaluation_due
+        await asyncio.gather(*(hand.work_to_the_end() for hand in two))
+        assert daemon.status("").evaluation_due
+        evaluation = Evaluated(last, loss=0.5, accuracy=0.75, rows=8, weights_digest=b"d" * 32)
+        secret = daemon.replica_secret
+        await two[0].client.report_replica("tiny-run", secret, last, b"d" * 32, evaluation)
+
+        async def over() -> bool:
+            return not daemon.status("").evaluation_due
+
+        await until(over, "the evaluation")
+
+
 @pytest.mark.parametrize("limits", [{"records_max": 4097}, {"wait_ms": 30_001}])
 async def test_a_page_over_its_limits_is_refused(at: Served, limits: dict[str, Any]) -> None:
     async with CoordinatorClient(at.address) as client:

@@ -75,6 +75,11 @@ class RoundsDriver:
         """Any event."""
         return self.keep(self.machine.step(event))
 
+    @property
+    def closes_at_ms(self) -> int | None:
+        """When the open round may close on its quorum; None if no round is open."""
+        return None if self.machine.state.open is None else self.machine._closes_at_ms
+
     def ready(self, *workers: str) -> Ready:
         """Workers become ready; what the last one led to."""
         ready = Ready()

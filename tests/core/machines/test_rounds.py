@@ -16,6 +16,7 @@ from fedmezo_core.events import (
     Finish,
     Ready,
     Refuse,
+    ReplicaEvaluated,
     Ticket,
     WeightsReported,
     Work,
@@ -68,7 +69,7 @@ def test_a_round_opens_when_enough_workers_are_ready() -> None:
     run = RoundsDriver(workers_min=2)
     assert run.ready("b") == Ready()
     assert run.machine.phase is Phase.WAITING
-    assert run.machine.closes_at_ms is None
+    assert run.closes_at_ms is None
     run.tick(300)
     ready = run.ready("a")
     assert ready.records == (Opened(1, 0, ("a", "b")),)
@@ -82,7 +83,7 @@ def test_a_round_opens_when_enough_workers_are_ready() -> None:
         for slot, worker in enumerate("ab")
     )
     assert run.machine.phase.value == "open"
-    assert run.machine.closes_at_ms == 1300
+    assert run.closes_at_ms == 1300
     assert run.machine.roster.awaited == run.machine.cohort == ("a", "b")
 
 
@@ -334,7 +335,7 @@ def test_time_never_goes_back() -> None:
     run.tick(700)
     run.tick(100)
     run.ready("a", "b")
-    assert run.machine.closes_at_ms == 1700
+    assert run.closes_at_ms == 1700
     run.answer("a")
     run.tick(100)
     assert run.tick(1699) == Ready()
@@ -453,7 +454,7 @@ def test_below_quorum_the_round_is_extended_with_workers_that_have_no_slot() -> 
     }
     run.lost("a")
     run.lost("b")
-    assert run.machine.closes_at_ms == 2000
+    assert run.closes_at_ms == 2000
     run.answer("c")
     # A slot of the first cohort is still open.
     run.ready("a")
@@ -485,7 +486,7 @@ def test_without_others_the_deadline_asks_everyone_again() -> None:
     ready = run.tick(1000)
     assert not ready.records
     assert assigned(ready) == {"b": Ticket(1, 1, 1)}
-    assert run.machine.closes_at_ms == 2000
+    assert run.closes_at_ms == 2000
     assert assigned(run.ready("c")) == {"c": Ticket(1, 1, 2)}
 
 
@@ -508,7 +509,7 @@ def test_a_restart_keeps_answers_and_fences_old_tickets() -> None:
     assert ready == Ready(records=(Started(2),))
     assert run.machine.phase is Phase.OPEN
     assert run.machine.roster.awaited == ("b",)
-    assert run.machine.closes_at_ms == 1050
+    assert run.closes_at_ms == 1050
     assert run.ready("a") == Ready()
     assert assigned(run.ready("b")) == {"b": Ticket(2, 1, 1)}
     assert refusal(run.answer("b", epoch=1)) == "StaleTicketError"
@@ -562,6 +563,23 @@ def test_a_rebuilt_worker_is_cleared_by_an_agreeing_answer() -> None:
     for _ in range(2):
         for worker in run.machine.roster.awaited:
             run.answer(worker)
+    assert run.machine.diverged == frozenset()
+
+
+def test_a_worker_found_diverged_at_the_end_is_cleared_by_a_report_that_others_confirm() -> None:
+    run = RoundsDriver(workers_min=3, rounds=1)
+    run.ready("a", "b", "c")
+    for worker in "abc":
+        run.answer(worker)
+    assert run.machine.phase is Phase.FINISHED
+    run.step(WeightsReported("a", 1, full(TRUE_DIGEST64)))
+    run.step(WeightsReported("c", 1, full(TRUE_DIGEST64)))
+    ready = run.step(WeightsReported("b", 1, full(WRONG_DIGEST64)))
+    assert ready.records == (Diverged(1, "b", WRONG_DIGEST64, TRUE_DIGEST64),)
+    assert run.machine.diverged == {"b"}
+    run.step(WeightsReported("b", 1, full(WRONG_DIGEST64)))
+    assert run.machine.diverged == {"b"}
+    run.step(WeightsReported("b", 1, full(TRUE_DIGEST64)))
     assert run.machine.diverged == frozenset()
 
 
@@ -842,3 +860,30 @@ def test_memory_stays_bounded() -> None:
     assert len(state.recent_rounds) == RECENT_ROUNDS_MAX
     assert len(state.agreed) == DIGESTS_KEPT_MAX
     assert [held.round for held in state.earlier] == [machine.round]
+
+
+# ---------------------------------------------------------------- what the status shows
+
+
+def test_a_complaint_is_over_once_the_worker_works_again() -> None:
+    run = RoundsDriver(workers_min=2, quorum=1)
+    run.ready("a", "b")
+    run.unable("a", reason="the loss is nan")
+    assert run.machine.roster.workers["a"].complaint == "the loss is nan"
+    run.answer("b")
+    assert run.machine.round == 1
+    assert run.machine.roster.workers["a"].complaint == "the loss is nan"
+    run.answer("a")
+    assert run.machine.roster.workers["a"].complaint == ""
+
+
+def test_nobody_measures_after_an_early_end() -> None:
+    run = RoundsDriver(workers_min=2, early_stop_evaluations=1)
+    run.ready("a", "b")
+    for worker in "ab":
+        run.answer(worker)
+    assert len(run.machine.roster.awaited) == 2
+    for round_, loss in enumerate((0.5, 0.6)):
+        run.step(ReplicaEvaluated(Evaluated(round_, loss, 0.5, 10, bytes(32))))
+    assert run.machine.phase is Phase.FINISHED
+    assert not run.machine.roster.awaited

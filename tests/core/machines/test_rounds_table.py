@@ -281,10 +281,9 @@ def _check(run: RoundsDriver, ready: Ready, now_ms: int) -> None:
                 assert len(ready.messages) == 1
                 assert not ready.records
     if machine.phase is Phase.OPEN:
-        assert machine.closes_at_ms is not None
-        assert machine.closes_at_ms > now_ms, "a deadline that has passed was acted on"
+        assert machine._closes_at_ms > now_ms, "a deadline that has passed was acted on"
     else:
-        assert machine.closes_at_ms is None
+        assert machine.state.open is None
         assert machine.roster.awaited == ()
     roster = machine.roster
     assert roster.idle == roster.ready - roster.assignments.keys()

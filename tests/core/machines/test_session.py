@@ -390,8 +390,6 @@ def test_refusals_are_kept_except_of_stale_tickets() -> None:
     refused = RefusedByCoordinator(TICKET, "ScalarError", "too large.")
     machine.step(refused)
     assert machine.refusal == refused
-    machine.step(Acknowledged(TICKET))
-    assert machine.acknowledged == TICKET
 
 
 # ---------------------------------------------------------------- the end

@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from fedmezo_core.errors import NotReadyError, UnavailableError
+from fedmezo_core.errors import NotReadyError, StartingError, UnavailableError
 from fedmezo_core.wire import reconnecting as module
 from fedmezo_core.wire.reconnecting import Reconnecting
 
@@ -92,3 +92,20 @@ async def test_a_wait_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
+
+
+async def test_a_peer_that_is_starting_is_waited_for_with_one_line(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, LOG.name)
+    reconnecting = Reconnecting(LOG, give_up_after_s=10.0)
+    for so_far_s in range(30):
+        error = StartingError(f"It is starting ({so_far_s} s so far).")
+        error.retry_after_s = 2.0
+        await reconnecting.wait_after(error)
+    assert caplog.messages == ["It is starting (0 s so far). Waiting until then."]
+    assert set(clock.slept_s) == {1.0}
+    # It went away: that is another matter, and so is the next start.
+    await reconnecting.wait_after(UnavailableError("gone."))
+    await reconnecting.wait_after(error)
+    assert len(caplog.messages) == 3

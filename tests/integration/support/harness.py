@@ -366,7 +366,7 @@ async def _on_a_port(
     """Load the loop and serve it: the address, and the task that runs it."""
     await loop.load()
     server, port = bind_server(listen, tls, local)
-    await start_server(server, loop)
+    (await start_server(server)).begin(loop)
     serving = asyncio.create_task(loop.serve())
     try:
         yield f"127.0.0.1:{port}", serving
