@@ -44,6 +44,7 @@ from fedmezo_core.records import (
     Answered,
     Committed,
     Diverged,
+    Evaluated,
     Paused,
     Record,
     Resumed,
@@ -366,7 +367,26 @@ class Daemon(ServingLoop[Ready]):
             case Committed():
                 log.info("round %d committed, %d pairs", record.round, record.pairs)
                 if self._machine.phase is Phase.FINISHED and record.round == self._machine.round:
-                    log.info("the run is finished")
+                    health, config = self._machine.state.health, self.genesis.config
+                    wrong = health.gone_wrong(config, record.round)
+                    if wrong:
+                        log.error("the run is finished, but %s", wrong)
+                    else:
+                        log.info("the run is finished")
+            case Evaluated(round_):
+                best = self._machine.state.health.best
+                is_last = round_ == self._machine.round
+                if is_last and self._machine.phase is Phase.FINISHED and best is not None:
+                    log.info(
+                        "the last evaluation, of round %d, has loss %.4f, accuracy %.4f; the best "
+                        "one, of round %d, has loss %.4f, accuracy %.4f",
+                        round_,
+                        record.loss,
+                        record.accuracy,
+                        best.round,
+                        best.loss,
+                        best.accuracy,
+                    )
             case Diverged():
                 log.error(
                     "%s diverged: its weights after round %d have digest %016x, the run's have "
@@ -451,6 +471,9 @@ class Daemon(ServingLoop[Ready]):
         Raises `WrongRunError` if `run_id` is another run's.
         """
         answer, state = super().status(run_id), self._machine.state
+        best = state.health.best
+        if best is not None and best not in state.evaluations:
+            answer.evaluations.append(evaluated_to_pb(best))
         answer.evaluations.extend(evaluated_to_pb(e) for e in state.evaluations)
         answer.divergences.extend(diverged_to_pb(d) for d in state.divergences)
         return answer

@@ -472,7 +472,7 @@ class RoundMachine:
         if reason := state.health.no_better(config.early_stop_evaluations):
             self._record(Stopped(state.round, reason))
             self._finish_all()
-        elif reason := state.health.gone_wrong(config.pause_loss_factor, config.pause_rounds):
+        elif reason := state.health.gone_wrong(config, state.round):
             self._record(Paused(state.round, reason))
 
     def _finish_all(self) -> None:

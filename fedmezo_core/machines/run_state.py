@@ -151,7 +151,7 @@ class RunState:
                 self._apply_diverged(record)
             case Evaluated():
                 self.evaluations.append(record)
-                self.health.evaluated(record, self.genesis.config.pause_loss_factor)
+                self.health.evaluated(record, self.genesis.config)
             case Paused():
                 if self.paused is not None or record.round != self.round:
                     raise _misplaced(
@@ -370,8 +370,9 @@ class RunState:
         losses = [answer.mean_loss for answer in answers if answer.mean_loss is not None]
         mean_loss = math.fsum(losses) / len(losses) if losses else None
         self.recent_rounds.append(RoundSummary(record.round, mean_loss, len(answers)))
-        if mean_loss is not None:
-            self.health.trained(record.round, mean_loss, config.pause_loss_factor)
+        is_zero = not any(any(answer.projected_grads) for answer in answers)
+        zeros = len(answers) * config.pairs_per_answer if is_zero else None
+        self.health.committed(record.round, mean_loss, zeros, config)
         for answer in answers:
             held_by_round[answer.round].committed.add(answer.slot)
         self.round, self.open, self._shares = record.round, None, ((), [])

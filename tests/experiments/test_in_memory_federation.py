@@ -165,6 +165,17 @@ def test_evaluations_are_recorded_and_do_not_change_the_run(
     assert found[-1].weights_digest == party.weights.digest()
 
 
+def test_a_rate_that_ruins_the_weights_pauses_the_run(
+    model_folder: Path, data_files: list[Path]
+) -> None:
+    """Nobody reports a loss or evaluates: the zeros tell."""
+    ruinous = party_of(model_folder, learning_rate=1e7, train=["h.0.attn"], rounds=30)
+    federation = InMemoryFederation(ruinous, rows_of(data_files[:4]))
+    with pytest.raises(StalledError, match=r"every projected gradient since round \d is exactly 0"):
+        federation.run()
+    assert federation.round < 8
+
+
 def test_dozens_of_workers(model_folder: Path, data_files: list[Path]) -> None:
     rows = {f"w{k:02}": read_examples(data_files[k % 5], COLUMNS) for k in range(40)}
     many = {"workers_min": 40, "quorum": 40, "rounds": 2}

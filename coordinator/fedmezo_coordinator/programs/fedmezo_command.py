@@ -19,7 +19,13 @@ from rich.live import Live
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
-from fedmezo_coordinator.programs.view import agreement, run_line, run_view, seconds_left
+from fedmezo_coordinator.programs.view import (
+    agreement,
+    best_of,
+    run_line,
+    run_view,
+    seconds_left,
+)
 from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core import records
@@ -230,6 +236,10 @@ def export(
         int | None,
         typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
     ] = None,
+    best: Annotated[
+        bool,
+        typer.Option("--best", help="write the weights with the smallest held-out loss"),
+    ] = False,
     snapshots: Annotated[
         Path | None,
         typer.Option(
@@ -243,8 +253,10 @@ def export(
 
     If the journal's oldest records were dropped, the model is rebuilt from a snapshot instead.
     """
+    if best and round_ is not None:
+        raise ConfigError("--best and --round each choose the round; leave one of them out.")
     with _opened(journal, coordinator, tls_ca) as source:
-        plan = plan_of(source, round_)
+        plan = plan_of(source, round_, best=best)
     genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
         raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
@@ -266,12 +278,16 @@ def export(
     if commits:
         party.weights.apply(commits[0].round, commits_of(commits))
     digest = party.weights.digest()
+    plan.check(digest)
     if adapter_only:
         export_adapter(party.loaded.model, folder, genesis.config.model)
     else:
         export_model(party.loaded.model, party.loaded.tokenizer, folder)
     what = "adapter" if adapter_only else "model"
-    print(f"{folder}: the {what} after round {party.weights.round}, weights digest {digest.hex()}")
+    after = f"round {party.weights.round}"
+    if plan.evaluated is not None:
+        after += f", the best evaluated one (loss {plan.evaluated.loss:.4f})"
+    print(f"{folder}: the {what} after {after}, weights digest {digest.hex()}")
 
 
 @app.command()
@@ -456,6 +472,9 @@ def status_values(answer: wire.GetStatusResponse) -> dict[str, Any]:
         value["weights_digest"] = digest.weights_digest.hex()
     for value, evaluation in zip(values["evaluations"], answer.evaluations, strict=True):
         value["weights_digest"] = evaluation.weights_digest.hex()
+    best = best_of(answer)
+    evaluations = list(answer.evaluations)
+    values["best"] = None if best is None else values["evaluations"][evaluations.index(best)]
     return values
 
 
