@@ -34,6 +34,9 @@ HELD_PAIRS_MAX = 8 * COMMIT_PAIRS_MAX
 POOL_SIZE_MAX = 65_536
 """Most seeds in a pool; the low 16 bits of a first seed are zero."""
 
+CLIP_MEDIAN_FACTOR = 10.0
+"""`clip_median_factor` of a new run that does not choose another."""
+
 ALL_LINEAR = "all-linear"
 """peft's name for a LoRA adapter on every linear layer except the head."""
 
@@ -212,6 +215,12 @@ class RunConfig(_Frozen):
     projected_grad_abs_max: PositiveFloat = Field(
         default=1e4, description="The clip: workers clamp to it; larger values are refused."
     )
+    clip_median_factor: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Larger answers than this many times the usual size are scaled down; 0: none.",
+    )
     normalized_step: bool = Field(
         default=False,
         description="Divide projected gradients by their root mean square before the step (FZOO).",
@@ -328,6 +337,11 @@ class RunConfig(_Frozen):
             raise ValueError(
                 f"personal_rate_amplitude {self.personal_rate_amplitude} would take a learning "
                 f"rate to 0 or below; it must be below learning_rate = {self.learning_rate}"
+            )
+        if 0 < self.clip_median_factor < 1:
+            raise ValueError(
+                f"clip_median_factor = {self.clip_median_factor:g} would scale down usual answers; "
+                "it must be 1 or more, or 0 for none"
             )
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
@@ -519,9 +533,12 @@ def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
     A new run's template is read by the newest version that it needs, and may not give the answer
-    away unless an objective scores the run. With `begun`, the contract of the run that `values`
-    describe again, the template keeps that run's version and nothing of this is checked.
+    away unless an objective scores the run; its answers are clipped by the usual size. With
+    `begun`, the contract of the run that `values` describe again, the template keeps that run's
+    version, the clip its factor, and nothing of this is checked.
     """
+    clip = begun.clip_median_factor if begun else CLIP_MEDIAN_FACTOR
+    values = {"clip_median_factor": clip, **values}
     task = values.get("task")
     if isinstance(task, dict):
         version = begun.task.template_version if begun else template_version_of(task)

@@ -311,6 +311,7 @@ class Daemon(ServingLoop[Ready]):
                 if type(record) is Committed:
                     await self._send_commit(entry.row, self._signature(record.round, entry.head))
             await self._send(ready.messages)
+            self._warn(ready.warnings)
 
     async def _append(self, records: Sequence[Record]) -> list[Entry]:
         entries = await self._on_disk(lambda: self._journal.append(encode_records(records)))

@@ -93,6 +93,7 @@ def state_to_pb(state: RunState) -> pb.RunState:
         copied=state.copied,
         zeros=_streak_to_pb(state.health.zeros),
         worsening=_streak_to_pb(state.health.worsening),
+        usual_sizes=state.usual_sizes,
     )
 
 
@@ -130,6 +131,7 @@ def state_from_pb(message: pb.RunState, genesis: Genesis) -> RunState:
     for one in message.losses:
         state.losses[one.worker] = deque(one.losses, maxlen=SIGNAL_ROUNDS)
     state.distances.update((one.worker, one.distance) for one in message.distances)
+    state.usual_sizes.extend(message.usual_sizes)
     state.copied = message.copied
     return state
 

@@ -112,7 +112,7 @@ def test_projected_gradients_that_are_all_zero_pause_the_run() -> None:
     run.ready("a", "b")
     run.answer("a", grads=(0.0, 0.0))
     run.answer("b", grads=(0.0, 0.0))
-    assert run.machine.phase is Phase.OPEN, "what was before the resumption counts no more"
+    assert not run.machine.reason, "what was before the resumption counts no more"
 
 
 def test_scores_that_count_may_be_equal_for_long() -> None:
