@@ -14,9 +14,15 @@ from benchmarks.serving.swarm import answer_to, hello_of
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.serving.worker_session import OUTBOX_MAX, WorkerSession
 from fedmezo_core.errors import FedMezoError, JournalCorruptError, NotReadyError, ProtocolError
-from fedmezo_core.journal.codec import decode_record, encode_record, evaluated_to_pb
+from fedmezo_core.journal.codec import (
+    decode_record,
+    encode_record,
+    encode_records,
+    evaluated_to_pb,
+)
 from fedmezo_core.journal.journal import ZERO_HASH, Journal, head_after
 from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX
 from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Started
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -121,6 +127,22 @@ async def test_the_status_shows_progress_traffic_and_losses(tmp_path: Path) -> N
     assert worker.bytes_up > 0
     assert worker.bytes_down == sum(m.ByteSize() for m in hand.received)
     assert status.trainable_bytes == genesis.trainable_bytes
+
+
+async def test_the_status_keeps_the_best_evaluation_when_it_forgets_others(
+    tmp_path: Path,
+) -> None:
+    path, genesis = tmp_path / "journal.db", genesis_of(config_of())
+    evaluations = [
+        Evaluated(round=0, loss=abs(number - 2.0), accuracy=0.5, rows=9, weights_digest=b"w" * 32)
+        for number in range(RECENT_ROUNDS_MAX + 5)
+    ]
+    journal = Journal(SqliteStore(path))
+    journal.append(encode_records([genesis, Started(1), *evaluations]))
+    journal.close()
+    async with served(path, genesis) as at:
+        losses = [evaluation.loss for evaluation in at.daemon.status("").evaluations]
+    assert losses == [0.0, *(float(number) for number in range(3, RECENT_ROUNDS_MAX + 3))]
 
 
 async def test_a_run_that_ends_ruined_says_so(
