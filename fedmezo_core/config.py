@@ -43,6 +43,9 @@ VERBALIZERS_MAX = 10_000
 TEXT_CHARS_MAX = 1024 * 1024
 """Most characters of all names and texts of a contract together, which then fits into a message."""
 
+CLIP_MEDIAN_FACTOR = 10.0
+"""`clip_median_factor` of a new run that does not choose another."""
+
 ALL_LINEAR = "all-linear"
 """peft's name for a LoRA adapter on every linear layer except the head."""
 
@@ -253,6 +256,12 @@ class RunConfig(_Frozen):
     projected_grad_abs_max: PositiveFloat = Field(
         default=1e4, description="The clip: workers clamp to it; larger values are refused."
     )
+    clip_median_factor: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Larger answers than this many times the usual size are scaled down; 0: none.",
+    )
     normalized_step: bool = Field(
         default=False,
         description="Divide projected gradients by their root mean square before the step (FZOO).",
@@ -377,6 +386,11 @@ class RunConfig(_Frozen):
             raise ValueError(
                 f"personal_rate_amplitude {self.personal_rate_amplitude} would take a learning "
                 f"rate to 0 or below; it must be below learning_rate = {self.learning_rate}"
+            )
+        if 0 < self.clip_median_factor < 1:
+            raise ValueError(
+                f"clip_median_factor = {self.clip_median_factor:g} would scale down usual answers; "
+                "it must be 1 or more, or 0 for none"
             )
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
@@ -566,10 +580,13 @@ def _allowed(problem: ErrorDetails) -> str:
 def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None) -> RunConfig:
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
-    A new run reads rows by the newest version. Its template may not give the answer away unless an
-    objective scores the run. With `begun`, the contract of the run that `values` describe again,
-    that run's version stays and nothing of this is checked.
+    A new run reads rows by the newest version, and its answers are clipped by the usual size. Its
+    template may not give the answer away unless an objective scores the run. With `begun`, the
+    contract of the run that `values` describe again, that run's version and clip stay and nothing
+    of this is checked.
     """
+    clip = begun.clip_median_factor if begun else CLIP_MEDIAN_FACTOR
+    values = {"clip_median_factor": clip, **values}
     task = values.get("task")
     if isinstance(task, dict):
         version = begun.task.template_version if begun else NEWEST_TEMPLATE_VERSION

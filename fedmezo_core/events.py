@@ -169,6 +169,8 @@ class Ready:
 
     records: tuple[Record, ...] = ()
     messages: tuple[RoundMessage, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Sentences for the log."""
 
 
 # ---------------------------------------------------------------- the worker's session machine

@@ -45,6 +45,7 @@ from fedmezo_core.records import (
     Answered,
     Committed,
     Diverged,
+    Evaluated,
     Paused,
     Record,
     Resumed,
@@ -321,6 +322,7 @@ class Daemon(ServingLoop[Ready]):
                 if type(record) is Committed:
                     await self._send_commit(entry.row, self._signature(record.round, entry.head))
             await self._send(ready.messages)
+            self._warn(ready.warnings)
 
     async def _append(self, records: Sequence[Record]) -> list[Entry]:
         entries = await self._on_disk(lambda: self._journal.append(encode_records(records)))
@@ -382,7 +384,26 @@ class Daemon(ServingLoop[Ready]):
             case Committed():
                 log.info("round %d committed, %d pairs", record.round, record.pairs)
                 if self._machine.phase is Phase.FINISHED and record.round == self._machine.round:
-                    log.info("the run is finished")
+                    health, config = self._machine.state.health, self.genesis.config
+                    wrong = health.gone_wrong(config, record.round)
+                    if wrong:
+                        log.error("the run is finished, but %s", wrong)
+                    else:
+                        log.info("the run is finished")
+            case Evaluated(round_):
+                best = self._machine.state.health.best
+                is_last = round_ == self._machine.round
+                if is_last and self._machine.phase is Phase.FINISHED and best is not None:
+                    log.info(
+                        "the last evaluation, of round %d, has loss %.4f, accuracy %.4f; the best "
+                        "one, of round %d, has loss %.4f, accuracy %.4f",
+                        round_,
+                        record.loss,
+                        record.accuracy,
+                        best.round,
+                        best.loss,
+                        best.accuracy,
+                    )
             case Diverged():
                 log.error(
                     "%s diverged: its weights after round %d have digest %s, the run's have %s",
@@ -466,6 +487,9 @@ class Daemon(ServingLoop[Ready]):
         Raises `WrongRunError` if `run_id` is another run's.
         """
         answer, state = super().status(run_id), self._machine.state
+        best = state.health.best
+        if best is not None and best not in state.evaluations:
+            answer.evaluations.append(evaluated_to_pb(best))
         answer.evaluations.extend(evaluated_to_pb(e) for e in state.evaluations)
         answer.divergences.extend(diverged_to_pb(d) for d in state.divergences)
         answer.replica_complaint = self.replica.complaints

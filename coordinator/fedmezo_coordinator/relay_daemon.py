@@ -359,6 +359,7 @@ class Relay(ServingLoop[RelayReady]):
                 row, signature = sent[record.round]
                 await self._send_commit(row, signature)
             await self._send(ready.messages)
+            self._warn(ready.warnings)
             for action in ready.up:
                 if self._up is not None:
                     self._up.put_nowait(action)

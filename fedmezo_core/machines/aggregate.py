@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import mul
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import NumericError
 from fedmezo_core.records import Scalars
+
+CLIP_ROUNDS = 8
+"""Newest rounds whose usual sizes count, beside a round's own answers, in what is usual."""
+CLIP_SPREAD = 4
+"""How much more the sizes of answers of few projected gradients vary: an answer of n may be
+1 + this / n times as large as one of many."""
 
 
 def to_binary32(value: float) -> float:
@@ -96,6 +103,41 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
     ]
 
 
+def size_of(projected_grads: Sequence[float]) -> float:
+    """Their root mean square: sqrt( fsum(grad * grad) / count )."""
+    squares = math.fsum(map(mul, projected_grads, projected_grads))
+    return math.sqrt(squares / len(projected_grads))
+
+
+def clipped(
+    answers: Sequence[tuple[float, ...]], earlier: Iterable[float], factor: float
+) -> tuple[list[tuple[float, ...]], float]:
+    """The projected gradients of a round's answers, none of them much larger than is usual.
+
+    Usual is the lower median of the sizes (`size_of`) of these answers, of which all have n
+    projected gradients, and of `earlier`, the usual sizes of rounds before. Sizes of 0 do not
+    count. An answer larger than limit = factor * usual * (1 + CLIP_SPREAD / n) is multiplied by
+    limit / size, which keeps its direction; every operation is rounded to binary64 from the left.
+    The others stay as they are, the same objects. Also returns the lower median of these answers'
+    sizes alone; 0 if all are 0.
+    """
+    sizes = [size_of(grads) for grads in answers]
+    own = sorted(filter(None, sizes))
+    usual = _lower_median(sorted([*own, *filter(None, earlier)]))
+    limit = factor * usual * (1 + CLIP_SPREAD / len(answers[0]))
+    taken = list(answers)
+    if own and own[-1] > limit:
+        for number, size in enumerate(sizes):
+            if size > limit:
+                shrink = limit / size
+                taken[number] = tuple([grad * shrink for grad in answers[number]])
+    return taken, _lower_median(own)
+
+
+def _lower_median(ascending: Sequence[float]) -> float:
+    return ascending[(len(ascending) - 1) // 2] if ascending else 0.0
+
+
 def site_mean(answers: Sequence[Scalars]) -> Scalars:
     """What a relay makes of the answers of its workers, all measured along the same seeds.
 
@@ -128,7 +170,7 @@ def normalized(projected_grads: Sequence[float]) -> list[float]:
     times this up to the gradients' mean, which is nearly 0. With deviations from 0 instead of from
     the mean, no result is larger than the square root of their count, and one gradient is enough.
     """
-    size = math.sqrt(math.fsum(g * g for g in projected_grads) / len(projected_grads))
+    size = size_of(projected_grads)
     return [grad / size if size > 0 else 0.0 for grad in projected_grads]
 
 

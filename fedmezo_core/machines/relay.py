@@ -65,7 +65,7 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.machines.aggregate import site_mean
+from fedmezo_core.machines.aggregate import CLIP_ROUNDS, clipped, site_mean
 from fedmezo_core.machines.answers import ROWS_MAX, checked, content_of
 from fedmezo_core.machines.divergence import DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX, Phase, Roster, RoundSummary
@@ -171,6 +171,8 @@ class RelayMachine:
         self._messages: list[RoundMessage] = []
         self._up: list[RelayUp] = []
         self._differing: list[Diverged] = []
+        self._warnings: list[str] = []
+        self._usual_sizes: deque[float] = deque(maxlen=CLIP_ROUNDS)
 
     # ------------------------------------------------------------ for the driver and the status
 
@@ -530,11 +532,27 @@ class RelayMachine:
         site.counted = tuple(sorted(answers))
         self._open, self._answered = None, site
         self.roster.release_all()
-        mean = site_mean([answers[worker] for worker in site.counted])
+        mean = site_mean(self._clipped(site, [answers[worker] for worker in site.counted]))
         self._recent.append(RoundSummary(site.given.round, mean.mean_loss, len(answers)))
         assert mean.rows is not None
         scalars = mean._replace(weights_digest64=digest64, rows=min(mean.rows, ROWS_MAX))
         self._from_above(Measured(site.given, scalars))
+
+    def _clipped(self, site: _SiteRound, answers: list[Scalars]) -> list[Scalars]:
+        """The answers of `site.counted`, clipped as the coordinator above clips those of sites."""
+        factor = self.config.clip_median_factor
+        if not factor:
+            return answers
+        given = [answer.projected_grads for answer in answers]
+        taken, size = clipped(given, self._usual_sizes, factor)
+        if size:
+            self._usual_sizes.append(size)
+        scaled = [
+            one for one in zip(site.counted, given, taken, strict=True) if one[1] is not one[2]
+        ]
+        if scaled:
+            self._warnings.append(self.roster.clipped(site.given.round, scaled))
+        return [a._replace(projected_grads=grads) for a, grads in zip(answers, taken, strict=True)]
 
     def _agreeing(self, site: _SiteRound) -> tuple[dict[str, Scalars], int | None]:
         """The answers of workers whose weights are alike, and the digest of those, if it is wanted.
@@ -609,11 +627,12 @@ class RelayMachine:
         ready = RelayReady(
             tuple(self._records),
             tuple(self._messages),
+            tuple(self._warnings),
             self._dismissed,
             tuple(self._up),
             tuple(self._differing),
         )
-        for owed in (self._records, self._messages, self._up, self._differing):
+        for owed in (self._records, self._messages, self._warnings, self._up, self._differing):
             owed.clear()
         self._dismissed = ""
         return ready

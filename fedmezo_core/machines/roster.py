@@ -6,7 +6,7 @@ which work is assigned and which answers count.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from fedmezo_core.config import COHORT_MAX
 from fedmezo_core.errors import ProtocolError, StaleTicketError, UnknownWorkerError
 from fedmezo_core.events import AnswerReceived, Expel, Refuse, UnableReceived
+from fedmezo_core.machines.aggregate import size_of
 from fedmezo_core.machines.cohort import choose_cohort
 from fedmezo_core.records import RoundSlot
 
@@ -21,6 +22,8 @@ RECENT_ROUNDS_MAX = 1000
 """Most summaries of rounds, evaluations and divergences that are kept for the status."""
 WORKERS_SEEN_MAX = 4 * COHORT_MAX
 """Most workers that are remembered; those that left longest ago are forgotten first."""
+NAMED_MAX = 3
+"""Most workers that one sentence for the log names."""
 COMPLAINT_CHARS_MAX = 512
 """Longest complaint that is kept, in characters."""
 
@@ -211,6 +214,25 @@ class Roster:
     def complain(self, worker: str, sentence: str) -> None:
         """Remember what went wrong with the worker."""
         self.view(worker).complaint = sentence[:COMPLAINT_CHARS_MAX]
+
+    def clipped(
+        self, round_: int, found: Sequence[tuple[str, Sequence[float], Sequence[float]]]
+    ) -> str:
+        """Remember whose answers to `round_` were scaled down; returns a sentence for the log.
+
+        `found` has at least one worker, with its projected gradients before and after that.
+        """
+        named: list[str] = []
+        for worker, before, after in found:
+            sizes = f"from {size_of(before):.4g} to {size_of(after):.4g}"
+            what = f"its answer to round {round_} was far larger than usual and was scaled down"
+            self.complain(worker, f"{what} {sizes}")
+            named.append(f"{worker} {sizes}")
+        more = f" and {len(named) - NAMED_MAX} more" if len(named) > NAMED_MAX else ""
+        return (
+            f"round {round_}: answers far larger than usual were scaled down: "
+            f"{', '.join(named[:NAMED_MAX])}{more}"
+        )
 
     @staticmethod
     def stale(event: AnswerReceived | UnableReceived, now: str) -> StaleTicketError:

@@ -87,6 +87,7 @@ class RoundMachine:
         self._fruitless_deadlines = 0
         self._records: list[Record] = []
         self._messages: list[RoundMessage] = []
+        self._warnings: list[str] = []
 
     # ------------------------------------------------------------ what the status shows
 
@@ -428,6 +429,13 @@ class RoundMachine:
         """The record that closes the round."""
         config, pool = self.config, self.state.pool
         shares = self.state.shares(answers)
+        scaled = [
+            (self.state.worker_of(answer), answer.projected_grads, share.projected_grads)
+            for answer, share in zip(answers, shares, strict=True)
+            if share.projected_grads is not answer.projected_grads
+        ]
+        if scaled:
+            self._warnings.append(self.roster.clipped(current.round, scaled))
         coefficients = coefficients_of(shares, config)
         if config.seed_policy == "per_worker":
             seed_ranges = tuple(
@@ -472,7 +480,7 @@ class RoundMachine:
         if reason := state.health.no_better(config.early_stop_evaluations):
             self._record(Stopped(state.round, reason))
             self._finish_all()
-        elif reason := state.health.gone_wrong(config.pause_loss_factor, config.pause_rounds):
+        elif reason := state.health.gone_wrong(config, state.round):
             self._record(Paused(state.round, reason))
 
     def _finish_all(self) -> None:
@@ -592,9 +600,9 @@ class RoundMachine:
         self._records.append(record)
 
     def _take_ready(self) -> Ready:
-        ready = Ready(tuple(self._records), tuple(self._messages))
-        self._records.clear()
-        self._messages.clear()
+        ready = Ready(tuple(self._records), tuple(self._messages), tuple(self._warnings))
+        for owed in (self._records, self._messages, self._warnings):
+            owed.clear()
         return ready
 
 

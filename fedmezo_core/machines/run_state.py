@@ -14,7 +14,13 @@ from typing import NamedTuple, TypeVar
 
 from fedmezo_core.config import COHORT_MAX, RunConfig
 from fedmezo_core.errors import JournalCorruptError
-from fedmezo_core.machines.aggregate import Share, coefficients_of, staleness_discount
+from fedmezo_core.machines.aggregate import (
+    CLIP_ROUNDS,
+    Share,
+    clipped,
+    coefficients_of,
+    staleness_discount,
+)
 from fedmezo_core.machines.answers import is_digest_round
 from fedmezo_core.machines.health import Health
 from fedmezo_core.machines.rates import SIGNAL_ROUNDS, update_distances
@@ -120,13 +126,16 @@ class RunState:
     first."""
     distances: dict[str, float] = field(default_factory=dict)
     """Worker -> how far its newest committed update was from the mean update."""
+    usual_sizes: deque[float] = field(default_factory=lambda: deque(maxlen=CLIP_ROUNDS))
+    """Lower median of the sizes of each of the newest rounds' answers, in a run that clips by it.
+    Rounds that measured nothing but 0 are left out."""
     copied: bool = False
     """Whether this is folded from a copy of the commits only, without openings and answers."""
-    _shares: tuple[Sequence[Answered], list[Share]] = field(
-        default=((), []), init=False, repr=False, compare=False
+    _shares: tuple[Sequence[Answered], list[Share], float] = field(
+        default=((), [], 0.0), init=False, repr=False, compare=False
     )
-    """The last answers given to `shares` and their shares: the machine needs them to make a commit,
-    and `apply` again to fold it."""
+    """The last answers given to `shares`, their shares and the lower median of their sizes: the
+    machine needs them to make a commit, and `apply` again to fold it."""
 
     def apply(self, record: Record) -> None:
         """Fold one record; `JournalCorruptError` if it cannot follow those before."""
@@ -154,7 +163,7 @@ class RunState:
                 self._apply_diverged(record)
             case Evaluated():
                 self.evaluations.append(record)
-                self.health.evaluated(record, self.genesis.config.pause_loss_factor)
+                self.health.evaluated(record, self.genesis.config)
             case Paused():
                 if self.paused is not None or record.round != self.round:
                     raise _misplaced(
@@ -255,7 +264,10 @@ class RunState:
                 return {}
 
     def shares(self, answers: Sequence[Answered]) -> list[Share]:
-        """What each answer puts into the next commit's mean."""
+        """What each answer puts into the next commit's mean, clipped as the contract says.
+
+        An answer that is not clipped keeps its projected gradients, the same object.
+        """
         assert self.genesis is not None
         if self._shares[0] == answers:
             return self._shares[1]
@@ -264,13 +276,16 @@ class RunState:
             held.round: (held.rates, staleness_discount(config, self.age(held.round)))
             for held in self.answerable()
         }
+        grads, size = [answer.projected_grads for answer in answers], 0.0
+        if config.clip_median_factor:
+            grads, size = clipped(grads, self.usual_sizes, config.clip_median_factor)
         shares = []
-        for answer in answers:
+        for answer, taken in zip(answers, grads, strict=True):
             rates, discount = by_round[answer.round]
             seeds = seeds_of(config, answer.round, answer.slot, pool)
             rate = rates[answer.slot] * discount
-            shares.append(Share(seeds, answer.projected_grads, rate, answer.rows or 1))
-        self._shares = (answers, shares)
+            shares.append(Share(seeds, taken, rate, answer.rows or 1))
+        self._shares = (answers, shares, size)
         return shares
 
     def _apply_opened(self, record: Opened) -> None:
@@ -379,11 +394,12 @@ class RunState:
         losses = [answer.mean_loss for answer in answers if answer.mean_loss is not None]
         mean_loss = math.fsum(losses) / len(losses) if losses else None
         self.recent_rounds.append(RoundSummary(record.round, mean_loss, len(answers)))
-        if mean_loss is not None:
-            self.health.trained(record.round, mean_loss, config.pause_loss_factor)
+        is_zero = not any(any(answer.projected_grads) for answer in answers)
+        zeros = len(answers) * config.pairs_per_answer if is_zero else None
+        self.health.committed(record.round, mean_loss, zeros, config)
         for answer in answers:
             held_by_round[answer.round].committed.add(answer.slot)
-        self.round, self.open, self._shares = record.round, None, ((), [])
+        self.round, self.open, self._shares = record.round, None, ((), [], 0.0)
         self.earlier.append(current)
         while len(self.earlier) > config.staleness_max + 1:
             self.earlier.popleft()
@@ -413,7 +429,7 @@ class RunState:
     def _learn(
         self, record: Committed, workers: list[str], answers: list[Answered], config: RunConfig
     ) -> None:
-        """Keep what later rates and seeds depend on."""
+        """Keep what later rates, seeds and clips depend on."""
         if config.personal_rate in ("last_loss", "mean_loss"):
             for worker, answer in zip(workers, answers, strict=True):
                 if answer.mean_loss is not None:
@@ -422,9 +438,11 @@ class RunState:
                     self.losses[worker] = losses
             _keep_latest(self.losses, WORKERS_SEEN_MAX)
         measures_distances = config.personal_rate == "update_distance"
-        if not measures_distances and self.pool is None:
+        if not (measures_distances or self.pool is not None or config.clip_median_factor):
             return
         shares = self.shares(answers)
+        if self._shares[2]:
+            self.usual_sizes.append(self._shares[2])
         if measures_distances:
             self._keep_distances(workers, shares, config)
         self._commit_to_pool(record)

@@ -21,7 +21,7 @@ from fedmezo_core.journal.codec import (
     evaluated_to_pb,
 )
 from fedmezo_core.journal.sealed import SealedState
-from fedmezo_core.machines.health import Health, LossWatch
+from fedmezo_core.machines.health import Health, LossWatch, Streak
 from fedmezo_core.machines.rates import SIGNAL_ROUNDS
 from fedmezo_core.machines.roster import RoundSummary
 from fedmezo_core.machines.run_state import EPOCH_MAX, Accepted, RoundState, RunState
@@ -30,7 +30,7 @@ from fedmezo_core.records import Genesis, Paused, Stopped
 from fedmezo_proto.v1 import journal_pb2
 from fedmezo_proto.v1 import origin_pb2 as pb
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 """The way in which records are folded.
 
 It goes up whenever equal records would give another state than before, or the state another
@@ -94,6 +94,9 @@ def state_to_pb(state: RunState) -> pb.RunState:
         losses=[pb.WorkerLosses(worker=w, losses=losses) for w, losses in state.losses.items()],
         distances=[pb.WorkerDistance(worker=w, distance=d) for w, d in state.distances.items()],
         copied=state.copied,
+        zeros=_streak_to_pb(state.health.zeros),
+        worsening=_streak_to_pb(state.health.worsening),
+        usual_sizes=state.usual_sizes,
     )
 
 
@@ -123,12 +126,15 @@ def state_from_pb(message: pb.RunState, genesis: Genesis) -> RunState:
         heldout=_watch_from_pb(message.heldout),
         best=evaluated_from_pb(message.best) if message.HasField("best") else None,
         evaluations_since_best=message.evaluations_since_best,
+        worsening=_streak_from_pb(message.worsening),
+        zeros=_streak_from_pb(message.zeros),
     )
     if state.pool is not None:
         _fill_pool(state.pool, message.pool)
     for one in message.losses:
         state.losses[one.worker] = deque(one.losses, maxlen=SIGNAL_ROUNDS)
     state.distances.update((one.worker, one.distance) for one in message.distances)
+    state.usual_sizes.extend(message.usual_sizes)
     state.copied = message.copied
     _check(state, genesis.config)
     return state
@@ -230,6 +236,9 @@ def _watch_to_pb(watch: LossWatch) -> pb.LossWatch:
         newest=watch.newest,
         newest_round=watch.newest_round,
         high_since=watch.high_since,
+        better=_streak_to_pb(watch.better),
+        was_better=watch.was_better,
+        at_chance=_streak_to_pb(watch.at_chance),
     )
 
 
@@ -239,4 +248,15 @@ def _watch_from_pb(message: pb.LossWatch) -> LossWatch:
         newest=message.newest,
         newest_round=message.newest_round,
         high_since=message.high_since if message.HasField("high_since") else None,
+        better=_streak_from_pb(message.better),
+        was_better=message.was_better,
+        at_chance=_streak_from_pb(message.at_chance),
     )
+
+
+def _streak_to_pb(streak: Streak) -> pb.Streak:
+    return pb.Streak(since=streak.since, count=streak.count)
+
+
+def _streak_from_pb(message: pb.Streak) -> Streak:
+    return Streak(message.since if message.HasField("since") else None, message.count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,16 @@ from benchmarks.serving.swarm import answer_to, hello_of
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.serving.worker_session import OUTBOX_MAX, WorkerSession
 from fedmezo_core.errors import FedMezoError, JournalCorruptError, NotReadyError, ProtocolError
-from fedmezo_core.journal.codec import decode_record, encode_record
+from fedmezo_core.journal.codec import (
+    decode_record,
+    encode_record,
+    encode_records,
+    evaluated_to_pb,
+)
 from fedmezo_core.journal.journal import ZERO_HASH, Journal, head_after
 from fedmezo_core.journal.sqlite import SqliteStore
-from fedmezo_core.records import Answered, Committed, Genesis, Opened, Started
+from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX
+from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Started
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
@@ -120,6 +127,51 @@ async def test_the_status_shows_progress_traffic_and_losses(tmp_path: Path) -> N
     assert worker.bytes_up > 0
     assert worker.bytes_down == sum(m.ByteSize() for m in hand.received)
     assert status.trainable_bytes == genesis.trainable_bytes
+
+
+async def test_the_status_keeps_the_best_evaluation_when_it_forgets_others(
+    tmp_path: Path,
+) -> None:
+    path, genesis = tmp_path / "journal.db", genesis_of(config_of())
+    evaluations = [
+        Evaluated(round=0, loss=abs(number - 2.0), accuracy=0.5, rows=9, weights_digest=b"w" * 32)
+        for number in range(RECENT_ROUNDS_MAX + 5)
+    ]
+    journal = Journal(SqliteStore(path))
+    journal.append(encode_records([genesis, Started(1), *evaluations]))
+    journal.close()
+    async with served(path, genesis) as at:
+        losses = [evaluation.loss for evaluation in at.daemon.status("").evaluations]
+    assert losses == [0.0, *(float(number) for number in range(3, RECENT_ROUNDS_MAX + 3))]
+
+
+async def test_a_run_that_ends_ruined_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    genesis = genesis_of(config_of(rounds=3, workers_min=1, quorum=1, local_steps=1))
+    async with served(tmp_path / "journal.db", genesis) as at:
+        async with scripted_workers(at.address, genesis, "w1") as [hand]:
+            await hand.open()
+            for _ in range(3):
+                await hand.answer(await hand.assigned(), projected_grads=[0.0])
+            await hand.next("finished")
+        evaluation = Evaluated(round=3, loss=0.7, accuracy=0.5, rows=9, weights_digest=b"w" * 32)
+        report = wire.ReportReplicaRequest(
+            secret=at.daemon.replica_secret,
+            round=3,
+            weights_digest=b"w" * 32,
+            evaluation=evaluated_to_pb(evaluation),
+        )
+        with caplog.at_level(logging.INFO):
+            await at.daemon.report_replica(report)
+
+            async def is_noted() -> bool:
+                return "last evaluation, of round 3, has loss 0.7000" in caplog.text
+
+            await until(is_noted, "the evaluation in the log")
+    assert "the run is finished, but every projected gradient since round 1 is exactly 0" in (
+        caplog.text
+    )
 
 
 async def test_a_worker_that_joins_later_gets_the_commits_it_lacks(tmp_path: Path) -> None:

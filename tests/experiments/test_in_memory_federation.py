@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from experiments.in_memory_federation import InMemoryFederation, StalledError
+from experiments.in_memory_federation import InMemoryFederation, StalledError, Worker
 from experiments.judging import Judge
 from fedmezo_core.errors import ConfigError, MeasurementError
+from fedmezo_core.events import Measure, Measured, MeasureFailed
 from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
 from fedmezo_core.journal.sqlite import SqliteStore
@@ -163,6 +166,52 @@ def test_evaluations_are_recorded_and_do_not_change_the_run(
     losses = [point.loss for point in judge.curve]
     assert [record.loss for record in found] == pytest.approx(losses)
     assert found[-1].weights_digest == party.weights.digest()
+
+
+def test_a_rate_that_ruins_the_weights_pauses_the_run(
+    model_folder: Path, data_files: list[Path]
+) -> None:
+    """Nobody reports a loss or evaluates: the zeros tell."""
+    ruinous = party_of(model_folder, learning_rate=1e7, train=["h.0.attn"], rounds=30)
+    federation = InMemoryFederation(ruinous, rows_of(data_files[:4]))
+    with pytest.raises(StalledError, match=r"every projected gradient since round \d is exactly 0"):
+        federation.run()
+    assert federation.round < 8
+
+
+class Attacked(InMemoryFederation):
+    """In round 3, the last worker gives the largest scalars that are not refused."""
+
+    def _measure(self, worker: Worker, order: Measure) -> Measured | MeasureFailed:
+        measured = super()._measure(worker, order)
+        if isinstance(measured, MeasureFailed) or (worker.name, order.ticket.round) != ("w4", 3):
+            return measured
+        huge = tuple(math.copysign(1e4, grad) for grad in measured.scalars.projected_grads)
+        return replace(measured, scalars=measured.scalars._replace(projected_grads=huge))
+
+
+def test_one_huge_answer_ruins_no_run_and_honest_runs_keep_every_bit(
+    model_folder: Path, data_files: list[Path], heldout_file: Path
+) -> None:
+    heldout, rows = read_examples(heldout_file, COLUMNS), rows_of(data_files[:4])
+
+    def run_of(kind: type[InMemoryFederation], factor: float) -> tuple[list[float], bytes]:
+        party = party_of(
+            model_folder, learning_rate=3e-3, pause_rounds=0, clip_median_factor=factor
+        )
+        judge = Judge(party, heldout, every_rounds=1, curve_rows=None)
+        federation = kind(party, rows, judge=judge)
+        federation.run()
+        return [point.loss for point in judge.curve], party.weights.digest()
+
+    honest, digest = run_of(InMemoryFederation, 10.0)
+    assert run_of(InMemoryFederation, 0.0)[1] == digest
+    assert max(honest) < 0.8
+    clipped, _ = run_of(Attacked, 10.0)
+    assert clipped[:3] == honest[:3]
+    assert max(clipped) < 0.8
+    unclipped, _ = run_of(Attacked, 0.0)
+    assert unclipped[3] > 5
 
 
 def test_dozens_of_workers(model_folder: Path, data_files: list[Path]) -> None:

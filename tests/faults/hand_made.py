@@ -21,7 +21,7 @@ from rich.console import Console
 
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.programs.fedmezo_command import _line, _verified_line
-from fedmezo_coordinator.programs.plain_values import json_line, message_values, record_values
+from fedmezo_coordinator.programs.plain_values import json_line, record_values, status_values
 from fedmezo_coordinator.programs.view import run_view
 from fedmezo_core.errors import FedMezoError
 from fedmezo_core.events import AnswerReceived, Assign, Ready, Tick, Ticket, WorkerReady
@@ -221,7 +221,7 @@ def _serve(store: MemoryStore, rng: random.Random) -> None:
     daemon.describe(1, "", rng.randrange(5))
     _go_on(machine, rng)
     status = daemon.status("")
-    json_line(message_values(status))
+    json_line(status_values(status))
     Console(file=io.StringIO()).print(run_view(status))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import statistics
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -43,11 +45,14 @@ def weights_after(weights: bytes, commit: Committed) -> bytes:
 @lru_cache(maxsize=256)
 def measure(worker: str, seeds: tuple[int, ...], weights: bytes) -> tuple[tuple[float, ...], float]:
     """The oracle: what this worker's data gives along these seeds on these weights."""
-    grads = []
+    grads, is_huge = [], False
     for seed in seeds:
         digest = hashlib.sha256(weights + seed.to_bytes(8, "little") + worker.encode()).digest()
         grads.append(_binary32(int.from_bytes(digest[:4], "little") / 2**28 - 8))
-    return tuple(grads), _binary32(abs(grads[0]))
+        is_huge |= digest[4] < 16
+    loss = _binary32(abs(grads[0]))
+    # Now and then far more than is usual, so that it is clipped where the contract says so.
+    return tuple(64 * grad for grad in grads) if is_huge else tuple(grads), loss
 
 
 def rows_of(worker: str) -> int:
@@ -71,6 +76,8 @@ class Checker:
     """What resumptions have made of the learning rates."""
     paused: bool = False
     pool: Pool | None = None
+    usual_sizes: list[float] = field(default_factory=list)
+    """Lower median of the sizes of the answers of each committed round."""
     answers: dict[tuple[int, int], Answered] = field(default_factory=dict)
     committed: set[tuple[int, int]] = field(default_factory=set)
     """Round and slot of every answer that a commit holds."""
@@ -206,9 +213,11 @@ class Checker:
         )
         if self.pool is not None:
             drawn = [self._seeds(answer) for answer in sound]
-            for seeds, answer in zip(drawn, sound, strict=True):
-                self.pool.measured(seeds, answer.projected_grads)
+            for seeds, grads in zip(drawn, self._clipped(sound), strict=True):
+                self.pool.measured(seeds, grads)
             self.pool.commit(record)
+        sizes = [size for size in map(_size, (a.projected_grads for a in sound)) if size]
+        self.usual_sizes += [statistics.median_low(sizes)] if sizes else []
         self.weights.append(weights_after(self.weights[-1], record))
 
     def _own(self, round_: int) -> list[Answered]:
@@ -235,14 +244,28 @@ class Checker:
     def _seeds(self, answer: Answered) -> tuple[int, ...]:
         return seeds_of(self.config, answer.round, answer.slot, self.pool)
 
+    def _clipped(self, sound: list[Answered]) -> list[tuple[float, ...]]:
+        """The oracle's scalars as the contract lets them into the commit."""
+        # They were compared with the journaled ones when those were appended.
+        given = [self._oracle(answer)[0] for answer in sound]
+        sizes = [size for size in [*map(_size, given), *self.usual_sizes[-8:]] if size]
+        if not self.config.clip_median_factor or not sizes:
+            return given
+        usual = statistics.median_low(sizes)
+        limit = self.config.clip_median_factor * usual * (1 + 4 / len(given[0]))
+        return [
+            tuple(grad * (limit / _size(grads)) for grad in grads)
+            if _size(grads) > limit
+            else grads
+            for grads in given
+        ]
+
     def _check_pairs(self, record: Committed, sound: list[Answered]) -> None:
         """The commit holds what the oracle's scalars come to, once for each direction."""
         total = sum(answer.rows or 1 for answer in sound)
         wanted: dict[int, list[float]] = {}
-        for answer in sound:
+        for answer, grads in zip(sound, self._clipped(sound), strict=True):
             seeds = self._seeds(answer)
-            # The oracle's scalar; it was compared with the journaled one when that was appended.
-            grads, _, _ = self._oracle(answer)
             discount = (1.0 + record.round - answer.round) ** -self.config.staleness_exponent
             rate = self.rates[answer.round][answer.slot] * discount
             for seed, grad in zip(seeds, grads, strict=True):
@@ -263,6 +286,10 @@ class Checker:
             for number, coefficient in enumerate(seed_range.coefficients)
         }
         _require(found == sums, f"round {record.round} commits {found}, the oracle says {sums}")
+
+
+def _size(grads: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(grad * grad for grad in grads) / len(grads))
 
 
 def _answer_of(record: Answered, ticket: Ticket) -> SendAnswer:

@@ -11,7 +11,7 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -155,6 +155,9 @@ class HierarchyWorld(World):
         self.make_relay = relay
         drawing = random.Random(f"sites {seed}")
         scenario = scenario or draw_scenario(random.Random(seed))
+        # The checker finds a site's answer by the mean of what its workers measured.
+        unclipped = scenario.config.model_copy(update={"clip_median_factor": 0.0})
+        scenario = replace(scenario, config=unclipped)
         self.sites = sites or draw_sites(drawing, scenario)
         self.relays: list[Relay] = []
         super().__init__(seed, scenario=scenario, transcript=transcript)

@@ -154,11 +154,13 @@ def draw_scenario(rng: random.Random) -> Scenario:
     can_flip = quorum >= 2 and (workers >= 3 or replica)
     flips_max = 0 if not can_flip or rng.random() < 0.4 else (3 if replica else 1)
     learning = draw_learning(rng)
+    seed = rng.getrandbits(64)
     config = RunConfig(
         run_id="sim",
         model="none",
         task=TaskConfig(verbalizers={"a": "a", "b": "b"}),
-        seed=rng.getrandbits(64),
+        seed=seed,
+        clip_median_factor=(0.0, 1.0, 2.0)[seed % 3],
         rounds=rng.randint(2, 9),
         local_steps=rng.randint(1, 4),
         probes=rng.choice((1, 1, 2, 3)),

@@ -139,7 +139,8 @@ def warn_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) ->
     if config.pause_rounds and not config.report_losses and not is_evaluated:
         log.warning(
             "nobody reports a loss, so a learning rate that is too large goes unnoticed until no "
-            "worker can measure; set model and heldout, or report_losses in a new run"
+            "worker can measure, or nothing but 0; set model and heldout, or report_losses in a "
+            "new run"
         )
 
 

@@ -19,13 +19,19 @@ from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.plain_values import (
     json_line,
-    message_values,
     origin_values,
     record_values,
+    status_values,
 )
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
-from fedmezo_coordinator.programs.view import Pace, agreement, counted, run_line, run_view
+from fedmezo_coordinator.programs.view import (
+    Pace,
+    agreement,
+    counted,
+    run_line,
+    run_view,
+)
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
@@ -140,7 +146,7 @@ def status(
     """Show the progress, workers, traffic, digests and evaluations of a run."""
     answer = asyncio.run(_status(coordinator, tls_ca))
     if as_json:
-        print(json_line(message_values(answer)))
+        print(json_line(status_values(answer)))
     else:
         Console().print(run_view(answer))
     if not agreement(answer)[0]:
@@ -259,6 +265,10 @@ def export(
         int | None,
         typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
     ] = None,
+    best: Annotated[
+        bool,
+        typer.Option("--best", help="write the weights with the smallest held-out loss"),
+    ] = False,
     snapshots: Annotated[
         Path | None,
         typer.Option(
@@ -272,8 +282,10 @@ def export(
 
     If the journal's oldest records were dropped, the model is rebuilt from a snapshot instead.
     """
+    if best and round_ is not None:
+        raise ConfigError("--best and --round each choose the round; leave one of them out.")
     with _opened(journal, coordinator, tls_ca) as source:
-        plan = plan_of(source, round_)
+        plan = plan_of(source, round_, best=best)
     genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
         raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
@@ -299,13 +311,17 @@ def export(
             party.weights.apply(commits[0].round, commits_of(commits), step.advance)
     with long_step("digesting the weights"):
         digest = party.weights.digest()
+    plan.check(digest)
     with long_step(f"writing {folder}"):
         if adapter_only:
             export_adapter(party.loaded.model, folder, genesis.config.model)
         else:
             export_model(party.loaded.model, party.loaded.tokenizer, folder)
     what = "adapter" if adapter_only else "model"
-    print(f"{folder}: the {what} after round {party.weights.round}, weights digest {digest.hex()}")
+    after = f"round {party.weights.round}"
+    if plan.evaluated is not None:
+        after += f", the best evaluated one (loss {plan.evaluated.loss:.4f})"
+    print(f"{folder}: the {what} after {after}, weights digest {digest.hex()}")
 
 
 @app.command()

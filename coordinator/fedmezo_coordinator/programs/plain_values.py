@@ -15,10 +15,12 @@ from typing import Any
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
 
+from fedmezo_coordinator.programs.view import best_of
 from fedmezo_core import records
 from fedmezo_core.journal.codec import config_from_pb
 from fedmezo_core.journal.journal import Row
 from fedmezo_core.journal.sealed import SealedState
+from fedmezo_proto.v1.coordinator_pb2 import GetStatusResponse
 from fedmezo_proto.v1.journal_pb2 import RunConfig
 
 _NAMES = {"seed_ranges": "runs", "signedhead": "checkpoint"}
@@ -45,6 +47,12 @@ def message_values(message: Message) -> dict[str, Any]:
         else:
             values[field.name] = _field_value(field, value)
     return values
+
+
+def status_values(status: GetStatusResponse) -> dict[str, Any]:
+    """All fields of a status, and `best`, the evaluation with the smallest loss so far."""
+    best = best_of(status)
+    return {**message_values(status), "best": None if best is None else message_values(best)}
 
 
 def record_values(row: Row, record: records.Record) -> dict[str, Any]:

@@ -103,6 +103,11 @@ def agreement(status: wire.GetStatusResponse) -> tuple[bool, str]:
     return False, f"round {newest}: {names} DIFFER"
 
 
+def best_of(status: wire.GetStatusResponse) -> Evaluated | None:
+    """The evaluation with the smallest loss, the first of several; None if there is none."""
+    return min(status.evaluations, key=lambda evaluation: evaluation.loss, default=None)
+
+
 def run_line(status: wire.GetStatusResponse, seconds_left: float | None = None) -> str:
     """The status in one line, for output that is not a terminal."""
     parts = [f"round {status.round}/{status.config.rounds}"]
@@ -111,6 +116,9 @@ def run_line(status: wire.GetStatusResponse, seconds_left: float | None = None) 
         parts.append(f"training loss {losses[-1]:.4f}")
     if status.evaluations:
         parts.append(f"held-out at {_evaluation(status.evaluations[-1])}")
+    best = best_of(status)
+    if best is not None and best.round < status.evaluations[-1].round:
+        parts.append(f"best at {_evaluation(best)}")
     up = sum(worker.bytes_up for worker in status.workers)
     down = sum(worker.bytes_down for worker in status.workers)
     since = f" since start {status.epoch} of the coordinator" if status.epoch > 1 else ""
@@ -156,6 +164,9 @@ def run_view(
         head.add_row("held-out", _evaluation(first))
         if last.round > first.round:
             head.add_row("", _evaluation(last))
+    best = best_of(status)
+    if best is not None and best.round < status.evaluations[-1].round:
+        head.add_row("best", _evaluation(best))
     if status.evaluation_due:
         head.add_row("" if status.evaluations else "held-out", EVALUATION_DUE)
     equal, text = agreement(status)

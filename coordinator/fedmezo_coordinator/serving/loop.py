@@ -75,6 +75,8 @@ SLICE = 16
 """Workers served, or events taken, before every other task of the event loop gets its turn."""
 NOTED_A_SECOND_MAX = 20
 """Joins and departures that the log names in one second; it counts the others."""
+WARN_EVERY_MS = 10_000
+"""Time between two of a machine's warnings in the log; it counts those in between."""
 WORKERS_MAX = SESSIONS_LIMIT
 """Most workers whose counters are kept, and so most sessions under different names."""
 STATUS_WORKERS = 1000
@@ -142,6 +144,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """What follows the journal, in this order, live and at a restart alike."""
         self._noted = 0
         self._noted_second = 0
+        self._warned_at_ms = -WARN_EVERY_MS
+        self._unsaid = 0
         self._paces = 0
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[Item] = asyncio.Queue(EVENTS_MAX)
@@ -455,6 +459,16 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 len(self._sessions),
             )
         self._noted = 0
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        """Log a machine's warnings, unless the last one was a moment ago."""
+        for sentence in warnings:
+            if self._now_ms() - self._warned_at_ms < WARN_EVERY_MS:
+                self._unsaid += 1
+                continue
+            more = f" (and {self._unsaid} such warnings before)" if self._unsaid else ""
+            log.warning("%s%s", sentence, more)
+            self._warned_at_ms, self._unsaid = self._now_ms(), 0
 
     def _make_room(self, worker: str) -> None:
         """Make room for a new worker's counters by forgetting those of a worker that has left.

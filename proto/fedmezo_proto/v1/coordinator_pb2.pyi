@@ -1076,7 +1076,7 @@ class GetStatusResponse(google.protobuf.message.Message):
 
     @property
     def evaluations(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[fedmezo_proto.v1.journal_pb2.Evaluated]:
-        """The newest evaluations, oldest first, at most 1000."""
+        """The newest evaluations, oldest first, at most 1000. The best one comes first if it is not among them."""
 
     @property
     def digests(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PartyDigest]:

@@ -126,6 +126,9 @@ class RunState(google.protobuf.message.Message):
     LOSSES_FIELD_NUMBER: builtins.int
     DISTANCES_FIELD_NUMBER: builtins.int
     COPIED_FIELD_NUMBER: builtins.int
+    ZEROS_FIELD_NUMBER: builtins.int
+    WORSENING_FIELD_NUMBER: builtins.int
+    USUAL_SIZES_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """Count of coordinator starts so far."""
     round: builtins.int
@@ -196,6 +199,18 @@ class RunState(google.protobuf.message.Message):
     def distances(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___WorkerDistance]:
         """Each worker's newest distance from the mean update. Workers that have been silent longest come first."""
 
+    @property
+    def zeros(self) -> Global___Streak:
+        """Rounds whose projected gradients are all 0; the count is that of the projected gradients."""
+
+    @property
+    def worsening(self) -> Global___Streak:
+        """Evaluations that got worse one after the other."""
+
+    @property
+    def usual_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Usual sizes of the answers of the newest rounds, oldest first, in runs that clip by them."""
+
     def __init__(
         self,
         *,
@@ -219,9 +234,12 @@ class RunState(google.protobuf.message.Message):
         losses: collections.abc.Iterable[Global___WorkerLosses] | None = ...,
         distances: collections.abc.Iterable[Global___WorkerDistance] | None = ...,
         copied: builtins.bool = ...,
+        zeros: Global___Streak | None = ...,
+        worsening: Global___Streak | None = ...,
+        usual_sizes: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["best", b"best", "heldout", b"heldout", "open", b"open", "paused", b"paused", "pool", b"pool", "stopped", b"stopped", "training", b"training"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["agreed", b"agreed", "best", b"best", "copied", b"copied", "distances", b"distances", "diverged", b"diverged", "divergences", b"divergences", "earlier", b"earlier", "epoch", b"epoch", "evaluations", b"evaluations", "evaluations_since_best", b"evaluations_since_best", "heldout", b"heldout", "losses", b"losses", "open", b"open", "paused", b"paused", "pool", b"pool", "rate_factor", b"rate_factor", "recent_rounds", b"recent_rounds", "round", b"round", "stopped", b"stopped", "training", b"training"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["best", b"best", "heldout", b"heldout", "open", b"open", "paused", b"paused", "pool", b"pool", "stopped", b"stopped", "training", b"training", "worsening", b"worsening", "zeros", b"zeros"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["agreed", b"agreed", "best", b"best", "copied", b"copied", "distances", b"distances", "diverged", b"diverged", "divergences", b"divergences", "earlier", b"earlier", "epoch", b"epoch", "evaluations", b"evaluations", "evaluations_since_best", b"evaluations_since_best", "heldout", b"heldout", "losses", b"losses", "open", b"open", "paused", b"paused", "pool", b"pool", "rate_factor", b"rate_factor", "recent_rounds", b"recent_rounds", "round", b"round", "stopped", b"stopped", "training", b"training", "usual_sizes", b"usual_sizes", "worsening", b"worsening", "zeros", b"zeros"]) -> None: ...
 
 Global___RunState: typing_extensions.TypeAlias = RunState
 
@@ -370,6 +388,9 @@ class LossWatch(google.protobuf.message.Message):
     NEWEST_FIELD_NUMBER: builtins.int
     NEWEST_ROUND_FIELD_NUMBER: builtins.int
     HIGH_SINCE_FIELD_NUMBER: builtins.int
+    BETTER_FIELD_NUMBER: builtins.int
+    WAS_BETTER_FIELD_NUMBER: builtins.int
+    AT_CHANCE_FIELD_NUMBER: builtins.int
     first: builtins.float
     """The first loss. Absent: there was none."""
     newest: builtins.float
@@ -378,6 +399,16 @@ class LossWatch(google.protobuf.message.Message):
     """The newest loss's round."""
     high_since: builtins.int
     """The round since which every loss was high. Absent: the newest loss was not high."""
+    was_better: builtins.bool
+    """Whether enough losses were better than chance to be sure."""
+    @property
+    def better(self) -> Global___Streak:
+        """Losses in a row that are clearly better than chance."""
+
+    @property
+    def at_chance(self) -> Global___Streak:
+        """Losses in a row that are no better than chance."""
+
     def __init__(
         self,
         *,
@@ -385,15 +416,42 @@ class LossWatch(google.protobuf.message.Message):
         newest: builtins.float = ...,
         newest_round: builtins.int = ...,
         high_since: builtins.int | None = ...,
+        better: Global___Streak | None = ...,
+        was_better: builtins.bool = ...,
+        at_chance: Global___Streak | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_first", b"_first", "_high_since", b"_high_since", "first", b"first", "high_since", b"high_since"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_first", b"_first", "_high_since", b"_high_since", "first", b"first", "high_since", b"high_since", "newest", b"newest", "newest_round", b"newest_round"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_first", b"_first", "_high_since", b"_high_since", "at_chance", b"at_chance", "better", b"better", "first", b"first", "high_since", b"high_since"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_first", b"_first", "_high_since", b"_high_since", "at_chance", b"at_chance", "better", b"better", "first", b"first", "high_since", b"high_since", "newest", b"newest", "newest_round", b"newest_round", "was_better", b"was_better"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_first", b"_first"]) -> typing.Literal["first"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_high_since", b"_high_since"]) -> typing.Literal["high_since"] | None: ...
 
 Global___LossWatch: typing_extensions.TypeAlias = LossWatch
+
+@typing.final
+class Streak(google.protobuf.message.Message):
+    """How long something has been so without a break."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SINCE_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    since: builtins.int
+    """Its first round. Absent: it is not so."""
+    count: builtins.int
+    """Times that it was seen since then."""
+    def __init__(
+        self,
+        *,
+        since: builtins.int | None = ...,
+        count: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_since", b"_since", "since", b"since"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_since", b"_since", "count", b"count", "since", b"since"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_since", b"_since"]) -> typing.Literal["since"] | None: ...
+
+Global___Streak: typing_extensions.TypeAlias = Streak
 
 @typing.final
 class PoolState(google.protobuf.message.Message):

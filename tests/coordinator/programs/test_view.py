@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
+from fedmezo_coordinator.programs.plain_values import status_values
 from fedmezo_coordinator.programs.view import (
     Pace,
     agreement,
@@ -138,6 +139,22 @@ def test_the_view_shows_round_loss_accuracy_traffic_and_divergences() -> None:
         "1,234 records",
     ):
         assert words in text
+
+
+def test_the_best_evaluation_is_shown_if_it_is_not_the_last() -> None:
+    evaluations = [
+        Evaluated(round=round_, loss=loss, accuracy=0.5, rows=10)
+        for round_, loss in ((0, 0.9), (10, 0.5), (20, 0.5), (30, 0.6))
+    ]
+    text = text_of(status(evaluations=evaluations))
+    assert "best" in text
+    assert "round 10: loss 0.5000" in text
+    assert "best at round 10: loss 0.5000" in run_line(status(evaluations=evaluations))
+    assert status_values(status(evaluations=evaluations))["best"]["loss"] == 0.5
+    better = [*evaluations, Evaluated(round=40, loss=0.4, accuracy=0.5, rows=10)]
+    assert "best" not in text_of(status(evaluations=better))
+    assert "best" not in run_line(status(evaluations=better))
+    assert status_values(status())["best"] is None
 
 
 def test_a_worker_that_left_a_finished_run_is_done() -> None:

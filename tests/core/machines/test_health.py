@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import ConfigError, JournalCorruptError
 from fedmezo_core.events import Assign, Finish, Ready, ReplicaEvaluated
 from fedmezo_core.journal.codec import decode_record, encode_record
@@ -93,6 +94,118 @@ def test_held_out_losses_pause_a_run_that_keeps_its_losses_private() -> None:
     assert "held-out loss is 2 in round 3" in run.machine.reason
 
 
+def test_projected_gradients_that_are_all_zero_pause_the_run() -> None:
+    run = RoundsDriver(rounds=20, workers_min=2, quorum=2)
+    run.ready("a", "b")
+    _evaluated(run, 0.9)
+    for round_ in range(1, 6):
+        run.answer("a", grads=(0.0, -0.0))
+        run.answer("b", grads=(0.0, 1e-30 if round_ < 3 else 0.0))
+        if round_ == 1:
+            _evaluated(run, 0.7)
+    assert run.machine.phase is Phase.PAUSED
+    assert "every projected gradient since round 3 is exactly 0" in run.machine.reason
+    assert "a learning rate that is too large has ruined the weights" in run.machine.reason
+    assert "best evaluation is that of round 1, with loss 0.7" in run.machine.reason
+    run.restart()
+    run.keep(run.machine.resume(1.0))
+    run.ready("a", "b")
+    run.answer("a", grads=(0.0, 0.0))
+    run.answer("b", grads=(0.0, 0.0))
+    assert not run.machine.reason, "what was before the resumption counts no more"
+
+
+def test_scores_that_count_may_be_equal_for_long() -> None:
+    task = TaskConfig(verbalizers={"no": "no", "yes": "yes"}, objective="a:b")
+    run = RoundsDriver(rounds=1000, task=task)
+    run.ready("a")
+    for _ in range(499):
+        run.answer("a", grads=(0.0, 0.0))
+        assert run.machine.phase is Phase.OPEN
+    run.answer("a", grads=(0.0, 0.0))
+    assert run.machine.phase is Phase.PAUSED
+
+
+def _phase_after(losses: list[float], *, heldout: bool = False, every: int = 1) -> Phase:
+    """The phase after rounds whose training losses, or the evaluations after them, are these."""
+    run = RoundsDriver(rounds=1000, report_losses=not heldout, pause_loss_factor=100.0)
+    run.ready("a")
+    for loss in losses:
+        for _ in range(every):
+            if run.machine.phase is Phase.OPEN:
+                run.answer("a", loss=None if heldout else loss)
+        if heldout and run.machine.phase is Phase.OPEN:
+            _evaluated(run, loss)
+    return run.machine.phase
+
+
+GUESS = 0.6932
+"""No better than a guess between two classes."""
+
+
+@pytest.mark.parametrize(
+    ("losses", "phase"),
+    [
+        ([0.9, *[0.4] * 10, *[GUESS] * 10], Phase.PAUSED),
+        ([0.9, *[0.4] * 10, *[1.2] * 10], Phase.PAUSED),
+        ([0.9, *[0.4] * 10, *[GUESS] * 9], Phase.OPEN),
+        ([0.9, *[0.4] * 10, *[0.8, 0.8, 0.8, 0.8, 0.6] * 20], Phase.OPEN),
+        ([*[0.9, 0.4, 0.3] * 5, *[GUESS] * 100], Phase.OPEN),  # was never better for sure
+        ([0.9] * 100, Phase.OPEN),
+    ],
+    ids=["guesses", "worse", "not long", "noisy", "never better", "not yet better"],
+)
+def test_a_training_loss_that_falls_back_to_chance_pauses_the_run(
+    losses: list[float], phase: Phase
+) -> None:
+    assert _phase_after(losses) is phase
+
+
+@pytest.mark.parametrize(
+    ("losses", "phase"),
+    [
+        ([0.9, 0.5, GUESS, GUESS, GUESS], Phase.PAUSED),
+        ([0.9, 0.5, GUESS, GUESS], Phase.OPEN),
+        ([0.9, 0.6, GUESS, GUESS, GUESS, GUESS], Phase.OPEN),
+        ([0.9, 0.5, 0.75, GUESS, 0.65, 0.72], Phase.OPEN),
+    ],
+    ids=["guesses", "not long", "never clearly better", "noisy"],
+)
+def test_evaluations_that_fall_back_to_chance_pause_the_run(
+    losses: list[float], phase: Phase
+) -> None:
+    assert _phase_after(losses, heldout=True, every=5) is phase
+
+
+@pytest.mark.parametrize(
+    ("losses", "every", "phase"),
+    [
+        ([0.6, 0.4, 0.51, 0.52, 0.53], 5, Phase.PAUSED),
+        ([0.6, 0.4, 0.49, 0.52, 0.53], 5, Phase.OPEN),
+        ([0.6, 0.4, 0.52, 0.53, 0.52, 0.53, 0.52, 0.53], 5, Phase.OPEN),
+        ([0.4, 0.41, 0.42, 0.43, 0.439], 5, Phase.OPEN),
+        ([0.4, 0.45, 0.5, 0.55], 5, Phase.PAUSED),
+        ([0.4, 0.45, 0.5, 0.55, 0.56, 0.57], 1, Phase.OPEN),
+        ([0.4, *[0.45 + k / 100 for k in range(10)]], 1, Phase.PAUSED),
+    ],
+    ids=["worse", "not yet half", "noisy", "a little", "never better", "few rounds", "ten rounds"],
+)
+def test_evaluations_that_only_get_worse_pause_the_run(
+    losses: list[float], every: int, phase: Phase
+) -> None:
+    assert _phase_after(losses, heldout=True, every=every) is phase
+
+
+def test_no_rounds_switch_every_pause_off() -> None:
+    run = RoundsDriver(rounds=100, pause_rounds=0)
+    run.ready("a")
+    _evaluated(run, 0.3)
+    for _ in range(30):
+        run.answer("a", grads=(0.0, 0.0))
+        _evaluated(run, 1.0 + run.machine.round)
+    assert run.machine.phase is Phase.OPEN
+
+
 def test_a_run_in_which_nobody_can_measure_pauses() -> None:
     run = RoundsDriver(workers_min=2, quorum=2, deadline_ms=1000)
     run.ready("a", "b")
@@ -145,6 +258,10 @@ def test_an_old_evaluation_that_comes_late_says_nothing_new() -> None:
     _evaluated(run, 0.5)
     record = Evaluated(0, 0.9, 0.5, 10, bytes(32))
     assert run.step(ReplicaEvaluated(record)).records == (record,)
+    assert run.machine.state.health.best == run.machine.state.evaluations[0]
+    record = Evaluated(0, 0.4, 0.5, 10, bytes(32))
+    run.step(ReplicaEvaluated(record))
+    assert run.machine.state.health.best == record, "but it may be the best"
 
 
 @pytest.mark.parametrize("record", [Paused(1, "x"), Resumed(1.0), Stopped(3, "x")], ids=str)

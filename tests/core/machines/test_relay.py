@@ -205,6 +205,20 @@ def test_rows_and_losses_go_up_as_the_contract_says() -> None:
     )
 
 
+def test_one_huge_answer_is_scaled_down_before_the_mean() -> None:
+    site = Site(workers=3, clip_median_factor=10.0, weighting="rows")
+    site.assign()
+    site.answer("w0", 3.0, -4.0, rows=1)
+    site.answer("w1", 3.0, -4.0, rows=1)
+    ready = site.answer("w2", 3000.0, -4000.0, rows=8)
+    [up] = ready.up
+    assert isinstance(up, SendAnswer)
+    # The usual size is one worker's, however many rows another claims: 30 times it is taken.
+    assert up.scalars.projected_grads == pytest.approx((242 * 3 / 10, -242 * 4 / 10))
+    assert "w2 from 3536 to 106.1" in ready.warnings[0]
+    assert "far larger than usual" in site.machine.roster.workers["w2"].complaint
+
+
 def test_rows_of_a_huge_site_stay_within_what_one_worker_may_claim() -> None:
     site = Site(weighting="rows")
     site.assign()

@@ -84,8 +84,8 @@ def test_what_no_simulated_run_has_comes_back_too() -> None:
     driver.ready("w1", "w2")
     driver.answer("w1", loss=0.1)
     state.evaluations.append(Evaluated(1, 0.5, 0.25, 4, b"w" * 32, 0.75))
-    state.health.evaluated(state.evaluations[-1], 3.0)
-    state.health.training.see(1, 1e300, 3.0)
+    state.health.evaluated(state.evaluations[-1], driver.config)
+    state.health.training.see(1, 1e300, driver.config, 1)
     state.health.training.high_since = 1
     state.losses["w1"].append(0.1) if "w1" in state.losses else None
     state.distances["w2"] = 1 / 3
@@ -182,7 +182,7 @@ def test_a_changed_way_of_folding_needs_a_new_version() -> None:
                 entries = list(Journal(SqliteStore(Path(shutil.copy(path, folder)))).load())
             state = state_to_pb(state_after(entries))
             found.update(state.SerializeToString(deterministic=True))
-    assert (STATE_VERSION, found.hexdigest()[:16]) == (1, "3dc21529bf409e3e")
+    assert (STATE_VERSION, found.hexdigest()[:16]) == (2, "68902f0a4680d1ab")
 
 
 def test_rows_that_are_missing_behind_an_origin_are_found() -> None:
