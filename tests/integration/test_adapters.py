@@ -20,6 +20,7 @@ from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.records import Genesis
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter
+from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
@@ -27,6 +28,7 @@ from tests.integration.support.harness import config_of, scripted_workers, serve
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": ["c_attn", "h.0.mlp.c_proj"]}
 CONFIG = config_of(rounds=2, workers_min=1, quorum=1, local_steps=1, lora=LORA)
+CARD = ModelCard(CONFIG.model, CONFIG.run_id)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     party = open_party(CONFIG, str(model_folder), threads=1)
     party.weights.apply(1, [Commit(np.array([5], np.uint64), np.array([0.03], np.float32), 1)])
     folder = tmp_path_factory.mktemp("adapters") / "adapter"
-    export_adapter(party.loaded.model, folder, CONFIG.model)
+    export_adapter(party.loaded, folder, CARD)
     return folder
 
 

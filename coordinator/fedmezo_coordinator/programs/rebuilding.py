@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from fedmezo_core.errors import ConfigError, JournalCorruptError
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.party_copy import verified
-from fedmezo_core.records import Committed, Genesis, Snapshotted
+from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Snapshotted
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.download import downloaded
 from fedmezo_core.wire.snapshots import Snapshot, file_name
@@ -33,6 +33,33 @@ class Plan:
     """The snapshot to begin from; None: the base."""
     commits: list[Committed]
     """The commits to apply, oldest first."""
+    round: int
+    """The round whose weights it leads to."""
+    head: bytes
+    """The journal's head after that round's commit."""
+    answers: int | None
+    """Answers of the rounds up to it; None if the journal's first records were dropped."""
+    evaluated: Evaluated | None
+    """The newest evaluation up to that round."""
+
+    def facts(self, weights_digest: bytes) -> dict[str, str]:
+        """What the card of an exported model tells of the run: values by name."""
+        run = self.genesis.config
+        facts = {"Round": f"{self.round} of {run.rounds}"}
+        if self.answers is not None:
+            rows = run.local_steps * run.batch_size
+            facts["Rows"] = f"{self.answers} answers, each measured on {rows} rows"
+        if self.evaluated is not None:
+            facts["Evaluation"] = (
+                f"loss {self.evaluated.loss:.4f}, accuracy {100 * self.evaluated.accuracy:.1f} % "
+                f"on {self.evaluated.rows} rows, after round {self.evaluated.round}"
+            )
+        return {
+            **facts,
+            "Head of the journal": f"`{self.head.hex()}`",
+            "Digest of the trained weights": f"`{weights_digest.hex()}`",
+            "Digest of the base": f"`{self.genesis.base_digest.hex()}`",
+        }
 
 
 def plan_of(journal: Journal, last_round: int | None) -> Plan:
@@ -44,14 +71,25 @@ def plan_of(journal: Journal, last_round: int | None) -> Plan:
     first_round = 0 if origin is None else origin.round
     genesis = None if origin is None else origin.genesis
     heads = {} if origin is None else {origin.round: origin.head}
+    head = b"" if origin is None else origin.head
+    answers = 0
+    evaluated: Evaluated | None = None
     commits: list[Committed] = []
     recorded: list[Snapshotted] = []
     for entry, record in verified(journal):
         match record:
             case Genesis():
-                genesis = record
+                genesis, head = record, entry.head
+            case Answered() | Evaluated() if last_round is not None and record.round > last_round:
+                pass
+            case Answered():
+                answers += 1
+            case Evaluated():
+                evaluated = record
             case Committed():
                 commits.append(record)
+                if last_round is None or record.round <= last_round:
+                    head = entry.head
                 if origin is not None:
                     heads[record.round] = entry.head
             case Snapshotted():
@@ -68,7 +106,9 @@ def plan_of(journal: Journal, last_round: int | None) -> Plan:
     commits = commits[: max(last - first_round, 0)]
     from_base = [number for number, commit in enumerate(commits) if commit.from_base]
     if origin is None or from_base:
-        return Plan(genesis, None, commits[from_base[-1] :] if from_base else commits)
+        kept = commits[from_base[-1] :] if from_base else commits
+        counted = answers if origin is None else None
+        return Plan(genesis, None, kept, last, head, counted, evaluated)
     usable = [one for one in recorded if first_round <= one.round <= last]
     if not usable:
         rounds = ", ".join(str(one.round) for one in recorded if one.round >= first_round)
@@ -81,7 +121,8 @@ def plan_of(journal: Journal, last_round: int | None) -> Plan:
     snapshot = Snapshot(
         found.round, heads[found.round], found.weights_digest, found.file_sha256, found.file_bytes
     )
-    return Plan(genesis, snapshot, commits[found.round - first_round :])
+    kept = commits[found.round - first_round :]
+    return Plan(genesis, snapshot, kept, last, head, None, evaluated)
 
 
 def take_snapshot(
