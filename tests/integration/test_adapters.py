@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,14 @@ async def test_export_writes_the_adapter_alone(
     before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, out))
     assert before.keys() == after.keys()
     assert not any(before[name].equal(after[name]) for name in before)
+    card = (out / "README.md").read_text()
+    for row in ("Round | 2 of 2", f"Rows | 2 answers, each measured on {CONFIG.batch_size} rows", "Run | "):
+        assert f"| {row}" in card
+    head = re.search(r"Head of the journal \| `(\w{64})`", card)
+    assert head is not None
+    verified = CliRunner().invoke(client_cli.app, ["journal", "verify", str(journal)])
+    assert head.group(1) in verified.output.replace("\n", "")
+    assert str(tmp_path) not in card
     # What it writes is the base of the next run, bit by bit.
     party = open_party(CONFIG, str(model_folder), adapter=out, threads=1)
     assert party.weights.digest().hex() in said
