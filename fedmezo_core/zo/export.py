@@ -127,14 +127,11 @@ def _values(
 
 def _is_untied(plain: PreTrainedModel, state: dict[str, torch.Tensor] | None) -> bool:
     """Whether head and embeddings, one tensor by the model's settings, are two in the export."""
-    names = {
-        f"{name}.weight"
-        for name, module in plain.named_modules()
-        if module in (plain.get_input_embeddings(), plain.get_output_embeddings())
-    }
-    weights = [value for name, value in _values(plain, state) if name in names]
-    text_settings: Any = plain.config.get_text_config()
-    is_tied = getattr(text_settings, "tie_word_embeddings", False)
+    model: Any = plain
+    pair = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {f"{name}.weight" for name, module in plain.named_modules() if module in pair}
+    weights = [value.to("cpu") for name, value in _values(plain, state) if name in names]
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     return is_tied and len(weights) == 2 and not torch.equal(*weights)
 
 

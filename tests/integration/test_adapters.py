@@ -107,7 +107,11 @@ async def test_export_writes_the_adapter_alone(
     assert before.keys() == after.keys()
     assert not any(before[name].equal(after[name]) for name in before)
     card = (out / "README.md").read_text()
-    for row in ("Round | 2 of 2", f"Rows | 2 answers, each measured on {CONFIG.batch_size} rows", "Run | "):
+    for row in (
+        "Round | 2 of 2",
+        f"Rows | 2 answers, each measured on {CONFIG.batch_size} rows",
+        "Run | ",
+    ):
         assert f"| {row}" in card
     head = re.search(r"Head of the journal \| `(\w{64})`", card)
     assert head is not None

@@ -17,8 +17,8 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import utils as hub_utils
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,8 +27,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ModelError
@@ -46,9 +46,10 @@ from fedmezo_core.zo.model.selection import lora_targets
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# transformers leaves these without types.
+# transformers leaves these without types, and the hub's library does not declare them.
 _auto_model: Any = AutoModelForCausalLM
 _logging: Any = transformers_logging
+_hub: Any = hub_utils
 ON_CPU = Placement()
 """All weights are in the machine's memory, and the CPU computes."""
 TOKENIZER_FILES = (
@@ -308,14 +309,13 @@ def _cached_folder(name: str, local_files_only: bool) -> Path | None:
             cached = Path(config).parent
         if local_files_only:
             if cached is None:
-                raise _model_error(name, False, "model", "the local cache does not have it")
+                raise FileNotFoundError("the local cache does not have it")
             return cached
         # Some versions of the library's own functions ask again for half a minute.
         address = hf_hub_url(name, "config.json")
-        answer = get_session().head(address, headers=build_hf_headers(), timeout=_HUB_TIMEOUT_S)
-        hf_raise_for_status(answer)
-    except ModelError:
-        raise
+        headers = _hub.build_hf_headers()
+        answer = get_session().head(address, headers=headers, timeout=_HUB_TIMEOUT_S)
+        _hub.hf_raise_for_status(answer)
     except RepositoryNotFoundError as error:
         if cached is None:
             raise _model_error(

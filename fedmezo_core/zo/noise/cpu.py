@@ -55,7 +55,7 @@ Parameters = ParamSpec("Parameters")
 
 def _kernel(function: Function) -> Function:
     """Compile on first use, keep on disk if a folder can be written to, run without the GIL."""
-    compiling = {"nogil": True, "error_model": "numpy"}
+    compiling: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
         return cast("Function", njit(cache=True, **compiling)(function))
     except RuntimeError:
