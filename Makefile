@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-gpu bench-coordinator experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-gpu bench-coordinator experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -44,6 +44,34 @@ test: setup  ## run the tests (no GPU, no network)
 
 test-quick: setup  ## the tests to run while working: at most 90 seconds on 2 cores
 	$(BIN)/python -m pytest -n 2 -q -m "not slow"
+
+# What the dependencies take part in. Left out: a model of which nothing is in memory, and experts in
+# one pass, which need transformers 5 (docs/limits.md); and bytes that are no message, in which an
+# older gRPC says UNAVAILABLE.
+LOWEST_VENV ?= .venv-lowest
+LOWEST := $(LOWEST_VENV)/bin
+LOWEST_TESTS := tests/test_dependencies.py tests/core/test_layered_settings.py tests/core/journal \
+	tests/core/wire tests/core/zo/data tests/core/zo/model/test_adapters.py \
+	tests/core/zo/model/test_loading.py tests/core/zo/model/test_manifest.py \
+	tests/core/zo/noise/test_noise_cpu.py tests/core/zo/test_export.py \
+	tests/core/zo/test_exports_between_versions.py tests/coordinator/programs \
+	tests/coordinator/serving/test_service.py tests/coordinator/serving/test_service_tls.py \
+	tests/coordinator/stores/test_opening.py tests/coordinator/test_coordinator_settings.py \
+	tests/worker/test_worker_command.py tests/worker/test_worker_settings.py \
+	tests/integration/test_adapters.py
+
+test-lowest: setup $(LOWEST_VENV)/.installed  ## test the lowest allowed versions of every dependency
+	FEDMEZO_TEST_OTHER_PYTHON="$(abspath $(BIN)/python)" NUMBA_CACHE_DIR="$(abspath $(LOWEST_VENV)/kernels)" \
+	  $(LOWEST)/python -m pytest -n 2 -q -k "not bytes_that_are_no_request" $(LOWEST_TESTS)
+
+$(LOWEST_VENV)/.installed: pyproject.toml requirements-lowest.lock
+	test -x $(LOWEST)/python || $(PYTHON) -m venv $(LOWEST_VENV)
+	$(LOWEST)/python -m pip install -q pip==26.3
+	$(LOWEST)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) \
+	  "$$(grep '^torch==' requirements-lowest.lock)"
+	$(LOWEST)/python -m pip install -q --build-constraint requirements.lock \
+	  -r requirements-lowest.lock -e '.[worker,postgres]'
+	touch $@
 
 test-gpu: setup  ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
@@ -125,4 +153,4 @@ wheel-test: setup  ## build the wheel, check its metadata, install it alone, run
 	@echo "the wheel installs without torch and its commands run"
 
 clean:  ## remove what was built, but not the downloaded models and data
-	rm -rf $(VENV) build/proto build/wheel build/reports .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST_VENV) build/proto build/wheel build/reports .pytest_cache .mypy_cache .ruff_cache

@@ -34,6 +34,7 @@ from fedmezo_core.zo.export import export_adapter
 from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.forward.row_states import SpooledRows
 from fedmezo_core.zo.model.allocator import keep_freed_memory
+from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.party import open_party
@@ -193,7 +194,7 @@ def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path | 
         party = open_party(config, settings.model, threads=settings.threads, placement=placement)
         fit_adapter(party, data.fitting)
         try:
-            export_adapter(party.loaded.model, folder, config.model)
+            export_adapter(party.loaded, folder, ModelCard(config.model, config.run_id))
         except ModelError:
             # Another run's process was faster.
             if not folder.exists():

@@ -307,7 +307,7 @@ class CoordinatorClient:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            metadata = dict(error.trailing_metadata() or ())
+            metadata = dict(tuple(error.trailing_metadata() or ()))  # by pairs in every version
             reason = str(metadata.get(REASON_KEY, ""))
             details = error.details() or "no details"
             if not reason and error.code() in _NOBODY_THERE:

@@ -1,60 +1,96 @@
-"""Write a trained model as a folder that `from_pretrained` loads."""
+"""Write a trained model as a folder that `from_pretrained` loads.
+
+An export is the base's own files with other weights. A version of transformers spells settings in
+its own way, which older ones pass over in silence: the frequencies of rotary positions, for
+example. What the base's files say, every version reads that reads the base.
+"""
 
 from __future__ import annotations
 
+import json
+import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
 from fedmezo_core.errors import ModelError
 from fedmezo_core.folders import whole_folder
-from fedmezo_core.zo.model.loading import quiet
+from fedmezo_core.zo.model.adapters import CONFIG_FILE, WEIGHTS_FILE
+from fedmezo_core.zo.model.loading import TOKENIZER_FILES, LoadedModel, load_model, quiet
+from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
+from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.model.offload import stored_parameters
+from fedmezo_core.zo.model.weight_digest import tokenizer_digest
 
 _BASE_LAYER = ".base_layer."
+_COPIED: Final = (
+    *TOKENIZER_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "merges.txt", "chat_template.*", "generation_config.json", "LICEN[CS]E*", "NOTICE*",
+)  # fmt: skip
+"""The base's files that an export of the whole model has as they are."""
+_ANOTHERS: Final = ("_name_or_path", "auto_map")
+"""Settings of a base that are not an export's: a path, and code that no party runs."""
+_OF_STORING: Final = {
+    *_ANOTHERS, "architectures", "dtype", "quantization_config", "text_config", "torch_dtype",
+    "tie_word_embeddings", "transformers_version",
+}  # fmt: skip
+"""Settings that may be other than the base's, because the weights are stored in another way."""
 
 
-def export_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Write `model` and `tokenizer` to `folder` in Hugging Face's layout, safetensors only.
+def export_model(loaded: LoadedModel, folder: str | Path, card: ModelCard) -> None:
+    """Write a model and its tokenizer to `folder` in Hugging Face's layout, safetensors only.
 
     A LoRA model is written with its adapter merged into it; the weights in memory stay as they are.
-    The folder appears complete or not at all. Raises `ModelError` if it exists and is not empty, or
-    cannot be written.
+    A head that an adapter has made another than the embeddings is written as its own. The folder is
+    loaded again and compared before it appears, complete or not at all. Raises `ModelError` if it
+    exists and is not empty, cannot be written, or does not load to the same weights.
     """
 
     def write(target: Path) -> None:
-        plain, state = _merged(model)
-        plain.save_pretrained(target, state_dict=state)
-        tokenizer.save_pretrained(target)
+        plain, state = _merged(loaded.model)
+        settings = plain.config.to_dict()
+        # Strict versions refuse to write the generation settings that some bases have.
+        vars(plain)["can_generate"] = lambda: False
+        try:
+            plain.save_pretrained(target, state_dict=None if state is None else dict(state))
+        finally:
+            del vars(plain)["can_generate"]
+        _copy_files(loaded, target)
+        _write_settings(loaded.folder, target, is_untied=_is_untied(plain, state))
+        (target / "README.md").write_text(card.text("model", loaded.folder), encoding="utf-8")
+        _check_model(target, loaded, settings, _values(plain, state), plain.dtype)
 
     _write_folder(Path(folder), write)
 
 
-def export_adapter(model: nn.Module, folder: str | Path, base: str) -> None:
-    """Write only the LoRA adapter of `model` to `folder`, in peft's layout, safetensors only.
+def export_adapter(loaded: LoadedModel, folder: str | Path, card: ModelCard) -> None:
+    """Write only the LoRA adapter of a model to `folder`, in peft's layout, safetensors only.
 
-    The files call the base model `base`, which should tell nothing about this machine. The folder
-    appears complete or not at all. Raises `ModelError` if it exists and is not empty, or cannot be
-    written, and for a model without an adapter.
+    The files call the base model `card.base`, which should tell nothing about this machine. The
+    folder is read again and compared before it appears, complete or not at all. Raises `ModelError`
+    if it exists and is not empty, or cannot be written, and for a model without an adapter.
     """
+    model = cast("Any", loaded.model)
     if not hasattr(model, "peft_config"):
         raise ModelError("The model has no LoRA adapter to export; export the whole model.")
-    wrapped = cast("Any", model)
 
     def write(target: Path) -> None:
-        plain = wrapped.get_base_model()
+        plain = model.get_base_model()
         # Each of these is written somewhere, and is the path of a base that came from a folder.
-        plain.name_or_path = plain.config.name_or_path = base
-        for config in wrapped.peft_config.values():
-            config.base_model_name_or_path = base
+        plain.name_or_path = plain.config.name_or_path = card.base
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = card.base
         # "auto" would ask the model hub whether the embeddings have changed; they never do.
-        wrapped.save_pretrained(target, save_embedding_layers=False)
+        model.save_pretrained(target, save_embedding_layers=False)
+        (target / "README.md").write_text(card.text("adapter", loaded.folder), encoding="utf-8")
+        _check_adapter(target, loaded.model)
 
     _write_folder(Path(folder), write)
 
@@ -78,6 +114,110 @@ def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, torch.Tensor] 
             delta = module.get_delta_weight("default").float()
             state[f"{name}.weight"] = (weight.float() + delta).to(weight.dtype)
     return inner, state
+
+
+def _values(
+    plain: PreTrainedModel, state: dict[str, torch.Tensor] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a loaded export must hold: every name with its values, one at a time."""
+    stored = stored_parameters(plain)
+    for name, tensor in (plain.state_dict() if state is None else state).items():
+        yield name, stored[name].read() if tensor.is_meta else tensor
+
+
+def _is_untied(plain: PreTrainedModel, state: dict[str, torch.Tensor] | None) -> bool:
+    """Whether head and embeddings, one tensor by the model's settings, are two in the export."""
+    model: Any = plain
+    pair = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {f"{name}.weight" for name, module in plain.named_modules() if module in pair}
+    weights = [value.to("cpu") for name, value in _values(plain, state) if name in names]
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return is_tied and len(weights) == 2 and not torch.equal(*weights)
+
+
+def _copy_files(loaded: LoadedModel, target: Path) -> None:
+    """Copy what an export has from its base, the tokenizer's files among it."""
+    for pattern in _COPIED:
+        for path in loaded.folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, target / path.name)
+    digest = tokenizer_digest(loaded.tokenizer)
+    try:
+        copied: Any = AutoTokenizer.from_pretrained(target, local_files_only=True)
+        is_same = tokenizer_digest(copied) == digest
+    except Exception:
+        is_same = False  # transformers raises almost any type here.
+    if not is_same:
+        # It also has files of other names, which only its own class knows.
+        loaded.tokenizer.save_pretrained(target)
+
+
+def _write_settings(base: Path, target: Path, *, is_untied: bool) -> None:
+    """Write the base's config.json to `target`, with what is different about an export."""
+    path = target / "config.json"
+    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    settings: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if settings.get("model_type") != written["model_type"]:
+        settings = written  # Only the language model in the base was loaded.
+    for name in (*_ANOTHERS, *({"quantization_config"} - written.keys())):
+        settings.pop(name, None)
+    dtype = written.get("dtype", written.get("torch_dtype"))
+    spellings = [name for name in ("dtype", "torch_dtype") if name in settings] or ["dtype"]
+    settings |= dict.fromkeys(spellings, dtype)
+    settings["architectures"] = written["architectures"]
+    if is_untied:
+        for part in (settings, settings.get("text_config")):
+            if isinstance(part, dict):
+                part["tie_word_embeddings"] = False
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_model(
+    folder: Path,
+    loaded: LoadedModel,
+    settings: dict[str, Any],
+    values: Iterator[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Load the export as a party would, and compare it with what it was made from.
+
+    The loaded tensors are views of the files, so this takes hardly any memory of its own.
+    """
+    try:
+        back = load_model(str(folder), dtype=cast("Any", str(dtype).removeprefix("torch.")))
+    except ModelError as error:
+        raise _defect(f"it does not load: {error}") from error
+    tensors = back.model.state_dict()
+    for name, value in values:
+        if name not in tensors or not torch.equal(tensors.pop(name), value.to("cpu")):
+            raise _defect(f"{name} loads to other values")
+    if tensors:
+        raise _defect(f"it also loads {min(tensors)}")
+    config: Any = back.model.config
+    found = config.to_dict()
+    for name in (settings.keys() | found.keys()) - _OF_STORING:
+        if settings.get(name) != found.get(name):
+            raise _defect(f"the setting {name} loads as {found.get(name)!r}")
+    if tokenizer_digest(back.tokenizer) != tokenizer_digest(loaded.tokenizer):
+        raise _defect("its tokenizer is another")
+
+
+def _check_adapter(folder: Path, model: nn.Module) -> None:
+    weights = load_file(folder / WEIGHTS_FILE)
+    manifest = manifest_of(model, adapters_only=True)
+    for entry, value in zip(manifest, trained_tensors(model, manifest), strict=True):
+        name = entry.name.replace(".default.weight", ".weight")
+        if name not in weights or not torch.equal(weights.pop(name), value.to("cpu")):
+            raise _defect(f"{name} loads to other values")
+    if weights or not (folder / CONFIG_FILE).is_file():
+        raise _defect("it is not the adapter alone")
+
+
+def _defect(what: str) -> ModelError:
+    return ModelError(
+        f"The export is not what was trained, so it was not kept: {what}; export with another "
+        "version of transformers, or only the adapter (--adapter-only)."
+    )
 
 
 def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.records import Genesis
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter
+from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
@@ -27,6 +29,7 @@ from tests.integration.support.harness import config_of, scripted_workers, serve
 
 LORA = {"rank": 2, "alpha": 4, "target_modules": ["c_attn", "h.0.mlp.c_proj"]}
 CONFIG = config_of(rounds=2, workers_min=1, quorum=1, local_steps=1, lora=LORA)
+CARD = ModelCard(CONFIG.model, CONFIG.run_id)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def adapter(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     party = open_party(CONFIG, str(model_folder), threads=1)
     party.weights.apply(1, [Commit(np.array([5], np.uint64), np.array([0.03], np.float32), 1)])
     folder = tmp_path_factory.mktemp("adapters") / "adapter"
-    export_adapter(party.loaded.model, folder, CONFIG.model)
+    export_adapter(party.loaded, folder, CARD)
     return folder
 
 
@@ -103,6 +106,18 @@ async def test_export_writes_the_adapter_alone(
     before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, out))
     assert before.keys() == after.keys()
     assert not any(before[name].equal(after[name]) for name in before)
+    card = (out / "README.md").read_text()
+    for row in (
+        "Round | 2 of 2",
+        f"Rows | 2 answers, each measured on {CONFIG.batch_size} rows",
+        "Run | ",
+    ):
+        assert f"| {row}" in card
+    head = re.search(r"Head of the journal \| `(\w{64})`", card)
+    assert head is not None
+    verified = CliRunner().invoke(client_cli.app, ["journal", "verify", str(journal)])
+    assert head.group(1) in verified.output.replace("\n", "")
+    assert str(tmp_path) not in card
     # What it writes is the base of the next run, bit by bit.
     party = open_party(CONFIG, str(model_folder), adapter=out, threads=1)
     assert party.weights.digest().hex() in said

@@ -291,6 +291,7 @@ def export(
         raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
     with worker_packages("export"):
         from fedmezo_core.zo.export import export_adapter, export_model
+        from fedmezo_core.zo.model.model_card import ModelCard
         from fedmezo_core.zo.party import commits_of, open_party
     party = open_party(
         genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
@@ -312,15 +313,13 @@ def export(
     with long_step("digesting the weights"):
         digest = party.weights.digest()
     plan.check(digest)
+    card = ModelCard(genesis.config.model, genesis.config.run_id, plan.facts(digest))
     with long_step(f"writing {folder}"):
-        if adapter_only:
-            export_adapter(party.loaded.model, folder, genesis.config.model)
-        else:
-            export_model(party.loaded.model, party.loaded.tokenizer, folder)
+        (export_adapter if adapter_only else export_model)(party.loaded, folder, card)
     what = "adapter" if adapter_only else "model"
     after = f"round {party.weights.round}"
-    if plan.evaluated is not None:
-        after += f", the best evaluated one (loss {plan.evaluated.loss:.4f})"
+    if plan.best is not None:
+        after += f", the best evaluated one (loss {plan.best.loss:.4f})"
     print(f"{folder}: the {what} after {after}, weights digest {digest.hex()}")
 
 
@@ -345,6 +344,7 @@ def adapter(
         from fedmezo_core.zo.data.rows import read_rows
         from fedmezo_core.zo.export import export_adapter
         from fedmezo_core.zo.fitting import fit_adapter
+        from fedmezo_core.zo.model.model_card import ModelCard
         from fedmezo_core.zo.party import open_party
     run = settings.run_config(f"[run] in {config}")
     if run.lora is None:
@@ -355,7 +355,8 @@ def adapter(
     party.check_can_begin()
     rows = read_rows(data, run.task)[:rows_max]
     fit_adapter(party, rows)
-    export_adapter(party.loaded.model, folder, run.model)
+    facts = {"Round": f"0: fitted to {len(rows)} rows, for the run to begin from"}
+    export_adapter(party.loaded, folder, ModelCard(run.model, run.run_id, facts))
     print(
         f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
         f'"{folder}" at the coordinator and at every worker'

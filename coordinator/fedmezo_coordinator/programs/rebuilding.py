@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.machines.state_codec import state_of
-from fedmezo_core.records import Committed, Evaluated, Genesis, Snapshotted
+from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Snapshotted
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.download import downloaded
 from fedmezo_core.wire.snapshots import Snapshot, file_name
@@ -34,17 +35,44 @@ class Plan:
     """The snapshot to begin from; None: the base."""
     commits: list[Committed]
     """The commits to apply, oldest first."""
-    evaluated: Evaluated | None = None
+    round: int
+    """The round whose weights it leads to."""
+    head: bytes
+    """The journal's head after that round's commit."""
+    answers: int | None
+    """Answers of the rounds up to it; None if the journal's first records were dropped."""
+    evaluated: Evaluated | None
+    """The newest evaluation up to that round."""
+    best: Evaluated | None
     """The evaluation for which the round was chosen; None if it was not chosen for one."""
 
     def check(self, digest: bytes) -> None:
         """Raise `DivergedError` if the weights that were rebuilt are not those evaluated."""
-        if self.evaluated is not None and self.evaluated.weights_digest != digest:
+        if self.best is not None and self.best.weights_digest != digest:
             raise DivergedError(
-                f"The weights rebuilt for round {self.evaluated.round} have digest {digest.hex()}, "
-                f"those evaluated had {self.evaluated.weights_digest.hex()}; check this machine's "
+                f"The weights rebuilt for round {self.best.round} have digest {digest.hex()}, "
+                f"those evaluated had {self.best.weights_digest.hex()}; check this machine's "
                 "memory and the base model, then try again."
             )
+
+    def facts(self, weights_digest: bytes) -> dict[str, str]:
+        """What the card of an exported model tells of the run: values by name."""
+        run = self.genesis.config
+        facts = {"Round": f"{self.round} of {run.rounds}"}
+        if self.answers is not None:
+            rows = run.local_steps * run.batch_size
+            facts["Rows"] = f"{self.answers} answers, each measured on {rows} rows"
+        if self.evaluated is not None:
+            facts["Evaluation"] = (
+                f"loss {self.evaluated.loss:.4f}, accuracy {100 * self.evaluated.accuracy:.1f} % "
+                f"on {self.evaluated.rows} rows, after round {self.evaluated.round}"
+            )
+        return {
+            **facts,
+            "Head of the journal": f"`{self.head.hex()}`",
+            "Digest of the trained weights": f"`{weights_digest.hex()}`",
+            "Digest of the base": f"`{self.genesis.base_digest.hex()}`",
+        }
 
 
 def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> Plan:
@@ -57,6 +85,7 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
     first_round = 0 if origin is None else origin.round
     genesis = None if origin is None else origin.genesis
     heads = {} if origin is None else {origin.round: origin.head}
+    answers: Counter[int] = Counter()
     commits: list[Committed] = []
     recorded: list[Snapshotted] = []
     evaluations: list[Evaluated] = []
@@ -67,11 +96,12 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
     for entry, record in verified(journal):
         match record:
             case Genesis():
-                genesis = record
+                genesis, heads[0] = record, entry.head
+            case Answered():
+                answers[record.round] += 1
             case Committed():
                 commits.append(record)
-                if origin is not None:
-                    heads[record.round] = entry.head
+                heads[record.round] = entry.head
             case Snapshotted():
                 recorded.append(record)
             case Evaluated():
@@ -79,9 +109,9 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
     if genesis is None:
         raise JournalCorruptError("The journal does not begin with a genesis record.")
     newest = first_round + len(commits)
-    evaluated = _best_of(evaluations) if best else None
-    if evaluated is not None:
-        last_round = evaluated.round
+    chosen = _best_of(evaluations) if best else None
+    if chosen is not None:
+        last_round = chosen.round
     last = newest if last_round is None else last_round
     if last > newest:
         raise ConfigError(
@@ -90,9 +120,32 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
         )
     commits = commits[: max(last - first_round, 0)]
     from_base = [number for number, commit in enumerate(commits) if commit.from_base]
-    if origin is None or from_base:
-        commits = commits[from_base[-1] :] if from_base else commits
-        return Plan(genesis, None, commits, evaluated)
+    snapshot = None
+    if from_base:
+        commits = commits[from_base[-1] :]
+    elif origin is not None:
+        snapshot = _snapshot_before(last, first_round, recorded, heads, evaluations if best else [])
+        commits = commits[snapshot.round - first_round :]
+    return Plan(
+        genesis,
+        snapshot,
+        commits,
+        last,
+        heads[last],
+        answers=None if origin else sum(n for round_, n in answers.items() if round_ <= last),
+        evaluated=next((one for one in reversed(evaluations) if one.round <= last), None),
+        best=chosen,
+    )
+
+
+def _snapshot_before(
+    last: int,
+    first_round: int,
+    recorded: list[Snapshotted],
+    heads: dict[int, bytes],
+    evaluations: list[Evaluated],
+) -> Snapshot:
+    """The newest snapshot up to round `last` of a journal without records up to `first_round`."""
     usable = [one for one in recorded if first_round <= one.round <= last]
     if not usable:
         rounds = [one.round for one in recorded if one.round >= first_round]
@@ -100,13 +153,12 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
             f"The weights after round {last} cannot be rebuilt: the records up to round "
             f"{first_round} were dropped, and there are snapshots of rounds "
             f"{', '.join(map(str, rounds)) or '(none)'}; choose one of these or a later --round"
-            f"{_best_left(evaluations, rounds) if best else ''}."
+            f"{_best_left(evaluations, rounds)}."
         )
     found = usable[-1]
-    snapshot = Snapshot(
+    return Snapshot(
         found.round, heads[found.round], found.weights_digest, found.file_sha256, found.file_bytes
     )
-    return Plan(genesis, snapshot, commits[found.round - first_round :], evaluated)
 
 
 def _best_of(evaluations: list[Evaluated]) -> Evaluated:

@@ -16,7 +16,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import utils as hub_utils
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from torch import nn
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ModelError
@@ -44,12 +46,13 @@ from fedmezo_core.zo.model.selection import lora_targets
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# transformers leaves these without types.
+# transformers leaves these without types, and the hub's library does not declare them.
 _auto_model: Any = AutoModelForCausalLM
 _logging: Any = transformers_logging
+_hub: Any = hub_utils
 ON_CPU = Placement()
 """All weights are in the machine's memory, and the CPU computes."""
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.*.json", "tokenizer.model*", "*.model", "*.tiktoken", "*.spm",
     "tekken.json", "vocab*",
 )  # fmt: skip
@@ -71,6 +74,8 @@ class LoadedModel:
     """A transformers model, or its `PeftModel` in a LoRA run; in eval mode, without gradients."""
     tokenizer: PreTrainedTokenizerBase
     manifest: Manifest
+    folder: Path
+    """The folder that the model was loaded from; for a hub's model, the one in the local cache."""
 
 
 def load_model(
@@ -104,11 +109,9 @@ def load_model(
         _check_folder(folder, name_or_path)
     elif name_or_path.startswith((".", "/", "~")):
         raise ModelError(f"There is no model folder {name_or_path}; check the path.")
-    source = str(folder) if is_folder else name_or_path
-    common: dict[str, Any] = {
-        "local_files_only": is_folder or local_files_only or _only_in_cache(name_or_path),
-        "trust_remote_code": False,
-    }
+    local = folder if is_folder else _cached_folder(name_or_path, local_files_only)
+    source = name_or_path if local is None else str(local)
+    common = {"local_files_only": local is not None, "trust_remote_code": False}
     with quiet(), placement.loading() as place:
         try:
             loaded, info = _auto_model.from_pretrained(
@@ -116,8 +119,6 @@ def load_model(
                 dtype=_DTYPES[dtype],
                 use_safetensors=True,
                 output_loading_info=True,
-                # The look for an adapter under this name would go to the network all the same.
-                adapter_kwargs={"local_files_only": common["local_files_only"]},
                 **place,
                 **common,
             )
@@ -155,7 +156,10 @@ def load_model(
         freeze_a=lora is not None and lora.freeze_a,
         train=train,
     )
-    return LoadedModel(model, tokenizer, manifest)
+    if local is None:
+        # In the cache, where from_pretrained has put it.
+        local = Path(cast("str", cached_file(source, "config.json", local_files_only=True))).parent
+    return LoadedModel(model, tokenizer, manifest, local)
 
 
 def _contiguous(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -269,7 +273,7 @@ def _check_folder(folder: Path, shown: str) -> None:
 
 
 def _has_tokenizer(folder: Path) -> bool:
-    if any(any(folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+    if any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return True
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -291,30 +295,41 @@ def _no_tokenizer(shown: str) -> ModelError:
     )
 
 
-def _only_in_cache(name: str) -> bool:
-    """Ask the hub once for a model; returns whether only the local cache can give it.
+def _cached_folder(name: str, local_files_only: bool) -> Path | None:
+    """The folder of the local cache that holds a model, unless the hub can give it.
 
-    Without this, transformers would ask for each file several times, for a minute or more. Raises
-    `ModelError` if neither the hub nor the cache has the model.
+    The hub is asked at most once: transformers would ask for each file several times, for a minute
+    or more, and for some even when it is told not to. Raises `ModelError` if neither the hub nor
+    the cache has the model.
     """
-    is_cached = False
+    cached = None
     try:
-        is_cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_HUB_TIMEOUT_S)
+        config = try_to_load_from_cache(name, "config.json")
+        if isinstance(config, str):
+            cached = Path(config).parent
+        if local_files_only:
+            if cached is None:
+                raise FileNotFoundError("the local cache does not have it")
+            return cached
+        # Some versions of the library's own functions ask again for half a minute.
+        address = hf_hub_url(name, "config.json")
+        headers = _hub.build_hf_headers()
+        answer = get_session().head(address, headers=headers, timeout=_HUB_TIMEOUT_S)
+        _hub.hf_raise_for_status(answer)
     except RepositoryNotFoundError as error:
-        if not is_cached:
+        if cached is None:
             raise _model_error(
                 name, False, "model", "it has none of this name, or none without a login"
             ) from error
     except HfHubHTTPError:
-        return False  # It answers. transformers tries again, or finds the weights without this.
+        return None  # It answers. transformers tries again, or finds the weights without this.
     except Exception as error:
         # Every version of huggingface_hub has its own types for a network that fails.
-        if not is_cached:
+        if cached is None:
             raise _model_error(name, False, "model", error) from error
     else:
-        return False
-    return True
+        return None
+    return cached
 
 
 def _model_error(shown: str, is_folder: bool, what: str, error: Exception | str) -> ModelError:

@@ -30,6 +30,8 @@ Contents, each a section below:
 
 from __future__ import annotations
 
+import functools
+import logging
 import platform
 from collections.abc import Callable
 from typing import Any, Concatenate, Final, ParamSpec, TypeVar, cast
@@ -45,13 +47,29 @@ from numba.np.numpy_support import carray as numba_carray
 
 from fedmezo_core.zo.noise import spec
 
+log = logging.getLogger("fedmezo.noise")
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Parameters = ParamSpec("Parameters")
 
 
 def _kernel(function: Function) -> Function:
-    """Compile on first use, keep on disk, run without the GIL."""
-    return cast("Function", njit(nogil=True, cache=True, error_model="numpy")(function))
+    """Compile on first use, keep on disk if a folder can be written to, run without the GIL."""
+    compiling: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return cast("Function", njit(cache=True, **compiling)(function))
+    except RuntimeError:
+        # Neither this package's folder, nor NUMBA_CACHE_DIR, nor the home can be written to.
+        _say_that_nothing_is_kept()
+        return cast("Function", njit(**compiling)(function))
+
+
+@functools.cache
+def _say_that_nothing_is_kept() -> None:
+    log.warning(
+        "compiled kernels cannot be kept, so every start compiles them again; set NUMBA_CACHE_DIR "
+        "to a folder of this user's own that can be written to"
+    )
 
 
 def _compiled(function: Function) -> Function:

@@ -87,7 +87,7 @@ async def test_one_join_too_many_at_a_time_is_told_when_to_come_back(tmp_path: P
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await refused.read()
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        metadata = dict(caught.value.trailing_metadata() or ())
+        metadata = dict(tuple(caught.value.trailing_metadata() or ()))
         assert metadata[REASON_KEY] == "NotReadyError"
         assert metadata[RETRY_AFTER_KEY] == "750"
         silent[0].cancel()

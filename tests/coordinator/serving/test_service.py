@@ -315,7 +315,9 @@ async def test_bytes_that_are_no_request_get_a_status_and_few_lines_of_the_log(
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await answer
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert dict(caught.value.trailing_metadata() or ())[REASON_KEY] == "ProtocolError"
+            assert (
+                dict(tuple(caught.value.trailing_metadata() or ()))[REASON_KEY] == "ProtocolError"
+            )
     assert [record.getMessage() for record in caplog.records] == [
         "1 calls so far with bytes that are no request"
     ]
@@ -360,7 +362,7 @@ async def test_a_stream_that_says_nothing_is_closed(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert dict(caught.value.trailing_metadata() or ())[REASON_KEY] == "ProtocolError"
+    assert dict(tuple(caught.value.trailing_metadata() or ()))[REASON_KEY] == "ProtocolError"
     assert "begins with a hello" in str(caught.value.details())
 
 
@@ -444,7 +446,7 @@ async def test_no_common_version_is_a_clear_refusal(at: Served, versions: list[i
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.GetRun(wire.GetRunRequest(protocol_versions=versions))
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert dict(caught.value.trailing_metadata() or ())[REASON_KEY] == "VersionError"
+    assert dict(tuple(caught.value.trailing_metadata() or ()))[REASON_KEY] == "VersionError"
     assert "upgrade the older of the two" in str(caught.value.details())
 
 

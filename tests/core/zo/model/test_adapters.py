@@ -18,11 +18,13 @@ from fedmezo_core.errors import ConfigError, MismatchError, ModelError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter
 from fedmezo_core.zo.model.loading import load_model, quiet
+from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.party import Party, open_party
 
 TARGETS = {"llama-tied": ("q_proj", "layers.1.mlp.down_proj"), "gpt2": ("c_attn", "c_proj")}
 TASK = TaskConfig(template="{text}", verbalizers={"0": " a", "1": " b"})
+CARD = ModelCard("m", "a-run")
 
 
 def _party(folder: Path, kind: str, adapter: Path | None, dtype: Any = "float32") -> Party:
@@ -57,7 +59,7 @@ def test_one_runs_adapter_is_the_next_ones_base(
     folder = folder_of(kind)
     first = _party(folder, kind, None, dtype)
     first.weights.apply(1, [_commit(1)])
-    export_adapter(first.loaded.model, tmp_path / "first", "m")
+    export_adapter(first.loaded, tmp_path / "first", CARD)
 
     second = _party(folder, kind, tmp_path / "first", dtype)
     assert second.manifest_digest == first.manifest_digest
@@ -68,7 +70,7 @@ def test_one_runs_adapter_is_the_next_ones_base(
         _party(folder, kind, None, dtype).check_same_base(second.genesis())
 
     second.weights.apply(1, [_commit(2)])
-    export_adapter(second.loaded.model, tmp_path / "second", "m")
+    export_adapter(second.loaded, tmp_path / "second", CARD)
     with torch.inference_mode():
         expected = second.loaded.model(torch.arange(20)[None]).logits
     assert torch.equal(_logits_in_peft(folder, tmp_path / "second", dtype), expected)
@@ -102,7 +104,7 @@ def test_an_adapter_that_peft_has_written(
 def adapter(tmp_path: Path, folder_of: Callable[[str], Path]) -> Path:
     """An adapter of a small model that a test may spoil."""
     party = _party(folder_of("llama-tied"), "llama-tied", None)
-    export_adapter(party.loaded.model, tmp_path / "adapter", "m")
+    export_adapter(party.loaded, tmp_path / "adapter", CARD)
     return tmp_path / "adapter"
 
 

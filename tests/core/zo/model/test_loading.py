@@ -299,4 +299,4 @@ def test_without_a_network_the_cache_is_taken_at_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(loading, "_auto_model", Model)
     with pytest.raises(ModelError, match="this test has no weights"):
         load_model("some-one/a-model")
-    assert (seen["source"], seen["local_files_only"]) == ("some-one/a-model", True)
+    assert (seen["source"], seen["local_files_only"]) == ("/cache", True)

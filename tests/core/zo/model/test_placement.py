@@ -14,6 +14,7 @@ from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter, export_model
 from fedmezo_core.zo.model.loading import LoadedModel, load_model
+from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.model.offload import stored_parameters
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
@@ -21,6 +22,7 @@ from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
 
 COMMITS = [Commit(np.array([5, 6], np.uint64), np.array([0.02, -0.01], np.float32), 1)]
+CARD = ModelCard("m", "a-run")
 KINDS = ("gpt2", "llama", "llama-tied", "mixtral")
 LORA = LoraConfig(rank=4, alpha=16, target_modules=("q_proj", "v_proj"))
 
@@ -84,11 +86,11 @@ def test_an_adapter_on_a_base_in_files(kind: str, folder_of: FolderOf, tmp_path:
         logits = [loaded.model(input_ids=ids).logits for loaded in (plain, moved)]
     assert torch.equal(*logits)
     for loaded, name in ((plain, "plain"), (moved, "moved")):
-        export_adapter(loaded.model, tmp_path / f"{name}-adapter", "m")
+        export_adapter(loaded, tmp_path / f"{name}-adapter", CARD)
     _assert_same_files(tmp_path / "plain-adapter", tmp_path / "moved-adapter")
     if kind != "mixtral":
         for loaded, name in ((plain, "plain"), (moved, "moved")):
-            export_model(loaded.model, loaded.tokenizer, tmp_path / name)
+            export_model(loaded, tmp_path / name, CARD)
         _assert_same_model(tmp_path / "plain", tmp_path / "moved")
 
 
@@ -101,7 +103,7 @@ def test_an_offloaded_model_is_exported_with_its_commits(
     moved = load_model(str(folder), placement=_placement(folder, tmp_path))
     for loaded, name in ((plain, "plain"), (moved, "moved")):
         _digest_after_commits(loaded)
-        export_model(loaded.model, loaded.tokenizer, tmp_path / name)
+        export_model(loaded, tmp_path / name, CARD)
     _assert_same_model(tmp_path / "plain", tmp_path / "moved")
 
 

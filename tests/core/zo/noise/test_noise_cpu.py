@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedmezo_core
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.forward.low_rank import Side, factors
 from fedmezo_core.zo.materialize import materialize
@@ -124,3 +130,32 @@ def test_factors(dtype: torch.dtype, rank: int, side: Side) -> None:
             for signs, seed in zip(got, some, strict=True):
                 expected = spec.factor_signs(np.arange(length), seed, 2**32 - 1, side.value)[:rank]
                 assert torch.equal(signs, torch.from_numpy(expected).to(dtype))
+
+
+def test_without_a_folder_to_write_to_kernels_are_compiled_again(tmp_path: Path) -> None:
+    """As in a read-only installation under a user without a home; said once, not per kernel."""
+    package = Path(fedmezo_core.__file__).parent
+    installed = tmp_path / package.name
+    shutil.copytree(package, installed, ignore=shutil.ignore_patterns("__pycache__"))
+    # Root may write anywhere, but not into a folder that is a file.
+    (installed / "zo" / "noise" / "__pycache__").write_bytes(b"")
+    nowhere = {"HOME": "/dev/null/home", "XDG_CACHE_HOME": "/dev/null/cache"}
+    paths = [str(tmp_path), *sys.path]
+    kept = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    program = (
+        "import numpy as np; from fedmezo_core.zo.noise import cpu; "
+        "print(cpu.__file__, cpu.exchange_float_control(np.uint64(0)) != 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program],
+        env={**kept, **nowhere, "PYTHONPATH": os.pathsep.join(paths)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (
+        0,
+        f"{installed / 'zo' / 'noise' / 'cpu.py'} True\n",
+    ), done.stderr
+    assert done.stderr.count("set NUMBA_CACHE_DIR") == 1
