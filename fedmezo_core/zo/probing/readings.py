@@ -1,0 +1,126 @@
+"""Takes the readings that a proposal is made of: losses at several distances from the base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import ConfigError, MeasurementError
+from fedmezo_core.zo.data.task import Batch
+from fedmezo_core.zo.estimator import Estimator
+from fedmezo_core.zo.probing.proposal import (
+    COST_SHARE_MAX,
+    Reading,
+    forwards_of,
+    propose,
+    reports_of,
+)
+
+SHARE_MAX: Final = 0.05
+"""Part of a run's forward passes that a probe may take."""
+PASSES_MIN: Final = 44
+"""Fewest forward passes of a probe: 10 lengths along 2 directions, and the estimator's own 4."""
+DIRECTIONS_MAX: Final = 8
+STEP: Final = 4.0
+"""Factor between two neighbouring lengths."""
+LENGTHS_MAX: Final = 14
+FRESH_BATCHES_MAX: Final = 8
+_TEST_PASSES: Final = 4
+"""The estimator's test whether points can share a pass."""
+
+
+class Probe:
+    """Measures on a few batches: first one batch at many lengths, then others where it matters."""
+
+    def __init__(
+        self,
+        estimator: Estimator,
+        batch_of: Callable[[int], Batch],
+        config: RunConfig,
+        workers: int,
+        *,
+        passes_max: int | None = None,
+        told: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        """Prepare to probe for a run of `workers` workers, with a two-sided `estimator`.
+
+        batch_of: gives batch number 0, 1, ... of the contract's `batch_size` rows. passes_max: most
+        forward passes of such a batch; None: `SHARE_MAX` of the run's. told: called with a line for
+        each length. Raises `ConfigError` if that is too few.
+        """
+        run = forwards_of(config, workers)
+        self.passes_max = int(SHARE_MAX * run) if passes_max is None else passes_max
+        self.passes = 0
+        """Forward passes so far."""
+        if self.passes_max < PASSES_MIN:
+            raise ConfigError(
+                f"A probe takes at least {PASSES_MIN} forward passes of a batch, and may take "
+                f"{self.passes_max} ({SHARE_MAX:.0%} of this run's {run}, unless --passes says "
+                f"otherwise); give --passes {PASSES_MIN}, or take a rate from docs/choosing.md."
+            )
+        self._estimator = estimator
+        self._batch_of = batch_of
+        self._config = config
+        self._workers = workers
+        self._told = told
+        self._count = max(2, min(DIRECTIONS_MAX, self.passes_max // 40))
+        self._readings: list[Reading] = []
+
+    def readings(self) -> list[Reading]:
+        """Measure, within the budget; raises as `propose` does."""
+        self.passes += _TEST_PASSES
+        batch = self._batch_of(0)
+        eps = self._config.eps
+        for power in (0, -1, -2):
+            self._read(0, batch, eps * STEP**power)
+        shorter, longer = eps * STEP**-3, eps * STEP
+        while self._cost_share(shorter * STEP**2) > COST_SHARE_MAX / 30 and self._may_read():
+            self._read(0, batch, shorter)
+            shorter /= STEP
+        while self._cost_share(longer / STEP) < 1.2 * COST_SHARE_MAX and self._may_read():
+            self._read(0, batch, longer)
+            longer *= STEP
+        self._read_fresh_batches()
+        return self._readings
+
+    def _read_fresh_batches(self) -> None:
+        """Repeat, on other rows, the lengths that the proposal is about."""
+        found = propose(self._readings, self._config, self._workers)
+        known = [report.length for report in found.lengths if math.isfinite(report.cost)]
+        below = [length for length in known if length <= found.walk_length]
+        above = [length for length in known if length > found.walk_length]
+        lengths = sorted({found.eps, *below[-1:], *above[:1]})
+        for number in range(1, FRESH_BATCHES_MAX + 1):
+            if self.passes + len(lengths) * 2 * self._count > self.passes_max:
+                return
+            batch = self._batch_of(number)
+            for length in lengths:
+                self._read(number, batch, length)
+
+    def _may_read(self) -> bool:
+        lengths = len({reading.length for reading in self._readings})
+        return lengths < LENGTHS_MAX and self.passes + 2 * self._count <= self.passes_max
+
+    def _cost_share(self, length: float) -> float:
+        """What a length that was measured costs, as a part of the loss at W."""
+        loss, reports = reports_of(self._readings)
+        cost = next(report.cost for report in reports if report.length == length)
+        return abs(cost / loss) if math.isfinite(cost) and loss else math.inf
+
+    def _read(self, number: int, batch: Batch, length: float) -> None:
+        # Seeds that a run may use too: they are as good as any, and the weights are not written.
+        seeds: Sequence[int] = range(1, self._count + 1)
+        try:
+            measured = self._estimator.measure(batch, (), seeds, length)
+            plus = tuple(one.loss_plus for one in measured)
+            minus = tuple(one.loss_other for one in measured)
+        except MeasurementError:
+            plus = minus = (math.inf,) * len(seeds)
+        self.passes += 2 * len(seeds)
+        self._readings.append(Reading(number, length, plus, minus))
+        self._told(
+            f"batch {number + 1}, {length:.2g} away: mean loss {self._readings[-1].middle:.4f} "
+            f"({self.passes} of at most {self.passes_max} passes)"
+        )
