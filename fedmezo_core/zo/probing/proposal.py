@@ -29,12 +29,14 @@ COST_SHARE_MAX: Final = 0.075
 COST_PER_GAIN: Final = 0.05
 """What the walk may cost over sqrt(gain * loss), where `gain` is what the gradient would gain if it
 stayed as it is. Real gains over a run grow with about the root of that (decision 0028)."""
-LONG_RUN_GAIN: Final = 4.0
+LONG_RUN_GAIN: Final = 8.0
 """Such a gain over the loss, from which on more rounds teach little."""
 ROUNDS_FACTOR_MAX: Final = 100
 """Most by which the rounds of the contract are multiplied; beyond that, the task needs more."""
 AGREEMENT: Final = 0.1
 """Relative difference up to which projected gradients at two neighbouring lengths agree."""
+DISAGREEMENT_MAX: Final = 0.5
+"""Such a difference beyond which nothing is proposed."""
 BIAS_MAX: Final = 0.25
 """Largest bias of a one-sided projected gradient, as a part of its root mean square."""
 SIGNAL_SHARE_MIN: Final = 0.02
@@ -173,7 +175,7 @@ def reports_of(readings: Sequence[Reading]) -> tuple[float, list[LengthReport]]:
                 length,
                 math.fsum(reading.middle - bases[reading.batch] for reading in own) / len(own),
                 _root_mean_square(grads),
-                max((_difference(readings, length, other) for other in near), default=math.inf),
+                max((difference_of(readings, length, other) for other in near), default=math.inf),
             )
         )
     return math.fsum(bases.values()) / len(bases), reports
@@ -247,6 +249,25 @@ def cost_at(reports: Sequence[LengthReport], length: float, loss: float) -> floa
     raise AssertionError("the length is one of these")
 
 
+def difference_of(readings: Sequence[Reading], length: float, other: float) -> float:
+    """Relative root mean square difference of the projected gradients at two lengths.
+
+    Infinite if no batch was measured at both.
+    """
+    others = {reading.batch: reading.grads for reading in _at(readings, other)}
+    pairs = [
+        pair
+        for reading in _at(readings, length)
+        if reading.batch in others
+        for pair in zip(reading.grads, others[reading.batch], strict=False)
+    ]
+    if not pairs:
+        return math.inf
+    size = _root_mean_square([a for a, _ in pairs])
+    difference = _root_mean_square([a - b for a, b in pairs])
+    return difference / size if 0 < size < math.inf else math.inf
+
+
 def _with_enough_probes(config: RunConfig) -> RunConfig:
     """The contract with more probes in fewer rounds, if it wastes forward passes at W."""
     few = config.estimator == "one_sided" and config.probes < ONE_SIDED_PROBES_MIN
@@ -264,23 +285,22 @@ def _eps(reports: Sequence[LengthReport], config: RunConfig) -> float:
             "trains has no effect, or dtype rounds it away; check train, lora and the adapter, or "
             "use float32."
         )
+    best = min(report.disagreement for report in reports)
+    if best > DISAGREEMENT_MAX:
+        raise MeasurementError(
+            f"Projected gradients differ by {100 * best:.0f} % or more between any two lengths: "
+            "rounding drowns the differences of losses at short ones, curvature bends them at long "
+            "ones. Use float32, larger batches, or train another part of the model."
+        )
+    agreeing = [report for report in reports if report.disagreement <= max(AGREEMENT, best)]
     sound = [
         report
-        for report in reports
-        if report.disagreement <= AGREEMENT
-        and (
-            config.estimator == "two_sided"
-            or abs(report.cost) / report.length <= BIAS_MAX * report.grad
-        )
+        for report in agreeing
+        if config.estimator == "two_sided"
+        or abs(report.cost) / report.length <= BIAS_MAX * report.grad
     ]
-    if not sound:
-        best = min(reports, key=lambda report: report.disagreement)
-        raise MeasurementError(
-            f"Projected gradients differ by {100 * best.disagreement:.0f} % or more between any "
-            "two lengths: rounding drowns the differences of losses at short ones, curvature bends "
-            "them at long ones. Use float32, larger batches, or train another part of the model."
-        )
-    return min(sound, key=lambda report: abs(math.log(report.length / config.eps))).length
+    near = sound or agreeing[:1]
+    return min(near, key=lambda report: abs(math.log(report.length / config.eps))).length
 
 
 def _signal(readings: Sequence[Reading], length: float) -> float:
@@ -306,20 +326,6 @@ def _largest(is_short: Callable[[float], bool]) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if is_short(math.exp(middle)) else (low, middle)
     return math.exp(low)
-
-
-def _difference(readings: Sequence[Reading], length: float, other: float) -> float:
-    """Relative root mean square difference of the projected gradients at two lengths."""
-    others = {reading.batch: reading.grads for reading in _at(readings, other)}
-    pairs = [
-        pair
-        for reading in _at(readings, length)
-        if reading.batch in others
-        for pair in zip(reading.grads, others[reading.batch], strict=False)
-    ]
-    size = _root_mean_square([a for a, _ in pairs])
-    difference = _root_mean_square([a - b for a, b in pairs])
-    return difference / size if 0 < size < math.inf else math.inf
 
 
 def _root_mean_square(values: Sequence[float]) -> float:

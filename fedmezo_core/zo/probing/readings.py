@@ -11,8 +11,10 @@ from fedmezo_core.errors import ConfigError, MeasurementError
 from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.probing.proposal import (
+    AGREEMENT,
     COST_SHARE_MAX,
     Reading,
+    difference_of,
     forwards_of,
     propose,
     reports_of,
@@ -21,7 +23,7 @@ from fedmezo_core.zo.probing.proposal import (
 SHARE_MAX: Final = 0.05
 """Part of a run's forward passes that a probe may take."""
 PASSES_MIN: Final = 44
-"""Fewest forward passes of a probe: 10 lengths along 2 directions, and the estimator's own 4."""
+"""Fewest forward passes of a probe: 2 directions at 10 lengths, and the estimator's own 4."""
 DIRECTIONS_MAX: Final = 8
 STEP: Final = 4.0
 """Factor between two neighbouring lengths."""
@@ -73,31 +75,36 @@ class Probe:
         self.passes += _TEST_PASSES
         batch = self._batch_of(0)
         eps = self._config.eps
-        for power in (0, -1, -2):
-            self._read(0, batch, eps * STEP**power)
-        shorter, longer = eps * STEP**-3, eps * STEP
-        while self._cost_share(shorter * STEP**2) > COST_SHARE_MAX / 30 and self._may_read():
-            self._read(0, batch, shorter)
-            shorter /= STEP
-        while self._cost_share(longer / STEP) < 1.2 * COST_SHARE_MAX and self._may_read():
-            self._read(0, batch, longer)
-            longer *= STEP
+        for length in (eps, eps / STEP, eps * STEP):
+            self._read(0, batch, length)
+        shortest, longest = eps / STEP, eps * STEP
+        while self._cost_share(shortest * STEP) > COST_SHARE_MAX / 30 and self._may_read():
+            shortest /= STEP
+            self._read(0, batch, shortest)
+        while self._cost_share(longest) < 1.2 * COST_SHARE_MAX and self._may_read():
+            longest *= STEP**2 if self._is_near(longest) else STEP
+            self._read(0, batch, longest)
         self._read_fresh_batches()
         return self._readings
 
     def _read_fresh_batches(self) -> None:
-        """Repeat, on other rows, the lengths that the proposal is about."""
+        """Measure on other rows too, at the lengths that the proposal is about."""
         found = propose(self._readings, self._config, self._workers)
-        known = [report.length for report in found.lengths if math.isfinite(report.cost)]
-        below = [length for length in known if length <= found.walk_length]
-        above = [length for length in known if length > found.walk_length]
-        lengths = sorted({found.eps, *below[-1:], *above[:1]})
+        walk = float(f"{found.walk_length:.2g}")
+        lengths = sorted({found.eps, walk, 2 * walk})
         for number in range(1, FRESH_BATCHES_MAX + 1):
             if self.passes + len(lengths) * 2 * self._count > self.passes_max:
                 return
             batch = self._batch_of(number)
             for length in lengths:
                 self._read(number, batch, length)
+
+    def _is_near(self, length: float) -> bool:
+        """Whether the loss is nearly linear as far as `length`, so that one can be left out."""
+        _, reports = reports_of(self._readings)
+        below = max(report.length for report in reports if report.length < length)
+        agrees = difference_of(self._readings, below, length) <= AGREEMENT
+        return agrees and self._cost_share(length) < COST_SHARE_MAX / 300
 
     def _may_read(self) -> bool:
         lengths = len({reading.length for reading in self._readings})
