@@ -27,15 +27,15 @@ from deploy.demo import prepare
 from experiments.in_memory_federation import LOST, InMemoryFederation
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.layered_settings import ROW_STATES_MAX
-from fedmezo_core.zo.assignment import open_batches, open_estimator, open_row_states
+from fedmezo_core.zo.assignment import open_row_states
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import Example, read_examples
 from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.forward.row_states import SpooledRows
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.party import Party, open_party
-from fedmezo_core.zo.probing.proposal import Proposal, forwards_of, propose
-from fedmezo_core.zo.probing.readings import Probe
+from fedmezo_core.zo.probing.proposal import Proposal, forwards_of
+from fedmezo_core.zo.probing.readings import probe_party
 from fedmezo_core.zo.weights import Weights
 
 CACHE: Final = Path("build/cache")
@@ -236,17 +236,15 @@ class Trial:
 
     def probe(self) -> tuple[Proposal, int]:
         """The proposal, and the forward passes that it took."""
-        rows = [row for group in zip(*self.job.workers.values(), strict=False) for row in group]
-        party = self._at_base(estimator="two_sided")
-        batches = open_batches(party, party.task.encode(rows), "probe")
-        config, workers = self.job.config(), len(self.job.workers)
-        measuring = Probe(
-            open_estimator(party, threads=1, row_states=self._states),
-            lambda number: batches.batch(number + 1, 0),
-            config,
-            workers,
+        groups = zip(*self.job.workers.values(), strict=False)
+        rows = [row for group in groups for row in group]
+        return probe_party(
+            self._at_base(),
+            rows,
+            len(self.job.workers),
+            threads=1,
+            row_states=self._states,
         )
-        return propose(measuring.readings(), config, workers), measuring.passes
 
     def run(self, rate: float) -> Outcome:
         """A run at one rate."""
@@ -286,10 +284,8 @@ def figures_of(job: Job) -> Iterator[Figure]:
     found, passes = trial.probe()
     probed = time.process_time()
     config = job.config()
-    rate = float(f"{found.rate(normalized=config.normalized_step):.2g}")
-    print(
-        f"{job.title}: {found}", file=sys.stderr, flush=True
-    )
+    rate = found.values(normalized=config.normalized_step)["learning_rate"]
+    print(f"{job.title}: {found}", file=sys.stderr, flush=True)
     ours = trial.run(rate)
     ran = time.process_time()
     grid = [trial.run(each) for each in job.rates]

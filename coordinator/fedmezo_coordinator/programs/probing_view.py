@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import DataError
-from fedmezo_core.zo.assignment import open_batches, open_estimator, open_row_states
+from fedmezo_core.zo.assignment import open_row_states
 from fedmezo_core.zo.data.rows import read_examples
 from fedmezo_core.zo.forward.row_states import SpooledRows
 from fedmezo_core.zo.party import open_party
-from fedmezo_core.zo.probing.proposal import ROUNDS_FACTOR_MAX, Proposal, forwards_of, propose
-from fedmezo_core.zo.probing.readings import LENGTHS_MAX, Probe
+from fedmezo_core.zo.probing.proposal import (
+    ROUNDS_FACTOR_MAX,
+    Proposal,
+    forwards_of,
+    with_enough_probes,
+)
+from fedmezo_core.zo.probing.readings import LENGTHS_MAX, probe_party
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,10 @@ class ProbeResult:
     """A proposal, and what it was made from."""
 
     config: RunConfig
+    """The contract that it is for, with the proposed number of probes and rounds."""
     workers: int
     passes: int
     """Forward passes of one batch that it took."""
-    rows: int
-    """Rows of the data."""
     proposal: Proposal
 
 
@@ -46,29 +49,23 @@ def probe_run(
     Progress goes to standard error. Raises as `open_party`, `read_examples` and `propose` do.
     """
     rows = read_examples(data, run.task.data_columns)
-    _tell(f"loading {settings.model or run.model}")
-    party = open_party(run, settings.model or run.model, adapter=settings.adapter, threads=threads)
+    model = settings.model or run.model
+    _tell(f"loading {model}")
+    run = with_enough_probes(run)
+    party = open_party(run, model, adapter=settings.adapter, threads=threads)
     party.check_can_begin()
-    # The slope of the loss and its curvature: both need a point on either side of the weights.
-    two_sided = replace(party, config=run.model_copy(update={"estimator": "two_sided"}))
-    batches = open_batches(party, party.task.encode(rows), "probe")
-    if len(rows) < 2 * run.batch_size:
-        raise DataError(
-            f"{data}: {len(rows)} rows are fewer than two batches of {run.batch_size}; give more, "
-            "because what batches have in common is what a run can learn."
-        )
     rows_kept = SpooledRows(settings.replica_row_states_max)
     row_states = open_row_states(party, rows_kept, visits=LENGTHS_MAX, batch_size=run.batch_size)
-    measuring = Probe(
-        open_estimator(two_sided, threads=threads, row_states=row_states),
-        lambda number: batches.batch(*_place_of(number, run.local_steps)),
-        run,
+    proposal, taken = probe_party(
+        party,
+        rows,
         workers,
         passes_max=passes,
+        threads=threads,
+        row_states=row_states,
         told=_tell,
     )
-    proposal = propose(measuring.readings(), run, workers)
-    return ProbeResult(run, workers, measuring.passes, len(rows), proposal)
+    return ProbeResult(run, workers, taken, proposal)
 
 
 def proposal_lines(result: ProbeResult) -> list[str]:
@@ -90,7 +87,7 @@ def proposal_lines(result: ProbeResult) -> list[str]:
         row = f"{report.length:>21.2g}    {report.cost:<8.3g} {report.grad:<20.3g} {differs}"
         lines.append(row.rstrip())
     other = "plain" if run.normalized_step else "normalised"
-    other_rate = _rounded(found.rate(normalized=not run.normalized_step))
+    other_rate = found.values(normalized=not run.normalized_step)["learning_rate"]
     return [
         *lines,
         f"the random walk of the run may move each element by {found.walk_length:.2g}",
@@ -98,19 +95,18 @@ def proposal_lines(result: ProbeResult) -> list[str]:
         f"# for {result.workers} workers; {other} steps would need learning_rate = {other_rate:g}",
         *(f"{key} = {_toml(value)}" for key, value in values_to_set(result).items()),
         "",
-        _rounds_sentence(found),
+        _rounds_sentence(found, run.rounds),
     ]
 
 
 def values_to_set(result: ProbeResult) -> dict[str, Any]:
     """Keys of the run's contract and the values that are proposed for them."""
-    found, normalized = result.proposal, result.config.normalized_step
+    run = result.config
     return {
-        "eps": _rounded(found.eps),
-        "normalized_step": normalized,
-        "learning_rate": _rounded(found.rate(normalized=normalized)),
-        "probes": found.probes,
-        "rounds": found.rounds,
+        **result.proposal.values(normalized=run.normalized_step),
+        "normalized_step": run.normalized_step,
+        "probes": run.probes,
+        "rounds": run.rounds,
     }
 
 
@@ -129,24 +125,15 @@ def proposal_values(result: ProbeResult) -> dict[str, Any]:
     }
 
 
-def _rounds_sentence(found: Proposal) -> str:
-    if found.rounds_enough <= found.rounds:
+def _rounds_sentence(found: Proposal, rounds: int) -> str:
+    if found.rounds_enough <= rounds:
         return f"rounds beyond about {found.rounds_enough} teach little"
-    factor = found.rounds_enough / found.rounds
+    factor = found.rounds_enough / rounds
     much = f"{factor:.2g} times" if factor < ROUNDS_FACTOR_MAX else f"{factor:.0f} times or more"
     return (
         f"the task could use about {much} as many rounds or workers; probe again if you change "
         "them, because a longer run needs a smaller rate"
     )
-
-
-def _place_of(number: int, local_steps: int) -> tuple[int, int]:
-    """Round (from 1) and step of the worker's batch `number`."""
-    return number // local_steps + 1, number % local_steps
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.2g}")
 
 
 def _toml(value: Any) -> str:

@@ -110,18 +110,16 @@ class Proposal:
     """What that costs, in nats."""
     eps: float
     plain_rate: float
-    """Learning rate of plain steps, for `probes` and `rounds`."""
+    """Learning rate of plain steps."""
     normalized_rate: float
-    """Learning rate of normalised steps, for `probes` and `rounds`."""
-    probes: int
-    rounds: int
-    """As many rounds as take the contract's forward passes."""
+    """Learning rate of normalised steps."""
     rounds_enough: int
-    """Rounds after which more teach little; at most `ROUNDS_FACTOR_MAX` times `rounds`."""
+    """Rounds after which more teach little; at most `ROUNDS_FACTOR_MAX` times the contract's."""
 
-    def rate(self, *, normalized: bool) -> float:
-        """The learning rate for one kind of step."""
-        return self.normalized_rate if normalized else self.plain_rate
+    def values(self, *, normalized: bool) -> dict[str, float]:
+        """The contract's eps and learning rate for one kind of step, to two digits."""
+        rate = self.normalized_rate if normalized else self.plain_rate
+        return {"eps": float(f"{self.eps:.2g}"), "learning_rate": float(f"{rate:.2g}")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +145,15 @@ def forwards_of(config: RunConfig, workers: int) -> int:
     """Forward passes of one batch that all workers of a run do together."""
     a_step = config.probes + 1 if config.estimator == "one_sided" else 2 * config.probes
     return config.rounds * config.local_steps * a_step * workers
+
+
+def with_enough_probes(config: RunConfig) -> RunConfig:
+    """The contract, or one that spends its forward passes at W on more probes in fewer rounds."""
+    few = config.estimator == "one_sided" and config.probes < ONE_SIDED_PROBES_MIN
+    if not few or config.local_steps * ONE_SIDED_PROBES > STEPS_MAX:
+        return config
+    rounds = math.ceil(config.rounds * (config.probes + 1) / (ONE_SIDED_PROBES + 1))
+    return config.model_copy(update={"probes": ONE_SIDED_PROBES, "rounds": rounds})
 
 
 def reports_of(readings: Sequence[Reading]) -> tuple[float, list[LengthReport]]:
@@ -186,7 +193,6 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
 
     Raises `MeasurementError`, which says what to change, if the losses do not allow a proposal.
     """
-    config = _with_enough_probes(config)
     loss, reports = reports_of(readings)
     eps = _eps(reports, config)
     grad = next(report.grad for report in reports if report.length == eps)
@@ -217,8 +223,6 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
         eps=eps,
         plain_rate=normalized / grad,
         normalized_rate=normalized,
-        probes=config.probes,
-        rounds=config.rounds,
         rounds_enough=max(1, math.ceil(config.rounds * factor)),
     )
 
@@ -266,15 +270,6 @@ def difference_of(readings: Sequence[Reading], length: float, other: float) -> f
     size = _root_mean_square([a for a, _ in pairs])
     difference = _root_mean_square([a - b for a, b in pairs])
     return difference / size if 0 < size < math.inf else math.inf
-
-
-def _with_enough_probes(config: RunConfig) -> RunConfig:
-    """The contract with more probes in fewer rounds, if it wastes forward passes at W."""
-    few = config.estimator == "one_sided" and config.probes < ONE_SIDED_PROBES_MIN
-    if not few or config.local_steps * ONE_SIDED_PROBES > STEPS_MAX:
-        return config
-    rounds = math.ceil(config.rounds * (config.probes + 1) / (ONE_SIDED_PROBES + 1))
-    return config.model_copy(update={"probes": ONE_SIDED_PROBES, "rounds": rounds})
 
 
 def _eps(reports: Sequence[LengthReport], config: RunConfig) -> float:

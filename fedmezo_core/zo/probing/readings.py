@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import ConfigError, MeasurementError
+from fedmezo_core.errors import ConfigError, DataError, MeasurementError
+from fedmezo_core.zo.assignment import open_batches, open_estimator
+from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.estimator import Estimator
+from fedmezo_core.zo.forward.row_states import RowStates
+from fedmezo_core.zo.party import Party
 from fedmezo_core.zo.probing.proposal import (
     AGREEMENT,
     COST_SHARE_MAX,
+    Proposal,
     Reading,
     difference_of,
     forwards_of,
@@ -31,6 +37,40 @@ LENGTHS_MAX: Final = 14
 FRESH_BATCHES_MAX: Final = 8
 _TEST_PASSES: Final = 4
 """The estimator's test whether points can share a pass."""
+
+
+def probe_party(
+    party: Party,
+    rows: Sequence[Example],
+    workers: int,
+    *,
+    passes_max: int | None = None,
+    threads: int | None = None,
+    row_states: RowStates | None = None,
+    told: Callable[[str], None] = lambda _: None,
+) -> tuple[Proposal, int]:
+    """Probe for a run of `workers` workers with the contract and at the base of `party`.
+
+    Returns the proposal and how many forward passes it took. Arguments are those of `Probe` and
+    `open_estimator`; `rows` are like the workers'. Raises `DataError` if they are too few, and as
+    `Probe` and `propose` do.
+    """
+    config = party.config
+    if len(rows) < 2 * config.batch_size:
+        raise DataError(
+            f"{len(rows)} rows are fewer than two batches of {config.batch_size}; give more to probe "
+            "with, because what batches have in common is what a run can learn."
+        )
+    batches = open_batches(party, party.task.encode(rows), "probe")
+
+    def batch_of(number: int) -> Batch:
+        return batches.batch(number // config.local_steps + 1, number % config.local_steps)
+
+    # The slope of a loss and its curvature need a point on either side of the weights.
+    two_sided = replace(party, config=config.model_copy(update={"estimator": "two_sided"}))
+    estimator = open_estimator(two_sided, threads=threads, row_states=row_states)
+    probe = Probe(estimator, batch_of, config, workers, passes_max=passes_max, told=told)
+    return propose(probe.readings(), config, workers), probe.passes
 
 
 class Probe:

@@ -16,6 +16,7 @@ from fedmezo_core.zo.probing.proposal import (
     Reading,
     forwards_of,
     propose,
+    with_enough_probes,
 )
 
 LENGTHS = tuple(1e-3 * 4.0**power for power in range(-2, 6))
@@ -155,9 +156,8 @@ def test_losses_that_say_nothing_are_refused(
 
 def test_one_sided_runs_with_few_probes_get_more_of_them_for_the_same_passes() -> None:
     config = config_of(probes=1, rounds=340)
-    found = propose(readings_of(curved(0.5)), config, 4)
-    assert (found.probes, found.rounds) == (16, 40)
-    after = config.model_copy(update={"probes": found.probes, "rounds": found.rounds})
-    assert forwards_of(after, 4) == forwards_of(config, 4)
-    two_sided = propose(readings_of(curved(0.5)), config_of(probes=1, estimator="two_sided"), 4)
-    assert (two_sided.probes, two_sided.rounds) == (1, 60)
+    better = with_enough_probes(config)
+    assert (better.probes, better.rounds) == (16, 40)
+    assert forwards_of(better, 4) == forwards_of(config, 4)
+    for kept in (config_of(probes=1, estimator="two_sided"), config_of(probes=8)):
+        assert with_enough_probes(kept) is kept
