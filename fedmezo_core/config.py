@@ -38,7 +38,7 @@ POOL_SIZE_MAX = 65_536
 ALL_LINEAR = "all-linear"
 """peft's name for a LoRA adapter on every linear layer except the head."""
 
-WALK_LENGTHS = {"fitted": 0.12, "adapter": 0.01, "modules": 0.005, "all": 0.002}
+WALK_LENGTHS = {"fitted": 0.12, "adapter": 0.01, "modules": 0.015, "all": 0.004}
 """How far the random walk of a run may move each trained element, by what is trained.
 
 fitted: B of an adapter whose A stays as it is; adapter: a whole adapter; modules: those in `train`;

@@ -334,12 +334,10 @@ def probe(
     settings = load_settings(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo probe"
     )
+    if settings.run.get("normalized_step") is False:
+        # The contract of plain steps is not whole without the rate that is to be measured.
+        settings.run.setdefault("learning_rate", 1e-6)
     run = settings.run_config(f"[run] in {config}")
-    if run.task.objective:
-        raise ConfigError(
-            f"{config}: a probe measures losses, and this run scores batches by "
-            f"{run.task.objective}; choose its rate by trial."
-        )
     with worker_packages("probe a run"):
         from fedmezo_coordinator.programs.probing_view import (
             probe_run,

@@ -20,7 +20,7 @@ from fedmezo_core.zo.probing.proposal import (
     forwards_of,
     with_enough_probes,
 )
-from fedmezo_core.zo.probing.readings import LENGTHS_MAX, probe_party
+from fedmezo_core.zo.probing.readings import LENGTHS_MAX, passes_allowed, probe_party
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ def probe_run(
 
     Progress goes to standard error. Raises as `open_party`, `read_examples` and `propose` do.
     """
+    run = with_enough_probes(run)
+    passes = passes_allowed(run, workers, passes)
     rows = read_examples(data, run.task.data_columns)
     model = settings.model or run.model
     _tell(f"loading {model}")
-    run = with_enough_probes(run)
     party = open_party(run, model, adapter=settings.adapter, threads=threads)
     party.check_can_begin()
     rows_kept = SpooledRows(settings.replica_row_states_max)

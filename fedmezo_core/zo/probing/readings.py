@@ -39,6 +39,27 @@ _TEST_PASSES: Final = 4
 """The estimator's test whether points can share a pass."""
 
 
+def passes_allowed(config: RunConfig, workers: int, passes_max: int | None) -> int:
+    """Most forward passes of a probe; raises `ConfigError` if the run cannot be probed with them.
+
+    `passes_max` None: `SHARE_MAX` of the passes of a run of `workers` workers.
+    """
+    if config.task.objective:
+        raise ConfigError(
+            f"A probe measures losses, and this run scores batches by {config.task.objective}; "
+            "choose its learning_rate by trial."
+        )
+    run = forwards_of(config, workers)
+    allowed = int(SHARE_MAX * run) if passes_max is None else passes_max
+    if allowed < PASSES_MIN:
+        raise ConfigError(
+            f"A probe takes at least {PASSES_MIN} forward passes of a batch, and may take {allowed}; "
+            f"{SHARE_MAX:.0%} of this run's {run} are {int(SHARE_MAX * run)}. Give --passes "
+            f"{PASSES_MIN} to fedmezo probe, or take a rate from docs/choosing.md."
+        )
+    return allowed
+
+
 def probe_party(
     party: Party,
     rows: Sequence[Example],
@@ -58,8 +79,8 @@ def probe_party(
     config = party.config
     if len(rows) < 2 * config.batch_size:
         raise DataError(
-            f"{len(rows)} rows are fewer than two batches of {config.batch_size}; give more to probe "
-            "with, because what batches have in common is what a run can learn."
+            f"{len(rows)} rows are fewer than two batches of {config.batch_size}; give more, "
+            "because what batches have in common is what a run can learn."
         )
     batches = open_batches(party, party.task.encode(rows), "probe")
 
@@ -92,16 +113,9 @@ class Probe:
         forward passes of such a batch; None: `SHARE_MAX` of the run's. told: called with a line for
         each length. Raises `ConfigError` if that is too few.
         """
-        run = forwards_of(config, workers)
-        self.passes_max = int(SHARE_MAX * run) if passes_max is None else passes_max
+        self.passes_max = passes_allowed(config, workers, passes_max)
         self.passes = 0
         """Forward passes so far."""
-        if self.passes_max < PASSES_MIN:
-            raise ConfigError(
-                f"A probe takes at least {PASSES_MIN} forward passes of a batch, and may take "
-                f"{self.passes_max} ({SHARE_MAX:.0%} of this run's {run}, unless --passes says "
-                f"otherwise); give --passes {PASSES_MIN}, or take a rate from docs/choosing.md."
-            )
         self._estimator = estimator
         self._batch_of = batch_of
         self._config = config

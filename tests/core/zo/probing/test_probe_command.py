@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs import fedmezo_command as client_cli
-from fedmezo_core.config import RunConfig
+from fedmezo_coordinator.replica.supervisor import describe_base
+from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError, DataError
+from fedmezo_core.layered_settings import load_settings
 from tests.integration.support.parties import save_model, write_rows
 
 RUN = """
@@ -73,10 +76,30 @@ def test_what_cannot_be_probed_is_refused_with_a_sentence(folder: Path, tmp_path
     assert isinstance(few.exception, ConfigError)
     assert "at least 44 forward passes" in str(few.exception)
     assert "give --passes 44" in str(few.exception)
-    assert probe(tmp_path, folder, short, "--passes", "44").exit_code == 0
+    plain = short.replace("normalized_step = true", "normalized_step = false")
+    assert "normalized_step = false" in probe(tmp_path, folder, plain, "--passes", "44").stdout
     rows = probe(tmp_path, folder, RUN, rows=9)
     assert isinstance(rows.exception, DataError)
     assert "9 rows are fewer than two batches of 8" in str(rows.exception)
     task = TASK.replace("[run.task]", '[run.task]\nobjective = "somebody:scores"')
     scored = probe(tmp_path, folder, RUN, task=task)
-    assert "scores batches by somebody:scores; choose its rate by trial" in str(scored.exception)
+    assert "scores batches by somebody:scores; choose its learning_rate by trial" in str(
+        scored.exception
+    )
+
+
+async def test_a_coordinator_measures_the_rate_of_a_new_run(folder: Path, tmp_path: Path) -> None:
+    done = probe(tmp_path, folder, RUN, "--json")
+    found = json.loads(done.stdout)["run"]
+    file = tmp_path / "coordinator.toml"
+    given = load_settings(CoordinatorSettings, ["--config", str(file)], program="the test")
+    settings = given.model_copy(update={"probe_rows": tmp_path / "rows.jsonl"})
+    genesis = await describe_base(settings, settings.run_config("the test"))
+    begun = genesis.config
+    assert (begun.eps, begun.learning_rate) == (found["eps"], found["learning_rate"])
+    # A restart means the same run, although its settings name no rate.
+    again = parse_run({**begun.model_dump(), **settings.run}, "the test", begun)
+    assert again == begun
+    fixed = settings.model_copy(update={"run": settings.run | {"eps": 2e-3}})
+    genesis = await describe_base(fixed, fixed.run_config("the test"))
+    assert genesis.config.eps == 2e-3, "what [run] names is not measured"
