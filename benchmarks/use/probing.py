@@ -158,7 +158,7 @@ def classes_job() -> Job:
         {name: ordered[120 + 50 * k : 170 + 50 * k] for k, name in enumerate("abc")},
         ordered[:120],
         ordered[300:400],
-        (0.5, 1.0, 2.0, 4.0, 8.0),
+        (16.0, 32.0, 64.0, 128.0, 256.0),
     )
 
 
@@ -192,7 +192,7 @@ def instruction_job() -> Job:
         {"a": rows[30:55], "b": rows[55:80]},
         rows[:30],
         rows[30:],
-        (0.125, 0.5, 2.0, 8.0),
+        (0.3, 1.0, 3.0, 9.0),
     )
 
 

@@ -39,8 +39,10 @@ DISAGREEMENT_MAX: Final = 0.5
 """Such a difference beyond which nothing is proposed."""
 BIAS_MAX: Final = 0.25
 """Largest bias of a one-sided projected gradient, as a part of its root mean square."""
-SIGNAL_SHARE_MIN: Final = 0.02
-"""Least part of a squared projected gradient that counts as the same on all batches."""
+USUAL_SIGNAL_SHARE: Final = 0.25
+"""Part of a squared projected gradient that is the same on all batches, as on real tasks."""
+USUAL_DIRECTIONS: Final = 4
+"""How many measured directions this counts as much as: few directions measure the part badly."""
 ONE_SIDED_PROBES_MIN: Final = 8
 ONE_SIDED_PROBES: Final = 16
 """Probes that are proposed if a one-sided run has fewer than `ONE_SIDED_PROBES_MIN`. The pass at W,
@@ -196,7 +198,8 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
     loss, reports = reports_of(readings)
     eps = _eps(reports, config)
     grad = next(report.grad for report in reports if report.length == eps)
-    signal = max(_signal(readings, eps), SIGNAL_SHARE_MIN * grad * grad)
+    share = _signal_share(readings, eps)
+    signal = share * grad * grad
     travel = _Travel.of(config, workers)
 
     def gain(length: float) -> float:
@@ -217,7 +220,7 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
         loss=loss,
         lengths=tuple(reports),
         grad=grad,
-        signal_share=signal / (grad * grad),
+        signal_share=share,
         walk_length=length,
         walk_cost=cost_at(reports, length, loss),
         eps=eps,
@@ -298,20 +301,26 @@ def _eps(reports: Sequence[LengthReport], config: RunConfig) -> float:
     return min(near, key=lambda report: abs(math.log(report.length / config.eps))).length
 
 
-def _signal(readings: Sequence[Reading], length: float) -> float:
-    """Mean product of two batches' projected gradients along a direction.
+def _signal_share(readings: Sequence[Reading], length: float) -> float:
+    """Part of a squared projected gradient that does not change with the batch: 0 to 1.
 
-    Its expectation is the squared length of the mean gradient, without the batches' noise. With a
-    single batch it is the mean square.
+    The mean product of two batches' projected gradients along one direction is the squared length
+    of the mean gradient, without the batches' noise.
     """
     batches = [reading.grads for reading in _at(readings, length)]
-    if len(batches) == 1:
-        return _root_mean_square(batches[0]) ** 2
-    products: list[float] = []
-    for number, one in enumerate(batches):
-        for other in batches[number + 1 :]:
-            products += [a * b for a, b in zip(one, other, strict=False)]
-    return math.fsum(products) / len(products)
+    products = [
+        a * b
+        for number, one in enumerate(batches)
+        for other in batches[number + 1 :]
+        for a, b in zip(one, other, strict=True)
+    ]
+    if not products:
+        return USUAL_SIGNAL_SHARE
+    size = _root_mean_square([grad for grads in batches for grad in grads])
+    found = min(1.0, max(0.0, math.fsum(products) / len(products) / (size * size)))
+    directions = len(batches[0])
+    usual = USUAL_SIGNAL_SHARE * USUAL_DIRECTIONS
+    return (found * directions + usual) / (directions + USUAL_DIRECTIONS)
 
 
 def _largest(is_short: Callable[[float], bool]) -> float:

@@ -53,9 +53,9 @@ def passes_allowed(config: RunConfig, workers: int, passes_max: int | None) -> i
     allowed = int(SHARE_MAX * run) if passes_max is None else passes_max
     if allowed < PASSES_MIN:
         raise ConfigError(
-            f"A probe takes at least {PASSES_MIN} forward passes of a batch, and may take {allowed}; "
-            f"{SHARE_MAX:.0%} of this run's {run} are {int(SHARE_MAX * run)}. Give --passes "
-            f"{PASSES_MIN} to fedmezo probe, or take a rate from docs/choosing.md."
+            f"A probe takes at least {PASSES_MIN} forward passes of a batch, and {SHARE_MAX:.0%} "
+            f"of this run's {run} are {int(SHARE_MAX * run)}; give --passes {PASSES_MIN} to "
+            "fedmezo probe, or take a rate from docs/choosing.md."
         )
     return allowed
 
