@@ -293,13 +293,13 @@ def figures_of(job: Job) -> Iterator[Figure]:
     finite = [each for each in grid if math.isfinite(each.loss)]
     best = min(finite, key=lambda each: each.loss)
     over = 100 * (ours.loss / best.loss - 1)
-    behind = 100 * (max(each.accuracy for each in finite) - ours.accuracy)
+    behind = 100 * (best.accuracy - ours.accuracy)
     share = 100 * passes / forwards_of(config, len(job.workers))
     name = job.title
     yield Figure(f"{name}: rate that the probe proposes", rate, "")
     yield Figure(f"{name}: rate of the grid with the lowest loss", best.rate, "")
     yield Figure(f"{name}: loss at the proposed rate, above the grid's lowest", over, "%")
-    yield Figure(f"{name}: accuracy there, below the grid's best", behind, "points")
+    yield Figure(f"{name}: accuracy there, below that at the grid's lowest loss", behind, "points")
     yield Figure(
         f"{name}: distance from it, as a part of the allowed 1 point or 2 % of the loss",
         max(0.0, min(over / ALLOWED_LOSS_PERCENT, behind / ALLOWED_POINTS)),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Final
 
 from fedmezo_core.config import STEPS_MAX, RunConfig
@@ -39,6 +39,8 @@ DISAGREEMENT_MAX: Final = 0.5
 """Such a difference beyond which nothing is proposed."""
 BIAS_MAX: Final = 0.25
 """Largest bias of a one-sided projected gradient, as a part of its root mean square."""
+PLAIN_FACTOR: Final = 1.4
+"""How much larger a rate plain steps take: they shrink with the gradients as the run learns."""
 USUAL_SIGNAL_SHARE: Final = 0.25
 """Part of a squared projected gradient that is the same on all batches, as on real tasks."""
 USUAL_DIRECTIONS: Final = 4
@@ -224,7 +226,7 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
         walk_length=length,
         walk_cost=cost_at(reports, length, loss),
         eps=eps,
-        plain_rate=normalized / grad,
+        plain_rate=PLAIN_FACTOR * normalized / grad,
         normalized_rate=normalized,
         rounds_enough=max(1, math.ceil(config.rounds * factor)),
     )
@@ -237,14 +239,15 @@ def cost_at(reports: Sequence[LengthReport], length: float, loss: float) -> floa
     logarithms, and below the shortest one that stands out of the noise by its square. Infinite
     beyond the longest length at which all losses are finite.
     """
+    finite = list(takewhile(lambda report: math.isfinite(report.cost), reports))
+    noise = 1e-3 * abs(loss)
     known: list[tuple[float, float]] = []
-    for report in reports:
-        if not math.isfinite(report.cost):
-            break
+    for report in finite:
         # Losses that fall along random directions too are as far from W as those that rise.
-        if abs(report.cost) > 1e-3 * abs(loss):
-            known.append((report.length, max(abs(report.cost), known[-1][1] if known else 0.0)))
-    if not known or length > known[-1][0]:
+        if abs(report.cost) > noise or report is finite[-1]:
+            before = known[-1][1] if known else noise
+            known.append((report.length, max(abs(report.cost), before)))
+    if length > known[-1][0]:
         return math.inf
     first, cost = known[0]
     if length <= first:

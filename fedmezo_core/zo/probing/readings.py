@@ -138,6 +138,8 @@ class Probe:
         while self._cost_share(longest) < 1.2 * COST_SHARE_MAX and self._may_read():
             longest *= STEP**2 if self._is_near(longest) else STEP
             self._read(0, batch, longest)
+        if not self._readings[-1].is_finite and self._may_read():
+            self._read(0, batch, longest / STEP)
         self._read_fresh_batches()
         return self._readings
 

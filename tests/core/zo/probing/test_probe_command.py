@@ -67,7 +67,7 @@ def test_it_proposes_lines_for_the_contract_within_its_budget(folder: Path, tmp_
     assert found["workers"] == 1
     assert 44 <= found["passes"] <= 0.05 * found["run_passes"]
     assert found["run"].keys() <= RunConfig.model_fields.keys()
-    assert found["plain_rate"] == pytest.approx(found["normalized_rate"] / found["grad"])
+    assert found["plain_rate"] == pytest.approx(1.4 * found["normalized_rate"] / found["grad"])
 
 
 def test_what_cannot_be_probed_is_refused_with_a_sentence(folder: Path, tmp_path: Path) -> None:

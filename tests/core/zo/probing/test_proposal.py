@@ -73,7 +73,7 @@ def test_the_walk_may_cost_a_part_of_the_loss_if_there_is_much_to_gain() -> None
     assert found.walk_cost == pytest.approx(COST_SHARE_MAX, rel=0.01)
     assert found.walk_length == pytest.approx(math.sqrt(COST_SHARE_MAX / 0.5), rel=0.01)
     assert found.normalized_rate == pytest.approx(rate_of(found, 60, 100))
-    assert found.plain_rate == pytest.approx(found.normalized_rate / found.grad)
+    assert found.plain_rate == pytest.approx(1.4 * found.normalized_rate / found.grad)
     assert found.signal_share == pytest.approx((1 + 0.25) / 2), (
         "4 directions, and as many usual ones"
     )
@@ -129,7 +129,7 @@ def test_a_length_at_which_losses_diverge_ends_what_is_allowed() -> None:
         return math.inf if abs(length) > 0.1 else 1.0 + slope * length + 1e-1 * length**2
 
     found = propose(readings_of(diverging), config_of(), 4)
-    assert found.walk_length <= 0.1
+    assert 0.05 < found.walk_length <= 0.1
     assert math.isinf(found.lengths[-1].cost)
 
 
