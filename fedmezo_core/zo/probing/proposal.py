@@ -29,6 +29,8 @@ COST_SHARE_MAX: Final = 0.075
 COST_PER_GAIN: Final = 0.05
 """What the walk may cost over sqrt(gain * loss), where `gain` is what the gradient would gain if it
 stayed as it is. Real gains over a run grow with about the root of that (decision 0028)."""
+STEP_GAIN_MAX: Final = 0.4
+"""Most that a single step may gain by its slope, as a part of the loss: longer ones overshoot."""
 LONG_RUN_GAIN: Final = 8.0
 """Such a gain over the loss, from which on more rounds teach little."""
 ROUNDS_FACTOR_MAX: Final = 100
@@ -212,7 +214,7 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
             COST_SHARE_MAX * loss, COST_PER_GAIN * math.sqrt(gain(length) * max(loss, 0.0))
         )
         one_step = length / travel.walk * signal / grad
-        return cost_at(reports, length, loss) <= cost_max and one_step <= loss
+        return cost_at(reports, length, loss) <= cost_max and one_step <= STEP_GAIN_MAX * loss
 
     length = _largest(is_short)
     normalized = length / travel.walk

@@ -80,9 +80,9 @@ def test_the_walk_may_cost_a_part_of_the_loss_if_there_is_much_to_gain() -> None
 
 
 def test_four_times_the_curvature_needs_half_the_rate_and_so_do_four_times_the_rounds() -> None:
-    readings = readings_of(curved(0.5))
+    readings = readings_of(curved(2.0))
     once = propose(readings, config_of(), 4).normalized_rate
-    assert propose(readings_of(curved(2.0)), config_of(), 4).normalized_rate == pytest.approx(
+    assert propose(readings_of(curved(8.0)), config_of(), 4).normalized_rate == pytest.approx(
         once / 2, rel=0.02
     )
     assert propose(readings, config_of(rounds=240), 4).normalized_rate == pytest.approx(once / 2)
@@ -102,10 +102,10 @@ def test_batches_that_have_little_in_common_allow_a_shorter_walk_and_ask_for_mor
     assert differ.rounds_enough > 5 * agree.rounds_enough
 
 
-def test_a_step_is_never_longer_than_the_loss_it_could_gain() -> None:
+def test_no_step_gains_more_than_a_part_of_the_loss_by_its_slope() -> None:
     one = config_of(rounds=1, learning_rate=1e-6)
     found = propose(readings_of(curved(1e-3)), one, workers=40)
-    assert found.normalized_rate * found.grad * found.signal_share == pytest.approx(1, rel=0.01)
+    assert found.normalized_rate * found.grad * found.signal_share == pytest.approx(0.4, rel=0.01)
 
 
 def test_eps_stays_where_neighbouring_lengths_agree() -> None:
