@@ -551,19 +551,19 @@ def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None
     if isinstance(task, dict):
         version = begun.task.template_version if begun else template_version_of(task)
         values = {**values, "task": {"template_version": version, **task}}
+    has_no_rate = begun is None and "learning_rate" not in values
     try:
         config = RunConfig.model_validate(values)
+        if has_no_rate:
+            if "normalized_step" in values and not config.normalized_step:
+                raise ConfigError(
+                    f"{where}: learning_rate is missing, and no rate of plain steps suits two "
+                    "tasks; run fedmezo probe to measure one, or leave out normalized_step."
+                )
+            own = {"normalized_step": True, "learning_rate": config.default_rate}
+            config = RunConfig.model_validate({**values, **own})
     except ValidationError as error:
         raise ConfigError(sentence_of(error, where)) from None
-    if begun is None and "learning_rate" not in values:
-        if values.get("normalized_step") is False:
-            raise ConfigError(
-                f"{where}: learning_rate is missing, and no rate of plain steps suits two tasks; "
-                "run fedmezo probe to measure one, or leave out normalized_step."
-            )
-        config = config.model_copy(
-            update={"normalized_step": True, "learning_rate": config.default_rate}
-        )
     if begun is None and config.task.holds_its_answer and not config.task.objective:
         raise ConfigError(
             f"{where}: task.template = {config.task.template!r} is not allowed: it names "

@@ -284,6 +284,12 @@ def test_a_default_rate_stays_with_its_run() -> None:
     )
 
 
-def test_plain_steps_need_a_rate() -> None:
+def test_a_default_rate_is_checked_with_the_rest() -> None:
+    with pytest.raises(ConfigError, match="learning_rate x weight_decay"):
+        parse_run(WITHOUT_A_RATE | {"weight_decay": 1e5}, "run")
+
+
+@pytest.mark.parametrize("written", [False, "false"])
+def test_plain_steps_need_a_rate(written: object) -> None:
     with pytest.raises(ConfigError, match=r"run: learning_rate is missing.*fedmezo probe"):
-        parse_run(WITHOUT_A_RATE | {"normalized_step": False}, "run")
+        parse_run(WITHOUT_A_RATE | {"normalized_step": written}, "run")

@@ -334,7 +334,7 @@ def probe(
     settings = load_settings(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo probe"
     )
-    if settings.run.get("normalized_step") is False:
+    if "normalized_step" in settings.run:
         # The contract of plain steps is not whole without the rate that is to be measured.
         settings.run.setdefault("learning_rate", 1e-6)
     run = settings.run_config(f"[run] in {config}")

@@ -55,8 +55,11 @@ def probe_run(
     _tell(f"loading {model}")
     party = open_party(run, model, adapter=settings.adapter, threads=threads)
     party.check_can_begin()
-    rows_kept = SpooledRows(settings.replica_row_states_max)
-    row_states = open_row_states(party, rows_kept, visits=LENGTHS_MAX, batch_size=run.batch_size)
+    row_states = None
+    if states_max := settings.replica_row_states_max:
+        row_states = open_row_states(
+            party, SpooledRows(states_max), visits=LENGTHS_MAX, batch_size=run.batch_size
+        )
     proposal, taken = probe_party(
         party,
         rows,
