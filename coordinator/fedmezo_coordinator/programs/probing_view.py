@@ -141,7 +141,7 @@ def _rounds_sentence(found: Proposal, rounds: int) -> str:
 
 
 def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def _tell(line: str) -> None:

@@ -90,7 +90,8 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
     answer = json.loads(out.splitlines()[-1])
     measured = {key: value for key, value in answer["measured"].items() if key not in settings.run}
     if measured:
-        log.info("measured on %s: %s", rows, measured)
+        shown = ", ".join(f"{key} = {value:g}" for key, value in measured.items())
+        log.info("measured on %s: %s", rows, shown)
         config = parse_run({**config.model_dump(), **measured}, "the measured values", config)
     return Genesis(
         config=config,

@@ -78,6 +78,8 @@ def test_what_cannot_be_probed_is_refused_with_a_sentence(folder: Path, tmp_path
     assert "give --passes 44" in str(few.exception)
     plain = short.replace("normalized_step = true", "normalized_step = false")
     assert "normalized_step = false" in probe(tmp_path, folder, plain, "--passes", "44").stdout
+    long = RUN.replace("rounds = 100", "rounds = 1000000")
+    assert "\nrounds = 1000000\n" in probe(tmp_path, folder, long, "--passes", "44").stdout
     rows = probe(tmp_path, folder, RUN, rows=9)
     assert isinstance(rows.exception, DataError)
     assert "9 rows are fewer than two batches of 8" in str(rows.exception)
