@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -51,6 +52,14 @@ ALL_LINEAR = "all-linear"
 
 NEWEST_TEMPLATE_VERSION = 3
 """The `TaskConfig.template_version` of new runs."""
+WALK_LENGTHS = {"fitted": 0.12, "adapter": 0.01, "modules": 0.015, "all": 0.004}
+"""How far the random walk of a run may move each trained element, by what is trained.
+
+fitted: B of an adapter whose A stays as it is; adapter: a whole adapter; modules: those in `train`;
+all: everything. Where a contract has no learning rate, this gives it (decision 0028).
+"""
+_SQUARES = {"constant": 1.0, "linear": 1 / 3, "cosine": 3 / 8}
+"""Mean squared factor of each schedule that falls to 0."""
 
 _PLAIN_COLUMN = re.compile(r"\{([A-Za-z_][A-Za-z0-9_ ]*)\}")
 _COLUMN_NAME = re.compile(r"(?!\s)[\w .\x80-\U0010ffff-]+(?<!\s)")
@@ -463,6 +472,20 @@ class RunConfig(_Frozen):
         return self.staleness_max_rounds if self.buffer_answers else 0
 
     @property
+    def default_rate(self) -> float:
+        """A learning rate of normalised steps that is sound where nobody has measured a better one.
+
+        Over the run each trained element then walks by one of `WALK_LENGTHS`.
+        """
+        trained = "modules" if self.train else "all"
+        if self.lora is not None:
+            trained = "fitted" if self.lora.freeze_a else "adapter"
+        workers = 1 if self.seed_policy == "shared" else max(self.workers_min, self.quorum)
+        steps = self.rounds * self.local_steps * _SQUARES[self.schedule]
+        rate = WALK_LENGTHS[trained] * math.sqrt(self.probes * workers / steps)
+        return float(f"{rate:.2g}")
+
+    @property
     def rate_amplitude(self) -> float:
         """Greatest difference of a worker's own rate from `learning_rate`; 0 if it has none."""
         if self.personal_rate == "frozen":
@@ -581,9 +604,9 @@ def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
     A new run reads rows by the newest version, and its answers are clipped by the usual size. Its
-    template may not give the answer away unless an objective scores the run. With `begun`, the
-    contract of the run that `values` describe again, that run's version and clip stay and nothing
-    of this is checked.
+    template may not give the answer away unless an objective scores the run. Without a learning
+    rate it takes normalised steps of its `default_rate`. With `begun`, the contract of the run that
+    `values` describe again, that run's version and clip stay and nothing of this is checked.
     """
     clip = begun.clip_median_factor if begun else CLIP_MEDIAN_FACTOR
     values = {"clip_median_factor": clip, **values}
@@ -591,8 +614,17 @@ def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None
     if isinstance(task, dict):
         version = begun.task.template_version if begun else NEWEST_TEMPLATE_VERSION
         values = {**values, "task": {"template_version": version, **task}}
+    has_no_rate = begun is None and "learning_rate" not in values
     try:
         config = RunConfig.model_validate(values)
+        if has_no_rate:
+            if "normalized_step" in values and not config.normalized_step:
+                raise ConfigError(
+                    f"{where}: learning_rate is missing, and no rate of plain steps suits two "
+                    "tasks; run fedmezo probe to measure one, or leave out normalized_step."
+                )
+            own = {"normalized_step": True, "learning_rate": config.default_rate}
+            config = RunConfig.model_validate({**values, **own})
     except ValidationError as error:
         raise ConfigError(sentence_of(error, where)) from None
     if begun is None and config.task.holds_its_answer and not config.task.objective:

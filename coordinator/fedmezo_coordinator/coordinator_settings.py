@@ -99,6 +99,11 @@ class CoordinatorSettings(ServingSettings):
         default=None,
         description="held-out rows (JSONL, CSV or Parquet) that the model is evaluated on",
     )
+    probe_rows: UserPath | None = Field(
+        default=None,
+        description="rows like the workers', on which a new run's learning_rate (and eps, if [run] "
+        "names none) is measured before it begins, as by fedmezo probe",
+    )
     evaluate_every_rounds: int = Field(
         default=10, ge=1, description="rounds between two evaluations"
     )
@@ -151,6 +156,14 @@ class CoordinatorSettings(ServingSettings):
     def _factor_with_resume(self) -> CoordinatorSettings:
         if self.resume_rate_factor != 1.0 and not self.resume:
             raise ValueError("resume_rate_factor needs resume; set that too, or leave both out")
+        return self
+
+    @model_validator(mode="after")
+    def _measured_or_named(self) -> Self:
+        if self.probe_rows is not None and "learning_rate" in self.run:
+            raise ValueError(
+                "probe_rows measures a learning_rate and [run] names one; leave out one of them"
+            )
         return self
 
     @property

@@ -216,12 +216,13 @@ def split(snippets: Sequence[Snippet], heldout_per_label: int = HELDOUT_PER_LABE
     for domain in dict.fromkeys(snippet.domain for snippet in snippets):
         documents: dict[str, list[Snippet]] = {}
         for snippet in sorted(
-            (each for each in snippets if each.domain == domain), key=lambda each: _order(each.text)
+            (each for each in snippets if each.domain == domain),
+            key=lambda each: order_of(each.text),
         ):
             documents.setdefault(snippet.document, []).append(snippet)
         wanted = dict.fromkeys(LABELS, heldout_per_label)
         rest: list[Snippet] = []
-        for name in sorted(documents, key=_order):
+        for name in sorted(documents, key=order_of):
             chosen = []
             for snippet in documents[name]:
                 if wanted[snippet.label]:
@@ -235,11 +236,12 @@ def split(snippets: Sequence[Snippet], heldout_per_label: int = HELDOUT_PER_LABE
                 f"the {domain} data have too few rows to hold out {heldout_per_label} of each "
                 "label; hold out fewer."
             )
-        train[domain] = sorted(rest, key=lambda each: _order(each.text))
-    return Split(train, sorted(heldout, key=lambda each: _order(each.text)))
+        train[domain] = sorted(rest, key=lambda each: order_of(each.text))
+    return Split(train, sorted(heldout, key=lambda each: order_of(each.text)))
 
 
-def _order(text: str) -> bytes:
+def order_of(text: str) -> bytes:
+    """A key to sort texts by, which has nothing to do with what they say."""
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -284,21 +286,23 @@ def read_packages(requirements: str) -> dict[str, Package]:
 # archive is only data, so pip is handed a backend that runs nothing of it and just gives its name.
 _INERT_BACKEND = """
 import pathlib
+import sys
 
-class Backend:
-    def prepare_metadata_for_build_wheel(self, directory, config_settings=None):
-        folder = pathlib.Path(directory, "{stem}-{version}.dist-info")
-        folder.mkdir()
-        folder.joinpath("METADATA").write_text(
-            "Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n"
-        )
-        return folder.name
+def prepare_metadata_for_build_wheel(directory, config_settings=None):
+    folder = pathlib.Path(directory, "{stem}-{version}.dist-info")
+    folder.mkdir()
+    folder.joinpath("METADATA").write_text(
+        "Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n"
+    )
+    return folder.name
 
-    def build_wheel(self, *arguments, **settings):
-        raise RuntimeError("this archive is data and is not built")
+def build_wheel(*arguments, **settings):
+    raise RuntimeError("this archive is data and is not built")
 
-__legacy__ = Backend()
+__legacy__ = sys.modules[__name__]
 """
+_BACKENDS = ("setuptools/build_meta.py", "hatchling/build.py")
+"""Files of the backends that our archives name."""
 
 
 def fetch(package: Package, archives: Path, scratch: Path) -> Path:
@@ -318,15 +322,16 @@ def fetch(package: Package, archives: Path, scratch: Path) -> Path:
     command += ["--require-hashes", "--dest", str(folder), "--requirement", str(requirement)]
     environment = dict(os.environ)
     if package.is_sdist:
-        backend = folder / "backend" / "setuptools"
-        backend.mkdir(parents=True)
-        (backend / "__init__.py").touch()
-        (backend / "build_meta.py").write_text(
-            _INERT_BACKEND.format(
-                stem=package.name.replace("-", "_"), name=package.name, version=package.version
-            )
+        backends = folder / "backends"
+        code = _INERT_BACKEND.format(
+            stem=package.name.replace("-", "_"), name=package.name, version=package.version
         )
-        environment["PYTHONPATH"] = str(backend.parent.resolve())
+        for name in _BACKENDS:
+            file = backends / name
+            file.parent.mkdir(parents=True)
+            (file.parent / "__init__.py").touch()
+            file.write_text(code)
+        environment["PYTHONPATH"] = str(backends.resolve())
         command += ["--no-binary", ":all:", "--no-build-isolation", "--use-pep517"]
     else:
         command += ["--only-binary", ":all:"]
@@ -378,14 +383,15 @@ def write_data(archive: Path, target: Path, scratch: Path) -> None:
     """Write the folder `target` of JSONL files from the VADER source archive."""
     say("writing the four domains' rows")
     folder = Path(tempfile.mkdtemp(dir=scratch))
-    rows = split(select(_read_snippets(archive)))
+    rows = split(select(read_snippets(archive)))
     for domain, snippets in rows.train.items():
         (folder / f"{domain}.train.jsonl").write_bytes(to_jsonl(snippets))
     (folder / "heldout.jsonl").write_bytes(to_jsonl(rows.heldout))
     _move_into_place(folder, target)
 
 
-def _read_snippets(archive: Path) -> Iterator[Snippet]:
+def read_snippets(archive: Path) -> Iterator[Snippet]:
+    """All rated sentences of the VADER source archive, domain by domain."""
     # The data are an archive inside the archive. Members are read, never extracted to the disk.
     with tarfile.open(archive) as outer:
         prefix = archive.name.removesuffix(".tar.gz")

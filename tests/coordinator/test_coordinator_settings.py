@@ -71,6 +71,13 @@ def test_the_home_folder_is_meant_in_every_path(
     assert {str(getattr(settings, name)) for name in paths} == {f"{tmp_path}/file"}
 
 
+def test_a_rate_is_measured_or_named() -> None:
+    run = '{"learning_rate": 1e-3}'
+    with pytest.raises(ConfigError, match="probe_rows measures a learning_rate and"):
+        load("--probe-rows=rows.jsonl", f"--run={run}")
+    assert load("--probe-rows=rows.jsonl").probe_rows == Path("rows.jsonl")
+
+
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:
     assert load().is_loopback
 

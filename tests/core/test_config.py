@@ -26,6 +26,7 @@ from fedmezo_proto.v1 import journal_pb2 as pb
 VALUES: dict[str, Any] = {
     "run_id": "run-1",
     "model": "m",
+    "learning_rate": 1e-6,
     "task": {"verbalizers": {"no": " bad", "yes": " good"}},
 }
 
@@ -351,3 +352,41 @@ def test_a_template_that_gives_the_answer_away_is_refused() -> None:
     assert parse_run(VALUES | {"task": task}, "run", begun) == begun
     objective = parse_run(VALUES | {"task": task | {"objective": "a:b"}}, "run")
     assert objective.task.holds_its_answer, "an objective may want it"
+
+
+WITHOUT_A_RATE = {key: value for key, value in VALUES.items() if key != "learning_rate"}
+
+
+def test_a_new_run_without_a_rate_gets_normalised_steps_of_a_sound_one() -> None:
+    lora = {"rank": 32, "alpha": 32, "target_modules": ["up_proj"]}
+    demo = {"rounds": 50, "local_steps": 1, "probes": 28, "schedule": "linear", "workers_min": 4}
+    fitted = parse_run(WITHOUT_A_RATE | demo | {"lora": lora | {"freeze_a": True}}, "run")
+    assert fitted.normalized_step
+    assert 0.2 <= fitted.learning_rate <= 0.8, "the demo's own rate is 0.5"
+    parts: list[dict[str, Any]] = [{}, {"lora": lora}, {"train": ["layers.29"]}]
+    whole, *others = (parse_run(WITHOUT_A_RATE | demo | part, "run") for part in parts)
+    assert all(whole.learning_rate < other.learning_rate < 0.2 for other in others)
+    longer = parse_run(WITHOUT_A_RATE | demo | {"rounds": 200}, "run")
+    assert longer.learning_rate == pytest.approx(whole.learning_rate / 2, rel=0.05)
+    assert not parse_run(VALUES, "run").normalized_step, "as it was"
+
+
+def test_a_default_rate_stays_with_its_run() -> None:
+    begun = parse_run(WITHOUT_A_RATE, "run")
+    assert config_from_pb(config_to_pb(begun)) == begun
+    assert parse_run({**begun.model_dump(), **WITHOUT_A_RATE}, "run", begun) == begun
+    old = RunConfig.model_validate(WITHOUT_A_RATE)
+    assert parse_run({**old.model_dump(), **WITHOUT_A_RATE}, "run", old) == old, (
+        "runs from before keep 1e-6"
+    )
+
+
+def test_a_default_rate_is_checked_with_the_rest() -> None:
+    with pytest.raises(ConfigError, match="learning_rate x weight_decay"):
+        parse_run(WITHOUT_A_RATE | {"weight_decay": 1e5}, "run")
+
+
+@pytest.mark.parametrize("written", [False, "false"])
+def test_plain_steps_need_a_rate(written: object) -> None:
+    with pytest.raises(ConfigError, match=r"run: learning_rate is missing.*fedmezo probe"):
+        parse_run(WITHOUT_A_RATE | {"normalized_step": written}, "run")

@@ -1,4 +1,4 @@
-"""`fedmezo`: split data, watch a run, check its journal, export its model."""
+"""`fedmezo`: split data, choose a rate, watch a run, check its journal, export its model."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _program(
         ),
     ] = False,
 ) -> None:
-    """Split data, watch a federated run, check its journal, export its model."""
+    """Split data, choose a rate, watch a federated run, check its journal, export its model."""
 
 
 @app.command()
@@ -361,6 +361,49 @@ def adapter(
         f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
         f'"{folder}" at the coordinator and at every worker'
     )
+
+
+@app.command()
+def probe(
+    config: Annotated[Path, typer.Option(help="the coordinator's TOML file")],
+    data: Annotated[
+        Path,
+        typer.Option(help="rows like the workers': a JSONL, CSV or Parquet file, or a folder"),
+    ],
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="workers of the run; default: the run's workers_min or quorum"),
+    ] = None,
+    passes: Annotated[
+        int | None,
+        typer.Option(min=1, help="most forward passes of a batch; default: 5 % of the run's"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    threads: Threads = None,
+) -> None:
+    """Measure which eps and learning rate suit a run, before it begins; see docs/choosing.md."""
+    settings = load_settings(
+        CoordinatorSettings, ["--config", str(config)], program="fedmezo probe"
+    )
+    if "normalized_step" in settings.run:
+        # The contract of plain steps is not whole without the rate that is to be measured.
+        settings.run.setdefault("learning_rate", 1e-6)
+    run = settings.run_config(f"[run] in {config}")
+    with worker_packages("probe a run"):
+        from fedmezo_coordinator.programs.probing_view import (
+            probe_run,
+            proposal_lines,
+            proposal_values,
+        )
+    result = probe_run(
+        settings,
+        run,
+        data,
+        workers=workers or max(run.workers_min, run.quorum),
+        passes=passes,
+        threads=threads,
+    )
+    print(json_line(proposal_values(result)) if as_json else "\n".join(proposal_lines(result)))
 
 
 @app.command()

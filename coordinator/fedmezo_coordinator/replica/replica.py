@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmezo_coordinator.replica.supervisor import RETRY, USER_ERROR
 from fedmezo_core.errors import (
@@ -38,6 +38,9 @@ from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot, file_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
+
+if TYPE_CHECKING:
+    from fedmezo_core.zo.party import Party
 
 log = logging.getLogger("fedmezo.replica")
 
@@ -76,9 +79,10 @@ def _end_with_parent() -> None:
 
 
 def describe(orders: dict[str, Any]) -> dict[str, Any]:
-    """Load the base model and return its digests and sizes; also checks the held-out rows.
+    """Load the base model and return its digests and sizes, and what `probe_rows` say.
 
-    What is logged meanwhile as a warning is returned too, for the daemon to log.
+    Also checks the held-out rows. What is logged meanwhile as a warning is returned too, for the
+    daemon to log.
     """
     config = config_from_pb(pb.RunConfig.FromString(bytes.fromhex(orders["config"])))
     warnings = _Warnings(logging.WARNING)
@@ -96,8 +100,22 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
         "tokenizer_parts": [part.hex() for part in genesis.tokenizer_parts],
         "trainable_elements": genesis.trainable_elements,
         "trainable_bytes": genesis.trainable_bytes,
+        "measured": _measured(copy.party, orders.get("probe_rows")),
         "warnings": warnings.messages,
     }
+
+
+def _measured(party: Party, path: str | None) -> dict[str, float]:
+    """The eps and learning rate that suit the run, by the rows in `path`; empty if it is None."""
+    if path is None:
+        return {}
+    from fedmezo_core.zo.data.rows import read_rows
+    from fedmezo_core.zo.probing.readings import probe_party
+
+    config = party.config
+    rows = read_rows(path, config.task)
+    workers = max(config.workers_min, config.quorum)
+    return probe_party(party, rows, workers)[0].values(normalized=config.normalized_step)
 
 
 class _Warnings(logging.Handler):

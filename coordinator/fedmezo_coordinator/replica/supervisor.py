@@ -17,7 +17,7 @@ from typing import Any
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.serving.status_report import ReplicaView
-from fedmezo_core.config import RunConfig
+from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.records import Genesis
@@ -55,7 +55,8 @@ def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
 async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Genesis:
     """The genesis of a new run, from a child process that loads the base model.
 
-    The child also checks the held-out rows. Raises the `FedMezoError` that the child ended with.
+    The child also checks the held-out rows, and measures the values that `settings.run` leaves open
+    if there are `probe_rows`. Raises the `FedMezoError` that the child ended with.
     """
     if not settings.model:
         raise ConfigError(
@@ -69,7 +70,12 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        orders = _orders(settings, config=config_to_pb(config).SerializeToString().hex())
+        rows = settings.probe_rows
+        orders = _orders(
+            settings,
+            config=config_to_pb(config).SerializeToString().hex(),
+            probe_rows=None if rows is None else str(rows),
+        )
         # The child's input stays open, because the child ends when its input does.
         with contextlib.suppress(ConnectionError):
             process.stdin.write(orders)
@@ -85,6 +91,11 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
     answer = json.loads(out.splitlines()[-1])
     for warning in answer["warnings"]:
         log.warning("%s", warning)
+    measured = {key: value for key, value in answer["measured"].items() if key not in settings.run}
+    if measured:
+        shown = ", ".join(f"{key} = {value:g}" for key, value in measured.items())
+        log.info("measured on %s: %s", rows, shown)
+        config = parse_run({**config.model_dump(), **measured}, "the measured values", config)
     return Genesis(
         config=config,
         manifest_digest=bytes.fromhex(answer["manifest_digest"]),
