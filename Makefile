@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-gpu bench-coordinator experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-gpu bench-coordinator bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -129,6 +129,9 @@ bench-gpu: setup  ## the same on a CUDA device, with its roofline; build/reports
 
 bench-coordinator: setup  ## submissions, connections, restarts of one coordinator; build/reports/bench-coordinator.json
 	$(BIN)/python -m benchmarks.bench_coordinator
+
+bench-use: setup  ## first lines, late workers beside unread pages, proposed rates beside a grid search; build/reports/bench-use.json
+	$(BIN)/python -m benchmarks.bench_use
 
 # `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set clients=8" or EXPERIMENT=--fresh.

@@ -1,4 +1,4 @@
-"""`make bench-use`: what people meet: first lines, proposed settings, a worker that comes late."""
+"""`make bench-use`: a worker's first lines, a worker that comes late, and proposed rates."""
 
 from __future__ import annotations
 
