@@ -89,7 +89,7 @@ def test_a_cache_is_passed_on_whole(is_registered: bool, monkeypatch: pytest.Mon
     assert COPIES.part(1, arguments)[1]["past_key_values"] is cache
     assert len(tensors_in(arguments)) == 1
     with pytest.raises(InseparableError):
-        COPIES.repeated(BaseModelOutputWithPast(_hidden(2), past_key_values=cache))
+        COPIES.repeated(BaseModelOutputWithPast(_hidden(2), cache))
 
 
 def test_what_does_not_divide_is_refused() -> None:
