@@ -96,7 +96,7 @@ class Children:
             (folder / "go").write_bytes(b"go")
             status = self._exchange("")
             strace.wait()
-        calls = [call for line in log.read_text().splitlines() if (call := _call_in(line))]
+        calls = [call for line in _whole_lines(log.read_text()) if (call := _call_in(line))]
         acknowledged = re.findall(r"acknowledged (\d+)", (folder / "said").read_text())
         for name in ("go", "calls", "said"):
             (folder / name).unlink()
@@ -141,6 +141,19 @@ def _strace(fault: Fault, pid: int, log: Path) -> subprocess.Popen[str]:
         if "attached" in line:
             return strace
     raise AssertionError(f"strace did not attach to {pid}")
+
+
+def _whole_lines(log: str) -> Iterator[str]:
+    """The lines of strace's log; it breaks one in which another thread does something."""
+    begun: dict[str, str] = {}
+    for line in log.splitlines():
+        thread, _, what = line.partition(" ")
+        if what.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>")
+        elif what.lstrip().startswith("<... ") and thread in begun:
+            yield begun.pop(thread) + what.partition(" resumed>")[2]
+        else:
+            yield line
 
 
 def _call_in(line: str) -> str:
