@@ -145,10 +145,11 @@ class Probe:
 
     def _read_fresh_batches(self) -> None:
         """Measure on other rows too, at the lengths that the proposal is about."""
-        found = propose(self._readings, self._config, self._workers)
-        walk = float(f"{found.walk_length:.2g}")
-        lengths = sorted({found.eps, walk, 2 * walk})
         for number in range(1, FRESH_BATCHES_MAX + 1):
+            # What was measured last says where it matters now.
+            found = propose(self._readings, self._config, self._workers)
+            walk = float(f"{found.walk_length:.2g}")
+            lengths = sorted({found.eps, walk, 2 * walk})
             if self.passes + len(lengths) * 2 * self._count > self.passes_max:
                 return
             batch = self._batch_of(number)
