@@ -30,8 +30,8 @@ RETRY = 1
 """Exit status of a replica that a restart may help: it did not reach the daemon."""
 USER_ERROR = 2
 """Exit status of a replica that a restart cannot help."""
-STOP_TIMEOUT_S = 10.0
-"""Time that a replica gets to end before it is killed."""
+STOP_TIMEOUT_S = 2.0
+"""Time that a replica gets to end before it is killed; less than `STOP_WITHIN_S` of the daemon."""
 _MODULE = "fedmezo_coordinator.replica.replica"
 
 

@@ -12,6 +12,8 @@ from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.replica import supervisor
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor
 from fedmezo_coordinator.serving.status_report import ReplicaView
+from fedmezo_core.program import STOP_WITHIN_S
+from tests.integration.support.harness import until
 
 
 def supervised(
@@ -52,3 +54,20 @@ async def test_a_line_that_is_too_long_does_not_end_the_supervision(
     await asyncio.wait_for(keeper.keep(), 20)
     assert view.complaint == "the replica stopped: ConfigError: no"
     assert not view.evaluates
+
+
+async def test_a_replica_that_does_not_end_is_killed_before_the_coordinator_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = tmp_path / "ready"
+    text = f"trap '' TERM; touch {ready}; for n in $(seq 99); do sleep 0.1; done"
+    keeper, _ = supervised(shell(tmp_path / "program", text), monkeypatch)
+    keeping = asyncio.create_task(keeper.keep())
+
+    async def is_ready() -> bool:
+        return ready.exists()
+
+    await until(is_ready, "the program")
+    keeping.cancel()
+    _, pending = await asyncio.wait([keeping], timeout=STOP_WITHIN_S - 1)
+    assert not pending
