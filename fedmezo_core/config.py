@@ -615,8 +615,10 @@ def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None
         version = begun.task.template_version if begun else NEWEST_TEMPLATE_VERSION
         values = {**values, "task": {"template_version": version, **task}}
     has_no_rate = begun is None and "learning_rate" not in values
+    # What is compared with the rate waits until there is one.
+    waits = ("personal_rate_amplitude", "weight_decay") if has_no_rate else ()
     try:
-        config = RunConfig.model_validate(values)
+        config = RunConfig.model_validate({k: v for k, v in values.items() if k not in waits})
         if has_no_rate:
             if "normalized_step" in values and not config.normalized_step:
                 raise ConfigError(

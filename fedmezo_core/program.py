@@ -31,7 +31,7 @@ STEP_LINE_EVERY_S = 10.0
 REPEAT_AFTER_S = 1.0
 """A second signal counts from this long after the first; two at once are often one, sent twice."""
 STOP_WITHIN_S = 4.0
-"""Longest time that a daemon takes to stop; then it ends in the midst of what it does."""
+"""Longest time that a daemon takes to stop; after that it ends, whatever it does then."""
 
 
 def launch(module: str) -> NoReturn:

@@ -178,8 +178,14 @@ class CoordinatorSettings(ServingSettings):
         return folder.absolute()
 
     def run_config(self, where: str) -> RunConfig:
-        """The run's contract in these settings; raises `ConfigError`, which names what is wrong."""
-        return parse_run({"model": model_label(self.model), **self.run}, where)
+        """The run's contract in these settings; raises `ConfigError`, which names what is wrong.
+
+        Plain steps of which `probe_rows` will tell the rate have a provisional one.
+        """
+        run = {"model": model_label(self.model), **self.run}
+        if self.probe_rows is not None and str(run.get("normalized_step")).lower() == "false":
+            run["learning_rate"] = RunConfig.model_fields["learning_rate"].default
+        return parse_run(run, where)
 
 
 class RelaySettings(ServingSettings):

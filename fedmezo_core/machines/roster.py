@@ -22,6 +22,10 @@ RECENT_ROUNDS_MAX = 1000
 """Most summaries of rounds, evaluations and divergences that are kept for the status."""
 WORKERS_SEEN_MAX = 4 * COHORT_MAX
 """Most workers that are remembered; those that left longest ago are forgotten first."""
+AGAIN_AFTER_ROUNDS = 32
+"""Rounds after which a worker that missed a deadline is waited for again, for one more deadline.
+Each further miss doubles them. A worker that is slower than the others needs this: where nobody
+waits for it, each of its answers comes after the commit."""
 NAMED_MAX = 3
 """Most workers that one sentence for the log names."""
 COMPLAINT_CHARS_MAX = 512
@@ -65,8 +69,14 @@ class WorkerView:
     """Whether the worker knows that its weights differ, and is expected to rebuild them."""
     learning_rate: float | None = None
     """Learning rate of the last assignment."""
-    missed: bool = False
-    """Whether the worker let its last deadline pass, and has not answered or joined since."""
+    misses: int = 0
+    """Deadlines that passed while the worker was waited for, since it last answered or joined."""
+    again_round: int = 0
+    """First round in which a worker with misses is waited for once more."""
+
+    def is_late(self, round_: int) -> bool:
+        """Whether it missed a deadline, so that `round_` does not wait for it."""
+        return self.misses > 0 and round_ < self.again_round
 
 
 class Roster:
@@ -85,7 +95,7 @@ class Roster:
         """Worker -> the assignment that it can still answer, whether or not it is ready."""
         self.waited_for: set[str] = set()
         """Workers with an assignment that are worth waiting for: they have not left since the start
-        or missed their last deadline. Only for reading."""
+        or missed a deadline shortly before. Only for reading."""
 
     @property
     def awaited(self) -> tuple[str, ...]:
@@ -108,7 +118,7 @@ class Roster:
     def join(self, worker: str) -> None:
         """The worker's session is open."""
         view = self.view(worker)
-        view.complaint, view.missed = "", False
+        view.complaint, view.misses = "", 0
         self.ready.add(worker)
         if worker in self.assignments:
             self.waited_for.add(worker)
@@ -130,12 +140,12 @@ class Roster:
     # ------------------------------------------------------------ assignments
 
     def assign(self, worker: str, assignment: RoundSlot, learning_rate: float) -> None:
-        """Let the worker answer `assignment`, and wait for that unless it missed its last one."""
+        """Let the worker answer `assignment`, and wait for that unless it missed a deadline."""
         view = self.view(worker)
         view.learning_rate = learning_rate
         self.assignments[worker] = assignment
         self.idle.discard(worker)
-        if not view.missed:
+        if not view.is_late(assignment.round):
             self.waited_for.add(worker)
 
     def expect(self, assignments: Mapping[str, RoundSlot]) -> None:
@@ -144,23 +154,27 @@ class Roster:
         self.waited_for.update(assignments)
 
     def miss(self, workers: Iterable[str]) -> None:
-        """The deadline of these workers' assignments is over: do not wait for them again."""
-        for worker in workers:
+        """The deadline of these workers' assignments is over: do not wait for them for a while."""
+        for worker in self.waited_for.intersection(workers):
             self.waited_for.discard(worker)
             if worker in self.workers:
-                self.workers[worker].missed = True
+                view = self.workers[worker]
+                view.again_round = (
+                    self.assignments[worker].round + AGAIN_AFTER_ROUNDS * 2**view.misses
+                )
+                view.misses += 1
 
     def choose(
         self, run_seed: int, round_: int, workers: Iterable[str], size_max: int
     ) -> tuple[str, ...]:
-        """A round's cohort out of known workers, sorted; who missed its last deadline comes last.
+        """A round's cohort out of known workers, sorted; those nobody waits for come last.
 
         See `choose_cohort`.
         """
         first: list[str] = []
         last: list[str] = []
         for worker in workers:
-            (last if self.workers[worker].missed else first).append(worker)
+            (last if self.workers[worker].is_late(round_) else first).append(worker)
         chosen = choose_cohort(run_seed, round_, first, size_max)
         more = choose_cohort(run_seed, round_, last, size_max - len(chosen))
         return tuple(sorted(chosen + more))
@@ -183,7 +197,7 @@ class Roster:
         """The worker's answer was accepted."""
         self.release(worker, assignment)
         view = self.view(worker)
-        view.mean_loss, view.missed, view.complaint = mean_loss, False, ""
+        view.mean_loss, view.misses, view.complaint = mean_loss, 0, ""
 
     def unable(self, event: UnableReceived) -> None:
         """The worker cannot measure its assignment."""

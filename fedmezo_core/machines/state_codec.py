@@ -21,7 +21,7 @@ from fedmezo_core.journal.codec import (
     evaluated_to_pb,
 )
 from fedmezo_core.journal.sealed import SealedState
-from fedmezo_core.machines.health import Health, LossWatch, Streak
+from fedmezo_core.machines.health import Health, LossWatch, Streak, chance_of
 from fedmezo_core.machines.rates import SIGNAL_ROUNDS
 from fedmezo_core.machines.roster import RoundSummary
 from fedmezo_core.machines.run_state import EPOCH_MAX, Accepted, RoundState, RunState
@@ -167,6 +167,10 @@ def _wrong_in(state: RunState, config: RunConfig) -> Iterator[str]:
     watches = (state.health.training, state.health.heldout)
     if any(watch.high_since is not None and watch.first is None for watch in watches):
         yield "it has a loss that was high before there was a first one"
+    if chance_of(config) is None and any(w.was_better or w.at_chance.count for w in watches):
+        yield "it compares losses with a guess, whose loss nobody knows in this run"
+    if not all(math.isfinite(size) and size > 0 for size in state.usual_sizes):
+        yield "a usual size of its answers is not a number above 0"
     pool = state.pool
     if pool is not None and not math.isfinite(pool.decay + sum(pool.coefficients + pool.sizes)):
         yield "its pool has a number that is not finite"

@@ -78,6 +78,16 @@ def test_a_rate_is_measured_or_named() -> None:
     assert load("--probe-rows=rows.jsonl").probe_rows == Path("rows.jsonl")
 
 
+def test_the_rate_of_plain_steps_can_be_measured() -> None:
+    plain = {key: value for key, value in run_values().items() if key != "learning_rate"}
+    settings = CoordinatorSettings(
+        model="base", run=plain | {"normalized_step": False}, probe_rows=Path("rows.jsonl")
+    )
+    assert not settings.run_config("the test").normalized_step
+    with pytest.raises(ConfigError, match="learning_rate is missing"):
+        settings.model_copy(update={"probe_rows": None}).run_config("the test")
+
+
 def test_it_listens_on_loopback_unless_told_otherwise() -> None:
     assert load().is_loopback
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from fedmezo_core.journal.codec import (
     encode_records,
     evaluated_to_pb,
 )
-from fedmezo_core.journal.journal import ZERO_HASH, Journal, head_after
+from fedmezo_core.journal.journal import ZERO_HASH, Entry, Journal, head_after
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX
 from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Started
@@ -208,6 +211,40 @@ async def test_nothing_more_is_taken_from_a_session_that_another_has_replaced(
         await next_assignment(new)
     answers = [r for r in records_of(tmp_path / "journal.db") if isinstance(r, Answered)]
     assert [answer.projected_grads for answer in answers] == [(2.0,)]
+
+
+async def test_a_caller_that_goes_away_while_it_replaces_a_session_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genesis = genesis_of(config_of(rounds=9, workers_min=2, quorum=1, local_steps=1))
+    head = head_after(ZERO_HASH, encode_record(genesis))
+    path = tmp_path / "journal.db"
+    async with served(path, genesis) as at:
+        first = await at.daemon.join(hello_of(genesis, "w1", 0, head))
+        await at.daemon.join(hello_of(genesis, "w2", 0, head))
+        await at.daemon.receive(first, answer_to(await next_assignment(first), [1.0]))
+
+        async def answered() -> bool:
+            return at.daemon.status("").records == 4
+
+        await until(answered, "the answer")
+        writing, may_write = threading.Event(), threading.Event()
+        append = Journal.append
+
+        def slow(journal: Journal, bodies: Sequence[bytes]) -> list[Entry]:
+            writing.set()
+            may_write.wait(10)
+            return append(journal, bodies)
+
+        monkeypatch.setattr(Journal, "append", slow)
+        # Without the session that is replaced, nobody is waited for, so the round is committed.
+        joining = asyncio.create_task(at.daemon.join(hello_of(genesis, "w2", 0, head)))
+        assert await asyncio.to_thread(writing.wait, 10)
+        joining.cancel()
+        await asyncio.sleep(0)
+        may_write.set()
+        await asyncio.wait_for(at.daemon.join(hello_of(genesis, "w3", 0, head)), 10)
+    assert [record.round for record in records_of(path) if isinstance(record, Committed)] == [1]
 
 
 async def test_a_reconnecting_client_sees_the_same_run(tmp_path: Path) -> None:

@@ -386,6 +386,14 @@ def test_a_default_rate_is_checked_with_the_rest() -> None:
         parse_run(WITHOUT_A_RATE | {"weight_decay": 1e5}, "run")
 
 
+def test_own_rates_are_compared_with_the_default_rate() -> None:
+    own = {"personal_rate": "random", "personal_rate_amplitude": 1e-5}
+    run = parse_run(WITHOUT_A_RATE | own, "run")
+    assert run.personal_rate_amplitude == 1e-5 < run.learning_rate
+    with pytest.raises(ConfigError, match=r"must be below learning_rate = 0\.\d"):
+        parse_run(WITHOUT_A_RATE | own | {"personal_rate_amplitude": 1.0}, "run")
+
+
 @pytest.mark.parametrize("written", [False, "false"])
 def test_plain_steps_need_a_rate(written: object) -> None:
     with pytest.raises(ConfigError, match=r"run: learning_rate is missing.*fedmezo probe"):

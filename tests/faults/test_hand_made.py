@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedmezo_core.config import TaskConfig
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.journal.journal import Journal, MemoryStore
@@ -144,11 +145,23 @@ def test_sealed_states_that_no_records_come_to() -> None:
         "before there was a first one": [
             origin_pb2.RunState(rate_factor=1, training=origin_pb2.LossWatch(high_since=1))
         ],
+        "a usual size of its answers is not a number above 0": [
+            origin_pb2.RunState(rate_factor=1, usual_sizes=[1.0, size])
+            for size in (-1.0, 0.0, float("nan"), float("inf"))
+        ],
     }
     for words, messages in changes.items():
         for message in messages:
             with pytest.raises(ProtocolError, match=words):
                 state_from_pb(message, genesis)
+    task = TaskConfig(kind="instruction")
+    ruined = origin_pb2.LossWatch(
+        newest_round=99, was_better=True, at_chance=origin_pb2.Streak(since=1, count=99)
+    )
+    with pytest.raises(ProtocolError, match="with a guess, whose loss nobody knows"):
+        state_from_pb(
+            origin_pb2.RunState(rate_factor=1, heldout=ruined), genesis_of(config_of(task=task))
+        )
     genesis, message = pool_message()
     message.pool.coefficients[3] = float("inf")
     with pytest.raises(ProtocolError, match="its pool has a number that is not finite"):

@@ -89,10 +89,11 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
     logging.getLogger("fedmezo").addHandler(warnings)
     try:
         copy = _Copy(orders, config)
+        copy.party.check_can_begin()
+        genesis = copy.party.genesis()
+        measured = _measured(copy.party, orders.get("probe_rows"))
     finally:
         logging.getLogger("fedmezo").removeHandler(warnings)
-    copy.party.check_can_begin()
-    genesis = copy.party.genesis()
     return {
         "manifest_digest": genesis.manifest_digest.hex(),
         "base_digest": genesis.base_digest.hex(),
@@ -100,7 +101,7 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
         "tokenizer_parts": [part.hex() for part in genesis.tokenizer_parts],
         "trainable_elements": genesis.trainable_elements,
         "trainable_bytes": genesis.trainable_bytes,
-        "measured": _measured(copy.party, orders.get("probe_rows")),
+        "measured": measured,
         "warnings": warnings.messages,
     }
 

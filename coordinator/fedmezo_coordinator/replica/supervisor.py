@@ -30,8 +30,8 @@ RETRY = 1
 """Exit status of a replica that a restart may help: it did not reach the daemon."""
 USER_ERROR = 2
 """Exit status of a replica that a restart cannot help."""
-STOP_TIMEOUT_S = 10.0
-"""Time that a replica gets to end before it is killed."""
+STOP_TIMEOUT_S = 2.0
+"""Time that a replica gets to end before it is killed; less than `STOP_WITHIN_S` of the daemon."""
 _MODULE = "fedmezo_coordinator.replica.replica"
 
 
@@ -159,9 +159,12 @@ class ReplicaSupervisor:
             await asyncio.sleep(wait_s)
 
     async def _run_once(self) -> tuple[int, str]:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", _MODULE, "follow", stdin=PIPE, stderr=PIPE
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", _MODULE, "follow", stdin=PIPE, stderr=PIPE
+            )
+        except OSError as error:  # For example too little memory, or too many open files.
+            return RETRY, f"its process could not be started: {error}"
         assert process.stdin is not None
         assert process.stderr is not None
         last_line = "it said nothing"
@@ -169,7 +172,13 @@ class ReplicaSupervisor:
             with contextlib.suppress(ConnectionError):
                 process.stdin.write(self._orders)
                 await process.stdin.drain()
-            async for line in process.stderr:
+            while True:
+                try:
+                    line = await process.stderr.readline()
+                except ValueError:
+                    continue  # The line was too long for the reader, which dropped it.
+                if not line:
+                    break
                 last_line = line.decode(errors="replace").rstrip()
                 log.debug("replica: %s", last_line)
             return await process.wait(), last_line

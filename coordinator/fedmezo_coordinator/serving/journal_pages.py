@@ -137,8 +137,7 @@ class JournalPages:
         self._messages: dict[int, bytes] = {}
         self._news = asyncio.Event()
         self.length = 0
-        """How many of the journal's records are shown; those of an append that is not over are not.
-        """
+        """How many records readers may see: none of those that are being appended."""
 
     async def close(self) -> None:
         """Wait for the read that is under way; then the journal may be closed."""

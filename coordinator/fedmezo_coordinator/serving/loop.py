@@ -408,8 +408,11 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 )
             )
             await self._flush([self._machine.step(WorkerLost(worker))])
+            if item.done.done():
+                return
         try:
             welcome = self._welcome_now()
+            self._check_hello(hello)  # That flush may have committed a round.
         except FedMezoError as error:
             item.done.set_exception(error)
             return

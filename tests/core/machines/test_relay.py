@@ -323,7 +323,7 @@ def test_a_worker_that_stays_silent_costs_its_site_one_share_of_the_deadline() -
         assert isinstance(up, SendAnswer)
         assert not site.answer("w1", 1.0, 1.0, round_=round_).up
         site.commit(round_)
-    assert site.machine.roster.workers["w1"].missed
+    assert site.machine.roster.workers["w1"].misses == 1
     # It is waited for again once it answers in time.
     site.assign(5)
     site.answer("w1", 1.0, 1.0, round_=5)

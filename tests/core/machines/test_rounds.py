@@ -23,7 +23,12 @@ from fedmezo_core.events import (
     WorkerReady,
 )
 from fedmezo_core.machines.aggregate import to_binary32
-from fedmezo_core.machines.roster import COMPLAINT_CHARS_MAX, RECENT_ROUNDS_MAX, Phase
+from fedmezo_core.machines.roster import (
+    AGAIN_AFTER_ROUNDS,
+    COMPLAINT_CHARS_MAX,
+    RECENT_ROUNDS_MAX,
+    Phase,
+)
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.run_state import DIGESTS_KEPT_MAX, RunState
 from fedmezo_core.records import (
@@ -420,6 +425,38 @@ def test_a_worker_that_was_silent_is_waited_for_again(back: str) -> None:
     assert run.machine.round == 3
     run.answer("silent")
     assert run.machine.round == 4
+
+
+def test_a_worker_that_is_slower_than_the_others_counts_again_after_one_miss() -> None:
+    run = RoundsDriver(workers_min=3, quorum=1, rounds=80, deadline_ms=1000)
+    run.ready("a", "b", "slow")
+    ends_ms: dict[str, tuple[int, int]] = {}
+    counted: list[int] = []
+    for now_ms in range(0, 100_000, 20):
+        run.tick(now_ms)
+        for worker, (round_, end_ms) in list(ends_ms.items()):
+            if now_ms < end_ms:
+                continue
+            del ends_ms[worker]
+            # A worker does not send what was measured in vain.
+            if round_ == run.machine.round + 1:
+                run.answer(worker)
+                counted += [round_] if worker == "slow" else []
+        for worker in run.machine.roster.awaited:
+            round_ = run.machine.roster.assignments[worker].round
+            takes_ms = 400 if worker != "slow" else 1500 if round_ == 1 else 500
+            ends_ms.setdefault(worker, (round_, now_ms + takes_ms))
+        if run.machine.round == 80:
+            break
+    assert counted == list(range(1 + AGAIN_AFTER_ROUNDS, 81))
+
+
+def test_who_stays_silent_is_waited_for_less_and_less() -> None:
+    run = RoundsDriver(workers_min=4, quorum=1, rounds=300)
+    run.ready("a", "b", "c", "silent")
+    taken_ms = rounds_with_a_silent_worker(run, 300)
+    waited = [round_ for round_, ms in enumerate(taken_ms, start=1) if ms == 1000]
+    assert waited == [1, 33, 97, 225]
 
 
 def test_below_quorum_the_silent_are_asked_again_and_needed() -> None:

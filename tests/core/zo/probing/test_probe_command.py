@@ -90,13 +90,16 @@ def test_what_cannot_be_probed_is_refused_with_a_sentence(folder: Path, tmp_path
     )
 
 
-async def test_a_coordinator_measures_the_rate_of_a_new_run(folder: Path, tmp_path: Path) -> None:
+async def test_a_coordinator_measures_the_rate_of_a_new_run(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     done = probe(tmp_path, folder, RUN, "--json")
     found = json.loads(done.stdout)["run"]
     file = tmp_path / "coordinator.toml"
     given = load_settings(CoordinatorSettings, ["--config", str(file)], program="the test")
-    settings = given.model_copy(update={"probe_rows": tmp_path / "rows.jsonl"})
+    settings = given.model_copy(update={"probe_rows": tmp_path})
     genesis = await describe_base(settings, settings.run_config("the test"))
+    assert "passed over 'coordinator.toml'" in caplog.text
     begun = genesis.config
     assert (begun.eps, begun.learning_rate) == (found["eps"], found["learning_rate"])
     # A restart means the same run, although its settings name no rate.
