@@ -94,10 +94,11 @@ class PromptEncoder:
 
     def _holds_a_rows_control(self, pieces: Sequence[str], tokens: Sequence[int]) -> bool:
         own = tuple(pieces[::2])
-        if (unknown := self._unknown) is not None:
-            # Columns side by side can spell it too. It may well be the end-of-text token.
-            if "".join(pieces).count(unknown) != sum(part.count(unknown) for part in own):
-                return True
+        # It may well be the end-of-text token. Columns side by side can spell it too.
+        if (unknown := self._unknown) is not None and (
+            "".join(pieces).count(unknown) != sum(part.count(unknown) for part in own)
+        ):
+            return True
         found = [] if self._ids.isdisjoint(tokens) else [id_ for id_ in tokens if id_ in self._ids]
         if own not in self._written:
             ids = [id_ for part in self.of_texts(own) for id_ in part]
