@@ -615,8 +615,10 @@ def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None
         version = begun.task.template_version if begun else NEWEST_TEMPLATE_VERSION
         values = {**values, "task": {"template_version": version, **task}}
     has_no_rate = begun is None and "learning_rate" not in values
+    # There is no rate yet that this could be too large for.
+    later = {"personal_rate_amplitude"} if has_no_rate else set()
     try:
-        config = RunConfig.model_validate(values)
+        config = RunConfig.model_validate({k: v for k, v in values.items() if k not in later})
         if has_no_rate:
             if "normalized_step" in values and not config.normalized_step:
                 raise ConfigError(
