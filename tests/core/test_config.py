@@ -384,11 +384,12 @@ def test_a_default_rate_stays_with_its_run() -> None:
 def test_a_default_rate_is_checked_with_the_rest() -> None:
     with pytest.raises(ConfigError, match="learning_rate x weight_decay"):
         parse_run(WITHOUT_A_RATE | {"weight_decay": 1e5}, "run")
-    rate = parse_run(WITHOUT_A_RATE, "run").learning_rate
-    config = parse_run(WITHOUT_A_RATE | {"personal_rate_amplitude": rate / 2}, "run")
-    assert (config.learning_rate, config.rate_amplitude) == (rate, rate / 2)
+    personal = WITHOUT_A_RATE | {"personal_rate": "random"}
+    rate = parse_run(personal, "run").learning_rate
+    config = parse_run(personal | {"personal_rate_amplitude": rate / 4}, "run")
+    assert (config.learning_rate, config.rate_amplitude) == (rate, rate / 4)
     with pytest.raises(ConfigError, match=f"must be below learning_rate = {rate}"):
-        parse_run(WITHOUT_A_RATE | {"personal_rate_amplitude": rate}, "run")
+        parse_run(personal | {"personal_rate_amplitude": rate}, "run")
 
 
 @pytest.mark.parametrize("written", [False, "false"])
