@@ -177,9 +177,14 @@ class CoordinatorSettings(ServingSettings):
         folder = self.snapshots or path_beside(self.journal, ".snapshots")
         return folder.absolute()
 
-    def run_config(self, where: str) -> RunConfig:
-        """The run's contract in these settings; raises `ConfigError`, which names what is wrong."""
-        return parse_run({"model": model_label(self.model), **self.run}, where)
+    def run_config(self, where: str, *, rate_comes_later: bool = False) -> RunConfig:
+        """The run's contract in these settings; raises `ConfigError`, which names what is wrong.
+
+        A rate that comes later, as one from `probe_rows` does, is not missed.
+        """
+        later = rate_comes_later or self.probe_rows is not None
+        values = {"model": model_label(self.model), **self.run}
+        return parse_run(values, where, rate_comes_later=later)
 
 
 class RelaySettings(ServingSettings):

@@ -394,5 +394,7 @@ def test_a_default_rate_is_checked_with_the_rest() -> None:
 
 @pytest.mark.parametrize("written", [False, "false"])
 def test_plain_steps_need_a_rate(written: object) -> None:
+    plain = WITHOUT_A_RATE | {"normalized_step": written}
     with pytest.raises(ConfigError, match=r"run: learning_rate is missing.*fedmezo probe"):
-        parse_run(WITHOUT_A_RATE | {"normalized_step": written}, "run")
+        parse_run(plain, "run")
+    assert not parse_run(plain, "run", rate_comes_later=True).normalized_step

@@ -90,14 +90,19 @@ def test_what_cannot_be_probed_is_refused_with_a_sentence(folder: Path, tmp_path
     )
 
 
-async def test_a_coordinator_measures_the_rate_of_a_new_run(folder: Path, tmp_path: Path) -> None:
-    done = probe(tmp_path, folder, RUN, "--json")
+@pytest.mark.parametrize("normalized", ["true", "false"])
+async def test_a_coordinator_measures_the_rate_of_a_new_run(
+    normalized: str, folder: Path, tmp_path: Path
+) -> None:
+    run = RUN.replace("normalized_step = true", f"normalized_step = {normalized}")
+    done = probe(tmp_path, folder, run, "--json")
     found = json.loads(done.stdout)["run"]
     file = tmp_path / "coordinator.toml"
     given = load_settings(CoordinatorSettings, ["--config", str(file)], program="the test")
     settings = given.model_copy(update={"probe_rows": tmp_path / "rows.jsonl"})
     genesis = await describe_base(settings, settings.run_config("the test"))
     begun = genesis.config
+    assert begun.normalized_step == found["normalized_step"]
     assert (begun.eps, begun.learning_rate) == (found["eps"], found["learning_rate"])
     # A restart means the same run, although its settings name no rate.
     again = parse_run({**begun.model_dump(), **settings.run}, "the test", begun)
