@@ -481,7 +481,10 @@ class RunConfig(_Frozen):
         if self.lora is not None:
             trained = "fitted" if self.lora.freeze_a else "adapter"
         workers = 1 if self.seed_policy == "shared" else max(self.workers_min, self.quorum)
-        steps = self.rounds * self.local_steps * _SQUARES[self.schedule]
+        # A factor is last + (1 - last) * shape, and the shapes that fall to 0 have a mean of 1/2.
+        last = self.final_rate_fraction
+        square = last**2 + last * (1 - last) + (1 - last) ** 2 * _SQUARES[self.schedule]
+        steps = self.rounds * self.local_steps * (1 if self.schedule == "constant" else square)
         rate = WALK_LENGTHS[trained] * math.sqrt(self.probes * workers / steps)
         return float(f"{rate:.2g}")
 
@@ -600,13 +603,20 @@ def _allowed(problem: ErrorDetails) -> str:
     return problem["msg"] if words is None else words.format(**context)
 
 
-def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None) -> RunConfig:
+def parse_run(
+    values: dict[str, Any],
+    where: str,
+    begun: RunConfig | None = None,
+    *,
+    rate_comes_later: bool = False,
+) -> RunConfig:
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
     A new run reads rows by the newest version, and its answers are clipped by the usual size. Its
     template may not give the answer away unless an objective scores the run. Without a learning
     rate it takes normalised steps of its `default_rate`. With `begun`, the contract of the run that
-    `values` describe again, that run's version and clip stay and nothing of this is checked.
+    `values` describe again, that run's version and clip stay and nothing of this is checked. With
+    `rate_comes_later`, plain steps may lack a rate too: `default_rate` holds its place.
     """
     clip = begun.clip_median_factor if begun else CLIP_MEDIAN_FACTOR
     values = {"clip_median_factor": clip, **values}
@@ -620,12 +630,13 @@ def parse_run(values: dict[str, Any], where: str, begun: RunConfig | None = None
     try:
         config = RunConfig.model_validate({k: v for k, v in values.items() if k not in waits})
         if has_no_rate:
-            if "normalized_step" in values and not config.normalized_step:
+            is_plain = "normalized_step" in values and not config.normalized_step
+            if is_plain and not rate_comes_later:
                 raise ConfigError(
                     f"{where}: learning_rate is missing, and no rate of plain steps suits two "
                     "tasks; run fedmezo probe to measure one, or leave out normalized_step."
                 )
-            own = {"normalized_step": True, "learning_rate": config.default_rate}
+            own = {"normalized_step": not is_plain, "learning_rate": config.default_rate}
             config = RunConfig.model_validate({**values, **own})
     except ValidationError as error:
         raise ConfigError(sentence_of(error, where)) from None

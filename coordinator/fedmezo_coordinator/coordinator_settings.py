@@ -177,15 +177,14 @@ class CoordinatorSettings(ServingSettings):
         folder = self.snapshots or path_beside(self.journal, ".snapshots")
         return folder.absolute()
 
-    def run_config(self, where: str) -> RunConfig:
+    def run_config(self, where: str, *, rate_comes_later: bool = False) -> RunConfig:
         """The run's contract in these settings; raises `ConfigError`, which names what is wrong.
 
-        Plain steps of which `probe_rows` will tell the rate have a provisional one.
+        A rate that comes later, as one from `probe_rows` does, is not missed.
         """
-        run = {"model": model_label(self.model), **self.run}
-        if self.probe_rows is not None and str(run.get("normalized_step")).lower() == "false":
-            run["learning_rate"] = RunConfig.model_fields["learning_rate"].default
-        return parse_run(run, where)
+        later = rate_comes_later or self.probe_rows is not None
+        values = {"model": model_label(self.model), **self.run}
+        return parse_run(values, where, rate_comes_later=later)
 
 
 class RelaySettings(ServingSettings):

@@ -115,7 +115,7 @@ def clipped(
     """The projected gradients of a round's answers, none of them much larger than is usual.
 
     Usual is the lower median of the sizes (`size_of`) of these answers, of which all have n
-    projected gradients, and of `earlier`, the usual sizes of rounds before. Sizes of 0 do not
+    projected gradients, and of `earlier`, the lower medians of rounds before. Sizes of 0 do not
     count. An answer larger than limit = factor * usual * (1 + CLIP_SPREAD / n) is multiplied by
     limit / size, which keeps its direction; every operation is rounded to binary64 from the left.
     The others stay as they are, the same objects. Also returns the lower median of these answers'

@@ -368,6 +368,13 @@ def test_a_new_run_without_a_rate_gets_normalised_steps_of_a_sound_one() -> None
     assert all(whole.learning_rate < other.learning_rate < 0.2 for other in others)
     longer = parse_run(WITHOUT_A_RATE | demo | {"rounds": 200}, "run")
     assert longer.learning_rate == pytest.approx(whole.learning_rate / 2, rel=0.05)
+    for schedule in ("linear", "cosine"):
+        level = {"schedule": schedule, "final_rate_fraction": 1.0}
+        constant, flat = (
+            parse_run(WITHOUT_A_RATE | demo | one, "run")
+            for one in ({"schedule": "constant"}, level)
+        )
+        assert flat.learning_rate == constant.learning_rate
     assert not parse_run(VALUES, "run").normalized_step, "as it was"
 
 
@@ -384,6 +391,12 @@ def test_a_default_rate_stays_with_its_run() -> None:
 def test_a_default_rate_is_checked_with_the_rest() -> None:
     with pytest.raises(ConfigError, match="learning_rate x weight_decay"):
         parse_run(WITHOUT_A_RATE | {"weight_decay": 1e5}, "run")
+    personal = WITHOUT_A_RATE | {"personal_rate": "random"}
+    rate = parse_run(personal, "run").learning_rate
+    config = parse_run(personal | {"personal_rate_amplitude": rate / 4}, "run")
+    assert (config.learning_rate, config.rate_amplitude) == (rate, rate / 4)
+    with pytest.raises(ConfigError, match=f"must be below learning_rate = {rate}"):
+        parse_run(personal | {"personal_rate_amplitude": rate}, "run")
 
 
 def test_own_rates_are_compared_with_the_default_rate() -> None:
@@ -396,5 +409,7 @@ def test_own_rates_are_compared_with_the_default_rate() -> None:
 
 @pytest.mark.parametrize("written", [False, "false"])
 def test_plain_steps_need_a_rate(written: object) -> None:
+    plain = WITHOUT_A_RATE | {"normalized_step": written}
     with pytest.raises(ConfigError, match=r"run: learning_rate is missing.*fedmezo probe"):
-        parse_run(WITHOUT_A_RATE | {"normalized_step": written}, "run")
+        parse_run(plain, "run")
+    assert not parse_run(plain, "run", rate_comes_later=True).normalized_step

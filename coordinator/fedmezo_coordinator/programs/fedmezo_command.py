@@ -346,7 +346,7 @@ def adapter(
         from fedmezo_core.zo.fitting import fit_adapter
         from fedmezo_core.zo.model.model_card import ModelCard
         from fedmezo_core.zo.party import open_party
-    run = settings.run_config(f"[run] in {config}")
+    run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
     if run.lora is None:
         raise ConfigError(
             f"{config} has no [run.lora], so there is no adapter to fit; add that table."
@@ -385,10 +385,7 @@ def probe(
     settings = load_settings(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo probe"
     )
-    if "normalized_step" in settings.run:
-        # The contract of plain steps is not whole without the rate that is to be measured.
-        settings.run.setdefault("learning_rate", 1e-6)
-    run = settings.run_config(f"[run] in {config}")
+    run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
     with worker_packages("probe a run"):
         from fedmezo_coordinator.programs.probing_view import (
             probe_run,

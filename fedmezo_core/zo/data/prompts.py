@@ -93,10 +93,13 @@ class PromptEncoder:
             yield tokens if is_plain else self._with_plain_columns(pieces)
 
     def _holds_a_rows_control(self, pieces: Sequence[str], tokens: Sequence[int]) -> bool:
-        if self._unknown is not None and any(self._unknown in text for text in pieces[1::2]):
+        own = tuple(pieces[::2])
+        # It may well be the end-of-text token. Columns side by side can spell it too.
+        if (unknown := self._unknown) is not None and (
+            "".join(pieces).count(unknown) != sum(part.count(unknown) for part in own)
+        ):
             return True
         found = [] if self._ids.isdisjoint(tokens) else [id_ for id_ in tokens if id_ in self._ids]
-        own = tuple(pieces[::2])
         if own not in self._written:
             ids = [id_ for part in self.of_texts(own) for id_ in part]
             self._written[own] = [id_ for id_ in ids if id_ in self._ids]

@@ -132,14 +132,20 @@ class Probe:
         for length in (eps, eps / STEP, eps * STEP):
             self._read(0, batch, length)
         shortest, longest = eps / STEP, eps * STEP
-        while self._cost_share(shortest * STEP) > COST_SHARE_MAX / 30 and self._may_read():
+        # A length counts if both of its neighbours are known too.
+        while self._may_read() and (
+            self._cost_share(shortest * STEP) > COST_SHARE_MAX / 30
+            or math.isinf(self._cost_share(shortest * STEP**2))
+        ):
             shortest /= STEP
             self._read(0, batch, shortest)
         while self._cost_share(longest) < 1.2 * COST_SHARE_MAX and self._may_read():
             longest *= STEP**2 if self._is_near(longest) else STEP
             self._read(0, batch, longest)
-        if not self._readings[-1].is_finite and self._may_read():
-            self._read(0, batch, longest / STEP)
+        below = longest / STEP  # Perhaps it was left out.
+        is_new = all(reading.length != below for reading in self._readings)
+        if is_new and math.isinf(self._cost_share(longest)) and self._may_read():
+            self._read(0, batch, below)
         self._read_fresh_batches()
         return self._readings
 

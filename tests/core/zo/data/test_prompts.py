@@ -150,6 +150,26 @@ def test_only_the_template_holds_control_tokens(name: str, template: str, text: 
         assert tokens == before
 
 
+@pytest.mark.parametrize(
+    ("pieces", "count"),
+    [
+        (["", "</s>", ""], 0),
+        (["", "</", "", "s>", ""], 0),
+        (["</", "s", ">"], 0),
+        (["</s>", "a film", "</s>"], 2),
+        (["</s>", "</s>", ""], 1),
+    ],
+)
+def test_an_unknown_token_that_is_the_end_of_text_comes_from_the_template_alone(
+    pieces: list[str], count: int
+) -> None:
+    """GPT-2's tokenizer and many others have one token for both."""
+    tokenizer = byte_level()
+    tokenizer.unk_token = "</s>"
+    [tokens] = PromptEncoder(tokenizer, columns_are_plain=True).of_pieces([pieces])
+    assert tokens.count(tokenizer.eos_token_id) == count
+
+
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "slow"])
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS.filter(lambda text: "<" not in text and ">" not in text))

@@ -90,10 +90,12 @@ def test_what_cannot_be_probed_is_refused_with_a_sentence(folder: Path, tmp_path
     )
 
 
+@pytest.mark.parametrize("normalized", ["true", "false"])
 async def test_a_coordinator_measures_the_rate_of_a_new_run(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    normalized: str, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    done = probe(tmp_path, folder, RUN, "--json")
+    run = RUN.replace("normalized_step = true", f"normalized_step = {normalized}")
+    done = probe(tmp_path, folder, run, "--json")
     found = json.loads(done.stdout)["run"]
     file = tmp_path / "coordinator.toml"
     given = load_settings(CoordinatorSettings, ["--config", str(file)], program="the test")
@@ -101,6 +103,7 @@ async def test_a_coordinator_measures_the_rate_of_a_new_run(
     genesis = await describe_base(settings, settings.run_config("the test"))
     assert "passed over 'coordinator.toml'" in caplog.text
     begun = genesis.config
+    assert begun.normalized_step == found["normalized_step"]
     assert (begun.eps, begun.learning_rate) == (found["eps"], found["learning_rate"])
     # A restart means the same run, although its settings name no rate.
     again = parse_run({**begun.model_dump(), **settings.run}, "the test", begun)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fedmezo_core.zo.probing.proposal import (
     propose,
     with_enough_probes,
 )
+from fedmezo_core.zo.probing.readings import Probe
 
 LENGTHS = tuple(1e-3 * 4.0**power for power in range(-2, 6))
 SLOPES = (0.9, -1.1, 1.0, -1.0)
@@ -131,6 +133,30 @@ def test_a_length_at_which_losses_diverge_ends_what_is_allowed() -> None:
     found = propose(readings_of(diverging), config_of(), 4)
     assert 0.05 < found.walk_length <= 0.1
     assert math.isinf(found.lengths[-1].cost)
+
+
+@pytest.mark.parametrize("end", [3e-4, 3e-3, 2e-2, 0.1, 1.0])
+def test_a_probe_measures_no_length_twice_and_finds_one_below_those_that_diverge(
+    end: float,
+) -> None:
+    def measure(_batch: Any, _pairs: Any, seeds: Sequence[int], length: float) -> list[Any]:
+        if length > end:
+            raise MeasurementError("NaN or infinity")
+        loss_at, slopes = curved(0.5), SLOPES[: len(seeds)]
+        return [
+            SimpleNamespace(loss_plus=loss_at(length, slope), loss_other=loss_at(-length, slope))
+            for slope in slopes
+        ]
+
+    estimator: Any = SimpleNamespace(measure=measure)
+    number_alone: Any = int
+    probe = Probe(estimator, number_alone, config_of(), 4, passes_max=160)
+    readings = probe.readings()
+    assert len({(one.batch, one.length) for one in readings}) == len(readings)
+    found = propose(readings, config_of(), 4)
+    assert found.eps <= end
+    assert end / 8 <= found.walk_length <= end
+    assert probe.passes <= 160
 
 
 def test_a_loss_that_falls_along_random_directions_is_far_from_its_base_too() -> None:
