@@ -99,7 +99,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
         if settings.probe_rows is None and "learning_rate" not in settings.run:
             log.info(
-                "no learning_rate is set; normalised steps take %g (docs/choosing.md)",
+                "no learning_rate is set: it is %g, with normalised steps (docs/choosing.md)",
                 config.learning_rate,
             )
         with long_step(f"loading {config.model} to digest its base"):

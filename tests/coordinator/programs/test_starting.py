@@ -136,7 +136,7 @@ async def test_a_rate_that_nobody_set_is_told(
     with pytest.raises(ModelError):
         await coordinator_command.run(settings)
     own = settings.run_config("the test").learning_rate
-    said = f"no learning_rate is set; normalised steps take {own:g} (docs/choosing.md)"
+    said = f"no learning_rate is set: it is {own:g}, with normalised steps (docs/choosing.md)"
     assert (said in caplog.messages) == (rate is None)
 
 
