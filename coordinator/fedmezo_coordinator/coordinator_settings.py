@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import BaseModel, ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmezo_coordinator.stores.location import path_beside
-from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, parse_run
+from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, TaskConfig, parse_run
 from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
     Address,
@@ -151,6 +151,24 @@ class CoordinatorSettings(ServingSettings):
         default_factory=dict,
         description="the run's contract, as JSON or as [run] in the file: docs/configuration.md",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_in_their_tables(cls, values: dict[str, Any]) -> dict[str, Any]:
+        # In TOML a line belongs to the table above it, so a key is easily in the wrong one.
+        run = values.get("run")
+        tables: dict[str, tuple[type[BaseModel], Any]] = {
+            "above the first [table]": (cls, values),
+            "below [run]": (RunConfig, run),
+            "below [run.task]": (TaskConfig, run.get("task") if isinstance(run, dict) else None),
+        }
+        for place, (own, given) in tables.items():
+            keys = given if isinstance(given, dict) else {}
+            for key in [key for key in keys if key not in own.model_fields]:
+                for home, (kind, _) in tables.items():
+                    if key in kind.model_fields:
+                        raise ValueError(f"{key} belongs {home}, not {place}; move it there")
+        return values
 
     @model_validator(mode="after")
     def _factor_with_resume(self) -> CoordinatorSettings:

@@ -32,13 +32,15 @@ class Reconnecting:
     def reached(self) -> None:
         """Note progress: delays are short again, and the time until giving up begins anew."""
         self._attempt = 0
+        self._seen: set[type[FedMezoError]] = set()
         self._is_peer_starting = False
         self._reached_at_s = time.monotonic()
 
     async def wait_after(self, error: FedMezoError, message: str = "") -> None:
         """Wait before the next attempt; follows the peer's hint if `error` carries one.
 
-        Logs `message` (default: the error) at the 1st, the 5th and every 20th failure in a row.
+        Logs `message` (default: the error) at the 1st, the 5th and every 20th failure in a row, and
+        when a failure is of a class that no failure before it in this row had.
         Raises `error` itself once `give_up_after_s` have passed. Can be cancelled. A peer that is
         starting is there: this never gives it up, and logs only its first such answer in a row.
         """
@@ -55,6 +57,8 @@ class Reconnecting:
             raise error
         wait_s = delay_s(self._attempt, random.random(), error.retry_after_s)
         self._attempt += 1
-        if self._attempt in (1, 5) or self._attempt % 20 == 0:
+        is_new = type(error) not in self._seen
+        self._seen.add(type(error))
+        if is_new or self._attempt == 5 or self._attempt % 20 == 0:
             self._log.warning("%s", message or f"{error} Trying again.")
         await asyncio.sleep(wait_s)

@@ -54,6 +54,27 @@ def test_what_only_this_machine_can_reach(listen: str, loopback: bool) -> None:
     assert load(f"--listen={listen}").is_loopback is loopback
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("eps = 1e-3", "eps belongs below [run], not above the first [table]; move it there"),
+        ("[run]\nheldout = 'x'", "heldout belongs above the first [table], not below [run]; move"),
+        (
+            "[run.task]\nlisten = 'x'",
+            "listen belongs above the first [table], not below [run.task]",
+        ),
+        ("[run]\nrun_id = 'a'\n[run.task]\nrounds = 3", "rounds belongs below [run], not below"),
+        ("[run]\ntemplate = 'x'", "template belongs below [run.task], not below [run]; move it"),
+        ("run = 3", "run = 3 is not allowed: use a table of keys and values"),
+    ],
+)
+def test_a_key_in_the_wrong_table_is_told_its_own(text: str, said: str, tmp_path: Path) -> None:
+    (file := tmp_path / "coordinator.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load("--config", str(file))
+    assert f"{file}: {said}" in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", [CoordinatorSettings, RelaySettings, WorkerSettings])
 def test_the_home_folder_is_meant_in_every_path(
     kind: type[BaseSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -107,7 +107,10 @@ async def test_export_writes_the_adapter_alone(
     assert before.keys() == after.keys()
     assert not any(before[name].equal(after[name]) for name in before)
     card = (out / "README.md").read_text()
+    words = (f'`"{word}"` for {label}' for label, word in CONFIG.task.verbalizers.items())
     for row in (
+        f'Prompt | `"{CONFIG.task.template}"` |',
+        f"Words for the classes | {', '.join(words)} |",
         "Round | 2 of 2",
         f"Rows | 2 answers, each measured on {CONFIG.batch_size} rows",
         "Run | ",

@@ -5,9 +5,13 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fedmezo_core.errors import StartingError, WrongRunError
+from fedmezo_core.wire import reconnecting
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_worker.worker_command import main
 
 
@@ -41,11 +45,21 @@ def test_a_path_that_is_not_there_costs_no_import_of_torch(
     assert capsys.readouterr().err == f"fedmezo-worker: {said.format(gone=gone)}\n"
 
 
-def test_a_worker_says_at_once_what_it_does(rows: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_worker_says_at_once_what_it_does(
+    rows: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO, "fedmezo")
+    attempts = iter([StartingError("It loads."), StartingError("It loads."), WrongRunError("No.")])
+
+    async def refuse(*_: Any) -> None:
+        raise next(attempts)
+
+    monkeypatch.setattr(CoordinatorClient, "get_run", refuse)
+    monkeypatch.setattr(reconnecting, "delay_s", lambda *_: 0.0)
     flags = ["--name=w1", f"--data={rows}", "--coordinator=127.0.0.1:9", "--give-up-after-s=0"]
     assert main(flags) == 1
-    assert [record.getMessage() for record in caplog.records][:2] == [
+    assert caplog.messages == [
         "worker w1 of the coordinator at 127.0.0.1:9 is starting",
         "connecting to 127.0.0.1:9",
+        "It loads. Waiting until then.",
     ]

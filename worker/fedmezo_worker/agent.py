@@ -47,6 +47,7 @@ class Agent:
         that no retry can help, or the newest of the others after `give_up_after_s`.
         """
         member: Member | None = None
+        log.info("connecting to %s", self._settings.coordinator)
         async with CoordinatorClient(self._settings.coordinator, self._settings.tls_ca) as client:
             try:
                 while True:
@@ -71,7 +72,6 @@ class Agent:
     async def join(self, client: CoordinatorClient) -> Member:
         """Learn what the run is, and load model and data for it; refuses a base that differs."""
         settings = self._settings
-        log.info("connecting to %s", settings.coordinator)
         description = await client.get_run(settings.run_id)
         self._reconnecting.reached()
         config = description.genesis.config

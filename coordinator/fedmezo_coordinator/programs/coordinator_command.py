@@ -97,6 +97,11 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         config = settings.run_config(where)
         check_compaction(settings, config)
         log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
+        if settings.probe_rows is None and "learning_rate" not in settings.run:
+            log.info(
+                "no learning_rate is set: it is %g, with normalised steps (docs/choosing.md)",
+                config.learning_rate,
+            )
         with long_step(f"loading {config.model} to digest its base"):
             genesis = await describe_base(settings, config)
         journal.append(encode_records([genesis]))
@@ -118,7 +123,10 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     if settings.resume:
         await daemon.resume(settings.resume_rate_factor)
     elif daemon.pause_reason:
-        log.error("the run is paused: %s; start with --resume to continue", daemon.pause_reason)
+        log.error(
+            "the run is paused: %s; to continue all the same, start with --resume",
+            daemon.pause_reason,
+        )
     return daemon
 
 

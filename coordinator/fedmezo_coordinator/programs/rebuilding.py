@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -58,7 +59,11 @@ class Plan:
     def facts(self, weights_digest: bytes) -> dict[str, str]:
         """What the card of an exported model tells of the run: values by name."""
         run = self.genesis.config
-        facts = {"Round": f"{self.round} of {run.rounds}"}
+        facts = {"Prompt": _code(run.task.template)}
+        if run.task.verbalizers:
+            words = (f"{_code(word)} for {label}" for label, word in run.task.verbalizers.items())
+            facts["Words for the classes"] = ", ".join(words)
+        facts["Round"] = f"{self.round} of {run.rounds}"
         if self.answers is not None:
             rows = run.local_steps * run.batch_size
             facts["Rows"] = f"{self.answers} answers, each measured on {rows} rows"
@@ -73,6 +78,11 @@ class Plan:
             "Digest of the trained weights": f"`{weights_digest.hex()}`",
             "Digest of the base": f"`{self.genesis.base_digest.hex()}`",
         }
+
+
+def _code(text: str) -> str:
+    """`text` as a JSON string in Markdown, so that its spaces and line breaks can be seen."""
+    return f"`{json.dumps(text, ensure_ascii=False)}`"
 
 
 def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> Plan:

@@ -369,6 +369,14 @@ def _read_csv(
             # A spreadsheet's empty columns at the end have no names.
             while header and not header[-1].strip():
                 header.pop()
+            # What spreadsheets write where the comma is the decimal mark.
+            other = next((mark for mark in ";\t" if len(header) == 1 and mark in header[0]), None)
+            if other and columns and spelling_in(header, columns[0]) not in header:
+                raise DataError(
+                    f"{file} has no column {shown_columns(columns[:1])}; its first line is "
+                    f"{shown(header[0])}, so it seems to be separated by {shown(other)}; save it "
+                    "with commas."
+                )
             written, counts = Counter(header), Counter[str]()
             for index, name in enumerate(header):
                 counts[name] += 1

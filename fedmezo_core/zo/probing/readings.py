@@ -52,10 +52,12 @@ def passes_allowed(config: RunConfig, workers: int, passes_max: int | None) -> i
     run = forwards_of(config, workers)
     allowed = int(SHARE_MAX * run) if passes_max is None else passes_max
     if allowed < PASSES_MIN:
+        given = f"--passes gives it {allowed}"
+        if passes_max is None:
+            given = f"{SHARE_MAX:.0%} of this run's {run} are {allowed}"
         raise ConfigError(
-            f"A probe takes at least {PASSES_MIN} forward passes of a batch, and {SHARE_MAX:.0%} "
-            f"of this run's {run} are {int(SHARE_MAX * run)}; give --passes {PASSES_MIN} to "
-            "fedmezo probe, or take a rate from docs/choosing.md."
+            f"A probe takes at least {PASSES_MIN} forward passes of a batch, and {given}; give "
+            f"--passes {PASSES_MIN} to fedmezo probe, or take a rate from docs/choosing.md."
         )
     return allowed
 

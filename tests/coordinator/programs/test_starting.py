@@ -118,6 +118,28 @@ async def test_it_answers_once_it_has_loaded(starting: Starting) -> None:
         assert status.config.run_id == GENESIS.config.run_id
 
 
+@pytest.mark.parametrize("rate", [None, 0.25])
+async def test_a_rate_that_nobody_set_is_told(
+    rate: float | None,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    caplog.set_level(logging.INFO, "fedmezo")
+    held = Starting(tmp_path)
+    run = {key: value for key, value in held.settings.run.items() if key != "learning_rate"}
+    run |= {} if rate is None else {"learning_rate": rate}
+    settings = held.settings.model_copy(update={"run": run})
+    held.base.set_exception(ModelError("There is no model tiny."))
+    monkeypatch.setattr(coordinator_command, "describe_base", held.describe)
+    monkeypatch.setattr(coordinator_command, "stop_signal", lambda: held.stop)
+    with pytest.raises(ModelError):
+        await coordinator_command.run(settings)
+    own = settings.run_config("the test").learning_rate
+    said = f"no learning_rate is set: it is {own:g}, with normalised steps (docs/choosing.md)"
+    assert (said in caplog.messages) == (rate is None)
+
+
 async def test_a_base_that_cannot_be_loaded_ends_it_with_that_error(starting: Starting) -> None:
     async with CoordinatorClient(starting.address) as client:
         with pytest.raises(StartingError):

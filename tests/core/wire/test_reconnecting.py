@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-from fedmezo_core.errors import NotReadyError, StartingError, UnavailableError
+from fedmezo_core.errors import JournalBehindError, NotReadyError, StartingError, UnavailableError
 from fedmezo_core.wire import reconnecting as module
 from fedmezo_core.wire.reconnecting import Reconnecting
 
@@ -83,6 +83,19 @@ async def test_some_failures_are_logged(clock: Clock, caplog: pytest.LogCaptureF
         await reconnecting.wait_after(UnavailableError("No 100 % answer."), message)
     said = ["No 100 % answer. Trying again.", "failure 5", "failure 20", "failure 40"]
     assert caplog.messages == said
+
+
+async def test_another_kind_of_failure_is_logged_at_once(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    reconnecting = Reconnecting(LOG)
+    kinds = [UnavailableError("gone."), JournalBehindError("old."), UnavailableError("gone.")]
+    for error in kinds:
+        await reconnecting.wait_after(error)
+    assert caplog.messages == ["gone. Trying again.", "old. Trying again."]
+    reconnecting.reached()
+    await reconnecting.wait_after(kinds[1])
+    assert caplog.messages[2:] == ["old. Trying again."]
 
 
 async def test_a_wait_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,6 +106,8 @@ def _bytes(content: bytes) -> Callable[[Path], object]:
         ("data.csv", _bytes(b"text,label\na\xff,b\n"), "not UTF-8"),
         ("data.csv", _bytes(b"text,label\na,b\nc\n"), r"Row 2 of .*\(line 3\) has 1 fields, but"),
         ("data.csv", _bytes(b'text,label\n"a,b\n'), "not valid CSV"),
+        ("data.csv", _bytes(b"text;label\na, b;c\n"), "no column text; .* separated by ';'; save"),
+        ("data.csv", _bytes(b"text\tlabel\na, b\tc\n"), r"separated by '\\t'; save it with comm"),
         ("data.csv", _bytes(b"text,text\na,b\n"), "names the column 'text' twice"),
         ("data.jsonl", _bytes(b'{"body": "a", "label": 1}\n'), "no column text; .* body, label"),
         ("data.csv", _bytes(b"body,label\na,b\n"), "no column text; .* body, label"),

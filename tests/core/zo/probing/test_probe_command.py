@@ -76,6 +76,8 @@ def test_what_cannot_be_probed_is_refused_with_a_sentence(folder: Path, tmp_path
     assert isinstance(few.exception, ConfigError)
     assert "at least 44 forward passes" in str(few.exception)
     assert "give --passes 44" in str(few.exception)
+    few = probe(tmp_path, folder, RUN, "--passes", "3")
+    assert "and --passes gives it 3; give --passes 44" in str(few.exception)
     plain = short.replace("normalized_step = true", "normalized_step = false")
     assert "normalized_step = false" in probe(tmp_path, folder, plain, "--passes", "44").stdout
     long = RUN.replace("rounds = 100", "rounds = 1000000")
