@@ -54,12 +54,13 @@ async def test_it_pauses_and_its_best_model_is_exported(
     held = Held(working[0].engine, 0)
     async with CoordinatorClient(address) as client:
 
-        async def is_evaluated(round_: int) -> bool:
+        async def is_evaluated_or_paused(round_: int) -> bool:
             status = await client.get_status()
-            return any(one.round == round_ for one in status.evaluations)
+            is_paused = status.phase == wire.PHASE_PAUSED  # A moment after its evaluation.
+            return is_paused or any(one.round == round_ for one in status.evaluations)
 
         for round_ in range(RUINOUS["rounds"]):
-            await until(partial(is_evaluated, round_), f"evaluation {round_}")
+            await until(partial(is_evaluated_or_paused, round_), f"evaluation {round_}")
             status = await client.get_status()
             if status.phase == wire.PHASE_PAUSED:
                 break
