@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.engine import catching_up, drift, measuring, measuring_memory, replay
 from benchmarks.engine.subjects import GPT2_SMALL, GPT2_TINY, gpt2
-from benchmarks.figures import REPORTS, Figure, Group, collect, markdown, publish, read
+from benchmarks.figures import REPORTS, Figure, Group, arguments_of, collect, publish
 from benchmarks.machine import Machine
 from fedmezo_core.zo.materialize import warm_up
 from fedmezo_core.zo.model.allocator import keep_freed_memory
@@ -55,16 +55,8 @@ def groups(elements: int, *, tiny: bool = False) -> dict[str, Group]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    names = list(groups(1))
     parser.add_argument("--elements", type=int, default=ELEMENTS, help="of the replayed tensor")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="measure these")
-    parser.add_argument(
-        "--markdown", action="store_true", help="measure nothing, print the last report"
-    )
-    arguments = parser.parse_args()
-    if arguments.markdown:
-        print(markdown(read(REPORT)), end="")
-        return
+    arguments = arguments_of(parser, REPORT, groups(1))
     keep_freed_memory()  # as a worker does
     torch.set_num_threads(1)
     warm_up()

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.figures import REPORTS, Figure, collect, markdown, publish, read
+from benchmarks.figures import REPORTS, Figure, arguments_of, collect, publish
 from benchmarks.serving.measured_coordinator import HOST, Coordinator, contract, cores, serving
 from benchmarks.serving.swarm import Caller, Swarm, Worker, answer_to, hello_of
 from fedmezo_coordinator.compaction import SEAL_RECORDS
@@ -551,15 +551,8 @@ def allow_files() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--small", action="store_true", help="a few seconds: does it run?")
-    parser.add_argument(
-        "--markdown", action="store_true", help="measure nothing, print the last report"
-    )
-    arguments = parser.parse_args()
-    if arguments.markdown:
-        print(markdown(read(REPORT)), end="")
-        return
+    arguments = arguments_of(parser, REPORT, GROUPS)
     allow_files()
     sizes = SMALL if arguments.small else Sizes()
     figures = collect(partial(GROUPS[name], sizes) for name in arguments.only)

@@ -16,7 +16,7 @@ from benchmarks.bench import BFLOAT16_SHAPE, ELEMENTS
 from benchmarks.engine import catching_up, drift, measuring, measuring_memory, replay
 from benchmarks.engine.roofline import Roofline
 from benchmarks.engine.subjects import GPT2_SMALL, GPT2_TINY, LLAMA_1B, LLAMA_TINY, gpt2, llama
-from benchmarks.figures import REPORTS, Figure, Group, collect, markdown, publish, read
+from benchmarks.figures import REPORTS, Figure, Group, arguments_of, collect, publish
 from benchmarks.machine import Machine
 
 REPORT = REPORTS / "bench-gpu.json"
@@ -69,13 +69,7 @@ def groups(machine: Machine, elements: int, *, tiny: bool = False) -> dict[str, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--elements", type=int, default=ELEMENTS, help="of the replayed tensor")
-    parser.add_argument(
-        "--markdown", action="store_true", help="measure nothing, print the last report"
-    )
-    arguments = parser.parse_args()
-    if arguments.markdown:
-        print(markdown(read(REPORT)), end="")
-        return 0
+    arguments = arguments_of(parser, REPORT)
     if not torch.cuda.is_available():
         print(
             "make bench-gpu needs a CUDA device, and PyTorch sees none on this machine; "

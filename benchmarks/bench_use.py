@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 
 from benchmarks.bench_coordinator import allow_files
-from benchmarks.figures import REPORTS, collect, markdown, publish, read
+from benchmarks.figures import REPORTS, arguments_of, collect, publish
 from benchmarks.machine import Machine
 from benchmarks.use import first_lines, late_worker, probing
 
@@ -20,15 +20,8 @@ GROUPS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--small", action="store_true", help="a few minutes: does it run?")
-    parser.add_argument(
-        "--markdown", action="store_true", help="measure nothing, print the last report"
-    )
-    arguments = parser.parse_args()
-    if arguments.markdown:
-        print(markdown(read(REPORT)), end="")
-        return
+    arguments = arguments_of(parser, REPORT, GROUPS)
     allow_files()
     figures = collect(partial(GROUPS[name], arguments.small) for name in arguments.only)
     publish(figures, REPORT, Machine().describe())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -69,6 +70,25 @@ def publish(figures: Sequence[Figure], path: Path, title: str) -> None:
     show(figures, title)
     write(figures, path)
     print(f"wrote {path}")
+
+
+def arguments_of(
+    parser: argparse.ArgumentParser, path: Path, groups: Iterable[str] = ()
+) -> argparse.Namespace:
+    """The arguments of a benchmark's command; `only` is which of `groups` to measure.
+
+    With `--markdown` it prints the last report and ends.
+    """
+    if names := list(groups):
+        parser.add_argument("--only", nargs="+", choices=names, default=names, help="measure these")
+    parser.add_argument(
+        "--markdown", action="store_true", help="measure nothing, print the last report"
+    )
+    arguments = parser.parse_args()
+    if arguments.markdown:
+        print(markdown(read(path)), end="")
+        parser.exit()
+    return arguments
 
 
 def read(path: Path) -> list[Figure]:

@@ -1,13 +1,8 @@
-"""A late worker behind large commits, and connections that ask for pages and never read them.
-
-python -m benchmarks.use.late_worker [--small]
-"""
+"""A late worker behind large commits, and connections that ask for pages and never read them."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import logging
 import multiprocessing
 import socket
 import statistics
@@ -19,8 +14,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.figures import Figure, show
-from benchmarks.serving.measured_coordinator import HOST, Coordinator, contract, cores, serving
+from benchmarks.figures import Figure
+from benchmarks.serving.measured_coordinator import HOST, Coordinator, contract, serving
 from benchmarks.serving.swarm import (
     Swarm,
     Worker,
@@ -271,14 +266,3 @@ def _wait_for_one(honest: Honest, times_s: multiprocessing.Queue[float]) -> None
 
 def _p99_ms(times_s: list[float]) -> float:
     return 1e3 * statistics.quantiles(times_s, n=100)[98]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.use.late_worker")
-    parser.add_argument("--small", action="store_true", help="only to see that it runs")
-    logging.disable()
-    show(list(figures(parser.parse_args().small)), f"late worker, cores {cores()}")
-
-
-if __name__ == "__main__":
-    main()
