@@ -472,6 +472,11 @@ class RunConfig(_Frozen):
         return self.staleness_max_rounds if self.buffer_answers else 0
 
     @property
+    def workers_expected(self) -> int:
+        """Workers that a rate is chosen for where nobody says how many will come."""
+        return max(self.workers_min, self.quorum)
+
+    @property
     def default_rate(self) -> float:
         """A learning rate of normalised steps that is sound where nobody has measured a better one.
 
@@ -480,7 +485,7 @@ class RunConfig(_Frozen):
         trained = "modules" if self.train else "all"
         if self.lora is not None:
             trained = "fitted" if self.lora.freeze_a else "adapter"
-        workers = 1 if self.seed_policy == "shared" else max(self.workers_min, self.quorum)
+        workers = 1 if self.seed_policy == "shared" else self.workers_expected
         # A factor is last + (1 - last) * shape, and the shapes that fall to 0 have a mean of 1/2.
         last = self.final_rate_fraction
         square = last**2 + last * (1 - last) + (1 - last) ** 2 * _SQUARES[self.schedule]

@@ -396,7 +396,7 @@ def probe(
         settings,
         run,
         data,
-        workers=workers or max(run.workers_min, run.quorum),
+        workers=workers or run.workers_expected,
         passes=passes,
         threads=threads,
     )

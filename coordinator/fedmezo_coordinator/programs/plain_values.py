@@ -28,8 +28,8 @@ _NAMES = {"seed_ranges": "runs", "signedhead": "checkpoint"}
 
 
 def json_line(values: dict[str, Any]) -> str:
-    """The values as JSON in one line."""
-    return json.dumps(values, allow_nan=False)
+    """The values as JSON in one line; a number that is not finite becomes null."""
+    return json.dumps(_plain(values), allow_nan=False)
 
 
 def message_values(message: Message) -> dict[str, Any]:

@@ -115,17 +115,13 @@ def values_to_set(result: ProbeResult) -> dict[str, Any]:
 
 
 def proposal_values(result: ProbeResult) -> dict[str, Any]:
-    """The result as plain values, for `--json`; a length whose loss was not finite costs null."""
-    values = asdict(result.proposal)
-    for report in values["lengths"]:
-        for name, value in report.items():
-            report[name] = value if math.isfinite(value) else None
+    """The result for `--json`; the cost of a length whose loss was not finite is not finite."""
     return {
         "run": values_to_set(result),
         "workers": result.workers,
         "passes": result.passes,
         "run_passes": forwards_of(result.config, result.workers),
-        **values,
+        **asdict(result.proposal),
     }
 
 

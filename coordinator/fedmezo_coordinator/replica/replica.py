@@ -115,8 +115,8 @@ def _measured(party: Party, path: str | None) -> dict[str, float]:
 
     config = party.config
     rows = read_rows(path, config.task)
-    workers = max(config.workers_min, config.quorum)
-    return probe_party(party, rows, workers)[0].values(normalized=config.normalized_step)
+    proposal, _ = probe_party(party, rows, config.workers_expected)
+    return proposal.values(normalized=config.normalized_step)
 
 
 class _Warnings(logging.Handler):
