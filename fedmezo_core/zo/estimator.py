@@ -159,26 +159,30 @@ class Estimator:
         """The loss at every point, in as few passes over the model as it allows."""
         if self._together is None:
             self._together = self._can_share_a_pass(batch, points[:2])
-        length = self._points_max(batch, len(points)) if self._together else 1
+        rest, known = self._begun(batch)
+        length = self._points_max(rest, len(points)) if self._together else 1
         measure = self._task_losses if self._objective is None else self._scores
         losses: list[float] = []
         # Generating text runs passes over several batches.
         keeps = self._together and self._objective is None and length < len(points)
         try:
-            with self._forward.frozen.holding(self._known(batch), keeps=keeps):
+            with self._forward.frozen.holding(known, keeps=keeps):
                 for first in range(0, len(points), length):
-                    losses += measure(batch, points[first : first + length])
+                    losses += measure(rest, points[first : first + length])
         except InseparableError as error:
             self._go_singly(f"{error}")
             return self._losses(batch, points)
         return losses
 
-    def _known(self, batch: Batch) -> Sequence[FrozenResult]:
-        """The results of the frozen part, if passes compute no more than one copy of it."""
+    def _begun(self, batch: Batch) -> tuple[Batch, Sequence[FrozenResult]]:
+        """What passes have to compute, and what they begin with (see `RowStates.begun`).
+
+        They begin with nothing if they compute the frozen part for every copy.
+        """
         one_copy = not self._together or self._forward.frozen.share > 0
         if self._row_states is None or self._objective is not None or not one_copy:
-            return ()
-        return self._row_states.results(batch, self._before_pass)
+            return batch, ()
+        return self._row_states.begun(batch, self._before_pass)
 
     def _points_max(self, batch: Batch, count: int) -> int:
         """Most points in a pass. No small pass has a single one, which would compute all anew."""

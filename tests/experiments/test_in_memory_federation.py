@@ -88,7 +88,7 @@ async def test_with_states_of_rows_it_does_so_too(data_files: list[Path], tmp_pa
     finally:
         await workers.end()
     assert row_states is not None
-    assert row_states.cut == "base_model.model.transformer.h.4"
+    assert row_states.cut == "base_model.model.transformer.h.5.attn"
 
 
 async def compare(

@@ -45,13 +45,13 @@ def evaluate(
     batch_size: int,
     *,
     before_batch: Callable[[], None] = lambda: None,
-    around_batch: Callable[[Batch], AbstractContextManager[None]] | None = None,
+    around_batch: Callable[[Batch], AbstractContextManager[Batch]] | None = None,
 ) -> Evaluation:
     """Compute the loss and accuracy of `model` over all of `dataset`, `batch_size` rows at a time.
 
-    `before_batch` is called before each batch, and may raise to end the evaluation. Each batch is
-    computed inside the context that `around_batch` gives for it (such as `RowStates.known`). Raises
-    `MeasurementError` if a loss is NaN or infinite.
+    `before_batch` is called before each batch, and may raise to end the evaluation. Inside the
+    context that `around_batch` gives for a batch, such as `RowStates.known`, what that yields is
+    computed in its place. Raises `MeasurementError` if a loss is NaN or infinite.
     """
     # Rows of similar length share a batch, so that little of it is padding. The sort is stable.
     examples = sorted(dataset.examples, key=lambda example: example.token_count)
@@ -60,8 +60,8 @@ def evaluate(
     for start in range(0, len(examples), batch_size):
         before_batch()
         batch = task.collate(examples[start : start + batch_size], "evaluation", device)
-        with around_batch(batch) if around_batch else nullcontext():
-            outcome = task.outcome(model, batch)
+        with around_batch(batch) if around_batch else nullcontext(batch) as computed:
+            outcome = task.outcome(model, computed)
         if not math.isfinite(sum(outcome.row_losses)):
             raise MeasurementError(
                 "The held-out loss is NaN or infinite; the weights have diverged, so use a "

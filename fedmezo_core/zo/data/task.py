@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -110,6 +111,16 @@ class Batch:
             examples=self.examples * copies,
         )
 
+    def read(self) -> Batch:
+        """This batch with only the positions whose logits a loss reads, the last ones of a row."""
+        count = self.targets.shape[1] + 1
+        return replace(
+            self,
+            input_ids=self.input_ids[:, -count:],
+            attention_mask=self.attention_mask[:, -count:],
+            position_ids=self.position_ids[:, -count:],
+        )
+
     def continued(self, tokens: torch.Tensor) -> Batch:
         """This batch with one more token at the end of each row: `tokens`, int64 [rows]."""
         return replace(
@@ -163,6 +174,10 @@ class Task:
             if forms[label_form(label)] == 1
         }
         self._eos: int | None = tokenizer.eos_token_id
+        self._has_small_head: weakref.WeakKeyDictionary[nn.Module, bool] = (
+            weakref.WeakKeyDictionary()
+        )
+        """Whether a model can do with the verbalizers' logits alone, once that is known."""
         if config.kind == "classification":
             self._after, self.verbalizer_ids = self._scored_tokens()
         else:
@@ -465,8 +480,7 @@ class Task:
         Without `count_correct`, right response tokens are not counted.
         """
         if self.config.kind == "classification":
-            with _head_of_words(model, self.verbalizer_ids):
-                logits = logits_of(model, batch, 1)[:, -1, list(self.verbalizer_ids)].double()
+            logits = self._verbalizer_logits(model, batch).double()
             losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             two = len(self.verbalizer_ids) == 2
             return Outcome(
@@ -497,6 +511,29 @@ class Task:
         target_count = int((batch.targets != _IGNORED).sum())
         no_logits = np.empty((len(row_losses), 0), dtype=np.float32)
         return Outcome(torch.stack(row_losses).tolist(), target_count, correct_count, [], no_logits)
+
+    def _verbalizer_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """Logits of the verbalizers after each row: [rows, verbalizers], in the model's dtype.
+
+        The head computes only those. A model that needs the whole vocabulary after its head fails
+        at its first batch; then the others are 0.
+        """
+        words = list(self.verbalizer_ids)
+        if self._has_small_head.get(model, True):
+            try:
+                with _head_of_words(model, words, is_small=True):
+                    logits = logits_of(model, batch, 1)[:, -1]
+                # A head that is no plain linear layer, or is perturbed, computes the whole.
+                found = logits if logits.shape[-1] == len(words) else logits[:, words]
+            except (RuntimeError, ValueError, IndexError):
+                if model in self._has_small_head:
+                    raise
+                self._has_small_head[model] = False
+            else:
+                self._has_small_head[model] = True
+                return found
+        with _head_of_words(model, words, is_small=False):
+            return logits_of(model, batch, 1)[:, -1, words]
 
 
 def _not_finite(batch: Batch) -> MeasurementError:
@@ -532,25 +569,29 @@ def logits_of(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:
 
 
 @contextmanager
-def _head_of_words(model: nn.Module, words: Sequence[int]) -> Iterator[None]:
-    """While open, the model's head computes only the logits of `words`; all others are 0.
+def _head_of_words(model: nn.Module, words: list[int], *, is_small: bool) -> Iterator[None]:
+    """While open, the model's head computes only the logits of `words`.
 
-    If few layers are left to compute, the logits of the whole vocabulary would be most of the work.
-    A head that is not a plain `nn.Linear`, or is perturbed in this pass, computes them all.
+    It gives only those if `is_small`, and otherwise 0 for all others. If few layers are left to
+    compute, the logits of the whole vocabulary would be most of the work. A head that is not a
+    plain `nn.Linear`, or is perturbed in this pass, computes them all.
     """
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
 
     def make(_: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(original, "__func__", None) is not nn.Linear.forward:
             return original
-        return functools.wraps(original)(lambda hidden: _few_logits(head, hidden, list(words)))
+
+        def few_logits(hidden: torch.Tensor) -> torch.Tensor:
+            bias = None if head.bias is None else head.bias[words]
+            few = functional.linear(hidden, head.weight[words], bias)
+            if is_small:
+                return few
+            logits = hidden.new_zeros((*hidden.shape[:-1], head.out_features))
+            logits[..., words] = few
+            return logits
+
+        return functools.wraps(original)(few_logits)
 
     with nullcontext() if head is None else computing(head, make):
         yield
-
-
-def _few_logits(head: nn.Linear, hidden: torch.Tensor, words: list[int]) -> torch.Tensor:
-    bias = None if head.bias is None else head.bias[words]
-    logits = hidden.new_zeros((*hidden.shape[:-1], head.out_features))
-    logits[..., words] = functional.linear(hidden, head.weight[words], bias)
-    return logits

@@ -4,6 +4,11 @@ A row goes through the frozen part once, by itself, and the result is kept. What
 comes in later, the pass begins there. The last module that a pass can do without, the *cut*, is
 found by trial: a pass that begins after it, with NaN for the results of the modules before it, must
 end in the very same loss.
+
+If nothing trained mixes a row's positions (the attention of an adapter's last layer is frozen, for
+example), the loss depends only on the last positions of what the frozen part gives. Then only those
+are kept, and a pass is over those alone: one position of a row instead of all of its tokens, if the
+task is classification. This, too, is found by trial, with NaN at all earlier positions.
 """
 
 from __future__ import annotations
@@ -16,9 +21,9 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -91,23 +96,38 @@ class SpooledRows:
 
 @dataclass(frozen=True, slots=True)
 class _Cut:
-    """The last module that a pass can do without, and a result of it, whose form matters."""
+    """What a pass leaves out, and which results of that are kept for each row."""
 
-    name: str
-    module: nn.Module
-    form: Any
-    before: tuple[FrozenResult, ...]
-    """The modules that run before it, in order, with results whose form matters."""
+    results: tuple[FrozenResult, ...]
+    """The modules that a pass leaves out, in order, with results whose form matters."""
+    kept: frozenset[nn.Module]
+    """Those among them whose results are kept; nothing reads the results of the others."""
+    is_short: bool
+    """Whether a row's last positions alone, those that its loss reads, are kept and computed."""
     device: torch.device
     """Device of the batches."""
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules whose results are kept, in order."""
+        return [module for module, _ in self.results if module in self.kept]
+
+    @property
+    def forms(self) -> list[torch.Tensor]:
+        """The tensors of the kept results, whose form matters: each [rows, tokens, ...]."""
+        return _tensors([result for module, result in self.results if module in self.kept])
+
+    def batch(self, batch: Batch) -> Batch:
+        """What a pass over `batch` computes."""
+        return batch.read() if self.is_short else batch
+
+    def positions(self, example: EncodedExample) -> int:
+        """How many positions of a row are kept, the last ones."""
+        return len(example.response) + 1 if self.is_short else example.token_count
+
 
 class _EnoughError(Exception):
-    """Carries the cut's result out of a pass that need not go on."""
-
-    def __init__(self, result: Any) -> None:
-        super().__init__()
-        self.result = result
+    """Ends a pass that need not go on."""
 
 
 class _FormError(Exception):
@@ -134,34 +154,38 @@ class RowStates:
 
     @property
     def cut(self) -> str:
-        """The name of the last module that a pass can do without.
+        """The name of the last module that a pass can do without, with its result.
 
         It is empty before the first batch, or if there is no such module.
         """
-        return "" if self._cut is None else self._cut.name
+        return "" if self._cut is None else self._names[self._cut.modules[-1]]
 
-    def results(
+    def begun(
         self, batch: Batch, before_row: Callable[[], None] = lambda: None
-    ) -> Sequence[FrozenResult]:
-        """The results of the frozen part for `batch`, for `FrozenPart.holding`.
+    ) -> tuple[Batch, Sequence[FrozenResult]]:
+        """What a pass over `batch` still has to compute, as a batch, and what it begins with.
 
-        Rows without states go through the model first, each after a call of `before_row`, which may
-        raise to end it; the states of earlier rows are kept. There are no results if less than
-        `FROZEN_SHARE_MIN` of the model runs before the trained part, or if no module can be the
-        cut.
+        The latter are results of the frozen part, for `FrozenPart.holding`. Rows without states go
+        through the model first, each after a call of `before_row`, which may raise to end it; the
+        states of earlier rows are kept. There are no results, and the batch is `batch`, if less
+        than `FROZEN_SHARE_MIN` of the model runs before the trained part, or if no module can be
+        the cut.
         """
         if not self._has_searched:
             self._cut, self._has_searched = self._search(batch.input_ids.device), True
         if self._cut is None:
-            return ()
-        kept = functools.partial(self._kept, before_row)
-        return self._given(self._cut, self._assembled(self._cut, batch, kept), batch)
+            return batch, ()
+        return self._assembled(self._cut, batch, functools.partial(self._kept, before_row))
 
     @contextmanager
-    def known(self, batch: Batch, before_row: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """While open, a pass over `batch` begins with its `results`, and computes only the rest."""
-        with self._beginning(self.results(batch, before_row), batch):
-            yield
+    def known(self, batch: Batch, before_row: Callable[[], None] = lambda: None) -> Iterator[Batch]:
+        """While open, a pass over the batch that this yields gives the losses of `batch`.
+
+        It begins with what is known (see `begun`), and computes only the rest.
+        """
+        rest, results = self.begun(batch, before_row)
+        with self._beginning(results, rest):
+            yield rest
 
     # ------------------------------------------------------------------ finding the cut
 
@@ -185,36 +209,66 @@ class RowStates:
             modules = [module for module, _ in results[:count]]
             if computing_elements(modules) < FROZEN_SHARE_MIN * whole:
                 break
-            *before, (module, form) = results[:count]
-            cut = _Cut(self._names[module], module, form, tuple(before), device)
-            if len(set(modules)) == len(modules) and self._serves(cut, pair, wanted):
-                log.info("Passes begin after %s, with the kept states of each row.", cut.name)
-                forms = tuple((earlier, _emptied(result)) for earlier, result in before)
-                return replace(cut, form=_emptied(form), before=forms)
+            cut = _Cut(tuple(results[:count]), frozenset(modules[-1:]), False, device)
+            if self._serves(cut, pair, wanted):
+                cut = self._shortened(cut, results[count:], pair, wanted)
+                log.info(
+                    "Passes begin after %s, with the kept states of each row%s.",
+                    self._names[cut.modules[-1]],
+                    " at the positions that the loss reads" if cut.is_short else "",
+                )
+                forms = tuple((module, _emptied(result)) for module, result in cut.results)
+                return replace(cut, results=forms)
         return None
 
+    def _shortened(
+        self, cut: _Cut, later: Sequence[FrozenResult], pair: Batch, wanted: float
+    ) -> _Cut:
+        """The cut for passes over the positions that the loss reads; `cut` if there is none.
+
+        Frozen modules after `cut`, `later`, may still mix positions, as a layer's attention does.
+        So their results are kept too, as few of them as will do.
+        """
+        for count in range(len(later) + 1):
+            after = [module for module, _ in later[:count]]
+            results = (*cut.results, *later[:count])
+            short = _Cut(results, cut.kept.union(after), True, cut.device)
+            if self._serves(short, pair, wanted):
+                for module in short.modules:
+                    fewer = replace(short, kept=short.kept - {module})
+                    if fewer.kept and self._serves(fewer, pair, wanted):
+                        short = fewer
+                return short
+        return cut
+
     def _serves(self, cut: _Cut, pair: Batch, wanted: float) -> bool:
-        """Whether passes that begin after `cut` give the loss `wanted`.
+        """Whether passes that begin with `cut` give the loss `wanted`.
 
         With states of rows that ran alone, it may differ by rounding.
         """
         tolerance = loss_tolerance(self._model) * abs(wanted)
         shape = pair.input_ids.shape
+        modules = [module for module, _ in cut.results]
+        if len(set(modules)) < len(modules):
+            return False
         try:
-            for result in (*(result for _, result in cut.before), cut.form):
-                if any(tensor.shape[:2] != shape for tensor in _tensors(result)):
-                    return False
-            # With the whole result first: it shows whether a result's rows are the batch's rows.
-            with self._beginning(self._given(cut, cut.form, pair), pair):
+            if any(tensor.shape[:2] != shape for tensor in _tensors([r for _, r in cut.results])):
+                return False
+            # With the whole results first: they show whether their rows are the batch's rows, and
+            # NaN shows whether anything reads what is not kept.
+            wholes = [form.clone() for form in cut.forms]
+            for whole in wholes:
+                whole[:, : -cut.batch(pair).input_ids.shape[1]] = math.nan
+            with self._beginning(self._given(cut, wholes, pair), pair):
                 if self._task.loss(self._model, pair) != wanted:
                     return False
-            states = self._assembled(cut, pair, self._alone)
-            with self._beginning(self._given(cut, states, pair), pair):
+            rest, results = self._assembled(cut, pair, self._alone)
+            with self._beginning(results, rest):
                 return math.isclose(
-                    self._task.loss(self._model, pair), wanted, rel_tol=0, abs_tol=tolerance
+                    self._task.loss(self._model, rest), wanted, rel_tol=0, abs_tol=tolerance
                 )
         except (_FormError, RuntimeError, ValueError, IndexError):
-            # NaN can also make a model fail. Then this module is not the cut.
+            # NaN can also make a model fail. Then this is not the cut.
             return False
 
     # ------------------------------------------------------------------ states of rows
@@ -224,28 +278,28 @@ class RowStates:
         cut: _Cut,
         batch: Batch,
         states_of: Callable[[_Cut, EncodedExample], list[torch.Tensor]],
-    ) -> Any:
-        """The cut's result for a batch, from the states of its rows.
+    ) -> tuple[Batch, list[FrozenResult]]:
+        """What a pass over `batch` computes, and what it begins with, from the states of its rows.
 
         Padding, which attention masks, is zero.
         """
-        rows, tokens = batch.input_ids.shape
-        wholes = [whole.new_zeros((rows, tokens, *whole.shape[2:])) for whole in _tensors(cut.form)]
+        rest = cut.batch(batch)
+        rows, tokens = rest.input_ids.shape
+        wholes = [form.new_zeros((rows, tokens, *form.shape[2:])) for form in cut.forms]
         for row, example in enumerate(batch.examples):
             for whole, own in zip(wholes, states_of(cut, example), strict=True):
                 whole[row, tokens - len(own) :] = own
-        left = iter(wholes)
-        return pytree.tree_map_only(torch.Tensor, lambda _: next(left), cut.form)
+        return rest, self._given(cut, wholes, rest)
 
     def _kept(
         self, before_row: Callable[[], None], cut: _Cut, example: EncodedExample
     ) -> list[torch.Tensor]:
         """The states that `_alone` gives, from the store if it has them."""
         ids = [*example.prompt, *example.response]
-        key = hashlib.sha256(cut.name.encode() + b"\0" + np.array(ids, dtype="<i8").tobytes())
-        forms = [
-            (torch.Size((len(ids), *whole.shape[2:])), whole.dtype) for whole in _tensors(cut.form)
-        ]
+        names = "\n".join(["short"] * cut.is_short + [self._names[m] for m in cut.modules])
+        key = hashlib.sha256(names.encode() + b"\0" + np.array(ids, dtype="<i8").tobytes())
+        count = cut.positions(example)
+        forms = [(torch.Size((count, *form.shape[2:])), form.dtype) for form in cut.forms]
         sizes = [shape.numel() * dtype.itemsize for shape, dtype in forms]
         body = self._rows.get(key.digest())
         if body is None or len(body) != sum(sizes):
@@ -261,34 +315,47 @@ class RowStates:
         ]
 
     def _alone(self, cut: _Cut, example: EncodedExample) -> list[torch.Tensor]:
-        """The states of one row: [tokens, ...] for each tensor in the cut's result.
+        """The states of one row: [positions, ...] for each tensor in the kept results.
 
-        The row goes through the model by itself, up to the cut.
+        The row goes through the model by itself, up to the last module whose result is kept.
         """
+        modules = cut.modules
+        found: dict[nn.Module, Any] = {}
 
-        def last(_: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        def collect(module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(original)
-            def forward(*args: Any, **kwargs: Any) -> NoReturn:
-                raise _EnoughError(original(*args, **kwargs))
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                found[module] = original(*args, **kwargs)
+                if module is modules[-1]:
+                    raise _EnoughError
+                return found[module]
 
             return forward
 
-        try:
-            with emptied_after_errors(self._model), computing(cut.module, last):
-                self._task.loss(self._model, self._task.collate([example], "one row", cut.device))
-        except _EnoughError as enough:
-            return [whole[0] for whole in _tensors(enough.result)]
-        raise AssertionError(f"{cut.name} did not run")
+        with emptied_after_errors(self._model), ExitStack() as stack, suppress(_EnoughError):
+            for module in modules:
+                stack.enter_context(computing(module, collect))
+            self._task.loss(self._model, self._task.collate([example], "one row", cut.device))
+        results = _tensors([found[module] for module in modules])
+        return [whole[0, len(whole[0]) - cut.positions(example) :] for whole in results]
 
-    def _given(self, cut: _Cut, states: Any, batch: Batch) -> list[FrozenResult]:
-        """The cut's result `states`, and NaN, which takes no memory, for the modules before it."""
+    def _given(self, cut: _Cut, wholes: Sequence[torch.Tensor], batch: Batch) -> list[FrozenResult]:
+        """The kept results `wholes`, and NaN, which takes no memory, for the others' results."""
         rows, tokens = batch.input_ids.shape
+        left = iter(wholes)
 
         def nan(form: torch.Tensor) -> torch.Tensor:
             return form.new_full((), math.nan).expand(rows, tokens, *form.shape[2:])
 
-        before = [(m, pytree.tree_map_only(torch.Tensor, nan, form)) for m, form in cut.before]
-        return [*before, (cut.module, states)]
+        return [
+            (
+                module,
+                pytree.tree_map_only(
+                    torch.Tensor, (lambda _: next(left)) if module in cut.kept else nan, form
+                ),
+            )
+            for module, form in cut.results
+        ]
 
     @contextmanager
     def _beginning(self, results: Sequence[FrozenResult], batch: Batch) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelE
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import Example
-from fedmezo_core.zo.data.task import Dataset, Task
+from fedmezo_core.zo.data.task import Dataset, Task, logits_of
 from fedmezo_core.zo.party import warn_of_answers_in_prompts
 from tests.core.zo.conftest import MODEL_KINDS, SENTENCES
 
@@ -116,13 +117,35 @@ def test_the_head_computes_the_verbalizers_alone(
     plain = head.forward
     head.forward = lambda hidden: plain(hidden)
     whole = evaluate(task, model, dataset, 4)
-    # Softcaps and scales behind the head see all words, and take 0 to 0.
-    columns = [logits.flatten(0, -2).abs().sum(dim=0) for logits in seen]
-    assert [int(column.count_nonzero()) for column in columns] == [2, 384]
-    assert columns[0].nonzero().flatten().tolist() == sorted(task.verbalizer_ids)
+    assert [logits.shape[-1] for logits in seen] == [2, 384]
     assert few.loss == pytest.approx(whole.loss, rel=1e-6)
     assert (few.accuracy, few.auc) == (whole.accuracy, whole.auc)
     assert "forward" in vars(head), "it is given back as it was"
+
+
+def test_a_model_that_needs_a_whole_vocabulary_gets_one(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """It adds a bias to its logits, so a head that gives two does not fit it."""
+    model: Any = model_of("llama")
+    task = Task(_classification(), tokenizer, 384)
+    batch = task.collate(task.encode(_labelled()).examples, "all")
+    plain, seen = model.forward, []
+    bias = torch.linspace(-1.0, 1.0, 384)
+
+    @functools.wraps(plain)
+    def biased(*args: Any, **kwargs: Any) -> Any:
+        result = plain(*args, **kwargs)
+        seen.append(result.logits.shape[-1])
+        result.logits = result.logits + bias
+        return result
+
+    model.forward = biased
+    with torch.inference_mode():
+        logits = logits_of(model, batch, 1)[:, -1, list(task.verbalizer_ids)]
+    wanted = float(functional.cross_entropy(logits.double(), batch.labels))
+    assert [task.loss(model, batch) for _ in range(2)] == pytest.approx([wanted] * 2, rel=1e-6)
+    assert seen == [384, 2, 384, 384], "the first batch shows it"
 
 
 def test_instruction_loss_is_that_of_the_models_own_labels(

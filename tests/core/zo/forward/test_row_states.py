@@ -92,6 +92,49 @@ def test_losses_are_those_of_whole_passes(
     assert row_states.cut.endswith(last_layer(kind).replace("1", "0")), "all that is frozen"
 
 
+@pytest.mark.parametrize("task_kind", ["classification", "instruction"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
+def test_behind_the_last_attention_only_positions_that_the_loss_reads_are_computed(
+    kind: str,
+    task_kind: str,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model = model_of(kind)
+    manifest = manifest_of(model, train=[f"{last_layer(kind)}.mlp"])
+    task = task_of(tokenizer, task_kind)
+    batch = batch_of(task)
+    row_states = _row_states(model, manifest, task)
+    begun, whole = (
+        estimator_on(model, manifest, task, row_states=each) for each in (row_states, None)
+    )
+    begun.measure(batch, LOCAL, SEEDS, EPS)
+    for rows in ([0, 1, 2, 3], [3, 1]):
+        part = _part(task, batch, rows)
+        rest, _ = row_states.begun(part)
+        assert rest.input_ids.shape == (len(rows), part.targets.shape[1] + 1)
+        assert rest.input_ids.shape[1] < part.input_ids.shape[1]
+        ours, theirs = (
+            losses_of(estimator.measure(part, LOCAL, SEEDS, EPS)) for estimator in (begun, whole)
+        )
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert len(set(ours)) == 4, "the perturbation shows"
+
+
+@pytest.mark.parametrize("trained", ["self_attn.q_proj", "self_attn.v_proj"])
+def test_a_trained_attention_sees_all_positions(
+    trained: str, model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = model_of("llama")
+    manifest = manifest_of(model, train=[f"layers.1.{trained}"])
+    task = task_of(tokenizer)
+    row_states = _row_states(model, manifest, task)
+    batch = batch_of(task)
+    rest, results = row_states.begun(batch)
+    assert results
+    assert rest.input_ids.shape == batch.input_ids.shape
+
+
 @pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_1])
 def test_a_row_goes_through_the_frozen_part_once_and_alone(
     distribution: Distribution,
@@ -252,7 +295,7 @@ def test_an_adapter_on_the_last_layer_of_an_offloaded_model(
         row_states = _row_states(model, manifest, task)
         estimator = estimator_on(model, manifest, task, row_states=row_states)
         measured.append([estimator.measure(batch_of(task), LOCAL, SEEDS, EPS) for _ in range(2)])
-        assert row_states.cut.endswith("layers.0")
+        assert row_states.cut.endswith("layers.1.self_attn")
         assert all(value.is_meta == offloaded for value in model.parameters())
     assert measured[0] == measured[1]
 
