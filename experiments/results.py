@@ -130,8 +130,8 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
     def mean(name: str) -> float:
         return float(sum(getattr(run, name) for run in runs)) / len(runs)
 
-    hours = (
-        sum(run.workers_cpu_s + run.workers * run.apply_cpu_s for run in runs) / len(runs) / 3600
+    minutes = (
+        sum(run.workers_cpu_s + run.workers * run.apply_cpu_s for run in runs) / len(runs) / 60
     )
     return [
         Figure(f"{arm}: rounds", mean("rounds"), "rounds"),
@@ -140,7 +140,7 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
         Figure(f"{arm}: bytes up, all workers", mean("bytes_up"), "B"),
         Figure(f"{arm}: bytes down, all workers", mean("bytes_down"), "B"),
         Figure(f"{arm}: trained parameters", mean("trained_elements"), "parameters"),
-        Figure(f"{arm}: core-hours, all workers", hours, "h"),
+        Figure(f"{arm}: core-minutes, all workers", minutes, "min"),
         Figure(f"{arm}: hours, with evaluations", mean("wall_s") / 3600, "h"),
     ]
 
@@ -220,7 +220,7 @@ def markdown(
     """Make a table with a row for each arm: means over the seeds, ± half of most minus least."""
     peaks = {figure.name.split(":")[0]: figure.value for figure in memory if figure.unit == "MB"}
     header = ["arm", "accuracy", "calibrated", "AUC", "loss", "rounds", "forwards", "bytes up"]
-    header += ["bytes down", "core-hours", *(["peak MB"] if memory else [])]
+    header += ["bytes down", "core-minutes", *(["peak MB"] if memory else [])]
     rows: list[list[str]] = []
     first = next(iter(results.values()))[0]
     before = [_spread([first.whole[0]], metric) for metric in METRICS]
@@ -234,7 +234,7 @@ def markdown(
         passes = f"{by_name['forward passes of one batch, all workers'].value:,.0f}"
         row += [passes + " + as many back" if runs[0].backwards else passes]
         row += [by_name[f"bytes {way}, all workers"].shown for way in ("up", "down")]
-        row += [by_name["core-hours, all workers"].shown]
+        row += [by_name["core-minutes, all workers"].shown]
         if memory:
             row += [f"{peaks[arm]:,.0f}" if arm in peaks else ""]
         lost = len(runs) - len(ends)
