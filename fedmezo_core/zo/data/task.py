@@ -523,15 +523,16 @@ class Task:
             try:
                 with _head_of_words(model, words, is_small=True):
                     logits = logits_of(model, batch, 1)[:, -1]
-                # A head that is no plain linear layer, or is perturbed, computes the whole.
-                found = logits if logits.shape[-1] == len(words) else logits[:, words]
             except (RuntimeError, ValueError, IndexError):
                 if model in self._has_small_head:
                     raise
                 self._has_small_head[model] = False
             else:
+                if logits.shape[-1] > len(words):
+                    # The head is no plain linear layer, or is perturbed, and computed the whole.
+                    return logits[:, words]
                 self._has_small_head[model] = True
-                return found
+                return logits
         with _head_of_words(model, words, is_small=False):
             return logits_of(model, batch, 1)[:, -1, words]
 

@@ -144,8 +144,14 @@ def test_a_model_that_needs_a_whole_vocabulary_gets_one(
     with torch.inference_mode():
         logits = logits_of(model, batch, 1)[:, -1, list(task.verbalizer_ids)]
     wanted = float(functional.cross_entropy(logits.double(), batch.labels))
-    assert [task.loss(model, batch) for _ in range(2)] == pytest.approx([wanted] * 2, rel=1e-6)
-    assert seen == [384, 2, 384, 384], "the first batch shows it"
+    head = model.get_output_embeddings()
+    plain_head = head.forward
+    head.forward = lambda hidden: plain_head(hidden)
+    losses = [task.loss(model, batch)]
+    del head.forward
+    losses += [task.loss(model, batch) for _ in range(2)]
+    assert losses == pytest.approx([wanted] * 3, rel=1e-6)
+    assert seen == [384, 384, 2, 384, 384], "the first batch with a plain head shows it"
 
 
 def test_instruction_loss_is_that_of_the_models_own_labels(
