@@ -207,12 +207,16 @@ def test_a_text_ends_before_the_end_of_text(tokenizer: PreTrainedTokenizerBase) 
         return torch.tensor([row[len(passes) - 1] for row in script])
 
     word = tokenizer.decode(words[:1])
-    assert task.generated(batch, next_tokens) == [word, "", word * 2, word * 2]
+    assert task.generated(batch, 5, next_tokens) == [word, "", word * 2, word * 2]
     assert len(passes) == 3, "nobody waits for rows that have ended"
     first, last = passes[0], passes[-1]
     assert last.input_ids.shape[1] == first.input_ids.shape[1] + 2
     assert last.attention_mask[:, -2:].min() == 1
-    assert torch.equal(last.position_ids[:, -1], first.position_ids[:, -1] + 2)
+    assert torch.equal(last.position_ids[2:, -1], first.position_ids[2:, -1] + 2)
+    prompt = batch.examples[2].prompt
+    assert [row.prompt[: len(prompt)] for row in last.examples[:3]] == [prompt] * 3, (
+        "a row that has ended is not computed again"
+    )
 
 
 def test_the_largest_scores_are_clipped(
@@ -333,6 +337,21 @@ def test_what_the_ready_made_ones_return() -> None:
     # a: 2 right of 3 wanted, 2 predicted; b and c: none.
     assert objectives.one_minus_macro_f1(PREDICTIONS) == pytest.approx(1 - (4 / 5) / 3)
     assert objectives.one_minus_exact_match(PREDICTIONS) == 0.5
+    # "A" against "a" counts as the same word; "a b" shares one word of three.
+    assert objectives.one_minus_token_f1(PREDICTIONS) == pytest.approx(1 - (3 + 2 / 3) / 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "f1"),
+    [
+        ("In 1894.", "1894", 2 / 3),
+        (" the the cat", "The cat", 4 / 5),
+        ("", "cat", 0.0),
+        ("?", "", 1.0),
+    ],
+)
+def test_two_texts_share_words(text: str, wanted: str, f1: float) -> None:
+    assert objectives.token_f1(text, wanted) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +360,7 @@ def test_what_the_ready_made_ones_return() -> None:
         (objectives.error_rate, "kind = classification"),
         (objectives.one_minus_macro_f1, "kind = classification"),
         (objectives.one_minus_exact_match, "generated_tokens_max above 0"),
+        (objectives.one_minus_token_f1, "generated_tokens_max above 0"),
     ],
 )
 def test_what_the_ready_made_ones_need(function: Callable[..., float], words: str) -> None:
