@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from experiments.first_order import FirstOrder
+from experiments.public_data import TOPICS
 from experiments.runs import Run
 from experiments.starting_point import (
+    CACHE,
     DEEP_LORA,
     FIRST_ORDER_LORA,
     FULL_RATE,
@@ -23,7 +25,7 @@ from experiments.starting_point import (
     config_of,
 )
 
-Metric = Literal["accuracy", "calibrated_accuracy", "auc", "loss"]
+Metric = Literal["accuracy", "calibrated_accuracy", "auc", "loss", "exact_match", "token_f1"]
 Axis = Literal["round", "forwards", "bytes"]
 Panel = tuple[Metric, Axis]
 
@@ -69,9 +71,11 @@ class Experiment:
     """Values of `RunConfig` that all arms have on top of `starting_point.RUN`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     against: Mapping[str, str] = field(default_factory=dict)
-    """Arm -> its baseline. With any, the report has the peak memory of training and inference."""
+    """Arm -> its baseline."""
     is_for_gpu: bool = False
-    """Whether it takes days on a CPU; then peak memory, a CPU process's, is not measured."""
+    """Whether it takes days on a CPU."""
+    has_memory: bool = False
+    """Whether the report has the peak memory of training and inference, that of CPU processes."""
     paced_by: str = ""
     """The arm whose last training loss the others are timed to, in rounds; empty: none."""
     goals: Mapping[str, str] = field(default_factory=dict)
@@ -142,6 +146,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         "FedMeZO against federated averaging with back-propagation",
         {"rounds": 120, "learning_rate": 0.4, "lora": LAST_LORA},
         0.03,
+        has_memory=True,
         settings={
             "train_rows_max": 1000,
             "heldout_rows_max": None,
@@ -196,6 +201,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         panels=BY_FORWARDS,
         seeds=3,
         settings={"evaluate_every_rounds": 2},
+        has_memory=True,
         against={
             "one-sided, 8 probes, 4 x batch, 324 forwards": "two-sided MeZO, 1000 forwards",
         },
@@ -260,6 +266,34 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         run={"rounds": 20, "batch_size": 8},
         settings={"evaluate_every_rounds": 5, "train_rows_max": 100},
     ),
+    "topics": Experiment(
+        "Eight topics of how-to guides, dealt by a Dirichlet draw",
+        (
+            Arm("FedMeZO", {"probes": 31, "rounds": 60, "learning_rate": 0.4, "lora": LAST_LORA}),
+            *FIRST_ORDER,
+        ),
+        seeds=3,
+        panels=(("accuracy", "round"), ("loss", "round"), ("accuracy", "bytes"), ("loss", "bytes")),
+        run={
+            "task": {
+                "template": "{text}. This is about",
+                "label_column": "topic",
+                "tokens_max": 32,
+                "verbalizers": dict(TOPICS),
+            },
+        },
+        settings={
+            "data": str(CACHE / "data/topics"),
+            "heldout_per_label": 0,
+            "train_rows_max": None,
+            "heldout_rows_max": None,
+            "curve_rows": None,
+        },
+        against={"FedMeZO": "BP-FedAvg, full"},
+        goals={
+            "FedMeZO: held-out accuracy, behind BP-FedAvg, full": "at most 0.03",
+        },
+    ),
 }
 
 
@@ -279,6 +313,7 @@ def run_of(experiment: Experiment, arm: Arm, seed: int, changes: Changes) -> Run
     settings = {**experiment.settings, **changes.settings, **arm.settings}
     if changes.quick:
         run |= {"rounds": 2, "local_steps": max(1, run["local_steps"] // 10), "batch_size": 2}
-        settings |= {"heldout_per_label": 1, "heldout_rows_max": 16, "curve_rows": 8}
+        few = min(1, settings.get("heldout_per_label", 1))
+        settings |= {"heldout_per_label": few, "heldout_rows_max": 16, "curve_rows": 8}
     made = Settings.model_validate(settings)
     return Run(settings=made, config=config_of(made, seed, run), first_order=arm.first_order)
