@@ -7,7 +7,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import starmap
 from pathlib import Path
@@ -142,8 +141,13 @@ class Judge:
         task, model = self.party.task, self.party.loaded.model
 
         def next_tokens(rows: Batch) -> torch.Tensor:
-            with nullcontext() if self.row_states is None else self.row_states.known(rows):
-                return task.next_tokens(model, rows)
+            # Without states of rows: texts change from one evaluation to the next. Other rows stand
+            # in for those that have ended; each is computed once.
+            kinds = {example.prompt: example for example in rows.examples}
+            batch = task.collate(list(kinds.values()), rows.name, rows.input_ids.device)
+            found = task.next_tokens(model, batch)
+            place = {prompt: number for number, prompt in enumerate(kinds)}
+            return found[[place[example.prompt] for example in rows.examples]]
 
         texts: list[str] = []
         for first in range(0, len(dataset), self.batch_size):

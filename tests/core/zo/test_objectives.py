@@ -36,6 +36,7 @@ from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from fedmezo_core.zo.objectives import SCORE_ABS_MAX, Objective, Predictions, load_objective
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES
+from tests.core.zo.forward.frozen_parts import last_layer
 from tests.integration.support.parties import TEXTS
 
 EPS = 3e-2
@@ -77,7 +78,12 @@ def _task(
 
 
 def _predictions(
-    model: nn.Module, task: Task, batch: Batch, seeds: Sequence[int] = (99,), **options: Any
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    seeds: Sequence[int] = (99,),
+    train: Sequence[str] = (),
+    eps: float = EPS,
 ) -> list[Predictions]:
     """What the objective is given at each point of one measurement."""
     seen: list[Predictions] = []
@@ -88,23 +94,24 @@ def _predictions(
 
     estimator = Estimator(
         model,
-        manifest_of(model),
+        manifest_of(model, train=train),
         task,
         distribution=Distribution.RADEMACHER,
         rounding=Rounding.STOCHASTIC,
         threads=1,
         objective=objective,
-        **options,
     )
-    measured = estimator.measure(batch, LOCAL, seeds, EPS)
+    measured = estimator.measure(batch, LOCAL, seeds, eps)
     assert [m.loss_plus for m in measured] == [1.0 + 2 * k for k in range(len(seeds))]
-    assert measured[0].projected_grad == np.float32(-1 / (2 * EPS))
+    assert measured[0].projected_grad == np.float32(-1 / (2 * eps))
     return seen
 
 
-def _moved(model: nn.Module, pairs: Sequence[Pair], rounding_seed: int) -> nn.Module:
+def _moved(
+    model: nn.Module, pairs: Sequence[Pair], rounding_seed: int, train: Sequence[str] = ()
+) -> nn.Module:
     """A copy whose weights really are the base plus `pairs`."""
-    moved, manifest = copy.deepcopy(model), manifest_of(model)
+    moved, manifest = copy.deepcopy(model), manifest_of(model, train=train)
     commit = Commit(
         np.array([seed for seed, _ in pairs], dtype=np.uint64),
         np.array([coefficient for _, coefficient in pairs], dtype=np.float32),
@@ -162,6 +169,22 @@ def test_predictions_and_texts_are_those_of_really_perturbed_weights(
             task.loss(moved, batch), rel=2e-5
         )
     assert seen[0].texts != seen[1].texts, "the perturbation shows"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mamba"])
+def test_texts_of_points_that_go_apart_are_their_own_where_most_is_frozen(
+    kind: str, model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, train, eps = model_of(kind), [last_layer(kind)], 0.5
+    task, batch = _task(tokenizer, "instruction", 6)
+    seen = _predictions(model, task, batch, (99, 100), train, eps)
+    points = [(seed, step) for seed in (99, 100) for step in (eps, -eps)]
+    for predictions, point in zip(seen, points, strict=True):
+        moved = _moved(model, [*LOCAL, point], 99, train)
+        assert predictions.texts == [
+            tokenizer.decode(_written(moved, example.prompt, 6, 0)) for example in batch.examples
+        ]
+    assert len({tuple(predictions.texts) for predictions in seen}) == 4
 
 
 def test_rows_labels_and_classes_are_as_in_the_data(
