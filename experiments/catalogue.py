@@ -124,6 +124,21 @@ FIRST_ORDER: Final = (
 )
 
 
+QUESTIONS: Final[dict[str, Any]] = {
+    "kind": "instruction",
+    "template": "{passage}\nQuestion: {question}\nAnswer:",
+    "response_column": "answer",
+    "tokens_max": 96,
+}
+"""The task of answering in words of a sentence."""
+
+
+def _scored_by(objective: str) -> dict[str, Any]:
+    """Values of `RunConfig` with which the answers that the model writes train it."""
+    scored = {"objective": f"fedmezo_core.zo.objectives:{objective}", "generated_tokens_max": 5}
+    return {"task": {**QUESTIONS, **scored}, "eps": 0.05}
+
+
 def _accuracy(title: str, run: Mapping[str, Any], behind_max: float, **others: Any) -> Experiment:
     """Compare FedMeZO, with the values of `run`, with back-propagation."""
     return Experiment(
@@ -292,6 +307,32 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         against={"FedMeZO": "BP-FedAvg, full"},
         goals={
             "FedMeZO: held-out accuracy, behind BP-FedAvg, full": "at most 0.03",
+        },
+    ),
+    "questions": Experiment(
+        "Questions that words of a sentence answer",
+        (
+            Arm("FedMeZO, by loss"),
+            Arm("FedMeZO, by token F1", _scored_by("one_minus_token_f1")),
+            Arm("FedMeZO, by exact match", _scored_by("one_minus_exact_match")),
+            Arm(
+                "BP-FedAvg, LoRA",
+                {**WHOLE, "lora": FIRST_ORDER_LORA, "local_steps": 5, "batch_size": 8},
+                first_order=FirstOrder(learning_rate=LORA_RATE),
+            ),
+        ),
+        panels=(("exact_match", "round"), ("token_f1", "round"), ("loss", "round")),
+        run={"task": QUESTIONS, "rounds": 20, "learning_rate": 3.0},
+        settings={
+            "data": str(CACHE / "data/questions"),
+            "clients": 2,
+            "train_rows_max": 64,
+            "heldout_per_label": 0,
+            "heldout_rows_max": 100,
+            "curve_rows": None,
+            "generated_tokens_max": 5,
+            # All probes' texts in one pass, so that few passes run over the head.
+            "pass_tokens_max": 16384,
         },
     ),
 }
