@@ -133,10 +133,15 @@ class DistinctRows:
     @classmethod
     def of(cls, rows: Sequence[Hashable], copies: Copies, device: torch.device) -> DistinctRows:
         """Find the kinds among the `rows` of all copies; equal ones are alike."""
-        kinds: dict[Hashable, int] = {}
-        kind = [kinds.setdefault(row, len(kinds)) for row in rows]
-        first = [kind.index(number) for number in range(len(kinds))]
-        return cls(copies, torch.tensor(first, device=device), torch.tensor(kind, device=device))
+        first: dict[Hashable, int] = {}
+        for number, row in enumerate(rows):
+            first.setdefault(row, number)
+        kinds = {row: kind for kind, row in enumerate(first)}
+        return cls(
+            copies,
+            torch.tensor(list(first.values()), device=device),
+            torch.tensor([kinds[row] for row in rows], device=device),
+        )
 
     @property
     def count(self) -> int:
@@ -184,10 +189,10 @@ class DistinctRows:
 
     @staticmethod
     def _taken(leaf: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """The given `rows` of a tensor whose dimension 0 runs over `count` rows, or their tokens"""
+        """The given `rows` of a tensor whose dimension 0 runs over `count` rows or their tokens."""
         if len(leaf) == count:
             return leaf[rows]
-        return leaf.view(count, -1, *leaf.shape[1:])[rows].flatten(0, 1)
+        return leaf.reshape(count, -1, *leaf.shape[1:])[rows].flatten(0, 1)
 
 
 def tensors_in(arguments: Any) -> list[torch.Tensor]:
