@@ -27,6 +27,7 @@ from rich.table import Table
 from benchmarks.figures import REPORTS, Figure
 from experiments import peak_memory
 from experiments.catalogue import EXPERIMENTS, Changes, Experiment, run_of
+from experiments.public_data import DATA_SETS, prepare_data
 from experiments.results import redraw, write_all
 from experiments.runs import KEPT, Processes, Result, Run, kept, key_of
 from experiments.starting_point import CACHE, Settings
@@ -136,7 +137,7 @@ def experiment(order: Order) -> None:
         described = EXPERIMENTS[target]
         found = {arm: [results[key_of(run)] for run in of_arm] for arm, of_arm in arms.items()}
         peaks: list[Figure] = []
-        if described.against and not described.is_for_gpu:
+        if described.has_memory:
             first = {arm: of_arm[0] for arm, of_arm in arms.items()}
             peaks = peak_memory.figures(first, order.kept, fresh=order.fresh)
         paths = write_all(target, described, found, peaks, order.reports)
@@ -186,7 +187,7 @@ def _runs(described: Experiment, order: Order) -> dict[str, list[Run]]:
 
 
 def _prepare(runs: dict[str, dict[str, list[Run]]]) -> None:
-    """Fetch the demo's model and data if a run uses them."""
+    """Fetch the model and data that runs use, if they are ours."""
     folders = {
         Path(folder)
         for arms in runs.values()
@@ -198,6 +199,9 @@ def _prepare(runs: dict[str, dict[str, list[Run]]]) -> None:
         from deploy.demo.prepare import prepare
 
         prepare(CACHE)
+    for folder in folders:
+        if folder.parent == CACHE / "data" and folder.name in DATA_SETS:
+            prepare_data(CACHE, folder.name)
 
 
 def _results(runs: Mapping[str, Run], order: Order) -> dict[str, Result]:

@@ -11,19 +11,22 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from experiments.first_order import FirstOrder
+from experiments.public_data import TOPICS
 from experiments.runs import Run
 from experiments.starting_point import (
+    CACHE,
     DEEP_LORA,
     FIRST_ORDER_LORA,
     FULL_RATE,
     LAST_LORA,
+    LORA,
     LORA_RATE,
     RUN,
     Settings,
     config_of,
 )
 
-Metric = Literal["accuracy", "calibrated_accuracy", "auc", "loss"]
+Metric = Literal["accuracy", "calibrated_accuracy", "auc", "loss", "exact_match", "token_f1"]
 Axis = Literal["round", "forwards", "bytes"]
 Panel = tuple[Metric, Axis]
 
@@ -69,9 +72,11 @@ class Experiment:
     """Values of `RunConfig` that all arms have on top of `starting_point.RUN`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     against: Mapping[str, str] = field(default_factory=dict)
-    """Arm -> its baseline. With any, the report has the peak memory of training and inference."""
+    """Arm -> its baseline."""
     is_for_gpu: bool = False
-    """Whether it takes days on a CPU; then peak memory, a CPU process's, is not measured."""
+    """Whether it takes days on a CPU."""
+    has_memory: bool = False
+    """Whether the report has the peak memory of training and inference, that of CPU processes."""
     paced_by: str = ""
     """The arm whose last training loss the others are timed to, in rounds; empty: none."""
     goals: Mapping[str, str] = field(default_factory=dict)
@@ -120,6 +125,17 @@ FIRST_ORDER: Final = (
 )
 
 
+SMALL_LORA: Final[dict[str, Any]] = {**LORA, "rank": 2, "alpha": 2.0}
+"""1,152 trained parameters, for runs with few directions."""
+QUESTIONS: Final[dict[str, Any]] = {
+    "kind": "instruction",
+    "template": "{passage}\nQuestion: {question}\nAnswer:",
+    "response_column": "answer",
+    "tokens_max": 96,
+}
+"""The task of answering in words of a sentence."""
+
+
 def _accuracy(
     title: str,
     run: Mapping[str, Any],
@@ -150,6 +166,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         {"rounds": 120, "learning_rate": 0.4, "lora": LAST_LORA},
         0.03,
         {"FedMeZO: core-minutes, all workers": "at most 60"},
+        has_memory=True,
         settings={
             "train_rows_max": 1000,
             "heldout_rows_max": None,
@@ -204,6 +221,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         panels=BY_FORWARDS,
         seeds=3,
         settings={"evaluate_every_rounds": 2},
+        has_memory=True,
         against={
             "one-sided, 8 probes, 4 x batch, 324 forwards": "two-sided MeZO, 1000 forwards",
         },
@@ -268,6 +286,90 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         run={"rounds": 20, "batch_size": 8},
         settings={"evaluate_every_rounds": 5, "train_rows_max": 100},
     ),
+    "topics": Experiment(
+        "Eight topics of how-to guides, dealt by a Dirichlet draw",
+        (
+            Arm("FedMeZO", {"probes": 31, "rounds": 60, "learning_rate": 0.4, "lora": LAST_LORA}),
+            Arm(
+                "BP-FedAvg, LoRA",
+                {**WHOLE, "lora": FIRST_ORDER_LORA, "local_steps": 5},
+                first_order=FirstOrder(learning_rate=LORA_RATE),
+            ),
+        ),
+        panels=(("accuracy", "round"), ("loss", "round"), ("accuracy", "bytes"), ("loss", "bytes")),
+        run={
+            "task": {
+                "template": "{text}. This is about",
+                "label_column": "topic",
+                "tokens_max": 32,
+                "verbalizers": dict(TOPICS),
+            },
+        },
+        settings={
+            "data": str(CACHE / "data/topics"),
+            "heldout_per_label": 0,
+            "train_rows_max": None,
+            "heldout_rows_max": None,
+            "curve_rows": None,
+            "evaluate_every_rounds": 20,
+        },
+        against={"FedMeZO": "BP-FedAvg, LoRA"},
+        goals={
+            "FedMeZO: held-out accuracy, behind BP-FedAvg, LoRA": "at most 0.03",
+        },
+    ),
+    "questions": Experiment(
+        "Questions that words of a sentence answer",
+        (
+            Arm("FedMeZO, by loss"),
+            Arm("FedMeZO, by loss, rank 2", {"rounds": 20, "lora": SMALL_LORA}),
+            Arm(
+                "FedMeZO, by token F1, rank 2",
+                {
+                    "probes": 8,
+                    "eps": 0.5,
+                    "learning_rate": 2.0,
+                    "lora": SMALL_LORA,
+                    "task": {
+                        **QUESTIONS,
+                        "objective": "fedmezo_core.zo.objectives:one_minus_token_f1",
+                        "generated_tokens_max": 5,
+                    },
+                },
+                # New beginnings of texts are what takes time.
+                {"train_rows_max": 16},
+            ),
+            Arm(
+                "BP-FedAvg, LoRA",
+                {
+                    **WHOLE,
+                    "lora": FIRST_ORDER_LORA,
+                    "rounds": 3,
+                    "local_steps": 5,
+                    "batch_size": 8,
+                },
+                {"train_rows_max": None},
+                first_order=FirstOrder(learning_rate=LORA_RATE),
+            ),
+        ),
+        seeds=1,
+        panels=(("exact_match", "round"), ("token_f1", "round"), ("loss", "round")),
+        against={"FedMeZO, by loss": "BP-FedAvg, LoRA"},
+        goals={"FedMeZO, by loss: exact match, behind BP-FedAvg, LoRA": "at most 0.05"},
+        run={"task": QUESTIONS, "rounds": 16},
+        settings={
+            "data": str(CACHE / "data/questions"),
+            "clients": 2,
+            "train_rows_max": 64,
+            "heldout_per_label": 0,
+            "heldout_rows_max": 48,
+            "evaluate_every_rounds": 100,
+            "curve_rows": None,
+            "generated_tokens_max": 5,
+            # All probes' texts in one pass, so that few passes run over the head.
+            "pass_tokens_max": 16384,
+        },
+    ),
 }
 
 
@@ -287,6 +389,7 @@ def run_of(experiment: Experiment, arm: Arm, seed: int, changes: Changes) -> Run
     settings = {**experiment.settings, **changes.settings, **arm.settings}
     if changes.quick:
         run |= {"rounds": 2, "local_steps": max(1, run["local_steps"] // 10), "batch_size": 2}
-        settings |= {"heldout_per_label": 1, "heldout_rows_max": 16, "curve_rows": 8}
+        few = min(1, settings.get("heldout_per_label", 1))
+        settings |= {"heldout_per_label": few, "heldout_rows_max": 16, "curve_rows": 8}
     made = Settings.model_validate(settings)
     return Run(settings=made, config=config_of(made, seed, run), first_order=arm.first_order)

@@ -11,6 +11,7 @@ worker does with an assignment are the product's own code. What differs from a r
 - Nothing takes time and nothing is lost. Messages are handled one at a time in the order in which
   they were sent, so that answers come in slot order; no deadline passes and no worker leaves.
 - Evaluations are made between two messages, by the same party, and not by a replica process.
+- An objective has no deadline.
 - The caller decides whether row states are kept, by giving `row_states`; a real worker decides by
   how often its rows come.
 
@@ -28,7 +29,7 @@ from dataclasses import dataclass
 from experiments.judging import Judge
 from fedmezo_coordinator.serving.commit_index import CommitIndex
 from fedmezo_coordinator.serving.hello import check_hello
-from fedmezo_core.errors import ConfigError, FedMezoError, MeasurementError, NumericError
+from fedmezo_core.errors import FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (
     ApplyCommit,
     Connected,
@@ -69,6 +70,7 @@ from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.forward.row_states import RowStates
+from fedmezo_core.zo.objectives import load_objective
 from fedmezo_core.zo.party import Party, commits_of
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -104,14 +106,14 @@ class InMemoryFederation:
     ) -> None:
         """`party` is at its base; `rows` holds each worker's rows by its name.
 
-        Raises as `Task.encode` does, and `ConfigError` for a task with an objective.
+        Raises as `Task.encode` does, and as `load_objective` does if the task has an objective,
+        whose code runs here.
         """
-        if party.config.task.objective:
-            raise ConfigError("Experiments measure the loss; leave out task.objective.")
         self.party = party
         self.journal = Journal(MemoryStore() if store is None else store)
         self.train_losses: dict[int, list[float]] = {}
-        """Round -> mean loss of each answer over its batches, whether or not it is reported."""
+        """Round -> mean loss of each answer over its batches, whether or not it is reported; with
+        an objective, its mean score."""
         self.forwards = 0
         """Forward passes of one batch, by all workers."""
         self.working_s = 0.0
@@ -120,7 +122,13 @@ class InMemoryFederation:
         """CPU seconds that each worker takes to apply commits and digest its weights."""
         self._judge = judge
         self._estimator = open_estimator(
-            party, threads=threads, pass_tokens_max=pass_tokens_max, row_states=row_states
+            party,
+            threads=threads,
+            pass_tokens_max=pass_tokens_max,
+            objective=load_objective(party.config.task.objective)
+            if party.config.task.objective
+            else None,
+            row_states=row_states,
         )
         self._machine = RoundMachine()
         genesis = party.genesis()

@@ -8,14 +8,17 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import starmap
 from pathlib import Path
 
 import torch
 
 from fedmezo_core.zo.data.held_out import Evaluation, evaluate
 from fedmezo_core.zo.data.rows import Example
-from fedmezo_core.zo.data.task import Dataset
+from fedmezo_core.zo.data.task import Batch, Dataset
 from fedmezo_core.zo.forward.row_states import RowStates
+from fedmezo_core.zo.model.offload import execution_device
+from fedmezo_core.zo.objectives import token_f1
 from fedmezo_core.zo.party import Party
 
 
@@ -29,6 +32,20 @@ class Point:
     calibrated_accuracy: float | None
     auc: float | None
     rows: int
+    exact_match: float | None = None
+    """Share of rows whose generated text is the right answer, but for white space around both; None
+    if no text was generated."""
+    token_f1: float | None = None
+    """Mean of `objectives.token_f1` over the rows; None if no text was generated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """How the model does on some rows."""
+
+    evaluation: Evaluation
+    exact_match: float | None = None
+    token_f1: float | None = None
 
 
 @dataclass
@@ -45,6 +62,8 @@ class Judge:
     batch_size: int = 64
     curve_rows: int | None = None
     """Rows behind each point of the curve; None: all."""
+    generated_tokens_max: int = 0
+    """Most tokens of the text that the model writes for each row; 0: it writes none."""
     row_states: RowStates | None = None
     kept: Path | None = None
     """Folder for the base's results, which most runs share; None: they are not kept."""
@@ -77,9 +96,9 @@ class Judge:
             reused = found if self._few is self._all else None
             self.whole.append(_point(round_, reused or self._evaluate(self._all, round_)))
         self.seconds += time.process_time() - begin
-        return found
+        return None if found is None else found.evaluation
 
-    def _evaluate(self, dataset: Dataset, round_: int) -> Evaluation:
+    def _evaluate(self, dataset: Dataset, round_: int) -> Judgement:
         if round_ or self.kept is None:
             return self._evaluated(dataset)
         config = self.party.config
@@ -88,25 +107,54 @@ class Judge:
             config.dtype,
             config.task.model_dump_json(),
             self.batch_size,
+            self.generated_tokens_max,
             self.row_states is None,
             dataset.examples,
             torch.__version__,
         )
         path = self.kept / f"base-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
         if path.exists():
-            return Evaluation(**json.loads(path.read_text()))
+            kept = json.loads(path.read_text())
+            return Judgement(**{**kept, "evaluation": Evaluation(**kept["evaluation"])})
         found = self._evaluated(dataset)
         write_whole(path, json.dumps(asdict(found)))
         return found
 
-    def _evaluated(self, dataset: Dataset) -> Evaluation:
-        return evaluate(
+    def _evaluated(self, dataset: Dataset) -> Judgement:
+        found = evaluate(
             self.party.task,
             self.party.loaded.model,
             dataset,
             self.batch_size,
             around_batch=None if self.row_states is None else self.row_states.known,
         )
+        if not self.generated_tokens_max:
+            return Judgement(found)
+        column = self.party.config.task.answer_column
+        wanted = [row.values[column] for row in self.rows[: len(dataset)]]
+        pairs = list(zip(self._texts(dataset), wanted, strict=True))
+        right = sum(text.strip() == answer.strip() for text, answer in pairs)
+        return Judgement(found, right / len(pairs), sum(starmap(token_f1, pairs)) / len(pairs))
+
+    def _texts(self, dataset: Dataset) -> list[str]:
+        """What the model writes after each row's prompt."""
+        task, model = self.party.task, self.party.loaded.model
+
+        def next_tokens(rows: Batch) -> torch.Tensor:
+            # Without states of rows: texts change from one evaluation to the next. Other rows stand
+            # in for those that have ended; each is computed once.
+            kinds = {example.prompt: example for example in rows.examples}
+            batch = task.collate(list(kinds.values()), rows.name, rows.input_ids.device)
+            found = task.next_tokens(model, batch)
+            place = {prompt: number for number, prompt in enumerate(kinds)}
+            return found[[place[example.prompt] for example in rows.examples]]
+
+        texts: list[str] = []
+        for first in range(0, len(dataset), self.batch_size):
+            examples = dataset.examples[first : first + self.batch_size]
+            batch = task.collate(examples, "evaluation", execution_device(model))
+            texts += task.generated(batch, self.generated_tokens_max, next_tokens)
+        return texts
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -121,7 +169,8 @@ def _is_news(round_: int, points: Sequence[Point]) -> bool:
     return not points or points[-1].round < round_
 
 
-def _point(round_: int, found: Evaluation) -> Point:
+def _point(round_: int, judged: Judgement) -> Point:
+    found = judged.evaluation
     return Point(
         round=round_,
         loss=found.loss,
@@ -129,4 +178,6 @@ def _point(round_: int, found: Evaluation) -> Point:
         calibrated_accuracy=found.calibrated_accuracy,
         auc=found.auc,
         rows=found.row_count,
+        exact_match=judged.exact_match,
+        token_f1=judged.token_f1,
     )

@@ -19,7 +19,18 @@ METRICS: Final[dict[Metric, str]] = {
     "calibrated_accuracy": "calibrated accuracy (median threshold)",
     "auc": "AUC",
     "loss": "held-out loss (nats)",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
 }
+COLUMNS: Final[dict[Metric, str]] = {
+    "accuracy": "accuracy",
+    "calibrated_accuracy": "calibrated",
+    "auc": "AUC",
+    "loss": "loss",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+}
+"""Headings of the table, in which a metric that no run has is left out."""
 AXES: Final[dict[Axis, str]] = {
     "round": "round",
     "forwards": "forward passes of one batch, all workers",
@@ -193,7 +204,11 @@ def _against(arm: str, baseline: str, results: Mapping[str, Sequence[Result]]) -
     found = []
     for metric, name in METRICS.items():
         values = [
-            [value for run in runs if not run.ended and (value := getattr(run.whole[-1], metric))]
+            [
+                value
+                for run in runs
+                if not run.ended and (value := getattr(run.whole[-1], metric)) is not None
+            ]
             for runs in (ours, theirs)
         ]
         if metric != "loss" and all(values):
@@ -219,17 +234,18 @@ def markdown(
 ) -> str:
     """Make a table with a row for each arm: means over the seeds, ± half of most minus least."""
     peaks = {figure.name.split(":")[0]: figure.value for figure in memory if figure.unit == "MB"}
-    header = ["arm", "accuracy", "calibrated", "AUC", "loss", "rounds", "forwards", "bytes up"]
+    first = next(iter(results.values()))[0]
+    shown = [metric for metric in COLUMNS if getattr(first.whole[0], metric) is not None]
+    header = ["arm", *(COLUMNS[metric] for metric in shown), "rounds", "forwards", "bytes up"]
     header += ["bytes down", "core-minutes", *(["peak MB"] if memory else [])]
     rows: list[list[str]] = []
-    first = next(iter(results.values()))[0]
-    before = [_spread([first.whole[0]], metric) for metric in METRICS]
+    before = [_spread([first.whole[0]], metric) for metric in shown]
     rows.append(["before", *before, *[""] * (len(header) - 5)])
     for arm, runs in results.items():
         ends = [run.whole[-1] for run in runs if not run.ended]
         costs = _costs(arm, runs)
         by_name = {figure.name.removeprefix(f"{arm}: "): figure for figure in costs}
-        row = [arm, *(_spread(ends, metric) for metric in METRICS)]
+        row = [arm, *(_spread(ends, metric) for metric in shown)]
         row += [f"{by_name['rounds'].value:.4g}"]
         passes = f"{by_name['forward passes of one batch, all workers'].value:,.0f}"
         row += [passes + " + as many back" if runs[0].backwards else passes]
@@ -326,7 +342,7 @@ def plot(experiment: Experiment, curves: Sequence[Curve], path: Path) -> None:
         axes.set_xlabel(AXES[axis])
         axes.set_ylabel(METRICS[metric])
         axes.grid(alpha=0.3)
-        if metric in ("accuracy", "calibrated_accuracy"):
+        if metric not in ("auc", "loss"):
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if axis == "bytes":
             axes.set_xscale("log")

@@ -124,6 +124,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         every_rounds=settings.evaluate_every_rounds,
         batch_size=settings.evaluate_batch_size,
         curve_rows=settings.curve_rows,
+        generated_tokens_max=settings.generated_tokens_max,
         row_states=row_states,
         kept=folder,
     )

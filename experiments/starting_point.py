@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.zo.data.rows import Example, read_examples
+from fedmezo_core.zo.data.rows import Example, read_rows
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 
 CACHE = Path("build/cache")
@@ -98,6 +98,9 @@ class Settings(BaseModel):
     curve_rows: int | None = Field(default=300, ge=1)
     """Held-out rows behind each point of a curve; None: all. The first and last model are judged by
     all of them in any case."""
+    generated_tokens_max: int = Field(default=0, ge=0)
+    """Most tokens of the text that the model writes for each held-out row, which gives exact match
+    and token F1; 0: it writes none."""
     evaluate_batch_size: int = Field(default=64, ge=1)
     threads: int = Field(default=1, ge=1)
     pass_tokens_max: int = Field(default=PASS_TOKENS_MAX, ge=1)
@@ -137,15 +140,15 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
     first of them are a fair sample.
     """
     folder = Path(settings.data)
-    columns = task.data_columns
+    others = bool(task.objective)
     files = sorted(folder.glob("*.train.jsonl"))
     if not files:
         raise ConfigError(f"{folder} holds no <domain>.train.jsonl; run `make demo` or see docs.")
-    heldout = read_examples(folder / "heldout.jsonl", columns)
+    heldout = read_rows(folder / "heldout.jsonl", task, keep_others=others)
     domains: dict[str, list[Example]] = {}
     fitting: list[Example] = []
     for file in files:
-        rows = read_examples(file, columns)
+        rows = read_rows(file, task, keep_others=others)
         taken = _last_of_each(rows, task.answer_column, settings.heldout_per_label)
         heldout += [row for number, row in enumerate(rows) if number in taken]
         left = [row for number, row in enumerate(rows) if number not in taken]

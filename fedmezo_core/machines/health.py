@@ -164,6 +164,14 @@ class Health:
         count = ZERO_SCORES if config.task.objective else 1
         if not self.zeros.lasts(round_, ZERO_ROUNDS, count):
             return ""
+        if config.task.objective:
+            return (
+                f"no probe since round {self.zeros.since} has changed the objective's score, so "
+                "nothing is learned: the score may have too few steps (an exact match of a model "
+                "that gets nothing right is the same at every point), eps may be too small to "
+                "change it, or a learning rate that is too large has ruined the weights; begin "
+                "again with a score of finer steps, a larger eps or a smaller learning_rate"
+            )
         return (
             f"every projected gradient since round {self.zeros.since} is exactly 0, so nothing is "
             "learned any more: a learning rate that is too large has ruined the weights, or eps is "

@@ -32,7 +32,7 @@ from fedmezo_core.events import Work
 from fedmezo_core.machines.aggregate import Share, coefficients_of
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Batch, Task
-from fedmezo_core.zo.forward.copies import InseparableError
+from fedmezo_core.zo.forward.copies import Copies, DistinctRows, InseparableError
 from fedmezo_core.zo.forward.forward import Forward
 from fedmezo_core.zo.forward.frozen import FROZEN_SHARE_MIN, FrozenResult
 from fedmezo_core.zo.forward.guard import DirectReadError
@@ -163,8 +163,7 @@ class Estimator:
         length = self._points_max(rest, len(points)) if self._together else 1
         measure = self._task_losses if self._objective is None else self._scores
         losses: list[float] = []
-        # Generating text runs passes over several batches.
-        keeps = self._together and self._objective is None and length < len(points)
+        keeps = self._together and length < len(points)
         try:
             with self._forward.frozen.holding(known, keeps=keeps):
                 for first in range(0, len(points), length):
@@ -180,7 +179,7 @@ class Estimator:
         They begin with nothing if they compute the frozen part for every copy.
         """
         one_copy = not self._together or self._forward.frozen.share > 0
-        if self._row_states is None or self._objective is not None or not one_copy:
+        if self._row_states is None or not one_copy:
             return batch, ()
         return self._row_states.begun(batch, self._before_pass)
 
@@ -205,9 +204,23 @@ class Estimator:
         task, copies = self._task, batch.repeated(len(points))
 
         def next_tokens(rows: Batch) -> torch.Tensor:
-            return self._pass(points, rows, lambda rows: task.next_tokens(self._model, rows))
+            # Most points write the same, so that most copies of a row are still alike.
+            distinct = self._distinct(rows, points)
+            kinds = rows
+            if distinct is not None:
+                examples = [rows.examples[row] for row in distinct.first.tolist()]
+                kinds = task.collate(examples, rows.name, rows.input_ids.device)
+            rest, known = self._begun(kinds)
+            if rest is not kinds:
+                rows = rows.read()
+                distinct = distinct and distinct.of_tokens(rows.input_ids.shape[1])
+            with self._forward.frozen.holding(known, keeps=False):
+                return self._pass(
+                    points, rows, lambda rows: task.next_tokens(self._model, rows), distinct
+                )
 
-        texts = task.generated(copies, next_tokens) if task.config.generated_tokens_max else []
+        tokens_max = task.config.generated_tokens_max
+        texts = task.generated(copies, tokens_max, next_tokens) if tokens_max else []
         predictions = self._pass(
             points,
             copies,
@@ -215,15 +228,31 @@ class Estimator:
         )
         return [self._objective(part) for part in predictions]
 
+    def _distinct(self, rows: Batch, points: Sequence[Commit]) -> DistinctRows | None:
+        """Which rows of all points' copies are alike; None if there is only one point."""
+        if len(points) == 1:
+            return None
+        total, tokens = rows.input_ids.shape
+        copies = Copies(len(points), total // len(points), tokens)
+        prompts = [example.prompt for example in rows.examples]
+        return DistinctRows.of(prompts, copies, rows.input_ids.device)
+
     def _pass(
-        self, points: Sequence[Commit], copies: Batch, compute: Callable[[Batch], Result]
+        self,
+        points: Sequence[Commit],
+        copies: Batch,
+        compute: Callable[[Batch], Result],
+        distinct: DistinctRows | None = None,
     ) -> Result:
-        """What `compute` gives while the model computes each of the `copies` at its own point."""
+        """What `compute` gives while the model computes each of the `copies` at its own point.
+
+        `distinct` tells which rows are alike if the copies are not.
+        """
         rows, tokens = copies.input_ids.shape
         while True:
             self._before_pass()
             try:
-                with self._forward.at(points, rows // len(points), tokens):
+                with self._forward.at(points, rows // len(points), tokens, distinct):
                     return compute(copies)
             except DirectReadError as error:
                 self._forward.build_further_out(error)

@@ -11,8 +11,10 @@ import importlib
 import logging
 import math
 import numbers
+import string
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +149,32 @@ def one_minus_exact_match(predictions: Predictions) -> float:
         raise ValueError("no text was generated: set generated_tokens_max above 0")
     pairs = zip(predictions.texts, predictions.wanted, strict=True)
     return sum(text.strip() != wanted.strip() for text, wanted in pairs) / len(predictions.rows)
+
+
+def one_minus_token_f1(predictions: Predictions) -> float:
+    """1 - token F1: how many words the generated texts share with the right answers, on average.
+
+    The words of a text are what white space separates, in lower case and without punctuation around
+    them. A row's F1 is twice the number of shared words over the number of words in both texts, as
+    for SQuAD (Rajpurkar et al. 2016), whose articles count here. Raises `ValueError` if no text was
+    generated, because `generated_tokens_max` is 0.
+    """
+    if not predictions.texts:
+        raise ValueError("no text was generated: set generated_tokens_max above 0")
+    pairs = zip(predictions.texts, predictions.wanted, strict=True)
+    return 1.0 - sum(token_f1(text, wanted) for text, wanted in pairs) / len(predictions.rows)
+
+
+def token_f1(text: str, wanted: str) -> float:
+    """Twice the number of words that two texts share, over the number of words in both: 0 to 1."""
+    ours, theirs = Counter(_words(text)), Counter(_words(wanted))
+    count = ours.total() + theirs.total()
+    return 2.0 * (ours & theirs).total() / count if count else 1.0
+
+
+def _words(text: str) -> list[str]:
+    bare = (word.strip(string.punctuation) for word in text.lower().split())
+    return [word for word in bare if word]
 
 
 def _number(value: Any) -> float | str:

@@ -18,7 +18,7 @@ from experiments import results as report
 from experiments import runs
 from experiments.catalogue import EXPERIMENTS, Arm, Changes, Experiment, run_of
 from experiments.first_order import FirstOrder
-from experiments.judging import Point
+from experiments.judging import Judge, Point
 from experiments.runs import Result, Run
 from experiments.starting_point import Settings, load_data, split
 from fedmezo_core.errors import ConfigError
@@ -291,6 +291,60 @@ def test_the_plan_counts_what_a_run_takes(
     assert rows["all"] == [first + second for first, second in both]
 
 
+def test_texts_that_the_model_writes_are_judged_too(changes: Changes, tmp_path: Path) -> None:
+    """The same for every method, whether or not an objective scores the run."""
+    task = {
+        "kind": "instruction",
+        "template": "{text} It was",
+        "response_column": "label",
+        "tokens_max": 64,
+    }
+    by_f1 = {"objective": "fedmezo_core.zo.objectives:one_minus_token_f1"}
+    results = {
+        name: [
+            runs.execute(
+                run_of(
+                    EXPERIMENTS["accuracy"],
+                    Arm(
+                        name,
+                        {"task": task | more, "rounds": 1},
+                        {"generated_tokens_max": 2, "heldout_per_label": 0},
+                        first_order=first_order,
+                    ),
+                    1,
+                    changes,
+                ),
+                tmp_path,
+            )
+        ]
+        for name, more, first_order in (
+            ("loss", {}, None),
+            ("F1", {**by_f1, "generated_tokens_max": 2}, None),
+            ("bp", {}, FirstOrder(learning_rate=1e-2)),
+        )
+    }
+    party = open_party(results["loss"][0].run.config, changes.settings["model"], threads=1)
+    data = load_data(results["loss"][0].run.settings, party.config.task)
+    judge = Judge(party, data.heldout, every_rounds=1, generated_tokens_max=2)
+    judge.judge(0)
+    for [result] in results.values():
+        assert result.whole[0] == judge.whole[0]
+    assert results["F1"][0].train_losses[0] > 0.9, "the score, of a model that says nothing right"
+    text = report.markdown(EXPERIMENTS["accuracy"], results, [])
+    assert "| arm | accuracy | loss | exact match | token F1 | rounds |" in text
+
+
+def test_columns_that_no_run_has_are_left_out(changes: Changes) -> None:
+    """As with more than two classes, which have no median margin and no AUC."""
+    verbalizers = {"negative": " terrible", "positive": " great", "neutral": " bad"}
+    arm = Arm("x", {"task": TASK | {"verbalizers": verbalizers}})
+    result = runs.execute(run_of(EXPERIMENTS["accuracy"], arm, 1, changes))
+    text = report.markdown(EXPERIMENTS["accuracy"], {"x": [result]}, [])
+    assert "| arm | accuracy | loss | rounds |" in text
+    names = [figure.name for figure in report.figures(EXPERIMENTS["accuracy"], {"x": [result]})]
+    assert not [name for name in names if "AUC" in name or "calibrated" in name]
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -342,6 +396,7 @@ TINY = Experiment(
     ),
     panels=EXPERIMENTS["accuracy"].panels,
     against={"ours": "theirs"},
+    has_memory=True,
     goals={"theirs ÷ ours: bytes up": "at least 10"},
 )
 

@@ -11,7 +11,7 @@ import pytest
 
 from experiments.in_memory_federation import InMemoryFederation, StalledError, Worker
 from experiments.judging import Judge
-from fedmezo_core.errors import ConfigError, MeasurementError
+from fedmezo_core.errors import MeasurementError
 from fedmezo_core.events import Measure, Measured, MeasureFailed
 from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
@@ -91,6 +91,41 @@ async def test_with_states_of_rows_it_does_so_too(data_files: list[Path], tmp_pa
     assert row_states.cut == "base_model.model.transformer.h.5.attn"
 
 
+@pytest.mark.parametrize("metric", ["error_rate", "one_minus_token_f1"])
+async def test_by_an_objective_it_does_so_too(
+    metric: str, data_files: list[Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    save_model(model, layers=6)
+    workers = Workers(model)
+    generates = metric == "one_minus_token_f1"
+    task = {
+        **run_values()["task"],
+        "kind": "instruction" if generates else "classification",
+        "response_column": "label",
+        "objective": f"fedmezo_core.zo.objectives:{metric}",
+        "generated_tokens_max": 3 if generates else 0,
+    }
+    party = party_of(
+        model,
+        rounds=4,
+        batch_size=12,
+        probes=3,
+        eps=0.3,
+        estimator="one_sided",
+        distribution="low_rank_1",
+        task=task,
+        lora={"rank": 2, "alpha": 4.0, "target_modules": ["h.5.mlp.c_proj"], "freeze_a": True},
+    )
+    row_states = open_row_states(party, SpooledRows(1 << 20), visits=4, batch_size=12)
+    try:
+        await compare(party, row_states, workers, data_files, tmp_path)
+    finally:
+        await workers.end()
+    assert row_states is not None
+    assert row_states.cut == "base_model.model.transformer.h.4"
+
+
 async def compare(
     party: Party,
     row_states: RowStates | None,
@@ -111,7 +146,10 @@ async def compare(
         served(path, genesis) as coordinator,
         CoordinatorClient(coordinator.address) as client,
     ):
-        working = workers.start_all(coordinator.address, data_files[:4])
+        working = [
+            workers.start(coordinator.address, f"w{k}", path, objective=party.config.task.objective)
+            for k, path in enumerate(data_files[:4], start=1)
+        ]
         assert [await worker.outcome() for worker in working] == [None] * 4
         status = await client.get_status()
     networked = entries_of(path)
@@ -220,14 +258,6 @@ def test_dozens_of_workers(model_folder: Path, data_files: list[Path]) -> None:
     federation = InMemoryFederation(party_of(model_folder, **many), rows)
     federation.run()
     assert federation.round == 2
-
-
-def test_an_objective_is_refused_rather_than_passed_over(
-    model_folder: Path, data_files: list[Path]
-) -> None:
-    task = {**run_values()["task"], "objective": "fedmezo_core.zo.objectives:error_rate"}
-    with pytest.raises(ConfigError, match=r"leave out task\.objective"):
-        InMemoryFederation(party_of(model_folder, task=task), rows_of(data_files[:4]))
 
 
 def test_a_run_that_cannot_go_on_says_why(

@@ -302,5 +302,5 @@ async def test_a_run_by_error_rate_ends_alike_everywhere(
 
 
 def test_the_ready_made_ones_load() -> None:
-    for name in ("error_rate", "one_minus_macro_f1", "one_minus_exact_match"):
+    for name in ("error_rate", "one_minus_macro_f1", "one_minus_exact_match", "one_minus_token_f1"):
         load_objective(f"fedmezo_core.zo.objectives:{name}")

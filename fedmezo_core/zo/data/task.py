@@ -121,15 +121,6 @@ class Batch:
             position_ids=self.position_ids[:, -count:],
         )
 
-    def continued(self, tokens: torch.Tensor) -> Batch:
-        """This batch with one more token at the end of each row: `tokens`, int64 [rows]."""
-        return replace(
-            self,
-            input_ids=torch.cat([self.input_ids, tokens[:, None]], dim=1),
-            attention_mask=functional.pad(self.attention_mask, (0, 1), value=1),
-            position_ids=torch.cat([self.position_ids, self.position_ids[:, -1:] + 1], dim=1),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -431,28 +422,36 @@ class Task:
             for part in parts
         ]
 
-    def generated(self, batch: Batch, next_tokens: Callable[[Batch], torch.Tensor]) -> list[str]:
+    def generated(
+        self,
+        batch: Batch,
+        tokens_max: int,
+        next_tokens: Callable[[Batch], torch.Tensor],
+    ) -> list[str]:
         """Generate a text after each row's prompt, greedily.
 
         `next_tokens` gives the token that follows each row of a batch, int64 [rows], as
-        `Task.next_tokens` does. A text ends before the end-of-text token, or after
-        `generated_tokens_max` tokens.
+        `Task.next_tokens` does. A text ends before the end-of-text token, or after `tokens_max`
+        tokens.
         """
-        prompts = [replace(example, response=()) for example in batch.examples]
-        rows = self.collate(prompts, batch.name, batch.input_ids.device)
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=batch.input_ids.device)
-        columns: list[torch.Tensor] = []
-        while len(columns) < self.config.generated_tokens_max and not bool(ended.all()):
-            if columns:
-                rows = rows.continued(columns[-1])
+        written: list[list[int]] = [[] for _ in batch.examples]
+        going = list(range(len(written)))
+        while going and len(written[going[0]]) < tokens_max:
+            rows = [
+                replace(example, prompt=(*example.prompt, *tokens), response=())
+                for example, tokens in zip(batch.examples, written, strict=True)
+            ]
+            # A row that has ended is no longer computed: another one stands in its place.
+            for row in set(range(len(rows))).difference(going):
+                rows[row] = rows[going[0]]
             # Each token takes a pass over whole rows. A cache of keys and values would be faster,
             # but a module that runs once for each point could not tell the points' keys apart.
-            columns.append(next_tokens(rows))
-            if self._eos is not None:
-                ended |= columns[-1] == self._eos
+            found = next_tokens(self.collate(rows, batch.name, batch.input_ids.device)).tolist()
+            going = [row for row in going if found[row] != self._eos]
+            for row in going:
+                written[row].append(found[row])
         # A label's word is whole again, though the prompt holds its first tokens.
-        texts = torch.stack(columns, dim=1).tolist()
-        return [self._text([*self._after, *tokens]) for tokens in texts]
+        return [self._text([*self._after, *tokens]) for tokens in written]
 
     @torch.inference_mode()
     def next_tokens(self, model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -467,9 +466,8 @@ class Task:
         return largest.indices
 
     def _text(self, tokens: Sequence[int]) -> str:
-        end = tokens.index(self._eos) if self._eos in tokens else len(tokens)
         text = self._tokenizer.decode(
-            list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return str(text)
 

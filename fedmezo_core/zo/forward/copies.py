@@ -1,9 +1,14 @@
-"""The copies of a batch that one pass computes, in nested arguments and results of modules."""
+"""The copies of a batch that one pass computes, in nested arguments and results of modules.
+
+Where the copies are all of one batch, what is frozen is computed for one of them. Where each copy
+has gone on with a text of its own, most rows are still alike, and it is computed once for each
+distinct row (`DistinctRows`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -53,6 +58,10 @@ class Copies:
             for tensor in seen
         )
         return any(self.length(len(tensor)) for tensor in seen) and not any(mixed)
+
+    def single(self, arguments: Any) -> Any:
+        """A module's `arguments` for one copy, which stands for all of them."""
+        return self.part(0, arguments)
 
     def part(self, index: int, arguments: Any) -> Any:
         """A module's `arguments` for copy `index`; what is not of the batch stays as it is."""
@@ -109,6 +118,85 @@ class Copies:
         if self.count == 1:
             return result
         return pytree.tree_map(repeat, result, is_leaf=_is_leaf)
+
+
+@dataclass(frozen=True, slots=True)
+class DistinctRows:
+    """The rows of several copies, many of them alike, of which each distinct one is needed once."""
+
+    copies: Copies
+    first: torch.Tensor
+    """The first row of each kind, as an index into the rows of all copies: int64 [kinds]."""
+    kind: torch.Tensor
+    """The kind of each row of all copies: int64 [rows of all copies]."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Hashable], copies: Copies, device: torch.device) -> DistinctRows:
+        """Find the kinds among the `rows` of all copies; equal ones are alike."""
+        first: dict[Hashable, int] = {}
+        for number, row in enumerate(rows):
+            first.setdefault(row, number)
+        kinds = {row: kind for kind, row in enumerate(first)}
+        return cls(
+            copies,
+            torch.tensor(list(first.values()), device=device),
+            torch.tensor([kinds[row] for row in rows], device=device),
+        )
+
+    def of_tokens(self, tokens: int) -> DistinctRows:
+        """The same rows where only `tokens` of each are left."""
+        return replace(self, copies=replace(self.copies, tokens=tokens))
+
+    @property
+    def count(self) -> int:
+        """Number of copies."""
+        return self.copies.count
+
+    def separable(self, arguments: Any) -> bool:
+        """Whether a module can compute some rows of its `arguments` alone, as far as they show."""
+        return self.copies.separable(arguments)
+
+    def single(self, arguments: Any) -> Any:
+        """A module's `arguments` for one row of each kind; others stay as they are."""
+
+        def single(leaf: Any) -> Any:
+            whole = isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+            if not whole or self.copies.length(len(leaf)) is None:
+                return leaf
+            return self._taken(leaf, self.first, len(self.kind))
+
+        return pytree.tree_map(single, arguments, is_leaf=_is_leaf)
+
+    def repeated(self, result: Any) -> Any:
+        """A module's result for all copies, from that for one row of each kind.
+
+        A tensor of length 1 applies to every row. Raises `InseparableError` for a result that does
+        not consist of rows or tokens.
+        """
+        kinds = len(self.first)
+
+        def repeat(leaf: Any) -> Any:
+            if leaf is None:
+                return None
+            if isinstance(leaf, torch.Tensor) and leaf.dim():
+                if len(leaf) in (kinds, kinds * self.copies.tokens):
+                    if not any(leaf.stride()):
+                        # A single number in all places still takes no memory.
+                        length = len(leaf) // kinds * len(self.kind)
+                        return leaf[:1].expand(length, *leaf.shape[1:])
+                    return self._taken(leaf, self.kind, kinds)
+                if len(leaf) == 1:
+                    return leaf
+            raise InseparableError
+
+        return pytree.tree_map(repeat, result, is_leaf=_is_leaf)
+
+    @staticmethod
+    def _taken(leaf: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """The given `rows` of a tensor whose dimension 0 runs over `count` rows or their tokens."""
+        if len(leaf) == count:
+            return leaf[rows]
+        return leaf.reshape(count, -1, *leaf.shape[1:])[rows].flatten(0, 1)
 
 
 def tensors_in(arguments: Any) -> list[torch.Tensor]:

@@ -32,7 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.commits import Commit
-from fedmezo_core.zo.forward.copies import Copies, InseparableError, tensors_in
+from fedmezo_core.zo.forward.copies import Copies, DistinctRows, InseparableError, tensors_in
 from fedmezo_core.zo.forward.embeddings import EmbeddingLookups, consecutive
 from fedmezo_core.zo.forward.experts import NotSlicedError, Slices, one_by_one
 from fedmezo_core.zo.forward.frozen import FrozenPart
@@ -104,13 +104,20 @@ class Forward:
         self._warned: set[type[nn.Module]] = set()
 
     @contextmanager
-    def at(self, points: Sequence[Commit], rows: int, tokens: int) -> Iterator[None]:
+    def at(
+        self,
+        points: Sequence[Commit],
+        rows: int,
+        tokens: int,
+        distinct: DistinctRows | None = None,
+    ) -> Iterator[None]:
         """While open, the model computes copy k of a batch at base + `points[k]`.
 
         A point has no decay, and does not start from the base. `rows` and `tokens` are the shape of
-        one copy. With several points, a forward pass raises `InseparableError` where a module sees
-        input whose copies cannot be told apart. A first pass raises `DirectReadError` if the
-        architecture reads a parameter outside its owner (see `build_further_out`).
+        one copy. `distinct` tells which rows are alike if the copies are not. With several points,
+        a forward pass raises `InseparableError` where a module sees input whose copies cannot be
+        told apart. A first pass raises `DirectReadError` if the architecture reads a parameter
+        outside its owner (see `build_further_out`).
         """
         assert not any(point.decay != 1.0 or point.from_base for point in points)
         with ExitStack() as stack:
@@ -120,7 +127,7 @@ class Forward:
             stack.enter_context(self._running(_Pass(tuple(points), copies)))
             for module, owned in self._owners.items():
                 stack.enter_context(computing(module, functools.partial(self._moved, owned)))
-            stack.enter_context(self.frozen.left_out(copies))
+            stack.enter_context(self.frozen.left_out(distinct or copies))
             stack.enter_context(self._guard or nullcontext())
             yield
         # The first pass has shown that no parameter is read outside its owner.

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from fedmezo_core.zo.forward.copies import Copies, InseparableError
+from fedmezo_core.zo.forward.copies import Copies, DistinctRows, InseparableError
 from fedmezo_core.zo.model.modules import computing, computing_elements, frozen_modules
 
 FROZEN_SHARE_MIN: Final = 0.5
@@ -42,7 +42,7 @@ class FrozenPart:
         self._share: float | None = None
         self._known: list[FrozenResult] = []
         self._keeps = False
-        self._copies = Copies(1, 0, 0)
+        self._copies: Copies | DistinctRows = Copies(1, 0, 0)
         self._is_first = False
         """Whether nothing trained has run in this pass yet."""
         self._calls = 0
@@ -69,17 +69,21 @@ class FrozenPart:
 
         They are in the order in which their modules run. With `keeps`, further results of the
         frozen part are added to the list that this yields, so that the next pass does not repeat
-        the work.
+        the work. A call within another holds other results for as long as it is open.
         """
+        before = self._known, self._keeps
         self._known, self._keeps = list(known), keeps
         try:
             yield self._known
         finally:
-            self._known, self._keeps = [], False
+            self._known, self._keeps = before
 
     @contextmanager
-    def left_out(self, copies: Copies) -> Iterator[None]:
-        """While open, one pass over `copies` leaves out what is known, and computes one copy."""
+    def left_out(self, copies: Copies | DistinctRows) -> Iterator[None]:
+        """While open, one pass over `copies` leaves out what is known, and computes one copy.
+
+        Of copies that are not all alike, it computes one row of each kind.
+        """
         searches = copies.count > 1 or self._keeps
         modules = dict.fromkeys(module for module, _ in self._known)
         with ExitStack() as stack:
@@ -116,7 +120,7 @@ class FrozenPart:
             if is_known:
                 single = known[call][1]
             else:
-                one_args, one_kwargs = copies.part(0, (args, kwargs))
+                one_args, one_kwargs = copies.single((args, kwargs))
                 single = original(*one_args, **one_kwargs)
             try:
                 result = copies.repeated(single)

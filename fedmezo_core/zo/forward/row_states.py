@@ -296,9 +296,9 @@ class RowStates:
     ) -> list[torch.Tensor]:
         """The states that `_alone` gives, from the store if it has them."""
         ids = [*example.prompt, *example.response]
-        names = "\n".join(["short"] * cut.is_short + [self._names[m] for m in cut.modules])
-        key = hashlib.sha256(names.encode() + b"\0" + np.array(ids, dtype="<i8").tobytes())
         count = cut.positions(example)
+        names = "\n".join([f"{count}", *(self._names[module] for module in cut.modules)])
+        key = hashlib.sha256(names.encode() + b"\0" + np.array(ids, dtype="<i8").tobytes())
         forms = [(torch.Size((count, *form.shape[2:])), form.dtype) for form in cut.forms]
         sizes = [shape.numel() * dtype.itemsize for shape, dtype in forms]
         body = self._rows.get(key.digest())

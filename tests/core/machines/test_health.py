@@ -124,6 +124,8 @@ def test_scores_that_count_may_be_equal_for_long() -> None:
         assert run.machine.phase is Phase.OPEN
     run.answer("a", grads=(0.0, 0.0))
     assert run.machine.phase is Phase.PAUSED
+    assert "since round 1 has changed the objective's score" in run.machine.reason
+    assert "begin again with a score of finer steps, a larger eps" in run.machine.reason
 
 
 def _phase_after(losses: list[float], *, heldout: bool = False, every: int = 1) -> Phase:

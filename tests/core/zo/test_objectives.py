@@ -36,6 +36,7 @@ from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from fedmezo_core.zo.objectives import SCORE_ABS_MAX, Objective, Predictions, load_objective
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES
+from tests.core.zo.forward.frozen_parts import last_layer
 from tests.integration.support.parties import TEXTS
 
 EPS = 3e-2
@@ -77,7 +78,12 @@ def _task(
 
 
 def _predictions(
-    model: nn.Module, task: Task, batch: Batch, seeds: Sequence[int] = (99,), **options: Any
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    seeds: Sequence[int] = (99,),
+    train: Sequence[str] = (),
+    eps: float = EPS,
 ) -> list[Predictions]:
     """What the objective is given at each point of one measurement."""
     seen: list[Predictions] = []
@@ -88,23 +94,24 @@ def _predictions(
 
     estimator = Estimator(
         model,
-        manifest_of(model),
+        manifest_of(model, train=train),
         task,
         distribution=Distribution.RADEMACHER,
         rounding=Rounding.STOCHASTIC,
         threads=1,
         objective=objective,
-        **options,
     )
-    measured = estimator.measure(batch, LOCAL, seeds, EPS)
+    measured = estimator.measure(batch, LOCAL, seeds, eps)
     assert [m.loss_plus for m in measured] == [1.0 + 2 * k for k in range(len(seeds))]
-    assert measured[0].projected_grad == np.float32(-1 / (2 * EPS))
+    assert measured[0].projected_grad == np.float32(-1 / (2 * eps))
     return seen
 
 
-def _moved(model: nn.Module, pairs: Sequence[Pair], rounding_seed: int) -> nn.Module:
+def _moved(
+    model: nn.Module, pairs: Sequence[Pair], rounding_seed: int, train: Sequence[str] = ()
+) -> nn.Module:
     """A copy whose weights really are the base plus `pairs`."""
-    moved, manifest = copy.deepcopy(model), manifest_of(model)
+    moved, manifest = copy.deepcopy(model), manifest_of(model, train=train)
     commit = Commit(
         np.array([seed for seed, _ in pairs], dtype=np.uint64),
         np.array([coefficient for _, coefficient in pairs], dtype=np.float32),
@@ -164,6 +171,22 @@ def test_predictions_and_texts_are_those_of_really_perturbed_weights(
     assert seen[0].texts != seen[1].texts, "the perturbation shows"
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mamba"])
+def test_texts_of_points_that_go_apart_are_their_own_where_most_is_frozen(
+    kind: str, model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model, train, eps = model_of(kind), [last_layer(kind)], 0.5
+    task, batch = _task(tokenizer, "instruction", 6)
+    seen = _predictions(model, task, batch, (99, 100), train, eps)
+    points = [(seed, step) for seed in (99, 100) for step in (eps, -eps)]
+    for predictions, point in zip(seen, points, strict=True):
+        moved = _moved(model, [*LOCAL, point], 99, train)
+        assert predictions.texts == [
+            tokenizer.decode(_written(moved, example.prompt, 6, 0)) for example in batch.examples
+        ]
+    assert len({tuple(predictions.texts) for predictions in seen}) == 4
+
+
 def test_rows_labels_and_classes_are_as_in_the_data(
     model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -207,12 +230,16 @@ def test_a_text_ends_before_the_end_of_text(tokenizer: PreTrainedTokenizerBase) 
         return torch.tensor([row[len(passes) - 1] for row in script])
 
     word = tokenizer.decode(words[:1])
-    assert task.generated(batch, next_tokens) == [word, "", word * 2, word * 2]
+    assert task.generated(batch, 5, next_tokens) == [word, "", word * 2, word * 2]
     assert len(passes) == 3, "nobody waits for rows that have ended"
     first, last = passes[0], passes[-1]
     assert last.input_ids.shape[1] == first.input_ids.shape[1] + 2
     assert last.attention_mask[:, -2:].min() == 1
-    assert torch.equal(last.position_ids[:, -1], first.position_ids[:, -1] + 2)
+    assert torch.equal(last.position_ids[2:, -1], first.position_ids[2:, -1] + 2)
+    prompt = batch.examples[2].prompt
+    assert [row.prompt[: len(prompt)] for row in last.examples[:3]] == [prompt] * 3, (
+        "a row that has ended is not computed again"
+    )
 
 
 def test_the_largest_scores_are_clipped(
@@ -333,6 +360,21 @@ def test_what_the_ready_made_ones_return() -> None:
     # a: 2 right of 3 wanted, 2 predicted; b and c: none.
     assert objectives.one_minus_macro_f1(PREDICTIONS) == pytest.approx(1 - (4 / 5) / 3)
     assert objectives.one_minus_exact_match(PREDICTIONS) == 0.5
+    # "A" against "a" counts as the same word; "a b" shares one word of three.
+    assert objectives.one_minus_token_f1(PREDICTIONS) == pytest.approx(1 - (3 + 2 / 3) / 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "f1"),
+    [
+        ("In 1894.", "1894", 2 / 3),
+        (" the the cat", "The cat", 4 / 5),
+        ("", "cat", 0.0),
+        ("?", "", 1.0),
+    ],
+)
+def test_two_texts_share_words(text: str, wanted: str, f1: float) -> None:
+    assert objectives.token_f1(text, wanted) == pytest.approx(f1)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +383,7 @@ def test_what_the_ready_made_ones_return() -> None:
         (objectives.error_rate, "kind = classification"),
         (objectives.one_minus_macro_f1, "kind = classification"),
         (objectives.one_minus_exact_match, "generated_tokens_max above 0"),
+        (objectives.one_minus_token_f1, "generated_tokens_max above 0"),
     ],
 )
 def test_what_the_ready_made_ones_need(function: Callable[..., float], words: str) -> None:

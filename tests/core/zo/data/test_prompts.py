@@ -277,4 +277,4 @@ def test_a_generated_text_holds_the_whole_label_word() -> None:
     row = Example({"text": "a film", "label": "1"}, "data", 1)
     batch = task.collate(task.encode([row]).examples, "x")
     coming = iter(_ids(["b", "a", "d"]))
-    assert task.generated(batch, lambda _: torch.tensor([next(coming)])) == ["bad"]
+    assert task.generated(batch, 3, lambda _: torch.tensor([next(coming)])) == ["bad"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, Measurement, P
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.noise import Distribution, Rounding
+from fedmezo_core.zo.objectives import Predictions
 from tests.core.zo.conftest import SENTENCES
 
 EPS = 1e-2
@@ -27,13 +28,16 @@ def last_layer(kind: str) -> str:
     return LAST_LAYER.get(kind, "model.layers.1")
 
 
-def task_of(tokenizer: PreTrainedTokenizerBase, kind: Any = "classification") -> Task:
+def task_of(
+    tokenizer: PreTrainedTokenizerBase, kind: Any = "classification", **changes: Any
+) -> Task:
     config = TaskConfig(
         kind=kind,
         template="{text} All in all, it was",
         verbalizers={"0": " terrible", "1": " great"},
         response_column="text",
         tokens_max=64,
+        **changes,
     )
     return Task(config, tokenizer, 384)
 
@@ -56,6 +60,7 @@ def estimator_on(
     one_sided: bool = False,
     pass_tokens_max: int = PASS_TOKENS_MAX,
     row_states: RowStates | None = None,
+    objective: Callable[[Predictions], float] | None = None,
 ) -> Estimator:
     estimator = Estimator(
         model,
@@ -67,6 +72,7 @@ def estimator_on(
         threads=1,
         pass_tokens_max=pass_tokens_max,
         row_states=row_states,
+        objective=objective,
     )
     if not once:
         estimator._forward.frozen.compute_every_copy()

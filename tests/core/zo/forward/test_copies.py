@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from fedmezo_core.zo.forward.copies import Copies, InseparableError, tensors_in
+from fedmezo_core.zo.forward.copies import Copies, DistinctRows, InseparableError, tensors_in
 
 COPIES = Copies(count=3, rows=2, tokens=5)
 
@@ -51,6 +51,22 @@ def test_a_result_is_joined_in_its_own_form() -> None:
     assert torch.equal(parts[1]["output"].last_hidden_state, _hidden(6)[2:4])
     assert torch.equal(parts[1]["pair"].hidden, _hidden(6).flatten(0, 1)[10:20])
     assert _same(COPIES.joined(parts, constant=False), whole)
+
+
+def test_of_rows_that_are_alike_one_of_each_kind_is_computed() -> None:
+    kinds = DistinctRows.of(["a", "b", "a", "c", "b", "b"], COPIES, torch.device("cpu"))
+    single = kinds.single(_nested(6))
+    assert torch.equal(single["output"].last_hidden_state, _hidden(6)[[0, 1, 3]])
+    assert torch.equal(single["pair"].hidden, _hidden(6)[[0, 1, 3]].flatten(0, 1))
+    repeated = kinds.repeated(single)
+    assert torch.equal(repeated["output"].last_hidden_state, _hidden(6)[[0, 1, 0, 3, 1, 1]])
+    assert torch.equal(repeated["pair"].hidden, _hidden(6)[[0, 1, 0, 3, 1, 1]].flatten(0, 1))
+    assert len(kinds.repeated(_hidden(1))) == 1, "meant for every row"
+    nothing = torch.tensor(1.0).expand(3, 5, 2)
+    assert kinds.repeated(nothing).shape == (6, 5, 2)
+    assert not any(kinds.repeated(nothing).stride()), "a single number takes no memory"
+    with pytest.raises(InseparableError):
+        kinds.repeated(_hidden(4))
 
 
 def test_a_result_is_repeated_in_its_own_form() -> None:

@@ -25,6 +25,7 @@ from fedmezo_core.zo.forward.row_states import RowStates, RowStore, SpooledRows
 from fedmezo_core.zo.model.loading import add_adapter
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of
 from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.objectives import Predictions
 from tests.core.zo.conftest import MODEL_KINDS
 from tests.core.zo.forward.frozen_parts import (
     EPS,
@@ -133,6 +134,73 @@ def test_a_trained_attention_sees_all_positions(
     rest, results = row_states.begun(batch)
     assert results
     assert rest.input_ids.shape == batch.input_ids.shape
+
+
+@pytest.mark.parametrize("task_kind", ["classification", "instruction"])
+@pytest.mark.parametrize(
+    ("kind", "trained"),
+    [("gpt2", ""), ("llama", ""), ("gemma3", ""), ("mamba", ""), ("llama", ".mlp")],
+)
+def test_an_objective_sees_what_it_sees_without_states(
+    kind: str,
+    trained: str,
+    task_kind: str,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    model = model_of(kind)
+    manifest = manifest_of(model, train=[last_layer(kind) + trained])
+    task = task_of(tokenizer, task_kind, objective="a:b", generated_tokens_max=3)
+    row_states = _row_states(model, manifest, task)
+    seen: dict[bool, list[Predictions]] = {}
+    for with_states in (False, True):
+        found = seen.setdefault(with_states, [])
+
+        def objective(predictions: Predictions, found: list[Predictions] = found) -> float:
+            found.append(predictions)
+            return float(len(found))
+
+        estimator_on(
+            model,
+            manifest,
+            task,
+            row_states=row_states if with_states else None,
+            objective=objective,
+        ).measure(batch_of(task), LOCAL, SEEDS, 0.5)
+    assert row_states.cut
+    assert len({tuple(each.texts) for each in seen[False]}) > 1, "the points write different texts"
+    for ours, theirs in zip(seen[True], seen[False], strict=True):
+        assert ours.texts == theirs.texts
+        assert ours.logits == pytest.approx(theirs.logits, abs=1e-5)
+        assert ours.log_likelihoods == pytest.approx(theirs.log_likelihoods, rel=1e-5)
+
+
+def test_for_an_objective_the_frozen_part_runs_once_for_a_row_and_what_was_written_after_it(
+    model_of: Callable[[str], nn.Module], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    model = model_of("llama")
+    frozen = RowsSeen(model.get_submodule("model.layers.0"))
+    manifest = manifest_of(model, train=["layers.1"])
+    task = task_of(tokenizer, "instruction", objective="a:b", generated_tokens_max=3)
+    batch = batch_of(task)
+    texts: set[tuple[int, str]] = set()
+
+    def objective(predictions: Predictions) -> float:
+        texts.update(enumerate(predictions.texts))
+        return 0.0
+
+    def measuring(row_states: RowStates | None) -> list[int]:
+        estimator = estimator_on(model, manifest, task, row_states=row_states, objective=objective)
+        estimator.measure(batch, LOCAL, SEEDS, 1e-4)
+        frozen.taken()
+        texts.clear()
+        estimator.measure(batch, LOCAL, SEEDS, 1e-4)
+        return frozen.taken()
+
+    # Three passes that write a token, and one for the logits, of four points on four rows.
+    assert measuring(None) == [4, 4, 4, 4]
+    assert len(texts) == 4, "all points wrote the same"
+    assert measuring(_row_states(model, manifest, task)) == []
 
 
 @pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_1])
