@@ -185,7 +185,6 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
                 "one-sided, 6 probes, low rank 1, 196 forwards",
                 {**FEW_ROWS, "distribution": "low_rank_1"},
             ),
-            Arm("one-sided, 8 probes, 333 forwards", {"rounds": 37, "probes": 8}),
             Arm("one-sided, 16 probes, 510 forwards"),
         ),
         panels=BY_ROWS,
@@ -194,13 +193,8 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         settings={"evaluate_every_rounds": 4},
         against={
             "one-sided, 6 probes, 196 forwards": "two-sided MeZO, 1000 forwards",
-            "one-sided, 8 probes, 333 forwards": "two-sided MeZO, 1000 forwards",
         },
         goals={
-            "one-sided, 8 probes, 333 forwards: held-out accuracy, behind "
-            "two-sided MeZO, 1000 forwards": "at most 0",
-            "two-sided MeZO, 1000 forwards ÷ one-sided, 8 probes, 333 forwards: "
-            "rows through the model": "at least 3",
             "two-sided MeZO, 1000 forwards ÷ one-sided, 6 probes, 196 forwards: "
             "rows through the model": "at least 5",
         },
