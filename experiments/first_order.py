@@ -58,6 +58,8 @@ class FedAvg:
         """Round -> mean loss of each worker over its batches."""
         self.forwards = 0
         """Forward passes of one batch, by all workers; there are as many backward passes."""
+        self.forward_rows = 0
+        """Rows of all these passes; a row counts once in each pass that it is in."""
         self.working_s = 0.0
         """CPU seconds of all workers' local steps."""
         self.applying_s = 0.0
@@ -100,6 +102,7 @@ class FedAvg:
             loss = train(self.party, self._first_order, batches)
             self.working_s += time.process_time() - begin
             self.forwards += len(batches)
+            self.forward_rows += sum(len(batch.examples) for batch in batches)
             self.train_losses.setdefault(self.round + 1, []).append(loss)
             self.bytes_down += self._weights_bytes
             self.bytes_up += self._weights_bytes

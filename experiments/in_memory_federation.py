@@ -116,6 +116,8 @@ class InMemoryFederation:
         an objective, its mean score."""
         self.forwards = 0
         """Forward passes of one batch, by all workers."""
+        self.forward_rows = 0
+        """Rows of all these passes; a row counts once in each pass that it is in."""
         self.working_s = 0.0
         """CPU seconds of all workers' measurements."""
         self.applying_s = 0.0
@@ -322,7 +324,10 @@ class InMemoryFederation:
         self.train_losses.setdefault(order.ticket.round, []).append(measured.scalars.mean_loss)
         pairs, probes = len(measured.scalars.projected_grads), self.party.config.probes
         two_sided = self.party.config.estimator == "two_sided"
-        self.forwards += 2 * pairs if two_sided else pairs + pairs // probes
+        passes = 2 * pairs if two_sided else pairs + pairs // probes
+        self.forwards += passes
+        rows = min(self.party.config.batch_size, worker.batches.row_count)
+        self.forward_rows += passes * rows
         return measured
 
     def _weights_digest(self) -> bytes:

@@ -34,6 +34,7 @@ COLUMNS: Final[dict[Metric, str]] = {
 AXES: Final[dict[Axis, str]] = {
     "round": "round",
     "forwards": "forward passes of one batch, all workers",
+    "rows": "rows through the model, all workers",
     "bytes": "bytes sent up and down, all workers",
 }
 PACE_ROUNDS: Final = 5
@@ -80,6 +81,7 @@ def curve_of(arm: str, results: Sequence[Result]) -> Curve:
         {
             "round": 1.0,
             "forwards": result.forwards / max(result.rounds, 1),
+            "rows": result.forward_rows / max(result.rounds, 1),
             "bytes": (result.bytes_up + result.bytes_down) / max(result.rounds, 1),
         }
         for result in results
@@ -147,6 +149,7 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
     return [
         Figure(f"{arm}: rounds", mean("rounds"), "rounds"),
         Figure(f"{arm}: forward passes of one batch, all workers", mean("forwards"), "passes"),
+        Figure(f"{arm}: rows through the model, all workers", mean("forward_rows"), "rows"),
         Figure(f"{arm}: backward passes of one batch, all workers", mean("backwards"), "passes"),
         Figure(f"{arm}: bytes up, all workers", mean("bytes_up"), "B"),
         Figure(f"{arm}: bytes down, all workers", mean("bytes_down"), "B"),
@@ -220,9 +223,12 @@ def _against(arm: str, baseline: str, results: Mapping[str, Sequence[Result]]) -
         )
         if sent:
             found.append(Figure(f"{baseline} ÷ {arm}: bytes {way}", shipped / sent, "ratio"))
-    passes = [sum(run.forwards for run in runs) / len(runs) for runs in (theirs, ours)]
-    if passes[1]:
-        found.append(Figure(f"{baseline} ÷ {arm}: forward passes", passes[0] / passes[1], "ratio"))
+    for name, what in (("forwards", "forward passes"), ("forward_rows", "rows through the model")):
+        spent, less = (
+            sum(getattr(run, name) for run in runs) / len(runs) for runs in (theirs, ours)
+        )
+        if less:
+            found.append(Figure(f"{baseline} ÷ {arm}: {what}", spent / less, "ratio"))
     return found
 
 
@@ -236,8 +242,8 @@ def markdown(
     peaks = {figure.name.split(":")[0]: figure.value for figure in memory if figure.unit == "MB"}
     first = next(iter(results.values()))[0]
     shown = [metric for metric in COLUMNS if getattr(first.whole[0], metric) is not None]
-    header = ["arm", *(COLUMNS[metric] for metric in shown), "rounds", "forwards", "bytes up"]
-    header += ["bytes down", "core-minutes", *(["peak MB"] if memory else [])]
+    header = ["arm", *(COLUMNS[metric] for metric in shown), "rounds", "forwards", "rows"]
+    header += ["bytes up", "bytes down", "core-minutes", *(["peak MB"] if memory else [])]
     rows: list[list[str]] = []
     before = [_spread([first.whole[0]], metric) for metric in shown]
     rows.append(["before", *before, *[""] * (len(header) - 5)])
@@ -249,6 +255,7 @@ def markdown(
         row += [f"{by_name['rounds'].value:.4g}"]
         passes = f"{by_name['forward passes of one batch, all workers'].value:,.0f}"
         row += [passes + " + as many back" if runs[0].backwards else passes]
+        row += [f"{by_name['rows through the model, all workers'].value:,.0f}"]
         row += [by_name[f"bytes {way}, all workers"].shown for way in ("up", "down")]
         row += [by_name["core-minutes, all workers"].shown]
         if memory:

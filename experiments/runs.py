@@ -89,6 +89,8 @@ class Result(BaseModel):
     bytes_down: int
     forwards: int
     """Forward passes of one batch, by all workers."""
+    forward_rows: int
+    """Rows of all these passes; a row counts once in each pass that it is in."""
     backwards: int
     workers_cpu_s: float
     """CPU seconds of all workers' measurements or local steps."""
@@ -160,6 +162,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
         bytes_up=method.bytes_up,
         bytes_down=method.bytes_down,
         forwards=method.forwards,
+        forward_rows=method.forward_rows,
         backwards=0 if isinstance(method, InMemoryFederation) else method.forwards,
         workers_cpu_s=method.working_s,
         apply_cpu_s=method.applying_s,

@@ -200,16 +200,18 @@ def test_arms_take_the_forward_passes_that_they_are_named_after() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arm", "forwards", "backwards"),
+    ("arm", "forwards", "rows", "backwards"),
     [
-        (Arm("zo"), 2 * 3 * 2 * 2, 0),
-        (Arm("probes", {"probes": 3, "estimator": "one_sided"}), 2 * 3 * 2 * 4, 0),
-        (Arm("bp", first_order=FirstOrder(learning_rate=1e-2)), 2 * 3 * 2, 2 * 3 * 2),
+        (Arm("zo"), 2 * 3 * 2 * 2, 4, 0),
+        (Arm("probes", {"probes": 3, "estimator": "one_sided"}), 2 * 3 * 2 * 4, 4, 0),
+        # Each client has 24 rows.
+        (Arm("large batch", {"batch_size": 64}), 2 * 3 * 2 * 2, 24, 0),
+        (Arm("bp", first_order=FirstOrder(learning_rate=1e-2)), 2 * 3 * 2, 4, 2 * 3 * 2),
     ],
     ids=lambda value: value.name if isinstance(value, Arm) else None,
 )
 def test_a_run_says_what_it_came_to_and_what_it_cost(
-    changes: Changes, arm: Arm, forwards: int, backwards: int
+    changes: Changes, arm: Arm, forwards: int, rows: int, backwards: int
 ) -> None:
     result = runs.execute(run_of(EXPERIMENTS["accuracy"], arm, 1, changes))
     assert [point.round for point in result.curve] == [0, 2, 3]
@@ -217,6 +219,7 @@ def test_a_run_says_what_it_came_to_and_what_it_cost(
     assert {point.rows for point in result.curve} == {6}
     assert (result.rounds, len(result.train_losses), result.ended) == (3, 3, "")
     assert (result.forwards, result.backwards) == (forwards, backwards)
+    assert result.forward_rows == forwards * rows
     assert result.bytes_up > 0 < result.bytes_down
     if arm.first_order:
         assert result.bytes_up == 2 * 3 * result.trained_bytes
@@ -444,6 +447,8 @@ def test_an_experiment_reports_and_goes_on_where_it_was(
     assert by_name["theirs ÷ ours: bytes up"]["goal"] == "at least 10"
     assert by_name["theirs ÷ ours: bytes up"]["value"] > 10
     assert by_name["theirs ÷ ours: forward passes"]["value"] > 0
+    assert by_name["theirs: rows through the model, all workers"]["value"] == 12 * 4
+    assert by_name["theirs ÷ ours: rows through the model"]["value"] == 12 / (2 * 3 * 2 * 2)
     assert by_name["theirs: backward passes of one batch, all workers"]["value"] == 12
     assert "ours: held-out accuracy, behind theirs" in by_name
     text = (tmp_path / "reports/accuracy.md").read_text()
