@@ -221,6 +221,7 @@ def test_instruction_tuning_needs_no_verbalizers() -> None:
         {"probes": 2},
         {"estimator": "one_sided"},
         {"buffer_answers": 2},
+        {"rate_directions": 0},
     ],
 )
 def test_the_recipe_names_all_that_the_bits_depend_on(changes: dict[str, Any]) -> None:
