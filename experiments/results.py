@@ -146,12 +146,14 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
 
 
 def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
-    """Count the rounds until an arm reaches the baseline's last training loss, seed by seed.
+    """Count the rounds until an arm reaches the baseline's last losses.
 
-    Losses are means of PACE_ROUNDS rounds. A run that does not reach it counts with all its rounds.
-    A seed for which either run was lost does not count.
+    The training loss is compared seed by seed, as means of PACE_ROUNDS rounds; a seed for which
+    either run was lost does not count. The held-out loss is compared with the mean of the
+    baseline's seeds, at the rounds of the curve. A run that does not reach a loss counts with all
+    its rounds.
     """
-    found = []
+    found = _held_out_pace(baseline, results)
     for arm, runs in results.items():
         rounds, changes = [], []
         for run, paced in zip(runs, results[baseline], strict=False):
@@ -178,6 +180,23 @@ def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure
                 max(changes) - min(changes),
                 "nats",
             ),
+        ]
+    return found
+
+
+def _held_out_pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
+    ends = [run.curve[-1].loss for run in results[baseline] if not run.ended]
+    found = []
+    for arm, runs in results.items() if ends else ():
+        aim = sum(ends) / len(ends)
+        rounds = [
+            next((point.round for point in run.curve if point.loss <= aim), run.rounds)
+            for run in runs
+        ]
+        name = f"{arm}: rounds to the last held-out loss of {baseline}"
+        found += [
+            Figure(name, sum(rounds) / len(rounds), "rounds"),
+            Figure(f"{name}, most − least of the seeds", max(rounds) - min(rounds), "rounds"),
         ]
     return found
 
