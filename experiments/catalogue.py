@@ -259,7 +259,11 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         "Number of clients",
         (
             *(Arm(f"{n} clients", settings={"clients": n}) for n in (3, 4, 5, 9, 20, 40)),
-            Arm("40 clients, 20 answers a commit", {"buffer_answers": 20}, {"clients": 40}),
+            Arm(
+                "40 clients, 20 answers a commit",
+                {"buffer_answers": 20, "quorum": 20},
+                {"clients": 40},
+            ),
         ),
         panels=BY_FORWARDS,
         seeds=5,
