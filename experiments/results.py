@@ -102,6 +102,7 @@ def figures(experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> 
             found += _against(arm, baseline, results)
     if experiment.paced_by in results:
         found += _pace(experiment.paced_by, results)
+        found += _held_out_pace(experiment.paced_by, results)
     return [with_goal(experiment, figure) for figure in found]
 
 
@@ -146,14 +147,12 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
 
 
 def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
-    """Count the rounds until an arm reaches the baseline's last losses.
+    """Count the rounds until an arm reaches the baseline's last training loss, seed by seed.
 
-    The training loss is compared seed by seed, as means of PACE_ROUNDS rounds; a seed for which
-    either run was lost does not count. The held-out loss is compared with the mean of the
-    baseline's seeds, at the rounds of the curve. A run that does not reach a loss counts with all
-    its rounds.
+    Losses are means of PACE_ROUNDS rounds. A run that does not reach it counts with all its rounds.
+    A seed for which either run was lost does not count.
     """
-    found = _held_out_pace(baseline, results)
+    found = []
     for arm, runs in results.items():
         rounds, changes = [], []
         for run, paced in zip(runs, results[baseline], strict=False):
@@ -185,12 +184,17 @@ def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure
 
 
 def _held_out_pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
+    """Count the rounds until an arm reaches the last held-out loss of the baseline's mean seed.
+
+    Only the rounds of the curve count. A run that does not reach the loss, or was lost before,
+    counts with all its rounds.
+    """
     ends = [run.curve[-1].loss for run in results[baseline] if not run.ended]
     found = []
     for arm, runs in results.items() if ends else ():
         aim = sum(ends) / len(ends)
         rounds = [
-            next((point.round for point in run.curve if point.loss <= aim), run.rounds)
+            next((p.round for p in run.curve if p.loss <= aim), run.run.config.rounds)
             for run in runs
         ]
         name = f"{arm}: rounds to the last held-out loss of {baseline}"

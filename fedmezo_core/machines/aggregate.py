@@ -131,6 +131,25 @@ def step_factor(config: RunConfig, directions: float, gain: float, loss: float =
     return directions * (gain + limit) / (directions * gain + config.rate_directions * limit)
 
 
+def rate_of_step(
+    config: RunConfig, directions: float, rate: float, gain: float, loss: float = 1.0
+) -> float:
+    """The learning rate with which a step along `directions` is as long as `rate` alone would be.
+
+    `gain` is what the step gains at that length, and `loss` the loss, as for `step_factor`.
+    """
+    if not config.rate_directions:
+        return rate
+    # With x = the learning rate / rate, a step of x * gain times its factor gains `gain`:
+    # directions * gain * x^2 + directions * (limit - gain) * x = rate_directions * limit.
+    limit = GAIN_LIMIT * loss
+    half = directions * (limit - gain) / 2
+    root = math.sqrt(half * half + directions * gain * config.rate_directions * limit)
+    if half > 0:
+        return rate * config.rate_directions * limit / (half + root)
+    return rate * (root - half) / (directions * gain)
+
+
 def size_of(projected_grads: Sequence[float]) -> float:
     """Their root mean square: sqrt( fsum(grad * grad) / count )."""
     squares = math.fsum(map(mul, projected_grads, projected_grads))
