@@ -15,6 +15,7 @@ from operator import mul
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import NumericError
+from fedmezo_core.machines.health import chance_of
 from fedmezo_core.records import Scalars
 
 CLIP_ROUNDS = 8
@@ -113,7 +114,12 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
     return [all_to_binary32(each) for each in quotients]
 
 
-def step_factor(config: RunConfig, directions: float, gain: float, loss: float = 1.0) -> float:
+def usual_loss(config: RunConfig) -> float:
+    """Loss that `step_factor` reckons with where none is known: a guess's, or else 1 nat."""
+    return chance_of(config) or 1.0
+
+
+def step_factor(config: RunConfig, directions: float, gain: float, loss: float) -> float:
     """What `rate_directions` multiplies a step along `directions` by (decision 0035).
 
     `gain` is what the step would gain by the slope that was measured along its directions if
@@ -132,7 +138,7 @@ def step_factor(config: RunConfig, directions: float, gain: float, loss: float =
 
 
 def rate_of_step(
-    config: RunConfig, directions: float, rate: float, gain: float, loss: float = 1.0
+    config: RunConfig, directions: float, rate: float, gain: float, loss: float
 ) -> float:
     """The learning rate with which a step along `directions` is as long as `rate` alone would be.
 
@@ -253,8 +259,8 @@ def _step_factor_of(
     Directions count once however many workers measured along them: they are the distinct seeds
     over the local steps. The gain is that of a mean local step: fsum(-(quotient * projected
     gradient)) over all pairs, products rounded to binary64, over the local steps. The loss is the
-    lower median of those that the answers carry; it is 1 if none carries one, if that is not above
-    0, and for the scores of an objective, whose zero means nothing.
+    lower median of those that the answers carry. If none carries one, if that is not above 0, and
+    for the scores of an objective, whose zero means nothing, it is `usual_loss`.
     """
     steps = len(shares[0].projected_grads) // config.probes
     pairs = len(shares) * len(shares[0].seeds)
@@ -273,7 +279,7 @@ def _step_factor_of(
         return 1.0  # It comes from coefficients that no binary32 holds; rounding them says so.
     losses = [share.mean_loss for share in shares if share.mean_loss is not None]
     loss = 0.0 if config.task.objective else _lower_median(sorted(losses))
-    return step_factor(config, pairs / steps, gain, loss if loss > 0 else 1.0)
+    return step_factor(config, pairs / steps, gain, loss if loss > 0 else usual_loss(config))
 
 
 def _normalized_by_step(answers: Sequence[Sequence[float]], probes: int) -> list[Sequence[float]]:

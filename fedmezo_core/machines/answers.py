@@ -53,7 +53,9 @@ def checked(event: AnswerReceived, learning_rate: float, config: RunConfig) -> S
         # One answer alone has the largest coefficients, and the largest gradient the largest of
         # those: if that is finite, none can overflow at the commit.
         directions = config.probes * config.answers_max
-        longest = max(1.0, step_factor(config, directions, 0.0)) if config.rate_directions else 1.0
+        longest = (
+            max(1.0, step_factor(config, directions, 0.0, 1.0)) if config.rate_directions else 1.0
+        )
         to_binary32(learning_rate * largest * repeats * longest / config.probes)
         grads = all_to_binary32(scalars.projected_grads)
     except NumericError:

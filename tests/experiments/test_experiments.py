@@ -461,7 +461,8 @@ def test_held_out_pace_is_the_round_that_comes_to_the_mean_last_loss_of_the_base
     def judged(*losses: float, ended: str = "") -> Result:
         points = [Point(number, loss, 0.5, None, None, 8) for number, loss in enumerate(losses)]
         run = SimpleNamespace(config=SimpleNamespace(rounds=4))
-        return Result.model_construct(curve=points, ended=ended, run=run)
+        values: dict[str, Any] = {"curve": points, "ended": ended, "run": run}
+        return Result.model_construct(**values)
 
     results = {
         "slow": [judged(5, 4, 3, 2, 2.0), judged(5, 5, 5, 4, 3.0)],

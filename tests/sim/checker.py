@@ -269,7 +269,7 @@ class Checker:
         directions = len({seed for seed, _, _ in terms}) / steps
         gain = math.fsum(-(term * grad) for _, grad, term in terms) / steps
         loss = statistics.median_low(losses) if losses else 0.0
-        limit = 2.0 * (loss if loss > 0 else 1.0)
+        limit = 2.0 * (loss if loss > 0 else math.log(2))
         return directions * (gain + limit) / (directions * gain + at * limit)
 
     def _check_pairs(self, record: Committed, sound: list[Answered]) -> None:

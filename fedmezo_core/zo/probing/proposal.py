@@ -22,7 +22,7 @@ from typing import Final
 
 from fedmezo_core.config import STEPS_MAX, RunConfig
 from fedmezo_core.errors import MeasurementError
-from fedmezo_core.machines.aggregate import rate_of_step
+from fedmezo_core.machines.aggregate import rate_of_step, usual_loss
 from fedmezo_core.machines.rates import schedule_factor
 
 COST_SHARE_MAX: Final = 0.075
@@ -226,7 +226,7 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
     normalized = length / travel.walk
     plain = PLAIN_FACTOR * normalized / grad
     directions = directions_of(config, workers)
-    seen_loss = loss if config.report_losses and loss > 0 else 1.0
+    seen_loss = loss if config.report_losses and loss > 0 else usual_loss(config)
 
     def rate_of(rate: float, gain: float) -> float:
         return rate_of_step(config, directions, rate, gain, seen_loss)

@@ -119,7 +119,7 @@ def test_a_proposed_rate_makes_the_step_that_was_found_whatever_its_directions(
     config = config_of(rate_directions=64, **changes)
     found = propose(readings, config, workers)
     directions = directions_of(config, workers)
-    loss = 3.0 if config.report_losses else 1.0
+    loss = 3.0 if config.report_losses else math.log(2)
     for ours, wanted, gain_per_rate in (
         (found.normalized_rate, plain.normalized_rate, found.grad),
         (found.plain_rate, plain.plain_rate, found.grad**2),
