@@ -99,19 +99,18 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
     `rate_directions`, each quotient is multiplied by the commit's `step_factor` before it is
     rounded to binary32. Raises `NumericError` if one is not finite.
     """
-    grads: list[Sequence[float]] = [share.projected_grads for share in shares]
-    if config.normalized_step:
-        grads = _normalized_by_step(grads, config.probes)
-    divisor = sum(share.weight for share in shares) * config.probes
-    quotients = [
-        [-(rate * grad * weight) / divisor for grad in each]
-        for share, each in zip(shares, grads, strict=True)
-        for rate, weight in ((share.learning_rate, share.weight),)
-    ]
+    quotients = _quotients_of(shares, config)
     if config.rate_directions:
         factor = _step_factor_of(shares, quotients, config)
         quotients = [[quotient * factor for quotient in each] for each in quotients]
     return [all_to_binary32(each) for each in quotients]
+
+
+def commit_factor(shares: Sequence[Share], config: RunConfig) -> float:
+    """The `step_factor` of a round that commits `shares`; 1 without `rate_directions`."""
+    if not config.rate_directions:
+        return 1.0
+    return _step_factor_of(shares, _quotients_of(shares, config), config)
 
 
 def usual_loss(config: RunConfig) -> float:
@@ -249,6 +248,19 @@ def decay_of(config: RunConfig, factor: float) -> float:
     for _ in range(config.local_steps if config.weight_decay else 0):
         power *= once
     return to_binary32(power)
+
+
+def _quotients_of(shares: Sequence[Share], config: RunConfig) -> list[list[float]]:
+    """What `coefficients_of` rounds, before `rate_directions` changes it."""
+    grads: list[Sequence[float]] = [share.projected_grads for share in shares]
+    if config.normalized_step:
+        grads = _normalized_by_step(grads, config.probes)
+    divisor = sum(share.weight for share in shares) * config.probes
+    return [
+        [-(rate * grad * weight) / divisor for grad in each]
+        for share, each in zip(shares, grads, strict=True)
+        for rate, weight in ((share.learning_rate, share.weight),)
+    ]
 
 
 def _step_factor_of(

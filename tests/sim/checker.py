@@ -288,7 +288,8 @@ class Checker:
         for seed, _, term in terms:
             wanted.setdefault(seed, []).append(_binary32(term * factor))
         sums = {seed: _binary32(math.fsum(terms)) for seed, terms in wanted.items()}
-        decay = decay_of(self.config, schedule_factor(self.config, record.round) * self.rate_factor)
+        rate_factor = schedule_factor(self.config, record.round) * self.rate_factor
+        decay = decay_of(self.config, rate_factor * min(1.0, factor))
         whole = decay * (self.pool.decay if self.pool is not None and record.from_base else 1.0)
         _require(record.decay == _binary32(whole), f"round {record.round} decays otherwise")
         if record.from_base:

@@ -235,6 +235,17 @@ def test_a_direction_counts_once_however_many_workers_measure_it(
     assert factor == pytest.approx(directions / 64, rel=1e-5)
 
 
+@pytest.mark.parametrize(("directions", "rate"), [(64, 0.5 / 32), (2, 0.5), (1, 0.5), (0, 0.5)])
+def test_weight_decay_goes_with_a_shorter_step_and_not_with_a_longer_one(
+    directions: int, rate: float
+) -> None:
+    run = RoundsDriver(rate_directions=directions, weight_decay=0.1, local_steps=1, probes=2)
+    run.ready("a")
+    run.answer("a", grads=(1e-9, -1e-9))
+    [commit] = [record for record in run.records if isinstance(record, Committed)]
+    assert commit.decay == pytest.approx(1 - rate * 0.1, rel=1e-6)
+
+
 @pytest.mark.parametrize("buffered", [{}, {"buffer_answers": 2, "cohort_size_max": 4}])
 def test_an_auditor_with_the_answers_gets_the_bits_of_the_commits(buffered: dict[str, int]) -> None:
     run = RoundsDriver(
