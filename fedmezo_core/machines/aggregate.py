@@ -20,12 +20,13 @@ from fedmezo_core.records import Scalars
 
 CLIP_ROUNDS = 8
 """Newest rounds whose usual sizes count, beside a round's own answers, in what is usual."""
-GAIN_LIMIT = 2.0
-"""Gain by the slope, over the loss, at which curvature shortens a step by half. About a quarter of
-a squared projected gradient is the same on all batches, so such a step really promises half."""
 CLIP_SPREAD = 4
 """How much more the sizes of answers of few projected gradients vary: an answer of n may be
 1 + this / n times as large as one of many."""
+GAIN_LIMIT = 2.0
+"""Gain of a step by its slope, over the loss, from which on more directions make it at most twice
+as long. About a quarter of a squared projected gradient is the same on all batches, so that such a
+step really promises half of the loss."""
 
 
 def to_binary32(value: float) -> float:
