@@ -25,6 +25,7 @@ from experiments.starting_point import (
     Settings,
     config_of,
 )
+from fedmezo_core.config import RATE_DIRECTIONS
 
 Metric = Literal["accuracy", "calibrated_accuracy", "auc", "loss", "exact_match", "token_f1"]
 Axis = Literal["round", "forwards", "rows", "bytes"]
@@ -84,7 +85,8 @@ class Experiment:
     has_memory: bool = False
     """Whether the report has the peak memory of training and inference, that of CPU processes."""
     paced_by: str = ""
-    """The arm whose last training loss the others are timed to, in rounds; empty: none."""
+    """The arm whose last losses, training and held-out, the others are timed to, in rounds; empty:
+    none."""
     goals: Mapping[str, str] = field(default_factory=dict)
     """Name of a figure -> its goal."""
 
@@ -274,10 +276,23 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     ),
     "clients": Experiment(
         "Number of clients",
-        tuple(Arm(f"{count} clients", settings={"clients": count}) for count in (3, 5, 9, 20, 40)),
+        (
+            *(Arm(f"{n} clients", settings={"clients": n}) for n in (3, 4, 5, 9, 20, 40)),
+            Arm(
+                "40 clients, 20 answers a commit",
+                {"buffer_answers": 20, "quorum": 20},
+                {"clients": 40},
+            ),
+        ),
         panels=BY_FORWARDS,
-        run={"rounds": 20, "batch_size": 8},
-        settings={"evaluate_every_rounds": 5, "train_rows_max": 100},
+        seeds=5,
+        run={"batch_size": 8, "rate_directions": RATE_DIRECTIONS},
+        settings={"evaluate_every_rounds": 1, "train_rows_max": 100},
+        paced_by="4 clients",
+        goals={
+            "20 clients: rounds to the last held-out loss of 4 clients": "at most 10",
+            "40 clients: rounds to the last held-out loss of 4 clients": "at most 6",
+        },
     ),
     "topics": Experiment(
         "Eight topics of how-to guides, dealt by a Dirichlet draw",

@@ -115,6 +115,7 @@ def figures(experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> 
             found += _against(arm, baseline, results)
     if experiment.paced_by in results:
         found += _pace(experiment.paced_by, results)
+        found += _held_out_pace(experiment.paced_by, results)
     return [with_goal(experiment, figure) for figure in found]
 
 
@@ -196,6 +197,28 @@ def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure
     return found
 
 
+def _held_out_pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
+    """Count the rounds until an arm reaches the last held-out loss of the baseline's mean seed.
+
+    Only the rounds of the curve count. A run that does not reach the loss, or was lost before,
+    counts with all its rounds.
+    """
+    ends = [run.curve[-1].loss for run in results[baseline] if not run.ended]
+    found = []
+    for arm, runs in results.items() if ends else ():
+        aim = sum(ends) / len(ends)
+        rounds = [
+            next((p.round for p in run.curve if p.loss <= aim), run.run.config.rounds)
+            for run in runs
+        ]
+        name = f"{arm}: rounds to the last held-out loss of {baseline}"
+        found += [
+            Figure(name, sum(rounds) / len(rounds), "rounds"),
+            Figure(f"{name}, most − least of the seeds", max(rounds) - min(rounds), "rounds"),
+        ]
+    return found
+
+
 def _smooth(losses: Sequence[float]) -> list[float]:
     """Average each PACE_ROUNDS successive losses, or all of them if there are fewer."""
     width = min(PACE_ROUNDS, len(losses))
@@ -246,7 +269,7 @@ def markdown(
     header += ["bytes up", "bytes down", "core-minutes", *(["peak MB"] if memory else [])]
     rows: list[list[str]] = []
     before = [_spread([first.whole[0]], metric) for metric in shown]
-    rows.append(["before", *before, *[""] * (len(header) - 5)])
+    rows.append(["before", *before, *[""] * (len(header) - 1 - len(before))])
     for arm, runs in results.items():
         ends = [run.whole[-1] for run in runs if not run.ended]
         costs = _costs(arm, runs)

@@ -46,6 +46,8 @@ TEXT_CHARS_MAX = 1024 * 1024
 
 CLIP_MEDIAN_FACTOR = 10.0
 """`clip_median_factor` of a new run that does not choose another."""
+RATE_DIRECTIONS = 64
+"""`rate_directions` of a new run that does not choose another."""
 
 ALL_LINEAR = "all-linear"
 """peft's name for a LoRA adapter on every linear layer except the head."""
@@ -262,6 +264,13 @@ class RunConfig(_Frozen):
     )
     eps: PositiveFloat = 1e-3
     learning_rate: PositiveFloat = 1e-6
+    rate_directions: int = Field(
+        default=0,
+        ge=0,
+        le=COMMIT_PAIRS_MAX,
+        description="Directions of a commit that learning_rate is for; more make a longer step, "
+        "fewer a shorter one; 0: all steps are alike.",
+    )
     projected_grad_abs_max: PositiveFloat = Field(
         default=1e4, description="The clip: workers clamp to it; larger values are refused."
     )
@@ -480,7 +489,9 @@ class RunConfig(_Frozen):
     def default_rate(self) -> float:
         """A learning rate of normalised steps that is sound where nobody has measured a better one.
 
-        Over the run each trained element then walks by one of `WALK_LENGTHS`.
+        With the expected workers, each trained element then walks by one of `WALK_LENGTHS` over the
+        run. More workers than it takes for `rate_directions` do not change the rate: they make
+        longer steps.
         """
         trained = "modules" if self.train else "all"
         if self.lora is not None:
@@ -490,7 +501,12 @@ class RunConfig(_Frozen):
         last = self.final_rate_fraction
         square = last**2 + last * (1 - last) + (1 - last) ** 2 * _SQUARES[self.schedule]
         steps = self.rounds * self.local_steps * (1 if self.schedule == "constant" else square)
-        rate = WALK_LENGTHS[trained] * math.sqrt(self.probes * workers / steps)
+        directions = self.probes * workers
+        longer = 1.0
+        if self.rate_directions:
+            directions = min(directions, self.rate_directions)
+            longer = self.rate_directions / directions
+        rate = WALK_LENGTHS[trained] * math.sqrt(directions / steps) * longer
         return float(f"{rate:.2g}")
 
     @property
@@ -517,6 +533,8 @@ class RunConfig(_Frozen):
             recipe += f" {self.estimator}"
         if self.normalized_step:
             recipe += " normalized"
+        if self.rate_directions and self.local_steps > 1:
+            recipe += f" rate_directions={self.rate_directions}"
         if self.weight_decay:
             recipe += " decay"
         if self.seed_policy == "pool":
@@ -617,14 +635,17 @@ def parse_run(
 ) -> RunConfig:
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
-    A new run reads rows by the newest version, and its answers are clipped by the usual size. Its
-    template may not give the answer away unless an objective scores the run. Without a learning
-    rate it takes normalised steps of its `default_rate`. With `begun`, the contract of the run that
-    `values` describe again, that run's version and clip stay and nothing of this is checked. With
-    `rate_comes_later`, plain steps may lack a rate too: `default_rate` holds its place.
+    A new run reads rows by the newest version, its answers are clipped by the usual size, and its
+    steps grow with the directions of a commit. Its template may not give the answer away unless an
+    objective scores the run. Without a learning rate it takes normalised steps of its
+    `default_rate`. With `begun`, the contract of the run that `values` describe again, that run's
+    version, clip and steps stay and nothing of this is checked. With `rate_comes_later`, plain
+    steps may lack a rate too: `default_rate` holds its place.
     """
-    clip = begun.clip_median_factor if begun else CLIP_MEDIAN_FACTOR
-    values = {"clip_median_factor": clip, **values}
+    newer = {"clip_median_factor": CLIP_MEDIAN_FACTOR, "rate_directions": RATE_DIRECTIONS}
+    if begun:
+        newer = {key: getattr(begun, key) for key in newer}
+    values = {**newer, **values}
     task = values.get("task")
     if isinstance(task, dict):
         version = begun.task.template_version if begun else NEWEST_TEMPLATE_VERSION

@@ -15,6 +15,7 @@ from operator import mul
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import NumericError
+from fedmezo_core.machines.health import chance_of
 from fedmezo_core.records import Scalars
 
 CLIP_ROUNDS = 8
@@ -22,6 +23,10 @@ CLIP_ROUNDS = 8
 CLIP_SPREAD = 4
 """How much more the sizes of answers of few projected gradients vary: an answer of n may be
 1 + this / n times as large as one of many."""
+GAIN_LIMIT = 2.0
+"""Gain of a step by its slope, over the loss, from which on more directions make it at most twice
+as long. About a quarter of a squared projected gradient is the same on all batches, so that such a
+step really promises half of the loss."""
 
 
 def to_binary32(value: float) -> float:
@@ -81,6 +86,8 @@ class Share:
     learning_rate: float
     weight: int = 1
     """Rows of the worker's data where answers are weighted by rows; otherwise 1."""
+    mean_loss: float | None = None
+    """What the answer says of it; None if it says nothing, as a single local step."""
 
 
 def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[float, ...]]:
@@ -89,18 +96,64 @@ def coefficients_of(shares: Sequence[Share], config: RunConfig) -> list[tuple[fl
     Each is binary32( -(learning_rate * grad * weight) / (sum of weights * probes) ), every
     operation rounded to binary64 from the left, the divisor an exact integer: the mean over workers
     and directions of MeZO's step (Malladi et al. 2023, algorithms 1 and 2). With `normalized_step`,
-    `grad` is the projected gradient over the root mean square of those of its step.
-    Raises `NumericError` if one is not finite.
+    `grad` is the projected gradient over the root mean square of those of its step. With
+    `rate_directions`, each quotient is multiplied by the commit's `step_factor` before it is
+    rounded to binary32. Raises `NumericError` if one is not finite.
     """
-    grads: list[Sequence[float]] = [share.projected_grads for share in shares]
-    if config.normalized_step:
-        grads = _normalized_by_step(grads, config.probes)
-    divisor = sum(share.weight for share in shares) * config.probes
-    return [
-        all_to_binary32([-(rate * grad * weight) / divisor for grad in each])
-        for share, each in zip(shares, grads, strict=True)
-        for rate, weight in ((share.learning_rate, share.weight),)
-    ]
+    quotients = _quotients_of(shares, config)
+    if config.rate_directions:
+        factor = _step_factor_of(shares, quotients, config)
+        quotients = [[quotient * factor for quotient in each] for each in quotients]
+    return [all_to_binary32(each) for each in quotients]
+
+
+def commit_factor(shares: Sequence[Share], config: RunConfig) -> float:
+    """The `step_factor` of a round that commits `shares`; 1 without `rate_directions`."""
+    if not config.rate_directions:
+        return 1.0
+    return _step_factor_of(shares, _quotients_of(shares, config), config)
+
+
+def usual_loss(config: RunConfig) -> float:
+    """Loss that `step_factor` reckons with where none is known: a guess's, or else 1 nat."""
+    return chance_of(config) or 1.0
+
+
+def step_factor(config: RunConfig, directions: float, gain: float, loss: float) -> float:
+    """What `rate_directions` multiplies a step along `directions` by (decision 0035).
+
+    `gain` is what the step would gain by the slope that was measured along its directions if
+    nothing multiplied it, 0 or more, and `loss` is the loss, above 0, in the same unit. The factor
+    is
+
+        directions * (gain + limit) / (directions * gain + rate_directions * limit)
+
+    with limit = GAIN_LIMIT * loss, rounded to binary64 after each operation from the left. It is 1
+    for `rate_directions` directions. It grows as they do while the gain is small, because then only
+    their noise bounds a step, and is at most (gain + limit) / gain, because curvature bounds a step
+    that would gain as much as there is to gain.
+    """
+    limit = GAIN_LIMIT * loss
+    return directions * (gain + limit) / (directions * gain + config.rate_directions * limit)
+
+
+def rate_of_step(
+    config: RunConfig, directions: float, rate: float, gain: float, loss: float
+) -> float:
+    """The learning rate with which a step along `directions` is as long as `rate` alone would be.
+
+    `gain` is what the step gains at that length, and `loss` the loss, as for `step_factor`.
+    """
+    if not config.rate_directions:
+        return rate
+    # With x = the learning rate / rate, a step of x * gain times its factor gains `gain`:
+    # directions * gain * x^2 + directions * (limit - gain) * x = rate_directions * limit.
+    limit = GAIN_LIMIT * loss
+    half = directions * (limit - gain) / 2
+    root = math.sqrt(half * half + directions * gain * config.rate_directions * limit)
+    if half > 0:
+        return rate * config.rate_directions * limit / (half + root)
+    return rate * (root - half) / (directions * gain)
 
 
 def size_of(projected_grads: Sequence[float]) -> float:
@@ -196,6 +249,50 @@ def decay_of(config: RunConfig, factor: float) -> float:
     for _ in range(config.local_steps if config.weight_decay else 0):
         power *= once
     return to_binary32(power)
+
+
+def _quotients_of(shares: Sequence[Share], config: RunConfig) -> list[list[float]]:
+    """What `coefficients_of` rounds, before `rate_directions` changes it."""
+    grads: list[Sequence[float]] = [share.projected_grads for share in shares]
+    if config.normalized_step:
+        grads = _normalized_by_step(grads, config.probes)
+    divisor = sum(share.weight for share in shares) * config.probes
+    return [
+        [-(rate * grad * weight) / divisor for grad in each]
+        for share, each in zip(shares, grads, strict=True)
+        for rate, weight in ((share.learning_rate, share.weight),)
+    ]
+
+
+def _step_factor_of(
+    shares: Sequence[Share], quotients: Sequence[Sequence[float]], config: RunConfig
+) -> float:
+    """The `step_factor` of a commit, whose answers have several local steps or one.
+
+    Directions count once however many workers measured along them: they are the distinct seeds
+    over the local steps. The gain is that of a mean local step: fsum(-(quotient * projected
+    gradient)) over all pairs, products rounded to binary64, over the local steps. The loss is the
+    lower median of those that the answers carry. If none carries one, if that is not above 0, and
+    for the scores of an objective, whose zero means nothing, it is `usual_loss`.
+    """
+    steps = len(shares[0].projected_grads) // config.probes
+    pairs = len(shares) * len(shares[0].seeds)
+    if config.seed_policy != "per_worker":
+        pairs = len({seed for share in shares for seed in share.seeds})
+    products = [
+        -(quotient * grad)
+        for share, each in zip(shares, quotients, strict=True)
+        for quotient, grad in zip(each, share.projected_grads, strict=True)
+    ]
+    try:
+        gain = math.fsum(products) / steps
+    except OverflowError:
+        gain = math.inf
+    if not math.isfinite(gain):
+        return 1.0  # It comes from coefficients that no binary32 holds; rounding them says so.
+    losses = [share.mean_loss for share in shares if share.mean_loss is not None]
+    loss = 0.0 if config.task.objective else _lower_median(sorted(losses))
+    return step_factor(config, pairs / steps, gain, loss if loss > 0 else usual_loss(config))
 
 
 def _normalized_by_step(answers: Sequence[Sequence[float]], probes: int) -> list[Sequence[float]]:

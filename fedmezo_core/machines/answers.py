@@ -5,7 +5,13 @@ from __future__ import annotations
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import NumericError, ProtocolError, ScalarError
 from fedmezo_core.events import AnswerReceived
-from fedmezo_core.machines.aggregate import all_to_binary32, bits_of, clip_of, to_binary32
+from fedmezo_core.machines.aggregate import (
+    all_to_binary32,
+    bits_of,
+    clip_of,
+    step_factor,
+    to_binary32,
+)
 from fedmezo_core.records import Scalars
 
 ROWS_MAX = 2**40
@@ -46,7 +52,11 @@ def checked(event: AnswerReceived, learning_rate: float, config: RunConfig) -> S
     try:
         # One answer alone has the largest coefficients, and the largest gradient the largest of
         # those: if that is finite, none can overflow at the commit.
-        to_binary32(learning_rate * largest * repeats / config.probes)
+        directions = config.probes * config.answers_max
+        longest = (
+            max(1.0, step_factor(config, directions, 0.0, 1.0)) if config.rate_directions else 1.0
+        )
+        to_binary32(learning_rate * largest * repeats * longest / config.probes)
         grads = all_to_binary32(scalars.projected_grads)
     except NumericError:
         raise ScalarError(

@@ -39,7 +39,12 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.machines.aggregate import coefficients_of, decay_of, to_binary32
+from fedmezo_core.machines.aggregate import (
+    coefficients_of,
+    commit_factor,
+    decay_of,
+    to_binary32,
+)
 from fedmezo_core.machines.answers import checked, content_of, is_digest_round
 from fedmezo_core.machines.divergence import REPLICA_PARTY, DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.rates import own_rates, schedule_factor
@@ -450,11 +455,15 @@ class RoundMachine:
             seed_ranges = seed_ranges_of(
                 [(seed, to_binary32(math.fsum(terms[seed]))) for seed in sorted(terms)]
             )
+        factor = self._factor(current.round)
+        if config.weight_decay:
+            # A longer step decays no more, so that a decay can never take all of a weight.
+            factor *= min(1.0, commit_factor(shares, config))
         record = Committed(
             current.round,
             seed_ranges,
             rounding_seed_of(config.seed, current.round),
-            decay_of(config, self._factor(current.round)),
+            decay_of(config, factor),
             answers=tuple(RoundSlot(a.round, a.slot) for a in answers if config.buffer_answers),
         )
         if pool is None or current.round % config.rebase_every_rounds:

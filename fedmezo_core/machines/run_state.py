@@ -284,7 +284,7 @@ class RunState:
             rates, discount = by_round[answer.round]
             seeds = seeds_of(config, answer.round, answer.slot, pool)
             rate = rates[answer.slot] * discount
-            shares.append(Share(seeds, taken, rate, answer.rows or 1))
+            shares.append(Share(seeds, taken, rate, answer.rows or 1, answer.mean_loss))
         self._shares = (answers, shares, size)
         return shares
 

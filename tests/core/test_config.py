@@ -221,6 +221,7 @@ def test_instruction_tuning_needs_no_verbalizers() -> None:
         {"probes": 2},
         {"estimator": "one_sided"},
         {"buffer_answers": 2},
+        {"rate_directions": 0},
     ],
 )
 def test_the_recipe_names_all_that_the_bits_depend_on(changes: dict[str, Any]) -> None:
@@ -268,6 +269,21 @@ configs = st.builds(
 @given(configs)
 def test_the_wire_keeps_every_value(config: RunConfig) -> None:
     assert config_from_pb(config_to_pb(config)) == config
+
+
+def test_a_contract_from_before_steps_grew_keeps_its_bytes_and_all_its_values() -> None:
+    old = RunConfig.model_validate(VALUES)
+    new = parse_run(VALUES, "run")
+    assert (old.rate_directions, new.rate_directions) == (0, 64)
+    assert not config_to_pb(old).HasField("rate_directions")
+    assert config_from_pb(config_to_pb(new)) == new
+    assert parse_run(VALUES | {"task": old.task.model_dump()}, "run", old) == old
+    assert parse_run(VALUES | {"rate_directions": 8}, "run").rate_directions == 8
+    one_step = {"local_steps": 1, "rate_directions": 0}
+    alone = parse_run(VALUES | one_step, "run").recipe
+    assert parse_run(VALUES | one_step | {"rate_directions": 64}, "run").recipe == alone, (
+        "workers compute no coefficients, so older ones may take part"
+    )
 
 
 def test_a_run_of_before_probes_keeps_its_recipe_and_its_bytes() -> None:
@@ -376,6 +392,21 @@ def test_a_new_run_without_a_rate_gets_normalised_steps_of_a_sound_one() -> None
         )
         assert flat.learning_rate == constant.learning_rate
     assert not parse_run(VALUES, "run").normalized_step, "as it was"
+
+
+def test_a_default_rate_is_the_same_for_all_who_bring_enough_directions() -> None:
+    def rate(probes: int, workers: int, **changes: Any) -> float:
+        values = {"probes": probes, "workers_min": workers, **changes}
+        return parse_run(WITHOUT_A_RATE | values, "run").learning_rate
+
+    enough = rate(16, 4)
+    assert rate(16, 40) == rate(31, 3) == rate(64, 1) == enough
+    assert rate(16, 40, seed_policy="shared") == rate(16, 1), "each direction counts once"
+    # Fewer make shorter steps, of a walk that is as long as before: sqrt(16 / 64) x 64 / 16.
+    assert rate(16, 1) == pytest.approx(2 * enough, rel=0.05)
+    alike = rate(16, 4, rate_directions=0)
+    assert alike == enough
+    assert rate(16, 16, rate_directions=0) == pytest.approx(2 * alike, rel=0.05)
 
 
 def test_a_default_rate_stays_with_its_run() -> None:

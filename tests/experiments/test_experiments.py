@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -514,6 +515,28 @@ def test_pace_is_the_round_that_comes_to_the_last_loss_of_the_baseline_with_the_
     # A quick run has fewer rounds than are averaged.
     quick = report._pace("slow", {"slow": [result_of([2.0, 1.0])]})
     assert [figure.value for figure in quick] == [2, 0, 0, 0]
+
+
+def test_held_out_pace_is_the_round_that_comes_to_the_mean_last_loss_of_the_baseline() -> None:
+    def judged(*losses: float, ended: str = "") -> Result:
+        points = [Point(number, loss, 0.5, None, None, 8) for number, loss in enumerate(losses)]
+        run = SimpleNamespace(config=SimpleNamespace(rounds=4))
+        values: dict[str, Any] = {"curve": points, "ended": ended, "run": run}
+        return Result.model_construct(**values)
+
+    results = {
+        "slow": [judged(5, 4, 3, 2, 2.0), judged(5, 5, 5, 4, 3.0)],
+        "fast": [judged(5, 2.5, 3, 3, 3), judged(5, 4, 2, 2, 2)],
+        "lost": [judged(5, 9, ended="it diverged"), judged(5, 3, 2, ended="it diverged later")],
+    }
+    found = {figure.name: figure.value for figure in report._held_out_pace("slow", results)}
+    rounds = "rounds to the last held-out loss of slow"
+    assert found[f"slow: {rounds}"] == (3 + 4) / 2, "the mean of 2 and 3 is 2.5"
+    assert found[f"fast: {rounds}"] == (1 + 2) / 2
+    assert found[f"lost: {rounds}"] == (4 + 2) / 2
+    assert found[f"lost: {rounds}, most − least of the seeds"] == 2
+    lost = {"slow": [judged(5, ended="it diverged")], "fast": [judged(5, 1)]}
+    assert report._held_out_pace("slow", lost) == []
 
 
 def test_the_command_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -260,19 +260,36 @@ class Checker:
             for grads in given
         ]
 
+    def _factor(self, terms: list[tuple[int, float, float]], losses: list[float]) -> float:
+        """What the contract lets the commit's directions multiply its step by."""
+        at = self.config.rate_directions
+        if not at:
+            return 1.0
+        steps = self.config.local_steps
+        directions = len({seed for seed, _, _ in terms}) / steps
+        gain = math.fsum(-(term * grad) for _, grad, term in terms) / steps
+        loss = statistics.median_low(losses) if losses else 0.0
+        limit = 2.0 * (loss if loss > 0 else math.log(2))
+        return directions * (gain + limit) / (directions * gain + at * limit)
+
     def _check_pairs(self, record: Committed, sound: list[Answered]) -> None:
         """The commit holds what the oracle's scalars come to, once for each direction."""
         total = sum(answer.rows or 1 for answer in sound)
-        wanted: dict[int, list[float]] = {}
+        terms: list[tuple[int, float, float]] = []
         for answer, grads in zip(sound, self._clipped(sound), strict=True):
             seeds = self._seeds(answer)
             discount = (1.0 + record.round - answer.round) ** -self.config.staleness_exponent
             rate = self.rates[answer.round][answer.slot] * discount
             for seed, grad in zip(seeds, grads, strict=True):
                 term = -(rate * grad * (answer.rows or 1))
-                wanted.setdefault(seed, []).append(_binary32(term / (total * self.config.probes)))
+                terms.append((seed, grad, term / (total * self.config.probes)))
+        factor = self._factor(terms, [a.mean_loss for a in sound if a.mean_loss is not None])
+        wanted: dict[int, list[float]] = {}
+        for seed, _, term in terms:
+            wanted.setdefault(seed, []).append(_binary32(term * factor))
         sums = {seed: _binary32(math.fsum(terms)) for seed, terms in wanted.items()}
-        decay = decay_of(self.config, schedule_factor(self.config, record.round) * self.rate_factor)
+        rate_factor = schedule_factor(self.config, record.round) * self.rate_factor
+        decay = decay_of(self.config, rate_factor * min(1.0, factor))
         whole = decay * (self.pool.decay if self.pool is not None and record.from_base else 1.0)
         _require(record.decay == _binary32(whole), f"round {record.round} decays otherwise")
         if record.from_base:

@@ -161,6 +161,7 @@ def draw_scenario(rng: random.Random) -> Scenario:
         task=TaskConfig(verbalizers={"a": "a", "b": "b"}),
         seed=seed,
         clip_median_factor=(0.0, 1.0, 2.0)[seed % 3],
+        rate_directions=(0, 3, 64)[seed // 3 % 3],
         rounds=rng.randint(2, 9),
         local_steps=rng.randint(1, 4),
         probes=rng.choice((1, 1, 2, 3)),

@@ -22,6 +22,7 @@ from typing import Final
 
 from fedmezo_core.config import STEPS_MAX, RunConfig
 from fedmezo_core.errors import MeasurementError
+from fedmezo_core.machines.aggregate import rate_of_step, usual_loss
 from fedmezo_core.machines.rates import schedule_factor
 
 COST_SHARE_MAX: Final = 0.075
@@ -116,9 +117,9 @@ class Proposal:
     """What that costs, in nats."""
     eps: float
     plain_rate: float
-    """Learning rate of plain steps."""
+    """Learning rate of plain steps, in this contract and with this number of workers."""
     normalized_rate: float
-    """Learning rate of normalised steps."""
+    """Learning rate of normalised steps, in the same way."""
     rounds_enough: int
     """Rounds after which more teach little; at most `ROUNDS_FACTOR_MAX` times the contract's."""
 
@@ -130,7 +131,7 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class _Travel:
-    """How far steps of rate 1 go over a run."""
+    """How far steps of rate 1 go over a run, before `rate_directions` makes them longer."""
 
     straight: float
     """Sum of the schedule's factors over all steps."""
@@ -143,8 +144,13 @@ class _Travel:
         factors = [schedule_factor(config, t) for t in range(1, config.rounds + 1, stride)]
         steps = config.rounds * config.local_steps / len(factors)
         squares = steps * math.fsum(factor * factor for factor in factors)
-        directions = config.probes * (1 if config.seed_policy == "shared" else workers)
-        return cls(steps * math.fsum(factors), math.sqrt(squares / directions))
+        walk = math.sqrt(squares / directions_of(config, workers))
+        return cls(steps * math.fsum(factors), walk)
+
+
+def directions_of(config: RunConfig, workers: int) -> int:
+    """Directions of a step that `workers` workers make together."""
+    return config.probes * (1 if config.seed_policy == "shared" else workers)
 
 
 def forwards_of(config: RunConfig, workers: int) -> int:
@@ -218,6 +224,13 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
 
     length = _largest(is_short)
     normalized = length / travel.walk
+    plain = PLAIN_FACTOR * normalized / grad
+    directions = directions_of(config, workers)
+    seen_loss = loss if config.report_losses and loss > 0 else usual_loss(config)
+
+    def rate_of(rate: float, gain: float) -> float:
+        return rate_of_step(config, directions, rate, gain, seen_loss)
+
     # A walk of this length with s times the rounds gains sqrt(s) times as much.
     factor = min(ROUNDS_FACTOR_MAX, (LONG_RUN_GAIN * loss / gain(length)) ** 2)
     return Proposal(
@@ -228,8 +241,8 @@ def propose(readings: Sequence[Reading], config: RunConfig, workers: int) -> Pro
         walk_length=length,
         walk_cost=cost_at(reports, length, loss),
         eps=eps,
-        plain_rate=PLAIN_FACTOR * normalized / grad,
-        normalized_rate=normalized,
+        plain_rate=rate_of(plain, plain * grad * grad),
+        normalized_rate=rate_of(normalized, normalized * grad),
         rounds_enough=max(1, math.ceil(config.rounds * factor)),
     )
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import chain
+from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmezo_core.errors import ConfigError
+from fedmezo_core.machines.aggregate import Share, bits_of, coefficients_of
 from fedmezo_core.machines.rates import own_rates, schedule_factor, update_distances
-from fedmezo_core.records import Committed
-from tests.core.machines.rounds_driver import RoundsDriver, config_of, parse
+from fedmezo_core.machines.run_state import RunState
+from fedmezo_core.records import Committed, RoundSlot
+from tests.core.machines.rounds_driver import RoundsDriver, config_of, kinds, parse, refusal
 
 SIGNALS = st.dictionaries(st.sampled_from("abcdef"), st.floats(0, 1e6), max_size=6)
 
@@ -145,3 +151,157 @@ def test_losses_of_five_rounds_are_remembered() -> None:
         run.answer("a", loss=float(number))
         run.answer("b", loss=1.0)
     assert run.machine.state.signals() == {"a": 3.0, "b": 1.0}
+
+
+# ---------------------------------------------------------------- steps that grow with directions
+
+
+def step_of(
+    grads: Sequence[Sequence[float]], rate: float = 0.5, losses: float | None = None, **values: Any
+) -> list[tuple[float, ...]]:
+    """Coefficients of a commit of answers with these projected gradients, seeds all different."""
+    shares = [
+        Share(tuple(range(100 * slot, 100 * slot + len(own))), tuple(own), rate, 1, losses)
+        for slot, own in enumerate(grads)
+    ]
+    return coefficients_of(shares, config_of(**values))
+
+
+def factor_of(found: list[tuple[float, ...]], alike: list[tuple[float, ...]]) -> float:
+    """What all coefficients are multiplied by, within the roundings of binary32."""
+    ratios = [a / b for a, b in zip(chain(*found), chain(*alike), strict=True)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios), rel=1e-6)
+    return ratios[0]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(("answers", "probes"), [(1, 1), (4, 16), (5, 2), (40, 16), (4, 64)])
+def test_a_step_grows_with_its_directions_until_it_promises_what_there_is_to_gain(
+    answers: int, probes: int, normalized: bool
+) -> None:
+    random = Random(answers)
+    same: dict[str, Any] = {"probes": probes, "local_steps": 1, "normalized_step": normalized}
+    for size in (1e-4, 0.3, 50.0):
+        grads = [[random.gauss(0, size) for _ in range(probes)] for _ in range(answers)]
+        alike = step_of(grads, **same)
+        pairs = zip(chain(*alike), chain(*grads), strict=True)
+        gain = -sum(coefficient * grad for coefficient, grad in pairs)
+        directions = answers * probes
+        limit = 2 * math.log(2)
+        exact = directions * (gain + limit) / (directions * gain + 64 * limit)
+        factor = factor_of(step_of(grads, rate_directions=64, **same), alike)
+        assert factor == pytest.approx(exact, rel=1e-5)
+        assert min(1, directions / 64) <= factor * 1.00001
+        assert factor <= max(1, min(directions / 64, (gain + limit) / gain)) * 1.00001
+    quiet = [[0.0] * probes] * answers
+    assert step_of(quiet, rate_directions=64, **same) == step_of(quiet, **same)
+
+
+def test_a_round_whose_losses_are_known_may_gain_more_where_there_is_more_to_gain() -> None:
+    grads = [[3.0, -4.0]] * 100
+    same: dict[str, Any] = {"probes": 2, "local_steps": 1, "report_losses": True}
+    alike = step_of(grads, **same)
+
+    def factor(loss: float | None, **values: Any) -> float:
+        longer = step_of(grads, losses=loss, rate_directions=64, **same, **values)
+        return factor_of(longer, alike)
+
+    assert factor(0.1) < factor(1.0) < factor(4.0)
+    assert factor(None) == factor(math.log(2)) == factor(0.0) == factor(-3.0)
+    score = {"verbalizers": {"a": "a", "b": "b"}, "objective": "m:f"}
+    assert factor(4.0, task=score) == factor(1.0), "the zero of a score means nothing"
+    text = {"kind": "instruction", "template": "{q}"}
+    assert factor(None, task=text) == factor(1.0), "nobody knows what a guess at a text loses"
+    classes = {"verbalizers": {name: name for name in "abcde"}}
+    assert factor(None, task=classes) == factor(math.log(5))
+
+
+@pytest.mark.parametrize(
+    ("policy", "directions"), [("per_worker", 6), ("shared", 2), ("pool", 4 / 2)]
+)
+def test_a_direction_counts_once_however_many_workers_measure_it(
+    policy: str, directions: float
+) -> None:
+    """Three workers, two local steps of two probes; in the pool they drew four seeds."""
+    drawn = {
+        "per_worker": [(1, 2, 3, 4), (11, 12, 13, 14), (21, 22, 23, 24)],
+        "shared": [(1, 2, 3, 4)] * 3,
+        "pool": [(1, 1, 2, 3), (3, 2, 1, 1), (4, 4, 4, 4)],
+    }[policy]
+    shares = [Share(seeds, (1e-9, -1e-9, 1e-9, 1e-9), 0.5) for seeds in drawn]
+    same: dict[str, Any] = {"seed_policy": policy, "probes": 2}
+    alike = coefficients_of(shares, config_of(**same))
+    factor = factor_of(coefficients_of(shares, config_of(rate_directions=64, **same)), alike)
+    assert factor == pytest.approx(directions / 64, rel=1e-5)
+
+
+@pytest.mark.parametrize(("directions", "rate"), [(64, 0.5 / 32), (2, 0.5), (1, 0.5), (0, 0.5)])
+def test_weight_decay_goes_with_a_shorter_step_and_not_with_a_longer_one(
+    directions: int, rate: float
+) -> None:
+    run = RoundsDriver(rate_directions=directions, weight_decay=0.1, local_steps=1, probes=2)
+    run.ready("a")
+    run.answer("a", grads=(1e-9, -1e-9))
+    [commit] = [record for record in run.records if isinstance(record, Committed)]
+    assert commit.decay == pytest.approx(1 - rate * 0.1, rel=1e-6)
+
+
+@pytest.mark.parametrize("buffered", [{}, {"buffer_answers": 2, "cohort_size_max": 4}])
+def test_an_auditor_with_the_answers_gets_the_bits_of_the_commits(buffered: dict[str, int]) -> None:
+    run = RoundsDriver(
+        rate_directions=8, workers_min=3, schedule="linear", report_losses=True, **buffered
+    )
+    run.ready("a", "b", "c")
+    for worker in "abcabcabc":
+        if assigned := run.machine.roster.assignments.get(worker):
+            grads = (1.0 + ord(worker) % 3, -2.0)
+            run.answer(worker, assigned.slot, round_=assigned.round, grads=grads, loss=0.5)
+    commits = [record for record in run.records if isinstance(record, Committed)]
+    state, count = RunState(), 0
+    for record in run.records:
+        if isinstance(record, Committed):
+            answers = state.counted()
+            if buffered:
+                answers = [a for a in answers if RoundSlot(a.round, a.slot) in record.answers]
+            found = coefficients_of(state.shares(answers), run.config)
+            assert [bits_of(one) for one in found] == [
+                bits_of(seed_range.coefficients) for seed_range in record.seed_ranges
+            ]
+            count += 1
+        state.apply(record)
+    assert count == len(commits) == 3
+
+
+@pytest.mark.parametrize(
+    ("normalized", "loss", "bits"),
+    [
+        (True, None, ("ac4e33be9113ef3cfe3a8dbea94e3cbc", "91136f3e91136fbdfe3a8dbda94ebcbd")),
+        (True, 0.25, ("a2e726be2d8ade3c317683be41482fbc", "2d8a5e3e2d8a5ebd317683bd4148afbd")),
+        (False, None, ("7f855fbeaa03153d7f85dfbeaa0395bc", "aa03953eaa0395bd7f85dfbdaa0315be")),
+        (False, 0.25, ("1d9850be13100b3d1d98d0be13108bbc", "13108b3e13108bbd1d98d0bd13100bbe")),
+    ],
+)
+def test_the_bits_of_steps_that_grow(
+    normalized: bool, loss: float | None, bits: tuple[str, str]
+) -> None:
+    """From a calculation apart from the product's; journals hold such bits, so they never change.
+
+    Two answers of two local steps of two probes.
+    """
+    found = step_of(
+        [(1.5, -0.25, 3.0, 0.125), (-2.0, 0.5, 0.75, 1.0)],
+        losses=loss,
+        probes=2,
+        rate_directions=3,
+        normalized_step=normalized,
+        report_losses=True,
+    )
+    assert tuple(bits_of(one).hex() for one in found) == bits
+
+
+def test_an_answer_whose_longer_step_would_overflow_is_refused() -> None:
+    values = {"learning_rate": 1e30, "projected_grad_abs_max": 1e300, "cohort_size_max": 64}
+    run = RoundsDriver(rate_directions=2, **values)
+    run.ready("a")
+    assert refusal(run.answer("a", grads=(1.0, 1e8))) == "ScalarError"
+    assert "Committed" in kinds(run.answer("a", grads=(1.0, 1e6)))

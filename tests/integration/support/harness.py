@@ -60,6 +60,8 @@ def run_values(**changes: Any) -> dict[str, Any]:
         "local_steps": 2,
         "batch_size": 4,
         "learning_rate": 1e-3,
+        # The tests' rates are for the few directions of their own rounds.
+        "rate_directions": 0,
         "workers_min": 4,
         "quorum": 4,
     }

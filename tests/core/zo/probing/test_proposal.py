@@ -11,10 +11,12 @@ import pytest
 
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import MeasurementError
+from fedmezo_core.machines.aggregate import step_factor
 from fedmezo_core.zo.probing.proposal import (
     COST_SHARE_MAX,
     Proposal,
     Reading,
+    directions_of,
     forwards_of,
     propose,
     with_enough_probes,
@@ -36,6 +38,7 @@ def config_of(**changes: Any) -> RunConfig:
         "estimator": "one_sided",
         "normalized_step": True,
         "learning_rate": 1e-6,
+        "rate_directions": 0,
         "task": {"verbalizers": {"a": " a", "b": " b"}},
     }
     return parse_run(values | changes, "the test")
@@ -102,6 +105,29 @@ def test_batches_that_have_little_in_common_allow_a_shorter_walk_and_ask_for_mor
     assert differ.signal_share == pytest.approx(0.25 / 2)
     assert differ.walk_length < 0.8 * agree.walk_length
     assert differ.rounds_enough > 5 * agree.rounds_enough
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"seed_policy": "shared"}, {"probes": 2}, {"report_losses": True}]
+)
+@pytest.mark.parametrize("workers", [1, 4, 40])
+def test_a_proposed_rate_makes_the_step_that_was_found_whatever_its_directions(
+    workers: int, changes: dict[str, Any]
+) -> None:
+    readings = readings_of(curved(2.0, loss=3.0))
+    plain = propose(readings, config_of(**changes), workers)
+    config = config_of(rate_directions=64, **changes)
+    found = propose(readings, config, workers)
+    directions = directions_of(config, workers)
+    loss = 3.0 if config.report_losses else math.log(2)
+    for ours, wanted, gain_per_rate in (
+        (found.normalized_rate, plain.normalized_rate, found.grad),
+        (found.plain_rate, plain.plain_rate, found.grad**2),
+    ):
+        factor = step_factor(config, directions, ours * gain_per_rate, loss)
+        assert ours * factor == pytest.approx(wanted)
+        assert (ours < wanted) is (directions > 64)
+    assert (found.walk_length, found.rounds_enough) == (plain.walk_length, plain.rounds_enough)
 
 
 def test_no_step_gains_more_than_a_part_of_the_loss_by_its_slope() -> None:
