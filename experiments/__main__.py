@@ -186,7 +186,7 @@ def _runs(described: Experiment, order: Order) -> dict[str, list[Run]]:
 
 
 def _prepare(runs: dict[str, dict[str, list[Run]]]) -> None:
-    """Fetch the demo's model and data if a run uses them."""
+    """Fetch what of models and data in the cache a run uses."""
     folders = {
         Path(folder)
         for arms in runs.values()
@@ -196,8 +196,10 @@ def _prepare(runs: dict[str, dict[str, list[Run]]]) -> None:
     }
     if any(folder.is_relative_to(CACHE) for folder in folders):
         from deploy.demo.prepare import prepare
+        from experiments.instruction_data import prepare_folders
 
         prepare(CACHE)
+        prepare_folders(CACHE, folders)
 
 
 def _results(runs: Mapping[str, Run], order: Order) -> dict[str, Result]:

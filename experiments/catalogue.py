@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from experiments import instructions
 from experiments.first_order import FirstOrder
 from experiments.runs import Run
 from experiments.starting_point import (
+    CACHE,
     DEEP_LORA,
     FIRST_ORDER_LORA,
     FULL_RATE,
@@ -68,6 +70,8 @@ class Experiment:
     run: Mapping[str, Any] = field(default_factory=dict)
     """Values of `RunConfig` that all arms have on top of `starting_point.RUN`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    drops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Arm -> baselines. The report says what share of their drop in held-out loss the arm has."""
     against: Mapping[str, str] = field(default_factory=dict)
     """Arm -> its baseline. With any, the report has the peak memory of training and inference."""
     is_for_gpu: bool = False
@@ -134,6 +138,38 @@ def _accuracy(title: str, run: Mapping[str, Any], behind_max: float, **others: A
             "FedMeZO: peak memory of a worker ÷ inference": "at most 1.1",
         },
         **others,
+    )
+
+
+def _instructions(title: str, data: str, splitters: tuple[str, ...]) -> Experiment:
+    """FedMeZO beside back-propagation on instructions, IID and with `splitters`."""
+    zo, same, layers = instructions.ZO, instructions.SAME, instructions.ALL_LAYERS
+    arms = [
+        Arm(zo),
+        Arm(same, first_order=instructions.SAME_RATE),
+        Arm(
+            layers,
+            instructions.ALL_LAYERS_RUN,
+            {"evaluate_every_rounds": 6},
+            instructions.ALL_LAYERS_RATE,
+        ),
+    ]
+    drops: dict[str, tuple[str, ...]] = {zo: (same, layers), same: (layers,)}
+    for splitter in splitters:
+        dealt = {"splitter": splitter}
+        arms += [
+            Arm(f"{zo}, {splitter}", {}, dealt),
+            Arm(f"{same}, {splitter}", {}, dealt, instructions.SAME_RATE),
+        ]
+        drops[f"{zo}, {splitter}"] = (f"{same}, {splitter}",)
+    return Experiment(
+        title,
+        tuple(arms),
+        panels=(("loss", "round"), ("loss", "forwards")),
+        run={**instructions.RUN, "task": instructions.TASKS[data]},
+        settings={**instructions.SETTINGS, "data": str(CACHE / "data" / data)},
+        drops=drops,
+        goals={f"{zo}: share of the drop of {same}, at convergence": "at least 0.9"},
     )
 
 
@@ -260,6 +296,10 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         run={"rounds": 20, "batch_size": 8},
         settings={"evaluate_every_rounds": 5, "train_rows_max": 100},
     ),
+    "instructions": _instructions(
+        "Instruction tuning: how-to texts of six categories", "hellaswag", ("category", "dirichlet")
+    ),
+    "instructions-alpaca": _instructions("Instruction tuning: Alpaca's kind", "alpaca", ()),
 }
 
 
@@ -279,6 +319,7 @@ def run_of(experiment: Experiment, arm: Arm, seed: int, changes: Changes) -> Run
     settings = {**experiment.settings, **changes.settings, **arm.settings}
     if changes.quick:
         run |= {"rounds": 2, "local_steps": max(1, run["local_steps"] // 10), "batch_size": 2}
-        settings |= {"heldout_per_label": 1, "heldout_rows_max": 16, "curve_rows": 8}
+        few = min(1, settings.get("heldout_per_label", 1))
+        settings |= {"heldout_per_label": few, "heldout_rows_max": 16, "curve_rows": 8}
     made = Settings.model_validate(settings)
     return Run(settings=made, config=config_of(made, seed, run), first_order=arm.first_order)

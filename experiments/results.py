@@ -100,6 +100,10 @@ def figures(experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> 
     for arm, baseline in experiment.against.items():
         if arm in results and baseline in results:
             found += _against(arm, baseline, results)
+    for arm, baselines in experiment.drops.items():
+        for baseline in baselines:
+            if arm in results and baseline in results:
+                found += _drops(arm, baseline, results)
     if experiment.paced_by in results:
         found += _pace(experiment.paced_by, results)
     return [with_goal(experiment, figure) for figure in found]
@@ -143,6 +147,34 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
         Figure(f"{arm}: core-hours, all workers", hours, "h"),
         Figure(f"{arm}: hours, with evaluations", mean("wall_s") / 3600, "h"),
     ]
+
+
+def _drops(arm: str, baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
+    """Tell what share of the baseline's drop in held-out loss an arm has, seed by seed.
+
+    At equal rounds: at the last round at which both were judged. At convergence: the lowest point
+    of either curve. Seeds for which the baseline's loss does not drop do not count.
+    """
+    shares: dict[str, list[float]] = {"at equal rounds": [], "at convergence": []}
+    for ours, theirs in zip(results[arm], results[baseline], strict=False):
+        curves = [{point.round: point.loss for point in run.curve} for run in (ours, theirs)]
+        last = max(curves[0].keys() & curves[1].keys())
+        ends = {
+            "at equal rounds": [curve[last] for curve in curves],
+            "at convergence": [min(curve.values()) for curve in curves],
+        }
+        for when, losses in ends.items():
+            own, drop = (curve[0] - loss for curve, loss in zip(curves, losses, strict=True))
+            if drop > 0:
+                shares[when].append(own / drop)
+    found = []
+    for when, values in shares.items():
+        if values:
+            name = f"{arm}: share of the drop of {baseline}, {when}"
+            spread = max(values) - min(values)
+            found.append(Figure(name, sum(values) / len(values), "share"))
+            found.append(Figure(f"{name}, most − least of the seeds", spread, "share"))
+    return found
 
 
 def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
