@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from benchmarks.figures import REPORTS, Figure, write
 from experiments.catalogue import Axis, Experiment, Metric
 from experiments.judging import Point
@@ -152,15 +154,18 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
 def _drops(arm: str, baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
     """Tell what share of the baseline's drop in held-out loss an arm has, seed by seed.
 
-    At equal rounds: at the last round at which both were judged. At convergence: the lowest point
-    of either curve. Seeds for which the baseline's loss does not drop do not count.
+    At equal rounds: at the last round of the shorter curve, between points along a straight line.
+    At convergence: the lowest point of either curve. Seeds for which the baseline's loss does not
+    drop do not count.
     """
     shares: dict[str, list[float]] = {"at equal rounds": [], "at convergence": []}
     for ours, theirs in zip(results[arm], results[baseline], strict=False):
         curves = [{point.round: point.loss for point in run.curve} for run in (ours, theirs)]
-        last = max(curves[0].keys() & curves[1].keys())
+        last = min(max(curve) for curve in curves)
         ends = {
-            "at equal rounds": [curve[last] for curve in curves],
+            "at equal rounds": [
+                float(np.interp(last, list(curve), list(curve.values()))) for curve in curves
+            ],
             "at convergence": [min(curve.values()) for curve in curves],
         }
         for when, losses in ends.items():
