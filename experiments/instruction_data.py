@@ -6,8 +6,9 @@ leaves in the cache, from packages whose SHA-256 are written down here,
 
     data/alpaca/       999 instructions with answers (llamafactory's demo; Apache-2.0), in a file
                        for each first word of an instruction
-    data/hellaswag/    beginnings and ends of how-to texts (HellaSwag, Zellers et al. 2019, MIT, in
-                       a package under Apache-2.0), in a file for each of six WikiHow categories
+    data/hellaswag/    beginnings and ends of how-to texts (HellaSwag, Zellers et al. 2019; the
+                       package is under Apache-2.0, and names no licence of these rows), in a file
+                       for each of six WikiHow categories
     models/gemma3-270m/    Gemma 3 270M (under the Gemma Terms of Use), a vocabulary of 262,144
 
 A data folder has `<category>.train.jsonl` for each category, and heldout.jsonl. Rows are in the
@@ -193,6 +194,9 @@ def prepare_folders(cache: Path = CACHE, wanted: Iterable[Path] | None = None) -
         if target.exists() or (folders is not None and target not in folders):
             continue
         with prepare.alone(cache) as scratch:
+            if target.exists():
+                # Whoever held the lock before has made it.
+                continue
             archives = [prepare.fetch(each, cache / "archives", scratch) for each in packages]
             prepare.say(f"writing {target}")
             folder = Path(tempfile.mkdtemp(dir=scratch))
