@@ -136,7 +136,7 @@ bench-use: setup  ## first lines, late workers beside unread pages, proposed rat
 # `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set clients=8" or EXPERIMENT=--fresh.
 EXPERIMENT ?=
-EXPERIMENTS := accuracy accuracy-gpu personalised local-steps clients distributions precision estimators topics questions
+EXPERIMENTS := accuracy accuracy-gpu personalised local-steps clients distributions precision estimators topics questions instructions instructions-alpaca
 .PHONY: $(EXPERIMENTS:%=experiment-%)
 
 experiments: setup  ## all experiments: build/reports/<name>.md, .png, .json; one alone: make experiment-accuracy

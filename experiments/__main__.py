@@ -27,7 +27,6 @@ from rich.table import Table
 from benchmarks.figures import REPORTS, Figure
 from experiments import peak_memory
 from experiments.catalogue import EXPERIMENTS, Changes, Experiment, run_of
-from experiments.public_data import DATA_SETS, prepare_data
 from experiments.results import redraw, write_all
 from experiments.runs import KEPT, Processes, Result, Run, kept, key_of
 from experiments.starting_point import CACHE, Settings
@@ -187,7 +186,7 @@ def _runs(described: Experiment, order: Order) -> dict[str, list[Run]]:
 
 
 def _prepare(runs: dict[str, dict[str, list[Run]]]) -> None:
-    """Fetch the model and data that runs use, if they are ours."""
+    """Fetch what of models and data in the cache a run uses."""
     folders = {
         Path(folder)
         for arms in runs.values()
@@ -197,11 +196,10 @@ def _prepare(runs: dict[str, dict[str, list[Run]]]) -> None:
     }
     if any(folder.is_relative_to(CACHE) for folder in folders):
         from deploy.demo.prepare import prepare
+        from experiments.public_data import prepare_folders
 
         prepare(CACHE)
-    for folder in folders:
-        if folder.parent == CACHE / "data" and folder.name in DATA_SETS:
-            prepare_data(CACHE, folder.name)
+        prepare_folders(CACHE, folders)
 
 
 def _results(runs: Mapping[str, Run], order: Order) -> dict[str, Result]:

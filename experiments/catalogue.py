@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
+from experiments import instructions
 from experiments.first_order import FirstOrder
-from experiments.public_data import TOPICS
 from experiments.runs import Run
 from experiments.starting_point import (
     CACHE,
@@ -25,6 +25,7 @@ from experiments.starting_point import (
     Settings,
     config_of,
 )
+from experiments.topics_and_questions import TOPICS
 from fedmezo_core.config import RATE_DIRECTIONS
 
 Metric = Literal["accuracy", "calibrated_accuracy", "auc", "loss", "exact_match", "token_f1"]
@@ -78,6 +79,8 @@ class Experiment:
     run: Mapping[str, Any] = field(default_factory=dict)
     """Values of `RunConfig` that all arms have on top of `starting_point.RUN`."""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    drops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Arm -> baselines. The report says what share of their drop in held-out loss the arm has."""
     against: Mapping[str, str] = field(default_factory=dict)
     """Arm -> its baseline."""
     is_for_gpu: bool = False
@@ -167,6 +170,38 @@ def _accuracy(
             **(goals or {}),
         },
         **others,
+    )
+
+
+def _instructions(title: str, data: str, splitters: tuple[str, ...]) -> Experiment:
+    """FedMeZO beside back-propagation on instructions, IID and with `splitters`."""
+    zo, same, layers = instructions.ZO, instructions.SAME, instructions.ALL_LAYERS
+    arms = [
+        Arm(zo),
+        Arm(same, first_order=instructions.SAME_RATE),
+        Arm(
+            layers,
+            instructions.ALL_LAYERS_RUN,
+            {"evaluate_every_rounds": 6},
+            instructions.ALL_LAYERS_RATE,
+        ),
+    ]
+    drops: dict[str, tuple[str, ...]] = {zo: (same, layers), same: (layers,)}
+    for splitter in splitters:
+        dealt = {"splitter": splitter}
+        arms += [
+            Arm(f"{zo}, {splitter}", {}, dealt),
+            Arm(f"{same}, {splitter}", {}, dealt, instructions.SAME_RATE),
+        ]
+        drops[f"{zo}, {splitter}"] = (f"{same}, {splitter}",)
+    return Experiment(
+        title,
+        tuple(arms),
+        panels=(("loss", "round"), ("loss", "forwards")),
+        run={**instructions.RUN, "task": instructions.TASKS[data]},
+        settings={**instructions.SETTINGS, "data": str(CACHE / "data" / data)},
+        drops=drops,
+        goals={f"{zo}: share of the drop of {same}, at convergence": "at least 0.9"},
     )
 
 
@@ -378,6 +413,10 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
             "pass_tokens_max": 16384,
         },
     ),
+    "instructions": _instructions(
+        "Instruction tuning: how-to texts of six categories", "hellaswag", ("category", "dirichlet")
+    ),
+    "instructions-alpaca": _instructions("Instruction tuning: Alpaca's kind", "alpaca", ()),
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -22,7 +23,8 @@ from experiments.judging import Judge
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.zo.assignment import open_batches
 from fedmezo_core.zo.data.rows import Example
-from fedmezo_core.zo.data.task import Batch, logits_of
+from fedmezo_core.zo.data.task import Batch, logits_of, target_logits
+from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.model.offload import stored_parameters
 from fedmezo_core.zo.party import Party
@@ -49,8 +51,12 @@ class FedAvg:
         first_order: FirstOrder,
         *,
         judge: Judge | None = None,
+        row_states: RowStates | None = None,
     ) -> None:
-        """`party` is at its base, which this run overwrites; raises as `Task.encode` does."""
+        """`party` is at its base, which this run overwrites; raises as `Task.encode` does.
+
+        Passes begin with what `row_states` knows of the rows.
+        """
         self.party = party
         self.round = 0
         """Number of rounds done."""
@@ -68,6 +74,7 @@ class FedAvg:
         self.bytes_down = 0
         self._judge = judge
         self._first_order = first_order
+        self._row_states = row_states
         self._batches = {
             name: open_batches(party, party.task.encode(own), name) for name, own in rows.items()
         }
@@ -99,7 +106,7 @@ class FedAvg:
                 self._batches[name].batch(self.round + 1, step)
                 for step in range(self.party.config.local_steps)
             ]
-            loss = train(self.party, self._first_order, batches)
+            loss = train(self.party, self._first_order, batches, self._row_states)
             self.working_s += time.process_time() - begin
             self.forwards += len(batches)
             self.forward_rows += sum(len(batch.examples) for batch in batches)
@@ -119,7 +126,12 @@ class FedAvg:
             self._judge.judge(self.round)
 
 
-def train(party: Party, first_order: FirstOrder, batches: Sequence[Batch]) -> float:
+def train(
+    party: Party,
+    first_order: FirstOrder,
+    batches: Sequence[Batch],
+    row_states: RowStates | None = None,
+) -> float:
     """Make an AdamW step on the party's tensors for each batch; returns the mean loss in nats."""
     stored = stored_parameters(party.loaded.model)
     parameters = [stored[entry.name].parameter for entry in party.loaded.manifest]
@@ -134,7 +146,8 @@ def train(party: Party, first_order: FirstOrder, batches: Sequence[Batch]) -> fl
         parameter.requires_grad_(True)
     try:
         for batch in batches:
-            loss = differentiable_loss(party, batch)
+            with nullcontext() if row_states is None else row_states.known(batch):
+                loss = differentiable_loss(party, batch)
             if not torch.isfinite(loss):
                 raise MeasurementError(f"The loss is {loss.item()} on the batch of {batch.name}.")
             torch.autograd.backward([loss])
@@ -154,5 +167,8 @@ def differentiable_loss(party: Party, batch: Batch) -> torch.Tensor:
     if task.config.kind == "classification":
         logits = logits_of(model, batch, 1)[:, -1, list(task.verbalizer_ids)]
         return functional.cross_entropy(logits.float(), batch.labels)
-    logits = logits_of(model, batch, batch.targets.shape[1] + 1)[:, :-1]
-    return functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
+    losses = [
+        functional.cross_entropy(logits.float(), batch.targets[places], reduction="sum")
+        for places, logits in target_logits(model, batch)
+    ]
+    return torch.stack(losses).sum() / (batch.targets >= 0).sum()

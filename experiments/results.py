@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from benchmarks.figures import REPORTS, Figure, write
 from experiments.catalogue import Axis, Experiment, Metric
 from experiments.judging import Point
@@ -113,6 +115,10 @@ def figures(experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> 
     for arm, baseline in experiment.against.items():
         if arm in results and baseline in results:
             found += _against(arm, baseline, results)
+    for arm, baselines in experiment.drops.items():
+        for baseline in baselines:
+            if arm in results and baseline in results:
+                found += _drops(arm, baseline, results)
     if experiment.paced_by in results:
         found += _pace(experiment.paced_by, results)
         found += _held_out_pace(experiment.paced_by, results)
@@ -158,6 +164,37 @@ def _costs(arm: str, runs: Sequence[Result]) -> list[Figure]:
         Figure(f"{arm}: core-minutes, all workers", minutes, "min"),
         Figure(f"{arm}: hours, with evaluations", mean("wall_s") / 3600, "h"),
     ]
+
+
+def _drops(arm: str, baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:
+    """Tell what share of the baseline's drop in held-out loss an arm has, seed by seed.
+
+    At equal rounds: at the last round of the shorter curve, between points along a straight line.
+    At convergence: the lowest point of either curve. Seeds for which the baseline's loss does not
+    drop do not count.
+    """
+    shares: dict[str, list[float]] = {"at equal rounds": [], "at convergence": []}
+    for ours, theirs in zip(results[arm], results[baseline], strict=False):
+        curves = [{point.round: point.loss for point in run.curve} for run in (ours, theirs)]
+        last = min(max(curve) for curve in curves)
+        ends = {
+            "at equal rounds": [
+                float(np.interp(last, list(curve), list(curve.values()))) for curve in curves
+            ],
+            "at convergence": [min(curve.values()) for curve in curves],
+        }
+        for when, losses in ends.items():
+            own, drop = (curve[0] - loss for curve, loss in zip(curves, losses, strict=True))
+            if drop > 0:
+                shares[when].append(own / drop)
+    found = []
+    for when, values in shares.items():
+        if values:
+            name = f"{arm}: share of the drop of {baseline}, {when}"
+            spread = max(values) - min(values)
+            found.append(Figure(name, sum(values) / len(values), "share"))
+            found.append(Figure(f"{name}, most − least of the seeds", spread, "share"))
+    return found
 
 
 def _pace(baseline: str, results: Mapping[str, Sequence[Result]]) -> list[Figure]:

@@ -140,7 +140,7 @@ def execute(run: Run, folder: Path | None = None) -> Result:
             row_states=row_states,
         )
         if run.first_order is None
-        else FedAvg(party, data.clients, run.first_order, judge=judge)
+        else FedAvg(party, data.clients, run.first_order, judge=judge, row_states=row_states)
     )
     begin = time.perf_counter()
     ended = ""

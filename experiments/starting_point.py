@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedmezo_coordinator.programs.splits import Shares, split_category, split_dirichlet, split_iid
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.zo.data.rows import Example, read_rows
@@ -86,6 +87,11 @@ class Settings(BaseModel):
     model: str = str(CACHE / "models/smollm2-135m")
     data: str = str(CACHE / "data/vader")
     clients: int = Field(default=4, ge=1)
+    splitter: Literal["domains", "iid", "category", "dirichlet"] = "domains"
+    """Which rows go to which client: whole domains in turn, or as `fedmezo split` deals them, with
+    the domains as classes."""
+    alpha: float = Field(default=0.5, gt=0)
+    """Of the Dirichlet splitter: smaller is more uneven."""
     train_rows_max: int | None = Field(default=400, ge=1)
     """Rows of each client; None: all it has. Frozen layers compute each row once for all runs."""
     heldout_per_label: int = Field(default=100, ge=0)
@@ -158,13 +164,42 @@ def load_data(settings: Settings, task: TaskConfig) -> Data:
         first_fitted = len(left) - min(settings.fit_rows, len(left) // 10)
         fitting += left[first_fitted:]
         domains[file.name.split(".")[0]] = left[:first_fitted]
-    heldout.sort(key=lambda row: hashlib.sha256(repr(sorted(row.values.items())).encode()).digest())
-    clients = split(domains, settings.clients)
+    heldout.sort(key=_order_of)
+    if settings.splitter == "domains":
+        clients = split(domains, settings.clients)
+    else:
+        clients = _dealt(settings, domains)
     return Data(
         clients={name: rows[: settings.train_rows_max] for name, rows in clients.items()},
         heldout=heldout[: settings.heldout_rows_max],
         fitting=fitting,
     )
+
+
+def _dealt(
+    settings: Settings, domains: Mapping[str, Sequence[Example]]
+) -> dict[str, list[Example]]:
+    """Deal rows as `fedmezo split` does, each client's in the order of a hash."""
+    pairs = [(name, row) for name in sorted(domains) for row in domains[name]]
+    numbers, classes = range(len(pairs)), [name for name, _ in pairs]
+    shares: Shares
+    if settings.splitter == "iid":
+        shares = split_iid(numbers, settings.clients, seed=1)
+    elif settings.splitter == "category":
+        shares = split_category(numbers, classes, settings.clients)
+    else:
+        least = min(settings.train_rows_max or 1, len(pairs) // (2 * settings.clients))
+        shares = split_dirichlet(
+            numbers, classes, settings.clients, alpha=settings.alpha, seed=1, rows_min=least
+        )
+    return {
+        f"client-{number}": sorted((pairs[row][1] for row in share), key=_order_of)
+        for number, share in enumerate(shares.rows, start=1)
+    }
+
+
+def _order_of(row: Example) -> bytes:
+    return hashlib.sha256(repr(sorted(row.values.items())).encode()).digest()
 
 
 def _last_of_each(rows: Sequence[Example], column: str, count: int) -> set[int]:

