@@ -336,7 +336,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
             Arm(
                 "BP-FedAvg, LoRA",
                 {**WHOLE, "lora": FIRST_ORDER_LORA, "local_steps": 5},
-                first_order=FirstOrder(learning_rate=LORA_RATE),
+                first_order=FirstOrder(learning_rate=1e-3),
             ),
         ),
         panels=(("accuracy", "round"), ("loss", "round"), ("accuracy", "bytes"), ("loss", "bytes")),
