@@ -14,7 +14,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Final
 from unittest import mock
 
 import torch
@@ -25,6 +25,8 @@ from triton.backends.nvidia import driver as nvidia
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.noise import triton_kernels
 
+_FLOAT32: Final = triton_kernels.FLOAT32.value
+
 
 class StandIn:
     """Counts what would be launched."""
@@ -32,6 +34,7 @@ class StandIn:
     def __init__(self) -> None:
         self.launches = 0
         """Kernels of ours since this was last set to 0."""
+        self._written: set[tuple[Any, ...]] = set()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -59,12 +62,17 @@ class StandIn:
 
     def _launch(self, *arguments: Any) -> None:
         """What Triton's launcher does in C: it asks each pointer argument for its address."""
-        _, rows, _, _, name, *_, types, values = arguments
+        x, y, z, _, name, *_, types, values = arguments
         values = [value.data_ptr() if hasattr(value, "data_ptr") else value for value in values]
         self.launches += 1
-        kernel = getattr(triton_kernels, name)
-        width = 4 if types[0] == "*fp32" else 2
-        _write_zeros(dict(zip(kernel.arg_names, values, strict=True)), rows, width)
+        # What is built lies where it lay before, but for looked up rows.
+        if name == "look_up" or tuple(values) not in self._written:
+            self._written.add(tuple(values))
+            kernel = getattr(triton_kernels, name)
+            of = dict(zip(kernel.arg_names, values, strict=True))
+            width = 4 if "*fp32" in types or of.get("STORAGE") == _FLOAT32 else 2
+            for address, count in _outputs(name, of, (x, y, z), width):
+                ctypes.memset(address, 0, count)
 
 
 # Functions, because a mock object would take longer than what it stands in for.
@@ -78,14 +86,28 @@ def _kernels(_: torch.device) -> ModuleType:
     return triton_kernels
 
 
-def _write_zeros(of: dict[str, Any], rows: int, width: int) -> None:
-    """Write zeros to the outputs, `width` bytes wide, of a kernel with the arguments `of`."""
-    outputs, count, stride = 1, 0, 0
-    if "DOMAIN" in of:
-        count = rows * of["RANK"] * of["length"]
-    elif "draws" in of:
-        count, stride = rows * of["columns"] if of["LOOKUP"] else of["size"], of["stride"]
-        last_draw = 4 * (4 * (of["pairs"] + of["draws"] - 1) + 3)
-        outputs = ctypes.c_int32.from_address(of["table"] + last_draw).value if of["draws"] else 1
-    for output in range(outputs):
-        ctypes.memset(of["out"] + output * stride * width, 0, count * width)
+def _outputs(
+    name: str, of: dict[str, Any], grid: tuple[int, int, int], width: int
+) -> Iterator[tuple[int, int]]:
+    """(address, bytes) of what a launch of kernel `name` with the arguments `of` would write.
+
+    width: bytes of an element.
+    """
+    if name == "look_up":
+        yield of["out"], grid[1] * grid[2] * of["columns"] * width
+        return
+    if name == "signs":
+        lines = (ctypes.c_int64 * 4 * grid[0]).from_address(of["tensors"])
+        index = (ctypes.c_int32 * grid[0]).from_address(of["owners"])[-1]
+        _, offset, _, length = lines[index]
+        yield of["out"], (offset + grid[1] * of["RANK"] * length) * width
+        return
+    pairs, draws = (ctypes.c_int32 * 2).from_address(of["table"])
+    points = ctypes.c_int32.from_address(of["table"] + 16 * (pairs + draws) + 12).value
+    if name == "fan":
+        for point in range(points):
+            yield of["out"] + point * of["stride"] * width, of["size"] * width
+        return
+    count = (ctypes.c_int32 * grid[0]).from_address(of["owners"])[-1] + 1
+    for line in (ctypes.c_int64 * 8 * count).from_address(of["tensors"]):
+        yield line[1], points * line[4] * width

@@ -80,7 +80,8 @@ class FrozenPart:
     @contextmanager
     def left_out(self, copies: Copies) -> Iterator[None]:
         """While open, one pass over `copies` leaves out what is known, and computes one copy."""
-        searches = copies.count > 1 or self._keeps
+        several = copies.count > 1 or self._keeps
+        searches = several and bool(self._modules or self._known)
         modules = dict.fromkeys(module for module, _ in self._known)
         with ExitStack() as stack:
             if searches:
@@ -91,7 +92,7 @@ class FrozenPart:
                 stack.enter_context(computing(module, self._frozen))
             self._copies, self._calls, self._is_first = copies, 0, True
             yield
-        if searches and self._share is None:
+        if several and self._share is None:
             # The same modules run first in every pass.
             self._modules = list(self._ran_first)
             whole, frozen = computing_elements([self._model]), computing_elements(self._modules)
