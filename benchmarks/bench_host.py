@@ -8,6 +8,7 @@ bfloat16, 8 tokens) goes through the CUDA path, with a stand-in for the device
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any, Final
@@ -41,19 +42,20 @@ def figures(shape: dict[str, Any] = SHAPE, turns: int = TURNS) -> Iterator[Figur
     subject = llama(shape, torch.device("cpu"), torch.bfloat16)
     batch = subject.batch(TOKENS)
     stand_in = StandIn()
-    full_rank = subject.estimator(Distribution.RADEMACHER)
-    low_rank = subject.estimator(Distribution.LOW_RANK_1, one_sided=True)
     probes = list(range(1, measuring.PROBES + 1))
     with stand_in.active():
-        yield from _of(
-            "measurement, full rank, 2 points", stand_in, subject, batch, 2, turns,
-            lambda: full_rank.measure(batch, [(7, 1e-3)], [1], measuring.EPS),
-        )  # fmt: skip
-        yield from _of(
-            f"measurement, low-rank-1, {measuring.PROBES} one-sided probes", stand_in, subject,
-            batch, measuring.PROBES + 1, max(1, turns // 2),
-            lambda: low_rank.measure(batch, [(7, 1e-3)], probes, measuring.EPS),
-        )  # fmt: skip
+        for recorder, how in ((None, ""), (stand_in, ", recorded")):
+            full_rank = subject.estimator(Distribution.RADEMACHER, recorder=recorder)
+            low_rank = subject.estimator(Distribution.LOW_RANK_1, one_sided=True, recorder=recorder)
+            yield from _of(
+                f"measurement, full rank, 2 points{how}", stand_in, subject, batch, 2, turns,
+                functools.partial(full_rank.measure, batch, [(7, 1e-3)], [1], measuring.EPS),
+            )  # fmt: skip
+            yield from _of(
+                f"measurement, low-rank-1, {measuring.PROBES} one-sided probes{how}", stand_in,
+                subject, batch, measuring.PROBES + 1, max(1, turns // 2),
+                functools.partial(low_rank.measure, batch, [(7, 1e-3)], probes, measuring.EPS),
+            )  # fmt: skip
         yield from _of(
             "evaluation", stand_in, subject, batch, 1, turns,
             lambda: subject.task.outcome(subject.model, batch),
@@ -70,8 +72,8 @@ def _of(
     call: Call,
 ) -> Iterator[Figure]:
     """Host time and launches of `call`, which computes as many `copies` of `batch`."""
-    for _ in range(2):
-        call()  # the first measurements compile, and see what a pass may do
+    for _ in range(4):
+        call()  # the first measurements compile, see what a pass may do, and record it
     stand_in.launches = 0
     call()
     launches = stand_in.launches

@@ -11,7 +11,7 @@ time that a GPU's launches take the host.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any, Final
@@ -59,6 +59,15 @@ class StandIn:
             mock.patch.object(devices, "kernels", _kernels),
         ):
             yield
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        """As a `Recorder` of passes: a recording is one launch, and leaves the result as it is."""
+        result = work().clone()
+
+        def replay() -> None:
+            self.launches += 1
+
+        return replay, result
 
     def _launch(self, *arguments: Any) -> None:
         """What Triton's launcher does in C: it asks each pointer argument for its address."""

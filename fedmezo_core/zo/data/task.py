@@ -110,6 +110,16 @@ class Batch:
             examples=self.examples * copies,
         )
 
+    def padded(self, tokens: int) -> Batch:
+        """This batch with padding on the left, `tokens` long."""
+        left = (tokens - self.input_ids.shape[1], 0)
+        return replace(
+            self,
+            input_ids=functional.pad(self.input_ids, left),
+            attention_mask=functional.pad(self.attention_mask, left),
+            position_ids=functional.pad(self.position_ids, left),
+        )
+
     def continued(self, tokens: torch.Tensor) -> Batch:
         """This batch with one more token at the end of each row: `tokens`, int64 [rows]."""
         return replace(
@@ -163,6 +173,7 @@ class Task:
             if forms[label_form(label)] == 1
         }
         self._eos: int | None = tokenizer.eos_token_id
+        self._words_on: dict[torch.device, torch.Tensor] = {}
         if config.kind == "classification":
             self._after, self.verbalizer_ids = self._scored_tokens()
         else:
@@ -373,12 +384,27 @@ class Task:
 
     def losses(self, model: nn.Module, batch: Batch, copies: int) -> list[float]:
         """The mean loss, in nats, of each of the `copies` that a `Batch.repeated` consists of."""
-        outcome = self.outcome(model, batch, count_correct=False)
-        rows, targets = len(outcome.row_losses) // copies, outcome.target_count // copies
+        return self.means(self.row_losses(model, batch).tolist(), batch, copies)
+
+    def means(self, row_losses: Sequence[float], batch: Batch, copies: int) -> list[float]:
+        """The mean loss of each of the `copies` that `batch` consists of, from `row_losses`."""
+        rows = len(row_losses) // copies
+        targets = rows
+        if self.config.kind != "classification":
+            targets = sum(len(example.response) for example in batch.examples[:rows])
         return [
-            sum(outcome.row_losses[copy * rows : (copy + 1) * rows]) / targets
-            for copy in range(copies)
+            sum(row_losses[copy * rows : (copy + 1) * rows]) / targets for copy in range(copies)
         ]
+
+    @torch.inference_mode()
+    def row_losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of each row in nats, summed over its targets: float64 [rows].
+
+        Nothing waits for the device.
+        """
+        if self.config.kind == "classification":
+            return _class_losses(self._class_logits(model, batch), batch)
+        return _response_losses(self._response_logits(model, batch), batch)
 
     # ------------------------------------------------------------------ what an objective sees
 
@@ -465,38 +491,59 @@ class Task:
         Without `count_correct`, right response tokens are not counted.
         """
         if self.config.kind == "classification":
-            with _head_of_words(model, self.verbalizer_ids):
-                logits = logits_of(model, batch, 1)[:, -1, list(self.verbalizer_ids)].double()
-            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
+            logits = self._class_logits(model, batch)
             two = len(self.verbalizer_ids) == 2
             return Outcome(
-                row_losses=losses.tolist(),
+                row_losses=_class_losses(logits, batch).tolist(),
                 target_count=len(batch.labels),
                 correct_count=int((logits.argmax(dim=-1) == batch.labels).sum()),
                 margins=(logits[:, 1] - logits[:, 0]).tolist() if two else [],
                 class_logits=logits.float().cpu().numpy(),
             )
-        response_tokens = batch.targets.shape[1]
-        # The logits at one position predict the next token.
-        logits = logits_of(model, batch, response_tokens + 1)[:, :-1]
-        positions_max = max(1, _chunk_elements(logits) // logits.shape[-1])
-        row_losses: list[torch.Tensor] = []
+        logits = self._response_logits(model, batch)
+        row_losses = _response_losses(logits, batch).tolist()
         correct_count = 0
-        for row, targets in zip(logits, batch.targets, strict=True):
-            parts = [
-                functional.cross_entropy(
-                    part.float(), target, ignore_index=_IGNORED, reduction="none"
-                )
-                for part, target in zip(
-                    row.split(positions_max), targets.split(positions_max), strict=True
-                )
-            ]
-            row_losses.append(torch.cat(parts).double().sum())
-            if count_correct:
+        if count_correct:
+            for row, targets in zip(logits, batch.targets, strict=True):
                 correct_count += int((row.argmax(dim=-1) == targets).sum())
         target_count = int((batch.targets != _IGNORED).sum())
         no_logits = np.empty((len(row_losses), 0), dtype=np.float32)
-        return Outcome(torch.stack(row_losses).tolist(), target_count, correct_count, [], no_logits)
+        return Outcome(row_losses, target_count, correct_count, [], no_logits)
+
+    def _class_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """float64 [rows, classes]."""
+        words = self._words(batch.input_ids.device)
+        with _head_of_words(model, words):
+            return logits_of(model, batch, 1)[:, -1, words].double()
+
+    def _response_logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """[rows, response tokens, vocabulary]: the logits at a position predict the next token."""
+        return logits_of(model, batch, batch.targets.shape[1] + 1)[:, :-1]
+
+    def _words(self, device: torch.device) -> torch.Tensor:
+        """The verbalizers' ids on `device`, brought there once."""
+        if device not in self._words_on:
+            with torch.inference_mode(False):
+                self._words_on[device] = torch.tensor(self.verbalizer_ids, device=device)
+        return self._words_on[device]
+
+
+def _class_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return functional.cross_entropy(logits, batch.labels, reduction="none")
+
+
+def _response_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    positions_max = max(1, _chunk_elements(logits) // logits.shape[-1])
+    row_losses: list[torch.Tensor] = []
+    for row, targets in zip(logits, batch.targets, strict=True):
+        parts = [
+            functional.cross_entropy(part.float(), target, ignore_index=_IGNORED, reduction="none")
+            for part, target in zip(
+                row.split(positions_max), targets.split(positions_max), strict=True
+            )
+        ]
+        row_losses.append(torch.cat(parts).double().sum())
+    return torch.stack(row_losses)
 
 
 def _not_finite(batch: Batch) -> MeasurementError:
@@ -532,7 +579,7 @@ def logits_of(model: nn.Module, batch: Batch, positions: int) -> torch.Tensor:
 
 
 @contextmanager
-def _head_of_words(model: nn.Module, words: Sequence[int]) -> Iterator[None]:
+def _head_of_words(model: nn.Module, words: torch.Tensor) -> Iterator[None]:
     """While open, the model's head computes only the logits of `words`; all others are 0.
 
     If few layers are left to compute, the logits of the whole vocabulary would be most of the work.
@@ -543,13 +590,13 @@ def _head_of_words(model: nn.Module, words: Sequence[int]) -> Iterator[None]:
     def make(_: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         if getattr(original, "__func__", None) is not nn.Linear.forward:
             return original
-        return functools.wraps(original)(lambda hidden: _few_logits(head, hidden, list(words)))
+        return functools.wraps(original)(lambda hidden: _few_logits(head, hidden, words))
 
     with nullcontext() if head is None else computing(head, make):
         yield
 
 
-def _few_logits(head: nn.Linear, hidden: torch.Tensor, words: list[int]) -> torch.Tensor:
+def _few_logits(head: nn.Linear, hidden: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     bias = None if head.bias is None else head.bias[words]
     logits = hidden.new_zeros((*hidden.shape[:-1], head.out_features))
     logits[..., words] = functional.linear(hidden, head.weight[words], bias)

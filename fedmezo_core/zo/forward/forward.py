@@ -115,6 +115,7 @@ class Forward:
         self._memory = Memory()
         self._prepared: dict[tuple[int, int], PreparedPass] = {}
         """By the numbers of points, and of low-rank pairs that they share; the last used last."""
+        self._open: PreparedPass | None = None
         self._forwards: dict[PreparedPass | None, list[Replacement]] = {}
         self._unsliced: set[nn.Module] = set()
         self._warned: set[type[nn.Module]] = set()
@@ -129,13 +130,14 @@ class Forward:
         architecture reads a parameter outside its owner (see `build_further_out`).
         """
         assert not any(point.decay != 1.0 or point.from_base for point in points)
-        copies, prepared = Copies(len(points), rows, tokens), None
+        copies = Copies(len(points), rows, tokens)
+        self._open = prepared = None
         with ExitStack() as stack:
             stack.enter_context(emptied_after_errors(self._model))
-            if devices.elsewhere(self._device):
+            if self.prepares:
                 stack.enter_context(devices.on(self._device))
                 stack.enter_context(devices.finite_results(self._results))
-                prepared = self._prepared_for(points)
+                self._open = prepared = self._prepared_for(points)
             stack.enter_context(self._running(_Pass(tuple(points), copies)))
             stack.enter_context(replaced(self._replacements(prepared)))
             stack.enter_context(self.frozen.left_out(copies))
@@ -143,6 +145,22 @@ class Forward:
             yield
         # The first pass has shown that no parameter is read outside its owner.
         self._guard = None
+
+    @property
+    def prepares(self) -> bool:
+        """Whether passes are prepared launches on a device."""
+        return devices.elsewhere(self._device)
+
+    @property
+    def prepared(self) -> PreparedPass | None:
+        """The launches of the pass that is open; None on a CPU."""
+        return self._open
+
+    def restart(self) -> None:
+        """Let the pass that is open be computed once more from its beginning."""
+        self.frozen.restart()
+        if self._open is not None:
+            self._open.restart()
 
     def build_further_out(self, error: DirectReadError) -> None:
         """Build the parameter that was read directly around the module that contains its owner.

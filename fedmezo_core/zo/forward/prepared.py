@@ -124,8 +124,12 @@ class PreparedPass:
         """Begin a pass at `points`; False if it must be prepared anew for them."""
         if not self._points.move(points):
             return False
-        self._current = {}
+        self.restart()
         return self._low_rank is None or self._low_rank.move(points)
+
+    def restart(self) -> None:
+        """Compute the pass once more from its beginning, at the same points."""
+        self._current = {}
 
     # ------------------------------------------------------------------ small tensors
 

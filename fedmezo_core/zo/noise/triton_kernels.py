@@ -844,6 +844,8 @@ def options(kernel: str, distribution: spec.Distribution) -> dict[str, Any]:
         # Left alone, the assembler spills to stay at 128. (Others take fewer registers if left
         # alone.)
         chosen["maxnreg"] = 160
+    elif kernel == "fans" and distribution.rank:
+        chosen["maxnreg"] = 232  # here it would spill to stay at 168
     return chosen
 
 
