@@ -177,14 +177,12 @@ class Estimator:
         known = self._known(batch)
         # Generating text runs passes over several batches.
         keeps = self._together and self._objective is None and length < len(points)
-        if self._objective is None and self._forward.prepares and not (keeps or known):
+        if self._graphs is not None and self._objective is None and not (keeps or known):
             rows, tokens = batch.input_ids.shape
             padded = padded_length(tokens)
             if min(length, len(points)) * rows * padded <= RECORDED_TOKENS_MAX:
-                # Also where nothing is recorded, so that this changes no loss.
                 batch = batch.padded(padded)
-                if self._graphs is not None:
-                    measure = functools.partial(self._recorded_losses, self._graphs)
+                measure = functools.partial(self._recorded_losses, self._graphs)
         try:
             with self._forward.frozen.holding(known, keeps=keeps):
                 for first in range(0, len(points), length):

@@ -134,7 +134,7 @@ class Forward:
         self._open = prepared = None
         with ExitStack() as stack:
             stack.enter_context(emptied_after_errors(self._model))
-            if self.prepares:
+            if devices.elsewhere(self._device):
                 stack.enter_context(devices.on(self._device))
                 stack.enter_context(devices.finite_results(self._results))
                 self._open = prepared = self._prepared_for(points)
@@ -145,11 +145,6 @@ class Forward:
             yield
         # The first pass has shown that no parameter is read outside its owner.
         self._guard = None
-
-    @property
-    def prepares(self) -> bool:
-        """Whether passes are prepared launches on a device."""
-        return devices.elsewhere(self._device)
 
     @property
     def prepared(self) -> PreparedPass | None:
