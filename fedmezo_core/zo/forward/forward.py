@@ -109,8 +109,8 @@ class Forward:
         self._pass = _Pass((), Copies(0, 0, 0))
         self.frozen = FrozenPart(model, self._owners)
         """What passes compute for one copy of the batch, or not at all."""
-        device = execution_device(model)
-        self._device = device if device.index is None else torch.empty(0, device=device).device
+        # "cuda" becomes "cuda:0", as the devices of tensors are called.
+        self._device = torch.empty(0, device=execution_device(model)).device
         self._results = devices.Results(len(self._parameter_names))
         self._memory = Memory()
         self._prepared: dict[tuple[int, int], PreparedPass] = {}
