@@ -93,7 +93,7 @@ class Points:
     def __init__(self, device: torch.device, commits: Sequence[Commit], lines_max: int = 0) -> None:
         """Points that have their last pair for themselves at most (see `common_pairs`).
 
-        lines_max: lines of the table in memory; 0 for what `commits` need.
+        lines_max: lines that the table has room for; 0 for what `commits` need.
         """
         self.device = device
         self.commits: Sequence[Commit] = ()
@@ -102,7 +102,9 @@ class Points:
         self.count = len(commits)
         """Number of points; this never changes."""
         lines = _fan_lines(commits)
-        self.table = torch.zeros(max(lines_max, len(lines)), 4, dtype=torch.int32, device=device)
+        # Twice as many as needed, so that one pair more does not mean another table.
+        size = max(lines_max, 2 * len(lines)) if lines_max else len(lines)
+        self.table = torch.zeros(size, 4, dtype=torch.int32, device=device)
         """int32 [lines, 4], as the kernel `fan` takes it."""
         self._write(commits, lines)
 

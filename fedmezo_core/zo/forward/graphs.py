@@ -24,7 +24,7 @@ from fedmezo_core.zo.data.task import Batch
 
 log = logging.getLogger("fedmezo.graphs")
 
-GRAPHS_MAX: Final = 8
+GRAPHS_MAX: Final = 16
 """Recordings that are kept, one for each shape of a batch and number of points."""
 
 RECORDED_TOKENS_MAX: Final = 4000
