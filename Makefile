@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-gpu bench-coordinator bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -126,6 +126,9 @@ bench: setup  ## replay, measuring, memory and catch-up beside plain torch; buil
 
 bench-gpu: setup  ## the same on a CUDA device, with its roofline; build/reports/bench-gpu.json
 	$(BIN)/python -m benchmarks.bench_gpu
+
+bench-host: setup  ## host time of a GPU's measurement, without a GPU (1 minute); build/reports/bench-host.json
+	$(BIN)/python -m benchmarks.bench_host
 
 bench-coordinator: setup  ## submissions, connections, restarts of one coordinator; build/reports/bench-coordinator.json
 	$(BIN)/python -m benchmarks.bench_coordinator

@@ -25,16 +25,17 @@ from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.noise import triton_kernels as kernels
 
 TOOLS: Final = Path(triton.__file__).parent / "backends/nvidia/bin"
-# (kernel, distribution, dtype, stochastic rounding, lookup): the most different ones first.
+# (kernel, distribution, dtype, stochastic rounding): the most different ones first.
 CASES: Final = [
-    ("apply", Distribution.RADEMACHER, torch.float32, False, False),
-    ("fan", Distribution.GAUSSIAN, torch.bfloat16, True, False),
-    ("apply", Distribution.LOW_RANK_4, torch.float16, True, False),
-    ("fan", Distribution.RADEMACHER, torch.bfloat16, True, True),
-    ("signs", Distribution.LOW_RANK_4, torch.bfloat16, False, False),
+    ("apply", Distribution.RADEMACHER, torch.float32, False),
+    ("fan", Distribution.GAUSSIAN, torch.bfloat16, True),
+    ("apply", Distribution.LOW_RANK_4, torch.float16, True),
+    ("look_up", Distribution.RADEMACHER, torch.bfloat16, True),
+    ("fans", Distribution.RADEMACHER, torch.bfloat16, True),
+    ("signs", Distribution.LOW_RANK_4, torch.bfloat16, False),
     *(
-        (kernel, distribution, dtype, stochastic, False)
-        for kernel in ("apply", "fan")
+        (kernel, distribution, dtype, stochastic)
+        for kernel in ("apply", "fan", "fans", "look_up")
         for distribution in Distribution
         for dtype, stochastic in (
             (torch.float32, False),
@@ -44,7 +45,10 @@ CASES: Final = [
         )
     ),
 ]
-_POINTERS: Final = {"table": "*i32", "bad": "*i64", "looked_up": "*i64", "seeds": "*i64"}
+_POINTERS: Final = {
+    "table": "*i32", "bad": "*i64", "looked_up": "*i64", "seeds": "*i64", "tensors": "*i64",
+    "owners": "*i32",
+}  # fmt: skip
 
 
 def compiled(
@@ -52,7 +56,6 @@ def compiled(
     distribution: Distribution,
     dtype: torch.dtype,
     stochastic: bool,
-    lookup: bool,
     arch: int,
 ) -> tuple[Any, dict[str, Any]]:
     """(Triton's result, the constants that it was compiled for)."""
@@ -63,8 +66,8 @@ def compiled(
         stored = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     else:
         chosen = kernels.constants(kernel, distribution, dtype, stochastic)
-        if kernel == "fan":
-            chosen |= {"SHARED_BITS": True, "LOOKUP": lookup}
+        if kernel in ("fan", "fans"):
+            chosen |= {"SHARED_BITS": True}
     pointers = {"out": stored, "base": stored, **_POINTERS}
     signature = {
         name: "constexpr" if name in chosen else pointers.get(name, "i64")
@@ -83,11 +86,10 @@ def measured(
     distribution: Distribution,
     dtype: torch.dtype,
     stochastic: bool,
-    lookup: bool,
     arch: int,
 ) -> dict[str, Any]:
     """One kernel's registers, stack bytes, and inner loop's instructions per value and pair."""
-    result, chosen = compiled(kernel, distribution, dtype, stochastic, lookup, arch)
+    result, chosen = compiled(kernel, distribution, dtype, stochastic, arch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(result.asm["cubin"])
         usage = _tool("cuobjdump", "-res-usage", file.name)
@@ -153,7 +155,7 @@ def main() -> None:
         if not arguments.json:
             loop = "" if row["inner_loop"] is None else f"{row['inner_loop']:.1f}"
             print(
-                f"{row['kernel']:6} {row['distribution']:11} {row['dtype']:9} {row['rounding']:11}"
+                f"{row['kernel']:7} {row['distribution']:11} {row['dtype']:9} {row['rounding']:11}"
                 f"{row['registers']:4} registers {row['stack_bytes']:4} bytes of stack  {loop:>5}",
                 flush=True,
             )

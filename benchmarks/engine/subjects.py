@@ -24,6 +24,7 @@ from fedmezo_core.config import TaskConfig
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Batch, EncodedExample, Task
 from fedmezo_core.zo.estimator import Estimator
+from fedmezo_core.zo.forward.graphs import Recorder
 from fedmezo_core.zo.model.manifest import Manifest, manifest_of
 from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.weights import Weights
@@ -82,7 +83,13 @@ class Subject:
             [EncodedExample((ids[0],), tuple(ids[1:]), -1)], "bench", self.device
         )
 
-    def estimator(self, distribution: Distribution, *, one_sided: bool = False) -> Estimator:
+    def estimator(
+        self,
+        distribution: Distribution,
+        *,
+        one_sided: bool = False,
+        recorder: Recorder | None = None,
+    ) -> Estimator:
         return Estimator(
             self.model,
             self.manifest,
@@ -91,6 +98,7 @@ class Subject:
             rounding=Rounding.STOCHASTIC,
             one_sided=one_sided,
             threads=1,
+            recorder=recorder,
         )
 
     def weights(self, distribution: Distribution, threads: int = 1) -> Weights:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,11 +29,13 @@ from fedmezo_core.zo.noise.portable import NO_ELEMENT
 
 log = logging.getLogger("fedmezo.devices")
 
+Launch = Callable[[], object]
+"""Does again what it was prepared for, and nothing else."""
+
 TABLES_MAX: Final = 32
 """Lists of commits that stay uploaded.
 
-A pass asks for the same ones at every layer, and for each of its points alone where embeddings are
-looked up.
+The modules of a pass ask for the same ones, those of all points or of one alone.
 """
 
 
@@ -57,7 +59,8 @@ def kernels(device: torch.device) -> ModuleType | None:
             # Triton compiles when a kernel is first launched: only then is it known to work here.
             weight = torch.zeros(1, device=device)
             operands = Operands(0, Distribution.RADEMACHER, Rounding.NEAREST)
-            _launch_apply(triton_kernels, weight, weight, (), operands)
+            bad = torch.full((1,), NO_ELEMENT, device=device)
+            _launch_apply(triton_kernels, weight, weight, (), operands, bad)
             return triton_kernels
         except torch.OutOfMemoryError:
             raise
@@ -79,15 +82,135 @@ def apply_commits(
 
     Waits for the device. The operands are checked already.
     """
-    found = kernels(base.device)
-    if found is None:
-        bad = portable.apply_commits(
-            out.detach().view(-1), base.detach().view(-1), [_plain(commit) for commit in commits],
-            operands.start, operands, operands.columns_of(out),
-        )  # fmt: skip
-    else:
-        bad = _launch_apply(found, out, base, commits, operands)
+    bad = torch.full((1,), NO_ELEMENT, device=base.device)
+    _apply(out, base, commits, operands, bad)
     return int(bad) == NO_ELEMENT
+
+
+class Points:
+    """The points of a pass on a device: what launches that are prepared once read each time."""
+
+    def __init__(self, device: torch.device, commits: Sequence[Commit], lines_max: int = 0) -> None:
+        """Points that have their last pair for themselves at most (see `common_pairs`).
+
+        lines_max: lines that the table has room for; 0 for what `commits` need.
+        """
+        self.device = device
+        self.commits: Sequence[Commit] = ()
+        self.shared_bits = len({commit.rounding_seed for commit in commits}) < 2
+        """Whether all are rounded with the same bits; this never changes."""
+        self.count = len(commits)
+        """Number of points; this never changes."""
+        lines = _fan_lines(commits)
+        # Twice as many as needed, so that one pair more does not mean another table.
+        size = max(lines_max, 2 * len(lines)) if lines_max else len(lines)
+        self.table = torch.zeros(size, 4, dtype=torch.int32, device=device)
+        """int32 [lines, 4], as the kernel `fan` takes it."""
+        self._write(commits, lines)
+
+    def move(self, commits: Sequence[Commit]) -> bool:
+        """Take other points into the same memory; False if they do not fit there."""
+        shared_bits = len({commit.rounding_seed for commit in commits}) < 2
+        lines = _fan_lines(commits)
+        if (len(commits), shared_bits) != (self.count, self.shared_bits):
+            return False
+        if len(lines) > len(self.table):
+            return False
+        self._write(commits, lines)
+        return True
+
+    def _write(self, commits: Sequence[Commit], lines: npt.NDArray[np.int32]) -> None:
+        self.commits = tuple(commits)
+        self.table[: len(lines)].copy_(torch.from_numpy(lines), non_blocking=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Fan:
+    """One tensor's outputs at all points."""
+
+    outs: Sequence[torch.Tensor]
+    """One for each point, of the base's size."""
+    base: torch.Tensor
+    """The tensor, or the part of it that begins at element `operands.start`."""
+    operands: Operands
+
+
+def prepared_fan(fan: Fan, points: Points, results: Results) -> list[Launch]:
+    """What makes `fan` as often as it is called, at what `points` are then.
+
+    The memory stays where it is now. Nothing waits: `results` knows what is not finite. Raises as
+    `Operands.check` does.
+    """
+    for out in fan.outs:
+        fan.operands.check(out, fan.base)
+    found = kernels(points.device)
+    bad, place = results.place(fan.operands, fan.base)
+    if found is None:
+        return [functools.partial(_portable_fan, fan, points, bad, place)]
+    launches: list[Launch] = []
+    for begin, end, stride in _runs_of_equal_distance(fan.outs):
+        assert (begin, end) == (0, points.count), "outputs at several distances"
+        launches += found.fan_launches(
+            fan.outs[0], stride, fan.base, points.table, points.shared_bits, bad, place,
+            fan.operands,
+        )  # fmt: skip
+    return launches
+
+
+def prepared_fans(fans: Sequence[Fan], points: Points, results: Results) -> list[Launch]:
+    """`prepared_fan` of several whole tensors of one dtype, whose outputs are each one tensor."""
+    found = kernels(points.device)
+    if found is None:
+        return [launch for fan in fans for launch in prepared_fan(fan, points, results)]
+    for fan in fans:
+        fan.operands.check(fan.outs[0], fan.base)
+    places = [results.place(fan.operands, fan.base) for fan in fans]
+    tensors = [
+        (fan.outs[0], fan.base, place, fan.operands)
+        for fan, (_, place) in zip(fans, places, strict=True)
+    ]
+    return [found.fans_launch(tensors, points.table, points.shared_bits, places[0][0])]
+
+
+def prepared_look_up(
+    outs: torch.Tensor,
+    base: torch.Tensor,
+    operands: Operands,
+    rows: torch.Tensor,
+    points: Points,
+    results: Results,
+) -> Launch:
+    """What looks up rows of an embedding, at each point those of its own.
+
+    base: the whole table, contiguous [any, columns]. rows: contiguous int64 [points, rows]. outs:
+    contiguous [points, rows, columns]. `results` also knows of a row that the table does not have.
+    """
+    operands.check(base, base)
+    found = kernels(points.device)
+    bad, place = results.place(operands, base)
+    if found is None:
+        return functools.partial(_portable_look_up, outs, base, operands, rows, points, bad, place)
+    launch: Launch = found.look_up_launch(outs, base, points.table, bad, place, operands, rows)
+    return launch
+
+
+def prepared_signs(
+    out: torch.Tensor,
+    seeds: torch.Tensor,
+    tensors: Sequence[tuple[int, int]],
+    domain: int,
+    rank: int,
+) -> Launch:
+    """What makes the signs of low-rank directions, each 1 or -1, of several tensors.
+
+    tensors: for each its number and the length of its side that `domain` says. out: those of one
+    tensor after the other, contiguous [seeds, rank, length]. seeds: int64, the bits of the seeds.
+    """
+    found = kernels(out.device)
+    if found is None:
+        return functools.partial(_portable_signs, out, seeds, tensors, domain, rank)
+    launch: Launch = found.signs_launch(out, seeds, tensors, domain, rank)
+    return launch
 
 
 def apply_fan(
@@ -95,44 +218,24 @@ def apply_fan(
     base: torch.Tensor,
     commits: Sequence[Commit],
     operands: Operands,
-    rows: torch.Tensor | None = None,
 ) -> None:
     """outs[g] = base + commits[g] on a device that is not the CPU, without waiting for it.
 
-    The operands are checked already. With `rows` (int64, 1-D, on the device), an embedding's
-    lookup: `base` is a whole table, contiguous [any, columns], and each output, contiguous [rows,
-    columns], gets only these rows of it; no commit may have a decay. `finite_results` raises
-    `NumericError` for a result that is not finite and for a row that the table does not have.
+    The operands are checked already. `finite_results` raises `NumericError` for a result that is
+    not finite.
     """
-    found = kernels(base.device)
-    columns = operands.columns_of(base)
-    bad, place = _results.place(operands, base)
-    if rows is not None:
-        rows = rows.contiguous()
-    if found is None:
-        elements: torch.Tensor | int = operands.start
-        source = base.detach().view(-1)
-        if rows is not None:
-            source, elements = _looked_up(source, rows, columns, bad[place])
-        for out, commit in zip(outs, commits, strict=True):
-            first = portable.apply_commits(
-                out.view(-1), source, [_plain(commit)], elements, operands, columns
-            )
-            bad[place] = torch.minimum(bad[place], first)
-        return
+    operands = operands._replace(columns=operands.columns_of(base))
     if any(commit.decay != 1.0 for commit in commits):
-        assert rows is None, "no measurement looks up rows at a commit with a decay"
-        operands = operands._replace(columns=columns)
+        bad, place = _current.results.place(operands, base)
         for out, commit in zip(outs, commits, strict=True):
-            _launch_apply(found, out, base, [commit], operands, bad[place : place + 1])
+            _apply(out, base, [commit], operands, bad[place : place + 1])
         return
-    with _current(base.device):
-        for begin, end, stride in _runs_of_equal_distance(outs):
-            for table in _fan_tables(tuple(commits[begin:end]), base.device):
-                found.launch_fan(
-                    outs[begin + table.first_output], stride, base, table.lines, table.pairs,
-                    table.draws, table.shared_bits, bad, place, operands, rows,
-                )  # fmt: skip
+    with on(base.device):
+        for begin, end, _ in _runs_of_equal_distance(outs):
+            for first, points in _points_of(tuple(commits[begin:end]), base.device):
+                own = outs[begin + first : begin + first + points.count]
+                for launch in prepared_fan(Fan(own, base, operands), points, _current.results):
+                    launch()
 
 
 def factor_signs(
@@ -150,16 +253,17 @@ def factor_signs(
     Returns `dtype` [seeds, rank, length], each 1 or -1. domain: the noise standard's for rows or
     for columns, of which there are `length`.
     """
-    found = kernels(device)
-    if found is None:
-        indices = torch.arange(length, device=device)
-        signs = [portable.factor_signs(indices, seed, tensor_id, domain)[:rank] for seed in seeds]
-        return torch.stack([torch.stack(own) for own in signs]).to(dtype)
     out = torch.empty(len(seeds), rank, length, dtype=dtype, device=device)
-    words = np.array(seeds, dtype=np.uint64).view(np.int64)
-    with _current(device):
-        found.factor_signs(out, _uploaded(words, device), tensor_id, domain, rank, length)
+    with on(device):
+        prepared_signs(out, uploaded_seeds(seeds, device), [(tensor_id, length)], domain, rank)()
     return out
+
+
+def uploaded_seeds(
+    seeds: Sequence[int] | npt.NDArray[np.uint64], device: torch.device
+) -> torch.Tensor:
+    """The bits of `seeds` as int64 on `device`."""
+    return _uploaded(np.array(seeds, dtype=np.uint64).view(np.int64), device)
 
 
 def warm_up(
@@ -171,12 +275,18 @@ def warm_up(
     ]
     operands = Operands(0, distribution, rounding)
     weights = torch.zeros(2, 8, dtype=dtype, device=device)
-    outs = list(torch.empty(2, 2, 8, dtype=dtype, device=device))
-    rows = torch.zeros(2, dtype=torch.int64, device=device)
+    outs = torch.empty(2, 2, 8, dtype=dtype, device=device)
+    rows = torch.zeros(2, 2, dtype=torch.int64, device=device)
     apply_commits(weights, weights, commits, operands)
-    with finite_results():
-        for looked_up in (None, rows):
-            apply_fan(outs, weights, commits, operands, looked_up)
+    with on(device), finite_results() as results:
+        points = Points(device, commits)
+        fan = Fan(list(outs), weights, operands)
+        for launch in (
+            *prepared_fan(fan, points, results),
+            *prepared_fans([fan], points, results),
+            prepared_look_up(outs, weights, operands, rows, points, results),
+        ):
+            launch()
     if distribution.rank:
         for domain in (spec.DOMAIN_ROW_SIGNS, spec.DOMAIN_COLUMN_SIGNS):
             factor_signs([0], 0, domain, 8, distribution.rank, dtype=dtype, device=device)
@@ -195,62 +305,76 @@ class _Asked:
     """The largest index of an element, plus one."""
 
 
-class _Results(threading.local):
-    """For each device, the first bad element of each tensor since `finite_results` began."""
+class Results:
+    """For each device, the first bad element of each tensor since `forget` was called.
 
-    def __init__(self) -> None:
-        self.bad: dict[torch.device, torch.Tensor] = {}
-        self.asked: dict[torch.device, dict[int, _Asked]] = {}
+    A tensor keeps its place in a device's list, and the list its memory, as long as no more tensors
+    come than are expected.
+    """
+
+    def __init__(self, tensors: int = 256) -> None:
+        """Expect this many `tensors`."""
+        self._tensors = tensors
+        self._bad: dict[torch.device, torch.Tensor] = {}
+        self._asked: dict[torch.device, dict[int, _Asked]] = {}
 
     def place(self, operands: Operands, base: torch.Tensor) -> tuple[torch.Tensor, int]:
         """(the list of the base's device, the tensor's index in it)."""
         device, tensor_id = base.device, operands.tensor_id
-        asked = self.asked.setdefault(device, {})
+        asked = self._asked.setdefault(device, {})
         before = asked.get(tensor_id)
         place = len(asked) if before is None else before.place
         end = max(operands.start + base.numel(), 0 if before is None else before.end)
         asked[tensor_id] = _Asked(place, operands, end)
-        bad = self.bad.get(device)
+        bad = self._bad.get(device)
         if bad is None or place >= len(bad):
             with torch.inference_mode(False):  # a pass is in that mode, what follows it may not be
-                longer = torch.full((max(256, 2 * place),), NO_ELEMENT, device=device)
+                longer = torch.full((max(self._tensors, 2 * place),), NO_ELEMENT, device=device)
             if bad is not None:
                 longer[: len(bad)] = bad
-            self.bad[device] = bad = longer
+            self._bad[device] = bad = longer
         return bad, place
 
     def forget(self) -> None:
-        for device, asked in self.asked.items():
-            if asked:
-                self.bad[device].fill_(NO_ELEMENT)
-                asked.clear()
+        """Begin again, without waiting for the devices."""
+        for bad in self._bad.values():
+            bad.fill_(NO_ELEMENT)
 
     def require_finite(self) -> None:
-        for device, asked in self.asked.items():
-            if not asked:
+        """Wait for the devices; raise `NumericError` for the first bad element of a tensor."""
+        for device, asked in self._asked.items():
+            found = self._bad[device][: len(asked)].tolist()
+            if min(found, default=NO_ELEMENT) == NO_ELEMENT:
                 continue
-            found = self.bad[device][: len(asked)].tolist()
             for tensor in asked.values():
                 if found[tensor.place] != NO_ELEMENT:
                     raise _not_finite(tensor, found[tensor.place])
 
 
-_results = _Results()
+class _Current(threading.local):
+    """Where `apply_fan` leaves what is not finite."""
+
+    def __init__(self) -> None:
+        self.results = Results()
+
+
+_current = _Current()
 
 
 @contextmanager
-def finite_results() -> Iterator[None]:
+def finite_results(results: Results | None = None) -> Iterator[Results]:
     """Collect, inside the block, whether the results of `apply_fan` are finite.
 
     At the end, waits for the device and raises `NumericError`, which names the tensor and its first
-    element that is NaN or infinite.
+    element that is NaN or infinite. `results`: where launches that are prepared leave it, too.
     """
-    _results.forget()
+    before, _current.results = _current.results, results or Results()
     try:
-        yield
-        _results.require_finite()
+        _current.results.forget()
+        yield _current.results
+        _current.results.require_finite()
     finally:
-        _results.forget()
+        _current.results = before
 
 
 def _not_finite(tensor: _Asked, element: int) -> NumericError:
@@ -307,59 +431,50 @@ def _apply_table(
     return _uploaded(lines, device), len(seeds), len(ends)
 
 
-@dataclass(frozen=True, slots=True)
-class _FanTable:
-    """Lines for the kernel `fan`, and what they describe."""
-
-    lines: torch.Tensor
-    pairs: int
-    draws: int
-    shared_bits: bool
-    first_output: int
-
-
 @functools.lru_cache(TABLES_MAX)
-def _fan_tables(commits: tuple[Commit, ...], device: torch.device) -> list[_FanTable]:
-    """One table if the commits differ in their last pair at most, else one for each."""
+def _points_of(commits: tuple[Commit, ...], device: torch.device) -> list[tuple[int, Points]]:
+    """[(the first commit's index, points)]: one for all if they can share a table, else for each.
+
+    They are kept, because a pass asks for the same ones at every layer.
+    """
+    if common_pairs(commits) is None:
+        return [(g, Points(device, [commit])) for g, commit in enumerate(commits)]
+    return [(0, Points(device, commits))]
+
+
+def _fan_lines(commits: Sequence[Commit]) -> npt.NDArray[np.int32]:
+    """The table of the kernel `fan` for `commits`, which differ in their last pair at most."""
     shared = common_pairs(commits)
-    if shared is None:
-        return [
-            _fan_table((commit,), max(0, len(commit.seeds) - 1), device, g)
-            for g, commit in enumerate(commits)
-        ]
-    return [_fan_table(commits, shared, device, 0)]
-
-
-def _fan_table(
-    commits: tuple[Commit, ...], shared: int, device: torch.device, first_output: int
-) -> _FanTable:
+    assert shared is not None, "points that share a table differ in their last pair at most"
     outputs = np.zeros((len(commits), 4), dtype=np.uint32)
     rounding_seeds = np.array([commit.rounding_seed for commit in commits], np.uint64)
     outputs[:, :2] = _halves(rounding_seeds)
     draws: list[list[int]] = []  # seed, first output, end output
     for g, commit in enumerate(commits):
         moves = len(commit.seeds) > shared
-        if moves:
-            outputs[g, 2:] = commit.coefficients[shared].view(np.uint32), 1
         # An output without a pair of its own joins its neighbour's direction and does not use it.
         seed = int(commit.seeds[shared]) if moves else draws[-1][0] if draws else 0
         if draws and draws[-1][0] == seed:
             draws[-1][2] = g + 1
         else:
             draws.append([seed, g, g + 1])
+        if moves:
+            outputs[g, 2:] = commit.coefficients[shared].view(np.uint32), len(draws)
     directions = np.zeros((len(draws), 4), dtype=np.uint32)
     directions[:, :2] = _halves(np.array([seed for seed, _, _ in draws], np.uint64))
     directions[:, 2:] = [draw[1:] for draw in draws]
     first = commits[0]
     pairs = _pair_lines(first.seeds[:shared], first.coefficients[:shared])
-    lines = np.concatenate([pairs, directions, outputs])
-    return _FanTable(
-        _uploaded(lines.view(np.int32), device), shared, len(draws),
-        bool((rounding_seeds == rounding_seeds[0]).all()), first_output,
-    )  # fmt: skip
+    counts = np.array([[shared, len(draws), 0, 0]], dtype=np.uint32)
+    return np.concatenate([counts, pairs, directions, outputs]).view(np.int32)
 
 
 # --- launches -----------------------------------------------------------------------------------
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """While open, launches go to `device`. (The interpreter's tensors are on the CPU.)"""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _launch_apply(
@@ -368,20 +483,76 @@ def _launch_apply(
     base: torch.Tensor,
     commits: Sequence[Commit],
     operands: Operands,
-    bad: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The first bad element, or `NO_ELEMENT`: int64 [1] on the device; `bad` if it is given."""
+    bad: torch.Tensor,
+) -> None:
     table, pairs, count = _apply_table(tuple(commits), base.dtype == torch.float32, base.device)
-    if bad is None:
-        bad = torch.full((1,), NO_ELEMENT, device=base.device)
-    with _current(base.device):
-        found.launch_apply(out, base, table, pairs, count, bad, operands)
-    return bad
+    with on(base.device):
+        for launch in found.apply_launches(out, base, table, pairs, count, bad, operands):
+            launch()
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """While open, launches go to `device`. (The interpreter's tensors are on the CPU.)"""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def _apply(
+    out: torch.Tensor,
+    base: torch.Tensor,
+    commits: Sequence[Commit],
+    operands: Operands,
+    bad: torch.Tensor,
+) -> None:
+    """out = base + commits; `bad`, int64 [1], gets the index of an element that is not finite."""
+    found = kernels(base.device)
+    if found is not None:
+        _launch_apply(found, out, base, commits, operands, bad)
+        return
+    first = portable.apply_commits(
+        out.detach().view(-1), base.detach().view(-1), [_plain(commit) for commit in commits],
+        operands.start, operands, operands.columns_of(out),
+    )  # fmt: skip
+    bad.copy_(torch.minimum(bad, first))
+
+
+def _portable_fan(fan: Fan, points: Points, bad: torch.Tensor, place: int) -> None:
+    columns = fan.operands.columns_of(fan.base)
+    source = fan.base.detach().view(-1)
+    for out, commit in zip(fan.outs, points.commits, strict=True):
+        first = portable.apply_commits(
+            out.view(-1), source, [_plain(commit)], fan.operands.start, fan.operands, columns
+        )
+        bad[place] = torch.minimum(bad[place], first)
+
+
+def _portable_look_up(
+    outs: torch.Tensor,
+    base: torch.Tensor,
+    operands: Operands,
+    rows: torch.Tensor,
+    points: Points,
+    bad: torch.Tensor,
+    place: int,
+) -> None:
+    columns = operands.columns_of(base)
+    for out, own, commit in zip(outs, rows, points.commits, strict=True):
+        source, elements = _looked_up(base.detach().view(-1), own, columns, bad[place])
+        first = portable.apply_commits(
+            out.view(-1), source, [_plain(commit)], elements, operands, columns
+        )
+        bad[place] = torch.minimum(bad[place], first)
+
+
+def _portable_signs(
+    out: torch.Tensor,
+    seeds: torch.Tensor,
+    tensors: Sequence[tuple[int, int]],
+    domain: int,
+    rank: int,
+) -> None:
+    numbers = [seed % 2**64 for seed in seeds.tolist()]
+    offset = 0
+    for tensor_id, length in tensors:
+        indices = torch.arange(length, device=out.device)
+        signs = [portable.factor_signs(indices, seed, tensor_id, domain)[:rank] for seed in numbers]
+        made = torch.stack([torch.stack(own) for own in signs])
+        out.view(-1)[offset : offset + made.numel()] = made.flatten().to(out.dtype)
+        offset += made.numel()
 
 
 def _runs_of_equal_distance(outs: Sequence[torch.Tensor]) -> Iterator[tuple[int, int, int]]:
@@ -403,7 +574,7 @@ def _looked_up(
     """(values, element indices) of the rows of a flat table; in `bad`, that one is not there."""
     count = source.numel() // columns
     known = rows.clamp(0, count - 1)
-    bad.copy_(torch.where(rows == known, NO_ELEMENT, source.numel()).min())
+    bad.copy_(torch.minimum(bad, torch.where(rows == known, NO_ELEMENT, source.numel()).min()))
     places = torch.arange(columns, device=rows.device)
     elements = (known[:, None] * columns + places).view(-1)
     return source[elements], elements

@@ -16,6 +16,7 @@ computed from the model's predictions on a batch.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -35,6 +36,13 @@ from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.forward.copies import Copies, DistinctRows, InseparableError
 from fedmezo_core.zo.forward.forward import Forward
 from fedmezo_core.zo.forward.frozen import FROZEN_SHARE_MIN, FrozenResult
+from fedmezo_core.zo.forward.graphs import (
+    RECORDED_TOKENS_MAX,
+    Graphs,
+    Recorder,
+    padded_length,
+    recorder_for,
+)
 from fedmezo_core.zo.forward.guard import DirectReadError
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.model.manifest import Manifest
@@ -91,6 +99,7 @@ class Estimator:
         objective: Callable[[Predictions], float] | None = None,
         row_states: RowStates | None = None,
         before_pass: Callable[[], None] = lambda: None,
+        recorder: Recorder | None = None,
     ) -> None:
         """Take a model at its base weights, and the manifest of what is perturbed.
 
@@ -99,7 +108,8 @@ class Estimator:
         objective: returns finite numbers or raises; its score of the predictions at a point
         replaces the loss there. row_states: of the same model and task; passes begin with what it
         knows of the rows. before_pass: called before each pass over the model; may raise to end a
-        measurement. Raises as `Forward` does.
+        measurement. recorder: records whole passes; by default CUDA graphs, for a model that lies
+        on a CUDA device as a whole. Raises as `Forward` does.
         """
         self._model = model
         self._task = task
@@ -112,6 +122,8 @@ class Estimator:
         self._forward = Forward(
             model, manifest, distribution=distribution, rounding=rounding, threads=threads
         )
+        recorder = recorder or recorder_for(model)
+        self._graphs = None if recorder is None else Graphs(recorder)
         self._together: bool | None = None
         """Whether all points go through the model in one pass; None until the first measurement."""
 
@@ -164,6 +176,13 @@ class Estimator:
         measure = self._task_losses if self._objective is None else self._scores
         losses: list[float] = []
         keeps = self._together and length < len(points)
+        if self._graphs is not None and self._objective is None and not (keeps or known):
+            rows, tokens = rest.input_ids.shape
+            padded, copies = padded_length(tokens), min(length, len(points))
+            fits = copies * rows * padded <= RECORDED_TOKENS_MAX
+            if fits and not self._task.is_sliced(self._model, rest, copies):
+                rest = rest.padded(padded)
+                measure = functools.partial(self._recorded_losses, self._graphs)
         try:
             with self._forward.frozen.holding(known, keeps=keeps):
                 for first in range(0, len(points), length):
@@ -197,6 +216,21 @@ class Estimator:
             batch if len(points) == 1 else batch.repeated(len(points)),
             lambda copies: self._task.losses(self._model, copies, len(points)),
         )
+
+    def _recorded_losses(
+        self, graphs: Graphs, batch: Batch, points: Sequence[Commit]
+    ) -> list[float]:
+        """The same from a recorded pass, as soon as there is one."""
+
+        def once(rows: Batch) -> torch.Tensor:
+            self._forward.restart()
+            return self._task.row_losses(self._model, rows)
+
+        def compute(copies: Batch) -> list[float]:
+            row_losses = graphs.run(self._forward.prepared, copies, once)
+            return self._task.means(row_losses.tolist(), copies, len(points))
+
+        return self._pass(points, batch.repeated(len(points)), compute)
 
     def _scores(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
         """The objective's score at each point: one pass, and one more per generated token."""

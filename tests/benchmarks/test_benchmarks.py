@@ -69,6 +69,23 @@ def test_the_gpu_bench_runs_on_any_device(tmp_path: Path) -> None:
     )
 
 
+def test_the_host_bench_counts_launches(tmp_path: Path) -> None:
+    """In a process of its own, because here Triton interprets."""
+    pytest.importorskip("triton", reason="Triton is not installed: there is no CUDA path")
+    script = (
+        "import sys; from benchmarks import bench_host as bench, figures; from pathlib import Path;"
+        "found = list(bench.figures(bench.LLAMA_TINY, turns=1));"
+        "figures.write(found, Path(sys.argv[1]))"
+    )
+    path = tmp_path / "host.json"
+    subprocess.run([sys.executable, "-c", script, str(path)], check=True, cwd=ROOT)
+    measured = figures.read(path)
+    _check(measured, tmp_path / "again.json")
+    launches = [figure.value for figure in measured if figure.name.endswith(": launches of ours")]
+    assert launches[0] > 1 < launches[1]
+    assert launches[2:] == [1, 1, 0], "recorded measurements, and an evaluation"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a CUDA device")
 def test_the_gpu_bench_says_that_there_is_no_gpu() -> None:
     run = subprocess.run(

@@ -73,6 +73,7 @@ def _measured(loaded: LoadedModel) -> Measurement:
         distribution=Distribution.RADEMACHER,
         rounding=Rounding.STOCHASTIC,
     )
+    estimator._graphs = None  # offloaded models have none, and their batches no padding
     batch = task.collate(examples, "the test", execution_device(loaded.model))
     return estimator.measure(batch, [(11, 0.02)], [99], 1e-2)[0]
 

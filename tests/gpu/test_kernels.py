@@ -118,19 +118,21 @@ def test_a_fan_equals_one_call_for_each_output(
 def test_rows_that_are_looked_up(backend: str, distribution: Distribution) -> None:
     generator = np.random.default_rng(7)
     table = weights_of(generator, 3000 * 96, torch.bfloat16).view(3000, 96)
-    rows = torch.from_numpy(generator.integers(0, 3000, 500))
+    rows = torch.from_numpy(generator.integers(0, 3000, (2, 500)))
     commits = [
         Commit(np.array([7], np.uint64), np.array([eps], np.float32), 5) for eps in (1e-3, -1e-3)
     ]
-    outs = list(torch.empty(2, 500, 96, dtype=torch.bfloat16, device=GPU))
+    outs = torch.empty(2, 500, 96, dtype=torch.bfloat16, device=GPU)
     operands = Operands(3, distribution, Rounding.STOCHASTIC)
-    with devices.finite_results():
-        devices.apply_fan(outs, table.to(GPU), commits, operands, rows.to(GPU))
-    for out, commit in zip(outs, commits, strict=True):
-        assert_same_bits(out.cpu(), made(table, [commit], operands)[rows])
-    unknown = torch.full((500,), 3000, device=GPU)
-    with pytest.raises(NumericError, match="a row was looked up"), devices.finite_results():
-        devices.apply_fan(outs, table.to(GPU), commits, operands, unknown)
+    points, on_device, read = devices.Points(GPU, commits), rows.to(GPU), table.to(GPU)
+    with devices.finite_results() as results:
+        look_up = devices.prepared_look_up(outs, read, operands, on_device, points, results)
+        look_up()
+    for out, own, commit in zip(outs, rows, commits, strict=True):
+        assert_same_bits(out.cpu(), made(table, [commit], operands)[own])
+    on_device.fill_(3000)
+    with pytest.raises(NumericError, match="a row was looked up"), devices.finite_results(results):
+        look_up()
 
 
 @pytest.mark.parametrize("distribution", list(Distribution))
@@ -175,18 +177,21 @@ def test_fans_do_not_wait(nothing_waits: None, distribution: Distribution) -> No
     """Not for the upload of the pairs, nor to see whether results are finite."""
     warm_up(GPU, dtype=torch.bfloat16, distribution=distribution, rounding=Rounding.STOCHASTIC)
     base = torch.ones(64, 128, dtype=torch.bfloat16, device=GPU)
-    rows = torch.tensor([3, 1, 3], device=GPU)
+    rows = torch.tensor([[3, 1, 3], [3, 1, 3]], device=GPU)
     outs = list(torch.empty(2, 64, 128, dtype=torch.bfloat16, device=GPU))
-    few = list(torch.empty(2, 3, 128, dtype=torch.bfloat16, device=GPU))
+    few = torch.empty(2, 3, 128, dtype=torch.bfloat16, device=GPU)
     commits = [
         Commit(np.array([7], np.uint64), np.array([eps], np.float32), 5) for eps in (1e-3, -1e-3)
     ]
-    with devices.finite_results():
+    with devices.finite_results() as results:
+        points = devices.Points(GPU, commits)
+        looked_up = Operands(9, distribution, Rounding.STOCHASTIC)
         torch.cuda.set_sync_debug_mode("error")
         for tensor_id in range(3):
             operands = Operands(tensor_id, distribution, Rounding.STOCHASTIC)
             materialize_fan(outs, base, commits, operands)
-        devices.apply_fan(few, base, commits, operands._replace(tensor_id=9), rows)
+        points.move(commits)
+        devices.prepared_look_up(few, base, looked_up, rows, points, results)()
         if distribution.rank:
             factors([3], 0, Side.ROWS, 64, distribution.rank, dtype=torch.bfloat16, device=GPU)
         torch.cuda.set_sync_debug_mode("default")

@@ -114,6 +114,16 @@ class Batch:
             examples=self.examples * copies,
         )
 
+    def padded(self, tokens: int) -> Batch:
+        """This batch with padding on the left, `tokens` long."""
+        left = (tokens - self.input_ids.shape[1], 0)
+        return replace(
+            self,
+            input_ids=functional.pad(self.input_ids, left),
+            attention_mask=functional.pad(self.attention_mask, left),
+            position_ids=functional.pad(self.position_ids, left),
+        )
+
     def read(self) -> Batch:
         """This batch with only the positions whose logits a loss reads, the last ones of a row."""
         count = self.targets.shape[1] + 1
@@ -172,6 +182,7 @@ class Task:
             weakref.WeakKeyDictionary()
         )
         """Whether a model can do with the verbalizers' logits alone, once that is known."""
+        self._words_on: dict[torch.device, torch.Tensor] = {}
         if config.kind == "classification":
             self._after, self.verbalizer_ids = self._scored_tokens()
         else:
@@ -382,12 +393,36 @@ class Task:
 
     def losses(self, model: nn.Module, batch: Batch, copies: int) -> list[float]:
         """The mean loss, in nats, of each of the `copies` that a `Batch.repeated` consists of."""
-        outcome = self.outcome(model, batch, count_correct=False)
-        rows, targets = len(outcome.row_losses) // copies, outcome.target_count // copies
+        return self.means(self.row_losses(model, batch).tolist(), batch, copies)
+
+    def means(self, row_losses: Sequence[float], batch: Batch, copies: int) -> list[float]:
+        """The mean loss of each of the `copies` that `batch` consists of, from `row_losses`."""
+        rows = len(row_losses) // copies
+        targets = rows
+        if self.config.kind != "classification":
+            targets = sum(len(example.response) for example in batch.examples[:rows])
         return [
-            sum(outcome.row_losses[copy * rows : (copy + 1) * rows]) / targets
-            for copy in range(copies)
+            sum(row_losses[copy * rows : (copy + 1) * rows]) / targets for copy in range(copies)
         ]
+
+    @torch.inference_mode()
+    def row_losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of each row in nats, summed over its targets: float64 [rows].
+
+        Nothing waits for the device unless the head runs in slices (`is_sliced`).
+        """
+        if self.config.kind == "classification":
+            return _class_losses(self._verbalizer_logits(model, batch).double(), batch)
+        losses = torch.zeros(batch.targets.shape, device=batch.targets.device)
+        for places, logits in target_logits(model, batch):
+            losses[places] = _token_losses(logits, batch.targets[places])
+        return losses.double().sum(dim=1)
+
+    def is_sliced(self, model: nn.Module, batch: Batch, copies: int) -> bool:
+        """Whether the response tokens of `copies` of `batch` go through the head in slices."""
+        return self.config.kind != "classification" and not _fit_a_slice(
+            model, batch.targets.numel() * copies, batch.targets.device
+        )
 
     # ------------------------------------------------------------------ what an objective sees
 
@@ -482,10 +517,9 @@ class Task:
         """
         if self.config.kind == "classification":
             logits = self._verbalizer_logits(model, batch).double()
-            losses = functional.cross_entropy(logits, batch.labels, reduction="none")
             two = len(self.verbalizer_ids) == 2
             return Outcome(
-                row_losses=losses.tolist(),
+                row_losses=_class_losses(logits, batch).tolist(),
                 target_count=len(batch.labels),
                 correct_count=int((logits.argmax(dim=-1) == batch.labels).sum()),
                 margins=(logits[:, 1] - logits[:, 0]).tolist() if two else [],
@@ -495,18 +529,7 @@ class Task:
         correct_count = 0
         for places, logits in target_logits(model, batch):
             targets = batch.targets[places]
-            positions_max = max(1, _chunk_elements(logits) // logits.shape[-1])
-            parts = [
-                functional.cross_entropy(
-                    part.float(), target, ignore_index=_IGNORED, reduction="none"
-                )
-                for part, target in zip(
-                    torch.split(logits, positions_max),
-                    torch.split(targets, positions_max),
-                    strict=True,
-                )
-            ]
-            losses[places] = torch.cat(parts)
+            losses[places] = _token_losses(logits, targets)
             if count_correct:
                 correct_count += int((logits.argmax(dim=-1) == targets).sum())
         return Outcome(
@@ -523,7 +546,7 @@ class Task:
         The head computes only those. A model that needs the whole vocabulary after its head fails
         at its first batch; then the others are 0.
         """
-        words = list(self.verbalizer_ids)
+        words = self._words(batch.input_ids.device)
         if self._has_small_head.get(model, True):
             try:
                 with _head_of_words(model, words, is_small=True):
@@ -540,6 +563,28 @@ class Task:
                 return logits
         with _head_of_words(model, words, is_small=False):
             return logits_of(model, batch, 1)[:, -1, words]
+
+    def _words(self, device: torch.device) -> torch.Tensor:
+        """The verbalizers' ids on `device`, brought there once."""
+        if device not in self._words_on:
+            with torch.inference_mode(False):
+                self._words_on[device] = torch.tensor(self.verbalizer_ids, device=device)
+        return self._words_on[device]
+
+
+def _class_losses(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return functional.cross_entropy(logits, batch.labels, reduction="none")
+
+
+def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    positions_max = max(1, _chunk_elements(logits) // logits.shape[-1])
+    parts = [
+        functional.cross_entropy(part.float(), target, ignore_index=_IGNORED, reduction="none")
+        for part, target in zip(
+            torch.split(logits, positions_max), torch.split(targets, positions_max), strict=True
+        )
+    ]
+    return torch.cat(parts)
 
 
 def _not_finite(batch: Batch) -> MeasurementError:
@@ -594,20 +639,30 @@ def target_logits(model: nn.Module, batch: Batch) -> Iterator[tuple[Places, torc
     """
     response_tokens = batch.targets.shape[1]
     head, decoder = _plain_head(model), _decoder(model)
-    slice_elements = _SLICE_ELEMENTS.get(batch.targets.device.type, _SLICE_ELEMENTS["cpu"])
-    fits = head is not None and batch.targets.numel() * head.out_features <= slice_elements
-    if head is None or decoder is None or (fits and batch.targets.device.type != "cpu"):
+    device = batch.targets.device
+    fits = device.type != "cpu" and _fit_a_slice(model, batch.targets.numel(), device)
+    if head is None or decoder is None or fits:
         # The logits at one position predict the next token.
         logits = logits_of(model, batch, response_tokens + 1)[:, :-1]
         yield from (((row, slice(None)), own) for row, own in enumerate(logits))
         return
     rows, columns = (batch.targets != _IGNORED).nonzero(as_tuple=True)
-    length = max(1, slice_elements // head.out_features)
+    length = max(1, _slice_elements(device) // head.out_features)
     results: list[Any] = []
     for places in zip(torch.split(rows, length), torch.split(columns, length), strict=True):
         with computing(decoder, _only_once(results)), computing(head, _at(places, response_tokens)):
             logits = _logits(model, batch, response_tokens + 1)
         yield places, logits[0]
+
+
+def _slice_elements(device: torch.device) -> int:
+    return _SLICE_ELEMENTS.get(device.type, _SLICE_ELEMENTS["cpu"])
+
+
+def _fit_a_slice(model: nn.Module, tokens: int, device: torch.device) -> bool:
+    """Whether the logits of `tokens` may exist at a time; they do if the head is no plain one."""
+    head = _plain_head(model)
+    return head is None or tokens * head.out_features <= _slice_elements(device)
 
 
 def _plain_head(model: nn.Module) -> nn.Linear | None:
@@ -660,7 +715,7 @@ def _at(places: Places, response_tokens: int) -> Callable[..., Callable[..., Any
 
 
 @contextmanager
-def _head_of_words(model: nn.Module, words: list[int], *, is_small: bool) -> Iterator[None]:
+def _head_of_words(model: nn.Module, words: torch.Tensor, *, is_small: bool) -> Iterator[None]:
     """While open, the model's head computes only the logits of `words`.
 
     It gives only those if `is_small`, and otherwise 0 for all others. If few layers are left to

@@ -31,23 +31,32 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.zo import devices
-from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.commits import Commit, common_pairs
 from fedmezo_core.zo.forward.copies import Copies, DistinctRows, InseparableError, tensors_in
 from fedmezo_core.zo.forward.embeddings import EmbeddingLookups, consecutive
 from fedmezo_core.zo.forward.experts import NotSlicedError, Slices, one_by_one
 from fedmezo_core.zo.forward.frozen import FrozenPart
 from fedmezo_core.zo.forward.guard import DirectReadError, DirectReadGuard
-from fedmezo_core.zo.forward.low_rank import Side, Split, Thin, split
+from fedmezo_core.zo.forward.low_rank import (
+    THIN_RANKS_PER_FULL_RANK,
+    Side,
+    Split,
+    Thin,
+    split,
+)
+from fedmezo_core.zo.forward.prepared import Memory, PreparedPass, is_elementwise
 from fedmezo_core.zo.forward.scratch import Scratch, detached_from
 from fedmezo_core.zo.materialize import materialize_fan
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import (
     Owned,
-    computing,
+    Replacement,
     emptied_after_errors,
     owners_of,
+    replaced,
     with_parameters,
 )
+from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 
 log = logging.getLogger("fedmezo.forward")
@@ -56,10 +65,8 @@ LINEAR_BLOCK_BYTES = 2 << 20
 """Weights of an `nn.Linear` that are built at a time, for all points together; fits a cache."""
 CONV1D_BLOCK_BYTES = 4 << 20
 """Weights of a `Conv1D` that are built at a time; larger, since each block adds to all outputs."""
-DEVICE_BLOCK_BYTES = 32 << 20
-"""Weights of either kind that are built at a time on a GPU; fits its L2 cache."""
-THIN_RANKS_PER_FULL_RANK: Final = 8
-"""Local low-rank pairs are thin products while ranks times this are at most the matrix's."""
+PREPARED_MAX: Final = 16
+"""Numbers of points (and of shared low-rank pairs) whose launches stay prepared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +75,8 @@ class _Pass:
 
     points: tuple[Commit, ...]
     copies: Copies
+    index: int = 0
+    """The first point's index among those of the whole pass."""
 
 
 class Forward:
@@ -100,6 +109,14 @@ class Forward:
         self._pass = _Pass((), Copies(0, 0, 0))
         self.frozen = FrozenPart(model, self._owners)
         """What passes compute for one copy of the batch, or not at all."""
+        # "cuda" becomes "cuda:0", as the devices of tensors are called.
+        self._device = torch.empty(0, device=execution_device(model)).device
+        self._results = devices.Results(len(self._parameter_names))
+        self._memory = Memory()
+        self._prepared: dict[tuple[int, int], PreparedPass] = {}
+        """By the numbers of points, and of low-rank pairs that they share; the last used last."""
+        self._open: PreparedPass | None = None
+        self._forwards: dict[PreparedPass | None, list[Replacement]] = {}
         self._unsliced: set[nn.Module] = set()
         self._warned: set[type[nn.Module]] = set()
 
@@ -120,18 +137,32 @@ class Forward:
         outside its owner (see `build_further_out`).
         """
         assert not any(point.decay != 1.0 or point.from_base for point in points)
+        copies = Copies(len(points), rows, tokens)
+        self._open = prepared = None
         with ExitStack() as stack:
             stack.enter_context(emptied_after_errors(self._model))
-            stack.enter_context(devices.finite_results())
-            copies = Copies(len(points), rows, tokens)
+            if devices.elsewhere(self._device):
+                stack.enter_context(devices.on(self._device))
+                stack.enter_context(devices.finite_results(self._results))
+                self._open = prepared = self._prepared_for(points)
             stack.enter_context(self._running(_Pass(tuple(points), copies)))
-            for module, owned in self._owners.items():
-                stack.enter_context(computing(module, functools.partial(self._moved, owned)))
+            stack.enter_context(replaced(self._replacements(prepared)))
             stack.enter_context(self.frozen.left_out(distinct or copies))
             stack.enter_context(self._guard or nullcontext())
             yield
         # The first pass has shown that no parameter is read outside its owner.
         self._guard = None
+
+    @property
+    def prepared(self) -> PreparedPass | None:
+        """The launches of the pass that is open; None on a CPU."""
+        return self._open
+
+    def restart(self) -> None:
+        """Let the pass that is open be computed once more from its beginning."""
+        self.frozen.restart()
+        if self._open is not None:
+            self._open.restart()
 
     def build_further_out(self, error: DirectReadError) -> None:
         """Build the parameter that was read directly around the module that contains its owner.
@@ -152,6 +183,8 @@ class Forward:
         if not path or any(item.parameter.is_meta for item in owning[0][1]):
             raise error
         self._owners.setdefault(parent, []).extend(self._owners.pop(owning[0][0]))
+        self._prepared.clear()
+        self._forwards.clear()
         self._warn(parent, f"it reads {error.name} directly")
 
     @contextmanager
@@ -162,30 +195,151 @@ class Forward:
         finally:
             self._pass = before
 
+    def _prepared_for(self, points: Sequence[Commit]) -> PreparedPass:
+        """The launches of passes such as one at `points`, and at those now."""
+        pairs = common_pairs(points) if self._distribution.rank else 0
+        key = len(points), pairs or 0
+        prepared = self._prepared.pop(key, None)
+        if prepared is None or not prepared.begin(points):
+            self._forwards.pop(prepared, None)
+            prepared = PreparedPass(
+                self._owners, points, self._operands, self._results, self._memory, self._device
+            )
+            while len(self._prepared) >= PREPARED_MAX:
+                self._forwards.pop(self._prepared.pop(next(iter(self._prepared))), None)
+        self._prepared[key] = prepared
+        return prepared
+
+    def _replacements(self, prepared: PreparedPass | None) -> list[Replacement]:
+        """What modules with trained parameters run in a pass, made once."""
+        known = self._forwards.get(prepared)
+        if known is None or not all(replacement.fits for replacement in known):
+            known = self._forwards[prepared] = [
+                Replacement.of(module, functools.partial(self._moved, prepared, owned))
+                for module, owned in self._owners.items()
+            ]
+        return known
+
     def _moved(
-        self, owned: list[Owned], module: nn.Module, original: Callable[..., Any]
+        self,
+        prepared: PreparedPass | None,
+        owned: list[Owned],
+        module: nn.Module,
+        original: Callable[..., Any],
     ) -> Callable[..., Any]:
         """The forward that replaces `original`, the forward of `module`."""
         names = [item.attribute for item in owned if item.holder is module]
         plain = getattr(original, "__func__", None)
         run: Callable[..., Any]
         if len(names) < len(owned):
-            run = functools.partial(self._whole, module, original, owned)
+            run = functools.partial(self._whole, prepared, module, original, owned)
         elif isinstance(module, nn.Embedding) and names == ["weight"]:
-            run = functools.partial(self._embedding, module, original, owned[0])
+            run = functools.partial(self._embedding, prepared, module, original, owned[0])
         elif "weight" in names and plain in (nn.Linear.forward, Conv1D.forward):
             run = functools.partial(self._product, module, owned)
+            if prepared is not None:
+                alone = self._framed(original, run)
+                return self._prepared_product(prepared, module, owned, alone)
         elif (reference := one_by_one(module, original)) is not None:
-            run = functools.partial(self._experts, module, original, reference, owned)
+            run = functools.partial(self._experts, prepared, module, original, reference, owned)
         else:
             self._warn_if_large(module, owned)
-            run = functools.partial(self._whole, module, original, owned)
+            run = functools.partial(self._whole, prepared, module, original, owned)
+            if prepared is not None:
+                alone = self._framed(original, run)
+                return self._prepared_norm(prepared, module, original, owned, alone)
+        return self._framed(original, run)
+
+    def _framed(self, original: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run` with scratch memory that is valid until it returns."""
 
         # wraps: callers look at the signature of a model's forward.
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self._scratch.frame():
                 return run(*args, **kwargs)
+
+        return forward
+
+    def _prepared_product(
+        self,
+        prepared: PreparedPass,
+        module: nn.Module,
+        owned: list[Owned],
+        alone: Callable[[torch.Tensor], torch.Tensor],
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A linear layer's forward by prepared launches; `alone` if it computes a single point."""
+        parameters: Any = module._parameters
+        ids = {item.attribute: item.tensor_id for item in owned}
+
+        def bias() -> torch.Tensor:
+            if "bias" not in ids:
+                return parameters["bias"].view(1, 1, -1)  # type: ignore[no-any-return]
+            built = prepared.built(module, "bias")
+            if built is None:
+                built = torch.stack(self._built(parameters["bias"], ids["bias"]))
+            return built.unsqueeze(1)
+
+        adds = None if parameters["bias"] is None else bias
+        run, count = prepared.product(module, ids["weight"], adds), prepared.count
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            copies = self._pass.copies
+            if copies.count != count:
+                return alone(x)
+            # Most inputs have the first length; the question for all takes longer.
+            whole = x.shape[0] == count * copies.rows
+            if not whole and count > 1 and copies.length(x.shape[0]) is None:
+                raise self._inseparable(module, x)
+            if self._guard is None:
+                return run(x)
+            with self._guard.aside():
+                return run(x)
+
+        return forward
+
+    def _prepared_norm(
+        self,
+        prepared: PreparedPass,
+        module: nn.Module,
+        original: Callable[..., Any],
+        owned: list[Owned],
+        alone: Callable[..., Any],
+    ) -> Callable[..., Any]:
+        """A module's forward for all points at once if that is possible, else `alone`."""
+        parameters: Any = module._parameters
+        names = [item.attribute for item in owned]
+        shapes = {item.parameter.shape for item in owned}
+        width = next(iter(shapes))[-1]
+        elementwise: bool | None = None if len(shapes) == 1 == len(next(iter(shapes))) else False
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal elementwise
+            x = args[0] if len(args) == 1 and not kwargs else None
+            copies = self._pass.copies
+            fits = (
+                elementwise is not False
+                and isinstance(x, torch.Tensor)
+                and x.shape[-1:] == (width,)
+                and copies.count == prepared.count
+                and copies.length(x.shape[0]) is not None
+            )
+            if not fits:
+                return alone(*args, **kwargs)
+            assert x is not None
+            if elementwise is None:
+                with self._unguarded():
+                    elementwise = is_elementwise(original, owned, width)
+            built = self._small(prepared, owned) if elementwise else None
+            if built is None:
+                return alone(*args, **kwargs)
+            before = dict(parameters)
+            for name, tensor in zip(names, built, strict=True):
+                parameters[name] = tensor.unsqueeze(1)
+            try:
+                return original(x.reshape(copies.count, -1, width)).view(x.shape)
+            finally:
+                parameters.update(before)
 
         return forward
 
@@ -263,6 +417,7 @@ class Forward:
 
     def _embedding(
         self,
+        prepared: PreparedPass | None,
         module: nn.Module,
         original: Callable[..., Any],
         item: Owned,
@@ -284,14 +439,9 @@ class Forward:
 
         def look_up_on_device(ids: torch.Tensor) -> torch.Tensor:
             """Each copy's rows at its point; distinct ids would have to be waited for."""
-            ids = of_all_copies(ids)
+            assert prepared is not None
             with self._unguarded():
-                rows = weight.new_empty(*ids.shape, weight.shape[1])
-                parts = zip(rows.chunk(len(points)), ids.chunk(len(points)), points, strict=True)
-                for out, part, point in parts:
-                    operands = self._operands(item.tensor_id)
-                    devices.apply_fan([out], weight, [point], operands, part.reshape(-1))
-            return rows
+                return prepared.look_up(weight, item.tensor_id, of_all_copies(ids))
 
         def look_up(ids: torch.Tensor) -> torch.Tensor:
             with self._unguarded():
@@ -314,12 +464,13 @@ class Forward:
                 places = places + tables.view(-1, *[1] * (places.dim() - 1))
             return functional.embedding(places, rows.view(-1, width))
 
-        away = devices.elsewhere(weight.device)
-        with EmbeddingLookups(weight, look_up_on_device if away else look_up):
+        is_prepared = prepared is not None and prepared.count == len(points)
+        with EmbeddingLookups(weight, look_up_on_device if is_prepared else look_up):
             return original(*args, **kwargs)
 
     def _whole(
         self,
+        prepared: PreparedPass | None,
         module: nn.Module,
         original: Callable[..., Any],
         owned: list[Owned],
@@ -329,7 +480,7 @@ class Forward:
         """Any module, which runs once for each point, with all its own parameters."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            moved = [self._built(item.parameter, item.tensor_id)[0] for item in owned]
+            moved = [self._built_here(prepared, item) for item in owned]
             with with_parameters(owned, moved):
                 result = original(*args, **kwargs)
             return detached_from(result, [tensor.untyped_storage() for tensor in moved])
@@ -338,6 +489,7 @@ class Forward:
 
     def _experts(
         self,
+        prepared: PreparedPass | None,
         module: nn.Module,
         original: Callable[..., Any],
         reference: Callable[..., Any],
@@ -359,7 +511,7 @@ class Forward:
             moved = [
                 Slices(item.parameter, functools.partial(build, item.parameter, item.tensor_id))
                 if item.parameter.dim() > 2
-                else self._built(item.parameter, item.tensor_id)[0]
+                else self._built_here(prepared, item)
                 for item in owned
             ]
             with with_parameters(owned, moved):
@@ -371,7 +523,7 @@ class Forward:
             except NotSlicedError as error:
                 self._unsliced.add(module)
                 self._warn(module, f"it {error}")
-        return self._whole(module, original, owned, *args, **kwargs)
+        return self._whole(prepared, module, original, owned, *args, **kwargs)
 
     def _point_by_point(
         self, module: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any
@@ -385,7 +537,7 @@ class Forward:
         results = []
         for index, point in enumerate(self._pass.points):
             own_args, own_kwargs = copies.part(index, (args, kwargs))
-            one = _Pass((point,), Copies(1, copies.rows, copies.tokens))
+            one = _Pass((point,), Copies(1, copies.rows, copies.tokens), index)
             with self._running(one), self._scratch.frame():
                 results.append(run(*own_args, **own_kwargs))
         try:
@@ -403,8 +555,6 @@ class Forward:
         count, width = weight.shape
         row_bytes = len(points) * width * weight.element_size()
         bytes_max = CONV1D_BLOCK_BYTES if isinstance(module, Conv1D) else LINEAR_BLOCK_BYTES
-        if devices.elsewhere(weight.device):
-            bytes_max = DEVICE_BLOCK_BYTES
         rows_max = max(1, min(count, bytes_max // row_bytes))
         scratch = [self._scratch.take(rows_max * width, weight) for _ in points]
         for first in range(0, count, rows_max):
@@ -413,6 +563,23 @@ class Forward:
             with self._unguarded():
                 self._fan(blocks, weight[first:last], tensor_id, first * width, points)
             yield first, last, blocks
+
+    def _built_here(self, prepared: PreparedPass | None, item: Owned) -> torch.Tensor:
+        """The parameter at the first point of this pass."""
+        built = None if prepared is None else self._small(prepared, [item])
+        if built is not None:
+            return built[0][self._pass.index]
+        return self._built(item.parameter, item.tensor_id)[0]
+
+    def _small(self, prepared: PreparedPass, owned: Sequence[Owned]) -> list[torch.Tensor] | None:
+        """Small parameters at all points of a whole pass, or None if one must be built alone."""
+        if self._guard is not None:
+            with self._guard.aside():
+                built = [prepared.built(item.holder, item.attribute) for item in owned]
+        else:
+            built = [prepared.built(item.holder, item.attribute) for item in owned]
+        found = [tensor for tensor in built if tensor is not None]
+        return found if len(found) == len(owned) else None
 
     def _built(self, parameter: torch.Tensor, tensor_id: int) -> list[torch.Tensor]:
         """The parameter at every point, in scratch memory."""

@@ -84,7 +84,8 @@ class FrozenPart:
 
         Of copies that are not all alike, it computes one row of each kind.
         """
-        searches = copies.count > 1 or self._keeps
+        several = copies.count > 1 or self._keeps
+        searches = several and bool(self._modules or self._known)
         modules = dict.fromkeys(module for module, _ in self._known)
         with ExitStack() as stack:
             if searches:
@@ -93,13 +94,18 @@ class FrozenPart:
                     stack.enter_context(computing(owner, self._trained))
             for module in modules:
                 stack.enter_context(computing(module, self._frozen))
-            self._copies, self._calls, self._is_first = copies, 0, True
+            self._copies = copies
+            self.restart()
             yield
-        if searches and self._share is None:
+        if several and self._share is None:
             # The same modules run first in every pass.
             self._modules = list(self._ran_first)
             whole, frozen = computing_elements([self._model]), computing_elements(self._modules)
             self._share = frozen / max(1, whole)
+
+    def restart(self) -> None:
+        """Compute the pass once more from its beginning."""
+        self._calls, self._is_first = 0, True
 
     def _trained(self, _: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -26,6 +26,10 @@ _ONE: Final = {torch.float32: 0x3F800000, torch.bfloat16: 0x3F80, torch.float16:
 """The bits of 1."""
 
 
+THIN_RANKS_PER_FULL_RANK: Final = 8
+"""Local low-rank pairs are thin products while ranks times this are at most the matrix's."""
+
+
 class Side(Enum):
     """A factor of a direction; the value is its domain in the noise standard."""
 

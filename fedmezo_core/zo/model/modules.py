@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,25 +104,58 @@ def emptied_after_errors(model: nn.Module) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def computing(
-    module: nn.Module, make: Callable[[nn.Module, Callable[..., Any]], Callable[..., Any]]
-) -> Iterator[None]:
-    """While open, `module` runs `make(module, its forward)` in place of its forward.
+Forward = Callable[..., Any]
 
-    It runs inside the hook that `accelerate` may have put around the forward, because offloaded
-    weights are on the device only there.
-    """
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-    before = module.__dict__.get(name)
-    module.__dict__[name] = make(module, getattr(module, name))
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A forward that a module may run in place of its own, for a while."""
+
+    attributes: dict[str, Any]
+    """The module's own."""
+    name: str
+    before: Forward | None
+    """What `attributes` had under `name`."""
+    forward: Forward
+
+    @classmethod
+    def of(cls, module: nn.Module, make: Callable[[nn.Module, Forward], Forward]) -> Replacement:
+        """`make(module, its forward)`.
+
+        It runs inside the hook that `accelerate` may have put around the forward, because offloaded
+        weights are on the device only there.
+        """
+        name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        attributes = module.__dict__
+        return cls(attributes, name, attributes.get(name), make(module, getattr(module, name)))
+
+    @property
+    def fits(self) -> bool:
+        """Whether the module still runs what it ran when this was made."""
+        name = "_old_forward" if "_hf_hook" in self.attributes else "forward"
+        return name == self.name and self.attributes.get(name) is self.before
+
+
+@contextmanager
+def replaced(replacements: Sequence[Replacement]) -> Iterator[None]:
+    """While open, each module runs what replaces its forward."""
+    for replacement in replacements:
+        replacement.attributes[replacement.name] = replacement.forward
     try:
         yield
     finally:
-        if before is None:
-            del module.__dict__[name]
-        else:
-            module.__dict__[name] = before
+        for replacement in reversed(replacements):
+            if replacement.before is None:
+                del replacement.attributes[replacement.name]
+            else:
+                replacement.attributes[replacement.name] = replacement.before
+
+
+def computing(
+    module: nn.Module, make: Callable[[nn.Module, Forward], Forward]
+) -> AbstractContextManager[None]:
+    """While open, `module` runs `make(module, its forward)` in place of its forward."""
+    return replaced([Replacement.of(module, make)])
 
 
 @contextmanager

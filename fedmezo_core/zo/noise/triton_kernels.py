@@ -21,6 +21,8 @@ This file imports Triton, so it is itself imported only where there is a CUDA de
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
@@ -130,13 +132,13 @@ def _line(table: tl.tensor, index: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def _tile(
-    start: tl.tensor, size: tl.tensor, columns: tl.tensor,
+    program: tl.tensor, start: tl.tensor, size: tl.tensor, columns: tl.tensor,
     first_row: tl.tensor, end_row: tl.tensor, first_column: tl.tensor, end_column: tl.tensor,
     FAMILY: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """(begin, within, low, high, rows, origin) of a program's values of word 0.
 
-    Those of word w are 32 w further.
+    `program`: its number among those of the tensor, int64. Words: those of word w are 32 w further.
 
     The tensor's elements are begin + within, [A, B, 32]: int64 [A or 1, 1, 1] and int32, so that an
     address is a sum of 64-bit numbers which few values share and of constants. Those from `low` to
@@ -144,7 +146,6 @@ def _tile(
     element, or column (low rank). [A, B] are [row of a pair, pair], or [row, run of 128 columns]
     (low rank).
     """
-    program = tl.program_id(0).to(tl.int64)
     a = tl.arange(0, A)[:, None, None]
     b = tl.arange(0, B)[None, :, None]
     lane = tl.arange(0, 32)[None, None, :]
@@ -511,10 +512,12 @@ def _note_bad(
 # --- kernels ------------------------------------------------------------------------------------
 
 _NUMBERS: Final = [
-    "pairs", "commits", "draws", "stride", "place", "tensor", "start", "size", "columns",
-    "first_row", "end_row", "first_column", "end_column", "base_rows", "length",
+    "pairs", "commits", "stride", "place", "tensor", "start", "size", "columns",
+    "first_row", "end_row", "first_column", "end_column", "base_rows",
 ]  # fmt: skip
-_POINTERS: Final = ["out", "base", "table", "bad", "looked_up", "seeds"]
+_POINTERS: Final = [
+    "out", "base", "table", "bad", "looked_up", "seeds", "tensors", "owners",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
@@ -533,8 +536,9 @@ def apply(
     """
     tensor_word = tensor.to(tl.uint32)
     begin, within, low, high, rows, origin = _tile(
-        start, size, columns, first_row, end_row, first_column, end_column, FAMILY, A, B
-    )
+        tl.program_id(0).to(tl.int64), start, size, columns,
+        first_row, end_row, first_column, end_column, FAMILY, A, B,
+    )  # fmt: skip
     element = begin + within
     whole = _is_whole(low, high, rows, end_row, FAMILY, A, B)
     read = base - start
@@ -575,43 +579,28 @@ def apply(
         _note_bad(bad, a0, a1, a2, a3, element, within, low, high, rows, end_row, FAMILY)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
-def fan(
-    out: tl.tensor, stride: tl.int64, base: tl.tensor, table: tl.tensor, bad: tl.tensor,
-    place: tl.int64, pairs: tl.int64, draws: tl.int64, tensor: tl.int64, start: tl.int64,
-    size: tl.int64, columns: tl.int64, first_row: tl.int64, end_row: tl.int64,
-    first_column: tl.int64, end_column: tl.int64, looked_up: tl.tensor, base_rows: tl.int64,
-    FAMILY: tl.constexpr, RANK: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SHARED_BITS: tl.constexpr, LOOKUP: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
-) -> None:  # fmt: skip
-    """Several outputs, `stride` elements apart, from one reading of the base.
+@triton.jit
+def _lines(table: tl.tensor) -> tl.tensor:
+    """(pairs, draws, the lines after the first one) of a table for a fan."""
+    return tl.load(table), tl.load(table + 1), table + 4
 
-    `table`: a line for each pair that all outputs begin with (seed low, seed high, coefficient);
-    one for each further direction (seed low, high, its first output, the one after its last); and
-    one for each output (rounding seed low, high, coefficient of its direction, whether it has one).
-    SHARED_BITS: all rounding seeds are the same. LOOKUP: instead of one range of the base, its rows
-    (of `columns` elements) that `looked_up` names, one after the other; axis 1 of the launch counts
-    them. `bad[place]` gets the first index that is not finite, or the base's size for a row that is
-    not there.
-    """
+
+@triton.jit
+def _fan_tile(
+    program: tl.tensor, out: tl.tensor, stride: tl.tensor, base: tl.tensor, table: tl.tensor,
+    bad: tl.tensor, tensor: tl.tensor, start: tl.tensor, size: tl.tensor, columns: tl.tensor,
+    first_row: tl.tensor, end_row: tl.tensor, first_column: tl.tensor, end_column: tl.tensor,
+    FAMILY: tl.constexpr, RANK: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SHARED_BITS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> None:  # fmt: skip
+    """What `fan` does in one program."""
     tensor_word = tensor.to(tl.uint32)
-    outputs = pairs.to(tl.int32) + draws.to(tl.int32)
-    read = base
-    if LOOKUP:
-        row = tl.program_id(1).to(tl.int64)
-        first_row = tl.load(looked_up + row)
-        known = (first_row >= 0) & (first_row < base_rows)
-        if not known:
-            tl.atomic_min(bad + place, base_rows * columns)
-        start = first_row * columns
-        size = tl.where(known, columns, 0)
-        end_row = tl.where(known, first_row + 1, first_row)
-        write = out + (row * columns - start)
-    else:
-        read = base - start
-        write = out - start
+    pairs, draws, table = _lines(table)
+    outputs = pairs + draws
+    read = base - start
+    write = out - start
     begin, within, low, high, rows, origin = _tile(
-        start, size, columns, first_row, end_row, first_column, end_column, FAMILY, A, B
+        program, start, size, columns, first_row, end_row, first_column, end_column, FAMILY, A, B
     )
     element = begin + within
     whole = _is_whole(low, high, rows, end_row, FAMILY, A, B)
@@ -619,7 +608,7 @@ def fan(
     a1 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
     a2 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
     a3 = _read(read, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
-    for pair in range(pairs.to(tl.int32)):
+    for pair in range(pairs):
         seed_low, seed_high, coefficient, _ = _line(table, pair)
         n0, n1, n2, n3, row_word = _draw(
             seed_low, seed_high, tensor_word, origin, rows, FAMILY, A, B
@@ -636,8 +625,8 @@ def fan(
             bits_low, bits_high, tensor_word, origin, element, FAMILY, STORAGE, A, B
         )
     largest = tl.zeros([A, B, 32], tl.int32)
-    for draw in range(draws.to(tl.int32)):
-        seed_low, seed_high, first, end = _line(table, pairs.to(tl.int32) + draw)
+    for draw in range(draws):
+        seed_low, seed_high, first, end = _line(table, pairs + draw)
         n0, n1, n2, n3, row_word = _draw(
             seed_low, seed_high, tensor_word, origin, rows, FAMILY, A, B
         )
@@ -674,26 +663,150 @@ def fan(
             v1 = _read(to, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
             v2 = _read(to, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
             v3 = _read(to, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
-            _note_bad(
-                bad + place, v0, v1, v2, v3, element, within, low, high, rows, end_row, FAMILY
-            )
+            _note_bad(bad, v0, v1, v2, v3, element, within, low, high, rows, end_row, FAMILY)
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+def fan(
+    out: tl.tensor, stride: tl.int64, base: tl.tensor, table: tl.tensor, bad: tl.tensor,
+    place: tl.int64, tensor: tl.int64, start: tl.int64, size: tl.int64, columns: tl.int64,
+    first_row: tl.int64, end_row: tl.int64, first_column: tl.int64, end_column: tl.int64,
+    FAMILY: tl.constexpr, RANK: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SHARED_BITS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> None:  # fmt: skip
+    """Several outputs, `stride` elements apart, from one reading of the base.
+
+    `table`: a line with the numbers of pairs and of draws; a line for each pair that all outputs
+    begin with (seed low, seed high, coefficient); one for each further direction, a draw (seed low,
+    high, its first output, the one after its last); and one for each output (rounding seed low,
+    high, coefficient of its direction, the number of that draw plus one, or 0 for none).
+    SHARED_BITS: all rounding seeds are the same. `bad[place]` gets the first index that is not
+    finite.
+    """
+    _fan_tile(
+        tl.program_id(0).to(tl.int64), out, stride, base, table, bad + place, tensor, start, size,
+        columns, first_row, end_row, first_column, end_column,
+        FAMILY, RANK, STORAGE, STOCHASTIC, SHARED_BITS, A, B,
+    )  # fmt: skip
+
+
+@triton.jit
+def _address(number: tl.tensor, STORAGE: tl.constexpr) -> tl.tensor:
+    """The pointer to stored weights that a 64-bit number is."""
+    if STORAGE == FLOAT32:
+        return number.to(tl.pointer_type(tl.float32))
+    else:
+        return number.to(tl.pointer_type(tl.int16))
+
+
+@triton.jit(do_not_specialize_on_alignment=_POINTERS)
+def fans(
+    tensors: tl.tensor, owners: tl.tensor, table: tl.tensor, bad: tl.tensor,
+    FAMILY: tl.constexpr, RANK: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SHARED_BITS: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+) -> None:  # fmt: skip
+    """The `fan` of several whole tensors, whose outputs lie one after the other.
+
+    `tensors`: for each its first program, the addresses of its outputs and of its base, its number,
+    its size and columns, and its place in `bad`. `owners`: for each program, the index of its
+    tensor.
+    """
+    tensor = tensors + tl.load(owners + tl.program_id(0)).to(tl.int64) * 8
+    size = tl.load(tensor + 4)
+    columns = tl.load(tensor + 5)
+    nothing = tl.zeros([], tl.int64)
+    _fan_tile(
+        tl.program_id(0).to(tl.int64) - tl.load(tensor), _address(tl.load(tensor + 1), STORAGE),
+        size, _address(tl.load(tensor + 2), STORAGE), table, bad + tl.load(tensor + 6),
+        tl.load(tensor + 3), nothing, size, columns, nothing, size // columns, nothing, columns,
+        FAMILY, RANK, STORAGE, STOCHASTIC, SHARED_BITS, A, B,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+def look_up(
+    out: tl.tensor, base: tl.tensor, table: tl.tensor, bad: tl.tensor, place: tl.int64,
+    tensor: tl.int64, columns: tl.int64, looked_up: tl.tensor, base_rows: tl.int64,
+    FAMILY: tl.constexpr, RANK: tl.constexpr, STORAGE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    A: tl.constexpr, B: tl.constexpr,
+) -> None:  # fmt: skip
+    """Rows of a base, one after the other, each output of `fan`'s `table` by rows of its own.
+
+    `looked_up` and `out` have those of the first output first. The rows of one output are axis 1 of
+    the launch, the outputs axis 2. `bad[place]` gets the first index that is not finite, or the
+    base's size for a row that is not there.
+    """
+    tensor_word = tensor.to(tl.uint32)
+    pairs, draws, table = _lines(table)
+    output = tl.program_id(2)
+    place_of_row = output.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    row = tl.load(looked_up + place_of_row)
+    known = (row >= 0) & (row < base_rows)
+    if not known:
+        tl.atomic_min(bad + place, base_rows * columns)
+    start = row * columns
+    size = tl.where(known, columns, 0)
+    end_row = tl.where(known, row + 1, row)
+    write = out + (place_of_row * columns - start)
+    begin, within, low, high, rows, origin = _tile(
+        tl.program_id(0).to(tl.int64), start, size, columns,
+        row, end_row, tl.zeros([], tl.int64), columns, FAMILY, A, B,
+    )  # fmt: skip
+    element = begin + within
+    whole = _is_whole(low, high, rows, end_row, FAMILY, A, B)
+    a0 = _read(base, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+    a1 = _read(base, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+    a2 = _read(base, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+    a3 = _read(base, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+    rounding_low, rounding_high, own, draw = _line(table, pairs + draws + output)
+    draw = draw.to(tl.int32, bitcast=True)
+    for pair in range(pairs + tl.minimum(draw, 1)):
+        # The output's own direction comes last.
+        line = tl.where(pair < pairs, pair, pairs + draw - 1)
+        seed_low, seed_high, coefficient, _ = _line(table, line)
+        coefficient = tl.where(pair < pairs, coefficient, own)
+        n0, n1, n2, n3, row_word = _draw(
+            seed_low, seed_high, tensor_word, origin, rows, FAMILY, A, B
+        )
+        a0 = _moved(a0, n0, row_word, coefficient, FAMILY, RANK, A, B)
+        a1 = _moved(a1, n1, row_word, coefficient, FAMILY, RANK, A, B)
+        a2 = _moved(a2, n2, row_word, coefficient, FAMILY, RANK, A, B)
+        a3 = _moved(a3, n3, row_word, coefficient, FAMILY, RANK, A, B)
+    if STORAGE != FLOAT32:
+        a0, a1, a2, a3 = _all_rounded(
+            a0, a1, a2, a3, rounding_low, rounding_high, tensor_word, origin, element,
+            FAMILY, STORAGE, STOCHASTIC, A, B,
+        )  # fmt: skip
+    _write(write, a0, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 0)
+    _write(write, a1, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 1)
+    _write(write, a2, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 2)
+    _write(write, a3, begin, within, low, high, rows, end_row, whole, FAMILY, STORAGE, 3)
+    if tl.max(tl.ravel(_largest(a0, a1, a2, a3)), axis=0) >= _INFINITY:
+        _note_bad(bad + place, a0, a1, a2, a3, element, within, low, high, rows, end_row, FAMILY)
+
+
+@triton.jit(do_not_specialize_on_alignment=_POINTERS)
 def signs(
-    out: tl.tensor, seeds: tl.tensor, tensor: tl.int64, length: tl.int64,
+    out: tl.tensor, seeds: tl.tensor, tensors: tl.tensor, owners: tl.tensor,
     DOMAIN: tl.constexpr, RANK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out[s, k, i] = sign k of row (or column) i under `seeds[s]`; s is axis 1 of the launch."""
+    """Signs k of row (or column) i of several tensors under `seeds[s]`; s is axis 1 of the launch.
+
+    `tensors`: for each its first program, the index in `out` of its signs, [seeds, RANK, length],
+    its number and its length. `owners`: for each program of axis 0, the index of its tensor.
+    """
     seed = tl.load(seeds + tl.program_id(1)).to(tl.uint64, bitcast=True)
+    tensor = tensors + tl.load(owners + tl.program_id(0)).to(tl.int64) * 4
+    length = tl.load(tensor + 3)
     slot = tl.arange(0, 8)[:, None]
     lane = tl.arange(0, 32)[None, :]
-    group = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(0).to(tl.int64) - tl.load(tensor)
     blocks = group * 32 + lane.to(tl.int64)
     w0, w1, w2, w3 = _blocks(
-        blocks, seed.to(tl.uint32), (seed >> 32).to(tl.uint32), tensor.to(tl.uint32), DOMAIN
-    )
-    place = out + tl.program_id(1).to(tl.int64) * RANK * length
+        blocks, seed.to(tl.uint32), (seed >> 32).to(tl.uint32),
+        tl.load(tensor + 2).to(tl.uint32), DOMAIN,
+    )  # fmt: skip
+    place = out + tl.load(tensor + 1) + tl.program_id(1).to(tl.int64) * RANK * length
     first = group * 1024 + slot * 128 + lane
     for k in tl.static_range(RANK):
         shift = (slot * 4 + k).to(tl.uint32)
@@ -727,17 +840,19 @@ _STORAGES: Final = {
 def options(kernel: str, distribution: spec.Distribution) -> dict[str, Any]:
     """How a kernel is compiled: one warp a program, and no fused multiply-add."""
     chosen: dict[str, Any] = {"num_warps": 1, "enable_fp_fusion": False}
-    if kernel == "fan" and distribution is spec.Distribution.GAUSSIAN:
+    if kernel != "apply" and distribution is spec.Distribution.GAUSSIAN:
         # Left alone, the assembler spills to stay at 128. (Others take fewer registers if left
         # alone.)
         chosen["maxnreg"] = 160
+    elif kernel == "fans" and distribution.rank:
+        chosen["maxnreg"] = 232  # here it would spill to stay at 168
     return chosen
 
 
 def constants(
     kernel: str, distribution: spec.Distribution, dtype: torch.dtype, stochastic: bool
 ) -> dict[str, Any]:
-    """The compile-time arguments that `apply` and `fan` have in common, tile shapes among them.
+    """The compile-time arguments that all kernels of weights have, tile shapes among them.
 
     The shapes are chosen by the assembly (docs/decisions/0011).
     """
@@ -745,9 +860,11 @@ def constants(
     if distribution.rank:
         large = kernel == "apply" and dtype == torch.float32
         a, b = (2, 2) if rounded else (4, 4) if large else (4, 2)
-    elif distribution is spec.Distribution.GAUSSIAN:
+    elif distribution is spec.Distribution.GAUSSIAN or (
+        kernel != "apply" and rounded and dtype == torch.float16
+    ):
         a, b = 2, 2
-    elif kernel == "fan" or rounded:
+    elif kernel != "apply" or rounded:
         a, b = 2, 4
     else:
         a, b = 2, 16 if dtype == torch.float32 else 8
@@ -761,7 +878,54 @@ def constants(
     }
 
 
-def launch_apply(
+Launch = Callable[[], object]
+"""Launches one kernel with the arguments that it was prepared with, and does no more."""
+_compiled: dict[tuple[object, ...], Any] = {}
+_LAUNCHES_TAKE_CONSTANTS: Final = [int(part) for part in triton.__version__.split(".")[:2]] >= [
+    3,
+    3,
+]
+"""Whether Triton's launcher is also given the compile-time arguments, and passes over them."""
+
+
+def _prepared(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    arguments: Sequence[torch.Tensor | int],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+    keeps: Sequence[torch.Tensor] = (),
+) -> Launch:
+    """A launch of `kernel` on the current device, with the memory that `arguments` have now.
+
+    It keeps the memory of `keeps`; whoever launches keeps the other. Nothing in these kernels
+    depends on an argument's value, so one compilation serves all.
+    """
+    if not isinstance(kernel, triton.JITFunction):  # Triton interprets
+        return functools.partial(kernel[grid], *arguments, **constants, **options)
+    driver = triton.runtime.driver.active
+    device, stream_of = driver.get_current_device(), driver.get_current_stream
+    stored = [value.dtype for value in arguments if isinstance(value, torch.Tensor)]
+    key = (kernel, device, stored[0], *constants.items())
+    compiled = _compiled.get(key)
+    if compiled is None:
+        compiled = kernel.warmup(*arguments, grid=grid, **constants, **options)
+        # Triton may compile in another thread.
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        _compiled[key] = compiled
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    values = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments]
+    if _LAUNCHES_TAKE_CONSTANTS:
+        values += constants.values()
+    x, y, z = grid
+
+    def launch(keeps: object = keeps) -> None:
+        run(x, y, z, stream_of(device), function, metadata, None, None, None, *values)
+
+    return launch
+
+
+def apply_launches(
     out: torch.Tensor,
     base: torch.Tensor,
     table: torch.Tensor,
@@ -769,59 +933,132 @@ def launch_apply(
     commits: int,
     bad: torch.Tensor,
     operands: Operands,
-) -> None:
-    """Launch `apply` once, or up to three times if a low-rank slice begins or ends inside a row."""
+) -> list[Launch]:
+    """One launch of `apply`, or up to three if a low-rank slice begins or ends inside a row."""
     columns = operands.columns_of(out)
     chosen = constants("apply", operands.distribution, base.dtype, operands.stochastic)
-    to, read = _stored(out), _stored(base)
-    for box, programs in _boxes(operands.start, base.numel(), columns, chosen):
-        apply[(programs,)](
-            to, read, table, bad, pairs, commits, operands.tensor_id, operands.start, base.numel(),
-            columns, *box, **chosen, **options("apply", operands.distribution),
-        )  # fmt: skip
+    fixed = (_stored(out), _stored(base), table, bad, pairs, commits)
+    place = (operands.tensor_id, operands.start, base.numel(), columns)
+    return [
+        _prepared(
+            apply, (programs, 1, 1), (*fixed, *place, *box), chosen,
+            options("apply", operands.distribution),
+        )
+        for box, programs in _boxes(operands.start, base.numel(), columns, chosen)
+    ]  # fmt: skip
 
 
-def launch_fan(
+def fan_launches(
     first_out: torch.Tensor,
     stride: int,
     base: torch.Tensor,
     table: torch.Tensor,
-    pairs: int,
-    draws: int,
     shared_bits: bool,
     bad: torch.Tensor,
     place: int,
     operands: Operands,
-    rows: torch.Tensor | None = None,
-) -> None:
-    """Launch `fan` as often as `launch_apply` does; with `rows` (int64), once, to look up those."""
+) -> list[Launch]:
+    """As many launches of `fan` as `apply_launches` has."""
     columns = operands.columns_of(base)
-    chosen = constants("fan", operands.distribution, base.dtype, operands.stochastic)
-    chosen |= {"SHARED_BITS": shared_bits, "LOOKUP": rows is not None}
-    to, read = _stored(first_out), _stored(base)
-    if rows is not None:
-        boxes = [((0, 0, 0, columns), _programs_of_any_row(columns, chosen))]
-        grid: tuple[int, ...] = (0, rows.numel())
-    else:
-        boxes, grid = list(_boxes(operands.start, base.numel(), columns, chosen)), (0,)
-    for box, programs in boxes:
-        fan[(programs, *grid[1:])](
-            to, stride, read, table, bad, place, pairs, draws, operands.tensor_id, operands.start,
-            base.numel(), columns, *box, bad if rows is None else rows, base.numel() // columns,
-            **chosen, **options("fan", operands.distribution),
-        )  # fmt: skip
+    chosen = _constants_of_fans(base, operands, shared_bits)
+    fixed = (_stored(first_out), stride, _stored(base), table, bad, place)
+    where = (operands.tensor_id, operands.start, base.numel(), columns)
+    return [
+        _prepared(
+            fan, (programs, 1, 1), (*fixed, *where, *box), chosen,
+            options("fan", operands.distribution),
+        )
+        for box, programs in _boxes(operands.start, base.numel(), columns, chosen)
+    ]  # fmt: skip
 
 
-def factor_signs(
-    out: torch.Tensor, seeds: torch.Tensor, tensor_id: int, domain: int, rank: int, length: int
-) -> None:
-    """out[s, k, i] = sign k, 1 or -1, of row or column i under `seeds[s]`.
+def fans_launch(
+    tensors: Sequence[tuple[torch.Tensor, torch.Tensor, int, Operands]],
+    table: torch.Tensor,
+    shared_bits: bool,
+    bad: torch.Tensor,
+) -> Launch:
+    """One launch for several whole tensors of one dtype and one noise.
 
-    out: contiguous [seeds, rank, length] of any float type. seeds: int64, the bits of the seeds.
+    tensors: for each its outputs, contiguous [outputs, ...]; its base; its place in `bad`.
     """
-    grid = (-(-length // 1024), seeds.numel())
-    signs[grid](
-        out, seeds, tensor_id, length, DOMAIN=domain, RANK=rank, num_warps=1, enable_fp_fusion=False
+    _, base, _, first = tensors[0]
+    chosen = _constants_of_fans(base, first, shared_bits)
+    lines: list[list[int]] = []
+    owners: list[int] = []
+    for index, (outs, base, place, operands) in enumerate(tensors):
+        size, columns = base.numel(), operands.columns_of(base)
+        [(_, programs)] = _boxes(0, size, columns, chosen)
+        addresses = outs.data_ptr(), base.data_ptr()
+        lines.append([len(owners), *addresses, operands.tensor_id, size, columns, place, 0])
+        owners += [index] * programs
+    described = _described(lines, owners, bad.device)
+    return _prepared(
+        fans, (len(owners), 1, 1), (*described, table, bad), chosen,
+        options("fans", first.distribution), described,
+    )  # fmt: skip
+
+
+def look_up_launch(
+    outs: torch.Tensor,
+    base: torch.Tensor,
+    table: torch.Tensor,
+    bad: torch.Tensor,
+    place: int,
+    operands: Operands,
+    rows: torch.Tensor,
+) -> Launch:
+    """One launch that looks up `rows`, contiguous int64 [outputs, rows], for all outputs."""
+    columns = operands.columns_of(base)
+    chosen = constants("look_up", operands.distribution, base.dtype, operands.stochastic)
+    grid = _programs_of_any_row(columns, chosen), rows.shape[1], rows.shape[0]
+    return _prepared(
+        look_up, grid,
+        (_stored(outs), _stored(base), table, bad, place, operands.tensor_id, columns, rows,
+         base.numel() // columns),
+        chosen, options("look_up", operands.distribution),
+    )  # fmt: skip
+
+
+def signs_launch(
+    out: torch.Tensor,
+    seeds: torch.Tensor,
+    tensors: Sequence[tuple[int, int]],
+    domain: int,
+    rank: int,
+) -> Launch:
+    """One launch for the signs, 1 or -1, of several tensors, each (number, length).
+
+    out: those of one tensor after the other, contiguous [seeds, rank, length], of any float type.
+    seeds: int64, the bits of the seeds.
+    """
+    lines: list[list[int]] = []
+    owners: list[int] = []
+    offset = 0
+    for index, (tensor_id, length) in enumerate(tensors):
+        lines.append([len(owners), offset, tensor_id, length])
+        owners += [index] * -(-length // 1024)
+        offset += seeds.numel() * rank * length
+    described = _described(lines, owners, out.device)
+    return _prepared(
+        signs, (len(owners), seeds.numel(), 1), (out, seeds, *described),
+        {"DOMAIN": domain, "RANK": rank}, {"num_warps": 1, "enable_fp_fusion": False}, described,
+    )  # fmt: skip
+
+
+def _constants_of_fans(base: torch.Tensor, operands: Operands, shared_bits: bool) -> dict[str, Any]:
+    chosen = constants("fan", operands.distribution, base.dtype, operands.stochastic)
+    tiles = {name: chosen.pop(name) for name in ("A", "B")}
+    return {**chosen, "SHARED_BITS": shared_bits, **tiles}
+
+
+def _described(
+    lines: list[list[int]], owners: list[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tensors` and `owners` as `fans` and `signs` take them; nothing waits for the device."""
+    return (
+        torch.tensor(lines, dtype=torch.int64).to(device, non_blocking=True),
+        torch.tensor(owners, dtype=torch.int32).to(device, non_blocking=True),
     )
 
 

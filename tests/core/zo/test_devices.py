@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -245,22 +245,25 @@ def test_a_fan_of_commits_with_a_decay(backend: str) -> None:
 def test_rows_that_are_looked_up(backend: str, distribution: Distribution) -> None:
     generator = np.random.default_rng(9)
     table = weights_of(generator, 9 * 50, torch.float16).view(9, 50)
-    rows = torch.tensor([8, 0, 3, 3])
+    rows = torch.tensor([[8, 0, 3, 3], [5, 5, 1, 8]])
     commits = [
         Commit(np.array([7], np.uint64), np.array([eps], np.float32), 5) for eps in (1e-3, -1e-3)
     ]
-    outs = list(torch.empty(2, 4, 50, dtype=torch.float16))
+    outs = torch.empty(2, 4, 50, dtype=torch.float16)
     operands = Operands(3, distribution, Rounding.STOCHASTIC)
-    with devices.finite_results():
-        devices.apply_fan(outs, table, commits, operands, rows)
-    for out, commit in zip(outs, commits, strict=True):
-        assert_same_bits(out, specified(table, [commit], operands)[rows])
+    points = devices.Points(CPU, commits)
+    with devices.finite_results() as results:
+        look_up = devices.prepared_look_up(outs, table, operands, rows, points, results)
+        look_up()
+    for out, own, commit in zip(outs, rows, commits, strict=True):
+        assert_same_bits(out, specified(table, [commit], operands)[own])
     for unknown in (9, -1, 2**40):
+        rows[0, 1] = unknown
         with (
             pytest.raises(NumericError, match="Tensor 3: a row was looked up"),
-            devices.finite_results(),
+            devices.finite_results(results),
         ):
-            devices.apply_fan(outs, table, commits, operands, torch.tensor([1, unknown, 2, 2]))
+            look_up()
 
 
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
@@ -333,14 +336,19 @@ def test_a_device_without_kernels_is_named_once(caplog: pytest.LogCaptureFixture
 
 def test_tables_are_uploaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, interpreted())
-    uploads: list[torch.Tensor] = []
-    plain: Callable[..., torch.Tensor] = devices._uploaded
+    uploads: list[str] = []
 
-    def counted(*arguments: Any) -> torch.Tensor:
-        uploads.append(plain(*arguments))
-        return uploads[-1]
+    def count(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
 
-    monkeypatch.setattr(devices, "_uploaded", counted)
+        def counted(*arguments: Any) -> Any:
+            uploads.append(name)
+            return plain(*arguments)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(devices, "_uploaded")
+    count(devices.Points, "_write")
     commits = [commit_of(np.random.default_rng(k), 1) for k in range(2)]
     with devices.finite_results():
         for tensor_id in range(3):

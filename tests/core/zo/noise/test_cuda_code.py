@@ -21,7 +21,7 @@ def code(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     pytest.importorskip("triton", reason="Triton is not installed: nothing compiles the kernels")
     script = "benchmarks/engine/cuda_code.py"
     done = subprocess.run(
-        [sys.executable, script, "--json", "--arch", str(request.param), "--kernels", "5"],
+        [sys.executable, script, "--json", "--arch", str(request.param), "--kernels", "6"],
         cwd=ROOT,
         env={
             **os.environ,

@@ -1,0 +1,139 @@
+"""Recorded passes give the losses of plain ones, or are not used, which one warning says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from fedmezo_core.zo.data.task import Task
+from fedmezo_core.zo.estimator import Estimator, Pair
+from fedmezo_core.zo.forward.graphs import Graphs, Recorder, padded_length
+from fedmezo_core.zo.model.manifest import manifest_of
+from fedmezo_core.zo.noise import Distribution, Rounding
+from tests.core.zo.forward.frozen_parts import EPS, LOCAL, batch_of, losses_of, task_of
+from tests.core.zo.forward.test_prepared import on_a_device
+
+LOCAL_PAIRS: list[list[Pair]] = [[], LOCAL, [(3, 0.01), (4, 0.01)], [(k, 0.01) for k in (5, 6)]]
+
+
+class Replays:
+    """Records a pass by keeping what computes it, in the memory that it was recorded with."""
+
+    def __init__(self, *, stale: bool = False, fails: bool = False) -> None:
+        self.records = self.replays = 0
+        self._stale, self._fails = stale, fails
+
+    def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
+        self.records += 1
+        if self._fails:
+            raise torch.OutOfMemoryError("no room for another shape")
+        result = work().clone()
+
+        def replay() -> None:
+            self.replays += 1
+            if not self._stale:
+                with torch.inference_mode():
+                    result.copy_(work())
+
+        return replay, result
+
+
+def measured(
+    model: nn.Module,
+    task: Task,
+    recorder: Recorder | None,
+    distribution: Distribution = Distribution.RADEMACHER,
+    rows: Sequence[int] = (4, 4, 4, 4),
+) -> list[float]:
+    """The losses of a few measurements, one after the other, at seeds of their own."""
+    estimator = Estimator(
+        model, manifest_of(model), task, distribution=distribution, rounding=Rounding.STOCHASTIC,
+        threads=1, recorder=recorder,
+    )  # fmt: skip
+    losses: list[float] = []
+    for seed, (local, count) in enumerate(zip(LOCAL_PAIRS, rows, strict=True)):
+        batch = batch_of(task, count)
+        order = [(seed + k) % count for k in range(count)]
+        batch = task.collate([batch.examples[k] for k in order], batch.name)
+        losses += losses_of(estimator.measure(batch, local, [99 + seed], EPS))
+    return losses
+
+
+@pytest.mark.parametrize("kind", ["classification", "instruction"])
+@pytest.mark.parametrize(
+    ("architecture", "distribution"),
+    [
+        ("llama", Distribution.RADEMACHER),
+        ("gpt2", Distribution.RADEMACHER),
+        ("qwen2", Distribution.LOW_RANK_1),
+        ("mixtral", Distribution.RADEMACHER),
+    ],
+)
+def test_losses_are_those_of_plain_launches(
+    architecture: str,
+    distribution: Distribution,
+    kind: str,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Padding changes nothing; the pass is recorded once, and replayed at other seeds and rows."""
+    model, task, recorder = model_of(architecture), task_of(tokenizer, kind), Replays()
+    expected = measured(model, task, None, distribution)
+    with on_a_device():
+        assert measured(model, task, recorder, distribution) == pytest.approx(expected, rel=3e-6)
+    # The first measurement has no local pairs, so its low-rank launches are others.
+    assert (recorder.records, recorder.replays) == ((1, 2) if not distribution.rank else (1, 1))
+    assert not [record for record in caplog.records if "not recorded" in record.message]
+
+
+@pytest.mark.parametrize(
+    "recorder", [Replays(stale=True), Replays(fails=True)], ids=["stale", "fails"]
+)
+def test_what_cannot_be_recorded_is_launched_plainly(
+    recorder: Replays,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The same bits as by recordings, and one warning."""
+    model, task = model_of("llama"), task_of(tokenizer)
+    with on_a_device():
+        expected = measured(model, task, Replays())
+        assert measured(model, task, recorder) == expected
+    [warning] = [record for record in caplog.records if "not recorded" in record.message]
+    assert ("no room" if recorder._fails else "other losses") in warning.message
+    assert recorder.records == 1
+
+
+def test_few_recordings_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Those of the shapes that came last."""
+    recorder = Replays()
+    graphs, batch = Graphs(recorder), batch_of(task_of(tokenizer), 1)
+
+    def work(rows: object) -> torch.Tensor:
+        return torch.zeros(1, dtype=torch.float64)
+
+    for _ in range(3):
+        for tokens in range(100, 117):
+            graphs.run(None, batch.padded(tokens), work)
+    assert recorder.records == 0, "one shape more than are kept, in turns"
+    for _ in range(2):
+        graphs.run(None, batch.padded(116), work)
+    assert (recorder.records, recorder.replays) == (1, 1)
+    assert graphs.active
+    graphs.run("another model", replace(batch, name="other"), work)
+    assert recorder.records == 1
+
+
+def test_lengths_are_few_and_little_larger() -> None:
+    lengths = [padded_length(tokens) for tokens in range(1, 2049)]
+    assert all(
+        0 < length - tokens <= max(8, tokens / 8) for tokens, length in enumerate(lengths, 1)
+    )
+    assert len(set(lengths)) < 50

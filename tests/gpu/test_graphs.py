@@ -1,0 +1,55 @@
+"""CUDA graphs of whole passes on a real GPU: the losses of plain launches, bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import NoReturn
+
+import pytest
+import torch
+
+from benchmarks.engine.subjects import LLAMA_TINY, Subject, llama
+from fedmezo_core.zo.estimator import Estimator, Measurement
+from fedmezo_core.zo.forward.graphs import CudaGraphs
+from fedmezo_core.zo.noise import Distribution
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="needs a CUDA device and compiled kernels; run make test-gpu where there is one",
+)
+
+
+class Refuses:
+    """Records nothing, so that passes are plain launches on the same padded batches."""
+
+    def record(self, work: Callable[[], torch.Tensor]) -> NoReturn:
+        raise RuntimeError("nothing is recorded")
+
+
+def _measured(subject: Subject, estimator: Estimator) -> list[Measurement]:
+    """Several measurements of one shape at other seeds, local pairs and tokens."""
+    found = []
+    for number in range(6):
+        batch = subject.batch(20 + number % 3)
+        local = [(90 + number, 0.01)]
+        found += estimator.measure(batch, local, [10 * number + 1, 10 * number + 2], 1e-2)
+    return found
+
+
+@pytest.mark.parametrize("distribution", [Distribution.RADEMACHER, Distribution.LOW_RANK_1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recorded_passes(
+    dtype: torch.dtype, distribution: Distribution, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = llama(LLAMA_TINY, torch.device("cuda", 0), dtype)
+    recorded = subject.estimator(distribution, one_sided=True)
+    plain = subject.estimator(distribution, one_sided=True, recorder=Refuses())
+    assert recorded._graphs is not None
+    assert isinstance(recorded._graphs._recorder, CudaGraphs)
+    with caplog.at_level(logging.WARNING):
+        measured = _measured(subject, recorded)
+    assert recorded._graphs.active, caplog.text
+    assert measured == _measured(subject, plain)
+    assert any(recording.trusted for recording in recorded._graphs._recordings.values())
