@@ -258,6 +258,8 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
             "one-sided, 6 probes, 196 forwards": "two-sided MeZO, 1000 forwards",
         },
         goals={
+            "one-sided, 6 probes, 196 forwards: held-out accuracy, behind "
+            "two-sided MeZO, 1000 forwards": "at most 0",
             "two-sided MeZO, 1000 forwards ÷ one-sided, 6 probes, 196 forwards: "
             "rows through the model": "at least 5",
         },
