@@ -146,8 +146,8 @@ def train(
         parameter.requires_grad_(True)
     try:
         for batch in batches:
-            with nullcontext() if row_states is None else row_states.known(batch):
-                loss = differentiable_loss(party, batch)
+            with nullcontext(batch) if row_states is None else row_states.known(batch) as computed:
+                loss = differentiable_loss(party, computed)
             if not torch.isfinite(loss):
                 raise MeasurementError(f"The loss is {loss.item()} on the batch of {batch.name}.")
             torch.autograd.backward([loss])

@@ -93,6 +93,27 @@ def test_kept_row_states_only_save_time(
     assert losses[0][1] < losses[0][0] - 1e-3
 
 
+def test_it_computes_only_what_follows_the_kept_states(
+    tmp_path: Path, data_files: list[Path]
+) -> None:
+    """A run that trains the last MLP alone needs one position of a row."""
+    save_model(tmp_path / "model", layers=4)
+    lora = LORA | {"target_modules": ["h.3.mlp.c_proj"]}
+    party = party_of(tmp_path / "model", lora=lora, dtype="float32")
+    model = party.loaded.model
+    states = RowStates(model, party.loaded.manifest, party.task, SpooledRows(1 << 20))
+    dataset = party.task.encode(read_examples(data_files[0], COLUMNS))
+    batch = open_batches(party, dataset, "w1").batch(1, 0)
+    train(party, FirstOrder(learning_rate=1e-3), [batch], states)
+    seen: list[int] = []
+    inner: Any = model.get_base_model()  # type: ignore[operator]
+    with inner.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["input_ids"].shape[1]), with_kwargs=True
+    ):
+        train(party, FirstOrder(learning_rate=1e-3), [batch], states)
+    assert seen == [1]
+
+
 def test_workers_count_equally_or_by_their_rows(model_folder: Path, data_files: list[Path]) -> None:
     """A round is the weighted mean of what each worker would have made of the base alone."""
     rows = {

@@ -634,25 +634,44 @@ def target_logits(model: nn.Module, batch: Batch) -> Iterator[tuple[Places, torc
     Yields places among the batch's targets, and the logits [places, vocabulary] there. The head
     computes only positions that have a target, in slices of bounded size. If the head or the
     decoder cannot be told apart from the rest, or is perturbed in this pass, the logits of all
-    positions, padding too, are computed at once, and come row by row. So they do on a GPU if they
-    fit a slice: looking for targets would wait for the device.
+    positions, padding too, are computed at once, and come row by row. So they do if the model
+    cannot do with the logits of a slice, and on a GPU if they fit one: looking for targets would
+    wait for the device.
     """
     response_tokens = batch.targets.shape[1]
     head, decoder = _plain_head(model), _decoder(model)
     device = batch.targets.device
     fits = device.type != "cpu" and _fit_a_slice(model, batch.targets.numel(), device)
     if head is None or decoder is None or fits:
-        # The logits at one position predict the next token.
-        logits = logits_of(model, batch, response_tokens + 1)[:, :-1]
-        yield from (((row, slice(None)), own) for row, own in enumerate(logits))
+        yield from _by_row(model, batch)
         return
     rows, columns = (batch.targets != _IGNORED).nonzero(as_tuple=True)
     length = max(1, _slice_elements(device) // head.out_features)
     results: list[Any] = []
     for places in zip(torch.split(rows, length), torch.split(columns, length), strict=True):
-        with computing(decoder, _only_once(results)), computing(head, _at(places, response_tokens)):
-            logits = _logits(model, batch, response_tokens + 1)
+        logits = None
+        with computing(decoder, _only_once(results)):
+            try:
+                with computing(head, _at(places, response_tokens)):
+                    logits = _logits(model, batch, response_tokens + 1)
+            except (RuntimeError, ValueError, IndexError):
+                if not results:
+                    raise
+            if logits is None or logits.shape[:2] != (1, len(places[0])):
+                # The model reshapes its logits, or multiplies by its head's weights itself.
+                by_row = list(_by_row(model, batch))
+                break
         yield places, logits[0]
+    else:
+        return
+    yield from by_row
+
+
+def _by_row(model: nn.Module, batch: Batch) -> Iterator[tuple[Places, torch.Tensor]]:
+    """Logits as `target_logits` yields them, of all positions, which are computed at once."""
+    # The logits at one position predict the next token.
+    logits = logits_of(model, batch, batch.targets.shape[1] + 1)[:, :-1]
+    yield from (((row, slice(None)), own) for row, own in enumerate(logits))
 
 
 def _slice_elements(device: torch.device) -> int:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutput
 
 from fedmezo_core.config import COLUMN_USES_MAX, TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
@@ -395,6 +396,34 @@ def test_slices_of_the_head_give_the_losses_of_the_whole(
             assert (outcome.correct_count, outcome.target_count) == (correct, targets)
             # No position without a target is computed, nor more than a slice at a time.
             assert (sum(seen), max(seen)) == (targets, length)
+
+
+@pytest.mark.parametrize("way", ["reshapes its logits", "multiplies by its head's weights"])
+def test_a_model_that_cannot_do_with_a_slice_of_its_logits_gives_the_same_losses(
+    way: str, tokenizer: PreTrainedTokenizerBase, model_of: Callable[..., nn.Module]
+) -> None:
+    model: Any = model_of("llama")
+    task = Task(_instruction(), tokenizer, 384)
+    batch = task.collate(task.encode(_answers()).examples, "b")
+    wanted = task.row_losses(model, batch)
+    passes: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if way == "reshapes its logits":
+            result = plain(*args, **kwargs)
+            result.logits = result.logits.view(*kwargs["input_ids"].shape[:1], -1, 384)
+            return result
+        hidden = model.model(kwargs["input_ids"], attention_mask=kwargs["attention_mask"])
+        return CausalLMOutput(logits=functional.linear(hidden[0], model.lm_head.weight))
+
+    model.forward = forward
+    losses = task.row_losses(model, batch)
+    assert losses.tolist() == pytest.approx(wanted.tolist(), rel=1e-5)
+    assert len(passes) == 1, "what comes before the head is computed once"
+    assert not [module for module in model.modules() if "forward" in vars(module)][1:]
 
 
 # ---------------------------------------------------------------------- batches
