@@ -155,9 +155,9 @@ def one_minus_token_f1(predictions: Predictions) -> float:
     """1 - token F1: how many words the generated texts share with the right answers, on average.
 
     The words of a text are what white space separates, in lower case and without punctuation around
-    them. A row's F1 is twice the number of shared words over the number of words in both texts, as
-    for SQuAD (Rajpurkar et al. 2016), whose articles count here. Raises `ValueError` if no text was
-    generated, because `generated_tokens_max` is 0.
+    them. A row's F1 is twice the number of shared words over the number of words in both texts. It
+    is SQuAD's (Rajpurkar et al. 2016), but the words a, an and the count here. Raises `ValueError`
+    if no text was generated, because `generated_tokens_max` is 0.
     """
     if not predictions.texts:
         raise ValueError("no text was generated: set generated_tokens_max above 0")

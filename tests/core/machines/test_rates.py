@@ -216,6 +216,22 @@ def test_a_round_whose_losses_are_known_may_gain_more_where_there_is_more_to_gai
     assert factor(None, task=classes) == factor(math.log(5))
 
 
+@given(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.sampled_from([1e-30, 1.0, 1e4]),
+    st.sampled_from([1, 2, 40, 200]),
+)
+def test_a_false_loss_moves_the_factor_at_most_between_1_and_that_of_directions_alone(
+    loss: float, size: float, answers: int
+) -> None:
+    grads = [[size]] * answers
+    same: dict[str, Any] = {"probes": 1, "local_steps": 1, "report_losses": True}
+    alike = step_of(grads, **same)
+    factor = factor_of(step_of(grads, losses=loss, rate_directions=64, **same), alike)
+    assert min(1, answers / 64) <= factor * 1.00001
+    assert factor <= max(1, answers / 64) * 1.00001
+
+
 @pytest.mark.parametrize(
     ("policy", "directions"), [("per_worker", 6), ("shared", 2), ("pool", 4 / 2)]
 )
