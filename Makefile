@@ -124,7 +124,7 @@ check-proto: setup
 bench: setup  ## replay, measuring, memory and catch-up beside plain torch; build/reports/bench.json
 	$(BIN)/python -m benchmarks.bench
 
-bench-gpu: setup  ## the same on a CUDA device, with its roofline; build/reports/bench-gpu.json
+bench-gpu: setup  ## `make bench` on a CUDA device, with its roofline; build/reports/bench-gpu.json
 	$(BIN)/python -m benchmarks.bench_gpu
 
 bench-host: setup  ## host time of a GPU's measurement, without a GPU (1 minute); build/reports/bench-host.json

