@@ -17,6 +17,7 @@ computed from the model's predictions on a batch.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ from fedmezo_core.zo.forward.graphs import (
 from fedmezo_core.zo.forward.guard import DirectReadError
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.model.manifest import Manifest
-from fedmezo_core.zo.model.modules import loss_tolerance
+from fedmezo_core.zo.model.modules import computing_elements, loss_tolerance
 from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.objectives import Predictions
 
@@ -62,6 +63,14 @@ PASS_TOKENS_MAX: Final = 1 << 11
 The frozen part is computed once per batch, so small passes cost nothing and their activations are a
 few per cent of inference's memory. A pass has at least 2 points. A GPU is faster with more tokens.
 """
+
+GROUP_TOKENS: Final = 16
+"""What a group of rows costs beside its own tokens and padding, in tokens of each point: passes of
+fewer rows are a little slower, and each group builds the weights anew."""
+SAVED_SHARE_MIN: Final = 0.125
+"""Least share of a batch's work that groups must save."""
+BUILT_SHARE_MAX: Final = 0.1
+"""Building weights is little work if so few are trained, for each that computes behind the cut."""
 
 Result = TypeVar("Result")
 Pair = tuple[int, float]
@@ -118,7 +127,12 @@ class Estimator:
         self._objective = objective
         self._row_states = row_states
         self._before_pass = before_pass
-        self._builds_weights = not distribution.rank
+        self._built_share = (
+            0.0
+            if distribution.rank
+            else manifest.element_count / max(1, computing_elements([model]))
+        )
+        """The share of the model's parameters that are built for each point of a pass."""
         self._forward = Forward(
             model, manifest, distribution=distribution, rounding=rounding, threads=threads
         )
@@ -171,11 +185,51 @@ class Estimator:
         """The loss at every point, in as few passes over the model as it allows."""
         if self._together is None:
             self._together = self._can_share_a_pass(batch, points[:2])
+        try:
+            return self._grouped_losses(batch, points)
+        except InseparableError as error:
+            self._go_singly(f"{error}")
+            return self._losses(batch, points)
+
+    def _grouped_losses(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
+        """The loss at every point, from groups of rows of which little is padding."""
         rest, known = self._begun(batch)
+        groups = self._groups(rest)
+        if len(groups) == 1:
+            return self._begun_losses(rest, known, points)
+        losses, device = [0.0] * len(points), batch.input_ids.device
+        whole = self._task.target_count(batch.examples)
+        for rows in groups:
+            part = self._task.collate([batch.examples[row] for row in rows], batch.name, device)
+            share = self._task.target_count(part.examples) / whole
+            own = self._begun_losses(*self._begun(part), points)
+            losses = [loss + share * mean for loss, mean in zip(losses, own, strict=True)]
+        return losses
+
+    def _groups(self, batch: Batch) -> list[list[int]]:
+        """The rows of what passes compute, in groups of similar length with the least work.
+
+        There is one group, of all rows in their order, if several would save less than
+        `SAVED_SHARE_MIN`, or if passes don't begin behind most of a model on a CPU.
+        """
+        whole = [list(range(len(batch.examples)))]
+        on_cpu = batch.input_ids.device.type == "cpu"
+        if not (self._together and on_cpu and self._is_small and self._objective is None):
+            return whole
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        groups = groups_of(lengths)
+        work = sum(len(rows) * max(lengths[row] for row in rows) for rows in groups)
+        saves = work + GROUP_TOKENS * len(groups) <= (1 - SAVED_SHARE_MIN) * batch.input_ids.numel()
+        return groups if saves else whole
+
+    def _begun_losses(
+        self, rest: Batch, known: Sequence[FrozenResult], points: Sequence[Commit]
+    ) -> list[float]:
+        """The loss at every point on `rest`, in passes that begin with `known`."""
         length = self._points_max(rest, len(points)) if self._together else 1
         measure = self._task_losses if self._objective is None else self._scores
         losses: list[float] = []
-        keeps = self._together and length < len(points)
+        keeps = bool(self._together) and length < len(points)
         if self._graphs is not None and self._objective is None and not (keeps or known):
             rows, tokens = rest.input_ids.shape
             padded, copies = padded_length(tokens), min(length, len(points))
@@ -183,14 +237,16 @@ class Estimator:
             if fits and not self._task.is_sliced(self._model, rest, copies):
                 rest = rest.padded(padded)
                 measure = functools.partial(self._recorded_losses, self._graphs)
-        try:
-            with self._forward.frozen.holding(known, keeps=keeps):
-                for first in range(0, len(points), length):
-                    losses += measure(rest, points[first : first + length])
-        except InseparableError as error:
-            self._go_singly(f"{error}")
-            return self._losses(batch, points)
+        with self._forward.frozen.holding(known, keeps=keeps):
+            for first in range(0, len(points), length):
+                losses += measure(rest, points[first : first + length])
         return losses
+
+    @property
+    def _is_small(self) -> bool:
+        """Whether passes begin behind most of the model, and build few of the weights behind it."""
+        share = self._forward.frozen.share
+        return share >= FROZEN_SHARE_MIN and self._built_share <= BUILT_SHARE_MAX * (1.0 - share)
 
     def _begun(self, batch: Batch) -> tuple[Batch, Sequence[FrozenResult]]:
         """What passes have to compute, and what they begin with (see `RowStates.begun`).
@@ -204,7 +260,7 @@ class Estimator:
 
     def _points_max(self, batch: Batch, count: int) -> int:
         """Most points in a pass. No small pass has a single one, which would compute all anew."""
-        if self._builds_weights or self._forward.frozen.share < FROZEN_SHARE_MIN:
+        if not self._is_small:
             return POINTS_MAX
         most = min(max(2, self._pass_tokens_max // batch.input_ids.numel()), FROZEN_POINTS_MAX)
         lengths = (*range(most, 1, -1), most + 1, most + 2)
@@ -320,6 +376,29 @@ class Estimator:
             type(self._model).__name__,
             reason,
         )
+
+
+def groups_of(lengths: Sequence[int]) -> list[list[int]]:
+    """The rows of these `lengths`, in groups that take the least work when each is padded.
+
+    A group takes its rows times the longest of them, and `GROUP_TOKENS`. Groups come shortest rows
+    first, and rows of one length in their order.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    ends = [*(lengths[row] for row in order)]
+    # The best way to group the first rows ends before a row of another length.
+    cuts = [n for n in range(len(order)) if n == 0 or ends[n] > ends[n - 1]] + [len(order)]
+    best: dict[int, tuple[int, list[int]]] = {0: (0, [])}
+    for last in cuts[1:]:
+        work = [
+            (best[first][0] + (last - first) * ends[last - 1] + GROUP_TOKENS, first)
+            for first in cuts
+            if first < last
+        ]
+        least, first = min(work)
+        best[last] = least, [*best[first][1], first]
+    firsts = best[len(order)][1]
+    return [order[a:b] for a, b in itertools.pairwise([*firsts, len(order)])]
 
 
 def _commit(pairs: Sequence[Pair], rounding_seed: int) -> Commit:

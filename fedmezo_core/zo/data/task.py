@@ -398,12 +398,16 @@ class Task:
     def means(self, row_losses: Sequence[float], batch: Batch, copies: int) -> list[float]:
         """The mean loss of each of the `copies` that `batch` consists of, from `row_losses`."""
         rows = len(row_losses) // copies
-        targets = rows
-        if self.config.kind != "classification":
-            targets = sum(len(example.response) for example in batch.examples[:rows])
+        targets = self.target_count(batch.examples[:rows])
         return [
             sum(row_losses[copy * rows : (copy + 1) * rows]) / targets for copy in range(copies)
         ]
+
+    def target_count(self, examples: Sequence[EncodedExample]) -> int:
+        """What a mean loss over `examples` is over: rows, or response tokens (instruction)."""
+        if self.config.kind == "classification":
+            return len(examples)
+        return sum(len(example.response) for example in examples)
 
     @torch.inference_mode()
     def row_losses(self, model: nn.Module, batch: Batch) -> torch.Tensor:

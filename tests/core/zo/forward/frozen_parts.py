@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -83,21 +84,29 @@ def losses_of(measured: Sequence[Measurement]) -> list[float]:
     return [loss for m in measured for loss in (m.loss_plus, m.loss_other)]
 
 
-class RowsSeen:
-    """How many rows each call of a module has seen."""
+class ShapesSeen:
+    """The shape of what each call of a module has seen."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.seen: list[int] = []
+        self._seen: list[torch.Size] = []
         kind: Any = type(module)
         plain = kind.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             first = args[0] if args else next(iter(kwargs.values()))
-            self.seen.append(len(first))
+            self._seen.append(first.shape)
             return plain(module, *args, **kwargs)
 
         module.__dict__["forward"] = forward
 
-    def taken(self) -> list[int]:
-        seen, self.seen = self.seen, []
+    def shapes(self) -> list[torch.Size]:
+        """Those since the call before."""
+        seen, self._seen = self._seen, []
         return seen
+
+
+class RowsSeen(ShapesSeen):
+    """How many rows each call of a module has seen."""
+
+    def taken(self) -> list[int]:
+        return [shape[0] for shape in self.shapes()]

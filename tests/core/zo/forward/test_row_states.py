@@ -18,8 +18,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig
+from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo.data.held_out import evaluate
-from fedmezo_core.zo.data.task import Batch, Dataset, Task
+from fedmezo_core.zo.data.task import Batch, Dataset, EncodedExample, Task
+from fedmezo_core.zo.estimator import groups_of
 from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore, SpooledRows
 from fedmezo_core.zo.model.loading import add_adapter
@@ -31,6 +33,7 @@ from tests.core.zo.forward.frozen_parts import (
     EPS,
     LOCAL,
     RowsSeen,
+    ShapesSeen,
     batch_of,
     estimator_on,
     last_layer,
@@ -120,6 +123,82 @@ def test_behind_the_last_attention_only_positions_that_the_loss_reads_are_comput
         )
         assert ours == pytest.approx(theirs, rel=1e-5)
         assert len(set(ours)) == 4, "the perturbation shows"
+
+
+@pytest.mark.parametrize("distribution", [Distribution.LOW_RANK_1, Distribution.RADEMACHER])
+@pytest.mark.parametrize("task_kind", ["classification", "instruction"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rows_of_many_lengths_are_computed_in_groups_with_little_padding(
+    kind: str,
+    task_kind: str,
+    distribution: Distribution,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(estimator_module, "FROZEN_SHARE_MIN", 0.1)
+    monkeypatch.setattr(estimator_module, "BUILT_SHARE_MAX", 1.0)
+    model = model_of(kind)
+    [layer] = (each for name, each in model.named_modules() if name.endswith(last_layer(kind)))
+    seen = ShapesSeen(layer)
+    manifest = manifest_of(model, train=[last_layer(kind)])
+    task = task_of(tokenizer, task_kind)
+    row_states = _row_states(model, manifest, task)
+    grouped, from_states, whole = (
+        estimator_on(model, manifest, task, distribution, once=once, row_states=states)
+        for once, states in ((True, None), (True, row_states), (False, None))
+    )
+    drawn = random.Random(5)
+    for count in (1, 2, 7, 16):
+        examples = [
+            EncodedExample(
+                tuple(drawn.choices(range(384), k=drawn.randint(1, 48))),
+                tuple(drawn.choices(range(384), k=drawn.randint(1, 12)))
+                if task_kind == "instruction"
+                else (),
+                drawn.randint(0, 1) if task_kind == "classification" else -1,
+            )
+            for _ in range(count)
+        ]
+        batch = task.collate(examples, "the test")
+        theirs = losses_of(whole.measure(batch, LOCAL, SEEDS, EPS))
+        for estimator in (grouped, from_states):
+            estimator.measure(batch, LOCAL, SEEDS, EPS)
+            seen.shapes()
+            ours = losses_of(estimator.measure(batch, LOCAL, SEEDS, EPS))
+            assert ours == pytest.approx(theirs, rel=1e-5)
+            assert ours == losses_of(estimator.measure(batch, LOCAL, SEEDS, EPS))
+            # Two measurements of four points.
+            tokens, padded = int(batch.attention_mask.sum()), batch.input_ids.numel()
+            taken = sum(rows * length for rows, length, _ in seen.shapes())
+            assert 8 * tokens <= taken <= 8 * padded
+            assert count < 16 or taken < 8 * (1 - estimator_module.SAVED_SHARE_MIN) * padded
+        alike = task.collate(examples[:1] * count, "the test")
+        seen.shapes()
+        grouped.measure(alike, LOCAL, SEEDS, EPS)
+        assert {shape[0] % count for shape in seen.shapes()} == {0}, "all rows in each pass"
+
+
+def test_groups_of_rows_take_the_least_work() -> None:
+    drawn = random.Random(3)
+
+    def work(groups: list[list[int]], lengths: list[int]) -> int:
+        return sum(
+            len(rows) * max(lengths[row] for row in rows) + estimator_module.GROUP_TOKENS
+            for rows in groups
+        )
+
+    for _ in range(50):
+        lengths = [drawn.choice((3, 9, 20, 21, 40, 64)) for _ in range(drawn.randint(1, 9))]
+        groups = groups_of(lengths)
+        assert sorted(row for rows in groups for row in rows) == list(range(len(lengths)))
+        order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+        ways = (
+            [order[a:b] for a, b in itertools.pairwise([0, *cuts, len(order)])]
+            for count in range(len(order))
+            for cuts in itertools.combinations(range(1, len(order)), count)
+        )
+        assert work(groups, lengths) == min(work(way, lengths) for way in ways)
 
 
 @pytest.mark.parametrize("trained", ["self_attn.q_proj", "self_attn.v_proj"])
