@@ -12,6 +12,7 @@ plain launches go on.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
@@ -46,21 +47,50 @@ class CudaGraphs:
     """Records CUDA graphs, which share the memory of what they compute in between."""
 
     def __init__(self) -> None:
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        """Graphs that use the shared memory; when the last one is gone, torch gives it up."""
         self._pool: Any = None
+        self._stream: Any = None
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
         """As `Recorder` says. `work` has run before, so nothing is compiled now."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        if not self._alive:
+            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # torch's own is on the first device that recorded
         try:
             # Other threads may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 result = work()
         except Exception:
             # A recording that fails leaves the thread on the stream that it was made on.
             torch.cuda.set_stream(stream)
+            _end_failed_recording(stream.device_index, self._pool)
             raise
-        self._pool = graph.pool()
+        self._alive.add(graph)
         return graph.replay, result
+
+
+def _end_failed_recording(device: int, pool: Any) -> None:
+    """Tell torch's allocator that nothing is recorded into `pool` any longer.
+
+    Where an operation waited for the device, torch leaves that out. From then on it could free no
+    cached memory: `empty_cache` would fail, and so would allocations that need it.
+    """
+    ends = [
+        getattr(torch._C, name, None)
+        for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # torch 2.6
+    ]
+    for end in filter(None, ends):
+        try:
+            end(device, pool)
+        except RuntimeError:
+            return  # torch has done it
+        torch._C._cuda_releasePool(device, pool)
+        return
 
 
 @dataclass(eq=False)

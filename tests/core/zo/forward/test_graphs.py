@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.estimator import Estimator, Pair
-from fedmezo_core.zo.forward.graphs import Graphs, Recorder, padded_length
+from fedmezo_core.zo.forward.graphs import CudaGraphs, Graphs, Recorder, padded_length
 from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.noise import Distribution, Rounding
 from tests.core.zo.forward.frozen_parts import EPS, LOCAL, batch_of, losses_of, task_of
@@ -129,6 +133,96 @@ def test_few_recordings_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
     assert graphs.active
     graphs.run("another model", replace(batch, name="other"), work)
     assert recorder.records == 1
+
+
+class Driver:
+    """Torch's part of recording CUDA graphs: which memory is given up when, as torch has it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.users: dict[int, int] = {}
+        """Graphs that use a pool."""
+        self.recording: list[int] = []
+        """Pools that are recorded into, as torch's allocator believes."""
+        self.stream = "plain"
+        self.waits = False
+        """Whether what is recorded waits for the device, which ends a recording."""
+        driver, handles = self, itertools.count(1)
+
+        class Graph:
+            pool = 0
+
+            def replay(self) -> None:
+                pass
+
+            def __del__(self) -> None:
+                driver.release(0, self.pool)
+
+        @contextmanager
+        def graph(own: Graph, pool: int, stream: str, capture_error_mode: str) -> Iterator[None]:
+            assert self.users.setdefault(pool, 1) > 0, "a pool that was given up"
+            self.users[pool] += pool in [graph.pool for graph in self.alive]
+            self.recording.append(pool)
+            self.stream = stream
+            yield
+            if self.waits:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.recording.remove(pool)
+            self.stream, own.pool = "plain", pool
+            self.alive.add(own)
+
+        self.alive: weakref.WeakSet[Graph] = weakref.WeakSet()
+        streams = {
+            "current_stream": lambda: SimpleNamespace(device_index=0),
+            "set_stream": lambda stream: setattr(self, "stream", "plain"),
+            "Stream": lambda: "ours",
+        }
+        for name, value in streams.items():
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", graph)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        patch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
+
+    def end(self, device: int, pool: int) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    def release(self, device: int, pool: int) -> None:
+        if pool:
+            self.users[pool] -= 1
+
+
+def test_recordings_share_memory_until_all_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives up the memory with its last graph, and refuses to record into it again."""
+    driver, graphs = Driver(monkeypatch), CudaGraphs()
+    first, second = graphs.record(lambda: torch.zeros(1)), graphs.record(lambda: torch.zeros(1))
+    assert driver.users == {1: 2}
+    del first
+    third = graphs.record(lambda: torch.zeros(1))
+    assert driver.users == {1: 2}
+    del second, third
+    last = graphs.record(lambda: torch.zeros(1))
+    assert driver.users == {1: 0, 2: 1}
+    del last
+
+
+def test_a_recording_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the stream nor torch's allocator, which could free nothing while it records."""
+    driver, graphs = Driver(monkeypatch), CudaGraphs()
+
+    def work() -> torch.Tensor:
+        driver.waits = True
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.record(work)
+    assert (driver.stream, driver.recording, driver.users) == ("plain", [], {1: 0})
+    driver.waits = False
+    kept = graphs.record(lambda: torch.zeros(1))
+    assert driver.users == {1: 0, 2: 1}
+    del kept
 
 
 def test_lengths_are_few_and_little_larger() -> None:
