@@ -40,7 +40,7 @@ from fedmezo_core.zo.forward.graphs import (
     RECORDED_TOKENS_MAX,
     Graphs,
     Recorder,
-    padded_length,
+    padded,
     recorder_for,
 )
 from fedmezo_core.zo.forward.guard import DirectReadError
@@ -177,11 +177,10 @@ class Estimator:
         losses: list[float] = []
         keeps = self._together and length < len(points)
         if self._graphs is not None and self._objective is None and not (keeps or known):
-            rows, tokens = rest.input_ids.shape
-            padded, copies = padded_length(tokens), min(length, len(points))
-            fits = copies * rows * padded <= RECORDED_TOKENS_MAX
-            if fits and not self._task.is_sliced(self._model, rest, copies):
-                rest = rest.padded(padded)
+            longer, copies = padded(rest), min(length, len(points))
+            fits = copies * longer.input_ids.numel() <= RECORDED_TOKENS_MAX
+            if fits and not self._task.is_sliced(self._model, longer, copies):
+                rest = longer
                 measure = functools.partial(self._recorded_losses, self._graphs)
         try:
             with self._forward.frozen.holding(known, keeps=keeps):

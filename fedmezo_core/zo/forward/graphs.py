@@ -58,7 +58,8 @@ class CudaGraphs:
         if not self._alive:
             self._pool = torch.cuda.graph_pool_handle()
         if self._stream is None:
-            self._stream = torch.cuda.Stream()  # torch's own is on the first device that recorded
+            # Torch's own is on the first device that recorded anything.
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         try:
             # Other threads may use the device meanwhile.
             with torch.cuda.graph(
@@ -178,6 +179,15 @@ def recorder_for(model: nn.Module) -> Recorder | None:
     if len(places) != 1 or next(iter(places)).type != "cuda":
         return None
     return None if devices.kernels(next(iter(places))) is None else CudaGraphs()
+
+
+def padded(batch: Batch) -> Batch:
+    """`batch` with more padding, so that few shapes come, each of which is recorded once."""
+    tokens, response_tokens = padded_length(batch.input_ids.shape[1]), batch.targets.shape[1]
+    if response_tokens:
+        # A token's logits come from the position before it.
+        response_tokens = min(padded_length(response_tokens), tokens - 1)
+    return batch.padded(tokens, response_tokens)
 
 
 def padded_length(tokens: int) -> int:

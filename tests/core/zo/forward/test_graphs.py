@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.zo.data.task import Task
+from fedmezo_core.zo.data.task import EncodedExample, Task
 from fedmezo_core.zo.estimator import Estimator, Pair
-from fedmezo_core.zo.forward.graphs import CudaGraphs, Graphs, Recorder, padded_length
+from fedmezo_core.zo.forward.graphs import CudaGraphs, Graphs, Recorder, padded, padded_length
 from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.noise import Distribution, Rounding
 from tests.core.zo.forward.frozen_parts import EPS, LOCAL, batch_of, losses_of, task_of
@@ -125,10 +125,10 @@ def test_few_recordings_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
 
     for _ in range(3):
         for tokens in range(100, 117):
-            graphs.run(None, batch.padded(tokens), work)
+            graphs.run(None, batch.padded(tokens, 0), work)
     assert recorder.records == 0, "one shape more than are kept, in turns"
     for _ in range(2):
-        graphs.run(None, batch.padded(116), work)
+        graphs.run(None, batch.padded(116, 0), work)
     assert (recorder.records, recorder.replays) == (1, 1)
     assert graphs.active
     graphs.run("another model", replace(batch, name="other"), work)
@@ -223,6 +223,21 @@ def test_a_recording_that_fails_leaves_nothing_behind(monkeypatch: pytest.Monkey
     kept = graphs.record(lambda: torch.zeros(1))
     assert driver.users == {1: 0, 2: 1}
     del kept
+
+
+def test_shapes_are_few(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also those of responses, whose logits need a position before each."""
+    task, shapes = task_of(tokenizer, "instruction"), set()
+    for prompt in range(1, 20):
+        for response in range(1, 20):
+            example = EncodedExample((1,) * prompt, (2,) * response, -1)
+            batch = padded(task.collate([example], "a test"))
+            assert batch.input_ids.shape[1] > batch.targets.shape[1] > response
+            assert batch.targets[0, -response:].tolist() == [2] * response
+            assert (batch.targets[0, :-response] == -100).all()
+            shapes.add((batch.input_ids.shape, batch.targets.shape))
+    assert len(shapes) <= 12
+    assert padded(batch_of(task_of(tokenizer), 1)).targets.shape[1] == 0, "classification"
 
 
 def test_lengths_are_few_and_little_larger() -> None:
