@@ -289,6 +289,9 @@ class Estimator:
                     return compute(copies)
             except DirectReadError as error:
                 self._forward.build_further_out(error)
+            except torch.OutOfMemoryError:
+                if self._graphs is None or not self._graphs.give_up_memory():
+                    raise
 
     def _can_share_a_pass(self, batch: Batch, points: Sequence[Commit]) -> bool:
         """Whether two points in one pass give the losses that they give alone.

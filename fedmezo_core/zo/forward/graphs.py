@@ -163,6 +163,13 @@ class Graphs:
         recording.batch = own
         return True
 
+    def give_up_memory(self) -> bool:
+        """Record nothing any longer, because memory ran out; False if that was so already."""
+        was_active = self.active
+        if was_active:
+            self._give_up("memory ran out, and recordings have some of their own")
+        return was_active
+
     def _give_up(self, reason: str) -> None:
         self._recorder = None
         self._recordings.clear()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,35 @@ def test_what_cannot_be_recorded_is_launched_plainly(
     [warning] = [record for record in caplog.records if "not recorded" in record.message]
     assert ("no room" if recorder._fails else "other losses") in warning.message
     assert recorder.records == 1
+
+
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "always"])
+def test_recordings_are_dropped_where_memory_runs_out(
+    lasts: bool,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a pass that is launched plainly; it is repeated once without them."""
+    model, task, recorder = model_of("llama"), task_of(tokenizer), Replays()
+    with on_a_device():
+        expected = measured(model, task, recorder, rows=(4, 4, 4, 3))
+        row_losses, calls = task.row_losses, itertools.count()
+
+        def runs_out(*args: Any) -> torch.Tensor:
+            if len(args[1].labels) == 6 and (next(calls) == 0 or lasts):  # two copies of 3 rows
+                raise torch.OutOfMemoryError("no room for the last batch")
+            return row_losses(*args)
+
+        monkeypatch.setattr(task, "row_losses", runs_out)
+        if lasts:
+            with pytest.raises(torch.OutOfMemoryError, match="no room"):
+                measured(model, task, recorder, rows=(4, 4, 4, 3))
+        else:
+            assert measured(model, task, recorder, rows=(4, 4, 4, 3)) == expected
+    [warning] = [record for record in caplog.records if "not recorded" in record.message]
+    assert "memory ran out" in warning.message
 
 
 def test_few_recordings_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
