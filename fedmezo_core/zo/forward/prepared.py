@@ -501,7 +501,8 @@ def is_elementwise(original: Callable[..., Any], owned: Sequence[Owned], width: 
     """Whether a module can take the parameters of several points at once: [points, 1, width].
 
     It can if each place of its result depends on the parameters' values at that place alone, as in
-    most norms. This tries it on made-up values. The parameters are all [width].
+    most norms, and on the input at no other token. This tries it on made-up values. The parameters
+    are all [width].
     """
     parameter = owned[0].parameter
     options: Any = {"dtype": parameter.dtype, "device": parameter.device}
@@ -517,7 +518,8 @@ def is_elementwise(original: Callable[..., Any], owned: Sequence[Owned], width: 
         alone = []
         for point in range(2):
             with with_parameters(owned, [tensor[point] for tensor in moved]):
-                alone.append(original(x[point : point + 1]))
+                tokens = [original(token) for token in x[point : point + 1].split(1, dim=1)]
+            alone.append(torch.cat(tokens, dim=1))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False
     if not isinstance(together, torch.Tensor) or together.shape != x.shape:

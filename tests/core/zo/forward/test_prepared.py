@@ -81,6 +81,13 @@ class Mixed(Scaled):
         return x * self.weight.softmax(-1) * self.weight.sum()
 
 
+class Shifted(Scaled):
+    """Elementwise in its parameter, but a row's tokens see the one before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.roll(1, dims=-2) * self.weight
+
+
 class Layers(nn.Module):
     """One of each kind that is trained."""
 
@@ -328,7 +335,8 @@ def test_what_is_not_finite_is_named(
 
 
 def test_which_modules_run_once_for_all_points() -> None:
-    for module, expected in ((Scaled(), True), (Mixed(), False), (nn.LayerNorm(WIDTH), False)):
+    modules = (Scaled(), Mixed(), Shifted(), nn.LayerNorm(WIDTH))
+    for module, expected in zip(modules, (True, False, False, False), strict=True):
         module.requires_grad_(False)
         owned = [Owned(module, name, k) for k, name in enumerate(sorted(module._parameters))]
         assert is_elementwise(module.forward, owned, WIDTH) == expected
