@@ -103,7 +103,7 @@ def _outputs(
     width: bytes of an element.
     """
     if name == "look_up":
-        yield of["out"], grid[1] * grid[2] * of["columns"] * width
+        yield of["out"], grid[0] * grid[2] * of["columns"] * width
         return
     if name == "signs":
         lines = (ctypes.c_int64 * 4 * grid[0]).from_address(of["tensors"])

@@ -41,7 +41,7 @@ from fedmezo_core.zo.forward.graphs import (
     RECORDED_TOKENS_MAX,
     Graphs,
     Recorder,
-    padded_length,
+    padded,
     recorder_for,
 )
 from fedmezo_core.zo.forward.guard import DirectReadError
@@ -231,11 +231,10 @@ class Estimator:
         losses: list[float] = []
         keeps = bool(self._together) and length < len(points)
         if self._graphs is not None and self._objective is None and not (keeps or known):
-            rows, tokens = rest.input_ids.shape
-            padded, copies = padded_length(tokens), min(length, len(points))
-            fits = copies * rows * padded <= RECORDED_TOKENS_MAX
-            if fits and not self._task.is_sliced(self._model, rest, copies):
-                rest = rest.padded(padded)
+            longer, copies = padded(rest), min(length, len(points))
+            fits = copies * longer.input_ids.numel() <= RECORDED_TOKENS_MAX
+            if fits and not self._task.is_sliced(self._model, longer, copies):
+                rest = longer
                 measure = functools.partial(self._recorded_losses, self._graphs)
         with self._forward.frozen.holding(known, keeps=keeps):
             for first in range(0, len(points), length):
@@ -346,6 +345,9 @@ class Estimator:
                     return compute(copies)
             except DirectReadError as error:
                 self._forward.build_further_out(error)
+            except torch.OutOfMemoryError:
+                if self._graphs is None or not self._graphs.give_up_memory():
+                    raise
 
     def _can_share_a_pass(self, batch: Batch, points: Sequence[Commit]) -> bool:
         """Whether two points in one pass give the losses that they give alone.

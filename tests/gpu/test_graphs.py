@@ -53,3 +53,26 @@ def test_recorded_passes(
     assert recorded._graphs.active, caplog.text
     assert measured == _measured(subject, plain)
     assert any(recording.trusted for recording in recorded._graphs._recordings.values())
+
+
+def test_recordings_that_fail_or_are_gone() -> None:
+    """Torch's allocator goes on as before, and another recording is possible."""
+    recorder, x = CudaGraphs(), torch.ones(1000, device="cuda")
+
+    def twice() -> torch.Tensor:
+        return 2 * x
+
+    for waits in (False, True):
+        kept = recorder.record(twice)
+        if waits:
+            with pytest.raises(RuntimeError):
+                recorder.record(lambda: x * float(x.sum()))
+            assert torch.cuda.current_stream() == torch.cuda.default_stream()
+            torch.cuda.empty_cache()
+        replay, result = kept
+        replay()
+        assert torch.equal(result, twice())
+        del kept, replay, result
+    replay, result = recorder.record(twice)
+    replay()
+    assert torch.equal(result, twice())

@@ -114,14 +114,16 @@ class Batch:
             examples=self.examples * copies,
         )
 
-    def padded(self, tokens: int) -> Batch:
-        """This batch with padding on the left, `tokens` long."""
+    def padded(self, tokens: int, response_tokens: int) -> Batch:
+        """This batch with padding on the left, `tokens` long, its targets `response_tokens`."""
         left = (tokens - self.input_ids.shape[1], 0)
+        left_of_targets = (response_tokens - self.targets.shape[1], 0)
         return replace(
             self,
             input_ids=functional.pad(self.input_ids, left),
             attention_mask=functional.pad(self.attention_mask, left),
             position_ids=functional.pad(self.position_ids, left),
+            targets=functional.pad(self.targets, left_of_targets, value=_IGNORED),
         )
 
     def read(self) -> Batch:

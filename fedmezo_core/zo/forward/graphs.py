@@ -12,6 +12,7 @@ plain launches go on.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
@@ -46,21 +47,51 @@ class CudaGraphs:
     """Records CUDA graphs, which share the memory of what they compute in between."""
 
     def __init__(self) -> None:
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        """Graphs that use the shared memory; when the last one is gone, torch gives it up."""
         self._pool: Any = None
+        self._stream: Any = None
 
     def record(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], object], torch.Tensor]:
         """As `Recorder` says. `work` has run before, so nothing is compiled now."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        if not self._alive:
+            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            # Torch's own is on the first device that recorded anything.
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         try:
             # Other threads may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 result = work()
         except Exception:
             # A recording that fails leaves the thread on the stream that it was made on.
             torch.cuda.set_stream(stream)
+            _end_failed_recording(stream.device_index, self._pool)
             raise
-        self._pool = graph.pool()
+        self._alive.add(graph)
         return graph.replay, result
+
+
+def _end_failed_recording(device: int, pool: Any) -> None:
+    """Tell torch's allocator that nothing is recorded into `pool` any longer.
+
+    Where an operation waited for the device, torch leaves that out. From then on it could free no
+    cached memory: `empty_cache` would fail, and so would allocations that need it.
+    """
+    ends = [
+        getattr(torch._C, name, None)
+        for name in ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # torch 2.6
+    ]
+    for end in filter(None, ends):
+        try:
+            end(device, pool)
+        except RuntimeError:
+            return  # torch has done it
+        torch._C._cuda_releasePool(device, pool)
+        return
 
 
 @dataclass(eq=False)
@@ -132,6 +163,13 @@ class Graphs:
         recording.batch = own
         return True
 
+    def give_up_memory(self) -> bool:
+        """Record nothing any longer, because memory ran out; False if that was so already."""
+        was_active = self.active
+        if was_active:
+            self._give_up("memory ran out, and recordings have some of their own")
+        return was_active
+
     def _give_up(self, reason: str) -> None:
         self._recorder = None
         self._recordings.clear()
@@ -148,6 +186,15 @@ def recorder_for(model: nn.Module) -> Recorder | None:
     if len(places) != 1 or next(iter(places)).type != "cuda":
         return None
     return None if devices.kernels(next(iter(places))) is None else CudaGraphs()
+
+
+def padded(batch: Batch) -> Batch:
+    """`batch` with more padding, so that few shapes come, each of which is recorded once."""
+    tokens, response_tokens = padded_length(batch.input_ids.shape[1]), batch.targets.shape[1]
+    if response_tokens:
+        # A token's logits come from the position before it.
+        response_tokens = min(padded_length(response_tokens), tokens - 1)
+    return batch.padded(tokens, response_tokens)
 
 
 def padded_length(tokens: int) -> int:

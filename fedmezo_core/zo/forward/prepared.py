@@ -106,12 +106,15 @@ class PreparedPass:
             for item in owned
             if item.holder is module and item.attribute == "weight" and is_product(module)
         }
-        blocks = [
-            _rows_max(module, self.count) * _row_bytes(module, self.count) for module in products
-        ]
-        memory.take("product", max(blocks, default=0), device)  # once, for the largest
         self._low_rank = None
         rank = operands_of(0).distribution.rank
+        blocks = [
+            _rows_max(module, count) * _row_bytes(module, count)
+            for module in products
+            for count in ([self.count, 1] if rank else [self.count])  # shared pairs make 1
+        ]
+        # Once, for the largest. A recording of this pass writes there as long as this object lives.
+        self._product = memory.take("product", max(blocks, default=0), device)
         if rank and products:
             self._low_rank = _LowRank(products, points, rank, memory, device)
 
@@ -317,13 +320,10 @@ class _Built:
         operands = prepared._operands_of(self._tensor_id)
         rows, columns = weight.shape
         rows_max = _rows_max(self._module, count)
-        memory = prepared._memory.take(
-            "product", count * rows_max * columns * weight.element_size(), prepared._device
-        )
         self._blocks = []
         for first in range(0, rows, rows_max):
             last = min(first + rows_max, rows)
-            built, _ = _taken(memory, (count, last - first, columns), weight.dtype)
+            built, _ = _taken(prepared._product, (count, last - first, columns), weight.dtype)
             fan = Fan(built.unbind(), weight[first:last], operands._replace(start=first * columns))
             launches = devices.prepared_fan(fan, self._points, prepared._results)
             self._blocks.append(_Block(first, last, launches, built))
@@ -501,7 +501,8 @@ def is_elementwise(original: Callable[..., Any], owned: Sequence[Owned], width: 
     """Whether a module can take the parameters of several points at once: [points, 1, width].
 
     It can if each place of its result depends on the parameters' values at that place alone, as in
-    most norms. This tries it on made-up values. The parameters are all [width].
+    most norms, and on the input at no other token. This tries it on made-up values. The parameters
+    are all [width].
     """
     parameter = owned[0].parameter
     options: Any = {"dtype": parameter.dtype, "device": parameter.device}
@@ -517,7 +518,8 @@ def is_elementwise(original: Callable[..., Any], owned: Sequence[Owned], width: 
         alone = []
         for point in range(2):
             with with_parameters(owned, [tensor[point] for tensor in moved]):
-                alone.append(original(x[point : point + 1]))
+                tokens = [original(token) for token in x[point : point + 1].split(1, dim=1)]
+            alone.append(torch.cat(tokens, dim=1))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False
     if not isinstance(together, torch.Tensor) or together.shape != x.shape:

@@ -732,14 +732,15 @@ def look_up(
 ) -> None:  # fmt: skip
     """Rows of a base, one after the other, each output of `fan`'s `table` by rows of its own.
 
-    `looked_up` and `out` have those of the first output first. The rows of one output are axis 1 of
-    the launch, the outputs axis 2. `bad[place]` gets the first index that is not finite, or the
-    base's size for a row that is not there.
+    `looked_up` and `out` have those of the first output first. The rows of one output are axis 0 of
+    the launch, the only one that CUDA lets be longer than 65,535; a row's programs are axis 1, the
+    outputs axis 2. `bad[place]` gets the first index that is not finite, or the base's size for a
+    row that is not there.
     """
     tensor_word = tensor.to(tl.uint32)
     pairs, draws, table = _lines(table)
     output = tl.program_id(2)
-    place_of_row = output.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    place_of_row = output.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     row = tl.load(looked_up + place_of_row)
     known = (row >= 0) & (row < base_rows)
     if not known:
@@ -749,7 +750,7 @@ def look_up(
     end_row = tl.where(known, row + 1, row)
     write = out + (place_of_row * columns - start)
     begin, within, low, high, rows, origin = _tile(
-        tl.program_id(0).to(tl.int64), start, size, columns,
+        tl.program_id(1).to(tl.int64), start, size, columns,
         row, end_row, tl.zeros([], tl.int64), columns, FAMILY, A, B,
     )  # fmt: skip
     element = begin + within
@@ -1011,7 +1012,7 @@ def look_up_launch(
     """One launch that looks up `rows`, contiguous int64 [outputs, rows], for all outputs."""
     columns = operands.columns_of(base)
     chosen = constants("look_up", operands.distribution, base.dtype, operands.stochastic)
-    grid = _programs_of_any_row(columns, chosen), rows.shape[1], rows.shape[0]
+    grid = rows.shape[1], _programs_of_any_row(columns, chosen), rows.shape[0]
     return _prepared(
         look_up, grid,
         (_stored(outs), _stored(base), table, bad, place, operands.tensor_id, columns, rows,

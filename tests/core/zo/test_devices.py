@@ -266,6 +266,19 @@ def test_rows_that_are_looked_up(backend: str, distribution: Distribution) -> No
             look_up()
 
 
+def test_as_many_rows_as_a_batch_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA lets only the first axis of a launch be longer than 65,535."""
+    kernels, rows = interpreted(), torch.zeros(16, 1 << 17, dtype=torch.int64)
+    grids: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(kernels, "_prepared", lambda kernel, grid, *others: grids.append(grid))
+    table = torch.zeros(3, 20_000)
+    outs, bad = torch.empty(0), torch.zeros(1, dtype=torch.int64)
+    for distribution in Distribution:
+        operands = Operands(3, distribution, Rounding.STOCHASTIC)
+        kernels.look_up_launch(outs, table, outs, bad, 0, operands, rows)
+    assert all(max(grid[1:]) < 1 << 16 and grid[0] == 1 << 17 for grid in grids)
+
+
 @pytest.mark.parametrize("storage", STORAGE, ids=str)
 def test_what_is_not_finite_is_named(backend: str, storage: tuple[torch.dtype, Rounding]) -> None:
     operands = Operands(7, Distribution.RADEMACHER, storage[1], 2**33, 600, "wte")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.zo.data.task import Task
+from fedmezo_core.zo.data.task import EncodedExample, Task
 from fedmezo_core.zo.estimator import Estimator, Pair
-from fedmezo_core.zo.forward.graphs import Graphs, Recorder, padded_length
+from fedmezo_core.zo.forward.graphs import CudaGraphs, Graphs, Recorder, padded, padded_length
 from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.noise import Distribution, Rounding
 from tests.core.zo.forward.frozen_parts import EPS, LOCAL, batch_of, losses_of, task_of
@@ -111,6 +116,35 @@ def test_what_cannot_be_recorded_is_launched_plainly(
     assert recorder.records == 1
 
 
+@pytest.mark.parametrize("lasts", [False, True], ids=["once", "always"])
+def test_recordings_are_dropped_where_memory_runs_out(
+    lasts: bool,
+    model_of: Callable[[str], nn.Module],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a pass that is launched plainly; it is repeated once without them."""
+    model, task, recorder = model_of("llama"), task_of(tokenizer), Replays()
+    with on_a_device():
+        expected = measured(model, task, recorder, rows=(4, 4, 4, 3))
+        row_losses, calls = task.row_losses, itertools.count()
+
+        def runs_out(*args: Any) -> torch.Tensor:
+            if len(args[1].labels) == 6 and (next(calls) == 0 or lasts):  # two copies of 3 rows
+                raise torch.OutOfMemoryError("no room for the last batch")
+            return row_losses(*args)
+
+        monkeypatch.setattr(task, "row_losses", runs_out)
+        if lasts:
+            with pytest.raises(torch.OutOfMemoryError, match="no room"):
+                measured(model, task, recorder, rows=(4, 4, 4, 3))
+        else:
+            assert measured(model, task, recorder, rows=(4, 4, 4, 3)) == expected
+    [warning] = [record for record in caplog.records if "not recorded" in record.message]
+    assert "memory ran out" in warning.message
+
+
 def test_few_recordings_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
     """Those of the shapes that came last."""
     recorder = Replays()
@@ -121,14 +155,119 @@ def test_few_recordings_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
 
     for _ in range(3):
         for tokens in range(100, 117):
-            graphs.run(None, batch.padded(tokens), work)
+            graphs.run(None, batch.padded(tokens, 0), work)
     assert recorder.records == 0, "one shape more than are kept, in turns"
     for _ in range(2):
-        graphs.run(None, batch.padded(116), work)
+        graphs.run(None, batch.padded(116, 0), work)
     assert (recorder.records, recorder.replays) == (1, 1)
     assert graphs.active
     graphs.run("another model", replace(batch, name="other"), work)
     assert recorder.records == 1
+
+
+class Driver:
+    """Torch's part of recording CUDA graphs: which memory is given up when, as torch has it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.users: dict[int, int] = {}
+        """Graphs that use a pool."""
+        self.recording: list[int] = []
+        """Pools that are recorded into, as torch's allocator believes."""
+        self.stream = "plain"
+        self.waits = False
+        """Whether what is recorded waits for the device, which ends a recording."""
+        driver, handles = self, itertools.count(1)
+
+        class Graph:
+            pool = 0
+
+            def replay(self) -> None:
+                pass
+
+            def __del__(self) -> None:
+                driver.release(0, self.pool)
+
+        @contextmanager
+        def graph(own: Graph, pool: int, stream: str, capture_error_mode: str) -> Iterator[None]:
+            assert self.users.setdefault(pool, 1) > 0, "a pool that was given up"
+            self.users[pool] += pool in [graph.pool for graph in self.alive]
+            self.recording.append(pool)
+            self.stream = stream
+            yield
+            if self.waits:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            self.recording.remove(pool)
+            self.stream, own.pool = "plain", pool
+            self.alive.add(own)
+
+        self.alive: weakref.WeakSet[Graph] = weakref.WeakSet()
+        streams = {
+            "current_stream": lambda: SimpleNamespace(device_index=0),
+            "set_stream": lambda stream: setattr(self, "stream", "plain"),
+            "Stream": lambda: "ours",
+        }
+        for name, value in streams.items():
+            patch.setattr(torch.cuda, name, value)
+        patch.setattr(torch.cuda, "CUDAGraph", Graph)
+        patch.setattr(torch.cuda, "graph", graph)
+        patch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+        patch.setattr(torch._C, "_cuda_endAllocateToPool", self.end, raising=False)
+        patch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
+
+    def end(self, device: int, pool: int) -> None:
+        if pool not in self.recording:
+            raise RuntimeError("not currently recording to mempool_id")
+        self.recording.remove(pool)
+
+    def release(self, device: int, pool: int) -> None:
+        if pool:
+            self.users[pool] -= 1
+
+
+def test_recordings_share_memory_until_all_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives up the memory with its last graph, and refuses to record into it again."""
+    driver, graphs = Driver(monkeypatch), CudaGraphs()
+    first, second = graphs.record(lambda: torch.zeros(1)), graphs.record(lambda: torch.zeros(1))
+    assert driver.users == {1: 2}
+    del first
+    third = graphs.record(lambda: torch.zeros(1))
+    assert driver.users == {1: 2}
+    del second, third
+    last = graphs.record(lambda: torch.zeros(1))
+    assert driver.users == {1: 0, 2: 1}
+    del last
+
+
+def test_a_recording_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the stream nor torch's allocator, which could free nothing while it records."""
+    driver, graphs = Driver(monkeypatch), CudaGraphs()
+
+    def work() -> torch.Tensor:
+        driver.waits = True
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        graphs.record(work)
+    assert (driver.stream, driver.recording, driver.users) == ("plain", [], {1: 0})
+    driver.waits = False
+    kept = graphs.record(lambda: torch.zeros(1))
+    assert driver.users == {1: 0, 2: 1}
+    del kept
+
+
+def test_shapes_are_few(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Also those of responses, whose logits need a position before each."""
+    task, shapes = task_of(tokenizer, "instruction"), set()
+    for prompt in range(1, 20):
+        for response in range(1, 20):
+            example = EncodedExample((1,) * prompt, (2,) * response, -1)
+            batch = padded(task.collate([example], "a test"))
+            assert batch.input_ids.shape[1] > batch.targets.shape[1] > response
+            assert batch.targets[0, -response:].tolist() == [2] * response
+            assert (batch.targets[0, :-response] == -100).all()
+            shapes.add((batch.input_ids.shape, batch.targets.shape))
+    assert len(shapes) <= 12
+    assert padded(batch_of(task_of(tokenizer), 1)).targets.shape[1] == 0, "classification"
 
 
 def test_lengths_are_few_and_little_larger() -> None:

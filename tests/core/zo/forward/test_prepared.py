@@ -24,6 +24,7 @@ from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import NumericError
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.devices import Fan, Launch
 from fedmezo_core.zo.estimator import Estimator, Pair
 from fedmezo_core.zo.forward import prepared as prepared_module
 from fedmezo_core.zo.forward.forward import Forward
@@ -78,6 +79,13 @@ class Mixed(Scaled):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.weight.softmax(-1) * self.weight.sum()
+
+
+class Shifted(Scaled):
+    """Elementwise in its parameter, but a row's tokens see the one before."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.roll(1, dims=-2) * self.weight
 
 
 class Layers(nn.Module):
@@ -191,6 +199,36 @@ def test_any_points_one_after_the_other(
             assert_built(model, forward, manifest, at)
 
 
+def test_a_pass_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording of it writes there, also after larger passes, and other launches for this one."""
+    model = Layers(torch.float32)
+    forward = Forward(
+        model, manifest_of(model), distribution=Distribution.RADEMACHER, rounding=Rounding.NEAREST
+    )
+    addresses: list[int] = []
+    prepared_fan = devices.prepared_fan
+
+    def noted(fan: Fan, *others: Any) -> list[Launch]:
+        addresses.append(fan.outs[0].data_ptr())
+        return prepared_fan(fan, *others)
+
+    def run(count: int) -> set[int]:
+        at = commits_of([], [[(seed, EPS)] for seed in range(count)], 1)
+        addresses.clear()
+        with on_a_device(), torch.inference_mode(), forward.at(at, 1, WIDTH):
+            model.plain(torch.zeros(count, WIDTH, WIDTH))
+        return set(addresses)
+
+    run(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "prepared_fan", noted)
+        model.plain.forward = model.plain.forward  # type: ignore[method-assign]
+        first, larger = run(2), run(4)
+        del model.plain.__dict__["forward"]
+        assert first == run(2)
+        assert not first & larger
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "distribution"),
@@ -297,7 +335,8 @@ def test_what_is_not_finite_is_named(
 
 
 def test_which_modules_run_once_for_all_points() -> None:
-    for module, expected in ((Scaled(), True), (Mixed(), False), (nn.LayerNorm(WIDTH), False)):
+    modules = (Scaled(), Mixed(), Shifted(), nn.LayerNorm(WIDTH))
+    for module, expected in zip(modules, (True, False, False, False), strict=True):
         module.requires_grad_(False)
         owned = [Owned(module, name, k) for k, name in enumerate(sorted(module._parameters))]
         assert is_elementwise(module.forward, owned, WIDTH) == expected
