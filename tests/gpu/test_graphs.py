@@ -7,10 +7,12 @@ import os
 from collections.abc import Callable
 from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.engine.subjects import LLAMA_TINY, Subject, llama
+from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.estimator import Estimator, Measurement
 from fedmezo_core.zo.forward.graphs import CudaGraphs
 from fedmezo_core.zo.noise import Distribution
@@ -53,6 +55,19 @@ def test_recorded_passes(
     assert recorded._graphs.active, caplog.text
     assert measured == _measured(subject, plain)
     assert any(recording.trusted for recording in recorded._graphs._recordings.values())
+
+
+def test_recorded_passes_see_commits() -> None:
+    """Which write into the weights that the recording reads."""
+    subject = llama(LLAMA_TINY, torch.device("cuda", 0), torch.bfloat16)
+    recorded = subject.estimator(Distribution.RADEMACHER)
+    before = _measured(subject, recorded)
+    commit = Commit(np.array([3], np.uint64), np.array([0.05], np.float32), 4)
+    subject.weights(Distribution.RADEMACHER).apply(1, [commit])
+    plain = subject.estimator(Distribution.RADEMACHER, recorder=Refuses())
+    after = _measured(subject, recorded)
+    assert after == _measured(subject, plain)
+    assert after != before
 
 
 def test_recordings_that_fail_or_are_gone() -> None:

@@ -518,7 +518,8 @@ def is_elementwise(original: Callable[..., Any], owned: Sequence[Owned], width: 
         alone = []
         for point in range(2):
             with with_parameters(owned, [tensor[point] for tensor in moved]):
-                tokens = [original(token) for token in x[point : point + 1].split(1, dim=1)]
+                own = torch.split(x[point : point + 1], 1, dim=1)
+                tokens = [original(token) for token in own]
             alone.append(torch.cat(tokens, dim=1))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):
         return False
