@@ -61,7 +61,8 @@ def test_it_proposes_lines_for_the_contract_within_its_budget(folder: Path, tmp_
     values = tomllib.loads(block)
     assert values["normalized_step"] is True
     assert "# for 3 workers; plain steps would need learning_rate" in block
-    with_rate = probe(tmp_path, folder, f"\n{block}\nrun_id = 'next'\nlocal_steps = 2\n", "--json")
+    following = f"\n{block}\nrun_id = 'next'\nlocal_steps = 2\nrate_directions = 0\n"
+    with_rate = probe(tmp_path, folder, following, "--json")
     assert with_rate.exit_code == 0, with_rate.output
     found = json.loads(with_rate.stdout)
     assert found["workers"] == 1
