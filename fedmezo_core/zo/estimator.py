@@ -48,6 +48,7 @@ from fedmezo_core.zo.forward.guard import DirectReadError
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import computing_elements, loss_tolerance
+from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.objectives import Predictions
 
@@ -70,7 +71,7 @@ fewer rows are a little slower, and each group builds the weights anew."""
 SAVED_SHARE_MIN: Final = 0.125
 """Least share of a batch's work that groups must save."""
 BUILT_SHARE_MAX: Final = 0.1
-"""Building weights is little work if so few are trained, for each that computes behind the cut."""
+"""Most trained weights, for each weight behind the frozen part, whose building is little work."""
 
 Result = TypeVar("Result")
 Pair = tuple[int, float]
@@ -127,6 +128,7 @@ class Estimator:
         self._objective = objective
         self._row_states = row_states
         self._before_pass = before_pass
+        self._on_cpu = execution_device(model).type == "cpu"
         self._built_share = (
             0.0
             if distribution.rank
@@ -213,8 +215,8 @@ class Estimator:
         `SAVED_SHARE_MIN`, or if passes don't begin behind most of a model on a CPU.
         """
         whole = [list(range(len(batch.examples)))]
-        on_cpu = batch.input_ids.device.type == "cpu"
-        if not (self._together and on_cpu and self._is_small and self._objective is None):
+        begins = self._together and self._is_small
+        if not (begins and self._on_cpu and self._objective is None):
             return whole
         lengths = batch.attention_mask.sum(dim=1).tolist()
         groups = groups_of(lengths)
@@ -243,9 +245,13 @@ class Estimator:
 
     @property
     def _is_small(self) -> bool:
-        """Whether passes begin behind most of the model, and build few of the weights behind it."""
+        """Whether passes begin behind most of the model, and build few of the weights behind it.
+
+        On a GPU they must build none: there small passes take as long as large ones.
+        """
         share = self._forward.frozen.share
-        return share >= FROZEN_SHARE_MIN and self._built_share <= BUILT_SHARE_MAX * (1.0 - share)
+        built_share_max = BUILT_SHARE_MAX * (1.0 - share) if self._on_cpu else 0.0
+        return share >= FROZEN_SHARE_MIN and self._built_share <= built_share_max
 
     def _begun(self, batch: Batch) -> tuple[Batch, Sequence[FrozenResult]]:
         """What passes have to compute, and what they begin with (see `RowStates.begun`).
