@@ -123,7 +123,7 @@ async def test_by_an_objective_it_does_so_too(
     finally:
         await workers.end()
     assert row_states is not None
-    assert row_states.cut == "base_model.model.transformer.h.4"
+    assert row_states.cut == "base_model.model.transformer.h.5.attn"
 
 
 async def compare(
