@@ -701,8 +701,14 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
 def _decoder(model: nn.Module) -> nn.Module | None:
     """The part of the model that gives hidden states to the head, if it is a module of its own."""
     inner = getattr(model, "get_base_model", lambda: model)()
-    found = getattr(inner, "get_decoder", lambda: None)()
-    return found if isinstance(found, nn.Module) and found is not inner else None
+    # In transformers 4, `get_decoder` and `base_model` find nothing in some models.
+    found = (
+        getattr(inner, "get_decoder", lambda: None)(),
+        getattr(inner, "model", None),
+        getattr(inner, "base_model", None),
+    )
+    parts = (part for part in found if isinstance(part, nn.Module) and part is not inner)
+    return next(parts, None)
 
 
 def _only_once(results: list[Any]) -> Callable[..., Callable[..., Any]]:
