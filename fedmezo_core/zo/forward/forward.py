@@ -44,7 +44,7 @@ from fedmezo_core.zo.forward.low_rank import (
     Thin,
     split,
 )
-from fedmezo_core.zo.forward.prepared import Memory, PreparedPass, is_elementwise
+from fedmezo_core.zo.forward.prepared import Memory, PreparedPass, affine, is_elementwise
 from fedmezo_core.zo.forward.scratch import Scratch, detached_from
 from fedmezo_core.zo.materialize import materialize_fan
 from fedmezo_core.zo.model.manifest import Manifest
@@ -367,14 +367,14 @@ class Forward:
             for first, last, moved in self._blocks(module, ids["weight"], points):
                 for (x_copy, out), bias, block in zip(copies, biases, moved, strict=True):
                     if first == 0:
-                        _affine(x_copy[:, :last], block, bias, out)
+                        affine(x_copy[:, :last], block, bias, out)
                     else:
                         out.addmm_(x_copy[:, first:last], block)
         else:
             for first, last, moved in self._blocks(module, ids["weight"], points):
                 for (x_copy, out), bias, block in zip(copies, biases, moved, strict=True):
                     part = None if bias is None else bias[first:last]
-                    _affine(x_copy, block.t(), part, out[:, first:last])
+                    affine(x_copy, block.t(), part, out[:, first:last])
         return result.view(*x.shape[:-1], outputs)
 
     def _low_rank_product(
@@ -573,10 +573,7 @@ class Forward:
 
     def _small(self, prepared: PreparedPass, owned: Sequence[Owned]) -> list[torch.Tensor] | None:
         """Small parameters at all points of a whole pass, or None if one must be built alone."""
-        if self._guard is not None:
-            with self._guard.aside():
-                built = [prepared.built(item.holder, item.attribute) for item in owned]
-        else:
+        with self._unguarded():
             built = [prepared.built(item.holder, item.attribute) for item in owned]
         found = [tensor for tensor in built if tensor is not None]
         return found if len(found) == len(owned) else None
@@ -637,13 +634,3 @@ class Forward:
             f"{list(seen.shape)}, whose first dimension doesn't divide into {copies.count} copies "
             f"of {copies.rows} rows of {copies.tokens} tokens"
         )
-
-
-def _affine(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
-) -> None:
-    """out = x @ weight + bias."""
-    if bias is None:
-        torch.mm(x, weight, out=out)
-    else:
-        torch.addmm(bias, x, weight, out=out)

@@ -353,9 +353,9 @@ class _Built:
                 first, last = block.first, block.last
                 if not self._conv1d:
                     part = None if added is None else added[0, first:last]
-                    _affine(copy, moved.t(), part, result[:, first:last])
+                    affine(copy, moved.t(), part, result[:, first:last])
                 elif first == 0:
-                    _affine(copy[:, :last], moved, None if added is None else added[0], result)
+                    affine(copy[:, :last], moved, None if added is None else added[0], result)
                 else:
                     result.addmm_(copy[:, first:last], moved)
         return out
@@ -529,7 +529,7 @@ def is_elementwise(original: Callable[..., Any], owned: Sequence[Owned], width: 
     return torch.allclose(together, torch.cat(alone), rtol=tolerance, atol=tolerance)
 
 
-def _affine(
+def affine(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor
 ) -> None:
     """out = x @ weight + bias."""
