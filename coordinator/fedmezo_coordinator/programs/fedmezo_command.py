@@ -17,6 +17,7 @@ from rich.live import Live
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.bars import show_bar
+from fedmezo_coordinator.programs.conformance_command import conformance_app
 from fedmezo_coordinator.programs.plain_values import (
     json_line,
     origin_values,
@@ -67,6 +68,7 @@ journal_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(journal_app, name="journal")
+app.add_typer(conformance_app, name="conformance")
 
 
 def _address(given: str) -> str:

@@ -98,8 +98,8 @@ def noise() -> dict[str, Any]:
     blocks = []
     for seed in SEEDS:
         for counter in counters:
-            columns = [np.array([word], dtype=np.uint32) for word in counter]
-            words = spec.philox4x32((columns[0], columns[1], columns[2], columns[3]), seed)
+            arrays = [np.array([word], dtype=np.uint32) for word in counter]
+            words = spec.philox4x32((arrays[0], arrays[1], arrays[2], arrays[3]), seed)
             blocks.append(
                 {
                     "seed": u64(seed),
@@ -500,7 +500,7 @@ def measurements() -> dict[str, Any]:
             config,
         )
         grads = [measurement.projected_grad for measurement in found]
-        local = []
+        local: list[float] = []
         for number in range(0, 6, config.probes):
             share = Share(
                 work.seeds[number : number + config.probes],

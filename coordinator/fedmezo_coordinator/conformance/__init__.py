@@ -1,0 +1,1 @@
+"""Batteries of checks against docs/protocol.md, for any coordinator and any worker."""

@@ -1,0 +1,105 @@
+"""What a battery found: one line for each check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.table import Table
+from rich.text import Text
+
+from fedmezo_core.errors import FedMezoError
+
+Outcome = Literal["passed", "failed", "skipped"]
+
+_COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
+
+
+class CheckFailedError(FedMezoError):
+    """Something did not come, or is not what the protocol says; ends the check that it is in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that the protocol promises, and what was seen of it."""
+
+    name: str
+    section: int
+    """The section of docs/protocol.md that says it."""
+    outcome: Outcome
+    detail: str = ""
+    """What was seen instead, or why the check was skipped. Empty where it passed."""
+
+
+class Report:
+    """The checks of one battery, in their order."""
+
+    def __init__(self, subject: str) -> None:
+        """`subject` is what was checked: `coordinator` or `worker`."""
+        self.subject = subject
+        self.checks: list[Check] = []
+
+    @property
+    def passed(self) -> bool:
+        """Whether some check passed and none failed."""
+        outcomes = {check.outcome for check in self.checks}
+        return "passed" in outcomes and "failed" not in outcomes
+
+    def expect(self, name: str, section: int, holds: bool, detail: str = "") -> bool:
+        """Note a check that passes if `holds`; `detail` says what was seen otherwise."""
+        outcome: Outcome = "passed" if holds else "failed"
+        self.checks.append(Check(name, section, outcome, "" if holds else detail))
+        return holds
+
+    def skip(self, name: str, section: int, why: str) -> None:
+        """Note a check that could not be made."""
+        self.checks.append(Check(name, section, "skipped", why))
+
+    @contextmanager
+    def check(self, name: str, section: int) -> Iterator[None]:
+        """Note a check that passes if the block ends without a `CheckFailedError`."""
+        try:
+            yield
+        except CheckFailedError as error:
+            self.expect(name, section, False, str(error))
+        else:
+            self.expect(name, section, True)
+
+    def values(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return {
+            "subject": self.subject,
+            "conforms": self.passed,
+            "checks": [asdict(check) for check in self.checks],
+        }
+
+    def table(self) -> Table:
+        """The report for a terminal."""
+        table = Table(box=None, pad_edge=False)
+        for heading in ("", "check", "section", "seen"):
+            table.add_column(heading, overflow="fold")
+        for check in self.checks:
+            table.add_row(
+                Text(check.outcome, style=_COLOURS[check.outcome]),
+                Text(check.name),
+                Text(str(check.section)),
+                Text(check.detail),
+            )
+        return table
+
+    def summary(self) -> str:
+        """One line: how many checks passed, failed and were skipped."""
+        counts = [
+            f"{sum(check.outcome == outcome for check in self.checks)} {outcome}"
+            for outcome in ("passed", "failed", "skipped")
+        ]
+        verdict = "conforms" if self.passed else "does not conform"
+        return f"The {self.subject} {verdict}: {', '.join(counts)}."
+
+
+def require(holds: bool, seen: str) -> None:
+    """Raise `CheckFailedError`, which says what was seen, unless `holds`."""
+    if not holds:
+        raise CheckFailedError(seen)

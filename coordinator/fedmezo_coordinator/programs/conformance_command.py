@@ -1,0 +1,140 @@
+"""`fedmezo conformance`: test a coordinator or a worker against docs/protocol.md."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from fedmezo_coordinator.conformance.report import Report
+from fedmezo_coordinator.conformance.worker_battery import WorkerTest, check_can_lead
+from fedmezo_coordinator.conformance.worker_endings import run_worker_battery, starting
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.programs.plain_values import json_line
+from fedmezo_coordinator.stores.opening import open_store
+from fedmezo_core.errors import ConfigError, JournalCorruptError
+from fedmezo_core.journal.codec import decode_record
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.program import worker_packages
+from fedmezo_core.records import Genesis
+
+conformance_app = typer.Typer(
+    help="Test a coordinator or a worker, in any language, against docs/protocol.md.",
+    no_args_is_help=True,
+)
+
+Format = Annotated[
+    Literal["table", "json"], typer.Option("--format", help="how the report is printed")
+]
+PatienceS = Annotated[
+    float, typer.Option(min=0.1, help="longest wait for each thing that must come, in seconds")
+]
+
+
+@conformance_app.command()
+def worker(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="a coordinator's TOML file: loads its model, to compare digests of weights with it"
+        ),
+    ] = None,
+    journal: Annotated[
+        str | None,
+        typer.Option(
+            help="a journal whose genesis to use, in place of --config: digests and measurements "
+            "are then not compared"
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="the worker's rows: its projected gradients are compared with ours"),
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(help="host:port to serve; port 0: the system chooses")
+    ] = "127.0.0.1:0",
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="command that starts the worker, with {address} for the address; "
+            "default: you start it once"
+        ),
+    ] = None,
+    correlation_min: Annotated[
+        float, typer.Option(help="least correlation of projected gradients with ours")
+    ] = 0.99,
+    difference_max: Annotated[
+        float,
+        typer.Option(
+            help="greatest difference of a projected gradient from ours, relative to their size"
+        ),
+    ] = 0.1,
+    patience_s: PatienceS = 60.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of our model")] = None,
+    format_: Format = "table",
+) -> None:
+    """Lead a worker through a run with honest, repeated, reordered and hostile messages."""
+    if (config is None) == (journal is None):
+        raise ConfigError("Give --config or --journal, one of the two.")
+    if journal is not None and data is not None:
+        raise ConfigError("--data needs --config, whose model measures its rows.")
+    report = Report("worker")
+    if config is None:
+        test = WorkerTest(_genesis_in(journal or ""), None, patience_s=patience_s)
+        check_can_lead(test.genesis.config)
+        report.skip("weights and measurements are ours", 8, "only with --config, for its model")
+    else:
+        settings = load_settings(
+            CoordinatorSettings, ["--config", str(config)], program="fedmezo conformance"
+        )
+        run = settings.run_config(f"[run] in {config}")
+        check_can_lead(run)
+        with worker_packages("compare weights"):
+            from fedmezo_coordinator.conformance.reference import likeness, open_reference
+        reference = open_reference(
+            run, settings.model, data, adapter=settings.adapter, threads=threads
+        )
+        test = WorkerTest(
+            reference.genesis, reference, likeness, correlation_min, difference_max, patience_s
+        )
+        if data is None:
+            report.skip("measurements are ours", 7, "only with --data, for its rows")
+
+    def announce(address: str) -> None:
+        how = "starting it" if start else "start your worker with this coordinator"
+        print(f"{address}: {how}", file=sys.stderr, flush=True)
+
+    begin = None if start is None else starting(start)
+    asyncio.run(run_worker_battery(test, report, listen, begin, announce))
+    _print(report, format_)
+
+
+def _genesis_in(journal: str) -> Genesis:
+    """Record 0 of a journal."""
+    store = open_store(journal, read_only=True)
+    try:
+        source = Journal(store)
+        origin = source.origin()
+        rows = source.read(0, 1)
+        record = origin.genesis if origin is not None else rows and decode_record(rows[0].body)
+    finally:
+        store.close()
+    if not isinstance(record, Genesis):
+        raise JournalCorruptError("The journal does not begin with a genesis; give another one.")
+    return record
+
+
+def _print(report: Report, format_: str) -> None:
+    """Print a report; exits with status 1 if a check failed."""
+    if format_ == "json":
+        print(json_line(report.values()))
+    else:
+        Console().print(report.table())
+        print(report.summary())
+    if not report.passed:
+        raise typer.Exit(1)
