@@ -43,19 +43,26 @@ class RawCoordinator:
 
     def __init__(self, address: str, tls_ca: Path | None, patience_s: float) -> None:
         """`tls_ca` is a PEM file to trust; None: no TLS. `patience_s` bounds each wait."""
-        self.patience_s = patience_s
-        if tls_ca is None:
-            self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-            return
-        try:
-            credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes())
-        except OSError as error:
-            raise ConfigError(
-                f"tls_ca {tls_ca} cannot be read ({error.strerror}); give the CA's PEM file."
-            ) from None
-        self._channel = grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+        self._address = address
+        self._patience_s = patience_s
+        self._credentials: grpc.ChannelCredentials | None = None
+        if tls_ca is not None:
+            try:
+                self._credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes())
+            except OSError as error:
+                raise ConfigError(
+                    f"tls_ca {tls_ca} cannot be read ({error.strerror}); give the CA's PEM file."
+                ) from None
+        self._channel: Any = None
 
     async def __aenter__(self) -> Self:
+        # A channel belongs to the event loop that it is made in.
+        if self._credentials is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(
+                self._address, self._credentials, options=CHANNEL_OPTIONS
+            )
         return self
 
     async def __aexit__(
@@ -71,19 +78,19 @@ class RawCoordinator:
         sent = request if isinstance(request, bytes) else request.SerializeToString()
         unary = self._channel.unary_unary(f"{SERVICE}/{method}")
         with _ended():
-            answer: Any = await unary(sent, timeout=self.patience_s)
+            answer: Any = await unary(sent, timeout=self._patience_s)
             return _read(kind, answer)
 
     async def first_piece(self, request: wire.ReadSnapshotRequest) -> wire.ReadSnapshotResponse:
         """The first message of a snapshot; raises `CallEndedError`."""
         pieces = self._channel.unary_stream(f"{SERVICE}/ReadSnapshot")
-        call: Any = pieces(request.SerializeToString(), timeout=self.patience_s)
+        call: Any = pieces(request.SerializeToString(), timeout=self._patience_s)
         with _ended():
             return _read(wire.ReadSnapshotResponse, await call.read())
 
     def session(self) -> RawStream:
         """A session's stream."""
-        return RawStream(self._channel.stream_stream(f"{SERVICE}/Session")(), self.patience_s)
+        return RawStream(self._channel.stream_stream(f"{SERVICE}/Session")(), self._patience_s)
 
 
 class RawStream:

@@ -19,8 +19,10 @@ from fedmezo_coordinator.conformance.report import Report
 from fedmezo_coordinator.serving import loop
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Assign, Ticket
+from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.machines import rounds
+from fedmezo_core.machines.seeds import seeds_of
 from fedmezo_core.records import Answered, Record
 from fedmezo_core.wire.messages import message_to_pb
 from tests.integration.support.harness import config_of, genesis_of, served
@@ -114,8 +116,11 @@ async def test_an_assignment_that_comes_twice_is_found(
 async def test_seeds_of_another_slot_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = rounds.seeds_of
-    monkeypatch.setattr(rounds, "seeds_of", lambda c, r, slot, pool: plain(c, r, slot + 1, pool))
+    monkeypatch.setattr(
+        rounds,
+        "seeds_of",
+        lambda config, round_, slot, pool: seeds_of(config, round_, slot + 1, pool),
+    )
     found = failed(await report_on(tmp_path, patience_s=1.0))
     assert "has the first seed" in found["assigns the seeds of the slot"]
 
@@ -152,8 +157,6 @@ async def test_a_hello_that_is_not_checked_is_found(
 async def test_an_acknowledged_answer_without_a_record_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = daemon.encode_records
-
     def other_numbers(records: Sequence[Record]) -> list[bytes]:
         changed = [
             record._replace(scalars=record.scalars._replace(projected_grads=(0.25, 0.5)))
@@ -161,7 +164,7 @@ async def test_an_acknowledged_answer_without_a_record_is_found(
             else record
             for record in records
         ]
-        return plain(changed)
+        return encode_records(changed)
 
     monkeypatch.setattr(daemon, "encode_records", other_numbers)
     found = failed(await report_on(tmp_path, patience_s=1.0))
