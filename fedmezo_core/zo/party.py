@@ -66,15 +66,14 @@ class Party:
 
     def genesis(self) -> Genesis:
         """The record that begins the journal of a run from this base."""
-        element_bytes = torch.finfo(getattr(torch, self.config.dtype)).bits // 8
-        elements = self.loaded.manifest.element_count
         return Genesis(
             config=self.config,
             manifest_digest=self.manifest_digest,
             base_digest=self.base_digest,
             tokenizer_digest=self.tokenizer_digest,
-            trainable_elements=elements,
-            trainable_bytes=elements * element_bytes,
+            trainable_elements=self.loaded.manifest.element_count,
+            # An adapter is float32 in every run, whatever the run's dtype.
+            trainable_bytes=self.weights.byte_count,
             tokenizer_parts=self.tokenizer_parts,
         )
 
