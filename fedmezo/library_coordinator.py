@@ -18,6 +18,7 @@ from fedmezo_core.errors import (
     FedMezoError,
     JournalError,
     ProtocolError,
+    UnavailableError,
     UnknownWorkerError,
 )
 from fedmezo_core.events import (
@@ -270,7 +271,7 @@ class Coordinator:
             else:
                 known = self._workers.get(worker)
                 if known is None or known.is_calling:
-                    raise UnknownWorkerError(
+                    raise UnavailableError(
                         f"Worker {worker} has no open session here; connect again with a hello."
                     )
                 self._step(worker, message)

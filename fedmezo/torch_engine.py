@@ -15,6 +15,7 @@ from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.wire.snapshots import file_name
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
 from fedmezo_core.zo.data.rows import Example, read_rows, rows_of
 from fedmezo_core.zo.data.task import Dataset
@@ -23,6 +24,7 @@ from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, Predictions
 from fedmezo_core.zo.party import Party, commits_of, open_party
+from fedmezo_core.zo.snapshot_files import install_snapshot, read_snapshot, write_snapshot
 
 log = logging.getLogger("fedmezo.worker")
 
@@ -128,6 +130,26 @@ class TorchEngine:
     def digest(self) -> bytes:
         """The digest of the weights, 32 bytes."""
         return self.party.weights.digest()
+
+    def save(self, folder: Path, head: bytes) -> Path:
+        """Write the weights with their round and `head` into a safetensors file in `folder`.
+
+        Raises `SnapshotError` if the disk refuses.
+        """
+        weights, run_id = self.party.weights, self.party.config.run_id
+        saved = write_snapshot(
+            folder, weights, run_id=run_id, head=head, weights_digest=self.digest()
+        )
+        return folder / file_name(run_id, saved.round)
+
+    def restore(self, path: Path) -> tuple[int, bytes]:
+        """Replace the weights by those that `save` wrote to `path`; returns their round and head.
+
+        Raises `SnapshotDamagedError` if they are not what was saved, or another model's.
+        """
+        saved = read_snapshot(path, self.party.config.run_id)
+        install_snapshot(path, self.party.weights, saved)
+        return saved.round, saved.head
 
     def cut_short(self) -> None:
         """End the running measurement before its next pass; any thread may call this.
