@@ -235,9 +235,7 @@ def test_an_objective_is_given_as_a_function(
     session = Session.open(genesis, "w1", model_folder, data_files[0], objective=score, threads=1)
     run_to_the_end(Coordinator(genesis), {"w1": session})
     assert calls == [4] * 4
-    with pytest.raises(
-        ConfigError, match=r"scores batches by my\.module:score; give that function"
-    ):
+    with pytest.raises(ConfigError, match=r"by my\.module:score; give that function"):
         Session.open(genesis, "w1", model_folder, data_files[0])
     with pytest.raises(ConfigError, match="by their loss, not by an objective"):
         Session.open(tiny_genesis(), "w1", model_folder, data_files[0], objective=score)
