@@ -250,6 +250,16 @@ class Coordinator:
                 self._lose(name)
         self._owed.append(self._machine.step(Tick(self._now_ms)))
 
+    def resume(self, rate_factor: float) -> None:
+        """Let a paused run go on, with learning rates `rate_factor` times what they were.
+
+        Raises `ConfigError` if the run is not paused, or the factor is not above 0.
+        """
+        self._check()
+        self._flush()
+        self._owed.append(self._machine.resume(rate_factor))
+        self._flush()
+
     def disconnect(self, worker: str) -> None:
         """Note that a worker's connection is gone; nothing changes if it was not connected."""
         self._check()

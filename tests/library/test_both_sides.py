@@ -433,11 +433,12 @@ def test_a_measurement_may_run_elsewhere() -> None:
     assert coordinator.head == run_in_order(genesis).head
 
 
-def test_an_engine_that_cannot_measure_says_so() -> None:
-    class Unable(LightEngine):
-        def measure(self, order: fedmezo.Measure) -> fedmezo.Measured:
-            raise fedmezo.MeasurementError("a loss is not a number")
+class Unable(LightEngine):
+    def measure(self, order: fedmezo.Measure) -> fedmezo.Measured:
+        raise fedmezo.MeasurementError("a loss is not a number")
 
+
+def test_an_engine_that_cannot_measure_says_so() -> None:
     genesis = small_run(workers_min=1, quorum=1)
     coordinator = Coordinator(genesis)
     session = Session(genesis, "a", Unable("a"))
@@ -446,6 +447,26 @@ def test_an_engine_that_cannot_measure_says_so() -> None:
     # It is not asked again at once.
     second = session.exchange(coordinator.exchange(first))
     assert len(wire.PollSessionRequest.FromString(second).messages) == 1
+
+
+def test_a_paused_run_can_be_resumed() -> None:
+    genesis = small_run(workers_min=1, quorum=1, pause_rounds=3, deadline_ms=1000)
+    coordinator = Coordinator(genesis, lease_ms=10**9)
+    with pytest.raises(ConfigError, match="is waiting, not paused"):
+        coordinator.resume(0.5)
+    session = Session(genesis, "a", Unable("a"))
+    down = b""
+    for turn in range(8):
+        coordinator.tick(turn * 1000)
+        for _ in range(2):
+            down = coordinator.exchange(session.exchange(down))
+    assert coordinator.phase == "paused"
+    assert "a says: a loss is not a number" in coordinator.reason
+    assert not coordinator.has_news("a")
+    coordinator.resume(0.5)
+    assert coordinator.phase == "open"
+    coordinator.tick(9000)
+    assert coordinator.has_news("a")
 
 
 def test_a_session_whose_engine_failed_is_of_no_more_use() -> None:
