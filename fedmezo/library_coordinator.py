@@ -83,6 +83,8 @@ class _Worker:
     """Of its newest exchange."""
     seen_ms: int = 0
     """When that came."""
+    has_reported: bool = False
+    """Whether that told the digest of its weights."""
     replies: list[wire.SessionResponse] = field(default_factory=list)
     """What the coordinator said about the messages of that exchange."""
     assign: Assign | None = None
@@ -301,9 +303,9 @@ class Coordinator:
                         f"Worker {worker} has no open session here; connect again with a hello."
                     )
                 self._step(worker, message)
-        except JournalError:
-            raise
         except FedMezoError as error:
+            if self._has_failed:
+                raise
             self._end(worker, error)
 
     def outgoing(self, worker: str) -> list[bytes]:
@@ -337,9 +339,9 @@ class Coordinator:
         """
         try:
             return self.down_for(self.take(up))
-        except JournalError:
-            raise
         except FedMezoError as error:
+            if self._has_failed:
+                raise
             log.warning("refused a worker: %s", error)
             return self.refusal(up, error)
 
@@ -369,7 +371,7 @@ class Coordinator:
             log.info("worker %s joined at round %d", name, hello.round)
             self._owed.append(self._machine.step(WorkerReady(name)))
         known.round, known.nonce, known.seen_ms = hello.round, request.nonce, self._now_ms
-        known.replies = []
+        known.replies, known.has_reported = [], "weights_report" in kinds
         for message in request.messages[1:]:
             self._step(name, message)
         return name
@@ -399,7 +401,7 @@ class Coordinator:
                 messages.append(commit_to_pb(row))
                 last, size = last + 1, size + len(row.body)
             if last == self.round:
-                messages += self._what_to_do(worker, known)
+                messages += self._what_to_do(worker)
         return wire.PollSessionResponse(
             messages=messages, lease_ms=self._lease_ms, nonce=known.nonce
         ).SerializeToString()
@@ -410,8 +412,9 @@ class Coordinator:
         if known is None or not known.is_calling:
             return False
         self._flush()
-        is_behind = known.round < self.round or known.ending is not None
-        return is_behind or bool(self._what_to_do(worker, known))
+        if known.round < self.round or known.ending is not None:
+            return True
+        return not known.has_reported if self.finished else self._assigned(worker) is not None
 
     @staticmethod
     def refusal(up: bytes, error: FedMezoError) -> bytes:
@@ -424,22 +427,25 @@ class Coordinator:
             messages=[error_to_pb(error)], nonce=nonce
         ).SerializeToString()
 
-    def _what_to_do(self, worker: str, known: _Worker) -> list[wire.SessionResponse]:
+    def _what_to_do(self, worker: str) -> list[wire.SessionResponse]:
         """The open assignment of a worker that holds every commit, or the end of the run."""
         if self.finished:
-            if worker in self._digests:
-                return []
             return [message_to_pb(Finish(worker, self.round), self.config, self._index.head_at)]
-        assign = known.assign
+        assign = self._assigned(worker)
         if assign is None:
             return []
-        wanted = RoundSlot(assign.ticket.round, assign.ticket.slot)
-        if self._machine.roster.assignments.get(worker) != wanted:
-            return []
         message = assign_to_pb(assign, self.config)
-        waited_ms = self._now_ms - known.assigned_ms
+        waited_ms = self._now_ms - self._workers[worker].assigned_ms
         message.assign.deadline_ms = max(assign.deadline_ms - waited_ms, 0)
         return [message]
+
+    def _assigned(self, worker: str) -> Assign | None:
+        """The worker's newest assignment, if it can still be answered."""
+        assign = self._workers[worker].assign
+        if assign is None:
+            return None
+        wanted = RoundSlot(assign.ticket.round, assign.ticket.slot)
+        return assign if self._machine.roster.assignments.get(worker) == wanted else None
 
     # ------------------------------------------------------------ what both ways share
 
@@ -513,7 +519,7 @@ class Coordinator:
         if known.waiting <= MESSAGES_WAITING_MAX:
             self._outboxes.setdefault(worker, []).append(data)
             return
-        del self._outboxes[worker]
+        self._outboxes.pop(worker, None)
         sentence = f"{MESSAGES_WAITING_MAX} messages waited for worker {worker}; connect again."
         self._end(worker, NotReadyError(sentence))
 
