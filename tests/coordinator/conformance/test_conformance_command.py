@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,9 +45,8 @@ def test_a_coordinator_that_is_not_there_is_status_1() -> None:
 
 
 def test_a_worker_that_does_not_speak_is_status_1(journal: Path) -> None:
-    start = f"{sys.executable} -c pass"
     result = called(
-        "worker", "--journal", journal, "--start", start, "--patience-s", "1", "--format", "json"
+        "worker", "--journal", journal, "--start", "true", "--patience-s", "1", "--format", "json"
     )
     assert result.exit_code == 1
     report = json.loads(result.stdout)
