@@ -16,6 +16,7 @@ from typing import Any
 
 from fedmezo_coordinator.conformance.raw_calls import CallEndedError, RawCoordinator, RawStream
 from fedmezo_coordinator.conformance.report import (
+    UNKNOWN_FIELD,
     CheckFailedError,
     CheckSkippedError,
     Report,
@@ -402,6 +403,7 @@ class CoordinatorBattery:
             ("assigns the next round to all workers", 17, self._seeds_are_the_slots),
             ("ends the older session of a name", 10, self._replaces),
             ("repeats an assignment after a reconnection", 10, self._repeats),
+            ("ignores fields that it does not know", 15, self._unknown_fields),
             ("refuses answers to tickets that are not open", 13, self._stale_tickets),
             ("refuses projected gradients that the run does not allow", 13, self._bad_scalars),
             ("refuses fields that the contract does not have", 13, self._bad_fields),
@@ -479,6 +481,12 @@ class CoordinatorBattery:
         before = self._any()
         before.stream.cancel()
         after = await self._join(before.name)
+        self._same_work(before, await after.take_work())
+
+    async def _unknown_fields(self) -> None:
+        before = self._any()
+        before.stream.cancel()
+        after = await self._join(before.name, more=UNKNOWN_FIELD)
         self._same_work(before, await after.take_work())
 
     async def _stale_tickets(self) -> None:
@@ -726,13 +734,18 @@ class CoordinatorBattery:
 
     # ------------------------------------------------------------ steps of the sequences
 
-    async def _join(self, name: str, round_: int | None = None) -> Tester:
-        """Open a session at a round, by default the last one, and take the welcome."""
+    async def _join(self, name: str, round_: int | None = None, more: bytes = b"") -> Tester:
+        """Open a session at a round, by default the last one, and take the welcome.
+
+        `more` is added to the hello's bytes.
+        """
         if round_ is None:
             round_ = self._history.round
         stream = self._coordinator.session()
         head = self._head(round_)
-        await stream.send(self._hello(name, round=round_, head=head))
+        hello = self._hello(name, round=round_, head=head)
+        hello.hello.MergeFromString(more)
+        await stream.send(hello)
         tester = Tester(name, stream, wire.Welcome())
         tester.welcome = (await tester.next("welcome")).welcome
         require(not tester.commits, "a commit came before the welcome")
