@@ -350,6 +350,7 @@ class Coordinator:
 
         `worker` is the name that the transport knows the sender by, if it knows one; another one in
         the hello is refused. Raises the `FedMezoError` with which `up` is refused, for `refusal`.
+        A store that fails raises where something is to be sent, not here.
         """
         self._check()
         request = _parsed(wire.PollSessionRequest, up)
@@ -408,6 +409,7 @@ class Coordinator:
 
     def has_news(self, worker: str) -> bool:
         """Whether `down_for` would bring a connected worker commits, work, the end or an error."""
+        self._check()
         known = self._workers.get(worker)
         if known is None or not known.is_calling:
             return False
