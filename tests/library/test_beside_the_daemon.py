@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from fedmezo_core.errors import (
     DivergedError,
     MismatchError,
     SnapshotDamagedError,
+    UnavailableError,
 )
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, MemoryStore
 from fedmezo_core.journal.sqlite import SqliteStore
-from fedmezo_core.records import Committed, Record
+from fedmezo_core.records import Answered, Committed, Record
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
@@ -156,6 +158,56 @@ async def test_a_round_of_the_daemon_does_not_close_between_two_exchanges(tmp_pa
         assert at.daemon.status("").sessions == 3
     commits = [r for r in records_of(tmp_path / "journal.db") if isinstance(r, Committed)]
     assert [len(commit.seed_ranges) for commit in commits] == [3] * genesis.config.rounds
+    journal = Journal(SqliteStore(tmp_path / "journal.db"))
+    assert [entry.head for entry in journal.load()][-1] == in_library.head
+    journal.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_lost_and_repeated_calls_of_the_daemon_change_nothing(
+    tmp_path: Path, seed: int
+) -> None:
+    dice = random.Random(seed)
+    genesis = genesis_of(config_of(**RUN))
+    names = ("a", "b", "c")
+    in_library = Coordinator(genesis)
+    run_to_the_end(in_library, {name: Session(genesis, name, LightEngine(name)) for name in names})
+    async with (
+        served(tmp_path / "journal.db", genesis) as at,
+        CoordinatorClient(at.address) as client,
+    ):
+        sessions = {name: Session(genesis, name, LightEngine(name)) for name in names}
+        downs = {name: [b""] for name in names}
+        ups: list[bytes] = []
+
+        async def call(up: bytes) -> bytes:
+            stub: Any = client._stub
+            request = wire.PollSessionRequest.FromString(up)
+            with client._errors_mapped():
+                response: wire.PollSessionResponse = await stub.PollSession(request)
+            return response.SerializeToString()
+
+        for _ in range(600):
+            name = dice.choice(names)
+            newest = downs[name][-1] if dice.random() < 0.8 else dice.choice(downs[name])
+            ups.append(sessions[name].exchange(newest))
+            calls = [call(ups[-1])]
+            if dice.random() < 0.3:  # A repeated call at the same time, whose reply is lost.
+                calls.append(call(dice.choice(ups)))
+            replies = await asyncio.gather(*calls, return_exceptions=True)
+            reply = replies[0]
+            if isinstance(reply, bytes) and dice.random() < 0.8:
+                downs[name].append(reply)
+            elif not isinstance(reply, bytes):
+                # Two calls of one worker at once: the later one has the session.
+                assert isinstance(reply, UnavailableError), reply
+            if all(session.finished for session in sessions.values()):
+                break
+        assert all(session.finished for session in sessions.values())
+        assert at.daemon.status("").sessions <= 3
+    records = records_of(tmp_path / "journal.db")
+    answers = [(r.round, r.slot) for r in records if isinstance(r, Answered)]
+    assert len(answers) == len(set(answers)) == 3 * genesis.config.rounds
     journal = Journal(SqliteStore(tmp_path / "journal.db"))
     assert [entry.head for entry in journal.load()][-1] == in_library.head
     journal.close()

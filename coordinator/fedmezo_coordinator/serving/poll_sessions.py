@@ -130,15 +130,16 @@ class PollSessions:
                 newest = self._exchanging.get(hello.worker)
                 if newest is not None:
                     stack.enter_context(newest.permit.pop_all())
-                    newest.lease.cancel()
-                    self._sessions.pop(newest.token, None)
             token = secrets.token_bytes(TOKEN_BYTES)
             lease = loop.call_later(LEASE_S, self._lapse, token)
             ends_at_s = loop.time() + LEASE_S
             opened = _PollSession(token, session, stack.pop_all(), lease, ends_at_s)
             self._sessions[token] = opened
             if exchanges:
+                newest = self._exchanging.get(hello.worker)
                 self._exchanging[hello.worker] = opened
+                if newest is not None:
+                    self._end(newest.token)
         return token
 
     async def _collect(
