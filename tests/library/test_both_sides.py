@@ -652,6 +652,34 @@ def test_a_paused_run_can_be_resumed() -> None:
     assert coordinator.has_news("a")
 
 
+def test_evaluations_are_recorded_and_may_end_the_run() -> None:
+    genesis, store = small_run(rounds=50, early_stop_evaluations=2), MemoryStore()
+    coordinator = Coordinator(genesis, store)
+    sessions = {name: open_session(genesis, name) for name in NAMES}
+    downs = dict.fromkeys(NAMES, b"")
+    evaluated = -1
+    while not coordinator.done:
+        for name, session in sessions.items():
+            downs[name] = coordinator.exchange(session.exchange(downs[name]))
+        session = sessions["a"]
+        if session.round > evaluated and not coordinator.finished:
+            evaluated = session.round
+            loss = 1.0 + 0.1 * abs(evaluated - 3)
+            digest = session.engine.digest()
+            coordinator.record_evaluation(fedmezo.Evaluated(evaluated, loss, 0.5, 8, digest))
+    assert 4 < coordinator.round < 8
+    assert coordinator.reason
+    losses = [r.loss for r in records_in(store) if isinstance(r, fedmezo.Evaluated)]
+    assert min(losses) == 1.0
+    for wrong in (
+        fedmezo.Evaluated(51, 1.0, 0.5, 8, bytes(32)),
+        fedmezo.Evaluated(1, float("nan"), 0.5, 8, bytes(32)),
+        fedmezo.Evaluated(1, 1.0, 0.5, 8, b""),
+    ):
+        with pytest.raises(ConfigError, match="cannot be recorded"):
+            coordinator.record_evaluation(wrong)
+
+
 def test_a_session_whose_engine_failed_is_of_no_more_use() -> None:
     class Broken(LightEngine):
         def apply(self, commits: Sequence[Committed]) -> None:
