@@ -415,6 +415,7 @@ class CoordinatorBattery:
             ("refuses a second, different answer", 13, self._equivocation),
             ("serves a session without a stream", 12, self._polls),
             ("commits a round of answers from streams and polls", 12, self._commits),
+            ("serves exchanges, each with hello and nonce", 12, self._exchanges),
             ("refuses an answer to a committed round", 13, self._late_answer),
             ("sends the commits that a worker lacks", 10, self._sends_missing),
             ("goes on when a worker cannot measure", 10, self._unable),
@@ -604,6 +605,33 @@ class CoordinatorBattery:
             "PollSession", wire.PollSessionRequest(token=token), wire.PollSessionResponse
         )
         await self._refused(call, "NOT_FOUND", "UnknownWorkerError")
+        again = await self._join(tester.name)
+        again.assign = tester.assign
+        again.acknowledged.append(self._ticket_of(tester))
+
+    async def _exchanges(self) -> None:
+        """One tester gets its work in a call, answers in the next, and repeats that one."""
+        if self._count < 3:
+            raise CheckSkippedError("it needs 3 workers in a round (cohort_size_max)")
+        tester = self._testers[self._names[-1]]
+        if tester.assign is None:
+            await tester.take_work()
+        tester.stream.cancel()
+        round_ = self._history.round
+        hello = self._hello(tester.name, round=round_, head=self._head(round_))
+        answer = wire.SessionRequest(answer=self._answer(tester))
+        for nonce, messages, wanted in (
+            (b"1", [hello], "assign"),
+            (b"2", [hello, answer], "ack"),
+            (b"2", [hello, answer], "ack"),
+        ):
+            request = wire.PollSessionRequest(messages=messages, nonce=nonce, wait_ms=1000)
+            reply = await self._coordinator.call("PollSession", request, wire.PollSessionResponse)
+            require(reply.nonce == nonce, f"the nonce of the response is {reply.nonce.hex()}")
+            found = {message.WhichOneof("kind"): message for message in reply.messages}
+            require(wanted in found, f"{', '.join(map(str, found)) or 'nothing'} came, no {wanted}")
+            if wanted == "assign":
+                self._same_work(tester, found["assign"].assign)
         again = await self._join(tester.name)
         again.assign = tester.assign
         again.acknowledged.append(self._ticket_of(tester))
