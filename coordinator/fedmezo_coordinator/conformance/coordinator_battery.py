@@ -51,6 +51,8 @@ WORKERS_MAX = 64
 """Most workers that a contract may need for a round."""
 MISSING = 5
 """Most commits that a worker of the battery lacks."""
+PAGE_COMMITS = 4096
+"""Records of the largest page."""
 MESSAGE_BYTES = 70_000
 """Bytes of a message that is too large."""
 OTHER = b"\x01" * 32
@@ -262,7 +264,6 @@ class CoordinatorBattery:
             ("has a sound journal", 5, self._reads_journal),
             ("names the head of its last round", 5, self._names_head),
             ("signs the head of its last round, if it has a key", 5, self._signs_head),
-            ("gives genesis and commits alone", 11, self._commits_alone),
             ("gives pages of one record", 11, self._small_pages),
             ("gives an empty page behind the last commit", 11, self._behind_the_end),
             ("refuses a page of too many records", 11, refused_page(records_max=5000)),
@@ -361,10 +362,13 @@ class CoordinatorBattery:
             witness.check(run.round, run.head, run.signature)
 
     async def _commits_alone(self) -> None:
-        page = await self._page(commits_only=True)
+        wanted = [self._run.genesis, *self._history.commits][:PAGE_COMMITS]
+        page = await self._page(commits_only=True, records_max=PAGE_COMMITS)
         found = [entry.record for entry in page.entries]
-        wanted = [self._run.genesis, *self._history.commits]
-        require(found == wanted[: len(found)] and bool(found), "other records came")
+        require(found == wanted[: len(found)] and len(found) > 1, "other records came")
+        page = await self._page(commits_only=True, from_round=1, records_max=1)
+        found = [entry.record for entry in page.entries]
+        require(found == wanted[1:2], "from_round 1 does not begin with the first commit")
 
     async def _small_pages(self) -> None:
         page = await self._page(records_max=1)
@@ -400,6 +404,7 @@ class CoordinatorBattery:
             ("has recorded every acknowledged answer", 17, self._has_recorded),
             ("commits what the contract makes of the answers", 17, self._coefficients),
             ("signs each commit, if it has a key", 5, self._signs_commits),
+            ("gives genesis and commits alone", 11, self._commits_alone),
             ("assigns the next round to all workers", 17, self._seeds_are_the_slots),
             ("ends the older session of a name", 10, self._replaces),
             ("repeats an assignment after a reconnection", 10, self._repeats),
