@@ -727,7 +727,7 @@ def test_weights_are_saved_with_their_round_and_head(tmp_path: Path) -> None:
         again.restore(saved)
 
 
-def test_weights_that_lag_are_not_saved(tmp_path: Path) -> None:
+def test_weights_are_not_saved_while_a_measurement_has_the_engine(tmp_path: Path) -> None:
     genesis = small_run(quorum=2, deadline_ms=1000)
     coordinator = Coordinator(genesis)
     sessions = {
