@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
 	test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' 2> /dev/null || \
 	  $(BIN)/python -m pip install -q --no-deps $(TRITON)
-	$(BIN)/python -m pip install -q -c requirements.lock --build-constraint requirements.lock --group dev -e '.[worker]'
+	$(BIN)/python -m pip install -q -c requirements.lock --build-constraint requirements.lock --group dev -e '.[worker,flower,nvflare]'
 	# Compile the kernels once, instead of in every process that starts first.
 	$(BIN)/python -c 'from fedmezo_core.zo.materialize import warm_up; warm_up()'
 	touch $@
