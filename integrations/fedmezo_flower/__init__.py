@@ -1,4 +1,4 @@
-"""FedMeZO inside Flower: a ServerApp and a ClientApp, over nothing but Flower's application layer."""
+"""FedMeZO inside Flower: a ServerApp and a ClientApp, above Flower's application layer only."""
 
 from fedmezo_core.program import check_tested
 

@@ -27,6 +27,8 @@ NODES_EVERY_S: Final = 1.0
 """Time between two looks for nodes."""
 RETRY_S: Final = 5.0
 """Time until a node that failed gets its next message."""
+LEASE_MS: Final = 30 * 24 * 3600 * 1000
+"""The coordinator's lease on a worker: no limit, because Flower knows which nodes are there."""
 TTL_MIN_S: Final = 600.0
 """Least time that a node has for its reply; after that the message is sent again."""
 
@@ -56,7 +58,7 @@ class GridLoop:
         clock_s: Callable[[], float] = time.monotonic,
         sleep_s: Callable[[float], None] = time.sleep,
     ) -> None:
-        """`clock_s` and `sleep_s` are those of the `time` module, but for tests."""
+        """`coordinator` has the lease `LEASE_MS`. Tests give another clock."""
         self._coordinator = coordinator
         self._grid = grid
         self._clock_s = clock_s
@@ -66,7 +68,7 @@ class GridLoop:
         self._look_at_s = -NODES_EVERY_S
         self._ttl_s = max(TTL_MIN_S, 2 * coordinator.config.deadline_ms / 1000)
         self._waiting_for = 0
-        self._round = -1
+        self._round = coordinator.round
 
     def run(self) -> None:
         """Return when the run is done, or paused."""
@@ -82,6 +84,8 @@ class GridLoop:
         if now_s >= self._look_at_s + NODES_EVERY_S:
             self._look_at_s = now_s
             self._online = set(self._grid.get_node_ids())
+            for node_id in self._nodes.keys() - self._online:
+                self._lose(self._nodes.pop(node_id))
         self._tell()
         due = [
             (node_id, down)
@@ -156,15 +160,21 @@ class GridLoop:
         except JournalError:
             raise
         except (FedMezoError, KeyError) as error:
+            self._lose(node)
             node.again_at_s = self._clock_s() + RETRY_S
             if str(error) != node.said:
                 node.said = str(error)
                 log.warning("Node %d: %s", node_id, error)
 
+    def _lose(self, node: _Node) -> None:
+        """Note that a node has no worker for now."""
+        self._coordinator.disconnect(node.worker)
+        node.worker = ""
+
     def _check_name(self, node_id: int, worker: str) -> None:
         """Refuse a worker whose name another node's worker has."""
         for other_id, other in self._nodes.items():
-            if other_id != node_id and other.worker == worker and other_id in self._online:
+            if other_id != node_id and other.worker == worker:
                 raise FedMezoError(
                     f"its worker is named {worker}, as that of node {other_id} is; give each "
                     "worker another --name"

@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any, Final
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.config import unflatten_dict
 from flwr.serverapp import Grid, ServerApp
 
-import fedmezo
-from fedmezo_core.config import RunConfig
+from fedmezo import Coordinator, begin_run
+from fedmezo_coordinator.coordinator_settings import model_label
+from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.program import worker_packages
 from fedmezo_flower.client_app import RECORD
-from fedmezo_flower.grid_loop import NODES_EVERY_S, POLL_S, GridLoop
+from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
 
 log = logging.getLogger("flwr")
 
+LOOK_EVERY_S: Final = 1.0
+"""Time between two looks for nodes and replies, beside Flower."""
 BESIDE_TTL_S: Final = 30 * 24 * 3600.0
 """Longest time that a run beside Flower takes: until then a node may reply that it is over."""
+WHERE: Final = "[tool.flwr.app.config.run]"
+"""Where a contract stands."""
 LISTS: Final = frozenset({"train", "target_modules"})
 """Keys of a contract whose values are lists, which Flower's configuration cannot hold."""
 
@@ -55,40 +61,47 @@ def federate(grid: Grid, values: dict[str, Any]) -> None:
         coordinator.close()
 
 
-def open_coordinator(values: dict[str, Any]) -> fedmezo.Coordinator:
+def open_coordinator(values: dict[str, Any]) -> Coordinator:
     """The coordinator of the run in `values`, from its journal if that holds it already.
 
     Raises `ConfigError` for wrong values, and for a journal of another contract.
     """
+    contract = with_lists(contract_in(values))
     journal = str(values.get("journal") or "") or None
-    contract = contract_of(values)
-    try:
-        coordinator = fedmezo.Coordinator(None, journal)
-    except ConfigError:
-        model = str(values.get("model") or contract.model)
-        with worker_packages("begin a run"):
-            genesis = fedmezo.begin_run(contract, model, threads=1)
-        return fedmezo.Coordinator(genesis, journal)
-    if coordinator.config != contract:
-        coordinator.close()
-        raise ConfigError(
-            f"The journal {journal} holds run {coordinator.config.run_id} with another contract "
-            "than [tool.flwr.app.config.run]; take the change back, or set another journal."
-        )
-    log.info("Run %s goes on after round %d", contract.run_id, coordinator.round)
-    return coordinator
+    if journal is not None and Path(journal).exists():
+        coordinator = Coordinator(None, journal, lease_ms=LEASE_MS)
+        try:
+            check_same_contract(coordinator.config, contract, journal)
+        except ConfigError:
+            coordinator.close()
+            raise
+        log.info("Run %s goes on after round %d", coordinator.config.run_id, coordinator.round)
+        return coordinator
+    model = str(values.get("model") or contract.get("model") or "")
+    config = parse_run({"model": model_label(model)} | contract, WHERE)
+    with worker_packages("begin a run"):
+        genesis = begin_run(config, model)
+    return Coordinator(genesis, journal, lease_ms=LEASE_MS)
 
 
-def contract_of(values: dict[str, Any]) -> RunConfig:
-    """The contract under `run`; raises `ConfigError`, which names what is wrong."""
-    run = values.get("run")
-    if not isinstance(run, dict):
-        raise ConfigError(
-            "The app's configuration has no contract; write it below [tool.flwr.app.config.run] "
-            "in pyproject.toml."
-        )
-    label = str(values.get("model") or "").rstrip("/").rpartition("/")[2]
-    return fedmezo.parse_run({"model": label} | with_lists(run), "[tool.flwr.app.config.run]")
+def contract_in(values: dict[str, Any]) -> dict[str, Any]:
+    """What stands under `run`; raises `ConfigError` if nothing does."""
+    contract = values.get("run")
+    if not isinstance(contract, dict):
+        raise ConfigError(f"The app has no contract; write it below {WHERE} in pyproject.toml.")
+    return contract
+
+
+def check_same_contract(begun: RunConfig, contract: dict[str, Any], journal: str) -> None:
+    """Refuse a contract that differs from the one that its journal began with."""
+    written = begun.model_dump()
+    asked = parse_run(written | contract, WHERE, begun).model_dump()
+    for key, value in asked.items():
+        if value != written[key]:
+            raise ConfigError(
+                f"The journal {journal} belongs to a run with {key} = {written[key]!r}, {WHERE} "
+                f"says {value!r}; take the change back, or set another journal."
+            )
 
 
 def with_lists(values: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +115,7 @@ def with_lists(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def tell_result(coordinator: fedmezo.Coordinator) -> None:
+def tell_result(coordinator: Coordinator) -> None:
     """Log how the run ended."""
     digests = coordinator.digests
     log.info(
@@ -123,39 +136,42 @@ def tell_result(coordinator: fedmezo.Coordinator) -> None:
 def gather(grid: Grid, values: dict[str, Any]) -> None:
     """Let every node's worker join the coordinator that `values` names; return when all are done.
 
-    Nodes that come later join, too, as long as one of the others is at work.
+    Nodes that come later join, too, as long as one of the others is at work. Raises `FedMezoError`
+    if no worker took part to the end.
     """
-    record = ConfigRecord(
-        {key: str(values.get(key) or "") for key in ("coordinator", "run_id", "checkpoint_key")}
-    )
+    asked = {
+        "coordinator": str(values["coordinator"]),
+        "run_id": str(contract_in(values).get("run_id") or ""),
+        "checkpoint_key": str(values.get("checkpoint_key") or ""),
+    }
     waiting: dict[str, int] = {}
     told: set[int] = set()
-    look_at_s = -NODES_EVERY_S
-    complaints: list[str] = []
+    complaints: dict[int, str] = {}
     while waiting or not told:
-        if time.monotonic() >= look_at_s + NODES_EVERY_S:
-            look_at_s = time.monotonic()
-            new = sorted(set(grid.get_node_ids()) - told)
-            told |= set(new)
+        new = sorted(set(grid.get_node_ids()) - told)
+        if new:
+            log.info("%d nodes join the coordinator at %s", len(new), asked["coordinator"])
             messages = [
                 Message(
-                    RecordDict({RECORD: record}),
+                    RecordDict({RECORD: ConfigRecord(dict(asked))}),
                     dst_node_id=node_id,
                     message_type="train.fedmezo_beside",
                     ttl=BESIDE_TTL_S,
                 )
                 for node_id in new
             ]
-            if messages:
-                log.info("%d nodes join the coordinator at %s", len(new), record["coordinator"])
-                waiting |= dict(zip(grid.push_messages(messages), new, strict=True))
+            sent = dict(zip(grid.push_messages(messages), new, strict=False))
+            # Flower gives no id for a message that it could not take.
+            sent.pop(None, None)  # type: ignore[call-overload]
+            told.update(sent.values())
+            waiting.update(sent)
         for reply in grid.pull_messages(list(waiting)) if waiting else ():
             node_id = waiting.pop(reply.metadata.reply_to_message_id)
             if reply.has_error():
-                complaints.append(f"Node {node_id}: {reply.error.reason}")
-                log.warning("%s", complaints[-1])
+                complaints[node_id] = reply.error.reason or f"error {reply.error.code}"
+                log.warning("Node %d: %s", node_id, complaints[node_id])
             else:
                 log.info("The worker of node %d is done", node_id)
-        time.sleep(POLL_S)
+        time.sleep(LOOK_EVERY_S)
     if len(complaints) == len(told):
-        raise FedMezoError(f"No node's worker took part to the end. {complaints[0]}")
+        raise FedMezoError(f"No worker took part to the end: {next(iter(complaints.values()))}")

@@ -156,8 +156,10 @@ class ResidentWorker:
             self._genesis = genesis
         try:
             return self._session.exchange(down)
-        except (errors.DivergedError, errors.JournalBehindError):
-            log.warning("the weights are not the run's any more; they are rebuilt from the base")
+        except (UnavailableError, ProtocolError):
+            raise
+        except BaseException:
+            log.warning("the next request begins from the base again")
             self._session = None
             raise
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from fedmezo_core.errors import DataError, ModelError
 from fedmezo_core.program import run_daemon, stop_signal, worker_packages
+from fedmezo_core.wire.admission import check_run_id
+from fedmezo_worker.resident import ResidentWorker
 from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
@@ -69,9 +71,14 @@ async def serve(settings: WorkerSettings, path: Path, stop: asyncio.Event) -> No
         from fedmezo_core.zo.model.allocator import keep_freed_memory
 
         keep_freed_memory()
-        from fedmezo_worker.resident import ResidentWorker
+        from fedmezo import Session, decode_genesis
+        from fedmezo_worker.engine import open_engine
 
-    def open_session(genesis: bytes) -> Session: ...
+    def open_session(genesis_bytes: bytes) -> Session:
+        genesis = decode_genesis(genesis_bytes)
+        check_run_id(settings.run_id, genesis.config.run_id)
+        log.info("run %s of model %s", genesis.config.run_id, settings.model)
+        return Session(genesis_bytes, settings.name, open_engine(settings, genesis))
 
     async with ResidentWorker(settings.name, open_session).listening_on(path):
         await stop.wait()

@@ -38,6 +38,8 @@ from fedmezo_core.wire.client import CoordinatorClient, SessionStream
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 ROOT = Path(__file__).parents[3]
+ROOTS = (".", "proto", "coordinator", "worker", "integrations")
+"""Folders that hold packages of ours."""
 PATIENCE_S = 120.0
 """Longest wait for anything; a busy machine may need most of it."""
 LOOK_EVERY_S = 0.02
@@ -132,7 +134,7 @@ async def vouched_for(client: CoordinatorClient) -> None:
 def environment(**more: str) -> dict[str, str]:
     """The environment of a program under test: our sources, one thread, no one's settings."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDMEZO_")}
-    roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker")]
+    roots = [str(ROOT / folder) for folder in ROOTS]
     return inherited | {
         "PYTHONPATH": os.pathsep.join(roots),
         "OMP_NUM_THREADS": "1",
