@@ -67,6 +67,7 @@ async def run(settings: WorkerSettings) -> None:
 
 async def serve(settings: WorkerSettings, path: Path, stop: asyncio.Event) -> None:
     """Exchange messages with whoever brings them to the socket at `path`, until `stop` is set."""
+    log.info("worker %s is starting", settings.name)
     with worker_packages("work on a run"):
         from fedmezo_core.zo.model.allocator import keep_freed_memory
 
