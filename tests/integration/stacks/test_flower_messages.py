@@ -18,7 +18,7 @@ from fedmezo_core.records import Genesis
 from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
 from fedmezo_worker.resident import ResidentWorker
 from tests.integration.support.flower_grid import FakeGrid, Mischief
-from tests.integration.support.harness import entries_of, served
+from tests.integration.support.harness import bodies_of, entries_of, served
 from tests.integration.support.parties import Workers
 
 TWO = {"rounds": 5, "workers_min": 2, "quorum": 2, "deadline_ms": 60_000}
@@ -77,11 +77,6 @@ class Ended:
     journal: Path
     digest: bytes
     """Of the weights."""
-
-
-def bodies_of(journal: Path) -> list[bytes]:
-    """All records; the answers of a round come in any order."""
-    return sorted(entry.row.body for entry in entries_of(journal))
 
 
 class Federation:

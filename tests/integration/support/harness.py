@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -131,6 +132,13 @@ async def vouched_for(client: CoordinatorClient) -> None:
 # ---------------------------------------------------------------- programs
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 def environment(**more: str) -> dict[str, str]:
     """The environment of a program under test: our sources, one thread, no one's settings."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDMEZO_")}
@@ -144,16 +152,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Program:
-    """One process of ours, in its own process group; its output goes to a file."""
+    """One process, in its own process group; its output goes to a file."""
 
-    def __init__(
-        self, module: str, arguments: Sequence[str | Path], folder: Path, **more: str
-    ) -> None:
+    def __init__(self, name: str, command: Sequence[str | Path], folder: Path, **more: str) -> None:
         self._said = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed in `end`
-            dir=folder, prefix=f"{module}-", suffix=".log", delete=False
+            dir=folder, prefix=f"{name}-", suffix=".log", delete=False
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
+            [str(part) for part in command],
             cwd=folder,
             env=environment(**more),
             stdin=subprocess.DEVNULL,
@@ -222,7 +228,16 @@ class Programs:
 
     def start(self, module: str, *arguments: str | Path, **more: str) -> Program:
         """Start a module of ours; `more` goes into its environment."""
-        program = Program(module, arguments, self.folder, **more)
+        return self._begin(module, [sys.executable, "-m", module, *arguments], **more)
+
+    def start_script(self, name: str, *arguments: str | Path, **more: str) -> Program:
+        """Start a command that a package installed beside this Python."""
+        scripts = Path(sys.executable).parent
+        path = os.pathsep.join([str(scripts), os.environ.get("PATH", "")])
+        return self._begin(name, [scripts / name, *arguments], PATH=path, **more)
+
+    def _begin(self, name: str, command: Sequence[str | Path], **more: str) -> Program:
+        program = Program(name, command, self.folder, **more)
         self._started.append(program)
         return program
 
@@ -296,6 +311,11 @@ def entries_of(path: Path) -> list[Entry]:
     for entry in entries:
         machine.apply(decode_record(entry.row.body))
     return entries
+
+
+def bodies_of(path: Path) -> list[bytes]:
+    """The bytes of all records, sorted: the answers of a round come in any order."""
+    return sorted(entry.row.body for entry in entries_of(path))
 
 
 def records_of(path: Path) -> list[Record]:
