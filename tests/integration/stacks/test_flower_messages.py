@@ -163,6 +163,25 @@ def test_a_server_and_a_worker_that_end_in_between_go_on(
     assert_same_end(coordinator, over_grpc)
 
 
+def test_a_worker_of_a_lost_history_is_rebuilt_from_the_base(
+    federation: Federation, over_grpc: Ended
+) -> None:
+    with federation.worker(1), federation.worker(2):
+        federation.run(FakeGrid(federation.sockets), until_round=3)
+        federation.journal.unlink()
+        coordinator = federation.run(FakeGrid(federation.sockets))
+    assert coordinator.epoch == 1
+    assert_same_end(coordinator, over_grpc)
+
+
+def test_the_same_run_again_needs_no_new_worker(federation: Federation, over_grpc: Ended) -> None:
+    with federation.worker(1), federation.worker(2):
+        federation.run(FakeGrid(federation.sockets))
+        federation.journal.unlink()
+        again = FakeGrid(federation.sockets, run_id=2)
+        assert_same_end(federation.run(again), over_grpc)
+
+
 def test_a_node_without_its_worker_is_asked_again_and_the_log_says_why(
     federation: Federation, over_grpc: Ended, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -177,6 +196,7 @@ def test_a_node_without_its_worker_is_asked_again_and_the_log_says_why(
         complaints = [
             r.getMessage() for r in caplog.records if "No resident worker" in r.getMessage()
         ]
+        assert complaints[0].startswith("Node 2: No resident worker listens on")
         assert len(complaints) == 1  # It is said once, though the node was asked often.
         assert str(federation.sockets[1]) in complaints[0]
         assert f"fedmezo-worker --serve {federation.sockets[1]}" in complaints[0]

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedmezo_flower.client_app import app
+from fedmezo_flower.flower_client import app
 
 
 @dataclass
@@ -38,12 +38,15 @@ class Node:
 class FakeGrid(Grid):
     """Runs the ClientApp in this process, when replies are looked for."""
 
-    def __init__(self, sockets: Iterable[Path], mischief: Mischief | None = None) -> None:
+    def __init__(
+        self, sockets: Iterable[Path], mischief: Mischief | None = None, run_id: int = 1
+    ) -> None:
         # Flower's own programs set these for the process of an app.
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
         self.nodes = {
             number: Node({"fedmezo-socket": str(path)}) for number, path in enumerate(sockets, 1)
         }
+        self._run_id = run_id
         self.online = set(self.nodes)
         self.messages = 0
         self.now_s = 0.0
@@ -95,7 +98,7 @@ class FakeGrid(Grid):
 
     def _run(self, node: Node, message: Message) -> Message:
         context = Context(
-            run_id=1,
+            run_id=self._run_id,
             node_id=message.metadata.dst_node_id,
             node_config=dict(node.config),
             state=RecordDict(),

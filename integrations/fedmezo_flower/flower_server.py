@@ -16,8 +16,8 @@ from fedmezo_coordinator.coordinator_settings import model_label
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.program import worker_packages
-from fedmezo_flower.client_app import RECORD
-from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
+from fedmezo_flower.flower_client import RECORD
+from fedmezo_flower.grid_loop import LEASE_MS, GridLoop, sentence_of
 
 log = logging.getLogger("flwr")
 
@@ -168,7 +168,7 @@ def gather(grid: Grid, values: dict[str, Any]) -> None:
         for reply in grid.pull_messages(list(waiting)) if waiting else ():
             node_id = waiting.pop(reply.metadata.reply_to_message_id)
             if reply.has_error():
-                complaints[node_id] = reply.error.reason or f"error {reply.error.code}"
+                complaints[node_id] = sentence_of(reply.error)
                 log.warning("Node %d: %s", node_id, complaints[node_id])
             else:
                 log.info("The worker of node %d is done", node_id)
