@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import tomllib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,17 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import fedmezo
 import fedmezo_flower
 from fedmezo import Coordinator
 from fedmezo_core import program
 from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError, UnavailableError
+from fedmezo_core.records import Resumed
 from fedmezo_flower import flower_client, flower_server
-from tests.integration.support.flower_grid import FakeGrid
-from tests.integration.support.harness import ROOT, genesis_of, run_values, toml_of
+from tests.integration.support.flower_grid import FakeGrid, resident
+from tests.integration.support.harness import ROOT, genesis_of, records_of, run_values, toml_of
+from tests.library.light_engine import LightEngine
 
 
 def context(**node_config: str) -> Context:
@@ -131,6 +135,36 @@ def test_lists_of_a_contract_are_words_in_a_string() -> None:
         "lora": {"target_modules": ["q_proj", "v_proj"], "rank": 8},
         "task": {"template": "a b", "verbalizers": {"train": " a b"}},
     }
+
+
+class Unable(LightEngine):
+    """A worker's engine that cannot measure."""
+
+    def measure(self, order: fedmezo.Measure) -> fedmezo.Measured:
+        raise fedmezo.MeasurementError("a loss is not a number")
+
+
+def test_a_paused_run_ends_in_an_error_until_it_is_resumed(tmp_path: Path) -> None:
+    grid = FakeGrid([tmp_path / "w1.sock"])
+    values = values_of(
+        tmp_path / "journal.db", workers_min=1, quorum=1, pause_rounds=3, deadline_ms=1000
+    )
+    genesis = genesis_of(parse_run({"model": "tiny"} | values["run"], "the test's run"))
+    fedmezo.Coordinator(genesis, values["journal"]).close()
+    loop = {"clock_s": grid.clock, "sleep_s": grid.sleep}
+
+    def worker_of(engine: type[LightEngine]) -> AbstractContextManager[None]:
+        return resident(
+            "w1", grid.sockets[0], lambda body: fedmezo.Session(body, "w1", engine("w1"))
+        )
+
+    with worker_of(Unable), pytest.raises(FedMezoError, match=r"paused .*resume = 0\.5"):
+        flower_server.federate(grid, values, **loop)
+    with pytest.raises(FedMezoError, match="paused"):
+        flower_server.federate(grid, values, **loop)
+    with worker_of(LightEngine):
+        flower_server.federate(grid, values | {"resume": 0.5}, **loop)
+    assert any(isinstance(record, Resumed) for record in records_of(tmp_path / "journal.db"))
 
 
 class BesideGrid(FakeGrid):

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,36 +14,12 @@ import pytest
 from fedmezo import Coordinator, Session
 from fedmezo_core.records import Genesis
 from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
-from fedmezo_worker.resident import ResidentWorker
-from tests.integration.support.flower_grid import FakeGrid, Mischief
+from tests.integration.support.flower_grid import FakeGrid, Mischief, resident
 from tests.integration.support.harness import bodies_of, entries_of, served
 from tests.integration.support.parties import Workers
 
 TWO = {"rounds": 5, "workers_min": 2, "quorum": 2, "deadline_ms": 60_000}
 TURNS_MAX = 100_000
-
-OpenSession = Callable[[bytes], Session]
-
-
-@contextmanager
-def resident(name: str, path: Path, open_session: OpenSession) -> Iterator[None]:
-    """A resident worker on a thread of its own."""
-    loop, stop, listening = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
-
-    async def serve() -> None:
-        async with ResidentWorker(name, open_session).listening_on(path):
-            listening.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    try:
-        assert listening.wait(60)
-        yield
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
-        loop.close()
 
 
 @pytest.fixture(scope="session")
