@@ -82,8 +82,9 @@ def ask(path: Path, job: str, genesis: bytes, down: bytes) -> tuple[str, bytes]:
 
 def _error_of(name: str, sentence: str) -> FedMezoError:
     kind = getattr(errors, name, None)
-    is_ours = isinstance(kind, type) and issubclass(kind, FedMezoError)
-    return kind(sentence) if is_ours else UnavailableError(sentence)
+    if isinstance(kind, type) and issubclass(kind, FedMezoError):
+        return kind(sentence)
+    return UnavailableError(sentence)
 
 
 def _framed(part: bytes) -> bytes:
@@ -149,9 +150,11 @@ class ResidentWorker:
                     spoken = await _received(reader)
                     if spoken != _SPOKEN:
                         raise _other_version()
-                    request = [await _received(reader) for _ in range(_REQUEST_PARTS - 1)]
+                    job, genesis, down = [
+                        await _received(reader) for _ in range(_REQUEST_PARTS - 1)
+                    ]
                 loop = asyncio.get_running_loop()
-                up = await loop.run_in_executor(self._thread, self._exchange, *request)
+                up = await loop.run_in_executor(self._thread, self._exchange, job, genesis, down)
                 reply = (b"", self._name.encode(), up)
             except (asyncio.IncompleteReadError, TimeoutError):
                 return

@@ -6,11 +6,13 @@ import importlib
 import tomllib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
@@ -28,7 +30,7 @@ from tests.library.light_engine import LightEngine
 
 
 def context(**node_config: str) -> Context:
-    config = {key.replace("_", "-"): value for key, value in node_config.items()}
+    config: UserConfig = {key.replace("_", "-"): value for key, value in node_config.items()}
     return Context(1, 1, config, RecordDict(), {})
 
 
@@ -55,8 +57,10 @@ def test_an_untested_flower_is_refused_in_one_sentence(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", ["train.fedmezo", "train.fedmezo_beside"])
 def test_a_node_that_names_nothing_is_told_what_to_set(kind: str) -> None:
     FakeGrid([])  # So that this process may make messages.
-    values = {"genesis": b"", "down": b"", "coordinator": "", "run_id": "", "checkpoint_key": ""}
-    message = Message(RecordDict({"fedmezo": ConfigRecord(dict(values))}), 1, kind)
+    values = ConfigRecord(
+        {"genesis": b"", "down": b"", "coordinator": "", "run_id": "", "checkpoint_key": ""}
+    )
+    message = Message(RecordDict({"fedmezo": values}), 1, kind)
     key = "fedmezo-socket" if kind == "train.fedmezo" else "fedmezo-worker"
     with pytest.raises(ConfigError, match=f"--node-config '{key}="):
         flower_client.app(message, context())
@@ -151,7 +155,7 @@ def test_a_paused_run_ends_in_an_error_until_it_is_resumed(tmp_path: Path) -> No
     )
     genesis = genesis_of(parse_run({"model": "tiny"} | values["run"], "the test's run"))
     fedmezo.Coordinator(genesis, values["journal"]).close()
-    loop = {"clock_s": grid.clock, "sleep_s": grid.sleep}
+    federate = partial(flower_server.federate, grid, values, clock_s=grid.clock, sleep_s=grid.sleep)
 
     def worker_of(engine: type[LightEngine]) -> AbstractContextManager[None]:
         return resident(
@@ -159,11 +163,12 @@ def test_a_paused_run_ends_in_an_error_until_it_is_resumed(tmp_path: Path) -> No
         )
 
     with worker_of(Unable), pytest.raises(FedMezoError, match=r"paused .*resume = 0\.5"):
-        flower_server.federate(grid, values, **loop)
+        federate()
     with pytest.raises(FedMezoError, match="paused"):
-        flower_server.federate(grid, values, **loop)
+        federate()
+    values["resume"] = 0.5
     with worker_of(LightEngine):
-        flower_server.federate(grid, values | {"resume": 0.5}, **loop)
+        federate()
     assert any(isinstance(record, Resumed) for record in records_of(tmp_path / "journal.db"))
 
 
