@@ -19,9 +19,6 @@ from flwr.serverapp import Grid
 from fedmezo import Coordinator
 from fedmezo_core.errors import (
     FedMezoError,
-    JournalBehindError,
-    JournalCompactedError,
-    JournalError,
     NotReadyError,
     UnavailableError,
 )
@@ -41,8 +38,6 @@ TTL_MIN_S: Final = 600.0
 """Least time that a node has for its reply; after that the message is sent again."""
 NAME_CHARS_MAX: Final = 64
 """Longest name of a worker, as its settings allow."""
-OF_THE_WORKER: Final = (JournalBehindError, JournalCompactedError)
-"""Errors about a journal that mean a worker which holds another round than the journal has."""
 
 
 @dataclass
@@ -173,8 +168,6 @@ class GridLoop:
             node.worker = self._coordinator.take(up, worker=worker)
             node.said = ""
         except (FedMezoError, KeyError) as error:
-            if isinstance(error, JournalError) and not isinstance(error, OF_THE_WORKER):
-                raise  # The coordinator's own journal failed.
             self._lose(node)
             node.again_at_s = self._clock_s() + RETRY_S
             if up and isinstance(error, FedMezoError):
