@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-integrations bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -31,7 +31,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(BIN)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
 	test "$$(uname)" != Linux || $(BIN)/python -c 'import triton' 2> /dev/null || \
 	  $(BIN)/python -m pip install -q --no-deps $(TRITON)
-	$(BIN)/python -m pip install -q -c requirements.lock --build-constraint requirements.lock --group dev -e '.[worker]'
+	$(BIN)/python -m pip install -q -c requirements.lock --build-constraint requirements.lock --group dev -e '.[worker,flower,nvflare]'
 	# Compile the kernels once, instead of in every process that starts first.
 	$(BIN)/python -c 'from fedmezo_core.zo.materialize import warm_up; warm_up()'
 	touch $@
@@ -135,6 +135,9 @@ bench-coordinator: setup  ## submissions, connections, restarts of one coordinat
 
 bench-use: setup  ## first lines, late workers beside unread pages, proposed rates beside a grid search; build/reports/bench-use.json
 	$(BIN)/python -m benchmarks.bench_use
+
+bench-integrations: setup  ## bytes and seconds of a round in other stacks; build/reports/bench-integrations.json
+	$(BIN)/python -m benchmarks.bench_integrations
 
 # `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set clients=8" or EXPERIMENT=--fresh.

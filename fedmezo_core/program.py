@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -244,3 +246,23 @@ def worker_packages(purpose: str) -> Iterator[None]:
         raise ModelError(
             f"The package {error.name} is missing; install fedmezo[worker] to {purpose}."
         ) from None
+
+
+def check_tested(package: str, at_least: str, below: str, extra: str) -> None:
+    """Refuse an installed package whose version was not tested with this one.
+
+    `at_least` and `below` bound the tested versions, as "1.41"; `extra` installs one of them.
+    Raises `ConfigError`, which says what is installed and what to install instead.
+    """
+    install = f"install fedmezo[{extra}], which takes {package} >= {at_least}, < {below}"
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        raise ConfigError(f"The package {package} is missing; {install}.") from None
+    if not _release(at_least) <= _release(found) < _release(below):
+        raise ConfigError(f"{package} {found} was not tested with this FedMeZO version; {install}.")
+
+
+def _release(version_text: str) -> tuple[int, ...]:
+    """The first two numbers of a version."""
+    return tuple(int(number) for number in re.findall(r"\d+", version_text)[:2])

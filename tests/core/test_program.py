@@ -14,6 +14,7 @@ from fedmezo_core import program
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.program import (
     TRACEBACK_VARIABLE,
+    check_tested,
     current_step,
     long_step,
     run_program,
@@ -232,3 +233,21 @@ def test_a_short_step_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
         raise DataError("bad.")
     assert not caplog.messages
     assert current_step() == ""
+
+
+@pytest.mark.parametrize("found", ["1.41.0", "1.42.3", "1.41"])
+def test_a_tested_version_of_a_stack_is_taken(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "version", lambda _: found)
+    check_tested("flwr", "1.41", "1.43", "flower")
+
+
+@pytest.mark.parametrize("found", ["1.40.9", "1.43.0", "1.43.0rc1", "2.0"])
+def test_another_version_of_a_stack_is_refused(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "version", lambda _: found)
+    with pytest.raises(ConfigError, match=rf"flwr {found} was not tested .* >= 1.41, < 1.43"):
+        check_tested("flwr", "1.41", "1.43", "flower")
+
+
+def test_a_missing_stack_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"no-such-stack is missing; install fedmezo\[flower\]"):
+        check_tested("no-such-stack", "1.41", "1.43", "flower")
