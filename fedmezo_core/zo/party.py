@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError, MismatchError
 from fedmezo_core.program import long_step
-from fedmezo_core.records import Committed, Genesis
-from fedmezo_core.zo.commits import Commit
+from fedmezo_core.records import Genesis
 from fedmezo_core.zo.data.prompts import control_tokens
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Dataset, Task
@@ -267,30 +265,6 @@ def open_party(
     if frozen_base_bits is not None:
         compress_frozen(loaded.model, loaded.manifest, frozen_base_bits, device)
     return party
-
-
-def commits_of(records: Sequence[Committed]) -> list[Commit]:
-    """The commits of a journal, in its order, as `materialize` takes them."""
-    return [
-        Commit(
-            seeds=np.concatenate(
-                [
-                    np.uint64(seed_range.first_seed)
-                    + np.arange(len(seed_range.coefficients), dtype=np.uint64)
-                    for seed_range in record.seed_ranges
-                ]
-                or [np.empty(0, dtype=np.uint64)]
-            ),
-            coefficients=np.array(
-                [c for seed_range in record.seed_ranges for c in seed_range.coefficients],
-                dtype=np.float32,
-            ),
-            rounding_seed=record.rounding_seed,
-            decay=record.decay,
-            from_base=record.from_base,
-        )
-        for record in records
-    ]
 
 
 def _vocabulary_size(loaded: LoadedModel) -> int:

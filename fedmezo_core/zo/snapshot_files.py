@@ -16,7 +16,8 @@ from fedmezo_core.errors import SnapshotDamagedError, SnapshotError
 from fedmezo_core.folders import sync
 from fedmezo_core.program import long_step
 from fedmezo_core.wire.snapshots import Snapshot, file_name, partial_name
-from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
+from fedmezo_core.zo.model.manifest import trained_tensors
+from fedmezo_core.zo.plain.entries import Manifest
 from fedmezo_core.zo.weights import Weights
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -18,6 +18,7 @@ from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
+from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import read_rows
@@ -26,7 +27,7 @@ from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, load_objective
-from fedmezo_core.zo.party import Party, commits_of, open_party
+from fedmezo_core.zo.party import Party, open_party
 from fedmezo_core.zo.snapshot_files import install_snapshot
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.evaluations import HeldOutResult

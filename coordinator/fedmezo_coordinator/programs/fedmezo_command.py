@@ -52,6 +52,7 @@ from fedmezo_core.program import (
 )
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.reconnecting import Reconnecting
+from fedmezo_core.zo.commits import commits_of
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.command")
@@ -292,7 +293,7 @@ def export(
     with worker_packages("export"):
         from fedmezo_core.zo.export import export_adapter, export_model
         from fedmezo_core.zo.model.model_card import ModelCard
-        from fedmezo_core.zo.party import commits_of, open_party
+        from fedmezo_core.zo.party import open_party
     party = open_party(
         genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
     )

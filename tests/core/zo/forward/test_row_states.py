@@ -25,9 +25,10 @@ from fedmezo_core.zo.estimator import groups_of
 from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore, SpooledRows
 from fedmezo_core.zo.model.loading import add_adapter
-from fedmezo_core.zo.model.manifest import Manifest, manifest_of
+from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.objectives import Predictions
+from fedmezo_core.zo.plain.entries import Manifest
 from tests.core.zo.conftest import MODEL_KINDS
 from tests.core.zo.forward.frozen_parts import (
     EPS,

@@ -20,7 +20,7 @@ from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ConfigError, DivergedError, MismatchError, ModelError, NumericError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.model.loading import add_adapter
-from fedmezo_core.zo.model.manifest import Entry, Manifest, manifest_of, trained_tensors
+from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.weight_digest import (
     CHUNK_BYTES,
     base_digest,
@@ -29,6 +29,7 @@ from fedmezo_core.zo.model.weight_digest import (
     weights_digest,
 )
 from fedmezo_core.zo.noise import Distribution, Rounding
+from fedmezo_core.zo.plain.entries import Entry, Manifest
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import MODEL_KINDS, make_tokenizer
 
