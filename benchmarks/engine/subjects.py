@@ -22,7 +22,8 @@ from transformers import (
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.zo.commits import Commit
-from fedmezo_core.zo.data.task import Batch, EncodedExample, Task
+from fedmezo_core.zo.data.encoding import EncodedExample
+from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.graphs import Recorder
 from fedmezo_core.zo.model.manifest import manifest_of

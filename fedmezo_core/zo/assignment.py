@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.zo.data.batches import Batches
-from fedmezo_core.zo.data.task import Dataset
+from fedmezo_core.zo.data.encoding import Dataset
+from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore
 from fedmezo_core.zo.model.offload import execution_device
@@ -59,24 +61,24 @@ def open_row_states(
     return RowStates(model, party.loaded.manifest, party.task, rows)
 
 
-def open_batches(party: Party, dataset: Dataset, worker: str) -> Batches:
+def open_batches(party: Party, dataset: Dataset, worker: str) -> Batches[Batch]:
     """The batches that one worker of the run takes from its data."""
     config = party.config
+    device = execution_device(party.loaded.model)
     return Batches(
-        party.task,
+        functools.partial(party.task.collate, device=device),
         dataset,
         run_seed=config.seed,
         worker_name=worker,
         batch_size=config.batch_size,
         local_steps=config.local_steps,
-        device=execution_device(party.loaded.model),
     )
 
 
 def measure(
     party: Party,
     estimator: Estimator,
-    batches: Batches,
+    batches: Batches[Batch],
     order: Measure,
     *,
     digest: Callable[[], bytes],

@@ -16,9 +16,10 @@ from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError, MismatchError
 from fedmezo_core.program import long_step
 from fedmezo_core.records import Genesis
+from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.prompts import control_tokens
 from fedmezo_core.zo.data.rows import Example
-from fedmezo_core.zo.data.task import Dataset, Task
+from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.data.tokenizer_parts import digest_of_parts
 from fedmezo_core.zo.materialize import warm_up
 from fedmezo_core.zo.model.compressed import check_compressible, compress_frozen

@@ -20,9 +20,10 @@ from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
 from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.batches import Batches
+from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import read_rows
-from fedmezo_core.zo.data.task import Dataset
+from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
@@ -48,7 +49,7 @@ class Loaded:
     """Model and data of a run, and what measures and evaluates with them."""
 
     party: Party
-    batches: Batches
+    batches: Batches[Batch]
     heldout: Dataset | None
     """None: the settings name no held-out rows."""
     scorer: Scorer | None

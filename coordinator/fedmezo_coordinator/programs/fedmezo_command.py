@@ -52,7 +52,6 @@ from fedmezo_core.program import (
 )
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.reconnecting import Reconnecting
-from fedmezo_core.zo.commits import commits_of
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.command")
@@ -291,6 +290,7 @@ def export(
     if adapter_only and genesis.config.lora is None:
         raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
     with worker_packages("export"):
+        from fedmezo_core.zo.commits import commits_of
         from fedmezo_core.zo.export import export_adapter, export_model
         from fedmezo_core.zo.model.model_card import ModelCard
         from fedmezo_core.zo.party import open_party

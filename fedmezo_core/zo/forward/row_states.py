@@ -30,7 +30,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fedmezo_core.zo.data.task import Batch, EncodedExample, Task
+from fedmezo_core.zo.data.encoding import EncodedExample
+from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.forward.copies import Copies
 from fedmezo_core.zo.forward.frozen import FROZEN_SHARE_MIN, FrozenPart, FrozenResult
 from fedmezo_core.zo.model.modules import (

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.zo.data.task import EncodedExample, Task
+from fedmezo_core.zo.data.encoding import EncodedExample
+from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.graphs import CudaGraphs, Graphs, Recorder, padded, padded_length
 from fedmezo_core.zo.model.manifest import manifest_of

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.zo import estimator as estimator_module
+from fedmezo_core.zo.data.encoding import Dataset, EncodedExample
 from fedmezo_core.zo.data.held_out import evaluate
-from fedmezo_core.zo.data.task import Batch, Dataset, EncodedExample, Task
+from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import groups_of
 from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore, SpooledRows
