@@ -52,6 +52,8 @@ class Party:
     tokenizer_digest: bytes
     tokenizer_parts: tuple[bytes, ...]
     """As in `Genesis`."""
+    base_form: str = ""
+    """The form of the base that this party's hello names, as in `base_forms`; empty for none."""
 
     @property
     def distribution(self) -> Distribution:
@@ -76,6 +78,11 @@ class Party:
             trainable_bytes=elements * element_bytes,
             tokenizer_parts=self.tokenizer_parts,
         )
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of embeddings of the model."""
+        return _vocabulary_size(self.loaded)
 
     @property
     def positions_max(self) -> int | None:
@@ -218,6 +225,7 @@ def open_party(
         )
     if frozen_base_bits is not None:
         check_compressible(has_adapter=config.lora is not None, placement=placement)
+    base_form = _compressed_form(config, frozen_base_bits)
     device = placement.torch_device()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -262,10 +270,25 @@ def open_party(
         base_digest=digest,
         tokenizer_digest=digest_of_parts(parts) if parts else tokenizer_digest(loaded.tokenizer),
         tokenizer_parts=parts,
+        base_form=base_form,
     )
     if frozen_base_bits is not None:
         compress_frozen(loaded.model, loaded.manifest, frozen_base_bits, device)
     return party
+
+
+def _compressed_form(config: RunConfig, frozen_base_bits: int | None) -> str:
+    """The form of a base compressed to so many bits; empty where the run leaves that to parties."""
+    if frozen_base_bits is None or not config.base_forms:
+        return ""
+    form = f"{frozen_base_bits}-bit"
+    if form not in config.base_forms:
+        raise ConfigError(
+            f"frozen_base_bits = {frozen_base_bits}: the run admits the base itself and "
+            f"{', '.join(config.base_forms)}, not {form}; leave it out, or begin a run whose "
+            f"base_forms names {form}."
+        )
+    return form
 
 
 def _vocabulary_size(loaded: LoadedModel) -> int:

@@ -134,6 +134,11 @@ class Engine:
             raise RuntimeError("nothing is loaded; await `load` first")
         return self._loaded
 
+    @property
+    def base_form(self) -> str:
+        """The form of the base that it measures with; empty for the base itself."""
+        return self.loaded.party.base_form
+
     async def _run(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 

@@ -397,7 +397,13 @@ class Member:
     ) -> wire.SessionRequest:
         match action:
             case SendHello(round_, head):
-                return hello_to_pb(self._genesis, self._settings.name, round_, head)
+                return hello_to_pb(
+                    self._genesis,
+                    self._settings.name,
+                    round_,
+                    head,
+                    base_form=self._engine.base_form,
+                )
             case SendAnswer():
                 return answer_to_pb(action)
             case SendUnable():

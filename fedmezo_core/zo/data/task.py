@@ -398,7 +398,7 @@ def target_logits(model: nn.Module, batch: Batch) -> Iterator[tuple[Places, torc
     wait for the device.
     """
     response_tokens = batch.targets.shape[1]
-    head, decoder = _plain_head(model), _decoder(model)
+    head, decoder = plain_head(model), decoder_of(model)
     device = batch.targets.device
     fits = device.type != "cpu" and _fit_a_slice(model, batch.targets.numel(), device)
     if head is None or decoder is None or fits:
@@ -439,11 +439,11 @@ def _slice_elements(device: torch.device) -> int:
 
 def _fit_a_slice(model: nn.Module, tokens: int, device: torch.device) -> bool:
     """Whether the logits of `tokens` may exist at a time; they do if the head is no plain one."""
-    head = _plain_head(model)
+    head = plain_head(model)
     return head is None or tokens * head.out_features <= _slice_elements(device)
 
 
-def _plain_head(model: nn.Module) -> nn.Linear | None:
+def plain_head(model: nn.Module) -> nn.Linear | None:
     """The model's head, if it is a matrix product and nothing has replaced that."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     plain = getattr(head, "_old_forward", getattr(head, "forward", None))
@@ -451,7 +451,7 @@ def _plain_head(model: nn.Module) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) and is_plain else None
 
 
-def _decoder(model: nn.Module) -> nn.Module | None:
+def decoder_of(model: nn.Module) -> nn.Module | None:
     """The part of the model that gives hidden states to the head, if it is a module of its own."""
     inner = getattr(model, "get_base_model", lambda: model)()
     # In transformers 4, `get_decoder` and `base_model` find nothing in some models.
