@@ -28,6 +28,7 @@ from fedmezo_core.zo.edge.base_form import (
     file_digest,
 )
 from fedmezo_core.zo.edge.onnx_losses import GRAPH_INPUTS, GRAPH_OUTPUT
+from fedmezo_core.zo.model.loading import quiet
 from fedmezo_core.zo.party import Party
 
 ONNX_FILE: Final = "model.onnx"
@@ -190,7 +191,7 @@ def _write_graph(party: Party, path: Path) -> None:
     shapes: Any = (
         row_shape, row_shape, row_shape, {0: dynamic}, {0: dynamic}, tuple({} for _ in matrices),
     )  # fmt: skip
-    with long_step("exporting the base to ONNX"), torch.inference_mode(False), torch.no_grad():
+    with long_step("exporting the base to ONNX"), quiet(), torch.no_grad():
         try:
             program: Any = torch.onnx.export(
                 _Graph(party.loaded.model, list(matrices)).eval(),

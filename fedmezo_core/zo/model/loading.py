@@ -61,7 +61,7 @@ TOKENIZER_FILES = (
 _BYTE_TOKENIZERS = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}
 """Tokenizers of bytes or characters, which have no vocabulary in a file."""
 _HUB_TIMEOUT_S = 10.0
-_NOISY = ("accelerate", "bitsandbytes", "huggingface_hub")
+_NOISY = ("accelerate", "bitsandbytes", "huggingface_hub", "torch.onnx")
 """Loggers that transformers' own verbosity leaves as they are."""
 _ADAPTER = "default"
 """Peft's own name for the only adapter of a model."""
