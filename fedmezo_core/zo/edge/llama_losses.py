@@ -147,7 +147,7 @@ class LlamaLosses:
         wanted = np.zeros(padded.input_ids.shape, dtype=bool)
         wanted[part.rows, part.columns] = True
         real = padded.attention_mask.astype(bool)
-        rows, columns = np.nonzero(real)
+        rows, _ = np.nonzero(real)
         count = len(rows)
         if len(real) > self._rows_max or count > self._tokens_max:
             raise MeasurementError(
