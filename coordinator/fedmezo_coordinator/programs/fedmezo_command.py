@@ -364,6 +364,37 @@ def adapter(
     )
 
 
+@app.command("export-form")
+def export_form(
+    folder: OutputFolder,
+    config: Annotated[
+        Path, typer.Option(help="the coordinator's TOML file; its run must train a LoRA adapter")
+    ],
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="GGUF of the same base, for llama.cpp; default: an ONNX graph is made"),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Write a form of a run's base for workers without torch; see docs/edge.md."""
+    settings = load_settings(
+        CoordinatorSettings, ["--config", str(config)], program="fedmezo export-form"
+    )
+    with worker_packages("export a form of a base"):
+        from fedmezo_core.zo.edge.edge_export import export_gguf_form, export_onnx_form
+        from fedmezo_core.zo.party import open_party
+    run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
+    party = open_party(run, settings.model, adapter=settings.adapter, threads=threads)
+    if gguf is None:
+        name = export_onnx_form(party, folder)
+    else:
+        name = export_gguf_form(party, folder, gguf)
+    print(
+        f"{folder}: a form of the base of run {run.run_id}; add it to the contract: "
+        f'base_forms = ["{name}"]'
+    )
+
+
 @app.command()
 def probe(
     config: Annotated[Path, typer.Option(help="the coordinator's TOML file")],

@@ -14,7 +14,7 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
-from fedmezo_core.zo.commits import commits_of
+from fedmezo_core.zo.commits import Commit, commits_of
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.encoding import EncodedExample
 from fedmezo_core.zo.data.rows import Example
@@ -49,10 +49,12 @@ class EdgeEngine:
         rows: Sequence[Example],
         *,
         threads: int | None = None,
+        before_pass: Callable[[], None] = lambda: None,
     ) -> None:
         """Take a `form` that `read_form` has checked, and the worker's rows.
 
-        threads: the most that apply commits. Raises what is wrong with the rows.
+        threads: the most that apply commits. before_pass: called before the losses at each point;
+        may raise to end a measurement. Raises what is wrong with the rows.
         """
         config = genesis.config
         dataset = form.encoder.encode(rows)
@@ -67,7 +69,7 @@ class EdgeEngine:
         """Which form of the base the losses come from, as in the run's `base_forms`."""
         self.weights: Final = ArrayWeights(form.start, form.manifest, config, threads=threads)
         self._config = config
-        self._estimator = _Estimator(self.weights, losses, config)
+        self._estimator = _Estimator(self.weights, losses, config, before_pass)
 
         def collate(examples: Sequence[EncodedExample], name: str) -> EdgeBatch:
             return edge_batch(
@@ -103,8 +105,15 @@ class EdgeEngine:
 
 
 class _Estimator:
-    def __init__(self, weights: ArrayWeights, losses: Losses, config: RunConfig) -> None:
+    def __init__(
+        self,
+        weights: ArrayWeights,
+        losses: Losses,
+        config: RunConfig,
+        before_pass: Callable[[], None],
+    ) -> None:
         self._weights = weights
+        self._before_pass = before_pass
         self._losses = losses
         self._one_sided = config.estimator == "one_sided"
 
@@ -112,5 +121,9 @@ class _Estimator:
         self, batch: EdgeBatch, local: Sequence[Pair], seeds: Sequence[int], eps: float
     ) -> list[Measurement]:
         points = points_of(local, seeds, eps, one_sided=self._one_sided)
-        losses = list(self._losses(map(self._weights.moved, points), batch))
+        losses = list(self._losses(map(self._adapter_at, points), batch))
         return measurements_of(losses, eps, batch.name, one_sided=self._one_sided)
+
+    def _adapter_at(self, point: Commit) -> Adapter:
+        self._before_pass()
+        return self._weights.moved(point)

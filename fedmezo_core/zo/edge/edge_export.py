@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedmezo_core.errors import ConfigError, ModelError
+from fedmezo_core.folders import whole_folder
 from fedmezo_core.program import long_step
 from fedmezo_core.zo.data.task import Batch, decoder_of, logits_of, plain_head
 from fedmezo_core.zo.edge.base_form import (
@@ -90,19 +91,18 @@ def _export(
             f"The tokenizer of {config.model} is not one of the tokenizers library, which workers "
             "without transformers need; use a model with a tokenizer.json."
         )
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"The folder {folder} cannot be made ({error.strerror}); name one that is not there."
-        ) from None
+    with whole_folder(folder, ConfigError) as partial:
+        return _written(party, partial, kind, write)
+
+
+def _written(
+    party: Party, folder: Path, kind: Literal["onnx", "gguf"], write: Callable[[Path], str]
+) -> str:
+    config, tokenizer = party.config, party.loaded.tokenizer
+    assert config.lora is not None
     tokenizer.backend_tokenizer.save(str(folder / TOKENIZER_FILE))
     save_file(adapter_matrices(party.loaded.model), folder / ADAPTER_FILE)
-    try:
-        model_file = write(folder)
-    except ModelError:
-        shutil.rmtree(folder)
-        raise
+    model_file = write(folder)
     description = FormDescription(
         kind=kind,
         files={path.name: file_digest(path) for path in sorted(folder.iterdir())},
