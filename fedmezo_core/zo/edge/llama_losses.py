@@ -21,6 +21,11 @@ from fedmezo_core.zo.edge.edge_engine import PASS_TOKENS_MAX
 _FLOAT32: Final = 0
 """ggml's number of the type."""
 _NO_FLASH_ATTENTION: Final = 0
+_BLAS_ROWS_MIN: Final = 32
+"""Fewest rows of a product that llama.cpp gives to a BLAS library, which computes in float32. It
+multiplies fewer rows, and without such a library all, by inputs of 8 bits."""
+_FLOAT_HEAD_BYTES_MAX: Final = 256 << 20
+"""Largest head, as float32, of which a BLAS library gets a copy."""
 _MEMORY_FOLDER: Final = Path("/dev/shm")
 
 
@@ -69,6 +74,8 @@ class LlamaLosses:
                 f"{form.model_path} has {self._vocabulary_size} tokens, the run's base "
                 f"{form.description.vocabulary_size}; export the form from a GGUF of the same base."
             )
+        head_bytes = 4 * self._vocabulary_size * int(llama_cpp.llama_model_n_embd(self._model))
+        self._outputs_min = _BLAS_ROWS_MIN if head_bytes <= _FLOAT_HEAD_BYTES_MAX else 0
         self._context = llama_cpp.llama_init_from_model(self._model, self._parameters(threads))
         if not self._context:
             raise ModelError(
@@ -158,20 +165,28 @@ class LlamaLosses:
         try:
             pass_.n_tokens = count
             ids, positions = padded.input_ids[real], padded.position_ids[real]
-            flags = wanted[real]
+            asked = self._asked(wanted[real])
             for index in range(count):
                 pass_.token[index] = int(ids[index])
                 pass_.pos[index] = int(positions[index])
                 pass_.n_seq_id[index] = 1
                 pass_.seq_id[index][0] = int(rows[index])
-                pass_.logits[index] = bool(flags[index])
+                pass_.logits[index] = bool(asked[index])
             library.llama_memory_clear(library.llama_get_memory(self._context), True)
             if library.llama_decode(self._context, pass_) != 0:
                 raise MeasurementError("llama.cpp could not compute a batch; see its memory.")
             # In the order of the tokens that asked for them, which is that of the places.
             found = library.llama_get_logits(self._context)
-            shape = (int(flags.sum()), self._vocabulary_size)
-            logits: npt.NDArray[np.float32] = np.ctypeslib.as_array(found, shape)
-            return logits.copy()
+            shape = (int(asked.sum()), self._vocabulary_size)
+            every: npt.NDArray[np.float32] = np.ctypeslib.as_array(found, shape)
+            logits: npt.NDArray[np.float32] = every[wanted[real][asked]]
+            return logits
         finally:
             library.llama_batch_free(pass_)
+
+    def _asked(self, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """The `wanted` places and as many others as the head's product needs to be float32."""
+        asked = wanted.copy()
+        more = max(0, self._outputs_min - int(wanted.sum()))
+        asked[np.flatnonzero(~wanted)[:more]] = True
+        return asked
