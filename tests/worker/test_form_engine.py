@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -22,11 +23,13 @@ from fedmezo_core.zo.edge.array_losses import EdgeBatch
 from fedmezo_core.zo.edge.array_weights import Adapter
 from fedmezo_core.zo.snapshot_files import write_snapshot
 from fedmezo_worker import form_engine
+from fedmezo_worker.agent import Agent
 from fedmezo_worker.form_engine import FormEngine
 from fedmezo_worker.worker_command import check_paths, open_engine_thread
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.core.zo.conftest import make_tokenizer
 from tests.core.zo.edge.conftest import Run, base_folder, contract, order_of, rows, run_of
+from tests.integration.support.harness import served
 
 __all__ = ["base_folder", "run_of"]
 ROOT = Path(__file__).parents[2]
@@ -151,3 +154,27 @@ def test_the_worker_loads_no_torch() -> None:
     )
     path = ":".join(map(str, (ROOT, ROOT / "proto", ROOT / "coordinator", ROOT / "worker")))
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
+
+
+async def test_over_grpc_it_ends_with_the_digest_of_the_torch_worker(
+    settings: WorkerSettings, run: Run, losses: SumLosses, tmp_path: Path
+) -> None:
+    """The coordinator, which serves the run, knows by the hello which form of the base it holds."""
+    config = run.genesis.config.model_copy(
+        update={"rounds": 2, "workers_min": 2, "quorum": 2, "normalized_step": True}
+    )
+    genesis = replace(run.genesis, config=config)
+    torch_settings = WorkerSettings(
+        name="torch", data=settings.data, model=str(run.party.loaded.folder), threads=1
+    )
+    async with served(tmp_path / "run.journal", genesis) as coordinator:
+        agents = []
+        for own in (settings, torch_settings):
+            own = own.model_copy(update={"coordinator": coordinator.address})
+            agents.append((Agent(own, engine := open_engine_thread(own)), engine))
+        await asyncio.gather(*(agent.run() for agent, _ in agents))
+        digests = {await engine.digest() for _, engine in agents}
+    for _, engine in agents:
+        await engine.close()
+    assert len(digests) == 1
+    assert digests != {run.party.weights.digest()}

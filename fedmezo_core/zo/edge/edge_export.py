@@ -46,6 +46,11 @@ def export_onnx_form(party: Party, folder: Path) -> str:
     `base_forms`. Raises `ModelError` if the export fails or the graph computes other logits than
     the model, `ConfigError` for a run that no form serves.
     """
+    if party.config.dtype != "float32":
+        raise ConfigError(
+            f"ONNX Runtime computes a base of dtype float32 on a CPU, and this run has "
+            f"{party.config.dtype}; begin a run with float32, or export a GGUF."
+        )
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if importlib.util.find_spec(package) is None:
             raise ModelError(f"The package {package} is missing; install fedmezo[onnx] to export.")
