@@ -84,8 +84,9 @@ class Session:
         self._order: Measure | None = None
         self._unapplied: list[Committed] = []
         self._has_failed = False
-        # What the next exchange carries, and what the last one was.
+        # What is not known to have arrived, how much of it is in the last exchange, and its bytes.
         self._up_messages: list[wire.SessionRequest] = []
+        self._carried = 0
         self._up = b""
         self._up_count = 0
         self._nonce = b""
@@ -158,13 +159,12 @@ class Session:
         """Write the weights, with the round and head that they are of, into a file in `folder`.
 
         It is there durably and whole, or not at all. Needs a `SavingEngine`. Raises `NotReadyError`
-        while a measurement runs that holds up commits, and `SnapshotError` if the disk refuses.
+        while a measurement runs elsewhere, and `SnapshotError` if the disk refuses.
         """
         self._check()
-        if self._machine.holds_commits:
+        if self._machine.measuring:
             raise NotReadyError(
-                "Commits wait for a measurement to end, so the weights are not those of the last "
-                "round yet; complete it, then save."
+                "A measurement has the engine, and commits may wait for it; complete it, then save."
             )
         return self._saving_engine.save(folder, self.head)
 
@@ -247,6 +247,7 @@ class Session:
             self._up = wire.PollSessionRequest(
                 nonce=self._nonce, messages=[hello, *self._up_messages]
             ).SerializeToString()
+            self._carried = len(self._up_messages)
         return self._up
 
     def _take_down(self, down: bytes) -> None:
@@ -257,7 +258,9 @@ class Session:
         if not self._nonce or response.nonce != self._nonce:
             return  # The reply to an earlier one.
         # That what was sent has arrived is now known.
-        self._up, self._up_messages = b"", []
+        self._up = b""
+        del self._up_messages[: self._carried]
+        self._carried = 0
         round_, has_order = self._machine.round, self._machine.measuring
         self.disconnect()
         self._machine.step(Connected())
