@@ -81,7 +81,7 @@ test-gpu: setup  ## run the tests that need a CUDA device
 # llama-cpp-python is compiled, which takes a compiler and minutes; with a BLAS library, products of a
 # quantised base are float32 (docs/edge.md).
 test-edge: setup  ## the tests of workers without torch, with ONNX Runtime and llama.cpp (builds it)
-	CMAKE_ARGS="$${CMAKE_ARGS:-}" $(BIN)/python -m pip install -q -e '.[worker,onnx,llama-cpp]'
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[worker,onnx,llama-cpp]'
 	$(BIN)/python -m pytest -q tests/core/zo/edge tests/library/test_mixed_run.py tests/worker/test_form_engine.py
 
 test-postgres: setup postgres-server  ## run the tests that need a PostgreSQL server; as root, install it first
