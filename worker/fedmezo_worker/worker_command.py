@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmezo_core.errors import DataError, ModelError
 from fedmezo_core.program import run_daemon, stop_signal, worker_packages
 from fedmezo_core.wire.admission import check_run_id
+from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.resident import ResidentWorker
 from fedmezo_worker.worker_settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from fedmezo import Engine, Genesis
 
 log = logging.getLogger("fedmezo.worker")
 
@@ -26,8 +31,32 @@ def check_paths(settings: WorkerSettings) -> None:
     for path in (settings.data, settings.heldout):
         if path is not None and not path.exists():
             raise DataError(f"There is no data file or folder {path}; check the path.")
+    if settings.base_form is not None and not settings.base_form.is_dir():
+        raise ModelError(f"There is no folder {settings.base_form}; check base_form.")
     if settings.adapter is not None and not settings.adapter.is_dir():
         raise ModelError(f"There is no adapter folder {settings.adapter}; check adapter.")
+
+
+def open_engine_thread(settings: WorkerSettings) -> EngineThread:
+    """The engine for these settings; imports what it computes with."""
+    if settings.base_form is not None:
+        from fedmezo_worker.form_engine import FormEngine
+
+        return FormEngine()
+    from fedmezo_worker.engine import Engine
+
+    return Engine()
+
+
+def computer_opener(settings: WorkerSettings) -> Callable[[WorkerSettings, Genesis], Engine]:
+    """What loads a run's engine for these settings; imports what it computes with."""
+    if settings.base_form is not None:
+        from fedmezo_worker.form_engine import FormComputer
+
+        return FormComputer
+    from fedmezo_worker.engine import open_engine
+
+    return open_engine
 
 
 async def run(settings: WorkerSettings) -> None:
@@ -48,9 +77,8 @@ async def run(settings: WorkerSettings) -> None:
 
         keep_freed_memory()
         from fedmezo_worker.agent import Agent
-        from fedmezo_worker.engine import Engine
 
-    engine = Engine()
+        engine = open_engine_thread(settings)
     working = asyncio.create_task(Agent(settings, engine).run())
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -73,13 +101,14 @@ async def serve(settings: WorkerSettings, path: Path, stop: asyncio.Event) -> No
 
         keep_freed_memory()
         from fedmezo import Session, decode_genesis
-        from fedmezo_worker.engine import open_engine
+
+        open_computer = computer_opener(settings)
 
     def open_session(genesis_bytes: bytes) -> Session:
         genesis = decode_genesis(genesis_bytes)
         check_run_id(settings.run_id, genesis.config.run_id)
-        log.info("run %s of model %s", genesis.config.run_id, settings.model)
-        return Session(genesis_bytes, settings.name, open_engine(settings, genesis))
+        log.info("run %s of model %s", genesis.config.run_id, settings.model or settings.base_form)
+        return Session(genesis_bytes, settings.name, open_computer(settings, genesis))
 
     async with ResidentWorker(settings.name, open_session).listening_on(path):
         await stop.wait()
