@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {
     "fedmezo_proto": ROOT / "proto/fedmezo_proto",
     "fedmezo_core": ROOT / "fedmezo_core",
+    "fedmezo": ROOT / "fedmezo",
     "fedmezo_coordinator": ROOT / "coordinator/fedmezo_coordinator",
     "fedmezo_worker": ROOT / "worker/fedmezo_worker",
 }
@@ -30,8 +31,9 @@ CODE_FOLDERS = (
 MAY_IMPORT = {
     "fedmezo_proto": {"fedmezo_proto"},
     "fedmezo_core": {"fedmezo_core", "fedmezo_proto"},
-    "fedmezo_coordinator": {"fedmezo_coordinator", "fedmezo_core", "fedmezo_proto"},
-    "fedmezo_worker": {"fedmezo_worker", "fedmezo_core", "fedmezo_proto"},
+    "fedmezo": {"fedmezo", "fedmezo_core", "fedmezo_proto"},
+    "fedmezo_coordinator": {"fedmezo_coordinator", "fedmezo", "fedmezo_core", "fedmezo_proto"},
+    "fedmezo_worker": {"fedmezo_worker", "fedmezo", "fedmezo_core", "fedmezo_proto"},
 }
 # The core, lowest first: a module imports from its own layer and from those before it.
 CORE_LAYERS = (
