@@ -19,6 +19,7 @@ PACKAGES = {
     "fedmezo": ROOT / "fedmezo",
     "fedmezo_coordinator": ROOT / "coordinator/fedmezo_coordinator",
     "fedmezo_worker": ROOT / "worker/fedmezo_worker",
+    "fedmezo_nvflare": ROOT / "integrations/fedmezo_nvflare",
 }
 CODE_FOLDERS = (
     *(str(folder.relative_to(ROOT)) for folder in PACKAGES.values()),
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "fedmezo": {"fedmezo", "fedmezo_core", "fedmezo_proto"},
     "fedmezo_coordinator": {"fedmezo_coordinator", "fedmezo", "fedmezo_core", "fedmezo_proto"},
     "fedmezo_worker": {"fedmezo_worker", "fedmezo", "fedmezo_core", "fedmezo_proto"},
+    "fedmezo_nvflare": {"fedmezo_nvflare", "fedmezo", "fedmezo_core", "fedmezo_proto"},
 }
 # The core, lowest first: a module imports from its own layer and from those before it.
 CORE_LAYERS = (

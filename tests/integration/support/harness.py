@@ -132,7 +132,7 @@ async def vouched_for(client: CoordinatorClient) -> None:
 def environment(**more: str) -> dict[str, str]:
     """The environment of a program under test: our sources, one thread, no one's settings."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDMEZO_")}
-    roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker")]
+    roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker", "integrations")]
     return inherited | {
         "PYTHONPATH": os.pathsep.join(roots),
         "OMP_NUM_THREADS": "1",

@@ -1,0 +1,192 @@
+"""The process of a site that holds its model: it stays for the whole job, and is started again.
+
+NVFlare ends a site's part in a job with the first end of its script. So the script holds nothing
+that a lack of memory or a failing device could end, and this process holds the model.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedmezo import Session, decode_genesis
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    ModelError,
+    NotReadyError,
+    ProtocolError,
+    UnavailableError,
+)
+from fedmezo_core.program import worker_packages
+from fedmezo_nvflare.site_settings import SiteSettings
+
+log = logging.getLogger("fedmezo.nvflare")
+
+ENDS_MAX = 3
+"""So many ends without a single exchange between them are the last."""
+STOP_S = 5.0
+"""How long the process may take to end by itself."""
+_UP, _ERROR = b"u", b"e"
+
+
+class Exchanging(Protocol):
+    """What an exchange needs of a `fedmezo.Session`."""
+
+    def exchange(self, down: bytes = b"") -> bytes:
+        """Take what came down, and give what goes up."""
+
+    def disconnect(self) -> None:
+        """Forget the session with the coordinator, but not the weights."""
+
+
+def exchanged(session: Exchanging, down: bytes) -> bytes:
+    """One exchange; if what came down is of no use now, the session greets again instead."""
+    try:
+        return session.exchange(down)
+    except (UnavailableError, NotReadyError, ProtocolError) as error:
+        log.warning("%s", error)
+        session.disconnect()
+        return session.exchange(b"")
+
+
+class ModelProcess:
+    """Runs the process, starts it again if it ends, and ends it on `close`."""
+
+    def __init__(self, program: Sequence[str], opening: Sequence[bytes]) -> None:
+        """`program` gets the number of its end of a pipe as an argument, and `opening` over it."""
+        self._program = tuple(program)
+        self._opening = tuple(opening)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection | None = None
+        self._ends = 0
+
+    @classmethod
+    def of(cls, genesis: bytes, worker: str, settings: SiteSettings) -> ModelProcess:
+        """The process that takes part as `worker` in the run that begins with `genesis`."""
+        values = json.dumps({"worker": worker, **settings.model_dump()})
+        return cls((sys.executable, "-m", __name__), (values.encode(), genesis))
+
+    def exchange(self, down: bytes) -> bytes:
+        """One exchange of the session in the process, which may take as long as a measurement.
+
+        Raises the session's error as a `FedMezoError`, and `ModelError` if the process does not
+        stay alive.
+        """
+        while True:
+            try:
+                pipe = self._started()
+                pipe.send_bytes(down)
+                said = pipe.recv_bytes()
+            except (EOFError, OSError):
+                self._ended()
+                down = b""  # The new process greets, and is told everything.
+                continue
+            if said[:1] == _ERROR:
+                raise FedMezoError(said[1:].decode())
+            self._ends = 0
+            return said[1:]
+
+    def close(self) -> None:
+        """End the process; it ends by itself once its pipe is closed, unless it computes."""
+        if self._pipe is not None:
+            self._pipe.close()
+            self._pipe = None
+        if self._process is not None:
+            try:
+                self._process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _started(self) -> Connection:
+        if self._pipe is None:
+            self._pipe, theirs = Pipe()
+            with theirs:
+                number = theirs.fileno()
+                self._process = subprocess.Popen(
+                    (*self._program, str(number)), stdin=subprocess.DEVNULL, pass_fds=(number,)
+                )
+            for part in self._opening:
+                self._pipe.send_bytes(part)
+        return self._pipe
+
+    def _ended(self) -> None:
+        self.close()
+        status = None if self._process is None else self._process.returncode
+        self._ends += 1
+        if self._ends >= ENDS_MAX:
+            raise ModelError(
+                f"The process that holds the model ended {self._ends} times in a row, at last with "
+                f"status {status}; read what it wrote to this site's log."
+            )
+        log.warning("the process that holds the model ended with status %s: restarting", status)
+
+
+def serve(pipe: Connection, open_session: Callable[[], Exchanging]) -> None:
+    """Exchange until the other end of the pipe is closed. The session opens with the first one."""
+    session = None
+    while True:
+        try:
+            down = pipe.recv_bytes()
+            try:
+                if session is None:
+                    session = open_session()
+                said = _UP + exchanged(session, down)
+            except FedMezoError as error:
+                said = _ERROR + str(error).encode()
+            pipe.send_bytes(said)
+        except (EOFError, OSError):
+            return
+
+
+def main(number: str) -> None:
+    """The program: take part with the model and the rows that the site's settings name."""
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
+    )
+    logging.getLogger("fedmezo").setLevel(logging.INFO)
+    pipe = Connection(int(number))
+    values, genesis = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
+    serve(pipe, lambda: _open_session(genesis, **values))
+
+
+def _open_session(
+    genesis: bytes,
+    *,
+    worker: str,
+    model: str,
+    data: str,
+    adapter: str,
+    objective: str,
+    **settings: Any,
+) -> Session:
+    config = decode_genesis(genesis).config
+    with worker_packages("measure at a site"):
+        from fedmezo_core.zo.objectives import load_objective
+    wanted = config.task.objective
+    if wanted and wanted != objective:
+        raise ConfigError(
+            f"The run scores batches by {wanted}; set FEDMEZO_SITE_OBJECTIVE={wanted} at this site "
+            "if you trust that code."
+        )
+    return Session.open(
+        genesis,
+        worker,
+        model or config.model,
+        data,
+        adapter=Path(adapter) if adapter else None,
+        objective=load_objective(objective) if objective else None,
+        **settings,
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,234 @@
+"""Tasks and replies that are lost, repeated, late or mixed up, without NVFlare."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from fedmezo import Coordinator, Session, encode_genesis
+from fedmezo_core.errors import ConfigError, ModelError
+from fedmezo_core.events import Measure, Measured
+from fedmezo_core.records import Committed, Genesis, Scalars, digest64_of
+from fedmezo_nvflare import ScalarPrivacy
+from fedmezo_nvflare.model_process import exchanged
+from fedmezo_nvflare.site import Site
+from fedmezo_nvflare.site_exchanges import DOWN, GENESIS, LEFT, UP, SiteExchanges, worker_name
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.integration.support.harness import config_of, genesis_of
+
+SITES = ("site-1", "site_2")
+GENESIS_OF_ALL = genesis_of(
+    config_of(workers_min=2, quorum=2, rounds=12, report_losses=True, projected_grad_abs_max=9.0)
+)
+
+Reply = dict[str, Any]
+
+
+class FakeEngine:
+    """Its weights are the history, and its projected gradients depend on them and on the seed."""
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+        self._weights = hashlib.sha256(b"base")
+
+    def apply(self, commits: Sequence[Committed]) -> None:
+        for commit in commits:
+            self._weights.update(repr(commit).encode())
+
+    def measure(self, order: Measure) -> Measured:
+        digest = self.digest() if order.work.want_digest else None
+        source = f"{self._worker} {self.digest().hex()} {order.work.seeds}"
+        numbers = random.Random(source)
+        grads = tuple(numbers.uniform(-2, 2) for _ in order.work.seeds)
+        digest64 = None if digest is None else digest64_of(digest)
+        return Measured(order.ticket, Scalars(grads, 0.5, digest64, 24))
+
+    def digest(self) -> bytes:
+        return self._weights.copy().digest()
+
+
+class InProcess:
+    """A `ModelProcess` that is none."""
+
+    def __init__(self, genesis: bytes, worker: str) -> None:
+        self._session = Session(genesis, worker, FakeEngine(worker))
+
+    def exchange(self, down: bytes) -> bytes:
+        return exchanged(self._session, down)
+
+    def close(self) -> None:
+        pass
+
+
+def new_site(name: str) -> Site:
+    return Site(lambda genesis: InProcess(genesis, worker_name(name)))
+
+
+def run(
+    disturb: Callable[[random.Random, dict[str, Site], list[Any]], None] = lambda *_: None,
+    seed: int = 0,
+    privacy: ScalarPrivacy | None = None,
+) -> Coordinator:
+    """A whole run; `disturb` may do what it likes to the sites and to what is under way."""
+    numbers = random.Random(seed)
+    coordinator = Coordinator(GENESIS_OF_ALL)
+    exchanges = SiteExchanges(coordinator)
+    sites = {name: new_site(name) for name in SITES}
+    under_way: list[tuple[str, str, Reply]] = []  # task or reply, site, content
+    for now_s in range(2000):
+        coordinator.tick(now_s * 1000)
+        for name in SITES:
+            waits = any(kind == "task" and name == site for kind, site, _ in under_way)
+            if not waits and (exchanges.has_news(name) or now_s % 5 == 0):
+                under_way.append(("task", name, exchanges.task(name)))
+        disturb(numbers, sites, under_way)
+        arrived, under_way = under_way, []
+        for kind, name, content in arrived:
+            if kind == "reply":
+                exchanges.reply(name, content)
+                continue
+            reply = sites[name].reply(content)
+            under_way.append(("reply", name, privacy.filtered(reply) if privacy else reply))
+        if coordinator.done and coordinator.digests:
+            return coordinator
+    raise AssertionError(f"the run is {coordinator.phase} at round {coordinator.round}")
+
+
+def lose(numbers: random.Random, _sites: dict[str, Site], under_way: list[Any]) -> None:
+    under_way[:] = [item for item in under_way if numbers.random() > 0.3]
+
+
+def repeat(numbers: random.Random, _sites: dict[str, Site], under_way: list[Any]) -> None:
+    under_way += [item for item in under_way if numbers.random() < 0.5]
+
+
+def mix_up(numbers: random.Random, _sites: dict[str, Site], under_way: list[Any]) -> None:
+    late.extend(item for item in under_way if numbers.random() < 0.3)
+    numbers.shuffle(late)
+    while len(late) > 3:
+        under_way.append(late.pop())
+    numbers.shuffle(under_way)
+
+
+late: list[Any] = []
+
+
+def restart(numbers: random.Random, sites: dict[str, Site], _under_way: list[Any]) -> None:
+    if numbers.random() < 0.2:
+        sites["site_2"] = new_site("site_2")
+
+
+def everything(numbers: random.Random, sites: dict[str, Site], under_way: list[Any]) -> None:
+    for disturb in (lose, repeat, mix_up, restart):
+        disturb(numbers, sites, under_way)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> Coordinator:
+    return run()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("disturb", [lose, repeat, mix_up, restart, everything])
+def test_disturbances_change_nothing(
+    disturb: Callable[..., None], seed: int, undisturbed: Coordinator
+) -> None:
+    late.clear()
+    coordinator = run(disturb, seed)
+    assert coordinator.round == 12
+    assert coordinator.head == undisturbed.head
+    assert set(coordinator.digests.values()) <= set(undisturbed.digests.values())
+    assert len(set(undisturbed.digests.values())) == 1
+
+
+@pytest.mark.parametrize("disturb", [restart, everything])
+def test_filtered_answers_are_valid_and_stay_the_same(
+    disturb: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    late.clear()
+    coordinator = run(disturb, privacy=ScalarPrivacy(clip=1.0, noise_multiplier=20.0))
+    assert coordinator.round == 12
+    assert len(set(coordinator.digests.values())) == 1
+    assert "second, different answer" not in caplog.text
+
+
+def test_a_script_that_was_started_again_is_told_the_run() -> None:
+    coordinator = Coordinator(GENESIS_OF_ALL)
+    exchanges, site = SiteExchanges(coordinator), new_site("site-1")
+    assert set(exchanges.task("site-1")) == {GENESIS, DOWN}
+    exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
+    task = exchanges.task("site-1")
+    assert set(task) == {DOWN}
+    reply = new_site("site-1").reply(task)
+    assert reply == {UP: b""}
+    exchanges.reply("site-1", reply)
+    assert set(exchanges.task("site-1")) == {GENESIS, DOWN}
+
+
+@pytest.mark.parametrize("reply", [{}, {UP: "text"}, {UP: b"\xff"}, {UP: 7}])
+def test_replies_of_no_use_do_no_harm(reply: Reply) -> None:
+    coordinator = Coordinator(GENESIS_OF_ALL)
+    exchanges, site = SiteExchanges(coordinator), new_site("site-1")
+    exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
+    exchanges.reply("site-1", reply)
+    exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
+    assert coordinator.workers == {"site-1"}
+
+
+def test_a_site_cannot_speak_for_another() -> None:
+    coordinator = Coordinator(GENESIS_OF_ALL)
+    exchanges = SiteExchanges(coordinator)
+    stranger = Site(lambda genesis: InProcess(genesis, "site-1"))
+    exchanges.reply("site_2", stranger.reply(exchanges.task("site_2")))
+    assert coordinator.workers == set()
+
+
+def test_a_site_with_another_base_leaves() -> None:
+    other = Genesis(GENESIS_OF_ALL.config, b"m" * 32, b"x" * 32, b"t" * 32, 8, 32)
+    exchanges = SiteExchanges(Coordinator(GENESIS_OF_ALL))
+    site = Site(lambda _: InProcess(encode_genesis(other), "site-1"))
+    exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
+    reply = site.reply(exchanges.task("site-1"))
+    assert reply == {LEFT: True}
+    assert ScalarPrivacy(1.0).filtered(reply) == reply
+
+
+def test_an_error_at_a_site_is_told_in_its_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(_: bytes) -> InProcess:
+        raise ModelError("the model cannot be read.")
+
+    task = SiteExchanges(Coordinator(GENESIS_OF_ALL)).task("site-1")
+    assert Site(fail).reply(task) == {LEFT: True}
+    assert "this site leaves the job: the model cannot be read." in caplog.text
+
+
+def test_two_sites_of_one_name_are_refused() -> None:
+    exchanges = SiteExchanges(Coordinator(GENESIS_OF_ALL))
+    exchanges.task("site-1")
+    with pytest.raises(ConfigError, match="sites site-1 and site_1 are both called site-1"):
+        exchanges.task("site_1")
+
+
+@pytest.mark.parametrize(
+    ("site", "worker"),
+    [
+        ("site-1", "site-1"),
+        ("Hospital_A", "hospital-a"),
+        ("_x", "x"),
+        ("___", "site"),
+        ("x" * 90, "x" * 64),
+    ],
+)
+def test_names_of_sites(site: str, worker: str) -> None:
+    assert worker_name(site) == worker
+
+
+def test_what_goes_up_holds_nothing_else() -> None:
+    exchanges, site = SiteExchanges(Coordinator(GENESIS_OF_ALL)), new_site("site-1")
+    up = site.reply(exchanges.task("site-1"))[UP]
+    (hello,) = wire.PollSessionRequest.FromString(up).messages
+    assert hello.WhichOneof("kind") == "hello"
