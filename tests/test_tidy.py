@@ -19,6 +19,7 @@ PACKAGES = {
     "fedmezo": ROOT / "fedmezo",
     "fedmezo_coordinator": ROOT / "coordinator/fedmezo_coordinator",
     "fedmezo_worker": ROOT / "worker/fedmezo_worker",
+    "fedmezo_flower": ROOT / "integrations/fedmezo_flower",
     "fedmezo_nvflare": ROOT / "integrations/fedmezo_nvflare",
 }
 CODE_FOLDERS = (
@@ -35,7 +36,20 @@ MAY_IMPORT = {
     "fedmezo": {"fedmezo", "fedmezo_core", "fedmezo_proto"},
     "fedmezo_coordinator": {"fedmezo_coordinator", "fedmezo", "fedmezo_core", "fedmezo_proto"},
     "fedmezo_worker": {"fedmezo_worker", "fedmezo", "fedmezo_core", "fedmezo_proto"},
-    "fedmezo_nvflare": {"fedmezo_nvflare", "fedmezo", "fedmezo_core", "fedmezo_proto"},
+    "fedmezo_flower": {
+        "fedmezo_flower",
+        "fedmezo_worker",
+        "fedmezo_coordinator",
+        "fedmezo",
+        "fedmezo_core",
+    },
+    "fedmezo_nvflare": {
+        "fedmezo_nvflare",
+        "fedmezo_worker",
+        "fedmezo",
+        "fedmezo_core",
+        "fedmezo_proto",
+    },
 }
 # The core, lowest first: a module imports from its own layer and from those before it.
 CORE_LAYERS = (
@@ -224,7 +238,7 @@ def test_nothing_that_can_run_code_reads_data() -> None:
                 assert ast.unparse(node.func) not in UNSAFE_CALLS, f"{path}:{node.lineno}"
 
 
-@pytest.mark.parametrize("folder", ["proto", "coordinator", "worker"])
+@pytest.mark.parametrize("folder", ["proto", "coordinator", "worker", "integrations"])
 def test_generic_folders_are_not_packages(folder: str) -> None:
     """`import worker` must never find our code: PyPI has a `worker`."""
     assert not (ROOT / folder / "__init__.py").exists()

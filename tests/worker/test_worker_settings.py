@@ -44,6 +44,15 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
             "evaluations needs heldout, the rows to evaluate on; set both.",
         ),
         ({"--give-up-after-s": "-1"}, "give_up_after_s = '-1' is not allowed"),
+        ({"--serve": "here.sock"}, "serve needs model: no coordinator decides what is loaded"),
+        (
+            {"--serve": "here.sock", "--model": "m", "--checkpoint-key": "0" * 64},
+            "checkpoint_key has no meaning with serve",
+        ),
+        (
+            {"--serve": "here.sock", "--model": "m", "--coordinator": "127.0.0.1:7465"},
+            "coordinator has no meaning with serve",
+        ),
     ],
 )
 def test_a_value_that_is_not_allowed_is_named(changes: dict[str, str], words: str) -> None:

@@ -112,22 +112,7 @@ class Engine:
     # ------------------------------------------------------------ on the engine's thread
 
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
-        return TorchEngine(
-            genesis,
-            settings.name,
-            settings.model or genesis.config.model,
-            settings.data,
-            heldout=settings.heldout,
-            adapter=settings.adapter,
-            objective=_objective(settings, genesis.config),
-            threads=settings.threads,
-            device=settings.device,
-            device_memory_max_bytes=settings.device_memory_max,
-            offload_folder=settings.offload_folder,
-            frozen_base_bits=settings.frozen_base_bits,
-            pass_tokens_max=settings.pass_tokens_max,
-            row_states_max_bytes=settings.row_states_max,
-        )
+        return open_engine(settings, genesis)
 
     def _install(self, path: Path, snapshot: Snapshot) -> None:
         try:
@@ -166,6 +151,26 @@ class Engine:
     @property
     def _weights(self) -> Weights:
         return self.loaded.party.weights
+
+
+def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
+    """Load what a worker with these settings computes with; raises what `TorchEngine` does."""
+    return TorchEngine(
+        genesis,
+        settings.name,
+        settings.model or genesis.config.model,
+        settings.data,
+        heldout=settings.heldout,
+        adapter=settings.adapter,
+        objective=_objective(settings, genesis.config),
+        threads=settings.threads,
+        device=settings.device,
+        device_memory_max_bytes=settings.device_memory_max,
+        offload_folder=settings.offload_folder,
+        frozen_base_bits=settings.frozen_base_bits,
+        pass_tokens_max=settings.pass_tokens_max,
+        row_states_max_bytes=settings.row_states_max,
+    )
 
 
 def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:

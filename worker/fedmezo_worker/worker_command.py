@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from fedmezo_core.errors import DataError, ModelError
 from fedmezo_core.program import run_daemon, stop_signal, worker_packages
+from fedmezo_core.wire.admission import check_run_id
+from fedmezo_worker.resident import ResidentWorker
 from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
@@ -35,6 +38,9 @@ async def run(settings: WorkerSettings) -> None:
     check_paths(settings)
     # First: a signal during the imports below must end the worker cleanly too.
     stop = stop_signal()
+    if settings.serve is not None:
+        await serve(settings, settings.serve, stop)
+        return
     log.info("worker %s of the coordinator at %s is starting", settings.name, settings.coordinator)
     # Imported here: torch takes seconds, and a wrong flag or path should not.
     with worker_packages("work on a run"):
@@ -57,3 +63,23 @@ async def run(settings: WorkerSettings) -> None:
         engine.cut_short()
         await asyncio.gather(working, stopping, return_exceptions=True)
         await engine.close()
+
+
+async def serve(settings: WorkerSettings, path: Path, stop: asyncio.Event) -> None:
+    """Exchange messages with whoever brings them to the socket at `path`, until `stop` is set."""
+    log.info("worker %s is starting", settings.name)
+    with worker_packages("work on a run"):
+        from fedmezo_core.zo.model.allocator import keep_freed_memory
+
+        keep_freed_memory()
+        from fedmezo import Session, decode_genesis
+        from fedmezo_worker.engine import open_engine
+
+    def open_session(genesis_bytes: bytes) -> Session:
+        genesis = decode_genesis(genesis_bytes)
+        check_run_id(settings.run_id, genesis.config.run_id)
+        log.info("run %s of model %s", genesis.config.run_id, settings.model)
+        return Session(genesis_bytes, settings.name, open_engine(settings, genesis))
+
+    async with ResidentWorker(settings.name, open_session).listening_on(path):
+        await stop.wait()

@@ -16,6 +16,19 @@ from fedmezo_core.layered_settings import (
     UserPathText,
 )
 
+_OF_CONNECTIONS = (
+    "coordinator",
+    "heldout",
+    "evaluate_every_rounds",
+    "evaluations",
+    "journal_copy",
+    "checkpoint_key",
+    "download_rate",
+    "tls_ca",
+    "give_up_after_s",
+)
+"""Settings without a meaning for a worker that others bring the messages to."""
+
 
 class WorkerSettings(BaseSettings):
     """A worker of a federated run: measures on its own data, sends only scalars.
@@ -28,6 +41,11 @@ class WorkerSettings(BaseSettings):
 
     coordinator: Address = Field(
         default="127.0.0.1:7465", description="host:port of the coordinator"
+    )
+    serve: UserPath | None = Field(
+        default=None,
+        description="connect to no coordinator: listen on this socket in the file system, where an "
+        "app of another stack, such as Flower, brings the coordinator's bytes",
     )
     name: str = Field(description="this worker's name, unique in the run: a-z, 0-9 and -")
     data: UserPath = Field(
@@ -134,6 +152,20 @@ class WorkerSettings(BaseSettings):
         if value not in {None, 4, 8}:
             raise ValueError("use 8 or 4, or leave it out")
         return value
+
+    @model_validator(mode="after")
+    def _only_what_serves(self) -> WorkerSettings:
+        if self.serve is None:
+            return self
+        unused = [key for key in _OF_CONNECTIONS if key in self.model_fields_set]
+        if unused:
+            raise ValueError(
+                f"{unused[0]} has no meaning with serve, because this worker makes no connections "
+                "and evaluates nothing; leave it out"
+            )
+        if not self.model:
+            raise ValueError("serve needs model: no coordinator decides what is loaded here")
+        return self
 
     @model_validator(mode="after")
     def _rows_to_evaluate_on(self) -> WorkerSettings:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,10 @@ from fedmezo_core.errors import (
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.support.harness import config_of, genesis_of, run_values
+from tests.integration.support.harness import config_of, free_port, genesis_of, run_values
 
 PATIENCE_S = 20.0
 GENESIS = genesis_of(config_of(rounds=2, workers_min=1, quorum=1, local_steps=1))
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses now."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
 
 
 class Starting:

@@ -9,6 +9,7 @@ import asyncio
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -38,6 +39,8 @@ from fedmezo_core.wire.client import CoordinatorClient, SessionStream
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 ROOT = Path(__file__).parents[3]
+ROOTS = (".", "proto", "coordinator", "worker", "integrations")
+"""Folders that hold packages of ours."""
 PATIENCE_S = 120.0
 """Longest wait for anything; a busy machine may need most of it."""
 LOOK_EVERY_S = 0.02
@@ -129,10 +132,17 @@ async def vouched_for(client: CoordinatorClient) -> None:
 # ---------------------------------------------------------------- programs
 
 
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
 def environment(**more: str) -> dict[str, str]:
     """The environment of a program under test: our sources, one thread, no one's settings."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDMEZO_")}
-    roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker", "integrations")]
+    roots = [str(ROOT / folder) for folder in ROOTS]
     return inherited | {
         "PYTHONPATH": os.pathsep.join(roots),
         "OMP_NUM_THREADS": "1",
@@ -142,16 +152,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Program:
-    """One process of ours, in its own process group; its output goes to a file."""
+    """One process, in its own process group; its output goes to a file."""
 
-    def __init__(
-        self, module: str, arguments: Sequence[str | Path], folder: Path, **more: str
-    ) -> None:
+    def __init__(self, name: str, command: Sequence[str | Path], folder: Path, **more: str) -> None:
         self._said = tempfile.NamedTemporaryFile(  # noqa: SIM115 - closed in `end`
-            dir=folder, prefix=f"{module}-", suffix=".log", delete=False
+            dir=folder, prefix=f"{name}-", suffix=".log", delete=False
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, arguments)],
+            [str(part) for part in command],
             cwd=folder,
             env=environment(**more),
             stdin=subprocess.DEVNULL,
@@ -220,7 +228,16 @@ class Programs:
 
     def start(self, module: str, *arguments: str | Path, **more: str) -> Program:
         """Start a module of ours; `more` goes into its environment."""
-        program = Program(module, arguments, self.folder, **more)
+        return self._begin(module, [sys.executable, "-m", module, *arguments], **more)
+
+    def start_script(self, name: str, *arguments: str | Path, **more: str) -> Program:
+        """Start a command that a package installed beside this Python."""
+        scripts = Path(sys.executable).parent
+        path = os.pathsep.join([str(scripts), os.environ.get("PATH", "")])
+        return self._begin(name, [scripts / name, *arguments], PATH=path, **more)
+
+    def _begin(self, name: str, command: Sequence[str | Path], **more: str) -> Program:
+        program = Program(name, command, self.folder, **more)
         self._started.append(program)
         return program
 
@@ -294,6 +311,11 @@ def entries_of(path: Path) -> list[Entry]:
     for entry in entries:
         machine.apply(decode_record(entry.row.body))
     return entries
+
+
+def bodies_of(path: Path) -> list[bytes]:
+    """The bytes of all records, sorted: the answers of a round come in any order."""
+    return sorted(entry.row.body for entry in entries_of(path))
 
 
 def records_of(path: Path) -> list[Record]:

@@ -1,0 +1,177 @@
+"""The ServerApp: FedMeZO's coordinator in Flower's server, or beside it."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.common.config import unflatten_dict
+from flwr.serverapp import Grid, ServerApp
+
+from fedmezo import Coordinator, begin_run
+from fedmezo_coordinator.coordinator_settings import model_label
+from fedmezo_core.config import RunConfig, parse_run
+from fedmezo_core.errors import ConfigError, FedMezoError
+from fedmezo_core.program import worker_packages
+from fedmezo_flower.client_app import RECORD
+from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
+
+log = logging.getLogger("flwr")
+
+LOOK_EVERY_S: Final = 1.0
+"""Time between two looks for nodes and replies, beside Flower."""
+BESIDE_TTL_S: Final = 30 * 24 * 3600.0
+"""Longest time that a run beside Flower takes: until then a node may reply that it is over."""
+WHERE: Final = "[tool.flwr.app.config.run]"
+"""Where a contract stands."""
+LISTS: Final = frozenset({"train", "target_modules"})
+"""Keys of a contract whose values are lists, which Flower's configuration cannot hold."""
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation over Flower's nodes, as the run's configuration says."""
+    values: dict[str, Any] = unflatten_dict(dict(context.run_config))
+    if values.get("coordinator"):
+        gather(grid, values)
+    else:
+        federate(grid, values)
+
+
+# ---------------------------------------------------------------- the run over Flower
+
+
+def federate(grid: Grid, values: dict[str, Any]) -> None:
+    """Drive the run of `values` to its end; an interrupted one goes on from its journal."""
+    coordinator = open_coordinator(values)
+    try:
+        GridLoop(coordinator, grid).run()
+        if coordinator.phase == "paused":
+            raise FedMezoError(
+                f"The run is paused after round {coordinator.round}: {coordinator.reason}; begin "
+                "another run, under another journal and with other settings."
+            )
+        tell_result(coordinator)
+    finally:
+        coordinator.close()
+
+
+def open_coordinator(values: dict[str, Any]) -> Coordinator:
+    """The coordinator of the run in `values`, from its journal if that holds it already.
+
+    Raises `ConfigError` for wrong values, and for a journal of another contract.
+    """
+    contract = with_lists(contract_in(values))
+    journal = str(values.get("journal") or "") or None
+    if journal is not None and Path(journal).exists():
+        coordinator = Coordinator(None, journal, lease_ms=LEASE_MS)
+        try:
+            check_same_contract(coordinator.config, contract, journal)
+        except ConfigError:
+            coordinator.close()
+            raise
+        log.info("Run %s goes on after round %d", coordinator.config.run_id, coordinator.round)
+        return coordinator
+    model = str(values.get("model") or contract.get("model") or "")
+    config = parse_run({"model": model_label(model)} | contract, WHERE)
+    with worker_packages("begin a run"):
+        genesis = begin_run(config, model)
+    return Coordinator(genesis, journal, lease_ms=LEASE_MS)
+
+
+def contract_in(values: dict[str, Any]) -> dict[str, Any]:
+    """What stands under `run`; raises `ConfigError` if nothing does."""
+    contract = values.get("run")
+    if not isinstance(contract, dict):
+        raise ConfigError(f"The app has no contract; write it below {WHERE} in pyproject.toml.")
+    return contract
+
+
+def check_same_contract(begun: RunConfig, contract: dict[str, Any], journal: str) -> None:
+    """Refuse a contract that differs from the one that its journal began with."""
+    written = begun.model_dump()
+    asked = parse_run(written | contract, WHERE, begun).model_dump()
+    for key, value in asked.items():
+        if value != written[key]:
+            raise ConfigError(
+                f"The journal {journal} belongs to a run with {key} = {written[key]!r}, {WHERE} "
+                f"says {value!r}; take the change back, or set another journal."
+            )
+
+
+def with_lists(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with lists where a contract has lists; Flower writes one as words in a string."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found[key] = with_lists(value) if key != "verbalizers" else value
+        else:
+            found[key] = value.split() if key in LISTS and isinstance(value, str) else value
+    return found
+
+
+def tell_result(coordinator: Coordinator) -> None:
+    """Log how the run ended."""
+    digests = coordinator.digests
+    log.info(
+        "Run %s is finished after round %d, head %s",
+        coordinator.config.run_id,
+        coordinator.round,
+        coordinator.head.hex(),
+    )
+    for worker, digest in sorted(digests.items()):
+        log.info("Worker %s has weights %s", worker, digest.hex())
+    if len(set(digests.values())) > 1:
+        raise FedMezoError("The workers' weights differ; restart those that differ from most.")
+
+
+# ---------------------------------------------------------------- the run beside Flower
+
+
+def gather(grid: Grid, values: dict[str, Any]) -> None:
+    """Let every node's worker join the coordinator that `values` names; return when all are done.
+
+    Nodes that come later join, too, as long as one of the others is at work. Raises `FedMezoError`
+    if no worker took part to the end.
+    """
+    asked = {
+        "coordinator": str(values["coordinator"]),
+        "run_id": str(contract_in(values).get("run_id") or ""),
+        "checkpoint_key": str(values.get("checkpoint_key") or ""),
+    }
+    waiting: dict[str, int] = {}
+    told: set[int] = set()
+    complaints: dict[int, str] = {}
+    while waiting or not told:
+        new = sorted(set(grid.get_node_ids()) - told)
+        if new:
+            log.info("%d nodes join the coordinator at %s", len(new), asked["coordinator"])
+            messages = [
+                Message(
+                    RecordDict({RECORD: ConfigRecord(dict(asked))}),
+                    dst_node_id=node_id,
+                    message_type="train.fedmezo_beside",
+                    ttl=BESIDE_TTL_S,
+                )
+                for node_id in new
+            ]
+            sent = dict(zip(grid.push_messages(messages), new, strict=False))
+            # Flower gives no id for a message that it could not take.
+            sent.pop(None, None)  # type: ignore[call-overload]
+            told.update(sent.values())
+            waiting.update(sent)
+        for reply in grid.pull_messages(list(waiting)) if waiting else ():
+            node_id = waiting.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                complaints[node_id] = reply.error.reason or f"error {reply.error.code}"
+                log.warning("Node %d: %s", node_id, complaints[node_id])
+            else:
+                log.info("The worker of node %d is done", node_id)
+        time.sleep(LOOK_EVERY_S)
+    if len(complaints) == len(told):
+        raise FedMezoError(f"No worker took part to the end: {next(iter(complaints.values()))}")

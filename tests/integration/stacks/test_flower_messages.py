@@ -1,0 +1,213 @@
+"""The ServerApp's loop and the ClientApp on a line that loses, repeats and reorders messages."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from fedmezo import Coordinator, Session
+from fedmezo_core.records import Genesis
+from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
+from fedmezo_worker.resident import ResidentWorker
+from tests.integration.support.flower_grid import FakeGrid, Mischief
+from tests.integration.support.harness import bodies_of, entries_of, served
+from tests.integration.support.parties import Workers
+
+TWO = {"rounds": 5, "workers_min": 2, "quorum": 2, "deadline_ms": 60_000}
+TURNS_MAX = 100_000
+
+OpenSession = Callable[[bytes], Session]
+
+
+@contextmanager
+def resident(name: str, path: Path, open_session: OpenSession) -> Iterator[None]:
+    """A resident worker on a thread of its own."""
+    loop, stop, listening = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with ResidentWorker(name, open_session).listening_on(path):
+            listening.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        assert listening.wait(60)
+        yield
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()
+
+
+@pytest.fixture(scope="session")
+def over_grpc(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_genesis: Callable[..., Genesis],
+    model_folder: Path,
+    data_files: list[Path],
+) -> Ended:
+    """How the run ends over gRPC."""
+
+    async def run() -> Ended:
+        journal = tmp_path_factory.mktemp("grpc") / "journal.db"
+        workers = Workers(model_folder)
+        async with served(journal, tiny_genesis(**TWO)) as coordinator:
+            working = workers.start_all(coordinator.address, data_files[:2])
+            await asyncio.gather(*(worker.task for worker in working))
+            digest = working[0].engine.party.weights.digest()
+            await workers.end()
+        return Ended(journal, digest)
+
+    return asyncio.run(run())
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run at its end."""
+
+    journal: Path
+    digest: bytes
+    """Of the weights."""
+
+
+class Federation:
+    """Two resident workers, and a coordinator whose journal stays."""
+
+    def __init__(self, folder: Path, genesis: Genesis, model: Path, data: list[Path]) -> None:
+        self.journal = folder / "journal.db"
+        self.sockets = [folder / f"w{number}.sock" for number in (1, 2)]
+        self.genesis = genesis
+        self._model = model
+        self._data = data
+
+    def worker(self, number: int, name: str = "") -> contextlib.AbstractContextManager[None]:
+        """Worker w1 or w2, from its base on."""
+        name = name or f"w{number}"
+
+        def open_session(genesis: bytes) -> Session:
+            return Session.open(genesis, name, self._model, self._data[number - 1], threads=1)
+
+        return resident(name, self.sockets[number - 1], open_session)
+
+    def run(self, grid: FakeGrid, until_round: int = 10**6) -> Coordinator:
+        """Drive the run until it is done or a round is committed; the coordinator is closed."""
+        coordinator = Coordinator(self.genesis, self.journal, lease_ms=LEASE_MS)
+        loop = GridLoop(coordinator, grid, clock_s=grid.clock, sleep_s=grid.sleep)
+        turns = 0
+        while not coordinator.done and coordinator.round < until_round:
+            loop.turn()
+            grid.sleep(0.2)
+            turns += 1
+            assert turns < TURNS_MAX
+        coordinator.close()
+        return coordinator
+
+
+@pytest.fixture
+def federation(
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+    model_folder: Path,
+    data_files: list[Path],
+) -> Federation:
+    return Federation(tmp_path, tiny_genesis(**TWO), model_folder, data_files)
+
+
+def assert_same_end(coordinator: Coordinator, expected: Ended) -> None:
+    assert coordinator.head == entries_of(expected.journal)[-1].head
+    assert coordinator.digests == {"w1": expected.digest, "w2": expected.digest}
+
+
+def test_flower_gives_the_same_journal_and_weights_as_grpc(
+    federation: Federation, over_grpc: Ended
+) -> None:
+    grid = FakeGrid(federation.sockets)
+    with federation.worker(1), federation.worker(2):
+        coordinator = federation.run(grid)
+    assert_same_end(coordinator, over_grpc)
+    assert bodies_of(federation.journal) == bodies_of(over_grpc.journal)
+    # A hello, one message a round, and the end.
+    assert grid.messages == 2 * (1 + TWO["rounds"] + 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_line_that_loses_repeats_and_reorders_changes_nothing(
+    seed: int, federation: Federation, over_grpc: Ended
+) -> None:
+    mischief = Mischief(random.Random(seed), lost=0.2, reply_lost=0.2, repeated=0.3, late=0.3)
+    grid = FakeGrid(federation.sockets, mischief)
+    with federation.worker(1), federation.worker(2):
+        coordinator = federation.run(grid)
+    assert_same_end(coordinator, over_grpc)
+    assert grid.messages > 2 * (2 + TWO["rounds"])
+
+
+def test_a_server_and_a_worker_that_end_in_between_go_on(
+    federation: Federation, over_grpc: Ended
+) -> None:
+    with federation.worker(1):
+        with federation.worker(2):
+            federation.run(FakeGrid(federation.sockets), until_round=2)
+        with federation.worker(2):
+            coordinator = federation.run(FakeGrid(federation.sockets))
+    assert coordinator.epoch == 2
+    assert_same_end(coordinator, over_grpc)
+
+
+def test_a_node_without_its_worker_is_asked_again_and_the_log_says_why(
+    federation: Federation, over_grpc: Ended, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = FakeGrid(federation.sockets)
+    coordinator = Coordinator(federation.genesis, federation.journal, lease_ms=LEASE_MS)
+    loop = GridLoop(coordinator, grid, clock_s=grid.clock, sleep_s=grid.sleep)
+    with federation.worker(1):
+        for _ in range(200):
+            loop.turn()
+            grid.sleep(0.2)
+        coordinator.close()
+        complaints = [
+            r.getMessage() for r in caplog.records if "No resident worker" in r.getMessage()
+        ]
+        assert len(complaints) == 1  # It is said once, though the node was asked often.
+        assert str(federation.sockets[1]) in complaints[0]
+        assert f"fedmezo-worker --serve {federation.sockets[1]}" in complaints[0]
+        with federation.worker(2):
+            assert_same_end(federation.run(grid), over_grpc)
+
+
+def test_two_workers_of_one_name_are_told_apart(
+    federation: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    grid = FakeGrid(federation.sockets)
+    coordinator = Coordinator(federation.genesis, lease_ms=LEASE_MS)
+    loop = GridLoop(coordinator, grid, clock_s=grid.clock, sleep_s=grid.sleep)
+    with federation.worker(1), federation.worker(2, name="w1"):
+        for _ in range(50):
+            loop.turn()
+            grid.sleep(0.2)
+    assert coordinator.workers == {"w1"}
+    assert coordinator.round == 0
+    assert "give each worker another --name" in caplog.text
+
+
+def test_a_worker_follows_its_node_to_another_id(federation: Federation, over_grpc: Ended) -> None:
+    grid = FakeGrid([*federation.sockets, federation.sockets[1]])
+    grid.online = {1, 2}
+    coordinator = Coordinator(federation.genesis, lease_ms=LEASE_MS)
+    loop = GridLoop(coordinator, grid, clock_s=grid.clock, sleep_s=grid.sleep)
+    with federation.worker(1), federation.worker(2):
+        while not coordinator.done:
+            loop.turn()
+            grid.sleep(0.2)
+            if coordinator.round >= 2:
+                grid.online = {1, 3}
+    assert_same_end(coordinator, over_grpc)

@@ -1,0 +1,168 @@
+"""A resident worker and those who ask it, over a real socket; the session is a script."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import stat
+import threading
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+
+import pytest
+
+from fedmezo_core.errors import (
+    ConfigError,
+    DivergedError,
+    FedMezoError,
+    MismatchError,
+    UnavailableError,
+)
+from fedmezo_worker import resident
+from fedmezo_worker.resident import ResidentWorker, ask
+
+
+class Echo:
+    """A session that says which genesis it is of, and what came; some bytes raise."""
+
+    def __init__(self, genesis: bytes, opened: list[bytes]) -> None:
+        if genesis == b"other base":
+            raise MismatchError("The base differs.")
+        opened.append(genesis)
+        self._genesis = genesis
+
+    def exchange(self, down: bytes = b"") -> bytes:
+        if down == b"diverged":
+            raise DivergedError("The weights differ.")
+        if down == b"defect":
+            raise KeyError("defect")
+        return self._genesis + b" " + down
+
+
+@pytest.fixture
+def opened() -> list[bytes]:
+    """The runs that a session was opened for."""
+    return []
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "worker.sock"
+
+
+def serving(path: Path, opened: list[bytes]) -> AbstractAsyncContextManager[None]:
+    return ResidentWorker("w1", lambda genesis: Echo(genesis, opened)).listening_on(path)
+
+
+async def asked(path: Path, genesis: bytes, down: bytes) -> tuple[str, bytes]:
+    return await asyncio.to_thread(ask, path, genesis, down)
+
+
+async def test_a_run_has_one_session_that_stays(path: Path, opened: list[bytes]) -> None:
+    async with serving(path, opened):
+        assert await asked(path, b"run", b"") == ("w1", b"run ")
+        large = bytes(3_000_000)
+        assert await asked(path, b"run", large) == ("w1", b"run " + large)
+        assert opened == [b"run"]
+        assert await asked(path, b"next", b"x") == ("w1", b"next x")
+    assert opened == [b"run", b"next"]
+    with pytest.raises(UnavailableError):
+        await asked(path, b"run", b"x")
+
+
+async def test_only_its_user_may_open_the_socket(path: Path, opened: list[bytes]) -> None:
+    async with serving(path, opened):
+        mode = await asyncio.to_thread(lambda: path.stat().st_mode)
+    assert stat.S_IMODE(mode) == 0o600
+
+
+async def test_whoever_asks_meets_the_worker_s_error(path: Path, opened: list[bytes]) -> None:
+    async with serving(path, opened):
+        with pytest.raises(MismatchError, match=r"^The base differs.$"):
+            await asked(path, b"other base", b"")
+        with pytest.raises(UnavailableError, match="Worker w1 failed: KeyError"):
+            await asked(path, b"run", b"defect")
+        assert await asked(path, b"run", b"x") == ("w1", b"run x")
+
+
+async def test_weights_that_diverged_are_rebuilt_from_the_base(
+    path: Path, opened: list[bytes]
+) -> None:
+    async with serving(path, opened):
+        await asked(path, b"run", b"")
+        with pytest.raises(DivergedError):
+            await asked(path, b"run", b"diverged")
+        await asked(path, b"run", b"")
+    assert opened == [b"run", b"run"]
+
+
+def test_without_a_worker_the_error_names_the_socket_and_the_command(path: Path) -> None:
+    with pytest.raises(UnavailableError) as raised:
+        ask(path, b"run", b"")
+    assert str(path) in str(raised.value)
+    assert f"fedmezo-worker --serve {path}" in str(raised.value)
+
+
+def test_a_worker_that_ends_without_a_reply_is_unavailable(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        closing = threading.Thread(target=lambda: listening.accept()[0].close())
+        closing.start()
+        with pytest.raises(UnavailableError, match="ended before it replied"):
+            ask(path, b"run", b"")
+        closing.join()
+
+
+async def test_a_socket_that_a_killed_worker_left_is_taken_over(
+    path: Path, opened: list[bytes]
+) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+    async with serving(path, opened):
+        assert await asked(path, b"run", b"x") == ("w1", b"run x")
+
+
+async def test_two_workers_do_not_share_a_socket(path: Path, opened: list[bytes]) -> None:
+    async with serving(path, opened):
+        with pytest.raises(ConfigError, match="Another worker listens on"):
+            async with serving(path, opened):
+                pass
+        assert await asked(path, b"run", b"x") == ("w1", b"run x")
+
+
+@pytest.mark.parametrize("name", ["gone/worker.sock", "x" * 200])
+async def test_a_path_that_cannot_be_a_socket_is_refused(
+    tmp_path: Path, name: str, opened: list[bytes]
+) -> None:
+    with pytest.raises(ConfigError, match="serve: nothing can listen on"):
+        async with serving(tmp_path / name, opened):
+            pass
+
+
+@pytest.mark.parametrize("sent", [b"", b"\xff\xff\xff\xff", b"\x00\x00\x00\x04ab", b"GET / HTTP"])
+async def test_bytes_that_are_no_request_harm_nobody(
+    path: Path, sent: bytes, opened: list[bytes]
+) -> None:
+    async with serving(path, opened):
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(sent)
+        writer.write_eof()
+        await reader.read()
+        writer.close()
+        assert await asked(path, b"run", b"x") == ("w1", b"run x")
+
+
+async def test_a_caller_that_sends_nothing_is_not_waited_for(
+    path: Path, opened: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "REQUEST_WITHIN_S", 0.05)
+    async with serving(path, opened):
+        reader, writer = await asyncio.open_unix_connection(path)
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        writer.close()
+
+
+def test_an_error_of_an_unknown_class_can_be_retried() -> None:
+    assert isinstance(resident._error_of("Path", "x"), UnavailableError)
+    assert issubclass(type(resident._error_of("FedMezoError", "x")), FedMezoError)
