@@ -1,6 +1,6 @@
 """A FedMeZO run as a job of NVIDIA FLARE: two sites, in its simulator or in processes of their own.
 
-    export FEDMEZO_SITE_DATA='/where/the/rows/are/{site}.jsonl'
+    export FEDMEZO_WORKER_DATA='/where/the/rows/are/{site}.jsonl'
     python job.py --model MODEL          # NVFlare's simulator
     python job.py --model MODEL --poc    # a server and two sites, with NVFlare's mutual TLS
 

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from fedmezo import Session, decode_genesis
-from fedmezo_core.errors import (
-    ConfigError,
-    FedMezoError,
-    ModelError,
-    NotReadyError,
-    ProtocolError,
-    UnavailableError,
-)
+from fedmezo_core.errors import FedMezoError, ModelError, ProtocolError, UnavailableError
+from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.program import worker_packages
-from fedmezo_nvflare.site_settings import SiteSettings
+from fedmezo_core.wire.admission import check_run_id
+from fedmezo_nvflare.site_exchanges import worker_name
+from fedmezo_nvflare.site_settings import site_arguments, site_environment
+from fedmezo_worker.worker_command import check_paths
+from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.nvflare")
 
@@ -40,6 +39,10 @@ _UP, _ERROR = b"u", b"e"
 class Exchanging(Protocol):
     """What an exchange needs of a `fedmezo.Session`."""
 
+    @property
+    def round(self) -> int:
+        """Last round whose commit came."""
+
     def exchange(self, down: bytes = b"") -> bytes:
         """Take what came down, and give what goes up."""
 
@@ -51,7 +54,7 @@ def exchanged(session: Exchanging, down: bytes) -> bytes:
     """One exchange; if what came down is of no use now, the session greets again instead."""
     try:
         return session.exchange(down)
-    except (UnavailableError, NotReadyError, ProtocolError) as error:
+    except (UnavailableError, ProtocolError) as error:
         log.warning("%s", error)
         session.disconnect()
         return session.exchange(b"")
@@ -60,8 +63,17 @@ def exchanged(session: Exchanging, down: bytes) -> bytes:
 class ModelProcess:
     """Runs the process, starts it again if it ends, and ends it on `close`."""
 
-    def __init__(self, program: Sequence[str], opening: Sequence[bytes]) -> None:
-        """`program` gets the number of its end of a pipe as an argument, and `opening` over it."""
+    def __init__(
+        self,
+        program: Sequence[str],
+        opening: Sequence[bytes],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`program` gets the number of its end of a pipe as an argument, and `opening` over it.
+
+        environment: the program's; None: that of this process.
+        """
+        self._environment = environment
         self._program = tuple(program)
         self._opening = tuple(opening)
         self._process: subprocess.Popen[bytes] | None = None
@@ -69,10 +81,17 @@ class ModelProcess:
         self._ends = 0
 
     @classmethod
-    def of(cls, genesis: bytes, worker: str, settings: SiteSettings) -> ModelProcess:
-        """The process that takes part as `worker` in the run that begins with `genesis`."""
-        values = json.dumps({"worker": worker, **settings.model_dump()})
-        return cls((sys.executable, "-m", __name__), (values.encode(), genesis))
+    def of(cls, genesis: bytes, site: str, folder: Path) -> ModelProcess:
+        """The worker of a site in the run that begins with `genesis`.
+
+        `folder` is below the site's workspace, which has its settings.
+        """
+        arguments = json.dumps([*site_arguments(folder), "--name", worker_name(site)])
+        return cls(
+            (sys.executable, "-m", __name__),
+            (arguments.encode(), genesis),
+            site_environment(site, os.environ),
+        )
 
     def exchange(self, down: bytes) -> bytes:
         """One exchange of the session in the process, which may take as long as a measurement.
@@ -112,7 +131,10 @@ class ModelProcess:
             with theirs:
                 number = theirs.fileno()
                 self._process = subprocess.Popen(
-                    (*self._program, str(number)), stdin=subprocess.DEVNULL, pass_fds=(number,)
+                    (*self._program, str(number)),
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=(number,),
+                    env=self._environment,
                 )
             for part in self._opening:
                 self._pipe.send_bytes(part)
@@ -132,7 +154,7 @@ class ModelProcess:
 
 def serve(pipe: Connection, open_session: Callable[[], Exchanging]) -> None:
     """Exchange until the other end of the pipe is closed. The session opens with the first one."""
-    session = None
+    session, round_ = None, 0
     while True:
         try:
             down = pipe.recv_bytes()
@@ -140,6 +162,9 @@ def serve(pipe: Connection, open_session: Callable[[], Exchanging]) -> None:
                 if session is None:
                     session = open_session()
                 said = _UP + exchanged(session, down)
+                if session.round != round_:
+                    round_ = session.round
+                    log.info("holds round %d", round_)
             except FedMezoError as error:
                 said = _ERROR + str(error).encode()
             pipe.send_bytes(said)
@@ -154,38 +179,21 @@ def main(number: str) -> None:
     )
     logging.getLogger("fedmezo").setLevel(logging.INFO)
     pipe = Connection(int(number))
-    values, genesis = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
-    serve(pipe, lambda: _open_session(genesis, **values))
+    arguments, genesis = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
+    serve(pipe, lambda: _open_session(genesis, arguments))
 
 
-def _open_session(
-    genesis: bytes,
-    *,
-    worker: str,
-    model: str,
-    data: str,
-    adapter: str,
-    objective: str,
-    **settings: Any,
-) -> Session:
-    config = decode_genesis(genesis).config
+def _open_session(genesis_bytes: bytes, arguments: Sequence[str]) -> Session:
+    settings = load_settings(WorkerSettings, arguments, program="fedmezo-worker")
+    check_paths(settings)
+    genesis = decode_genesis(genesis_bytes)
+    check_run_id(settings.run_id, genesis.config.run_id)
     with worker_packages("measure at a site"):
-        from fedmezo_core.zo.objectives import load_objective
-    wanted = config.task.objective
-    if wanted and wanted != objective:
-        raise ConfigError(
-            f"The run scores batches by {wanted}; set FEDMEZO_SITE_OBJECTIVE={wanted} at this site "
-            "if you trust that code."
-        )
-    return Session.open(
-        genesis,
-        worker,
-        model or config.model,
-        data,
-        adapter=Path(adapter) if adapter else None,
-        objective=load_objective(objective) if objective else None,
-        **settings,
-    )
+        from fedmezo_core.zo.model.allocator import keep_freed_memory
+
+        keep_freed_memory()
+        from fedmezo_worker.engine import open_engine
+    return Session(genesis_bytes, settings.name, open_engine(settings, genesis))
 
 
 if __name__ == "__main__":

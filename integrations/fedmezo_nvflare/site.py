@@ -14,8 +14,7 @@ from nvflare.app_common.abstract.fl_model import FLModel
 from fedmezo import decode_genesis
 from fedmezo_core.errors import FedMezoError
 from fedmezo_nvflare.model_process import ModelProcess
-from fedmezo_nvflare.site_exchanges import CLIP, DOWN, GENESIS, LEFT, UP, worker_name
-from fedmezo_nvflare.site_settings import load_site_settings
+from fedmezo_nvflare.site_exchanges import CLIP, DOWN, GENESIS, LEFT, UP
 
 log = logging.getLogger("fedmezo.nvflare")
 
@@ -69,11 +68,7 @@ def main(folder: Path) -> None:
     logging.basicConfig(format="%(levelname)s %(message)s")
     flare.init()
     name = flare.get_site_name()
-
-    def open_process(genesis: bytes) -> ModelProcess:
-        return ModelProcess.of(genesis, worker_name(name), load_site_settings(name, folder))
-
-    with closing(Site(open_process)) as site:
+    with closing(Site(lambda genesis: ModelProcess.of(genesis, name, folder))) as site:
         while flare.is_running():
             task = flare.receive()
             if task is None:

@@ -21,7 +21,7 @@ from fedmezo_core.errors import ConfigError
 from fedmezo_nvflare.model_process import serve
 
 class Counting:
-    count = 0
+    count = round = 0
     def exchange(self, down=b""):
         if down == b"die":
             os._exit(9)
@@ -99,6 +99,8 @@ def test_it_leaves_when_its_site_is_killed(monkeypatch: pytest.MonkeyPatch) -> N
 
 class Refusing:
     """A session that cannot take one kind of message now."""
+
+    round = 0
 
     def __init__(self) -> None:
         self.connected = True
