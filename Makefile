@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-integrations bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -135,6 +135,9 @@ bench-coordinator: setup  ## submissions, connections, restarts of one coordinat
 
 bench-use: setup  ## first lines, late workers beside unread pages, proposed rates beside a grid search; build/reports/bench-use.json
 	$(BIN)/python -m benchmarks.bench_use
+
+bench-integrations: setup  ## bytes and seconds of a round in other stacks; build/reports/bench-integrations.json
+	$(BIN)/python -m benchmarks.bench_integrations
 
 # `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set clients=8" or EXPERIMENT=--fresh.

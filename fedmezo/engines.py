@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed
@@ -33,3 +34,21 @@ class Engine(Protocol):
 
     def digest(self) -> bytes:
         """The digest of the trained weights after all applied commits, 32 bytes."""
+
+
+@runtime_checkable
+class SavingEngine(Engine, Protocol):
+    """An engine that can write its weights to a file, for `Session.save` and `Session.restore`."""
+
+    def save(self, folder: Path, head: bytes) -> Path:
+        """Write the weights, the round that they are of and `head` into a new file in `folder`.
+
+        `head` (32 bytes) is that after their round. The file is there durably and whole, or not at
+        all. Returns its path; raises `SnapshotError` if the disk refuses.
+        """
+
+    def restore(self, path: Path) -> tuple[int, bytes]:
+        """Replace the weights by those in the file at `path`; returns their round and head.
+
+        Raises `SnapshotDamagedError` if they are not what was saved, or another model's.
+        """

@@ -18,6 +18,7 @@ from fedmezo_core.errors import (
     FedMezoError,
     JournalError,
     ProtocolError,
+    UnavailableError,
     UnknownWorkerError,
 )
 from fedmezo_core.events import (
@@ -47,7 +48,7 @@ from fedmezo_core.journal.journal import (
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
-from fedmezo_core.records import Committed, Genesis, RoundSlot
+from fedmezo_core.records import Committed, Genesis, Record, RoundSlot
 from fedmezo_core.wire.admission import check_hello, check_nonce, event_from_request
 from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import assign_to_pb, commit_to_pb, error_to_pb, message_to_pb
@@ -94,10 +95,11 @@ class Coordinator:
     may lose, repeat or reorder messages, use `exchange`, or `take` and `down_for` where the server
     begins. Call `tick` every second or so, because deadlines depend on it.
 
-    Everything is in the journal before a worker is told of it. One thread at a time may use a
-    coordinator. Nothing that a worker sends raises, except in `take`: it ends that worker's
-    session, and the worker is told why. After a `JournalError` nothing more can be done with it:
-    make a new one from the same store.
+    Everything is in the journal before a worker is told of it: what is sent next appends what came
+    since, all at once, so take what has come from many workers before you send to any. One thread
+    at a time may use a coordinator. Nothing that a worker sends raises, except in `take`: it ends
+    that worker's session, and the worker is told why. After a `JournalError` nothing more can be
+    done with it: make a new one from the same store.
     """
 
     def __init__(
@@ -121,13 +123,17 @@ class Coordinator:
         self._workers: dict[str, _Worker] = {}
         self._outboxes: dict[str, list[bytes]] = {}
         self._digests: dict[str, bytes] = {}
+        self._owed: list[Ready] = []
+        # The machine's phase as far as the journal has what led to it.
+        self._durable_phase = Phase.WAITING
         self._has_failed = False
         self._first_tick_ms: int | None = None
         self._now_ms = 0
         try:
             self._load(genesis)
             self._lease_ms = self.config.deadline_ms if lease_ms is None else lease_ms
-            self._owe(self._machine.start(0))
+            self._owed.append(self._machine.start(0))
+            self._flush()
         except BaseException:
             self._journal.close()
             raise
@@ -187,13 +193,13 @@ class Coordinator:
 
     @property
     def round(self) -> int:
-        """Last committed round; 0 before the first."""
-        return self._machine.round
+        """Last committed round that is in the journal; 0 before the first."""
+        return self._index.round
 
     @property
     def head(self) -> bytes:
         """Head after `round` (32 bytes): it names genesis and all commits."""
-        return self._index.head_at(self._index.round)
+        return self._index.head_at(self.round)
 
     @property
     def epoch(self) -> int:
@@ -203,7 +209,7 @@ class Coordinator:
     @property
     def phase(self) -> str:
         """Where the run is: `waiting`, `open`, `paused` or `finished`."""
-        return self._machine.phase.value
+        return self._durable_phase.value
 
     @property
     def reason(self) -> str:
@@ -213,7 +219,7 @@ class Coordinator:
     @property
     def finished(self) -> bool:
         """Whether no more rounds follow."""
-        return self._machine.phase is Phase.FINISHED
+        return self._durable_phase is Phase.FINISHED
 
     @property
     def workers(self) -> frozenset[str]:
@@ -242,7 +248,17 @@ class Coordinator:
             if worker.is_calling and self._now_ms - worker.seen_ms >= self._lease_ms:
                 log.info("worker %s was not heard of for %d ms", name, self._lease_ms)
                 self._lose(name)
-        self._owe(self._machine.step(Tick(self._now_ms)))
+        self._owed.append(self._machine.step(Tick(self._now_ms)))
+
+    def resume(self, rate_factor: float) -> None:
+        """Let a paused run go on, with learning rates `rate_factor` times what they were.
+
+        Raises `ConfigError` if the run is not paused, or the factor is not above 0.
+        """
+        self._check()
+        self._flush()
+        self._owed.append(self._machine.resume(rate_factor))
+        self._flush()
 
     def disconnect(self, worker: str) -> None:
         """Note that a worker's connection is gone; nothing changes if it was not connected."""
@@ -251,9 +267,13 @@ class Coordinator:
         self._lose(worker)
 
     def close(self) -> None:
-        """Close the journal's store; nothing can be done afterwards."""
-        self._has_failed = True
-        self._journal.close()
+        """Append what came last and close the journal's store; nothing can be done afterwards."""
+        try:
+            if not self._has_failed:
+                self._flush()
+        finally:
+            self._has_failed = True
+            self._journal.close()
 
     # ------------------------------------------------------------ over messages in order
 
@@ -270,7 +290,7 @@ class Coordinator:
             else:
                 known = self._workers.get(worker)
                 if known is None or known.is_calling:
-                    raise UnknownWorkerError(
+                    raise UnavailableError(
                         f"Worker {worker} has no open session here; connect again with a hello."
                     )
                 self._step(worker, message)
@@ -282,11 +302,13 @@ class Coordinator:
     def outgoing(self, worker: str) -> list[bytes]:
         """Remove and return the messages that wait for `worker`, to be sent in this order."""
         self._check()
+        self._flush()
         return self._outboxes.pop(worker, [])
 
     def _greet(self, worker: str, hello: wire.Hello) -> None:
         self._check_hello(worker, hello)
         self._lose(worker)
+        self._flush()
         outbox = self._outboxes[worker] = []
         self._workers[worker] = _Worker(is_calling=False, round=hello.round)
         outbox.append(wire.SessionResponse(welcome=self._welcome()).SerializeToString())
@@ -294,7 +316,7 @@ class Coordinator:
             commit_to_pb(row).SerializeToString() for row in self._commits_after(hello.round)
         ]
         log.info("worker %s joined at round %d", worker, hello.round)
-        self._owe(self._machine.step(WorkerReady(worker)))
+        self._owed.append(self._machine.step(WorkerReady(worker)))
 
     # ------------------------------------------------------------ over calls
 
@@ -336,15 +358,11 @@ class Coordinator:
                 self._end(name, _replaced(name))
             known = self._workers[name] = _Worker(is_calling=True, round=hello.round)
             log.info("worker %s joined at round %d", name, hello.round)
-            self._owe(self._machine.step(WorkerReady(name)))
+            self._owed.append(self._machine.step(WorkerReady(name)))
         known.round, known.nonce, known.seen_ms = hello.round, request.nonce, self._now_ms
         known.replies = []
         for message in request.messages[1:]:
-            if known.ending is None:
-                self._step(name, message)
-        if known.ending is not None:
-            self._lose(name)
-            raise known.ending
+            self._step(name, message)
         return name
 
     def down_for(self, worker: str) -> bytes:
@@ -359,6 +377,7 @@ class Coordinator:
             raise UnknownWorkerError(
                 f"Worker {worker} is not connected by exchanges; take what it sent up first."
             )
+        self._flush()
         messages = [wire.SessionResponse(welcome=self._welcome()), *known.replies]
         if known.ending is not None:
             messages = [error_to_pb(known.ending)]
@@ -381,6 +400,7 @@ class Coordinator:
         known = self._workers.get(worker)
         if known is None or not known.is_calling:
             return False
+        self._flush()
         is_behind = known.round < self.round or known.ending is not None
         return is_behind or bool(self._what_to_do(worker, known))
 
@@ -415,9 +435,8 @@ class Coordinator:
     # ------------------------------------------------------------ what both ways share
 
     def _check_hello(self, worker: str, hello: wire.Hello) -> None:
-        round_ = self._machine.round
-        head = self._index.head_at(hello.round)
-        check_hello(hello, self.genesis, round_, head, self._index.begins, catch_up_rounds=round_)
+        head, begins = self._index.head_at(hello.round), self._index.begins
+        check_hello(hello, self.genesis, self.round, head, begins, catch_up_rounds=self.round)
         if hello.worker != worker:
             raise ProtocolError(
                 f"The hello of {hello.worker} came over the connection of {worker}; let each "
@@ -435,35 +454,43 @@ class Coordinator:
             seqno = rows[-1].seqno + 1
 
     def _step(self, worker: str, message: wire.SessionRequest) -> None:
-        event = event_from_request(worker, message, self._machine.round, self._index.head_at)
+        event = event_from_request(worker, message, self.round, self._index.head_at)
         match event:
             case UnableReceived():
                 log.warning("worker %s cannot measure: %s", worker, event.reason)
             case WeightsReported():
-                if self.finished and event.round == self._machine.round:
+                if self.finished and event.round == self.round:
                     self._digests[worker] = event.weights_digest
             case _:
                 pass
-        self._owe(self._machine.step(event))
+        self._owed.append(self._machine.step(event))
 
-    def _owe(self, ready: Ready) -> None:
-        """Append what a step asked for, then let it be sent, in this order."""
-        entries: list[Entry] = []
-        if ready.records:
-            self._has_failed = True
-            entries = self._journal.append(encode_records(ready.records))
-            self._has_failed = False
-        for entry, record in zip(entries, ready.records, strict=True):
-            self._fold(entry)
-            if isinstance(record, Committed):
-                notice = commit_to_pb(entry.row).SerializeToString()
-                for name, worker in self._workers.items():
-                    if not worker.is_calling:
-                        self._outboxes.setdefault(name, []).append(notice)
-        for message in ready.messages:
-            self._send(message)
-        for sentence in ready.warnings:
-            log.warning("%s", sentence)
+    def _flush(self) -> None:
+        """Append what the machine's steps asked for, then let it be sent, in this order."""
+        while self._owed:
+            owed, self._owed = self._owed, []
+            records = [record for ready in owed for record in ready.records]
+            entries: Iterator[Entry] = iter(())
+            if records:
+                self._has_failed = True
+                entries = iter(self._journal.append(encode_records(records)))
+                self._has_failed = False
+            for ready in owed:
+                for record in ready.records:
+                    self._appended(record, next(entries))
+                for message in ready.messages:
+                    self._send(message)
+                for sentence in ready.warnings:
+                    log.warning("%s", sentence)
+        self._durable_phase = self._machine.phase
+
+    def _appended(self, record: Record, entry: Entry) -> None:
+        self._fold(entry)
+        if isinstance(record, Committed):
+            notice = commit_to_pb(entry.row).SerializeToString()
+            for name, worker in self._workers.items():
+                if not worker.is_calling:
+                    self._outboxes.setdefault(name, []).append(notice)
 
     def _send(self, message: RoundMessage) -> None:
         name = message.worker
@@ -499,7 +526,7 @@ class Coordinator:
 
     def _lose(self, worker: str) -> None:
         if self._workers.pop(worker, None) is not None:
-            self._owe(self._machine.step(WorkerLost(worker)))
+            self._owed.append(self._machine.step(WorkerLost(worker)))
 
     def _check(self) -> None:
         if self._has_failed:

@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
 
-from fedmezo.engines import Engine
+from fedmezo.engines import Engine, SavingEngine
 from fedmezo.genesis import GenesisLike, decode_genesis, head_of
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import DivergedError, MeasurementError, ProtocolError
+from fedmezo_core.errors import (
+    ConfigError,
+    DivergedError,
+    MeasurementError,
+    NotReadyError,
+    ProtocolError,
+    UnavailableError,
+)
 from fedmezo_core.events import (
     ApplyCommit,
     Connected,
@@ -22,6 +29,7 @@ from fedmezo_core.events import (
     Measured,
     MeasureFailed,
     ReportWeights,
+    Restored,
     SendAnswer,
     SendHello,
     SendUnable,
@@ -46,9 +54,9 @@ class Session:
     the transport breaks, then `connect` again. Over a transport that has only calls, or may lose,
     repeat or reorder messages, use `exchange` alone.
 
-    One thread at a time may use a session, but `measure` may run on another one. A session whose
-    call raised `UnavailableError`, `NotReadyError` or `ProtocolError` may go on after `disconnect`
-    and `connect`, or another `exchange`; after any other error make a new engine and session.
+    One thread at a time may use a session, but `measure` may run on another one. After an
+    `UnavailableError`, `NotReadyError` or `JournalBehindError` a session may go on: `connect` it
+    again, or call `exchange` again, after a while. After any other error it is of no more use.
     """
 
     def __init__(
@@ -144,6 +152,46 @@ class Session:
         """Whether the last exchange brought nothing new: the next one should wait a little."""
         return self._is_idle
 
+    # ------------------------------------------------------------ weights on a disk
+
+    def save(self, folder: Path) -> Path:
+        """Write the weights, with the round and head that they are of, into a file in `folder`.
+
+        It is there durably and whole, or not at all. Needs a `SavingEngine`. Raises `NotReadyError`
+        while a measurement runs that holds up commits, and `SnapshotError` if the disk refuses.
+        """
+        self._check()
+        if self._machine.holds_commits:
+            raise NotReadyError(
+                "Commits wait for a measurement to end, so the weights are not those of the last "
+                "round yet; complete it, then save."
+            )
+        return self._saving_engine.save(folder, self.head)
+
+    def restore(self, path: Path) -> None:
+        """Begin from a file that `save` has written, before the first `connect` or `exchange`.
+
+        Raises `SnapshotDamagedError` for a file that is not one of this run and model, after which
+        the engine is of no more use, and `ProtocolError` if the session has begun.
+        """
+        self._check()
+        if self.round or self._machine.state is not SessionState.OFFLINE or self._up_count:
+            raise ProtocolError("This session has begun; restore the weights before that.")
+        self._has_failed = True
+        round_, head = self._saving_engine.restore(path)
+        self._has_failed = False
+        if round_:
+            self._machine.step(Restored(round_, head))
+
+    @property
+    def _saving_engine(self) -> SavingEngine:
+        if not isinstance(self._engine, SavingEngine):
+            raise ConfigError(
+                f"The engine {type(self._engine).__name__} cannot save weights; give it the "
+                "methods save and restore, or read the commits anew after a restart."
+            )
+        return self._engine
+
     # ------------------------------------------------------------ over messages in order
 
     def connect(self) -> list[bytes]:
@@ -160,7 +208,7 @@ class Session:
     def receive(self, data: bytes) -> list[bytes]:
         """Take one message of the coordinator; returns the messages to send, in order.
 
-        Raises `ProtocolError` for a message that is not allowed here, `DivergedError` or
+        Raises `UnavailableError` for a message that is not allowed here, `DivergedError` or
         `JournalBehindError` if the coordinator's history is not the one followed so far, and the
         error with which the coordinator ended the session.
         """
@@ -168,7 +216,7 @@ class Session:
         try:
             message = wire.SessionResponse.FromString(data)
         except DecodeError:
-            raise ProtocolError(
+            raise UnavailableError(
                 f"The coordinator sent {len(data)} bytes that are no message; check what the "
                 "transport does to them."
             ) from None
@@ -264,7 +312,13 @@ class Session:
     def _take(self, message: wire.SessionResponse) -> list[wire.SessionRequest]:
         if self.finished:
             return []  # The coordinator's last words may cross this session's.
-        return self._do(self._machine.step(event_from_pb(message, self.config)))
+        event = event_from_pb(message, self.config)
+        try:
+            actions = self._machine.step(event)
+        except ProtocolError as error:
+            # The transport lost or mixed up something, and a new hello may mend that.
+            raise UnavailableError(str(error)) from None
+        return self._do(actions)
 
     def _do(self, actions: Sequence[SessionAction]) -> list[wire.SessionRequest]:
         """Do what the machine asks for, in order; returns the messages to send.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from fedmezo.genesis import GenesisLike, decode_genesis
 from fedmezo.scorer import CancelledMeasurementError, Scorer
@@ -15,7 +19,9 @@ from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.wire.snapshots import file_name
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
+from fedmezo_core.zo.data.held_out import Evaluation, evaluate
 from fedmezo_core.zo.data.rows import Example, read_rows, rows_of
 from fedmezo_core.zo.data.task import Dataset
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
@@ -23,6 +29,7 @@ from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, Predictions
 from fedmezo_core.zo.party import Party, commits_of, open_party
+from fedmezo_core.zo.snapshot_files import install_snapshot, read_snapshot, write_snapshot
 
 log = logging.getLogger("fedmezo.worker")
 
@@ -112,6 +119,19 @@ class TorchEngine:
         )
         """Measures along a direction."""
 
+    @property
+    def model(self) -> nn.Module:
+        """A transformers model, or its `PeftModel` in a LoRA run, with the weights as they are.
+
+        Only commits may change them.
+        """
+        return self.party.loaded.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        return self.party.loaded.tokenizer
+
     def apply(self, commits: Sequence[Committed]) -> None:
         """Fold commits into the weights, in one pass over them; raises `NumericError`."""
         self.party.weights.apply(commits[0].round, commits_of(commits))
@@ -128,6 +148,46 @@ class TorchEngine:
     def digest(self) -> bytes:
         """The digest of the weights, 32 bytes."""
         return self.party.weights.digest()
+
+    def evaluate(self, before_batch: Callable[[], None] = lambda: None) -> Evaluation:
+        """Loss and accuracy of the weights as they are on the held-out rows.
+
+        `before_batch` is called before each batch, and may raise to end the evaluation. Raises
+        `ConfigError` if no held-out rows were given, `MeasurementError` if the loss is not finite.
+        """
+        if self.heldout is None:
+            raise ConfigError("There are no held-out rows to evaluate on; give heldout.")
+        return evaluate(
+            self.party.task,
+            self.model,
+            self.heldout,
+            # They fit into memory: a measurement takes each row of a batch at least twice.
+            self.party.config.batch_size,
+            before_batch=before_batch,
+            around_batch=None
+            if self.row_states is None
+            else functools.partial(self.row_states.known, before_row=before_batch),
+        )
+
+    def save(self, folder: Path, head: bytes) -> Path:
+        """Write the weights with their round and `head` into a safetensors file in `folder`.
+
+        Raises `SnapshotError` if the disk refuses.
+        """
+        weights, run_id = self.party.weights, self.party.config.run_id
+        saved = write_snapshot(
+            folder, weights, run_id=run_id, head=head, weights_digest=self.digest()
+        )
+        return folder / file_name(run_id, saved.round)
+
+    def restore(self, path: Path) -> tuple[int, bytes]:
+        """Replace the weights by those that `save` wrote to `path`; returns their round and head.
+
+        Raises `SnapshotDamagedError` if they are not what was saved, or another model's.
+        """
+        saved = read_snapshot(path, self.party.config.run_id)
+        install_snapshot(path, self.party.weights, saved)
+        return saved.round, saved.head
 
     def cut_short(self) -> None:
         """End the running measurement before its next pass; any thread may call this.

@@ -26,6 +26,7 @@ CODE_FOLDERS = (
     *(str(folder.relative_to(ROOT)) for folder in PACKAGES.values()),
     "benchmarks",
     "deploy",
+    "examples",
     "experiments",
     "tests",
 )

@@ -77,10 +77,10 @@ def open_coordinator(values: dict[str, Any]) -> Coordinator:
             raise
         log.info("Run %s goes on after round %d", coordinator.config.run_id, coordinator.round)
         return coordinator
-    model = str(values.get("model") or contract.get("model") or "")
+    model, adapter = (str(values.get(key) or "") for key in ("model", "adapter"))
     config = parse_run({"model": model_label(model)} | contract, WHERE)
     with worker_packages("begin a run"):
-        genesis = begin_run(config, model)
+        genesis = begin_run(config, model, adapter=Path(adapter) if adapter else None)
     return Coordinator(genesis, journal, lease_ms=LEASE_MS)
 
 

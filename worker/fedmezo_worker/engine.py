@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from fedmezo_core.errors import ConfigError, SnapshotDamagedError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Snapshot
-from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.objectives import Objective, load_objective
 from fedmezo_core.zo.snapshot_files import install_snapshot
 from fedmezo_core.zo.weights import Weights
@@ -84,7 +82,7 @@ class Engine:
         """Evaluate the weights on the worker's held-out rows; None if it was cut short.
 
         The call itself queues the work, before it is awaited. Raises `MeasurementError` if the loss
-        is not finite, and `ConfigError` if the settings name no held-out rows.
+        is not finite, and `ConfigError` if there are no held-out rows.
         """
         self._evaluation_cut_short.clear()
         return asyncio.get_running_loop().run_in_executor(self._thread, self._evaluate)
@@ -122,30 +120,16 @@ class Engine:
             raise
 
     def _evaluate(self) -> HeldOutResult | None:
-        party, row_states = self.loaded.party, self.loaded.row_states
-        if self.loaded.heldout is None:
-            raise ConfigError("The settings name no held-out rows; set heldout.")
-
         def go_on() -> None:
             if self._evaluation_cut_short.is_set():
                 raise _EvaluationCutShortError
 
         try:
-            result = evaluate(
-                party.task,
-                party.loaded.model,
-                self.loaded.heldout,
-                # They fit into memory: a measurement takes each row of a batch at least twice.
-                party.config.batch_size,
-                before_batch=go_on,
-                around_batch=None
-                if row_states is None
-                else functools.partial(row_states.known, before_row=go_on),
-            )
+            result = self.loaded.evaluate(go_on)
         except _EvaluationCutShortError:
             return None
         return HeldOutResult(
-            party.weights.round, result.loss, result.accuracy, result.auc, result.row_count
+            self._weights.round, result.loss, result.accuracy, result.auc, result.row_count
         )
 
     @property

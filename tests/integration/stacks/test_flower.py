@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import pytest
 from fedmezo_core.config import parse_run
 from fedmezo_core.records import Genesis
 from fedmezo_core.zo.party import open_party
+from tests.integration.support.flower_programs import Flower
 from tests.integration.support.harness import (
     ROOT,
-    Program,
     Programs,
     bodies_of,
-    free_port,
     served,
     toml_of,
 )
@@ -28,9 +26,6 @@ EXAMPLE = ROOT / "examples/flower"
 CHANGES: dict[str, Any] = {"rounds": 3, "local_steps": 2, "batch_size": 4}
 TASK_CHANGES: dict[str, Any] = {"tokens_max": 32}
 NAMES = ("w1", "w2")
-# Flower asks its makers for updates and tells them of runs, unless it is told not to.
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-QUICK = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
 
 
 def contract() -> dict[str, Any]:
@@ -53,53 +48,12 @@ async def over_grpc(journal: Path, model: Path, data: list[Path]) -> bytes:
     return digest
 
 
-class Flower:
-    """A SuperLink and the SuperNodes of it."""
-
-    def __init__(self, programs: Programs, home: Path) -> None:
-        self._programs = programs
-        self._environment = {"FLWR_HOME": str(home), **QUIET, **QUICK}
-        self._address = f"127.0.0.1:{free_port()}"
-        home.mkdir()
-        connection = {"address": self._address, "insecure": True}
-        (home / "config.toml").write_text(
-            toml_of({"superlink": {"default": "local", "local": connection}})
-        )
-
-    async def start(self) -> None:
-        """Start the SuperLink."""
-        port = self._address.rpartition(":")[2]
-        link = self._script(
-            "flower-superlink",
-            *("--insecure", "--port", port, "--disable-runtime-dependency-installation"),
-        )
-        await link.says("Uvicorn running on")
-
-    def node(self, **config: Path) -> Program:
-        """Start a SuperNode with this configuration."""
-        return self._script(
-            "flower-supernode",
-            *("--insecure", "--superlink", self._address, "--port", str(free_port())),
-            "--node-config",
-            " ".join(f"{key.replace('_', '-')}={json.dumps(str(v))}" for key, v in config.items()),
-        )
-
-    def run(self, values: dict[str, Any]) -> Program:
-        """Run the example with these values in its configuration."""
-        path = self._programs.folder / f"run-config-{free_port()}.toml"
-        path.write_text(toml_of(values))
-        return self._script("flwr", "run", EXAMPLE, "local", "--stream", "--run-config", path)
-
-    def _script(self, name: str, *arguments: str | Path) -> Program:
-        return self._programs.start_script(name, *arguments, **self._environment)
-
-
 @pytest.mark.timeout(600)
 async def test_the_example_over_flower_and_beside_it_ends_as_over_grpc(
     tmp_path: Path, programs: Programs, model_folder: Path, data_files: list[Path]
 ) -> None:
     flower = Flower(programs, tmp_path / "flower")
-    await flower.start()
+    await flower.started()
     for name, data in zip(NAMES, data_files, strict=False):
         settings = {"name": name, "data": str(data), "model": str(model_folder), "threads": 1}
         path = tmp_path / f"{name}.toml"
@@ -111,14 +65,14 @@ async def test_the_example_over_flower_and_beside_it_ends_as_over_grpc(
     changes = {"run": CHANGES | {"task": TASK_CHANGES}, "model": str(model_folder)}
 
     over = tmp_path / "over.db"
-    running = flower.run(changes | {"journal": str(over)})
+    running = flower.run(EXAMPLE, changes | {"journal": str(over)})
     for name in NAMES:
         await running.says(f"Worker {name} has weights {digest.hex()}")
     assert bodies_of(over) == bodies_of(expected)
 
     beside = tmp_path / "beside.db"
     coordinator, address = await programs.coordinator(beside, contract(), "--model", model_folder)
-    running = flower.run(changes | {"coordinator": address})
+    running = flower.run(EXAMPLE, changes | {"coordinator": address})
     await running.says("The worker of node [0-9]+ is done(.|\n)*The worker of node [0-9]+ is done")
     coordinator.end()
     assert bodies_of(beside) == bodies_of(expected)

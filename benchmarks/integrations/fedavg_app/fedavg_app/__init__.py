@@ -1,0 +1,1 @@
+"""FedAvg as Flower's own examples do it."""

@@ -1,0 +1,167 @@
+"""What the apps make of their configurations, and what they refuse."""
+
+from __future__ import annotations
+
+import importlib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import fedmezo_flower
+from fedmezo import Coordinator
+from fedmezo_core import program
+from fedmezo_core.config import parse_run
+from fedmezo_core.errors import ConfigError, FedMezoError, UnavailableError
+from fedmezo_flower import client_app, server_app
+from tests.integration.support.flower_grid import FakeGrid
+from tests.integration.support.harness import ROOT, genesis_of, run_values, toml_of
+
+
+def context(**node_config: str) -> Context:
+    config = {key.replace("_", "-"): value for key, value in node_config.items()}
+    return Context(1, 1, config, RecordDict(), {})
+
+
+# ---------------------------------------------------------------- versions
+
+
+def test_the_tested_versions_are_those_that_the_extra_installs() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    package, at_least, below, extra = fedmezo_flower.TESTED
+    [requirement] = map(Requirement, project["optional-dependencies"][extra])
+    assert requirement.name == package
+    assert requirement.specifier == SpecifierSet(f">={at_least},<{below}")
+
+
+def test_an_untested_flower_is_refused_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "version", lambda _: "1.50.0")
+    with pytest.raises(ConfigError, match=r"^flwr 1\.50\.0 was not tested .* < 1\.43\.$"):
+        importlib.reload(fedmezo_flower)
+
+
+# ---------------------------------------------------------------- a node
+
+
+@pytest.mark.parametrize("kind", ["train.fedmezo", "train.fedmezo_beside"])
+def test_a_node_that_names_nothing_is_told_what_to_set(kind: str) -> None:
+    FakeGrid([])  # So that this process may make messages.
+    values = {"genesis": b"", "down": b"", "coordinator": "", "run_id": "", "checkpoint_key": ""}
+    message = Message(RecordDict({"fedmezo": ConfigRecord(dict(values))}), 1, kind)
+    key = "fedmezo-socket" if kind == "train.fedmezo" else "fedmezo-worker"
+    with pytest.raises(ConfigError, match=f"--node-config '{key}="):
+        client_app.app(message, context())
+
+
+def test_what_the_node_s_file_names_comes_before_what_the_server_says(tmp_path: Path) -> None:
+    own = tmp_path / "worker.toml"
+    own.write_text(toml_of({"name": "w1", "checkpoint_key": "0" * 64}))
+    given = {"coordinator": "host:1", "run_id": "", "checkpoint_key": "f" * 64}
+    command = client_app.worker_command(own, given)
+    assert command[1:] == ["-m", "fedmezo_worker", f"--config={own}", "--coordinator=host:1"]
+
+
+@pytest.mark.parametrize("text", [None, "name = "])
+def test_a_node_s_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None) -> None:
+    own = tmp_path / "worker.toml"
+    if text is not None:
+        own.write_text(text)
+    with pytest.raises(ConfigError, match=str(own)):
+        client_app.worker_command(own, {})
+
+
+def test_a_worker_that_fails_beside_flower_is_an_error_of_its_node(tmp_path: Path) -> None:
+    FakeGrid([])
+    own = tmp_path / "worker.toml"
+    own.write_text(toml_of({"name": "w1", "data": str(tmp_path / "gone.jsonl")}))
+    values = {"coordinator": "127.0.0.1:9", "run_id": "", "checkpoint_key": ""}
+    record = RecordDict({"fedmezo": ConfigRecord(dict(values))})
+    with pytest.raises(UnavailableError, match="ended with status 1"):
+        client_app.app(Message(record, 1, "train.fedmezo_beside"), context(fedmezo_worker=str(own)))
+
+
+# ---------------------------------------------------------------- the server
+
+
+def values_of(journal: Path, **changes: Any) -> dict[str, Any]:
+    run = {key: value for key, value in run_values(**changes).items() if key != "model"}
+    return {"model": "tiny", "journal": str(journal), "run": run}
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    """A run that was interrupted before its first round."""
+    path = tmp_path / "journal.db"
+    Coordinator(genesis_of(parse_run(run_values(), "the test's run")), path).close()
+    return path
+
+
+def test_a_run_goes_on_from_its_journal_without_a_model(journal: Path) -> None:
+    coordinator = server_app.open_coordinator(values_of(journal))
+    assert coordinator.epoch == 2
+    coordinator.close()
+
+
+def test_a_journal_of_another_contract_is_refused(journal: Path) -> None:
+    with pytest.raises(ConfigError, match=r"belongs to a run with rounds = 6, .* says 7"):
+        server_app.open_coordinator(values_of(journal, rounds=7))
+    server_app.open_coordinator(values_of(journal)).close()
+
+
+def test_an_app_without_a_contract_is_told_where_to_write_it() -> None:
+    with pytest.raises(ConfigError, match=r"write it below \[tool.flwr.app.config.run\]"):
+        server_app.open_coordinator({"model": "tiny"})
+
+
+def test_lists_of_a_contract_are_words_in_a_string() -> None:
+    given = {
+        "train": "*.attn.* lm_head",
+        "lora": {"target_modules": "q_proj v_proj", "rank": 8},
+        "task": {"template": "a b", "verbalizers": {"train": " a b"}},
+    }
+    assert server_app.with_lists(given) == {
+        "train": ["*.attn.*", "lm_head"],
+        "lora": {"target_modules": ["q_proj", "v_proj"], "rank": 8},
+        "task": {"template": "a b", "verbalizers": {"train": " a b"}},
+    }
+
+
+class BesideGrid(FakeGrid):
+    """Nodes whose workers take part elsewhere; the second one's fails."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            node_id = message.metadata.dst_node_id
+            message_id = f"m{node_id}"
+            message.metadata.__dict__["_message_id"] = message_id
+            ok = Message(RecordDict({"fedmezo": ConfigRecord({"status": 0})}), reply_to=message)
+            failed = Message(Error(2, "no worker"), reply_to=message)
+            self._replies[message_id] = failed if node_id in self.failing else ok
+            ids.append(message_id)
+        return ids
+
+    failing: frozenset[int] = frozenset()
+
+
+@pytest.mark.parametrize("failing", [frozenset(), frozenset({2}), frozenset({1, 2})])
+def test_a_run_beside_flower_ends_when_every_worker_has(
+    failing: frozenset[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_app, "LOOK_EVERY_S", 0.0)
+    grid = BesideGrid([Path("a"), Path("b")])
+    grid.failing = failing
+    values = {"coordinator": "127.0.0.1:9", "run": {"run_id": "tiny-run"}}
+    if len(failing) == len(grid.nodes):
+        with pytest.raises(FedMezoError, match="No worker took part to the end: no worker"):
+            server_app.gather(grid, values)
+    else:
+        server_app.gather(grid, values)
+        assert "The worker of node 1 is done" in caplog.text
+    for node_id in failing:
+        assert f"Node {node_id}: no worker" in caplog.text
