@@ -434,6 +434,8 @@ def test_a_measurement_may_run_elsewhere() -> None:
 
 
 class Unable(LightEngine):
+    """Never can measure."""
+
     def measure(self, order: fedmezo.Measure) -> fedmezo.Measured:
         raise fedmezo.MeasurementError("a loss is not a number")
 
