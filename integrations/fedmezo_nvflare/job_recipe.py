@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from nvflare.recipe.spec import Recipe
 
 import fedmezo
 from fedmezo_core.config import parse_run
+from fedmezo_core.errors import ConfigError
 from fedmezo_nvflare.round_controller import GENESIS_FILE, TASK, FedMezoController
 from fedmezo_nvflare.scalar_privacy import ScalarPrivacy
 
@@ -64,12 +67,18 @@ class FedMezoRecipe(Recipe):
         if not genesis:
             begun = fedmezo.begin_run(config, model or config.model, adapter=adapter)
             genesis = fedmezo.encode_genesis(begun)
+        elif fedmezo.decode_genesis(genesis).config != config:
+            raise ConfigError(
+                f"The genesis given is not that of this contract of run {config.run_id}; make it "
+                "again with fedmezo.begin_run."
+            )
         job = FedJob(name or config.run_id, min_clients or config.workers_min)
         job.set_app_packages(_INSTALLED_EVERYWHERE)
         # A file, because NVFlare takes long text in a configuration for a secret. It lies where a
         # job's own code would, so that NVFlare treats the job as one that brings code.
-        self._files = tempfile.TemporaryDirectory()
-        genesis_file = Path(self._files.name) / GENESIS_FILE
+        folder = tempfile.mkdtemp(prefix="fedmezo-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        genesis_file = Path(folder) / GENESIS_FILE
         genesis_file.write_bytes(genesis)
         job.to_server(FileSource(str(genesis_file)))
         job.to_server(FedMezoController(journal))

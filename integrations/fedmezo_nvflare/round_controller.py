@@ -130,7 +130,11 @@ class FedMezoController(Controller):
         exchanges = SiteExchanges(coordinator)
         # Well within the time after which a silent worker counts as gone.
         self._idle_s = min(IDLE_EXCHANGE_S, coordinator.config.deadline_ms / 3000)
+        round_ = coordinator.round
         while not coordinator.done:
+            if coordinator.round != round_:
+                round_ = coordinator.round
+                log.info("round %d committed", round_)
             if abort_signal.triggered:
                 return
             if coordinator.phase == "paused":

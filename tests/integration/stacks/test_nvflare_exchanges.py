@@ -2,70 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from fedmezo import Coordinator, Session, encode_genesis
+from fedmezo import Coordinator, encode_genesis
 from fedmezo_core.errors import ConfigError, ModelError
-from fedmezo_core.events import Measure, Measured
-from fedmezo_core.records import Committed, Genesis, Scalars, digest64_of
+from fedmezo_core.records import Genesis
 from fedmezo_nvflare import ScalarPrivacy
-from fedmezo_nvflare.model_process import exchanged
 from fedmezo_nvflare.site import Site
 from fedmezo_nvflare.site_exchanges import DOWN, GENESIS, LEFT, UP, SiteExchanges, worker_name
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.integration.support.harness import config_of, genesis_of
-
-SITES = ("site-1", "site_2")
-GENESIS_OF_ALL = genesis_of(
-    config_of(workers_min=2, quorum=2, rounds=12, report_losses=True, projected_grad_abs_max=9.0)
-)
+from tests.integration.support.nvflare_sites import GENESIS as RUN_GENESIS
+from tests.integration.support.nvflare_sites import ROUNDS, SITES, InProcess, new_site
 
 Reply = dict[str, Any]
-
-
-class FakeEngine:
-    """Its weights are the history, and its projected gradients depend on them and on the seed."""
-
-    def __init__(self, worker: str) -> None:
-        self._worker = worker
-        self._weights = hashlib.sha256(b"base")
-
-    def apply(self, commits: Sequence[Committed]) -> None:
-        for commit in commits:
-            self._weights.update(repr(commit).encode())
-
-    def measure(self, order: Measure) -> Measured:
-        digest = self.digest() if order.work.want_digest else None
-        source = f"{self._worker} {self.digest().hex()} {order.work.seeds}"
-        numbers = random.Random(source)
-        grads = tuple(numbers.uniform(-2, 2) for _ in order.work.seeds)
-        digest64 = None if digest is None else digest64_of(digest)
-        return Measured(order.ticket, Scalars(grads, 0.5, digest64, 24))
-
-    def digest(self) -> bytes:
-        return self._weights.copy().digest()
-
-
-class InProcess:
-    """A `ModelProcess` that is none."""
-
-    def __init__(self, genesis: bytes, worker: str) -> None:
-        self._session = Session(genesis, worker, FakeEngine(worker))
-
-    def exchange(self, down: bytes) -> bytes:
-        return exchanged(self._session, down)
-
-    def close(self) -> None:
-        pass
-
-
-def new_site(name: str) -> Site:
-    return Site(lambda genesis: InProcess(genesis, worker_name(name)))
 
 
 def run(
@@ -75,7 +28,7 @@ def run(
 ) -> Coordinator:
     """A whole run; `disturb` may do what it likes to the sites and to what is under way."""
     numbers = random.Random(seed)
-    coordinator = Coordinator(GENESIS_OF_ALL)
+    coordinator = Coordinator(RUN_GENESIS)
     exchanges = SiteExchanges(coordinator)
     sites = {name: new_site(name) for name in SITES}
     under_way: list[tuple[str, str, Reply]] = []  # task or reply, site, content
@@ -139,7 +92,7 @@ def test_disturbances_change_nothing(
 ) -> None:
     late.clear()
     coordinator = run(disturb, seed)
-    assert coordinator.round == 12
+    assert coordinator.round == ROUNDS
     assert coordinator.head == undisturbed.head
     assert set(coordinator.digests.values()) <= set(undisturbed.digests.values())
     assert len(set(undisturbed.digests.values())) == 1
@@ -151,13 +104,13 @@ def test_filtered_answers_are_valid_and_stay_the_same(
 ) -> None:
     late.clear()
     coordinator = run(disturb, privacy=ScalarPrivacy(clip=1.0, noise_multiplier=20.0))
-    assert coordinator.round == 12
+    assert coordinator.round == ROUNDS
     assert len(set(coordinator.digests.values())) == 1
     assert "second, different answer" not in caplog.text
 
 
 def test_a_script_that_was_started_again_is_told_the_run() -> None:
-    coordinator = Coordinator(GENESIS_OF_ALL)
+    coordinator = Coordinator(RUN_GENESIS)
     exchanges, site = SiteExchanges(coordinator), new_site("site-1")
     assert set(exchanges.task("site-1")) == {GENESIS, DOWN}
     exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
@@ -171,7 +124,7 @@ def test_a_script_that_was_started_again_is_told_the_run() -> None:
 
 @pytest.mark.parametrize("reply", [{}, {UP: "text"}, {UP: b"\xff"}, {UP: 7}])
 def test_replies_of_no_use_do_no_harm(reply: Reply) -> None:
-    coordinator = Coordinator(GENESIS_OF_ALL)
+    coordinator = Coordinator(RUN_GENESIS)
     exchanges, site = SiteExchanges(coordinator), new_site("site-1")
     exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
     exchanges.reply("site-1", reply)
@@ -180,7 +133,7 @@ def test_replies_of_no_use_do_no_harm(reply: Reply) -> None:
 
 
 def test_a_site_cannot_speak_for_another() -> None:
-    coordinator = Coordinator(GENESIS_OF_ALL)
+    coordinator = Coordinator(RUN_GENESIS)
     exchanges = SiteExchanges(coordinator)
     stranger = Site(lambda genesis: InProcess(genesis, "site-1"))
     exchanges.reply("site_2", stranger.reply(exchanges.task("site_2")))
@@ -188,8 +141,8 @@ def test_a_site_cannot_speak_for_another() -> None:
 
 
 def test_a_site_with_another_base_leaves() -> None:
-    other = Genesis(GENESIS_OF_ALL.config, b"m" * 32, b"x" * 32, b"t" * 32, 8, 32)
-    exchanges = SiteExchanges(Coordinator(GENESIS_OF_ALL))
+    other = Genesis(RUN_GENESIS.config, b"m" * 32, b"x" * 32, b"t" * 32, 8, 32)
+    exchanges = SiteExchanges(Coordinator(RUN_GENESIS))
     site = Site(lambda _: InProcess(encode_genesis(other), "site-1"))
     exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
     reply = site.reply(exchanges.task("site-1"))
@@ -201,13 +154,13 @@ def test_an_error_at_a_site_is_told_in_its_log_alone(caplog: pytest.LogCaptureFi
     def fail(_: bytes) -> InProcess:
         raise ModelError("the model cannot be read.")
 
-    task = SiteExchanges(Coordinator(GENESIS_OF_ALL)).task("site-1")
+    task = SiteExchanges(Coordinator(RUN_GENESIS)).task("site-1")
     assert Site(fail).reply(task) == {LEFT: True}
     assert "this site leaves the job: the model cannot be read." in caplog.text
 
 
 def test_two_sites_of_one_name_are_refused() -> None:
-    exchanges = SiteExchanges(Coordinator(GENESIS_OF_ALL))
+    exchanges = SiteExchanges(Coordinator(RUN_GENESIS))
     exchanges.task("site-1")
     with pytest.raises(ConfigError, match="sites site-1 and site_1 are both called site-1"):
         exchanges.task("site_1")
@@ -228,7 +181,7 @@ def test_names_of_sites(site: str, worker: str) -> None:
 
 
 def test_what_goes_up_holds_nothing_else() -> None:
-    exchanges, site = SiteExchanges(Coordinator(GENESIS_OF_ALL)), new_site("site-1")
+    exchanges, site = SiteExchanges(Coordinator(RUN_GENESIS)), new_site("site-1")
     up = site.reply(exchanges.task("site-1"))[UP]
     (hello,) = wire.PollSessionRequest.FromString(up).messages
     assert hello.WhichOneof("kind") == "hello"

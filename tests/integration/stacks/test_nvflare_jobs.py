@@ -29,6 +29,7 @@ from tests.integration.support.harness import (
     served,
     toml_of,
 )
+from tests.integration.support.nvflare_project import project
 from tests.integration.support.parties import Workers
 
 pytestmark = pytest.mark.timeout(600)
@@ -37,23 +38,6 @@ SITES = ("site-1", "site-2")
 RUN: dict[str, Any] = {"workers_min": 2, "quorum": 2, "rounds": 30}
 """Both sites in every round, so that who is slow does not change the numbers."""
 JOB = ROOT / "examples/nvflare/job.py"
-PROJECT = """
-api_version: 3
-name: fedmezo
-description: the test's
-participants:
-- {{name: server, type: server, org: test, default_host: localhost, fed_learn_port: {port}}}
-- {{name: admin@nvidia.com, type: admin, org: test, role: project_admin}}
-- {{name: site-1, type: client, org: test}}
-- {{name: site-2, type: client, org: test}}
-builders:
-- path: nvflare.lighter.impl.workspace.WorkspaceBuilder
-  args: {{template_file: [master_template.yml]}}
-- path: nvflare.lighter.impl.static_file.StaticFileBuilder
-  args: {{config_folder: config}}
-- path: nvflare.lighter.impl.cert.CertBuilder
-- path: nvflare.lighter.impl.signature.SignatureBuilder
-"""
 
 
 @dataclass(frozen=True)
@@ -220,9 +204,9 @@ def test_provisioned_processes_with_mutual_tls_and_a_model_that_dies(
     rows: Path,
     over_grpc: Ended,
 ) -> None:
-    project = tmp_path / "project.yml"
-    project.write_text(PROJECT.format(port=free_port()))
-    arguments = ("--poc", "--project", str(project), "--clip", "100")
+    provisioned = tmp_path / "project.yml"
+    provisioned.write_text(project(free_port(), SITES))
+    arguments = ("--poc", "--project", str(provisioned), "--clip", "100")
     jobs.append(job := Job(tmp_path, model_folder, rows, *arguments))
     job.wait_for_round(3)
     job.models()[0].kill()
