@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -23,15 +24,18 @@ TASK_REQUEST_INTERVAL_S = 0.05
 
 def fedavg(rounds: int, model: str, data: str) -> Recipe:
     """NVFlare's FedAvg as its recipe has it."""
+    # NVFlare takes a path in a package for the package's own.
+    shutil.copy(nvflare_fedavg.__file__, "train.py")
     recipe = FedAvgRecipe(
         name="fedavg",
         model=nvflare_fedavg.Model(model),
         min_clients=len(WORKERS),
         num_rounds=rounds,
-        train_script=str(Path(nvflare_fedavg.__file__)),
+        train_script="train.py",
         train_args=f"--model {model} --data {data} --steps {LOCAL_STEPS} --batch-size {BATCH_SIZE}",
         launch_external_process=True,
     )
+    recipe._job.set_app_packages(["benchmarks"])  # It is installed here.
     recipe.add_server_config({"server": {"task_request_interval": TASK_REQUEST_INTERVAL_S}})
     recipe.add_client_config({"default_task_fetch_interval": TASK_REQUEST_INTERVAL_S})
     return recipe
