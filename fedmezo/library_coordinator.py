@@ -17,6 +17,7 @@ from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
     JournalError,
+    NotReadyError,
     ProtocolError,
     UnavailableError,
     UnknownWorkerError,
@@ -58,6 +59,10 @@ log = logging.getLogger("fedmezo.coordinator")
 
 DOWN_BYTES_MAX = 4 * 1024 * 1024
 """Bytes of commits with which what goes down in one exchange is full; the next brings the rest."""
+MESSAGES_WAITING_MAX = 1024
+"""Most messages that wait for one worker, besides the commits that it lacked when it joined."""
+WORKERS_MAX = 20_000
+"""Most workers that are connected at a time."""
 COMMITS_A_READ_MAX = 1024
 """Most commits that are read from the journal at once."""
 
@@ -72,6 +77,8 @@ class _Worker:
     """Whether it comes by exchanges; otherwise its messages wait in its outbox."""
     round: int
     """Last round that its newest hello named."""
+    waiting: int = 0
+    """Messages that came into its outbox since it was last emptied."""
     nonce: bytes = b""
     """Of its newest exchange."""
     seen_ms: int = 0
@@ -303,6 +310,8 @@ class Coordinator:
         """Remove and return the messages that wait for `worker`, to be sent in this order."""
         self._check()
         self._flush()
+        if worker in self._workers:
+            self._workers[worker].waiting = 0
         return self._outboxes.pop(worker, [])
 
     def _greet(self, worker: str, hello: wire.Hello) -> None:
@@ -437,6 +446,11 @@ class Coordinator:
     def _check_hello(self, worker: str, hello: wire.Hello) -> None:
         head, begins = self._index.head_at(hello.round), self._index.begins
         check_hello(hello, self.genesis, self.round, head, begins, catch_up_rounds=self.round)
+        if worker not in self._workers and len(self._workers) >= WORKERS_MAX:
+            raise NotReadyError(
+                f"{WORKERS_MAX} workers are connected, the most that one coordinator takes; try "
+                "later."
+            )
         if hello.worker != worker:
             raise ProtocolError(
                 f"The hello of {hello.worker} came over the connection of {worker}; let each "
@@ -488,9 +502,20 @@ class Coordinator:
         self._fold(entry)
         if isinstance(record, Committed):
             notice = commit_to_pb(entry.row).SerializeToString()
-            for name, worker in self._workers.items():
+            for name, worker in list(self._workers.items()):
                 if not worker.is_calling:
-                    self._outboxes.setdefault(name, []).append(notice)
+                    self._put(name, notice)
+
+    def _put(self, worker: str, data: bytes) -> None:
+        """Let a message wait for a worker; one that takes none for long must join again."""
+        known = self._workers[worker]
+        known.waiting += 1
+        if known.waiting <= MESSAGES_WAITING_MAX:
+            self._outboxes.setdefault(worker, []).append(data)
+            return
+        del self._outboxes[worker]
+        sentence = f"{MESSAGES_WAITING_MAX} messages waited for worker {worker}; connect again."
+        self._end(worker, NotReadyError(sentence))
 
     def _send(self, message: RoundMessage) -> None:
         name = message.worker
@@ -516,7 +541,7 @@ class Coordinator:
         if worker.is_calling:
             worker.replies.append(as_pb)
         else:
-            self._outboxes.setdefault(name, []).append(as_pb.SerializeToString())
+            self._put(name, as_pb.SerializeToString())
 
     def _end(self, worker: str, error: FedMezoError) -> None:
         """End a session over messages; the error is the last of them."""

@@ -55,7 +55,10 @@ async def _figures(rounds: int) -> list[Figure]:
                     for key, value in contract(rounds + 2).items()
                     if key in OF_THE_EXAMPLE
                 }
-                values = {"model": str(model), "run": run | {"task": {"tokens_max": 32}}}
+                values: dict[str, Any] = {
+                    "model": str(model),
+                    "run": run | {"task": {"tokens_max": 32}},
+                }
                 running = flower.run(EXAMPLE, values)
                 found = await measured(
                     "Flower",

@@ -26,6 +26,8 @@ WORKERS = ("w1", "w2")
 LOCAL_STEPS = 16
 BATCH_SIZE = 4
 CHUNK_BYTES = 65_536
+PATIENCE_S = 1800.0
+"""Longest time that the rounds may take."""
 
 
 def contract(rounds: int) -> dict[str, Any]:
@@ -103,8 +105,10 @@ def counting(target: str) -> Iterator[Counted]:
     with Server(("127.0.0.1", 0), Handler) as server:
         counted = Counted(f"127.0.0.1:{server.server_address[1]}")
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield counted
-        server.shutdown()
+        try:
+            yield counted
+        finally:
+            server.shutdown()
 
 
 async def measured(
@@ -116,7 +120,7 @@ async def measured(
     """
     await program.says(first)
     begin_s, up, down = time.monotonic(), proxy.up_bytes, proxy.down_bytes
-    await program.says(last)
+    await program.says(last, PATIENCE_S)
     seconds, each = time.monotonic() - begin_s, rounds * len(WORKERS)
     return [
         Figure(f"{way}: a round", seconds / rounds, "s"),

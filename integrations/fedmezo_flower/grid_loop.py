@@ -7,17 +7,25 @@ Flower may lose, repeat and reorder them; then a message is sent again, which ch
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedmezo import Coordinator
-from fedmezo_core.errors import FedMezoError, JournalError
-from fedmezo_flower.client_app import RECORD, bytes_in
+from fedmezo_core.errors import (
+    FedMezoError,
+    JournalBehindError,
+    JournalCompactedError,
+    JournalError,
+    NotReadyError,
+    UnavailableError,
+)
+from fedmezo_flower.flower_client import RECORD, bytes_in
 
 log = logging.getLogger("flwr")
 
@@ -31,6 +39,8 @@ LEASE_MS: Final = 30 * 24 * 3600 * 1000
 """The coordinator's lease on a worker: no limit, because Flower knows which nodes are there."""
 TTL_MIN_S: Final = 600.0
 """Least time that a node has for its reply; after that the message is sent again."""
+OF_THE_WORKER: Final = (JournalBehindError, JournalCompactedError)
+"""Errors about a journal that mean a worker which holds another round than the journal has."""
 
 
 @dataclass
@@ -43,6 +53,8 @@ class _Node:
     """The message that has no reply yet; empty: none."""
     sent_at_s: float = 0.0
     again_at_s: float = 0.0
+    refusal: bytes = b""
+    """What its worker is told next, because what it sent was refused."""
     said: str = ""
     """The newest complaint, which the log has."""
 
@@ -104,7 +116,8 @@ class GridLoop:
         if now_s < node.again_at_s:
             return None
         if node.worker not in self._coordinator.workers:
-            return b""  # It says hello.
+            refusal, node.refusal = node.refusal, b""
+            return refusal  # If it is empty, the worker says hello.
         if node.message_id or self._coordinator.has_news(node.worker):
             return self._coordinator.down_for(node.worker)
         return None
@@ -148,20 +161,22 @@ class GridLoop:
                 self._take(node_id, reply)
 
     def _take(self, node_id: int, reply: Message) -> None:
-        node = self._nodes[node_id]
+        node, up = self._nodes[node_id], b""
         try:
             if reply.has_error():
-                raise FedMezoError(reply.error.reason or f"error {reply.error.code}")
+                raise UnavailableError(sentence_of(reply.error))
             record = reply.content.config_records[RECORD]
-            worker = str(record.get("worker"))
+            worker, up = str(record.get("worker")), bytes_in(record, "up")
             self._check_name(node_id, worker)
-            node.worker = self._coordinator.take(bytes_in(record, "up"), worker=worker)
+            node.worker = self._coordinator.take(up, worker=worker)
             node.said = ""
-        except JournalError:
-            raise
         except (FedMezoError, KeyError) as error:
+            if isinstance(error, JournalError) and not isinstance(error, OF_THE_WORKER):
+                raise  # The coordinator's own journal failed.
             self._lose(node)
             node.again_at_s = self._clock_s() + RETRY_S
+            if up and isinstance(error, FedMezoError):
+                node.refusal = self._coordinator.refusal(up, error)
             if str(error) != node.said:
                 node.said = str(error)
                 log.warning("Node %d: %s", node_id, error)
@@ -175,7 +190,7 @@ class GridLoop:
         """Refuse a worker whose name another node's worker has."""
         for other_id, other in self._nodes.items():
             if other_id != node_id and other.worker == worker:
-                raise FedMezoError(
+                raise NotReadyError(
                     f"its worker is named {worker}, as that of node {other_id} is; give each "
                     "worker another --name"
                 )
@@ -193,3 +208,10 @@ class GridLoop:
         if coordinator.round != self._round:
             self._round = coordinator.round
             log.info("Round %d of %d is committed", self._round, coordinator.config.rounds)
+
+
+def sentence_of(error: Error) -> str:
+    """The sentence of an error reply; Flower puts what a ClientApp raised in brackets."""
+    reason = error.reason or f"Flower's error {error.code}"
+    found = re.fullmatch(r"<class '[\w.]+'>:<'(.*)'>", reason, re.DOTALL)
+    return found[1] if found else reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -11,13 +12,14 @@ from typing import Any
 import pytest
 
 import fedmezo
-from fedmezo import Coordinator, Session
+from fedmezo import Coordinator, Session, library_coordinator
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import (
     ConfigError,
     DivergedError,
     FedMezoError,
     JournalBehindError,
+    JournalCompactedError,
     JournalError,
     MismatchError,
     NotReadyError,
@@ -27,6 +29,9 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore, Row
+from fedmezo_core.journal.sealed import SealedState, seal
+from fedmezo_core.machines.rounds import RoundMachine
+from fedmezo_core.machines.state_codec import STATE_VERSION, state_to_pb
 from fedmezo_core.records import Answered, Committed, Diverged, Genesis, Record
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import config_of, genesis_of
@@ -405,6 +410,147 @@ def test_a_worker_that_stays_away_is_lost_after_its_lease() -> None:
     assert coordinator.workers == {"a"}
     coordinator.tick(5_001_000)
     assert not coordinator.workers
+
+
+def test_a_worker_that_takes_no_messages_must_connect_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library_coordinator, "MESSAGES_WAITING_MAX", 4)
+    genesis = small_run(quorum=2, workers_min=2, deadline_ms=1000, rounds=8)
+    coordinator = Coordinator(genesis)
+    sessions = {name: open_session(genesis, name) for name in NAMES}
+    for name, session in sessions.items():
+        for up in session.connect():
+            coordinator.receive(name, up)
+    for turn in range(100):
+        coordinator.tick(turn * 500)
+        for name in ("b", "c"):
+            for down in coordinator.outgoing(name):
+                for up in sessions[name].receive(down):
+                    coordinator.receive(name, up)
+    assert coordinator.finished
+    assert "a" not in coordinator.workers
+    with pytest.raises(NotReadyError, match="4 messages waited for worker a; connect again"):
+        sessions["a"].receive(coordinator.outgoing("a")[0])
+    for up in sessions["a"].connect():
+        coordinator.receive("a", up)
+    for down in coordinator.outgoing("a"):
+        for up in sessions["a"].receive(down):
+            coordinator.receive("a", up)
+    assert sessions["a"].finished
+    assert coordinator.done
+
+
+def test_there_is_a_most_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library_coordinator, "WORKERS_MAX", 2)
+    genesis = small_run()
+    coordinator = Coordinator(genesis)
+    for name in ("a", "b"):
+        coordinator.exchange(open_session(genesis, name).exchange())
+    late = open_session(genesis, "c")
+    with pytest.raises(NotReadyError, match="2 workers are connected"):
+        late.exchange(coordinator.exchange(late.exchange()))
+    coordinator.disconnect("b")
+    late.exchange(coordinator.exchange(late.exchange()))
+    assert coordinator.workers == {"a", "c"}
+
+
+def test_dropped_records_are_asked_of_nobody() -> None:
+    """A worker that lacks them is refused with the daemon's sentence; others go on."""
+    genesis, store = small_run(), MemoryStore()
+    coordinator = Coordinator(genesis, store)
+    sessions = {name: open_session(genesis, name) for name in NAMES}
+    downs = dict.fromkeys(NAMES, b"")
+    while coordinator.round < 3:
+        for name, session in sessions.items():
+            downs[name] = coordinator.exchange(session.exchange(downs[name]))
+    for name, session in sessions.items():
+        session.exchange(coordinator.down_for(name))
+        assert session.round == 3
+    journal, machine = Journal(store), RoundMachine()
+    for entry in journal.load():
+        machine.apply(decode_record(entry.row.body))
+    sealed = SealedState(
+        len(journal),
+        journal.chain,
+        journal.head,
+        coordinator.genesis_bytes,
+        state_to_pb(machine.state),
+        STATE_VERSION,
+        machine.state.agreed,
+    )
+    Coordinator(genesis, store)  # A start is a record behind what is dropped.
+    store.drop_before(seal(sealed))
+    again = Coordinator(genesis, store)
+    assert again.round == 3
+    assert again.head == coordinator.head
+    fresh = open_session(genesis, "d")
+    with pytest.raises(JournalCompactedError, match="only the commits after round 3"):
+        fresh.exchange(again.exchange(fresh.exchange()))
+    while not again.done or again.digests.keys() != set(NAMES):
+        for session in sessions.values():
+            session.exchange(again.exchange(session.exchange()))
+    assert again.head == run_in_order(genesis).head
+
+
+# ---------------------------------------------------------------- what hostile parties send
+
+
+def mutated(dice: random.Random, data: bytes) -> bytes:
+    """`data` with a few bytes changed, removed or added."""
+    changed = bytearray(data)
+    for _ in range(dice.randint(1, 4)):
+        at = dice.randrange(len(changed) + 1)
+        match dice.randrange(3):
+            case 0:
+                changed[at : at + 1] = bytes([dice.randrange(256)])
+            case 1:
+                del changed[at : at + dice.randint(1, 8)]
+            case _:
+                changed[at:at] = dice.randbytes(dice.randint(1, 8))
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_a_worker_sends_the_others_go_on(seed: int) -> None:
+    dice = random.Random(seed)
+    genesis = small_run(deadline_ms=1000)
+    coordinator = Coordinator(genesis, lease_ms=10_000)
+    sessions = {name: open_session(genesis, name) for name in NAMES}
+    liar = open_session(genesis, "liar")
+    downs = dict.fromkeys(NAMES, b"")
+    streamed = liar.connect()[0]
+    for turn in range(60):
+        coordinator.tick(turn * 100)
+        for name, session in sessions.items():
+            downs[name] = coordinator.exchange(session.exchange(downs[name]))
+        coordinator.exchange(mutated(dice, dice.choice([liar.exchange(), liar.exchange()])))
+        coordinator.receive("liar", streamed)
+        coordinator.receive("liar", mutated(dice, streamed))
+        coordinator.outgoing("liar")
+    for _ in range(TURNS_MAX):
+        if coordinator.digests.keys() >= set(NAMES):
+            break
+        turn += 1
+        coordinator.tick(turn * 100)
+        for name, session in sessions.items():
+            downs[name] = coordinator.exchange(session.exchange(downs[name]))
+    assert len({coordinator.digests[name] for name in NAMES}) == 1
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_a_coordinator_sends_a_session_raises_our_errors(seed: int) -> None:
+    dice = random.Random(seed)
+    genesis = small_run()
+    done = run_in_order(genesis)
+    for _ in range(20):
+        by_calls, in_order = open_session(genesis, "a"), open_session(genesis, "b")
+        with contextlib.suppress(FedMezoError):
+            by_calls.exchange(mutated(dice, done.exchange(by_calls.exchange())))
+        done.receive("b", in_order.connect()[0])
+        for down in done.outgoing("b"):
+            with contextlib.suppress(FedMezoError):
+                in_order.receive(mutated(dice, down))
 
 
 # ---------------------------------------------------------------- measuring elsewhere, saving

@@ -53,6 +53,8 @@ def test_the_surface_is_listed_once() -> None:
 
 
 def test_type_checkers_see_the_names_that_are_there() -> None:
+    for package in ("fedmezo", "fedmezo_core", "fedmezo_proto"):
+        assert (PACKAGES[package] / "py.typed").exists()
     homes = {
         alias.asname: node.module
         for node in ast.walk(ast.parse(SOURCE.read_text()))

@@ -54,8 +54,8 @@ def serving(path: Path, opened: list[bytes]) -> AbstractAsyncContextManager[None
     return ResidentWorker("w1", lambda genesis: Echo(genesis, opened)).listening_on(path)
 
 
-async def asked(path: Path, genesis: bytes, down: bytes) -> tuple[str, bytes]:
-    return await asyncio.to_thread(ask, path, genesis, down)
+async def asked(path: Path, genesis: bytes, down: bytes, job: str = "job 1") -> tuple[str, bytes]:
+    return await asyncio.to_thread(ask, path, job, genesis, down)
 
 
 async def test_a_run_has_one_session_that_stays(path: Path, opened: list[bytes]) -> None:
@@ -65,7 +65,8 @@ async def test_a_run_has_one_session_that_stays(path: Path, opened: list[bytes])
         assert await asked(path, b"run", large) == ("w1", b"run " + large)
         assert opened == [b"run"]
         assert await asked(path, b"next", b"x") == ("w1", b"next x")
-    assert opened == [b"run", b"next"]
+        assert await asked(path, b"next", b"x", job="job 2") == ("w1", b"next x")
+    assert opened == [b"run", b"next", b"next"]
     with pytest.raises(UnavailableError):
         await asked(path, b"run", b"x")
 
@@ -98,7 +99,7 @@ async def test_weights_that_diverged_are_rebuilt_from_the_base(
 
 def test_without_a_worker_the_error_names_the_socket_and_the_command(path: Path) -> None:
     with pytest.raises(UnavailableError) as raised:
-        ask(path, b"run", b"")
+        ask(path, "job 1", b"run", b"")
     assert str(path) in str(raised.value)
     assert f"fedmezo-worker --serve {path}" in str(raised.value)
 
@@ -110,7 +111,7 @@ def test_a_worker_that_ends_without_a_reply_is_unavailable(path: Path) -> None:
         closing = threading.Thread(target=lambda: listening.accept()[0].close())
         closing.start()
         with pytest.raises(UnavailableError, match="ended before it replied"):
-            ask(path, b"run", b"")
+            ask(path, "job 1", b"run", b"")
         closing.join()
 
 
@@ -151,6 +152,15 @@ async def test_bytes_that_are_no_request_harm_nobody(
         await reader.read()
         writer.close()
         assert await asked(path, b"run", b"x") == ("w1", b"run x")
+
+
+async def test_another_version_is_told_so(path: Path, opened: list[bytes]) -> None:
+    async with serving(path, opened):
+        reader, writer = await asyncio.open_unix_connection(path)
+        writer.write(b"\0\0\0\7genesis\0\0\0\4down")
+        assert b"use the same FedMeZO version" in await reader.read()
+        writer.close()
+    assert not opened
 
 
 async def test_a_caller_that_sends_nothing_is_not_waited_for(

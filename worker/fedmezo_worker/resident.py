@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from fedmezo_core import errors
-from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError, UnavailableError
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    NotReadyError,
+    ProtocolError,
+    UnavailableError,
+)
 
 log = logging.getLogger("fedmezo.worker")
 
@@ -27,7 +33,9 @@ PART_BYTES_MAX: Final = 64 << 20
 REQUEST_WITHIN_S: Final = 60.0
 """Time that a caller has for its request, from the connection on."""
 _LENGTH: Final = struct.Struct(">I")
-_REQUEST_PARTS: Final = 2
+_SPOKEN: Final = b"fedmezo resident worker 1"
+"""What each request begins with."""
+_REQUEST_PARTS: Final = 4
 _REPLY_PARTS: Final = 3
 
 
@@ -41,9 +49,10 @@ class Exchanging(Protocol):
 # ---------------------------------------------------------------- the side that asks
 
 
-def ask(path: Path, genesis: bytes, down: bytes) -> tuple[str, bytes]:
+def ask(path: Path, job: str, genesis: bytes, down: bytes) -> tuple[str, bytes]:
     """Hand the coordinator's bytes to the resident worker at `path`.
 
+    `job` is the stack's name of this run; with another one, the worker begins from the base again.
     `genesis` is the run's first record. Returns the worker's name and the bytes for the
     coordinator, as soon as everything is measured. Raises `UnavailableError` if no worker listens
     there or it ends meanwhile, and otherwise the error that the worker met.
@@ -58,7 +67,7 @@ def ask(path: Path, genesis: bytes, down: bytes) -> tuple[str, bytes]:
                 "--model MODEL --data DATA"
             ) from None
         try:
-            connection.sendall(b"".join(map(_framed, (genesis, down))))
+            connection.sendall(b"".join(map(_framed, (_SPOKEN, job.encode(), genesis, down))))
             with connection.makefile("rb") as stream:
                 name, worker, up = (_read(stream.read) for _ in range(_REPLY_PARTS))
         except (OSError, EOFError):
@@ -73,8 +82,9 @@ def ask(path: Path, genesis: bytes, down: bytes) -> tuple[str, bytes]:
 
 def _error_of(name: str, sentence: str) -> FedMezoError:
     kind = getattr(errors, name, None)
-    is_ours = isinstance(kind, type) and issubclass(kind, FedMezoError)
-    return kind(sentence) if is_ours else UnavailableError(sentence)
+    if isinstance(kind, type) and issubclass(kind, FedMezoError):
+        return kind(sentence)
+    return UnavailableError(sentence)
 
 
 def _framed(part: bytes) -> bytes:
@@ -96,11 +106,15 @@ def _read(read: Callable[[int], bytes]) -> bytes:
 
 def _checked(length: int) -> int:
     if length > PART_BYTES_MAX:
-        raise ProtocolError(
-            f"A part of {length} bytes came over the socket, more than {PART_BYTES_MAX}; use the "
-            "same FedMeZO version on both of its sides."
-        )
+        raise _other_version()
     return length
+
+
+def _other_version() -> ProtocolError:
+    return ProtocolError(
+        "The two sides of a resident worker's socket do not understand each other; use the same "
+        "FedMeZO version for the worker and for the app."
+    )
 
 
 # ---------------------------------------------------------------- the side that stays
@@ -114,7 +128,8 @@ class ResidentWorker:
         self._name = name
         self._open_session = open_session
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="resident")
-        self._genesis = b""
+        self._of = (b"", b"")
+        """Job and genesis of the session."""
         self._session: Exchanging | None = None
 
     @contextlib.asynccontextmanager
@@ -132,9 +147,14 @@ class ResidentWorker:
         with contextlib.closing(writer), contextlib.suppress(OSError):
             try:
                 async with asyncio.timeout(REQUEST_WITHIN_S):
-                    genesis, down = [await _received(reader) for _ in range(_REQUEST_PARTS)]
+                    spoken = await _received(reader)
+                    if spoken != _SPOKEN:
+                        raise _other_version()
+                    job, genesis, down = [
+                        await _received(reader) for _ in range(_REQUEST_PARTS - 1)
+                    ]
                 loop = asyncio.get_running_loop()
-                up = await loop.run_in_executor(self._thread, self._exchange, genesis, down)
+                up = await loop.run_in_executor(self._thread, self._exchange, job, genesis, down)
                 reply = (b"", self._name.encode(), up)
             except (asyncio.IncompleteReadError, TimeoutError):
                 return
@@ -148,15 +168,15 @@ class ResidentWorker:
             writer.write(b"".join(map(_framed, reply)))
             await writer.drain()
 
-    def _exchange(self, genesis: bytes, down: bytes) -> bytes:
+    def _exchange(self, job: bytes, genesis: bytes, down: bytes) -> bytes:
         """Exchange bytes in the run with that genesis; runs on the worker's thread."""
-        if self._session is None or genesis != self._genesis:
+        if self._session is None or self._of != (job, genesis):
             self._session = None  # One model at a time has room.
             self._session = self._open_session(genesis)
-            self._genesis = genesis
+            self._of = (job, genesis)
         try:
             return self._session.exchange(down)
-        except (UnavailableError, ProtocolError):
+        except (UnavailableError, NotReadyError):
             raise
         except BaseException:
             log.warning("the next request begins from the base again")

@@ -1,5 +1,5 @@
 """A node: it hands each message to the worker that stays on this machine."""
 
-from fedmezo_flower.client_app import app
+from fedmezo_flower.flower_client import app
 
 __all__ = ["app"]

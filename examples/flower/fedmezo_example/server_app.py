@@ -1,5 +1,5 @@
 """The server: FedMeZO's coordinator, whose rounds go to the nodes as Flower's messages."""
 
-from fedmezo_flower.server_app import app
+from fedmezo_flower.flower_server import app
 
 __all__ = ["app"]

@@ -5,26 +5,32 @@ from __future__ import annotations
 import importlib
 import tomllib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app.user_config import UserConfig
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+import fedmezo
 import fedmezo_flower
 from fedmezo import Coordinator
 from fedmezo_core import program
 from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError, UnavailableError
-from fedmezo_flower import client_app, server_app
-from tests.integration.support.flower_grid import FakeGrid
-from tests.integration.support.harness import ROOT, genesis_of, run_values, toml_of
+from fedmezo_core.records import Resumed
+from fedmezo_flower import flower_client, flower_server
+from tests.integration.support.flower_grid import FakeGrid, resident
+from tests.integration.support.harness import ROOT, genesis_of, records_of, run_values, toml_of
+from tests.library.light_engine import LightEngine
 
 
 def context(**node_config: str) -> Context:
-    config = {key.replace("_", "-"): value for key, value in node_config.items()}
+    config: UserConfig = {key.replace("_", "-"): value for key, value in node_config.items()}
     return Context(1, 1, config, RecordDict(), {})
 
 
@@ -51,18 +57,20 @@ def test_an_untested_flower_is_refused_in_one_sentence(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("kind", ["train.fedmezo", "train.fedmezo_beside"])
 def test_a_node_that_names_nothing_is_told_what_to_set(kind: str) -> None:
     FakeGrid([])  # So that this process may make messages.
-    values = {"genesis": b"", "down": b"", "coordinator": "", "run_id": "", "checkpoint_key": ""}
-    message = Message(RecordDict({"fedmezo": ConfigRecord(dict(values))}), 1, kind)
+    values = ConfigRecord(
+        {"genesis": b"", "down": b"", "coordinator": "", "run_id": "", "checkpoint_key": ""}
+    )
+    message = Message(RecordDict({"fedmezo": values}), 1, kind)
     key = "fedmezo-socket" if kind == "train.fedmezo" else "fedmezo-worker"
     with pytest.raises(ConfigError, match=f"--node-config '{key}="):
-        client_app.app(message, context())
+        flower_client.app(message, context())
 
 
 def test_what_the_node_s_file_names_comes_before_what_the_server_says(tmp_path: Path) -> None:
     own = tmp_path / "worker.toml"
     own.write_text(toml_of({"name": "w1", "checkpoint_key": "0" * 64}))
     given = {"coordinator": "host:1", "run_id": "", "checkpoint_key": "f" * 64}
-    command = client_app.worker_command(own, given)
+    command = flower_client.worker_command(own, given)
     assert command[1:] == ["-m", "fedmezo_worker", f"--config={own}", "--coordinator=host:1"]
 
 
@@ -72,7 +80,7 @@ def test_a_node_s_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | 
     if text is not None:
         own.write_text(text)
     with pytest.raises(ConfigError, match=str(own)):
-        client_app.worker_command(own, {})
+        flower_client.worker_command(own, {})
 
 
 def test_a_worker_that_fails_beside_flower_is_an_error_of_its_node(tmp_path: Path) -> None:
@@ -82,7 +90,9 @@ def test_a_worker_that_fails_beside_flower_is_an_error_of_its_node(tmp_path: Pat
     values = {"coordinator": "127.0.0.1:9", "run_id": "", "checkpoint_key": ""}
     record = RecordDict({"fedmezo": ConfigRecord(dict(values))})
     with pytest.raises(UnavailableError, match="ended with status 1"):
-        client_app.app(Message(record, 1, "train.fedmezo_beside"), context(fedmezo_worker=str(own)))
+        flower_client.app(
+            Message(record, 1, "train.fedmezo_beside"), context(fedmezo_worker=str(own))
+        )
 
 
 # ---------------------------------------------------------------- the server
@@ -102,20 +112,20 @@ def journal(tmp_path: Path) -> Path:
 
 
 def test_a_run_goes_on_from_its_journal_without_a_model(journal: Path) -> None:
-    coordinator = server_app.open_coordinator(values_of(journal))
+    coordinator = flower_server.open_coordinator(values_of(journal))
     assert coordinator.epoch == 2
     coordinator.close()
 
 
 def test_a_journal_of_another_contract_is_refused(journal: Path) -> None:
     with pytest.raises(ConfigError, match=r"belongs to a run with rounds = 6, .* says 7"):
-        server_app.open_coordinator(values_of(journal, rounds=7))
-    server_app.open_coordinator(values_of(journal)).close()
+        flower_server.open_coordinator(values_of(journal, rounds=7))
+    flower_server.open_coordinator(values_of(journal)).close()
 
 
 def test_an_app_without_a_contract_is_told_where_to_write_it() -> None:
     with pytest.raises(ConfigError, match=r"write it below \[tool.flwr.app.config.run\]"):
-        server_app.open_coordinator({"model": "tiny"})
+        flower_server.open_coordinator({"model": "tiny"})
 
 
 def test_lists_of_a_contract_are_words_in_a_string() -> None:
@@ -124,11 +134,42 @@ def test_lists_of_a_contract_are_words_in_a_string() -> None:
         "lora": {"target_modules": "q_proj v_proj", "rank": 8},
         "task": {"template": "a b", "verbalizers": {"train": " a b"}},
     }
-    assert server_app.with_lists(given) == {
+    assert flower_server.with_lists(given) == {
         "train": ["*.attn.*", "lm_head"],
         "lora": {"target_modules": ["q_proj", "v_proj"], "rank": 8},
         "task": {"template": "a b", "verbalizers": {"train": " a b"}},
     }
+
+
+class Unable(LightEngine):
+    """A worker's engine that cannot measure."""
+
+    def measure(self, order: fedmezo.Measure) -> fedmezo.Measured:
+        raise fedmezo.MeasurementError("a loss is not a number")
+
+
+def test_a_paused_run_ends_in_an_error_until_it_is_resumed(tmp_path: Path) -> None:
+    grid = FakeGrid([tmp_path / "w1.sock"])
+    values = values_of(
+        tmp_path / "journal.db", workers_min=1, quorum=1, pause_rounds=3, deadline_ms=1000
+    )
+    genesis = genesis_of(parse_run({"model": "tiny"} | values["run"], "the test's run"))
+    fedmezo.Coordinator(genesis, values["journal"]).close()
+    federate = partial(flower_server.federate, grid, values, clock_s=grid.clock, sleep_s=grid.sleep)
+
+    def worker_of(engine: type[LightEngine]) -> AbstractContextManager[None]:
+        return resident(
+            "w1", grid.sockets[0], lambda body: fedmezo.Session(body, "w1", engine("w1"))
+        )
+
+    with worker_of(Unable), pytest.raises(FedMezoError, match=r"paused .*resume = 0\.5"):
+        federate()
+    with pytest.raises(FedMezoError, match="paused"):
+        federate()
+    values["resume"] = 0.5
+    with worker_of(LightEngine):
+        federate()
+    assert any(isinstance(record, Resumed) for record in records_of(tmp_path / "journal.db"))
 
 
 class BesideGrid(FakeGrid):
@@ -153,15 +194,15 @@ class BesideGrid(FakeGrid):
 def test_a_run_beside_flower_ends_when_every_worker_has(
     failing: frozenset[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server_app, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(flower_server, "LOOK_EVERY_S", 0.0)
     grid = BesideGrid([Path("a"), Path("b")])
     grid.failing = failing
     values = {"coordinator": "127.0.0.1:9", "run": {"run_id": "tiny-run"}}
     if len(failing) == len(grid.nodes):
         with pytest.raises(FedMezoError, match="No worker took part to the end: no worker"):
-            server_app.gather(grid, values)
+            flower_server.gather(grid, values)
     else:
-        server_app.gather(grid, values)
+        flower_server.gather(grid, values)
         assert "The worker of node 1 is done" in caplog.text
     for node_id in failing:
         assert f"Node {node_id}: no worker" in caplog.text

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,36 +14,12 @@ import pytest
 from fedmezo import Coordinator, Session
 from fedmezo_core.records import Genesis
 from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
-from fedmezo_worker.resident import ResidentWorker
-from tests.integration.support.flower_grid import FakeGrid, Mischief
+from tests.integration.support.flower_grid import FakeGrid, Mischief, resident
 from tests.integration.support.harness import bodies_of, entries_of, served
 from tests.integration.support.parties import Workers
 
 TWO = {"rounds": 5, "workers_min": 2, "quorum": 2, "deadline_ms": 60_000}
 TURNS_MAX = 100_000
-
-OpenSession = Callable[[bytes], Session]
-
-
-@contextmanager
-def resident(name: str, path: Path, open_session: OpenSession) -> Iterator[None]:
-    """A resident worker on a thread of its own."""
-    loop, stop, listening = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
-
-    async def serve() -> None:
-        async with ResidentWorker(name, open_session).listening_on(path):
-            listening.set()
-            await stop.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    try:
-        assert listening.wait(60)
-        yield
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
-        loop.close()
 
 
 @pytest.fixture(scope="session")
@@ -163,6 +137,25 @@ def test_a_server_and_a_worker_that_end_in_between_go_on(
     assert_same_end(coordinator, over_grpc)
 
 
+def test_a_worker_of_a_lost_history_is_rebuilt_from_the_base(
+    federation: Federation, over_grpc: Ended
+) -> None:
+    with federation.worker(1), federation.worker(2):
+        federation.run(FakeGrid(federation.sockets), until_round=3)
+        federation.journal.unlink()
+        coordinator = federation.run(FakeGrid(federation.sockets))
+    assert coordinator.epoch == 1
+    assert_same_end(coordinator, over_grpc)
+
+
+def test_the_same_run_again_needs_no_new_worker(federation: Federation, over_grpc: Ended) -> None:
+    with federation.worker(1), federation.worker(2):
+        federation.run(FakeGrid(federation.sockets))
+        federation.journal.unlink()
+        again = FakeGrid(federation.sockets, run_id=2)
+        assert_same_end(federation.run(again), over_grpc)
+
+
 def test_a_node_without_its_worker_is_asked_again_and_the_log_says_why(
     federation: Federation, over_grpc: Ended, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -177,6 +170,7 @@ def test_a_node_without_its_worker_is_asked_again_and_the_log_says_why(
         complaints = [
             r.getMessage() for r in caplog.records if "No resident worker" in r.getMessage()
         ]
+        assert complaints[0].startswith("Node 2: No resident worker listens on")
         assert len(complaints) == 1  # It is said once, though the node was asked often.
         assert str(federation.sockets[1]) in complaints[0]
         assert f"fedmezo-worker --serve {federation.sockets[1]}" in complaints[0]

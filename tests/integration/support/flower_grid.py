@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +15,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedmezo_flower.client_app import app
+from fedmezo import Session
+from fedmezo_flower.flower_client import app
+from fedmezo_worker.resident import ResidentWorker
 
 
 @dataclass
@@ -35,15 +40,41 @@ class Node:
     old: list[Message] = field(default_factory=list)
 
 
+@contextmanager
+def resident(name: str, path: Path, open_session: Callable[[bytes], Session]) -> Iterator[None]:
+    """A resident worker on a thread of its own."""
+    loop, stop, listening = asyncio.new_event_loop(), asyncio.Event(), threading.Event()
+
+    async def serve() -> None:
+        async with ResidentWorker(name, open_session).listening_on(path):
+            listening.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        assert listening.wait(60)
+        yield
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+        loop.close()
+
+
 class FakeGrid(Grid):
     """Runs the ClientApp in this process, when replies are looked for."""
 
-    def __init__(self, sockets: Iterable[Path], mischief: Mischief | None = None) -> None:
+    def __init__(
+        self, sockets: Iterable[Path], mischief: Mischief | None = None, run_id: int = 1
+    ) -> None:
         # Flower's own programs set these for the process of an app.
         TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+        self.sockets = list(sockets)
         self.nodes = {
-            number: Node({"fedmezo-socket": str(path)}) for number, path in enumerate(sockets, 1)
+            number: Node({"fedmezo-socket": str(path)})
+            for number, path in enumerate(self.sockets, 1)
         }
+        self._run_id = run_id
         self.online = set(self.nodes)
         self.messages = 0
         self.now_s = 0.0
@@ -95,7 +126,7 @@ class FakeGrid(Grid):
 
     def _run(self, node: Node, message: Message) -> Message:
         context = Context(
-            run_id=1,
+            run_id=self._run_id,
             node_id=message.metadata.dst_node_id,
             node_config=dict(node.config),
             state=RecordDict(),

@@ -198,9 +198,9 @@ class Program:
             raise AssertionError(f"{error}\n{self.said}") from None
         return int(self.process.returncode)
 
-    async def says(self, pattern: str) -> re.Match[str]:
+    async def says(self, pattern: str, patience_s: float = PATIENCE_S) -> re.Match[str]:
         """The first match of `pattern` in what it says; fails if it ends without it."""
-        end_s = time.monotonic() + PATIENCE_S
+        end_s = time.monotonic() + patience_s
         while True:
             alive = self.running and time.monotonic() < end_s
             found = re.search(pattern, self.said)

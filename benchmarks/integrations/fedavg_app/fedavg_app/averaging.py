@@ -36,11 +36,10 @@ def train(message: Message, context: Context) -> Message:
             ids = torch.tensor([rows[(step * batch_size + number) % len(rows)]])
             (model(input_ids=ids, labels=ids).loss / batch_size).backward()
         optimizer.step()
-    records = {
-        "arrays": ArrayRecord(model.state_dict()),
-        "metrics": MetricRecord({"num-examples": len(rows)}),
-    }
-    return Message(RecordDict(records), reply_to=message)
+    content = RecordDict()
+    content["arrays"] = ArrayRecord(model.state_dict())
+    content["metrics"] = MetricRecord({"num-examples": len(rows)})
+    return Message(content, reply_to=message)
 
 
 @server.main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,8 +17,8 @@ from fedmezo_coordinator.coordinator_settings import model_label
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.program import worker_packages
-from fedmezo_flower.client_app import RECORD
-from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
+from fedmezo_flower.flower_client import RECORD
+from fedmezo_flower.grid_loop import LEASE_MS, GridLoop, sentence_of
 
 log = logging.getLogger("flwr")
 
@@ -46,15 +47,27 @@ def main(grid: Grid, context: Context) -> None:
 # ---------------------------------------------------------------- the run over Flower
 
 
-def federate(grid: Grid, values: dict[str, Any]) -> None:
-    """Drive the run of `values` to its end; an interrupted one goes on from its journal."""
+def federate(
+    grid: Grid,
+    values: dict[str, Any],
+    *,
+    clock_s: Callable[[], float] = time.monotonic,
+    sleep_s: Callable[[float], None] = time.sleep,
+) -> None:
+    """Drive the run of `values` to its end; an interrupted one goes on from its journal.
+
+    Tests give another clock. Raises `FedMezoError` if the run is paused or workers' weights differ.
+    """
     coordinator = open_coordinator(values)
     try:
-        GridLoop(coordinator, grid).run()
+        if coordinator.phase == "paused" and values.get("resume"):
+            coordinator.resume(float(values["resume"]))
+        GridLoop(coordinator, grid, clock_s=clock_s, sleep_s=sleep_s).run()
         if coordinator.phase == "paused":
             raise FedMezoError(
-                f"The run is paused after round {coordinator.round}: {coordinator.reason}; begin "
-                "another run, under another journal and with other settings."
+                f"The run is paused after round {coordinator.round}: {coordinator.reason}; to go "
+                "on with it, run the app again with the same journal and resume = 0.5 or another "
+                "factor on its learning rates."
             )
         tell_result(coordinator)
     finally:
@@ -168,7 +181,7 @@ def gather(grid: Grid, values: dict[str, Any]) -> None:
         for reply in grid.pull_messages(list(waiting)) if waiting else ():
             node_id = waiting.pop(reply.metadata.reply_to_message_id)
             if reply.has_error():
-                complaints[node_id] = reply.error.reason or f"error {reply.error.code}"
+                complaints[node_id] = sentence_of(reply.error)
                 log.warning("Node %d: %s", node_id, complaints[node_id])
             else:
                 log.info("The worker of node %d is done", node_id)

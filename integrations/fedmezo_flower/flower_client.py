@@ -34,6 +34,7 @@ def exchange(message: Message, context: Context) -> Message:
     asked = message.content.config_records[RECORD]
     worker, up = ask(
         node_path(context, SOCKET_KEY, "the socket of its resident worker"),
+        f"flower {context.run_id}",
         bytes_in(asked, "genesis"),
         bytes_in(asked, "down"),
     )
