@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Protocol
 
 from fedmezo import Session, decode_genesis
-from fedmezo_core.errors import FedMezoError, ModelError, ProtocolError, UnavailableError
+from fedmezo_core.errors import (
+    DivergedError,
+    FedMezoError,
+    ModelError,
+    ProtocolError,
+    UnavailableError,
+)
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.program import worker_packages
 from fedmezo_core.wire.admission import check_run_id
@@ -153,18 +159,31 @@ class ModelProcess:
 
 
 def serve(pipe: Connection, open_session: Callable[[], Exchanging]) -> None:
-    """Exchange until the other end of the pipe is closed. The session opens with the first one."""
-    session, round_ = None, 0
+    """Exchange until the other end of the pipe is closed. The session opens with the first one.
+
+    Weights that are not the run's are rebuilt from the base once: nobody is there to restart this.
+    """
+    session: Exchanging | None = None
+    round_, has_rebuilt = 0, False
     while True:
         try:
             down = pipe.recv_bytes()
             try:
                 if session is None:
                     session = open_session()
-                said = _UP + exchanged(session, down)
+                try:
+                    up = exchanged(session, down)
+                except DivergedError as error:
+                    if has_rebuilt:
+                        raise
+                    log.warning("%s The weights are rebuilt from the base.", error)
+                    session, has_rebuilt = None, True  # One model at a time has room.
+                    session = open_session()
+                    up = session.exchange(b"")
                 if session.round != round_:
                     round_ = session.round
                     log.info("holds round %d", round_)
+                said = _UP + up
             except FedMezoError as error:
                 said = _ERROR + str(error).encode()
             pipe.send_bytes(said)

@@ -34,10 +34,10 @@ JOURNAL_FILE = "fedmezo_journal.db"
 RESULT_FILE = "fedmezo_result.json"
 LOOK_EVERY_S = 0.2
 """Longest time between two looks at clients and clock."""
-IDLE_EXCHANGE_S = 5.0
-"""A site without work is asked this often, so that it stays connected."""
+LEASE_MS = 30 * 24 * 3600 * 1000
+"""The coordinator's lease on a worker: no limit, because NVFlare knows which clients are there."""
 ASK_AGAIN_S = 1.0
-"""Time from a site's failure to its next task."""
+"""Time from a site's failure, or its loss, to its next task."""
 FAILURES_MAX = 3
 """So many failures in a row, and the site is given up: NVFlare starts no script again."""
 
@@ -48,8 +48,10 @@ class _Site:
 
     task: Task | None = None
     """The task that is out."""
-    asked_s: float = 0.0
+    again_at_s: float = 0.0
+    """When it may be given the next one."""
     failures: int = 0
+    """In a row."""
 
 
 @dataclass(slots=True)
@@ -76,7 +78,6 @@ class FedMezoController(Controller):
         self.journal = journal
         self.task_check_period = task_check_period
         self._folder = self._code_folder = Path()
-        self._idle_s = IDLE_EXCHANGE_S
         self._sites: dict[str, _Site] = {}
         self._replies: queue.SimpleQueue[_Reply] = queue.SimpleQueue()
 
@@ -94,7 +95,8 @@ class FedMezoController(Controller):
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Run until the run is finished or the job is aborted; an error ends the job."""
         try:
-            with closing(Coordinator(self._genesis(), self._store())) as coordinator:
+            coordinator = Coordinator(self._genesis(), self._store(), lease_ms=LEASE_MS)
+            with closing(coordinator):
                 self._run(coordinator, abort_signal, fl_ctx)
         except FedMezoError as error:
             log.error("%s", error)
@@ -128,8 +130,6 @@ class FedMezoController(Controller):
 
     def _run(self, coordinator: Coordinator, abort_signal: Signal, fl_ctx: FLContext) -> None:
         exchanges = SiteExchanges(coordinator)
-        # Well within the time after which a silent worker counts as gone.
-        self._idle_s = min(IDLE_EXCHANGE_S, coordinator.config.deadline_ms / 3000)
         round_ = coordinator.round
         while not coordinator.done:
             if coordinator.round != round_:
@@ -154,10 +154,7 @@ class FedMezoController(Controller):
         site = self._sites.setdefault(name, _Site())
         if site.task is not None or site.failures >= FAILURES_MAX:
             return
-        waited_s = now_s - site.asked_s
-        if waited_s < (ASK_AGAIN_S if site.failures else 0.0):
-            return
-        if not exchanges.has_news(name) and waited_s < self._idle_s:
+        if now_s < site.again_at_s or not exchanges.has_news(name):
             return
         data = DXO(DataKind.WEIGHTS, data=exchanges.task(name)).to_shareable()
         site.task = Task(
@@ -166,7 +163,6 @@ class FedMezoController(Controller):
             result_received_cb=self._result_received,
             task_done_cb=partial(self._task_done, name),
         )
-        site.asked_s = now_s
         self.broadcast(task=site.task, fl_ctx=fl_ctx, targets=[name], min_responses=1)
 
     def _take_replies(self, exchanges: SiteExchanges, coordinator: Coordinator) -> None:
@@ -179,19 +175,24 @@ class FedMezoController(Controller):
                 return
             timeout_s = 0.0
             site = self._sites.setdefault(reply.site, _Site())
+            is_lost = reply.content is None and reply.task is site.task
             if reply.task is site.task:
                 site.task = None
             if reply.content is not None and LEFT not in reply.content:
                 site.failures = 0
                 exchanges.reply(reply.site, reply.content)
-            elif reply.content is not None:
+                continue
+            if reply.content is not None:
                 site.failures = FAILURES_MAX
                 log.warning("site %s left the job; its log says why", reply.site)
             elif reply.failure:
                 site.failures += 1
                 log.warning("site %s failed: %s; see its log", reply.site, reply.failure)
+            elif not is_lost:
+                continue  # NVFlare is done with a task whose reply has come.
+            site.again_at_s = time.monotonic() + ASK_AGAIN_S
+            coordinator.disconnect(worker_name(reply.site))
             if site.failures >= FAILURES_MAX:
-                coordinator.disconnect(worker_name(reply.site))
                 self._check_enough(coordinator)
 
     def _check_enough(self, coordinator: Coordinator) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fedmezo_core.records import Genesis
+from fedmezo_core.records import Answered, Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from tests.integration.support.harness import (
     PATIENCE_S,
@@ -25,6 +25,7 @@ from tests.integration.support.harness import (
     bodies_of,
     environment,
     free_port,
+    records_of,
     run_values,
     served,
     toml_of,
@@ -232,6 +233,23 @@ def test_a_job_goes_on_with_the_journal_of_one_that_was_killed(
         over_grpc.head,
         {over_grpc.digest},
     )
+
+
+def test_a_sites_own_filter_applies_to_a_job_that_brings_none(
+    jobs: list[Job], tmp_path: Path, model_folder: Path, rows: Path
+) -> None:
+    filter_ = {
+        "path": "fedmezo_nvflare.scalar_privacy.ScalarPrivacy",
+        "args": {"clip": 0.125, "noise_multiplier": 0.0},
+    }
+    scope = {"name": "clipped", "task_result_filters": [filter_]}
+    local = tmp_path / "sim/tiny-run/local"
+    local.mkdir(parents=True)
+    (local / "privacy.json").write_text(json.dumps({"scopes": [scope], "default_scope": "clipped"}))
+    jobs.append(job := Job(tmp_path, model_folder, rows, run={**RUN, "rounds": 2}))
+    records = records_of(Path(job.result()["folder"]) / "fedmezo_journal.db")
+    answers = [r.scalars.projected_grads for r in records if isinstance(r, Answered)]
+    assert {abs(grad) for grads in answers for grad in grads} == {0.125}
 
 
 def test_sites_that_cannot_take_part_end_the_job(

@@ -17,7 +17,7 @@ from fedmezo_nvflare.model_process import ENDS_MAX, ModelProcess, exchanged
 PROGRAM = """
 import os, sys
 from multiprocessing.connection import Connection
-from fedmezo_core.errors import ConfigError
+from fedmezo_core.errors import ConfigError, DivergedError
 from fedmezo_nvflare.model_process import serve
 
 class Counting:
@@ -25,6 +25,8 @@ class Counting:
     def exchange(self, down=b""):
         if down == b"die":
             os._exit(9)
+        if down == b"diverge":
+            raise DivergedError("other weights.")
         if down == b"fail":
             raise ConfigError("this cannot be.")
         self.count += 1
@@ -71,6 +73,13 @@ def test_it_is_not_started_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_is_one_sentence(started: ModelProcess) -> None:
     with pytest.raises(FedMezoError, match=r"^this cannot be\.$"):
         started.exchange(b"fail")
+
+
+def test_wrong_weights_are_rebuilt_once(started: ModelProcess) -> None:
+    before = started.exchange(b"a").split()
+    assert started.exchange(b"diverge").split() == [before[0], b"1"]
+    with pytest.raises(FedMezoError, match=r"^other weights\.$"):
+        started.exchange(b"diverge")
 
 
 def test_it_leaves_with_its_site(started: ModelProcess) -> None:
