@@ -7,9 +7,14 @@ runs at the sites alone, so that neither the server nor this import needs torch.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedmezo_core.program import check_tested
+
+if TYPE_CHECKING:
+    from fedmezo_nvflare.job_recipe import FedMezoRecipe as FedMezoRecipe
+    from fedmezo_nvflare.round_controller import FedMezoController as FedMezoController
+    from fedmezo_nvflare.scalar_privacy import ScalarPrivacy as ScalarPrivacy
 
 check_tested("nvflare", "2.9", "2.10", "nvflare")
 
