@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedmezo_core.events import (
     Finish,
     Ready,
     Refuse,
+    ReplicaEvaluated,
     RoundMessage,
     Tick,
     UnableReceived,
@@ -36,7 +38,7 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal.codec import decode_record, encode_records
+from fedmezo_core.journal.codec import DIGEST_BYTES, decode_record, encode_records
 from fedmezo_core.journal.journal import (
     ANSWERED,
     GENESIS,
@@ -49,7 +51,7 @@ from fedmezo_core.journal.journal import (
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
-from fedmezo_core.records import Committed, Genesis, Record, RoundSlot
+from fedmezo_core.records import Committed, Evaluated, Genesis, Record, RoundSlot
 from fedmezo_core.wire.admission import check_hello, check_nonce, event_from_request
 from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import assign_to_pb, commit_to_pb, error_to_pb, message_to_pb
@@ -83,6 +85,8 @@ class _Worker:
     """Of its newest exchange."""
     seen_ms: int = 0
     """When that came."""
+    has_reported: bool = False
+    """Whether that told the digest of its weights."""
     replies: list[wire.SessionResponse] = field(default_factory=list)
     """What the coordinator said about the messages of that exchange."""
     assign: Assign | None = None
@@ -267,6 +271,24 @@ class Coordinator:
         self._owed.append(self._machine.resume(rate_factor))
         self._flush()
 
+    def record_evaluation(self, evaluation: Evaluated) -> None:
+        """Record a result on held-out rows, by which a run may pause or end early.
+
+        The contract says when. Raises `ConfigError` for a round that is not committed, a loss that
+        is not finite, or a digest that is not 32 bytes long.
+        """
+        self._check()
+        self._flush()
+        is_sound = 0 <= evaluation.round <= self.round and math.isfinite(evaluation.loss)
+        if not is_sound or len(evaluation.weights_digest) != DIGEST_BYTES:
+            raise ConfigError(
+                f"An evaluation of round {evaluation.round} with loss {evaluation.loss} and a "
+                f"digest of {len(evaluation.weights_digest)} bytes cannot be recorded; give a "
+                f"finite loss, a round of at most {self.round} and the digest of its weights."
+            )
+        self._owed.append(self._machine.step(ReplicaEvaluated(evaluation)))
+        self._flush()
+
     def disconnect(self, worker: str) -> None:
         """Note that a worker's connection is gone; nothing changes if it was not connected."""
         self._check()
@@ -301,9 +323,9 @@ class Coordinator:
                         f"Worker {worker} has no open session here; connect again with a hello."
                     )
                 self._step(worker, message)
-        except JournalError:
-            raise
         except FedMezoError as error:
+            if self._has_failed:
+                raise
             self._end(worker, error)
 
     def outgoing(self, worker: str) -> list[bytes]:
@@ -337,9 +359,9 @@ class Coordinator:
         """
         try:
             return self.down_for(self.take(up))
-        except JournalError:
-            raise
         except FedMezoError as error:
+            if self._has_failed:
+                raise
             log.warning("refused a worker: %s", error)
             return self.refusal(up, error)
 
@@ -348,6 +370,7 @@ class Coordinator:
 
         `worker` is the name that the transport knows the sender by, if it knows one; another one in
         the hello is refused. Raises the `FedMezoError` with which `up` is refused, for `refusal`.
+        A store that fails raises where something is to be sent, not here.
         """
         self._check()
         request = _parsed(wire.PollSessionRequest, up)
@@ -369,7 +392,7 @@ class Coordinator:
             log.info("worker %s joined at round %d", name, hello.round)
             self._owed.append(self._machine.step(WorkerReady(name)))
         known.round, known.nonce, known.seen_ms = hello.round, request.nonce, self._now_ms
-        known.replies = []
+        known.replies, known.has_reported = [], "weights_report" in kinds
         for message in request.messages[1:]:
             self._step(name, message)
         return name
@@ -399,19 +422,21 @@ class Coordinator:
                 messages.append(commit_to_pb(row))
                 last, size = last + 1, size + len(row.body)
             if last == self.round:
-                messages += self._what_to_do(worker, known)
+                messages += self._what_to_do(worker)
         return wire.PollSessionResponse(
             messages=messages, lease_ms=self._lease_ms, nonce=known.nonce
         ).SerializeToString()
 
     def has_news(self, worker: str) -> bool:
         """Whether `down_for` would bring a connected worker commits, work, the end or an error."""
+        self._check()
         known = self._workers.get(worker)
         if known is None or not known.is_calling:
             return False
         self._flush()
-        is_behind = known.round < self.round or known.ending is not None
-        return is_behind or bool(self._what_to_do(worker, known))
+        if known.round < self.round or known.ending is not None:
+            return True
+        return not known.has_reported if self.finished else self._assigned(worker) is not None
 
     @staticmethod
     def refusal(up: bytes, error: FedMezoError) -> bytes:
@@ -424,22 +449,25 @@ class Coordinator:
             messages=[error_to_pb(error)], nonce=nonce
         ).SerializeToString()
 
-    def _what_to_do(self, worker: str, known: _Worker) -> list[wire.SessionResponse]:
+    def _what_to_do(self, worker: str) -> list[wire.SessionResponse]:
         """The open assignment of a worker that holds every commit, or the end of the run."""
         if self.finished:
-            if worker in self._digests:
-                return []
             return [message_to_pb(Finish(worker, self.round), self.config, self._index.head_at)]
-        assign = known.assign
+        assign = self._assigned(worker)
         if assign is None:
             return []
-        wanted = RoundSlot(assign.ticket.round, assign.ticket.slot)
-        if self._machine.roster.assignments.get(worker) != wanted:
-            return []
         message = assign_to_pb(assign, self.config)
-        waited_ms = self._now_ms - known.assigned_ms
+        waited_ms = self._now_ms - self._workers[worker].assigned_ms
         message.assign.deadline_ms = max(assign.deadline_ms - waited_ms, 0)
         return [message]
+
+    def _assigned(self, worker: str) -> Assign | None:
+        """The worker's newest assignment, if it can still be answered."""
+        assign = self._workers[worker].assign
+        if assign is None:
+            return None
+        wanted = RoundSlot(assign.ticket.round, assign.ticket.slot)
+        return assign if self._machine.roster.assignments.get(worker) == wanted else None
 
     # ------------------------------------------------------------ what both ways share
 
@@ -513,7 +541,7 @@ class Coordinator:
         if known.waiting <= MESSAGES_WAITING_MAX:
             self._outboxes.setdefault(worker, []).append(data)
             return
-        del self._outboxes[worker]
+        self._outboxes.pop(worker, None)
         sentence = f"{MESSAGES_WAITING_MAX} messages waited for worker {worker}; connect again."
         self._end(worker, NotReadyError(sentence))
 

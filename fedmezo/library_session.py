@@ -84,8 +84,9 @@ class Session:
         self._order: Measure | None = None
         self._unapplied: list[Committed] = []
         self._has_failed = False
-        # What the next exchange carries, and what the last one was.
+        # What is not known to have arrived, how much of it is in the last exchange, and its bytes.
         self._up_messages: list[wire.SessionRequest] = []
+        self._carried = 0
         self._up = b""
         self._up_count = 0
         self._nonce = b""
@@ -247,6 +248,7 @@ class Session:
             self._up = wire.PollSessionRequest(
                 nonce=self._nonce, messages=[hello, *self._up_messages]
             ).SerializeToString()
+            self._carried = len(self._up_messages)
         return self._up
 
     def _take_down(self, down: bytes) -> None:
@@ -257,7 +259,9 @@ class Session:
         if not self._nonce or response.nonce != self._nonce:
             return  # The reply to an earlier one.
         # That what was sent has arrived is now known.
-        self._up, self._up_messages = b"", []
+        self._up = b""
+        del self._up_messages[: self._carried]
+        self._carried = 0
         round_, has_order = self._machine.round, self._machine.measuring
         self.disconnect()
         self._machine.step(Connected())

@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, TaskConfig, parse_run
+from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
     Address,
@@ -279,3 +280,18 @@ def model_label(model: str) -> str:
     """The model's name as others see it: a hub name unchanged; a folder without its path."""
     path = Path(model).expanduser()
     return path.resolve().name if path.exists() else model
+
+
+def check_same_run(journal: str, begun: RunConfig, asked: dict[str, Any], where: str) -> None:
+    """Refuse values that differ from the contract in the journal, which nothing can change.
+
+    `journal` and `where` name the journal and the place of the values. Raises `ConfigError`.
+    """
+    written = begun.model_dump()
+    for key, value in parse_run({**written, **asked}, where, begun).model_dump().items():
+        if value != written[key]:
+            raise ConfigError(
+                f"The journal {journal} belongs to a run with {key} = {written[key]!r}, the "
+                f"settings say {value!r}; take the setting back, or give the new run another "
+                "journal."
+            )

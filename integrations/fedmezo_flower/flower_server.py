@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.common.config import unflatten_dict
 from flwr.serverapp import Grid, ServerApp
 
 from fedmezo import Coordinator, begin_run
-from fedmezo_coordinator.coordinator_settings import model_label
-from fedmezo_core.config import RunConfig, parse_run
+from fedmezo_coordinator.coordinator_settings import check_same_run, model_label
+from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.program import worker_packages
 from fedmezo_flower.flower_client import RECORD
@@ -37,7 +36,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation over Flower's nodes, as the run's configuration says."""
-    values: dict[str, Any] = unflatten_dict(dict(context.run_config))
+    values = nested(context.run_config)
     if values.get("coordinator"):
         gather(grid, values)
     else:
@@ -60,8 +59,9 @@ def federate(
     """
     coordinator = open_coordinator(values)
     try:
-        if coordinator.phase == "paused" and values.get("resume"):
-            coordinator.resume(float(values["resume"]))
+        resume = values.get("resume")
+        if coordinator.phase == "paused" and isinstance(resume, (int, float)) and resume:
+            coordinator.resume(resume)
         GridLoop(coordinator, grid, clock_s=clock_s, sleep_s=sleep_s).run()
         if coordinator.phase == "paused":
             raise FedMezoError(
@@ -84,7 +84,7 @@ def open_coordinator(values: dict[str, Any]) -> Coordinator:
     if journal is not None and Path(journal).exists():
         coordinator = Coordinator(None, journal, lease_ms=LEASE_MS)
         try:
-            check_same_contract(coordinator.config, contract, journal)
+            check_same_run(journal, coordinator.config, contract, WHERE)
         except ConfigError:
             coordinator.close()
             raise
@@ -105,16 +105,16 @@ def contract_in(values: dict[str, Any]) -> dict[str, Any]:
     return contract
 
 
-def check_same_contract(begun: RunConfig, contract: dict[str, Any], journal: str) -> None:
-    """Refuse a contract that differs from the one that its journal began with."""
-    written = begun.model_dump()
-    asked = parse_run(written | contract, WHERE, begun).model_dump()
-    for key, value in asked.items():
-        if value != written[key]:
-            raise ConfigError(
-                f"The journal {journal} belongs to a run with {key} = {written[key]!r}, {WHERE} "
-                f"says {value!r}; take the change back, or set another journal."
-            )
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of tables, which Flower's configuration has as one table with dots in its keys."""
+    found: dict[str, Any] = {}
+    for path, value in flat.items():
+        *tables, key = path.split(".")
+        table = found
+        for name in tables:
+            table = table.setdefault(name, {})
+        table[key] = value
+    return found
 
 
 def with_lists(values: dict[str, Any]) -> dict[str, Any]:

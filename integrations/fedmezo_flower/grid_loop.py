@@ -19,9 +19,6 @@ from flwr.serverapp import Grid
 from fedmezo import Coordinator
 from fedmezo_core.errors import (
     FedMezoError,
-    JournalBehindError,
-    JournalCompactedError,
-    JournalError,
     NotReadyError,
     UnavailableError,
 )
@@ -39,8 +36,8 @@ LEASE_MS: Final = 30 * 24 * 3600 * 1000
 """The coordinator's lease on a worker: no limit, because Flower knows which nodes are there."""
 TTL_MIN_S: Final = 600.0
 """Least time that a node has for its reply; after that the message is sent again."""
-OF_THE_WORKER: Final = (JournalBehindError, JournalCompactedError)
-"""Errors about a journal that mean a worker which holds another round than the journal has."""
+NAME_CHARS_MAX: Final = 64
+"""Longest name of a worker, as its settings allow."""
 
 
 @dataclass
@@ -166,13 +163,11 @@ class GridLoop:
             if reply.has_error():
                 raise UnavailableError(sentence_of(reply.error))
             record = reply.content.config_records[RECORD]
-            worker, up = str(record.get("worker")), bytes_in(record, "up")
+            worker, up = str(record.get("worker"))[:NAME_CHARS_MAX], bytes_in(record, "up")
             self._check_name(node_id, worker)
             node.worker = self._coordinator.take(up, worker=worker)
             node.said = ""
         except (FedMezoError, KeyError) as error:
-            if isinstance(error, JournalError) and not isinstance(error, OF_THE_WORKER):
-                raise  # The coordinator's own journal failed.
             self._lose(node)
             node.again_at_s = self._clock_s() + RETRY_S
             if up and isinstance(error, FedMezoError):

@@ -85,11 +85,15 @@ def test_the_home_folder_is_meant_in_every_path(
         for name, field in kind.model_fields.items()
         if "Path" in str(field.annotation) or name in ("journal", "model")
     ]
-    given = {"name": "w1", "data": "rows.jsonl", "heldout": "rows.jsonl"}
-    given |= dict.fromkeys(paths, "~/file")
-    values: dict[str, Any] = {name: given[name] for name in kind.model_fields if name in given}
-    settings = kind(**values)
-    assert {str(getattr(settings, name)) for name in paths} == {f"{tmp_path}/file"}
+    # A worker that serves a socket has no use for most of the others.
+    apart = {"serve", "model", "data"}
+    groups = [[name for name in paths if name != "serve"]]
+    groups += [[name for name in paths if name in apart]] if "serve" in paths else []
+    for group in groups:
+        given = {"name": "w1"} | dict.fromkeys(group, "~/file")
+        values: dict[str, Any] = {name: given[name] for name in kind.model_fields if name in given}
+        settings = kind(**values)
+        assert {str(getattr(settings, name)) for name in group} == {f"{tmp_path}/file"}
 
 
 def test_a_rate_is_measured_or_named() -> None:

@@ -23,6 +23,7 @@ def test_the_surface_is_listed_once() -> None:
         "Committed",
         "Coordinator",
         "Engine",
+        "Evaluated",
         "FedMezoError",
         "Genesis",
         "JournalStore",

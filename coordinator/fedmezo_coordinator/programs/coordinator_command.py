@@ -10,7 +10,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, check_same_run
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
 from fedmezo_coordinator.serving.hosting import first_of, fronted, host, sessions_that_fit
@@ -18,7 +18,7 @@ from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import is_url, journal_shown
 from fedmezo_coordinator.stores.opening import open_store
-from fedmezo_core.config import RunConfig, parse_run
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
@@ -117,7 +117,9 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     )
     await daemon.load()
     await asyncio.to_thread(companions.keep_mark, journal, signer)
-    _check_same_run(settings, daemon.genesis.config)
+    check_same_run(
+        journal_shown(settings.journal), daemon.genesis.config, settings.run, "the [run] settings"
+    )
     check_compaction(settings, daemon.genesis.config)
     warn_if_no_loss_is_seen(settings, daemon.genesis.config)
     if settings.resume:
@@ -150,19 +152,6 @@ def warn_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) ->
             "worker can measure, or nothing but 0; set model and heldout, or report_losses in a "
             "new run"
         )
-
-
-def _check_same_run(settings: CoordinatorSettings, fixed: RunConfig) -> None:
-    """Refuse settings that differ from the contract in the journal, which nothing can change."""
-    written = fixed.model_dump()
-    asked = parse_run({**written, **settings.run}, "the [run] settings", fixed).model_dump()
-    for key, value in asked.items():
-        if value != written[key]:
-            raise ConfigError(
-                f"The journal {journal_shown(settings.journal)} belongs to a run with {key} = "
-                f"{written[key]!r}, the settings say {value!r}; take the setting back, or give the "
-                "new run another --journal."
-            )
 
 
 async def _keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: str) -> None:

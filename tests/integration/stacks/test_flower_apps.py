@@ -118,7 +118,7 @@ def test_a_run_goes_on_from_its_journal_without_a_model(journal: Path) -> None:
 
 
 def test_a_journal_of_another_contract_is_refused(journal: Path) -> None:
-    with pytest.raises(ConfigError, match=r"belongs to a run with rounds = 6, .* says 7"):
+    with pytest.raises(ConfigError, match=r"belongs to a run with rounds = 6, .* say 7"):
         flower_server.open_coordinator(values_of(journal, rounds=7))
     flower_server.open_coordinator(values_of(journal)).close()
 

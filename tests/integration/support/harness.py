@@ -213,6 +213,11 @@ class Program:
 
     def end(self) -> None:
         """End it and whatever it started, whatever state they are in."""
+        with suppress(psutil.NoSuchProcess):
+            # Flower gives some of its processes a group of their own.
+            for child in self.children():
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
