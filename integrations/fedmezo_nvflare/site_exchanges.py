@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedmezo import Coordinator
-from fedmezo_core.errors import ConfigError, FedMezoError, JournalError, ProtocolError
+from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
 
 log = logging.getLogger("fedmezo.nvflare")
 
@@ -76,8 +76,6 @@ class SiteExchanges:
             if not isinstance(up, bytes):
                 raise ProtocolError(f"Site {site} sent a reply that is none of FedMeZO's.")
             self._coordinator.take(up, worker=worker)
-        except JournalError:
-            raise
         except FedMezoError as error:
             log.warning("site %s: %s", site, error)
             if isinstance(up, bytes):

@@ -132,6 +132,16 @@ def test_replies_of_no_use_do_no_harm(reply: Reply) -> None:
     assert coordinator.workers == {"site-1"}
 
 
+def test_a_site_that_is_ahead_of_the_journal_is_refused_alone() -> None:
+    exchanges = SiteExchanges(Coordinator(RUN_GENESIS))
+    up = new_site("site-1").reply(exchanges.task("site-1"))[UP]
+    request = wire.PollSessionRequest.FromString(up)
+    request.messages[0].hello.round = 99
+    exchanges.reply("site-1", {UP: request.SerializeToString()})
+    (ended,) = wire.PollSessionResponse.FromString(exchanges.task("site-1")[DOWN]).messages
+    assert ended.ended.reason == "JournalBehindError"
+
+
 def test_a_site_cannot_speak_for_another() -> None:
     coordinator = Coordinator(RUN_GENESIS)
     exchanges = SiteExchanges(coordinator)
