@@ -45,6 +45,7 @@ class FedMezoRecipe(Recipe):
         name: str = "",
         min_clients: int | None = None,
         journal: str = "",
+        resume: float = 0.0,
         privacy: ScalarPrivacy | None = None,
         task_request_interval: float = 0.5,
     ) -> None:
@@ -60,6 +61,8 @@ class FedMezoRecipe(Recipe):
             min_clients: clients that NVFlare waits for; the contract's `workers_min` if None.
             journal: a file on the server for the run's journal, so that a later job can go on with
                 it; empty: in the job's workspace.
+            resume: factor on the learning rates with which a paused run of `journal` goes on; 0: it
+                stays paused.
             privacy: a filter on what leaves each site.
             task_request_interval: seconds between two requests of a site without work.
         """
@@ -81,7 +84,7 @@ class FedMezoRecipe(Recipe):
         genesis_file = Path(folder) / GENESIS_FILE
         genesis_file.write_bytes(genesis)
         job.to_server(FileSource(str(genesis_file)))
-        job.to_server(FedMezoController(journal))
+        job.to_server(FedMezoController(journal, resume))
         executor = ClientAPIExecutor(
             execution_mode=ExecutionMode.EXTERNAL_PROCESS,
             command=SITE_COMMAND,

@@ -73,9 +73,13 @@ class FedMezoController(Controller):
     `fedmezo_result.json` in the workspace has its last round, head and digests.
     """
 
-    def __init__(self, journal: str = "", task_check_period: float = 0.1) -> None:
+    def __init__(
+        self, journal: str = "", resume: float = 0.0, task_check_period: float = 0.1
+    ) -> None:
+        """`resume` is the factor on the learning rates with which a paused run goes on; 0: not."""
         super().__init__(task_check_period=task_check_period)
         self.journal = journal
+        self.resume = resume
         self.task_check_period = task_check_period
         self._folder = self._code_folder = Path()
         self._sites: dict[str, _Site] = {}
@@ -97,6 +101,8 @@ class FedMezoController(Controller):
         try:
             coordinator = Coordinator(self._genesis(), self._store(), lease_ms=LEASE_MS)
             with closing(coordinator):
+                if self.resume and coordinator.phase == "paused":
+                    coordinator.resume(self.resume)
                 self._run(coordinator, abort_signal, fl_ctx)
         except FedMezoError as error:
             log.error("%s", error)
@@ -138,7 +144,11 @@ class FedMezoController(Controller):
             if abort_signal.triggered:
                 return
             if coordinator.phase == "paused":
-                raise FedMezoError(f"The run is paused: {coordinator.reason}")
+                raise FedMezoError(
+                    f"The run is paused after round {coordinator.round}: {coordinator.reason}; to "
+                    "go on with it, submit the job again with the same journal and resume = 0.5 or "
+                    "another factor on its learning rates."
+                )
             now_s = time.monotonic()
             coordinator.tick(int(now_s * 1000))
             for client in fl_ctx.get_engine().get_clients():

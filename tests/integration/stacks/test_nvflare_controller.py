@@ -16,11 +16,14 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from fedmezo import encode_genesis
+from fedmezo_core.errors import MeasurementError
+from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed
-from fedmezo_nvflare import FedMezoController
+from fedmezo_nvflare import FedMezoController, round_controller
 from fedmezo_nvflare.round_controller import GENESIS_FILE, JOURNAL_FILE, RESULT_FILE, TASK
 from tests.integration.support.harness import config_of, genesis_of, records_of, write_genesis
 from tests.integration.support.nvflare_sites import GENESIS, ROUNDS, SITES, new_site
+from tests.library.light_engine import LightEngine
 
 Deliver = Callable[["Driven", str, Task], None]
 
@@ -53,8 +56,10 @@ class Server:
 class Driven(FedMezoController):
     """A controller whose tasks a test delivers as it likes."""
 
-    def __init__(self, folder: Path, deliver: Deliver, journal: str = "") -> None:
-        super().__init__(journal)
+    def __init__(
+        self, folder: Path, deliver: Deliver, journal: str = "", resume: float = 0.0
+    ) -> None:
+        super().__init__(journal, resume)
         self.server, self.deliver = Server(folder), deliver
         self.panics: list[str] = []
         self.sites = {site: new_site(site) for site in SITES}
@@ -136,6 +141,12 @@ def with_failures(controller: Driven, site: str, task: Task) -> None:
         soundly(controller, site, task)
 
 
+@pytest.fixture(autouse=True)
+def soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site that failed is asked again at once."""
+    monkeypatch.setattr(round_controller, "ASK_AGAIN_S", 0.02)
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The head of the undisturbed run."""
@@ -168,6 +179,32 @@ def test_another_job_goes_on_with_the_journal(tmp_path: Path, head: str) -> None
     assert not (tmp_path / RESULT_FILE).exists()
     assert not aborted.panics
     assert Driven(tmp_path, soundly, str(journal)).run().result["head"] == head
+
+
+class Unable(LightEngine):
+    """It cannot measure."""
+
+    def measure(self, order: Measure) -> Measured:
+        raise MeasurementError("a loss is not a number")
+
+
+def test_a_paused_run_ends_the_job_until_it_is_resumed(tmp_path: Path) -> None:
+    genesis = genesis_of(
+        config_of(workers_min=2, quorum=2, rounds=3, pause_rounds=2, deadline_ms=300)
+    )
+
+    def job(resume: float = 0.0) -> Driven:
+        controller = Driven(tmp_path, soundly, str(tmp_path / "kept.db"), resume)
+        (tmp_path / GENESIS_FILE).write_bytes(encode_genesis(genesis))
+        return controller
+
+    first = job()
+    first.sites = {site: new_site(site, Unable) for site in SITES}
+    (panic,) = first.run().panics
+    assert "The run is paused after round 0" in panic
+    assert "resume = 0.5" in panic
+    assert len(job().run().panics) == 1
+    assert job(resume=0.5).run().result["round"] == 3
 
 
 def test_sites_that_fail_again_and_again_end_the_job(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_filtered_answers_are_valid_and_stay_the_same(
     disturb: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
     late.clear()
-    coordinator = run(disturb, privacy=ScalarPrivacy(clip=1.0, noise_multiplier=20.0))
+    coordinator = run(disturb, privacy=ScalarPrivacy(clip=0.25, noise_multiplier=80.0))
     assert coordinator.round == ROUNDS
     assert len(set(coordinator.digests.values())) == 1
     assert "second, different answer" not in caplog.text

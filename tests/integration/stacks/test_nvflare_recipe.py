@@ -42,8 +42,9 @@ def test_a_job_brings_the_genesis_and_no_code(tmp_path: Path) -> None:
 
 def test_the_filter_and_the_journal(tmp_path: Path) -> None:
     privacy = ScalarPrivacy(clip=3.0, noise_multiplier=0.5)
-    _, server, client = exported(tmp_path, privacy=privacy, journal="/kept/journal.db")
-    assert server["workflows"][0]["args"]["journal"] == "/kept/journal.db"
+    _, server, client = exported(tmp_path, privacy=privacy, journal="/kept/journal.db", resume=0.5)
+    arguments = server["workflows"][0]["args"]
+    assert (arguments["journal"], arguments["resume"]) == ("/kept/journal.db", 0.5)
     (chain,) = client["task_result_filters"]
     (filter_,) = chain["filters"]
     assert filter_["path"] == "fedmezo_nvflare.scalar_privacy.ScalarPrivacy"
