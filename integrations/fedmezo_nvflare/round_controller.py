@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import queue
 import time
 from contextlib import closing
@@ -136,7 +137,7 @@ class FedMezoController(Controller):
 
     def _run(self, coordinator: Coordinator, abort_signal: Signal, fl_ctx: FLContext) -> None:
         exchanges = SiteExchanges(coordinator)
-        round_ = coordinator.round
+        round_, patient_until_s = coordinator.round, math.inf
         while not coordinator.done:
             if coordinator.round != round_:
                 round_ = coordinator.round
@@ -151,6 +152,11 @@ class FedMezoController(Controller):
                 )
             now_s = time.monotonic()
             coordinator.tick(int(now_s * 1000))
+            if coordinator.finished:
+                latest_s = now_s + coordinator.config.deadline_ms / 1000
+                patient_until_s = min(patient_until_s, latest_s)
+                if now_s >= patient_until_s:
+                    _let_go(coordinator)
             for client in fl_ctx.get_engine().get_clients():
                 self._ask(client.name, exchanges, now_s, fl_ctx)
             self._take_replies(exchanges, coordinator)
@@ -224,6 +230,13 @@ class FedMezoController(Controller):
     def _task_done(self, site: str, task: Task, fl_ctx: FLContext) -> None:
         """Also called for a task that no reply ever ends, because its client is gone."""
         self._replies.put(_Reply(site, task))
+
+
+def _let_go(coordinator: Coordinator) -> None:
+    """At the end of the run, wait no longer for digests."""
+    for worker in sorted(coordinator.workers - coordinator.digests.keys()):
+        log.warning("worker %s did not report its weights in time", worker)
+        coordinator.disconnect(worker)
 
 
 def _reply(site: str, task: Task | None, result: Shareable) -> _Reply:

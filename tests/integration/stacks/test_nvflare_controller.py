@@ -21,6 +21,7 @@ from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed
 from fedmezo_nvflare import FedMezoController, round_controller
 from fedmezo_nvflare.round_controller import GENESIS_FILE, JOURNAL_FILE, RESULT_FILE, TASK
+from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import config_of, genesis_of, records_of, write_genesis
 from tests.integration.support.nvflare_sites import GENESIS, ROUNDS, SITES, new_site
 from tests.library.light_engine import LightEngine
@@ -205,6 +206,22 @@ def test_a_paused_run_ends_the_job_until_it_is_resumed(tmp_path: Path) -> None:
     assert "resume = 0.5" in panic
     assert len(job().run().panics) == 1
     assert job(resume=0.5).run().result["round"] == 3
+
+
+def test_a_site_that_hangs_at_the_end_does_not_keep_the_job(tmp_path: Path) -> None:
+    genesis = genesis_of(config_of(workers_min=2, quorum=2, rounds=3, deadline_ms=500))
+
+    def hang_at_the_end(controller: Driven, site: str, task: Task) -> None:
+        result = controller.result_of(site, task)
+        messages = wire.PollSessionRequest.FromString(from_shareable(result).data["up"]).messages
+        is_last = messages[-1].WhichOneof("kind") == "weights_report"
+        if site == "site-1" or not is_last:
+            controller.reply(site, task, result)
+            controller.end(task)
+
+    controller = Driven(tmp_path, hang_at_the_end)
+    (tmp_path / GENESIS_FILE).write_bytes(encode_genesis(genesis))
+    assert set(controller.run().result["digests"]) == {"site-1"}
 
 
 def test_sites_that_fail_again_and_again_end_the_job(tmp_path: Path) -> None:

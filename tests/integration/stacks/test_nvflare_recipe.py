@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from fedmezo import decode_genesis, encode_genesis
 from fedmezo_core.errors import ConfigError
 from fedmezo_nvflare import FedMezoRecipe, ScalarPrivacy
 from fedmezo_nvflare.round_controller import GENESIS_FILE
-from tests.integration.support.harness import config_of, genesis_of, run_values
+from tests.integration.support.harness import config_of, environment, genesis_of, run_values
 
 GENESIS = encode_genesis(genesis_of(config_of(workers_min=2, quorum=2)))
 
@@ -61,3 +63,11 @@ def test_a_contract_of_no_use(key: str) -> None:
 def test_the_genesis_of_another_contract() -> None:
     with pytest.raises(ConfigError, match="genesis"):
         FedMezoRecipe(contract=run_values(seed=8), genesis=GENESIS)
+
+
+def test_the_server_needs_no_torch() -> None:
+    source = (
+        "import sys, fedmezo_nvflare.round_controller, fedmezo_nvflare.scalar_privacy; "
+        "from fedmezo_core.journal import sqlite; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", source], env=environment()).returncode == 0
