@@ -29,7 +29,7 @@ OF_THE_EXAMPLE = ("seed", "rounds", "local_steps", "batch_size")
 
 def figures(small: bool) -> Iterator[Figure]:
     """Seconds and bytes of a round, for both."""
-    yield from asyncio.run(_figures(rounds=2 if small else 10))
+    yield from asyncio.run(_figures(rounds=2 if small else 6))
 
 
 async def _figures(rounds: int) -> list[Figure]:

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -174,14 +175,17 @@ class ResidentWorker:
             self._session = None  # One model at a time has room.
             self._session = self._open_session(genesis)
             self._of = (job, genesis)
+        begin_s = time.monotonic()
         try:
-            return self._session.exchange(down)
+            up = self._session.exchange(down)
         except (UnavailableError, NotReadyError):
             raise
         except BaseException:
             log.warning("the next request begins from the base again")
             self._session = None
             raise
+        log.info("a message was answered in %.1f s", time.monotonic() - begin_s)
+        return up
 
 
 async def _received(reader: asyncio.StreamReader) -> bytes:

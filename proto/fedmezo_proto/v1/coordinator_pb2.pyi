@@ -753,8 +753,10 @@ class PollSessionRequest(google.protobuf.message.Message):
     leave: builtins.bool
     """Ends the session with this call."""
     nonce: builtins.bytes
-    """The response repeats it, so that a caller whose messages may come late or twice knows which of its
-    requests a response belongs to. At most 32 bytes.
+    """With a nonce and without a token, a call is an exchange. It goes on from the worker's last exchange,
+    and the answers that it carries are taken before its response is made. The response repeats the
+    nonce, so that a caller whose messages may come late or twice knows which request it belongs to. At
+    most 32 bytes.
     """
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SessionRequest]:

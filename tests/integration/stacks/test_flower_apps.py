@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -25,7 +27,14 @@ from fedmezo_core.errors import ConfigError, FedMezoError, UnavailableError
 from fedmezo_core.records import Resumed
 from fedmezo_flower import flower_client, flower_server
 from tests.integration.support.flower_grid import FakeGrid, resident
-from tests.integration.support.harness import ROOT, genesis_of, records_of, run_values, toml_of
+from tests.integration.support.harness import (
+    ROOT,
+    environment,
+    genesis_of,
+    records_of,
+    run_values,
+    toml_of,
+)
 from tests.library.light_engine import LightEngine
 
 
@@ -52,6 +61,14 @@ def test_an_untested_flower_is_refused_in_one_sentence(monkeypatch: pytest.Monke
 
 
 # ---------------------------------------------------------------- a node
+
+
+def test_the_process_of_a_message_loads_no_torch() -> None:
+    code = (
+        "import sys; from fedmezo_flower import flower_client; "
+        "loaded = {'torch', 'transformers', 'numba'} & set(sys.modules); assert not loaded, loaded"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment())
 
 
 @pytest.mark.parametrize("kind", ["train.fedmezo", "train.fedmezo_beside"])
