@@ -143,9 +143,9 @@ def circle_in(graph: dict[str, set[str]]) -> list[str]:
 
 
 def room_of(module: str) -> str:
-    """The folder of a module; a module at the top of a package or of `zo` is its own room."""
+    """The folder of a module; a package, or a module at its top or at `zo`'s, is its own room."""
     folder = module.rpartition(".")[0]
-    return module if folder in {*PACKAGES, "fedmezo_core.zo"} else folder
+    return module if folder in {"", *PACKAGES, "fedmezo_core.zo"} else folder
 
 
 def test_no_circle_of_imports() -> None:
