@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 
+import fedmezo_nvflare
 from fedmezo import decode_genesis, encode_genesis
+from fedmezo_core import program
 from fedmezo_core.errors import ConfigError
 from fedmezo_nvflare import FedMezoRecipe, ScalarPrivacy
 from fedmezo_nvflare.round_controller import GENESIS_FILE
@@ -63,6 +66,12 @@ def test_a_contract_of_no_use(key: str) -> None:
 def test_the_genesis_of_another_contract() -> None:
     with pytest.raises(ConfigError, match="genesis"):
         FedMezoRecipe(contract=run_values(seed=8), genesis=GENESIS)
+
+
+def test_an_untested_version_of_nvflare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program, "version", lambda _: "2.10.0")
+    with pytest.raises(ConfigError, match=r"nvflare 2\.10\.0 was not tested .* fedmezo\[nvflare\]"):
+        importlib.reload(fedmezo_nvflare)
 
 
 def test_the_server_needs_no_torch() -> None:
