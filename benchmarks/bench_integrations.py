@@ -6,11 +6,15 @@ import argparse
 from functools import partial
 
 from benchmarks.figures import REPORTS, arguments_of, collect, publish
-from benchmarks.integrations import flower_rounds, grpc_rounds
+from benchmarks.integrations import flower_rounds, grpc_rounds, nvflare_rounds
 from benchmarks.machine import Machine
 
 REPORT = REPORTS / "bench-integrations.json"
-GROUPS = {"grpc": grpc_rounds.figures, "flower": flower_rounds.figures}
+GROUPS = {
+    "grpc": grpc_rounds.figures,
+    "flower": flower_rounds.figures,
+    "nvflare": nvflare_rounds.figures,
+}
 
 
 def main() -> None:

@@ -1,0 +1,99 @@
+"""A job in a few lines, as users of NVFlare's recipes expect."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nvflare.app_common.executors.client_api_executor import ClientAPIExecutor, ExecutionMode
+from nvflare.client.config import ExchangeFormat
+from nvflare.job_config.api import FedJob
+from nvflare.job_config.file_source import FileSource
+from nvflare.recipe.spec import Recipe
+
+import fedmezo
+from fedmezo_core.config import parse_run
+from fedmezo_core.errors import ConfigError
+from fedmezo_nvflare.round_controller import GENESIS_FILE, TASK, FedMezoController
+from fedmezo_nvflare.scalar_privacy import ScalarPrivacy
+
+_INSTALLED_EVERYWHERE = ["fedmezo", "fedmezo_core", "fedmezo_nvflare", "fedmezo_proto"]
+"""Packages whose code no job brings along."""
+SITE_COMMAND = ["python3", "-u", "-m", "fedmezo_nvflare.site_script"]
+SHUTDOWN_TIMEOUT_S = 10.0
+"""Time that a site's script has to end after the run."""
+
+
+class FedMezoRecipe(Recipe):
+    """Fine-tune a language model with NVFlare's clients: only scalars leave a site.
+
+    FedMeZO must be installed at the server and at the sites. The model is needed here, and at each
+    site, but not at the server. Each site names its own model and rows (docs/integrations.md).
+    """
+
+    def __init__(
+        self,
+        *,
+        contract: Mapping[str, Any],
+        model: str = "",
+        adapter: Path | None = None,
+        genesis: bytes = b"",
+        name: str = "",
+        min_clients: int | None = None,
+        journal: str = "",
+        resume: float = 0.0,
+        privacy: ScalarPrivacy | None = None,
+        task_request_interval: float = 0.5,
+    ) -> None:
+        """Describe the job; raises a `FedMezoError` for a contract or model of no use.
+
+        Args:
+            contract: what a coordinator's [run] says: run_id, model, seed, rounds, task ...
+            model: the folder or hub name of the base, if not the contract's `model`.
+            adapter: the folder of the adapter that the run begins from, if it does.
+            genesis: what `fedmezo.encode_genesis` gave for the contract elsewhere. Then no model is
+                loaded here.
+            name: the job's name; the contract's `run_id` if empty.
+            min_clients: clients that NVFlare waits for; the contract's `workers_min` if None.
+            journal: a file on the server for the run's journal, so that a later job can go on with
+                it; empty: in the job's workspace.
+            resume: factor on the learning rates with which a paused run of `journal` goes on; 0: it
+                stays paused.
+            privacy: a filter on what leaves each site.
+            task_request_interval: seconds between two requests of a site without work.
+        """
+        config = parse_run(dict(contract), "the run's contract")
+        if not genesis:
+            begun = fedmezo.begin_run(config, model or config.model, adapter=adapter)
+            genesis = fedmezo.encode_genesis(begun)
+        elif fedmezo.decode_genesis(genesis).config != config:
+            raise ConfigError(
+                f"The genesis given is not that of this contract of run {config.run_id}; make it "
+                "again with fedmezo.begin_run."
+            )
+        job = FedJob(name or config.run_id, min_clients or config.workers_min)
+        job.set_app_packages(_INSTALLED_EVERYWHERE)
+        # A file, because NVFlare takes long text in a configuration for a secret. It lies where a
+        # job's own code would, so that NVFlare treats the job as one that brings code.
+        folder = tempfile.mkdtemp(prefix="fedmezo-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        genesis_file = Path(folder) / GENESIS_FILE
+        genesis_file.write_bytes(genesis)
+        job.to_server(FileSource(str(genesis_file)))
+        job.to_server(FedMezoController(journal, resume))
+        executor = ClientAPIExecutor(
+            execution_mode=ExecutionMode.EXTERNAL_PROCESS,
+            command=SITE_COMMAND,
+            shutdown_timeout=SHUTDOWN_TIMEOUT_S,
+            server_expected_format=ExchangeFormat.RAW,
+        )
+        job.to_clients(executor, tasks=[TASK])
+        super().__init__(job)
+        self.add_server_config({"server": {"task_request_interval": task_request_interval}})
+        self.add_client_config({"default_task_fetch_interval": task_request_interval})
+        if privacy is not None:
+            self.add_client_output_filter(privacy, tasks=[TASK])
