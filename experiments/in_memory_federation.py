@@ -68,7 +68,6 @@ from fedmezo_core.wire.messages import (
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.rows import Example
-from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.objectives import load_objective
 from fedmezo_core.zo.party import Party, commits_of
@@ -101,7 +100,7 @@ class InMemoryFederation:
         judge: Judge | None = None,
         store: JournalStore | None = None,
         threads: int = 1,
-        pass_tokens_max: int = PASS_TOKENS_MAX,
+        pass_tokens_max: int | None = None,
         row_states: RowStates | None = None,
     ) -> None:
         """`party` is at its base; `rows` holds each worker's rows by its name.
