@@ -146,7 +146,8 @@ def _main_directions(moments: torch.Tensor, rank: int, name: str) -> torch.Tenso
             f"The rows' gradients at {name} lie in fewer than {rank} directions; give more "
             "different rows, or a smaller lora.output_rank."
         )
-    return directions[:, -rank:].flip(1).float()
+    main: torch.Tensor = directions[:, -rank:].flip(1).float()
+    return main
 
 
 def _collector(into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any:

@@ -22,9 +22,11 @@ class FactoredB(nn.Module):
     def __init__(self, plain: nn.Linear, output_rank: int) -> None:
         """Take the place of peft's B, `plain`; the weights are still to be set."""
         super().__init__()
-        same = {"device": plain.weight.device, "dtype": plain.weight.dtype, "bias": False}
-        self.core = nn.Linear(plain.in_features, output_rank, **same)
-        self.outputs = nn.Linear(output_rank, plain.out_features, **same)
+        device, dtype = plain.weight.device, plain.weight.dtype
+        ranks = plain.in_features, output_rank
+        self.core = nn.Linear(*ranks, bias=False, device=device, dtype=dtype)
+        ends = output_rank, plain.out_features
+        self.outputs = nn.Linear(*ends, bias=False, device=device, dtype=dtype)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """P C x: [..., rank] -> [..., outputs]."""
