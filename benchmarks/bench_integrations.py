@@ -6,7 +6,7 @@ import argparse
 from functools import partial
 
 from benchmarks.figures import REPORTS, arguments_of, collect, publish
-from benchmarks.integrations import flower_rounds, grpc_rounds, nvflare_rounds
+from benchmarks.integrations import edge_workers, flower_rounds, grpc_rounds, nvflare_rounds
 from benchmarks.machine import Machine
 
 REPORT = REPORTS / "bench-integrations.json"
@@ -14,6 +14,7 @@ GROUPS = {
     "grpc": grpc_rounds.figures,
     "flower": flower_rounds.figures,
     "nvflare": nvflare_rounds.figures,
+    "edge": edge_workers.figures,
 }
 
 

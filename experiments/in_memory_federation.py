@@ -70,7 +70,6 @@ from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch
-from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.objectives import load_objective
 from fedmezo_core.zo.party import Party
@@ -103,7 +102,7 @@ class InMemoryFederation:
         judge: Judge | None = None,
         store: JournalStore | None = None,
         threads: int = 1,
-        pass_tokens_max: int = PASS_TOKENS_MAX,
+        pass_tokens_max: int | None = None,
         row_states: RowStates | None = None,
     ) -> None:
         """`party` is at its base; `rows` holds each worker's rows by its name.

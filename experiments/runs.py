@@ -30,7 +30,7 @@ from fedmezo_core.errors import ConfigError, FedMezoError, ModelError
 from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.program import run_program
 from fedmezo_core.zo.assignment import open_row_states
-from fedmezo_core.zo.export import export_adapter
+from fedmezo_core.zo.export import write_adapter
 from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.forward.row_states import SpooledRows
 from fedmezo_core.zo.model.allocator import keep_freed_memory
@@ -198,7 +198,7 @@ def fitted_adapter(settings: Settings, config: RunConfig, data: Data) -> Path | 
         party = open_party(config, settings.model, threads=settings.threads, placement=placement)
         fit_adapter(party, data.fitting)
         try:
-            export_adapter(party.loaded, folder, ModelCard(config.model, config.run_id))
+            write_adapter(party.loaded, folder, ModelCard(config.model, config.run_id))
         except ModelError:
             # Another run's process was faster.
             if not folder.exists():

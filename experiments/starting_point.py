@@ -16,7 +16,6 @@ from fedmezo_coordinator.programs.splits import Shares, split_category, split_di
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.zo.data.rows import Example, read_rows
-from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 
 CACHE = Path("build/cache")
 
@@ -111,8 +110,8 @@ class Settings(BaseModel):
     and token F1; 0: it writes none."""
     evaluate_batch_size: int = Field(default=64, ge=1)
     threads: int = Field(default=1, ge=1)
-    pass_tokens_max: int = Field(default=PASS_TOKENS_MAX, ge=1)
-    """Largest number of tokens in a pass, as for `Estimator`: larger passes are faster on a GPU."""
+    pass_tokens_max: int | None = Field(default=None, ge=1)
+    """Largest number of tokens in a pass, as for `Estimator`; None: its default."""
     device: str = "cpu"
 
 

@@ -218,11 +218,27 @@ class LoraConfig(_Frozen):
         default=False,
         description="Train only B and keep A as it begins (LoRA-FA), for example fitted to texts.",
     )
+    output_rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Make B of a fixed P [outputs, output_rank] and C [output_rank, rank], and "
+        "train only C (as LoRA-XS), for example with a P fitted to texts; needs freeze_a.",
+    )
 
     @field_validator("target_modules", mode="before")
     @classmethod
     def _list(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_output_rank(self) -> LoraConfig:
+        if self.output_rank is not None and not self.freeze_a:
+            raise ValueError(
+                f"output_rank = {self.output_rank} trains C alone; set freeze_a = true too, or "
+                "leave out output_rank"
+            )
+        return self
 
     @property
     def target_expression(self) -> str | None:

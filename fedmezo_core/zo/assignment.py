@@ -9,7 +9,7 @@ from fedmezo_core.events import Measure, Measured
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.task import Batch
-from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.objectives import Predictions
@@ -24,7 +24,7 @@ def open_estimator(
     party: Party,
     *,
     threads: int | None = None,
-    pass_tokens_max: int = PASS_TOKENS_MAX,
+    pass_tokens_max: int | None = None,
     objective: Callable[[Predictions], float] | None = None,
     row_states: RowStates | None = None,
     before_pass: Callable[[], None] = lambda: None,

@@ -59,6 +59,8 @@ PASS_TOKENS_MAX: Final = 1 << 11
 The frozen part is computed once per batch, so small passes cost nothing and their activations are a
 few per cent of inference's memory. A pass has at least 2 points. A GPU is faster with more tokens.
 """
+PASS_TOKENS_MAX_CPU: Final = 680
+"""The same on a CPU, which takes new memory from the system for larger passes (decision 0037)."""
 
 GROUP_TOKENS: Final = 16
 """What a group of rows costs beside its own tokens and padding, in tokens of each point: passes of
@@ -84,7 +86,7 @@ class Estimator:
         rounding: Rounding,
         one_sided: bool = False,
         threads: int | None = None,
-        pass_tokens_max: int = PASS_TOKENS_MAX,
+        pass_tokens_max: int | None = None,
         objective: Callable[[Predictions], float] | None = None,
         row_states: RowStates | None = None,
         before_pass: Callable[[], None] = lambda: None,
@@ -93,7 +95,8 @@ class Estimator:
         """Take a model at its base weights, and the manifest of what is perturbed.
 
         threads: how many build perturbed weights (default: as `materialize` chooses).
-        pass_tokens_max: most tokens in one pass behind a frozen part that is most of the model.
+        pass_tokens_max: most tokens in one pass behind a frozen part that is most of the model
+        (default: `PASS_TOKENS_MAX`, or `PASS_TOKENS_MAX_CPU` on a CPU).
         objective: returns finite numbers or raises; its score of the predictions at a point
         replaces the loss there. row_states: of the same model and task; passes begin with what it
         knows of the rows. before_pass: called before each pass over the model; may raise to end a
@@ -103,11 +106,12 @@ class Estimator:
         self._model = model
         self._task = task
         self._one_sided = one_sided
-        self._pass_tokens_max = pass_tokens_max
         self._objective = objective
         self._row_states = row_states
         self._before_pass = before_pass
         self._on_cpu = execution_device(model).type == "cpu"
+        default = PASS_TOKENS_MAX_CPU if self._on_cpu else PASS_TOKENS_MAX
+        self._pass_tokens_max = pass_tokens_max or default
         self._built_share = (
             0.0
             if distribution.rank

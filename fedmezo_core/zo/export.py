@@ -16,13 +16,13 @@ from typing import Any, Final, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from fedmezo_core.errors import ModelError
 from fedmezo_core.folders import whole_folder
-from fedmezo_core.zo.model.adapters import CONFIG_FILE, WEIGHTS_FILE
+from fedmezo_core.zo.model.adapters import CONFIG_FILE, read_weights, without_adapter_name
+from fedmezo_core.zo.model.factored import plain_b
 from fedmezo_core.zo.model.loading import TOKENIZER_FILES, LoadedModel, load_model, quiet
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.model_card import ModelCard
@@ -73,10 +73,17 @@ def export_model(loaded: LoadedModel, folder: str | Path, card: ModelCard) -> No
 def export_adapter(loaded: LoadedModel, folder: str | Path, card: ModelCard) -> None:
     """Write only the LoRA adapter of a model to `folder`, in peft's layout, safetensors only.
 
-    The files call the base model `card.base`, which should tell nothing about this machine. The
-    folder is read again and compared before it appears, complete or not at all. Raises `ModelError`
-    if it exists and is not empty, or cannot be written, and for a model without an adapter.
+    A B that consists of factors is multiplied out, so that peft and others read the folder. The
+    files call the base model `card.base`, which should tell nothing about this machine. The folder
+    is read again and compared before it appears, complete or not at all. Raises `ModelError` if it
+    exists and is not empty, or cannot be written, and for a model without an adapter.
     """
+    with plain_b(loaded.model):
+        write_adapter(loaded, folder, card)
+
+
+def write_adapter(loaded: LoadedModel, folder: str | Path, card: ModelCard) -> None:
+    """Write the adapter for a run to begin from: as `export_adapter`, but B stays in factors."""
     model = cast("Any", loaded.model)
     if not hasattr(model, "peft_config"):
         raise ModelError("The model has no LoRA adapter to export; export the whole model.")
@@ -203,10 +210,10 @@ def _check_model(
 
 
 def _check_adapter(folder: Path, model: nn.Module) -> None:
-    weights = load_file(folder / WEIGHTS_FILE)
+    weights = read_weights(folder)
     manifest = manifest_of(model, adapters_only=True)
     for entry, value in zip(manifest, trained_tensors(model, manifest), strict=True):
-        name = entry.name.replace(".default.weight", ".weight")
+        name = without_adapter_name(entry.name)
         if name not in weights or not torch.equal(weights.pop(name), value.to("cpu")):
             raise _defect(f"{name} loads to other values")
     if weights or not (folder / CONFIG_FILE).is_file():

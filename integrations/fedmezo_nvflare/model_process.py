@@ -30,7 +30,7 @@ from fedmezo_core.program import worker_packages
 from fedmezo_core.wire.admission import check_run_id
 from fedmezo_nvflare.site_exchanges import worker_name
 from fedmezo_nvflare.site_settings import site_arguments, site_environment
-from fedmezo_worker.worker_command import check_paths
+from fedmezo_worker.worker_command import check_paths, computer_opener
 from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.nvflare")
@@ -211,8 +211,8 @@ def _open_session(genesis_bytes: bytes, arguments: Sequence[str]) -> Session:
         from fedmezo_core.zo.model.allocator import keep_freed_memory
 
         keep_freed_memory()
-        from fedmezo_worker.engine import open_engine
-    return Session(genesis_bytes, settings.name, open_engine(settings, genesis))
+        open_computer = computer_opener(settings)
+    return Session(genesis_bytes, settings.name, open_computer(settings, genesis))
 
 
 if __name__ == "__main__":

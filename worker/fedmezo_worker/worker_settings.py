@@ -85,11 +85,11 @@ class WorkerSettings(BaseSettings):
         description="the module:function of the run's objective: its code runs here, on these rows",
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
-    pass_tokens_max: int = Field(
-        default=2048,
+    pass_tokens_max: int | None = Field(
+        default=None,
         ge=1,
         description="where most of the model is frozen: the largest number of tokens, of all "
-        "perturbed copies of a batch, in one pass; more is faster on a GPU and takes memory",
+        "perturbed copies of a batch, in one pass (default: 680 on a CPU, 2048 on a GPU)",
     )
     row_states_max: ByteSize = Field(
         default=ROW_STATES_MAX,

@@ -345,7 +345,7 @@ def adapter(
     )
     with worker_packages("fit an adapter"):
         from fedmezo_core.zo.data.rows import read_rows
-        from fedmezo_core.zo.export import export_adapter
+        from fedmezo_core.zo.export import write_adapter
         from fedmezo_core.zo.fitting import fit_adapter
         from fedmezo_core.zo.model.model_card import ModelCard
         from fedmezo_core.zo.party import open_party
@@ -359,7 +359,7 @@ def adapter(
     rows = read_rows(data, run.task)[:rows_max]
     fit_adapter(party, rows)
     facts = {"Round": f"0: fitted to {len(rows)} rows, for the run to begin from"}
-    export_adapter(party.loaded, folder, ModelCard(run.model, run.run_id, facts))
+    write_adapter(party.loaded, folder, ModelCard(run.model, run.run_id, facts))
     print(
         f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
         f'"{folder}" at the coordinator and at every worker'

@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -50,6 +51,8 @@ COMPLAINT_CHARS_MAX = 512
 """Longest complaint that is sent to the daemon."""
 ROUNDS_BEHIND_MAX = 8
 """A replica further behind catches up in one pass and skips the digests on the way."""
+OVERDUE_S = 30.0
+"""Longest time that evaluations may take together which are due at once."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -252,20 +255,30 @@ class _Stops:
             and round_ % self.snapshot_every < self.digest_every
         )
 
-    def next_stop(self, rounds: list[int]) -> int:
+    def next_stop(self, rounds: list[int], evaluation_s: float) -> int:
         """How many of the commits of `rounds` to apply before the replay stops.
 
-        If several evaluations are due, only the newest is made; the same holds for snapshots. Work
-        that takes longer than the rounds in between must not delay the digests or the end of the
-        run.
+        Args:
+            rounds: The rounds that wait, in order.
+            evaluation_s: How long an evaluation takes.
+
+        If several evaluations are due and would take too long, only the newest is made. Of several
+        snapshots only the newest is written. Work that takes longer than the rounds in between must
+        not delay the digests or the end of the run.
         """
         is_behind = len(rounds) > ROUNDS_BEHIND_MAX
-        evaluated = max(filter(self.evaluates, rounds), default=None)
         written = max(filter(self.snapshots, rounds), default=None)
         for count, round_ in enumerate(rounds, start=1):
-            if round_ in (evaluated, written) or (self.digests(round_) and not is_behind):
+            is_made = self.is_made(round_, rounds[count:], evaluation_s)
+            if is_made or round_ == written or (self.digests(round_) and not is_behind):
                 return count
         return len(rounds)
+
+    def is_made(self, round_: int, waiting: list[int], evaluation_s: float) -> bool:
+        """Whether the evaluation after `round_` is made if the rounds of `waiting` follow."""
+        later = sum(map(self.evaluates, waiting))
+        is_in_time = (later + 1) * evaluation_s <= OVERDUE_S
+        return self.evaluates(round_) and (later == 0 or is_in_time)
 
 
 class _Follower:
@@ -301,6 +314,8 @@ class _Follower:
         self._waiting: list[tuple[Committed, bytes]] = []
         """Commits to apply, each with the head after it."""
         self._evaluated_round = -1
+        self._evaluation_s = 0.0
+        """How long the last evaluation took; the first one does not count."""
         if offer is not None and self._copy.take_snapshot(self._folder, offer.snapshot):
             self._head = self._head_read = offer.snapshot.head
         if description.needs_snapshot and self._weights.round == 0:
@@ -318,7 +333,8 @@ class _Follower:
             seqno, finished = page.next_seqno, page.finished
             self._read(page)
             while self._waiting:
-                count = self._stops.next_stop([commit.round for commit, _ in self._waiting])
+                rounds = [commit.round for commit, _ in self._waiting]
+                count = self._stops.next_stop(rounds, self._evaluation_s)
                 commits, self._waiting = self._waiting[:count], self._waiting[count:]
                 self._copy.apply([commit for commit, _ in commits])
                 self._head = commits[-1][1]
@@ -362,8 +378,12 @@ class _Follower:
         await send(None)
         if stops.snapshots(round_) and not any(map(stops.snapshots, waiting)):
             await send(None, self._copy.snapshot(self._folder, self._head, digest))
-        if stops.evaluates(round_) and not any(map(stops.evaluates, waiting)):
+        if stops.is_made(round_, waiting, self._evaluation_s):
+            began_s = time.monotonic()
             await send(self._copy.evaluate(digest, self._batch_size))
+            if self._evaluated_round >= 0:
+                # The first one computes the states of rows that the later ones keep.
+                self._evaluation_s = time.monotonic() - began_s
             self._evaluated_round = round_
 
 

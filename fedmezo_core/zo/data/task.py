@@ -177,6 +177,20 @@ class Task(RowEncoder):
             losses[places] = _token_losses(logits, batch.targets[places])
         return losses.double().sum(dim=1)
 
+    def scores(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        """What the loss of each row depends on, for autograd: float32 [rows, scores].
+
+        They are the verbalizers' logits less their mean (classification), which no label changes,
+        or the loss of the row's response, summed over its tokens (instruction).
+        """
+        if self.config.kind == "classification":
+            logits = self._verbalizer_logits(model, batch).float()
+            return logits - logits.mean(dim=1, keepdim=True)
+        losses = torch.zeros(batch.targets.shape, device=batch.targets.device)
+        for places, logits in target_logits(model, batch):
+            losses[places] = _token_losses(logits, batch.targets[places])
+        return losses.sum(dim=1, keepdim=True)
+
     def is_sliced(self, model: nn.Module, batch: Batch, copies: int) -> bool:
         """Whether the response tokens of `copies` of `batch` go through the head in slices."""
         return self.config.kind != "classification" and not _fit_a_slice(

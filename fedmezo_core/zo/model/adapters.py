@@ -41,8 +41,8 @@ def read_adapter(folder: Path, lora: LoraConfig, manifest: Manifest) -> list[tor
     folder = folder.expanduser()
     settings = _configuration(folder)
     _require_same(folder, settings, lora)
-    weights = _weights(folder)
-    names = {entry.name.replace(".default.weight", ".weight"): entry for entry in manifest}
+    weights = read_weights(folder)
+    names = {without_adapter_name(entry.name): entry for entry in manifest}
     lacking, strange = names.keys() - weights.keys(), weights.keys() - names.keys()
     for what, some in (("lacks", lacking), ("also has", strange)):
         if some:
@@ -101,7 +101,8 @@ def _require_same(folder: Path, settings: dict[str, Any], lora: LoraConfig) -> N
         )
 
 
-def _weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of the adapter in `folder`, by their names in a file; raises `ModelError`."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
@@ -114,9 +115,15 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"The adapter in {folder} {why}.")
     require_fetched(path)
     try:
-        return load_file(path)
+        # peft leaves its name for the adapter in the names of factors.
+        return {without_adapter_name(name): tensor for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read ({error}); get the adapter again.") from None
+
+
+def without_adapter_name(name: str) -> str:
+    """A parameter's name in a file, of its name in a model that peft wrapped."""
+    return name.replace(".default.", ".")
 
 
 def require_fetched(path: Path) -> None:

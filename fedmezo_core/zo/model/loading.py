@@ -35,6 +35,7 @@ from fedmezo_core.errors import ModelError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.adapters import read_adapter, require_fetched
+from fedmezo_core.zo.model.factored import factor_b
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.offload import (
     execution_device,
@@ -199,7 +200,9 @@ def add_adapter(
     conventions. B is zero. A has the variance of peft's default (Kaiming uniform with a = sqrt 5,
     that is 1 / (3 fan_in)), but comes from the noise standard, so that every party starts at the
     same bits: `A = z * float32(1 / sqrt(3 fan_in))` with z gaussian, the seed of `adapter_seed`,
-    and the tensor id that the manifest gives to A. With `folder`, both are read from there instead.
+    and the tensor id that the manifest gives to A. If `lora` has an `output_rank`, B is P C, C is
+    zero, and P comes from the noise standard as A does. With `folder`, all are read from there
+    instead.
 
     Raises `ConfigError` for a target module that is not in the model or not a linear layer, or an
     adapter of another kind than `lora` (see `read_adapter`).
@@ -227,6 +230,8 @@ def add_adapter(
             # peft leaves an offloaded layer's adapter empty. It is small enough for the device.
             if _ADAPTER in matrices and matrices[_ADAPTER].weight.is_meta:
                 matrices[_ADAPTER].to_empty(device=execution_device(layer))
+    if lora.output_rank is not None:
+        factor_b(wrapped, lora.output_rank, _ADAPTER)
     manifest = manifest_of(wrapped, adapters_only=True)
     if folder is not None:
         weights = read_adapter(folder, lora, manifest)
@@ -236,7 +241,7 @@ def add_adapter(
     seeds = np.array([adapter_seed(run_seed)], dtype=np.uint64)
     for entry, tensor in zip(manifest, trained_tensors(wrapped, manifest), strict=True):
         zeros = torch.zeros(entry.shape, dtype=tensor.dtype)
-        if ".lora_A." in entry.name:
+        if ".lora_A." in entry.name or entry.name.endswith(".outputs.weight"):
             scale = np.array([1.0 / math.sqrt(3.0 * entry.shape[-1])], dtype=np.float32)
             operands = Operands(entry.tensor_id, Distribution.GAUSSIAN, Rounding.NEAREST)
             materialize(zeros, zeros, [Commit(seeds, scale, 0)], operands)

@@ -10,9 +10,10 @@ train different directions. Therefore
   order;
 - buffers have no entry, because they are not trained;
 - in a LoRA run the entries are the adapter's A and B matrices, or only its B matrices with
-  `freeze_a`. In any other run they are all parameters, or those of the modules that the run's
-  `train` names. A tied tensor has an entry if any of its names is among these. `requires_grad` has
-  no effect, so that no party can change the set by freezing something.
+  `freeze_a`. If B is P C (`output_rank`), the entry is C, and P is as frozen as A. In any other run
+  they are all parameters, or those of the modules that the run's `train` names. A tied tensor has
+  an entry if any of its names is among these. `requires_grad` has no effect, so that no party can
+  change the set by freezing something.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fedmezo_core.zo.model.offload import stored_parameters, unique_parameters
 from fedmezo_core.zo.model.selection import parameters_inside
 from fedmezo_core.zo.plain.entries import Entry, Manifest
 
-_ADAPTER_NAME = re.compile(r"\.lora_([AB])\.[^.]+\.weight$")
+_ADAPTER_NAME = re.compile(r"\.lora_([AB])\.[^.]+(\.core|\.outputs)?\.weight$")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -43,8 +44,9 @@ def manifest_of(
     """Derive the manifest of `model`.
 
     With `adapters_only`, the entries are the matrices of the LoRA adapter that peft put into the
-    model, or only its B matrices if `freeze_a` is set. With `train`, they are the parameters of the
-    modules that it names (see `parameters_inside`). Otherwise they are all parameters.
+    model, or only its B matrices (of a `FactoredB`: its core) if `freeze_a` is set. With `train`,
+    they are the parameters of the modules that it names (see `parameters_inside`). Otherwise they
+    are all parameters.
 
     Raises `ConfigError` for a name that no module has. Raises `ModelError` if there is nothing to
     train, or if a tensor is neither float32, bfloat16 nor float16, is not contiguous, or shares
@@ -95,7 +97,8 @@ def manifest_of(
 
 def _is_trained_side(name: str, freeze_a: bool) -> bool:
     found = _ADAPTER_NAME.search(name)
-    return found is not None and not (freeze_a and found[1] == "A")
+    is_frozen = freeze_a and found is not None and (found[1] == "A" or found[2] == ".outputs")
+    return found is not None and not is_frozen
 
 
 def trained_tensors(model: nn.Module, manifest: Manifest) -> list[torch.Tensor]:

@@ -937,12 +937,15 @@ class LoraConfig(google.protobuf.message.Message):
     ALPHA_FIELD_NUMBER: builtins.int
     TARGET_MODULES_FIELD_NUMBER: builtins.int
     FREEZE_A_FIELD_NUMBER: builtins.int
+    OUTPUT_RANK_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """1 to 1024."""
     alpha: builtins.float
     """Scale: the update is alpha / rank * B A. Finite, above 0."""
     freeze_a: builtins.bool
     """Whether the A matrices stay as they begin, and only the B matrices are trained. Absent: false."""
+    output_rank: builtins.int
+    """Rank of B itself, 1 to 1024: B is P C, and only C is trained. Absent: B is trained as a whole."""
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Names or ends of names of modules, as in peft."""
@@ -954,10 +957,14 @@ class LoraConfig(google.protobuf.message.Message):
         alpha: builtins.float = ...,
         target_modules: collections.abc.Iterable[builtins.str] | None = ...,
         freeze_a: builtins.bool | None = ...,
+        output_rank: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_freeze_a", b"_freeze_a", "freeze_a", b"freeze_a"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_freeze_a", b"_freeze_a", "alpha", b"alpha", "freeze_a", b"freeze_a", "rank", b"rank", "target_modules", b"target_modules"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_freeze_a", b"_freeze_a", "_output_rank", b"_output_rank", "freeze_a", b"freeze_a", "output_rank", b"output_rank"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_freeze_a", b"_freeze_a", "_output_rank", b"_output_rank", "alpha", b"alpha", "freeze_a", b"freeze_a", "output_rank", b"output_rank", "rank", b"rank", "target_modules", b"target_modules"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_freeze_a", b"_freeze_a"]) -> typing.Literal["freeze_a"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_output_rank", b"_output_rank"]) -> typing.Literal["output_rank"] | None: ...
 
 Global___LoraConfig: typing_extensions.TypeAlias = LoraConfig
 

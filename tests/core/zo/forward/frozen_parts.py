@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
-from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.objectives import Predictions
@@ -60,7 +60,7 @@ def estimator_on(
     *,
     once: bool = True,
     one_sided: bool = False,
-    pass_tokens_max: int = PASS_TOKENS_MAX,
+    pass_tokens_max: int | None = None,
     row_states: RowStates | None = None,
     objective: Callable[[Predictions], float] | None = None,
 ) -> Estimator:

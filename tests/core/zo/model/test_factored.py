@@ -1,0 +1,156 @@
+"""Adapters whose B is P C: only C is trained, and what is exported is a plain adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedmezo_core.config import RunConfig, parse_run
+from fedmezo_core.errors import ConfigError, DataError
+from fedmezo_core.events import Measure, Ticket, Work
+from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
+from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.data.rows import Example, read_examples
+from fedmezo_core.zo.export import export_adapter, export_model, write_adapter
+from fedmezo_core.zo.fitting import fit_adapter
+from fedmezo_core.zo.model.loading import load_model
+from fedmezo_core.zo.model.model_card import ModelCard
+from fedmezo_core.zo.model.weight_digest import base_digest
+from fedmezo_core.zo.party import Party, open_party
+from tests.core.zo.model.test_adapters import _logits_in_peft
+from tests.integration.support.parties import write_rows
+
+CARD = ModelCard("m", "a-run")
+CLASSES = {"template": "{text} It was", "verbalizers": {"negative": " bad", "positive": " good"}}
+ANSWERS = {"kind": "instruction", "template": "{text}", "response_column": "label"}
+
+
+def _config(lora: dict[str, Any], **values: Any) -> RunConfig:
+    adapter = {"rank": 6, "alpha": 3, "target_modules": ["c_fc"], "freeze_a": True} | lora
+    run = {"run_id": "factored", "model": "m", "task": CLASSES, "lora": adapter} | values
+    return parse_run(run, "here")
+
+
+@pytest.fixture
+def folder(folder_of: Callable[[str], Path]) -> Path:
+    return folder_of("gpt2")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Example]:
+    return read_examples(write_rows(tmp_path / "rows.jsonl", count=40), ("text", "label"))
+
+
+def _b(party: Party) -> list[Any]:
+    model: Any = party.loaded.model
+    return [layer.lora_B["default"] for layer in model.modules() if hasattr(layer, "lora_B")]
+
+
+@pytest.mark.parametrize("task", [CLASSES, ANSWERS])
+def test_p_spans_the_largest_gradients_of_rows(
+    task: dict[str, Any], folder: Path, rows: list[Example]
+) -> None:
+    party = open_party(_config({"output_rank": 3}, task=task), str(folder), threads=1)
+    fit_adapter(party, rows)
+    plain = open_party(_config({}, task=task), str(folder), threads=1)
+    fit_adapter(plain, rows)
+    moments = [torch.zeros(0)] * len(_b(plain))
+    for b in _b(plain):
+        b.weight.requires_grad_()
+    for example in plain.task.encode(rows).examples:
+        batch = plain.task.collate([example], "one")
+        for score in plain.task.scores(plain.loaded.model, batch).sum(dim=0):
+            weights = [b.weight for b in _b(plain)]
+            for n, grad in enumerate(torch.autograd.grad(score, weights, retain_graph=True)):
+                square = grad.double() @ grad.double().T
+                moments[n] = moments[n] + square if moments[n].numel() else square
+    for b, moment in zip(_b(party), moments, strict=True):
+        p = b.outputs.weight.double()
+        assert torch.allclose(p.T @ p, torch.eye(3).double(), atol=1e-6)
+        kept = (p.T @ moment @ p).trace() / torch.linalg.eigvalsh(moment)[-3:].sum()
+        assert float(kept) == pytest.approx(1, abs=1e-5)
+        assert not b.core.weight.any(), "the model computes what it did"
+
+
+@pytest.mark.parametrize("distribution", ["rademacher", "low_rank_1"])
+@pytest.mark.parametrize("estimator", ["one_sided", "two_sided"])
+def test_probes_measure_the_losses_at_a_perturbed_c(
+    distribution: str, estimator: str, folder: Path, rows: list[Example]
+) -> None:
+    values = {"distribution": distribution, "estimator": estimator, "probes": 3, "local_steps": 1}
+    config = _config({"output_rank": 3}, eps=0.05, batch_size=4, **values)
+    party = open_party(config, str(folder), threads=1)
+    fit_adapter(party, rows)
+    assert [entry.shape for entry in party.loaded.manifest] == [(3, 6)] * len(_b(party))
+    batches = open_batches(party, party.task.encode(rows), "one")
+    order = Measure(Ticket(1, 1, 0), Work((5, 6, 7), 1e-3, 0.05, want_digest=False))
+    measured = measure(
+        party, open_estimator(party, threads=1), batches, order, digest=party.weights.digest
+    )
+    # The same with the weights written out, one point at a time.
+    batch = open_batches(party, party.task.encode(rows), "one").batch(1, 0)
+
+    def loss(seed: int, eps: float) -> float:
+        other = open_party(config, str(folder), threads=1)
+        for mine, theirs in zip(_b(other), _b(party), strict=True):
+            mine.outputs.weight.copy_(theirs.outputs.weight)
+        for layer, fitted in zip(_a(other), _a(party), strict=True):
+            layer.weight.copy_(fitted.weight)
+        coefficient = np.array([eps], dtype=np.float32)
+        other.weights.apply(1, [Commit(np.array([seed], dtype=np.uint64), coefficient, 1)])
+        return other.task.loss(other.loaded.model, batch)
+
+    for seed, found in zip(order.work.seeds, measured.scalars.projected_grads, strict=True):
+        below = loss(seed, -0.05) if estimator == "two_sided" else loss(seed, 0.0)
+        width = 0.1 if estimator == "two_sided" else 0.05
+        assert found == pytest.approx((loss(seed, 0.05) - below) / width, rel=2e-2, abs=1e-5)
+
+
+def _a(party: Party) -> list[Any]:
+    model: Any = party.loaded.model
+    return [layer.lora_A["default"] for layer in model.modules() if hasattr(layer, "lora_A")]
+
+
+def test_a_run_begins_from_the_factors_and_exports_a_plain_adapter(
+    folder: Path, rows: list[Example], tmp_path: Path
+) -> None:
+    config = _config({"output_rank": 3})
+    party = open_party(config, str(folder), threads=1)
+    drawn = open_party(config, str(folder), threads=1)
+    assert party.base_digest == drawn.base_digest, "P comes from the run's seed"
+    fit_adapter(party, rows)
+    write_adapter(party.loaded, tmp_path / "start", CARD)
+
+    run = open_party(config, str(folder), adapter=tmp_path / "start", threads=1)
+    assert run.base_digest == base_digest(party.loaded.model) != drawn.base_digest
+    assert run.manifest_digest == drawn.manifest_digest
+    seeds, sizes = np.arange(4, dtype=np.uint64), np.full(4, 0.1, dtype=np.float32)
+    run.weights.apply(1, [Commit(seeds, sizes, 1)])
+    digest = run.weights.digest()
+    export_adapter(run.loaded, tmp_path / "end", CARD)
+    assert run.weights.digest() == digest
+    with torch.inference_mode():
+        expected = run.loaded.model(torch.arange(20)[None]).logits
+    found = _logits_in_peft(folder, tmp_path / "end", torch.float32)
+    assert torch.allclose(found, expected, atol=1e-5)
+    export_model(run.loaded, tmp_path / "whole", CARD)
+    whole = load_model(str(tmp_path / "whole"))
+    with torch.inference_mode():
+        assert torch.allclose(whole.model(torch.arange(20)[None]).logits, expected, atol=1e-4)
+    with pytest.raises(ConfigError, match="lacks weights for"):
+        open_party(config, str(folder), adapter=tmp_path / "end", threads=1)
+
+
+def test_what_cannot_be_meant_is_refused(folder: Path, rows: list[Example]) -> None:
+    with pytest.raises(ConfigError, match="output_rank = 3 trains C alone; set freeze_a = true"):
+        _config({"output_rank": 3, "freeze_a": False})
+    with pytest.raises(ConfigError, match=r"output_rank = 1000 is more than the \d+ outputs of "):
+        open_party(_config({"output_rank": 1000}), str(folder), threads=1)
+    many = open_party(_config({"output_rank": 40}), str(folder), threads=1)
+    with pytest.raises(DataError, match="lie in fewer than 40 directions; give more different"):
+        fit_adapter(many, rows[:6])
