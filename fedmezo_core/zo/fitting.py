@@ -1,62 +1,81 @@
-"""Fit a LoRA adapter to rows before it is trained: A, and P if B is P C; what is trained is zero.
+"""Fit a LoRA adapter to rows before it is trained: what stays frozen; what is trained is zero.
 
 The rows of A are the principal components of a module's inputs, whitened: each is scaled so that
 the inputs have unit size along it (as EVA initialises LoRA, Paischer et al. 2024). If A stays as it
 is (`freeze_a`, LoRA-FA, Zhang et al. 2023), the inputs of the trained B are equal in size and
 nearly uncorrelated. A step along random directions needs that, because it cannot adapt to the
-curvature of each parameter as AdamW does.
+curvature of each parameter as AdamW does. This uses no labels.
 
-The columns of P (`lora.output_rank`) are those directions of a module's outputs in which the rows'
-gradients with respect to B are largest: the main eigenvectors of the sum of G G^T, with G that
-gradient for one row. LoRA-SB (Ponkshe et al. 2024) begins alike, from one batch's gradient. Here
-each row counts for itself, because the mean over rows has almost only one direction.
-
-The fitting trains nothing. Of a classification it uses no labels: gradients are those of the
-verbalizers' logits. Any rows that resemble the workers' are suitable.
+If B is P C (`lora.output_rank`), A and P are those directions of a module's inputs and outputs in
+which the gradients of small batches are largest (as LoRA-SB begins from one gradient, Ponkshe et
+al. 2024): the main eigenvectors of the sums of G^T G and of G G^T, with G the gradient of a batch's
+loss with respect to the module's weights. A is scaled as above, P is orthonormal. This uses the
+rows' labels. The classes' logits are first moved to equal means, because the gradients of a model
+that always prefers one class have only one direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.program import long_step
+from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.party import Party
 
 BATCH_ROWS = 32
-GRADIENT_BATCH_ROWS = 8
-"""Rows that go through the model together if gradients are needed, which take memory."""
+GRADIENT_BATCH_ROWS = 16
+"""Rows of a batch whose gradient counts: fewer have more of the rows' own noise in it."""
 
 
 def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
     """Replace what is frozen of a LoRA run's adapter by fitted matrices, in place.
 
-    For A the fitting uses the positions of each row that a loss depends on directly: the last one
-    of the prompt (classification), or those of the response (instruction). Raises `ConfigError` for
-    a run without an adapter, `DataError` if there are fewer positions than the adapter's rank, or
-    gradients in fewer directions than its output rank.
+    Inputs count at the positions of each row that a loss depends on directly: the last one of the
+    prompt (classification), or those of the response (instruction). Raises `ConfigError` for a run
+    without an adapter, `DataError` if there are fewer positions, or fewer directions of inputs or
+    gradients, than the adapter's ranks.
     """
-    _fit_inputs(party, rows)
-    assert party.config.lora is not None
-    if party.config.lora.output_rank is not None:
-        _fit_outputs(party, rows, party.config.lora.output_rank)
-
-
-@torch.inference_mode()
-def _fit_inputs(party: Party, rows: Sequence[Example]) -> None:
     lora = party.config.lora
     if lora is None:
         raise ConfigError("The run has no adapter to fit; give it a [run.lora].")
-    model: Any = party.loaded.model
-    layers = _layers(model)
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
     dataset = party.task.encode(rows)
+    layers = _layers(party.loaded.model)
+    inputs, mean_scores = _seen_inputs(party, dataset, layers)
+    moments = None
+    if lora.output_rank is not None:
+        moments = _gradient_moments(party, dataset, layers, mean_scores)
+    with long_step("choosing the adapter's directions", len(layers), "modules") as step:
+        for name, layer in layers.items():
+            [a] = layer.lora_A.values()
+            if moments is None or lora.output_rank is None:
+                fitted_a = _whitening(inputs[name], lora.rank, name)
+            else:
+                of_inputs, of_outputs = moments[name]
+                fitted_a = _scaled(_main_directions(of_inputs, lora.rank, name).T, inputs[name])
+                [b] = layer.lora_B.values()
+                with torch.inference_mode():
+                    b.outputs.weight.copy_(_main_directions(of_outputs, lora.output_rank, name))
+            with torch.inference_mode():
+                a.weight.copy_(fitted_a)
+            step.advance()
+
+
+@torch.inference_mode()
+def _seen_inputs(
+    party: Party, dataset: Dataset, layers: Mapping[str, Any]
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What each module sees, [positions, inputs], and the mean of the rows' scores."""
+    model: Any = party.loaded.model
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    scores = []
     with long_step("fitting the adapter", len(dataset), "rows") as step:
         for first in range(0, len(dataset), BATCH_ROWS):
             examples = dataset.examples[first : first + BATCH_ROWS]
@@ -72,50 +91,51 @@ def _fit_inputs(party: Party, rows: Sequence[Example]) -> None:
                 for name, layer in layers.items()
             ]
             try:
-                party.task.loss(model, batch)
+                scores.append(party.task.scores(model, batch))
             finally:
                 for handle in handles:
                     handle.remove()
             step.advance(len(examples))
-    with long_step("whitening the adapter's inputs", len(layers), "modules") as step:
-        for name, layer in layers.items():
-            [matrix] = layer.lora_A.values()
-            matrix.weight.copy_(_whitening(torch.cat(seen[name]), lora.rank, name))
-            step.advance()
+    return {name: torch.cat(parts) for name, parts in seen.items()}, torch.cat(scores).mean(dim=0)
 
 
-def _fit_outputs(party: Party, rows: Sequence[Example], output_rank: int) -> None:
-    """Replace P of each `FactoredB`."""
-    model = party.loaded.model
-    layers = _layers(model)
-    moments: dict[str, Any] = dict.fromkeys(layers, 0.0)
-    dataset = party.task.encode(rows)
-    with long_step("taking gradients for the adapter's outputs", len(dataset), "rows") as step:
+def _gradient_moments(
+    party: Party, dataset: Dataset, layers: Mapping[str, Any], mean_scores: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The sums of G^T G [inputs, inputs] and of G G^T [outputs, outputs] of each module."""
+    model: Any = party.loaded.model
+    sums: dict[str, tuple[Any, Any]] = dict.fromkeys(layers, (0.0, 0.0))
+    # Files often hold one label after the other.
+    order = np.random.default_rng(0).permutation(len(dataset))
+    with long_step("taking gradients for the adapter", len(dataset), "rows") as step:
         for first in range(0, len(dataset), GRADIENT_BATCH_ROWS):
-            examples = dataset.examples[first : first + GRADIENT_BATCH_ROWS]
+            examples = [
+                dataset.examples[index] for index in order[first : first + GRADIENT_BATCH_ROWS]
+            ]
             batch = party.task.collate(examples, "fitting", execution_device(model))
             seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-            handles = []
-            for name, layer in layers.items():
-                [factored] = layer.lora_B.values()
-                handles.append(factored.register_forward_hook(_watcher(seen, name)))
+            handles = [
+                layer.register_forward_hook(_watcher(seen, name)) for name, layer in layers.items()
+            ]
             try:
                 with torch.enable_grad():
-                    scores = party.task.scores(model, batch)
+                    loss = party.task.loss_of_scores(
+                        party.task.scores(model, batch), batch, mean_scores
+                    )
             finally:
                 for handle in handles:
                     handle.remove()
-            outputs = [output for _, output in seen.values()]
-            for score in scores.sum(dim=0):
-                grads = torch.autograd.grad(score, outputs, retain_graph=True)
-                for (name, (inputs, _)), grad in zip(seen.items(), grads, strict=True):
-                    by_row = torch.einsum("rto,rti->roi", grad.double(), inputs.double())
-                    moments[name] = moments[name] + torch.einsum("roi,rpi->op", by_row, by_row)
+            grads = torch.autograd.grad(loss, [output for _, output in seen.values()])
+            for (name, (inputs, _)), grad in zip(seen.items(), grads, strict=True):
+                x, d = inputs.flatten(0, -2).double(), grad.flatten(0, -2).double()
+                of_inputs, of_outputs = sums[name]
+                # G is d^T x, which may be larger than the products of positions.
+                sums[name] = (
+                    of_inputs + x.T @ ((d @ d.T) @ x),
+                    of_outputs + d.T @ ((x @ x.T) @ d),
+                )
             step.advance(len(examples))
-    with torch.inference_mode():
-        for name, layer in layers.items():
-            [factored] = layer.lora_B.values()
-            factored.outputs.weight.copy_(_main_directions(moments[name], output_rank, name))
+    return sums
 
 
 def _layers(model: Any) -> dict[str, Any]:
@@ -128,10 +148,12 @@ def _layers(model: Any) -> dict[str, Any]:
 
 
 def _watcher(into: dict[str, tuple[torch.Tensor, torch.Tensor]], name: str) -> Any:
+    """A hook that makes a module's output one that gradients are taken with respect to."""
+
     def watch(
         _module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor:
-        watched = output.detach().clone().requires_grad_()
+        watched = output if output.requires_grad else output.detach().clone().requires_grad_()
         into[name] = inputs[0].detach(), watched
         return watched
 
@@ -144,10 +166,18 @@ def _main_directions(moments: torch.Tensor, rank: int, name: str) -> torch.Tenso
     if len(sizes) < rank or not bool(sizes[-rank] > 1e-12 * sizes[-1]):
         raise DataError(
             f"The rows' gradients at {name} lie in fewer than {rank} directions; give more "
-            "different rows, or a smaller lora.output_rank."
+            "different rows, or smaller ranks."
         )
     main: torch.Tensor = directions[:, -rank:].flip(1).float()
     return main
+
+
+def _scaled(directions: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """The rows of `directions`, each over the root mean square of `inputs` along it."""
+    along = inputs.double() @ directions.double().T
+    sizes = along.square().mean(dim=0).sqrt()[:, None]
+    # A direction that the inputs never take must not become infinitely long.
+    return (directions.double() / sizes.clamp_min(1e-6 * float(sizes.max()))).float()
 
 
 def _collector(into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any:

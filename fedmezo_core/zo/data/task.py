@@ -180,16 +180,26 @@ class Task(RowEncoder):
     def scores(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """What the loss of each row depends on, for autograd: float32 [rows, scores].
 
-        They are the verbalizers' logits less their mean (classification), which no label changes,
-        or the loss of the row's response, summed over its tokens (instruction).
+        They are the verbalizers' logits (classification), or the loss of the row's response in
+        nats, summed over its tokens (instruction).
         """
         if self.config.kind == "classification":
-            logits = self._verbalizer_logits(model, batch).float()
-            return logits - logits.mean(dim=1, keepdim=True)
+            return self._verbalizer_logits(model, batch).float()
         losses = torch.zeros(batch.targets.shape, device=batch.targets.device)
         for places, logits in target_logits(model, batch):
             losses[places] = _token_losses(logits, batch.targets[places])
         return losses.sum(dim=1, keepdim=True)
+
+    def loss_of_scores(
+        self, scores: torch.Tensor, batch: Batch, mean_scores: torch.Tensor
+    ) -> torch.Tensor:
+        """The loss of all rows together, from their `scores`, in nats.
+
+        Of a classification's scores `mean_scores` are subtracted first.
+        """
+        if self.config.kind == "classification":
+            return _class_losses(scores - mean_scores, batch).sum()
+        return scores.sum()
 
     def is_sliced(self, model: nn.Module, batch: Batch, copies: int) -> bool:
         """Whether the response tokens of `copies` of `batch` go through the head in slices."""
