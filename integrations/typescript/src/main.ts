@@ -1,0 +1,164 @@
+#!/usr/bin/env node
+/** The command: joins a run, measures its rows, and leaves when the run is finished. */
+import { parseArgs } from "node:util";
+import { Batches } from "./batches.js";
+import { contractOf } from "./contract.js";
+import { StopError } from "./errors.js";
+import { Weights } from "./manifest.js";
+import { measure } from "./measuring.js";
+import { OnnxModel } from "./onnx.js";
+import { decodeGenesis } from "./records.js";
+import { readRows } from "./rows.js";
+import { Session, type Outcome, type Work } from "./session.js";
+import { ClassificationTask, templateParts } from "./task.js";
+import { TextTokenizer } from "./tokens.js";
+import { Coordinator } from "./transport.js";
+import { discover, Patience, Worker } from "./worker.js";
+
+const USAGE = `Usage: node dist/src/main.js --coordinator HOST:PORT --name NAME --data ROWS --form FOLDER
+
+  --coordinator HOST:PORT   the coordinator's address
+  --name NAME               this worker's name in the run: a-z, 0-9 and -
+  --data ROWS               a .jsonl file of rows, or a folder of them; rows stay here
+  --form FOLDER             the base as an ONNX graph, with its form.json (docs/edge.md)
+  --run RUN_ID              the run that is meant (whatever is served there)
+  --tls-ca FILE             certificates that vouch for the coordinator; without it there is no TLS
+  --expect-key KEY          the coordinator's Ed25519 key, in base64 or hexadecimal
+  --polls                   poll in place of one long stream
+  --threads COUNT           threads of a forward pass (1)`;
+
+function keyOf(text: string | undefined): Uint8Array | undefined {
+  if (text === undefined) return undefined;
+  const key = Buffer.from(text, /^[0-9a-f]{64}$/i.test(text) ? "hex" : "base64");
+  if (key.length !== 32) throw new StopError(`--expect-key ${text} is no key of 32 bytes.`);
+  return key;
+}
+
+function same(what: string, ours: Uint8Array, theirs: Uint8Array | undefined, remedy: string): void {
+  if (Buffer.compare(ours, theirs ?? new Uint8Array()) === 0) return;
+  const [mine, run] = [ours, theirs ?? []].map((bytes) => Buffer.from(bytes).toString("hex"));
+  throw new StopError(`The run's ${what} is ${run}, and ours is ${mine}. ${remedy}`);
+}
+
+function log(line: string): void {
+  process.stderr.write(`${line}\n`);
+}
+
+async function main(): Promise<void> {
+  const { values } = parseArgs({
+    options: {
+      coordinator: { type: "string" },
+      name: { type: "string" },
+      data: { type: "string" },
+      form: { type: "string" },
+      run: { type: "string", default: "" },
+      "tls-ca": { type: "string" },
+      "expect-key": { type: "string" },
+      polls: { type: "boolean", default: false },
+      threads: { type: "string", default: "1" },
+      help: { type: "boolean", default: false },
+    },
+  });
+  if (values.help) {
+    process.stdout.write(`${USAGE}\n`);
+    return;
+  }
+  const { coordinator: address, name, data, form: folder } = values;
+  if (!address || !name || !data || !folder) throw new StopError(`An option is missing.\n${USAGE}`);
+  if (!/^[a-z0-9][a-z0-9-]{0,63}$/.test(name) || name === "replica") {
+    throw new StopError(`--name ${name} is no worker's name: 1 to 64 of a-z, 0-9 and -, not "replica".`);
+  }
+  const threads = Number(values.threads);
+  if (!(Number.isInteger(threads) && threads >= 1)) {
+    throw new StopError(`--threads ${values.threads} is no whole number from 1 on.`);
+  }
+  const expectedKey = keyOf(values["expect-key"]);
+  const coordinator = new Coordinator(address, values["tls-ca"]);
+  try {
+    const run = await discover(coordinator, values.run, new Patience(log));
+    const record = run.genesis ?? new Uint8Array();
+    const genesis = decodeGenesis(record);
+    const contract = contractOf(genesis);
+    log(`The run is ${contract.runId}: ${contract.recipe}`);
+
+    const model = await OnnxModel.load(folder, threads);
+    const again = "Export the base of this run again (docs/edge.md).";
+    same("manifest digest", model.manifest.digest, genesis.manifest_digest, again);
+    same("base digest", model.baseDigest, genesis.base_digest, again);
+    if (model.rank !== contract.rank || model.alpha !== contract.alpha) {
+      throw new StopError(
+        `The run's adapter has rank ${contract.rank} and alpha ${contract.alpha}, and the one in ` +
+          `${folder} has ${model.rank} and ${model.alpha}. ${again}`,
+      );
+    }
+    if (contract.tokensMax > model.positionsMax) {
+      throw new StopError(
+        `The run's rows have up to ${contract.tokensMax} tokens, and the model knows ` +
+          `${model.positionsMax} positions. Ask the run's operator.`,
+      );
+    }
+    const tokenizer = new TextTokenizer(model.tokenizerJson);
+    const texts = templateParts(contract.template).filter((_, place) => place % 2 === 0);
+    const words = contract.verbalizers.map(({ word }) => word);
+    const { digest: tokenizerDigest } = tokenizer.digest([...texts, ...words]);
+    same("tokenizer digest", tokenizerDigest, genesis.tokenizer_digest, again);
+
+    const { template, labelColumn, verbalizers, tokensMax } = contract;
+    const task = new ClassificationTask(tokenizer, template, labelColumn, verbalizers, tokensMax);
+    const examples = readRows(data, task.columns).map((row) => task.example(row));
+    const batches = new Batches(
+      contract.seed,
+      name,
+      contract.batchSize,
+      contract.localSteps,
+      examples.map(({ tokens }) => tokens.length),
+    );
+    log(`${examples.length} rows are ready.`);
+
+    const weights = new Weights(model.manifest, contract.distribution, model.initial);
+    const session = new Session(
+      {
+        worker: name,
+        contract,
+        genesis: record,
+        manifestDigest: model.manifest.digest,
+        baseDigest: model.baseDigest,
+        tokenizerDigest,
+        rows: examples.length,
+      },
+      weights,
+    );
+    const measureWork = async (work: Work): Promise<Outcome> => {
+      const batch = batches.rows(work.round, 0).map((row) => examples[row]);
+      const measurement = await measure(
+        work.plan,
+        work.weights,
+        model.manifest,
+        contract.distribution,
+        (at) => model.loss(batch, task.verbalizerTokens, at),
+        () => work.wanted(),
+      );
+      return measurement ? { kind: "measured", measurement } : { kind: "cut short" };
+    };
+    const worker = new Worker({
+      coordinator,
+      session,
+      runId: contract.runId,
+      genesis: record,
+      polls: values.polls,
+      expectedKey,
+      measure: measureWork,
+      log,
+    });
+    await worker.run();
+    process.stdout.write(`round ${session.round}, digest ${weights.digest().toString("hex")}\n`);
+  } finally {
+    coordinator.close();
+  }
+}
+
+main().catch((error: Error & { code?: string }) => {
+  const ours = error instanceof StopError || error.code?.startsWith("ERR_PARSE_ARGS");
+  log(ours ? error.message : (error.stack ?? error.message));
+  process.exitCode = 1;
+});

@@ -1,0 +1,194 @@
+/** The coordinator's service over gRPC (docs/protocol.md, sections 2, 12 and 13). */
+import { readFileSync } from "node:fs";
+import {
+  Client,
+  credentials,
+  status,
+  type ClientOptions,
+  type Metadata,
+  type ServiceError,
+} from "@grpc/grpc-js";
+import { DisconnectError, DivergedError, StopError } from "./errors.js";
+import {
+  codecs,
+  type Codec,
+  type GetRunRequest,
+  type GetRunResponse,
+  type ReadJournalRequest,
+  type ReadJournalResponse,
+  type SessionRequest,
+  type SessionResponse,
+} from "./messages.js";
+
+const SERVICE = "/fedmezo.v1.CoordinatorService";
+const UNARY_DEADLINE_MS = 20_000;
+const LEASE_WAIT_MS = 20_000;
+const BUSY_WAIT_MS = 500;
+
+const LOST_CONNECTION: readonly status[] = [
+  status.UNAVAILABLE,
+  status.DEADLINE_EXCEEDED,
+  status.CANCELLED,
+  status.INTERNAL,
+  status.UNKNOWN,
+];
+const TRY_AGAIN: readonly string[] = [
+  "JournalBehindError",
+  "NotReadyError",
+  "UnknownWorkerError",
+  "UnavailableError",
+  "StartingError",
+];
+
+function metadataText(metadata: Metadata | undefined, key: string): string | undefined {
+  const value = metadata?.get(key)[0];
+  return value === undefined ? undefined : String(value);
+}
+
+/** What a failed call means for this worker. */
+export function meaningOf(error: Partial<ServiceError>): Error {
+  const reason = metadataText(error.metadata, "fedmezo-reason");
+  const code = error.code ?? status.UNKNOWN;
+  const sentence = error.details || error.message || status[code];
+  if (reason === "DivergedError") return new DivergedError(sentence);
+  const again = reason === undefined ? LOST_CONNECTION.includes(code) : TRY_AGAIN.includes(reason);
+  if (!again) {
+    const advice =
+      reason === "JournalCompactedError"
+        ? " This worker takes no snapshots; use one that does."
+        : "";
+    return new StopError(`The coordinator refused (${reason ?? status[code]}): ${sentence}${advice}`);
+  }
+  const wait = Number(metadataText(error.metadata, "fedmezo-retry-after-ms"));
+  return new DisconnectError(sentence, Number.isFinite(wait) && wait > 0 ? wait : undefined);
+}
+
+/** A way to carry a session's messages. */
+export interface Connection {
+  send(message: SessionRequest): void;
+  /** The worker has sent its last message. */
+  end(): void;
+  /** Ends the connection now. */
+  cancel(): void;
+}
+
+export interface Listener {
+  message(message: SessionResponse): void;
+  /** The connection is over; without an error it ended as it should. */
+  closed(error?: Error): void;
+  /** Whether an answer is being measured, so that a poll should not wait long. */
+  busy(): boolean;
+}
+
+export class Coordinator {
+  private readonly client: Client;
+
+  /** `rootCertificates`: a file of PEM certificates; undefined means a plain connection. */
+  constructor(address: string, rootCertificates: string | undefined) {
+    const options: ClientOptions = {
+      "grpc.max_receive_message_length": 9 * 1024 * 1024,
+      "grpc.keepalive_time_ms": 60_000,
+      "grpc.keepalive_timeout_ms": 20_000,
+      "grpc.keepalive_permit_without_calls": 1,
+      "grpc.initial_reconnect_backoff_ms": 250,
+      "grpc.max_reconnect_backoff_ms": 10_000,
+    };
+    this.client = new Client(
+      address,
+      rootCertificates === undefined
+        ? credentials.createInsecure()
+        : credentials.createSsl(readFileSync(rootCertificates)),
+      options,
+    );
+  }
+
+  getRun(request: GetRunRequest): Promise<GetRunResponse> {
+    return this.unary("GetRun", codecs.getRunRequest, codecs.getRunResponse, request);
+  }
+
+  readJournal(request: ReadJournalRequest): Promise<ReadJournalResponse> {
+    return this.unary("ReadJournal", codecs.readJournalRequest, codecs.readJournalResponse, request);
+  }
+
+  close(): void {
+    this.client.close();
+  }
+
+  /** Opens a stream and sends the first message. */
+  stream(hello: SessionRequest, listener: Listener): Connection {
+    const call = this.client.makeBidiStreamRequest<SessionRequest, SessionResponse>(
+      `${SERVICE}/Session`,
+      codecs.sessionRequest.encode,
+      codecs.sessionResponse.decode,
+    );
+    call.on("data", (message: SessionResponse) => listener.message(message));
+    call.on("error", () => undefined); // The status says the same.
+    call.on("status", (ended) => {
+      if (ended.code === status.OK) listener.closed();
+      else listener.closed(meaningOf(ended));
+    });
+    call.write(hello);
+    return {
+      send: (message) => void call.write(message),
+      end: () => void call.end(),
+      cancel: () => void call.cancel(),
+    };
+  }
+
+  /** Carries a session in unary calls, one after the other. */
+  poll(hello: SessionRequest, listener: Listener): Connection {
+    let token: Uint8Array = new Uint8Array();
+    let leaving = false;
+    let open = true;
+    const outgoing = [hello];
+    const turn = async (): Promise<void> => {
+      while (open) {
+        const leave = leaving;
+        const response = await this.unary(
+          "PollSession",
+          codecs.pollSessionRequest,
+          codecs.pollSessionResponse,
+          {
+            token,
+            messages: outgoing.splice(0),
+            wait_ms: leave ? 0 : listener.busy() ? BUSY_WAIT_MS : LEASE_WAIT_MS,
+            leave,
+          },
+          LEASE_WAIT_MS + UNARY_DEADLINE_MS,
+        );
+        token = response.token ?? new Uint8Array();
+        for (const message of response.messages ?? []) if (open) listener.message(message);
+        if (leave) open = false;
+      }
+    };
+    // The caller keeps the connection before its first message comes.
+    setImmediate(() => void turn().then(() => listener.closed(), (error: Error) => listener.closed(error)));
+    return {
+      send: (message) => void outgoing.push(message),
+      end: () => void (leaving = true),
+      cancel: () => void (open = false),
+    };
+  }
+
+  private unary<Request, Response>(
+    method: string,
+    request: Codec<Request>,
+    response: Codec<Response>,
+    message: Request,
+    deadlineMs = UNARY_DEADLINE_MS,
+  ): Promise<Response> {
+    return new Promise((resolve, reject) => {
+      this.client.makeUnaryRequest<Request, Response>(
+        `${SERVICE}/${method}`,
+        request.encode,
+        response.decode,
+        message,
+        { deadline: Date.now() + deadlineMs },
+        (error, value) => {
+          if (error) reject(meaningOf(error));
+          else resolve(value as Response);
+        },
+      );
+    });
+  }
+}
