@@ -27,8 +27,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from experiments.judging import Judge
-from fedmezo_coordinator.serving.commit_index import CommitIndex
-from fedmezo_coordinator.serving.hello import check_hello
 from fedmezo_core.errors import FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (
     ApplyCommit,
@@ -55,6 +53,8 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.session import SessionMachine
 from fedmezo_core.records import Committed, Evaluated
+from fedmezo_core.wire.admission import check_hello
+from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import (
     answer_from_pb,
     answer_to_pb,

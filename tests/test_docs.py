@@ -100,7 +100,9 @@ def test_every_setting_is_documented() -> None:
 
 
 def test_limits_are_constants_of_the_modules_that_are_named() -> None:
-    modules = [path for folder in ("fedmezo_core", "coordinator") for path in _python_in(folder)]
+    modules = [
+        path for folder in ("fedmezo", "fedmezo_core", "coordinator") for path in _python_in(folder)
+    ]
     text = (ROOT / "docs/limits.md").read_text()
     limits = re.findall(r"((?:`[A-Z_]+`, )+)([\w/]+\.py)", text)
     assert len(limits) > 10
@@ -115,7 +117,9 @@ def test_limits_are_constants_of_the_modules_that_are_named() -> None:
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_document_names_are_there(page: Path) -> None:
-    folders = "benchmarks|coordinator|deploy|experiments|fedmezo_core|proto|tests|worker"
+    folders = (
+        "benchmarks|coordinator|deploy|examples|experiments|fedmezo|fedmezo_core|proto|tests|worker"
+    )
     for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", page.read_text()):
         assert (ROOT / path).exists(), f"{page.name} names {path}, which is not there"
 

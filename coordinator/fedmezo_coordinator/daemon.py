@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmezo_coordinator.compaction import Compaction, Seal
-from fedmezo_coordinator.serving.hello import check_run_id
 from fedmezo_coordinator.serving.loop import Item, ServingLoop
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.serving.status_report import ReplicaView
@@ -53,6 +52,7 @@ from fedmezo_core.records import (
     Stopped,
     digest64_hex,
 )
+from fedmezo_core.wire.admission import check_run_id
 from fedmezo_core.wire.messages import snapshot_to_pb
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire

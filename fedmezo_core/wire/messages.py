@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig
-from fedmezo_core.errors import ProtocolError, UnavailableError
+from fedmezo_core.errors import FedMezoError, ProtocolError, UnavailableError
 from fedmezo_core.events import (
     Ack,
     Acknowledged,
@@ -31,6 +31,7 @@ from fedmezo_core.events import (
 from fedmezo_core.journal.codec import decode_commit, digest_in, positive
 from fedmezo_core.journal.journal import Row
 from fedmezo_core.records import Genesis, Scalars
+from fedmezo_core.wire.grpc_status import error_from
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -213,7 +214,11 @@ def commits_in(
 
 
 def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEvent:
-    """A message from the coordinator as an event for the session machine."""
+    """A message from the coordinator as an event for the session machine.
+
+    Raises the error with which the coordinator ended the session, if the message says so, and
+    otherwise as `commit_of` and `assigned_from_pb`.
+    """
     match message.WhichOneof("kind"):
         case "welcome":
             welcome = message.welcome
@@ -231,6 +236,8 @@ def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEv
             )
         case "finished":
             return FinishedByCoordinator(message.finished.round)
+        case "ended":
+            raise error_from("", message.ended.reason, message.ended.message)
         case _:
             pass
     raise ProtocolError(
@@ -255,6 +262,11 @@ def message_to_pb(
             )
         case Finish(_, round_):
             return wire.SessionResponse(finished=wire.Finished(round=round_))
+
+
+def error_to_pb(error: FedMezoError) -> wire.SessionResponse:
+    """The error that ends a session, as its last message, for transports without statuses."""
+    return wire.SessionResponse(ended=wire.Ended(reason=type(error).__name__, message=str(error)))
 
 
 def commit_to_pb(row: Row, signature: bytes = b"") -> wire.SessionResponse:

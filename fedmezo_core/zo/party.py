@@ -66,15 +66,14 @@ class Party:
 
     def genesis(self) -> Genesis:
         """The record that begins the journal of a run from this base."""
-        element_bytes = torch.finfo(getattr(torch, self.config.dtype)).bits // 8
-        elements = self.loaded.manifest.element_count
         return Genesis(
             config=self.config,
             manifest_digest=self.manifest_digest,
             base_digest=self.base_digest,
             tokenizer_digest=self.tokenizer_digest,
-            trainable_elements=elements,
-            trainable_bytes=elements * element_bytes,
+            trainable_elements=self.loaded.manifest.element_count,
+            # An adapter is float32 in every run, whatever the run's dtype.
+            trainable_bytes=self.weights.byte_count,
             tokenizer_parts=self.tokenizer_parts,
         )
 
@@ -101,8 +100,8 @@ class Party:
                 f"{self.config.model}; set tokens_max = {positions} or less in [run.task]."
             )
 
-    def encode(self, path: Path, rows: Sequence[Example]) -> Dataset:
-        """The token ids of `rows`, which are from `path`; logs what became of them.
+    def encode(self, path: Path | str, rows: Sequence[Example]) -> Dataset:
+        """The token ids of `rows`, which are from `path` or a source of that name; logs about them.
 
         Raises as `Task.encode` does, and `ConfigError` for a row with more tokens than the model
         has positions, if each has a vector of its own.
@@ -127,7 +126,7 @@ class Party:
             for name, module in self.loaded.model.named_modules()
         )
 
-    def _tell_of_cut_rows(self, path: Path, dataset: Dataset) -> None:
+    def _tell_of_cut_rows(self, path: Path | str, dataset: Dataset) -> None:
         if not dataset.truncated_count:
             log.info("%s: %d rows", path, len(dataset))
             return
@@ -154,7 +153,7 @@ class Party:
             advice,
         )
 
-    def _tell_of_control_tokens(self, path: Path, rows: Sequence[Example]) -> None:
+    def _tell_of_control_tokens(self, path: Path | str, rows: Sequence[Example]) -> None:
         """In an old run, warn of text that the tokenizer takes for a control token."""
         task, controls = self.config.task, control_tokens(self.loaded.tokenizer)
         if task.columns_are_plain or not controls:

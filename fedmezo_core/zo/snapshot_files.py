@@ -69,6 +69,30 @@ def sha256_of(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
+def read_snapshot(path: Path, run_id: str) -> Snapshot:
+    """What the file at `path` says of itself, if `write_snapshot` wrote it for the run `run_id`.
+
+    The weights in it are not checked. Raises `SnapshotDamagedError` for any other file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if metadata.get("run_id") != run_id:
+            raise ValueError(f"it is of run {metadata.get('run_id')}, not of {run_id}")
+        return Snapshot(
+            round=int(metadata["round"]),
+            head=bytes.fromhex(metadata["head"]),
+            weights_digest=bytes.fromhex(metadata["weights_digest"]),
+            file_sha256=sha256_of(path),
+            file_bytes=path.stat().st_size,
+        )
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise SnapshotDamagedError(
+            f"{path} is no file of saved weights that can be used here ({error}); give one of "
+            f"run {run_id}, or begin from the base."
+        ) from None
+
+
 def install_snapshot(path: Path, weights: Weights, snapshot: Snapshot) -> None:
     """Replace `weights` by those in the file at `path`, and check them against the digest.
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from fedmezo.scorer import CancelledMeasurementError
 from fedmezo_core import program
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
@@ -26,7 +27,6 @@ from fedmezo_core.zo.estimator import local_steps
 from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
-from fedmezo_worker.scorer import CancelledMeasurementError
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.integration.support.harness import TASK, config_of
 

@@ -3,37 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import functools
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from fedmezo.torch_engine import TorchEngine
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, SnapshotDamagedError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Snapshot
-from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
-from fedmezo_core.zo.data.batches import Batches
-from fedmezo_core.zo.data.held_out import evaluate
-from fedmezo_core.zo.data.rows import read_rows
-from fedmezo_core.zo.data.task import Dataset
-from fedmezo_core.zo.estimator import Estimator
-from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
-from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, load_objective
-from fedmezo_core.zo.party import Party, commits_of, open_party
 from fedmezo_core.zo.snapshot_files import install_snapshot
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.evaluations import HeldOutResult
-from fedmezo_worker.scorer import CancelledMeasurementError, Scorer
 from fedmezo_worker.worker_settings import WorkerSettings
-
-log = logging.getLogger("fedmezo.worker")
 
 Result = TypeVar("Result")
 
@@ -42,28 +28,13 @@ class _EvaluationCutShortError(Exception):
     """Something more urgent came."""
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """Model and data of a run, and what measures and evaluates with them."""
-
-    party: Party
-    batches: Batches
-    heldout: Dataset | None
-    """None: the settings name no held-out rows."""
-    scorer: Scorer | None
-    """Calls the run's objective; None if the run has none."""
-    row_states: RowStates | None
-    estimator: Estimator
-
-
 class Engine:
     """Loads, measures, applies, digests and evaluates: one at a time, in the order of the calls."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._cut_short = threading.Event()
         self._evaluation_cut_short = threading.Event()
-        self._loaded: Loaded | None = None
+        self._loaded: TorchEngine | None = None
 
     async def load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         """Load model and data for the run; raises what is wrong with either."""
@@ -71,7 +42,7 @@ class Engine:
 
     async def apply(self, commits: Sequence[Committed]) -> None:
         """Fold commits into the weights, in one pass over them."""
-        await self._run(lambda: self._weights.apply(commits[0].round, commits_of(commits)))
+        await self._run(lambda: self.loaded.apply(commits))
 
     async def replay_rate(self) -> float:
         """Pairs times trained elements per second that `apply` reaches, by a short probe."""
@@ -87,15 +58,15 @@ class Engine:
 
     async def digest(self) -> bytes:
         """Return the digest of the weights, 32 bytes."""
-        return await self._run(lambda: self._weights.digest())
+        return await self._run(lambda: self.loaded.digest())
 
     async def measure(self, order: Measure) -> Measured:
         """Measure one assignment.
 
         Raises `MeasurementError` if a loss is not finite, the objective fails, or it was cut short.
         """
-        self._cut_short.clear()
-        return await self._run(lambda: self._measure(order))
+        self.loaded.go_on()
+        return await self._run(lambda: self.loaded.measure(order))
 
     def set_deadline(self, deadline_s: float) -> None:
         """Set when an objective must be done, by `time.monotonic`; a running one must obey, too."""
@@ -104,13 +75,14 @@ class Engine:
 
     def cut_short(self) -> None:
         """End the running measurement before its next pass, without waiting for its objective."""
-        self._cut_short.set()
+        if self._loaded is not None:
+            self._loaded.cut_short()
 
     def evaluate(self) -> asyncio.Future[HeldOutResult | None]:
         """Evaluate the weights on the worker's held-out rows; None if it was cut short.
 
         The call itself queues the work, before it is awaited. Raises `MeasurementError` if the loss
-        is not finite, and `ConfigError` if the settings name no held-out rows.
+        is not finite, and `ConfigError` if there are no held-out rows.
         """
         self._evaluation_cut_short.clear()
         return asyncio.get_running_loop().run_in_executor(self._thread, self._evaluate)
@@ -121,12 +93,12 @@ class Engine:
 
     async def close(self) -> None:
         """Cut short what runs and wait for it."""
-        self._cut_short.set()
-        self._evaluation_cut_short.set()
+        self.cut_short()
+        self.cut_evaluation_short()
         await asyncio.to_thread(self._thread.shutdown)
 
     @property
-    def loaded(self) -> Loaded:
+    def loaded(self) -> TorchEngine:
         """What was loaded for the run."""
         if self._loaded is None:
             raise RuntimeError("nothing is loaded; await `load` first")
@@ -137,50 +109,23 @@ class Engine:
 
     # ------------------------------------------------------------ on the engine's thread
 
-    def _load(self, settings: WorkerSettings, genesis: Genesis) -> Loaded:
-        config = genesis.config
-        # What is quick first: a wrong name or column should not cost a model's loading time.
-        objective = _objective(settings, config)
-        log.info("reading %s", settings.data)
-        rows = read_rows(settings.data, config.task, keep_others=objective is not None)
-        heldout_rows = [] if settings.heldout is None else read_rows(settings.heldout, config.task)
-        log.info("loading %s", settings.model or config.model)
-        party = open_party(
-            config,
-            settings.model or config.model,
+    def _load(self, settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
+        return TorchEngine(
+            genesis,
+            settings.name,
+            settings.model or genesis.config.model,
+            settings.data,
+            heldout=settings.heldout,
             adapter=settings.adapter,
+            objective=_objective(settings, genesis.config),
             threads=settings.threads,
-            placement=Placement(
-                settings.device, settings.device_memory_max, settings.offload_folder
-            ),
+            device=settings.device,
+            device_memory_max_bytes=settings.device_memory_max,
+            offload_folder=settings.offload_folder,
             frozen_base_bits=settings.frozen_base_bits,
-        )
-        party.check_same_base(genesis)
-        heldout = None
-        if settings.heldout is not None:
-            heldout = party.encode(settings.heldout, heldout_rows)
-        dataset = party.encode(settings.data, rows)
-        _check_positions(party, dataset)
-        batches = open_batches(party, dataset, settings.name)
-        scorer = None if objective is None else Scorer(objective, self._cut_short)
-        row_states = None
-        if settings.row_states_max:
-            rows_taken = config.rounds * config.local_steps * config.batch_size
-            row_states = open_row_states(
-                party,
-                SpooledRows(settings.row_states_max),
-                visits=rows_taken / batches.row_count,
-                batch_size=config.batch_size,
-            )
-        estimator = open_estimator(
-            party,
-            threads=settings.threads,
             pass_tokens_max=settings.pass_tokens_max,
-            objective=scorer,
-            row_states=row_states,
-            before_pass=self._end_if_cut_short,
+            row_states_max_bytes=settings.row_states_max,
         )
-        return Loaded(party, batches, heldout, scorer, row_states, estimator)
 
     def _install(self, path: Path, snapshot: Snapshot) -> None:
         try:
@@ -189,44 +134,18 @@ class Engine:
             self._loaded = None
             raise
 
-    def _measure(self, order: Measure) -> Measured:
-        loaded = self.loaded
-        if loaded.scorer is not None:
-            loaded.scorer.check_free()
-        return measure(
-            loaded.party, loaded.estimator, loaded.batches, order, digest=self._weights.digest
-        )
-
     def _evaluate(self) -> HeldOutResult | None:
-        party, row_states = self.loaded.party, self.loaded.row_states
-        if self.loaded.heldout is None:
-            raise ConfigError("The settings name no held-out rows; set heldout.")
-
         def go_on() -> None:
             if self._evaluation_cut_short.is_set():
                 raise _EvaluationCutShortError
 
         try:
-            result = evaluate(
-                party.task,
-                party.loaded.model,
-                self.loaded.heldout,
-                # They fit into memory: a measurement takes each row of a batch at least twice.
-                party.config.batch_size,
-                before_batch=go_on,
-                around_batch=None
-                if row_states is None
-                else functools.partial(row_states.known, before_row=go_on),
-            )
+            result = self.loaded.evaluate(go_on)
         except _EvaluationCutShortError:
             return None
         return HeldOutResult(
-            party.weights.round, result.loss, result.accuracy, result.auc, result.row_count
+            self._weights.round, result.loss, result.accuracy, result.auc, result.row_count
         )
-
-    def _end_if_cut_short(self) -> None:
-        if self._cut_short.is_set():
-            raise CancelledMeasurementError("the round closed before the measurement ended")
 
     @property
     def _weights(self) -> Weights:
@@ -247,15 +166,3 @@ def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:
         f"The run scores batches by {wanted}; start this worker with --objective {wanted} if you "
         "trust that code."
     )
-
-
-def _check_positions(party: Party, dataset: Dataset) -> None:
-    """Refuse prompts and answers that together exceed the positions that the model knows."""
-    generated = party.config.task.generated_tokens_max
-    longest = max(len(example.prompt) for example in dataset.examples)
-    positions = party.positions_max
-    if generated and positions is not None and longest + generated > positions:
-        raise ConfigError(
-            f"A prompt of {longest} tokens and {generated} generated ones don't fit the model's "
-            f"{positions} positions; lower tokens_max or generated_tokens_max."
-        )

@@ -21,6 +21,10 @@ class CheckFailedError(FedMezoError):
     """Something did not come, or is not what the protocol says; ends the check that it is in."""
 
 
+class CheckSkippedError(FedMezoError):
+    """A check cannot be made; the message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """One thing that the protocol promises, and what was seen of it."""
@@ -59,9 +63,11 @@ class Report:
 
     @contextmanager
     def check(self, name: str, section: int) -> Iterator[None]:
-        """Note a check that passes if the block ends without a `CheckFailedError`."""
+        """Note a check that passes if the block ends without one of the errors above."""
         try:
             yield
+        except CheckSkippedError as error:
+            self.skip(name, section, str(error))
         except CheckFailedError as error:
             self.expect(name, section, False, str(error))
         else:

@@ -36,8 +36,6 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 ROUNDS_MIN = 40
 """Rounds that the contract must have, so that the battery does not come to its end."""
 DEADLINE_MS = 600_000
-QUIET_S = 1.0
-"""Time in which a worker that ignores a message shows that it does."""
 
 
 class Model(Protocol):

@@ -61,15 +61,16 @@ def starting(command: str) -> Start:
 
     @asynccontextmanager
     async def start(address: str) -> AsyncIterator[Running]:
-        words = [word.replace("{address}", address) for word in shlex.split(command)]
         try:
-            process = await asyncio.create_subprocess_exec(
-                *words, stdin=asyncio.subprocess.DEVNULL, stdout=2
+            program, *arguments = (
+                word.replace("{address}", address) for word in shlex.split(command)
             )
-        except (OSError, IndexError) as error:
-            reason = getattr(error, "strerror", "there is none")
+            process = await asyncio.create_subprocess_exec(
+                program, *arguments, stdin=asyncio.subprocess.DEVNULL, stdout=2
+            )
+        except (OSError, ValueError) as error:  # ValueError: no words, or a quote without its end
             raise ConfigError(
-                f"The worker's command {command!r} cannot be started ({reason}); check --start."
+                f"The worker's command {command!r} cannot be started ({error}); check --start."
             ) from None
         try:
             yield _Process(process)

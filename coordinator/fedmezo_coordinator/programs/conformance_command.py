@@ -10,6 +10,10 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
+from fedmezo_coordinator.conformance.coordinator_battery import (
+    CoordinatorBattery,
+    CoordinatorTest,
+)
 from fedmezo_coordinator.conformance.report import Report
 from fedmezo_coordinator.conformance.worker_battery import WorkerTest, check_can_lead
 from fedmezo_coordinator.conformance.worker_endings import run_worker_battery, starting
@@ -19,7 +23,7 @@ from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.errors import ConfigError, JournalCorruptError
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal
-from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.layered_settings import check_address, load_settings
 from fedmezo_core.program import worker_packages
 from fedmezo_core.records import Genesis
 
@@ -34,6 +38,30 @@ Format = Annotated[
 PatienceS = Annotated[
     float, typer.Option(min=0.1, help="longest wait for each thing that must come, in seconds")
 ]
+
+
+@conformance_app.command()
+def coordinator(
+    address: Annotated[
+        str, typer.Argument(metavar="HOST:PORT", help="a coordinator that serves a run for this")
+    ],
+    tls_ca: Annotated[
+        Path | None, typer.Option(help="PEM file of the CA to trust; none: no TLS")
+    ] = None,
+    rounds_max: Annotated[
+        int, typer.Option(min=1, help="a run of at most so many rounds is led to its end")
+    ] = 20,
+    patience_s: PatienceS = 20.0,
+    format_: Format = "table",
+) -> None:
+    """Take part in a run as several workers, with honest, repeated and hostile messages."""
+    try:
+        test = CoordinatorTest(check_address(address), tls_ca, rounds_max, patience_s)
+    except ValueError as error:
+        raise ConfigError(f"{address!r} is not allowed: {error}.") from None
+    report = Report("coordinator")
+    asyncio.run(CoordinatorBattery(test, report).run())
+    _print(report, format_)
 
 
 @conformance_app.command()

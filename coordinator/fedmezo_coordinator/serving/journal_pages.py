@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fedmezo_coordinator.serving.commit_index import CommitIndex
-from fedmezo_coordinator.serving.hello import CATCH_UP_ROUNDS_MAX
 from fedmezo_core.errors import JournalCompactedError, NotReadyError, ProtocolError
 from fedmezo_core.journal.journal import Journal, Row
 from fedmezo_core.journal.sealed import StoredState
+from fedmezo_core.wire.admission import CATCH_UP_ROUNDS_MAX
+from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import commit_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from fedmezo_coordinator.coordinator_settings import SESSIONS_LIMIT
-from fedmezo_coordinator.serving.commit_index import CommitIndex
-from fedmezo_coordinator.serving.hello import check_hello, check_run_id
 from fedmezo_coordinator.serving.journal_pages import JournalPages
 from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import RETRY_AFTER_MAX_S, SessionLimit
@@ -39,6 +37,7 @@ from fedmezo_core.errors import (
     UnknownWorkerError,
 )
 from fedmezo_core.events import (
+    AnswerReceived,
     Assign,
     Expel,
     Ready,
@@ -46,6 +45,7 @@ from fedmezo_core.events import (
     RoundEvent,
     RoundMessage,
     Tick,
+    UnableReceived,
     WeightsReported,
     WorkerLost,
     WorkerReady,
@@ -53,13 +53,10 @@ from fedmezo_core.events import (
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import COMMITTED, GENESIS, Entry, Journal, Row
 from fedmezo_core.machines.roster import Phase
-from fedmezo_core.records import Committed, Genesis, digest64_of
-from fedmezo_core.wire.messages import (
-    answer_from_pb,
-    commit_to_pb,
-    message_to_pb,
-    unable_from_pb,
-)
+from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.wire.admission import check_hello, check_run_id, event_from_request
+from fedmezo_core.wire.commit_index import CommitIndex
+from fedmezo_core.wire.messages import commit_to_pb, message_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -334,55 +331,22 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     def _from_worker(self, session: WorkerSession, message: wire.SessionRequest) -> list[ReadyT]:
         worker = session.worker
-        match message.WhichOneof("kind"):
-            case "answer":
-                event: RoundEvent = answer_from_pb(worker, message.answer)
-                if not self._knows_history_of(message.answer):
-                    session.end(
-                        DivergedError(
-                            f"Worker {worker} measured round {message.answer.ticket.round} after "
-                            "another history than this journal's; restart the worker, so that it "
-                            "rebuilds from base and journal."
-                        )
-                    )
-                    return []
+        try:
+            event = event_from_request(worker, message, self._machine.round, self._index.head_at)
+        except FedMezoError as error:
+            session.end(error)
+            return []
+        match event:
+            case AnswerReceived():
                 traffic = session.traffic
                 if traffic.assigned_at_s is not None:
                     waited_s = time.monotonic() - traffic.assigned_at_s
                     traffic.answered_after_ms = int(1000 * waited_s)
-                return [self._machine.step(event)]
-            case "unable":
-                unable = unable_from_pb(worker, message.unable)
-                log.warning("worker %s cannot measure: %s", worker, unable.reason)
-                return [self._machine.step(unable)]
-            case "weights_report":
-                report = message.weights_report
-                if len(report.weights_digest) != 32 or report.round > self._machine.round:
-                    session.end(
-                        ProtocolError(
-                            "A weights report names a committed round (so far "
-                            f"{self._machine.round}, not {report.round}) and a digest of 32 bytes "
-                            f"(not {len(report.weights_digest)}); use the same FedMeZO version."
-                        )
-                    )
-                    return []
-                reported = WeightsReported(worker, report.round, report.weights_digest)
-                return [self._machine.step(reported)]
-            case kind:
-                session.end(
-                    ProtocolError(
-                        f"Message {kind or 'of no known kind'} has no place in an open session; "
-                        "use the same FedMeZO version."
-                    )
-                )
-                return []
-
-    def _knows_history_of(self, answer: wire.Answer) -> bool:
-        """Whether the head that an answer names, if any, is the one that its round began from."""
-        if not answer.HasField("head64"):
-            return True
-        head = self._index.head_at(max(answer.ticket.round - 1, 0))
-        return not head or digest64_of(head) == answer.head64
+            case UnableReceived():
+                log.warning("worker %s cannot measure: %s", worker, event.reason)
+            case WeightsReported():
+                pass
+        return [self._machine.step(event)]
 
     async def _join(self, item: _Join) -> None:
         """Let a worker join, or fail its `done` with what is wrong."""

@@ -19,6 +19,7 @@ from fedmezo_coordinator.serving.journal_pages import WAIT_MS_MAX
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.worker_session import WorkerSession
 from fedmezo_core.errors import FedMezoError, ProtocolError, UnknownWorkerError
+from fedmezo_core.wire.admission import check_nonce
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 LEASE_S = 90.0
@@ -59,6 +60,7 @@ class PollSessions:
         """
         if request.wait_ms > WAIT_MS_MAX:
             raise ProtocolError(f"wait_ms is at most {WAIT_MS_MAX}; ask for less.")
+        check_nonce(request)
         messages, token = list(request.messages), request.token
         if not token:
             token = await self._open(messages)
@@ -92,7 +94,9 @@ class PollSessions:
                 self._end(token)
             else:
                 polling.ends_at_s = asyncio.get_running_loop().time() + LEASE_S
-        return wire.PollSessionResponse(token=token, messages=down, lease_ms=int(1000 * LEASE_S))
+        return wire.PollSessionResponse(
+            token=token, messages=down, lease_ms=int(1000 * LEASE_S), nonce=request.nonce
+        )
 
     async def _open(self, messages: list[wire.SessionRequest]) -> bytes:
         if not messages or messages[0].WhichOneof("kind") != "hello":

@@ -19,7 +19,6 @@ from google.protobuf.message_factory import GetMessageClass
 
 from fedmezo_coordinator.coordinator_settings import SESSIONS_MAX
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
-from fedmezo_coordinator.serving.hello import choose_version
 from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
@@ -29,6 +28,7 @@ from fedmezo_coordinator.serving.write_pacing import WritePacing
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError, StartingError
 from fedmezo_core.program import current_step
+from fedmezo_core.wire.admission import choose_version
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc

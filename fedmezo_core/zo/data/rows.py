@@ -12,7 +12,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,8 +160,34 @@ def read_examples(
     rows: list[Example] = []
     with long_step(f"reading {path}"):
         for file in _files(Path(path).expanduser()):
-            rows.extend(_rows_of(file, columns, keep_others, plain_numbers))
+            records = _records_of(file, columns, keep_others)
+            rows.extend(_examples_of(file, records, columns, keep_others, plain_numbers))
     return rows
+
+
+def rows_of(
+    records: Iterable[Mapping[str, Any]],
+    task: TaskConfig,
+    *,
+    keep_others: bool = False,
+    source: str = "the rows given",
+) -> list[Example]:
+    """Rows that a program holds, such as a list of dicts or a `datasets.Dataset`, as `read_rows`.
+
+    `source` is their name in messages. Raises `DataError` as `read_examples` does.
+    """
+    numbered: list[tuple[int, dict[str, Any]]] = []
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, Mapping):
+            raise DataError(
+                f"Row {number} of {source} is {type(record).__name__}, not a mapping of column "
+                'names to values; give rows like {"text": "...", "label": "..."}.'
+            )
+        numbered.append((number, dict(record)))
+    if not numbered:
+        raise DataError(f"There are no rows in {source}; give at least one.")
+    plain_numbers = task.columns_are_plain
+    return _examples_of(source, numbered, task.data_columns, keep_others, plain_numbers)
 
 
 def _files(path: Path) -> list[Path]:
@@ -210,10 +236,14 @@ def _records_of(
     return records
 
 
-def _rows_of(
-    file: Path, columns: Sequence[str], keep_others: bool, plain_numbers: bool
+def _examples_of(
+    file: Path | str,
+    records: Sequence[tuple[int, dict[str, Any]]],
+    columns: Sequence[str],
+    keep_others: bool,
+    plain_numbers: bool,
 ) -> list[Example]:
-    records = _records_of(file, columns, keep_others)
+    """Numbered records with `columns` as text; `file` is their file, or their name in messages."""
     if plain_numbers:
         records = [
             (number, {name: _whole(value) for name, value in record.items()})
@@ -241,7 +271,7 @@ def _rows_of(
     return [Example(values(number, record), str(file), number) for number, record in records]
 
 
-def _text(file: Path, number: int, record: dict[str, Any], column: str) -> str:
+def _text(file: Path | str, number: int, record: dict[str, Any], column: str) -> str:
     value = record.get(column)
     text = _text_of(value)
     name = shown_columns([column])

@@ -478,6 +478,7 @@ class SessionResponse(google.protobuf.message.Message):
     ACK_FIELD_NUMBER: builtins.int
     REFUSED_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
+    ENDED_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___Welcome:
         """The answer to hello."""
@@ -502,6 +503,12 @@ class SessionResponse(google.protobuf.message.Message):
     def finished(self) -> Global___Finished:
         """The run is over: apply what came before, report the weights, leave."""
 
+    @property
+    def ended(self) -> Global___Ended:
+        """The session ends with an error. Only where the transport has no other way to say so: a gRPC call
+        ends with a status instead.
+        """
+
     def __init__(
         self,
         *,
@@ -511,10 +518,11 @@ class SessionResponse(google.protobuf.message.Message):
         ack: Global___Ack | None = ...,
         refused: Global___Refused | None = ...,
         finished: Global___Finished | None = ...,
+        ended: Global___Ended | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "finished", b"finished", "kind", b"kind", "refused", b"refused", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "finished", b"finished", "kind", b"kind", "refused", b"refused", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "commit", "assign", "ack", "refused", "finished"] | None: ...
+    def HasField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "commit", "assign", "ack", "refused", "finished", "ended"] | None: ...
 
 Global___SessionResponse: typing_extensions.TypeAlias = SessionResponse
 
@@ -706,6 +714,28 @@ class Finished(google.protobuf.message.Message):
 Global___Finished: typing_extensions.TypeAlias = Finished
 
 @typing.final
+class Ended(google.protobuf.message.Message):
+    """The session is over."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    reason: builtins.str
+    """Class name in fedmezo_core.errors."""
+    message: builtins.str
+    """One sentence for a person."""
+    def __init__(
+        self,
+        *,
+        reason: builtins.str = ...,
+        message: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["message", b"message", "reason", b"reason"]) -> None: ...
+
+Global___Ended: typing_extensions.TypeAlias = Ended
+
+@typing.final
 class PollSessionRequest(google.protobuf.message.Message):
     """One call of a session without a stream. It takes messages up and brings down what waits."""
 
@@ -715,12 +745,17 @@ class PollSessionRequest(google.protobuf.message.Message):
     MESSAGES_FIELD_NUMBER: builtins.int
     WAIT_MS_FIELD_NUMBER: builtins.int
     LEAVE_FIELD_NUMBER: builtins.int
+    NONCE_FIELD_NUMBER: builtins.int
     token: builtins.bytes
     """Empty in the session's first call, then the token of the last response. 16 bytes."""
     wait_ms: builtins.int
     """How long to wait for a message to go down, in milliseconds, 0 to 30000."""
     leave: builtins.bool
     """Ends the session with this call."""
+    nonce: builtins.bytes
+    """The response repeats it, so that a caller whose messages may come late or twice knows which of its
+    requests a response belongs to. At most 32 bytes.
+    """
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SessionRequest]:
         """Messages as in a stream, in order. The first message of the first call is `hello`. 64 KiB in all."""
@@ -732,8 +767,9 @@ class PollSessionRequest(google.protobuf.message.Message):
         messages: collections.abc.Iterable[Global___SessionRequest] | None = ...,
         wait_ms: builtins.int = ...,
         leave: builtins.bool = ...,
+        nonce: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["leave", b"leave", "messages", b"messages", "token", b"token", "wait_ms", b"wait_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["leave", b"leave", "messages", b"messages", "nonce", b"nonce", "token", b"token", "wait_ms", b"wait_ms"]) -> None: ...
 
 Global___PollSessionRequest: typing_extensions.TypeAlias = PollSessionRequest
 
@@ -748,10 +784,13 @@ class PollSessionResponse(google.protobuf.message.Message):
     TOKEN_FIELD_NUMBER: builtins.int
     MESSAGES_FIELD_NUMBER: builtins.int
     LEASE_MS_FIELD_NUMBER: builtins.int
+    NONCE_FIELD_NUMBER: builtins.int
     token: builtins.bytes
     """Names the session in its next call, which must not begin before this response has arrived."""
     lease_ms: builtins.int
     """The session ends unless the next call comes within this time, in milliseconds."""
+    nonce: builtins.bytes
+    """The request's nonce."""
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SessionResponse]:
         """Messages in order. More may wait."""
@@ -762,8 +801,9 @@ class PollSessionResponse(google.protobuf.message.Message):
         token: builtins.bytes = ...,
         messages: collections.abc.Iterable[Global___SessionResponse] | None = ...,
         lease_ms: builtins.int = ...,
+        nonce: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms", "messages", b"messages", "token", b"token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["lease_ms", b"lease_ms", "messages", b"messages", "nonce", b"nonce", "token", b"token"]) -> None: ...
 
 Global___PollSessionResponse: typing_extensions.TypeAlias = PollSessionResponse
 

@@ -420,7 +420,7 @@ class Genesis(google.protobuf.message.Message):
     trainable_elements: builtins.int
     """Count of trainable elements."""
     trainable_bytes: builtins.int
-    """Bytes of the trainable tensors, in the run's dtype."""
+    """Bytes of the trainable tensors. Those of an adapter are float32 in every run."""
     @property
     def config(self) -> Global___RunConfig:
         """The contract that all parties compute with."""

@@ -25,7 +25,7 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker import member
 from fedmezo_worker.agent import Agent
 from tests.faults.light_worker import LightEngine, light_agent
-from tests.integration.support.harness import config_of, genesis_of
+from tests.integration.support.harness import PATIENCE_S, config_of, genesis_of
 from tests.sim.checker import BASE_WEIGHTS, measure, weights_after
 
 CONFIG = config_of(rounds=60, probes=4, local_steps=1, report_losses=True)
@@ -89,7 +89,7 @@ def light(address: str) -> Agent:
 async def report_on(config: RunConfig) -> Report:
     """What the whole battery says of our worker."""
     report = Report("worker")
-    test = WorkerTest(genesis_of(config), LightModel(), likeness, patience_s=20.0)
+    test = WorkerTest(genesis_of(config), LightModel(), likeness, patience_s=PATIENCE_S)
     await run_worker_battery(test, report, "127.0.0.1:0", starting(light), lambda _: None)
     return report
 
@@ -130,7 +130,7 @@ async def only(
 
     monkeypatch.setattr(worker_battery.WorkerBattery, "sequences", some)
     report = Report("worker")
-    test = WorkerTest(genesis_of(CONFIG), LightModel(), likeness, patience_s=2.0)
+    test = WorkerTest(genesis_of(CONFIG), LightModel(), likeness, patience_s=PATIENCE_S)
     battery = worker_battery.WorkerBattery(test, report)
     async with scripted(battery.server, "127.0.0.1:0") as address, starting(make)(address):
         await battery.run()

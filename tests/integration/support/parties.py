@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fedmezo.torch_engine import TorchEngine
 from fedmezo_core.errors import FedMezoError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Genesis
@@ -21,7 +22,7 @@ from fedmezo_core.zo.model.loading import quiet
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.party import Party
 from fedmezo_worker.agent import Agent
-from fedmezo_worker.engine import Engine, Loaded
+from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.core.zo.conftest import make_tokenizer
 
@@ -95,7 +96,7 @@ class GatedEngine(Engine):
             await self.gate.wait()
         return await super().measure(order)
 
-    def _load(self, settings: WorkerSettings, genesis: Genesis) -> Loaded:
+    def _load(self, settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
         with _LOADING:
             return super()._load(settings, genesis)
 

@@ -69,6 +69,9 @@ def test_one_runs_adapter_is_the_next_ones_base(
     ):
         _party(folder, kind, None, dtype).check_same_base(second.genesis())
 
+    genesis = second.genesis()
+    assert genesis.trainable_bytes == 4 * genesis.trainable_elements, "an adapter is float32"
+
     second.weights.apply(1, [_commit(2)])
     export_adapter(second.loaded, tmp_path / "second", CARD)
     with torch.inference_mode():

@@ -1,8 +1,9 @@
-"""Checks of a worker's hello against the run; they are pure."""
+"""Checks of what a worker sends: its hello, and the messages of its open session. They are pure."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from fedmezo_core.config import NAME_PATTERN, PROTOCOL_VERSION
 from fedmezo_core.errors import (
@@ -15,8 +16,10 @@ from fedmezo_core.errors import (
     VersionError,
     WrongRunError,
 )
+from fedmezo_core.events import AnswerReceived, UnableReceived, WeightsReported
 from fedmezo_core.machines.divergence import REPLICA_PARTY
-from fedmezo_core.records import Genesis
+from fedmezo_core.records import Genesis, digest64_of
+from fedmezo_core.wire.messages import answer_from_pb, unable_from_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 CATCH_UP_ROUNDS_MAX = 512
@@ -27,6 +30,9 @@ from memory: nothing waits for the disk while a worker joins."""
 # caller sent.
 NAME_CHARS_SHOWN_MAX = 64
 VERSIONS_SHOWN_MAX = 8
+
+NONCE_BYTES_MAX = 32
+"""Most bytes of the nonce of a call without a stream."""
 
 
 def choose_version(offered: list[int]) -> int:
@@ -46,6 +52,15 @@ def check_run_id(asked: str, served: str) -> None:
         raise WrongRunError(
             f"Run {asked[:NAME_CHARS_SHOWN_MAX]!r} is not served here; this coordinator serves "
             f"{served!r}. Check the address and the run id."
+        )
+
+
+def check_nonce(request: wire.PollSessionRequest) -> None:
+    """Raise `ProtocolError` for a call whose nonce is too long to be repeated."""
+    if len(request.nonce) > NONCE_BYTES_MAX:
+        raise ProtocolError(
+            f"A nonce has at most {NONCE_BYTES_MAX} bytes, not {len(request.nonce)}; make a "
+            "shorter one."
         )
 
 
@@ -105,3 +120,40 @@ def check_hello(
             f"Worker {hello.worker} is {round_ - hello.round} rounds behind, more than "
             f"{catch_up_rounds}; read the journal first, then join."
         )
+
+
+def event_from_request(
+    worker: str, message: wire.SessionRequest, round_: int, head_at: Callable[[int], bytes]
+) -> AnswerReceived | UnableReceived | WeightsReported:
+    """A message of a worker's open session as an event for the machine that serves it.
+
+    `round_` is the last committed round; `head_at` gives the head after a round, empty if it is not
+    known. Raises the `FedMezoError` with which the session must end.
+    """
+    match message.WhichOneof("kind"):
+        case "answer":
+            answer = message.answer
+            head = head_at(max(answer.ticket.round - 1, 0)) if answer.HasField("head64") else b""
+            if head and digest64_of(head) != answer.head64:
+                raise DivergedError(
+                    f"Worker {worker} measured round {answer.ticket.round} after another history "
+                    "than this journal's; restart the worker, so that it rebuilds from base and "
+                    "journal."
+                )
+            return answer_from_pb(worker, answer)
+        case "unable":
+            return unable_from_pb(worker, message.unable)
+        case "weights_report":
+            report = message.weights_report
+            if len(report.weights_digest) != 32 or report.round > round_:
+                raise ProtocolError(
+                    f"A weights report names a committed round (so far {round_}, not "
+                    f"{report.round}) and a digest of 32 bytes (not "
+                    f"{len(report.weights_digest)}); use the same FedMeZO version."
+                )
+            return WeightsReported(worker, report.round, report.weights_digest)
+        case kind:
+            raise ProtocolError(
+                f"Message {kind or 'of no known kind'} has no place in an open session; "
+                "use the same FedMeZO version."
+            )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fedmezo_coordinator.serving.hello import (
+from fedmezo_core.config import PROTOCOL_VERSION
+from fedmezo_core.errors import NotReadyError, VersionError, WrongRunError
+from fedmezo_core.wire.admission import (
     CATCH_UP_ROUNDS_MAX,
     check_hello,
     check_run_id,
     choose_version,
 )
-from fedmezo_core.config import PROTOCOL_VERSION
-from fedmezo_core.errors import NotReadyError, VersionError, WrongRunError
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import config_of, genesis_of
 

@@ -1,0 +1,241 @@
+"""The library and the daemons: the same seed and data give the same journal and digest."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fedmezo
+from fedmezo import Coordinator, Genesis, Session, TorchEngine
+from fedmezo_core.errors import ConfigError, DataError, MismatchError, SnapshotDamagedError
+from fedmezo_core.journal.codec import decode_record
+from fedmezo_core.journal.journal import Journal, MemoryStore
+from fedmezo_core.records import Committed, Record
+from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.integration.support.harness import (
+    TASK,
+    config_of,
+    genesis_of,
+    records_of,
+    run_values,
+    served,
+)
+from tests.integration.support.parties import Workers, save_model
+from tests.library.light_engine import LightEngine
+
+pytestmark = pytest.mark.slow
+
+RUN: dict[str, Any] = {"workers_min": 3, "quorum": 3, "rounds": 4}
+
+
+def by_kind(records: list[Record]) -> list[str]:
+    """Records in an order that does not depend on which worker answers first."""
+    return sorted(map(repr, records))
+
+
+def open_sessions(genesis: Genesis, model: Path, data: list[Path]) -> dict[str, Session]:
+    return {
+        f"w{k}": Session.open(genesis, f"w{k}", model, path, threads=1, device="cpu")
+        for k, path in enumerate(data[:3], start=1)
+    }
+
+
+def run_to_the_end(coordinator: Coordinator, sessions: dict[str, Session]) -> None:
+    downs = dict.fromkeys(sessions, b"")
+    while not coordinator.done:
+        for name, session in sessions.items():
+            downs[name] = coordinator.exchange(session.exchange(downs[name]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"seed_policy": "pool", "pool_size": 16, "rebase_every_rounds": 2},
+        {"weighting": "rows", "report_losses": True, "normalized_step": True},
+    ],
+    ids=["plain", "pool", "rows and losses"],
+)
+async def test_library_and_daemon_write_the_same_journal(
+    tmp_path: Path,
+    model_folder: Path,
+    data_files: list[Path],
+    workers: Workers,
+    tiny_genesis: Callable[..., Genesis],
+    changes: dict[str, Any],
+) -> None:
+    genesis = tiny_genesis(**RUN, **changes)
+    async with served(tmp_path / "journal.db", genesis) as at:
+        started = workers.start_all(at.address, data_files[:3])
+        assert not [error for one in started if (error := await one.outcome())]
+        over_grpc = {one.name: await one.engine.digest() for one in started}
+    store = MemoryStore()
+    coordinator = Coordinator(genesis, store)
+    sessions = open_sessions(genesis, model_folder, data_files)
+    run_to_the_end(coordinator, sessions)
+    ours = [decode_record(entry.row.body) for entry in Journal(store).load()]
+    theirs = records_of(tmp_path / "journal.db")
+    assert [r for r in ours if isinstance(r, Committed)] == [
+        r for r in theirs if isinstance(r, Committed)
+    ]
+    assert by_kind(ours) == by_kind(theirs)
+    assert coordinator.digests == over_grpc
+    # Each goes on from the other's journal.
+    again = Coordinator(None, tmp_path / "journal.db")
+    assert again.head == coordinator.head
+    again.close()
+
+
+async def test_an_exchange_is_a_call_of_the_daemon_without_a_stream(
+    tmp_path: Path,
+) -> None:
+    """`Session.exchange` speaks to `PollSession` as it does to a `Coordinator`."""
+    genesis = genesis_of(config_of(**RUN))
+    in_library = Coordinator(genesis)
+    names = ("a", "b", "c")
+    run_to_the_end(in_library, {name: Session(genesis, name, LightEngine(name)) for name in names})
+
+    async def work(client: CoordinatorClient, name: str) -> bytes:
+        engine = LightEngine(name)
+        session, down = Session(genesis, name, engine), b""
+        while True:
+            request = wire.PollSessionRequest.FromString(session.exchange(down))
+            stub: Any = client._stub
+            down = (await stub.PollSession(request)).SerializeToString()
+            if session.finished:
+                return engine.digest()
+
+    async with (
+        served(tmp_path / "journal.db", genesis) as at,
+        CoordinatorClient(at.address) as client,
+    ):
+        digests = await asyncio.gather(*(work(client, name) for name in names))
+    assert set(digests) == set(in_library.digests.values())
+    commits = [r for r in records_of(tmp_path / "journal.db") if isinstance(r, Committed)]
+    assert len(commits) == genesis.config.rounds
+
+
+# ---------------------------------------------------------------- the torch engine
+
+
+class LikeADataset:
+    """What a `datasets.Dataset` has of rows: it can be iterated and has a length."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self._rows = rows
+        self.column_names = list(rows[0])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._rows)
+
+
+def test_rows_of_a_file_a_list_and_a_dataset_give_the_same_run(
+    model_folder: Path, data_files: list[Path], tiny_genesis: Callable[..., Genesis]
+) -> None:
+    genesis = tiny_genesis(workers_min=1, quorum=1, rounds=2)
+    rows = [json.loads(line) for line in data_files[0].read_text().splitlines()]
+    heads = set()
+    for given in (data_files[0], str(data_files[0]), rows, LikeADataset(rows)):
+        coordinator = Coordinator(genesis)
+        session = Session.open(genesis, "w1", model_folder, given, threads=1)
+        run_to_the_end(coordinator, {"w1": session})
+        heads.add(coordinator.head)
+    assert len(heads) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([], "There are no rows in the rows given"),
+        (["a row"], "Row 1 of the rows given is str, not a mapping"),
+        ([{"text": "Fine."}], "the rows given has no column label; its columns are text"),
+        ([{"text": "Fine.", "label": "sideways"}], "sideways"),
+        ([{"text": None, "label": "positive"}], "Row 1 of the rows given has no text"),
+    ],
+    ids=["none", "text", "no label", "unknown label", "missing value"],
+)
+def test_bad_rows_are_named(
+    model_folder: Path, tiny_genesis: Callable[..., Genesis], rows: Any, sentence: str
+) -> None:
+    with pytest.raises(DataError, match=sentence):
+        TorchEngine(tiny_genesis(), "w1", model_folder, rows, threads=1)
+
+
+def test_another_model_is_refused(
+    tmp_path: Path, data_files: list[Path], tiny_genesis: Callable[..., Genesis]
+) -> None:
+    save_model(tmp_path / "other", change=1.0)
+    with pytest.raises(MismatchError, match="base weights loaded here differ"):
+        Session.open(tiny_genesis(), "w1", tmp_path / "other", data_files[0], threads=1)
+
+
+def test_begin_run_gives_the_genesis_that_the_daemon_would(
+    model_folder: Path, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    begun = fedmezo.begin_run(run_values(), model_folder, threads=1)
+    assert begun == tiny_genesis()
+    assert fedmezo.decode_genesis(fedmezo.encode_genesis(begun)) == begun
+    with pytest.raises(ConfigError, match=r"the run's contract: roundz is not a known setting"):
+        fedmezo.begin_run(run_values(roundz=3), model_folder)
+
+
+def test_saved_weights_go_on_with_the_run(
+    tmp_path: Path,
+    model_folder: Path,
+    data_files: list[Path],
+    tiny_genesis: Callable[..., Genesis],
+) -> None:
+    genesis = tiny_genesis(workers_min=1, quorum=1, rounds=4)
+    coordinator = Coordinator(genesis)
+
+    def fresh() -> Session:
+        return Session.open(genesis, "w1", model_folder, data_files[0], threads=1)
+
+    session, down = fresh(), b""
+    while session.round < 2:
+        down = coordinator.exchange(session.exchange(down))
+    path = session.save(tmp_path / "saved")
+    again = fresh()
+    again.restore(path)
+    assert (again.round, again.head) == (2, session.head)
+    assert again.engine.digest() == session.engine.digest()
+    run_to_the_end(coordinator, {"w1": again})
+    whole = Coordinator(genesis)
+    run_to_the_end(whole, {"w1": fresh()})
+    assert coordinator.digests == whole.digests
+    path.write_bytes(path.read_bytes()[:-1] + b"\x00\x00")
+    with pytest.raises(SnapshotDamagedError):
+        fresh().restore(path)
+    with pytest.raises(SnapshotDamagedError, match="it is of run tiny-run, not of other"):
+        Session.open(
+            tiny_genesis(run_id="other"), "w1", model_folder, data_files[0], threads=1
+        ).restore(session.save(tmp_path / "saved"))
+
+
+def test_an_objective_is_given_as_a_function(
+    model_folder: Path, data_files: list[Path], tiny_genesis: Callable[..., Genesis]
+) -> None:
+    task = TASK | {"objective": "my.module:score"}
+    genesis = tiny_genesis(workers_min=1, quorum=1, rounds=1, task=task)
+    calls = []
+
+    def score(predictions: fedmezo.Predictions) -> float:
+        calls.append(len(predictions.rows))
+        return -float(predictions.log_likelihoods.sum())
+
+    session = Session.open(genesis, "w1", model_folder, data_files[0], objective=score, threads=1)
+    run_to_the_end(Coordinator(genesis), {"w1": session})
+    assert calls == [4] * 4
+    with pytest.raises(ConfigError, match=r"by my\.module:score; give that function"):
+        Session.open(genesis, "w1", model_folder, data_files[0])
+    with pytest.raises(ConfigError, match="by their loss, not by an objective"):
+        Session.open(tiny_genesis(), "w1", model_folder, data_files[0], objective=score)
