@@ -20,3 +20,20 @@ export class DisconnectError extends Error {
 export class DivergedError extends Error {
   override name = "DivergedError";
 }
+
+const TRY_AGAIN: readonly string[] = [
+  "JournalBehindError",
+  "NotReadyError",
+  "UnknownWorkerError",
+  "UnavailableError",
+  "StartingError",
+];
+
+/** What a session's or call's end means for this worker, by the reason that it gives (section 13). */
+export function errorOf(reason: string, sentence: string, retryAfterMs?: number): Error {
+  if (reason === "DivergedError") return new DivergedError(sentence);
+  if (TRY_AGAIN.includes(reason)) return new DisconnectError(sentence, retryAfterMs);
+  const advice =
+    reason === "JournalCompactedError" ? " This worker takes no snapshots; use one that does." : "";
+  return new StopError(`The coordinator refused (${reason}): ${sentence}${advice}`);
+}

@@ -34,7 +34,12 @@ function keyOf(text: string | undefined): Uint8Array | undefined {
   return key;
 }
 
-function same(what: string, ours: Uint8Array, theirs: Uint8Array | undefined, remedy: string): void {
+function same(
+  what: string,
+  ours: Uint8Array,
+  theirs: Uint8Array | undefined,
+  remedy: string,
+): void {
   if (Buffer.compare(ours, theirs ?? new Uint8Array()) === 0) return;
   const [mine, run] = [ours, theirs ?? []].map((bytes) => Buffer.from(bytes).toString("hex"));
   throw new StopError(`The run's ${what} is ${run}, and ours is ${mine}. ${remedy}`);
@@ -66,7 +71,9 @@ async function main(): Promise<void> {
   const { coordinator: address, name, data, form: folder } = values;
   if (!address || !name || !data || !folder) throw new StopError(`An option is missing.\n${USAGE}`);
   if (!/^[a-z0-9][a-z0-9-]{0,63}$/.test(name) || name === "replica") {
-    throw new StopError(`--name ${name} is no worker's name: 1 to 64 of a-z, 0-9 and -, not "replica".`);
+    throw new StopError(
+      `--name ${name} is no worker's name: 1 to 64 of a-z, 0-9 and -, not "replica".`,
+    );
   }
   const threads = Number(values.threads);
   if (!(Number.isInteger(threads) && threads >= 1)) {

@@ -74,6 +74,10 @@ export interface Refused {
 export interface Finished {
   round?: string;
 }
+export interface Ended {
+  reason?: string;
+  message?: string;
+}
 export interface SessionResponse {
   welcome?: Welcome;
   commit?: CommitNotice;
@@ -81,6 +85,7 @@ export interface SessionResponse {
   ack?: Ack;
   refused?: Refused;
   finished?: Finished;
+  ended?: Ended;
 }
 
 export interface GetRunRequest {

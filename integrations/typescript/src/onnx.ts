@@ -34,11 +34,20 @@ export function readSafetensors(path: string): Tensor[] {
     { dtype: string; shape: number[]; data_offsets: [number, number] }
   >;
   delete header["__metadata__"];
-  return Object.entries(header).map(([name, { dtype, shape, data_offsets: [start, end] }]) => {
-    if (dtype !== "F32") throw new StopError(`${name} of ${path} is ${dtype}; adapters are F32.`);
-    const bytes = file.subarray(8 + headerBytes + start, 8 + headerBytes + end);
-    return { name, shape, values: new Float32Array(new Uint8Array(bytes).buffer) };
-  });
+  return Object.entries(header).map(
+    ([
+      name,
+      {
+        dtype,
+        shape,
+        data_offsets: [start, end],
+      },
+    ]) => {
+      if (dtype !== "F32") throw new StopError(`${name} of ${path} is ${dtype}; adapters are F32.`);
+      const bytes = file.subarray(8 + headerBytes + start, 8 + headerBytes + end);
+      return { name, shape, values: new Float32Array(new Uint8Array(bytes).buffer) };
+    },
+  );
 }
 
 async function sha256OfFile(path: string): Promise<string> {
@@ -81,7 +90,9 @@ export class OnnxModel {
     }
     for (const [name, wanted] of Object.entries(form.files)) {
       if ((await sha256OfFile(join(folder, name))) !== wanted) {
-        throw new StopError(`${name} in ${folder} is not the file that was exported. Export it again.`);
+        throw new StopError(
+          `${name} in ${folder} is not the file that was exported. Export it again.`,
+        );
       }
     }
     const tensors = new Map(
@@ -94,7 +105,9 @@ export class OnnxModel {
         return tensor;
       }),
     );
-    const initial = manifest.tensors.map(({ name }) => tensors.get(name)?.values ?? new Float32Array());
+    const initial = manifest.tensors.map(
+      ({ name }) => tensors.get(name)?.values ?? new Float32Array(),
+    );
     const frozen: Record<string, ort.Tensor> = {};
     for (const { name, shape, values } of tensors.values()) {
       if (!form.trained.includes(name)) frozen[name] = new ort.Tensor("float32", values, shape);
@@ -143,7 +156,11 @@ export class OnnxModel {
       input_ids: new ort.Tensor("int64", ids, [count, length]),
       attention_mask: new ort.Tensor("int64", mask, [count, length]),
       position_ids: new ort.Tensor("int64", positions, [count, length]),
-      rows: new ort.Tensor("int64", BigInt64Array.from(examples, (_, row) => BigInt(row)), [count]),
+      rows: new ort.Tensor(
+        "int64",
+        BigInt64Array.from(examples, (_, row) => BigInt(row)),
+        [count],
+      ),
       columns: new ort.Tensor(
         "int64",
         BigInt64Array.from(examples, ({ tokens }) => BigInt(tokens.length - 1)),

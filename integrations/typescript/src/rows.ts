@@ -20,7 +20,9 @@ function filesOf(path: string): string[] {
     : [path];
   const other = files.find((file) => !file.endsWith(".jsonl"));
   if (other !== undefined || files.length === 0) {
-    throw new StopError(`${other ?? path} holds no rows for this worker, which reads .jsonl files.`);
+    throw new StopError(
+      `${other ?? path} holds no rows for this worker, which reads .jsonl files.`,
+    );
   }
   return files;
 }
@@ -54,7 +56,9 @@ export function readRows(path: string, columns: readonly string[]): Row[] {
         for (const column of columns) {
           const text = textOf(object[column], `${place}, column ${JSON.stringify(column)},`);
           if (text === undefined || text.trim() === "") {
-            throw new StopError(`${place} has nothing in column ${JSON.stringify(column)}; fill it in.`);
+            throw new StopError(
+              `${place} has nothing in column ${JSON.stringify(column)}; fill it in.`,
+            );
           }
           row[column] = text;
         }

@@ -3,7 +3,7 @@
  * sections 8 and 10).
  */
 import type { Contract } from "./contract.js";
-import { DisconnectError, StopError } from "./errors.js";
+import { DisconnectError, errorOf, StopError } from "./errors.js";
 import { digest64 } from "./hashing.js";
 import type { Weights } from "./manifest.js";
 import type { Measurement, MeasurementPlan } from "./measuring.js";
@@ -19,13 +19,7 @@ import type {
   Ticket,
   Welcome,
 } from "./messages.js";
-import {
-  checkSignature,
-  decodeCommit,
-  headAfter,
-  NO_HEAD,
-  type CommitLimits,
-} from "./records.js";
+import { checkSignature, decodeCommit, headAfter, NO_HEAD, type CommitLimits } from "./records.js";
 
 /** What a worker is in a run. The digests are its own, compared with the genesis's. */
 export interface Membership {
@@ -85,7 +79,10 @@ function sameBytes(left: Uint8Array | undefined, right: Uint8Array): boolean {
 export class Session {
   private readonly limits: CommitLimits;
   private readonly genesisHead: Buffer;
-  private readonly answers = new Map<string, { readonly round: bigint; readonly body: AnswerBody }>();
+  private readonly answers = new Map<
+    string,
+    { readonly round: bigint; readonly body: AnswerBody }
+  >();
   private readonly queue: Task[] = [];
   private current: Task | undefined;
   private state: "offline" | "greeting" | "online" | "left" = "offline";
@@ -202,8 +199,8 @@ export class Session {
   receive(message: SessionResponse): Reaction {
     const { state } = this;
     if (message.welcome && state === "greeting") return this.onWelcome(message.welcome);
-    if (message.ack && state === "left") return NOTHING;
-    if (message.refused && state === "left") return NOTHING;
+    if (message.ended) throw errorOf(message.ended.reason ?? "", message.ended.message ?? "");
+    if ((message.ack || message.refused) && state === "left") return NOTHING;
     const kind = Object.keys(message)[0];
     if (kind === undefined) {
       throw new StopError(
@@ -324,7 +321,15 @@ export class Session {
 
     const ticket: Ticket = { epoch, round: String(round), slot };
     const wantDigest = assign.want_digest ?? false;
-    const key = JSON.stringify([String(round), slot, String(firstSeed), offsets, rate, eps, wantDigest]);
+    const key = JSON.stringify([
+      String(round),
+      slot,
+      String(firstSeed),
+      offsets,
+      rate,
+      eps,
+      wantDigest,
+    ]);
     const known = this.answers.get(key);
     if (known) return { send: [{ answer: { ticket, ...known.body } }] };
     const same = [this.current, ...this.queue].find((task) => task?.key === key);
@@ -358,7 +363,11 @@ export class Session {
   private onAck(ack: Ack): Reaction {
     const round = BigInt(ack.ticket?.round ?? 0) - 1n;
     const known =
-      round === this.heldRound ? this.head : round === this.heldRound - 1n ? this.headBefore : undefined;
+      round === this.heldRound
+        ? this.head
+        : round === this.heldRound - 1n
+          ? this.headBefore
+          : undefined;
     if (known && !sameBytes(ack.head, known)) throw this.anotherHistory(round);
     return NOTHING;
   }

@@ -8,7 +8,7 @@ import {
   type Metadata,
   type ServiceError,
 } from "@grpc/grpc-js";
-import { DisconnectError, DivergedError, StopError } from "./errors.js";
+import { DisconnectError, errorOf } from "./errors.js";
 import {
   codecs,
   type Codec,
@@ -32,14 +32,6 @@ const LOST_CONNECTION: readonly status[] = [
   status.INTERNAL,
   status.UNKNOWN,
 ];
-const TRY_AGAIN: readonly string[] = [
-  "JournalBehindError",
-  "NotReadyError",
-  "UnknownWorkerError",
-  "UnavailableError",
-  "StartingError",
-];
-
 function metadataText(metadata: Metadata | undefined, key: string): string | undefined {
   const value = metadata?.get(key)[0];
   return value === undefined ? undefined : String(value);
@@ -50,17 +42,9 @@ export function meaningOf(error: Partial<ServiceError>): Error {
   const reason = metadataText(error.metadata, "fedmezo-reason");
   const code = error.code ?? status.UNKNOWN;
   const sentence = error.details || error.message || status[code];
-  if (reason === "DivergedError") return new DivergedError(sentence);
-  const again = reason === undefined ? LOST_CONNECTION.includes(code) : TRY_AGAIN.includes(reason);
-  if (!again) {
-    const advice =
-      reason === "JournalCompactedError"
-        ? " This worker takes no snapshots; use one that does."
-        : "";
-    return new StopError(`The coordinator refused (${reason ?? status[code]}): ${sentence}${advice}`);
-  }
+  if (reason === undefined && LOST_CONNECTION.includes(code)) return new DisconnectError(sentence);
   const wait = Number(metadataText(error.metadata, "fedmezo-retry-after-ms"));
-  return new DisconnectError(sentence, Number.isFinite(wait) && wait > 0 ? wait : undefined);
+  return errorOf(reason ?? status[code], sentence, wait > 0 ? wait : undefined);
 }
 
 /** A way to carry a session's messages. */
@@ -107,7 +91,12 @@ export class Coordinator {
   }
 
   readJournal(request: ReadJournalRequest): Promise<ReadJournalResponse> {
-    return this.unary("ReadJournal", codecs.readJournalRequest, codecs.readJournalResponse, request);
+    return this.unary(
+      "ReadJournal",
+      codecs.readJournalRequest,
+      codecs.readJournalResponse,
+      request,
+    );
   }
 
   close(): void {
@@ -162,7 +151,13 @@ export class Coordinator {
       }
     };
     // The caller keeps the connection before its first message comes.
-    setImmediate(() => void turn().then(() => listener.closed(), (error: Error) => listener.closed(error)));
+    setImmediate(
+      () =>
+        void turn().then(
+          () => listener.closed(),
+          (error: Error) => listener.closed(error),
+        ),
+    );
     return {
       send: (message) => void outgoing.push(message),
       end: () => void (leaving = true),

@@ -84,7 +84,8 @@ export class Worker {
         if (!session.left) throw new DisconnectError("The coordinator ended the stream.");
       } catch (error) {
         if (error instanceof DivergedError) {
-          if (this.rebuilt) throw new StopError(`The rebuilt weights differ again: ${error.message}`);
+          if (this.rebuilt)
+            throw new StopError(`The rebuilt weights differ again: ${error.message}`);
           log(`Building the weights again from the base and the journal: ${error.message}`);
           this.rebuilt = true;
           session.reset();
