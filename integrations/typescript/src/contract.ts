@@ -33,6 +33,8 @@ export interface Contract {
   readonly template: string;
   readonly labelColumn: string;
   readonly verbalizers: readonly { readonly label: string; readonly word: string }[];
+  /** Forms of the base that workers may hold; empty: each worker may choose. */
+  readonly baseForms: readonly string[];
   readonly recipe: string;
 }
 
@@ -280,6 +282,7 @@ export function contractOf(genesis: Genesis): Contract {
     template: task.template ?? "",
     labelColumn: task.label_column ?? "",
     verbalizers: (task.verbalizers ?? []).map(({ label = "", word = "" }) => ({ label, word })),
+    baseForms: config.base_forms ?? [],
     recipe: recipeOf(config),
   };
 }

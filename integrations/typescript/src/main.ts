@@ -92,6 +92,13 @@ async function main(): Promise<void> {
     const again = "Export the base of this run again (docs/edge.md).";
     same("manifest digest", model.manifest.digest, genesis.manifest_digest, again);
     same("base digest", model.baseDigest, genesis.base_digest, again);
+    const form = `onnx:${model.formDigest.toString("hex")}`;
+    if (contract.baseForms.length > 0 && !contract.baseForms.includes(form)) {
+      throw new StopError(
+        `The run admits the forms ${contract.baseForms.join(", ")} of its base, and the one in ` +
+          `${folder} is ${form}. Ask the run's operator for an admitted one.`,
+      );
+    }
     if (model.rank !== contract.rank || model.alpha !== contract.alpha) {
       throw new StopError(
         `The run's adapter has rank ${contract.rank} and alpha ${contract.alpha}, and the one in ` +
@@ -129,7 +136,7 @@ async function main(): Promise<void> {
         contract,
         genesis: record,
         manifestDigest: model.manifest.digest,
-        baseDigest: model.baseDigest,
+        baseDigest: contract.baseForms.length > 0 ? model.formDigest : model.baseDigest,
         tokenizerDigest,
         rows: examples.length,
       },

@@ -190,6 +190,7 @@ export interface RunConfig {
   staleness_exponent?: number;
   clip_median_factor?: number;
   rate_directions?: number;
+  base_forms?: string[];
 }
 export interface Genesis {
   config?: RunConfig;

@@ -4,6 +4,7 @@ import { createReadStream, readFileSync } from "node:fs";
 import { join } from "node:path";
 import * as ort from "onnxruntime-node";
 import { StopError } from "./errors.js";
+import { sha256 } from "./hashing.js";
 import { Manifest, type NamedShape } from "./manifest.js";
 import { rowLoss } from "./measuring.js";
 import type { Example } from "./task.js";
@@ -60,6 +61,9 @@ async function sha256OfFile(path: string): Promise<string> {
 
 export class OnnxModel {
   private constructor(
+    /** SHA-256 of form.json, which names all files. */
+    readonly formDigest: Buffer,
+    /** Digest of the base that the form was made from. */
     readonly baseDigest: Buffer,
     readonly rank: number,
     readonly alpha: number,
@@ -75,8 +79,11 @@ export class OnnxModel {
   /** Loads the form of a base in `folder`, and checks that no file of it has changed. */
   static async load(folder: string, threads: number): Promise<OnnxModel> {
     let form: Form;
+    let formDigest: Buffer;
     try {
-      form = JSON.parse(readFileSync(join(folder, "form.json"), "utf8")) as Form;
+      const json = readFileSync(join(folder, "form.json"));
+      formDigest = sha256(json);
+      form = JSON.parse(json.toString("utf8")) as Form;
     } catch (error) {
       throw new StopError(
         `${folder} holds no form of a base (${(error as Error).message}). Export one (docs/edge.md).`,
@@ -118,6 +125,7 @@ export class OnnxModel {
       logSeverityLevel: 3,
     });
     return new OnnxModel(
+      formDigest,
       Buffer.from(form.base_digest, "hex"),
       form.rank,
       form.alpha,
