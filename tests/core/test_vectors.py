@@ -164,6 +164,9 @@ def test_text_by_the_page() -> None:
         assert page.template_parts(one["template"]) == one["parts"]
     for one in found["labels"]:
         assert page.label_form(one["label"]) == one["form"]
+    for one in found["json_strings"]:
+        text = "".join(map(chr, one["code_points"]))
+        assert page.json_string(text) == one["json"]
     parts = b"".join(map(bytes.fromhex, found["tokenizer_parts"]))
     digest = page.sha256(b"fedmezo tokenizer 2\n", parts)
     assert digest.hex() == found["tokenizer_digest"]

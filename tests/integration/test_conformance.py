@@ -9,7 +9,12 @@ from typing import Any
 from fedmezo_coordinator.conformance.reference import likeness, open_reference
 from fedmezo_coordinator.conformance.report import Report
 from fedmezo_coordinator.conformance.scripted_server import scripted
-from fedmezo_coordinator.conformance.worker_battery import WorkerBattery, WorkerTest
+from fedmezo_coordinator.conformance.worker_battery import (
+    CORRELATION,
+    DIFFERENCE,
+    WorkerBattery,
+    WorkerTest,
+)
 from tests.integration.support.harness import PATIENCE_S, config_of
 from tests.integration.support.parties import Workers
 
@@ -39,6 +44,9 @@ async def found(
         await battery.run()
         assert await worker.outcome() is None
     assert len(report.checks) > 25
+    if ours == theirs:
+        assert min(report.figures.values()) == report.figures[DIFFERENCE] < 1e-3
+        assert report.figures[CORRELATION] > 0.999
     return {check.name: check.detail for check in report.checks if check.outcome == "failed"}
 
 

@@ -34,6 +34,7 @@ from fedmezo_core.journal.journal import (
 from fedmezo_core.journal.signed_heads import Witness
 from fedmezo_core.machines.aggregate import coefficients_of
 from fedmezo_core.machines.answers import is_digest_round
+from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.records import (
     Answered,
@@ -203,10 +204,24 @@ class CoordinatorBattery:
             return False
         self._genesis = record
         check_can_test(record.config)
+        await self._check_no_weights()
         version = self._run.protocol_version
         seen = f"protocol version {version}, epoch {self._run.epoch}"
         sound = version == PROTOCOL_VERSION and self._run.epoch >= 1
         return self._report.expect("describes its run", 5, sound, seen)
+
+    async def _check_no_weights(self) -> None:
+        """Raise `ConfigError` if the coordinator compares digests with weights of its own."""
+        request = wire.GetStatusRequest()
+        try:
+            status = await self._coordinator.call("GetStatus", request, wire.GetStatusResponse)
+        except (CallEndedError, CheckFailedError):
+            return  # A worker needs no status.
+        if any(digest.party == REPLICA_PARTY for digest in status.digests):
+            raise ConfigError(
+                f"The coordinator at {self._test.address} has weights of its own, and the battery "
+                "has no model to make them with; set replica = false there."
+            )
 
     # ------------------------------------------------------------ before a session
 

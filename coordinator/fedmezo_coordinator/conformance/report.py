@@ -44,6 +44,8 @@ class Report:
         """`subject` is what was checked: `coordinator` or `worker`."""
         self.subject = subject
         self.checks: list[Check] = []
+        self.figures: dict[str, float] = {}
+        """What was measured beside the checks, by name."""
 
     @property
     def passed(self) -> bool:
@@ -78,6 +80,7 @@ class Report:
         return {
             "subject": self.subject,
             "conforms": self.passed,
+            "figures": self.figures,
             "checks": [asdict(check) for check in self.checks],
         }
 
@@ -96,13 +99,15 @@ class Report:
         return table
 
     def summary(self) -> str:
-        """One line: how many checks passed, failed and were skipped."""
+        """How many checks passed, failed and were skipped, and the figures, one on each line."""
         counts = [
             f"{sum(check.outcome == outcome for check in self.checks)} {outcome}"
             for outcome in ("passed", "failed", "skipped")
         ]
         verdict = "conforms" if self.passed else "does not conform"
-        return f"The {self.subject} {verdict}: {', '.join(counts)}."
+        lines = [f"The {self.subject} {verdict}: {', '.join(counts)}."]
+        lines += [f"{name}: {value:.6g}" for name, value in self.figures.items()]
+        return "\n".join(lines)
 
 
 def require(holds: bool, seen: str) -> None:

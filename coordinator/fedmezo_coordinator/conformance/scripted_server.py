@@ -19,6 +19,8 @@ from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 
 Result = TypeVar("Result")
 
+HELLO_WAIT_S = 2.0
+"""Longest wait of a poll that says hello, whatever it asks for."""
 GOODBYE_S = 1.0
 """Time that open calls get at the end."""
 
@@ -88,6 +90,7 @@ class ScriptedServer(rpc.CoordinatorServiceServicer):
         self.refusals: asyncio.Queue[FedMezoError] = asyncio.Queue()
         """The calls that were answered with `refusal`."""
         self._polled: dict[bytes, Line] = {}
+        self._newest = Line()
 
     async def GetRun(  # noqa: N802 - the name in the .proto file
         self, request: wire.GetRunRequest, context: Any
@@ -125,9 +128,8 @@ class ScriptedServer(rpc.CoordinatorServiceServicer):
     async def session(self, _requests: Any, context: Any) -> None:
         """Carry the messages of a line."""
         await self._answered(context, _nothing)
-        line = Line()
+        line = self._opened()
         reader = asyncio.create_task(self._read(line, context))
-        self.lines.put_nowait(line)
         try:
             while (message := await line.take()) is not None:
                 if isinstance(message, FedMezoError):
@@ -154,8 +156,7 @@ class ScriptedServer(rpc.CoordinatorServiceServicer):
         await self._answered(context, _nothing)
         token = request.token or secrets.token_bytes(16)
         if not request.token:
-            self._polled[token] = Line()
-            self.lines.put_nowait(self._polled[token])
+            self._polled[token] = self._opened()
         line = self._polled.get(token)
         if line is None:
             error = UnknownWorkerError("No session has this token; say hello again.")
@@ -166,8 +167,10 @@ class ScriptedServer(rpc.CoordinatorServiceServicer):
             line.worker_ended = True
             line.put(None)
         down: list[wire.SessionResponse] = []
+        # A session of a single call must get what the script has to say to its hello.
+        wait_s = max(request.wait_ms / 1000, 0.0 if request.token else HELLO_WAIT_S)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(request.wait_ms / 1000):
+            async with asyncio.timeout(wait_s):
                 item = await line.take()
                 while item is not None:
                     if isinstance(item, FedMezoError):
@@ -180,7 +183,16 @@ class ScriptedServer(rpc.CoordinatorServiceServicer):
                     if not line.waits:
                         break
                     item = await line.take()
-        return wire.PollSessionResponse(token=token, messages=down, lease_ms=int(1000 * LEASE_S))
+        return wire.PollSessionResponse(
+            token=token, messages=down, lease_ms=int(1000 * LEASE_S), nonce=request.nonce
+        )
+
+    def _opened(self) -> Line:
+        """A new line, which takes the place of the one before."""
+        self._newest.put(None)
+        self._newest = Line()
+        self.lines.put_nowait(self._newest)
+        return self._newest
 
     async def _answered(self, context: Any, answer: Callable[[], Result]) -> Result:
         try:

@@ -36,6 +36,8 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 ROUNDS_MIN = 40
 """Rounds that the contract must have, so that the battery does not come to its end."""
 DEADLINE_MS = 600_000
+CORRELATION = "smallest correlation with our projected gradients"
+DIFFERENCE = "greatest difference from our projected gradients, relative to their size"
 
 
 class Model(Protocol):
@@ -245,12 +247,8 @@ class WorkerBattery:
         line = await self.online()
         first = await self.asked(line, wants=True)
         again = await self.asked(line, wants=True)
-        require(
-            list(first.projected_grads) == list(again.projected_grads)
-            and first.SerializeToString(deterministic=True)
-            == again.SerializeToString(deterministic=True),
-            "the second answer differs from the first",
-        )
+        both = [answer.SerializeToString(deterministic=True) for answer in (first, again)]
+        require(both[0] == both[1], "the second answer differs from the first")
 
     async def _other_scales(self) -> None:
         line = await self.online()
@@ -583,6 +581,9 @@ class WorkerBattery:
         if ours is None:
             return
         correlation, difference = test.likeness(ours, list(answer.projected_grads))
+        figures = self._report.figures
+        figures[CORRELATION] = min(correlation, figures.get(CORRELATION, 1.0))
+        figures[DIFFERENCE] = max(difference, figures.get(DIFFERENCE, 0.0))
         require(
             correlation >= test.correlation_min and difference <= test.difference_max,
             f"projected gradients correlate {correlation:.5f} with ours (at least "

@@ -24,8 +24,15 @@ from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.machines import rounds
 from fedmezo_core.machines.seeds import seeds_of
 from fedmezo_core.records import Answered, Record
+from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.messages import message_to_pb
-from tests.integration.support.harness import PATIENCE_S, config_of, genesis_of, served
+from tests.integration.support.harness import (
+    PATIENCE_S,
+    config_of,
+    genesis_of,
+    replica_digested,
+    served,
+)
 
 RUN: dict[str, Any] = {"rounds": 9, "workers_min": 2, "quorum": 2, "digest_every_rounds": 2}
 
@@ -198,6 +205,20 @@ async def test_nobody_at_the_address_is_told_of() -> None:
     await CoordinatorBattery(CoordinatorTest("127.0.0.1:9", patience_s=1.0), report).run()
     assert [check.outcome for check in report.checks] == ["failed"]
     assert not report.passed
+
+
+async def test_a_coordinator_with_weights_of_its_own_is_refused(tmp_path: Path) -> None:
+    config = config_of(**RUN)
+    async with (
+        served(tmp_path / "journal.db", genesis_of(config)) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        secret = coordinator.daemon.replica_secret
+        await client.report_replica(config.run_id, secret, 0, b"d" * 32, None)
+        await replica_digested(client, 0)
+        battery = CoordinatorBattery(CoordinatorTest(coordinator.address), Report("coordinator"))
+        with pytest.raises(ConfigError, match="set replica = false there"):
+            await battery.run()
 
 
 def test_contracts_without_sequences_are_refused() -> None:

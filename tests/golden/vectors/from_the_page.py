@@ -6,7 +6,6 @@ The tests compare these with docs/vectors, so that the page's formulas are enoug
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import struct
 import unicodedata
@@ -92,12 +91,27 @@ def first_seed(run_seed: int, round_: int, slot: int) -> int:
 # ---------------------------------------------------------------- sections 4 and 9
 
 
+def json_string(text: str) -> str:
+    short = {'"': '\\"', "\\": "\\\\"}
+    short |= {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b", "\f": "\\f"}
+    written = ""
+    for character in text:
+        if character in short:
+            written += short[character]
+        elif " " <= character <= "~":
+            written += character
+        else:
+            units = character.encode("utf-16-be")
+            written += "".join(f"\\u{units[n : n + 2].hex()}" for n in range(0, len(units), 2))
+    return f'"{written}"'
+
+
 def manifest_bytes(tensors: Iterable[tuple[str, str, Sequence[int]]]) -> bytes:
     """The canonical bytes for tensors of name, dtype and shape."""
     lines = ["fedmezo manifest 1"]
     for tensor_id, (name, dtype, shape) in enumerate(sorted(tensors)):
         lengths = "x".join(map(str, shape))
-        lines.append(f"{tensor_id}\t{json.dumps(name)}\t{dtype}\t{lengths}")
+        lines.append(f"{tensor_id}\t{json_string(name)}\t{dtype}\t{lengths}")
     return "".join(f"{line}\n" for line in lines).encode("ascii")
 
 
@@ -217,7 +231,8 @@ def label_form(label: str) -> str:
     if label.lower() in ("true", "false"):
         return label.lower()
     whole, point, rest = label.partition(".")
-    is_whole = whole.lstrip("+-").isdecimal() and point and rest and not rest.strip("0")
+    digits = whole[1:] if whole[:1] in ("+", "-") else whole
+    is_whole = digits.isascii() and digits.isdecimal() and point and rest and not rest.strip("0")
     return whole if is_whole else label
 
 

@@ -876,6 +876,8 @@ def text() -> dict[str, Any]:
     second = Task(instruction, tokenizer, 384)
     templates = ["{text} It was", "{a}{{b}} {c d}", "{{{text}}}"]
     labels = ["1", "1.0", "01", "TRUE", "true", "\ufeffpositive", "e\u0301"]
+    labels += ["-1.00", "+1.0", "01.0", "1.", " 1.0", "1.50", "tRuE", "\u0661.0"]
+    strings = ["plain /", '"\\', "\n\r\t\b\f\x00\x1f", "~\x7f\u00e9", "\u20ac\U0001f600"]
     return {
         "about": "Section 6 of docs/protocol.md: templates, labels, prompts and the digest of a "
         "tokenizer. The tokenizer is docs/vectors/tokenizer.json, with end-of-text token <eos>.",
@@ -902,6 +904,10 @@ def text() -> dict[str, Any]:
             "end_of_text_token": tokenizer.eos_token_id,
             "examples": encoded(second, asked),
         },
+        "json_strings": [
+            {"code_points": [ord(character) for character in one], "json": json.dumps(one)}
+            for one in strings
+        ],
         "tokenizer_parts": [part.hex() for part in task.tokenizer_parts()],
         "tokenizer_digest": digest_of_parts(task.tokenizer_parts()).hex(),
     }
