@@ -23,15 +23,16 @@ const USAGE = `Usage: node dist/src/main.js --coordinator HOST:PORT --name NAME 
   --form FOLDER             the base as an ONNX graph, with its form.json (docs/edge.md)
   --run RUN_ID              the run that is meant (whatever is served there)
   --tls-ca FILE             certificates that vouch for the coordinator; without it there is no TLS
-  --expect-key KEY          the coordinator's Ed25519 key, in base64 or hexadecimal
+  --expect-key KEY          the coordinator's Ed25519 key, 64 hexadecimal digits
   --polls                   poll in place of one long stream
   --threads COUNT           threads of a forward pass (1)`;
 
 function keyOf(text: string | undefined): Uint8Array | undefined {
   if (text === undefined) return undefined;
-  const key = Buffer.from(text, /^[0-9a-f]{64}$/i.test(text) ? "hex" : "base64");
-  if (key.length !== 32) throw new StopError(`--expect-key ${text} is no key of 32 bytes.`);
-  return key;
+  if (!/^[0-9a-f]{64}$/i.test(text)) {
+    throw new StopError(`--expect-key ${text} is no key: give 64 hexadecimal digits.`);
+  }
+  return Buffer.from(text, "hex");
 }
 
 function same(

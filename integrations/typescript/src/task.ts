@@ -16,7 +16,7 @@ export function templateParts(template: string): string[] {
   const pieces = /\{\{|\}\}|\{([^{}]*)\}|[{}]|[^{}]+/g;
   for (const [piece, column] of template.matchAll(pieces)) {
     if (column !== undefined && piece !== "{{" && piece !== "}}") {
-      if (!/^[\p{L}\p{M}\p{N} ._-]+$/u.test(column)) {
+      if (!/^[\p{L}\p{M}\p{N} ._-]+$/u.test(column) || column.trim() !== column) {
         throw new StopError(
           `The template has ${piece}, which names no column. Ask the run's operator.`,
         );
@@ -85,7 +85,15 @@ export class ClassificationTask {
       );
     }
     this.places = new Map(verbalizers.map(({ label }, place) => [label, place]));
-    this.forms = new Map(verbalizers.map(({ label }, place) => [labelForm(label), place]));
+    const forms = verbalizers.map(({ label }) => labelForm(label));
+    // A form that two verbalizers share means neither.
+    this.forms = new Map(
+      forms
+        .map((form, place) => [form, place] as const)
+        .filter(
+          ([form, place]) => forms.indexOf(form) === place && forms.lastIndexOf(form) === place,
+        ),
+    );
   }
 
   /** Columns of the rows that the task reads. */

@@ -34,11 +34,17 @@ function isControl({ content, special }: AddedToken): boolean {
   return characters.some(plain) && !plain(characters[0]) && !plain(characters.at(-1));
 }
 
+/** A number that the tokenizers library holds as binary64, also where it is whole. */
+class Binary64 {
+  constructor(readonly value: number) {}
+}
+
 /** JSON with sorted keys, no spaces and no members that mean nothing. */
 function canonicalJson(value: unknown): string {
   if (value === null || typeof value === "boolean") return String(value);
   if (typeof value === "string") return asciiJson(value);
   if (typeof value === "number") return Number.isInteger(value) ? String(value) : numberText(value);
+  if (value instanceof Binary64) return numberText(value.value);
   if (Array.isArray(value)) return `[${value.map(canonicalJson).join(",")}]`;
   const members = Object.entries(value as Record<string, unknown>)
     .filter(
@@ -56,6 +62,10 @@ function vocabularyOf(model: Readonly<Record<string, unknown>>): unknown {
     value["merges"] = merges.map((merge: unknown) =>
       typeof merge === "string" ? merge.split(" ") : merge,
     );
+  }
+  if (model["type"] === "Unigram") {
+    const scored = vocab as readonly (readonly [string, number])[];
+    value["vocab"] = scored.map(([token, score]) => [token, new Binary64(score)]);
   }
   if (model["type"] === "BPE" && model["byte_fallback"] === true) {
     const bytes = Array.from(

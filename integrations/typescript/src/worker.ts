@@ -115,8 +115,8 @@ export class Worker {
     const key = run.checkpoint_key?.length ? run.checkpoint_key : undefined;
     if (expectedKey && Buffer.compare(key ?? new Uint8Array(), expectedKey) !== 0) {
       throw new StopError(
-        `The coordinator signs with the key ${Buffer.from(key ?? []).toString("base64") || "of nobody"}, and ` +
-          `--expect-key names ${Buffer.from(expectedKey).toString("base64")}. Ask its operator.`,
+        `The coordinator signs with the key ${Buffer.from(key ?? []).toString("hex") || "of nobody"}, and ` +
+          `--expect-key names ${Buffer.from(expectedKey).toString("hex")}. Ask its operator.`,
       );
     }
     session.key = key;

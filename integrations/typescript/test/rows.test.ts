@@ -1,6 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { Batches, philox64 } from "../src/batches.js";
+import { asciiJson } from "../src/hashing.js";
 import { ClassificationTask, labelForm, templateParts } from "../src/task.js";
 import { TextTokenizer } from "../src/tokens.js";
 import { hex, readText, seed, vectors } from "./vectors.js";
@@ -37,6 +38,7 @@ test("templates and labels", () => {
   for (const { label, form } of labels) assert.equal(labelForm(label), form);
   assert.throws(() => templateParts("{text"), /single \{/);
   assert.throws(() => templateParts("{a!b}"), /names no column/);
+  assert.throws(() => templateParts("{ a}"), /names no column/);
 });
 
 test("prompts of rows, cut ones and ones that spell a control token too", () => {
@@ -55,6 +57,13 @@ test("prompts of rows, cut ones and ones that spell a control token too", () => 
     assert.equal(example.label, row.label === "negative" ? 0 : 1);
   }
   assert.throws(() => task.example({ text: "a", label: "neutral" }), /label "neutral"/);
+  assert.equal(task.example({ text: "a", label: "\ufeffpositive" }).label, 1);
+});
+
+test("JSON strings in ASCII", () => {
+  for (const { code_points, json } of vectors("text.json").json_strings) {
+    assert.equal(asciiJson(String.fromCodePoint(...code_points)), json);
+  }
 });
 
 test("the tokenizer's digest", () => {
