@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import asyncio
 import re
 import shlex
 import shutil
@@ -128,9 +128,9 @@ async def test_it_ends_a_run_with_the_digest_of_our_worker(
     )
     _, address = await programs.coordinator(tmp_path / "journal", run)
     ours = programs.worker(address, "ours", prepared / "rows.jsonl", prepared / "tiny")
-    theirs = subprocess.run(
+    theirs = await asyncio.to_thread(
+        subprocess.run,
         command(node, prepared, address, "theirs"),
-        env=os.environ,
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
