@@ -11,7 +11,7 @@ import { decodeGenesis } from "./records.js";
 import { readRows } from "./rows.js";
 import { Session, type Outcome, type Work } from "./session.js";
 import { ClassificationTask, templateParts } from "./task.js";
-import { TextTokenizer } from "./tokens.js";
+import { PARTS, TextTokenizer } from "./tokens.js";
 import { Coordinator } from "./transport.js";
 import { discover, Patience, Worker } from "./worker.js";
 
@@ -115,8 +115,13 @@ async function main(): Promise<void> {
     const tokenizer = new TextTokenizer(model.tokenizerJson);
     const texts = templateParts(contract.template).filter((_, place) => place % 2 === 0);
     const words = contract.verbalizers.map(({ word }) => word);
-    const { digest: tokenizerDigest } = tokenizer.digest([...texts, ...words]);
-    same("tokenizer digest", tokenizerDigest, genesis.tokenizer_digest, again);
+    const { parts, digest: tokenizerDigest } = tokenizer.digest([...texts, ...words]);
+    const other = PARTS.filter(
+      (_, place) =>
+        Buffer.compare(parts[place], genesis.tokenizer_parts?.[place] ?? parts[place]) !== 0,
+    );
+    const differs = other.length > 0 ? `The tokenizers differ in: ${other.join(", ")}. ` : "";
+    same("tokenizer digest", tokenizerDigest, genesis.tokenizer_digest, differs + again);
 
     const { template, labelColumn, verbalizers, tokensMax } = contract;
     const task = new ClassificationTask(tokenizer, template, labelColumn, verbalizers, tokensMax);

@@ -37,6 +37,16 @@ function textOf(value: unknown, place: string): string | undefined {
   throw new StopError(`${place} is ${JSON.stringify(value)}; write it as text.`);
 }
 
+function objectOf(line: string): Readonly<Record<string, unknown>> | undefined {
+  try {
+    const value: unknown = JSON.parse(line);
+    const isObject = typeof value === "object" && value !== null && !Array.isArray(value);
+    return isObject ? (value as Record<string, unknown>) : undefined;
+  } catch {
+    return undefined;
+  }
+}
+
 /** Reads the named columns of all rows, in the order of the files. */
 export function readRows(path: string, columns: readonly string[]): Row[] {
   const rows: Row[] = [];
@@ -46,11 +56,9 @@ export function readRows(path: string, columns: readonly string[]): Row[] {
       .forEach((line, at) => {
         if (line.trim() === "") return;
         const place = `Row ${at + 1} of ${file}`;
-        let object: Record<string, unknown>;
-        try {
-          object = JSON.parse(line) as Record<string, unknown>;
-        } catch (error) {
-          throw new StopError(`${place} is no JSON object: ${(error as Error).message}.`);
+        const object = objectOf(line);
+        if (object === undefined) {
+          throw new StopError(`${place} is no JSON object; write one object in each line.`);
         }
         const row: Record<string, string> = {};
         for (const column of columns) {

@@ -83,8 +83,11 @@ export class Session {
     string,
     { readonly round: bigint; readonly body: AnswerBody }
   >();
-  private readonly queue: Task[] = [];
   private current: Task | undefined;
+  /** The newest assignment, which waits for the current measurement to end. */
+  private next: Task | undefined;
+  /** Counts rebuilds: what was measured before one does not count. */
+  private generation = 0;
   private state: "offline" | "greeting" | "online" | "left" = "offline";
   private heldRound = 0n;
   private head: Buffer;
@@ -158,7 +161,8 @@ export class Session {
     this.head = this.genesisHead;
     this.headBefore = undefined;
     this.answers.clear();
-    this.queue.length = 0;
+    this.next = undefined;
+    this.generation++;
     this.state = "offline";
   }
 
@@ -223,7 +227,7 @@ export class Session {
     const task = work as Task;
     this.current = undefined;
     const send: SessionRequest[] = [];
-    if (task.round === this.heldRound + 1n && outcome.kind !== "cut short") {
+    if (task.wanted() && outcome.kind !== "cut short") {
       const now = this.online && task.ticket.epoch === this.epoch;
       if (outcome.kind === "measured") {
         const body = this.answerOf(task, outcome.measurement);
@@ -234,15 +238,14 @@ export class Session {
         send.push({ unable: { ticket: task.ticket, reason } });
       }
     }
-    const next = this.nextTask();
-    return next ? { send, work: next } : { send };
+    const begun = this.begin(this.next);
+    return begun ? { send, work: begun } : { send };
   }
 
-  private nextTask(): Task | undefined {
-    while (this.current === undefined && this.queue.length > 0) {
-      const task = this.queue.shift();
-      if (task?.wanted()) this.current = task;
-    }
+  /** The task that is to be measured now, if it can still count. */
+  private begin(task: Task | undefined): Task | undefined {
+    this.next = undefined;
+    this.current = task?.wanted() ? task : undefined;
     return this.current;
   }
 
@@ -332,12 +335,13 @@ export class Session {
     ]);
     const known = this.answers.get(key);
     if (known) return { send: [{ answer: { ticket, ...known.body } }] };
-    const same = [this.current, ...this.queue].find((task) => task?.key === key);
+    const same = [this.current, this.next].find((task) => task?.key === key && task.wanted());
     if (same) {
       same.ticket = ticket;
       return NOTHING;
     }
-    this.queue.push({
+    const { generation } = this;
+    const task: Task = {
       key,
       ticket,
       round,
@@ -353,10 +357,13 @@ export class Session {
         projectedGradAbsMax: contract.projectedGradAbsMax,
       },
       weights: this.weights.copy(),
-      wanted: () => round === this.heldRound + 1n,
-    });
-    if (this.current !== undefined) return NOTHING;
-    const work = this.nextTask();
+      wanted: () => round === this.heldRound + 1n && generation === this.generation,
+    };
+    if (this.current !== undefined) {
+      this.next = task;
+      return NOTHING;
+    }
+    const work = this.begin(task);
     return work ? { send: [], work } : NOTHING;
   }
 
@@ -390,7 +397,7 @@ export class Session {
       );
     }
     this.state = "left";
-    this.queue.length = 0;
+    this.next = undefined;
     return {
       send: [{ weights_report: { round: String(round), weights_digest: this.weights.digest() } }],
       left: true,

@@ -34,6 +34,17 @@ function isControl({ content, special }: AddedToken): boolean {
   return characters.some(plain) && !plain(characters[0]) && !plain(characters.at(-1));
 }
 
+/** What a tokenizer's digest is made of, in order. */
+export const PARTS = [
+  "vocabulary",
+  "normalizer",
+  "pre-tokenizer",
+  "added tokens",
+  "tokens before a prompt",
+  "end-of-text token",
+  "decoder",
+] as const;
+
 /** A number that the tokenizers library holds as binary64, also where it is whole. */
 class Binary64 {
   constructor(readonly value: number) {}
@@ -154,16 +165,17 @@ export class TextTokenizer {
         token.rstrip ?? false,
         token.normalized ?? false,
       ]);
-    const values: readonly (readonly [string, unknown])[] = [
-      ["vocabulary", vocabularyOf(this.file.model)],
-      ["normalizer", this.file.normalizer ?? null],
-      ["pre-tokenizer", this.file.pre_tokenizer ?? null],
-      ["added tokens", [false, ...added]],
-      ["tokens before a prompt", this.before],
-      ["end-of-text token", null],
-      ["decoder", null],
-    ];
-    const hashes = values.map(([name, value]) => sha256(`${name}\n`, canonicalJson(value)));
+    const values: Readonly<Record<(typeof PARTS)[number], unknown>> = {
+      vocabulary: vocabularyOf(this.file.model),
+      normalizer: this.file.normalizer ?? null,
+      "pre-tokenizer": this.file.pre_tokenizer ?? null,
+      "added tokens": [false, ...added],
+      "tokens before a prompt": this.before,
+      // Only instruction tuning and generated text need the last two.
+      "end-of-text token": null,
+      decoder: null,
+    };
+    const hashes = PARTS.map((name) => sha256(`${name}\n`, canonicalJson(values[name])));
     return { parts: hashes, digest: sha256("fedmezo tokenizer 2\n", ...hashes) };
   }
 }

@@ -113,6 +113,9 @@ export class Worker {
       );
     }
     const key = run.checkpoint_key?.length ? run.checkpoint_key : undefined;
+    if (key && key.length !== 32) {
+      throw new StopError(`The coordinator's key has ${key.length} bytes; an Ed25519 key has 32.`);
+    }
     if (expectedKey && Buffer.compare(key ?? new Uint8Array(), expectedKey) !== 0) {
       throw new StopError(
         `The coordinator signs with the key ${Buffer.from(key ?? []).toString("hex") || "of nobody"}, and ` +

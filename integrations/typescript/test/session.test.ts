@@ -181,6 +181,20 @@ test("a welcome of another history stops, and one that went back waits", () => {
   assert.throws(() => session.receive(commit(2)), StopError);
 });
 
+test("what was measured before a rebuild does not count", () => {
+  const { session } = online();
+  const { work } = session.receive(assign(1));
+  assert.ok(work);
+  session.reset();
+  session.open();
+  session.receive(welcome(0));
+  assert.equal(work.wanted(), false);
+  assert.equal(session.receive(assign(1)).work, undefined, "one measurement at a time");
+  const reaction = session.finish(work, MEASURED);
+  assert.deepEqual(reaction.send, []);
+  assert.ok(reaction.work?.wanted());
+});
+
 test("a rebuild begins from the base, and the journal leads back", () => {
   const { session, weights } = online();
   session.receive(commit(1));
