@@ -14,6 +14,8 @@ import {
   type Codec,
   type GetRunRequest,
   type GetRunResponse,
+  type PollSessionRequest,
+  type PollSessionResponse,
   type ReadJournalRequest,
   type ReadJournalResponse,
   type SessionRequest,
@@ -22,8 +24,9 @@ import {
 
 const SERVICE = "/fedmezo.v1.CoordinatorService";
 const UNARY_DEADLINE_MS = 20_000;
-const LEASE_WAIT_MS = 20_000;
+const IDLE_WAIT_MS = 20_000;
 const BUSY_WAIT_MS = 500;
+const GOODBYE_DEADLINE_MS = 5_000;
 
 const LOST_CONNECTION: readonly status[] = [
   status.UNAVAILABLE,
@@ -52,8 +55,8 @@ export interface Connection {
   send(message: SessionRequest): void;
   /** The worker has sent its last message. */
   end(): void;
-  /** Ends the connection now. */
-  cancel(): void;
+  /** Ends the connection now, in the midst of a conversation. */
+  cancel(): Promise<void>;
 }
 
 export interface Listener {
@@ -120,7 +123,10 @@ export class Coordinator {
     return {
       send: (message) => void call.write(message),
       end: () => void call.end(),
-      cancel: () => void call.cancel(),
+      cancel: () => {
+        call.cancel();
+        return Promise.resolve();
+      },
     };
   }
 
@@ -130,20 +136,24 @@ export class Coordinator {
     let leaving = false;
     let open = true;
     const outgoing = [hello];
+    const call = (
+      request: PollSessionRequest,
+      deadlineMs: number,
+    ): Promise<PollSessionResponse> =>
+      this.unary(
+        "PollSession",
+        codecs.pollSessionRequest,
+        codecs.pollSessionResponse,
+        request,
+        deadlineMs,
+      );
     const turn = async (): Promise<void> => {
       while (open) {
         const leave = leaving;
-        const response = await this.unary(
-          "PollSession",
-          codecs.pollSessionRequest,
-          codecs.pollSessionResponse,
-          {
-            token,
-            messages: outgoing.splice(0),
-            wait_ms: leave ? 0 : listener.busy() ? BUSY_WAIT_MS : LEASE_WAIT_MS,
-            leave,
-          },
-          LEASE_WAIT_MS + UNARY_DEADLINE_MS,
+        const wait_ms = leave ? 0 : listener.busy() ? BUSY_WAIT_MS : IDLE_WAIT_MS;
+        const response = await call(
+          { token, messages: outgoing.splice(0), wait_ms, leave },
+          IDLE_WAIT_MS + UNARY_DEADLINE_MS,
         );
         token = response.token ?? new Uint8Array();
         for (const message of response.messages ?? []) if (open) listener.message(message);
@@ -161,7 +171,12 @@ export class Coordinator {
     return {
       send: (message) => void outgoing.push(message),
       end: () => void (leaving = true),
-      cancel: () => void (open = false),
+      cancel: async () => {
+        open = false;
+        const goodbye = { token, messages: [], wait_ms: 0, leave: true };
+        // Without it the coordinator would wait until the lease is over.
+        await call(goodbye, GOODBYE_DEADLINE_MS).catch(() => undefined);
+      },
     };
   }
 

@@ -149,6 +149,7 @@ export class Worker {
     const { coordinator, session, polls, log } = this.options;
     return new Promise((resolve, reject) => {
       let over = false;
+      let broken = false;
       let goodbye: NodeJS.Timeout | undefined;
       const finish = (error?: Error): void => {
         if (over) return;
@@ -166,15 +167,12 @@ export class Worker {
         if (reaction.work) this.start(reaction.work);
         if (reaction.left) {
           connection.end();
-          goodbye = setTimeout(() => {
-            connection.cancel();
-            finish();
-          }, GOODBYE_MS);
+          goodbye = setTimeout(() => void connection.cancel().then(() => finish()), GOODBYE_MS);
         }
       };
       const listener: Listener = {
         message: (message) => {
-          if (over) return;
+          if (over || broken) return;
           try {
             const round = session.round;
             act(session.receive(message));
@@ -182,11 +180,13 @@ export class Worker {
             if (message.ack) this.rebuilt = false;
             if (session.round > round) log(`Round ${session.round} is committed.`);
           } catch (error) {
-            finish(error as Error);
-            connection.cancel();
+            broken = true;
+            this.connection = undefined;
+            void connection.cancel().then(() => finish(error as Error));
           }
         },
-        closed: finish,
+        // A connection that we end ourselves ends with our own reason.
+        closed: (error) => void (broken || finish(error)),
         busy: () => session.busy,
       };
       const hello = session.open();
