@@ -136,10 +136,7 @@ export class Coordinator {
     let leaving = false;
     let open = true;
     const outgoing = [hello];
-    const call = (
-      request: PollSessionRequest,
-      deadlineMs: number,
-    ): Promise<PollSessionResponse> =>
+    const call = (request: PollSessionRequest, deadlineMs: number): Promise<PollSessionResponse> =>
       this.unary(
         "PollSession",
         codecs.pollSessionRequest,
