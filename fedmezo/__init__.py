@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fedmezo_core.machines.aggregate import coefficients_of as coefficients_of
     from fedmezo_core.machines.seeds import seeds_of as seeds_of
     from fedmezo_core.records import Committed as Committed
+    from fedmezo_core.records import Evaluated as Evaluated
     from fedmezo_core.records import Genesis as Genesis
     from fedmezo_core.records import Scalars as Scalars
     from fedmezo_core.records import digest64_of as digest64_of
@@ -47,6 +48,7 @@ _HOMES = {
     "Committed": "fedmezo_core.records",
     "Coordinator": "fedmezo.library_coordinator",
     "Engine": "fedmezo.engines",
+    "Evaluated": "fedmezo_core.records",
     "FedMezoError": "fedmezo_core.errors",
     "Genesis": "fedmezo_core.records",
     "JournalStore": "fedmezo_core.journal.journal",

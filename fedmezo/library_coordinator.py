@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedmezo_core.events import (
     Finish,
     Ready,
     Refuse,
+    ReplicaEvaluated,
     RoundMessage,
     Tick,
     UnableReceived,
@@ -36,7 +38,7 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.journal.codec import decode_record, encode_records
+from fedmezo_core.journal.codec import DIGEST_BYTES, decode_record, encode_records
 from fedmezo_core.journal.journal import (
     ANSWERED,
     GENESIS,
@@ -49,7 +51,7 @@ from fedmezo_core.journal.journal import (
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
-from fedmezo_core.records import Committed, Genesis, Record, RoundSlot
+from fedmezo_core.records import Committed, Evaluated, Genesis, Record, RoundSlot
 from fedmezo_core.wire.admission import check_hello, check_nonce, event_from_request
 from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import assign_to_pb, commit_to_pb, error_to_pb, message_to_pb
@@ -269,6 +271,24 @@ class Coordinator:
         self._owed.append(self._machine.resume(rate_factor))
         self._flush()
 
+    def record_evaluation(self, evaluation: Evaluated) -> None:
+        """Record a result on held-out rows, by which a run may pause or end early.
+
+        The contract says when. Raises `ConfigError` for a round that is not committed, a loss that
+        is not finite, or a digest that is not 32 bytes long.
+        """
+        self._check()
+        self._flush()
+        is_sound = 0 <= evaluation.round <= self.round and math.isfinite(evaluation.loss)
+        if not is_sound or len(evaluation.weights_digest) != DIGEST_BYTES:
+            raise ConfigError(
+                f"An evaluation of round {evaluation.round} with loss {evaluation.loss} and a "
+                f"digest of {len(evaluation.weights_digest)} bytes cannot be recorded; give a "
+                f"finite loss, a round of at most {self.round} and the digest of its weights."
+            )
+        self._owed.append(self._machine.step(ReplicaEvaluated(evaluation)))
+        self._flush()
+
     def disconnect(self, worker: str) -> None:
         """Note that a worker's connection is gone; nothing changes if it was not connected."""
         self._check()
@@ -350,6 +370,7 @@ class Coordinator:
 
         `worker` is the name that the transport knows the sender by, if it knows one; another one in
         the hello is refused. Raises the `FedMezoError` with which `up` is refused, for `refusal`.
+        A store that fails raises where something is to be sent, not here.
         """
         self._check()
         request = _parsed(wire.PollSessionRequest, up)
@@ -408,6 +429,7 @@ class Coordinator:
 
     def has_news(self, worker: str) -> bool:
         """Whether `down_for` would bring a connected worker commits, work, the end or an error."""
+        self._check()
         known = self._workers.get(worker)
         if known is None or not known.is_calling:
             return False

@@ -159,13 +159,12 @@ class Session:
         """Write the weights, with the round and head that they are of, into a file in `folder`.
 
         It is there durably and whole, or not at all. Needs a `SavingEngine`. Raises `NotReadyError`
-        while a measurement runs that holds up commits, and `SnapshotError` if the disk refuses.
+        while a measurement runs elsewhere, and `SnapshotError` if the disk refuses.
         """
         self._check()
-        if self._machine.holds_commits:
+        if self._machine.measuring:
             raise NotReadyError(
-                "Commits wait for a measurement to end, so the weights are not those of the last "
-                "round yet; complete it, then save."
+                "A measurement has the engine, and commits may wait for it; complete it, then save."
             )
         return self._saving_engine.save(folder, self.head)
 

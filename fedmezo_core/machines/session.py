@@ -142,11 +142,6 @@ class SessionMachine:
         return self._running is not None
 
     @property
-    def holds_commits(self) -> bool:
-        """Whether commits wait for a measurement to end, so that the weights lag behind `round`."""
-        return bool(self._queued)
-
-    @property
     def measuring_in_vain(self) -> bool:
         """Whether the running measurement can no longer count: the driver may cut it short.
 

@@ -30,7 +30,7 @@ from tests.golden.vectors import from_the_page as page
 from tests.golden.vectors import generate
 
 PAGE = (generate.FOLDER.parent / "protocol.md").read_text()
-PLAIN = ("rademacher", "low_rank_1", "low_rank_2", "low_rank_4")
+DISTRIBUTIONS = ("rademacher", "gaussian", "low_rank_1", "low_rank_2", "low_rank_4")
 
 
 def vectors(name: str) -> Any:
@@ -63,11 +63,15 @@ def test_noise_by_the_page() -> None:
         assert " ".join(f"{word:08x}" for word in words) == block["words"]
     for one in found["values"]:
         seed, first, columns = int(one["seed"], 16), one["first_element"], one["columns"]
-        for distribution in PLAIN:
+        elements = range(first, first + len(one["rademacher"].split()))
+        for distribution in DISTRIBUTIONS:
             wanted = one[distribution]
-            elements = range(first, first + len(wanted.split()))
             values = [page.z(distribution, e, seed, one["tensor_id"], columns) for e in elements]
             assert page.bits_of(values) == wanted
+        for dtype, digits in (("bfloat16", 4), ("float16", 8)):
+            words = [page.rounding_bits(e, seed, one["tensor_id"], dtype) for e in elements]
+            found_bits = " ".join(f"{word:0{digits}x}" for word in words)
+            assert found_bits == one[f"rounding_to_{dtype}"]
 
 
 def test_seeds_and_recipes_by_the_page() -> None:
@@ -124,18 +128,37 @@ def test_manifests_and_digests_by_the_page() -> None:
 def test_commits_by_the_page() -> None:
     found = vectors("weights")
     for case in found["cases"]:
-        if case["dtype"] != "float32" or case["distribution"] not in PLAIN:
-            continue
-        values = [page.f32_of(word) for word in case["base"].split()]
+        dtype, digits = case["dtype"], 8 if case["dtype"] == "float32" else 4
+        patterns = [int(word, 16) for word in case["base"].split()]
         for commit, wanted in zip(found["commits"], case["after_each_commit"], strict=True):
             pairs = [
                 (int(run["first_seed"], 16) + k, page.f32_of(word))
                 for run in commit["pairs"]
                 for k, word in enumerate(run["coefficients"].split())
             ]
-            decay = page.f32_of(commit["decay"])
-            values = page.added(values, pairs, case["distribution"], 3, 2, decay)
-            assert page.bits_of(values) == wanted
+            decay, rounding_seed = page.f32_of(commit["decay"]), int(commit["rounding_seed"], 16)
+            values = [page.value_of(pattern, dtype) for pattern in patterns]
+            results = page.added(values, pairs, case["distribution"], 3, 2, decay)
+            patterns = []
+            for element, acc in enumerate(results):
+                random_bits = None
+                if case["rounding"] == "stochastic" and dtype != "float32":
+                    random_bits = page.rounding_bits(element, rounding_seed, 3, dtype)
+                patterns.append(page.stored(acc, dtype, random_bits))
+            assert " ".join(f"{pattern:0{digits}x}" for pattern in patterns) == wanted
+
+
+def test_a_seeded_adapter_by_the_page() -> None:
+    found = vectors("adapter")["seeded"]
+    seed = page.hash64("fedmezo lora v1", int(found["run_seed"], 16))
+    for tensor in found["tensors"]:
+        rank, inputs = tensor["shape"]
+        scale = page.f32(1 / math.sqrt(3 * inputs))
+        tensor_id = tensor["tensor_id_for_the_seed"]
+        values = [
+            page.times(page.gaussian(e, seed, tensor_id), scale) for e in range(rank * inputs)
+        ]
+        assert page.bits_of(values) == tensor["bits"]
 
 
 def test_batches_by_the_page() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,19 @@ import pytest
 
 import fedmezo
 from fedmezo import Coordinator, Genesis, Session, TorchEngine
-from fedmezo_core.errors import ConfigError, DataError, MismatchError, SnapshotDamagedError
+from fedmezo_coordinator.serving.session_limit import SessionLimit
+from fedmezo_core.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    MismatchError,
+    SnapshotDamagedError,
+    UnavailableError,
+)
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, MemoryStore
-from fedmezo_core.records import Committed, Record
+from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.records import Answered, Committed, Record
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
@@ -119,6 +129,134 @@ async def test_an_exchange_is_a_call_of_the_daemon_without_a_stream(
     assert set(digests) == set(in_library.digests.values())
     commits = [r for r in records_of(tmp_path / "journal.db") if isinstance(r, Committed)]
     assert len(commits) == genesis.config.rounds
+
+
+async def exchange(client: CoordinatorClient, session: Session, down: bytes) -> bytes:
+    request = wire.PollSessionRequest.FromString(session.exchange(down))
+    stub: Any = client._stub
+    with client._errors_mapped():
+        response: wire.PollSessionResponse = await stub.PollSession(request)
+    return response.SerializeToString()
+
+
+async def test_a_round_of_the_daemon_does_not_close_between_two_exchanges(tmp_path: Path) -> None:
+    """A worker that calls is there between its calls, so its answer counts, as in the library."""
+    genesis = genesis_of(config_of(**RUN | {"quorum": 1}))
+    names = ("a", "b", "c")
+    in_library = Coordinator(genesis)
+    run_to_the_end(in_library, {name: Session(genesis, name, LightEngine(name)) for name in names})
+    async with (
+        served(tmp_path / "journal.db", genesis, session_limit=SessionLimit(3)) as at,
+        CoordinatorClient(at.address) as client,
+    ):
+        sessions = {name: Session(genesis, name, LightEngine(name)) for name in names}
+        downs = dict.fromkeys(names, b"")
+        for _ in range(50):
+            for name, session in sessions.items():
+                downs[name] = await exchange(client, session, downs[name])
+        assert all(session.finished for session in sessions.values())
+        assert at.daemon.status("").sessions == 3
+    commits = [r for r in records_of(tmp_path / "journal.db") if isinstance(r, Committed)]
+    assert [len(commit.seed_ranges) for commit in commits] == [3] * genesis.config.rounds
+    journal = Journal(SqliteStore(tmp_path / "journal.db"))
+    assert [entry.head for entry in journal.load()][-1] == in_library.head
+    journal.close()
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_lost_and_repeated_calls_of_the_daemon_change_nothing(
+    tmp_path: Path, seed: int
+) -> None:
+    dice = random.Random(seed)
+    genesis = genesis_of(config_of(**RUN))
+    names = ("a", "b", "c")
+    in_library = Coordinator(genesis)
+    run_to_the_end(in_library, {name: Session(genesis, name, LightEngine(name)) for name in names})
+    async with (
+        served(tmp_path / "journal.db", genesis) as at,
+        CoordinatorClient(at.address) as client,
+    ):
+        sessions = {name: Session(genesis, name, LightEngine(name)) for name in names}
+        downs = {name: [b""] for name in names}
+        ups: list[bytes] = []
+
+        async def call(up: bytes) -> bytes:
+            stub: Any = client._stub
+            request = wire.PollSessionRequest.FromString(up)
+            with client._errors_mapped():
+                response: wire.PollSessionResponse = await stub.PollSession(request)
+            return response.SerializeToString()
+
+        for _ in range(600):
+            name = dice.choice(names)
+            newest = downs[name][-1] if dice.random() < 0.8 else dice.choice(downs[name])
+            ups.append(sessions[name].exchange(newest))
+            calls = [call(ups[-1])]
+            if dice.random() < 0.3:  # A repeated call at the same time, whose reply is lost.
+                calls.append(call(dice.choice(ups)))
+            replies = await asyncio.gather(*calls, return_exceptions=True)
+            reply = replies[0]
+            if isinstance(reply, bytes) and dice.random() < 0.8:
+                downs[name].append(reply)
+            elif not isinstance(reply, bytes):
+                # Two calls of one worker at once: the later one has the session.
+                assert isinstance(reply, UnavailableError), reply
+            if all(session.finished for session in sessions.values()):
+                break
+        assert all(session.finished for session in sessions.values())
+        assert at.daemon.status("").sessions <= 3
+    records = records_of(tmp_path / "journal.db")
+    answers = [(r.round, r.slot) for r in records if isinstance(r, Answered)]
+    assert len(answers) == len(set(answers)) == 3 * genesis.config.rounds
+    journal = Journal(SqliteStore(tmp_path / "journal.db"))
+    assert [entry.head for entry in journal.load()][-1] == in_library.head
+    journal.close()
+
+
+async def test_the_daemon_does_not_ask_again_at_once_who_cannot_measure(tmp_path: Path) -> None:
+    class Unable(LightEngine):
+        asked = 0
+
+        def measure(self, order: fedmezo.Measure) -> fedmezo.Measured:
+            self.asked += 1
+            raise fedmezo.MeasurementError("a loss is not a number")
+
+    genesis = genesis_of(config_of(workers_min=1, quorum=1, rounds=2))
+    async with (
+        served(tmp_path / "journal.db", genesis) as at,
+        CoordinatorClient(at.address) as client,
+    ):
+        engine, down = Unable("a"), b""
+        session = Session(genesis, "a", engine)
+        for _ in range(6):
+            down = await exchange(client, session, down)
+        assert engine.asked == 1
+
+
+async def test_a_worker_that_was_sent_away_learns_of_it_by_its_next_exchange(
+    tmp_path: Path,
+) -> None:
+    genesis = genesis_of(config_of(**RUN | {"rounds": 6}))
+    names = ("a", "b", "c")
+    async with (
+        served(tmp_path / "journal.db", genesis) as at,
+        CoordinatorClient(at.address) as client,
+    ):
+        sessions = {name: Session(genesis, name, LightEngine(name)) for name in names}
+        downs, found = dict.fromkeys(names, b""), 0
+        for _ in range(50):
+            for name, session in list(sessions.items()):
+                if name == "c" and not found and session.round == 2:
+                    engine = session.engine
+                    assert isinstance(engine, LightEngine)
+                    engine._digest = b"other".ljust(32)
+                try:
+                    downs[name] = await exchange(client, session, downs[name])
+                except DivergedError:
+                    found += 1
+                    sessions[name], downs[name] = Session(genesis, name, LightEngine(name)), b""
+        assert found == 1
+        assert all(session.finished for session in sessions.values())
 
 
 # ---------------------------------------------------------------- the torch engine

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fedmezo
-from tests.test_tidy import NUMERIC, PACKAGES
+from tests.test_tidy import NUMERIC, PACKAGES, ROOT
 
 SOURCE = Path(fedmezo.__file__)
 
@@ -23,6 +23,7 @@ def test_the_surface_is_listed_once() -> None:
         "Committed",
         "Coordinator",
         "Engine",
+        "Evaluated",
         "FedMezoError",
         "Genesis",
         "JournalStore",
@@ -80,6 +81,11 @@ def test_every_name_is_documented(name: str) -> None:
         for member, value in vars(thing).items():
             if not member.startswith("_"):
                 assert inspect.getdoc(value), f"{name}.{member}"
+
+
+def test_every_name_is_in_the_documents() -> None:
+    page = (ROOT / "docs/library.md").read_text()
+    assert not [name for name in fedmezo.__all__ if f"`{name}`" not in page]
 
 
 @pytest.mark.parametrize(

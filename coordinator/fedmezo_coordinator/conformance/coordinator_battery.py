@@ -16,6 +16,7 @@ from typing import Any
 
 from fedmezo_coordinator.conformance.raw_calls import CallEndedError, RawCoordinator, RawStream
 from fedmezo_coordinator.conformance.report import (
+    UNKNOWN_FIELD,
     CheckFailedError,
     CheckSkippedError,
     Report,
@@ -50,6 +51,8 @@ WORKERS_MAX = 64
 """Most workers that a contract may need for a round."""
 MISSING = 5
 """Most commits that a worker of the battery lacks."""
+PAGE_COMMITS = 4096
+"""Records of the largest page."""
 MESSAGE_BYTES = 70_000
 """Bytes of a message that is too large."""
 OTHER = b"\x01" * 32
@@ -261,7 +264,6 @@ class CoordinatorBattery:
             ("has a sound journal", 5, self._reads_journal),
             ("names the head of its last round", 5, self._names_head),
             ("signs the head of its last round, if it has a key", 5, self._signs_head),
-            ("gives genesis and commits alone", 11, self._commits_alone),
             ("gives pages of one record", 11, self._small_pages),
             ("gives an empty page behind the last commit", 11, self._behind_the_end),
             ("refuses a page of too many records", 11, refused_page(records_max=5000)),
@@ -360,10 +362,13 @@ class CoordinatorBattery:
             witness.check(run.round, run.head, run.signature)
 
     async def _commits_alone(self) -> None:
-        page = await self._page(commits_only=True)
+        wanted = [self._run.genesis, *self._history.commits][:PAGE_COMMITS]
+        page = await self._page(commits_only=True, records_max=PAGE_COMMITS)
         found = [entry.record for entry in page.entries]
-        wanted = [self._run.genesis, *self._history.commits]
-        require(found == wanted[: len(found)] and bool(found), "other records came")
+        require(found == wanted[: len(found)] and len(found) > 1, "other records came")
+        page = await self._page(commits_only=True, from_round=1, records_max=1)
+        found = [entry.record for entry in page.entries]
+        require(found == wanted[1:2], "from_round 1 does not begin with the first commit")
 
     async def _small_pages(self) -> None:
         page = await self._page(records_max=1)
@@ -399,9 +404,11 @@ class CoordinatorBattery:
             ("has recorded every acknowledged answer", 17, self._has_recorded),
             ("commits what the contract makes of the answers", 17, self._coefficients),
             ("signs each commit, if it has a key", 5, self._signs_commits),
+            ("gives genesis and commits alone", 11, self._commits_alone),
             ("assigns the next round to all workers", 17, self._seeds_are_the_slots),
             ("ends the older session of a name", 10, self._replaces),
             ("repeats an assignment after a reconnection", 10, self._repeats),
+            ("ignores fields that it does not know", 15, self._unknown_fields),
             ("refuses answers to tickets that are not open", 13, self._stale_tickets),
             ("refuses projected gradients that the run does not allow", 13, self._bad_scalars),
             ("refuses fields that the contract does not have", 13, self._bad_fields),
@@ -413,6 +420,7 @@ class CoordinatorBattery:
             ("refuses a second, different answer", 13, self._equivocation),
             ("serves a session without a stream", 12, self._polls),
             ("commits a round of answers from streams and polls", 12, self._commits),
+            ("serves exchanges, each with hello and nonce", 12, self._exchanges),
             ("refuses an answer to a committed round", 13, self._late_answer),
             ("sends the commits that a worker lacks", 10, self._sends_missing),
             ("goes on when a worker cannot measure", 10, self._unable),
@@ -479,6 +487,12 @@ class CoordinatorBattery:
         before = self._any()
         before.stream.cancel()
         after = await self._join(before.name)
+        self._same_work(before, await after.take_work())
+
+    async def _unknown_fields(self) -> None:
+        before = self._any()
+        before.stream.cancel()
+        after = await self._join(before.name, more=UNKNOWN_FIELD)
         self._same_work(before, await after.take_work())
 
     async def _stale_tickets(self) -> None:
@@ -596,6 +610,33 @@ class CoordinatorBattery:
             "PollSession", wire.PollSessionRequest(token=token), wire.PollSessionResponse
         )
         await self._refused(call, "NOT_FOUND", "UnknownWorkerError")
+        again = await self._join(tester.name)
+        again.assign = tester.assign
+        again.acknowledged.append(self._ticket_of(tester))
+
+    async def _exchanges(self) -> None:
+        """One tester gets its work in a call, answers in the next, and repeats that one."""
+        if self._count < 3:
+            raise CheckSkippedError("it needs 3 workers in a round (cohort_size_max)")
+        tester = self._testers[self._names[-1]]
+        if tester.assign is None:
+            await tester.take_work()
+        tester.stream.cancel()
+        round_ = self._history.round
+        hello = self._hello(tester.name, round=round_, head=self._head(round_))
+        answer = wire.SessionRequest(answer=self._answer(tester))
+        for nonce, messages, wanted in (
+            (b"1", [hello], "assign"),
+            (b"2", [hello, answer], "ack"),
+            (b"2", [hello, answer], "ack"),
+        ):
+            request = wire.PollSessionRequest(messages=messages, nonce=nonce, wait_ms=1000)
+            reply = await self._coordinator.call("PollSession", request, wire.PollSessionResponse)
+            require(reply.nonce == nonce, f"the nonce of the response is {reply.nonce.hex()}")
+            found = {message.WhichOneof("kind"): message for message in reply.messages}
+            require(wanted in found, f"{', '.join(map(str, found)) or 'nothing'} came, no {wanted}")
+            if wanted == "assign":
+                self._same_work(tester, found["assign"].assign)
         again = await self._join(tester.name)
         again.assign = tester.assign
         again.acknowledged.append(self._ticket_of(tester))
@@ -726,13 +767,18 @@ class CoordinatorBattery:
 
     # ------------------------------------------------------------ steps of the sequences
 
-    async def _join(self, name: str, round_: int | None = None) -> Tester:
-        """Open a session at a round, by default the last one, and take the welcome."""
+    async def _join(self, name: str, round_: int | None = None, more: bytes = b"") -> Tester:
+        """Open a session at a round, by default the last one, and take the welcome.
+
+        `more` is added to the hello's bytes.
+        """
         if round_ is None:
             round_ = self._history.round
         stream = self._coordinator.session()
         head = self._head(round_)
-        await stream.send(self._hello(name, round=round_, head=head))
+        hello = self._hello(name, round=round_, head=head)
+        hello.hello.MergeFromString(more)
+        await stream.send(hello)
         tester = Tester(name, stream, wire.Welcome())
         tester.welcome = (await tester.next("welcome")).welcome
         require(not tester.commits, "a commit came before the welcome")

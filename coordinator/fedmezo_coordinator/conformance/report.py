@@ -14,6 +14,9 @@ from fedmezo_core.errors import FedMezoError
 
 Outcome = Literal["passed", "failed", "skipped"]
 
+UNKNOWN_FIELD = b"\xc2\x3e\x05later"
+"""Field 1000 of any message, which no message of this version has."""
+
 _COLOURS = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
 
 

@@ -33,8 +33,6 @@ class Line:
         self._down: asyncio.Queue[wire.SessionResponse | FedMezoError | None] = asyncio.Queue()
         self.is_over = False
         """Whether the worker, or the script, has ended the session."""
-        self.worker_ended = False
-        """Whether the worker has ended its side without breaking the stream."""
 
     async def receive(self, patience_s: float) -> wire.SessionRequest | None:
         """The next message; None if the session is over, or if the worker has ended its side.
@@ -86,7 +84,6 @@ class ScriptedServer(rpc.CoordinatorServiceServicer):
         self.refusal: FedMezoError | None = None
         """What every call is answered with, if it is set."""
         self.described: list[wire.GetRunRequest] = []
-        self.pages_asked = 0
         self.refusals: asyncio.Queue[FedMezoError] = asyncio.Queue()
         """The calls that were answered with `refusal`."""
         self._polled: dict[bytes, Line] = {}
@@ -103,7 +100,6 @@ class ScriptedServer(rpc.CoordinatorServiceServicer):
         self, request: wire.ReadJournalRequest, context: Any
     ) -> wire.ReadJournalResponse:
         """Give a page of commits."""
-        self.pages_asked += 1
         return await self._answered(context, lambda: self._page(request))
 
     async def ReadSnapshot(  # noqa: N802
@@ -146,7 +142,6 @@ class ScriptedServer(rpc.CoordinatorServiceServicer):
     async def _read(self, line: Line, context: Any) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:
             line.put(message)
-        line.worker_ended = True
         line.put(None)
 
     async def PollSession(  # noqa: N802
@@ -164,7 +159,6 @@ class ScriptedServer(rpc.CoordinatorServiceServicer):
         for message in request.messages:
             line.put(message)
         if request.leave:
-            line.worker_ended = True
             line.put(None)
         down: list[wire.SessionResponse] = []
         # A session of a single call must get what the script has to say to its hello.

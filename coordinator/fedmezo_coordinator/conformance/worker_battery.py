@@ -9,7 +9,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from fedmezo_coordinator.conformance.report import CheckFailedError, Report, require
+from fedmezo_coordinator.conformance.report import (
+    UNKNOWN_FIELD,
+    CheckFailedError,
+    Report,
+    require,
+)
 from fedmezo_coordinator.conformance.scripted_server import Line, ScriptedServer
 from fedmezo_core.config import NAME_PATTERN, PROTOCOL_VERSION, RunConfig
 from fedmezo_core.errors import (
@@ -32,6 +37,7 @@ from fedmezo_core.records import (
 )
 from fedmezo_core.wire.messages import assign_to_pb, ticket_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_proto.v1 import journal_pb2
 
 ROUNDS_MIN = 40
 """Rounds that the contract must have, so that the battery does not come to its end."""
@@ -172,6 +178,7 @@ class WorkerBattery:
             ("goes on after a refused message", 13, self._refusals),
             ("applies a commit that comes twice once", 10, self._commit_twice),
             ("follows a commit that overtakes its measurement", 10, self._overtaken),
+            ("ignores fields that it does not know, and hashes them", 15, self._unknown_fields),
             ("joins again after a lost connection, and answers", 10, self._lost_connection),
             ("takes the commits that it missed", 11, self._missed_commits),
             ("reads the journal page by page when it is far behind", 11, self._pages),
@@ -287,6 +294,19 @@ class WorkerBattery:
         line.send(self.assignment(wants=True))
         answer = await self._answer(line, self._ticket(), wants=True, ignored=late)
         self._ack(line, answer)
+
+    async def _unknown_fields(self) -> None:
+        """A commit and an assignment of a later version; the head is over all of the record."""
+        line = await self.online()
+        commit = self.made(self.progress.round + 1)
+        record = journal_pb2.Record.FromString(encode_record(commit))
+        record.committed.MergeFromString(UNKNOWN_FIELD)
+        await self._add(commit, record.SerializeToString(deterministic=True), line)
+        message = self.assignment(wants=False)
+        message.assign.MergeFromString(UNKNOWN_FIELD)
+        line.send(message)
+        await self._answer(line, self._ticket(), wants=False)
+        await self.asked(line, wants=True)
 
     async def _lost_connection(self) -> None:
         line = await self.online()
@@ -457,7 +477,10 @@ class WorkerBattery:
     async def commit(self, line: Line | None) -> None:
         """Commit the next round, and tell a session if one is given."""
         commit = self.made(self.progress.round + 1)
-        body = encode_record(commit)
+        await self._add(commit, encode_record(commit), line)
+
+    async def _add(self, commit: Committed, body: bytes, line: Line | None) -> None:
+        """Add a commit, as these bytes, to the run and to our own weights."""
         self.progress.commits.append(body)
         self.progress.heads.append(head_after(self.progress.heads[-1], body))
         if self._test.model is not None:

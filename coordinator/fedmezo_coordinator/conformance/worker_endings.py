@@ -28,6 +28,10 @@ ENDED_S = 5.0
 """Time that the battery takes, after the worker has ended, to see what it sent before."""
 
 
+LAST_WORDS_S = 0.5
+"""Time in which what a worker sent before its end arrives."""
+
+
 class Running(Protocol):
     """A worker that was started."""
 
@@ -104,7 +108,7 @@ async def run_worker_battery(
                 await _whole_run(battery, running, report, test)
     # The weights of `test.model` have moved on, so nothing is compared with them here.
     fresh = dataclasses.replace(test, model=None)
-    for name, section, ending in _ENDINGS:
+    for name, section, ending in ENDINGS:
         if start is None:
             report.skip(name, section, "only with --start, which starts a worker for each of these")
             continue
@@ -224,12 +228,19 @@ def _in_session(
 async def _stops(battery: WorkerBattery, line: Line, running: Running, test: WorkerTest) -> None:
     """The worker must not answer what is assigned after a lie, and end with an error."""
     line.send(battery.assignment(wants=True))
-    await battery.ends(line)
+    leaving = asyncio.create_task(battery.ends(line))
     ending = asyncio.create_task(running.status())
     try:
+        # A worker that polls may end without another call.
+        await asyncio.wait({leaving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({leaving}, timeout=LAST_WORDS_S)
+        if leaving.done():
+            leaving.result()
         require(await _ended(ending, test.patience_s) != 0, "it ended with exit status 0")
     finally:
+        leaving.cancel()
         ending.cancel()
+        await asyncio.gather(leaving, ending, return_exceptions=True)
 
 
 async def _not_a_number(battery: WorkerBattery, line: Line) -> None:
@@ -297,7 +308,7 @@ async def _broken_promise(test: WorkerTest, start: Start) -> None:
         await _stops(battery, line, running, test)
 
 
-_ENDINGS: tuple[tuple[str, int, Ending], ...] = (
+ENDINGS: tuple[tuple[str, int, Ending], ...] = (
     (
         "refuses a run with another base",
         4,
@@ -343,3 +354,4 @@ _ENDINGS: tuple[tuple[str, int, Ending], ...] = (
     ("stops at a welcome of another history", 10, _other_welcome),
     ("stops at commits that do not lead to the welcome's head", 10, _broken_promise),
 )
+"""Name of each check, the section of the page that promises it, and how it is made."""

@@ -53,7 +53,7 @@ from fedmezo_core.events import (
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import COMMITTED, GENESIS, Entry, Journal, Row
 from fedmezo_core.machines.roster import Phase
-from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.records import Committed, Genesis, RoundSlot
 from fedmezo_core.wire.admission import check_hello, check_run_id, event_from_request
 from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import commit_to_pb, message_to_pb
@@ -362,8 +362,18 @@ class ServingLoop(ABC, Generic[ReadyT]):
             return
         if item.done.done():  # The caller went away in the meantime.
             return
+        before = self._sessions.get(session.worker)
+        if session.exchanges and before is not None and before.exchanges and before.ended:
+            # What this call carries may have ended that session, and the caller must know why.
+            item.done.set_exception(before.ended)
+            await self._flush(self._step(_Left(before)))
+            return
         worker = session.worker
         replaced = self._sessions.pop(worker, None)
+        if replaced is not None and replaced.exchanges and session.exchanges:
+            await self._go_on(session, replaced, hello.round)
+            item.done.set_result(None)
+            return
         if replaced is not None:
             replaced.end(
                 ProtocolError(
@@ -388,6 +398,27 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._put(session, message)
         item.done.set_result(None)
         await self._flush([self._machine.step(WorkerReady(worker))])
+
+    async def _go_on(self, session: WorkerSession, before: WorkerSession, round_: int) -> None:
+        """Let a worker's next call, whose hello names `round_`, go on from the session before.
+
+        For the machine the worker was there all the time, so nothing closes early without it.
+        """
+        worker, assign = session.worker, before.assign
+        replies = before.unread_replies()
+        before.end(UnavailableError(f"A later call of worker {worker} has said hello."))
+        self._sessions[worker] = session
+        session.traffic = before.traffic
+        self._put(session, wire.SessionResponse(welcome=self._welcome_now()))
+        missing: list[Outgoing] = [*replies, *self._pages.commits_after(round_)]
+        for message in missing:
+            self._put(session, message)
+        if self._machine.phase is Phase.FINISHED:
+            await self._flush([self._machine.step(WorkerReady(worker))])
+        elif assign is not None:
+            slot = RoundSlot(assign.ticket.round, assign.ticket.slot)
+            if self._machine.roster.assignments.get(worker) == slot:
+                self._send_one(assign)
 
     def _fold(self, entry: Entry) -> None:
         """Take one more record of the journal into everything that follows it."""
@@ -488,6 +519,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             case Refuse(worker, _, _, sentence):
                 log.warning("refused an answer of worker %s: %s", worker, sentence)
             case Assign():
+                session.assign = message
                 session.traffic.assigned_at_s = time.monotonic()
             case _:
                 pass
@@ -519,10 +551,13 @@ class ServingLoop(ABC, Generic[ReadyT]):
         suffix = self._index.suffix(min(round_, self._index.round))
         return wire.Suffix(pairs=suffix.pairs, bytes=suffix.bytes)
 
-    async def join(self, hello: wire.Hello) -> WorkerSession:
-        """Open a session for a worker; raises a `FedMezoError` that says why it may not join."""
+    async def join(self, hello: wire.Hello, *, exchanges: bool = False) -> WorkerSession:
+        """Open a session for a worker; raises a `FedMezoError` that says why it may not join.
+
+        With `exchanges` it goes on from the worker's last session, if that has them too.
+        """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        session = WorkerSession(hello.worker)
+        session = WorkerSession(hello.worker, exchanges)
         await self._items.put(_Join(session, hello, done))
         try:
             await done

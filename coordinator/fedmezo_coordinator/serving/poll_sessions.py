@@ -4,6 +4,9 @@ Such a session has the outbox, limits and rules of a stream's session. A lease t
 the stream: a session ends when nobody polls it for `LEASE_S`. Nothing is sent twice: a caller that
 misses the response to a call says hello again, gets its assignment again, and its answer is
 acknowledged again.
+
+Calls that have a nonce and no token are exchanges, as the library makes them. Each says hello, and
+goes on from the worker's last one: what it carries is taken first, and what comes down is complete.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ TOKEN_BYTES = 16
 
 @dataclass(eq=False, slots=True)
 class _PollSession:
+    token: bytes
     session: WorkerSession
     permit: contextlib.ExitStack
     """Gives the session's permit back when it is closed."""
@@ -49,6 +53,8 @@ class PollSessions:
     def __init__(self, daemon: ServingLoop[Any]) -> None:
         self._daemon = daemon
         self._sessions: dict[bytes, _PollSession] = {}
+        self._exchanging: dict[str, _PollSession] = {}
+        """The newest session of each worker that comes by exchanges."""
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def poll(
@@ -63,8 +69,7 @@ class PollSessions:
         check_nonce(request)
         messages, token = list(request.messages), request.token
         if not token:
-            token = await self._open(messages)
-            del messages[0]
+            token = await self._open(messages, exchanges=bool(request.nonce))
         polling = self._sessions.get(token)
         if polling is None:
             raise UnknownWorkerError(
@@ -98,18 +103,43 @@ class PollSessions:
             token=token, messages=down, lease_ms=int(1000 * LEASE_S), nonce=request.nonce
         )
 
-    async def _open(self, messages: list[wire.SessionRequest]) -> bytes:
+    async def _open(self, messages: list[wire.SessionRequest], *, exchanges: bool) -> bytes:
+        """Open a session and remove from `messages` what was taken; returns its token."""
         if not messages or messages[0].WhichOneof("kind") != "hello":
             raise ProtocolError("A session begins with a hello; send it first.")
+        hello = messages.pop(0).hello
+        before = self._exchanging.get(hello.worker) if exchanges else None
+        loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
-            permit = stack.enter_context(self._daemon.session_limit.session())
-            session = await self._daemon.join(messages[0].hello)
-            self._daemon.session_limit.joined(permit)
+            if before is None:
+                permit = stack.enter_context(self._daemon.session_limit.session())
+                session = await self._daemon.join(hello, exchanges=exchanges)
+                self._daemon.session_limit.joined(permit)
+            else:
+                before.ends_at_s = loop.time() + LEASE_S
+                for message in messages:
+                    await self._daemon.receive(before.session, message)
+                messages.clear()
+                try:
+                    session = await self._daemon.join(hello, exchanges=True)
+                except FedMezoError:
+                    if before.session.ended is not None:
+                        self._end(before.token)
+                    raise
+                # Another call may have come first; the newest one holds the permit.
+                newest = self._exchanging.get(hello.worker)
+                if newest is not None:
+                    stack.enter_context(newest.permit.pop_all())
             token = secrets.token_bytes(TOKEN_BYTES)
-            loop = asyncio.get_running_loop()
             lease = loop.call_later(LEASE_S, self._lapse, token)
             ends_at_s = loop.time() + LEASE_S
-            self._sessions[token] = _PollSession(session, stack.pop_all(), lease, ends_at_s)
+            opened = _PollSession(token, session, stack.pop_all(), lease, ends_at_s)
+            self._sessions[token] = opened
+            if exchanges:
+                newest = self._exchanging.get(hello.worker)
+                self._exchanging[hello.worker] = opened
+                if newest is not None:
+                    self._end(newest.token)
         return token
 
     async def _collect(
@@ -154,6 +184,8 @@ class PollSessions:
         if polling is None or polling.is_busy:
             return
         del self._sessions[token]
+        if self._exchanging.get(polling.session.worker) is polling:
+            del self._exchanging[polling.session.worker]
         polling.lease.cancel()
         polling.permit.close()
         leaving = asyncio.get_running_loop().create_task(self._daemon.leave(polling.session))

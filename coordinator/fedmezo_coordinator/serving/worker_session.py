@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from fedmezo_core.errors import FedMezoError, NotReadyError
+from fedmezo_core.events import Assign
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 OUTBOX_MAX = 1024
@@ -83,6 +84,11 @@ class WorkerSession:
     """A worker's open session: what waits for it, and how it ended."""
 
     worker: str
+    exchanges: bool = False
+    """Whether each of its calls says hello anew, and so opens a session that goes on from the last
+    one."""
+    assign: Assign | None = None
+    """The newest assignment that was sent in it."""
     outbox: Outbox = field(default_factory=Outbox)
     ended: FedMezoError | None = None
     traffic: Traffic = field(default_factory=Traffic)
@@ -103,6 +109,16 @@ class WorkerSession:
             )
             return
         self.outbox.put_nowait(message)
+
+    def unread_replies(self) -> list[wire.SessionResponse]:
+        """Remove and return what waits about single answers; the rest can be made anew."""
+        items = [self.outbox.get_nowait() for _ in range(self.outbox.qsize())]
+        return [
+            item
+            for item in items
+            if isinstance(item, wire.SessionResponse)
+            and item.WhichOneof("kind") in ("ack", "refused")
+        ]
 
     def end(self, error: FedMezoError) -> None:
         """End the session with `error` after the messages that are queued."""

@@ -5,6 +5,7 @@ The coordinator's service. A worker describes itself, catches up from the journa
 bidirectional stream open. Assignments and commits come down; projected gradients go up.
 
 docs/glossary.md defines the words used here: head, slot, ticket, epoch, cohort, commit, replica.
+docs/protocol.md says everything else that a worker or coordinator needs.
 
 Of what depends on a worker's data, only this travels: the projected gradients, their count and, if
 the run's contract says so, the mean loss of its batches.
@@ -753,8 +754,10 @@ class PollSessionRequest(google.protobuf.message.Message):
     leave: builtins.bool
     """Ends the session with this call."""
     nonce: builtins.bytes
-    """The response repeats it, so that a caller whose messages may come late or twice knows which of its
-    requests a response belongs to. At most 32 bytes.
+    """With a nonce and without a token, a call is an exchange. It goes on from the worker's last exchange,
+    and the answers that it carries are taken before its response is made. The response repeats the
+    nonce, so that a caller whose messages may come late or twice knows which request it belongs to. At
+    most 32 bytes.
     """
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SessionRequest]:

@@ -5,6 +5,7 @@ The coordinator's service. A worker describes itself, catches up from the journa
 bidirectional stream open. Assignments and commits come down; projected gradients go up.
 
 docs/glossary.md defines the words used here: head, slot, ticket, epoch, cohort, commit, replica.
+docs/protocol.md says everything else that a worker or coordinator needs.
 
 Of what depends on a worker's data, only this travels: the projected gradients, their count and, if
 the run's contract says so, the mean loss of its batches.

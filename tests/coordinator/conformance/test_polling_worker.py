@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 from fedmezo import Session
 from fedmezo_coordinator.conformance.raw_calls import CallEndedError, RawCoordinator
 from fedmezo_coordinator.conformance.report import Report
 from fedmezo_coordinator.conformance.scripted_server import scripted
 from fedmezo_coordinator.conformance.worker_battery import WorkerBattery, WorkerTest
-from fedmezo_core.errors import JournalBehindError, ProtocolError, UnavailableError
+from fedmezo_coordinator.conformance.worker_endings import ENDINGS
+from fedmezo_core.errors import (
+    FedMezoError,
+    JournalBehindError,
+    ProtocolError,
+    UnavailableError,
+)
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import PATIENCE_S, config_of, genesis_of
 from tests.library.light_engine import LightEngine
@@ -42,6 +49,38 @@ async def polls(address: str) -> None:
                         up += session.receive(message.SerializeToString())
             session.disconnect()
             await asyncio.sleep(RETRY_S)
+
+
+class Polling:
+    """A worker that is started."""
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self._task = task
+
+    async def status(self) -> int:
+        try:
+            await asyncio.shield(self._task)
+        except FedMezoError:
+            return 1
+        return 0
+
+
+@asynccontextmanager
+async def start(address: str) -> AsyncIterator[Polling]:
+    task = asyncio.create_task(polls(address))
+    try:
+        yield Polling(task)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_worker_that_stops_without_another_poll_has_stopped() -> None:
+    config = config_of(rounds=60, probes=4, local_steps=1)
+    test = WorkerTest(genesis_of(config), None, patience_s=PATIENCE_S)
+    endings = {name: ending for name, _, ending in ENDINGS}
+    await endings["stops at a record that is no commit"](test, start)
+    await endings["stops at a welcome of another history"](test, start)
 
 
 async def test_a_worker_that_polls_is_led_through_the_run() -> None:

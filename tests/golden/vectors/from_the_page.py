@@ -1,4 +1,4 @@
-"""Parts of docs/protocol.md once more, with nothing but Python's standard library.
+"""Parts of docs/protocol.md and of both standards, with nothing but Python's standard library.
 
 The tests compare these with docs/vectors, so that the page's formulas are enough. Slow on purpose.
 """
@@ -73,7 +73,80 @@ def low_rank(element: int, seed: int, tensor_id: int, columns: int, rank: int) -
     return f32(total * f32_of({1: "3f800000", 2: "3f3504f3", 4: "3f000000"}[rank]))
 
 
+def bits(value: float) -> int:
+    return int.from_bytes(struct.pack(">f", value), "big")
+
+
+def from_bits(pattern: int) -> float:
+    return f32_of(f"{pattern:08x}")
+
+
+def constants(text: str) -> list[float]:
+    return [f32_of(word) for word in text.split()]
+
+
+LOG = constants("C0000000 3F7FFFFD BF2AAB7A 3F00024D BECC6960 3EA9AE98 BE98C293 3E92824D BE32E3B3")
+SIN = constants("3F490FDB BDA55DDD 3B232F49 B816C981")
+COS = constants("3F800000 BE9DE9CE 3C81D848 B9A74225")
+
+
+def plus(a: float, b: float) -> float:
+    return f32(a + b)
+
+
+def times(a: float, b: float) -> float:
+    return f32(a * b)
+
+
+def box_muller(a: int, b: int) -> tuple[float, float]:
+    """The two values of a radius word and an angle word, each operation rounded by itself."""
+    n = a >> 1 | 1
+    s = (bits(f32(n)) + 0x004AFB0D) & MASK32
+    exponent = f32(158 - (s >> 23))
+    mantissa = from_bits((s & 0x007FFFFF) + 0x3F3504F3)
+    x = plus(mantissa, -1.0)
+    x2 = times(x, x)
+    x4 = times(x2, x2)
+    low = plus(plus(times(x, LOG[1]), LOG[0]), times(x2, plus(times(x, LOG[3]), LOG[2])))
+    inner = plus(plus(times(x, LOG[7]), LOG[6]), times(x2, LOG[8]))
+    high = plus(plus(times(x, LOG[5]), LOG[4]), times(x2, inner))
+    series = times(x, plus(low, times(x4, high)))
+    radius = f32(math.sqrt(plus(times(exponent, f32_of("3FB17218")), series)))
+    turned = (b << 2 | 2) & MASK32
+    signed = turned - 2**32 if turned >> 31 else turned
+    y = times(f32(signed), f32_of("30000000"))
+    y2 = times(y, y)
+
+    def even(values: Sequence[float]) -> float:
+        c0, c1, c2, c3 = values
+        return plus(c0, times(y2, plus(c1, times(y2, plus(c2, times(y2, c3))))))
+
+    sine, cosine = times(y, even(SIN)), even(COS)
+    if b >> 30 & 1:
+        cosine = -cosine
+    p, q = times(radius, cosine), times(radius, sine)
+    return (q, p) if b >> 31 else (p, q)
+
+
+def gaussian(element: int, seed: int, tensor_id: int) -> float:
+    row, column = divmod(element, 128)
+    block = row * 32 + column % 32
+    words = philox4x32(seed, (block & MASK32, block >> 32, tensor_id, 2))
+    pair = column // 32 // 2 * 2
+    return box_muller(words[pair], words[pair + 1])[column // 32 % 2]
+
+
+def rounding_bits(element: int, seed: int, tensor_id: int, dtype: str) -> int:
+    """16 bits of domain 3 for bfloat16, the word of domain 6 for float16."""
+    if dtype == "float16":
+        return word_of(element, seed, tensor_id, 6, 1)[0]
+    word, slot = word_of(element, seed, tensor_id, 3, 2)
+    return word >> (16 - 16 * slot) & 0xFFFF
+
+
 def z(distribution: str, element: int, seed: int, tensor_id: int, columns: int) -> float:
+    if distribution == "gaussian":
+        return gaussian(element, seed, tensor_id)
     if distribution == "rademacher":
         return rademacher(element, seed, tensor_id)
     return low_rank(element, seed, tensor_id, columns, int(distribution[-1]))
@@ -257,6 +330,35 @@ def local_coefficients(
         factor = count * (gain + limit) / (count * gain + rate_directions * limit)
         quotients = [quotient * factor for quotient in quotients]
     return [f32(quotient) for quotient in quotients]
+
+
+def stored(acc: float, dtype: str, random_bits: int | None) -> int:
+    """The stored bits of a commit's result; nearest even without `random_bits`."""
+    t = bits(acc)
+    if dtype == "float32":
+        return t
+    if dtype == "bfloat16":
+        nearest = 0x7FFF + (t >> 16 & 1)
+        return t + (nearest if random_bits is None else random_bits) >> 16
+    if random_bits is None:
+        return int.from_bytes(struct.pack(">e", acc), "big")
+    magnitude = t & 0x7FFFFFFF
+    if magnitude >= 0x38800000:
+        half = min((magnitude + (random_bits >> 19) >> 13) - (112 << 10), 0x7C00)
+    else:
+        units = abs(acc) * 2.0**24
+        whole = math.floor(units)
+        half = whole + (f32(random_bits >> 8) * 2.0**-24 < units - whole)
+    return t >> 16 & 0x8000 | half
+
+
+def value_of(pattern: int, dtype: str) -> float:
+    if dtype == "float32":
+        return from_bits(pattern)
+    if dtype == "bfloat16":
+        return from_bits(pattern << 16)
+    value: float = struct.unpack(">e", pattern.to_bytes(2, "big"))[0]
+    return value
 
 
 def added(
