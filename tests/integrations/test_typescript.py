@@ -30,17 +30,26 @@ FEDMEZO = (
     "from fedmezo_coordinator.programs.fedmezo_command import main; main()",
 )
 ROUNDS = 6
-CONTRACT: dict[str, Any] = {
-    "rounds": 60,
-    "local_steps": 1,
-    "workers_min": 1,
-    "quorum": 1,
-    "probes": 4,
-    "estimator": "one_sided",
-    "distribution": "low_rank_1",
-    "report_losses": True,
-    "lora": {"rank": 2, "alpha": 2.0, "target_modules": ["c_fc"], "freeze_a": True},
-}
+
+
+def contract(**changes: Any) -> dict[str, Any]:
+    """A run that the worker in TypeScript can do, without the model's name."""
+    values = run_values(
+        **{
+            "rounds": 60,
+            "local_steps": 1,
+            "workers_min": 1,
+            "quorum": 1,
+            "probes": 4,
+            "estimator": "one_sided",
+            "distribution": "low_rank_1",
+            "report_losses": True,
+            "lora": {"rank": 2, "alpha": 2.0, "target_modules": ["c_fc"], "freeze_a": True},
+        }
+        | changes
+    )
+    del values["model"]
+    return values
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +73,8 @@ def prepared(node: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("typescript")
     save_model(folder / "tiny")
     write_rows(folder / "rows.jsonl")
-    run = run_values(**CONTRACT, model=str(folder / "tiny"))
-    (folder / "coordinator.toml").write_text(toml_of({"run": run}))
+    settings = {"model": str(folder / "tiny"), "run": contract()}
+    (folder / "coordinator.toml").write_text(toml_of(settings))
     subprocess.run(
         [*FEDMEZO, "export-form", folder / "form", "--config", folder / "coordinator.toml"],
         env=environment(),
@@ -122,11 +131,8 @@ def test_it_passes_the_battery(node: str, prepared: Path, transport: tuple[str, 
 async def test_it_ends_a_run_with_the_digest_of_our_worker(
     node: str, prepared: Path, programs: Programs, tmp_path: Path
 ) -> None:
-    run = run_values(
-        **(CONTRACT | {"rounds": ROUNDS, "workers_min": 2, "quorum": 2, "digest_every_rounds": 2}),
-        model=str(prepared / "tiny"),
-    )
-    _, address = await programs.coordinator(tmp_path / "journal", run)
+    run = contract(rounds=ROUNDS, workers_min=2, quorum=2, digest_every_rounds=2)
+    _, address = await programs.coordinator(tmp_path / "journal", run, "--model", prepared / "tiny")
     ours = programs.worker(address, "ours", prepared / "rows.jsonl", prepared / "tiny")
     theirs = await asyncio.to_thread(
         subprocess.run,
