@@ -1,11 +1,13 @@
 #!/usr/bin/env node
 /** The command: joins a run, measures its rows, and leaves when the run is finished. */
+import { readFileSync } from "node:fs";
 import { parseArgs } from "node:util";
 import { Batches } from "./batches.js";
-import { contractOf } from "./contract.js";
+import { contractOf, type Contract } from "./contract.js";
 import { StopError } from "./errors.js";
 import { Weights } from "./manifest.js";
 import { measure } from "./measuring.js";
+import type { Genesis } from "./messages.js";
 import { OnnxModel } from "./onnx.js";
 import { decodeGenesis } from "./records.js";
 import { readRows } from "./rows.js";
@@ -50,7 +52,28 @@ function log(line: string): void {
   process.stderr.write(`${line}\n`);
 }
 
-async function main(): Promise<void> {
+interface Options {
+  readonly address: string;
+  readonly name: string;
+  readonly data: string;
+  readonly folder: string;
+  readonly runId: string;
+  readonly certificates: Buffer | undefined;
+  readonly expectedKey: Uint8Array | undefined;
+  readonly polls: boolean;
+  readonly threads: number;
+}
+
+function certificatesOf(path: string | undefined): Buffer | undefined {
+  try {
+    return path === undefined ? undefined : readFileSync(path);
+  } catch (error) {
+    throw new StopError(`--tls-ca ${path} cannot be read: ${(error as Error).message}.`);
+  }
+}
+
+/** Reads the command line; undefined if only the usage is wanted. */
+function readOptions(): Options | undefined {
   const { values } = parseArgs({
     options: {
       coordinator: { type: "string" },
@@ -65,10 +88,7 @@ async function main(): Promise<void> {
       help: { type: "boolean", default: false },
     },
   });
-  if (values.help) {
-    process.stdout.write(`${USAGE}\n`);
-    return;
-  }
+  if (values.help) return undefined;
   const { coordinator: address, name, data, form: folder } = values;
   if (!address || !name || !data || !folder) throw new StopError(`An option is missing.\n${USAGE}`);
   if (!/^[a-z0-9][a-z0-9-]{0,63}$/.test(name) || name === "replica") {
@@ -80,98 +100,136 @@ async function main(): Promise<void> {
   if (!(Number.isInteger(threads) && threads >= 1)) {
     throw new StopError(`--threads ${values.threads} is no whole number from 1 on.`);
   }
-  const expectedKey = keyOf(values["expect-key"]);
-  const coordinator = new Coordinator(address, values["tls-ca"]);
-  try {
-    const run = await discover(coordinator, values.run, new Patience(log));
-    const record = run.genesis ?? new Uint8Array();
-    const genesis = decodeGenesis(record);
-    const contract = contractOf(genesis);
-    log(`The run is ${contract.runId}: ${contract.recipe}`);
+  return {
+    address,
+    name,
+    data,
+    folder,
+    runId: values.run,
+    certificates: certificatesOf(values["tls-ca"]),
+    expectedKey: keyOf(values["expect-key"]),
+    polls: values.polls,
+    threads,
+  };
+}
 
-    const model = await OnnxModel.load(folder, threads);
-    const again = "Export the base of this run again (docs/edge.md).";
-    same("manifest digest", model.manifest.digest, genesis.manifest_digest, again);
-    same("base digest", model.baseDigest, genesis.base_digest, again);
-    const form = `onnx:${model.formDigest.toString("hex")}`;
-    if (contract.baseForms.length > 0 && !contract.baseForms.includes(form)) {
-      throw new StopError(
-        `The run admits the forms ${contract.baseForms.join(", ")} of its base, and the one in ` +
-          `${folder} is ${form}. Ask the run's operator for an admitted one.`,
-      );
-    }
-    if (model.rank !== contract.rank || model.alpha !== contract.alpha) {
-      throw new StopError(
-        `The run's adapter has rank ${contract.rank} and alpha ${contract.alpha}, and the one in ` +
-          `${folder} has ${model.rank} and ${model.alpha}. ${again}`,
-      );
-    }
-    if (contract.tokensMax > model.positionsMax) {
-      throw new StopError(
-        `The run's rows have up to ${contract.tokensMax} tokens, and the model knows ` +
-          `${model.positionsMax} positions. Ask the run's operator.`,
-      );
-    }
-    const tokenizer = new TextTokenizer(model.tokenizerJson);
-    const texts = templateParts(contract.template).filter((_, place) => place % 2 === 0);
-    const words = contract.verbalizers.map(({ word }) => word);
-    const { parts, digest: tokenizerDigest } = tokenizer.digest([...texts, ...words]);
-    const other = PARTS.filter(
-      (_, place) =>
-        Buffer.compare(parts[place], genesis.tokenizer_parts?.[place] ?? parts[place]) !== 0,
-    );
-    const differs = other.length > 0 ? `The tokenizers differ in: ${other.join(", ")}. ` : "";
-    same("tokenizer digest", tokenizerDigest, genesis.tokenizer_digest, differs + again);
+const EXPORT_AGAIN = "Export the base of this run again (docs/edge.md).";
 
-    const { template, labelColumn, verbalizers, tokensMax } = contract;
-    const task = new ClassificationTask(tokenizer, template, labelColumn, verbalizers, tokensMax);
-    const examples = readRows(data, task.columns).map((row) => task.example(row));
-    const batches = new Batches(
-      contract.seed,
-      name,
-      contract.batchSize,
-      contract.localSteps,
-      examples.map(({ tokens }) => tokens.length),
+/** Checks that a form is of the run's base, and one that the run admits. */
+function checkModel(model: OnnxModel, genesis: Genesis, contract: Contract): void {
+  same("manifest digest", model.manifest.digest, genesis.manifest_digest, EXPORT_AGAIN);
+  same("base digest", model.baseDigest, genesis.base_digest, EXPORT_AGAIN);
+  const form = `onnx:${model.formDigest.toString("hex")}`;
+  if (contract.baseForms.length > 0 && !contract.baseForms.includes(form)) {
+    throw new StopError(
+      `The run admits the forms ${contract.baseForms.join(", ")} of its base, and ours is ${form}. ` +
+        "Ask the run's operator for an admitted one.",
     );
-    log(`${examples.length} rows are ready.`);
+  }
+  if (model.rank !== contract.rank || model.alpha !== contract.alpha) {
+    throw new StopError(
+      `The run's adapter has rank ${contract.rank} and alpha ${contract.alpha}, and ours has ` +
+        `${model.rank} and ${model.alpha}. ${EXPORT_AGAIN}`,
+    );
+  }
+  if (contract.tokensMax > model.positionsMax) {
+    throw new StopError(
+      `The run's rows have up to ${contract.tokensMax} tokens, and the model knows ` +
+        `${model.positionsMax} positions. Ask the run's operator.`,
+    );
+  }
+}
 
-    const weights = new Weights(model.manifest, contract.distribution, model.initial);
-    const session = new Session(
-      {
-        worker: name,
-        contract,
-        genesis: record,
-        manifestDigest: model.manifest.digest,
-        baseDigest: contract.baseForms.length > 0 ? model.formDigest : model.baseDigest,
-        tokenizerDigest,
-        rows: examples.length,
-      },
-      weights,
-    );
-    const measureWork = async (work: Work): Promise<Outcome> => {
-      const batch = batches.rows(work.round, 0).map((row) => examples[row]);
-      const measurement = await measure(
-        work.plan,
-        work.weights,
-        model.manifest,
-        contract.distribution,
-        (at) => model.loss(batch, task.verbalizerTokens, at),
-        () => work.wanted(),
-      );
-      return measurement ? { kind: "measured", measurement } : { kind: "cut short" };
-    };
-    const worker = new Worker({
-      coordinator,
-      session,
-      runId: contract.runId,
+/** The tokenizer's digest, which must be the run's. */
+function checkTokenizer(tokenizer: TextTokenizer, genesis: Genesis, contract: Contract): Buffer {
+  const texts = templateParts(contract.template).filter((_, place) => place % 2 === 0);
+  const words = contract.verbalizers.map(({ word }) => word);
+  const { parts, digest } = tokenizer.digest([...texts, ...words]);
+  const theirs = genesis.tokenizer_parts ?? [];
+  const other = PARTS.filter((_, k) => theirs[k] && Buffer.compare(parts[k], theirs[k]) !== 0);
+  const differs = other.length > 0 ? `The tokenizers differ in: ${other.join(", ")}. ` : "";
+  same("tokenizer digest", digest, genesis.tokenizer_digest, differs + EXPORT_AGAIN);
+  return digest;
+}
+
+/** Takes part in the run until it is finished. Returns the last line to print. */
+async function work(options: Options, coordinator: Coordinator): Promise<string> {
+  const run = await discover(coordinator, options.runId, new Patience(log));
+  const record = run.genesis ?? new Uint8Array();
+  const genesis = decodeGenesis(record);
+  const contract = contractOf(genesis);
+  log(`The run is ${contract.runId}: ${contract.recipe}`);
+
+  const model = await OnnxModel.load(options.folder, options.threads);
+  checkModel(model, genesis, contract);
+  const tokenizer = new TextTokenizer(model.tokenizerJson);
+  const tokenizerDigest = checkTokenizer(tokenizer, genesis, contract);
+
+  const task = new ClassificationTask(
+    tokenizer,
+    contract.template,
+    contract.labelColumn,
+    contract.verbalizers,
+    contract.tokensMax,
+  );
+  const examples = readRows(options.data, task.columns).map((row) => task.example(row));
+  const batches = new Batches(
+    contract.seed,
+    options.name,
+    contract.batchSize,
+    contract.localSteps,
+    examples.map(({ tokens }) => tokens.length),
+  );
+  log(`${examples.length} rows are ready.`);
+
+  const weights = new Weights(model.manifest, contract.distribution, model.initial);
+  const session = new Session(
+    {
+      worker: options.name,
+      contract,
       genesis: record,
-      polls: values.polls,
-      expectedKey,
-      measure: measureWork,
-      log,
-    });
-    await worker.run();
-    process.stdout.write(`round ${session.round}, digest ${weights.digest().toString("hex")}\n`);
+      manifestDigest: model.manifest.digest,
+      baseDigest: contract.baseForms.length > 0 ? model.formDigest : model.baseDigest,
+      tokenizerDigest,
+      rows: examples.length,
+    },
+    weights,
+  );
+  const measureWork = async (assigned: Work): Promise<Outcome> => {
+    const batch = batches.rows(assigned.round, 0).map((row) => examples[row]);
+    const measurement = await measure(
+      assigned.plan,
+      assigned.weights,
+      model.manifest,
+      contract.distribution,
+      (at) => model.loss(batch, task.verbalizerTokens, at),
+      () => assigned.wanted(),
+    );
+    return measurement ? { kind: "measured", measurement } : { kind: "cut short" };
+  };
+  const worker = new Worker({
+    coordinator,
+    session,
+    runId: contract.runId,
+    genesis: record,
+    polls: options.polls,
+    expectedKey: options.expectedKey,
+    measure: measureWork,
+    log,
+  });
+  await worker.run();
+  return `round ${session.round}, digest ${weights.digest().toString("hex")}`;
+}
+
+async function main(): Promise<void> {
+  const options = readOptions();
+  if (options === undefined) {
+    process.stdout.write(`${USAGE}\n`);
+    return;
+  }
+  const coordinator = new Coordinator(options.address, options.certificates);
+  try {
+    process.stdout.write(`${await work(options, coordinator)}\n`);
   } finally {
     coordinator.close();
   }

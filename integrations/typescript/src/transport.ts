@@ -1,5 +1,4 @@
 /** The coordinator's service over gRPC (docs/protocol.md, sections 2, 12 and 13). */
-import { readFileSync } from "node:fs";
 import {
   Client,
   credentials,
@@ -70,8 +69,8 @@ export interface Listener {
 export class Coordinator {
   private readonly client: Client;
 
-  /** `rootCertificates`: a file of PEM certificates; undefined means a plain connection. */
-  constructor(address: string, rootCertificates: string | undefined) {
+  /** `rootCertificates`: PEM certificates; undefined means a plain connection. */
+  constructor(address: string, rootCertificates: Buffer | undefined) {
     const options: ClientOptions = {
       "grpc.max_receive_message_length": 9 * 1024 * 1024,
       "grpc.keepalive_time_ms": 60_000,
@@ -84,7 +83,7 @@ export class Coordinator {
       address,
       rootCertificates === undefined
         ? credentials.createInsecure()
-        : credentials.createSsl(readFileSync(rootCertificates)),
+        : credentials.createSsl(rootCertificates),
       options,
     );
   }
