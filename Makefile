@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-postgres test-typescript postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -77,6 +77,12 @@ test-gpu: setup  ## run the tests that need a CUDA device
 	@$(BIN)/python -c 'import torch; raise SystemExit(not torch.cuda.is_available())' || { \
 	  echo "make test-gpu: PyTorch sees no CUDA device here; run it on a machine with one, with PyTorch's CUDA build" >&2; exit 1; }
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu
+
+# llama-cpp-python is compiled, which takes a compiler and minutes; with a BLAS library, products of a
+# quantised base are float32 (docs/edge.md).
+test-edge: setup  ## the tests of workers without torch, with ONNX Runtime and llama.cpp (builds it)
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[worker,onnx,llama-cpp]'
+	$(BIN)/python -m pytest -q tests/core/zo/edge tests/library/test_mixed_run.py tests/worker/test_form_engine.py
 
 test-postgres: setup postgres-server  ## run the tests that need a PostgreSQL server; as root, install it first
 	FEDMEZO_TEST_POSTGRES=required $(BIN)/python -m pytest tests/coordinator/stores/test_postgres_store.py \

@@ -66,12 +66,14 @@ from fedmezo_core.wire.messages import (
     unable_to_pb,
 )
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
+from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.rows import Example
+from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.objectives import load_objective
-from fedmezo_core.zo.party import Party, commits_of
+from fedmezo_core.zo.party import Party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 
@@ -84,7 +86,7 @@ class Worker:
     """One worker: its batches, its session, and the bytes that a daemon would count for it."""
 
     name: str
-    batches: Batches
+    batches: Batches[Batch]
     machine: SessionMachine
     bytes_up: int = 0
     bytes_down: int = 0

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
+from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.held_out import Evaluation, evaluate
 from fedmezo_core.zo.data.rows import Example
-from fedmezo_core.zo.data.task import Batch, Dataset
+from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.objectives import token_f1

@@ -14,7 +14,9 @@ class Engine(Protocol):
     """Holds a worker's copy of the trained weights and its rows, and computes with them.
 
     A `Session` calls it. Who makes one has checked that its base, its tokenizer and its trained
-    tensors are those of the run's genesis, because the session's hello says so.
+    tensors are those of the run's genesis, because the session's hello says so. One that measures
+    with another form of the base, which the contract's `base_forms` must list, names it in an
+    attribute `base_form`.
     """
 
     def apply(self, commits: Sequence[Committed]) -> None:

@@ -243,7 +243,7 @@ class Session:
         if not self._up:
             self._up_count += 1
             self._nonce = self._life + self._up_count.to_bytes(8, "big")
-            hello = hello_to_pb(self._genesis, self.worker, self._machine.round, self._machine.head)
+            hello = self._hello(self._machine.round, self._machine.head)
             self._up = wire.PollSessionRequest(
                 nonce=self._nonce, messages=[hello, *self._up_messages]
             ).SerializeToString()
@@ -323,6 +323,10 @@ class Session:
             raise UnavailableError(str(error)) from None
         return self._do(actions)
 
+    def _hello(self, round_: int, head: bytes) -> wire.SessionRequest:
+        form = getattr(self._engine, "base_form", "")
+        return hello_to_pb(self._genesis, self.worker, round_, head, base_form=form)
+
     def _do(self, actions: Sequence[SessionAction]) -> list[wire.SessionRequest]:
         """Do what the machine asks for, in order; returns the messages to send.
 
@@ -332,7 +336,7 @@ class Session:
         for action in actions:
             match action:
                 case SendHello(round_, head):
-                    messages.append(hello_to_pb(self._genesis, self.worker, round_, head))
+                    messages.append(self._hello(round_, head))
                 case ApplyCommit(commit):
                     self._unapplied.append(commit)
                 case Measure():

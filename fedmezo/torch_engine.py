@@ -21,14 +21,15 @@ from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import file_name
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
+from fedmezo_core.zo.commits import commits_of
+from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.held_out import Evaluation, evaluate
 from fedmezo_core.zo.data.rows import Example, read_rows, rows_of
-from fedmezo_core.zo.data.task import Dataset
 from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, Predictions
-from fedmezo_core.zo.party import Party, commits_of, open_party
+from fedmezo_core.zo.party import Party, open_party
 from fedmezo_core.zo.snapshot_files import install_snapshot, read_snapshot, write_snapshot
 
 log = logging.getLogger("fedmezo.worker")
@@ -118,6 +119,11 @@ class TorchEngine:
             before_pass=self._end_if_cut_short,
         )
         """Measures along a direction."""
+
+    @property
+    def base_form(self) -> str:
+        """The form of the base that it measures with; empty for the base itself."""
+        return self.party.base_form
 
     @property
     def model(self) -> nn.Module:

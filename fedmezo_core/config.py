@@ -15,6 +15,9 @@ from fedmezo_core.errors import ConfigError
 PROTOCOL_VERSION = 1
 """The only protocol version of this release (`fedmezo.v1`)."""
 
+BASE_FORM_PATTERN = r"^(8-bit|4-bit|(onnx|gguf):[0-9a-f]{64})$"
+"""Pattern of the names of a base's forms; see `Genesis.form_digest`."""
+
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,63}$"
 """Pattern of the names of runs and workers, which appear in logs, metrics and file names."""
 
@@ -337,6 +340,11 @@ class RunConfig(_Frozen):
         max_length=4096,
         description="Names of the modules whose own parameters are trained; empty: all.",
     )
+    base_forms: tuple[Annotated[str, Field(pattern=BASE_FORM_PATTERN)], ...] = Field(
+        default=(),
+        max_length=64,
+        description="Forms of the base that workers may measure with beside the base itself.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     workers_min: int = Field(
@@ -399,6 +407,11 @@ class RunConfig(_Frozen):
             raise ValueError(
                 f"personal_rate {self.personal_rate!r} follows the workers' losses; set "
                 "report_losses, or choose update_distance, which needs none"
+            )
+        if self.base_forms and self.lora is None:
+            raise ValueError(
+                "base_forms are for runs with lora, whose base stays as it is; begin one with "
+                "lora, or leave base_forms out"
             )
         if self.rate_amplitude >= self.learning_rate:
             raise ValueError(

@@ -71,3 +71,11 @@ def nameless_mapping(
         fill(file)
         file.flush()
         return mmap.mmap(file.fileno(), size_bytes, prot=mmap.PROT_READ)
+
+
+def folder_on_a_disk() -> Path:
+    """The folder $TMPDIR, else /var/tmp, which unlike /tmp is never in memory."""
+    for name in (os.environ.get("TMPDIR"), "/var/tmp"):
+        if name and os.access(name, os.W_OK | os.X_OK):
+            return Path(name)
+    return Path(tempfile.gettempdir())

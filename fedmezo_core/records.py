@@ -66,21 +66,38 @@ class Genesis:
     ) -> list[tuple[str, str]]:
         """What differs in a party's model from the run's: names, each with both digests as text.
 
-        With the party's `tokenizer_parts`, a different tokenizer's name includes the parts.
+        With the party's `tokenizer_parts`, a different tokenizer's name includes the parts. A form
+        of the base that the run admits does not differ.
         """
+        forms = map(self.form_digest, self.config.base_forms)
+        base = other.base_digest if other.base_digest in forms else self.base_digest
         parts = zip(TOKENIZER_PARTS, tokenizer_parts, self.tokenizer_parts, strict=False)
         named = ", ".join(name for name, theirs, ours in parts if theirs != ours)
         tokenizer = f"tokenizer (its {named})" if named else "tokenizer"
         pairs = (
             (tokenizer, other.tokenizer_digest, self.tokenizer_digest),
             ("manifest (the trainable tensors)", other.manifest_digest, self.manifest_digest),
-            ("base weights", other.base_digest, self.base_digest),
+            ("base weights", other.base_digest, base),
         )
         return [
             (what, f"digest {theirs.hex()[:16]} instead of {ours.hex()[:16]}")
             for what, theirs, ours in pairs
             if theirs != ours
         ]
+
+    def form_digest(self, form: str) -> bytes:
+        """What a worker's hello has as `base_digest` if it measures with `form`: 32 bytes.
+
+        form: as in `RunConfig.base_forms`, or empty for the base itself. `onnx:` and `gguf:` go
+        before the digest in hex. For a base that the worker compresses to 8 or 4 bits, it is the
+        SHA-256 of `fedmezo base 8-bit` (or 4-bit), a newline, and the digest of the base.
+        """
+        if not form:
+            return self.base_digest
+        _, _, digest = form.partition(":")
+        if digest:
+            return bytes.fromhex(digest)
+        return hashlib.sha256(f"fedmezo base {form}\n".encode() + self.base_digest).digest()
 
 
 @dataclass(frozen=True, slots=True)

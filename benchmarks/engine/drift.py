@@ -13,9 +13,9 @@ from benchmarks.figures import Figure
 from fedmezo_core.config import RunConfig
 from fedmezo_core.events import Work
 from fedmezo_core.zo.commits import Commit
-from fedmezo_core.zo.estimator import local_steps
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.plain.measurements import local_steps
 
 
 def figures(subject: Subject, tokens: int, cycles: int) -> Iterator[Figure]:

@@ -22,11 +22,13 @@ from transformers import (
 
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.zo.commits import Commit
-from fedmezo_core.zo.data.task import Batch, EncodedExample, Task
+from fedmezo_core.zo.data.encoding import EncodedExample
+from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.graphs import Recorder
-from fedmezo_core.zo.model.manifest import Manifest, manifest_of
+from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.noise import Distribution, Rounding
+from fedmezo_core.zo.plain.entries import Manifest
 from fedmezo_core.zo.weights import Weights
 
 COMMIT_PAIRS: Final = 40

@@ -160,8 +160,13 @@ def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
     return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
 
 
-def hello_to_pb(genesis: Genesis, worker: str, round_: int, head: bytes) -> wire.SessionRequest:
-    """The hello of `worker`, which holds the run's model, at the round and head that it holds."""
+def hello_to_pb(
+    genesis: Genesis, worker: str, round_: int, head: bytes, *, base_form: str = ""
+) -> wire.SessionRequest:
+    """The hello of `worker`, which holds the run's model, at the round and head that it holds.
+
+    base_form: the form of the base that it measures with, as `Genesis.form_digest` takes it.
+    """
     config = genesis.config
     return wire.SessionRequest(
         hello=wire.Hello(
@@ -169,7 +174,7 @@ def hello_to_pb(genesis: Genesis, worker: str, round_: int, head: bytes) -> wire
             run_id=config.run_id,
             worker=worker,
             manifest_digest=genesis.manifest_digest,
-            base_digest=genesis.base_digest,
+            base_digest=genesis.form_digest(base_form),
             tokenizer_digest=genesis.tokenizer_digest,
             recipe=config.recipe,
             round=round_,

@@ -22,7 +22,7 @@ import torch
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.noise import Operands, spec
-from fedmezo_core.zo.noise.operands import values_of
+from fedmezo_core.zo.noise.tensors import check_tensors, values_of
 
 ARITHMETIC_VERSION: Final = 1
 """Version of the arithmetic standard: another version means that some result has other bits."""
@@ -35,7 +35,7 @@ def materialize_reference(
 
     Works on the CPU only; raises `MismatchError` for tensors on another device.
     """
-    size = operands.check(out, base)
+    size = check_tensors(operands, out, base)
     assert not any(commit.from_base for commit in commits), "Weights.apply knows the run's base"
     if size == 0:
         return

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 from fedmezo_core.events import Measure, Measured
-from fedmezo_core.records import Scalars, digest64_of
 from fedmezo_core.zo.data.batches import Batches
-from fedmezo_core.zo.data.task import Dataset
-from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, local_steps
+from fedmezo_core.zo.data.encoding import Dataset
+from fedmezo_core.zo.data.task import Batch
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.objectives import Predictions
 from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.plain.measurements import measure_order
 
 _VISITS_MIN = 2
 """Least visits of a row that pay: in float32, a row alone takes 1.6 times its time in a batch."""
@@ -61,24 +61,24 @@ def open_row_states(
     return RowStates(model, party.loaded.manifest, party.task, rows)
 
 
-def open_batches(party: Party, dataset: Dataset, worker: str) -> Batches:
+def open_batches(party: Party, dataset: Dataset, worker: str) -> Batches[Batch]:
     """The batches that one worker of the run takes from its data."""
     config = party.config
+    device = execution_device(party.loaded.model)
     return Batches(
-        party.task,
+        functools.partial(party.task.collate, device=device),
         dataset,
         run_seed=config.seed,
         worker_name=worker,
         batch_size=config.batch_size,
         local_steps=config.local_steps,
-        device=execution_device(party.loaded.model),
     )
 
 
 def measure(
     party: Party,
     estimator: Estimator,
-    batches: Batches,
+    batches: Batches[Batch],
     order: Measure,
     *,
     digest: Callable[[], bytes],
@@ -88,15 +88,4 @@ def measure(
     digest: gives the weights' digest; called only if the order wants it. Raises as
     `Estimator.measure` does.
     """
-    digest64 = digest64_of(digest()) if order.work.want_digest else None
-    batch_of = functools.partial(batches.batch, order.ticket.round)
-    measured = local_steps(estimator, batch_of, order.work, party.config)
-    return Measured(
-        order.ticket,
-        Scalars(
-            projected_grads=tuple(measurement.projected_grad for measurement in measured),
-            mean_loss=math.fsum(measurement.loss for measurement in measured) / len(measured),
-            weights_digest64=digest64,
-            rows=batches.row_count,
-        ),
-    )
+    return measure_order(estimator, batches, order, party.config, digest)

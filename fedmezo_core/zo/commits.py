@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from fedmezo_core.errors import NumericError
+from fedmezo_core.errors import DivergedError, MismatchError, NumericError
+from fedmezo_core.records import Committed
 from fedmezo_core.zo.noise import SEED_MAX, cpu
-from fedmezo_core.zo.noise.operands import STORAGE_DTYPES
 
 Joined = tuple[
     npt.NDArray[np.uint64],
@@ -24,6 +23,12 @@ Joined = tuple[
 ]
 """Commits as one: seeds, coefficients, number of pairs up to each end, rounding seeds, decays."""
 
+_LARGEST: Final = {
+    cpu.FLOAT32: float(np.finfo(np.float32).max),
+    cpu.BFLOAT16: (2.0 - 2.0**-7) * 2.0**127,
+    cpu.FLOAT16: float(np.finfo(np.float16).max),
+}
+"""The largest number of each storage type."""
 _NOISE_ABS_MAX: Final = 7.0
 """|z| is below this for every distribution."""
 
@@ -91,6 +96,58 @@ class Commit:
         object.__setattr__(self, "_joined", joined)
 
 
+def commits_of(records: Sequence[Committed]) -> list[Commit]:
+    """The commits of a journal, in its order, as `materialize` takes them."""
+    return [
+        Commit(
+            seeds=np.concatenate(
+                [
+                    np.uint64(seed_range.first_seed)
+                    + np.arange(len(seed_range.coefficients), dtype=np.uint64)
+                    for seed_range in record.seed_ranges
+                ]
+                or [np.empty(0, dtype=np.uint64)]
+            ),
+            coefficients=np.array(
+                [c for seed_range in record.seed_ranges for c in seed_range.coefficients],
+                dtype=np.float32,
+            ),
+            rounding_seed=record.rounding_seed,
+            decay=record.decay,
+            from_base=record.from_base,
+        )
+        for record in records
+    ]
+
+
+def commits_to_apply(
+    round_: int, first_round: int, commits: Sequence[Commit], *, keeps_base: bool
+) -> tuple[int, list[Commit], bool]:
+    """What of the commits of `first_round` and later moves weights that are at `round_`.
+
+    Gives the first round that counts, its commit and those after it without `from_base`, and
+    whether the first one starts from the base: then it makes all commits before it superfluous.
+    Raises `DivergedError` unless the first one is of the round after `round_`, or of any later
+    round if it starts from the base; `MismatchError` if that was not kept.
+    """
+    starts = [k for k, commit in enumerate(commits) if commit.from_base]
+    if starts:
+        first_round += starts[-1]
+        commits = [replace(commits[starts[-1]], from_base=False), *commits[starts[-1] + 1 :]]
+        if not keeps_base:
+            raise MismatchError(
+                f"The commit of round {first_round} starts from the base weights, which were "
+                "not kept here; load the model with the configuration of the run in the "
+                "journal."
+            )
+    if first_round <= round_ or (not starts and first_round != round_ + 1):
+        raise DivergedError(
+            f"The commit of round {first_round} cannot be applied to weights at round "
+            f"{round_}; replay the journal from round {round_ + 1}."
+        )
+    return first_round, list(commits), bool(starts)
+
+
 def join(commits: Sequence[Commit], *, endless: bool) -> Joined:
     """All commits, one after the other, as the kernels take them.
 
@@ -153,8 +210,9 @@ class FanPlan:
     """[outputs]; 0 where an output has no pair of its own."""
     rounding_seeds: npt.NDArray[np.uint64]
     """[outputs]."""
-    ceilings: dict[torch.dtype, np.uint32]
-    """Bits of the largest magnitude to which any last pair can be added without overflow."""
+    ceilings: dict[int, np.uint32]
+    """By storage type, as the kernels number them: bits of the largest magnitude to which any last
+    pair can be added without overflow."""
 
 
 @functools.lru_cache(maxsize=1)  # a measurement asks for the same plan at each of its layers
@@ -183,8 +241,8 @@ def fan_plan(commits: tuple[Commit, ...]) -> FanPlan | None:
     reach = _NOISE_ABS_MAX * float(np.abs(last_coefficients).max())
     # The hundredth covers the roundings, those of storage included.
     ceilings = {
-        dtype: np.float32(max(0.0, 0.99 * torch.finfo(dtype).max - reach)).view(np.uint32)
-        for dtype in STORAGE_DTYPES
+        storage: np.float32(max(0.0, 0.99 * largest - reach)).view(np.uint32)
+        for storage, largest in _LARGEST.items()
     }
     return FanPlan(
         seeds, coefficients, steps, last_seeds, last_coefficients,

@@ -26,6 +26,7 @@ from fedmezo_core.errors import NumericError
 from fedmezo_core.zo.commits import Commit, common_pairs, join
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding, portable, spec
 from fedmezo_core.zo.noise.portable import NO_ELEMENT
+from fedmezo_core.zo.noise.tensors import check_tensors
 
 log = logging.getLogger("fedmezo.devices")
 
@@ -139,10 +140,10 @@ def prepared_fan(fan: Fan, points: Points, results: Results) -> list[Launch]:
     """What makes `fan` as often as it is called, at what `points` are then.
 
     The memory stays where it is now. Nothing waits: `results` knows what is not finite. Raises as
-    `Operands.check` does.
+    `check_tensors` does.
     """
     for out in fan.outs:
-        fan.operands.check(out, fan.base)
+        check_tensors(fan.operands, out, fan.base)
     found = kernels(points.device)
     bad, place = results.place(fan.operands, fan.base)
     if found is None:
@@ -163,7 +164,7 @@ def prepared_fans(fans: Sequence[Fan], points: Points, results: Results) -> list
     if found is None:
         return [launch for fan in fans for launch in prepared_fan(fan, points, results)]
     for fan in fans:
-        fan.operands.check(fan.outs[0], fan.base)
+        check_tensors(fan.operands, fan.outs[0], fan.base)
     places = [results.place(fan.operands, fan.base) for fan in fans]
     tensors = [
         (fan.outs[0], fan.base, place, fan.operands)
@@ -185,7 +186,7 @@ def prepared_look_up(
     base: the whole table, contiguous [any, columns]. rows: contiguous int64 [points, rows]. outs:
     contiguous [points, rows, columns]. `results` also knows of a row that the table does not have.
     """
-    operands.check(base, base)
+    check_tensors(operands, base, base)
     found = kernels(points.device)
     bad, place = results.place(operands, base)
     if found is None:

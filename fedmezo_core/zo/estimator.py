@@ -21,17 +21,11 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
-from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import MeasurementError
-from fedmezo_core.events import Work
-from fedmezo_core.machines.aggregate import Share, coefficients_of
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.forward.copies import Copies, DistinctRows, InseparableError
@@ -46,11 +40,12 @@ from fedmezo_core.zo.forward.graphs import (
 )
 from fedmezo_core.zo.forward.guard import DirectReadError
 from fedmezo_core.zo.forward.row_states import RowStates
-from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import computing_elements, loss_tolerance
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.objectives import Predictions
+from fedmezo_core.zo.plain.entries import Manifest
+from fedmezo_core.zo.plain.measurements import Measurement, Pair, measurements_of, points_of
 
 log = logging.getLogger("fedmezo.estimator")
 
@@ -74,22 +69,6 @@ BUILT_SHARE_MAX: Final = 0.1
 """Most trained weights, for each weight behind the frozen part, whose building is little work."""
 
 Result = TypeVar("Result")
-Pair = tuple[int, float]
-"""A seed (u64) and the float32 coefficient of its direction."""
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """What a batch says about one seed's direction."""
-
-    loss_plus: float
-    """Mean loss at W + eps z, in nats (float64), or the objective's score."""
-    loss_other: float
-    """Mean loss at W - eps z, or one-sided at W, in nats, or the objective's score."""
-    projected_grad: float
-    """A float32 value: the difference of both over 2 eps, or over eps, rounded once."""
-    loss: float
-    """The loss at W (one-sided), or the mean of both losses as its estimate, in nats."""
 
 
 class Estimator:
@@ -154,34 +133,9 @@ class Estimator:
         NaN or infinite, `ModelError` if the architecture reads a parameter where it can't be
         perturbed.
         """
-        ends: list[Sequence[Pair]] = [()] if self._one_sided else []
-        for seed in seeds:
-            ends += [[(seed, eps)]] if self._one_sided else [[(seed, eps)], [(seed, -eps)]]
-        points = [_commit([*local, *end], rounding_seed=seeds[0]) for end in ends]
+        points = points_of(local, seeds, eps, one_sided=self._one_sided)
         losses = self._losses(batch, points)
-        for end, loss in zip(ends, losses, strict=True):
-            if not math.isfinite(loss):
-                where = "" if not end else "+eps " if end[0][1] > 0 else "-eps "
-                raise MeasurementError(
-                    f"The loss at {where or 'the weights '}is {loss} on the batch of "
-                    f"{batch.name}; "
-                    "use a smaller eps or learning_rate, or check this worker's data."
-                )
-        if self._one_sided:
-            others, pluses, distance = [losses[0]] * len(seeds), losses[1:], eps
-        else:
-            others, pluses, distance = losses[1::2], losses[::2], 2.0 * eps
-        # Scores may be as large as they like: infinity is clipped like anything beyond the clip.
-        with np.errstate(over="ignore"):
-            return [
-                Measurement(
-                    loss_plus=plus,
-                    loss_other=other,
-                    projected_grad=float(np.float32((plus - other) / distance)),
-                    loss=other if self._one_sided else (plus + other) / 2.0,
-                )
-                for plus, other in zip(pluses, others, strict=True)
-            ]
+        return measurements_of(losses, eps, batch.name, one_sided=self._one_sided)
 
     def _losses(self, batch: Batch, points: Sequence[Commit]) -> list[float]:
         """The loss at every point, in as few passes over the model as it allows."""
@@ -407,41 +361,3 @@ def groups_of(lengths: Sequence[int]) -> list[list[int]]:
         best[last] = least, [*best[first][1], first]
     firsts = best[len(order)][1]
     return [order[a:b] for a, b in itertools.pairwise([*firsts, len(order)])]
-
-
-def _commit(pairs: Sequence[Pair], rounding_seed: int) -> Commit:
-    return Commit(
-        np.array([seed for seed, _ in pairs], dtype=np.uint64),
-        np.array([coefficient for _, coefficient in pairs], dtype=np.float32),
-        rounding_seed,
-    )
-
-
-def local_steps(
-    estimator: Estimator, batch_of: Callable[[int], Batch], work: Work, config: RunConfig
-) -> list[Measurement]:
-    """Run one assignment: MeZO steps from the current weights, none of them written.
-
-    Step h measures along its `config.probes` seeds of `work.seeds` on `batch_of(h)`, at the weights
-    plus the pairs of the steps before. It then appends its own pairs, with the coefficients that a
-    round of this step alone would be committed with (see `coefficients_of`). Weight decay comes
-    with the commit. Returns a measurement for each seed, in the order of `work.seeds`, whose
-    projected gradient is clipped to ± `config.projected_grad_abs_max`. A pure function of weights,
-    batches and arguments. Raises as `Estimator.measure` does.
-    """
-    bound = np.float32(config.projected_grad_abs_max)
-    if float(bound) > config.projected_grad_abs_max:
-        # The nearest float32 may lie outside the run's clip, where the coordinator refuses it.
-        bound = np.nextafter(bound, np.float32(0))
-    measured: list[Measurement] = []
-    local: list[Pair] = []
-    for first in range(0, len(work.seeds), config.probes):
-        seeds = work.seeds[first : first + config.probes]
-        batch = batch_of(first // config.probes)
-        for measurement in estimator.measure(batch, local, seeds, work.eps):
-            clipped = np.clip(np.float32(measurement.projected_grad), -bound, bound)
-            measured.append(replace(measurement, projected_grad=float(clipped)))
-        grads = tuple(measurement.projected_grad for measurement in measured[first:])
-        [coefficients] = coefficients_of([Share(seeds, grads, work.learning_rate)], config)
-        local += zip(seeds, coefficients, strict=True)
-    return measured

@@ -8,8 +8,6 @@ model. The file has no name, so that nothing is left of it, whatever ends the pr
 from __future__ import annotations
 
 import mmap
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import IO, Final
 import torch
 
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.folders import nameless_mapping
+from fedmezo_core.folders import folder_on_a_disk, nameless_mapping
 
 _CHUNK_BYTES: Final = 1 << 26
 """Bytes copied from a device at a time."""
@@ -69,11 +67,3 @@ class KeptBase:
         """Take tensor `index` out of this process's resident memory until it is read again."""
         first, size, _, _ = self._extents[index]
         self._memory.madvise(mmap.MADV_DONTNEED, first, size)
-
-
-def folder_on_a_disk() -> Path:
-    """The folder $TMPDIR, else /var/tmp, which unlike /tmp is never in memory."""
-    for name in (os.environ.get("TMPDIR"), "/var/tmp"):
-        if name and os.access(name, os.W_OK | os.X_OK):
-            return Path(name)
-    return Path(tempfile.gettempdir())

@@ -7,14 +7,14 @@ It perturbs, steps, applies, catches up and exports. The arithmetic standard say
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
 
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.zo import devices
-from fedmezo_core.zo.commits import Commit, fan_plan, join
+from fedmezo_core.zo.commits import Commit, fan_plan
 from fedmezo_core.zo.noise import (
     ELEMENTS_MAX,
     TENSOR_ID_MAX,
@@ -24,8 +24,14 @@ from fedmezo_core.zo.noise import (
     cpu,
     spec,
 )
-from fedmezo_core.zo.noise.operands import STORAGE_DTYPES, require_finite, values_of
-from fedmezo_core.zo.noise.threads import Scratch, scratch, spread
+from fedmezo_core.zo.noise.tensors import (
+    STORAGE_DTYPES,
+    check_tensors,
+    require_finite,
+    values_of,
+)
+from fedmezo_core.zo.noise.threads import scratch, spread
+from fedmezo_core.zo.plain.arrays import apply_commits
 
 _STORAGE: Final = {
     torch.float32: cpu.FLOAT32,
@@ -53,7 +59,7 @@ def materialize(
     first one that is NaN or infinite (a bad weight or an overflow), after which `out` holds no
     usable values. Raises `MismatchError` where out and base do not fit each other.
     """
-    size = operands.check(out, base)
+    size = check_tensors(operands, out, base)
     _refuse_from_base(commits)
     if size == 0:
         return
@@ -62,49 +68,12 @@ def materialize(
         if not devices.apply_commits(out, base, commits, operands):
             require_finite(out, operands)
         return
-    storage = _STORAGE[out.dtype]
-    seeds, coefficients, commit_ends, rounding_seeds, decays = join(
-        commits, endless=storage == cpu.FLOAT32
+    own_columns = operands._replace(columns=columns)
+    bad = apply_commits(
+        values_of(out), values_of(base), commits, own_columns, _STORAGE[out.dtype], _used(threads)
     )
-    tensor_id, distribution, rounding, start, _, _ = operands
-    gaussian, stochastic = distribution is Distribution.GAUSSIAN, rounding is Rounding.STOCHASTIC
-    rank = distribution.rank
-    bad: list[int] = []
-    if storage == cpu.FLOAT32 and rank == 0:
-        out_values, base_values = values_of(out), values_of(base)
-        in_place = out.data_ptr() == base.data_ptr()
-        first, tensor = np.uint64(start), np.uint64(tensor_id)
-
-        def compute(begin: int, end: int, own: Scratch) -> Any:
-            return cpu.apply_float32(
-                out_values, base_values, not in_place, np.uint64(begin), np.uint64(end), first,
-                tensor, gaussian, seeds, coefficients, commit_ends, decays,
-                own.words, own.tile_values,
-            )  # fmt: skip
-    else:
-        out_address, base_address = out.data_ptr(), base.data_ptr()
-
-        def compute(begin: int, end: int, own: Scratch) -> Any:
-            return cpu.apply_tiles(
-                out_address, base_address, begin, end, start, tensor_id,
-                storage, stochastic, gaussian, rank, columns,
-                seeds, coefficients, commit_ends, rounding_seeds, decays,
-                own.words, own.tile_values, own.row_patterns, own.patterns, own.used_patterns,
-                own.random_bits,
-            )  # fmt: skip
-
-    def run(begin: int, end: int) -> None:
-        control = cpu.exchange_float_control(cpu.STRICT_CONTROL)
-        try:
-            found = compute(begin, end, scratch)
-        finally:
-            cpu.exchange_float_control(control)
-        if found != cpu.FINITE:
-            bad.append(found)
-
-    spread(run, start, size, len(seeds) + 1, rank, columns, threads)
-    if bad:
-        raise operands.not_finite(start + min(bad), float(out.detach().view(-1)[min(bad)]))
+    if bad is not None:
+        raise operands.not_finite(operands.start + bad, float(out.detach().view(-1)[bad]))
 
 
 def materialize_fan(
@@ -144,7 +113,7 @@ def materialize_fan(
     gaussian, stochastic = distribution is Distribution.GAUSSIAN, rounding is Rounding.STOCHASTIC
     addresses = np.array(pointers, dtype=np.uint64)
     storage, rank = _STORAGE[base.dtype], distribution.rank
-    ceiling = plan.ceilings[base.dtype]
+    ceiling = plan.ceilings[storage]
     in_doubt: list[int] = []
 
     def run(begin: int, end: int) -> None:
@@ -172,7 +141,7 @@ def materialize_fan(
         if not finite:
             in_doubt.append(begin)
 
-    spread(run, start, size, len(plan.seeds) + len(outs), rank, columns, threads)
+    spread(run, start, size, len(plan.seeds) + len(outs), rank, columns, _used(threads))
     if in_doubt:
         for out in outs:
             require_finite(out, operands)
@@ -204,6 +173,11 @@ def warm_up(
     )
 
 
+def _used(threads: int | None) -> int:
+    """The most threads that a call uses."""
+    return torch.get_num_threads() if threads is None else threads
+
+
 def _refuse_from_base(commits: Sequence[Commit]) -> None:
     assert not any(commit.from_base for commit in commits), "Weights.apply knows the run's base"
 
@@ -217,7 +191,7 @@ def _check_fan(
     """(elements of each output, the outputs' addresses, the base's), once all is known to be sound.
 
     A row block's arithmetic takes 50 us: in the sound case, this asks in few calls what
-    `Operands.check` asks one by one.
+    `check_tensors` asks one by one.
     """
     if len(outs) != len(commits):
         raise MismatchError(
@@ -235,7 +209,7 @@ def _check_fan(
         sound = sound and tensor.device == base.device and tensor.is_contiguous()
     if not sound:
         for out in outs:
-            operands.check(out, base)
+            check_tensors(operands, out, base)
     addresses, base_address = [out.data_ptr() for out in outs], base.data_ptr()
     size_bytes = size * base.element_size()
     begin = 0

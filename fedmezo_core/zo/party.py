@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError, MismatchError
 from fedmezo_core.program import long_step
-from fedmezo_core.records import Committed, Genesis
-from fedmezo_core.zo.commits import Commit
+from fedmezo_core.records import Genesis
+from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.prompts import control_tokens
 from fedmezo_core.zo.data.rows import Example
-from fedmezo_core.zo.data.task import Dataset, Task
+from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.data.tokenizer_parts import digest_of_parts
 from fedmezo_core.zo.materialize import warm_up
 from fedmezo_core.zo.model.compressed import check_compressible, compress_frozen
@@ -53,6 +52,8 @@ class Party:
     tokenizer_digest: bytes
     tokenizer_parts: tuple[bytes, ...]
     """As in `Genesis`."""
+    base_form: str = ""
+    """The form of the base that this party's hello names, as in `base_forms`; empty for none."""
 
     @property
     def distribution(self) -> Distribution:
@@ -76,6 +77,11 @@ class Party:
             trainable_bytes=self.weights.byte_count,
             tokenizer_parts=self.tokenizer_parts,
         )
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of embeddings of the model."""
+        return _vocabulary_size(self.loaded)
 
     @property
     def positions_max(self) -> int | None:
@@ -218,6 +224,7 @@ def open_party(
         )
     if frozen_base_bits is not None:
         check_compressible(has_adapter=config.lora is not None, placement=placement)
+    base_form = _compressed_form(config, frozen_base_bits)
     device = placement.torch_device()
     if threads is not None:
         torch.set_num_threads(threads)
@@ -262,34 +269,25 @@ def open_party(
         base_digest=digest,
         tokenizer_digest=digest_of_parts(parts) if parts else tokenizer_digest(loaded.tokenizer),
         tokenizer_parts=parts,
+        base_form=base_form,
     )
     if frozen_base_bits is not None:
         compress_frozen(loaded.model, loaded.manifest, frozen_base_bits, device)
     return party
 
 
-def commits_of(records: Sequence[Committed]) -> list[Commit]:
-    """The commits of a journal, in its order, as `materialize` takes them."""
-    return [
-        Commit(
-            seeds=np.concatenate(
-                [
-                    np.uint64(seed_range.first_seed)
-                    + np.arange(len(seed_range.coefficients), dtype=np.uint64)
-                    for seed_range in record.seed_ranges
-                ]
-                or [np.empty(0, dtype=np.uint64)]
-            ),
-            coefficients=np.array(
-                [c for seed_range in record.seed_ranges for c in seed_range.coefficients],
-                dtype=np.float32,
-            ),
-            rounding_seed=record.rounding_seed,
-            decay=record.decay,
-            from_base=record.from_base,
+def _compressed_form(config: RunConfig, frozen_base_bits: int | None) -> str:
+    """The form of a base compressed to so many bits; empty where the run leaves that to parties."""
+    if frozen_base_bits is None or not config.base_forms:
+        return ""
+    form = f"{frozen_base_bits}-bit"
+    if form not in config.base_forms:
+        raise ConfigError(
+            f"frozen_base_bits = {frozen_base_bits}: the run admits the base itself and "
+            f"{', '.join(config.base_forms)}, not {form}; leave it out, or begin a run whose "
+            f"base_forms names {form}."
         )
-        for record in records
-    ]
+    return form
 
 
 def _vocabulary_size(loaded: LoadedModel) -> int:

@@ -16,10 +16,10 @@ from fedmezo_core.errors import SnapshotDamagedError, SnapshotError
 from fedmezo_core.folders import sync
 from fedmezo_core.program import long_step
 from fedmezo_core.wire.snapshots import Snapshot, file_name, partial_name
-from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
+from fedmezo_core.zo.model.manifest import trained_tensors
+from fedmezo_core.zo.plain.entries import Manifest
+from fedmezo_core.zo.plain.snapshot_header import check_snapshot_header
 from fedmezo_core.zo.weights import Weights
-
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def write_snapshot(
@@ -104,7 +104,7 @@ def install_snapshot(path: Path, weights: Weights, snapshot: Snapshot) -> None:
             long_step(f"taking the weights of the snapshot of round {snapshot.round}"),
             safe_open(path, framework="pt") as file,
         ):
-            _check_header(file, weights.manifest, snapshot)
+            check_snapshot_header(file, weights.manifest, snapshot)
             weights.restore(
                 snapshot.round, _tensors(file, weights.manifest), snapshot.weights_digest
             )
@@ -118,27 +118,3 @@ def install_snapshot(path: Path, weights: Weights, snapshot: Snapshot) -> None:
 def _tensors(file: Any, manifest: Manifest) -> Iterator[torch.Tensor]:
     for entry in manifest:
         yield file.get_tensor(entry.name)
-
-
-def _check_header(file: Any, manifest: Manifest, snapshot: Snapshot) -> None:
-    metadata = file.metadata() or {}
-    wanted = {
-        "round": str(snapshot.round),
-        "head": snapshot.head.hex(),
-        "weights_digest": snapshot.weights_digest.hex(),
-        "manifest_digest": manifest.digest().hex(),
-    }
-    names = set(file.keys())
-    differ = [key for key, value in wanted.items() if metadata.get(key) != value]
-    differ += [] if names == {entry.name for entry in manifest} else ["names of the tensors"]
-    if not differ:
-        for entry in manifest:
-            part = file.get_slice(entry.name)
-            found = (part.get_dtype(), tuple(part.get_shape()))
-            if found != (_DTYPES[entry.dtype], entry.shape):
-                differ.append(entry.name)
-    if differ:
-        raise SnapshotDamagedError(
-            f"The snapshot of round {snapshot.round} differs from what the coordinator says of it "
-            f"({', '.join(differ[:4])}); read the journal instead."
-        )

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from fedmezo_core.errors import DivergedError, MismatchError, SnapshotDamagedError
+from fedmezo_core.errors import DivergedError, SnapshotDamagedError
 from fedmezo_core.zo import devices
-from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.commits import Commit, commits_to_apply
 from fedmezo_core.zo.kept_base import KeptBase
 from fedmezo_core.zo.materialize import materialize
-from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
+from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.model.weight_digest import weights_digest
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
+from fedmezo_core.zo.plain.entries import Manifest
 
 _PROBE_ELEMENTS = 1 << 20
 _PROBE_PAIRS = 16
@@ -76,26 +76,10 @@ class Weights:
         be used. `advance` is called after each tensor, with its count of elements.
         """
         self._check()
-        base = None
-        from_base = [k for k, commit in enumerate(commits) if commit.from_base]
-        if from_base:
-            first_round += from_base[-1]
-            commits = [
-                replace(commits[from_base[-1]], from_base=False),
-                *commits[from_base[-1] + 1 :],
-            ]
-            base = self._base
-            if base is None:
-                raise MismatchError(
-                    f"The commit of round {first_round} starts from the base weights, which were "
-                    "not kept here; load the model with the configuration of the run in the "
-                    "journal."
-                )
-        if first_round <= self.round or (base is None and first_round != self.round + 1):
-            raise DivergedError(
-                f"The commit of round {first_round} cannot be applied to weights at round "
-                f"{self.round}; replay the journal from round {self.round + 1}."
-            )
+        first_round, commits, from_base = commits_to_apply(
+            self.round, first_round, commits, keeps_base=self._base is not None
+        )
+        base = self._base if from_base else None
         tensors = trained_tensors(self.model, self.manifest)
         self._interrupted_round = first_round
         for entry, tensor in zip(self.manifest, tensors, strict=True):

@@ -286,6 +286,24 @@ def test_a_contract_from_before_steps_grew_keeps_its_bytes_and_all_its_values() 
     )
 
 
+def test_forms_of_the_base_are_listed_by_name_and_only_for_adapters() -> None:
+    plain = parse_run(VALUES, "run")
+    assert not plain.base_forms
+    assert not config_to_pb(plain).base_forms
+    lora = {"lora": {"rank": 2, "alpha": 4, "target_modules": ["c_attn"]}}
+    forms = ["8-bit", "onnx:" + "ab" * 32]
+    listed = parse_run(VALUES | lora | {"base_forms": forms}, "run")
+    assert config_from_pb(config_to_pb(listed)) == listed
+    assert listed.recipe == parse_run(VALUES | lora, "run").recipe
+    for values, words in (
+        (lora | {"base_forms": ["onnx:abc"]}, "it must match"),
+        (lora | {"base_forms": ["2-bit"]}, "it must match"),
+        ({"base_forms": forms}, "base_forms are for runs with lora"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse_run(VALUES | values, "run")
+
+
 def test_a_run_of_before_probes_keeps_its_recipe_and_its_bytes() -> None:
     """Workers and journals of the first release have these, and know no field 21 or 22."""
     config = RunConfig.model_validate(VALUES)

@@ -40,7 +40,7 @@ from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.state_codec import STATE_VERSION, state_to_pb
 from fedmezo_core.records import Committed, Scalars, SignedHead
-from fedmezo_core.zo.party import commits_of
+from fedmezo_core.zo.commits import commits_of
 from fedmezo_proto.v1 import journal_pb2 as pb
 from fedmezo_proto.v1 import origin_pb2
 from tests.sim.world import World

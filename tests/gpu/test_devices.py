@@ -15,12 +15,13 @@ from fedmezo_core.config import TaskConfig
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Task
-from fedmezo_core.zo.estimator import Estimator, Measurement
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.model.loading import LoadedModel, load_model
 from fedmezo_core.zo.model.offload import execution_device, stored_parameters
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.noise import Distribution, Rounding
+from fedmezo_core.zo.plain.measurements import Measurement
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES, make_tokenizer
 

@@ -13,9 +13,10 @@ import torch
 
 from benchmarks.engine.subjects import LLAMA_TINY, Subject, llama
 from fedmezo_core.zo.commits import Commit
-from fedmezo_core.zo.estimator import Estimator, Measurement
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.graphs import CudaGraphs
 from fedmezo_core.zo.noise import Distribution
+from fedmezo_core.zo.plain.measurements import Measurement
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1",

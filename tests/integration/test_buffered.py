@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fedmezo_core.records import Committed, Genesis, Opened, RoundSlot
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.zo.party import commits_of, open_party
+from fedmezo_core.zo.commits import commits_of
+from fedmezo_core.zo.party import open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import at_round, records_of, served, until
 from tests.integration.support.parties import Workers, Working

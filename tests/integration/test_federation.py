@@ -19,7 +19,8 @@ from fedmezo_coordinator.programs import fedmezo_command as client_cli
 from fedmezo_core.errors import DivergedError
 from fedmezo_core.records import Answered, Committed, Diverged, Genesis, Started
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.zo.party import commits_of, open_party
+from fedmezo_core.zo.commits import commits_of
+from fedmezo_core.zo.party import open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
     Programs,

@@ -29,7 +29,7 @@ from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.aggregate import site_mean
 from fedmezo_core.records import Committed, Diverged, Genesis, Scalars
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.zo.party import commits_of as pairs_of
+from fedmezo_core.zo.commits import commits_of as pairs_of
 from fedmezo_core.zo.party import open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.agent import Agent

@@ -12,7 +12,8 @@ import pytest
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.records import Committed, Genesis, Opened, Paused, Resumed
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.zo.party import commits_of, open_party
+from fedmezo_core.zo.commits import commits_of
+from fedmezo_core.zo.party import open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
     Programs,

@@ -23,9 +23,9 @@ from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, SeedRange, digest64_of, first_seed_of
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import read_examples
-from fedmezo_core.zo.estimator import local_steps
 from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.party import open_party
+from fedmezo_core.zo.plain.measurements import local_steps
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.integration.support.harness import TASK, config_of

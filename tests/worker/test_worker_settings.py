@@ -37,6 +37,11 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
         ({"--device": "gpu"}, "device = 'gpu' is not allowed: use auto, cpu, cuda, or cuda: and"),
         ({"--device-memory-max": "much"}, "device_memory_max = 'much' is not allowed"),
         ({"--device-memory-max": "0"}, "device_memory_max = '0' is not allowed: use more than 0"),
+        (
+            {"--base-form": "form", "--model": "m"},
+            "base_form leaves no use for model; set only one of the two",
+        ),
+        ({"--gpu-layers": "3"}, "gpu_layers is for a GGUF in base_form; set both, or use device"),
         ({"--frozen-base-bits": "2"}, "frozen_base_bits = '2' is not allowed: use 8 or 4"),
         ({"--evaluate-every-rounds": "0"}, "evaluate_every_rounds = '0' is not allowed"),
         (

@@ -16,7 +16,7 @@ from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
 from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot
-from fedmezo_worker.engine import Engine
+from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import Evaluations
 from fedmezo_worker.member import Member
 from fedmezo_worker.worker_settings import WorkerSettings
@@ -30,7 +30,7 @@ class Agent:
     Until the model is loaded there is only the agent; from then on a `Member` does the work.
     """
 
-    def __init__(self, settings: WorkerSettings, engine: Engine) -> None:
+    def __init__(self, settings: WorkerSettings, engine: EngineThread) -> None:
         """`engine` does the numerical work; the caller closes it."""
         self._settings = settings
         self._engine = engine

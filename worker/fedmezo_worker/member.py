@@ -40,6 +40,7 @@ from fedmezo_core.events import (
     SessionEvent,
     Welcomed,
 )
+from fedmezo_core.folders import folder_on_a_disk
 from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.records import Committed
@@ -56,9 +57,8 @@ from fedmezo_core.wire.messages import (
 )
 from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot, SnapshotOffer
-from fedmezo_core.zo.kept_base import folder_on_a_disk
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from fedmezo_worker.engine import Engine
+from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import Evaluations, HeldOutResult
 from fedmezo_worker.worker_settings import WorkerSettings
 
@@ -78,7 +78,7 @@ class Member:
     def __init__(
         self,
         settings: WorkerSettings,
-        engine: Engine,
+        engine: EngineThread,
         history: History,
         reconnecting: Reconnecting,
         description: RunDescription,
@@ -246,7 +246,7 @@ class Member:
             run_id,
             snapshot,
             folder=self._settings.offload_folder or folder_on_a_disk(),
-            weights_bytes=self._engine.loaded.party.weights.byte_count,
+            weights_bytes=self._engine.weights_bytes,
             give_up_after_s=self._settings.give_up_after_s,
         ) as path:
             self._reconnecting.reached()
@@ -397,7 +397,13 @@ class Member:
     ) -> wire.SessionRequest:
         match action:
             case SendHello(round_, head):
-                return hello_to_pb(self._genesis, self._settings.name, round_, head)
+                return hello_to_pb(
+                    self._genesis,
+                    self._settings.name,
+                    round_,
+                    head,
+                    base_form=self._engine.base_form,
+                )
             case SendAnswer():
                 return answer_to_pb(action)
             case SendUnable():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from fedmezo_core.errors import DataError, ModelError
 from fedmezo_core.program import run_daemon, stop_signal, worker_packages
+from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
@@ -23,8 +24,21 @@ def check_paths(settings: WorkerSettings) -> None:
     for path in (settings.data, settings.heldout):
         if path is not None and not path.exists():
             raise DataError(f"There is no data file or folder {path}; check the path.")
+    if settings.base_form is not None and not settings.base_form.is_dir():
+        raise ModelError(f"There is no folder {settings.base_form}; check base_form.")
     if settings.adapter is not None and not settings.adapter.is_dir():
         raise ModelError(f"There is no adapter folder {settings.adapter}; check adapter.")
+
+
+def open_engine_thread(settings: WorkerSettings) -> EngineThread:
+    """The engine for these settings; imports what it computes with."""
+    if settings.base_form is not None:
+        from fedmezo_worker.form_engine import FormEngine
+
+        return FormEngine()
+    from fedmezo_worker.engine import Engine
+
+    return Engine()
 
 
 async def run(settings: WorkerSettings) -> None:
@@ -42,9 +56,8 @@ async def run(settings: WorkerSettings) -> None:
 
         keep_freed_memory()
         from fedmezo_worker.agent import Agent
-        from fedmezo_worker.engine import Engine
 
-    engine = Engine()
+        engine = open_engine_thread(settings)
     working = asyncio.create_task(Agent(settings, engine).run())
     stopping = asyncio.create_task(stop.wait())
     try:

@@ -93,6 +93,17 @@ class WorkerSettings(BaseSettings):
         default=None,
         description="in a run with lora: keep the frozen base in 8 or 4 bits, with bitsandbytes",
     )
+    base_form: UserPath | None = Field(
+        default=None,
+        description="folder that fedmezo export-form has written: measure with ONNX Runtime or "
+        "llama.cpp on the form of the base in it, without torch",
+    )
+    gpu_layers: int = Field(
+        default=0,
+        ge=0,
+        le=10_000,
+        description="with a GGUF in base_form: layers that a GPU computes, if llama.cpp has one",
+    )
     download_rate: ByteSize = Field(
         default=ByteSize(12_500_000),
         description="expected bytes per second of a download; a late worker chooses between "
@@ -134,6 +145,20 @@ class WorkerSettings(BaseSettings):
         if value not in {None, 4, 8}:
             raise ValueError("use 8 or 4, or leave it out")
         return value
+
+    @model_validator(mode="after")
+    def _form_instead_of_a_model(self) -> WorkerSettings:
+        if self.base_form is not None:
+            of_torch = {
+                "adapter", "device_memory_max", "frozen_base_bits", "heldout", "model", "objective",
+                "offload_folder",
+            }  # fmt: skip
+            given = sorted(name for name in of_torch if getattr(self, name))
+            if given:
+                raise ValueError(f"base_form leaves no use for {given[0]}; set only one of the two")
+        elif self.gpu_layers:
+            raise ValueError("gpu_layers is for a GGUF in base_form; set both, or use device")
+        return self
 
     @model_validator(mode="after")
     def _rows_to_evaluate_on(self) -> WorkerSettings:

@@ -292,9 +292,10 @@ def export(
     if adapter_only and genesis.config.lora is None:
         raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
     with worker_packages("export"):
+        from fedmezo_core.zo.commits import commits_of
         from fedmezo_core.zo.export import export_adapter, export_model
         from fedmezo_core.zo.model.model_card import ModelCard
-        from fedmezo_core.zo.party import commits_of, open_party
+        from fedmezo_core.zo.party import open_party
     party = open_party(
         genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
     )
@@ -362,6 +363,37 @@ def adapter(
     print(
         f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
         f'"{folder}" at the coordinator and at every worker'
+    )
+
+
+@app.command("export-form")
+def export_form(
+    folder: OutputFolder,
+    config: Annotated[
+        Path, typer.Option(help="the coordinator's TOML file; its run must train a LoRA adapter")
+    ],
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="GGUF of the same base, for llama.cpp; default: an ONNX graph is made"),
+    ] = None,
+    threads: Threads = None,
+) -> None:
+    """Write a form of a run's base for workers without torch; see docs/edge.md."""
+    settings = load_settings(
+        CoordinatorSettings, ["--config", str(config)], program="fedmezo export-form"
+    )
+    with worker_packages("export a form of a base"):
+        from fedmezo_core.zo.edge.edge_export import export_gguf_form, export_onnx_form
+        from fedmezo_core.zo.party import open_party
+    run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
+    party = open_party(run, settings.model, adapter=settings.adapter, threads=threads)
+    if gguf is None:
+        name = export_onnx_form(party, folder)
+    else:
+        name = export_gguf_form(party, folder, gguf)
+    print(
+        f"{folder}: a form of the base of run {run.run_id}; add it to the contract: "
+        f'base_forms = ["{name}"]'
     )
 
 

@@ -162,7 +162,7 @@ class _Copy:
             )
 
     def apply(self, commits: list[Committed]) -> None:
-        from fedmezo_core.zo.party import commits_of
+        from fedmezo_core.zo.commits import commits_of
 
         self.party.weights.apply(commits[0].round, commits_of(commits))
 

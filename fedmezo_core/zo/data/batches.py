@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from fedmezo_core.zo.data.task import Batch, Dataset, Task
+from fedmezo_core.zo.data.encoding import Dataset, EncodedExample
 
 _WINDOW_BATCHES = 8
 """Batches whose rows are sorted by length together. More would save little padding."""
 
 
-class Batches:
+BatchT = TypeVar("BatchT")
+
+
+class Batches(Generic[BatchT]):
     """The batches of one worker: a pure function of run seed, worker name, round and step.
 
     A worker's steps read its rows pass after pass, across rounds. No row comes twice in a pass, and
@@ -28,27 +32,26 @@ class Batches:
 
     def __init__(
         self,
-        task: Task,
+        collate: Callable[[Sequence[EncodedExample], str], BatchT],
         dataset: Dataset,
         *,
         run_seed: int,
         worker_name: str,
         batch_size: int,
         local_steps: int,
-        device: str | torch.device = "cpu",
     ) -> None:
         """Make the batches of `worker_name` in a run with `run_seed` (u64) and `local_steps`.
 
-        Batches have `batch_size` rows, or all rows of a smaller dataset, and are on `device`. Each
-        pass leaves out fewer rows than a batch has, and not always the same ones.
+        Batches have `batch_size` rows, or all rows of a smaller dataset; `collate` makes them of
+        examples and a name. Each pass leaves out fewer rows than a batch has, and not always the
+        same ones.
         """
-        self._task = task
+        self._collate = collate
         self._dataset = dataset
         self._lengths = np.array([example.token_count for example in dataset.examples])
         self._key = struct.pack("<Q", run_seed) + worker_name.encode()
         self._batch_size = min(batch_size, len(dataset))
         self._local_steps = local_steps
-        self._device = device
         self._pass = -1
         self._batches: list[npt.NDArray[np.int64]] = []
 
@@ -66,10 +69,10 @@ class Batches:
             self._pass, self._batches = number, self._shuffled(number)
         return [int(row) for row in self._batches[index]]
 
-    def batch(self, round_: int, step: int) -> Batch:
+    def batch(self, round_: int, step: int) -> BatchT:
         """The batch of `step` (from 0) in `round_` (from 1)."""
         examples = [self._dataset.examples[index] for index in self.indices(round_, step)]
-        return self._task.collate(examples, f"round {round_}, step {step}", self._device)
+        return self._collate(examples, f"round {round_}, step {step}")
 
     def _shuffled(self, number: int) -> list[npt.NDArray[np.int64]]:
         hashed = hashlib.sha256(b"fedmezo batches v1\0" + struct.pack("<Q", number) + self._key)

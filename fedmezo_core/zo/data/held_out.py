@@ -11,7 +11,8 @@ import numpy as np
 from torch import nn
 
 from fedmezo_core.errors import MeasurementError
-from fedmezo_core.zo.data.task import Batch, Dataset, Outcome, Task
+from fedmezo_core.zo.data.encoding import Dataset
+from fedmezo_core.zo.data.task import Batch, Outcome, Task
 from fedmezo_core.zo.model.offload import execution_device
 
 

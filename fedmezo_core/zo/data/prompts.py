@@ -8,17 +8,19 @@ import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+
+TextTokenizer: TypeAlias = Any
+"""A tokenizer of transformers, or a `FileTokenizer`, which has what is used of one."""
 
 _TEXTS_PER_CALL = 1024
 _CHARS_PER_CALL = 1 << 20
 """No more texts are tokenised together once they have so many characters."""
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def control_tokens(tokenizer: TextTokenizer) -> dict[str, int]:
     """The texts of `tokenizer` that stand for more than themselves, with their token ids.
 
     These are its special tokens, and its other added tokens that are a word between marks, such as
@@ -46,7 +48,7 @@ class PromptEncoder:
     its tokens are those of the tokenizer.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, columns_are_plain: bool) -> None:
+    def __init__(self, tokenizer: TextTokenizer, *, columns_are_plain: bool) -> None:
         self._tokenizer = tokenizer
         self._controls = control_tokens(tokenizer) if columns_are_plain else {}
         # The unknown token also stands for characters that the vocabulary lacks.

@@ -7,17 +7,15 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.records import TOKENIZER_PARTS
-from fedmezo_core.zo.data.prompts import control_tokens
+from fedmezo_core.zo.data.prompts import TextTokenizer, control_tokens
 
 _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 def tokenizer_parts(
-    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, before: Sequence[int]
+    tokenizer: TextTokenizer, task: TaskConfig, before: Sequence[int]
 ) -> tuple[bytes, ...]:
     """SHA-256 digests (32 bytes each) of `TOKENIZER_PARTS`; `before` goes before every prompt.
 
@@ -46,9 +44,7 @@ def digest_of_parts(parts: Sequence[bytes]) -> bytes:
     return hashlib.sha256(b"fedmezo tokenizer 2\n" + b"".join(parts)).digest()
 
 
-def _values(
-    tokenizer: PreTrainedTokenizerBase, task: TaskConfig, before: Sequence[int]
-) -> dict[str, Any]:
+def _values(tokenizer: TextTokenizer, task: TaskConfig, before: Sequence[int]) -> dict[str, Any]:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     added: dict[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     if backend is None:

@@ -47,7 +47,6 @@ from fedmezo_core.zo.forward.low_rank import (
 from fedmezo_core.zo.forward.prepared import Memory, PreparedPass, affine, is_elementwise
 from fedmezo_core.zo.forward.scratch import Scratch, detached_from
 from fedmezo_core.zo.materialize import materialize_fan
-from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import (
     Owned,
     Replacement,
@@ -58,6 +57,7 @@ from fedmezo_core.zo.model.modules import (
 )
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
+from fedmezo_core.zo.plain.entries import Manifest
 
 log = logging.getLogger("fedmezo.forward")
 

@@ -14,8 +14,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedmezo_core.errors import ModelError
-from fedmezo_core.zo.model.manifest import Manifest, tensor_ids, trained_tensors
+from fedmezo_core.zo.model.manifest import tensor_ids, trained_tensors
 from fedmezo_core.zo.model.offload import hooked_parameters, offload_hooks
+from fedmezo_core.zo.plain.entries import Manifest
 
 
 class DirectReadError(ModelError):

@@ -30,10 +30,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fedmezo_core.zo.data.task import Batch, EncodedExample, Task
+from fedmezo_core.zo.data.encoding import EncodedExample
+from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.forward.copies import Copies
 from fedmezo_core.zo.forward.frozen import FROZEN_SHARE_MIN, FrozenPart, FrozenResult
-from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.model.modules import (
     computing,
     computing_elements,
@@ -41,6 +41,7 @@ from fedmezo_core.zo.model.modules import (
     loss_tolerance,
     owners_of,
 )
+from fedmezo_core.zo.plain.entries import Manifest
 
 log = logging.getLogger("fedmezo.row_states")
 

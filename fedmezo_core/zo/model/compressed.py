@@ -16,8 +16,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.zo.model.manifest import Manifest, tensor_ids
+from fedmezo_core.zo.model.manifest import tensor_ids
 from fedmezo_core.zo.model.placement import Placement
+from fedmezo_core.zo.plain.entries import Manifest
 
 OUTLIER_THRESHOLD: Final = 6.0
 """Columns of an input with larger values are multiplied uncompressed (LLM.int8's default)."""

@@ -35,7 +35,7 @@ from fedmezo_core.errors import ModelError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.adapters import read_adapter, require_fetched
-from fedmezo_core.zo.model.manifest import Manifest, manifest_of, trained_tensors
+from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.offload import (
     execution_device,
     move_into_mapped_memory,
@@ -44,6 +44,7 @@ from fedmezo_core.zo.model.offload import (
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.selection import lora_targets
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
+from fedmezo_core.zo.plain.entries import Manifest
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # transformers leaves these without types, and the hub's library does not declare them.
@@ -60,7 +61,7 @@ TOKENIZER_FILES = (
 _BYTE_TOKENIZERS = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}
 """Tokenizers of bytes or characters, which have no vocabulary in a file."""
 _HUB_TIMEOUT_S = 10.0
-_NOISY = ("accelerate", "bitsandbytes", "huggingface_hub")
+_NOISY = ("accelerate", "bitsandbytes", "huggingface_hub", "torch.onnx")
 """Loggers that transformers' own verbosity leaves as they are."""
 _ADAPTER = "default"
 """Peft's own name for the only adapter of a model."""

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fedmezo_core.errors import ModelError
-from fedmezo_core.zo.model.manifest import Manifest, tensor_ids, trained_tensors
+from fedmezo_core.zo.model.manifest import tensor_ids, trained_tensors
 from fedmezo_core.zo.model.offload import put_back
+from fedmezo_core.zo.plain.entries import Manifest
 
 
 @dataclass(frozen=True, slots=True)

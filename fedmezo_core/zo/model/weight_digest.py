@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.zo.model.manifest import Manifest, trained_tensors
+from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.model.offload import unique_parameters
-
-CHUNK_BYTES = 1 << 22
-"""Bytes of a tensor hashed as one leaf (4 MiB). Part of the definition of every weights digest."""
+from fedmezo_core.zo.plain.digest_tree import CHUNK_BYTES, tree_digest, weights_header
+from fedmezo_core.zo.plain.entries import Manifest
 
 
 def tensors_digest(
@@ -40,18 +36,9 @@ def tensors_digest(
     (default: one for each core that this process may use). `tensors` is read as an iterator, so
     few of them are in memory at a time.
     """
-    root = hashlib.sha256(header)
-    workers = threads or len(os.sched_getaffinity(0))
-    leaves: deque[Future[bytes]] = deque()
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        for chunk in _chunks(tensors):
-            leaves.append(pool.submit(_leaf, chunk))
-            # A few chunks keep the threads busy; all of them would keep every tensor in memory.
-            if len(leaves) > 2 * workers:
-                root.update(leaves.popleft().result())
-        for leaf in leaves:
-            root.update(leaf.result())
-    return root.digest()
+    return tree_digest(
+        header, _chunks(tensors), lambda chunk: chunk.cpu().numpy().data, threads=threads
+    )
 
 
 def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -61,19 +48,15 @@ def _chunks(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
             yield octets[first : first + CHUNK_BYTES]
 
 
-def _leaf(chunk: torch.Tensor) -> bytes:
-    # hashlib releases the GIL, so threads hash leaves in parallel.
-    return hashlib.sha256(chunk.cpu().numpy().data).digest()
-
-
 def weights_digest(model: nn.Module, manifest: Manifest, *, threads: int | None = None) -> bytes:
     """SHA-256 digest (32 bytes) of the trained tensors, which the parties of a run compare.
 
     It is the `tensors_digest` of these tensors in manifest order. The header is the line
     `fedmezo weights 1`, followed by the manifest's canonical bytes.
     """
-    header = b"fedmezo weights 1\n" + manifest.canonical_bytes()
-    return tensors_digest(header, trained_tensors(model, manifest), threads=threads)
+    return tensors_digest(
+        weights_header(manifest), trained_tensors(model, manifest), threads=threads
+    )
 
 
 def base_digest(model: nn.Module, *, threads: int | None = None) -> bytes:

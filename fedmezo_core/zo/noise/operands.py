@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy.typing as npt
-import torch
 
-from fedmezo_core.errors import MismatchError, NumericError
-from fedmezo_core.zo.noise.spec import ELEMENTS_MAX, TENSOR_ID_MAX, Distribution
+from fedmezo_core.errors import NumericError
+from fedmezo_core.zo.noise.spec import ELEMENTS_MAX, Distribution
 
-STORAGE_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
-"""What weights may be stored as."""
+if TYPE_CHECKING:
+    import torch
 
 
 class Rounding(StrEnum):
@@ -47,7 +46,7 @@ class Operands(NamedTuple):
         """Whether rounding is stochastic."""
         return self.rounding is Rounding.STOCHASTIC
 
-    def columns_of(self, tensor: torch.Tensor) -> int:
+    def columns_of(self, tensor: torch.Tensor | npt.NDArray[Any]) -> int:
         """Length of the last dimension of the whole tensor, of which `tensor` is a part.
 
         Raises `NumericError` if `columns` is outside 1 .. 2**48.
@@ -61,46 +60,6 @@ class Operands(NamedTuple):
             )
         return self.columns
 
-    def check(self, out: torch.Tensor, base: torch.Tensor) -> int:
-        """The number of elements of `out`, if it can be made of `base`.
-
-        Raises `MismatchError` if the two do not fit each other, and `NumericError` if the elements
-        are outside the noise standard's range.
-        """
-        size = out.numel()
-        if out.dtype != base.dtype or base.numel() != size:
-            raise MismatchError(
-                f"Tensor {self.tensor_id}: cannot make {size} {out.dtype} weights out of a base of "
-                f"{base.numel()} {base.dtype} weights; give both one size and one dtype."
-            )
-        if out.dtype not in STORAGE_DTYPES:
-            raise MismatchError(
-                f"Tensor {self.tensor_id} is {out.dtype}; "
-                "load the model in float32, bfloat16 or float16."
-            )
-        for tensor in (out, base):
-            if tensor.device != out.device or tensor.is_meta or not tensor.is_contiguous():
-                raise MismatchError(
-                    f"Tensor {self.tensor_id} is on {tensor.device} with strides "
-                    f"{tensor.stride()}; give contiguous tensors on one device, the CPU or another."
-                )
-        distance_bytes = abs(out.data_ptr() - base.data_ptr())
-        if 0 < distance_bytes < size * out.element_size():
-            raise MismatchError(
-                f"Tensor {self.tensor_id}: out and base overlap without being the same memory; "
-                "give one tensor twice, or two that are apart."
-            )
-        if not 0 <= self.tensor_id <= TENSOR_ID_MAX:
-            raise NumericError(
-                f"The tensor id {self.tensor_id} is outside 0 .. 2**32 - 1; use the manifest's."
-            )
-        if not 0 <= self.start <= ELEMENTS_MAX - size:
-            raise NumericError(
-                f"Tensor {self.tensor_id}: elements {self.start} .. {self.start + size} are "
-                "outside 0 .. 2**48; give the slice's first index in its tensor."
-            )
-        return size
-
     def not_finite(self, element: int, value: object) -> NumericError:
         """The error that says that element `element` of the whole tensor is NaN or infinite."""
         return NumericError(
@@ -112,25 +71,3 @@ class Operands(NamedTuple):
     def called(self) -> str:
         """How an error message begins: the tensor's number, and its name if it has one."""
         return f"Tensor {self.tensor_id}" + ("" if self.name is None else f" ({self.name})")
-
-
-def values_of(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """The memory of a CPU tensor as a 1-D array: float32, or uint16 for bfloat16 and float16."""
-    plain = tensor.detach() if tensor.requires_grad else tensor
-    wide = plain.dtype == torch.float32
-    array: npt.NDArray[Any] = (plain if wide else plain.view(torch.uint16)).numpy()
-    return array.reshape(-1)
-
-
-def require_finite(tensor: torch.Tensor, operands: Operands) -> None:
-    """Raise `NumericError`, naming the element, if a value of `tensor` is NaN or infinite.
-
-    tensor: on any device; its first value is element `operands.start` of the whole tensor.
-    """
-    flat = tensor.detach().reshape(-1)
-    piece = 1 << 22  # a mask of the whole could be gigabytes
-    for begin in range(0, flat.numel(), piece):
-        finite = torch.isfinite(flat[begin : begin + piece])
-        if not finite.all():
-            offset = begin + int(torch.argmin(finite.to(torch.uint8)))
-            raise operands.not_finite(operands.start + offset, float(flat[offset]))

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fedmezo_core.zo.noise import cpu
 
@@ -75,13 +74,13 @@ def spread(
     pairs: int,
     rank: int,
     columns: int,
-    threads: int | None,
+    threads: int,
 ) -> None:
     """Call `run(begin, end)` on chunks of 0 .. size, in up to `threads` threads.
 
     start, rank, columns: the first element's index in its tensor, the directions' rank (0: full)
     and the length of a row, which decide where a chunk may begin. pairs: the work per element.
-    threads: None stands for torch's number. Raises what `run` raises.
+    threads: the most to use. Raises what `run` raises.
     """
     grain = cpu.TILE_ELEMENTS
     if rank:
@@ -90,7 +89,7 @@ def spread(
     work = size * pairs // CHUNK_WORK_MIN
     used = min(work, size // grain)
     if used > 1:
-        used = min(used, torch.get_num_threads() if threads is None else threads)
+        used = min(used, threads)
     if used <= 1:
         run(0, size)
         return

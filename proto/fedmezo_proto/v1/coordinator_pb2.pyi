@@ -313,7 +313,9 @@ class Hello(google.protobuf.message.Message):
     manifest_digest: builtins.bytes
     """SHA-256 of its manifest. 32 bytes."""
     base_digest: builtins.bytes
-    """Digest of its base weights. 32 bytes."""
+    """Digest of its base weights, or of the form of the base that it measures with, if the run's
+    base_forms lists that. 32 bytes.
+    """
     tokenizer_digest: builtins.bytes
     """Digest of its tokenizer. 32 bytes."""
     recipe: builtins.str

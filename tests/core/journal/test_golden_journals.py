@@ -22,9 +22,9 @@ from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.records import Committed, Genesis, Record
+from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
-from fedmezo_core.zo.party import commits_of
 
 HERE = Path(__file__).parents[2] / "golden/journals"
 JOURNALS = sorted(HERE.glob("*/*.db"))

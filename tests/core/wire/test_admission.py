@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 
-from fedmezo_core.config import PROTOCOL_VERSION
-from fedmezo_core.errors import NotReadyError, VersionError, WrongRunError
+from fedmezo_core.config import PROTOCOL_VERSION, LoraConfig
+from fedmezo_core.errors import MismatchError, NotReadyError, VersionError, WrongRunError
+from fedmezo_core.records import Genesis
 from fedmezo_core.wire.admission import (
     CATCH_UP_ROUNDS_MAX,
     check_hello,
     check_run_id,
     choose_version,
 )
+from fedmezo_core.wire.messages import hello_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import config_of, genesis_of
 
@@ -64,3 +68,32 @@ def test_the_common_version_is_chosen() -> None:
     assert choose_version([7, PROTOCOL_VERSION]) == PROTOCOL_VERSION
     with pytest.raises(VersionError, match="the caller none"):
         choose_version([])
+
+
+ONNX = "onnx:" + "ab" * 32
+
+
+def _admitting(*forms: str) -> Genesis:
+    lora = LoraConfig(rank=2, alpha=4, target_modules=("c_attn",))
+    return genesis_of(config_of(lora=lora, base_forms=forms))
+
+
+@pytest.mark.parametrize("form", ["", ONNX, "8-bit"])
+def test_a_form_of_the_base_that_the_run_admits_joins(form: str) -> None:
+    genesis = _admitting(ONNX, "8-bit")
+    check_hello(hello_to_pb(genesis, "w1", 0, HEAD, base_form=form).hello, genesis, 0, HEAD)
+
+
+@pytest.mark.parametrize("form", [ONNX, "8-bit"])
+def test_a_form_that_the_run_does_not_admit_is_refused(form: str) -> None:
+    genesis = _admitting("4-bit", "gguf:" + "ab" * 31 + "aa")
+    with pytest.raises(MismatchError, match="w1's base weights differs from the run's: digest"):
+        check_hello(hello_to_pb(genesis, "w1", 0, HEAD, base_form=form).hello, genesis, 0, HEAD)
+
+
+def test_the_digests_of_forms() -> None:
+    genesis = _admitting(ONNX)
+    assert genesis.form_digest("") == genesis.base_digest
+    assert genesis.form_digest(ONNX) == bytes.fromhex("ab" * 32)
+    wanted = hashlib.sha256(b"fedmezo base 4-bit\n" + genesis.base_digest).digest()
+    assert genesis.form_digest("4-bit") == wanted

@@ -15,9 +15,10 @@ from fedmezo_core.events import Work
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Task
-from fedmezo_core.zo.estimator import Estimator, local_steps
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.noise import Distribution, Rounding
+from fedmezo_core.zo.plain.measurements import local_steps
 from fedmezo_core.zo.weights import Weights
 
 

@@ -21,13 +21,14 @@ from fedmezo_core.zo import estimator as estimator_module
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
-from fedmezo_core.zo.estimator import Pair, local_steps
 from fedmezo_core.zo.forward import forward as forward_module
 from fedmezo_core.zo.materialize import materialize, materialize_fan
 from fedmezo_core.zo.model.loading import add_adapter
-from fedmezo_core.zo.model.manifest import Manifest, manifest_of, tensor_ids, trained_tensors
+from fedmezo_core.zo.model.manifest import manifest_of, tensor_ids, trained_tensors
 from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
+from fedmezo_core.zo.plain.entries import Manifest
+from fedmezo_core.zo.plain.measurements import Pair, local_steps
 from tests.core.zo.conftest import MODEL_KINDS, SENTENCES
 from tests.core.zo.forward.frozen_parts import estimator_on
 

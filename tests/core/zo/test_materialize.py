@@ -26,7 +26,7 @@ from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.forward.low_rank import Side, factors, split
 from fedmezo_core.zo.materialize import materialize, materialize_fan, warm_up
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding, cpu, spec
-from fedmezo_core.zo.noise.operands import require_finite
+from fedmezo_core.zo.noise.tensors import require_finite
 from tests.core.zo.noise.test_noise_spec import columns_of
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "noise" / "v1.json"

@@ -29,11 +29,12 @@ from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
-from fedmezo_core.zo.estimator import Estimator, Pair, local_steps
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from fedmezo_core.zo.objectives import SCORE_ABS_MAX, Objective, Predictions, load_objective
+from fedmezo_core.zo.plain.measurements import Pair, local_steps
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES
 from tests.core.zo.forward.frozen_parts import last_layer

@@ -21,14 +21,13 @@ from fedmezo_core.errors import ConfigError, DivergedError, MismatchError, Numer
 from fedmezo_core.records import Committed, SeedRange
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.arithmetic_spec import materialize_reference
-from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.commits import Commit, commits_of
 from fedmezo_core.zo.kept_base import KeptBase
 from fedmezo_core.zo.materialize import materialize, materialize_fan
 from fedmezo_core.zo.model.loading import load_model
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
-from fedmezo_core.zo.party import commits_of
 from fedmezo_core.zo.weights import Weights
 
 HOW: Any = {"distribution": Distribution.RADEMACHER, "rounding": Rounding.STOCHASTIC}

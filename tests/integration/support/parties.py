@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedmezo.torch_engine import TorchEngine
 from fedmezo_core.errors import FedMezoError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Genesis
@@ -96,9 +95,9 @@ class GatedEngine(Engine):
             await self.gate.wait()
         return await super().measure(order)
 
-    def _load(self, settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
+    def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         with _LOADING:
-            return super()._load(settings, genesis)
+            super()._load(settings, genesis)
 
     @property
     def party(self) -> Party:

@@ -21,9 +21,10 @@ from fedmezo_core.config import COLUMN_USES_MAX, TaskConfig
 from fedmezo_core.errors import ConfigError, DataError, MeasurementError, ModelError
 from fedmezo_core.zo.data import task as task_module
 from fedmezo_core.zo.data.batches import Batches
+from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.held_out import evaluate
 from fedmezo_core.zo.data.rows import Example
-from fedmezo_core.zo.data.task import Dataset, Task, logits_of
+from fedmezo_core.zo.data.task import Batch, Task, logits_of
 from fedmezo_core.zo.party import warn_of_answers_in_prompts
 from tests.core.zo.conftest import MODEL_KINDS, SENTENCES
 
@@ -454,9 +455,14 @@ def test_batches_are_a_pure_function_and_passes_do_not_repeat_a_row(
     task = Task(_classification(), tokenizer, 384)
     dataset = _dataset(task, count)
 
-    def batches(name: str = "w") -> Batches:
+    def batches(name: str = "w") -> Batches[Batch]:
         return Batches(
-            task, dataset, run_seed=seed, worker_name=name, batch_size=size, local_steps=steps
+            task.collate,
+            dataset,
+            run_seed=seed,
+            worker_name=name,
+            batch_size=size,
+            local_steps=steps,
         )
 
     places = [(1 + number // steps, number % steps) for number in range(40)]
@@ -479,7 +485,9 @@ def test_batches_are_a_pure_function_and_passes_do_not_repeat_a_row(
 def test_a_batch_has_rows_of_like_length(tokenizer: PreTrainedTokenizerBase) -> None:
     task = Task(_classification(), tokenizer, 384)
     dataset = _dataset(task, 256)
-    batches = Batches(task, dataset, run_seed=1, worker_name="w", batch_size=8, local_steps=4)
+    batches = Batches(
+        task.collate, dataset, run_seed=1, worker_name="w", batch_size=8, local_steps=4
+    )
     masks = [batches.batch(1 + n // 4, n % 4).attention_mask for n in range(32)]
     padded = sum(mask.numel() for mask in masks)
     used = sum(int(mask.sum()) for mask in masks)

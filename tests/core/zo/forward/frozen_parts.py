@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from fedmezo_core.config import TaskConfig
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
-from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator, Measurement, Pair
+from fedmezo_core.zo.estimator import PASS_TOKENS_MAX, Estimator
 from fedmezo_core.zo.forward.row_states import RowStates
-from fedmezo_core.zo.model.manifest import Manifest
 from fedmezo_core.zo.noise import Distribution, Rounding
 from fedmezo_core.zo.objectives import Predictions
+from fedmezo_core.zo.plain.entries import Manifest
+from fedmezo_core.zo.plain.measurements import Measurement, Pair
 from tests.core.zo.conftest import SENTENCES
 
 EPS = 1e-2

@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedmezo_core.zo.data.task import EncodedExample, Task
-from fedmezo_core.zo.estimator import Estimator, Pair
+from fedmezo_core.zo.data.encoding import EncodedExample
+from fedmezo_core.zo.data.task import Task
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.graphs import CudaGraphs, Graphs, Recorder, padded, padded_length
 from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.noise import Distribution, Rounding
+from fedmezo_core.zo.plain.measurements import Pair
 from tests.core.zo.forward.frozen_parts import EPS, LOCAL, batch_of, losses_of, task_of
 from tests.core.zo.forward.test_prepared import on_a_device
 

@@ -25,15 +25,17 @@ from fedmezo_core.errors import NumericError
 from fedmezo_core.zo import devices
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.devices import Fan, Launch
-from fedmezo_core.zo.estimator import Estimator, Pair
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward import prepared as prepared_module
 from fedmezo_core.zo.forward.forward import Forward
 from fedmezo_core.zo.forward.prepared import is_elementwise
 from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.loading import add_adapter
-from fedmezo_core.zo.model.manifest import Manifest, manifest_of
+from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.model.modules import Owned
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
+from fedmezo_core.zo.plain.entries import Manifest
+from fedmezo_core.zo.plain.measurements import Pair
 from tests.core.zo.conftest import MODEL_KINDS
 from tests.core.zo.forward.frozen_parts import (
     EPS,

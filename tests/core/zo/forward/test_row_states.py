@@ -19,15 +19,17 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.zo import estimator as estimator_module
+from fedmezo_core.zo.data.encoding import Dataset, EncodedExample
 from fedmezo_core.zo.data.held_out import evaluate
-from fedmezo_core.zo.data.task import Batch, Dataset, EncodedExample, Task
+from fedmezo_core.zo.data.task import Batch, Task
 from fedmezo_core.zo.estimator import groups_of
 from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore, SpooledRows
 from fedmezo_core.zo.model.loading import add_adapter
-from fedmezo_core.zo.model.manifest import Manifest, manifest_of
+from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.noise import Distribution
 from fedmezo_core.zo.objectives import Predictions
+from fedmezo_core.zo.plain.entries import Manifest
 from tests.core.zo.conftest import MODEL_KINDS
 from tests.core.zo.forward.frozen_parts import (
     EPS,

@@ -99,6 +99,18 @@ def _grads(party: Party) -> list[float]:
     ]
 
 
+def test_a_contract_that_lists_forms_must_list_the_compressed_one(
+    folder_of: Callable[[str], Path],
+) -> None:
+    config = _party(folder_of("llama"), "llama", None).config
+    listed = config.model_copy(update={"base_forms": ("8-bit",)})
+    party = open_party(listed, str(folder_of("llama")), threads=1, frozen_base_bits=8)
+    assert party.base_form == "8-bit"
+    assert open_party(config, str(folder_of("llama")), frozen_base_bits=4).base_form == ""
+    with pytest.raises(ConfigError, match="the run admits the base itself and 8-bit, not 4-bit"):
+        open_party(listed, str(folder_of("llama")), threads=1, frozen_base_bits=4)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(
     ("kind", "dtype"), [("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "float32")]

@@ -21,13 +21,15 @@ from fedmezo_core.errors import ModelError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.data.task import Batch, Task
-from fedmezo_core.zo.estimator import Estimator, Measurement, Pair
+from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.model.loading import load_model
-from fedmezo_core.zo.model.manifest import Manifest, manifest_of
+from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.model.offload import offload_hooks, stored_parameters
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.noise import Distribution, Rounding
+from fedmezo_core.zo.plain.entries import Manifest
+from fedmezo_core.zo.plain.measurements import Measurement, Pair
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES
 

@@ -20,15 +20,16 @@ from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ConfigError, DivergedError, MismatchError, ModelError, NumericError
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.model.loading import add_adapter
-from fedmezo_core.zo.model.manifest import Entry, Manifest, manifest_of, trained_tensors
+from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.weight_digest import (
-    CHUNK_BYTES,
     base_digest,
     tensors_digest,
     tokenizer_digest,
     weights_digest,
 )
 from fedmezo_core.zo.noise import Distribution, Rounding
+from fedmezo_core.zo.plain.digest_tree import CHUNK_BYTES
+from fedmezo_core.zo.plain.entries import Entry, Manifest
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import MODEL_KINDS, make_tokenizer
 

@@ -1,0 +1,1 @@
+"""What every party of a run computes alike, whether it has torch or not: nothing imports torch."""

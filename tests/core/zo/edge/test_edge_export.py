@@ -1,0 +1,84 @@
+"""What cannot be exported is refused before anything is written; the command prints the name."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedmezo_coordinator.programs import fedmezo_command
+from fedmezo_core.errors import ConfigError, ModelError
+from fedmezo_core.zo.edge.base_form import read_form
+from fedmezo_core.zo.edge.edge_export import export_gguf_form, export_onnx_form
+from fedmezo_core.zo.party import open_party
+from tests.core.zo.edge.conftest import admitting, contract
+
+
+def test_a_folder_in_use_and_a_missing_file_are_refused(base_folder: Path, tmp_path: Path) -> None:
+    party = open_party(contract(), str(base_folder), threads=1)
+    with pytest.raises(ModelError, match="cannot be copied"):
+        export_gguf_form(party, tmp_path / "form", tmp_path / "none.gguf")
+    assert not (tmp_path / "form").exists()
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        export_gguf_form(party, tmp_path / "used", tmp_path / "none.gguf")
+
+
+def test_a_graph_of_sixteen_bits_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    party = open_party(contract(dtype="bfloat16"), str(base_folder), threads=1)
+    with pytest.raises(ConfigError, match="has bfloat16; begin a run with float32, or export a"):
+        export_onnx_form(party, tmp_path / "form")
+
+
+def test_the_same_base_gives_the_same_form(base_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "any.gguf"
+    file.write_bytes(b"GGUF")
+    party = open_party(contract(), str(base_folder), threads=1)
+    names = {export_gguf_form(party, tmp_path / name, file) for name in "ab"}
+    assert len(names) == 1
+    other = open_party(contract(seed=2), str(base_folder), threads=1)
+    assert export_gguf_form(other, tmp_path / "c", file) not in names, "another adapter"
+
+
+def test_the_command_prints_what_the_contract_lists(
+    base_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, config = tmp_path / "any.gguf", tmp_path / "coordinator.toml"
+    file.write_bytes(b"GGUF")
+    config.write_text(
+        f"""model = {json.dumps(str(base_folder))}
+journal = {json.dumps(str(tmp_path / "run.journal"))}
+[run]
+run_id = "r"
+[run.task]
+template = "{{text}} All in all, it was"
+verbalizers = {{"0" = " terrible", "1" = " great"}}
+[run.lora]
+rank = 4
+alpha = 16
+target_modules = ["q_proj", "v_proj"]
+freeze_a = true
+"""
+    )
+    arguments = [
+        "export-form",
+        str(tmp_path / "form"),
+        "--config",
+        str(config),
+        "--gguf",
+        str(file),
+    ]
+    monkeypatch.setattr(sys, "argv", ["fedmezo", *arguments, "--threads", "1"])
+    with pytest.raises(SystemExit) as ended:
+        fedmezo_command.main()
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    name = printed.split('base_forms = ["')[1].split('"]')[0]
+    party = admitting(open_party(contract(), str(base_folder), threads=1), name)
+    assert read_form(tmp_path / "form", party.genesis()).name == name

@@ -1,0 +1,180 @@
+"""A worker that computes with a form of the base, and needs no torch for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import ConfigError, MeasurementError, ModelError, SnapshotDamagedError
+from fedmezo_core.records import Committed, SeedRange
+from fedmezo_core.wire.snapshots import file_name
+from fedmezo_core.zo.commits import commits_of
+from fedmezo_core.zo.edge.array_losses import EdgeBatch
+from fedmezo_core.zo.edge.array_weights import Adapter
+from fedmezo_core.zo.snapshot_files import write_snapshot
+from fedmezo_worker import form_engine
+from fedmezo_worker.agent import Agent
+from fedmezo_worker.form_engine import FormEngine
+from fedmezo_worker.worker_command import check_paths, open_engine_thread
+from fedmezo_worker.worker_settings import WorkerSettings
+from tests.core.zo.conftest import make_tokenizer
+from tests.core.zo.edge.conftest import Run, base_folder, contract, order_of, rows, run_of
+from tests.integration.support.harness import served
+
+__all__ = ["base_folder", "run_of"]
+ROOT = Path(__file__).parents[2]
+COMMIT = Committed(1, (SeedRange(9, (0.02, -0.03)),), rounding_seed=1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return make_tokenizer()
+
+
+class SumLosses:
+    """Losses for tests: the sum of an adapter's absolute values."""
+
+    def __init__(self) -> None:
+        self.before: Callable[[], None] = lambda: None
+
+    def __call__(self, adapters: Iterable[Adapter], _batch: EdgeBatch) -> list[float]:
+        losses = []
+        for adapter in adapters:
+            losses.append(float(sum(abs(value).sum() for value in adapter.values())))
+            self.before()
+        return losses
+
+
+@pytest.fixture
+def run(run_of: Callable[[RunConfig], Run]) -> Run:
+    return run_of(contract())
+
+
+@pytest.fixture
+def settings(run: Run, tmp_path: Path) -> WorkerSettings:
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row.values) + "\n" for row in rows()))
+    return WorkerSettings(name="w1", data=data, base_form=run.form, threads=1)
+
+
+@pytest.fixture
+def losses(monkeypatch: pytest.MonkeyPatch) -> SumLosses:
+    made = SumLosses()
+    monkeypatch.setattr(form_engine, "open_losses", lambda *_args, **_more: made)
+    return made
+
+
+@pytest.fixture
+async def engine(
+    settings: WorkerSettings, run: Run, losses: SumLosses
+) -> AsyncIterator[FormEngine]:
+    made = open_engine_thread(settings)
+    assert isinstance(made, FormEngine)
+    await made.load(settings, run.genesis)
+    yield made
+    await made.close()
+
+
+async def test_it_follows_a_run_and_says_which_form_it_holds(engine: FormEngine, run: Run) -> None:
+    assert [engine.base_form] == list(run.genesis.config.base_forms)
+    assert engine.weights_bytes == run.party.weights.byte_count
+    await engine.apply([COMMIT])
+    run.party.weights.apply(1, commits_of([COMMIT]))
+    assert await engine.digest() == run.party.weights.digest()
+    measured = await engine.measure(order_of(run.genesis.config))
+    assert len(measured.scalars.projected_grads) == 2
+    assert await engine.replay_rate() > 0
+
+
+async def test_a_measurement_is_cut_short_between_points(
+    engine: FormEngine, run: Run, losses: SumLosses
+) -> None:
+    losses.before = engine.cut_short
+    with pytest.raises(MeasurementError, match="the round closed before the measurement ended"):
+        await engine.measure(order_of(run.genesis.config))
+    losses.before = lambda: None
+    await engine.measure(order_of(run.genesis.config))
+
+
+async def test_a_snapshot_replaces_the_weights(
+    engine: FormEngine, run: Run, tmp_path: Path
+) -> None:
+    weights = run.party.weights
+    weights.apply(1, commits_of([COMMIT]))
+    snapshot = write_snapshot(
+        tmp_path, weights, run_id="r", head=b"h" * 32, weights_digest=weights.digest()
+    )
+    path = tmp_path / file_name("r", 1)
+    await engine.install(path, snapshot)
+    assert await engine.digest() == weights.digest()
+    await engine.apply([replace(COMMIT, round=2)])
+    wrong = replace(snapshot, weights_digest=b"w" * 32)
+    with pytest.raises(SnapshotDamagedError):
+        await engine.install(path, wrong)
+    with pytest.raises(RuntimeError, match="nothing is loaded"):
+        await engine.digest()
+
+
+async def test_it_evaluates_nothing(engine: FormEngine) -> None:
+    with pytest.raises(ConfigError, match="leave heldout out"):
+        await engine.evaluate()
+
+
+async def test_a_runtime_that_is_not_installed_is_named(
+    settings: WorkerSettings, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    engine = open_engine_thread(settings)
+    with pytest.raises(ModelError, match=r"install fedmezo\[llama-cpp\] to measure"):
+        await engine.load(settings, run.genesis)
+    await engine.close()
+
+
+def test_a_folder_that_is_not_there_is_refused_at_once(settings: WorkerSettings) -> None:
+    with pytest.raises(ModelError, match="There is no folder"):
+        check_paths(settings.model_copy(update={"base_form": Path("/nowhere")}))
+
+
+def test_the_worker_loads_no_torch() -> None:
+    code = (
+        "import sys; from fedmezo_worker import agent, form_engine, worker_command; "
+        "from fedmezo_core.zo.edge import llama_losses, onnx_losses; "
+        "loaded = set(sys.modules) & {'torch', 'transformers', 'peft', 'accelerate'}; "
+        "assert not loaded, loaded"
+    )
+    path = ":".join(map(str, (ROOT, ROOT / "proto", ROOT / "coordinator", ROOT / "worker")))
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": path})
+
+
+async def test_over_grpc_it_ends_with_the_digest_of_the_torch_worker(
+    settings: WorkerSettings, run: Run, losses: SumLosses, tmp_path: Path
+) -> None:
+    """The coordinator, which serves the run, knows by the hello which form of the base it holds."""
+    config = run.genesis.config.model_copy(
+        update={"rounds": 2, "workers_min": 2, "quorum": 2, "normalized_step": True}
+    )
+    genesis = replace(run.genesis, config=config)
+    torch_settings = WorkerSettings(
+        name="torch", data=settings.data, model=str(run.party.loaded.folder), threads=1
+    )
+    async with served(tmp_path / "run.journal", genesis) as coordinator:
+        agents = []
+        for own in (settings, torch_settings):
+            own = own.model_copy(update={"coordinator": coordinator.address})
+            agents.append((Agent(own, engine := open_engine_thread(own)), engine))
+        await asyncio.gather(*(agent.run() for agent, _ in agents))
+        digests = {await engine.digest() for _, engine in agents}
+    for _, engine in agents:
+        await engine.close()
+    assert len(digests) == 1
+    assert digests != {run.party.weights.digest()}
