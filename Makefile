@@ -97,7 +97,7 @@ postgres-server:
 
 test-typescript: setup  ## test the worker in TypeScript (takes Node 20 and npm's registry, and fedmezo[onnx])
 	cd integrations/typescript && npm ci --no-audit --no-fund
-	$(BIN)/python -m pip install -q -e '.[worker,onnx]'
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[worker,onnx]'
 	$(BIN)/python -m pytest -q tests/integrations/test_typescript.py
 
 sim: setup  ## replay one simulated federation with its transcript: make sim SEED=7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import shlex
 import shutil
@@ -128,10 +129,14 @@ def test_it_passes_the_battery(node: str, prepared: Path, transport: tuple[str, 
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
+@pytest.mark.parametrize("listed", [False, True], ids=["any form", "a listed form"])
 async def test_it_ends_a_run_with_the_digest_of_our_worker(
-    node: str, prepared: Path, programs: Programs, tmp_path: Path
+    node: str, prepared: Path, programs: Programs, tmp_path: Path, listed: bool
 ) -> None:
     run = contract(rounds=ROUNDS, workers_min=2, quorum=2, digest_every_rounds=2)
+    if listed:
+        form = hashlib.sha256((prepared / "form" / "form.json").read_bytes()).hexdigest()
+        run["base_forms"] = [f"onnx:{form}"]
     _, address = await programs.coordinator(tmp_path / "journal", run, "--model", prepared / "tiny")
     ours = programs.worker(address, "ours", prepared / "rows.jsonl", prepared / "tiny")
     theirs = await asyncio.to_thread(
