@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-integrations bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-integrations bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -94,6 +94,11 @@ postgres-server:
 	  test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -q && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qy postgresql; } || { \
 	  echo "PostgreSQL's server is missing; install it (Debian: apt-get install postgresql) and try again" >&2; exit 1; }
+
+test-typescript: setup  ## test the worker in TypeScript (takes Node 20 and npm's registry, and fedmezo[onnx])
+	cd integrations/typescript && npm ci --no-audit --no-fund
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[worker,onnx]'
+	$(BIN)/python -m pytest -q tests/integrations/test_typescript.py
 
 sim: setup  ## replay one simulated federation with its transcript: make sim SEED=7
 	$(BIN)/python -m tests.sim --seed $(SEED)

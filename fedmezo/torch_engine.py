@@ -25,7 +25,6 @@ from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.held_out import Evaluation, evaluate
 from fedmezo_core.zo.data.rows import Example, read_rows, rows_of
-from fedmezo_core.zo.estimator import PASS_TOKENS_MAX
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, Predictions
@@ -60,7 +59,7 @@ class TorchEngine:
         device_memory_max_bytes: int | None = None,
         offload_folder: Path | None = None,
         frozen_base_bits: int | None = None,
-        pass_tokens_max: int = PASS_TOKENS_MAX,
+        pass_tokens_max: int | None = None,
         row_states_max_bytes: int = ROW_STATES_MAX,
     ) -> None:
         """Load `model` (folder or hub name) and `rows` for `worker` in the run of `genesis`.

@@ -24,6 +24,7 @@ SLOW = (
     "faults",
     "gpu",
     "integration",
+    "integrations",
     "sim",
 )
 """Folders and modules whose tests take more than a second, but for those marked `quick`."""

@@ -10,9 +10,10 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.events import Measure
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
+from fedmezo_core.zo.commits import commits_of
+from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.rows import read_rows
-from fedmezo_core.zo.data.task import Dataset
-from fedmezo_core.zo.party import Party, commits_of, open_party
+from fedmezo_core.zo.party import Party, open_party
 
 
 class Reference:

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
+from click.testing import Result
+from typer.testing import CliRunner
 
 from fedmezo_coordinator.programs.fedmezo_command import app
 from fedmezo_core.errors import ConfigError, FedMezoError

@@ -50,17 +50,17 @@ from fedmezo_core.wire.messages import (
     unable_to_pb,
 )
 from fedmezo_core.zo.arithmetic_spec import materialize_reference
-from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.commits import Commit, commits_of
 from fedmezo_core.zo.data.batches import Batches
+from fedmezo_core.zo.data.encoding import Dataset, EncodedExample
 from fedmezo_core.zo.data.rows import Example, label_form
-from fedmezo_core.zo.data.task import Dataset, EncodedExample, Task
+from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.data.tokenizer_parts import digest_of_parts
-from fedmezo_core.zo.estimator import Measurement, local_steps
 from fedmezo_core.zo.model.loading import adapter_seed
-from fedmezo_core.zo.model.manifest import Entry, Manifest
 from fedmezo_core.zo.model.weight_digest import tensors_digest
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding, spec
-from fedmezo_core.zo.party import commits_of
+from fedmezo_core.zo.plain.entries import Entry, Manifest
+from fedmezo_core.zo.plain.measurements import Measurement, local_steps
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 FOLDER = Path(__file__).parents[3] / "docs/vectors"
@@ -405,7 +405,6 @@ def batches() -> dict[str, Any]:
                 "first_words": " ".join(f"{int(word):016x}" for word in words),
             }
         )
-    task = TaskConfig(verbalizers={"a": "x", "b": "y"})
     cases = []
     for run_seed, name, size, steps, count in (
         (7, "w1", 4, 1, 10),
@@ -416,7 +415,7 @@ def batches() -> dict[str, Any]:
         lengths = [5 + (number * 7) % 11 for number in range(count)]
         examples = tuple(EncodedExample((1,) * length, (), 0) for length in lengths)
         made = Batches(
-            _NoTask(task),
+            lambda examples, _name: examples,
             Dataset(examples, 0),
             run_seed=run_seed,
             worker_name=name,
@@ -443,13 +442,6 @@ def batches() -> dict[str, Any]:
         "philox4x64": keys,
         "cases": cases,
     }
-
-
-class _NoTask(Task):
-    """A task of which only the configuration is asked for."""
-
-    def __init__(self, config: TaskConfig) -> None:
-        self.config = config
 
 
 # ---------------------------------------------------------------- 6: measurements
@@ -494,8 +486,8 @@ def measurements() -> dict[str, Any]:
         first = first_seed_of(7, 1, 0)
         work = Work(tuple(range(first, first + 6)), 0.5, config.eps, False)
         found = local_steps(
-            _Told(losses, config.estimator == "one_sided"),  # type: ignore[arg-type]
-            lambda _step: None,  # type: ignore[arg-type, return-value]
+            _Told(losses, config.estimator == "one_sided"),
+            lambda _step: None,
             work,
             config,
         )

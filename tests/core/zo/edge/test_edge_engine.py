@@ -251,6 +251,10 @@ def test_a_form_of_another_run_is_refused(run_of: Callable[[RunConfig], Run]) ->
             "a form of the base gives only losses",
         ),
         (
+            {"lora": contract().lora.model_copy(update={"output_rank": 2})},
+            "this run has lora.output_rank = 2; begin a run without it",
+        ),
+        (
             {"task": contract().task.model_copy(update={"template_version": 2})},
             "needs the whole tokenizer",
         ),
