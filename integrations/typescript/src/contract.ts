@@ -81,14 +81,14 @@ export function recipeOf(config: RunConfig): string {
 
 function refuse(field: string, value: unknown, allowed: string): StopError {
   return new StopError(
-    `The run's contract has ${field} = ${String(value)}; ${allowed}. Join it with another worker, ` +
-      "or ask its operator.",
+    `The run's contract has ${field} = ${String(value)}; ${allowed}. Join it with another ` +
+      "worker, or ask its operator.",
   );
 }
 
 type Range = readonly [low: number, high: number];
 
-/** Whole numbers: field, range, and what an absent field means (undefined: it may not be absent). */
+/** Whole numbers: field, range, and what an absent field means, if it may be absent. */
 const WHOLE: readonly (readonly [keyof RunConfig, Range, number?])[] = [
   ["rounds", [1, 10_000_000]],
   ["local_steps", [1, 4096]],
