@@ -236,7 +236,10 @@ function checkAdapter(config: RunConfig): LoraConfig {
   return lora;
 }
 
-/** Reads a genesis's contract. Throws a StopError for one that is wrong or that is not for this worker. */
+/**
+ * Reads a genesis's contract. Throws a StopError for one that is wrong or that is not for this
+ * worker.
+ */
 export function contractOf(genesis: Genesis): Contract {
   const config = genesis.config ?? {};
   checkRanges(config);
