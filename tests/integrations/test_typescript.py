@@ -25,11 +25,7 @@ from tests.integration.support.harness import (
 )
 
 FOLDER = ROOT / "integrations" / "typescript"
-FEDMEZO = (
-    sys.executable,
-    "-c",
-    "from fedmezo_coordinator.programs.fedmezo_command import main; main()",
-)
+FEDMEZO = (sys.executable, "-m", "fedmezo_coordinator.programs.fedmezo_command")
 ROUNDS = 6
 
 
@@ -127,6 +123,7 @@ def test_it_passes_the_battery(node: str, prepared: Path, transport: tuple[str, 
         timeout=PATIENCE_S * 4,
     )
     assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert "smallest correlation with our projected gradients" in tested.stdout
 
 
 @pytest.mark.parametrize("listed", [False, True], ids=["any form", "a listed form"])

@@ -4,7 +4,9 @@ import { sha256, u64le } from "./hashing.js";
 const MASK = (1n << 64n) - 1n;
 const WINDOW_BATCHES = 8;
 
-/** Words of Philox4x64-10 with the counter 1, 2, 3, ... Batches are drawn once a pass: BigInt will do. */
+/**
+ * Words of Philox4x64-10 with the counter 1, 2, 3, ... BigInt will do: rows are drawn once a pass.
+ */
 export function* philox64(key: Uint8Array): Generator<bigint> {
   const bytes = Buffer.from(key);
   for (let counter = 1n; ; counter++) {

@@ -81,14 +81,14 @@ export function recipeOf(config: RunConfig): string {
 
 function refuse(field: string, value: unknown, allowed: string): StopError {
   return new StopError(
-    `The run's contract has ${field} = ${String(value)}; ${allowed}. Join it with another worker, ` +
-      "or ask its operator.",
+    `The run's contract has ${field} = ${String(value)}; ${allowed}. Join it with another ` +
+      "worker, or ask its operator.",
   );
 }
 
 type Range = readonly [low: number, high: number];
 
-/** Whole numbers: field, range, and what an absent field means (undefined: it may not be absent). */
+/** Whole numbers: field, range, and what an absent field means, if it may be absent. */
 const WHOLE: readonly (readonly [keyof RunConfig, Range, number?])[] = [
   ["rounds", [1, 10_000_000]],
   ["local_steps", [1, 4096]],
@@ -236,7 +236,10 @@ function checkAdapter(config: RunConfig): LoraConfig {
   return lora;
 }
 
-/** Reads a genesis's contract. Throws a StopError for one that is wrong or that is not for this worker. */
+/**
+ * Reads a genesis's contract. Throws a StopError for one that is wrong or that is not for this
+ * worker.
+ */
 export function contractOf(genesis: Genesis): Contract {
   const config = genesis.config ?? {};
   checkRanges(config);

@@ -29,7 +29,9 @@ const TRY_AGAIN: readonly string[] = [
   "StartingError",
 ];
 
-/** What a session's or call's end means for this worker, by the reason that it gives (section 13). */
+/**
+ * What a session's or call's end means for this worker, by the reason that it gives (section 13).
+ */
 export function errorOf(reason: string, sentence: string, retryAfterMs?: number): Error {
   if (reason === "DivergedError") return new DivergedError(sentence);
   if (TRY_AGAIN.includes(reason)) return new DisconnectError(sentence, retryAfterMs);

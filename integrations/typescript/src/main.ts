@@ -17,7 +17,8 @@ import { PARTS, TextTokenizer } from "./tokens.js";
 import { Coordinator } from "./transport.js";
 import { discover, Patience, Worker } from "./worker.js";
 
-const USAGE = `Usage: node dist/src/main.js --coordinator HOST:PORT --name NAME --data ROWS --form FOLDER
+const USAGE = `Usage: node dist/src/main.js --coordinator HOST:PORT --name NAME --data ROWS \\
+         --form FOLDER [options]
 
   --coordinator HOST:PORT   the coordinator's address
   --name NAME               this worker's name in the run: a-z, 0-9 and -
@@ -122,7 +123,8 @@ function checkModel(model: OnnxModel, genesis: Genesis, contract: Contract): voi
   const form = `onnx:${model.formDigest.toString("hex")}`;
   if (contract.baseForms.length > 0 && !contract.baseForms.includes(form)) {
     throw new StopError(
-      `The run admits the forms ${contract.baseForms.join(", ")} of its base, and ours is ${form}. ` +
+      `The run admits the forms ${contract.baseForms.join(", ")} of its base, and ours is ` +
+        `${form}. ` +
         "Ask the run's operator for an admitted one.",
     );
   }

@@ -95,7 +95,9 @@ export class LossError extends Error {
   override name = "LossError";
 }
 
-/** Measures one step. `wanted` is asked before each loss: a false one cuts the measurement short. */
+/**
+ * Measures one step. `wanted` is asked before each loss: a false one cuts the measurement short.
+ */
 export async function measure(
   plan: MeasurementPlan,
   weights: readonly Float32Array[],

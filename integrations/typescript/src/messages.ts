@@ -214,7 +214,9 @@ export interface RecordKinds {
   committed?: Committed;
 }
 
-/** A message type: JavaScript objects with the field names of the .proto files, to bytes and back. */
+/**
+ * A message type: JavaScript objects with the field names of the .proto files, to bytes and back.
+ */
 export interface Codec<Message> {
   encode(message: Message): Buffer;
   /** A field that the bytes lack is absent. Throws an Error for bytes that are no such message. */

@@ -54,7 +54,9 @@ export function halves(seed: bigint): [number, number] {
   return [Number(seed & 0xffffffffn), Number(seed >> 32n)];
 }
 
-/** Words of one seed, tensor and domain. A group of 32 blocks has one word for each of 128 columns. */
+/**
+ * Words of one seed, tensor and domain. A group of 32 blocks has one word for each of 128 columns.
+ */
 class Words {
   private readonly seed: [number, number];
   private readonly group = new Uint32Array(ROW);
@@ -196,7 +198,9 @@ const LOW_RANK_TABLES = {
   low_rank_4: lowRankTable(4, 0.5),
 } as const;
 
-/** z of a tensor's elements from `first` on, into `out`. `columns`: length of its last dimension. */
+/**
+ * z of a tensor's elements from `first` on, into `out`. `columns`: length of its last dimension.
+ */
 export function fillDirection(
   distribution: Distribution,
   seed: bigint,

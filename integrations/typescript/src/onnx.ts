@@ -86,13 +86,14 @@ export class OnnxModel {
       form = JSON.parse(json.toString("utf8")) as Form;
     } catch (error) {
       throw new StopError(
-        `${folder} holds no form of a base (${(error as Error).message}). Export one (docs/edge.md).`,
+        `${folder} holds no form of a base (${(error as Error).message}). Export one, as ` +
+          "docs/edge.md says.",
       );
     }
     if (form.version !== 1 || form.kind !== "onnx") {
       throw new StopError(
-        `The form in ${folder} is of kind ${form.kind}, version ${form.version}; this worker takes ` +
-          "onnx, version 1.",
+        `The form in ${folder} is of kind ${form.kind}, version ${form.version}; this worker ` +
+          "takes onnx, version 1.",
       );
     }
     for (const [name, wanted] of Object.entries(form.files)) {

@@ -1,4 +1,6 @@
-/** Records and the hash-chained heads that name the weights (docs/protocol.md, sections 5 and 8). */
+/**
+ * Records and the hash-chained heads that name the weights (docs/protocol.md, sections 5 and 8).
+ */
 import { createPublicKey, verify } from "node:crypto";
 import { StopError } from "./errors.js";
 import { sha256 } from "./hashing.js";
@@ -112,8 +114,8 @@ export function checkSignature(
   const text = Buffer.from(signedText(runId, round, head));
   if (signature.length !== 64 || !verify(null, text, publicKey, signature)) {
     throw new StopError(
-      `The signature of the head after round ${round} is wrong: whoever answers at this address is ` +
-        "not the run's coordinator, or changed its history. Ask its operator.",
+      `The signature of the head after round ${round} is wrong: whoever answers at this address ` +
+        "is not the run's coordinator, or changed its history. Ask its operator.",
     );
   }
 }

@@ -208,8 +208,8 @@ export class Session {
     const kind = Object.keys(message)[0];
     if (kind === undefined) {
       throw new StopError(
-        "The coordinator sent a message of a kind that this worker does not know; it is of another " +
-          "version. Use a newer worker.",
+        "The coordinator sent a message of a kind that this worker does not know; it is of " +
+          "another version. Use a newer worker.",
       );
     }
     if (state !== "online" || message.welcome) {
@@ -272,8 +272,8 @@ export class Session {
     const head = welcome.head ?? new Uint8Array();
     if (round < this.heldRound || epoch < this.epoch) {
       throw new DisconnectError(
-        `The coordinator's journal went back: it is at round ${round} of start ${epoch}, and this ` +
-          `worker has seen round ${this.heldRound} of start ${this.epoch}.`,
+        `The coordinator's journal went back: it is at round ${round} of start ${epoch}, and ` +
+          `this worker has seen round ${this.heldRound} of start ${this.epoch}.`,
       );
     }
     if (round === this.heldRound && !sameBytes(head, this.head)) throw this.anotherHistory(round);
@@ -310,8 +310,8 @@ export class Session {
     const probes = steps * contract.probes;
     const refuse = (what: string): StopError =>
       new StopError(
-        `The assignment of round ${round} has ${what}; the coordinator is of another version. Use ` +
-          "a newer worker.",
+        `The assignment of round ${round} has ${what}; the coordinator is of another version. ` +
+          "Use a newer worker.",
       );
     if (steps < 1 || steps > contract.localSteps) throw refuse(`${steps} local steps`);
     if (offsets.length !== 0 && offsets.length !== probes) {

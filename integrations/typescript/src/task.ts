@@ -80,8 +80,8 @@ export class ClassificationTask {
     this.verbalizerTokens = words.map((word) => word[shared] ?? -1);
     if (new Set(this.verbalizerTokens).size < words.length || this.verbalizerTokens.includes(-1)) {
       throw new StopError(
-        `The verbalizers ${verbalizers.map(({ word }) => JSON.stringify(word)).join(", ")} do not ` +
-          "differ in their first tokens. Ask the run's operator for other words.",
+        `The verbalizers ${verbalizers.map(({ word }) => JSON.stringify(word)).join(", ")} do ` +
+          "not differ in their first tokens. Ask the run's operator for other words.",
       );
     }
     this.places = new Map(verbalizers.map(({ label }, place) => [label, place]));
@@ -105,9 +105,10 @@ export class ClassificationTask {
     const label = row[this.labelColumn];
     const place = this.places.get(label) ?? this.forms.get(labelForm(label));
     if (place === undefined) {
+      const known = [...this.places.keys()].map((text) => JSON.stringify(text)).join(", ");
       throw new StopError(
-        `A row has the label ${JSON.stringify(label)} in column ${JSON.stringify(this.labelColumn)}, ` +
-          `and the run knows ${[...this.places.keys()].map((known) => JSON.stringify(known)).join(", ")}.`,
+        `A row has the label ${JSON.stringify(label)} in column ` +
+          `${JSON.stringify(this.labelColumn)}, and the run knows ${known}.`,
       );
     }
     return { tokens: this.prompt(row), label: place };

@@ -139,8 +139,8 @@ export class TextTokenizer {
       );
       if (text.split(content).length - 1 !== inParts) {
         throw new StopError(
-          `A row's text spells the control token ${content}, and the template has control tokens. ` +
-            "This worker cannot tell them apart; take that row out.",
+          `A row's text spells the control token ${content}, and the template has control ` +
+            "tokens. This worker cannot tell them apart; take that row out.",
         );
       }
     }

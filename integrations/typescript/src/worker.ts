@@ -1,4 +1,6 @@
-/** A worker's life in a run: discover, catch up, take part, and again after each lost connection. */
+/**
+ * A worker's life in a run: discover, catch up, take part, and again after each lost connection.
+ */
 import { setTimeout as sleep } from "node:timers/promises";
 import { DisconnectError, DivergedError, StopError } from "./errors.js";
 import { LossError } from "./measuring.js";
@@ -11,7 +13,9 @@ const LONGEST_WAIT_MS = 10_000;
 const LONGEST_ASKED_WAIT_MS = 60_000;
 const GOODBYE_MS = 20_000;
 
-/** Calls a function until it succeeds, with the waits of section 13. A StopError ends the trying. */
+/**
+ * Calls a function until it succeeds, with the waits of section 13. A StopError ends the trying.
+ */
 export class Patience {
   private failures = 0;
 
@@ -108,8 +112,8 @@ export class Worker {
     });
     if (Buffer.compare(run.genesis ?? new Uint8Array(), genesis) !== 0) {
       throw new StopError(
-        `Another run is served at this address under the name ${runId}: its first record has other ` +
-          "bytes. Start a new worker for it.",
+        `Another run is served at this address under the name ${runId}: its first record has ` +
+          "other bytes. Start a new worker for it.",
       );
     }
     const key = run.checkpoint_key?.length ? run.checkpoint_key : undefined;
@@ -117,15 +121,17 @@ export class Worker {
       throw new StopError(`The coordinator's key has ${key.length} bytes; an Ed25519 key has 32.`);
     }
     if (expectedKey && Buffer.compare(key ?? new Uint8Array(), expectedKey) !== 0) {
+      const [theirs, wanted] = [key ?? [], expectedKey].map((k) => Buffer.from(k).toString("hex"));
       throw new StopError(
-        `The coordinator signs with the key ${Buffer.from(key ?? []).toString("hex") || "of nobody"}, and ` +
-          `--expect-key names ${Buffer.from(expectedKey).toString("hex")}. Ask its operator.`,
+        `The coordinator signs with ${theirs ? `the key ${theirs}` : "no key"}, and --expect-key ` +
+          `names ${wanted}. Ask its operator.`,
       );
     }
     session.key = key;
     if (run.needs_snapshot) {
       throw new StopError(
-        "The journal no longer holds all commits, and this worker takes no snapshots. Use one that does.",
+        "The journal no longer holds all commits, and this worker takes no snapshots. Use one " +
+          "that does.",
       );
     }
     const before = session.round;

@@ -22,7 +22,9 @@ import { Coordinator } from "../src/transport.js";
 import { Worker } from "../src/worker.js";
 import { assign, commit, commits, digests, genesisRecord, newWorker, welcome } from "./run.js";
 
-/** What the coordinator says to each message: round 1 was missed, round 2 is measured, 3 ends it. */
+/**
+ * What the coordinator says to each message: round 1 was missed, round 2 is measured, 3 ends it.
+ */
 function reply(message: SessionRequest): SessionResponse[] {
   if (message.hello?.round === "1") return [welcome(1), assign(2)];
   if (message.answer) {
@@ -48,7 +50,10 @@ function method(
   };
 }
 
-/** Serves the run of docs/vectors until the worker has left. The first calls fail in `failures`' ways. */
+/**
+ * Serves the run of docs/vectors until the worker has left. The first calls fail in `failures`'
+ * ways.
+ */
 async function serve(
   failures: { code: status; reason?: string }[],
 ): Promise<{ server: Server; address: string; received: SessionRequest[] }> {
@@ -125,7 +130,8 @@ async function serve(
 }
 
 for (const polls of [false, true]) {
-  test(`a worker catches up, answers and leaves, ${polls ? "by polls" : "over a stream"}`, async () => {
+  const way = polls ? "by polls" : "over a stream";
+  test(`a worker catches up, answers and leaves, ${way}`, async () => {
     const { server, address, received } = await serve([
       { code: status.UNAVAILABLE, reason: "StartingError" },
       { code: status.INTERNAL },
