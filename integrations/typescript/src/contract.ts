@@ -225,6 +225,7 @@ function checkAdapter(config: RunConfig): LoraConfig {
   const { lora } = config;
   if (lora === undefined) throw refuse("lora", "nothing", "this worker trains an adapter");
   if (!lora.freeze_a) throw refuse("lora.freeze_a", false, "this worker trains B alone");
+  if (lora.output_rank) throw refuse("lora.output_rank", lora.output_rank, "this worker trains B as a whole");
   if (!(lora.rank !== undefined && lora.rank >= 1 && lora.rank <= 1024)) {
     throw refuse("lora.rank", lora.rank ?? 0, "1 to 1024 is allowed");
   }

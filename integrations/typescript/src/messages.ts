@@ -143,6 +143,7 @@ export interface LoraConfig {
   alpha?: number;
   target_modules?: string[];
   freeze_a?: boolean;
+  output_rank?: number;
 }
 /** journal.proto says what each field means. Numbers of 64 bits are decimal text. */
 export interface RunConfig {
