@@ -15,6 +15,7 @@ from experiments.first_order import FirstOrder
 from experiments.runs import Run
 from experiments.starting_point import (
     CACHE,
+    DEEP_CORE_LORA,
     DEEP_LORA,
     FIRST_ORDER_LORA,
     FULL_RATE,
@@ -149,6 +150,15 @@ QUESTIONS: Final[dict[str, Any]] = {
 """The task of answering in words of a sentence."""
 
 
+ON_A_CPU: Final[dict[str, Any]] = {
+    "train_rows_max": 1000,
+    "heldout_rows_max": None,
+    "curve_rows": 300,
+    "evaluate_every_rounds": 20,
+}
+"""Settings with which a run takes less than an hour of a core."""
+
+
 def _accuracy(
     title: str,
     run: Mapping[str, Any],
@@ -212,12 +222,21 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         0.03,
         {"FedMeZO: core-minutes, all workers": "at most 60"},
         has_memory=True,
-        settings={
-            "train_rows_max": 1000,
-            "heldout_rows_max": None,
-            "curve_rows": 300,
-            "evaluate_every_rounds": 20,
+        settings=ON_A_CPU,
+    ),
+    "accuracy-deep": _accuracy(
+        "FedMeZO in deep layers against federated averaging with back-propagation",
+        {
+            "rounds": 60,
+            "learning_rate": 0.4,
+            "lora": DEEP_CORE_LORA,
+            "distribution": "rademacher",
         },
+        0.01,
+        {"FedMeZO: core-minutes, all workers": "at most 60"},
+        has_memory=True,
+        seeds=1,
+        settings={**ON_A_CPU, "evaluate_every_rounds": 10},
     ),
     "accuracy-gpu": _accuracy(
         "FedMeZO against back-propagation, with the steps that a GPU allows",

@@ -41,6 +41,12 @@ DEEP_LORA = _fitted(32, *(f"layers.{layer}.mlp.up_proj" for layer in range(20, 2
 """393,216 parameters in the layers whose inputs say most about the label; a probe costs 70 times as
 much as with `LAST_LORA`."""
 
+DEEP_CORE_LORA = {
+    **_fitted(64, *(f"layers.{layer}.self_attn.v_proj" for layer in range(20, 28))),
+    "output_rank": 8,
+}
+"""4,096 parameters in those layers: few enough for the directions that a CPU has time for."""
+
 RUN: dict[str, Any] = {
     "model": "smollm2-135m",
     "rounds": 30,
