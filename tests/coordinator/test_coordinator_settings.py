@@ -85,10 +85,10 @@ def test_the_home_folder_is_meant_in_every_path(
         for name, field in kind.model_fields.items()
         if "Path" in str(field.annotation) or name in ("journal", "model")
     ]
-    # A worker that serves a socket has no use for most of the others.
-    apart = {"serve", "model", "data"}
-    groups = [[name for name in paths if name != "serve"]]
-    groups += [[name for name in paths if name in apart]] if "serve" in paths else []
+    # A worker that serves a socket, or measures with a form, has no use for most of the others.
+    special = ("serve", "base_form")
+    groups = [[name for name in paths if name not in special]]
+    groups += [["data", "model", "serve"], ["base_form", "data"]] if "serve" in paths else []
     for group in groups:
         given = {"name": "w1"} | dict.fromkeys(group, "~/file")
         values: dict[str, Any] = {name: given[name] for name in kind.model_fields if name in given}

@@ -31,6 +31,8 @@ test."""
 class LightEngine:
     """Stands in for `Engine`."""
 
+    base_form = ""
+
     def __init__(self) -> None:
         self.name = ""
         self.weights = BASE_WEIGHTS
