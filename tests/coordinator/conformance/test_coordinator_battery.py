@@ -26,6 +26,7 @@ from fedmezo_core.machines.seeds import seeds_of
 from fedmezo_core.records import Answered, Record
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.messages import message_to_pb
+from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
     PATIENCE_S,
     config_of,
@@ -48,13 +49,19 @@ async def report_on(folder: Path, **changes: Any) -> Report:
     return report
 
 
-async def test_a_run_without_rounds_left_is_refused(tmp_path: Path) -> None:
-    config = config_of(**(RUN | {"rounds": 3}))
-    async with served(tmp_path / "journal.db", genesis_of(config)) as coordinator:
-        test = CoordinatorTest(coordinator.address, patience_s=PATIENCE_S)
-        await CoordinatorBattery(test, Report("coordinator")).run()
-        with pytest.raises(ConfigError, match="has had all of its 3 rounds"):
-            await CoordinatorBattery(test, Report("coordinator")).run()
+async def test_a_run_without_rounds_left_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_run = CoordinatorBattery._get_run
+
+    async def later(battery: CoordinatorBattery) -> wire.GetRunResponse:
+        run = await get_run(battery)
+        run.round = RUN["rounds"]
+        return run
+
+    monkeypatch.setattr(CoordinatorBattery, "_get_run", later)
+    with pytest.raises(ConfigError, match="has had all of its 9 rounds"):
+        await report_on(tmp_path)
 
 
 async def test_a_coordinator_that_takes_no_hello_is_reported_on(
