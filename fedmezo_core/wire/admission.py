@@ -95,7 +95,7 @@ def check_hello(
     check_worker_name(hello.worker)
     for what, digests in genesis.differences(hello):
         raise MismatchError(
-            f"Worker {hello.worker}'s {what} differs from the run's: {digests}; load the same "
+            f"Worker {hello.worker} differs from the run in its {what}: {digests}; load the same "
             f"model files as the coordinator ({genesis.config.model})."
         )
     if hello.recipe != genesis.config.recipe:

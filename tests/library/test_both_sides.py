@@ -321,11 +321,11 @@ def test_another_base_is_refused_with_the_daemons_sentence() -> None:
     coordinator = Coordinator(genesis)
     [hello] = other.connect()
     coordinator.receive("a", hello)
-    with pytest.raises(MismatchError, match="base weights differs from the run's"):
+    with pytest.raises(MismatchError, match="differs from the run in its base weights"):
         [other.receive(data) for data in coordinator.outgoing("a")]
     assert not coordinator.workers
     refused = coordinator.exchange(other.exchange())
-    with pytest.raises(MismatchError, match="base weights differs from the run's"):
+    with pytest.raises(MismatchError, match="differs from the run in its base weights"):
         other.exchange(refused)
 
 
