@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedmezo_core.errors import ProtocolError
+from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.journal.journal import ZERO_HASH, head_after
 from fedmezo_core.records import Genesis
@@ -17,10 +17,16 @@ def encode_genesis(genesis: Genesis) -> bytes:
 
 
 def decode_genesis(genesis: GenesisLike) -> Genesis:
-    """The genesis in these bytes, or itself; raises `JournalCorruptError` or `ProtocolError`."""
+    """The genesis in these bytes, or itself; raises `ProtocolError` for other bytes."""
     if isinstance(genesis, Genesis):
         return genesis
-    record = decode_record(genesis)
+    try:
+        record = decode_record(genesis)
+    except JournalCorruptError:
+        raise ProtocolError(
+            f"These {len(genesis)} bytes hold no genesis that this version knows; give the "
+            "genesis_bytes of the run's coordinator, or use the same FedMeZO version."
+        ) from None
     if not isinstance(record, Genesis):
         raise ProtocolError(
             f"These bytes hold a record of kind {type(record).__name__}, not a genesis; give the "

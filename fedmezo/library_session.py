@@ -37,6 +37,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.records import Committed
+from fedmezo_core.wire.admission import check_worker_name
 from fedmezo_core.wire.messages import answer_to_pb, event_from_pb, hello_to_pb, unable_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -66,9 +67,10 @@ class Session:
 
         With `measure_inline` the session itself measures, and a call returns when that is done.
         Without it, the caller takes each `order`, and gives what `measure` returns to `complete`.
-        Raises `ProtocolError` or `JournalCorruptError` if the bytes hold no genesis.
+        Raises `ProtocolError` if the bytes hold no genesis, or `worker` is no worker's name.
         """
         self._genesis = decode_genesis(genesis)
+        check_worker_name(worker)
         self.worker = worker
         """The worker's name in the run."""
         self._engine = engine
@@ -155,7 +157,7 @@ class Session:
 
     # ------------------------------------------------------------ weights on a disk
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: str | Path) -> Path:
         """Write the weights, with the round and head that they are of, into a file in `folder`.
 
         It is there durably and whole, or not at all. Needs a `SavingEngine`. Raises `NotReadyError`
@@ -166,9 +168,9 @@ class Session:
             raise NotReadyError(
                 "A measurement has the engine, and commits may wait for it; complete it, then save."
             )
-        return self._saving_engine.save(folder, self.head)
+        return self._saving_engine.save(Path(folder).expanduser(), self.head)
 
-    def restore(self, path: Path) -> None:
+    def restore(self, path: str | Path) -> None:
         """Begin from a file that `save` has written, before the first `connect` or `exchange`.
 
         Raises `SnapshotDamagedError` for a file that is not one of this run and model, after which
@@ -178,7 +180,7 @@ class Session:
         if self.round or self._machine.state is not SessionState.OFFLINE or self._up_count:
             raise ProtocolError("This session has begun; restore the weights before that.")
         self._has_failed = True
-        round_, head = self._saving_engine.restore(path)
+        round_, head = self._saving_engine.restore(Path(path).expanduser())
         self._has_failed = False
         if round_:
             self._machine.step(Restored(round_, head))

@@ -19,6 +19,7 @@ from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.wire.admission import check_worker_name
 from fedmezo_core.wire.snapshots import file_name
 from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
 from fedmezo_core.zo.commits import commits_of
@@ -52,12 +53,12 @@ class TorchEngine:
         rows: Rows,
         *,
         heldout: Rows | None = None,
-        adapter: Path | None = None,
+        adapter: str | Path | None = None,
         objective: Callable[[Predictions], Any] | None = None,
         threads: int | None = None,
         device: str = "auto",
         device_memory_max_bytes: int | None = None,
-        offload_folder: Path | None = None,
+        offload_folder: str | Path | None = None,
         frozen_base_bits: int | None = None,
         pass_tokens_max: int | None = None,
         row_states_max_bytes: int = ROW_STATES_MAX,
@@ -72,6 +73,7 @@ class TorchEngine:
         genesis = decode_genesis(genesis)
         config = genesis.config
         # What is quick first: a wrong name or column should not cost a model's loading time.
+        check_worker_name(worker)
         scored_by = _objective(config, objective)
         data = _Source(rows)
         examples = data.read(config, keep_others=scored_by is not None)
@@ -81,9 +83,9 @@ class TorchEngine:
         self.party = party = open_party(
             config,
             str(model),
-            adapter=adapter,
+            adapter=_path(adapter),
             threads=threads,
-            placement=Placement(device, device_memory_max_bytes, offload_folder),
+            placement=Placement(device, device_memory_max_bytes, _path(offload_folder)),
             frozen_base_bits=frozen_base_bits,
         )
         """The model, the task and the weights."""
@@ -214,7 +216,7 @@ def begin_run(
     contract: RunConfig | Mapping[str, Any],
     model: str | Path,
     *,
-    adapter: Path | None = None,
+    adapter: str | Path | None = None,
     threads: int | None = None,
 ) -> Genesis:
     """The genesis of a new run from a base model, which is loaded once for its digests.
@@ -228,9 +230,13 @@ def begin_run(
         if isinstance(contract, RunConfig)
         else parse_run(dict(contract), "the run's contract")
     )
-    party = open_party(config, str(model), adapter=adapter, threads=threads)
+    party = open_party(config, str(model), adapter=_path(adapter), threads=threads)
     party.check_can_begin()
     return party.genesis()
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return None if given is None else Path(given).expanduser()
 
 
 class _Source:
@@ -238,7 +244,7 @@ class _Source:
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
-        self.name = rows if isinstance(rows, (str, Path)) else "the rows given"
+        self.name = rows if isinstance(rows, (str, Path)) else "the data given"
 
     def read(self, config: RunConfig, *, keep_others: bool = False) -> list[Example]:
         if isinstance(self._rows, (str, Path)):

@@ -55,6 +55,16 @@ def check_run_id(asked: str, served: str) -> None:
         )
 
 
+def check_worker_name(name: str) -> None:
+    """Raise `ProtocolError` for a name that no worker may have."""
+    if not re.fullmatch(NAME_PATTERN, name) or name == REPLICA_PARTY:
+        raise ProtocolError(
+            f"{name[:NAME_CHARS_SHOWN_MAX]!r} is no worker's name. A worker's name has 1 to 64 "
+            "characters out of a-z, 0-9 and -, begins with a letter or digit, and is not "
+            f"{REPLICA_PARTY!r}; set another --name."
+        )
+
+
 def check_nonce(request: wire.PollSessionRequest) -> None:
     """Raise `ProtocolError` for a call whose nonce is too long to be repeated."""
     if len(request.nonce) > NONCE_BYTES_MAX:
@@ -82,14 +92,10 @@ def check_hello(
     if hello.protocol_version != PROTOCOL_VERSION:
         choose_version([hello.protocol_version])
     check_run_id(hello.run_id or "(none)", genesis.config.run_id)
-    if not re.fullmatch(NAME_PATTERN, hello.worker) or hello.worker == REPLICA_PARTY:
-        raise ProtocolError(
-            "A worker's name has 1 to 64 characters out of a-z, 0-9 and -, begins with a letter or "
-            f"digit, and is not {REPLICA_PARTY!r}; set another --name."
-        )
+    check_worker_name(hello.worker)
     for what, digests in genesis.differences(hello):
         raise MismatchError(
-            f"Worker {hello.worker}'s {what} differs from the run's: {digests}; load the same "
+            f"Worker {hello.worker} differs from the run in its {what}: {digests}; load the same "
             f"model files as the coordinator ({genesis.config.model})."
         )
     if hello.recipe != genesis.config.recipe:

@@ -31,7 +31,7 @@ app = ClientApp()
 @app.train("fedmezo")
 def exchange(message: Message, context: Context) -> Message:
     """Hand the coordinator's bytes to this node's resident worker, and reply with its bytes."""
-    asked = message.content.config_records[RECORD]
+    asked = record_in(message)
     worker, up = ask(
         node_path(context, SOCKET_KEY, "the socket of its resident worker"),
         f"flower {context.run_id}",
@@ -44,9 +44,9 @@ def exchange(message: Message, context: Context) -> Message:
 @app.train("fedmezo_beside")
 def take_part(message: Message, context: Context) -> Message:
     """Start a worker that connects to the coordinator named in the message; reply when it ends."""
-    asked = message.content.config_records[RECORD]
+    asked = record_in(message)
     settings = node_path(context, SETTINGS_KEY, "the TOML file of its worker's settings")
-    given = {key: str(asked[key]) for key in ("coordinator", "run_id", "checkpoint_key")}
+    given = {key: str(asked.get(key, "")) for key in ("coordinator", "run_id", "checkpoint_key")}
     status = subprocess.run(worker_command(settings, given), check=False).returncode
     if status != 0:
         raise UnavailableError(
@@ -79,6 +79,17 @@ def node_path(context: Context, key: str, what: str) -> Path:
             f"--node-config '{key}=\"/a/path\"'."
         )
     return Path(value).expanduser()
+
+
+def record_in(message: Message) -> ConfigRecord:
+    """The only record of a message or reply; raises `ConfigError` if it is not there."""
+    found = message.content.config_records.get(RECORD)
+    if found is None:
+        raise ConfigError(
+            f"The message has no record {RECORD}; run the app of fedmezo_flower in the ServerApp "
+            "and on the nodes."
+        )
+    return found
 
 
 def bytes_in(record: ConfigRecord, key: str) -> bytes:

@@ -22,7 +22,7 @@ from fedmezo_core.errors import (
     NotReadyError,
     UnavailableError,
 )
-from fedmezo_flower.flower_client import RECORD, bytes_in
+from fedmezo_flower.flower_client import RECORD, bytes_in, record_in
 
 log = logging.getLogger("flwr")
 
@@ -162,15 +162,15 @@ class GridLoop:
         try:
             if reply.has_error():
                 raise UnavailableError(sentence_of(reply.error))
-            record = reply.content.config_records[RECORD]
+            record = record_in(reply)
             worker, up = str(record.get("worker"))[:NAME_CHARS_MAX], bytes_in(record, "up")
             self._check_name(node_id, worker)
             node.worker = self._coordinator.take(up, worker=worker)
             node.said = ""
-        except (FedMezoError, KeyError) as error:
+        except FedMezoError as error:
             self._lose(node)
             node.again_at_s = self._clock_s() + RETRY_S
-            if up and isinstance(error, FedMezoError):
+            if up:
                 node.refusal = self._coordinator.refusal(up, error)
             if str(error) != node.said:
                 node.said = str(error)

@@ -365,12 +365,12 @@ async def refused(
 async def test_a_second_coordinator_on_the_same_journal(programs: Programs, journal: Path) -> None:
     _, address = await programs.coordinator(journal, HAND_RUN, "--no-replica")
     said = await refused(programs, journal, HAND_RUN)
-    assert f"The journal {journal} is open in another process; stop that coordinator first" in said
+    assert f"The journal {journal} is open elsewhere, in another process or in this one" in said
     listed = programs.start(
         "fedmezo_coordinator.programs.fedmezo_command", "journal", "inspect", str(journal)
     )
     assert await listed.wait() == 1
-    assert "is open in another process" in only_sentence(listed, "fedmezo")
+    assert "is open elsewhere" in only_sentence(listed, "fedmezo")
     async with CoordinatorClient(address) as client:  # The first one is unharmed.
         assert (await client.get_status()).round == 3
 

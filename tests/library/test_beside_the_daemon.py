@@ -18,6 +18,7 @@ from fedmezo_core.errors import (
     ConfigError,
     DataError,
     DivergedError,
+    FedMezoError,
     MismatchError,
     SnapshotDamagedError,
     UnavailableError,
@@ -293,11 +294,11 @@ def test_rows_of_a_file_a_list_and_a_dataset_give_the_same_run(
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([], "There are no rows in the rows given"),
-        (["a row"], "Row 1 of the rows given is str, not a mapping"),
-        ([{"text": "Fine."}], "the rows given has no column label; its columns are text"),
+        ([], "There are no rows in the data given"),
+        (["a row"], "Row 1 of the data given is str, not a mapping"),
+        ([{"text": "Fine."}], "the data given has no column label; its columns are text"),
         ([{"text": "Fine.", "label": "sideways"}], "sideways"),
-        ([{"text": None, "label": "positive"}], "Row 1 of the rows given has no text"),
+        ([{"text": None, "label": "positive"}], "Row 1 of the data given has no text"),
     ],
     ids=["none", "text", "no label", "unknown label", "missing value"],
 )
@@ -314,6 +315,28 @@ def test_another_model_is_refused(
     save_model(tmp_path / "other", change=1.0)
     with pytest.raises(MismatchError, match="base weights loaded here differ"):
         Session.open(tiny_genesis(), "w1", tmp_path / "other", data_files[0], threads=1)
+
+
+def test_folders_may_be_text(
+    tmp_path: Path,
+    model_folder: Path,
+    data_files: list[Path],
+    tiny_genesis: Callable[..., Genesis],
+) -> None:
+    lora = {"rank": 2, "alpha": 4, "freeze_a": True, "target_modules": ["c_fc"]}
+    with pytest.raises(FedMezoError, match="no-adapter"):
+        fedmezo.begin_run(
+            run_values(lora=lora), model_folder, adapter=str(tmp_path / "no-adapter"), threads=1
+        )
+    TorchEngine(
+        tiny_genesis(),
+        "w1",
+        model_folder,
+        data_files[0],
+        offload_folder=str(tmp_path / "offload"),
+        threads=1,
+    )
+    assert (tmp_path / "offload").is_dir()
 
 
 def test_begin_run_gives_the_genesis_that_the_daemon_would(
@@ -341,9 +364,9 @@ def test_saved_weights_go_on_with_the_run(
     session, down = fresh(), b""
     while session.round < 2:
         down = coordinator.exchange(session.exchange(down))
-    path = session.save(tmp_path / "saved")
+    path = session.save(str(tmp_path / "saved"))
     again = fresh()
-    again.restore(path)
+    again.restore(str(path))
     assert (again.round, again.head) == (2, session.head)
     assert again.engine.digest() == session.engine.digest()
     run_to_the_end(coordinator, {"w1": again})

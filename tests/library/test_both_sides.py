@@ -294,8 +294,14 @@ def test_a_store_without_a_run_needs_a_genesis() -> None:
 
 
 def test_bytes_that_are_no_genesis_are_refused() -> None:
-    with pytest.raises(FedMezoError, match="cannot be read"):
+    with pytest.raises(ProtocolError, match="These 13 bytes hold no genesis"):
         Coordinator(b"not a genesis")
+
+
+@pytest.mark.parametrize("name", ["Worker 1", "", "replica"])
+def test_a_name_that_no_worker_may_have_is_refused_at_once(name: str) -> None:
+    with pytest.raises(ProtocolError, match=f"'{name}' is no worker's name"):
+        open_session(small_run(), name)
 
 
 # ---------------------------------------------------------------- what a coordinator refuses
@@ -315,11 +321,11 @@ def test_another_base_is_refused_with_the_daemons_sentence() -> None:
     coordinator = Coordinator(genesis)
     [hello] = other.connect()
     coordinator.receive("a", hello)
-    with pytest.raises(MismatchError, match="base weights differs from the run's"):
+    with pytest.raises(MismatchError, match="differs from the run in its base weights"):
         [other.receive(data) for data in coordinator.outgoing("a")]
     assert not coordinator.workers
     refused = coordinator.exchange(other.exchange())
-    with pytest.raises(MismatchError, match="base weights differs from the run's"):
+    with pytest.raises(MismatchError, match="differs from the run in its base weights"):
         other.exchange(refused)
 
 
@@ -714,9 +720,9 @@ def test_weights_are_saved_with_their_round_and_head(tmp_path: Path) -> None:
     while coordinator.round < 3:
         for name, session in sessions.items():
             downs[name] = coordinator.exchange(session.exchange(downs[name]))
-    saved = sessions["a"].save(tmp_path)
+    saved = sessions["a"].save(str(tmp_path))
     again = open_session(genesis, "a")
-    again.restore(saved)
+    again.restore(str(saved))
     assert (again.round, again.head) == (sessions["a"].round, sessions["a"].head)
     sessions["a"], downs["a"] = again, b""
     while not coordinator.done:

@@ -43,6 +43,25 @@ def test_the_loop_and_http_end_with_the_same_weights(
     assert len(digests_in(loop)) == 1
 
 
+def test_the_documented_program_runs_as_it_is_written(
+    tmp_path: Path, model_folder: Path, data_files: list[Path]
+) -> None:
+    page = (ROOT / "docs/library.md").read_text()
+    program = page.split("```python\n")[1].split("```")[0]
+    (tmp_path / "my-model").symlink_to(model_folder)
+    (tmp_path / "rows.jsonl").symlink_to(data_files[0])
+    done = subprocess.run(
+        [sys.executable, "-c", program + "assert len(coordinator.digests) == 1\n"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment(),
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_trainer_logs_evaluates_and_saves(model_folder: Path, data_files: list[Path]) -> None:
     output = output_of("huggingface_trainer.py", model_folder, data_files[:2])
     assert len(re.findall(r"'loss': ", output)) == 4

@@ -207,6 +207,12 @@ class CoordinatorBattery:
             return False
         self._genesis = record
         check_can_test(record.config)
+        if self._run.round >= record.config.rounds:
+            raise ConfigError(
+                f"Run {record.config.run_id} at {self._test.address} has had all of its "
+                f"{record.config.rounds} rounds, and nothing is left to test; give the "
+                "coordinator a new journal."
+            )
         await self._check_no_weights()
         version = self._run.protocol_version
         seen = f"protocol version {version}, epoch {self._run.epoch}"
@@ -575,7 +581,7 @@ class CoordinatorBattery:
         """One tester goes on in polls, answers there, and comes back in a stream."""
         if self._count < 3:
             raise CheckSkippedError("it needs 3 workers in a round (cohort_size_max)")
-        tester = self._testers[self._names[-1]]
+        tester = self._last()
         tester.stream.cancel()
         messages = [self._hello(tester.name)]
         down: list[wire.SessionResponse] = []
@@ -618,7 +624,7 @@ class CoordinatorBattery:
         """One tester gets its work in a call, answers in the next, and repeats that one."""
         if self._count < 3:
             raise CheckSkippedError("it needs 3 workers in a round (cohort_size_max)")
-        tester = self._testers[self._names[-1]]
+        tester = self._last()
         if tester.assign is None:
             await tester.take_work()
         tester.stream.cancel()
@@ -730,6 +736,15 @@ class CoordinatorBattery:
         self._require_ending(await tester.ending(), "DATA_LOSS", "DivergedError")
         await self._join(tester.name)
 
+    def _last(self) -> Tester:
+        """The last tester by name; the check is skipped if it has no session."""
+        name = self._names[-1]
+        if name not in self._testers:
+            raise CheckSkippedError(
+                f"worker {name} has no session, because an earlier check failed"
+            )
+        return self._testers[name]
+
     async def _spare(self) -> Tester:
         """The last tester, with its assignment, if a round can be committed without it."""
         if self._count < 3 or self._count <= self._config.quorum:
@@ -737,7 +752,7 @@ class CoordinatorBattery:
                 f"it needs 3 workers in a round, and more than the quorum of {self._config.quorum} "
                 "(cohort_size_max)"
             )
-        tester = self._testers[self._names[-1]]
+        tester = self._last()
         if tester.assign is None:
             await tester.take_work()
         return tester
@@ -803,6 +818,7 @@ class CoordinatorBattery:
         require(round_ <= self._config.rounds, "the run has no more rounds")
         self._sent, self._signatures = {}, []
         testers = [tester for name, tester in self._testers.items() if name != without]
+        require(bool(testers), "no worker has a session")
         following = [asyncio.create_task(self._follow(tester, round_)) for tester in testers]
         try:
             await asyncio.wait(following, return_when=asyncio.FIRST_EXCEPTION)

@@ -170,7 +170,7 @@ def rows_of(
     task: TaskConfig,
     *,
     keep_others: bool = False,
-    source: str = "the rows given",
+    source: str = "the data given",
 ) -> list[Example]:
     """Rows that a program holds, such as a list of dicts or a `datasets.Dataset`, as `read_rows`.
 

@@ -34,6 +34,8 @@ from fedmezo_core.zo.party import Party
 
 ONNX_FILE: Final = "model.onnx"
 GGUF_FILE: Final = "model.gguf"
+_GGUF_MAGIC: Final = b"GGUF"
+"""What each GGUF begins with."""
 _OPSET: Final = 18
 _LOGITS_TOLERANCE: Final = 1e-3
 """Largest difference of a graph's logits from torch's, as a part of the largest logit."""
@@ -66,8 +68,9 @@ def export_onnx_form(party: Party, folder: Path) -> str:
 def export_gguf_form(party: Party, folder: Path, gguf: Path) -> str:
     """Write a form of the base of `party` around the file `gguf`, which llama.cpp computes with.
 
-    As `export_onnx_form`. Whether that file holds the same base, in whatever precision, nobody can
-    check: its losses only come close to the base's. The run admits it by naming the form.
+    As `export_onnx_form`; it also raises `ModelError` for a file that is no GGUF. Whether that file
+    holds the same base, in whatever precision, nobody can check: its losses only come close to the
+    base's. The run admits it by naming the form.
     """
 
     def write(into: Path) -> str:
@@ -77,6 +80,9 @@ def export_gguf_form(party: Party, folder: Path, gguf: Path) -> str:
             raise ModelError(
                 f"{gguf} cannot be copied ({error.strerror}); check the path."
             ) from None
+        with (into / GGUF_FILE).open("rb") as file:
+            if file.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
+                raise ModelError(f"{gguf} is no GGUF; give a GGUF of the same base.")
         return GGUF_FILE
 
     return _export(party, folder, "gguf", write)

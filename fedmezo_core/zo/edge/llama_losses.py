@@ -63,8 +63,9 @@ class LlamaLosses:
         self._model = llama_cpp.llama_model_load_from_file(str(form.model_path).encode(), of_model)
         if not self._model:
             raise ModelError(
-                f"llama.cpp cannot load {form.model_path}; it is no GGUF, or one of an "
-                "architecture that this version does not know."
+                f"llama.cpp cannot load {form.model_path}: the file is damaged, or this version "
+                "does not know its architecture; install a newer llama-cpp-python, or export the "
+                "form from another GGUF."
             )
         self._vocabulary_size = int(
             llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))

@@ -15,7 +15,7 @@ from fedmezo_coordinator.conformance.coordinator_battery import (
     CoordinatorTest,
     check_can_test,
 )
-from fedmezo_coordinator.conformance.report import Report
+from fedmezo_coordinator.conformance.report import CheckFailedError, Report
 from fedmezo_coordinator.serving import loop
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.events import Assign, Ticket
@@ -26,6 +26,7 @@ from fedmezo_core.machines.seeds import seeds_of
 from fedmezo_core.records import Answered, Record
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.messages import message_to_pb
+from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
     PATIENCE_S,
     config_of,
@@ -46,6 +47,38 @@ async def report_on(folder: Path, **changes: Any) -> Report:
         test = CoordinatorTest(coordinator.address, patience_s=PATIENCE_S)
         await CoordinatorBattery(test, report).run()
     return report
+
+
+async def test_a_run_without_rounds_left_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_run = CoordinatorBattery._get_run
+
+    async def later(battery: CoordinatorBattery) -> wire.GetRunResponse:
+        run = await get_run(battery)
+        run.round = RUN["rounds"]
+        return run
+
+    monkeypatch.setattr(CoordinatorBattery, "_get_run", later)
+    with pytest.raises(ConfigError, match="has had all of its 9 rounds"):
+        await report_on(tmp_path)
+
+
+async def test_a_coordinator_that_takes_no_hello_is_reported_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks that need a worker's session are skipped when none could be opened."""
+
+    async def fails(*_: Any, **__: Any) -> None:
+        raise CheckFailedError("no welcome")
+
+    monkeypatch.setattr(CoordinatorBattery, "_join", fails)
+    report = Report("coordinator")
+    async with served(tmp_path / "journal.db", genesis_of(config_of(**RUN))) as coordinator:
+        test = CoordinatorTest(coordinator.address, patience_s=0.2)
+        await CoordinatorBattery(test, report).run()
+    assert failed(report)
+    assert any("no session" in check.detail for check in report.checks)
 
 
 def failed(report: Report) -> dict[str, str]:

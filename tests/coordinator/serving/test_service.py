@@ -240,10 +240,10 @@ async def test_a_worker_that_cannot_measure_shows_its_reason_in_the_status(
 @pytest.mark.parametrize(
     ("changes", "kind", "words"),
     [
-        ({"base_digest": b"x" * 32}, MismatchError, "w1's base weights differs"),
-        ({"tokenizer_digest": b"x" * 32}, MismatchError, "w1's tokenizer differs"),
-        ({"manifest_digest": b"x" * 32}, MismatchError, "w1's manifest (the trainable tensors)"),
-        ({"manifest_digest": b""}, MismatchError, "w1's manifest (the trainable tensors)"),
+        ({"base_digest": b"x" * 32}, MismatchError, "differs from the run in its base weights"),
+        ({"tokenizer_digest": b"x" * 32}, MismatchError, "differs from the run in its tokenizer"),
+        ({"manifest_digest": b"x" * 32}, MismatchError, "in its manifest (the trainable tensors)"),
+        ({"manifest_digest": b""}, MismatchError, "in its manifest (the trainable tensors)"),
         ({"recipe": "fedmezo-1 other"}, MismatchError, "w1's numeric recipe differs"),
         ({"recipe": "r" * 60_000}, MismatchError, "w1's numeric recipe differs"),
         ({"protocol_version": 9}, VersionError, "speaks fedmezo protocol version 1, the caller 9"),

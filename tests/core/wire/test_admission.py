@@ -87,7 +87,7 @@ def test_a_form_of_the_base_that_the_run_admits_joins(form: str) -> None:
 @pytest.mark.parametrize("form", [ONNX, "8-bit"])
 def test_a_form_that_the_run_does_not_admit_is_refused(form: str) -> None:
     genesis = _admitting("4-bit", "gguf:" + "ab" * 31 + "aa")
-    with pytest.raises(MismatchError, match="w1's base weights differs from the run's: digest"):
+    with pytest.raises(MismatchError, match="w1 differs from the run in its base weights: digest"):
         check_hello(hello_to_pb(genesis, "w1", 0, HEAD, base_form=form).hello, genesis, 0, HEAD)
 
 

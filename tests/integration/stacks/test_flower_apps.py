@@ -83,6 +83,14 @@ def test_a_node_that_names_nothing_is_told_what_to_set(kind: str) -> None:
         flower_client.app(message, context())
 
 
+@pytest.mark.parametrize("kind", ["train.fedmezo", "train.fedmezo_beside"])
+def test_a_message_of_another_app_is_named(kind: str) -> None:
+    FakeGrid([])
+    message = Message(RecordDict(), dst_node_id=1, message_type=kind)
+    with pytest.raises(ConfigError, match="The message has no record fedmezo"):
+        flower_client.app(message, context())
+
+
 def test_what_the_node_s_file_names_comes_before_what_the_server_says(tmp_path: Path) -> None:
     own = tmp_path / "worker.toml"
     own.write_text(toml_of({"name": "w1", "checkpoint_key": "0" * 64}))

@@ -27,6 +27,15 @@ def test_a_folder_in_use_and_a_missing_file_are_refused(base_folder: Path, tmp_p
         export_gguf_form(party, tmp_path / "used", tmp_path / "none.gguf")
 
 
+def test_a_file_that_is_no_gguf_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    party = open_party(contract(), str(base_folder), threads=1)
+    file = tmp_path / "notes.txt"
+    file.write_text("GGU")
+    with pytest.raises(ModelError, match=r"notes\.txt is no GGUF; give a GGUF of the same base"):
+        export_gguf_form(party, tmp_path / "form", file)
+    assert not (tmp_path / "form").exists()
+
+
 def test_a_graph_of_sixteen_bits_is_refused(base_folder: Path, tmp_path: Path) -> None:
     party = open_party(contract(dtype="bfloat16"), str(base_folder), threads=1)
     with pytest.raises(ConfigError, match="has bfloat16; begin a run with float32, or export a"):

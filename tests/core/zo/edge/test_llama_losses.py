@@ -50,7 +50,7 @@ def test_matrices_are_overwritten_in_place(tmp_path: Path) -> None:
         assert np.array_equal(found[f"blk.{k}.attn_v.weight.lora_b"], moved[name])
 
 
-def test_a_file_that_is_no_gguf_is_refused(run_of: Callable[[RunConfig], Run]) -> None:
+def test_a_damaged_gguf_is_refused(run_of: Callable[[RunConfig], Run]) -> None:
     pytest.importorskip("llama_cpp", reason=WHY)
     run = run_of(contract())
     with pytest.raises(ModelError, match=r"llama\.cpp cannot load"):
