@@ -22,7 +22,6 @@ from fedmezo_core.errors import (
 from fedmezo_worker import resident
 from fedmezo_worker.resident import ResidentWorker, ask
 
-
 held: weakref.WeakSet[Echo] = weakref.WeakSet()
 
 
