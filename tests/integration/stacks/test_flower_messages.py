@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import pytest
 from flwr.app import Message, RecordDict
@@ -220,12 +220,12 @@ class RefusingGrid(FakeGrid):
         self.sent: list[Message] = []
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids: Any = self.answers.pop(0)
+        ids = self.answers.pop(0)
         for message, message_id in zip(messages, ids, strict=False):
             if message_id:
                 message.metadata.__dict__["_message_id"] = message_id
                 self.sent.append(message)
-        return ids
+        return cast("list[str]", ids)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         wanted = set(message_ids)
