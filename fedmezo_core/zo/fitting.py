@@ -34,14 +34,17 @@ BATCH_ROWS = 32
 GRADIENT_BATCH_ROWS = 16
 """Rows of a batch whose gradient counts: fewer have more of the rows' own noise in it."""
 
+_Use = tuple[str, torch.Tensor, torch.Tensor]
+"""A module's name, and one input and output of it."""
+
 
 def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
     """Replace what is frozen of a LoRA run's adapter by fitted matrices, in place.
 
     Inputs count at the positions of each row that a loss depends on directly: the last one of the
     prompt (classification), or those of the response (instruction). Raises `ConfigError` for a run
-    without an adapter, `DataError` if there are fewer positions, or fewer directions of inputs or
-    gradients, than the adapter's ranks.
+    without an adapter, or with one on a module that does not see whole rows, `DataError` if there
+    are fewer positions, or fewer directions of inputs or gradients, than the adapter's ranks.
     """
     lora = party.config.lora
     if lora is None:
@@ -87,7 +90,7 @@ def _seen_inputs(
                 else torch.ones_like(batch.input_ids[:, :1], dtype=torch.bool)
             )
             handles = [
-                layer.register_forward_pre_hook(_collector(seen[name], ends, counts))
+                layer.register_forward_pre_hook(_collector(name, seen[name], ends, counts))
                 for name, layer in layers.items()
             ]
             try:
@@ -95,6 +98,9 @@ def _seen_inputs(
             finally:
                 for handle in handles:
                     handle.remove()
+            for name, parts in seen.items():
+                if not parts:
+                    raise _unfit(name)
             step.advance(len(examples))
     return {name: torch.cat(parts) for name, parts in seen.items()}, torch.cat(scores).mean(dim=0)
 
@@ -113,7 +119,7 @@ def _gradient_moments(
                 dataset.examples[index] for index in order[first : first + GRADIENT_BATCH_ROWS]
             ]
             batch = party.task.collate(examples, "fitting", execution_device(model))
-            seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+            seen: list[_Use] = []
             handles = [
                 layer.register_forward_hook(_watcher(seen, name)) for name, layer in layers.items()
             ]
@@ -125,9 +131,12 @@ def _gradient_moments(
             finally:
                 for handle in handles:
                     handle.remove()
-            grads = torch.autograd.grad(loss, [output for _, output in seen.values()])
-            for (name, (inputs, _)), grad in zip(seen.items(), grads, strict=True):
-                x, d = inputs.flatten(0, -2).double(), grad.flatten(0, -2).double()
+            grads = torch.autograd.grad(loss, [output for _, _, output in seen])
+            for name in layers:
+                # A module may be used several times in a pass.
+                own = [index for index, use in enumerate(seen) if use[0] == name]
+                x = torch.cat([seen[index][1].flatten(0, -2) for index in own]).double()
+                d = torch.cat([grads[index].flatten(0, -2) for index in own]).double()
                 of_inputs, of_outputs = sums[name]
                 # G is d^T x, which may be larger than the products of positions.
                 sums[name] = (
@@ -147,14 +156,14 @@ def _layers(model: Any) -> dict[str, Any]:
     }
 
 
-def _watcher(into: dict[str, tuple[torch.Tensor, torch.Tensor]], name: str) -> Any:
+def _watcher(into: list[_Use], name: str) -> Any:
     """A hook that makes a module's output one that gradients are taken with respect to."""
 
     def watch(
         _module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor:
         watched = output if output.requires_grad else output.detach().clone().requires_grad_()
-        into[name] = inputs[0].detach(), watched
+        into.append((name, inputs[0].detach(), watched))
         return watched
 
     return watch
@@ -180,11 +189,20 @@ def _scaled(directions: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     return (directions.double() / sizes.clamp_min(1e-6 * float(sizes.max()))).float()
 
 
-def _collector(into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any:
+def _collector(name: str, into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any:
     def collect(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        if inputs[0].ndim != 3 or len(inputs[0]) != len(counts):
+            raise _unfit(name)
         into.append(inputs[0][:, -ends:][counts].float())
 
     return collect
+
+
+def _unfit(name: str) -> ConfigError:
+    return ConfigError(
+        f"{name} does not see every token of each row, as routers and experts don't, so its "
+        "adapter can't be fitted; leave it out of lora.target_modules, or begin without fitting."
+    )
 
 
 def _whitening(inputs: torch.Tensor, rank: int, name: str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.program import worker_packages
 from fedmezo_flower.flower_client import RECORD
-from fedmezo_flower.grid_loop import LEASE_MS, GridLoop, sentence_of
+from fedmezo_flower.grid_loop import LEASE_MS, GridLoop, pushed, sentence_of
 
 log = logging.getLogger("flwr")
 
@@ -173,9 +173,8 @@ def gather(grid: Grid, values: dict[str, Any]) -> None:
                 )
                 for node_id in new
             ]
-            sent = dict(zip(grid.push_messages(messages), new, strict=False))
-            # Flower gives no id for a message that it could not take.
-            sent.pop(None, None)  # type: ignore[call-overload]
+            ids = zip(pushed(grid, messages), new, strict=True)
+            sent = {message_id: node_id for message_id, node_id in ids if message_id}
             told.update(sent.values())
             waiting.update(sent)
         for reply in grid.pull_messages(list(waiting)) if waiting else ():

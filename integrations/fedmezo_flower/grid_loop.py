@@ -136,11 +136,9 @@ class GridLoop:
             )
             for node_id, down in due
         ]
-        # An id is missing where Flower could not take the message.
-        ids = [*self._grid.push_messages(messages)] or [""] * len(due)
-        for (node_id, _), message_id in zip(due, ids, strict=True):
+        for (node_id, _), message_id in zip(due, pushed(self._grid, messages), strict=True):
             node = self._nodes[node_id]
-            node.message_id, node.sent_at_s = message_id or "", now_s
+            node.message_id, node.sent_at_s = message_id, now_s
             node.again_at_s = 0.0 if message_id else now_s + RETRY_S
 
     # ------------------------------------------------------------ up
@@ -203,6 +201,13 @@ class GridLoop:
         if coordinator.round != self._round:
             self._round = coordinator.round
             log.info("Round %d of %d is committed", self._round, coordinator.config.rounds)
+
+
+def pushed(grid: Grid, messages: list[Message]) -> list[str]:
+    """Send messages; the id of each one, empty for a message that Flower could not take."""
+    # Some grids give no id or an empty one for such a message, and some leave it out of the list.
+    ids = [message_id or "" for message_id in grid.push_messages(messages)]
+    return ids if len(ids) == len(messages) else [""] * len(messages)
 
 
 def sentence_of(error: Error) -> str:

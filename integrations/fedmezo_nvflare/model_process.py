@@ -6,6 +6,7 @@ that a lack of memory or a failing device could end, and this process holds the 
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
     ModelError,
-    ProtocolError,
+    NotReadyError,
     UnavailableError,
 )
 from fedmezo_core.layered_settings import load_settings
@@ -57,10 +58,10 @@ class Exchanging(Protocol):
 
 
 def exchanged(session: Exchanging, down: bytes) -> bytes:
-    """One exchange; if what came down is of no use now, the session greets again instead."""
+    """One exchange; if the coordinator could not take the last one, the session greets again."""
     try:
         return session.exchange(down)
-    except (UnavailableError, ProtocolError) as error:
+    except (UnavailableError, NotReadyError) as error:
         log.warning("%s", error)
         session.disconnect()
         return session.exchange(b"")
@@ -171,13 +172,17 @@ def serve(pipe: Connection, open_session: Callable[[], Exchanging]) -> None:
             try:
                 if session is None:
                     session = open_session()
+                up = b""
                 try:
                     up = exchanged(session, down)
                 except DivergedError as error:
                     if has_rebuilt:
                         raise
                     log.warning("%s The weights are rebuilt from the base.", error)
-                    session, has_rebuilt = None, True  # One model at a time has room.
+                    has_rebuilt = True
+                if not up:
+                    session = None
+                    gc.collect()  # One model at a time has room.
                     session = open_session()
                     up = session.exchange(b"")
                 if session.round != round_:

@@ -13,6 +13,7 @@ import pytest
 
 import fedmezo
 from fedmezo import Coordinator, Genesis, Session, TorchEngine
+from fedmezo_coordinator.serving.poll_sessions import PollSessions
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.errors import (
     ConfigError,
@@ -212,6 +213,50 @@ async def test_lost_and_repeated_calls_of_the_daemon_change_nothing(
     journal = Journal(SqliteStore(tmp_path / "journal.db"))
     assert [entry.head for entry in journal.load()][-1] == in_library.head
     journal.close()
+
+
+async def test_calls_at_the_same_time_leave_one_session_that_counts(tmp_path: Path) -> None:
+    async def enter() -> None:
+        pass
+
+    genesis = genesis_of(config_of(**RUN))
+    async with served(tmp_path / "journal.db", genesis) as at:
+        sessions = PollSessions(at.daemon)
+        up = Session(genesis, "a", LightEngine("a")).exchange()
+        for _ in range(3):
+            calls = [sessions.poll(wire.PollSessionRequest.FromString(up), enter) for _ in range(4)]
+            await asyncio.gather(*calls, return_exceptions=True)
+        status = at.daemon.status("")
+        assert status.sessions == sum(worker.connected for worker in status.workers) == 1
+
+
+async def test_a_caller_that_goes_away_at_the_end_of_a_run_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genesis = genesis_of(config_of(workers_min=1, quorum=1, rounds=1))
+    async with (
+        served(tmp_path / "journal.db", genesis) as at,
+        CoordinatorClient(at.address) as client,
+    ):
+        session, down = Session(genesis, "a", LightEngine("a")), b""
+        while not session.finished:
+            down = await exchange(client, session, down)
+        flush = at.daemon._flush
+
+        async def cancelling(readies: Any) -> None:
+            if readies:
+                calling.cancel()
+                await asyncio.sleep(0)
+            await flush(readies)
+
+        up = wire.PollSessionRequest.FromString(session.exchange(b""))
+        calling = asyncio.create_task(at.daemon.join(up.messages[0].hello, exchanges=True))
+        with monkeypatch.context() as patch:
+            patch.setattr(at.daemon, "_flush", cancelling)
+            with pytest.raises(asyncio.CancelledError):
+                await calling
+        async with asyncio.timeout(10):
+            await exchange(client, session, b"")
 
 
 async def test_the_daemon_does_not_ask_again_at_once_who_cannot_measure(tmp_path: Path) -> None:

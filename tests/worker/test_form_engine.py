@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -178,3 +179,25 @@ async def test_over_grpc_it_ends_with_the_digest_of_the_torch_worker(
         await engine.close()
     assert len(digests) == 1
     assert digests != {run.party.weights.digest()}
+
+
+async def test_the_first_computer_is_gone_before_the_next_one_is_loaded(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: weakref.WeakSet[Computer] = weakref.WeakSet()
+
+    class Computer:
+        def __init__(self, *_: object) -> None:
+            assert not held, "two models have no room"
+            held.add(self)
+            self._itself = self  # as an engine whose estimator calls it
+
+        def cut_short(self) -> None:
+            pass
+
+    monkeypatch.setattr(form_engine, "FormComputer", Computer)
+    settings = WorkerSettings(name="w", data=Path("rows"), base_form=run.form)
+    engine = FormEngine()
+    for _ in range(2):
+        await engine.load(settings, run.genesis)
+    await engine.close()

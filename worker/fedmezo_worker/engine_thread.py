@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -68,7 +69,7 @@ class EngineThread(ABC):
 
     async def load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         """Load model and data for the run; raises what is wrong with either."""
-        await self._run(lambda: self._load(settings, genesis))
+        await self._run(lambda: self._load_alone(settings, genesis))
 
     async def apply(self, commits: Sequence[Committed]) -> None:
         """Fold commits into the weights, in one pass over them."""
@@ -171,6 +172,11 @@ class EngineThread(ABC):
     @abstractmethod
     def _evaluated(self, before_batch: Callable[[], None]) -> HeldOutResult:
         """Evaluate on the held-out rows; calls `before_batch` before each batch."""
+
+    def _load_alone(self, settings: WorkerSettings, genesis: Genesis) -> None:
+        self._forget()
+        gc.collect()  # One model at a time has room.
+        self._load(settings, genesis)
 
     def _install(self, path: Path, snapshot: Snapshot) -> None:
         try:

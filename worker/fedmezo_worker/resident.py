@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -172,7 +173,8 @@ class ResidentWorker:
     def _exchange(self, job: bytes, genesis: bytes, down: bytes) -> bytes:
         """Exchange bytes in the run with that genesis; runs on the worker's thread."""
         if self._session is None or self._of != (job, genesis):
-            self._session = None  # One model at a time has room.
+            self._session = None
+            gc.collect()  # One model at a time has room.
             self._session = self._open_session(genesis)
             self._of = (job, genesis)
         begin_s = time.monotonic()

@@ -371,8 +371,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         worker = session.worker
         replaced = self._sessions.pop(worker, None)
         if replaced is not None and replaced.exchanges and session.exchanges:
+            item.done.set_result(None)  # The caller may go away while `_go_on` waits.
             await self._go_on(session, replaced, hello.round)
-            item.done.set_result(None)
             return
         if replaced is not None:
             replaced.end(

@@ -130,6 +130,8 @@ class PollSessions:
                 newest = self._exchanging.get(hello.worker)
                 if newest is not None:
                     stack.enter_context(newest.permit.pop_all())
+                else:
+                    await self._permit_again(session, stack)
             token = secrets.token_bytes(TOKEN_BYTES)
             lease = loop.call_later(LEASE_S, self._lapse, token)
             ends_at_s = loop.time() + LEASE_S
@@ -141,6 +143,15 @@ class PollSessions:
                 if newest is not None:
                     self._end(newest.token)
         return token
+
+    async def _permit_again(self, session: WorkerSession, stack: contextlib.ExitStack) -> None:
+        """Give a joined session a permit, because the call that held it has ended meanwhile."""
+        try:
+            permit = stack.enter_context(self._daemon.session_limit.session())
+        except FedMezoError:
+            await self._daemon.leave(session)
+            raise
+        self._daemon.session_limit.joined(permit)
 
     async def _collect(
         self, session: WorkerSession, wait_s: float, enter: Callable[[], Awaitable[None]]

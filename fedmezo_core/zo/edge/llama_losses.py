@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import tempfile
+import os
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +28,6 @@ _BLAS_ROWS_MIN: Final = 32
 multiplies fewer rows, and without such a library all, by inputs of 8 bits."""
 _FLOAT_HEAD_BYTES_MAX: Final = 256 << 20
 """Largest head, as float32, of which a BLAS library gets a copy."""
-_MEMORY_FOLDER: Final = Path("/dev/shm")
 
 
 class LlamaLosses:
@@ -51,8 +52,9 @@ class LlamaLosses:
         self._library: Any = llama_cpp
         self._verbalizer_ids = form.encoder.verbalizer_ids
         self._tokens_max = max(PASS_TOKENS_MAX, form.encoder.config.tokens_max)
-        self._model: Any = None
-        self._context: Any = None
+        self._held = contextlib.ExitStack()
+        """Gives back what Python does not know of, the last first."""
+        weakref.finalize(self, self._held.close)
         self._quiet = llama_cpp.llama_log_callback(lambda _level, _text, _data: None)
         llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -60,13 +62,16 @@ class LlamaLosses:
         of_model.n_gpu_layers = gpu_layers
         # A second, rearranged copy of the weights would be as large as the file.
         of_model.use_extra_bufts = False
-        self._model = llama_cpp.llama_model_load_from_file(str(form.model_path).encode(), of_model)
+        self._model: Any = llama_cpp.llama_model_load_from_file(
+            str(form.model_path).encode(), of_model
+        )
         if not self._model:
             raise ModelError(
                 f"llama.cpp cannot load {form.model_path}: the file is damaged, or this version "
                 "does not know its architecture; install a newer llama-cpp-python, or export the "
                 "form from another GGUF."
             )
+        self._held.callback(llama_cpp.llama_model_free, self._model)
         self._vocabulary_size = int(
             llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         )
@@ -77,16 +82,18 @@ class LlamaLosses:
             )
         head_bytes = 4 * self._vocabulary_size * int(llama_cpp.llama_model_n_embd(self._model))
         self._outputs_min = _BLAS_ROWS_MIN if head_bytes <= _FLOAT_HEAD_BYTES_MAX else 0
-        self._context = llama_cpp.llama_init_from_model(self._model, self._parameters(threads))
+        self._context: Any = llama_cpp.llama_init_from_model(self._model, self._parameters(threads))
         if not self._context:
             raise ModelError(
                 f"llama.cpp has no memory for a context of {self._tokens_max} tokens; free some, "
                 "or begin a run with a smaller task.tokens_max."
             )
-        folder = _MEMORY_FOLDER if _MEMORY_FOLDER.is_dir() else None
-        self._folder = tempfile.TemporaryDirectory(prefix="fedmezo-adapter-", dir=folder)
+        self._held.callback(llama_cpp.llama_free, self._context)
+        # In memory and without a name, so that nothing is left of it, whatever ends the process.
+        memory = os.memfd_create("fedmezo-adapter")
+        self._held.callback(os.close, memory)
         self._file = AdapterFile(
-            Path(self._folder.name) / "adapter.gguf",
+            Path(f"/proc/self/fd/{memory}"),
             dict(form.start),
             self._shape(),
             alpha=form.description.alpha,
@@ -97,13 +104,8 @@ class LlamaLosses:
         return [self._at(adapter, batch) / batch.target_count for adapter in adapters]
 
     def close(self) -> None:
-        """Free the model's memory and remove the adapter's file; must not be used afterwards."""
-        if self._context:
-            self._library.llama_free(self._context)
-        if self._model:
-            self._library.llama_model_free(self._model)
-        self._context = self._model = None
-        self._folder.cleanup()
+        """Free the memory of model and adapter, as the end of the object does; then of no use."""
+        self._held.close()
 
     def _parameters(self, threads: int | None) -> Any:
         parameters = self._library.llama_context_default_params()

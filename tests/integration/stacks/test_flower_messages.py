@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import pytest
+from flwr.app import Message, RecordDict
 
 from fedmezo import Coordinator, Session
 from fedmezo_core.records import Genesis
+from fedmezo_flower import flower_server
+from fedmezo_flower.flower_server import gather
 from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
 from tests.integration.support.flower_grid import FakeGrid, Mischief, resident
 from tests.integration.support.harness import bodies_of, entries_of, served
@@ -205,3 +209,39 @@ def test_a_worker_follows_its_node_to_another_id(federation: Federation, over_gr
             if coordinator.round >= 2:
                 grid.online = {1, 3}
     assert_same_end(coordinator, over_grpc)
+
+
+class RefusingGrid(FakeGrid):
+    """A Grid that cannot take some messages; each says so in its own way."""
+
+    def __init__(self, answers: list[list[str | None]]) -> None:
+        super().__init__([Path("none"), Path("none")])
+        self.answers = answers
+        self.sent: list[Message] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = self.answers.pop(0)
+        for message, message_id in zip(messages, ids, strict=False):
+            if message_id:
+                message.metadata.__dict__["_message_id"] = message_id
+                self.sent.append(message)
+        return cast("list[str]", ids)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        wanted = set(message_ids)
+        assert "" not in wanted
+        if self.answers:
+            return []
+        found = [one for one in self.sent if one.metadata.message_id in wanted]
+        return [Message(RecordDict(), reply_to=message) for message in found]
+
+
+@pytest.mark.parametrize("refused", [["", "one"], [None, "one"], [], ["one"]])
+def test_what_flower_could_not_take_is_sent_again(
+    refused: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_server, "LOOK_EVERY_S", 0.0)
+    is_told = len(refused) == 2
+    grid = RefusingGrid([refused, ["two"] if is_told else ["two", "three"]])
+    gather(grid, {"coordinator": "127.0.0.1:1", "run": {"run_id": "a"}})
+    assert not grid.answers

@@ -10,18 +10,24 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from fedmezo_core.errors import FedMezoError, ModelError, NotReadyError
+from fedmezo_core.errors import FedMezoError, ModelError, NotReadyError, VersionError
 from fedmezo_nvflare.model_process import ENDS_MAX, ModelProcess, exchanged
 
 # A session that counts its exchanges, and does what it is told.
 PROGRAM = """
-import os, sys
+import os, sys, weakref
 from multiprocessing.connection import Connection
 from fedmezo_core.errors import ConfigError, DivergedError
 from fedmezo_nvflare.model_process import serve
 
+held = weakref.WeakSet()
+
 class Counting:
     count = round = 0
+    def __init__(self):
+        assert not held, "two models have no room"
+        held.add(self)
+        self.itself = self  # as an engine whose estimator calls it
     def exchange(self, down=b""):
         if down == b"die":
             os._exit(9)
@@ -107,16 +113,17 @@ def test_it_leaves_when_its_site_is_killed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 class Refusing:
-    """A session that cannot take one kind of message now."""
+    """A session that was refused."""
 
     round = 0
 
-    def __init__(self) -> None:
+    def __init__(self, error: FedMezoError) -> None:
+        self.error = error
         self.connected = True
 
     def exchange(self, down: bytes = b"") -> bytes:
         if down:
-            raise NotReadyError("not now.")
+            raise self.error
         assert not self.connected
         return b"hello"
 
@@ -125,4 +132,9 @@ class Refusing:
 
 
 def test_a_session_that_is_refused_greets_again() -> None:
-    assert exchanged(Refusing(), b"come later") == b"hello"
+    assert exchanged(Refusing(NotReadyError("not now.")), b"come later") == b"hello"
+
+
+def test_a_session_that_is_refused_for_good_does_not_greet_for_ever() -> None:
+    with pytest.raises(VersionError):
+        exchanged(Refusing(VersionError("upgrade.")), b"go away")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,12 @@ def test_a_damaged_gguf_is_refused(run_of: Callable[[RunConfig], Run]) -> None:
         LlamaLosses(read_form(run.form, run.genesis))
 
 
+def open_files() -> list[str]:
+    """Files without a name that this process has open for adapters."""
+    links = [str(path.resolve()) for path in Path("/proc/self/fd").iterdir()]
+    return [link for link in links if "fedmezo-adapter" in link]
+
+
 @pytest.mark.parametrize("task", [None, {"kind": "instruction", "tokens_max": 64}])
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "o_proj", "down_proj")])
 def test_its_projected_gradients_are_torchs(
@@ -80,7 +87,10 @@ def test_its_projected_gradients_are_torchs(
         party, open_estimator(party, threads=1), batches, order, digest=party.weights.digest
     )
     mine = engine.measure(order)
-    losses.close()
+    assert open_files()
+    del engine, losses
+    gc.collect()
+    assert not open_files(), "a forgotten engine leaves nothing"
     ours, torchs = mine.scalars.projected_grads, theirs.scalars.projected_grads
     assert np.corrcoef(ours, torchs)[0, 1] >= 0.99
     assert mine.scalars.mean_loss == pytest.approx(theirs.scalars.mean_loss, rel=1e-3)

@@ -51,14 +51,30 @@ def _b(party: Party) -> list[Any]:
     return [layer.lora_B["default"] for layer in model.modules() if hasattr(layer, "lora_B")]
 
 
+def _use_twice(party: Party) -> None:
+    """Let each module with an adapter run twice in a pass."""
+
+    def twice(once: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda hidden: once(hidden + once(hidden))
+
+    for name, module in party.loaded.model.named_modules():
+        if name.endswith(".mlp"):
+            module.forward = twice(module.forward)
+
+
+@pytest.mark.parametrize("is_used_twice", [False, True])
 @pytest.mark.parametrize("task", [CLASSES, ANSWERS])
 def test_a_and_p_span_the_largest_gradients_of_batches(
-    task: dict[str, Any], folder: Path, rows: list[Example]
+    task: dict[str, Any], is_used_twice: bool, folder: Path, rows: list[Example]
 ) -> None:
     party = open_party(_config({"output_rank": 3}, task=task), str(folder), threads=1)
+    if is_used_twice:
+        _use_twice(party)
     fit_adapter(party, rows)
     # The same gradients from torch, as those of the modules' own weights.
     plain = open_party(_config({"output_rank": 3}, task=task), str(folder), threads=1)
+    if is_used_twice:
+        _use_twice(plain)
     model: Any = plain.loaded.model
     weights = [m.base_layer.weight for m in model.modules() if hasattr(m, "lora_B")]
     for weight in weights:
@@ -164,6 +180,16 @@ def test_a_run_begins_from_the_factors_and_exports_a_plain_adapter(
         assert torch.allclose(whole.model(torch.arange(20)[None]).logits, expected, atol=1e-4)
     with pytest.raises(ConfigError, match="lacks weights for"):
         open_party(config, str(folder), adapter=tmp_path / "end", threads=1)
+
+
+@pytest.mark.parametrize("output_rank", [None, 3])
+def test_experts_are_not_fitted(
+    output_rank: int | None, folder_of: Callable[[str], Path], rows: list[Example]
+) -> None:
+    lora = {"output_rank": output_rank, "target_modules": "all-linear"}
+    party = open_party(_config(lora), str(folder_of("mixtral")), threads=1)
+    with pytest.raises(ConfigError, match=r"\.mlp\.gate does not see every token of each row"):
+        fit_adapter(party, rows)
 
 
 def test_what_cannot_be_meant_is_refused(folder: Path, rows: list[Example]) -> None:
