@@ -108,7 +108,7 @@ async def test_a_late_worker_takes_the_replicas_snapshot_and_ends_in_the_same_we
             held.let(stop)
             await at_round(client, stop)
             await snapshot_of(client, stop - 1)
-        while len(list(kept.iterdir())) > 2:
+        while len(list(kept.iterdir())) > 2:  # noqa: ASYNC110
             await asyncio.sleep(0.05)  # The oldest goes after the newest is on offer.
         assert {path.name for path in kept.iterdir()} == {file_name(RUN_ID, n) for n in (4, 6)}
         offer = (await client.get_run()).snapshot

@@ -49,7 +49,10 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
             "evaluations needs heldout, the rows to evaluate on; set both.",
         ),
         ({"--give-up-after-s": "-1"}, "give_up_after_s = '-1' is not allowed"),
-        ({"--serve": "here.sock"}, "serve needs model or base_form: no coordinator decides what is loaded"),
+        (
+            {"--serve": "here.sock"},
+            "serve needs model or base_form: no coordinator decides what is loaded",
+        ),
         (
             {"--serve": "here.sock", "--model": "m", "--checkpoint-key": "0" * 64},
             "checkpoint_key has no meaning with serve",
