@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -32,9 +33,15 @@ conformance_app = typer.Typer(
     no_args_is_help=True,
 )
 
-Format = Annotated[
-    Literal["table", "json"], typer.Option("--format", help="how the report is printed")
-]
+
+class ReportFormat(StrEnum):
+    """How a report is printed."""
+
+    TABLE = "table"
+    JSON = "json"
+
+
+Format = Annotated[ReportFormat, typer.Option("--format", help="how the report is printed")]
 PatienceS = Annotated[
     float, typer.Option(min=0.1, help="longest wait for each thing that must come, in seconds")
 ]
@@ -52,7 +59,7 @@ def coordinator(
         int, typer.Option(min=1, help="a run of at most so many rounds is led to its end")
     ] = 20,
     patience_s: PatienceS = 20.0,
-    format_: Format = "table",
+    format_: Format = ReportFormat.TABLE,
 ) -> None:
     """Take part in a run as several workers, with honest, repeated and hostile messages."""
     try:
@@ -104,7 +111,7 @@ def worker(
     ] = 0.1,
     patience_s: PatienceS = 60.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of our model")] = None,
-    format_: Format = "table",
+    format_: Format = ReportFormat.TABLE,
 ) -> None:
     """Lead a worker through a run with honest, repeated, reordered and hostile messages."""
     if (config is None) == (journal is None):
@@ -159,7 +166,7 @@ def _genesis_in(journal: str) -> Genesis:
 
 def _print(report: Report, format_: str) -> None:
     """Print a report; exits with status 1 if a check failed."""
-    if format_ == "json":
+    if format_ is ReportFormat.JSON:
         print(json_line(report.values()))
     else:
         Console().print(report.table())
