@@ -103,8 +103,9 @@ class Settings(BaseModel):
     """Rows of each label that each training file gives, in addition to heldout.jsonl: on VADER's
     four domains 400 + 4 x 2 x 100 = 1,200 rows, half of them of either label."""
     fit_rows: int = Field(default=100, ge=0)
-    """Rows of each domain that no client has: an adapter with `freeze_a` is fitted to them, without
-    their labels. At most a tenth of what the domain has for training."""
+    """Rows of each domain that no client has: an adapter with `freeze_a` is fitted to them, with
+    their labels only if it has an `output_rank`. At most a tenth of what the domain has for
+    training."""
     evaluate_every_rounds: int = Field(default=10, ge=1)
     heldout_rows_max: int | None = Field(default=600, ge=1)
     """Held-out rows that are used; None: all."""

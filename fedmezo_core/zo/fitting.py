@@ -170,7 +170,7 @@ def _watcher(into: list[_Use], name: str) -> Any:
 
 
 def _main_directions(moments: torch.Tensor, rank: int, name: str) -> torch.Tensor:
-    """The `rank` main eigenvectors of `moments`: [outputs, rank], orthonormal columns."""
+    """The `rank` main eigenvectors of `moments` [width, width]: [width, rank], orthonormal."""
     sizes, directions = torch.linalg.eigh(moments.double())
     if len(sizes) < rank or not bool(sizes[-rank] > 1e-12 * sizes[-1]):
         raise DataError(

@@ -172,10 +172,7 @@ class Task(RowEncoder):
         """
         if self.config.kind == "classification":
             return _class_losses(self._verbalizer_logits(model, batch).double(), batch)
-        losses = torch.zeros(batch.targets.shape, device=batch.targets.device)
-        for places, logits in target_logits(model, batch):
-            losses[places] = _token_losses(logits, batch.targets[places])
-        return losses.double().sum(dim=1)
+        return _response_losses(model, batch).double().sum(dim=1)
 
     def scores(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """What the loss of each row depends on, for autograd: float32 [rows, scores].
@@ -185,10 +182,7 @@ class Task(RowEncoder):
         """
         if self.config.kind == "classification":
             return self._verbalizer_logits(model, batch).float()
-        losses = torch.zeros(batch.targets.shape, device=batch.targets.device)
-        for places, logits in target_logits(model, batch):
-            losses[places] = _token_losses(logits, batch.targets[places])
-        return losses.sum(dim=1, keepdim=True)
+        return _response_losses(model, batch).sum(dim=1, keepdim=True)
 
     def loss_of_scores(
         self, scores: torch.Tensor, batch: Batch, mean_scores: torch.Tensor
@@ -368,6 +362,14 @@ def _token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         )
     ]
     return torch.cat(parts)
+
+
+def _response_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The loss of each response token, in nats, and 0 elsewhere: float32, shape of the targets."""
+    losses = torch.zeros(batch.targets.shape, device=batch.targets.device)
+    for places, logits in target_logits(model, batch):
+        losses[places] = _token_losses(logits, batch.targets[places])
+    return losses
 
 
 def _not_finite(batch: Batch) -> MeasurementError:

@@ -13,12 +13,12 @@ from fedmezo_coordinator.conformance.scripted_server import scripted
 from fedmezo_coordinator.conformance.worker_battery import WorkerBattery, WorkerTest
 from fedmezo_coordinator.conformance.worker_endings import ENDINGS
 from fedmezo_core.errors import (
-    FedMezoError,
     JournalBehindError,
     ProtocolError,
     UnavailableError,
 )
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.coordinator.conformance.test_worker_battery import InProcess
 from tests.integration.support.harness import PATIENCE_S, config_of, genesis_of
 from tests.library.light_engine import LightEngine
 
@@ -51,25 +51,11 @@ async def polls(address: str) -> None:
             await asyncio.sleep(RETRY_S)
 
 
-class Polling:
-    """A worker that is started."""
-
-    def __init__(self, task: asyncio.Task[None]) -> None:
-        self._task = task
-
-    async def status(self) -> int:
-        try:
-            await asyncio.shield(self._task)
-        except FedMezoError:
-            return 1
-        return 0
-
-
 @asynccontextmanager
-async def start(address: str) -> AsyncIterator[Polling]:
+async def start(address: str) -> AsyncIterator[InProcess]:
     task = asyncio.create_task(polls(address))
     try:
-        yield Polling(task)
+        yield InProcess(task)
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
