@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(BIN)/python -c 'from fedmezo_core.zo.materialize import warm_up; warm_up()'
 	touch $@
 
-demo: setup  ## four workers fine-tune a real language model over gRPC (about 5 minutes)
+demo: setup  ## four workers fine-tune a real language model over gRPC (2 to 5 minutes)
 	$(BIN)/python -m deploy.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) --seed $(SEED)
 
 test: setup  ## run the tests (no GPU, no network)
