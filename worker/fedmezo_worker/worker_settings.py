@@ -7,7 +7,9 @@ import re
 from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedmezo.run_policy import RunPolicy
 from fedmezo_core.config import NAME_PATTERN
+from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
     Address,
@@ -15,6 +17,7 @@ from fedmezo_core.layered_settings import (
     UserPath,
     UserPathText,
 )
+from fedmezo_core.records import Genesis
 
 _OF_CONNECTIONS = (
     "coordinator",
@@ -82,7 +85,11 @@ class WorkerSettings(BaseSettings):
     run_id: str = Field(default="", description="refuse any other run")
     objective: str = Field(
         default="",
-        description="the module:function of the run's objective: its code runs here, on these rows",
+        description="the run's objective, by its name or as module:function: its code runs here, "
+        "on these rows",
+    )
+    policy: RunPolicy = Field(
+        default=RunPolicy(), description="what runs may ask of this machine; others are refused"
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
     pass_tokens_max: int | None = Field(
@@ -199,3 +206,21 @@ class WorkerSettings(BaseSettings):
         if self.evaluations is not None and self.heldout is None:
             raise ValueError("evaluations needs heldout, the rows to evaluate on; set both")
         return self
+
+    def check_run(self, genesis: Genesis) -> None:
+        """Refuse a run that these settings do not allow; opens no file and imports nothing.
+
+        Raises `ConfigError`, as `RunPolicy.check`.
+        """
+        wanted, named = genesis.config.task.objective, self.objective
+        if named and not wanted:
+            raise ConfigError(
+                f"The run scores batches by their loss, not by {named}; start this worker without "
+                "--objective."
+            )
+        self.policy.check(
+            genesis,
+            own_model=bool(self.model) or self.base_form is not None,
+            own_objective=wanted == named,
+            keeps_history=self.journal_copy is not None,
+        )

@@ -294,11 +294,11 @@ def export(
     with worker_packages("export"):
         from fedmezo_core.zo.commits import commits_of
         from fedmezo_core.zo.export import export_adapter, export_model
+        from fedmezo_core.zo.model.loading import folder_of_hub_name
         from fedmezo_core.zo.model.model_card import ModelCard
         from fedmezo_core.zo.party import open_party
-    party = open_party(
-        genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
-    )
+    source_folder = model or str(folder_of_hub_name(genesis.config.model))
+    party = open_party(genesis.config, source_folder, adapter=adapter, threads=threads)
     party.check_same_base(genesis)
     if plan.snapshot is not None:
         take_snapshot(
