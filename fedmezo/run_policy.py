@@ -13,6 +13,8 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, SnapshotError
 from fedmezo_core.records import Genesis
 
+READY_MADE = ("error-rate", "exact-match", "macro-f1", "token-f1")
+"""The objectives that FedMeZO itself registers."""
 _HUB_NAME = re.compile(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 _SHOWN_CHARS_MAX = 200
 _PAIR_BYTES = 4
@@ -37,7 +39,7 @@ class RunPolicy(BaseModel):
     )
     runs: tuple[str, ...] = Field(default=(), description="run ids to work on; none: any run")
     objectives: tuple[str, ...] = Field(
-        default=(),
+        default=READY_MADE,
         description="objectives that may score this worker's rows, besides the setting objective",
     )
     rounds_max: Count = Field(default=100_000, description="most rounds of a run")

@@ -26,6 +26,7 @@ from fedmezo_worker.worker_settings import WorkerSettings
 from tests.integration.support.harness import TASK, environment, genesis_of, served
 from tests.integration.support.harness import config_of as contract
 from tests.integration.support.parties import Workers
+from tests.integration.support.scoring import write_package
 
 NOWHERE = "/nowhere/at/all"
 TASK_WITH_TEXTS = {**TASK, "kind": "instruction", "objective": "secret_scores:best"}
@@ -235,8 +236,8 @@ def hub(tmp_path: Path, model_folder: Path) -> Iterator[tuple[str, list[str]]]:
             (folder / file.name).write_bytes(file.read_bytes())
     adapter = tmp_path / "hub/owner/adapter/adapter_config.json"
     adapter.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": NOWHERE}))
-    for file in ("pytorch_model.bin", "modeling.py", "big.safetensors"):
-        (tmp_path / "hub/owner/with-pickles" / file).write_text("x")
+    for unwanted in ("pytorch_model.bin", "modeling.py", "big.safetensors"):
+        (tmp_path / "hub/owner/with-pickles" / unwanted).write_text("x")
     asked: list[str] = []
     handler = type("Handler", (Hub,), {"root": tmp_path / "hub", "asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -324,3 +325,21 @@ def test_what_the_operator_has_not_named_scores_nothing(settings: WorkerSettings
         open_engine(settings, genesis)
     for allowing in ({"objective": "os:getcwd"}, {"policy": RunPolicy(objectives=("os:getcwd",))}):
         settings.model_copy(update=allowing).check_run(genesis)
+
+
+def test_a_ready_made_objective_needs_no_consent_but_may_be_denied(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_folder: Path,
+    data_files: list[Path],
+    tiny_genesis: Callable[..., Genesis],
+) -> None:
+    entries = {"error-rate": "fedmezo_core.zo.objectives:error_rate"}
+    write_package(tmp_path, "fedmezo", entries)
+    monkeypatch.syspath_prepend(tmp_path)
+    genesis = tiny_genesis(task={**TASK, "objective": "error-rate"})
+    settings = WorkerSettings(name="w1", data=data_files[0], model=str(model_folder), threads=1)
+    assert open_engine(settings, genesis).scorer is not None
+    denying = settings.model_copy(update={"policy": RunPolicy(objectives=())})
+    with pytest.raises(ConfigError, match=r"batches by error-rate; .*--objective error-rate"):
+        open_engine(denying, genesis)
