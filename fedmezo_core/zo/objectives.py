@@ -136,8 +136,8 @@ def _registered(name: str) -> EntryPoint:
     if not found:
         names = ", ".join(sorted({entry.name for entry in registered})) or "none"
         raise ConfigError(
-            f"Objective {name}: no installed package registers it, only these: {names}; install the "
-            "package that does, or check the name."
+            f"Objective {name}: no installed package registers it, only these: {names}; install "
+            "the package that does, or check the name."
         )
     if len(found) > 1:
         packages = ", ".join(sorted(entry.dist.name if entry.dist else "?" for entry in found))

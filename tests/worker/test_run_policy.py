@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -20,7 +21,8 @@ from fedmezo_core.errors import ConfigError, SnapshotError
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.records import Genesis
 from fedmezo_worker import engine as engine_module
-from fedmezo_worker.engine import open_engine
+from fedmezo_worker.agent import Agent
+from fedmezo_worker.engine import Engine, open_engine
 from fedmezo_worker.form_engine import FormComputer
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.integration.support.harness import TASK, environment, genesis_of, served
@@ -318,12 +320,12 @@ def test_the_policy_is_set_like_every_setting(
 
 
 def test_what_the_operator_has_not_named_scores_nothing(settings: WorkerSettings) -> None:
-    genesis = genesis_of(contract(task={**TASK, "objective": "os:getcwd"}))
-    with pytest.raises(
-        ConfigError, match=r"--objective os:getcwd if you trust .*policy.objectives"
-    ):
+    named = "antigravity:fly"  # Opens a browser when it is imported.
+    genesis = genesis_of(contract(task={**TASK, "objective": named}))
+    with pytest.raises(ConfigError, match=r"--objective antigravity:fly .*policy.objectives"):
         open_engine(settings, genesis)
-    for allowing in ({"objective": "os:getcwd"}, {"policy": RunPolicy(objectives=("os:getcwd",))}):
+    assert "antigravity" not in sys.modules
+    for allowing in ({"objective": named}, {"policy": RunPolicy(objectives=(named,))}):
         settings.model_copy(update=allowing).check_run(genesis)
 
 
@@ -343,3 +345,22 @@ def test_a_ready_made_objective_needs_no_consent_but_may_be_denied(
     denying = settings.model_copy(update={"policy": RunPolicy(objectives=())})
     with pytest.raises(ConfigError, match=r"batches by error-rate; .*--objective error-rate"):
         open_engine(denying, genesis)
+
+
+async def test_what_a_refused_contract_says_does_not_even_reach_the_log(
+    tmp_path: Path,
+    data_files: list[Path],
+    tiny_genesis: Callable[..., Genesis],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    genesis = tiny_genesis(model="a\nWARNING forged line")
+    engine = Engine()
+    async with served(tmp_path / "journal.db", genesis) as coordinator:
+        settings = WorkerSettings(
+            coordinator=coordinator.address, name="w1", data=data_files[0], threads=1
+        )
+        with pytest.raises(ConfigError, match="is no name on the hub"):
+            await Agent(settings, engine).run()
+    await engine.close()
+    assert not [line for line in caplog.text.splitlines() if line.startswith("WARNING forged")]

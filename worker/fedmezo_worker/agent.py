@@ -74,6 +74,8 @@ class Agent:
         settings = self._settings
         description = await client.get_run(settings.run_id)
         self._reconnecting.reached()
+        # Before anything that the contract says is even logged.
+        settings.check_run(description.genesis)
         config = description.genesis.config
         log.info("run %s of model %s", config.run_id, settings.model or config.model)
         evaluations = Evaluations(
