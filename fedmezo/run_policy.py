@@ -45,6 +45,10 @@ class RunPolicy(BaseModel):
     rounds_max: Count = Field(default=100_000, description="most rounds of a run")
     local_steps_max: Count = Field(default=1024, description="most local steps in a round")
     probes_max: Count = Field(default=256, description="most directions measured on a batch")
+    batch_size_min: Count = Field(
+        default=1,
+        description="fewest rows in a batch, whose mean is all that leaves this machine",
+    )
     batch_size_max: Count = Field(default=1024, description="most rows in a batch")
     tokens_max: Count = Field(default=16_384, description="most tokens of a row")
     generated_tokens_max: int = Field(
@@ -75,6 +79,12 @@ class RunPolicy(BaseModel):
                     f"The run's {field} = {value} is more than the {limit} that this worker "
                     f"allows; take part in another run, or raise policy.{key} in its settings."
                 )
+        if config.batch_size < self.batch_size_min:
+            raise ConfigError(
+                f"The run's batch_size = {config.batch_size} is less than the "
+                f"{self.batch_size_min} that this worker requires; take part in another run, or "
+                "lower policy.batch_size_min in its settings."
+            )
         if self.runs and config.run_id not in self.runs:
             raise _not_listed("run_id", config.run_id, "runs")
         if self.base_digests and genesis.base_digest.hex() not in self.base_digests:

@@ -120,6 +120,13 @@ def test_runs_and_bases_may_be_listed(settings: WorkerSettings) -> None:
             settings.model_copy(update={"policy": policy}).check_run(genesis)
 
 
+def test_a_batch_has_enough_rows_to_hide_among(settings: WorkerSettings) -> None:
+    wants_eight = settings.model_copy(update={"policy": RunPolicy(batch_size_min=8)})
+    wants_eight.check_run(genesis_of(contract(batch_size=8)))
+    with pytest.raises(ConfigError, match=r"batch_size = 7 is less than the 8 .*batch_size_min"):
+        wants_eight.check_run(genesis_of(contract(batch_size=7)))
+
+
 def test_the_history_and_snapshots_fit_the_disk(settings: WorkerSettings, tmp_path: Path) -> None:
     genesis = genesis_of(contract(rounds=100_000, local_steps=64, cohort_size_max=4096))
     settings.check_run(genesis)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from fedmezo.auditing import TOLERANCE, audit_of, rounds_in
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
@@ -395,6 +397,74 @@ def export_form(
         f"{folder}: a form of the base of run {run.run_id}; add it to the contract: "
         f'base_forms = ["{name}"]'
     )
+
+
+@app.command()
+def audit(
+    worker: Annotated[str, typer.Option(help="name of the worker whose answers are repeated")],
+    data: Annotated[
+        Path, typer.Option(help="the rows that it measured on, in files as it was given them")
+    ],
+    rounds: Annotated[
+        str, typer.Option(help="rounds to repeat, as in 3,7,11-13; default: all that it answered")
+    ] = "",
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="largest difference that another kind of machine may make")
+    ] = TOLERANCE,
+    model: Annotated[
+        str, typer.Option(help="base model: hub name or folder; default: the name in the journal")
+    ] = "",
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder of the adapter that the run began from, if any")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="the run's objective, if it has one: its code runs here")
+    ] = "",
+    journal: Annotated[
+        str | None,
+        typer.Option(
+            help="journal of a stopped coordinator, a file or a postgresql:// URL; "
+            "default: read it from --coordinator"
+        ),
+    ] = None,
+    coordinator: Coordinator = DEFAULT_ADDRESS,
+    tls_ca: TlsCa = None,
+    threads: Threads = None,
+) -> None:
+    """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
+    wanted_rounds = rounds_in(rounds)
+    with _opened(journal, coordinator, tls_ca) as source:
+        what = audit_of(source, worker, wanted_rounds)
+    wanted = what.genesis.config.task.objective
+    if wanted and wanted != objective:
+        raise ConfigError(
+            f"The run scores batches by {wanted}; give --objective {wanted} if you trust that code."
+        )
+    with worker_packages("audit a worker"):
+        from fedmezo import TorchEngine
+        from fedmezo_core.zo.model.loading import folder_of_hub_name
+        from fedmezo_core.zo.objectives import load_objective
+    engine = TorchEngine(
+        what.genesis,
+        worker,
+        model or folder_of_hub_name(what.genesis.config.model),
+        data,
+        adapter=adapter,
+        objective=load_objective(wanted) if wanted else None,
+        threads=threads,
+        policy=None,
+    )
+    verdicts = Counter[str]()
+    for repeated in what.repeat(engine):
+        print(repeated.line(tolerance), flush=True)
+        verdicts[repeated.verdict(tolerance)] += 1
+    found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    print(f"{worker}: {counted(verdicts.total(), 'answer')} repeated: {found}")
+    if verdicts["differs"]:
+        raise DivergedError(
+            f"Worker {worker} sent other numbers than these rows give; ask its site, and check "
+            "that the rows, the base and the adapter are those that it had."
+        )
 
 
 @app.command()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+import pytest
 
 from fedmezo_core.records import Genesis
 from tests.integration.support.harness import Programs, environment, write_genesis
@@ -92,6 +93,7 @@ def test_the_hook_sees_what_it_must_not_see(tmp_path: Path) -> None:
     assert "'own'" not in opened
 
 
+@pytest.mark.slow
 async def test_a_run_reaches_no_code_and_no_place_that_messages_name(
     programs: Programs,
     tiny_genesis: Callable[..., Genesis],
