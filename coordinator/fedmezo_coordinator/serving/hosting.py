@@ -16,12 +16,13 @@ from typing import Any
 
 from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.state_folder import StateFolder, open_state
+from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import ServingSettings
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.service import (
     CONNECTIONS_BESIDE,
-    ENROLMENT_BYTES_MAX,
     ENROLMENT_CONNECTIONS_MAX,
+    ENROLMENT_OPTIONS,
     CoordinatorServicer,
     LiveTls,
     Server,
@@ -29,7 +30,6 @@ from fedmezo_coordinator.serving.service import (
     start_enrolment,
     start_server,
 )
-from fedmezo_coordinator.serving.tls_files import TlsFiles
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.program import first_of
 
@@ -146,7 +146,7 @@ async def _start_enrolment(
     chosen = int(settings.listen.rpartition(":")[2])
     listen = settings.enroll_listen or f"{where}:{port + 1 if chosen else 0}"
     server, fleet.enrol_port = bind_server(
-        listen, tls, None, ENROLMENT_CONNECTIONS_MAX, ENROLMENT_BYTES_MAX
+        listen, tls, None, ENROLMENT_CONNECTIONS_MAX, ENROLMENT_OPTIONS
     )
     stack.push_async_callback(server.stop, None)
     await start_enrolment(server, fleet)
