@@ -119,7 +119,7 @@ def load_objective(name: str) -> Objective:
     if function is None:
         raise ConfigError(
             f"Objective {name}: the module {module_name} ({getattr(module, '__file__', None)}) has "
-            f"no {attribute}; check the name."
+            f"no {attribute or 'function named'}; check the name."
         )
     if not callable(function):
         raise ConfigError(

@@ -261,6 +261,7 @@ def hub(tmp_path: Path, model_folder: Path) -> Iterator[tuple[str, list[str]]]:
 LOADING = """
 import sys
 from fedmezo_core.errors import ModelError
+from fedmezo_core.zo.model import loading
 from fedmezo_core.zo.model.loading import folder_of_hub_name, load_model
 for name, bytes_max in (("owner/sound", 10), ("owner/sound", 1 << 30), ("owner/adapter", None),
                         ("owner/with-pickles", None), ("owner/nothing", None)):
@@ -270,6 +271,9 @@ for name, bytes_max in (("owner/sound", 10), ("owner/sound", 1 << 30), ("owner/a
         print(name, "loaded from", *sorted(path.name for path in folder.iterdir()))
     except ModelError as error:
         print(name, error)
+loading.hf_hub_url = lambda *_: "http://127.0.0.1:9/config.json"
+load_model(str(folder_of_hub_name("owner/sound", 10)))
+print("without a network, too")
 """
 
 
@@ -289,8 +293,8 @@ def test_a_model_comes_from_the_hub_within_its_size_and_without_code_and_pickles
         check=False,
     )
     lines = ran.stdout.splitlines()
-    assert len(lines) == 5, ran.stderr
-    too_large, sound, adapter, pickles, nothing = lines
+    assert len(lines) == 6, ran.stderr
+    too_large, sound, adapter, pickles, nothing, again = lines
     assert "more than the 10 that this worker allows" in too_large
     assert "policy.disk_max" in too_large
     names = " ".join(sorted(path.name for path in model_folder.iterdir()))
@@ -298,6 +302,7 @@ def test_a_model_comes_from_the_hub_within_its_size_and_without_code_and_pickles
     assert "holds an adapter, not a whole model" in adapter
     assert pickles == f"owner/with-pickles loaded from {names}"
     assert "owner/nothing cannot be loaded" in nothing
+    assert again == "without a network, too"
     assert not any(path.endswith((".bin", ".py", "big.safetensors")) for path in asked)
 
 

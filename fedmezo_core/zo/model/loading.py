@@ -21,6 +21,7 @@ import torch
 from huggingface_hub import (
     HfApi,
     get_session,
+    hf_hub_download,
     hf_hub_url,
     snapshot_download,
     try_to_load_from_cache,
@@ -213,6 +214,8 @@ def folder_of_hub_name(name: str, bytes_max: int | None = None) -> Path:
             folder = snapshot_download(
                 name, revision=info.sha, allow_patterns=[escape(file.rfilename) for file in wanted]
             )
+            # Until this asks for the newest revision, the cache finds nothing without a network.
+            hf_hub_download(name, "config.json")
     except Exception as error:
         raise _model_error(name, False, "model", error) from error
     return Path(folder)
