@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedmezo.library_session import Session as Session
     from fedmezo.policies import Aggregator as Aggregator
     from fedmezo.policies import SeedPolicy as SeedPolicy
+    from fedmezo.run_policy import RunPolicy as RunPolicy
     from fedmezo.torch_engine import TorchEngine as TorchEngine
     from fedmezo.torch_engine import begin_run as begin_run
     from fedmezo_core.config import RunConfig as RunConfig
@@ -59,6 +60,7 @@ _HOMES = {
     "Objective": "fedmezo_core.zo.objectives",
     "Predictions": "fedmezo_core.zo.objectives",
     "RunConfig": "fedmezo_core.config",
+    "RunPolicy": "fedmezo.run_policy",
     "SavingEngine": "fedmezo.engines",
     "Scalars": "fedmezo_core.records",
     "SeedPolicy": "fedmezo.policies",

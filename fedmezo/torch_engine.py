@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo.genesis import GenesisLike, decode_genesis
+from fedmezo.run_policy import RunPolicy
 from fedmezo.scorer import CancelledMeasurementError, Scorer
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError
@@ -39,6 +40,10 @@ Rows = str | Path | Iterable[Mapping[str, Any]]
 mappings of column names to values, such as a list of dicts or a `datasets.Dataset`."""
 
 
+_ORDINARY = RunPolicy()
+"""Lets ordinary runs pass."""
+
+
 class TorchEngine:
     """Computes with torch: it loads a run's base and a worker's rows, measures and applies commits.
 
@@ -62,16 +67,21 @@ class TorchEngine:
         frozen_base_bits: int | None = None,
         pass_tokens_max: int | None = None,
         row_states_max_bytes: int = ROW_STATES_MAX,
+        policy: RunPolicy | None = _ORDINARY,
     ) -> None:
         """Load `model` (folder or hub name) and `rows` for `worker` in the run of `genesis`.
 
         The worker's name decides the order of its rows. `objective` scores batches in a run whose
-        contract names one. `heldout` are rows to evaluate on. The other arguments are settings of
-        the same names of `fedmezo-worker`. Raises `MismatchError` if the base is not the run's, and
-        what `open_party`, `read_rows` and `Task.encode` raise.
+        contract names one. `heldout` are rows to evaluate on. `policy` is what a run may ask of
+        this machine; None: anything. The other arguments are settings of the same names of
+        `fedmezo-worker`. Raises `ConfigError` before anything is read if the policy refuses the
+        run, `MismatchError` if the base is not the run's, and what `open_party`, `read_rows` and
+        `Task.encode` raise.
         """
         genesis = decode_genesis(genesis)
         config = genesis.config
+        if policy is not None:
+            policy.check(genesis, own_model=True, own_objective=True)
         # What is quick first: a wrong name or column should not cost a model's loading time.
         check_worker_name(worker)
         scored_by = _objective(config, objective)
@@ -89,6 +99,8 @@ class TorchEngine:
             frozen_base_bits=frozen_base_bits,
         )
         """The model, the task and the weights."""
+        if policy is not None:
+            policy.check_trained(party.loaded.manifest.element_count)
         party.check_same_base(genesis)
         self.heldout: Dataset | None = None
         """Held-out rows; None if none were given."""

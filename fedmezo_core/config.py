@@ -18,6 +18,9 @@ PROTOCOL_VERSION = 1
 BASE_FORM_PATTERN = r"^(8-bit|4-bit|(onnx|gguf):[0-9a-f]{64})$"
 """Pattern of the names of a base's forms; see `Genesis.form_digest`."""
 
+OBJECTIVE_PATTERN = r"^([A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*|[a-z0-9][a-z0-9-]{0,63})?$"
+"""Pattern of an objective: module:function, or the name that a package registers for one."""
+
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,63}$"
 """Pattern of the names of runs and workers, which appear in logs, metrics and file names."""
 
@@ -116,8 +119,9 @@ class TaskConfig(_Frozen):
     objective: str = Field(
         default="",
         max_length=1024,
-        pattern=r"^([A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)?$",
-        description="module:function that scores a batch instead of the loss; lower is better.",
+        pattern=OBJECTIVE_PATTERN,
+        description="What scores a batch instead of the loss, by its name or as module:function; "
+        "lower is better.",
     )
     generated_tokens_max: int = Field(
         default=0,

@@ -11,6 +11,7 @@
         VersionError         the peers share no protocol version
         WrongRunError        the peer is in another run
         UnknownWorkerError   no such worker is joined
+        ReplacedError        another process has joined under the same name
         StaleTicketError     an answer to a ticket that is not open (another epoch, round or slot)
         EquivocationError    a second, different answer to one ticket
         ScalarError          a projected gradient outside what the run allows
@@ -25,6 +26,10 @@
         JournalCompactedError  the records asked for were dropped; begin from a snapshot
       SnapshotError          a snapshot is missing, or cannot be written, read or used
         SnapshotDamagedError its bytes or weights are not what was recorded
+      IdentityError          who a peer is cannot be established
+        TokenError           a join string that lets nobody join: cut off, used, expired, foreign
+        RevokedError         the peer's key is no member's any more
+      ForbiddenError         the peer is known and may not do this
       UnavailableError       the other side cannot be reached; retrying may help
         StartingError        it is there and starts; it will answer when that is done
 
@@ -105,6 +110,10 @@ class UnknownWorkerError(ProtocolError):
     status = "NOT_FOUND"
 
 
+class ReplacedError(ProtocolError):
+    """Another process has joined under the same name, and its session is the one that counts."""
+
+
 class StaleTicketError(ProtocolError):
     """The ticket is not open: another epoch, round or slot. The answer is dropped."""
 
@@ -183,6 +192,26 @@ class SnapshotDamagedError(SnapshotError):
     """A snapshot's bytes or weights are not what the journal says."""
 
     status = "DATA_LOSS"
+
+
+class IdentityError(FedMezoError):
+    """Who a peer is cannot be established: a certificate, key or state folder cannot be used."""
+
+    status = "UNAUTHENTICATED"
+
+
+class TokenError(IdentityError):
+    """A join string or its token lets nobody join: cut off, used, expired or of another side."""
+
+
+class RevokedError(IdentityError):
+    """The peer's key is no member's: it was revoked, replaced or never enrolled here."""
+
+
+class ForbiddenError(FedMezoError):
+    """The peer is known, and may not do this."""
+
+    status = "PERMISSION_DENIED"
 
 
 class UnavailableError(FedMezoError):

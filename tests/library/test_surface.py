@@ -34,6 +34,7 @@ def test_the_surface_is_listed_once() -> None:
         "Objective",
         "Predictions",
         "RunConfig",
+        "RunPolicy",
         "SavingEngine",
         "Scalars",
         "SeedPolicy",

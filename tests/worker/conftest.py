@@ -7,6 +7,7 @@ from tests.integration.conftest import (
     heldout_file,
     model_folder,
     one_torch_thread,
+    programs,
     tiny_genesis,
     workers,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "heldout_file",
     "model_folder",
     "one_torch_thread",
+    "programs",
     "tiny_genesis",
     "workers",
 ]

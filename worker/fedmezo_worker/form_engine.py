@@ -25,6 +25,7 @@ class FormComputer:
     def __init__(self, settings: WorkerSettings, genesis: Genesis) -> None:
         """Load the form and the rows that `settings` name; raises what is wrong with either."""
         assert settings.base_form is not None
+        settings.check_run(genesis)
         # What is quick first: a wrong name or column should not cost a model's loading time.
         check_can_take_forms(genesis.config)
         rows = read_rows(settings.data, genesis.config.task)

@@ -206,6 +206,7 @@ class Member:
         if not takes_snapshot(description.missing, offer, self._genesis.trainable_elements, speeds):
             return
         try:
+            self._settings.policy.check_snapshot(offer.snapshot.file_bytes)
             await self._take_snapshot(client, run_id, offer.snapshot)
         except SnapshotError as error:
             log.warning("%s The journal is read instead.", error)
@@ -229,6 +230,7 @@ class Member:
                 f"No snapshot is on offer: {where}; look at the coordinator's log and its "
                 "snapshots."
             )
+        self._settings.policy.check_snapshot(offer.snapshot.file_bytes)
         try:
             await self._take_snapshot(client, run_id, offer.snapshot)
         except SnapshotError as error:

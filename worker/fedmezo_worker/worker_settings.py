@@ -7,7 +7,9 @@ import re
 from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedmezo.run_policy import RunPolicy
 from fedmezo_core.config import NAME_PATTERN
+from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
     Address,
@@ -15,6 +17,7 @@ from fedmezo_core.layered_settings import (
     UserPath,
     UserPathText,
 )
+from fedmezo_core.records import Genesis
 
 _OF_CONNECTIONS = (
     "coordinator",
@@ -24,7 +27,10 @@ _OF_CONNECTIONS = (
     "journal_copy",
     "checkpoint_key",
     "download_rate",
+    "tls",
     "tls_ca",
+    "join",
+    "state",
     "give_up_after_s",
 )
 """Settings without a meaning for a worker that others bring the messages to."""
@@ -47,7 +53,22 @@ class WorkerSettings(BaseSettings):
         description="connect to no coordinator: listen on this socket in the file system, where an "
         "app of another stack, such as Flower, brings the coordinator's bytes",
     )
-    name: str = Field(description="this worker's name, unique in the run: a-z, 0-9 and -")
+    join: str = Field(
+        default="",
+        repr=False,
+        description="the operator's join string: become a member, the first time, and "
+        "connect to the fleet's coordinator",
+    )
+    state: UserPath | None = Field(
+        default=None,
+        description="folder for this member's keys and certificate; none: with join, one in "
+        "$XDG_STATE_HOME or ~/.local/state",
+    )
+    name: str = Field(
+        default="",
+        description="this worker's name, unique in the run: a-z, 0-9 and -; with join, none: the "
+        "join string's, or this machine's",
+    )
     data: UserPath = Field(
         description="its private rows: a JSONL, CSV or Parquet file, or a folder of them"
     )
@@ -82,7 +103,11 @@ class WorkerSettings(BaseSettings):
     run_id: str = Field(default="", description="refuse any other run")
     objective: str = Field(
         default="",
-        description="the module:function of the run's objective: its code runs here, on these rows",
+        description="the run's objective, by its name or as module:function: its code runs here, "
+        "on these rows",
+    )
+    policy: RunPolicy = Field(
+        default=RunPolicy(), description="what runs may ask of this machine; others are refused"
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
     pass_tokens_max: int | None = Field(
@@ -127,8 +152,11 @@ class WorkerSettings(BaseSettings):
         description="expected bytes per second of a download; a late worker chooses between "
         "snapshot and journal by it; 0: always the journal",
     )
+    tls: bool = Field(
+        default=False, description="connect with TLS; without tls_ca, trust the system's CAs"
+    )
     tls_ca: UserPath | None = Field(
-        default=None, description="PEM file of the CA to trust; none: no TLS"
+        default=None, description="PEM file of the CA to trust, instead of the system's, with TLS"
     )
     give_up_after_s: float = Field(
         default=3600.0,
@@ -139,7 +167,7 @@ class WorkerSettings(BaseSettings):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not re.fullmatch(NAME_PATTERN, value):
+        if value and not re.fullmatch(NAME_PATTERN, value):
             raise ValueError("use 1 to 64 of a-z, 0-9 and -, beginning with a letter or digit")
         return value
 
@@ -163,6 +191,22 @@ class WorkerSettings(BaseSettings):
         if value not in {None, 4, 8}:
             raise ValueError("use 8 or 4, or leave it out")
         return value
+
+    @model_validator(mode="after")
+    def _named(self) -> WorkerSettings:
+        if not self.name and not self.is_member:
+            raise ValueError("name is missing; set it, or join a fleet with join")
+        if self.is_member and (self.tls or self.tls_ca is not None):
+            raise ValueError(
+                "tls and tls_ca have no meaning with join or state, because the fleet says what to "
+                "trust; leave them out"
+            )
+        return self
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this worker shows an identity."""
+        return bool(self.join) or self.state is not None
 
     @model_validator(mode="after")
     def _only_what_serves(self) -> WorkerSettings:
@@ -199,3 +243,21 @@ class WorkerSettings(BaseSettings):
         if self.evaluations is not None and self.heldout is None:
             raise ValueError("evaluations needs heldout, the rows to evaluate on; set both")
         return self
+
+    def check_run(self, genesis: Genesis) -> None:
+        """Refuse a run that these settings do not allow; opens no file and imports nothing.
+
+        Raises `ConfigError`, as `RunPolicy.check`.
+        """
+        wanted, named = genesis.config.task.objective, self.objective
+        if named and not wanted:
+            raise ConfigError(
+                f"The run scores batches by their loss, not by {named}; start this worker without "
+                "--objective."
+            )
+        self.policy.check(
+            genesis,
+            own_model=bool(self.model) or self.base_form is not None,
+            own_objective=wanted == named,
+            keeps_history=self.journal_copy is not None,
+        )

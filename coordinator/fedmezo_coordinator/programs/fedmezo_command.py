@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +16,19 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from fedmezo.auditing import TOLERANCE, audit_of, rounds_in
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
+from fedmezo_coordinator.programs.connecting import (
+    Coordinator,
+    Link,
+    State,
+    Tls,
+    TlsCa,
+    link_to,
+)
+from fedmezo_coordinator.programs.fleet_command import add_to
 from fedmezo_coordinator.programs.plain_values import (
     json_line,
     origin_values,
@@ -41,7 +52,7 @@ from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError,
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.sealed import SealedState, StoredState
-from fedmezo_core.layered_settings import check_address, expanded, installed_version, load_settings
+from fedmezo_core.layered_settings import installed_version, load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.program import (
@@ -69,35 +80,9 @@ journal_app = typer.Typer(
 )
 app.add_typer(journal_app, name="journal")
 app.add_typer(conformance_app, name="conformance")
+add_to(app)
 
 
-def _address(given: str) -> str:
-    try:
-        return check_address(given)
-    except ValueError as error:
-        raise ConfigError(f"coordinator = {given!r} is not allowed: {error}.") from None
-
-
-def _user_path(given: Path | None) -> Path | None:
-    try:
-        return None if given is None else Path(expanded(str(given)))
-    except ValueError as error:
-        raise ConfigError(f"{given} is not allowed: {error}.") from None
-
-
-Coordinator = Annotated[
-    str,
-    typer.Option(
-        "--coordinator",
-        envvar="FEDMEZO_COORDINATOR",
-        callback=_address,
-        help="host:port of the coordinator",
-    ),
-]
-TlsCa = Annotated[
-    Path | None,
-    typer.Option(callback=_user_path, help="PEM file of the CA to trust; none: no TLS"),
-]
 JournalArgument = Annotated[
     str | None,
     typer.Argument(
@@ -108,7 +93,6 @@ JournalArgument = Annotated[
 ]
 OutputFolder = Annotated[Path, typer.Argument(help="folder to write; must be new or empty")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
-DEFAULT_ADDRESS = "127.0.0.1:7465"
 
 
 def main() -> int:
@@ -141,12 +125,14 @@ def _program(
 
 @app.command()
 def status(
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the status as JSON")] = False,
 ) -> None:
     """Show the progress, workers, traffic, digests and evaluations of a run."""
-    answer = asyncio.run(_status(coordinator, tls_ca))
+    answer = asyncio.run(_status(link_to(coordinator, tls_ca, tls, state)))
     if as_json:
         print(json_line(status_values(answer)))
     else:
@@ -157,26 +143,30 @@ def status(
 
 @app.command()
 def watch(
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
 ) -> None:
     """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
-    asyncio.run(_watch(coordinator, tls_ca, every_s))
+    asyncio.run(_watch(link_to(coordinator, tls_ca, tls, state), every_s))
 
 
 @journal_app.command()
 def inspect(
     journal: JournalArgument = None,
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
     from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object on each line")
     ] = False,
 ) -> None:
     """Print the journal's records, one on each line."""
-    with _opened(journal, coordinator, tls_ca) as source:
+    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
             print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
@@ -191,11 +181,13 @@ def inspect(
 @journal_app.command()
 def verify(
     journal: JournalArgument = None,
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
-    with _opened(journal, coordinator, tls_ca) as source:
+    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
         line = _verified_line(source)
         if journal:
             Companions(journal).check(source)
@@ -212,7 +204,7 @@ def restore(
     ],
 ) -> None:
     """Write a coordinator's journal from a copy that is verified first, to continue the run."""
-    with _opened(copy, "", None) as verifying:
+    with _opened(copy, None) as verifying:
         line = _verified_line(verifying)
     source = open_store(copy, read_only=True)
     try:
@@ -261,8 +253,10 @@ def export(
             "default: read it from --coordinator"
         ),
     ] = None,
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
     round_: Annotated[
         int | None,
         typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
@@ -286,7 +280,7 @@ def export(
     """
     if best and round_ is not None:
         raise ConfigError("--best and --round each choose the round; leave one of them out.")
-    with _opened(journal, coordinator, tls_ca) as source:
+    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
         plan = plan_of(source, round_, best=best)
     genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
@@ -294,18 +288,18 @@ def export(
     with worker_packages("export"):
         from fedmezo_core.zo.commits import commits_of
         from fedmezo_core.zo.export import export_adapter, export_model
+        from fedmezo_core.zo.model.loading import folder_of_hub_name
         from fedmezo_core.zo.model.model_card import ModelCard
         from fedmezo_core.zo.party import open_party
-    party = open_party(
-        genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
-    )
+    source_folder = model or str(folder_of_hub_name(genesis.config.model))
+    party = open_party(genesis.config, source_folder, adapter=adapter, threads=threads)
     party.check_same_base(genesis)
     if plan.snapshot is not None:
         take_snapshot(
             party.weights,
             plan.snapshot,
             snapshots or (path_beside(journal, ".snapshots") if journal else None),
-            lambda: CoordinatorClient(coordinator, tls_ca),
+            link_to(coordinator, tls_ca, tls, state).client,
             genesis.config.run_id,
         )
     if commits:
@@ -395,6 +389,78 @@ def export_form(
         f"{folder}: a form of the base of run {run.run_id}; add it to the contract: "
         f'base_forms = ["{name}"]'
     )
+
+
+@app.command()
+def audit(
+    worker: Annotated[str, typer.Option(help="name of the worker whose answers are repeated")],
+    data: Annotated[
+        Path, typer.Option(help="the rows that it measured on, in files as it was given them")
+    ],
+    rounds: Annotated[
+        str, typer.Option(help="rounds to repeat, as in 3,7,11-13; default: all that it answered")
+    ] = "",
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="largest difference that another kind of machine may make")
+    ] = TOLERANCE,
+    model: Annotated[
+        str, typer.Option(help="base model: hub name or folder; default: the name in the journal")
+    ] = "",
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder of the adapter that the run began from, if any")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="the run's objective, if it has one: its code runs here")
+    ] = "",
+    journal: Annotated[
+        str | None,
+        typer.Option(
+            help="journal of a stopped coordinator, a file or a postgresql:// URL; "
+            "default: read it from --coordinator"
+        ),
+    ] = None,
+    coordinator: Coordinator = None,
+    tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
+    threads: Threads = None,
+) -> None:
+    """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
+    wanted_rounds = rounds_in(rounds)
+    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+        what = audit_of(source, worker, wanted_rounds)
+    wanted = what.genesis.config.task.objective
+    if wanted and wanted != objective:
+        raise ConfigError(
+            f"The run scores batches by {wanted}; give --objective {wanted} if you trust that code."
+        )
+    with worker_packages("audit a worker"):
+        from fedmezo import TorchEngine
+        from fedmezo_core.zo.model.loading import folder_of_hub_name
+        from fedmezo_core.zo.objectives import load_objective
+    engine = TorchEngine(
+        what.genesis,
+        worker,
+        model or folder_of_hub_name(what.genesis.config.model),
+        data,
+        adapter=adapter,
+        objective=load_objective(wanted) if wanted else None,
+        threads=threads,
+        policy=None,
+    )
+    verdicts = Counter[str]()
+    for repeated in what.repeat(engine):
+        print(repeated.line(tolerance), flush=True)
+        verdicts[repeated.verdict(tolerance)] += 1
+    found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    print(f"{worker}: {counted(verdicts.total(), 'answer')} repeated: {found}")
+    if verdicts["differs"]:
+        # In 16 bits the difference of two losses is mostly how their sums were rounded.
+        also = "" if what.genesis.config.dtype == "float32" else ", and the number of threads,"
+        raise DivergedError(
+            f"Worker {worker} sent other numbers than these rows give; ask its site, and check "
+            f"that the rows, the base and the adapter{also} are those that it had."
+        )
 
 
 @app.command()
@@ -496,14 +562,14 @@ def split(
 # ---------------------------------------------------------------- parts
 
 
-async def _status(address: str, tls_ca: Path | None) -> wire.GetStatusResponse:
-    async with CoordinatorClient(address, tls_ca) as client:
+async def _status(link: Link) -> wire.GetStatusResponse:
+    async with link.client() as client:
         return await client.get_status()
 
 
-async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
+async def _watch(link: Link, every_s: float) -> None:
     console = Console()
-    async with CoordinatorClient(address, tls_ca) as client:
+    async with link.client() as client:
         answer = await _first_status(client)
         pace = Pace()
         shown = ""
@@ -532,11 +598,13 @@ async def _first_status(client: CoordinatorClient) -> wire.GetStatusResponse:
 
 
 @contextmanager
-def _opened(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[Journal]:
-    """Open a journal, or a copy of the one that a coordinator sends."""
-    store = (
-        open_store(journal, read_only=True) if journal else asyncio.run(_fetched(address, tls_ca))
-    )
+def _opened(journal: str | None, link: Link | None) -> Iterator[Journal]:
+    """Open a journal, or a copy of the one that a coordinator sends; one of the two is given."""
+    if journal:
+        store = open_store(journal, read_only=True)
+    else:
+        assert link is not None
+        store = asyncio.run(_fetched(link))
     try:
         yield Journal(store)
     finally:
@@ -572,10 +640,10 @@ def _verified_line(journal: Journal) -> str:
     return f"{line}; signed up to round {signed.round} by {signed.key.hex()}, signatures checked"
 
 
-async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
+async def _fetched(link: Link) -> MemoryStore:
     store = MemoryStore()
-    async with CoordinatorClient(address, tls_ca) as client:
-        with long_step(f"fetching the journal of {address}", unit="records") as step:
+    async with link.client() as client:
+        with long_step(f"fetching the journal of {link.address}", unit="records") as step:
             async for page in client.journal_pages():
                 if page.origin:
                     store.drop_before(StoredState.received(page.origin))
