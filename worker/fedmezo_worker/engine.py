@@ -83,6 +83,7 @@ def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
         frozen_base_bits=settings.frozen_base_bits,
         pass_tokens_max=settings.pass_tokens_max,
         row_states_max_bytes=settings.row_states_max,
+        privacy=settings.privacy_budget,
     )
 
 
