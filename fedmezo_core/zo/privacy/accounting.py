@@ -14,6 +14,11 @@ from fedmezo_core.errors import ConfigError
 
 NOISE_MULTIPLIER_MAX = 1e4
 """Largest noise that is looked for; it leaves nothing to learn from."""
+PRECISION = 0.005
+"""To which a noise multiplier is looked for, as a part of it."""
+LOSS_INTERVAL = 1e-3
+"""Privacy losses are rounded up to multiples of this. A tenth of it takes ten times as long, and
+makes epsilon 0.03 % smaller after 10,000 steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +59,7 @@ def epsilon_of(steps: Mapping[NoisyStep, int], delta: float) -> float:
         raise ConfigError(
             "Differential privacy needs the package dp-accounting; install fedmezo[privacy]."
         ) from None
-    accountant = PLDAccountant()
+    accountant = PLDAccountant(value_discretization_interval=LOSS_INTERVAL)
     for step, count in steps.items():
         noise = dp_event.GaussianDpEvent(step.noise_multiplier)
         event = dp_event.PoissonSampledDpEvent(step.sampling_probability, noise)
@@ -69,7 +74,7 @@ def noise_multiplier_for(
     step_count: int,
     spent: Mapping[NoisyStep, int],
 ) -> float:
-    """The least noise multiplier, to a thousandth, with which `step_count` more steps fit.
+    """The least noise multiplier, to `PRECISION`, with which `step_count` more steps fit.
 
     Raises `ConfigError` if no noise is enough.
     """
@@ -79,17 +84,17 @@ def noise_multiplier_for(
         total = {**spent, step: spent.get(step, 0) + step_count}
         return epsilon_of(total, delta) <= epsilon
 
-    high = 1.0
-    while not fits(high):
-        if high > NOISE_MULTIPLIER_MAX:
-            raise ConfigError(
-                f"No noise lets {step_count} more steps fit into privacy_epsilon = {epsilon:g} at "
-                f"privacy_delta = {delta:g}: {epsilon_of(spent, delta):.3f} is spent; raise "
-                "privacy_epsilon, or take part in no more runs with this data."
-            )
-        high *= 2
-    low = high / 2 if high > 1.0 else 0.0
-    while high - low > 1e-3 * high:
+    already = epsilon_of(spent, delta)
+    low, high = 0.0, 1.0
+    while already < epsilon and high <= NOISE_MULTIPLIER_MAX and not fits(high):
+        low, high = high, 2 * high
+    if already >= epsilon or high > NOISE_MULTIPLIER_MAX:
+        raise ConfigError(
+            f"No noise lets {step_count} more steps fit into privacy_epsilon = {epsilon:g} at "
+            f"privacy_delta = {delta:g}, because epsilon {already:.2f} is spent; raise "
+            "privacy_epsilon, or take part in no more runs with this data."
+        )
+    while high - low > PRECISION * high:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high

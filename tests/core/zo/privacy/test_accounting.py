@@ -35,9 +35,9 @@ def test_the_chosen_noise_is_enough_and_little_more() -> None:
     spent = {NoisyStep(1.5, 0.02): 40}
     noise = noise_multiplier_for(4.0, 1e-5, 0.05, 100, spent)
     assert epsilon_of({**spent, NoisyStep(noise, 0.05): 100}, 1e-5) <= 4.0
-    assert epsilon_of({**spent, NoisyStep(noise * 0.99, 0.05): 100}, 1e-5) > 4.0
+    assert epsilon_of({**spent, NoisyStep(noise * 0.98, 0.05): 100}, 1e-5) > 4.0
 
 
 def test_a_spent_budget_has_no_noise_that_is_enough() -> None:
     with pytest.raises(ConfigError, match="is spent; raise privacy_epsilon"):
-        noise_multiplier_for(0.5, 1e-5, 0.05, 10, {NoisyStep(0.6, 0.5): 100})
+        noise_multiplier_for(0.5, 1e-5, 0.05, 10, {NoisyStep(1.0, 0.05): 200})
