@@ -32,7 +32,7 @@ async def opens(
     tiny_genesis: Callable[..., Genesis],
     tmp_path: Path,
 ) -> AsyncIterator[Opens]:
-    """Opens an engine, or one again, with a budget; keywords change settings, `run` the contract."""
+    """Opens an engine, or the given one again, with a budget and these settings and contract."""
     async with AsyncExitStack() as stack:
 
         async def opened(
