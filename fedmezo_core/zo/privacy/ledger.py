@@ -7,6 +7,7 @@ import json
 import os
 import weakref
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,7 @@ class Ledger:
         if torn:
             # A crash tore it off before it was durable, so that its values were never sent.
             os.ftruncate(self._file, len(content) - len(torn))
-        lines = whole.split(b"\n") if whole else []
-        if not lines:
+        if not whole:
             self._append(_HEADER)
             if is_new:
                 folder = os.open(self.path.parent, os.O_RDONLY)
@@ -109,27 +109,8 @@ class Ledger:
                 finally:
                     os.close(folder)
             return
-        for number, line in enumerate(lines, 1):
-            try:
-                self._read(json.loads(line), number)
-            except (ValueError, KeyError, TypeError):
-                raise PrivacyError(
-                    f"Line {number} of {self.path} is not one of a privacy ledger; put the "
-                    "newest whole ledger back, because what it holds is spent."
-                ) from None
-
-    def _read(self, line: Any, number: int) -> None:
-        if number == 1:
-            if line != _HEADER:
-                raise ValueError
-            return
-        step = NoisyStep(float(line["noise_multiplier"]), float(line["sampling_probability"]))
-        grads = tuple(float(grad) for grad in line["projected_grads"])
-        count = int(line["steps"])
-        if not (step.noise_multiplier > 0 and 0 < step.sampling_probability <= 1 and count > 0):
-            raise ValueError
-        key, run, round_ = str(line["key"]), str(line["run"]), int(line["round"])
-        self._take(Entry(key, run, round_, step, count, grads))
+        for entry in _entries_in(whole, self.path):
+            self._take(entry)
 
     def _take(self, entry: Entry) -> None:
         self._spent[entry.step] += entry.step_count
@@ -148,3 +129,48 @@ class Ledger:
                 f"The privacy ledger {self.path} took no entry ({error.strerror}); nothing was "
                 "sent. Make room on the disk, and start the worker again."
             ) from None
+
+
+def steps_in(entries: Iterable[Entry]) -> Counter[NoisyStep]:
+    """How many steps of each kind these entries stand for."""
+    steps: Counter[NoisyStep] = Counter()
+    for entry in entries:
+        steps[entry.step] += entry.step_count
+    return steps
+
+
+def read_ledger(path: Path) -> list[Entry]:
+    """The entries of the ledger at `path`, which a worker may have open; raises `PrivacyError`."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PrivacyError(
+            f"The privacy ledger {path} cannot be read ({error.strerror}); check the path."
+        ) from None
+    return list(_entries_in(content.rpartition(b"\n")[0], path))
+
+
+def _entries_in(lines: bytes, path: Path) -> Iterator[Entry]:
+    """The entries of whole lines, of which the first is the header."""
+    for number, line in enumerate(lines.split(b"\n"), 1):
+        try:
+            read = json.loads(line)
+            if number == 1:
+                if read != _HEADER:
+                    raise ValueError
+                continue
+            yield _entry_of(read)
+        except (ValueError, KeyError, TypeError):
+            raise PrivacyError(
+                f"Line {number} of {path} is not one of a privacy ledger; put the newest whole "
+                "ledger back, because what it holds is spent."
+            ) from None
+
+
+def _entry_of(line: Any) -> Entry:
+    step = NoisyStep(float(line["noise_multiplier"]), float(line["sampling_probability"]))
+    grads = tuple(float(grad) for grad in line["projected_grads"])
+    count = int(line["steps"])
+    if not (step.noise_multiplier > 0 and 0 < step.sampling_probability <= 1 and count > 0):
+        raise ValueError
+    return Entry(str(line["key"]), str(line["run"]), int(line["round"]), step, count, grads)

@@ -98,7 +98,10 @@ def test_an_empty_sample_is_noise_alone(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_row_that_cannot_be_measured_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [MeasurementError("The loss is nan."), [1.0, 0.0]]
+    rows: list[list[float] | MeasurementError] = [
+        MeasurementError("The loss is nan."),
+        [1.0, 0.0],
+    ]
     assert measured(monkeypatch, rows) == measured(monkeypatch, [[1.0, 0.0]])
 
 
