@@ -224,6 +224,25 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         has_memory=True,
         settings=ON_A_CPU,
     ),
+    "privacy": Experiment(
+        "FedMeZO with differential privacy on every worker",
+        (
+            Arm("no noise"),
+            *(
+                Arm(f"epsilon {epsilon:g}", settings={"privacy_epsilon": epsilon})
+                for epsilon in (8.0, 2.0, 1.0)
+            ),
+        ),
+        run={
+            "rounds": 50,
+            "probes": 28,
+            "batch_size": 64,
+            "learning_rate": 0.5,
+            "rate_directions": 64,
+            "report_losses": False,
+        },
+        settings=ON_A_CPU,
+    ),
     "accuracy-deep": _accuracy(
         "FedMeZO in deep layers against federated averaging with back-propagation",
         {

@@ -16,6 +16,7 @@ from fedmezo_coordinator.programs.splits import Shares, split_category, split_di
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.zo.data.rows import Example, read_rows
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
 
 CACHE = Path("build/cache")
 
@@ -116,10 +117,20 @@ class Settings(BaseModel):
     """Most tokens of the text that the model writes for each held-out row, which gives exact match
     and token F1; 0: it writes none."""
     evaluate_batch_size: int = Field(default=64, ge=1)
+    privacy_epsilon: float | None = Field(default=None, gt=0)
+    """What each client's rows may give away; None: there is no noise."""
+    privacy_delta: float = Field(default=1e-5, gt=0)
+    privacy_clip: float = Field(default=1.0, gt=0)
     threads: int = Field(default=1, ge=1)
     pass_tokens_max: int | None = Field(default=None, ge=1)
     """Largest number of tokens in a pass, as for `Estimator`; None: its default."""
     device: str = "cpu"
+
+    def privacy_budget(self, ledgers: Path) -> PrivacyBudget | None:
+        """What each client's rows may give away, with its ledger in the folder `ledgers`."""
+        if self.privacy_epsilon is None:
+            return None
+        return PrivacyBudget(self.privacy_epsilon, self.privacy_delta, self.privacy_clip, ledgers)
 
 
 def config_of(settings: Settings, seed: int, changes: Mapping[str, Any]) -> RunConfig:

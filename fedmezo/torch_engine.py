@@ -14,15 +14,21 @@ from transformers import PreTrainedTokenizerBase
 
 from fedmezo.genesis import GenesisLike, decode_genesis
 from fedmezo.run_policy import RunPolicy
-from fedmezo.scorer import CancelledMeasurementError, Scorer
+from fedmezo.scorer import Scorer
 from fedmezo_core.config import RunConfig, parse_run
-from fedmezo_core.errors import ConfigError
+from fedmezo_core.errors import ConfigError, CutShortError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.admission import check_worker_name
 from fedmezo_core.wire.snapshots import file_name
-from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
+from fedmezo_core.zo.assignment import (
+    collate_for,
+    measure,
+    open_batches,
+    open_estimator,
+    open_row_states,
+)
 from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.held_out import Evaluation, evaluate
@@ -31,6 +37,8 @@ from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, Predictions
 from fedmezo_core.zo.party import Party, open_party
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
+from fedmezo_core.zo.privacy.private_measurements import PrivateMeasurements
 from fedmezo_core.zo.snapshot_files import install_snapshot, read_snapshot, write_snapshot
 
 log = logging.getLogger("fedmezo.worker")
@@ -68,15 +76,16 @@ class TorchEngine:
         pass_tokens_max: int | None = None,
         row_states_max_bytes: int = ROW_STATES_MAX,
         policy: RunPolicy | None = _ORDINARY,
+        privacy: PrivacyBudget | None = None,
     ) -> None:
         """Load `model` (folder or hub name) and `rows` for `worker` in the run of `genesis`.
 
         The worker's name decides the order of its rows. `objective` scores batches in a run whose
         contract names one. `heldout` are rows to evaluate on. `policy` is what a run may ask of
-        this machine; None: anything. The other arguments are settings of the same names of
-        `fedmezo-worker`. Raises `ConfigError` before anything is read if the policy refuses the
-        run, `MismatchError` if the base is not the run's, and what `open_party`, `read_rows` and
-        `Task.encode` raise.
+        this machine; None: anything. `privacy` makes each measurement differentially private. The
+        other arguments are settings of the same names of `fedmezo-worker`. Raises `ConfigError`
+        before anything is read if the policy refuses the run, `MismatchError` if the base is not
+        the run's, and what `open_party`, `read_rows` and `Task.encode` raise.
         """
         genesis = decode_genesis(genesis)
         config = genesis.config
@@ -109,7 +118,7 @@ class TorchEngine:
         dataset = party.encode(data.name, examples)
         _check_positions(party, dataset)
         self.batches = open_batches(party, dataset, worker)
-        """Which rows are measured on in which step."""
+        """Which rows are measured on in which step; without `privacy`."""
         self._cut_short = threading.Event()
         self.scorer = None if scored_by is None else Scorer(scored_by, self._cut_short)
         """Calls the run's objective; None if the run has none."""
@@ -132,6 +141,11 @@ class TorchEngine:
             before_pass=self._end_if_cut_short,
         )
         """Measures along a direction."""
+        self._private: PrivateMeasurements | None = None
+        if privacy is not None:
+            self._private = PrivateMeasurements(privacy, genesis, len(dataset))
+            self._noisy = self._private.measures(self.estimator)
+            self._samples = self._private.batches(collate_for(party), dataset)
 
     @property
     def base_form(self) -> str:
@@ -158,8 +172,11 @@ class TorchEngine:
     def measure(self, order: Measure) -> Measured:
         """Measure one assignment.
 
-        Raises `MeasurementError` if a loss is not finite, the objective fails, or it was cut short.
+        Raises `MeasurementError` if a loss is not finite, the objective fails, or it was cut short;
+        `PrivacyBudgetError` if the rows have given away what they may.
         """
+        if self._private is not None:
+            return self._private.measure_order(self._noisy, self._samples, order, self.digest)
         if self.scorer is not None:
             self.scorer.check_free()
         return measure(self.party, self.estimator, self.batches, order, digest=self.digest)
@@ -221,7 +238,7 @@ class TorchEngine:
 
     def _end_if_cut_short(self) -> None:
         if self._cut_short.is_set():
-            raise CancelledMeasurementError("the round closed before the measurement ended")
+            raise CutShortError("the round closed before the measurement ended")
 
 
 def begin_run(

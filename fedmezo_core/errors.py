@@ -6,6 +6,7 @@
       ModelError             a model folder or name cannot be used
       NumericError           a NaN, an infinity or an overflow in weights or coefficients
         MeasurementError     a loss came out as NaN or infinity
+          CutShortError      it was ended because it can no longer count
       MismatchError          two parties do not hold the same model, tokenizer or recipe
       ProtocolError          a peer broke the protocol
         VersionError         the peers share no protocol version
@@ -30,6 +31,8 @@
         TokenError           a join string that lets nobody join: cut off, used, expired, foreign
         RevokedError         the peer's key is no member's any more
       ForbiddenError         the peer is known and may not do this
+      PrivacyError           the privacy ledger cannot be used
+        PrivacyBudgetError   the data has given away what it may
       UnavailableError       the other side cannot be reached; retrying may help
         StartingError        it is there and starts; it will answer when that is done
 
@@ -78,6 +81,10 @@ class NumericError(FedMezoError):
 
 class MeasurementError(NumericError):
     """A measurement gave a loss that is NaN or infinite."""
+
+
+class CutShortError(MeasurementError):
+    """A measurement was ended before its end, because it can no longer count."""
 
 
 class MismatchError(FedMezoError):
@@ -212,6 +219,18 @@ class ForbiddenError(FedMezoError):
     """The peer is known, and may not do this."""
 
     status = "PERMISSION_DENIED"
+
+
+class PrivacyError(FedMezoError):
+    """A worker's privacy ledger cannot be opened, read or appended to; nothing may be sent."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class PrivacyBudgetError(PrivacyError):
+    """A worker's data has given away all that its operator allows."""
+
+    status = "RESOURCE_EXHAUSTED"
 
 
 class UnavailableError(FedMezoError):

@@ -88,4 +88,5 @@ def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
         pass_tokens_max=settings.pass_tokens_max,
         row_states_max_bytes=settings.row_states_max,
         policy=policy,
+        privacy=settings.privacy_budget,
     )

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedmezo_core.errors import ConfigError, MeasurementError
+from fedmezo_core.errors import ConfigError, CutShortError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Snapshot
@@ -40,6 +40,7 @@ class FormComputer:
             rows,
             threads=settings.threads,
             before_pass=self._end_if_cut_short,
+            privacy=settings.privacy_budget,
         )
 
     @property
@@ -69,7 +70,7 @@ class FormComputer:
 
     def _end_if_cut_short(self) -> None:
         if self._cut_short.is_set():
-            raise MeasurementError("the round closed before the measurement ended")
+            raise CutShortError("the round closed before the measurement ended")
 
 
 def open_losses(form: BaseForm, *, threads: int | None, gpu_layers: int) -> Losses:

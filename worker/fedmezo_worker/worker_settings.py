@@ -18,6 +18,7 @@ from fedmezo_core.layered_settings import (
     UserPathText,
 )
 from fedmezo_core.records import Genesis
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
 
 _OF_CONNECTIONS = (
     "coordinator",
@@ -147,6 +148,32 @@ class WorkerSettings(BaseSettings):
         le=10_000,
         description="with a GGUF in base_form: layers that a GPU computes, if llama.cpp has one",
     )
+    privacy_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        allow_inf_nan=False,
+        description="make each measurement differentially private, and leave the run when this "
+        "data has given away so much, over all runs that share privacy_ledger",
+    )
+    privacy_delta: float = Field(
+        default=1e-5,
+        gt=0,
+        lt=1,
+        description="the chance that privacy_epsilon may fail; below 1 / the number of rows",
+    )
+    privacy_clip: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with privacy_epsilon: the most that one row may say in one step, as the norm "
+        "of its projected gradients; choose it by public rows",
+    )
+    privacy_ledger: UserPath | None = Field(
+        default=None,
+        description="with privacy_epsilon: file that records what this data has given away; keep "
+        "one for each data set, and never delete it",
+    )
     download_rate: ByteSize = Field(
         default=ByteSize(12_500_000),
         description="expected bytes per second of a download; a late worker chooses between "
@@ -237,6 +264,30 @@ class WorkerSettings(BaseSettings):
         elif self.gpu_layers:
             raise ValueError("gpu_layers is for a GGUF in base_form; set both, or use device")
         return self
+
+    @model_validator(mode="after")
+    def _whole_budget(self) -> WorkerSettings:
+        parts = {"privacy_clip": self.privacy_clip, "privacy_ledger": self.privacy_ledger}
+        if self.privacy_epsilon is None:
+            parts["privacy_delta"] = "privacy_delta" in self.model_fields_set or None
+            given = [name for name, value in parts.items() if value is not None]
+            if given:
+                raise ValueError(f"{given[0]} needs privacy_epsilon; set both, or neither")
+        missing = [name for name, value in parts.items() if value is None]
+        if self.privacy_epsilon is not None and missing:
+            raise ValueError(f"privacy_epsilon needs {missing[0]}; set both")
+        return self
+
+    @property
+    def privacy_budget(self) -> PrivacyBudget | None:
+        """What this worker's rows may give away; None: there is no limit and no noise."""
+        if self.privacy_epsilon is None:
+            return None
+        assert self.privacy_clip is not None
+        assert self.privacy_ledger is not None
+        return PrivacyBudget(
+            self.privacy_epsilon, self.privacy_delta, self.privacy_clip, self.privacy_ledger
+        )
 
     @model_validator(mode="after")
     def _rows_to_evaluate_on(self) -> WorkerSettings:

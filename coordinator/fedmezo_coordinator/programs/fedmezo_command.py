@@ -27,6 +27,7 @@ from fedmezo_coordinator.programs.connecting import (
     Tls,
     TlsCa,
     link_to,
+    user_path,
 )
 from fedmezo_coordinator.programs.fleet_command import add_to
 from fedmezo_coordinator.programs.plain_values import (
@@ -501,6 +502,30 @@ def probe(
         threads=threads,
     )
     print(json_line(proposal_values(result)) if as_json else "\n".join(proposal_lines(result)))
+
+
+@app.command()
+def privacy(
+    ledger: Annotated[Path, typer.Argument(callback=user_path, help="a worker's privacy_ledger")],
+    delta: Annotated[float, typer.Option(help="the worker's privacy_delta")] = 1e-5,
+    as_json: Annotated[bool, typer.Option("--json", help="print the account as JSON")] = False,
+) -> None:
+    """Say how much of their privacy a worker's rows have given away."""
+    with worker_packages("keep the account of privacy"):
+        from fedmezo_core.zo.privacy.accounting import epsilon_of
+        from fedmezo_core.zo.privacy.ledger import read_ledger, steps_in
+    if not 0 < delta < 1:
+        raise ConfigError(f"--delta {delta:g} is no chance between 0 and 1; give the worker's.")
+    entries = read_ledger(ledger)
+    runs = {entry.run.partition(":")[0]: entry.round for entry in entries}
+    spent = epsilon_of(steps_in(entries), delta)
+    if as_json:
+        values = {"epsilon": spent, "delta": delta, "measurements": len(entries)}
+        print(json_line(values | {"newest_rounds": runs}))
+        return
+    print(f"epsilon {spent:.2f} at delta {delta:g}, for {counted(len(entries), 'measurement')}")
+    for run, newest in runs.items():
+        print(f"  run {run}: up to round {newest}")
 
 
 @app.command()

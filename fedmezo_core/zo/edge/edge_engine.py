@@ -28,6 +28,8 @@ from fedmezo_core.zo.plain.measurements import (
     measurements_of,
     points_of,
 )
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
+from fedmezo_core.zo.privacy.private_measurements import PrivateMeasurements
 
 PASS_TOKENS_MAX: Final = 1 << 10
 """Tokens of one pass, padding too: more is little faster on a CPU, and takes memory."""
@@ -50,11 +52,13 @@ class EdgeEngine:
         *,
         threads: int | None = None,
         before_pass: Callable[[], None] = lambda: None,
+        privacy: PrivacyBudget | None = None,
     ) -> None:
         """Take a `form` that `read_form` has checked, and the worker's rows.
 
         threads: the most that apply commits. before_pass: called before the losses at each point;
-        may raise to end a measurement. Raises what is wrong with the rows.
+        may raise to end a measurement. privacy: makes each measurement differentially private.
+        Raises what is wrong with the rows.
         """
         config = genesis.config
         dataset = form.encoder.encode(rows)
@@ -88,13 +92,25 @@ class EdgeEngine:
             batch_size=config.batch_size,
             local_steps=config.local_steps,
         )
+        self._private: PrivateMeasurements | None = None
+        if privacy is not None:
+            self._private = PrivateMeasurements(privacy, genesis, len(dataset))
+            self._noisy = self._private.measures(self._estimator)
+            self._samples = self._private.batches(collate, dataset)
 
     def apply(self, commits: Sequence[Committed]) -> None:
         """Fold commits into the weights; raises as `ArrayWeights.apply` does."""
         self.weights.apply(commits[0].round, commits_of(commits))
 
     def measure(self, order: Measure) -> Measured:
-        """Measure one assignment; raises `MeasurementError` if a loss is not finite."""
+        """Measure one assignment; raises `MeasurementError` if a loss is not finite.
+
+        Raises `PrivacyBudgetError` if the rows have given away what they may.
+        """
+        if self._private is not None:
+            return self._private.measure_order(
+                self._noisy, self._samples, order, self.weights.digest
+            )
         return measure_order(
             self._estimator, self._batches, order, self._config, self.weights.digest
         )
