@@ -16,7 +16,8 @@ class Engine(Protocol):
     A `Session` calls it. Who makes one has checked that its base, its tokenizer and its trained
     tensors are those of the run's genesis, because the session's hello says so. One that measures
     with another form of the base, which the contract's `base_forms` must list, names it in an
-    attribute `base_form`.
+    attribute `base_form`. One that can end a measurement early has a method `cut_short`, which any
+    thread may call.
     """
 
     def apply(self, commits: Sequence[Committed]) -> None:

@@ -296,6 +296,15 @@ class Session:
         except MeasurementError as error:
             return MeasureFailed(order.ticket, str(error))
 
+    def cut_short(self) -> None:
+        """End the running measurement before its next pass, if the engine has a `cut_short`.
+
+        Any thread may call this. The measurement fails, and so does each later one.
+        """
+        cut_short = getattr(self._engine, "cut_short", None)
+        if cut_short is not None:
+            cut_short()
+
     def complete(self, outcome: Measured | MeasureFailed) -> list[bytes]:
         """Take the result of `measure`; returns the messages to send.
 
