@@ -29,12 +29,10 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore, Row
-from fedmezo_core.journal.sealed import SealedState, seal
-from fedmezo_core.machines.rounds import RoundMachine
-from fedmezo_core.machines.state_codec import STATE_VERSION, state_to_pb
 from fedmezo_core.records import Answered, Committed, Diverged, Genesis, Record
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import config_of, genesis_of
+from tests.library.dropped_records import drop_records
 from tests.library.light_engine import LightEngine
 
 NAMES = ("a", "b", "c")
@@ -516,20 +514,7 @@ def test_dropped_records_are_asked_of_nobody() -> None:
     for name, session in sessions.items():
         session.exchange(coordinator.down_for(name))
         assert session.round == 3
-    journal, machine = Journal(store), RoundMachine()
-    for entry in journal.load():
-        machine.apply(decode_record(entry.row.body))
-    sealed = SealedState(
-        len(journal),
-        journal.chain,
-        journal.head,
-        coordinator.genesis_bytes,
-        state_to_pb(machine.state),
-        STATE_VERSION,
-        machine.state.agreed,
-    )
-    Coordinator(genesis, store)  # A start is a record behind what is dropped.
-    store.drop_before(seal(sealed))
+    drop_records(store, coordinator)
     again = Coordinator(genesis, store)
     assert again.round == 3
     assert again.head == coordinator.head

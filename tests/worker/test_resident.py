@@ -196,7 +196,7 @@ async def test_a_worker_that_is_told_to_end_cuts_its_measurement_short(
         asking = asyncio.create_task(asked(path, b"run", b"measure"))
         await asyncio.sleep(0.1)
         assert not asking.done()
-    with pytest.raises(UnavailableError, match="was told to end|ended before it replied"):
+    with pytest.raises(UnavailableError, match=r"was told to end|ended before it replied"):
         await asking
 
 
