@@ -23,6 +23,7 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmezo import Coordinator
+from fedmezo.stack_settings import StackSettings
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_nvflare.site_exchanges import LEFT, SiteExchanges, worker_name
 
@@ -77,7 +78,11 @@ class FedMezoController(Controller):
     def __init__(
         self, journal: str = "", resume: float = 0.0, task_check_period: float = 0.1
     ) -> None:
-        """`resume` is the factor on the learning rates with which a paused run goes on; 0: not."""
+        """`resume` is the factor on the learning rates with which a paused run goes on; 0: not.
+
+        Raises `ConfigError` for a value that is not allowed.
+        """
+        StackSettings.of({"journal": journal, "resume": resume}, "FedMezoController")
         super().__init__(task_check_period=task_check_period)
         self.journal = journal
         self.resume = resume

@@ -16,7 +16,7 @@ from flwr.app import Message, RecordDict
 from fedmezo import Coordinator, Session
 from fedmezo_core.records import Genesis
 from fedmezo_flower import flower_server
-from fedmezo_flower.flower_server import gather
+from fedmezo_flower.flower_server import AppSettings, gather
 from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
 from tests.integration.support.flower_grid import FakeGrid, Mischief, resident
 from tests.integration.support.harness import bodies_of, entries_of, served
@@ -243,5 +243,5 @@ def test_what_flower_could_not_take_is_sent_again(
     monkeypatch.setattr(flower_server, "LOOK_EVERY_S", 0.0)
     is_told = len(refused) == 2
     grid = RefusingGrid([refused, ["two"] if is_told else ["two", "three"]])
-    gather(grid, {"coordinator": "127.0.0.1:1", "run": {"run_id": "a"}})
+    gather(grid, AppSettings(coordinator="127.0.0.1:1", run={"run_id": "a"}))
     assert not grid.answers
