@@ -13,6 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from pydantic import AfterValidator, Field
 
 from fedmezo import Coordinator, begin_run
+from fedmezo.library_peers import PEER_LEASE_MS
 from fedmezo.stack_settings import StackSettings
 from fedmezo_coordinator.coordinator_settings import check_same_run, model_label
 from fedmezo_core.config import parse_run
@@ -20,7 +21,7 @@ from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.layered_settings import CheckpointKey, check_address
 from fedmezo_core.program import worker_packages
 from fedmezo_flower.flower_client import RECORD
-from fedmezo_flower.grid_loop import LEASE_MS, GridLoop, pushed, sentence_of
+from fedmezo_flower.grid_loop import GridLoop, pushed, sentence_of
 
 log = logging.getLogger("flwr")
 
@@ -106,7 +107,7 @@ def open_coordinator(settings: AppSettings) -> Coordinator:
     contract = with_lists(settings.contract)
     journal = settings.journal or None
     if journal is not None and Path(journal).exists():
-        coordinator = Coordinator(None, journal, lease_ms=LEASE_MS)
+        coordinator = Coordinator(None, journal, lease_ms=PEER_LEASE_MS)
         try:
             check_same_run(journal, coordinator.config, contract, WHERE)
         except ConfigError:
@@ -117,7 +118,7 @@ def open_coordinator(settings: AppSettings) -> Coordinator:
     config = parse_run({"model": model_label(settings.model)} | contract, WHERE)
     with worker_packages("begin a run"):
         genesis = begin_run(config, settings.model, adapter=settings.adapter or None)
-    return Coordinator(genesis, journal, lease_ms=LEASE_MS)
+    return Coordinator(genesis, journal, lease_ms=PEER_LEASE_MS)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
