@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,34 @@ class BadNetwork:
         return self._under_way.pop(number)
 
 
+def run_over_a_bad_network(
+    dice: random.Random, open_coordinator: Callable[[], Coordinator], sessions: dict[str, Session]
+) -> Coordinator:
+    """A whole run over exchanges that the server begins, with restarts of either side."""
+    coordinator = open_coordinator()
+    up, down = BadNetwork(dice), BadNetwork(dice)
+    known: set[str] = set()
+    for turn in range(TURNS_MAX):
+        if coordinator.done and coordinator.digests.keys() == sessions.keys():
+            return coordinator
+        coordinator.tick(turn * 20)
+        if dice.random() < 0.01:
+            coordinator, known = open_coordinator(), set()
+        if dice.random() < 0.005:
+            name = dice.choice(NAMES)
+            sessions[name] = open_session(coordinator.genesis, name)
+        for name in NAMES:
+            if dice.random() < 0.3:
+                down.send(name, coordinator.down_for(name) if name in known else b"")
+        if arrived := down.arrival():
+            name, data = arrived
+            up.send(name, sessions[name].exchange(data))
+        if arrived := up.arrival():
+            known.add(coordinator.take(arrived[1]))
+        known &= coordinator.workers
+    raise AssertionError("the run did not end")
+
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(
     ("changes", "same_head"),
@@ -140,33 +168,11 @@ def test_a_bad_network_under_a_server_that_begins_changes_nothing(
     seed: int, changes: dict[str, Any], same_head: bool
 ) -> None:
     """Restarts of either side too: the journal goes on, and a worker begins at its base."""
-    dice = random.Random(seed)
-    genesis = small_run(deadline_ms=5000, **changes)
-    store = MemoryStore()
-    coordinator = Coordinator(genesis, store)
+    genesis, store = small_run(deadline_ms=5000, **changes), MemoryStore()
     sessions = {name: open_session(genesis, name) for name in NAMES}
-    up, down = BadNetwork(dice), BadNetwork(dice)
-    known: set[str] = set()
-    for turn in range(TURNS_MAX):
-        if coordinator.done and coordinator.digests.keys() == set(NAMES):
-            break
-        coordinator.tick(turn * 20)
-        if dice.random() < 0.01:
-            coordinator, known = Coordinator(genesis, store), set()
-        if dice.random() < 0.005:
-            name = dice.choice(NAMES)
-            sessions[name] = open_session(genesis, name)
-        for name in NAMES:
-            if dice.random() < 0.3:
-                down.send(name, coordinator.down_for(name) if name in known else b"")
-        if arrived := down.arrival():
-            name, data = arrived
-            up.send(name, sessions[name].exchange(data))
-        if arrived := up.arrival():
-            known.add(coordinator.take(arrived[1]))
-        known &= coordinator.workers
-    else:
-        raise AssertionError("the run did not end")
+    coordinator = run_over_a_bad_network(
+        random.Random(seed), lambda: Coordinator(genesis, store), sessions
+    )
     check(store, coordinator.config)
     assert len(set(coordinator.digests.values())) == 1
     if same_head:  # Otherwise it depends on which answers came in time.

@@ -26,9 +26,9 @@ from tests.library.light_engine import LightEngine
 from tests.library.test_both_sides import (
     NAMES,
     TURNS_MAX,
-    BadNetwork,
     open_session,
     run_in_order,
+    run_over_a_bad_network,
     small_run,
 )
 
@@ -73,31 +73,10 @@ def compacted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compacted:
 @pytest.mark.parametrize("seed", range(12))
 def test_a_bad_network_under_a_late_worker_changes_nothing(compacted: Compacted, seed: int) -> None:
     """One worker begins at its base, another one may be restarted; both sides lose messages."""
-    dice = random.Random(seed)
-    coordinator, sessions = compacted.coordinator(), compacted.sessions
-    sessions["c"] = open_session(compacted.genesis, "c")
-    up, down = BadNetwork(dice), BadNetwork(dice)
-    known: set[str] = set()
-    for turn in range(TURNS_MAX):
-        if coordinator.done and coordinator.digests.keys() == set(NAMES):
-            break
-        coordinator.tick(turn * 20)
-        if dice.random() < 0.01:
-            coordinator, known = compacted.coordinator(), set()
-        if dice.random() < 0.01:
-            name = dice.choice(NAMES)
-            sessions[name] = open_session(compacted.genesis, name)
-        for name in NAMES:
-            if dice.random() < 0.3:
-                down.send(name, coordinator.down_for(name) if name in known else b"")
-        if arrived := down.arrival():
-            name, data = arrived
-            up.send(name, sessions[name].exchange(data))
-        if arrived := up.arrival():
-            known.add(coordinator.take(arrived[1]))
-        known &= coordinator.workers
-    else:
-        raise AssertionError("the run did not end")
+    compacted.sessions["c"] = open_session(compacted.genesis, "c")
+    coordinator = run_over_a_bad_network(
+        random.Random(seed), compacted.coordinator, compacted.sessions
+    )
     assert coordinator.head == run_in_order(compacted.genesis).head
     assert len(set(coordinator.digests.values())) == 1
 
