@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -577,6 +578,68 @@ def test_whatever_a_worker_sends_the_others_go_on(seed: int) -> None:
         for name, session in sessions.items():
             downs[name] = coordinator.exchange(session.exchange(downs[name]))
     assert len({coordinator.digests[name] for name in NAMES}) == 1
+
+
+def malformed(dice: random.Random, answer: wire.Answer) -> wire.Answer:
+    """An answer as a faulty worker in another language may write it."""
+    grads = list(answer.projected_grads)
+    match dice.randrange(9):
+        case 0:
+            answer.projected_grads[dice.randrange(len(grads))] = dice.choice(
+                [math.nan, math.inf, -math.inf, 1e30]
+            )
+        case 1:
+            answer.projected_grads[:] = grads[: dice.randrange(len(grads))]
+        case 2:
+            answer.projected_grads.extend(grads)
+        case 3:
+            field = dice.choice(["epoch", "round", "slot"])
+            setattr(answer.ticket, field, dice.choice([0, 7, 2**31]))
+        case 4:
+            answer.head64 = dice.getrandbits(64)
+        case 5:
+            answer.weights_digest64 = dice.getrandbits(64)
+        case 6:
+            answer.mean_loss = dice.choice([0.5, math.nan])
+        case 7:
+            answer.rows = dice.choice([0, 5, 2**63])
+        case _:
+            answer.ClearField(dice.choice(["ticket", "head64", "weights_digest64"]))
+    return answer
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_a_malformed_answer_is_refused_and_the_run_goes_on(seed: int) -> None:
+    dice = random.Random(seed)
+    genesis, store = small_run(deadline_ms=1000, rounds=12), MemoryStore()
+    coordinator = Coordinator(genesis, store, lease_ms=10**9)
+    sessions = {name: open_session(genesis, name) for name in (*NAMES, "faulty")}
+    downs = dict.fromkeys(sessions, b"")
+    count = 0
+    for turn in range(TURNS_MAX):
+        if coordinator.digests.keys() >= set(NAMES):
+            break
+        coordinator.tick(turn * 100)
+        for name, session in sessions.items():
+            try:
+                up = session.exchange(downs[name])
+            except FedMezoError:  # It was told what is wrong, and begins again.
+                assert name == "faulty"
+                sessions[name], downs[name] = open_session(genesis, name), b""
+                break
+            if name == "faulty":
+                request = wire.PollSessionRequest.FromString(up)
+                for message in request.messages:
+                    if message.HasField("answer"):
+                        message.answer.CopyFrom(malformed(dice, message.answer))
+                        count += 1
+                up = request.SerializeToString()
+            downs[name] = coordinator.exchange(up)
+    else:
+        raise AssertionError("the run did not end")
+    assert count
+    assert len({coordinator.digests[name] for name in NAMES}) == 1
+    check(store, genesis.config)
 
 
 @pytest.mark.parametrize("seed", range(10))
