@@ -370,7 +370,13 @@ class Session:
                 f"The journal no longer has the commits after round {self.round}, and the engine "
                 f"{type(self._engine).__name__} cannot take a snapshot; give it the method restore."
             )
+        self._apply()
         about = snapshot_from_pb(piece.snapshot)
+        if about.round <= self.round:
+            raise ProtocolError(
+                f"A snapshot of round {about.round} came to a session that holds round "
+                f"{self.round}; check which coordinator this worker is connected to."
+            )
         gathered = self._snapshot
         try:
             if gathered is None or gathered.snapshot.round != about.round:

@@ -13,6 +13,7 @@ from fedmezo import Coordinator, Genesis, Measure, Measured, Session, library_co
 from fedmezo_core.errors import (
     FedMezoError,
     JournalCompactedError,
+    ProtocolError,
     SnapshotDamagedError,
     SnapshotError,
     UnavailableError,
@@ -233,6 +234,19 @@ def test_a_snapshot_that_changes_on_the_way_is_refused(compacted: Compacted) -> 
     response.messages[0].snapshot.snapshot.file_sha256 = b"x" * 32
     with pytest.raises(SnapshotError, match="is another one than the coordinator offered"):
         late.exchange(response.SerializeToString())
+
+
+def test_a_session_takes_no_snapshot_of_a_round_that_it_holds(compacted: Compacted) -> None:
+    coordinator, late = compacted.coordinator(), open_session(compacted.genesis, "c")
+    snapshot = coordinator.exchange(late.exchange())
+    session = compacted.sessions["a"]
+    before = session.engine.digest()
+    response = wire.PollSessionResponse.FromString(snapshot)
+    response.nonce = wire.PollSessionRequest.FromString(session.exchange()).nonce
+    with pytest.raises(ProtocolError, match="to a session that holds round 3"):
+        session.exchange(response.SerializeToString())
+    assert session.engine.digest() == before
+    session.exchange(coordinator.exchange(session.exchange()))
 
 
 class Fixed:
