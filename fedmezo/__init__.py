@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmezo.engines import Engine as Engine
+    from fedmezo.engines import RestoringEngine as RestoringEngine
     from fedmezo.engines import SavingEngine as SavingEngine
     from fedmezo.genesis import decode_genesis as decode_genesis
     from fedmezo.genesis import encode_genesis as encode_genesis
@@ -59,6 +60,7 @@ _HOMES = {
     "MeasurementError": "fedmezo_core.errors",
     "Objective": "fedmezo_core.zo.objectives",
     "Predictions": "fedmezo_core.zo.objectives",
+    "RestoringEngine": "fedmezo.engines",
     "RunConfig": "fedmezo_core.config",
     "RunPolicy": "fedmezo.run_policy",
     "SavingEngine": "fedmezo.engines",

@@ -37,9 +37,10 @@ from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, Predictions
 from fedmezo_core.zo.party import Party, open_party
+from fedmezo_core.zo.plain.snapshot_header import read_snapshot
 from fedmezo_core.zo.privacy.accounting import PrivacyBudget
 from fedmezo_core.zo.privacy.private_measurements import PrivateMeasurements
-from fedmezo_core.zo.snapshot_files import install_snapshot, read_snapshot, write_snapshot
+from fedmezo_core.zo.snapshot_files import install_snapshot, write_snapshot
 
 log = logging.getLogger("fedmezo.worker")
 
@@ -217,9 +218,10 @@ class TorchEngine:
         return folder / file_name(run_id, saved.round)
 
     def restore(self, path: Path) -> tuple[int, bytes]:
-        """Replace the weights by those that `save` wrote to `path`; returns their round and head.
+        """Replace the weights by those of a snapshot; returns their round and head.
 
-        Raises `SnapshotDamagedError` if they are not what was saved, or another model's.
+        `save`, or the coordinator's replica, wrote it to `path`. Raises `SnapshotDamagedError` if
+        the weights are not what was saved, or another model's.
         """
         saved = read_snapshot(path, self.party.config.run_id)
         install_snapshot(path, self.party.weights, saved)

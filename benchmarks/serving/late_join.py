@@ -39,7 +39,8 @@ from fedmezo_core.wire.snapshots import file_name
 from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.model.loading import quiet
 from fedmezo_core.zo.party import open_party
-from fedmezo_core.zo.snapshot_files import install_snapshot, sha256_of, write_snapshot
+from fedmezo_core.zo.plain.snapshot_header import sha256_of
+from fedmezo_core.zo.snapshot_files import install_snapshot, write_snapshot
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings

@@ -334,7 +334,8 @@ class Daemon(ServingLoop[Ready]):
         return entries
 
     def _fold_snapshots(self, entry: Entry) -> None:
-        self._snapshots.fold(entry, self._machine.state.agreed)
+        self._snapshots.fold(entry)
+        self._snapshots.note_agreed(entry, self._machine.state.agreed)
 
     def _step_other(self, item: Item) -> list[Ready]:
         assert isinstance(item, _FromReplica), "nothing else comes"

@@ -33,6 +33,7 @@ def test_the_surface_is_listed_once() -> None:
         "MeasurementError",
         "Objective",
         "Predictions",
+        "RestoringEngine",
         "RunConfig",
         "RunPolicy",
         "SavingEngine",

@@ -14,6 +14,7 @@ from fedmezo_core.zo.data.rows import read_rows
 from fedmezo_core.zo.edge.array_weights import ArrayWeights
 from fedmezo_core.zo.edge.base_form import BaseForm, check_can_take_forms, read_form
 from fedmezo_core.zo.edge.edge_engine import EdgeEngine, Losses
+from fedmezo_core.zo.plain.snapshot_header import read_snapshot
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import HeldOutResult
 from fedmezo_worker.worker_settings import WorkerSettings
@@ -31,6 +32,7 @@ class FormComputer:
         rows = read_rows(settings.data, genesis.config.task)
         form = read_form(settings.base_form, genesis)
         self.base_form = form.name
+        self._run_id = genesis.config.run_id
         self._cut_short = threading.Event()
         self._engine = EdgeEngine(
             genesis,
@@ -59,6 +61,15 @@ class FormComputer:
     def digest(self) -> bytes:
         """The digest of the weights, 32 bytes."""
         return self._engine.digest()
+
+    def restore(self, path: Path) -> tuple[int, bytes]:
+        """Replace the weights by those of the snapshot at `path`; returns their round and head.
+
+        Raises `SnapshotDamagedError` if it is not one of this run.
+        """
+        saved = read_snapshot(path, self._run_id)
+        self.weights.restore(path, saved)
+        return saved.round, saved.head
 
     def cut_short(self) -> None:
         """End the running measurement before its next point; any thread may call this."""

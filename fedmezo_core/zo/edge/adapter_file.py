@@ -26,6 +26,8 @@ _MODULES: Final = {
 """llama.cpp's names of the modules of a layer."""
 _IS_PERMUTED: Final = {"llama": True, "qwen2": False, "qwen3": False}
 """Architectures with these modules; whether a GGUF pairs neighbouring rows of queries and keys."""
+_CORE: Final = ".core.weight"
+_OUTPUTS: Final = ".outputs.weight"
 _NAME: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.([a-z_]+\.[a-z_]+)\.lora_([AB])\.[^.]+\.weight$")
 
 
@@ -60,6 +62,7 @@ class AdapterFile:
                 f"A GGUF of the architecture {shape.architecture} cannot take the run's adapter; "
                 f"known are {', '.join(_IS_PERMUTED)}. Measure with torch or ONNX Runtime."
             )
+        start = _with_whole_b(start)
         self._shape = shape
         self._names = {name: _gguf_name(name) for name in start}
         self.path: Final = path
@@ -80,6 +83,7 @@ class AdapterFile:
 
     def write(self, adapter: Adapter) -> None:
         """Overwrite the matrices that are other arrays than at the last call."""
+        adapter = _with_whole_b(adapter)
         with self.path.open("r+b") as file:
             for name, value in adapter.items():
                 if value is not self._last[name]:
@@ -102,6 +106,18 @@ class AdapterFile:
         rows, rank = value.shape
         halves = value.reshape(count, 2, rows // count // 2, rank)
         return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, rank))
+
+
+def _with_whole_b(adapter: Adapter) -> Adapter:
+    """The adapter with each B whole: where B is P C, the product takes the place of both."""
+    whole: Adapter = {}
+    for name, value in adapter.items():
+        if name.endswith(_CORE):
+            start = name.removesuffix(_CORE)
+            whole[f"{start}.weight"] = adapter[start + _OUTPUTS] @ value
+        elif not name.endswith(_OUTPUTS):
+            whole[name] = value
+    return whole
 
 
 def _gguf_name(name: str) -> str:

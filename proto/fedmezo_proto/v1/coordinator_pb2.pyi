@@ -261,6 +261,7 @@ class SessionRequest(google.protobuf.message.Message):
     ANSWER_FIELD_NUMBER: builtins.int
     UNABLE_FIELD_NUMBER: builtins.int
     WEIGHTS_REPORT_FIELD_NUMBER: builtins.int
+    READ_SNAPSHOT_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello:
         """The first message, sent once."""
@@ -277,6 +278,12 @@ class SessionRequest(google.protobuf.message.Message):
     def weights_report(self) -> Global___WeightsReport:
         """Full digest of the weights after a round, when the coordinator asks for it."""
 
+    @property
+    def read_snapshot(self) -> Global___ReadSnapshotRequest:
+        """Asks for a piece of a snapshot, before the worker can join. Only in answer to `snapshot`, over
+        transports that carry sessions alone.
+        """
+
     def __init__(
         self,
         *,
@@ -284,10 +291,11 @@ class SessionRequest(google.protobuf.message.Message):
         answer: Global___Answer | None = ...,
         unable: Global___Unable | None = ...,
         weights_report: Global___WeightsReport | None = ...,
+        read_snapshot: Global___ReadSnapshotRequest | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "unable", b"unable", "weights_report", b"weights_report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "unable", b"unable", "weights_report", b"weights_report"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "answer", "unable", "weights_report"] | None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "read_snapshot", b"read_snapshot", "unable", b"unable", "weights_report", b"weights_report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "read_snapshot", b"read_snapshot", "unable", b"unable", "weights_report", b"weights_report"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "answer", "unable", "weights_report", "read_snapshot"] | None: ...
 
 Global___SessionRequest: typing_extensions.TypeAlias = SessionRequest
 
@@ -484,6 +492,7 @@ class SessionResponse(google.protobuf.message.Message):
     REFUSED_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___Welcome:
         """The answer to hello."""
@@ -514,6 +523,13 @@ class SessionResponse(google.protobuf.message.Message):
         ends with a status instead.
         """
 
+    @property
+    def snapshot(self) -> Global___ReadSnapshotResponse:
+        """The journal lacks commits that the worker needs, so it must begin from this snapshot. In answer to a
+        hello it has no data, and to `read_snapshot` the next piece of the file. Only over transports that
+        carry sessions alone; over gRPC such a hello is refused, and ReadSnapshot gives the file.
+        """
+
     def __init__(
         self,
         *,
@@ -524,10 +540,11 @@ class SessionResponse(google.protobuf.message.Message):
         refused: Global___Refused | None = ...,
         finished: Global___Finished | None = ...,
         ended: Global___Ended | None = ...,
+        snapshot: Global___ReadSnapshotResponse | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "commit", "assign", "ack", "refused", "finished", "ended"] | None: ...
+    def HasField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "snapshot", b"snapshot", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "snapshot", b"snapshot", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "commit", "assign", "ack", "refused", "finished", "ended", "snapshot"] | None: ...
 
 Global___SessionResponse: typing_extensions.TypeAlias = SessionResponse
 

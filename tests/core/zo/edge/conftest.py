@@ -21,7 +21,11 @@ from tests.core.zo.conftest import SENTENCES, make_model
 
 
 def contract(
-    *, freeze_a: bool = True, task: dict[str, Any] | None = None, **more: Any
+    *,
+    freeze_a: bool = True,
+    output_rank: int | None = None,
+    task: dict[str, Any] | None = None,
+    **more: Any,
 ) -> RunConfig:
     classes = {"verbalizers": {"0": " terrible", "1": " great"}}
     return RunConfig(
@@ -32,7 +36,13 @@ def contract(
             template="{text} All in all, it was",
             **(classes if task is None else task),
         ),
-        lora=LoraConfig(rank=4, alpha=16, target_modules=("q_proj", "v_proj"), freeze_a=freeze_a),
+        lora=LoraConfig(
+            rank=4,
+            alpha=16,
+            target_modules=("q_proj", "v_proj"),
+            freeze_a=freeze_a,
+            output_rank=output_rank,
+        ),
         **{"batch_size": 3, "local_steps": 2, "eps": 1e-2, "rounds": 4, **more},
     )
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmezo_core.config import LoraConfig, RunConfig
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, FedMezoError, MeasurementError
 from fedmezo_core.journal.codec import encode_record
 from fedmezo_core.records import Committed, SeedRange, digest64_of
@@ -264,14 +264,6 @@ def test_a_form_of_another_run_is_refused(run_of: Callable[[RunConfig], Run]) ->
         (
             {"task": contract().task.model_copy(update={"objective": "a:b"})},
             "a form of the base gives only losses",
-        ),
-        (
-            {
-                "lora": LoraConfig(
-                    rank=4, alpha=8, target_modules=("v_proj",), freeze_a=True, output_rank=2
-                )
-            },
-            "this run has lora.output_rank = 2; begin a run without it",
         ),
         (
             {"task": contract().task.model_copy(update={"template_version": 2})},

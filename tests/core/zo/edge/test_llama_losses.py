@@ -65,14 +65,27 @@ def open_files() -> list[str]:
 
 
 @pytest.mark.parametrize("task", [None, {"kind": "instruction", "tokens_max": 64}])
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "o_proj", "down_proj")])
+@pytest.mark.parametrize(
+    ("targets", "output_rank"),
+    [
+        (("q_proj", "v_proj"), None),
+        (("k_proj", "o_proj", "down_proj"), None),
+        (("q_proj", "v_proj"), 3),
+    ],
+)
 def test_its_projected_gradients_are_torchs(
-    base_folder: Path, tmp_path: Path, task: Any, targets: tuple[str, ...]
+    base_folder: Path,
+    tmp_path: Path,
+    task: Any,
+    targets: tuple[str, ...],
+    output_rank: int | None,
 ) -> None:
     pytest.importorskip("llama_cpp", reason=WHY)
     from benchmarks.integrations.gguf_models import write_llama
 
-    lora = LoraConfig(rank=4, alpha=16, target_modules=targets, freeze_a=True)
+    lora = LoraConfig(
+        rank=4, alpha=16, target_modules=targets, freeze_a=True, output_rank=output_rank
+    )
     config = contract(task=task, probes=6).model_copy(update={"lora": lora})
     party = open_party(config, str(base_folder), threads=1)
     write_llama(LlamaForCausalLM.from_pretrained(base_folder), tmp_path / "base.gguf")
