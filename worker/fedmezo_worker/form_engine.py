@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from fedmezo_core.zo.edge.edge_engine import EdgeEngine, Losses
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import HeldOutResult
 from fedmezo_worker.worker_settings import WorkerSettings
+
+log = logging.getLogger("fedmezo.worker")
 
 
 class FormComputer:
@@ -40,6 +43,8 @@ class FormComputer:
             threads=settings.threads,
             before_pass=self._end_if_cut_short,
         )
+        if sentence := self._engine.noise_sentence():
+            log.warning("%s", sentence)
 
     @property
     def weights(self) -> ArrayWeights:

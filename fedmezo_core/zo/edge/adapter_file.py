@@ -55,13 +55,9 @@ class AdapterFile:
             raise ModelError(
                 "The package gguf is missing; install fedmezo[llama-cpp] to measure with llama.cpp."
             ) from None
-        if shape.architecture not in _IS_PERMUTED:
-            raise ModelError(
-                f"A GGUF of the architecture {shape.architecture} cannot take the run's adapter; "
-                f"known are {', '.join(_IS_PERMUTED)}. Measure with torch or ONNX Runtime."
-            )
+        check_architecture(shape.architecture)
         self._shape = shape
-        self._names = {name: _gguf_name(name) for name in start}
+        self._names = {name: gguf_name(name) for name in start}
         self.path: Final = path
         writer: Any = gguf.GGUFWriter(str(path), shape.architecture)
         writer.add_type("adapter")
@@ -104,7 +100,17 @@ class AdapterFile:
         return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, rank))
 
 
-def _gguf_name(name: str) -> str:
+def check_architecture(architecture: str) -> None:
+    """Raise `ModelError` for a GGUF of an architecture whose adapters are not known."""
+    if architecture not in _IS_PERMUTED:
+        raise ModelError(
+            f"A GGUF of the architecture {architecture} cannot take the run's adapter; "
+            f"known are {', '.join(_IS_PERMUTED)}. Measure with torch or ONNX Runtime."
+        )
+
+
+def gguf_name(name: str) -> str:
+    """What a GGUF calls the adapter's matrix `name`; raises `ModelError` if it has no place."""
     found = _NAME.search(name)
     module = None if found is None else _MODULES.get(found[2])
     if found is None or module is None:
