@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-integrations bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript test-mixed postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-integrations bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -99,6 +99,11 @@ test-typescript: setup  ## test the worker in TypeScript (takes Node 20 and npm'
 	cd integrations/typescript && npm ci --no-audit --no-fund
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[worker,onnx]'
 	$(BIN)/python -m pytest -q tests/integrations/test_typescript.py
+
+test-mixed: setup  ## torch, ONNX Runtime, llama.cpp and TypeScript in one run (as test-edge and test-typescript)
+	cd integrations/typescript && npm ci --no-audit --no-fund
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[worker,onnx,llama-cpp]'
+	$(BIN)/python -m pytest -q tests/integrations/test_four_runtimes.py
 
 sim: setup  ## replay one simulated federation with its transcript: make sim SEED=7
 	$(BIN)/python -m tests.sim --seed $(SEED)

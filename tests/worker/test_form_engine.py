@@ -31,11 +31,19 @@ from fedmezo_worker.form_engine import FormComputer, FormEngine
 from fedmezo_worker.worker_command import check_paths, open_engine_thread
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.core.zo.conftest import make_tokenizer
-from tests.core.zo.edge.conftest import Run, base_folder, contract, order_of, rows, run_of
+from tests.core.zo.edge.conftest import (
+    Run,
+    base_folder,
+    base_gguf,
+    contract,
+    order_of,
+    rows,
+    run_of,
+)
 from tests.integration.support.harness import served
 from tests.library.dropped_records import drop_records, keep_snapshot
 
-__all__ = ["base_folder", "run_of"]
+__all__ = ["base_folder", "base_gguf", "run_of"]
 ROOT = Path(__file__).parents[2]
 COMMIT = Committed(1, (SeedRange(9, (0.02, -0.03)),), rounding_seed=1)
 
@@ -98,6 +106,34 @@ async def test_it_follows_a_run_and_says_which_form_it_holds(engine: FormEngine,
     measured = await engine.measure(order_of(run.genesis.config))
     assert len(measured.scalars.projected_grads) == 2
     assert await engine.replay_rate() > 0
+
+
+class CoarseLosses(SumLosses):
+    """Losses for tests: the sum of an adapter's values, in steps."""
+
+    step = 1.0
+
+    def __call__(self, adapters: Iterable[Adapter], batch: EdgeBatch) -> list[float]:
+        signed = [sum(float(value.sum()) for value in adapter.values()) for adapter in adapters]
+        return [round(loss / self.step) * self.step for loss in signed]
+
+
+@pytest.mark.parametrize(("step", "says"), [(1.0, True), (1e-6, False)])
+async def test_it_says_that_losses_are_too_coarse(
+    settings: WorkerSettings,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    step: float,
+    says: bool,
+) -> None:
+    coarse = CoarseLosses()
+    coarse.step = step
+    monkeypatch.setattr(form_engine, "open_losses", lambda *_args, **_more: coarse)
+    engine = open_engine_thread(settings)
+    await engine.load(settings, run.genesis)
+    await engine.close()
+    assert ("too coarse for the run's eps of 0.01" in caplog.text) is says
 
 
 async def test_a_measurement_is_cut_short_between_points(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from fedmezo_core.zo.plain.snapshot_header import read_snapshot
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import HeldOutResult
 from fedmezo_worker.worker_settings import WorkerSettings
+
+log = logging.getLogger("fedmezo.worker")
 
 
 class FormComputer:
@@ -44,6 +47,8 @@ class FormComputer:
             before_pass=self._end_if_cut_short,
             privacy=settings.privacy_budget,
         )
+        if sentence := self._engine.noise_sentence():
+            log.warning("%s", sentence)
 
     @property
     def weights(self) -> ArrayWeights:

@@ -21,6 +21,7 @@ from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.edge.array_losses import EdgeBatch, edge_batch
 from fedmezo_core.zo.edge.array_weights import Adapter, ArrayWeights
 from fedmezo_core.zo.edge.base_form import BaseForm
+from fedmezo_core.zo.edge.loss_noise import noise_points, noise_sentence
 from fedmezo_core.zo.plain.measurements import (
     Measurement,
     Pair,
@@ -73,6 +74,7 @@ class EdgeEngine:
         """Which form of the base the losses come from, as in the run's `base_forms`."""
         self.weights: Final = ArrayWeights(form.start, form.manifest, config, threads=threads)
         self._config = config
+        self._losses = losses
         self._estimator = _Estimator(self.weights, losses, config, before_pass)
 
         def collate(examples: Sequence[EncodedExample], name: str) -> EdgeBatch:
@@ -97,6 +99,15 @@ class EdgeEngine:
             self._private = PrivateMeasurements(privacy, genesis, len(dataset))
             self._noisy = self._private.measures(self._estimator)
             self._samples = self._private.batches(collate, dataset)
+
+    def noise_sentence(self) -> str:
+        """A sentence if the losses are too coarse for the run's eps; empty if they are not.
+
+        It takes as long as four two-sided measurements along one direction.
+        """
+        points = map(self.weights.moved, noise_points(self._config))
+        losses = list(self._losses(points, self._batches.batch(1, 0)))
+        return noise_sentence(losses, self._config)
 
     def apply(self, commits: Sequence[Committed]) -> None:
         """Fold commits into the weights; raises as `ArrayWeights.apply` does."""
