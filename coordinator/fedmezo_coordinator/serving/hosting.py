@@ -84,6 +84,7 @@ async def fronted(
             tls.append(_fleet_tls(settings, fleet, of_members=False))
             fleet.join_address = settings.join_address or _named_address(fleet.state, port)
             await _start_enrolment(settings, fleet, port, tls[1], stack)
+            fleet.state.tell_operator(_operators_address(settings, fleet, port), fleet.server_ca)
         refreshing = asyncio.create_task(_refresh(tls, None if settings.tls_files else fleet))
         stack.callback(refreshing.cancel)
         yield Front(server, await start_server(server, what, fleet), port)
@@ -138,6 +139,14 @@ def _fleet_tls(settings: ServingSettings, fleet: Fleet, *, of_members: bool) -> 
 def _named_address(state: StateFolder, port: int) -> str:
     host = state.hosts[0]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _operators_address(settings: ServingSettings, fleet: Fleet, port: int) -> str:
+    """Where the operator on this machine reaches the coordinator."""
+    host = settings.listen.rpartition(":")[0]
+    if settings.tls_files is not None:
+        return fleet.join_address  # Which alone its certificate has to name.
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else f"{host}:{port}"
 
 
 async def _start_enrolment(

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trustme
 
 from fedmezo_coordinator.admission.members_file import read_members
 from fedmezo_coordinator.coordinator_settings import RelaySettings
@@ -77,8 +78,9 @@ async def test_a_lost_response_does_no_harm(at: ServedFleet) -> None:
 
 @pytest.mark.parametrize("life_s", [1])
 async def test_a_token_that_was_used_or_expired_lets_nobody_join(
-    at: ServedFleet, life_s: int
+    at: ServedFleet, life_s: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG, "fedmezo")
     used = await at.join_string()
     await at.joined(used, "w1", "w1")
     with pytest.raises(TokenError, match="was used before"):
@@ -87,6 +89,10 @@ async def test_a_token_that_was_used_or_expired_lets_nobody_join(
     await asyncio.sleep(life_s + 1.1)
     with pytest.raises(TokenError, match=r"expired . s ago by the coordinator's clock"):
         await at.joined(expired, "w3")
+    assert caplog.text.count("refused to enrol") == 1
+    for join in (used, expired):
+        secret = parse_join_string(join).secret
+        assert not [word for word in (join, secret.hex(), repr(secret)) if word in caplog.text]
 
 
 async def test_a_join_string_of_another_coordinator_sends_nothing(
@@ -227,6 +233,13 @@ async def test_what_was_decided_outlives_a_restart(tmp_path: Path) -> None:
                 await client.get_run()
 
 
+async def test_the_operator_is_told_where_the_coordinator_is(at: ServedFleet) -> None:
+    link = link_to(None, None, False, at.state)
+    assert link.address == at.address
+    async with link.client() as client:
+        assert [member.name async for member in client.members()] == ["operator"]
+
+
 async def test_a_second_coordinator_cannot_use_the_folder(at: ServedFleet, tmp_path: Path) -> None:
     other = tmp_path / "second"
     other.mkdir()
@@ -343,3 +356,34 @@ async def test_a_relay_is_a_member_of_the_fleet_above(
     identity = load_identity(tmp_path / "site-a")
     assert identity is not None
     assert identity.name == "site-a"
+
+
+@pytest.mark.parametrize("is_public", [True, False])
+async def test_the_coordinator_may_show_a_certificate_of_another_ca(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_public: bool
+) -> None:
+    """A public CA is one that the system trusts; the fleet's own still names the members."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    pair = ca.issue_cert("localhost", "127.0.0.1")
+    pair.private_key_pem.write_to_path(tmp_path / "key.pem")
+    pair.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
+    if is_public:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    else:
+        files["tls_cert_ca"] = tmp_path / "ca.pem"
+    async with served_fleet(tmp_path, GENESIS, **files) as at:
+        join = await at.join_string("w1")
+        assert bool(parse_join_string(join).ca_fingerprint) is not is_public
+        identity = await at.joined(join, "w1")
+        async with at.worker(identity) as hand:
+            await hand.open()
+
+
+async def test_a_file_that_holds_no_ca_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("none")
+    files = dict.fromkeys(("tls_cert", "tls_key", "tls_cert_ca"), tmp_path / "ca.pem")
+    with pytest.raises(ConfigError, match=r"tls_cert_ca .* cannot be read \(no certificate"):
+        async with served_fleet(tmp_path, GENESIS, **files):
+            pass
