@@ -25,6 +25,7 @@ from fedmezo_core.errors import (
     RevokedError,
     TokenError,
     UnavailableError,
+    UnknownWorkerError,
 )
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.identity import load_identity
@@ -139,6 +140,16 @@ async def test_a_hello_under_another_members_name_is_refused(at: ServedFleet) ->
         with pytest.raises(ForbiddenError, match="may not join a run as 'w1'"):
             await wrong.client.poll_session(b"", poll)
         assert at.daemon.is_connected("w1")
+
+
+async def test_a_polled_session_is_its_members_alone(at: ServedFleet) -> None:
+    first, second = await at.member("w1"), await at.member("w2")
+    async with at.worker(first) as right, at.client(second) as other:
+        hello = wire.SessionRequest(hello=right.hello())
+        token = (await right.client.poll_session(b"", hello)).token
+        with pytest.raises(UnknownWorkerError, match="No session has this token"):
+            await other.poll_session(token, leave=True)
+        await right.client.poll_session(token)
 
 
 async def test_the_same_key_replaces_its_session(at: ServedFleet) -> None:
