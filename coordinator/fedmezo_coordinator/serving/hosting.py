@@ -164,6 +164,13 @@ async def _start_enrolment(
     )
     stack.push_async_callback(server.stop, None)
     await start_enrolment(server, fleet)
+    if not settings.is_loopback and fleet.join_address.startswith("localhost:"):
+        log.warning(
+            "join strings name %s, which no other machine reaches; name this one to "
+            "fedmezo-coordinator init (--name), or show a certificate (tls_cert) and set "
+            "join_address",
+            fleet.join_address,
+        )
     log.info("new members join at %s:%d", listen.rpartition(":")[0], fleet.enrol_port)
 
 

@@ -398,3 +398,12 @@ async def test_a_file_that_holds_no_ca_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tls_cert_ca .* cannot be read \(no certificate"):
         async with served_fleet(tmp_path, GENESIS, **files):
             pass
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "127.0.0.1:0"])
+async def test_join_strings_that_no_other_machine_can_use_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, listen: str
+) -> None:
+    async with served_fleet(tmp_path, GENESIS, listen=listen) as at:
+        assert ("which no other machine reaches" in caplog.text) is (listen[0] == "0")
+        await at.member("w1")
