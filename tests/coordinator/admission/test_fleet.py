@@ -342,6 +342,16 @@ async def test_a_certificate_is_renewed_by_itself(tmp_path: Path) -> None:
             at.client(identity)
 
 
+async def test_asking_again_and_again_writes_nothing(at: ServedFleet) -> None:
+    identity = await at.member("w1")
+    before = (at.state / "members.jsonl").read_bytes()
+    async with at.client(identity) as client:
+        for _ in range(3):
+            answer = await client.renew()
+    assert answer.certificate_chain != identity.certificate
+    assert (at.state / "members.jsonl").read_bytes() == before
+
+
 async def test_a_relay_is_a_member_of_the_fleet_above(
     at: ServedFleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
