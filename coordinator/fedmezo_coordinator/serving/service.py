@@ -492,8 +492,10 @@ class _FleetServicer:
                 return await fleet.list_members(request, self._who(context))
             case "RevokeMember":
                 return await fleet.revoke_member(request, self._who(context))
-            case _:
+            case "RotateMember":
                 return await fleet.rotate_member(request, self._who(context))
+            case _:
+                raise AssertionError(f"{name} has rights and no handler")
 
 
 def _unreadable() -> ProtocolError:
