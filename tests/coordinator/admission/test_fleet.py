@@ -15,9 +15,11 @@ import pytest
 import trustme
 
 from fedmezo_coordinator.admission.members_file import read_members
-from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.admission.state_folder import make_state
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_coordinator.programs import relay_command
 from fedmezo_coordinator.programs.connecting import link_to
+from fedmezo_coordinator.serving.hosting import fronted
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
@@ -405,6 +407,15 @@ async def test_the_coordinator_may_show_a_certificate_of_another_ca(
         identity = await at.joined(join, "w1")
         async with at.worker(identity) as hand:
             await hand.open()
+
+
+async def test_a_state_folder_without_its_servers_certificate_is_named(tmp_path: Path) -> None:
+    make_state(tmp_path / "state", [], None)
+    (tmp_path / "state" / "server.pem").unlink()
+    settings = {"listen": "127.0.0.1:0", "state": tmp_path / "state"}
+    with pytest.raises(ConfigError, match=r"make it anew with: fedmezo-coordinator init"):
+        async with fronted(CoordinatorSettings.model_validate(settings), "coordinator"):
+            pass
 
 
 async def test_a_file_that_holds_no_ca_is_named(tmp_path: Path) -> None:
