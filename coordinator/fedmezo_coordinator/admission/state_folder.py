@@ -121,8 +121,8 @@ def make_state(path: Path, hosts: Sequence[str], own_ca: tuple[Path, Path] | Non
     """Make a state folder; returns False, with nothing changed, if it is one already.
 
     One that lacks the server's certificate gets a new one, for `hosts`; members stay. `own_ca` are
-    the certificate and key of a CA to issue with; None: a new one. Raises `ConfigError` for hosts or
-    files that cannot be used, or a folder that others can read.
+    the certificate and key of a CA to issue with; None: a new one. Raises `ConfigError` for hosts
+    or files that cannot be used, or a folder that others can read.
     """
     for host in hosts:
         _check_host(host)
