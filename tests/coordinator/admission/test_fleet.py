@@ -119,8 +119,10 @@ async def test_a_join_string_of_another_coordinator_sends_nothing(
     foreign = type(mine)(
         mine.address, mine.enrol_port, mine.ca_fingerprint, join.token_id, join.secret
     )
+    before = (at.state / "members.jsonl").read_bytes()
     with pytest.raises(TokenError, match="belongs to another coordinator"):
         await at.joined(str(foreign), "w1")
+    assert (at.state / "members.jsonl").read_bytes() == before
 
 
 async def test_the_ca_is_found_by_its_fingerprint(at: ServedFleet) -> None:
