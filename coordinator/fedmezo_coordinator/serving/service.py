@@ -353,9 +353,9 @@ class LiveTls:
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
-        self._waiting: grpc.ServerCertificateConfiguration | None = None
+        self._current = self._taken = self._configuration()
         self.credentials = grpc.dynamic_ssl_server_credentials(
-            self._configuration(),
+            self._current,
             self._take,  # type: ignore[arg-type]  # None means: as before.
             require_client_authentication=bool(files.material.client_ca),
         )
@@ -363,7 +363,7 @@ class LiveTls:
     def refresh(self) -> None:
         """Let new connections have the certificate that the files hold now."""
         if self._files.changed():
-            self._waiting = self._configuration()
+            self._current = self._configuration()
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         material = self._files.material
@@ -372,9 +372,12 @@ class LiveTls:
         )
 
     def _take(self) -> grpc.ServerCertificateConfiguration | None:
-        # gRPC calls this at every handshake, in a thread of its own.
-        waiting, self._waiting = self._waiting, None
-        return waiting
+        # gRPC calls this at every handshake, in threads of its own.
+        current = self._current
+        if current is self._taken:
+            return None
+        self._taken = current
+        return current
 
 
 class _RefusalLog:
@@ -403,8 +406,14 @@ class _Edge:
         self._can_revoke = can_revoke
         self._refusals = _RefusalLog()
 
-    def guarded(self, path: str, handler: Callable[..., Any], *, streams: bool) -> Any:
-        """`handler` of the RPC `path` behind the check; `streams`: it yields its responses."""
+    def guarded(
+        self, path: str, handler: Callable[..., Any], *, streams: bool, is_session: bool = False
+    ) -> Any:
+        """`handler` of the RPC `path` behind the check; `streams`: it yields its responses.
+
+        Of a session only the beginning is checked: the loop ends it when its worker is revoked, and
+        it may live longer than the certificate that it began with.
+        """
 
         async def unary(request: Any, context: Any) -> Any:
             try:
@@ -412,7 +421,7 @@ class _Edge:
             except FedMezoError as error:
                 await self._refuse(context, error)
             response = await handler(request, context)
-            if self._can_revoke:
+            if self._can_revoke and not is_session:
                 try:
                     self._check(path, context)
                 except FedMezoError as error:
@@ -483,8 +492,10 @@ class _FleetServicer:
                 return await fleet.list_members(request, self._who(context))
             case "RevokeMember":
                 return await fleet.revoke_member(request, self._who(context))
-            case _:
+            case "RotateMember":
                 return await fleet.rotate_member(request, self._who(context))
+            case _:
+                raise AssertionError(f"{name} has rights and no handler")
 
 
 def _unreadable() -> ProtocolError:
@@ -579,7 +590,7 @@ def _serve_service(
         path = f"/{service.full_name}/{method.name}"
         if method.client_streaming:
             handlers[method.name] = grpc.stream_stream_rpc_method_handler(
-                edge.guarded(path, handler_of(method.name), streams=False)
+                edge.guarded(path, handler_of(method.name), streams=False, is_session=True)
             )
             continue
         streams = method.server_streaming
