@@ -41,6 +41,7 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import STATE_VERSION, state_of, state_to_pb
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
@@ -416,6 +417,8 @@ class Daemon(ServingLoop[Ready]):
                 log.error("the run is paused after round %d: %s", round_, reason)
             case Resumed(rate_factor):
                 log.info("the run is resumed, with learning rates times %g", rate_factor)
+            case Admitted(worker, key):
+                log.info("worker %s signs its answers with key %s", worker, key.hex())
             case Snapshotted(round_):
                 log.info("snapshot of round %d, %d bytes", round_, record.file_bytes)
             case Stopped(round_, reason):

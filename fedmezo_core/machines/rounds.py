@@ -52,6 +52,7 @@ from fedmezo_core.machines.roster import COMPLAINT_CHARS_MAX, Phase, Roster, Rou
 from fedmezo_core.machines.run_state import RoundState, RunState, keep_newest_rounds
 from fedmezo_core.machines.seeds import seed_ranges_of, seeds_of
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
@@ -263,7 +264,9 @@ class RoundMachine:
         if accepted is None:
             if state.open is None:
                 self._restart_deadline()
-            self._record(Answered(ticket.round, ticket.slot, scalars))
+            if event.signature and state.keys.get(event.worker) != event.key:
+                self._record(Admitted(event.worker, event.key))
+            self._record(Answered(ticket.round, ticket.slot, scalars, event.signature))
             assignment = RoundSlot(ticket.round, ticket.slot)
             self.roster.answered(event.worker, assignment, scalars.mean_loss)
         elif content_of(scalars) != content_of(accepted.record.scalars):

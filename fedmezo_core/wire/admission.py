@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from fedmezo_core.config import NAME_PATTERN, PROTOCOL_VERSION
+from fedmezo_core.config import NAME_PATTERN, PROTOCOL_VERSION, RunConfig
 from fedmezo_core.errors import (
     DivergedError,
     JournalBehindError,
@@ -13,12 +14,16 @@ from fedmezo_core.errors import (
     MismatchError,
     NotReadyError,
     ProtocolError,
+    SignatureError,
+    StaleTicketError,
     VersionError,
     WrongRunError,
 )
 from fedmezo_core.events import AnswerReceived, UnableReceived, WeightsReported
+from fedmezo_core.machines.answers import is_digest_round
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.records import Genesis, digest64_of
+from fedmezo_core.trust.answer_signatures import answer_text, check_signing_key, is_signed
 from fedmezo_core.wire.messages import answer_from_pb, unable_from_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -93,6 +98,8 @@ def check_hello(
         choose_version([hello.protocol_version])
     check_run_id(hello.run_id or "(none)", genesis.config.run_id)
     check_worker_name(hello.worker)
+    if hello.signing_key:
+        check_signing_key(hello.signing_key)
     for what, digests in genesis.differences(hello):
         raise MismatchError(
             f"Worker {hello.worker} differs from the run in its {what}: {digests}; load the same "
@@ -128,13 +135,31 @@ def check_hello(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """How the answers of one session are signed, and how their signatures are checked."""
+
+    key: bytes
+    """The worker's public key, 32 bytes: each answer must be signed with it."""
+    config: RunConfig
+    genesis_head: bytes
+    """Head after the run's genesis, 32 bytes."""
+    is_signed: Callable[[bytes, bytes, bytes], bool] = is_signed
+    """Says of a key, a text and a signature whether the signature is the key's for the text."""
+
+
 def event_from_request(
-    worker: str, message: wire.SessionRequest, round_: int, head_at: Callable[[int], bytes]
+    worker: str,
+    message: wire.SessionRequest,
+    round_: int,
+    head_at: Callable[[int], bytes],
+    signing: Signing | None = None,
 ) -> AnswerReceived | UnableReceived | WeightsReported:
     """A message of a worker's open session as an event for the machine that serves it.
 
     `round_` is the last committed round; `head_at` gives the head after a round, empty if it is not
-    known. Raises the `FedMezoError` with which the session must end.
+    known. `signing` is None in a session whose answers are not signed. Raises the `FedMezoError`
+    with which the session must end.
     """
     match message.WhichOneof("kind"):
         case "answer":
@@ -146,7 +171,11 @@ def event_from_request(
                     "than this journal's; restart the worker, so that it rebuilds from base and "
                     "journal."
                 )
-            return answer_from_pb(worker, answer)
+            event = answer_from_pb(worker, answer)
+            event.signature = answer.signature
+            if signing is not None or answer.signature:
+                _check_signature(event, signing, head_at)
+            return event
         case "unable":
             return unable_from_pb(worker, message.unable)
         case "weights_report":
@@ -163,3 +192,42 @@ def event_from_request(
                 f"Message {kind or 'of no known kind'} has no place in an open session; "
                 "use the same FedMeZO version."
             )
+
+
+def _check_signature(
+    event: AnswerReceived, signing: Signing | None, head_at: Callable[[int], bytes]
+) -> None:
+    """Note the key that signed an answer; raises `SignatureError` if it is not the session's.
+
+    The signature must be over what the journal will hold of the answer.
+    """
+    ticket = event.ticket
+    what = f"worker {event.worker}'s answer to round {ticket.round}, slot {ticket.slot}"
+    if signing is None:
+        raise SignatureError(
+            f"A signature came with {what}, but its hello named no signing_key; name the key "
+            "there, or send answers without signatures."
+        )
+    if not event.signature:
+        raise SignatureError(
+            f"No signature came with {what}, but it must be signed with key "
+            f"{signing.key.hex()[:16]}; use a FedMeZO version that signs."
+        )
+    head = head_at(ticket.round - 1) if ticket.round else b""
+    if not head:
+        # The machine may be ahead of what is durable; it never takes an answer that nobody checked.
+        raise StaleTicketError(
+            f"No work of round {ticket.round} is known here, so {what} cannot be checked; drop it "
+            "and connect again."
+        )
+    scalars = event.scalars
+    if not is_digest_round(signing.config, ticket.round):
+        scalars = scalars._replace(weights_digest64=None)
+    text = answer_text(signing.genesis_head, ticket, head, scalars)
+    if not signing.is_signed(signing.key, text, event.signature):
+        raise SignatureError(
+            f"The signature of {what} is not of key {signing.key.hex()[:16]} for this answer, "
+            f"ticket, run and history (head {head.hex()[:16]}): it was altered on its way, or made "
+            "for another one; find out what lies between worker and coordinator."
+        )
+    event.key = signing.key

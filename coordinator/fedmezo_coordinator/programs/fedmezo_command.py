@@ -630,6 +630,8 @@ def _line(row: Row, record: records.Record) -> str:
             text = f"checkpoint epoch {epoch}, round {round_}, head {head.hex()[:16]}, {signed}"
         case records.Snapshotted(round_):
             text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
+        case records.Admitted(worker, key):
+            text = f"admitted   {worker} signs with key {key.hex()}"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 

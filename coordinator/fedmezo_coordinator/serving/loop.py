@@ -332,7 +332,9 @@ class ServingLoop(ABC, Generic[ReadyT]):
     def _from_worker(self, session: WorkerSession, message: wire.SessionRequest) -> list[ReadyT]:
         worker = session.worker
         try:
-            event = event_from_request(worker, message, self._machine.round, self._index.head_at)
+            event = event_from_request(
+                worker, message, self._machine.round, self._index.head_at, session.signing
+            )
         except FedMezoError as error:
             session.end(error)
             return []
@@ -557,7 +559,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         With `exchanges` it goes on from the worker's last session, if that has them too.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        session = WorkerSession(hello.worker, exchanges)
+        session = WorkerSession(hello.worker, exchanges, signing_of(hello, self.genesis, self._genesis_head))
         await self._items.put(_Join(session, hello, done))
         try:
             await done

@@ -328,6 +328,7 @@ class Record(google.protobuf.message.Message):
     STOPPED_FIELD_NUMBER: builtins.int
     SNAPSHOTTED_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
+    ADMITTED_FIELD_NUMBER: builtins.int
     @property
     def genesis(self) -> Global___Genesis:
         """Record 0, and only record 0."""
@@ -376,6 +377,10 @@ class Record(google.protobuf.message.Message):
     def checkpoint(self) -> Global___Checkpoint:
         """In a copy that another party keeps: what the coordinator had signed."""
 
+    @property
+    def admitted(self) -> Global___Admitted:
+        """A worker's key. It comes before the first answer that it signed."""
+
     def __init__(
         self,
         *,
@@ -391,10 +396,11 @@ class Record(google.protobuf.message.Message):
         stopped: Global___Stopped | None = ...,
         snapshotted: Global___Snapshotted | None = ...,
         checkpoint: Global___Checkpoint | None = ...,
+        admitted: Global___Admitted | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "snapshotted", "checkpoint"] | None: ...
+    def HasField(self, field_name: typing.Literal["admitted", b"admitted", "answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["admitted", b"admitted", "answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "snapshotted", "checkpoint", "admitted"] | None: ...
 
 Global___Record: typing_extensions.TypeAlias = Record
 
@@ -519,6 +525,7 @@ class Answered(google.protobuf.message.Message):
     MEAN_LOSS_FIELD_NUMBER: builtins.int
     WEIGHTS_DIGEST64_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     round: builtins.int
     """The round."""
     slot: builtins.int
@@ -531,6 +538,8 @@ class Answered(google.protobuf.message.Message):
     """
     rows: builtins.int
     """Number of the worker's rows. Set only if the run weights answers by it."""
+    signature: builtins.bytes
+    """The worker's signature (docs/protocol.md, signed answers). 64 bytes, or empty if it does not sign."""
     @property
     def projected_grads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Projected gradients, one for each probe of each local step, step by step: (loss+ - loss-) / (2 eps)
@@ -546,9 +555,10 @@ class Answered(google.protobuf.message.Message):
         mean_loss: builtins.float | None = ...,
         weights_digest64: builtins.int | None = ...,
         rows: builtins.int | None = ...,
+        signature: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "rows", b"rows", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "round", b"round", "rows", b"rows", "slot", b"slot", "weights_digest64", b"weights_digest64"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "round", b"round", "rows", b"rows", "signature", b"signature", "slot", b"slot", "weights_digest64", b"weights_digest64"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
     @typing.overload
@@ -557,6 +567,30 @@ class Answered(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_weights_digest64", b"_weights_digest64"]) -> typing.Literal["weights_digest64"] | None: ...
 
 Global___Answered: typing_extensions.TypeAlias = Answered
+
+@typing.final
+class Admitted(google.protobuf.message.Message):
+    """From here on this worker's signed answers are of this key. A worker has another one later if its key
+    was replaced.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """The worker's name."""
+    key: builtins.bytes
+    """Ed25519 public key. 32 bytes."""
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        key: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["key", b"key", "worker", b"worker"]) -> None: ...
+
+Global___Admitted: typing_extensions.TypeAlias = Admitted
 
 @typing.final
 class PairRun(google.protobuf.message.Message):
