@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from fedmezo.genesis import GenesisLike, bytes_of, decode_genesis
+from fedmezo.genesis import GenesisLike, bytes_of, decode_genesis, head_of
 from fedmezo_core.config import MESSAGE_BYTES_MAX, RunConfig
 from fedmezo_core.errors import (
     ConfigError,
@@ -52,7 +52,14 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.records import Committed, Evaluated, Genesis, Record, RoundSlot
-from fedmezo_core.wire.admission import check_hello, check_nonce, event_from_request
+from fedmezo_core.trust.authorisation import Caller
+from fedmezo_core.wire.admission import (
+    Signing,
+    check_hello,
+    check_nonce,
+    event_from_request,
+    signing_of,
+)
 from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import assign_to_pb, commit_to_pb, error_to_pb, message_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -96,6 +103,8 @@ class _Worker:
     """Why it must leave; told with its next exchange."""
     knows_ending: bool = False
     """Whether that went down."""
+    signing: Signing | None = None
+    """How its answers are signed; None if they are not."""
 
 
 class Coordinator:
@@ -337,11 +346,11 @@ class Coordinator:
         return self._outboxes.pop(worker, [])
 
     def _greet(self, worker: str, hello: wire.Hello) -> None:
-        self._check_hello(worker, hello)
+        signing = self._check_hello(worker, hello)
         self._lose(worker)
         self._flush()
         outbox = self._outboxes[worker] = []
-        self._workers[worker] = _Worker(is_calling=False, round=hello.round)
+        self._workers[worker] = _Worker(False, hello.round, signing=signing)
         outbox.append(wire.SessionResponse(welcome=self._welcome()).SerializeToString())
         outbox += [
             commit_to_pb(row).SerializeToString() for row in self._commits_after(hello.round)
@@ -380,7 +389,7 @@ class Coordinator:
             raise ProtocolError("What goes up in an exchange begins with its only hello.")
         hello = request.messages[0].hello
         name = hello.worker
-        self._check_hello(name if worker is None else worker, hello)
+        signing = self._check_hello(name if worker is None else worker, hello)
         known = self._workers.get(name)
         if known is not None and known.knows_ending:
             self._lose(name)
@@ -392,6 +401,7 @@ class Coordinator:
             log.info("worker %s joined at round %d", name, hello.round)
             self._owed.append(self._machine.step(WorkerReady(name)))
         known.round, known.nonce, known.seen_ms = hello.round, request.nonce, self._now_ms
+        known.signing = signing
         known.replies, known.has_reported = [], "weights_report" in kinds
         for message in request.messages[1:]:
             self._step(name, message)
@@ -471,7 +481,8 @@ class Coordinator:
 
     # ------------------------------------------------------------ what both ways share
 
-    def _check_hello(self, worker: str, hello: wire.Hello) -> None:
+    def _check_hello(self, worker: str, hello: wire.Hello) -> Signing | None:
+        """Refuse a worker that cannot take part; returns how it signs its answers."""
         head, begins = self._index.head_at(hello.round), self._index.begins
         check_hello(hello, self.genesis, self.round, head, begins, catch_up_rounds=self.round)
         if worker not in self._workers and len(self._workers) >= WORKERS_MAX:
@@ -484,6 +495,7 @@ class Coordinator:
                 f"The hello of {hello.worker} came over the connection of {worker}; let each "
                 "worker use its own."
             )
+        return signing_of(hello, Caller.ANYONE, self.genesis, head_of(self._genesis_body))
 
     def _welcome(self) -> wire.Welcome:
         return wire.Welcome(epoch=self.epoch, round=self.round, head=self.head)
@@ -496,7 +508,8 @@ class Coordinator:
             seqno = rows[-1].seqno + 1
 
     def _step(self, worker: str, message: wire.SessionRequest) -> None:
-        event = event_from_request(worker, message, self.round, self._index.head_at)
+        signing = self._workers[worker].signing
+        event = event_from_request(worker, message, self.round, self._index.head_at, signing)
         match event:
             case UnableReceived():
                 log.warning("worker %s cannot measure: %s", worker, event.reason)

@@ -335,8 +335,8 @@ class SendAnswer:
     head64: int | None = None
     """First 64 bits of the head that it was measured at; None if it carries a weights digest."""
     head: bytes = field(default=b"", compare=False)
-    """Head that it was measured at, 32 bytes, which a signature covers. All answers to a ticket have
-    the same."""
+    """Head that it was measured at, 32 bytes, which a signature covers. All answers to a ticket
+    have the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,8 +147,8 @@ class Answered(NamedTuple):
     slot: int
     scalars: Scalars
     signature: bytes = b""
-    """The worker's signature (`trust.answer_signatures`), 64 bytes; empty if it does not sign. It is
-    of the newest key that was admitted for the slot's worker."""
+    """The worker's signature (`trust.answer_signatures`), 64 bytes; empty if it does not sign. It
+    is of the newest key that was admitted for the slot's worker."""
 
     @property
     def projected_grads(self) -> tuple[float, ...]:

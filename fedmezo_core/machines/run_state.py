@@ -131,8 +131,8 @@ class RunState:
     """Lower median of the sizes of each of the newest rounds' answers, in a run that clips by it.
     Rounds that measured nothing but 0 are left out."""
     keys: dict[str, bytes] = field(default_factory=dict)
-    """Worker -> the newest key that its answers were signed with, 32 bytes. The key admitted longest
-    ago comes first."""
+    """Worker -> the newest key that its answers were signed with, 32 bytes. The key admitted
+    longest ago comes first."""
     copied: bool = False
     """Whether this is folded from a copy of the commits only, without openings and answers."""
     _shares: tuple[Sequence[Answered], list[Share], float] = field(

@@ -138,8 +138,8 @@ def state_from_pb(message: pb.RunState, genesis: Genesis) -> RunState:
         state.losses[one.worker] = deque(one.losses, maxlen=SIGNAL_ROUNDS)
     state.distances.update((one.worker, one.distance) for one in message.distances)
     state.usual_sizes.extend(message.usual_sizes)
-    for one in map(admitted_from_pb, message.keys):
-        state.keys[one.worker] = one.key
+    for admitted in map(admitted_from_pb, message.keys):
+        state.keys[admitted.worker] = admitted.key
     state.copied = message.copied
     _check(state, genesis.config)
     return state

@@ -24,6 +24,7 @@ from fedmezo_core.machines.answers import is_digest_round
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.records import Genesis, digest64_of
 from fedmezo_core.trust.answer_signatures import answer_text, check_signing_key, is_signed
+from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.wire.messages import answer_from_pb, unable_from_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -98,8 +99,6 @@ def check_hello(
         choose_version([hello.protocol_version])
     check_run_id(hello.run_id or "(none)", genesis.config.run_id)
     check_worker_name(hello.worker)
-    if hello.signing_key:
-        check_signing_key(hello.signing_key)
     for what, digests in genesis.differences(hello):
         raise MismatchError(
             f"Worker {hello.worker} differs from the run in its {what}: {digests}; load the same "
@@ -146,6 +145,32 @@ class Signing:
     """Head after the run's genesis, 32 bytes."""
     is_signed: Callable[[bytes, bytes, bytes], bool] = is_signed
     """Says of a key, a text and a signature whether the signature is the key's for the text."""
+
+
+def signing_of(
+    hello: wire.Hello, caller: Caller, genesis: Genesis, genesis_head: bytes
+) -> Signing | None:
+    """How the answers of the session that `hello` opens are signed; None if they are not.
+
+    A member of a fleet signs with the key that it enrolled with. Anyone else may name a key, or
+    none. Raises `SignatureError` for another key than the member's.
+    """
+    if caller.role is Role.WORKER:
+        if not caller.signing_key:
+            raise SignatureError(
+                f"Worker {caller.name} joined this fleet without a signing key, and each answer "
+                "must be signed; join again with a new join string."
+            )
+        if hello.signing_key != caller.signing_key:
+            raise SignatureError(
+                f"Worker {caller.name} would sign with key {hello.signing_key.hex()[:16] or '-'}, "
+                f"but joined with {caller.signing_key.hex()[:16]}; start it with the state folder "
+                "that it joined with."
+            )
+    if not hello.signing_key:
+        return None
+    check_signing_key(hello.signing_key)
+    return Signing(hello.signing_key, genesis.config, genesis_head)
 
 
 def event_from_request(

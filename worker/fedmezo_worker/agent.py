@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from fedmezo_core.errors import (
     JournalBehindError,
     JournalCompactedError,
@@ -11,6 +13,7 @@ from fedmezo_core.errors import (
     UnavailableError,
 )
 from fedmezo_core.program import long_step
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
@@ -30,8 +33,17 @@ class Agent:
     Until the model is loaded there is only the agent; from then on a `Member` does the work.
     """
 
-    def __init__(self, settings: WorkerSettings, engine: EngineThread) -> None:
-        """`engine` does the numerical work; the caller closes it."""
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        engine: EngineThread,
+        signing_key: Ed25519PrivateKey | None = None,
+    ) -> None:
+        """`engine` does the numerical work; the caller closes it.
+
+        `signing_key` signs the answers; None: they are not signed.
+        """
+        self._signing_key = signing_key
         self._settings = settings
         self._engine = engine
         wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
@@ -91,6 +103,7 @@ class Agent:
             description,
             evaluations,
             self._bad_snapshots,
+            AnswerSigner(self._signing_key, description.head) if self._signing_key else None,
         )
         async for page in self._history.open(description):
             await member.take_commits([commit_of(entry.row.body, config) for entry in page])

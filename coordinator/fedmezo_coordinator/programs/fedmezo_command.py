@@ -25,6 +25,7 @@ from fedmezo_coordinator.programs.plain_values import (
     status_values,
 )
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
+from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import (
     Pace,
@@ -193,13 +194,17 @@ def verify(
     journal: JournalArgument = None,
     coordinator: Coordinator = DEFAULT_ADDRESS,
     tls_ca: TlsCa = None,
+    signatures: Annotated[
+        bool, typer.Option("--signatures", help="check the signature of each worker's answer too")
+    ] = False,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
     with _opened(journal, coordinator, tls_ca) as source:
-        line = _verified_line(source)
+        audit = SignatureAudit(source.origin()) if signatures else None
+        line = _verified_line(source, audit)
         if journal:
             Companions(journal).check(source)
-        print(line)
+        print("\n".join([line, *(audit.lines() if audit else ())]))
 
 
 @journal_app.command()
@@ -543,8 +548,8 @@ def _opened(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[
         store.close()
 
 
-def _verified_line(journal: Journal) -> str:
-    """Verify and replay a journal; returns one line about its run."""
+def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str:
+    """Verify and replay a journal, with its signatures by `audit`; returns a line about its run."""
     machine, count, before = RoundMachine(), 0, ""
     signed: records.SignedHead | None = None
     origin = journal.origin()
@@ -554,8 +559,10 @@ def _verified_line(journal: Journal) -> str:
             f" after {origin.seqno} that were dropped, up to round {origin.round} "
             f"({_signed_by(origin.key)}),"
         )
-    for _, record in verified(journal):
+    for entry, record in verified(journal):
         machine.apply(record)
+        if audit is not None:
+            audit.take(entry, record, machine.state)
         if isinstance(record, records.SignedHead) and record.signature:
             signed = record
         count += 1

@@ -51,10 +51,24 @@ from fedmezo_core.events import (
     WorkerReady,
 )
 from fedmezo_core.journal.codec import decode_record
-from fedmezo_core.journal.journal import COMMITTED, GENESIS, Entry, Journal, Row
+from fedmezo_core.journal.journal import (
+    COMMITTED,
+    GENESIS,
+    ZERO_HASH,
+    Entry,
+    Journal,
+    Row,
+    head_after,
+)
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Committed, Genesis, RoundSlot
-from fedmezo_core.wire.admission import check_hello, check_run_id, event_from_request
+from fedmezo_core.trust.authorisation import Caller
+from fedmezo_core.wire.admission import (
+    check_hello,
+    check_run_id,
+    event_from_request,
+    signing_of,
+)
 from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import commit_to_pb, message_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -356,6 +370,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         try:
             self._welcome_now()
             self._check_hello(hello)
+            genesis_head = head_after(ZERO_HASH, self._genesis_body)
+            session.signing = signing_of(hello, session.caller, self.genesis, genesis_head)
             self._make_room(session.worker)
         except FedMezoError as error:
             log.warning("refused a worker: %s", error)
@@ -553,13 +569,15 @@ class ServingLoop(ABC, Generic[ReadyT]):
         suffix = self._index.suffix(min(round_, self._index.round))
         return wire.Suffix(pairs=suffix.pairs, bytes=suffix.bytes)
 
-    async def join(self, hello: wire.Hello, *, exchanges: bool = False) -> WorkerSession:
+    async def join(
+        self, hello: wire.Hello, *, caller: Caller = Caller.ANYONE, exchanges: bool = False
+    ) -> WorkerSession:
         """Open a session for a worker; raises a `FedMezoError` that says why it may not join.
 
         With `exchanges` it goes on from the worker's last session, if that has them too.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        session = WorkerSession(hello.worker, exchanges, signing_of(hello, self.genesis, self._genesis_head))
+        session = WorkerSession(hello.worker, exchanges, caller)
         await self._items.put(_Join(session, hello, done))
         try:
             await done
