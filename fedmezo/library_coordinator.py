@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,7 +138,7 @@ class Coordinator:
         `JournalError` for a store that cannot be used.
         """
         self._journal = Journal(_opened(store))
-        self._machine = RoundMachine()
+        self._machine = RoundMachine(slot_secret=secrets.token_bytes(32))
         self._index = CommitIndex()
         self._genesis_body = b""
         self._workers: dict[str, _Worker] = {}

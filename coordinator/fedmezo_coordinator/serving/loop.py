@@ -20,7 +20,7 @@ from fedmezo_coordinator.coordinator_settings import SESSIONS_LIMIT
 from fedmezo_coordinator.serving.journal_pages import JournalPages
 from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import RETRY_AFTER_MAX_S, SessionLimit
-from fedmezo_coordinator.serving.status_report import MachineStatus, status_report
+from fedmezo_coordinator.serving.status_report import MachineStatus, hide_others, status_report
 from fedmezo_coordinator.serving.worker_session import (
     HalfClosedError,
     Outgoing,
@@ -62,7 +62,7 @@ from fedmezo_core.journal.journal import (
 )
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Committed, Genesis, RoundSlot
-from fedmezo_core.trust.authorisation import Caller
+from fedmezo_core.trust.authorisation import Caller, sees_everyone
 from fedmezo_core.wire.admission import (
     check_hello,
     check_run_id,
@@ -603,11 +603,15 @@ class ServingLoop(ABC, Generic[ReadyT]):
         await self._items.put(_Left(session))
 
     async def read_journal(
-        self, request: wire.ReadJournalRequest, enter: Callable[[], Awaitable[None]]
+        self,
+        request: wire.ReadJournalRequest,
+        enter: Callable[[], Awaitable[None]],
+        caller: Caller = Caller.ANYONE,
     ) -> bytes:
         """A page of records, as `JournalPages.read` makes it; `enter` takes its place."""
         check_run_id(request.run_id, self.genesis.config.run_id)
-        return await self._pages.read(request, self._is_finished, enter)
+        sees = sees_everyone(caller, self.genesis.config)
+        return await self._pages.read(request, self._is_finished, enter, sees_everyone=sees)
 
     def _is_finished(self) -> bool:
         return self._durable_phase is Phase.FINISHED
@@ -617,9 +621,16 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """Whether the status has so many workers that it needs a place, as a page does."""
         return len(self._traffic) > STATUS_WORKERS
 
-    def status(self, run_id: str) -> wire.GetStatusResponse:
-        """The status of the run; raises `WrongRunError` if `run_id` is another run's."""
+    def status(self, run_id: str, caller: Caller = Caller.ANYONE) -> wire.GetStatusResponse:
+        """What `caller` may know of the run; raises `WrongRunError` if `run_id` is another's."""
         check_run_id(run_id, self.genesis.config.run_id)
+        status = self._whole_status()
+        if not sees_everyone(caller, self.genesis.config):
+            hide_others(status, caller.name)
+        return status
+
+    def _whole_status(self) -> wire.GetStatusResponse:
+        """The status of the run."""
         return status_report(
             self._machine,
             self.genesis,

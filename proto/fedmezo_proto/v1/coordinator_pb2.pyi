@@ -881,7 +881,7 @@ class JournalEntry(google.protobuf.message.Message):
     record: builtins.bytes
     """Serialized `Record`."""
     chain: builtins.bytes
-    """chain(seqno). 32 bytes."""
+    """chain(seqno). 32 bytes; zero bytes for a reader that may not see the records in between."""
     def __init__(
         self,
         *,
