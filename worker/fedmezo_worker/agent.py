@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_core.errors import (
     JournalBehindError,
@@ -14,7 +13,9 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.program import long_step
 from fedmezo_core.trust.answer_signatures import AnswerSigner
+from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.enrolment import keep_renewed
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
 from fedmezo_core.wire.reconnecting import Reconnecting
@@ -34,17 +35,15 @@ class Agent:
     """
 
     def __init__(
-        self,
-        settings: WorkerSettings,
-        engine: EngineThread,
-        signing_key: Ed25519PrivateKey | None = None,
+        self, settings: WorkerSettings, engine: EngineThread, identity: Identity | None = None
     ) -> None:
         """`engine` does the numerical work; the caller closes it.
 
-        `signing_key` signs the answers; None: they are not signed.
+        `identity` is shown to the coordinator, signs the answers and is renewed in time; None: the
+        coordinator knows nobody, and nothing is signed.
         """
-        self._signing_key = signing_key
         self._settings = settings
+        self._identity = identity
         self._engine = engine
         wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
         self._history = History(settings.journal_copy, wanted)
@@ -59,8 +58,14 @@ class Agent:
         that no retry can help, or the newest of the others after `give_up_after_s`.
         """
         member: Member | None = None
-        log.info("connecting to %s", self._settings.coordinator)
-        async with CoordinatorClient(self._settings.coordinator, self._settings.tls_ca) as client:
+        settings, identity = self._settings, self._identity
+        log.info("connecting to %s", settings.coordinator)
+        async with CoordinatorClient(
+            settings.coordinator, settings.tls_ca, tls=settings.tls, identity=identity
+        ) as client:
+            renewing = None
+            if identity is not None:
+                renewing = asyncio.create_task(keep_renewed(client, identity))
             try:
                 while True:
                     try:
@@ -76,6 +81,8 @@ class Agent:
                     ) as error:
                         await self._reconnecting.wait_after(error)
             finally:
+                if renewing is not None:
+                    renewing.cancel()
                 if member is not None:
                     await member.end_work()
                 await self._history.close()
@@ -103,7 +110,9 @@ class Agent:
             description,
             evaluations,
             self._bad_snapshots,
-            AnswerSigner(self._signing_key, description.head) if self._signing_key else None,
+            None
+            if self._identity is None
+            else AnswerSigner(self._identity.keys.signing_key, description.head),
         )
         async for page in self._history.open(description):
             await member.take_commits([commit_of(entry.row.body, config) for entry in page])
