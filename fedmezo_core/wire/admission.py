@@ -148,7 +148,11 @@ class Signing:
 
 
 def signing_of(
-    hello: wire.Hello, caller: Caller, genesis: Genesis, genesis_head: bytes
+    hello: wire.Hello,
+    caller: Caller,
+    genesis: Genesis,
+    genesis_head: bytes,
+    is_signed: Callable[[bytes, bytes, bytes], bool] = is_signed,
 ) -> Signing | None:
     """How the answers of the session that `hello` opens are signed; None if they are not.
 
@@ -170,7 +174,7 @@ def signing_of(
     if not hello.signing_key:
         return None
     check_signing_key(hello.signing_key)
-    return Signing(hello.signing_key, genesis.config, genesis_head)
+    return Signing(hello.signing_key, genesis.config, genesis_head, is_signed)
 
 
 def event_from_request(
@@ -245,10 +249,7 @@ def _check_signature(
             f"No work of round {ticket.round} is known here, so {what} cannot be checked; drop it "
             "and connect again."
         )
-    scalars = event.scalars
-    if not is_digest_round(signing.config, ticket.round):
-        scalars = scalars._replace(weights_digest64=None)
-    text = answer_text(signing.genesis_head, ticket, head, scalars)
+    text = _signed_text(event, signing, head)
     if not signing.is_signed(signing.key, text, event.signature):
         raise SignatureError(
             f"The signature of {what} is not of key {signing.key.hex()[:16]} for this answer, "
@@ -256,3 +257,24 @@ def _check_signature(
             "for another one; find out what lies between worker and coordinator."
         )
     event.key = signing.key
+
+
+def _signed_text(event: AnswerReceived, signing: Signing, head: bytes) -> bytes:
+    """What must be signed: what the journal will hold of the answer, which `head` is before."""
+    scalars = event.scalars
+    if not is_digest_round(signing.config, event.ticket.round):
+        scalars = scalars._replace(weights_digest64=None)
+    return answer_text(signing.genesis_head, event.ticket, head, scalars)
+
+
+def signed_part(
+    message: wire.SessionRequest, signing: Signing, head_at: Callable[[int], bytes]
+) -> tuple[bytes, bytes, bytes] | None:
+    """The key, the text and the signature that `event_from_request` will ask about, if any."""
+    if not message.HasField("answer") or not message.answer.signature:
+        return None
+    event = answer_from_pb("", message.answer)
+    head = head_at(event.ticket.round - 1) if event.ticket.round else b""
+    if not head:
+        return None
+    return signing.key, _signed_text(event, signing, head), message.answer.signature

@@ -27,6 +27,7 @@ from fedmezo_coordinator.serving.worker_session import (
     Traffic,
     WorkerSession,
 )
+from fedmezo_coordinator.signature_checker import SignatureChecker
 from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
@@ -67,6 +68,7 @@ from fedmezo_core.wire.admission import (
     check_hello,
     check_run_id,
     event_from_request,
+    signed_part,
     signing_of,
 )
 from fedmezo_core.wire.commit_index import CommitIndex
@@ -160,6 +162,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         self._paces = 0
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[Item] = asyncio.Queue(EVENTS_MAX)
+        self._signatures = SignatureChecker()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._pages = JournalPages(self._index, self._way_past_dropped)
         self._durable_phase = Phase.WAITING
@@ -244,6 +247,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
+            await self._signatures.close()
 
     def end_sessions(self) -> None:
         """Tell every worker that the coordinator is going away."""
@@ -290,6 +294,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     async def _take(self, items: Sequence[Item], readies: list[ReadyT]) -> list[ReadyT]:
         """Step through the items; returns what is left to flush, `readies` included."""
+        await self._look_at_signatures(items)
         for item in items:
             await self._pace()
             if isinstance(item, _Join):
@@ -300,6 +305,18 @@ class ServingLoop(ABC, Generic[ReadyT]):
             else:
                 readies += self._step(item)
         return readies
+
+    async def _look_at_signatures(self, items: Sequence[Item]) -> None:
+        """Check the signatures among the items together, which may take another core."""
+        found = [
+            signed_part(item.message, item.session.signing, self._index.head_at)
+            for item in items
+            if isinstance(item, _FromWorker)
+            and item.session.signing is not None
+            and item.session.ended is None
+        ]
+        if found:
+            await self._signatures.look_at([part for part in found if part is not None])
 
     async def _siblings(self, readies: Sequence[ReadyT], until_s: float) -> list[Item]:
         """The next item before `until_s`, if there is something to append and an answer is due."""
@@ -371,7 +388,9 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._welcome_now()
             self._check_hello(hello)
             genesis_head = head_after(ZERO_HASH, self._genesis_body)
-            session.signing = signing_of(hello, session.caller, self.genesis, genesis_head)
+            session.signing = signing_of(
+                hello, session.caller, self.genesis, genesis_head, self._signatures.is_signed
+            )
             self._make_room(session.worker)
         except FedMezoError as error:
             log.warning("refused a worker: %s", error)
