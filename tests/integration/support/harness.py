@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.daemon import Daemon
@@ -379,13 +380,19 @@ class Site:
 
 @asynccontextmanager
 async def relayed(
-    upstream: str, folder: Path, name: str, *, listen: str = "127.0.0.1:0", **changes: Any
+    upstream: str,
+    folder: Path,
+    name: str,
+    *,
+    listen: str = "127.0.0.1:0",
+    signing_key: Ed25519PrivateKey | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Site]:
     """Serve a site from `folder` until the end of the block; `changes` are the relay's settings."""
     values = {"upstream": upstream, "name": name, "journal_copy": folder / f"{name}.db"}
     settings = RelaySettings.model_validate(values | changes)
     async with CoordinatorClient(upstream, settings.tls_ca) as client:
-        relay = Relay(settings, client)
+        relay = Relay(settings, client, signing_key=signing_key)
         async with _on_a_port(relay, listen, settings.tls) as (address, serving):
             yield Site(relay, address, serving)
 
