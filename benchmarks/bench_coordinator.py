@@ -9,7 +9,6 @@ import select
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,7 +221,7 @@ def _signatures(sizes: Sizes, *, pinned: bool) -> Iterator[Figure]:
             "unsigned": [worker for worker in swarm.workers[1:] if worker.signer is None],
             "signed": [worker for worker in swarm.workers if worker.signer is not None],
         }
-        seconds, cpu_s = Counter[str](), Counter[str]()
+        seconds, cpu_s = dict.fromkeys(halves, 0.0), dict.fromkeys(halves, 0.0)
         for burst in range(1 + sizes.bursts):
             swarm.run(lambda: all(w.assigned for w in swarm.workers), PATIENCE_S, "assignments")
             for which in sorted(halves, reverse=burst % 2 == 1):

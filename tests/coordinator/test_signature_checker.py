@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
@@ -93,7 +94,7 @@ async def test_a_process_that_dies_changes_no_verdict(
 async def test_a_process_that_cannot_start_changes_no_verdict(
     checker: SignatureChecker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signature_checker.sys, "executable", "/no/such/python")
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
     for _ in range(3):
         await checker.look_at(GOOD)
         assert all(checker.is_signed(*one) for one in GOOD)

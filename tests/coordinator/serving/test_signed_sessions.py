@@ -8,11 +8,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_coordinator.programs.fedmezo_command import journal_app
+from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_core.errors import FedMezoError, JournalCorruptError, SignatureError
 from fedmezo_core.events import SendAnswer, Ticket
 from fedmezo_core.journal.codec import decode_record, encode_record
-from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.journal import COMMITTED, Journal, MemoryStore
+from fedmezo_core.journal.sealed import SealedState, seal
 from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.run_state import RunState
+from fedmezo_core.machines.state_codec import STATE_VERSION, state_of, state_to_pb
 from fedmezo_core.records import Admitted, Answered, Record, Scalars
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.messages import answer_to_pb
@@ -143,6 +147,33 @@ async def test_signatures_are_checked_from_the_journal_alone(
     nameless.close()
     said = verify(tmp_path / "nameless.db", capsys)
     assert "no record before it names a key of w1" in said
+
+
+async def test_signatures_after_dropped_records_are_checked_with_what_is_left(
+    tmp_path: Path,
+) -> None:
+    await run_of(tmp_path / "journal.db")
+    entries = list(Journal(SqliteStore(tmp_path / "journal.db")).load())
+    cut = next(n for n, entry in enumerate(entries) if entry.row.kind == COMMITTED) + 1
+    state = RunState()
+    for entry in entries[:cut]:
+        state.apply(decode_record(entry.row.body))
+    last, genesis = entries[cut - 1], entries[0].row.body
+    sealed = SealedState(
+        cut, last.row.chain, last.head, genesis, state_to_pb(state), STATE_VERSION, {}
+    )
+    store = MemoryStore()
+    store.append([entry.row for entry in entries])
+    left = Journal(store)
+    left.drop_before(seal(sealed))
+    origin = left.origin()
+    assert origin is not None
+    folded, audit = state_of(origin), SignatureAudit(origin)
+    for entry in left.load():
+        record = decode_record(entry.row.body)
+        folded.apply(record)
+        audit.take(entry, record, folded)
+    assert next(audit.lines()) == "signatures: 1 answer signed and checked, 1 unsigned"
 
 
 def test_a_signature_has_64_bytes() -> None:
