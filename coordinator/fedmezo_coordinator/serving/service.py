@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from fedmezo_coordinator.admission.fleet import Fleet
+from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import SESSIONS_MAX
 from fedmezo_coordinator.serving.callers import caller_of, check_worker_name
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
@@ -28,7 +29,6 @@ from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
 from fedmezo_coordinator.serving.session_limit import SessionPermit
-from fedmezo_coordinator.serving.tls_files import TlsFiles
 from fedmezo_coordinator.serving.worker_session import HalfClosedError, WorkerSession
 from fedmezo_coordinator.serving.write_pacing import WritePacing
 from fedmezo_core.config import MESSAGE_BYTES_MAX
@@ -66,10 +66,18 @@ ENROLMENT_BYTES_MAX = 8192
 """Longest message to the enrolment service."""
 ENROLMENT_CONNECTIONS_MAX = 64
 """Most connections at a time to the enrolment service."""
+ENROLMENT_OPTIONS = (
+    ("grpc.max_receive_message_length", ENROLMENT_BYTES_MAX),
+    # Joining takes a second, and whoever stays longer keeps others out.
+    ("grpc.max_connection_idle_ms", 10_000),
+    ("grpc.max_connection_age_ms", 60_000),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+)
 
 SERVER_OPTIONS = (
     # Otherwise a second coordinator can bind the same port and silently takes half the workers.
     ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", 16),
     # Without any call for so long, which is longer than a polled session's lease.
     ("grpc.max_connection_idle_ms", 300_000),
@@ -371,6 +379,23 @@ class LiveTls:
         return waiting
 
 
+class _RefusalLog:
+    """Tells of refused calls, and of each kind of them once in a while only."""
+
+    def __init__(self) -> None:
+        self._said_s: dict[str, float] = {}
+
+    def say(self, kind: str, line: str, *values: object) -> None:
+        """Log a line about a refusal, unless one of its kind was logged a moment ago."""
+        now_s = time.monotonic()
+        if now_s - self._said_s.get(kind, -math.inf) < GARBAGE_LOG_PERIOD_S:
+            return
+        if len(self._said_s) >= REFUSALS_REMEMBERED:
+            self._said_s.clear()
+        self._said_s[kind] = now_s
+        log.warning(line, *values)
+
+
 class _Edge:
     """What every call passes before its handler: does its caller have the right to make it?"""
 
@@ -378,7 +403,7 @@ class _Edge:
         """`can_revoke`: a caller can lose its rights while a call is under way."""
         self._who = who
         self._can_revoke = can_revoke
-        self._said_s: dict[str, float] = {}
+        self._refusals = _RefusalLog()
 
     def guarded(self, path: str, handler: Callable[..., Any], *, streams: bool) -> Any:
         """`handler` of the RPC `path` behind the check; `streams`: it yields its responses."""
@@ -413,13 +438,9 @@ class _Edge:
         check_allowed(path, self._who(context))
 
     async def _refuse(self, context: Context, error: FedMezoError) -> NoReturn:
-        """End a call without a right to it; the log says so once in a while for each caller."""
-        sentence, now_s = str(error), time.monotonic()
-        if now_s - self._said_s.get(sentence, -math.inf) >= GARBAGE_LOG_PERIOD_S:
-            if len(self._said_s) >= REFUSALS_REMEMBERED:
-                self._said_s.clear()
-            self._said_s[sentence] = now_s
-            log.warning("refused a call from %s: %s", context.peer(), sentence)
+        """End a call without a right to it."""
+        # The sentence names the member.
+        self._refusals.say(str(error), "refused a call from %s: %s", context.peer(), error)
         await abort(context, error)
 
 
@@ -429,6 +450,7 @@ class _FleetServicer:
     def __init__(self, fleet: Fleet | None, who: Callable[[Context], Caller]) -> None:
         self._who = who
         self._fleet = fleet
+        self._refusals = _RefusalLog()
 
     def handler(self, name: str) -> Callable[[Any, Context], Awaitable[Message]]:
         """The handler of the RPC `name`."""
@@ -451,7 +473,8 @@ class _FleetServicer:
                 try:
                     return await fleet.enroll(request)
                 except FedMezoError as error:
-                    log.warning("refused to enrol %s: %s", context.peer(), error)
+                    kind = type(error).__name__
+                    self._refusals.say(kind, "refused to enrol %s: %s", context.peer(), error)
                     raise
             case "Renew":
                 shown = b"".join(context.auth_context()["x509_pem_cert"])
@@ -477,23 +500,25 @@ def bind_server(
     tls: tuple[Path, Path] | LiveTls | None,
     private: str | None = None,
     connections_max: int = SESSIONS_MAX + CONNECTIONS_BESIDE,
-    message_bytes_max: int = MESSAGE_BYTES_MAX,
+    options: Sequence[tuple[str, int]] = (),
 ) -> tuple[Server, int]:
     """Bind a server to `listen` (host:port) and return it with its port.
 
     `tls` is a certificate file and a key file, or credentials. `private` is a second address, a
     Unix socket for the replica. More than `connections_max` connections at an address are closed as
-    soon as they come, whatever they have sent. Port 0 lets the system choose a port. Callers that
-    connect wait until `start_server`. Raises `ConfigError` for an address or TLS files that cannot
-    be used.
+    soon as they come, whatever they have sent. Port 0 lets the system choose a port. `options` go
+    before those in `SERVER_OPTIONS`. Callers that connect wait until `start_server`. Raises
+    `ConfigError` for an address or TLS files that cannot be used.
     """
     live = LiveTls(TlsFiles(*tls)) if isinstance(tls, tuple) else tls
     with reading_all_wakeups():
         server = grpc.aio.server(
-            options=(
-                *SERVER_OPTIONS,
-                ("grpc.max_receive_message_length", message_bytes_max),
-                ("grpc.max_allowed_incoming_connections", connections_max),
+            options=tuple(
+                {
+                    **dict(SERVER_OPTIONS),
+                    **dict(options),
+                    "grpc.max_allowed_incoming_connections": connections_max,
+                }.items()
             )
         )
     if private is not None:

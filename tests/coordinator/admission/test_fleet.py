@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fedmezo_coordinator.admission.members_file import read_members
+from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.programs import relay_command
+from fedmezo_coordinator.programs.connecting import link_to
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
@@ -21,6 +28,7 @@ from fedmezo_core.errors import (
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.identity import load_identity
 from fedmezo_core.trust.join_string import parse_join_string
+from fedmezo_core.wire import enrolment
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import find_ca, keep_renewed
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -235,6 +243,58 @@ async def test_without_a_certificate_nobody_is_served(at: ServedFleet, kind: str
             await client.get_run()
 
 
+@pytest.mark.parametrize("hours", [-25, 25])
+async def test_a_clock_that_is_off_by_a_day_is_named(
+    at: ServedFleet, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """A clock that is behind the first day of the certificates, or ahead of their last."""
+    identity = await at.member("w2")
+    join = parse_join_string(await at.join_string("w1"))
+    now_s = time.time() + 3600 * hours + (0 if hours < 0 else 366 * 86_400)
+    clock = SimpleNamespace(time=lambda: now_s, strftime=time.strftime, gmtime=time.gmtime)
+    monkeypatch.setattr(enrolment, "time", clock)
+    with pytest.raises(IdentityError, match=r"is valid from .* clock says .* set the clock"):
+        await asyncio.to_thread(find_ca, join)
+    with pytest.raises(IdentityError, match=r"set the clock|is wrong, set it"):
+        identity.check_time(now_s)
+
+
+async def test_a_member_of_another_fleet_is_told_about_clocks_and_fleets(
+    at: ServedFleet, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    async with served_fleet(folder, GENESIS) as other:
+        stranger = await other.member("w1")
+    for identity in (stranger, replace(stranger, server_ca=at.operator.server_ca)):
+        async with CoordinatorClient(at.address, identity=identity) as client:
+            with pytest.raises(UnavailableError, match=r"a clock that is a day off .* identity is"):
+                await client.get_run()
+
+
+async def test_a_certificate_that_expires_on_an_open_connection_counts_no_more(
+    tmp_path: Path,
+) -> None:
+    async with served_fleet(tmp_path, GENESIS, certificate_life_s=2) as at:
+        identity = await at.member("w1")
+        async with at.client(identity) as client:
+            await client.get_run()
+            await asyncio.sleep(2.5)
+            with pytest.raises(IdentityError, match="expired while its connection was open"):
+                await client.get_run()
+
+
+async def test_a_command_renews_the_identity_that_it_shows(tmp_path: Path) -> None:
+    async with served_fleet(tmp_path, GENESIS, certificate_life_s=60) as at:
+        identity = await at.member("o1", Role.OBSERVER)
+        link = await asyncio.to_thread(link_to, at.address, None, False, identity.folder)
+        newest = load_identity(identity.folder)
+        assert newest is not None
+        assert newest.certificate != identity.certificate
+        async with link.client() as client:
+            await client.get_status()
+
+
 async def test_a_certificate_is_renewed_by_itself(tmp_path: Path) -> None:
     async with served_fleet(tmp_path, GENESIS, certificate_life_s=4) as at:
         identity = await at.member("w1")
@@ -256,3 +316,30 @@ async def test_a_certificate_is_renewed_by_itself(tmp_path: Path) -> None:
             await hand.open()
         with pytest.raises(IdentityError, match=r"expired on .* this machine's clock says"):
             at.client(identity)
+
+
+async def test_a_relay_is_a_member_of_the_fleet_above(
+    at: ServedFleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedmezo")
+    values = {
+        "upstream": at.address,
+        "listen": "127.0.0.1:0",
+        "name": "site-a",
+        "journal_copy": tmp_path / "copy.db",
+        "join": await at.join_string("site-a"),
+        "join_state": tmp_path / "site-a",
+    }
+    running = asyncio.create_task(relay_command.run(RelaySettings.model_validate(values)))
+
+    async def serves() -> bool:
+        if running.done():
+            running.result()
+        return "site site-a: relay of" in caplog.text
+
+    await until(serves, "the relay to serve")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    identity = load_identity(tmp_path / "site-a")
+    assert identity is not None
+    assert identity.name == "site-a"
