@@ -108,6 +108,13 @@ class Coordinator:
         os.sched_setaffinity(self._process.pid, server_cores)
         self.process = psutil.Process(self._process.pid)
 
+    def keep_apart(self) -> None:
+        """Keep the process itself to its core, and the processes that it started off it."""
+        for thread in self.process.threads():
+            os.sched_setaffinity(thread.id, cores()[0])
+        for child in self.process.children():
+            os.sched_setaffinity(child.pid, cores()[1])
+
     def wait_until_it_serves(self, timeout_s: float = START_S) -> None:
         """Ask until it answers."""
         end_s = time.monotonic() + timeout_s

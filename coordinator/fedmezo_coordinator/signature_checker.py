@@ -106,9 +106,8 @@ async def _answers_to(batch: Sequence[Signed], process: asyncio.subprocess.Proce
     to, back = process.stdin, process.stdout
     assert to is not None
     assert back is not None
-    to.write(_request(batch))
-    answers, _ = await asyncio.gather(back.readexactly(len(batch)), to.drain())
-    return answers
+    to.write(_request(batch))  # What the pipe does not take at once waits in this process.
+    return await back.readexactly(len(batch))
 
 
 def _request(batch: Sequence[Signed]) -> bytes:
