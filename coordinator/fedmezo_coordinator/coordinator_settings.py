@@ -155,7 +155,7 @@ class InitSettings(BaseSettings):
 
 
 class CoordinatorSettings(ServingSettings):
-    """The coordinator of one federated run.
+    """The coordinator of one federated run. `fedmezo-coordinator init` makes a state folder for it.
 
     Settings come from flags, then from FEDMEZO_COORDINATOR_* in the environment, then from the TOML
     file that --config names.

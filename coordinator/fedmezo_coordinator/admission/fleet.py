@@ -19,7 +19,13 @@ from typing import Any, TypeVar
 
 from fedmezo_coordinator.admission.members_file import MembersFile
 from fedmezo_coordinator.admission.state_folder import StateFolder
-from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError, RevokedError
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    IdentityError,
+    ProtocolError,
+    RevokedError,
+)
 from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.trust.certificates import (
     MEMBER_LIFE_S,
@@ -95,14 +101,14 @@ class Fleet:
         """
         self.state = state
         self._life_s = certificate_life_s
+        self.server_ca = state.authority.certificate
+        if has_own_certificate:
+            self.server_ca = b"" if server_ca is None else _certificate_in(server_ca)
+        self._fingerprint = certificate_fingerprint(self.server_ca) if self.server_ca else b""
         self._file = MembersFile(state.members_path)
         self.members: Members = self._file.open(int(time.time()))
         self._one_change = asyncio.Lock()
         self._changing: set[asyncio.Task[Any]] = set()
-        self.server_ca = state.authority.certificate
-        if has_own_certificate:
-            self.server_ca = server_ca.read_bytes() if server_ca is not None else b""
-        self._fingerprint = certificate_fingerprint(self.server_ca) if self.server_ca else b""
         self.join_address = ""
         """host:port that join strings name, once the coordinator listens."""
         self.enrol_port = 0
@@ -282,3 +288,15 @@ class Fleet:
                 name,
                 RevokedError(f"Worker {name} {what}; ask the operator for a new join string."),
             )
+
+
+def _certificate_in(path: Path) -> bytes:
+    try:
+        certificate = path.read_bytes()
+        certificate_fingerprint(certificate)
+    except (OSError, IdentityError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no certificate in it"
+        raise ConfigError(
+            f"tls_cert_ca {path} cannot be read ({reason}); give the CA's PEM file."
+        ) from None
+    return certificate

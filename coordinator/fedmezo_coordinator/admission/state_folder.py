@@ -8,13 +8,14 @@ operator/               the identity of the operator who made the folder
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import shutil
 import ssl
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -36,7 +37,13 @@ from fedmezo_core.trust.certificates import (
     new_key,
     new_request,
 )
-from fedmezo_core.trust.identity import FIRST_OPERATOR, Identity, keys_for, save_identity
+from fedmezo_core.trust.identity import (
+    FIRST_OPERATOR,
+    Identity,
+    keys_for,
+    load_identity,
+    save_identity,
+)
 from fedmezo_core.trust.members import Member
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -73,6 +80,18 @@ class StateFolder:
     def hosts(self) -> list[str]:
         """The names and addresses in the server's certificate, those given to `init` first."""
         return hosts_of((self.path / "server.pem").read_bytes())
+
+    def tell_operator(self, address: str, server_ca: bytes) -> None:
+        """Note in the operator's identity where the coordinator is, and what vouches for it.
+
+        An identity that was moved elsewhere, or cannot be written, is left alone.
+        """
+        with contextlib.suppress(IdentityError):
+            identity = load_identity(self.operator_path)
+            if identity is not None:
+                told = replace(identity, address=address, server_ca=server_ca)
+                if told != identity:
+                    save_identity(told)
 
     def renew_server(self) -> None:
         """Issue the server's certificate anew if it is near its end, for the same names."""

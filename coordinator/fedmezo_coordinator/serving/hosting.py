@@ -84,6 +84,7 @@ async def fronted(
             tls.append(_fleet_tls(settings, fleet, of_members=False))
             fleet.join_address = settings.join_address or _named_address(fleet.state, port)
             await _start_enrolment(settings, fleet, port, tls[1], stack)
+            fleet.state.tell_operator(_operators_address(settings, fleet, port), fleet.server_ca)
         refreshing = asyncio.create_task(_refresh(tls, None if settings.tls_files else fleet))
         stack.callback(refreshing.cancel)
         yield Front(server, await start_server(server, what, fleet), port)
@@ -140,6 +141,14 @@ def _named_address(state: StateFolder, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _operators_address(settings: ServingSettings, fleet: Fleet, port: int) -> str:
+    """Where the operator on this machine reaches the coordinator."""
+    host = settings.listen.rpartition(":")[0]
+    if settings.tls_files is not None:
+        return fleet.join_address  # Which alone its certificate has to name.
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else f"{host}:{port}"
+
+
 async def _start_enrolment(
     settings: ServingSettings,
     fleet: Fleet,
@@ -155,6 +164,13 @@ async def _start_enrolment(
     )
     stack.push_async_callback(server.stop, None)
     await start_enrolment(server, fleet)
+    if not settings.is_loopback and fleet.join_address.startswith("localhost:"):
+        log.warning(
+            "join strings name %s, which no other machine reaches; name this one to "
+            "fedmezo-coordinator init (--name), or show a certificate (tls_cert) and set "
+            "join_address",
+            fleet.join_address,
+        )
     log.info("new members join at %s:%d", listen.rpartition(":")[0], fleet.enrol_port)
 
 

@@ -355,9 +355,9 @@ class LiveTls:
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
-        self._waiting: grpc.ServerCertificateConfiguration | None = None
+        self._current = self._taken = self._configuration()
         self.credentials = grpc.dynamic_ssl_server_credentials(
-            self._configuration(),
+            self._current,
             self._take,  # type: ignore[arg-type]  # None means: as before.
             require_client_authentication=bool(files.material.client_ca),
         )
@@ -365,7 +365,7 @@ class LiveTls:
     def refresh(self) -> None:
         """Let new connections have the certificate that the files hold now."""
         if self._files.changed():
-            self._waiting = self._configuration()
+            self._current = self._configuration()
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         material = self._files.material
@@ -374,9 +374,12 @@ class LiveTls:
         )
 
     def _take(self) -> grpc.ServerCertificateConfiguration | None:
-        # gRPC calls this at every handshake, in a thread of its own.
-        waiting, self._waiting = self._waiting, None
-        return waiting
+        # gRPC calls this at every handshake, in threads of its own.
+        current = self._current
+        if current is self._taken:
+            return None
+        self._taken = current
+        return current
 
 
 class _RefusalLog:

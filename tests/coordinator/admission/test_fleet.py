@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import trustme
 
 from fedmezo_coordinator.admission.members_file import read_members
 from fedmezo_coordinator.coordinator_settings import RelaySettings
@@ -24,6 +25,7 @@ from fedmezo_core.errors import (
     RevokedError,
     TokenError,
     UnavailableError,
+    UnknownWorkerError,
 )
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.identity import load_identity
@@ -77,8 +79,9 @@ async def test_a_lost_response_does_no_harm(at: ServedFleet) -> None:
 
 @pytest.mark.parametrize("life_s", [1])
 async def test_a_token_that_was_used_or_expired_lets_nobody_join(
-    at: ServedFleet, life_s: int
+    at: ServedFleet, life_s: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG, "fedmezo")
     used = await at.join_string()
     await at.joined(used, "w1", "w1")
     with pytest.raises(TokenError, match="was used before"):
@@ -87,6 +90,10 @@ async def test_a_token_that_was_used_or_expired_lets_nobody_join(
     await asyncio.sleep(life_s + 1.1)
     with pytest.raises(TokenError, match=r"expired . s ago by the coordinator's clock"):
         await at.joined(expired, "w3")
+    assert caplog.text.count("refused to enrol") == 1
+    for join in (used, expired):
+        secret = parse_join_string(join).secret
+        assert not [word for word in (join, secret.hex(), repr(secret)) if word in caplog.text]
 
 
 async def test_a_join_string_of_another_coordinator_sends_nothing(
@@ -133,6 +140,16 @@ async def test_a_hello_under_another_members_name_is_refused(at: ServedFleet) ->
         with pytest.raises(ForbiddenError, match="may not join a run as 'w1'"):
             await wrong.client.poll_session(b"", poll)
         assert at.daemon.is_connected("w1")
+
+
+async def test_a_polled_session_is_its_members_alone(at: ServedFleet) -> None:
+    first, second = await at.member("w1"), await at.member("w2")
+    async with at.worker(first) as right, at.client(second) as other:
+        hello = wire.SessionRequest(hello=right.hello())
+        token = (await right.client.poll_session(b"", hello)).token
+        with pytest.raises(UnknownWorkerError, match="No session has this token"):
+            await other.poll_session(token, leave=True)
+        await right.client.poll_session(token)
 
 
 async def test_the_same_key_replaces_its_session(at: ServedFleet) -> None:
@@ -225,6 +242,13 @@ async def test_what_was_decided_outlives_a_restart(tmp_path: Path) -> None:
         async with at.client(gone) as client:
             with pytest.raises(RevokedError):
                 await client.get_run()
+
+
+async def test_the_operator_is_told_where_the_coordinator_is(at: ServedFleet) -> None:
+    link = link_to(None, None, False, at.state)
+    assert link.address == at.address
+    async with link.client() as client:
+        assert [member.name async for member in client.members()] == ["operator"]
 
 
 async def test_a_second_coordinator_cannot_use_the_folder(at: ServedFleet, tmp_path: Path) -> None:
@@ -343,3 +367,43 @@ async def test_a_relay_is_a_member_of_the_fleet_above(
     identity = load_identity(tmp_path / "site-a")
     assert identity is not None
     assert identity.name == "site-a"
+
+
+@pytest.mark.parametrize("is_public", [True, False])
+async def test_the_coordinator_may_show_a_certificate_of_another_ca(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_public: bool
+) -> None:
+    """A public CA is one that the system trusts; the fleet's own still names the members."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    pair = ca.issue_cert("localhost", "127.0.0.1")
+    pair.private_key_pem.write_to_path(tmp_path / "key.pem")
+    pair.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
+    if is_public:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    else:
+        files["tls_cert_ca"] = tmp_path / "ca.pem"
+    async with served_fleet(tmp_path, GENESIS, **files) as at:
+        join = await at.join_string("w1")
+        assert bool(parse_join_string(join).ca_fingerprint) is not is_public
+        identity = await at.joined(join, "w1")
+        async with at.worker(identity) as hand:
+            await hand.open()
+
+
+async def test_a_file_that_holds_no_ca_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("none")
+    files = dict.fromkeys(("tls_cert", "tls_key", "tls_cert_ca"), tmp_path / "ca.pem")
+    with pytest.raises(ConfigError, match=r"tls_cert_ca .* cannot be read \(no certificate"):
+        async with served_fleet(tmp_path, GENESIS, **files):
+            pass
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "127.0.0.1:0"])
+async def test_join_strings_that_no_other_machine_can_use_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, listen: str
+) -> None:
+    async with served_fleet(tmp_path, GENESIS, listen=listen) as at:
+        assert ("which no other machine reaches" in caplog.text) is (listen[0] == "0")
+        await at.member("w1")
