@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,10 +110,11 @@ class Coordinator:
 
     def keep_apart(self) -> None:
         """Keep the process itself to its core, and the processes that it started off it."""
-        for thread in self.process.threads():
-            os.sched_setaffinity(thread.id, cores()[0])
-        for child in self.process.children():
-            os.sched_setaffinity(child.pid, cores()[1])
+        own = [(thread.id, cores()[0]) for thread in self.process.threads()]
+        others = [(child.pid, cores()[1]) for child in self.process.children()]
+        for number, allowed in own + others:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(number, allowed)
 
     def wait_until_it_serves(self, timeout_s: float = START_S) -> None:
         """Ask until it answers."""

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fedmezo_coordinator.programs.view import counted
+from fedmezo_core.config import STALENESS_MAX
 from fedmezo_core.errors import JournalCorruptError
 from fedmezo_core.events import Ticket
 from fedmezo_core.journal.journal import MOVES_HEAD, ZERO_HASH, Entry, head_after
@@ -14,8 +15,8 @@ from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.records import Admitted, Answered, Genesis, Record
 from fedmezo_core.trust.answer_signatures import answer_text, is_signed
 
-HEADS_KEPT = 300
-"""Newest rounds whose heads are kept; answers are at most 256 rounds old."""
+HEADS_KEPT = STALENESS_MAX + 2
+"""Newest rounds whose heads are kept: those that answers can be measured at."""
 
 
 class SignatureAudit:

@@ -17,6 +17,7 @@ from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.wire.client import CoordinatorClient
 from tests.integration.support.fleets import ServedFleet, served_fleet
 from tests.integration.support.harness import (
+    answer_to,
     config_of,
     genesis_of,
     records_of,
@@ -80,6 +81,32 @@ async def test_a_worker_reads_its_own_row_and_no_losses(tmp_path: Path) -> None:
         status = at.daemon.status("")
         assert len(status.recent_rounds) == ROUNDS
         assert not any(summary.HasField("mean_loss") for summary in status.recent_rounds)
+
+
+async def test_no_message_to_a_worker_names_another(tmp_path: Path) -> None:
+    async with served_fleet(tmp_path, run_of("observers")) as at:
+        names = ("first-worker", "second-worker")
+        members = [await at.member(name) for name in names]
+        async with at.worker(members[0]) as one, at.worker(members[1]) as two:
+            await one.open()
+            await two.open()
+            assign = await one.assigned()
+            await one.answer(assign)
+            await one.answer(assign, projected_grads=[0.25])  # another answer
+            await one.next("refused")
+            await two.answer(await two.assigned())
+            await one.next("commit")
+            await one.answer(assign, projected_grads=[0.125])  # too late
+            await one.next("refused")
+            again = next(m.assign for m in reversed(one.received) if m.HasField("assign"))
+            await one.answer(again, projected_grads=[1e9])  # beyond the clip
+            await one.next("refused")
+            await one.send(answer=answer_to(again))
+            error = await one.ended()
+            assert type(error) is SignatureError
+            for told in (*one.received, error):
+                assert "second-worker" not in str(told)
+            assert sum(told.HasField("refused") for told in one.received) == 3
 
 
 async def test_in_a_run_for_everyone_a_worker_reads_everything(tmp_path: Path) -> None:
