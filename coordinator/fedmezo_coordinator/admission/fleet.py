@@ -29,6 +29,7 @@ from fedmezo_core.errors import (
 from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.trust.certificates import (
     MEMBER_LIFE_S,
+    RENEW_AT,
     certificate_fingerprint,
     issue_member,
     key_fingerprint,
@@ -40,6 +41,7 @@ from fedmezo_core.trust.members import (
     SECRET_BYTES,
     TOKEN_ID_BYTES,
     TOKEN_LIFE_S_MAX,
+    Member,
     Members,
     Row,
     Token,
@@ -151,9 +153,8 @@ class Fleet:
             request.default_name,
         )
         certificate = self._issue(public_key, member.name)
-        member = replace(member, expires_s=lifetime_s(certificate)[1])
-        await self._change([token, member])
-        log.info("%s %s joined the fleet", member.role, member.name)
+        if await self._record_end(member, certificate, token):
+            log.info("%s %s joined the fleet", member.role, member.name)
         return wire.EnrollResponse(
             certificate_chain=certificate + self.state.authority.certificate,
             server_ca=self.server_ca,
@@ -166,13 +167,24 @@ class Fleet:
         """Issue a newer certificate to a member for the key that it has."""
         self.members.caller(caller.fingerprint)
         certificate = self._issue(public_key, caller.name)
-        expires_s = lifetime_s(certificate)[1]
-        await self._change([replace(self.members.named(caller.name), expires_s=expires_s)])
-        log.info("the certificate of %s was renewed", caller)
+        if await self._record_end(self.members.named(caller.name), certificate):
+            log.info("the certificate of %s was renewed", caller)
         return wire.RenewResponse(
             certificate_chain=certificate + self.state.authority.certificate,
             server_ca=self.server_ca,
         )
+
+    async def _record_end(self, member: Member, certificate: bytes, *more: Row) -> bool:
+        """Record when a member's newest certificate ends, with more rows; returns whether it did.
+
+        If that is hardly later than what is recorded, nothing is written: a member that asks again
+        and again fills no disk.
+        """
+        expires_s = lifetime_s(certificate)[1]
+        if expires_s - member.expires_s < self._life_s * (1 - RENEW_AT):
+            return False
+        await self._change([*more, replace(member, expires_s=expires_s)])
+        return True
 
     def _issue(self, public_key: bytes, name: str) -> bytes:
         return issue_member(self.state.authority, public_key, name, int(time.time()), self._life_s)
@@ -195,7 +207,7 @@ class Fleet:
         self.members.forget_tokens_before(int(time.time()))
         for name in request.names or [""]:
             token, secret = self._token(role, name, request.uses or 1, request.life_s)
-            made.append((self.members.new_token(token), secret))
+            made.append((self.members.new_token(token, beside=len(made)), secret))
         await self._change([token for token, _ in made])
         log.info("%s made tokens for %s: %d", caller, role, len(made))
         return wire.CreateTokensResponse(tokens=[self._shown(*one) for one in made])

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import trustme
@@ -28,12 +29,16 @@ from fedmezo_core.errors import (
     UnknownWorkerError,
 )
 from fedmezo_core.trust.authorisation import Role
-from fedmezo_core.trust.identity import load_identity
+from fedmezo_core.trust.identity import Identity, load_identity
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire import enrolment
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import find_ca, keep_renewed
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_worker.agent import Agent
+from fedmezo_worker.engine import Engine
+from fedmezo_worker.worker_settings import WorkerSettings
+from tests.faults.light_worker import LightEngine
 from tests.integration.support.fleets import ServedFleet, served_fleet
 from tests.integration.support.harness import config_of, genesis_of, until
 
@@ -342,6 +347,16 @@ async def test_a_certificate_is_renewed_by_itself(tmp_path: Path) -> None:
             at.client(identity)
 
 
+async def test_asking_again_and_again_writes_nothing(at: ServedFleet) -> None:
+    identity = await at.member("w1")
+    before = (at.state / "members.jsonl").read_bytes()
+    async with at.client(identity) as client:
+        for _ in range(3):
+            answer = await client.renew()
+    assert answer.certificate_chain != identity.certificate
+    assert (at.state / "members.jsonl").read_bytes() == before
+
+
 async def test_a_relay_is_a_member_of_the_fleet_above(
     at: ServedFleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -407,3 +422,27 @@ async def test_join_strings_that_no_other_machine_can_use_are_told(
     async with served_fleet(tmp_path, GENESIS, listen=listen) as at:
         assert ("which no other machine reaches" in caplog.text) is (listen[0] == "0")
         await at.member("w1")
+
+
+async def test_a_worker_that_waits_longer_than_its_certificate_lives_takes_part(
+    tmp_path: Path,
+) -> None:
+    async with served_fleet(tmp_path, GENESIS, certificate_life_s=3) as at:
+        identities = [await at.member(name) for name in ("w1", "w2")]
+
+        def agent(identity: Identity) -> Agent:
+            settings = WorkerSettings(
+                coordinator=at.address, name=identity.name, state=identity.folder, data=tmp_path
+            )
+            return Agent(settings, cast("Engine", LightEngine()), identity)
+
+        first = asyncio.create_task(agent(identities[0]).run())
+        await asyncio.sleep(7)
+        newest = load_identity(identities[1].folder)
+        assert newest is not None
+        with pytest.raises(IdentityError):
+            newest.check_time()
+        async with at.client(at.operator) as operator:
+            token = (await operator.rotate_member("w2", 60)).token
+        second = asyncio.create_task(agent(await at.joined(token.join_string, "w2")).run())
+        await asyncio.wait_for(asyncio.gather(first, second), 20)
