@@ -34,48 +34,55 @@ async def checker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SignatureChe
 
 
 async def started(checker: SignatureChecker) -> asyncio.subprocess.Process:
-    await checker.look_at(GOOD)
+    for one in GOOD:
+        checker.begin(one)
     starting = checker._starting
     assert starting is not None
     return await starting
 
 
-def forbid_checks_here(monkeypatch: pytest.MonkeyPatch) -> None:
+async def verdicts(checker: SignatureChecker, batch: list[Signed]) -> list[bool]:
+    """Each of the batch, settled in order, as the loop does it."""
+    checks = [checker.begin(one) for one in batch]
+    found = []
+    for check in checks:
+        await checker.settle(check)
+        found.append(checker.is_signed(*check.signed))
+    return found
+
+
+async def test_the_other_process_gives_the_verdicts(
+    checker: SignatureChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await started(checker)
+    checks = [checker.begin(one) for one in [*GOOD[:4], *BAD[:3], GOOD[4]]]
+
     def is_signed(key: bytes, text: bytes, signature: bytes) -> bool:
         raise AssertionError("checked in this process")
 
     monkeypatch.setattr(signature_checker, "is_signed", is_signed)
-
-
-async def test_many_are_checked_in_the_other_process(
-    checker: SignatureChecker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await started(checker)
-    await checker.look_at([*GOOD, *BAD])
-    assert not any(checker.is_signed(*one) for one in BAD)
-    forbid_checks_here(monkeypatch)
-    assert all(checker.is_signed(*one) for one in GOOD)
-
-
-async def test_only_the_newest_batch_is_remembered(
-    checker: SignatureChecker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await started(checker)
-    await checker.look_at(GOOD)
-    await checker.look_at(GOOD[:1])
-    forbid_checks_here(monkeypatch)
+    for check in checks:
+        await checker.settle(check)
+    assert [check.good for check in checks] == [True] * 4 + [False] * 3 + [True]
+    assert checker.is_signed(*GOOD[4])
     with pytest.raises(AssertionError, match="checked in this process"):
-        checker.is_signed(*GOOD[0])
+        checker.is_signed(*GOOD[0])  # Only what was settled last is known.
+
+
+@pytest.mark.parametrize("count", [1, MANY - 1, MANY, 5 * signature_checker.BATCH_MAX])
+async def test_verdicts_are_right_however_many_come(checker: SignatureChecker, count: int) -> None:
+    await started(checker)
+    mixed = [*GOOD, *BAD]
+    batch = [mixed[n % len(mixed)] for n in range(count)]
+    assert await verdicts(checker, batch) == [one in GOOD for one in batch]
 
 
 async def test_a_few_and_one_core_need_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for cores, batch in ((2, GOOD[: MANY - 1]), (1, GOOD)):
+    for cores, batch in ((2, [*GOOD[: MANY - 3], BAD[0]]), (1, [*GOOD, *BAD])):
         monkeypatch.setattr(signature_checker, "_cores", lambda cores=cores: cores)
         checker = SignatureChecker()
-        await checker.look_at(batch)
+        assert await verdicts(checker, batch) == [one in GOOD for one in batch]
         assert checker._starting is None
-        assert all(checker.is_signed(*one) for one in GOOD)
-        assert not any(checker.is_signed(*one) for one in BAD)
 
 
 async def test_a_process_that_dies_changes_no_verdict(
@@ -85,9 +92,8 @@ async def test_a_process_that_dies_changes_no_verdict(
     process.kill()
     await process.wait()
     for _ in range(2):
-        await checker.look_at([*GOOD, *BAD])
-        assert all(checker.is_signed(*one) for one in GOOD)
-        assert not any(checker.is_signed(*one) for one in BAD)
+        batch = [*GOOD, *BAD, *GOOD]
+        assert await verdicts(checker, batch) == [one in GOOD for one in batch]
     assert caplog.text.count("signatures are checked in this process from now on") == 1
 
 
@@ -96,7 +102,6 @@ async def test_a_process_that_cannot_start_changes_no_verdict(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     for _ in range(3):
-        await checker.look_at(GOOD)
-        assert all(checker.is_signed(*one) for one in GOOD)
+        assert all(await verdicts(checker, GOOD))
         await asyncio.sleep(0.05)
     await checker.close()

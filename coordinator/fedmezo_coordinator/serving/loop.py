@@ -32,7 +32,7 @@ from fedmezo_coordinator.serving.worker_session import (
     Traffic,
     WorkerSession,
 )
-from fedmezo_coordinator.signature_checker import SignatureChecker
+from fedmezo_coordinator.signature_checker import Check, SignatureChecker
 from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
@@ -135,6 +135,8 @@ class _Left(Item):
 class _FromWorker(Item):
     session: WorkerSession
     message: wire.SessionRequest
+    check: Check | None
+    """The check of its signature, which began when it came; None if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     async def _take(self, items: Sequence[Item], readies: list[ReadyT]) -> list[ReadyT]:
         """Step through the items; returns what is left to flush, `readies` included."""
-        await self._look_at_signatures(items)
         for item in items:
             await self._pace()
             if isinstance(item, _Join):
@@ -307,21 +308,11 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 await self._flush(readies)
                 readies = []
                 await self._join(item)
-            else:
-                readies += self._step(item)
+                continue
+            if isinstance(item, _FromWorker) and item.check and item.session.ended is None:
+                await self._signatures.settle(item.check)
+            readies += self._step(item)
         return readies
-
-    async def _look_at_signatures(self, items: Sequence[Item]) -> None:
-        """Check the signatures among the items together, which may take another core."""
-        found = [
-            signed_part(item.message, item.session.signing, self._index.head_at)
-            for item in items
-            if isinstance(item, _FromWorker)
-            and item.session.signing is not None
-            and item.session.ended is None
-        ]
-        if found:
-            await self._signatures.look_at([part for part in found if part is not None])
 
     async def _siblings(self, readies: Sequence[ReadyT], until_s: float) -> list[Item]:
         """The next item before `until_s`, if there is something to append and an answer is due."""
@@ -358,7 +349,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 session.end(HalfClosedError())
                 self._note("worker %s left", session.worker)
                 return [self._machine.step(WorkerLost(session.worker))]
-            case _FromWorker(session, message):
+            case _FromWorker(session, message, _):
                 if self._sessions.get(session.worker) is not session or session.ended is not None:
                     return []
                 return self._from_worker(session, message)
@@ -617,7 +608,11 @@ class ServingLoop(ABC, Generic[ReadyT]):
     async def receive(self, session: WorkerSession, message: wire.SessionRequest) -> None:
         """Queue a message that came in an open session for the loop."""
         session.traffic.bytes_up += message.ByteSize()
-        await self._items.put(_FromWorker(session, message))
+        signed = None
+        if session.signing is not None:
+            signed = signed_part(message, session.signing, self._index.head_at)
+        check = None if signed is None else self._signatures.begin(signed)
+        await self._items.put(_FromWorker(session, message, check))
 
     def sent(self, session: WorkerSession, message: Outgoing) -> bytes:
         """Count a message that is sent now; returns its bytes."""
