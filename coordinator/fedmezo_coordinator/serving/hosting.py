@@ -114,6 +114,11 @@ def check_listen(settings: ServingSettings) -> None:
 def _opened_fleet(settings: ServingSettings) -> Iterator[Fleet]:
     assert settings.state is not None
     state = open_state(settings.state)
+    if not state.server_files[0].exists():
+        raise ConfigError(
+            f"{state.server_files[0]} is not there; make it anew with: fedmezo-coordinator init "
+            f"--state {state.path} --name HOST"
+        )
     if settings.tls_files is None:
         state.renew_server()
     fleet = Fleet(
@@ -166,10 +171,10 @@ async def _start_enrolment(
     await start_enrolment(server, fleet)
     if not settings.is_loopback and fleet.join_address.startswith("localhost:"):
         log.warning(
-            "join strings name %s, which no other machine reaches; name this one to "
-            "fedmezo-coordinator init (--name), or show a certificate (tls_cert) and set "
-            "join_address",
+            "join strings name %s, which no other machine reaches; remove server.pem from %s and "
+            "run fedmezo-coordinator init again with --name, or set tls_cert and join_address",
             fleet.join_address,
+            fleet.state.path,
         )
     log.info("new members join at %s:%d", listen.rpartition(":")[0], fleet.enrol_port)
 

@@ -15,9 +15,11 @@ import pytest
 import trustme
 
 from fedmezo_coordinator.admission.members_file import read_members
-from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.admission.state_folder import make_state
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_coordinator.programs import relay_command
 from fedmezo_coordinator.programs.connecting import link_to
+from fedmezo_coordinator.serving.hosting import fronted
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
@@ -117,8 +119,10 @@ async def test_a_join_string_of_another_coordinator_sends_nothing(
     foreign = type(mine)(
         mine.address, mine.enrol_port, mine.ca_fingerprint, join.token_id, join.secret
     )
+    before = (at.state / "members.jsonl").read_bytes()
     with pytest.raises(TokenError, match="belongs to another coordinator"):
         await at.joined(str(foreign), "w1")
+    assert (at.state / "members.jsonl").read_bytes() == before
 
 
 async def test_the_ca_is_found_by_its_fingerprint(at: ServedFleet) -> None:
@@ -405,6 +409,15 @@ async def test_the_coordinator_may_show_a_certificate_of_another_ca(
         identity = await at.joined(join, "w1")
         async with at.worker(identity) as hand:
             await hand.open()
+
+
+async def test_a_state_folder_without_its_servers_certificate_is_named(tmp_path: Path) -> None:
+    make_state(tmp_path / "state", [], None)
+    (tmp_path / "state" / "server.pem").unlink()
+    settings = {"listen": "127.0.0.1:0", "state": tmp_path / "state"}
+    with pytest.raises(ConfigError, match=r"make it anew with: fedmezo-coordinator init"):
+        async with fronted(CoordinatorSettings.model_validate(settings), "coordinator"):
+            pass
 
 
 async def test_a_file_that_holds_no_ca_is_named(tmp_path: Path) -> None:

@@ -132,6 +132,18 @@ def test_the_servers_certificate_is_renewed_for_the_same_names(
     assert state.hosts == hosts
 
 
+def test_other_host_names_take_a_new_certificate_alone(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    make_state(state, [], None)
+    before = contents(state)
+    (state / "server.pem").unlink()
+    assert make_state(state, ["fleet.example.org"], None)
+    assert open_state(state).hosts[0] == "fleet.example.org"
+    changed = {name for name, content in contents(state).items() if before[name] != content}
+    assert changed == {"server.pem", "server.key"}
+    assert not make_state(state, ["other.example.org"], None)
+
+
 def test_members_outlive_a_crash_in_the_middle_of_a_line(tmp_path: Path) -> None:
     path = tmp_path / "members.jsonl"
     write_members(path, [MEMBER, TOKEN])
