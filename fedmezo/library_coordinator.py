@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from fedmezo.genesis import GenesisLike, bytes_of, decode_genesis
+from fedmezo.genesis import GenesisLike, bytes_of, decode_genesis, head_of
 from fedmezo_core.config import MESSAGE_BYTES_MAX, RunConfig
 from fedmezo_core.errors import (
     ConfigError,
@@ -56,7 +57,14 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.records import Committed, Evaluated, Genesis, Record, RoundSlot
-from fedmezo_core.wire.admission import check_hello, check_nonce, event_from_request
+from fedmezo_core.trust.authorisation import Caller
+from fedmezo_core.wire.admission import (
+    Signing,
+    check_hello,
+    check_nonce,
+    event_from_request,
+    signing_of,
+)
 from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import (
     assign_to_pb,
@@ -113,6 +121,8 @@ class _Worker:
     """Whether it is not in the run yet, because it must take a snapshot first."""
     wanted: wire.ReadSnapshotRequest | None = None
     """The piece of a snapshot that it lacks. Round 0: it must be told which snapshot there is."""
+    signing: Signing | None = None
+    """How its answers are signed; None if they are not."""
 
 
 class Coordinator:
@@ -149,7 +159,7 @@ class Coordinator:
         """
         self._journal = Journal(_opened(store))
         self._snapshots = RecordedSnapshots(_snapshots_folder(store, snapshots))
-        self._machine = RoundMachine()
+        self._machine = RoundMachine(slot_secret=secrets.token_bytes(32))
         self._index = CommitIndex()
         self._genesis_body = b""
         self._workers: dict[str, _Worker] = {}
@@ -371,7 +381,7 @@ class Coordinator:
         return self._outboxes.pop(worker, [])
 
     def _greet(self, worker: str, hello: wire.Hello) -> None:
-        can_join = self._can_join(worker, hello)
+        signing, can_join = self._checked_hello(worker, hello)
         self._lose(worker)
         self._flush()
         outbox = self._outboxes[worker] = []
@@ -383,7 +393,7 @@ class Coordinator:
                 wanted=wire.ReadSnapshotRequest(),
             )
             return
-        self._workers[worker] = _Worker(is_calling=False, round=hello.round)
+        self._workers[worker] = _Worker(is_calling=False, round=hello.round, signing=signing)
         outbox.append(wire.SessionResponse(welcome=self._welcome()).SerializeToString())
         outbox += [
             commit_to_pb(row).SerializeToString() for row in self._commits_after(hello.round)
@@ -422,7 +432,7 @@ class Coordinator:
             raise ProtocolError("What goes up in an exchange begins with its only hello.")
         hello = request.messages[0].hello
         name = hello.worker
-        can_join = self._can_join(name if worker is None else worker, hello)
+        signing, can_join = self._checked_hello(name if worker is None else worker, hello)
         known = self._workers.get(name)
         if known is not None and known.knows_ending:
             self._lose(name)
@@ -433,6 +443,7 @@ class Coordinator:
             known = self._workers[name] = _Worker(True, hello.round, is_reading=True)
         known.round, known.nonce, known.seen_ms = hello.round, request.nonce, self._now_ms
         known.replies, known.has_reported, known.wanted = [], "weights_report" in kinds, None
+        known.signing = signing
         if not can_join:
             # A worker of the run stays one: this hello may be a late copy of its first.
             wanted = [m.read_snapshot for m in request.messages if m.HasField("read_snapshot")]
@@ -525,10 +536,10 @@ class Coordinator:
 
     # ------------------------------------------------------------ what both ways share
 
-    def _can_join(self, worker: str, hello: wire.Hello) -> bool:
-        """Whether a worker has what it needs to join; otherwise it must take a snapshot first.
+    def _checked_hello(self, worker: str, hello: wire.Hello) -> tuple[Signing | None, bool]:
+        """How a worker signs its answers, and whether it has what it needs to join.
 
-        Raises the error with which its hello is refused.
+        Otherwise it must take a snapshot first. Raises the error with which its hello is refused.
         """
         head, begins = self._index.head_at(hello.round), self._index.begins
         can_join = True
@@ -548,7 +559,8 @@ class Coordinator:
                 f"The hello of {hello.worker} came over the connection of {worker}; let each "
                 "worker use its own."
             )
-        return can_join
+        signing = signing_of(hello, Caller.ANYONE, self.genesis, head_of(self._genesis_body))
+        return signing, can_join
 
     def _piece(self, wanted: wire.ReadSnapshotRequest) -> wire.SessionResponse:
         """The newest snapshot's description, or a piece of the one that is wanted.
@@ -591,7 +603,8 @@ class Coordinator:
             seqno = rows[-1].seqno + 1
 
     def _step(self, worker: str, message: wire.SessionRequest) -> None:
-        event = event_from_request(worker, message, self.round, self._index.head_at)
+        signing = self._workers[worker].signing
+        event = event_from_request(worker, message, self.round, self._index.head_at, signing)
         match event:
             case UnableReceived():
                 log.warning("worker %s cannot measure: %s", worker, event.reason)

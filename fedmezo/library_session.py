@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError
 
 from fedmezo.engines import Engine, RestoringEngine, SavingEngine
@@ -41,6 +42,7 @@ from fedmezo_core.events import (
 from fedmezo_core.folders import folder_on_a_disk
 from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.records import Committed
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.admission import check_worker_name
 from fedmezo_core.wire.messages import (
     answer_to_pb,
@@ -72,12 +74,19 @@ class Session:
     """
 
     def __init__(
-        self, genesis: GenesisLike, worker: str, engine: Engine, *, measure_inline: bool = True
+        self,
+        genesis: GenesisLike,
+        worker: str,
+        engine: Engine,
+        *,
+        measure_inline: bool = True,
+        signing_key: Ed25519PrivateKey | None = None,
     ) -> None:
         """Take part as `worker` with an engine that holds the base of the run.
 
         With `measure_inline` the session itself measures, and a call returns when that is done.
         Without it, the caller takes each `order`, and gives what `measure` returns to `complete`.
+        With a `signing_key` every answer is signed; keep the key to go on as the same worker.
         Raises `ProtocolError` if the bytes hold no genesis, or `worker` is no worker's name.
         """
         self._genesis = decode_genesis(genesis)
@@ -85,6 +94,7 @@ class Session:
         self.worker = worker
         """The worker's name in the run."""
         self._engine = engine
+        self._signer = AnswerSigner(signing_key, head_of(genesis)) if signing_key else None
         self._measure_inline = measure_inline
         config = self._genesis.config
         self._machine = SessionMachine(
@@ -116,13 +126,14 @@ class Session:
         rows: Rows,
         *,
         measure_inline: bool = True,
+        signing_key: Ed25519PrivateKey | None = None,
         **settings: Any,
     ) -> Session:
         """A session with a `TorchEngine` of `model` and `rows`; takes and raises what that does."""
         from fedmezo.torch_engine import TorchEngine
 
         engine = TorchEngine(genesis, worker, model, rows, **settings)
-        return cls(genesis, worker, engine, measure_inline=measure_inline)
+        return cls(genesis, worker, engine, measure_inline=measure_inline, signing_key=signing_key)
 
     # ------------------------------------------------------------ what it shows
 
@@ -421,7 +432,9 @@ class Session:
 
     def _hello(self, round_: int, head: bytes) -> wire.SessionRequest:
         form = getattr(self._engine, "base_form", "")
-        return hello_to_pb(self._genesis, self.worker, round_, head, base_form=form)
+        return hello_to_pb(
+            self._genesis, self.worker, round_, head, base_form=form, signer=self._signer
+        )
 
     def _do(self, actions: Sequence[SessionAction]) -> list[wire.SessionRequest]:
         """Do what the machine asks for, in order; returns the messages to send.
@@ -442,7 +455,7 @@ class Session:
                     else:
                         self._order = action
                 case SendAnswer():
-                    messages.append(answer_to_pb(action))
+                    messages.append(answer_to_pb(action, self._signer))
                 case SendUnable():
                     messages.append(unable_to_pb(action))
                 case ReportWeights(round_):

@@ -367,6 +367,10 @@ class RunConfig(_Frozen):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounding: Literal["stochastic", "nearest"] = "stochastic"
+    journal_readers: Literal["everyone", "observers"] = Field(
+        default="everyone",
+        description="Who reads answers, losses and names: everyone, or observers and operators.",
+    )
     workers_min: int = Field(
         default=1, ge=1, le=COHORT_MAX, description="Workers ready before a round opens."
     )

@@ -16,6 +16,7 @@
         StaleTicketError     an answer to a ticket that is not open (another epoch, round or slot)
         EquivocationError    a second, different answer to one ticket
         ScalarError          a projected gradient outside what the run allows
+        SignatureError       an answer whose signature is missing, or not its worker's for it
         NotReadyError        the coordinator cannot take this now; a retry later can succeed
       DivergedError          a party's weights are not the run's weights
       JournalError           the journal cannot be opened, read or appended to
@@ -137,6 +138,12 @@ class ScalarError(ProtocolError):
     """A projected gradient is not finite or outside the run's clip, or their count is wrong."""
 
     status = "OUT_OF_RANGE"
+
+
+class SignatureError(ProtocolError):
+    """An answer is not signed by its worker's key for its run, ticket and history, but must be."""
+
+    status = "PERMISSION_DENIED"
 
 
 class NotReadyError(ProtocolError):

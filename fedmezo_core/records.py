@@ -146,6 +146,9 @@ class Answered(NamedTuple):
     round: int
     slot: int
     scalars: Scalars
+    signature: bytes = b""
+    """The worker's signature (`trust.answer_signatures`), 64 bytes; empty if it does not sign. It
+    is of the newest key that was admitted for the slot's worker."""
 
     @property
     def projected_grads(self) -> tuple[float, ...]:
@@ -166,6 +169,15 @@ class Answered(NamedTuple):
     def rows(self) -> int | None:
         """Rows of the worker's data, if the run weights answers by rows."""
         return self.scalars.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """From here on a worker's answers are signed with `key`, or not at all."""
+
+    worker: str
+    key: bytes
+    """Ed25519 public key, 32 bytes."""
 
 
 class SeedRange(NamedTuple):
@@ -319,6 +331,7 @@ Record = (
     | Stopped
     | Snapshotted
     | SignedHead
+    | Admitted
 )
 
 

@@ -41,6 +41,7 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import STATE_VERSION, state_of, state_to_pb
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
@@ -92,7 +93,7 @@ class Daemon(ServingLoop[Ready]):
         """
         super().__init__(session_limit)
         self._pages.journal = journal
-        self._machine = RoundMachine(has_replica=has_replica)
+        self._machine = RoundMachine(has_replica=has_replica, slot_secret=secrets.token_bytes(32))
         self._signer = signer
         self._snapshots = SnapshotStore(snapshots)
         self._folds.append(self._fold_snapshots)
@@ -417,6 +418,8 @@ class Daemon(ServingLoop[Ready]):
                 log.error("the run is paused after round %d: %s", round_, reason)
             case Resumed(rate_factor):
                 log.info("the run is resumed, with learning rates times %g", rate_factor)
+            case Admitted(worker, key):
+                log.info("worker %s signs its answers with key %s", worker, key.hex())
             case Snapshotted(round_):
                 log.info("snapshot of round %d, %d bytes", round_, record.file_bytes)
             case Stopped(round_, reason):
@@ -482,12 +485,9 @@ class Daemon(ServingLoop[Ready]):
             raise ProtocolError("The replica's snapshot has no digest, no bytes or no round.")
         await self._items.put(_FromReplica(request))
 
-    def status(self, run_id: str) -> wire.GetStatusResponse:
-        """The status of the run, with its newest evaluations and divergences.
-
-        Raises `WrongRunError` if `run_id` is another run's.
-        """
-        answer, state = super().status(run_id), self._machine.state
+    def _whole_status(self) -> wire.GetStatusResponse:
+        """The status of the run, with its newest evaluations and divergences."""
+        answer, state = super()._whole_status(), self._machine.state
         best = state.health.best
         if best is not None and best not in state.evaluations:
             answer.evaluations.append(evaluated_to_pb(best))

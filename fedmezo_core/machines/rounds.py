@@ -46,12 +46,14 @@ from fedmezo_core.machines.aggregate import (
     to_binary32,
 )
 from fedmezo_core.machines.answers import checked, content_of, is_digest_round
+from fedmezo_core.machines.cohort import shuffled
 from fedmezo_core.machines.divergence import REPLICA_PARTY, DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.rates import own_rates, schedule_factor
 from fedmezo_core.machines.roster import COMPLAINT_CHARS_MAX, Phase, Roster, RoundSummary
 from fedmezo_core.machines.run_state import RoundState, RunState, keep_newest_rounds
 from fedmezo_core.machines.seeds import seed_ranges_of, seeds_of
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
@@ -76,8 +78,13 @@ FRUITLESS_DEADLINES_MAX = 2
 class RoundMachine:
     """Opens rounds, takes answers, compares weights, commits. See the module's text for its use."""
 
-    def __init__(self, *, has_replica: bool = False) -> None:
-        """`has_replica`: whether the replica's digests come, so that its word is waited for."""
+    def __init__(self, *, has_replica: bool = False, slot_secret: bytes = b"") -> None:
+        """`has_replica`: whether the replica's digests come, so that its word is waited for.
+
+        `slot_secret` (32 random bytes, which nobody else knows) decides the order of a cohort's
+        slots in runs whose commits must not tell whose their pairs are; only those need it.
+        """
+        self._slot_secret = slot_secret
         self.has_replica = has_replica
         self.state = RunState()
         self.roster = Roster("this coordinator start")
@@ -178,6 +185,8 @@ class RoundMachine:
         Raises `JournalError` without a genesis.
         """
         assert not self._started, "a machine starts once"
+        hides = self.config.journal_readers != "everyone"
+        assert self._slot_secret or not hides, "the order of the slots needs a secret"
         self._now_ms = now_ms
         self._restart_deadline()
         self._started = True
@@ -263,7 +272,9 @@ class RoundMachine:
         if accepted is None:
             if state.open is None:
                 self._restart_deadline()
-            self._record(Answered(ticket.round, ticket.slot, scalars))
+            if event.signature and state.keys.get(event.worker) != event.key:
+                self._record(Admitted(event.worker, event.key))
+            self._record(Answered(ticket.round, ticket.slot, scalars, event.signature))
             assignment = RoundSlot(ticket.round, ticket.slot)
             self.roster.answered(event.worker, assignment, scalars.mean_loss)
         elif content_of(scalars) != content_of(accepted.record.scalars):
@@ -565,6 +576,8 @@ class RoundMachine:
 
     def _add_slots(self, workers: tuple[str, ...]) -> None:
         config, round_, first_slot = self.config, self.state.round + 1, len(self.cohort)
+        if config.journal_readers != "everyone":
+            workers = shuffled(workers, self._slot_secret, round_, first_slot)
         factor = self._factor(round_)
         rates = tuple(
             factor * rate for rate in own_rates(config, round_, workers, self.state.signals())

@@ -27,6 +27,7 @@ from fedmezo_core.machines.rates import SIGNAL_ROUNDS, update_distances
 from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX, WORKERS_SEEN_MAX, RoundSummary
 from fedmezo_core.machines.seeds import Pool, seeds_of
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
@@ -129,6 +130,9 @@ class RunState:
     usual_sizes: deque[float] = field(default_factory=lambda: deque(maxlen=CLIP_ROUNDS))
     """Lower median of the sizes of each of the newest rounds' answers, in a run that clips by it.
     Rounds that measured nothing but 0 are left out."""
+    keys: dict[str, bytes] = field(default_factory=dict)
+    """Worker -> the newest key that its answers were signed with, 32 bytes. The key admitted
+    longest ago comes first."""
     copied: bool = False
     """Whether this is folded from a copy of the commits only, without openings and answers."""
     _shares: tuple[Sequence[Answered], list[Share], float] = field(
@@ -177,6 +181,10 @@ class RunState:
                 self.paused = None
                 self.rate_factor *= rate_factor
                 self.health.resumed()
+            case Admitted(worker, key):
+                self.keys.pop(worker, None)
+                self.keys[worker] = key
+                _keep_latest(self.keys, WORKERS_SEEN_MAX)
             case Stopped():
                 if self.stopped is not None or record.round != self.round:
                     raise _misplaced(

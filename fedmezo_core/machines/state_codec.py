@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from fedmezo_core.config import COHORT_MAX, RunConfig
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.journal.codec import (
+    admitted_from_pb,
+    admitted_to_pb,
     answered_from_pb,
     answered_to_pb,
     diverged_from_pb,
@@ -26,7 +28,7 @@ from fedmezo_core.machines.rates import SIGNAL_ROUNDS
 from fedmezo_core.machines.roster import RoundSummary
 from fedmezo_core.machines.run_state import EPOCH_MAX, Accepted, RoundState, RunState
 from fedmezo_core.machines.seeds import Pool
-from fedmezo_core.records import Genesis, Paused, Stopped
+from fedmezo_core.records import Admitted, Genesis, Paused, Stopped
 from fedmezo_proto.v1 import journal_pb2
 from fedmezo_proto.v1 import origin_pb2 as pb
 
@@ -97,6 +99,7 @@ def state_to_pb(state: RunState) -> pb.RunState:
         zeros=_streak_to_pb(state.health.zeros),
         worsening=_streak_to_pb(state.health.worsening),
         usual_sizes=state.usual_sizes,
+        keys=[admitted_to_pb(Admitted(w, key)) for w, key in state.keys.items()],
     )
 
 
@@ -135,6 +138,8 @@ def state_from_pb(message: pb.RunState, genesis: Genesis) -> RunState:
         state.losses[one.worker] = deque(one.losses, maxlen=SIGNAL_ROUNDS)
     state.distances.update((one.worker, one.distance) for one in message.distances)
     state.usual_sizes.extend(message.usual_sizes)
+    for admitted in map(admitted_from_pb, message.keys):
+        state.keys[admitted.worker] = admitted.key
     state.copied = message.copied
     _check(state, genesis.config)
     return state

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedmezo
 from fedmezo import Coordinator, Session, library_coordinator
+from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import (
     ConfigError,
@@ -30,7 +32,8 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore, Row
-from fedmezo_core.records import Answered, Committed, Diverged, Genesis, Record
+from fedmezo_core.machines.rounds import RoundMachine
+from fedmezo_core.records import Admitted, Answered, Committed, Diverged, Genesis, Record
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import config_of, genesis_of
 from tests.library.dropped_records import drop_records
@@ -103,6 +106,28 @@ def test_exchanges_give_the_same_journal_as_messages_in_order() -> None:
     assert coordinator.digests == first.digests
     # Answers come in the order in which workers finish.
     assert sorted(map(repr, records_in(by_calls))) == sorted(map(repr, records_in(in_order)))
+
+
+def test_sessions_with_a_key_sign_what_the_journal_keeps() -> None:
+    genesis, store = small_run(), MemoryStore()
+    coordinator = Coordinator(genesis, store)
+    keys = {name: Ed25519PrivateKey.generate() for name in NAMES[:2]}
+    sessions = [
+        Session(genesis, name, LightEngine(name), signing_key=keys.get(name)) for name in NAMES
+    ]
+    downs = [b""] * len(NAMES)
+    while not coordinator.done:
+        for n, session in enumerate(sessions):
+            downs[n] = coordinator.exchange(session.exchange(downs[n]))
+    machine, audit = RoundMachine(), SignatureAudit(None)
+    for entry in Journal(store).load():
+        record = decode_record(entry.row.body)
+        machine.apply(record)
+        audit.take(entry, record, machine.state)
+    assert next(audit.lines()) == "signatures: 10 answers signed and checked, 5 unsigned"
+    admitted = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+    assert machine.state.keys == admitted
+    assert records_in(store).count(Admitted("a", admitted["a"])) == 1
 
 
 class BadNetwork:

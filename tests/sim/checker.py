@@ -16,6 +16,7 @@ from fedmezo_core.machines.aggregate import decay_of
 from fedmezo_core.machines.rates import schedule_factor
 from fedmezo_core.machines.seeds import Pool, seeds_of
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
@@ -84,6 +85,7 @@ class Checker:
     ages: list[int] = field(default_factory=list)
     """How many rounds old each committed answer was."""
     named: set[tuple[int, str, int]] = field(default_factory=set)
+    keys: dict[str, bytes] = field(default_factory=dict)
     sent_answers: set[tuple[str, SendAnswer]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -112,7 +114,13 @@ class Checker:
                 cohort += workers
                 contract = [self.config.learning_rate] * len(workers)
                 self.rates.setdefault(round_, []).extend(rates or contract)
+            case Admitted(worker, key):
+                _require(self.keys.get(worker) != key, f"{worker}'s key is admitted twice")
+                self.keys[worker] = key
             case Answered():
+                worker = self.cohorts[record.round][record.slot]
+                key = self.keys.get(worker, b"")
+                _require(record.signature in (b"", 2 * key), f"no record has {worker}'s key")
                 self._answered(record)
             case Committed():
                 self._committed(record)

@@ -37,6 +37,7 @@ from fedmezo_coordinator.programs.plain_values import (
     status_values,
 )
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
+from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import (
     Pace,
@@ -186,13 +187,17 @@ def verify(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    signatures: Annotated[
+        bool, typer.Option("--signatures", help="check the signature of each worker's answer too")
+    ] = False,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
     with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
-        line = _verified_line(source)
+        audit = SignatureAudit(source.origin()) if signatures else None
+        line = _verified_line(source, audit)
         if journal:
             Companions(journal).check(source)
-        print(line)
+        print("\n".join([line, *(audit.lines() if audit else ())]))
 
 
 @journal_app.command()
@@ -636,8 +641,8 @@ def _opened(journal: str | None, link: Link | None) -> Iterator[Journal]:
         store.close()
 
 
-def _verified_line(journal: Journal) -> str:
-    """Verify and replay a journal; returns one line about its run."""
+def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str:
+    """Verify and replay a journal, with its signatures by `audit`; returns a line about its run."""
     machine, count, before = RoundMachine(), 0, ""
     signed: records.SignedHead | None = None
     origin = journal.origin()
@@ -647,8 +652,10 @@ def _verified_line(journal: Journal) -> str:
             f" after {origin.seqno} that were dropped, up to round {origin.round} "
             f"({_signed_by(origin.key)}),"
         )
-    for _, record in verified(journal):
+    for entry, record in verified(journal):
         machine.apply(record)
+        if audit is not None:
+            audit.take(entry, record, machine.state)
         if isinstance(record, records.SignedHead) and record.signature:
             signed = record
         count += 1
@@ -723,6 +730,8 @@ def _line(row: Row, record: records.Record) -> str:
             text = f"checkpoint epoch {epoch}, round {round_}, head {head.hex()[:16]}, {signed}"
         case records.Snapshotted(round_):
             text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
+        case records.Admitted(worker, key):
+            text = f"admitted   {worker} signs with key {key.hex()}"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 

@@ -237,7 +237,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
         gRPC would keep the message beside its bytes for as long as nobody reads them.
         """
-        return await self._daemon.read_journal(request, lambda: self._enter(context))
+        caller = self.caller_of(context)
+        return await self._daemon.read_journal(request, lambda: self._enter(context), caller)
 
     ReadJournal = read_journal  # type: ignore[assignment]
 
@@ -248,7 +249,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Report the status of the run."""
         if self._daemon.status_is_large:
             await self._enter(context)
-        return self._daemon.status(request.run_id)
+        return self._daemon.status(request.run_id, self.caller_of(context))
 
     @_mapped
     async def ReportReplica(  # noqa: N802
@@ -299,8 +300,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         reader: asyncio.Task[None] | None = None
         try:
             hello = await self._hello(context)
-            check_worker_name(self.caller_of(context), hello.worker)
-            session = await self._daemon.join(hello)
+            caller = self.caller_of(context)
+            check_worker_name(caller, hello.worker)
+            session = await self._daemon.join(hello, caller=caller)
             self.caller_of(context)  # It may have been revoked while it joined.
             self._daemon.session_limit.joined(permit)
             reader = asyncio.create_task(self._read(context, session))

@@ -17,6 +17,7 @@ name of fedmezo_core.errors). The status message is one sentence for a person.
   NOT_FOUND            Another run, a worker that has not joined, or a snapshot that is not kept.
   FAILED_PRECONDITION  Model, tokenizer or recipe differ; or the ticket is stale.
   ALREADY_EXISTS       The worker gave a different answer to the same ticket before.
+  PERMISSION_DENIED    The answer is not signed by the worker's key for this run, ticket and history.
   OUT_OF_RANGE         A projected gradient is not finite or beyond the clip. Or the journal no longer
                        holds the records: begin from a snapshot.
   DATA_LOSS            The worker's weights are not the run's: rebuild them from base and journal.
@@ -314,6 +315,7 @@ class Hello(google.protobuf.message.Message):
     RECIPE_FIELD_NUMBER: builtins.int
     ROUND_FIELD_NUMBER: builtins.int
     HEAD_FIELD_NUMBER: builtins.int
+    SIGNING_KEY_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """The version that GetRun chose."""
     run_id: builtins.str
@@ -334,6 +336,8 @@ class Hello(google.protobuf.message.Message):
     """Last round applied to its weights, 0 for the base."""
     head: builtins.bytes
     """Its head at that round. 32 bytes."""
+    signing_key: builtins.bytes
+    """Ed25519 public key that signs its answers. 32 bytes, or empty if it does not sign."""
     def __init__(
         self,
         *,
@@ -346,8 +350,9 @@ class Hello(google.protobuf.message.Message):
         recipe: builtins.str = ...,
         round: builtins.int = ...,
         head: builtins.bytes = ...,
+        signing_key: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_digest", b"base_digest", "head", b"head", "manifest_digest", b"manifest_digest", "protocol_version", b"protocol_version", "recipe", b"recipe", "round", b"round", "run_id", b"run_id", "tokenizer_digest", b"tokenizer_digest", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_digest", b"base_digest", "head", b"head", "manifest_digest", b"manifest_digest", "protocol_version", b"protocol_version", "recipe", b"recipe", "round", b"round", "run_id", b"run_id", "signing_key", b"signing_key", "tokenizer_digest", b"tokenizer_digest", "worker", b"worker"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -389,6 +394,7 @@ class Answer(google.protobuf.message.Message):
     WEIGHTS_DIGEST64_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
     HEAD64_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     mean_loss: builtins.float
     """Mean batch loss over the steps, in nats. Set only if the run reports losses."""
     weights_digest64: builtins.int
@@ -401,6 +407,8 @@ class Answer(google.protobuf.message.Message):
     """First 8 bytes (little-endian) of the head that it was measured at. Absent if weights_digest64 is
     set, which says more.
     """
+    signature: builtins.bytes
+    """Signature by the hello's key (docs/protocol.md, signed answers). 64 bytes, or empty without a key."""
     @property
     def ticket(self) -> Global___Ticket:
         """The assignment's ticket."""
@@ -418,9 +426,10 @@ class Answer(google.protobuf.message.Message):
         weights_digest64: builtins.int | None = ...,
         rows: builtins.int | None = ...,
         head64: builtins.int | None = ...,
+        signature: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_head64", b"_head64", "_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "head64", b"head64", "mean_loss", b"mean_loss", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_head64", b"_head64", "_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "head64", b"head64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_head64", b"_head64", "_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "head64", b"head64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "rows", b"rows", "signature", b"signature", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_head64", b"_head64"]) -> typing.Literal["head64"] | None: ...
     @typing.overload
@@ -891,7 +900,7 @@ class JournalEntry(google.protobuf.message.Message):
     record: builtins.bytes
     """Serialized `Record`."""
     chain: builtins.bytes
-    """chain(seqno). 32 bytes."""
+    """chain(seqno). 32 bytes; zero bytes for a reader that may not see the records in between."""
     def __init__(
         self,
         *,

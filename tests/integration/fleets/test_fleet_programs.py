@@ -75,7 +75,10 @@ async def test_three_commands_to_a_run_over_mutual_tls(
     )
     await said_by(programs.start(PROGRAM, "join", observer))
     eve = ("--state", home / "fedmezo" / "identity")
-    assert "sound" in await said_by(programs.start(PROGRAM, "journal", "verify", *eve))
+    verify = programs.start(PROGRAM, "journal", "verify", "--signatures", *eve)
+    verified = await said_by(verify)
+    assert "sound" in verified
+    assert "signed and checked, 0 unsigned" in verified
     asked = programs.start(PROGRAM, "revoke", "gpu-1", *eve)
     assert await asked.wait() == 1
     assert "observer eve may not call RevokeMember, which is for operator" in asked.said
