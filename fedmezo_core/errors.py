@@ -16,6 +16,7 @@
         ScalarError          a projected gradient outside what the run allows
         NotReadyError        the coordinator cannot take this now; a retry later can succeed
       DivergedError          a party's weights are not the run's weights
+      ExcludedError          the operator has excluded this worker from the run
       JournalError           the journal cannot be opened, read or appended to
         JournalLockedError   another process has the journal open
           FencedError        another coordinator has taken over the journal; this one must not write
@@ -133,6 +134,12 @@ class DivergedError(FedMezoError):
     """A party's weights digest is not the run's."""
 
     status = "DATA_LOSS"
+
+
+class ExcludedError(FedMezoError):
+    """The run's operator has excluded the worker; it takes no part until it is readmitted."""
+
+    status = "PERMISSION_DENIED"
 
 
 class JournalError(FedMezoError):

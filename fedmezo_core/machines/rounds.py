@@ -20,7 +20,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedmezo_core.config import COHORT_MAX, RunConfig
-from fedmezo_core.errors import ConfigError, EquivocationError, JournalError, StaleTicketError
+from fedmezo_core.errors import (
+    ConfigError,
+    EquivocationError,
+    ExcludedError,
+    JournalError,
+    StaleTicketError,
+)
 from fedmezo_core.events import (
     Ack,
     AnswerReceived,
@@ -49,15 +55,22 @@ from fedmezo_core.machines.answers import checked, content_of, is_digest_round
 from fedmezo_core.machines.divergence import REPLICA_PARTY, DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.rates import own_rates, schedule_factor
 from fedmezo_core.machines.roster import COMPLAINT_CHARS_MAX, Phase, Roster, RoundSummary
-from fedmezo_core.machines.run_state import RoundState, RunState, keep_newest_rounds
+from fedmezo_core.machines.run_state import (
+    EXCLUDED_MAX,
+    RoundState,
+    RunState,
+    keep_newest_rounds,
+)
 from fedmezo_core.machines.seeds import seed_ranges_of, seeds_of
 from fedmezo_core.records import (
     Answered,
     Committed,
     Diverged,
+    Excluded,
     Genesis,
     Opened,
     Paused,
+    Readmitted,
     Record,
     Resumed,
     RoundSlot,
@@ -207,6 +220,59 @@ class RoundMachine:
         self._advance()
         return self._take_ready()
 
+    def exclude(self, worker: str, reason: str) -> Ready:
+        """Take a worker out of the run, with its answers that no commit holds, for `reason`.
+
+        Its session ends, and it takes no part until `readmit`. The worker need not be known yet.
+        Raises `ConfigError` if it is excluded already or cannot be, or without a reason.
+        """
+        assert self._started, "start comes before an exclusion"
+        reason = " ".join(reason.split())
+        if worker == REPLICA_PARTY:
+            raise ConfigError(f"{worker!r} is the coordinator's own; name a worker to exclude.")
+        if worker in self.state.excluded:
+            raise ConfigError(
+                f"Worker {worker} is excluded already: {self.state.excluded[worker].reason}; "
+                "readmit it first to give another reason."
+            )
+        if not 0 < len(reason) <= COMPLAINT_CHARS_MAX:
+            raise ConfigError(
+                f"The reason has {len(reason)} characters; say in 1 to {COMPLAINT_CHARS_MAX} why "
+                f"worker {worker} is excluded."
+            )
+        if len(self.state.excluded) >= EXCLUDED_MAX:
+            raise ConfigError(
+                f"{EXCLUDED_MAX} workers are excluded, the most; readmit one before the next."
+            )
+        record = Excluded(self.state.round, worker, reason)
+        self._record(record)
+        if worker in self.roster.ready:
+            self._messages.append(self._excluded(record))
+        assignment = self.roster.assignments.get(worker)
+        if assignment is not None:
+            self.roster.release(worker, assignment)
+        self._advance()
+        return self._take_ready()
+
+    def readmit(self, worker: str) -> Ready:
+        """Let an excluded worker take part again, once it joins.
+
+        Raises `ConfigError` if it is not excluded.
+        """
+        assert self._started, "start comes before a readmission"
+        if worker not in self.state.excluded:
+            raise ConfigError(
+                f"Worker {worker} is not excluded; fedmezo status names those that are."
+            )
+        self._record(Readmitted(self.state.round, worker))
+        self._advance()
+        return self._take_ready()
+
+    def _excluded(self, record: Excluded) -> Expel:
+        """End the session of an excluded worker; returns the message to it."""
+        self.roster.leave(record.worker)
+        return Expel(record.worker, excluded_sentence(record), ExcludedError.__name__)
+
     def step(self, event: RoundEvent) -> Ready:
         """Take one event; the driver owes what is returned before it calls again."""
         assert self._started, "start comes before the first step"
@@ -238,6 +304,10 @@ class RoundMachine:
                 "start the worker under another name."
             )
             self._messages.append(Expel(worker, sentence))
+            return
+        excluded = self.state.excluded.get(worker)
+        if excluded is not None:
+            self._messages.append(self._excluded(excluded))
             return
         self.roster.join(worker)
         known = self.state.diverged.get(worker)
@@ -613,6 +683,14 @@ class RoundMachine:
         for owed in (self._records, self._messages, self._warnings):
             owed.clear()
         return ready
+
+
+def excluded_sentence(record: Excluded) -> str:
+    """What a worker is told that the operator has excluded."""
+    return (
+        f"The run's operator excluded worker {record.worker} after round {record.round}: "
+        f"{record.reason}. Its answers no longer count; ask the operator to readmit it."
+    )
 
 
 def _diverged_sentence(record: Diverged) -> str:

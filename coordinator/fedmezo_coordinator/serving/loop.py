@@ -28,7 +28,6 @@ from fedmezo_coordinator.serving.worker_session import (
     WorkerSession,
 )
 from fedmezo_core.errors import (
-    DivergedError,
     FedMezoError,
     NotReadyError,
     ProtocolError,
@@ -56,6 +55,7 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Committed, Genesis, RoundSlot
 from fedmezo_core.wire.admission import check_hello, check_run_id, event_from_request
 from fedmezo_core.wire.commit_index import CommitIndex
+from fedmezo_core.wire.grpc_status import BY_REASON
 from fedmezo_core.wire.messages import commit_to_pb, message_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -513,8 +513,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         if session is None:
             return
         match message:
-            case Expel(_, sentence):
-                session.end(DivergedError(sentence))
+            case Expel(_, sentence, reason):
+                session.end(BY_REASON[reason](sentence))
                 return
             case Refuse(worker, _, _, sentence):
                 log.warning("refused an answer of worker %s: %s", worker, sentence)

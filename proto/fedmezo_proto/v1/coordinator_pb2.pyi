@@ -17,6 +17,7 @@ name of fedmezo_core.errors). The status message is one sentence for a person.
   NOT_FOUND            Another run, a worker that has not joined, or a snapshot that is not kept.
   FAILED_PRECONDITION  Model, tokenizer or recipe differ; or the ticket is stale.
   ALREADY_EXISTS       The worker gave a different answer to the same ticket before.
+  PERMISSION_DENIED    The run's operator has excluded the worker.
   OUT_OF_RANGE         A projected gradient is not finite or beyond the clip. Or the journal no longer
                        holds the records: begin from a snapshot.
   DATA_LOSS            The worker's weights are not the run's: rebuild them from base and journal.
@@ -1083,6 +1084,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     LOOP_LAG_P99_MS_FIELD_NUMBER: builtins.int
     SESSIONS_FIELD_NUMBER: builtins.int
     SESSIONS_REFUSED_FIELD_NUMBER: builtins.int
+    EXCLUDED_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     """What the run is doing."""
     round: builtins.int
@@ -1139,6 +1141,10 @@ class GetStatusResponse(google.protobuf.message.Message):
     def diverged_parties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Parties whose weights were found to differ and have not agreed since, sorted by name."""
 
+    @property
+    def excluded(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[fedmezo_proto.v1.journal_pb2.Excluded]:
+        """Workers that an operator excluded from the run, those excluded longest ago first."""
+
     def __init__(
         self,
         *,
@@ -1162,9 +1168,10 @@ class GetStatusResponse(google.protobuf.message.Message):
         loop_lag_p99_ms: builtins.float = ...,
         sessions: builtins.int = ...,
         sessions_refused: builtins.int = ...,
+        excluded: collections.abc.Iterable[fedmezo_proto.v1.journal_pb2.Excluded] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "diverged_parties", b"diverged_parties", "divergences", b"divergences", "epoch", b"epoch", "evaluation_due", b"evaluation_due", "evaluations", b"evaluations", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "replica_complaint", b"replica_complaint", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "diverged_parties", b"diverged_parties", "divergences", b"divergences", "epoch", b"epoch", "evaluation_due", b"evaluation_due", "evaluations", b"evaluations", "excluded", b"excluded", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "replica_complaint", b"replica_complaint", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
 
 Global___GetStatusResponse: typing_extensions.TypeAlias = GetStatusResponse
 

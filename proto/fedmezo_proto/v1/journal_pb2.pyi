@@ -328,6 +328,8 @@ class Record(google.protobuf.message.Message):
     STOPPED_FIELD_NUMBER: builtins.int
     SNAPSHOTTED_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
+    EXCLUDED_FIELD_NUMBER: builtins.int
+    READMITTED_FIELD_NUMBER: builtins.int
     @property
     def genesis(self) -> Global___Genesis:
         """Record 0, and only record 0."""
@@ -376,6 +378,14 @@ class Record(google.protobuf.message.Message):
     def checkpoint(self) -> Global___Checkpoint:
         """In a copy that another party keeps: what the coordinator had signed."""
 
+    @property
+    def excluded(self) -> Global___Excluded:
+        """A person took a worker out of the run."""
+
+    @property
+    def readmitted(self) -> Global___Readmitted:
+        """A person let an excluded worker take part again."""
+
     def __init__(
         self,
         *,
@@ -391,10 +401,12 @@ class Record(google.protobuf.message.Message):
         stopped: Global___Stopped | None = ...,
         snapshotted: Global___Snapshotted | None = ...,
         checkpoint: Global___Checkpoint | None = ...,
+        excluded: Global___Excluded | None = ...,
+        readmitted: Global___Readmitted | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "snapshotted", "checkpoint"] | None: ...
+    def HasField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "excluded", b"excluded", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "readmitted", b"readmitted", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "excluded", b"excluded", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "readmitted", b"readmitted", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "snapshotted", "checkpoint", "excluded", "readmitted"] | None: ...
 
 Global___Record: typing_extensions.TypeAlias = Record
 
@@ -702,6 +714,56 @@ class Stopped(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["reason", b"reason", "round", b"round"]) -> None: ...
 
 Global___Stopped: typing_extensions.TypeAlias = Stopped
+
+@typing.final
+class Excluded(google.protobuf.message.Message):
+    """A person took a worker out of the run. Those of its answers that no commit holds are never committed;
+    those in commits stay. It takes no part until it is readmitted.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """Last committed round."""
+    worker: builtins.str
+    """The worker's name."""
+    reason: builtins.str
+    """One sentence, at most 512 characters."""
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        worker: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "round", b"round", "worker", b"worker"]) -> None: ...
+
+Global___Excluded: typing_extensions.TypeAlias = Excluded
+
+@typing.final
+class Readmitted(google.protobuf.message.Message):
+    """A person let an excluded worker take part again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """Last committed round."""
+    worker: builtins.str
+    """The worker's name."""
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        worker: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["round", b"round", "worker", b"worker"]) -> None: ...
+
+Global___Readmitted: typing_extensions.TypeAlias = Readmitted
 
 @typing.final
 class Snapshotted(google.protobuf.message.Message):
