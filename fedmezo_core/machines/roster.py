@@ -7,7 +7,7 @@ which work is assigned and which answers count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedmezo_core.errors import ProtocolError, StaleTicketError, UnknownWorkerEr
 from fedmezo_core.events import AnswerReceived, Expel, Refuse, UnableReceived
 from fedmezo_core.machines.aggregate import size_of
 from fedmezo_core.machines.cohort import choose_cohort
+from fedmezo_core.machines.scores import Score, see_commit
 from fedmezo_core.records import RoundSlot
 
 RECENT_ROUNDS_MAX = 1000
@@ -71,6 +72,8 @@ class WorkerView:
     """Learning rate of the last assignment."""
     misses: int = 0
     """Deadlines that passed while the worker was waited for, since it last answered or joined."""
+    score: Score = field(default_factory=Score)
+    """How its answers compare with those of others."""
     again_round: int = 0
     """First round in which a worker with misses is waited for once more."""
 
@@ -247,6 +250,20 @@ class Roster:
             f"round {round_}: answers far larger than usual were scaled down: "
             f"{', '.join(named[:NAMED_MAX])}{more}"
         )
+
+    def compare(
+        self, round_: int, answers: Sequence[tuple[str, tuple[float, ...]]], *, is_shared: bool
+    ) -> str:
+        """Let the workers' scores see their answers to `round_`; returns a sentence for the log.
+
+        is_shared: whether all were measured along the same directions. The sentence is empty if
+        nothing is wrong that was not said before.
+        """
+        scores = [self.view(worker).score for worker, _ in answers]
+        found = see_commit(scores, [grads for _, grads in answers], is_shared=is_shared)
+        named = [f"{answers[position][0]} {wrong}" for position, wrong in found]
+        more = f"; and {len(named) - NAMED_MAX} more" if len(named) > NAMED_MAX else ""
+        return f"round {round_}: {'; '.join(named[:NAMED_MAX])}{more}" if named else ""
 
     @staticmethod
     def stale(event: AnswerReceived | UnableReceived, now: str) -> StaleTicketError:

@@ -47,8 +47,10 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.aggregate import (
     coefficients_of,
+    combined,
     commit_factor,
     decay_of,
+    is_far_larger,
     to_binary32,
 )
 from fedmezo_core.machines.answers import checked, content_of, is_digest_round
@@ -479,9 +481,12 @@ class RoundMachine:
             self._replica_agreed_round = max(self._replica_agreed_round, round_)
 
     def _commit(self, current: RoundState, answers: list[Answered]) -> None:
-        workers = {self.state.worker_of(answer) for answer in answers}
+        given = [(self.state.worker_of(answer), answer.projected_grads) for answer in answers]
         overdue = self._now_ms >= self._closes_at_ms
         self._record(self._committed(current, answers))
+        is_shared = self.config.seed_policy == "shared"
+        if warning := self.roster.compare(current.round, given, is_shared=is_shared):
+            self._warnings.append(warning)
         late = {
             worker: assignment
             for worker, assignment in self.roster.assignments.items()
@@ -494,7 +499,7 @@ class RoundMachine:
             self.roster.release(worker, assignment)
         self._restart_deadline()
         self._fruitless_deadlines = 0
-        for worker in workers:
+        for worker in dict(given):
             self.roster.view(worker).rounds_answered += 1
         self._judge_health()
         if self.phase is Phase.FINISHED:
@@ -508,9 +513,11 @@ class RoundMachine:
             (self.state.worker_of(answer), answer.projected_grads, share.projected_grads)
             for answer, share in zip(answers, shares, strict=True)
             if share.projected_grads is not answer.projected_grads
+            and is_far_larger(answer.projected_grads, share.projected_grads, config)
         ]
         if scaled:
             self._warnings.append(self.roster.clipped(current.round, scaled))
+        shares = combined(shares, config)
         coefficients = coefficients_of(shares, config)
         if config.seed_policy == "per_worker":
             seed_ranges = tuple(

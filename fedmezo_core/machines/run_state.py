@@ -298,7 +298,7 @@ class RunState:
         }
         grads, size = [answer.projected_grads for answer in answers], 0.0
         if config.clip_median_factor:
-            grads, size = clipped(grads, self.usual_sizes, config.clip_median_factor)
+            grads, size = clipped(grads, self.usual_sizes, config)
         shares = []
         for answer, taken in zip(answers, grads, strict=True):
             rates, discount = by_round[answer.round]

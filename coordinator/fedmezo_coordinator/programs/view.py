@@ -188,6 +188,11 @@ def run_view(
         if worker.complaint
     ]
     parts += [
+        Text(f"{worker.worker}: {worker.suspicion}", style="yellow")
+        for worker in status.workers
+        if worker.suspicion
+    ]
+    parts += [
         Text(f"{found.worker}: excluded after round {found.round}: {found.reason}", style="red")
         for found in status.excluded
     ]

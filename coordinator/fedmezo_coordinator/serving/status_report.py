@@ -141,5 +141,8 @@ def _worker_status(view: WorkerView, counters: Traffic, **flags: bool) -> wire.W
         answered_after_ms=counters.answered_after_ms,
         complaint=view.complaint,
         learning_rate=view.learning_rate,
+        relative_size=view.score.size,
+        agreement=view.score.agreement,
+        suspicion=view.score.told,
         **flags,
     )

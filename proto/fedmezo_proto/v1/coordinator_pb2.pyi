@@ -958,6 +958,9 @@ class WorkerStatus(google.protobuf.message.Message):
     COMPLAINT_FIELD_NUMBER: builtins.int
     MEASURING_FIELD_NUMBER: builtins.int
     LEARNING_RATE_FIELD_NUMBER: builtins.int
+    RELATIVE_SIZE_FIELD_NUMBER: builtins.int
+    AGREEMENT_FIELD_NUMBER: builtins.int
+    SUSPICION_FIELD_NUMBER: builtins.int
     worker: builtins.str
     """The worker's name."""
     connected: builtins.bool
@@ -980,6 +983,16 @@ class WorkerStatus(google.protobuf.message.Message):
     """Whether the coordinator waits for its answer now."""
     learning_rate: builtins.float
     """Learning rate of its last assignment. Absent: it had none since this coordinator start."""
+    relative_size: builtins.float
+    """Size (root mean square) of its newest committed answer, over the usual one of that round. Absent: no
+    commit since this coordinator start holds an answer of it.
+    """
+    agreement: builtins.float
+    """How well its answers agree with others' along the same directions, in standard deviations of what
+    chance gives: random ones have about 0. Absent: nobody measures along its directions.
+    """
+    suspicion: builtins.str
+    """What is wrong with its answers, beside those of others. Empty: nothing."""
     def __init__(
         self,
         *,
@@ -994,13 +1007,20 @@ class WorkerStatus(google.protobuf.message.Message):
         complaint: builtins.str = ...,
         measuring: builtins.bool = ...,
         learning_rate: builtins.float | None = ...,
+        relative_size: builtins.float | None = ...,
+        agreement: builtins.float | None = ...,
+        suspicion: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "answered_after_ms", b"answered_after_ms", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "measuring", b"measuring", "rounds_answered", b"rounds_answered", "worker", b"worker"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_agreement", b"_agreement", "_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "_relative_size", b"_relative_size", "agreement", b"agreement", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "relative_size", b"relative_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_agreement", b"_agreement", "_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "_relative_size", b"_relative_size", "agreement", b"agreement", "answered_after_ms", b"answered_after_ms", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "measuring", b"measuring", "relative_size", b"relative_size", "rounds_answered", b"rounds_answered", "suspicion", b"suspicion", "worker", b"worker"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_agreement", b"_agreement"]) -> typing.Literal["agreement"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_relative_size", b"_relative_size"]) -> typing.Literal["relative_size"] | None: ...
 
 Global___WorkerStatus: typing_extensions.TypeAlias = WorkerStatus
 
