@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.relay_daemon import Relay
-from fedmezo_coordinator.serving.hosting import first_of, fronted, host, sessions_that_fit
+from fedmezo_coordinator.serving.hosting import fronted, host, sessions_that_fit
 from fedmezo_coordinator.serving.session_limit import SessionLimit
-from fedmezo_core.program import run_daemon, stop_signal
+from fedmezo_core.program import first_of, run_daemon, stop_signal
 from fedmezo_core.wire.client import CoordinatorClient
 
 log = logging.getLogger("fedmezo.relay")

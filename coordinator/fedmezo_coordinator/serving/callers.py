@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Protocol
 
-from fedmezo_core.errors import IdentityError
+from fedmezo_core.errors import ForbiddenError, IdentityError
 from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.trust.certificates import key_fingerprint, public_key_of
 from fedmezo_core.trust.members import Members
@@ -47,3 +47,12 @@ def caller_of(context: PeerContext, members: Members | None) -> Caller:
 @lru_cache(maxsize=4096)
 def _key_fingerprint_in(certificate: bytes) -> bytes:
     return key_fingerprint(public_key_of(certificate))
+
+
+def check_worker_name(caller: Caller, name: str) -> None:
+    """Refuse a hello under another name than the caller's; raises `ForbiddenError`."""
+    if caller.name and name != caller.name:
+        raise ForbiddenError(
+            f"{caller} may not join a run as {name[:64]!r}, a name that belongs to another key; "
+            "join under its own name."
+        )

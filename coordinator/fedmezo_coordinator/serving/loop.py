@@ -582,6 +582,21 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """End a session whose worker has closed its side, or whose stream is gone."""
         await self._items.put(_Left(session))
 
+    async def end_session(self, worker: str, error: FedMezoError) -> None:
+        """End a worker's session with `error`, in place of what it has not read yet, if it has one.
+
+        Nothing that it has sent and that was not taken yet counts.
+        """
+        session = self._sessions.get(worker)
+        if session is not None:
+            session.cut(error)
+            # The worker may read nothing any more, and nobody should wait for it.
+            await self._items.put(_Left(session))
+
+    def is_connected(self, worker: str) -> bool:
+        """Whether a worker has an open session."""
+        return worker in self._sessions
+
     async def read_journal(
         self, request: wire.ReadJournalRequest, enter: Callable[[], Awaitable[None]]
     ) -> bytes:

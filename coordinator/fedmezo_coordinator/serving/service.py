@@ -1,4 +1,7 @@
-"""The gRPC service and server: it translates, maps errors and sets limits, and decides nothing."""
+"""The gRPC services and servers: they translate, map errors and set limits, and decide nothing.
+
+The one check of who may call what is here too, before every handler.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +10,35 @@ import contextlib
 import functools
 import logging
 import math
-import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.coordinator_settings import SESSIONS_MAX
+from fedmezo_coordinator.serving.callers import caller_of, check_worker_name
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
 from fedmezo_coordinator.serving.session_limit import SessionPermit
+from fedmezo_coordinator.serving.tls_files import TlsFiles
 from fedmezo_coordinator.serving.worker_session import HalfClosedError, WorkerSession
 from fedmezo_coordinator.serving.write_pacing import WritePacing
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError, StartingError
 from fedmezo_core.program import current_step
+from fedmezo_core.trust.authorisation import Caller, check_allowed
+from fedmezo_core.trust.certificates import public_key_of
 from fedmezo_core.wire.admission import choose_version
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY
+from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 
@@ -49,12 +58,18 @@ CONNECTIONS_BESIDE = 128
 """Connections beside those of the most sessions: of readers, of idle clients."""
 
 GARBAGE_LOG_PERIOD_S = 60.0
-"""Shortest time between two lines of the log about calls that cannot be read."""
+"""Shortest time between two lines of the log about calls that cannot be read, or about refusals of
+the same caller for the same reason."""
+REFUSALS_REMEMBERED = 1000
+"""Most refusals that the log does not repeat."""
+ENROLMENT_BYTES_MAX = 8192
+"""Longest message to the enrolment service."""
+ENROLMENT_CONNECTIONS_MAX = 64
+"""Most connections at a time to the enrolment service."""
 
 SERVER_OPTIONS = (
     # Otherwise a second coordinator can bind the same port and silently takes half the workers.
     ("grpc.so_reuseport", 0),
-    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", 16),
     # Without any call for so long, which is longer than a polled session's lease.
     ("grpc.max_connection_idle_ms", 300_000),
@@ -138,9 +153,13 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     _daemon: ServingLoop[Any]
     _poll_sessions: PollSessions
 
-    def __init__(self, what: str) -> None:
-        """`what` is the program, for callers that come while it starts: `coordinator`, `relay`."""
+    def __init__(self, what: str, fleet: Fleet | None = None) -> None:
+        """`what` is the program, for callers that come while it starts: `coordinator`, `relay`.
+
+        `fleet` has the members; None: everybody may call.
+        """
         self._what = what
+        self._fleet = fleet
         self._is_started = False
         self._created_s = time.monotonic()
         self._places = PagePlaces()
@@ -153,6 +172,13 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self._daemon = daemon
         self._poll_sessions = PollSessions(daemon)
         self._is_started = True
+        if self._fleet is not None:
+            self._fleet.on_loss = daemon.end_session
+            self._fleet.is_connected = daemon.is_connected
+
+    def caller_of(self, context: Context) -> Caller:
+        """Who makes a call; raises `IdentityError` if that cannot be established."""
+        return caller_of(context, None if self._fleet is None else self._fleet.members)
 
     def check_started(self) -> None:
         """Tell a caller that comes before `begin` to wait, and what for."""
@@ -174,9 +200,12 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         if time.monotonic() - self._garbage_said_s >= GARBAGE_LOG_PERIOD_S:
             self._garbage_said_s = time.monotonic()
             log.warning("%d calls so far with bytes that are no request", self._garbage_count)
-        raise ProtocolError(
-            "The bytes of this call are no request of its kind; use the same FedMeZO version."
-        )
+        raise _unreadable()
+
+    def handler(self, name: str) -> Callable[..., Any]:
+        """The handler of the RPC `name`."""
+        handler: Callable[..., Any] = getattr(self, name)
+        return handler
 
     @_mapped
     async def GetRun(  # noqa: N802 - the name in the .proto file
@@ -191,7 +220,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self, request: wire.PollSessionRequest, context: Context
     ) -> wire.PollSessionResponse:
         """Serve one call of a session without a stream."""
-        return await self._poll_sessions.poll(request, lambda: self._enter(context))
+        caller = self.caller_of(context)
+        return await self._poll_sessions.poll(request, lambda: self._enter(context), caller)
 
     @_mapped
     async def read_journal(self, request: wire.ReadJournalRequest, context: Context) -> bytes:
@@ -252,7 +282,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         except FedMezoError as error:
             await abort(context, error)
 
-    # The generated base class wants this name; `start_server` registers it without serializers.
+    # The generated base class wants this name; it is registered without serializers.
     Session = session  # type: ignore[assignment]
 
     async def _open_session(self, context: RawContext, permit: SessionPermit) -> None:
@@ -261,7 +291,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         reader: asyncio.Task[None] | None = None
         try:
             hello = await self._hello(context)
+            check_worker_name(self.caller_of(context), hello.worker)
             session = await self._daemon.join(hello)
+            self.caller_of(context)  # It may have been revoked while it joined.
             self._daemon.session_limit.joined(permit)
             reader = asyncio.create_task(self._read(context, session))
             while True:
@@ -308,30 +340,166 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         await self._daemon.leave(session)
 
 
+class LiveTls:
+    """Credentials of a server whose certificate can change while it serves."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._waiting: grpc.ServerCertificateConfiguration | None = None
+        self.credentials = grpc.dynamic_ssl_server_credentials(
+            self._configuration(),
+            self._take,  # type: ignore[arg-type]  # None means: as before.
+            require_client_authentication=bool(files.material.client_ca),
+        )
+
+    def refresh(self) -> None:
+        """Let new connections have the certificate that the files hold now."""
+        if self._files.changed():
+            self._waiting = self._configuration()
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        material = self._files.material
+        return grpc.ssl_server_certificate_configuration(
+            [(material.key, material.chain)], material.client_ca or None
+        )
+
+    def _take(self) -> grpc.ServerCertificateConfiguration | None:
+        # gRPC calls this at every handshake, in a thread of its own.
+        waiting, self._waiting = self._waiting, None
+        return waiting
+
+
+class _Edge:
+    """What every call passes before its handler: does its caller have the right to make it?"""
+
+    def __init__(self, who: Callable[[Context], Caller], *, can_revoke: bool) -> None:
+        """`can_revoke`: a caller can lose its rights while a call is under way."""
+        self._who = who
+        self._can_revoke = can_revoke
+        self._said_s: dict[str, float] = {}
+
+    def guarded(self, path: str, handler: Callable[..., Any], *, streams: bool) -> Any:
+        """`handler` of the RPC `path` behind the check; `streams`: it yields its responses."""
+
+        async def unary(request: Any, context: Any) -> Any:
+            try:
+                self._check(path, context)
+            except FedMezoError as error:
+                await self._refuse(context, error)
+            response = await handler(request, context)
+            if self._can_revoke:
+                try:
+                    self._check(path, context)
+                except FedMezoError as error:
+                    await self._refuse(context, error)
+            return response
+
+        async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                self._check(path, context)
+                async with contextlib.aclosing(handler(request, context)) as responses:
+                    async for response in responses:
+                        if self._can_revoke:
+                            self._check(path, context)
+                        yield response
+            except FedMezoError as error:
+                await self._refuse(context, error)
+
+        return streaming if streams else unary
+
+    def _check(self, path: str, context: Context) -> None:
+        check_allowed(path, self._who(context))
+
+    async def _refuse(self, context: Context, error: FedMezoError) -> NoReturn:
+        """End a call without a right to it; the log says so once in a while for each caller."""
+        sentence, now_s = str(error), time.monotonic()
+        if now_s - self._said_s.get(sentence, -math.inf) >= GARBAGE_LOG_PERIOD_S:
+            if len(self._said_s) >= REFUSALS_REMEMBERED:
+                self._said_s.clear()
+            self._said_s[sentence] = now_s
+            log.warning("refused a call from %s: %s", context.peer(), sentence)
+        await abort(context, error)
+
+
+class _FleetServicer:
+    """The services about a fleet's members; without a fleet nobody has the right to call them."""
+
+    def __init__(self, fleet: Fleet | None, who: Callable[[Context], Caller]) -> None:
+        self._who = who
+        self._fleet = fleet
+
+    def handler(self, name: str) -> Callable[[Any, Context], Awaitable[Message]]:
+        """The handler of the RPC `name`."""
+
+        async def handle(request: Any, context: Context) -> Message:
+            try:
+                if isinstance(request, _Garbage):
+                    raise _unreadable()
+                return await self._answer(name, request, context)
+            except FedMezoError as error:
+                await abort(context, error)
+
+        return handle
+
+    async def _answer(self, name: str, request: Any, context: Context) -> Message:
+        fleet = self._fleet
+        assert fleet is not None, "the check of rights comes first"
+        match name:
+            case "Enroll":
+                try:
+                    return await fleet.enroll(request)
+                except FedMezoError as error:
+                    log.warning("refused to enrol %s: %s", context.peer(), error)
+                    raise
+            case "Renew":
+                shown = b"".join(context.auth_context()["x509_pem_cert"])
+                return await fleet.renew(self._who(context), public_key_of(shown))
+            case "CreateTokens":
+                return await fleet.create_tokens(request, self._who(context))
+            case "ListMembers":
+                return await fleet.list_members(request, self._who(context))
+            case "RevokeMember":
+                return await fleet.revoke_member(request, self._who(context))
+            case _:
+                return await fleet.rotate_member(request, self._who(context))
+
+
+def _unreadable() -> ProtocolError:
+    return ProtocolError(
+        "The bytes of this call are no request of its kind; use the same FedMeZO version."
+    )
+
+
 def bind_server(
     listen: str,
-    tls: tuple[Path, Path] | None,
+    tls: tuple[Path, Path] | LiveTls | None,
     private: str | None = None,
     connections_max: int = SESSIONS_MAX + CONNECTIONS_BESIDE,
+    message_bytes_max: int = MESSAGE_BYTES_MAX,
 ) -> tuple[Server, int]:
     """Bind a server to `listen` (host:port) and return it with its port.
 
-    `tls` is a certificate file and a key file. `private` is a second address, a Unix socket for the
-    replica. More than `connections_max` connections at an address are closed as soon as they come,
-    whatever they have sent. Port 0 lets the system choose a port. Callers that connect wait until
-    `start_server`. Raises `ConfigError` for an address or TLS files that cannot be used.
+    `tls` is a certificate file and a key file, or credentials. `private` is a second address, a
+    Unix socket for the replica. More than `connections_max` connections at an address are closed as
+    soon as they come, whatever they have sent. Port 0 lets the system choose a port. Callers that
+    connect wait until `start_server`. Raises `ConfigError` for an address or TLS files that cannot
+    be used.
     """
-    credentials = None if tls is None else _credentials(*tls)
+    live = LiveTls(TlsFiles(*tls)) if isinstance(tls, tuple) else tls
     with reading_all_wakeups():
         server = grpc.aio.server(
-            options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_max))
+            options=(
+                *SERVER_OPTIONS,
+                ("grpc.max_receive_message_length", message_bytes_max),
+                ("grpc.max_allowed_incoming_connections", connections_max),
+            )
         )
     if private is not None:
         server.add_insecure_port(private)
     try:
-        if credentials is None:
+        if live is None:
             return server, server.add_insecure_port(listen)
-        return server, server.add_secure_port(listen, credentials)
+        return server, server.add_secure_port(listen, live.credentials)
     except RuntimeError:
         raise ConfigError(
             f"Cannot listen on {listen}: another process uses the address, or it is not this "
@@ -339,48 +507,66 @@ def bind_server(
         ) from None
 
 
-async def start_server(server: Server, what: str = "coordinator") -> CoordinatorServicer:
-    """Let a bound server answer calls: that `what` is starting, until the servicer's `begin`."""
-    servicer = CoordinatorServicer(what)
-    service = wire.DESCRIPTOR.services_by_name["CoordinatorService"]
-    # Not the generated handlers. Session has no serializers: a message to thousands of workers is
-    # serialised once, and its bytes are counted without serialising it again.
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Session": grpc.stream_stream_rpc_method_handler(servicer.session)
-    }
-    for method in service.methods:
-        if method.name not in handlers:
-            handler = (
-                grpc.unary_stream_rpc_method_handler
-                if method.server_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
-            handlers[method.name] = handler(
-                getattr(servicer, method.name),
-                request_deserializer=_reader(GetMessageClass(method.input_type)),
-                response_serializer=_serialized,
-            )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(service.full_name, handlers),)
-    )
-    server.add_registered_method_handlers(service.full_name, handlers)
+async def start_server(
+    server: Server, what: str = "coordinator", fleet: Fleet | None = None
+) -> CoordinatorServicer:
+    """Let a bound server answer calls: that `what` is starting, until the servicer's `begin`.
+
+    With a `fleet` every call but the replica's must show a member's certificate.
+    """
+    servicer = CoordinatorServicer(what, fleet)
+    edge = _Edge(servicer.caller_of, can_revoke=fleet is not None)
+    members = _FleetServicer(fleet, servicer.caller_of)
+    _serve_service(server, edge, "CoordinatorService", wire.DESCRIPTOR, servicer.handler)
+    for service in ("MembershipService", "AdminService"):
+        _serve_service(server, edge, service, admin.DESCRIPTOR, members.handler)
     await server.start()
     return servicer
 
 
-def _credentials(cert: Path, key: Path) -> grpc.ServerCredentials:
-    try:
-        pair = (key.read_bytes(), cert.read_bytes())
-        # gRPC would only say that it cannot listen. The empty password avoids a prompt.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"{cert} and {key} are not a PEM certificate chain and its unencrypted key "
-            f"({error.reason or error}); check tls_cert and tls_key."
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"The TLS file {error.filename} cannot be read ({error.strerror}); "
-            "check tls_cert and tls_key."
-        ) from None
-    return grpc.ssl_server_credentials([pair])
+async def start_enrolment(server: Server, fleet: Fleet) -> None:
+    """Let a bound server answer the one call of those who have no certificate yet."""
+
+    def nobody_knows(_context: Context) -> Caller:
+        return Caller.ANYONE
+
+    edge = _Edge(nobody_knows, can_revoke=False)
+    handler = _FleetServicer(fleet, nobody_knows).handler
+    _serve_service(server, edge, "EnrollmentService", admin.DESCRIPTOR, handler)
+    await server.start()
+
+
+def _serve_service(
+    server: Server,
+    edge: _Edge,
+    name: str,
+    file: FileDescriptor,
+    handler_of: Callable[[str], Callable[..., Any]],
+) -> None:
+    """Register the handlers of a service, each behind the check of rights.
+
+    Not the generated handlers. Session has no serializers: a message to thousands of workers is
+    serialised once, and its bytes are counted without serialising it again.
+    """
+    service = file.services_by_name[name]
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+    for method in service.methods:
+        path = f"/{service.full_name}/{method.name}"
+        if method.client_streaming:
+            handlers[method.name] = grpc.stream_stream_rpc_method_handler(
+                edge.guarded(path, handler_of(method.name), streams=False)
+            )
+            continue
+        streams = method.server_streaming
+        kind = (
+            grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        )
+        handlers[method.name] = kind(
+            edge.guarded(path, handler_of(method.name), streams=streams),
+            request_deserializer=_reader(GetMessageClass(method.input_type)),
+            response_serializer=_serialized,
+        )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service.full_name, handlers),)
+    )
+    server.add_registered_method_handlers(service.full_name, handlers)
