@@ -15,11 +15,13 @@ import pytest
 from benchmarks.serving.long_run import next_assignment
 from benchmarks.serving.swarm import answer_to, hello_of
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.serving.callers import check_operator
 from fedmezo_coordinator.serving.worker_session import OUTBOX_MAX, WorkerSession
 from fedmezo_core.errors import (
     ConfigError,
     ExcludedError,
     FedMezoError,
+    ForbiddenError,
     JournalCorruptError,
     NotReadyError,
     ProtocolError,
@@ -42,6 +44,7 @@ from fedmezo_core.records import (
     Opened,
     Started,
 )
+from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
@@ -329,9 +332,12 @@ async def test_an_excluded_worker_learns_why_at_once_and_when_it_comes_back(
         await w1.open()
         await w2.open()
         await w2.answer(await w2.assigned())
-        with pytest.raises(ConfigError, match="w1 is not excluded"):
-            await at.daemon.readmit("w1")
-        await at.daemon.exclude("w2", "noise")
+        async with CoordinatorClient(at.address) as operator:
+            with pytest.raises(ConfigError, match="w1 is not excluded"):
+                await operator.readmit_worker("w1")
+            with pytest.raises(ProtocolError, match="is no worker's name"):
+                await operator.exclude_worker("W 2", "noise")
+            await operator.exclude_worker("w2", "noise")
         assert at.daemon.status("").records == 5, "the exclusion is durable"
         for worker in (w2, again):
             if worker is again:
@@ -346,3 +352,12 @@ async def test_an_excluded_worker_learns_why_at_once_and_when_it_comes_back(
     records = records_of(path)
     assert records[4] == Excluded(0, "w2", "noise")
     assert [len(r.seed_ranges) for r in records if isinstance(r, Committed)] == [1]
+
+
+def test_a_coordinator_without_a_fleet_takes_orders_from_its_own_machine_alone() -> None:
+    for peer in ("ipv4:127.0.0.1:5000", "ipv6:[::1]:5000", "ipv6:%5B::1%5D:5000"):
+        check_operator(Caller.ANYONE, peer)
+    for peer in ("ipv4:10.0.0.1:5000", "ipv6:[2001:db8::1]:5000", "ipv4:8.8.127.0:1", ""):
+        with pytest.raises(ForbiddenError, match="from its own machine alone"):
+            check_operator(Caller.ANYONE, peer)
+    check_operator(Caller(Role.OPERATOR, "o"), "ipv4:10.0.0.1:5000")

@@ -122,6 +122,12 @@ class _Time(Item):
     now_ms: int
 
 
+def _not_here() -> ProtocolError:
+    return ProtocolError(
+        "A relay excludes nobody; exclude its site at the coordinator above, or stop the worker."
+    )
+
+
 class ServingLoop(ABC, Generic[ReadyT]):
     """Serves one run to the workers that join it; the machine decides what their answers do."""
 
@@ -217,6 +223,14 @@ class ServingLoop(ABC, Generic[ReadyT]):
         raise UnknownWorkerError(
             "Only the replica process that this coordinator started may report for it."
         )
+
+    async def exclude(self, worker: str, reason: str) -> None:
+        """Take a worker out of the run, for a person's `reason`; returns when that is durable."""
+        raise _not_here()
+
+    async def readmit(self, worker: str) -> None:
+        """Let an excluded worker take part again; returns when that is durable."""
+        raise _not_here()
 
     # ------------------------------------------------------------ start and stop
 
