@@ -197,7 +197,7 @@ def is_far_larger(before: Sequence[float], after: Sequence[float], config: RunCo
     return limit == 0 or size_of(before) * allowed > FAR_LARGER * limit
 
 
-def combined(shares: Sequence[Share], config: RunConfig) -> Sequence[Share]:
+def combined(shares: list[Share], config: RunConfig) -> list[Share]:
     """The shares of answers along the same seeds as one, by the contract's `aggregation`.
 
     Its projected gradient of a seed is made of the column of those of all answers, ascending. Of n

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ GOLDEN = {
 }
 
 
-def column_of(answers: list[tuple[float, ...]], rule: str, **values: Any) -> tuple[float, ...]:
+def column_of(answers: Sequence[tuple[float, ...]], rule: str, **values: Any) -> tuple[float, ...]:
     config = config_of(aggregation=rule, local_steps=len(answers[0]), **SHARED | values)
     seeds = tuple(range(len(answers[0])))
     [share] = combined([Share(seeds, grads, 0.5, mean_loss=0.7) for grads in answers], config)
@@ -68,7 +69,7 @@ def test_the_order_of_the_answers_changes_no_bit_and_few_bad_ones_bound_no_resul
     if rule != "sign_vote":
         bad = [(1e30, -1e30)] * ((len(answers) - 1) // 4)
         for value, column in zip(
-            column_of(answers + bad, rule), zip(*answers, strict=True), strict=True
+            column_of([*answers, *bad], rule), zip(*answers, strict=True), strict=True
         ):
             assert min(column) <= value <= max(column)
 

@@ -144,8 +144,8 @@ def test_a_new_run_clips_and_an_older_contract_does_not() -> None:
     assert clips == [(1.0, 0.0, 5.0), (0.0, 4.0, 0.0)]
     as_before = {"clip_median_factor": 0, "clip_spread": 4, "clip_drop_factor": 0}
     assert parse(**as_before, rate_directions=0) == old
-    for field in as_before:
-        assert not config_to_pb(old).HasField(field)
+    kept = {field.name for field, _ in config_to_pb(old).ListFields()}
+    assert not kept & as_before.keys()
     assert config_from_pb(config_to_pb(new)) == new
     assert parse(rate_directions=0).recipe == old.recipe, "only who commits needs to know"
     with pytest.raises(ValueError, match="must be 1 or more, or 0"):

@@ -105,7 +105,7 @@ def test_few_numbers_and_counts_may_repeat_by_chance() -> None:
 def test_the_operator_is_warned_with_the_worker_s_name() -> None:
     run = RoundsDriver(workers_min=3, quorum=3, rounds=30)
     run.ready("a", "b", "c")
-    warnings = []
+    warnings: list[str] = []
     for _ in range(EMPTY_ROUNDS):
         run.answer("a")
         run.answer("b")
