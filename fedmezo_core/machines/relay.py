@@ -409,7 +409,7 @@ class RelayMachine:
     # ------------------------------------------------------------ workers
 
     def _worker_ready(self, worker: str) -> None:
-        self.roster.join(worker)
+        self.roster.join(worker, self.round + 1)
         self._lost_at_ms.pop(worker, None)
         site = self._open
         if self._finished:

@@ -311,7 +311,7 @@ class RoundMachine:
         if excluded is not None:
             self._messages.append(self._excluded(excluded))
             return
-        self.roster.join(worker)
+        self.roster.join(worker, self.state.round + 1)
         known = self.state.diverged.get(worker)
         if known is not None and not self.roster.view(worker).told_diverged:
             # The coordinator went down, or the worker was away, between finding out and telling.
