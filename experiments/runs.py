@@ -138,6 +138,8 @@ def execute(run: Run, folder: Path | None = None) -> Result:
             threads=settings.threads,
             pass_tokens_max=settings.pass_tokens_max,
             row_states=row_states,
+            attack=settings.attack,
+            attackers=settings.attackers,
         )
         if run.first_order is None
         else FedAvg(party, data.clients, run.first_order, judge=judge, row_states=row_states)
