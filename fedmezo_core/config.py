@@ -49,7 +49,7 @@ TEXT_CHARS_MAX = 1024 * 1024
 
 CLIP_MEDIAN_FACTOR = 1.0
 """`clip_median_factor` of a new run that does not choose another."""
-CLIP_SPREAD = 0.0
+CLIP_SPREAD = 1.0
 """`clip_spread` of a new run that does not choose another."""
 CLIP_DROP_FACTOR = 5.0
 """`clip_drop_factor` of a new run that does not choose another."""
@@ -313,7 +313,8 @@ class RunConfig(_Frozen):
         default=0.0,
         ge=0,
         allow_inf_nan=False,
-        description="Answers this many times larger than the clip allows count as zeros; 0: none.",
+        description="Times clip_median_factor: larger answers than that many times the usual size "
+        "count as zeros; 0: none.",
     )
     aggregation: Literal["mean", "trimmed_mean", "median", "sign_vote"] = Field(
         default="mean",

@@ -169,16 +169,18 @@ def clipped(
     Usual is the lower median of the sizes (`size_of`) of these answers, of which all have n
     projected gradients, and of `earlier`, the lower medians of rounds before. Sizes of 0 do not
     count. An answer larger than limit = clip_median_factor * usual * (1 + clip_spread / n) is
-    multiplied by limit / size, which keeps its direction. One larger than clip_drop_factor * limit
-    becomes zeros, if that factor is not 0. Every operation is rounded to binary64 from the left.
+    multiplied by limit / size, which keeps its direction. One that is also larger than
+    clip_drop_factor * (clip_median_factor * usual) becomes zeros, if that factor is not 0. Every
+    operation is rounded to binary64 from the left.
     The others stay as they are, the same objects. Also returns the lower median of these answers'
     sizes alone; 0 if all are 0.
     """
     sizes = [size_of(grads) for grads in answers]
     own = sorted(filter(None, sizes))
     usual = _lower_median(sorted([*own, *filter(None, earlier)]))
-    limit = config.clip_median_factor * usual * (1 + config.clip_spread / len(answers[0]))
-    most = config.clip_drop_factor * limit or math.inf
+    allowed = config.clip_median_factor * usual
+    limit = allowed * (1 + config.clip_spread / len(answers[0]))
+    most = max(limit, config.clip_drop_factor * allowed) if config.clip_drop_factor else math.inf
     taken = list(answers)
     if own and own[-1] > limit:
         for number, size in enumerate(sizes):

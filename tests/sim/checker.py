@@ -255,7 +255,8 @@ class Checker:
         usual = statistics.median_low(sizes)
         spread = self.config.clip_spread
         limit = self.config.clip_median_factor * usual * (1 + spread / len(given[0]))
-        most = self.config.clip_drop_factor * limit or math.inf
+        dropped = self.config.clip_drop_factor * (self.config.clip_median_factor * usual)
+        most = max(limit, dropped) if dropped else math.inf
         return [
             tuple(0.0 if _size(grads) > most else grad * (limit / _size(grads)) for grad in grads)
             if _size(grads) > limit

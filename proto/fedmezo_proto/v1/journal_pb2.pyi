@@ -1219,8 +1219,8 @@ class RunConfig(google.protobuf.message.Message):
     of many. 0 or more. Absent: 4.
     """
     clip_drop_factor: builtins.float
-    """With clip_median_factor: an answer more than this many times as large as the clip allows counts as
-    zeros. 1 or more. Absent: none does.
+    """With clip_median_factor: an answer that is clipped and larger than this times that factor times the
+    usual size counts as zeros. 1 or more. Absent: none does.
     """
     @property
     def task(self) -> Global___TaskConfig:

@@ -141,7 +141,7 @@ def test_honest_answers_keep_every_bit() -> None:
 def test_a_new_run_clips_and_an_older_contract_does_not() -> None:
     new, old = parse(), config_of()
     clips = [(c.clip_median_factor, c.clip_spread, c.clip_drop_factor) for c in (new, old)]
-    assert clips == [(1.0, 0.0, 5.0), (0.0, 4.0, 0.0)]
+    assert clips == [(1.0, 1.0, 5.0), (0.0, 4.0, 0.0)]
     as_before = {"clip_median_factor": 0, "clip_spread": 4, "clip_drop_factor": 0}
     assert parse(**as_before, rate_directions=0) == old
     kept = {field.name for field, _ in config_to_pb(old).ListFields()}
