@@ -107,7 +107,7 @@ class ServingSettings(BaseSettings):
         return self
 
     @property
-    def tls(self) -> tuple[Path, Path] | None:
+    def tls_files(self) -> tuple[Path, Path] | None:
         """Certificate and key, or None for plain TCP."""
         return (self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else None
 
@@ -155,7 +155,7 @@ class InitSettings(BaseSettings):
 
 
 class CoordinatorSettings(ServingSettings):
-    """The coordinator of one federated run.
+    """The coordinator of one federated run. `fedmezo-coordinator init` makes a state folder for it.
 
     Settings come from flags, then from FEDMEZO_COORDINATOR_* in the environment, then from the TOML
     file that --config names.
@@ -320,9 +320,25 @@ class RelaySettings(ServingSettings):
         le=1,
         description="part of each deadline of the coordinator above that this site's workers get",
     )
+    join: str = Field(
+        default="",
+        repr=False,
+        description="join string of the fleet of the coordinator above: become a member, the "
+        "first time, under this site's name",
+    )
+    join_state: UserPath | None = Field(
+        default=None,
+        description="folder for this site's keys and certificate in the fleet above; none: with "
+        "join, one in $XDG_STATE_HOME or ~/.local/state",
+    )
+    tls: bool = Field(
+        default=False,
+        description="connect to the coordinator above with TLS; without tls_ca, trust the system's "
+        "CAs",
+    )
     tls_ca: UserPath | None = Field(
         default=None,
-        description="PEM file of the CA that vouches for the coordinator above; none: no TLS",
+        description="PEM file of the CA that vouches for the coordinator above, with TLS",
     )
     checkpoint_key: CheckpointKey = Field(
         default="",

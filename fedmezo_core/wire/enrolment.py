@@ -237,6 +237,20 @@ def _check_time(address: str, certificate: bytes) -> None:
     )
 
 
+async def renewed(client: CoordinatorClient, identity: Identity) -> Identity:
+    """The identity that `client` shows, with a newer certificate, which its folder has too."""
+    answer = await client.renew()
+    newer = replace(identity, certificate=answer.certificate_chain, server_ca=answer.server_ca)
+    if public_key_of(newer.certificate) != public_key_of(identity.certificate):
+        raise IdentityError(
+            f"The coordinator at {client.address} renewed the certificate for another key; report "
+            "this to its operator."
+        )
+    await asyncio.to_thread(save_identity, newer)
+    log.info("the certificate of %s was renewed", newer.name)
+    return newer
+
+
 async def keep_renewed(client: CoordinatorClient, identity: Identity) -> None:
     """Renew the identity that `client` shows in time, and keep it in its folder, for ever."""
     while True:
@@ -245,13 +259,8 @@ async def keep_renewed(client: CoordinatorClient, identity: Identity) -> None:
             await asyncio.sleep(min(left_s, LOOK_AGAIN_S))
             continue
         try:
-            answer = await client.renew()
-            identity = replace(
-                identity, certificate=answer.certificate_chain, server_ca=answer.server_ca
-            )
-            await asyncio.to_thread(save_identity, identity)
+            identity = await renewed(client, identity)
             await client.show(identity)
-            log.info("the certificate of %s was renewed", identity.name)
         except FedMezoError as error:
             _, ends = lifetime_s(identity.certificate)
             wait_s = min(max((ends - time.time()) / 10, 1.0), RENEW_AGAIN_S)

@@ -9,6 +9,7 @@ from fedmezo_core.errors import (
     JournalBehindError,
     JournalCompactedError,
     NotReadyError,
+    ReplacedError,
     UnavailableError,
 )
 from fedmezo_core.program import long_step
@@ -52,7 +53,8 @@ class Agent:
     async def run(self) -> None:
         """Join, follow and measure until the run is finished; reconnects by itself.
 
-        Also waits for the right journal if the coordinator serves an older one. Raises the error
+        Also waits for the right journal if the coordinator serves an older one, and comes back
+        after a while if another process took its place. Raises the error
         that no retry can help, or the newest of the others after `give_up_after_s`.
         """
         member: Member | None = None
@@ -76,6 +78,7 @@ class Agent:
                         NotReadyError,
                         JournalCompactedError,
                         JournalBehindError,
+                        ReplacedError,
                     ) as error:
                         await self._reconnecting.wait_after(error)
             finally:

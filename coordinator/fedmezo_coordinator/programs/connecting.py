@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +12,13 @@ from typing import Annotated
 
 import typer
 
-from fedmezo_core.errors import ConfigError
+from fedmezo_core.errors import ConfigError, UnavailableError
 from fedmezo_core.layered_settings import check_address, expanded
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.wire.enrolment import identity_in
+from fedmezo_core.wire.enrolment import identity_in, renewed
+
+log = logging.getLogger("fedmezo.command")
 
 DEFAULT_ADDRESS = "127.0.0.1:7465"
 
@@ -81,5 +86,17 @@ def link_to(coordinator: str | None, tls_ca: Path | None, tls: bool, state: Path
                 "trust; leave them out."
             )
         identity = identity_in(state)
+    if identity is not None and identity.renew_at_s < time.time():
+        asyncio.run(_renew(coordinator or identity.address, identity))
+        identity = identity_in(identity.folder)
     address = coordinator or (identity.address if identity is not None else DEFAULT_ADDRESS)
     return Link(address, lambda: CoordinatorClient(address, tls_ca, tls=tls, identity=identity))
+
+
+async def _renew(address: str, identity: Identity) -> None:
+    """Renew an identity that only commands use, and that nothing else renews."""
+    try:
+        async with CoordinatorClient(address, identity=identity) as client:
+            await renewed(client, identity)
+    except UnavailableError as error:
+        log.warning("the certificate of %s cannot be renewed now: %s", identity.name, error)

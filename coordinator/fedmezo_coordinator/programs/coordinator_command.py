@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmezo_coordinator.admission.state_folder import make_state
+from fedmezo_coordinator.admission.state_folder import make_state, open_state
 from fedmezo_coordinator.coordinator_settings import (
     CoordinatorSettings,
     InitSettings,
@@ -55,13 +55,15 @@ def init(arguments: Sequence[str]) -> None:
     )
     if not settings.name:
         print(
-            "The certificate names this machine alone; for other machines, remove the folder and "
-            "run init with --name HOST."
+            "The certificate names this machine alone; for other machines, remove server.pem from "
+            "the folder and run init again with --name HOST."
         )
 
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until SIGTERM or Ctrl-C; raises the error that stopped the coordinator otherwise."""
+    if settings.standby and settings.state is not None:
+        open_state(settings.state)  # Now, rather than at the moment when it has to take over.
     stop, give_up = stop_signal(), threading.Event()
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmezo-"))

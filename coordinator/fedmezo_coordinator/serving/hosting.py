@@ -16,12 +16,13 @@ from typing import Any
 
 from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.state_folder import StateFolder, open_state
+from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import ServingSettings
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.service import (
     CONNECTIONS_BESIDE,
-    ENROLMENT_BYTES_MAX,
     ENROLMENT_CONNECTIONS_MAX,
+    ENROLMENT_OPTIONS,
     CoordinatorServicer,
     LiveTls,
     Server,
@@ -29,7 +30,6 @@ from fedmezo_coordinator.serving.service import (
     start_enrolment,
     start_server,
 )
-from fedmezo_coordinator.serving.tls_files import TlsFiles
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.program import first_of
 
@@ -72,7 +72,7 @@ async def fronted(
     async with contextlib.AsyncExitStack() as stack:
         if settings.state is None:
             fleet = None
-            tls = [] if settings.tls is None else [LiveTls(TlsFiles(*settings.tls))]
+            tls = [] if settings.tls_files is None else [LiveTls(TlsFiles(*settings.tls_files))]
         else:
             fleet = stack.enter_context(_opened_fleet(settings))
             tls = [_fleet_tls(settings, fleet, of_members=True)]
@@ -84,7 +84,8 @@ async def fronted(
             tls.append(_fleet_tls(settings, fleet, of_members=False))
             fleet.join_address = settings.join_address or _named_address(fleet.state, port)
             await _start_enrolment(settings, fleet, port, tls[1], stack)
-        refreshing = asyncio.create_task(_refresh(tls, None if settings.tls else fleet))
+            fleet.state.tell_operator(_operators_address(settings, fleet, port), fleet.server_ca)
+        refreshing = asyncio.create_task(_refresh(tls, None if settings.tls_files else fleet))
         stack.callback(refreshing.cancel)
         yield Front(server, await start_server(server, what, fleet), port)
 
@@ -94,7 +95,12 @@ def check_listen(settings: ServingSettings) -> None:
 
     Raises `ConfigError`, which says what that would mean.
     """
-    if settings.is_loopback or settings.insecure or settings.tls or settings.state is not None:
+    if (
+        settings.is_loopback
+        or settings.insecure
+        or settings.tls_files
+        or settings.state is not None
+    ):
         return
     raise ConfigError(
         f"listen = {settings.listen} lets other machines connect, and without identities whoever "
@@ -108,12 +114,17 @@ def check_listen(settings: ServingSettings) -> None:
 def _opened_fleet(settings: ServingSettings) -> Iterator[Fleet]:
     assert settings.state is not None
     state = open_state(settings.state)
-    if settings.tls is None:
+    if not state.server_files[0].exists():
+        raise ConfigError(
+            f"{state.server_files[0]} is not there; make it anew with: fedmezo-coordinator init "
+            f"--state {state.path} --name HOST"
+        )
+    if settings.tls_files is None:
         state.renew_server()
     fleet = Fleet(
         state,
         server_ca=settings.tls_cert_ca,
-        has_own_certificate=settings.tls is not None,
+        has_own_certificate=settings.tls_files is not None,
         certificate_life_s=settings.certificate_life_s,
     )
     try:
@@ -124,7 +135,7 @@ def _opened_fleet(settings: ServingSettings) -> Iterator[Fleet]:
 
 def _fleet_tls(settings: ServingSettings, fleet: Fleet, *, of_members: bool) -> LiveTls:
     """Credentials of a port: for members, whose certificates are checked, or for new ones."""
-    certificate, key = settings.tls or fleet.state.server_files
+    certificate, key = settings.tls_files or fleet.state.server_files
     client_ca = fleet.state.authority.certificate if of_members else b""
     # New members look for the CA of their join string in what the server sends.
     return LiveTls(TlsFiles(certificate, key, client_ca, chain_end=fleet.server_ca))
@@ -133,6 +144,14 @@ def _fleet_tls(settings: ServingSettings, fleet: Fleet, *, of_members: bool) -> 
 def _named_address(state: StateFolder, port: int) -> str:
     host = state.hosts[0]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _operators_address(settings: ServingSettings, fleet: Fleet, port: int) -> str:
+    """Where the operator on this machine reaches the coordinator."""
+    host = settings.listen.rpartition(":")[0]
+    if settings.tls_files is not None:
+        return fleet.join_address  # Which alone its certificate has to name.
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else f"{host}:{port}"
 
 
 async def _start_enrolment(
@@ -146,10 +165,17 @@ async def _start_enrolment(
     chosen = int(settings.listen.rpartition(":")[2])
     listen = settings.enroll_listen or f"{where}:{port + 1 if chosen else 0}"
     server, fleet.enrol_port = bind_server(
-        listen, tls, None, ENROLMENT_CONNECTIONS_MAX, ENROLMENT_BYTES_MAX
+        listen, tls, None, ENROLMENT_CONNECTIONS_MAX, ENROLMENT_OPTIONS
     )
     stack.push_async_callback(server.stop, None)
     await start_enrolment(server, fleet)
+    if not settings.is_loopback and fleet.join_address.startswith("localhost:"):
+        log.warning(
+            "join strings name %s, which no other machine reaches; remove server.pem from %s and "
+            "run fedmezo-coordinator init again with --name, or set tls_cert and join_address",
+            fleet.join_address,
+            fleet.state.path,
+        )
     log.info("new members join at %s:%d", listen.rpartition(":")[0], fleet.enrol_port)
 
 
@@ -192,8 +218,10 @@ async def host(
             "(fedmezo-coordinator init) and set state",
             where,
             front.port,
-            "WITHOUT IDENTITIES" if settings.tls else "WITHOUT TLS",
-            "join the run and read it" if settings.tls else "read this run's traffic and join it",
+            "WITHOUT IDENTITIES" if settings.tls_files else "WITHOUT TLS",
+            "join the run and read it"
+            if settings.tls_files
+            else "read this run's traffic and join it",
         )
     log.info("run %s is served at %s:%d", loop.genesis.config.run_id, where, front.port)
     tasks = [asyncio.create_task(_serve(loop))]

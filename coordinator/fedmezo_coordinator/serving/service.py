@@ -11,7 +11,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
 from fedmezo_coordinator.admission.fleet import Fleet
+from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import SESSIONS_MAX
 from fedmezo_coordinator.serving.callers import caller_of, check_operator, check_worker_name
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
@@ -28,7 +29,6 @@ from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
 from fedmezo_coordinator.serving.session_limit import SessionPermit
-from fedmezo_coordinator.serving.tls_files import TlsFiles
 from fedmezo_coordinator.serving.worker_session import HalfClosedError, WorkerSession
 from fedmezo_coordinator.serving.write_pacing import WritePacing
 from fedmezo_core.config import MESSAGE_BYTES_MAX
@@ -66,6 +66,13 @@ ENROLMENT_BYTES_MAX = 8192
 """Longest message to the enrolment service."""
 ENROLMENT_CONNECTIONS_MAX = 64
 """Most connections at a time to the enrolment service."""
+ENROLMENT_OPTIONS = (
+    ("grpc.max_receive_message_length", ENROLMENT_BYTES_MAX),
+    # Joining takes a second, and whoever stays longer keeps others out.
+    ("grpc.max_connection_idle_ms", 10_000),
+    ("grpc.max_connection_age_ms", 60_000),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+)
 
 OF_THE_RUN = frozenset({"ExcludeWorker", "ReadmitWorker"})
 """Orders to the run, which need no fleet."""
@@ -73,6 +80,7 @@ OF_THE_RUN = frozenset({"ExcludeWorker", "ReadmitWorker"})
 SERVER_OPTIONS = (
     # Otherwise a second coordinator can bind the same port and silently takes half the workers.
     ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", 16),
     # Without any call for so long, which is longer than a polled session's lease.
     ("grpc.max_connection_idle_ms", 300_000),
@@ -370,9 +378,9 @@ class LiveTls:
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
-        self._waiting: grpc.ServerCertificateConfiguration | None = None
+        self._current = self._taken = self._configuration()
         self.credentials = grpc.dynamic_ssl_server_credentials(
-            self._configuration(),
+            self._current,
             self._take,  # type: ignore[arg-type]  # None means: as before.
             require_client_authentication=bool(files.material.client_ca),
         )
@@ -380,7 +388,7 @@ class LiveTls:
     def refresh(self) -> None:
         """Let new connections have the certificate that the files hold now."""
         if self._files.changed():
-            self._waiting = self._configuration()
+            self._current = self._configuration()
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         material = self._files.material
@@ -389,9 +397,29 @@ class LiveTls:
         )
 
     def _take(self) -> grpc.ServerCertificateConfiguration | None:
-        # gRPC calls this at every handshake, in a thread of its own.
-        waiting, self._waiting = self._waiting, None
-        return waiting
+        # gRPC calls this at every handshake, in threads of its own.
+        current = self._current
+        if current is self._taken:
+            return None
+        self._taken = current
+        return current
+
+
+class _RefusalLog:
+    """Tells of refused calls, and of each kind of them once in a while only."""
+
+    def __init__(self) -> None:
+        self._said_s: dict[str, float] = {}
+
+    def say(self, kind: str, line: str, *values: object) -> None:
+        """Log a line about a refusal, unless one of its kind was logged a moment ago."""
+        now_s = time.monotonic()
+        if now_s - self._said_s.get(kind, -math.inf) < GARBAGE_LOG_PERIOD_S:
+            return
+        if len(self._said_s) >= REFUSALS_REMEMBERED:
+            self._said_s.clear()
+        self._said_s[kind] = now_s
+        log.warning(line, *values)
 
 
 class _Edge:
@@ -401,10 +429,16 @@ class _Edge:
         """`can_revoke`: a caller can lose its rights while a call is under way."""
         self._who = who
         self._can_revoke = can_revoke
-        self._said_s: dict[str, float] = {}
+        self._refusals = _RefusalLog()
 
-    def guarded(self, path: str, handler: Callable[..., Any], *, streams: bool) -> Any:
-        """`handler` of the RPC `path` behind the check; `streams`: it yields its responses."""
+    def guarded(
+        self, path: str, handler: Callable[..., Any], *, streams: bool, is_session: bool = False
+    ) -> Any:
+        """`handler` of the RPC `path` behind the check; `streams`: it yields its responses.
+
+        Of a session only the beginning is checked: the loop ends it when its worker is revoked, and
+        it may live longer than the certificate that it began with.
+        """
 
         async def unary(request: Any, context: Any) -> Any:
             try:
@@ -412,7 +446,7 @@ class _Edge:
             except FedMezoError as error:
                 await self._refuse(context, error)
             response = await handler(request, context)
-            if self._can_revoke:
+            if self._can_revoke and not is_session:
                 try:
                     self._check(path, context)
                 except FedMezoError as error:
@@ -436,13 +470,9 @@ class _Edge:
         check_allowed(path, self._who(context))
 
     async def _refuse(self, context: Context, error: FedMezoError) -> NoReturn:
-        """End a call without a right to it; the log says so once in a while for each caller."""
-        sentence, now_s = str(error), time.monotonic()
-        if now_s - self._said_s.get(sentence, -math.inf) >= GARBAGE_LOG_PERIOD_S:
-            if len(self._said_s) >= REFUSALS_REMEMBERED:
-                self._said_s.clear()
-            self._said_s[sentence] = now_s
-            log.warning("refused a call from %s: %s", context.peer(), sentence)
+        """End a call without a right to it."""
+        # The sentence names the member.
+        self._refusals.say(str(error), "refused a call from %s: %s", context.peer(), error)
         await abort(context, error)
 
 
@@ -452,6 +482,7 @@ class _FleetServicer:
     def __init__(self, fleet: Fleet | None, who: Callable[[Context], Caller]) -> None:
         self._who = who
         self._fleet = fleet
+        self._refusals = _RefusalLog()
 
     def handler(self, name: str) -> Callable[[Any, Context], Awaitable[Message]]:
         """The handler of the RPC `name`."""
@@ -474,7 +505,8 @@ class _FleetServicer:
                 try:
                     return await fleet.enroll(request)
                 except FedMezoError as error:
-                    log.warning("refused to enrol %s: %s", context.peer(), error)
+                    kind = type(error).__name__
+                    self._refusals.say(kind, "refused to enrol %s: %s", context.peer(), error)
                     raise
             case "Renew":
                 shown = b"".join(context.auth_context()["x509_pem_cert"])
@@ -485,8 +517,10 @@ class _FleetServicer:
                 return await fleet.list_members(request, self._who(context))
             case "RevokeMember":
                 return await fleet.revoke_member(request, self._who(context))
-            case _:
+            case "RotateMember":
                 return await fleet.rotate_member(request, self._who(context))
+            case _:
+                raise AssertionError(f"{name} has rights and no handler")
 
 
 def _unreadable() -> ProtocolError:
@@ -500,23 +534,25 @@ def bind_server(
     tls: tuple[Path, Path] | LiveTls | None,
     private: str | None = None,
     connections_max: int = SESSIONS_MAX + CONNECTIONS_BESIDE,
-    message_bytes_max: int = MESSAGE_BYTES_MAX,
+    options: Sequence[tuple[str, int]] = (),
 ) -> tuple[Server, int]:
     """Bind a server to `listen` (host:port) and return it with its port.
 
     `tls` is a certificate file and a key file, or credentials. `private` is a second address, a
     Unix socket for the replica. More than `connections_max` connections at an address are closed as
-    soon as they come, whatever they have sent. Port 0 lets the system choose a port. Callers that
-    connect wait until `start_server`. Raises `ConfigError` for an address or TLS files that cannot
-    be used.
+    soon as they come, whatever they have sent. Port 0 lets the system choose a port. `options` go
+    before those in `SERVER_OPTIONS`. Callers that connect wait until `start_server`. Raises
+    `ConfigError` for an address or TLS files that cannot be used.
     """
     live = LiveTls(TlsFiles(*tls)) if isinstance(tls, tuple) else tls
     with reading_all_wakeups():
         server = grpc.aio.server(
-            options=(
-                *SERVER_OPTIONS,
-                ("grpc.max_receive_message_length", message_bytes_max),
-                ("grpc.max_allowed_incoming_connections", connections_max),
+            options=tuple(
+                {
+                    **dict(SERVER_OPTIONS),
+                    **dict(options),
+                    "grpc.max_allowed_incoming_connections": connections_max,
+                }.items()
             )
         )
     if private is not None:
@@ -585,7 +621,7 @@ def _serve_service(
         path = f"/{service.full_name}/{method.name}"
         if method.client_streaming:
             handlers[method.name] = grpc.stream_stream_rpc_method_handler(
-                edge.guarded(path, handler_of(method.name), streams=False)
+                edge.guarded(path, handler_of(method.name), streams=False, is_session=True)
             )
             continue
         streams = method.server_streaming

@@ -19,7 +19,7 @@ from fedmezo_core.trust.authorisation import MEMBER_ROLES, RIGHTS, Role
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.grpc_status import REASON_KEY
-from fedmezo_proto.v1 import admin_pb2, coordinator_pb2
+from fedmezo_proto.v1 import admin_pb2, admin_pb2_grpc, coordinator_pb2
 from tests.integration.support.fleets import ServedFleet, served_fleet
 from tests.integration.support.harness import config_of, genesis_of, served
 
@@ -42,6 +42,7 @@ OF_A_RUN = sorted(
 DENIED = "ForbiddenError"
 NO_CONNECTION = "UNAVAILABLE"
 NOT_SERVED = "UNIMPLEMENTED"
+TOO_LARGE = "RESOURCE_EXHAUSTED"
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +205,18 @@ async def test_the_enrolment_port_serves_one_call(folder: Path) -> None:
                 for path in sorted(RIGHTS):
                     wanted = "ProtocolError" if path == ENROLL else NOT_SERVED
                     assert await outcome(channel, path) == wanted, (who, path)
+
+
+@pytest.mark.parametrize(("name", "came"), [("x" * 7000, "ProtocolError"), ("x" * 8192, TOO_LARGE)])
+async def test_a_call_to_the_enrolment_port_is_small(folder: Path, name: str, came: str) -> None:
+    async with served_fleet(folder, GENESIS) as at:
+        where = parse_join_string(await at.join_string(uses=2)).enrol_address
+        async with channel_to(at, "anonymous", folder, to=where) as channel:
+            enroll = admin_pb2_grpc.EnrollmentServiceStub(channel).Enroll
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await enroll(admin_pb2.EnrollRequest(name=name))
+        metadata = dict(tuple(caught.value.trailing_metadata() or ()))
+        assert metadata.get(REASON_KEY, caught.value.code().name) == came
 
 
 async def test_everybody_may_do_the_same_without_a_state_folder(tmp_path: Path) -> None:
