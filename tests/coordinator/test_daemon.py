@@ -52,6 +52,7 @@ from tests.integration.support.harness import (
     environment,
     genesis_of,
     records_of,
+    relayed,
     scripted_workers,
     served,
     until,
@@ -361,3 +362,14 @@ def test_a_coordinator_without_a_fleet_takes_orders_from_its_own_machine_alone()
         with pytest.raises(ForbiddenError, match="from its own machine alone"):
             check_operator(Caller.ANYONE, peer)
     check_operator(Caller(Role.OPERATOR, "o"), "ipv4:10.0.0.1:5000")
+
+
+async def test_a_relay_excludes_nobody_and_says_who_can(tmp_path: Path) -> None:
+    async with (
+        served(tmp_path / "journal.db", genesis_of(config_of())) as at,
+        relayed(at.address, tmp_path, "site", workers_min=1) as site,
+        CoordinatorClient(site.address) as operator,
+    ):
+        for order in (operator.exclude_worker("w1", "noise"), operator.readmit_worker("w1")):
+            with pytest.raises(ProtocolError, match="exclude its site at the coordinator above"):
+                await order

@@ -35,6 +35,7 @@ from fedmezo_coordinator.serving.worker_session import (
 from fedmezo_core.errors import (
     FedMezoError,
     NotReadyError,
+    ProtocolError,
     SnapshotError,
     UnavailableError,
     UnknownWorkerError,
