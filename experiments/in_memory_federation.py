@@ -21,11 +21,13 @@ differ only in their order: over gRPC, answers come in the order in which worker
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from experiments.attacks import Attack, attacked
 from experiments.judging import Judge
 from fedmezo_core.errors import FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (
@@ -111,11 +113,13 @@ class InMemoryFederation:
         pass_tokens_max: int | None = None,
         row_states: RowStates | None = None,
         privacy: PrivacyBudget | None = None,
+        attack: Attack = "none",
+        attackers: int = 0,
     ) -> None:
         """`party` is at its base; `rows` holds each worker's rows by its name.
 
         With `privacy`, whose `ledger` is the folder of all ledgers, each worker has that budget.
-
+        The last `attackers` workers by name send what `attack` says. They answer after the others.
         Raises as `Task.encode` does, and as `load_objective` does if the task has an objective,
         whose code runs here.
         """
@@ -133,6 +137,11 @@ class InMemoryFederation:
         self.applying_s = 0.0
         """CPU seconds that each worker takes to apply commits and digest its weights."""
         self._judge = judge
+        self._attack: Attack = attack
+        self._attackers = frozenset(sorted(rows)[len(rows) - attackers :])
+        self._rng = random.Random(party.config.seed)
+        # What honest workers answered in the round of the first number.
+        self._seen: tuple[int, list[tuple[float, ...]]] = (0, [])
         self._estimator = open_estimator(
             party,
             threads=threads,
@@ -341,7 +350,18 @@ class InMemoryFederation:
         self.forwards += passes
         rows = min(self.party.config.batch_size, worker.batches.row_count)
         self.forward_rows += passes * rows
-        return measured
+        return self._sent(worker, measured)
+
+    def _sent(self, worker: Worker, measured: Measured) -> Measured:
+        """What the worker sends of what it measured: if it attacks, something else."""
+        round_, grads = measured.ticket.round, measured.scalars.projected_grads
+        if self._seen[0] != round_:
+            self._seen = (round_, [])
+        if worker.name not in self._attackers:
+            self._seen[1].append(grads)
+            return measured
+        false = attacked(self._attack, grads, self._seen[1], self.party.config, self._rng)
+        return replace(measured, scalars=measured.scalars._replace(projected_grads=false))
 
     def _measured(self, worker: Worker, order: Measure) -> Measured:
         digest = self._weights_digest

@@ -145,6 +145,8 @@ def _execute(run: Run, folder: Path | None, ledgers: Path) -> Result:
             pass_tokens_max=settings.pass_tokens_max,
             row_states=row_states,
             privacy=settings.privacy_budget(ledgers),
+            attack=settings.attack,
+            attackers=settings.attackers,
         )
         if run.first_order is None
         else FedAvg(party, data.clients, run.first_order, judge=judge, row_states=row_states)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from experiments.attacks import Attack
 from fedmezo_coordinator.programs.splits import Shares, split_category, split_dirichlet, split_iid
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
@@ -59,6 +60,10 @@ RUN: dict[str, Any] = {
     "learning_rate": 3.0,
     # The experiments' rates were found for the directions of their own rounds.
     "rate_directions": 0,
+    # It scales no answer of honest workers here, so that figures from before it was 1 stay.
+    "clip_median_factor": 10.0,
+    "clip_spread": 4.0,
+    "clip_drop_factor": 0.0,
     "schedule": "linear",
     "eps": 1e-3,
     "distribution": "low_rank_1",
@@ -96,6 +101,10 @@ class Settings(BaseModel):
     splitter: Literal["domains", "iid", "category", "dirichlet"] = "domains"
     """Which rows go to which client: whole domains in turn, or as `fedmezo split` deals them, with
     the domains as classes."""
+    attack: Attack = "none"
+    """What the attackers send."""
+    attackers: int = Field(default=0, ge=0)
+    """How many of the clients do so: the last ones by name."""
     alpha: float = Field(default=0.5, gt=0)
     """Of the Dirichlet splitter: smaller is more uneven."""
     train_rows_max: int | None = Field(default=400, ge=1)

@@ -17,7 +17,6 @@ from fedmezo.genesis import GenesisLike, bytes_of, decode_genesis, head_of
 from fedmezo_core.config import MESSAGE_BYTES_MAX, RunConfig
 from fedmezo_core.errors import (
     ConfigError,
-    DivergedError,
     FedMezoError,
     JournalCompactedError,
     JournalError,
@@ -62,10 +61,12 @@ from fedmezo_core.wire.admission import (
     Signing,
     check_hello,
     check_nonce,
+    check_worker_name,
     event_from_request,
     signing_of,
 )
 from fedmezo_core.wire.commit_index import CommitIndex
+from fedmezo_core.wire.grpc_status import BY_REASON
 from fedmezo_core.wire.messages import (
     assign_to_pb,
     commit_to_pb,
@@ -303,6 +304,25 @@ class Coordinator:
         self._check()
         self._flush()
         self._owed.append(self._machine.resume(rate_factor))
+        self._flush()
+
+    def exclude(self, worker: str, reason: str) -> None:
+        """Take a worker out of the run, with its answers that no commit holds; tells it `reason`.
+
+        It takes no part until `readmit`, also after a restart. Raises `ConfigError` if it is
+        excluded already, or without a reason of at most 512 characters.
+        """
+        check_worker_name(worker)
+        self._check()
+        self._flush()
+        self._owed.append(self._machine.exclude(worker, reason))
+        self._flush()
+
+    def readmit(self, worker: str) -> None:
+        """Let an excluded worker join again. Raises `ConfigError` if it is not excluded."""
+        self._check()
+        self._flush()
+        self._owed.append(self._machine.readmit(worker))
         self._flush()
 
     def record_evaluation(self, evaluation: Evaluated) -> None:
@@ -659,11 +679,11 @@ class Coordinator:
         if worker is None or worker.is_reading:
             return
         match message:
-            case Expel(_, sentence):
+            case Expel(_, sentence, reason):
                 if worker.is_calling:
-                    worker.ending = DivergedError(sentence)
+                    worker.ending = BY_REASON[reason](sentence)
                 else:
-                    self._end(name, DivergedError(sentence))
+                    self._end(name, BY_REASON[reason](sentence))
                 return
             case Assign():
                 worker.assign, worker.assigned_ms = message, self._now_ms

@@ -19,6 +19,7 @@
         SignatureError       an answer whose signature is missing, or not its worker's for it
         NotReadyError        the coordinator cannot take this now; a retry later can succeed
       DivergedError          a party's weights are not the run's weights
+      ExcludedError          the operator has excluded this worker from the run
       JournalError           the journal cannot be opened, read or appended to
         JournalLockedError   another process has the journal open
           FencedError        another coordinator has taken over the journal; this one must not write
@@ -156,6 +157,12 @@ class DivergedError(FedMezoError):
     """A party's weights digest is not the run's."""
 
     status = "DATA_LOSS"
+
+
+class ExcludedError(FedMezoError):
+    """The run's operator has excluded the worker; it takes no part until it is readmitted."""
+
+    status = "PERMISSION_DENIED"
 
 
 class JournalError(FedMezoError):

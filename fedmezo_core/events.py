@@ -147,10 +147,14 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """End a worker's session: its weights are not the run's."""
+    """End a worker's session; `reason` is a class name in `errors`.
+
+    Its weights are not the run's, or the operator has excluded it.
+    """
 
     worker: str
     message: str
+    reason: str = "DivergedError"
 
 
 @dataclass(frozen=True, slots=True)

@@ -297,6 +297,26 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True)
+class Excluded:
+    """After `round`, a person took a worker out of the run, with its answers that no commit held.
+
+    Its answers in commits stay. It takes no part until a `Readmitted` names it.
+    """
+
+    round: int
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Readmitted:
+    """After `round`, a person let an excluded worker take part again."""
+
+    round: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshotted:
     """The coordinator holds a file of the trained weights after `round`, agreed to be the run's."""
 
@@ -332,6 +352,8 @@ Record = (
     | Snapshotted
     | SignedHead
     | Admitted
+    | Excluded
+    | Readmitted
 )
 
 

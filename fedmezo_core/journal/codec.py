@@ -24,9 +24,11 @@ from fedmezo_core.records import (
     Committed,
     Diverged,
     Evaluated,
+    Excluded,
     Genesis,
     Opened,
     Paused,
+    Readmitted,
     Record,
     Resumed,
     RoundSlot,
@@ -201,6 +203,10 @@ def _record_to_pb(record: Record) -> pb.Record:
             return pb.Record(resumed=_as(pb.Resumed, record))
         case Stopped():
             return pb.Record(stopped=_as(pb.Stopped, record))
+        case Excluded():
+            return pb.Record(excluded=excluded_to_pb(record))
+        case Readmitted():
+            return pb.Record(readmitted=_as(pb.Readmitted, record))
         case SignedHead():
             return pb.Record(checkpoint=_as(pb.Checkpoint, record))
         case Snapshotted():
@@ -281,6 +287,10 @@ def _record_from_pb(message: pb.Record, kind: str) -> Record:
             return Resumed(positive(message.resumed.rate_factor, "rate factor"))
         case "stopped":
             return Stopped(message.stopped.round, message.stopped.reason)
+        case "excluded":
+            return excluded_from_pb(message.excluded)
+        case "readmitted":
+            return Readmitted(message.readmitted.round, message.readmitted.worker)
         case "checkpoint":
             found = message.checkpoint
             return SignedHead(
@@ -382,6 +392,16 @@ def diverged_from_pb(message: pb.Diverged) -> Diverged:
         found_digest64=message.found_digest64,
         expected_digest64=message.expected_digest64,
     )
+
+
+def excluded_to_pb(record: Excluded) -> pb.Excluded:
+    """An exclusion as a message."""
+    return _as(pb.Excluded, record)
+
+
+def excluded_from_pb(message: pb.Excluded) -> Excluded:
+    """An exclusion from a message."""
+    return Excluded(message.round, message.worker, message.reason)
 
 
 def evaluated_to_pb(record: Evaluated) -> pb.Evaluated:

@@ -76,6 +76,9 @@ RIGHTS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/fedmezo.v1.AdminService/ListMembers": _OPERATORS,
         "/fedmezo.v1.AdminService/RevokeMember": _OPERATORS,
         "/fedmezo.v1.AdminService/RotateMember": _OPERATORS,
+        # Anyone only on the coordinator's own machine.
+        "/fedmezo.v1.AdminService/ExcludeWorker": _OPERATORS | {Role.ANYONE},
+        "/fedmezo.v1.AdminService/ReadmitWorker": _OPERATORS | {Role.ANYONE},
     }
 )
 """Path of an RPC -> the roles that may call it. An RPC without a row cannot be called."""

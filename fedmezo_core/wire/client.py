@@ -374,6 +374,20 @@ class CoordinatorClient:
                 admin.RotateMemberRequest(name=name, life_s=life_s), timeout=CALL_TIMEOUT_S
             )
 
+    async def exclude_worker(self, worker: str, reason: str) -> None:
+        """Take a worker out of the run, as an operator."""
+        with self._errors_mapped():
+            await self._admin.ExcludeWorker(
+                admin.ExcludeWorkerRequest(worker=worker, reason=reason), timeout=CALL_TIMEOUT_S
+            )
+
+    async def readmit_worker(self, worker: str) -> None:
+        """Let an excluded worker take part again, as an operator."""
+        with self._errors_mapped():
+            await self._admin.ReadmitWorker(
+                admin.ReadmitWorkerRequest(worker=worker), timeout=CALL_TIMEOUT_S
+            )
+
     def _errors_mapped(self) -> AbstractContextManager[None]:
         return errors_mapped(self.address, self._hint)
 

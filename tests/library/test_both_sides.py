@@ -20,6 +20,7 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import (
     ConfigError,
     DivergedError,
+    ExcludedError,
     FedMezoError,
     JournalBehindError,
     JournalCompactedError,
@@ -747,6 +748,24 @@ def test_a_paused_run_can_be_resumed() -> None:
     assert coordinator.phase == "open"
     coordinator.tick(9000)
     assert coordinator.has_news("a")
+
+
+def test_an_excluded_worker_is_told_and_may_be_readmitted() -> None:
+    genesis = small_run(workers_min=1, quorum=1)
+    coordinator = Coordinator(genesis, lease_ms=10**9)
+    session = open_session(genesis, "a")
+    down = coordinator.exchange(session.exchange(b""))
+    with pytest.raises(ConfigError, match="a is not excluded"):
+        coordinator.readmit("a")
+    coordinator.exclude("a", "noise")
+    with pytest.raises(ExcludedError, match="excluded worker a after round 0: noise"):
+        session.exchange(coordinator.exchange(session.exchange(down)))
+    coordinator.readmit("a")
+    again = open_session(genesis, "a")
+    down = b""
+    for _ in range(3):
+        down = coordinator.exchange(again.exchange(down))
+    assert coordinator.round > 0
 
 
 def test_evaluations_are_recorded_and_may_end_the_run() -> None:

@@ -723,6 +723,10 @@ def _line(row: Row, record: records.Record) -> str:
             text = f"paused     after round {round_}: {reason}"
         case records.Resumed(rate_factor):
             text = f"resumed    learning rates times {rate_factor:g}"
+        case records.Excluded(round_, worker, reason):
+            text = f"excluded   {worker} after round {round_}: {reason}"
+        case records.Readmitted(round_, worker):
+            text = f"readmitted {worker} after round {round_}"
         case records.Stopped(round_, reason):
             text = f"stopped    after round {round_}: {reason}"
         case records.SignedHead(epoch, round_, head):

@@ -34,9 +34,9 @@ from fedmezo_coordinator.serving.worker_session import (
 )
 from fedmezo_coordinator.signature_checker import Check, SignatureChecker
 from fedmezo_core.errors import (
-    DivergedError,
     FedMezoError,
     NotReadyError,
+    ProtocolError,
     SnapshotError,
     UnavailableError,
     UnknownWorkerError,
@@ -76,6 +76,7 @@ from fedmezo_core.wire.admission import (
     signing_of,
 )
 from fedmezo_core.wire.commit_index import CommitIndex
+from fedmezo_core.wire.grpc_status import BY_REASON
 from fedmezo_core.wire.messages import commit_to_pb, message_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -142,6 +143,12 @@ class _FromWorker(Item):
 @dataclass(frozen=True, slots=True)
 class _Time(Item):
     now_ms: int
+
+
+def _not_here() -> ProtocolError:
+    return ProtocolError(
+        "A relay excludes nobody; exclude its site at the coordinator above, or stop the worker."
+    )
 
 
 class ServingLoop(ABC, Generic[ReadyT]):
@@ -241,6 +248,14 @@ class ServingLoop(ABC, Generic[ReadyT]):
         raise UnknownWorkerError(
             "Only the replica process that this coordinator started may report for it."
         )
+
+    async def exclude(self, worker: str, reason: str) -> None:
+        """Take a worker out of the run, for a person's `reason`; returns when that is durable."""
+        raise _not_here()
+
+    async def readmit(self, worker: str) -> None:
+        """Let an excluded worker take part again; returns when that is durable."""
+        raise _not_here()
 
     # ------------------------------------------------------------ start and stop
 
@@ -549,8 +564,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         if session is None:
             return
         match message:
-            case Expel(_, sentence):
-                session.end(DivergedError(sentence))
+            case Expel(_, sentence, reason):
+                session.end(BY_REASON[reason](sentence))
                 return
             case Refuse(worker, _, _, sentence):
                 log.warning("refused an answer of worker %s: %s", worker, sentence)

@@ -23,7 +23,7 @@ from google.protobuf.message_factory import GetMessageClass
 from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import SESSIONS_MAX
-from fedmezo_coordinator.serving.callers import caller_of, check_worker_name
+from fedmezo_coordinator.serving.callers import caller_of, check_operator, check_worker_name
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
@@ -73,6 +73,9 @@ ENROLMENT_OPTIONS = (
     ("grpc.max_connection_age_ms", 60_000),
     ("grpc.server_handshake_timeout_ms", 5_000),
 )
+
+OF_THE_RUN = frozenset({"ExcludeWorker", "ReadmitWorker"})
+"""Orders to the run, which need no fleet."""
 
 SERVER_OPTIONS = (
     # Otherwise a second coordinator can bind the same port and silently takes half the workers.
@@ -258,6 +261,28 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Take a digest, evaluation or snapshot that the replica reports."""
         await self._daemon.report_replica(request)
         return wire.ReportReplicaResponse()
+
+    @_mapped
+    async def ExcludeWorker(  # noqa: N802
+        self, request: admin.ExcludeWorkerRequest, context: Context
+    ) -> admin.ExcludeWorkerResponse:
+        """Take a worker out of the run, for an operator."""
+        caller = self.caller_of(context)
+        check_operator(caller, context.peer())
+        await self._daemon.exclude(request.worker, request.reason)
+        log.warning("%s excluded worker %s", caller, request.worker)
+        return admin.ExcludeWorkerResponse()
+
+    @_mapped
+    async def ReadmitWorker(  # noqa: N802
+        self, request: admin.ReadmitWorkerRequest, context: Context
+    ) -> admin.ReadmitWorkerResponse:
+        """Let an excluded worker take part again, for an operator."""
+        caller = self.caller_of(context)
+        check_operator(caller, context.peer())
+        await self._daemon.readmit(request.worker)
+        log.warning("%s readmitted worker %s", caller, request.worker)
+        return admin.ReadmitWorkerResponse()
 
     async def _enter(self, context: Context) -> None:
         """Take the place of a large response until gRPC is done with it."""
@@ -557,7 +582,13 @@ async def start_server(
     members = _FleetServicer(fleet, servicer.caller_of)
     _serve_service(server, edge, "CoordinatorService", wire.DESCRIPTOR, servicer.handler)
     for service in ("MembershipService", "AdminService"):
-        _serve_service(server, edge, service, admin.DESCRIPTOR, members.handler)
+        _serve_service(
+            server,
+            edge,
+            service,
+            admin.DESCRIPTOR,
+            lambda name: (servicer if name in OF_THE_RUN else members).handler(name),
+        )
     await server.start()
     return servicer
 

@@ -171,5 +171,8 @@ def _worker_status(
         answered_after_ms=counters.answered_after_ms,
         complaint=contest or view.complaint,
         learning_rate=view.learning_rate,
+        relative_size=view.score.size,
+        agreement=view.score.agreement,
+        suspicion=view.score.told,
         **flags,
     )

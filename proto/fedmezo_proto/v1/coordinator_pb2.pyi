@@ -18,6 +18,7 @@ name of fedmezo_core.errors). The status message is one sentence for a person.
   FAILED_PRECONDITION  Model, tokenizer or recipe differ; or the ticket is stale.
   ALREADY_EXISTS       The worker gave a different answer to the same ticket before.
   PERMISSION_DENIED    The answer is not signed by the worker's key for this run, ticket and history.
+                       Or the run's operator has excluded the worker.
   OUT_OF_RANGE         A projected gradient is not finite or beyond the clip. Or the journal no longer
                        holds the records: begin from a snapshot.
   DATA_LOSS            The worker's weights are not the run's: rebuild them from base and journal.
@@ -985,6 +986,9 @@ class WorkerStatus(google.protobuf.message.Message):
     COMPLAINT_FIELD_NUMBER: builtins.int
     MEASURING_FIELD_NUMBER: builtins.int
     LEARNING_RATE_FIELD_NUMBER: builtins.int
+    RELATIVE_SIZE_FIELD_NUMBER: builtins.int
+    AGREEMENT_FIELD_NUMBER: builtins.int
+    SUSPICION_FIELD_NUMBER: builtins.int
     worker: builtins.str
     """The worker's name."""
     connected: builtins.bool
@@ -1007,6 +1011,16 @@ class WorkerStatus(google.protobuf.message.Message):
     """Whether the coordinator waits for its answer now."""
     learning_rate: builtins.float
     """Learning rate of its last assignment. Absent: it had none since this coordinator start."""
+    relative_size: builtins.float
+    """Size (root mean square) of its newest committed answer, over the usual one of that round. Absent: no
+    commit since this coordinator start holds an answer of it.
+    """
+    agreement: builtins.float
+    """How well its answers agree with others' along the same directions, in standard deviations of what
+    chance gives: random ones have about 0. Absent: nobody measures along its directions.
+    """
+    suspicion: builtins.str
+    """What is wrong with its answers, beside those of others. Empty: nothing."""
     def __init__(
         self,
         *,
@@ -1021,13 +1035,20 @@ class WorkerStatus(google.protobuf.message.Message):
         complaint: builtins.str = ...,
         measuring: builtins.bool = ...,
         learning_rate: builtins.float | None = ...,
+        relative_size: builtins.float | None = ...,
+        agreement: builtins.float | None = ...,
+        suspicion: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "answered_after_ms", b"answered_after_ms", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "measuring", b"measuring", "rounds_answered", b"rounds_answered", "worker", b"worker"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_agreement", b"_agreement", "_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "_relative_size", b"_relative_size", "agreement", b"agreement", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "relative_size", b"relative_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_agreement", b"_agreement", "_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "_relative_size", b"_relative_size", "agreement", b"agreement", "answered_after_ms", b"answered_after_ms", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "measuring", b"measuring", "relative_size", b"relative_size", "rounds_answered", b"rounds_answered", "suspicion", b"suspicion", "worker", b"worker"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_agreement", b"_agreement"]) -> typing.Literal["agreement"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_relative_size", b"_relative_size"]) -> typing.Literal["relative_size"] | None: ...
 
 Global___WorkerStatus: typing_extensions.TypeAlias = WorkerStatus
 
@@ -1111,6 +1132,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     LOOP_LAG_P99_MS_FIELD_NUMBER: builtins.int
     SESSIONS_FIELD_NUMBER: builtins.int
     SESSIONS_REFUSED_FIELD_NUMBER: builtins.int
+    EXCLUDED_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     """What the run is doing."""
     round: builtins.int
@@ -1167,6 +1189,10 @@ class GetStatusResponse(google.protobuf.message.Message):
     def diverged_parties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Parties whose weights were found to differ and have not agreed since, sorted by name."""
 
+    @property
+    def excluded(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[fedmezo_proto.v1.journal_pb2.Excluded]:
+        """Workers that an operator excluded from the run, those excluded longest ago first."""
+
     def __init__(
         self,
         *,
@@ -1190,9 +1216,10 @@ class GetStatusResponse(google.protobuf.message.Message):
         loop_lag_p99_ms: builtins.float = ...,
         sessions: builtins.int = ...,
         sessions_refused: builtins.int = ...,
+        excluded: collections.abc.Iterable[fedmezo_proto.v1.journal_pb2.Excluded] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "diverged_parties", b"diverged_parties", "divergences", b"divergences", "epoch", b"epoch", "evaluation_due", b"evaluation_due", "evaluations", b"evaluations", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "replica_complaint", b"replica_complaint", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "diverged_parties", b"diverged_parties", "divergences", b"divergences", "epoch", b"epoch", "evaluation_due", b"evaluation_due", "evaluations", b"evaluations", "excluded", b"excluded", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "replica_complaint", b"replica_complaint", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
 
 Global___GetStatusResponse: typing_extensions.TypeAlias = GetStatusResponse
 
