@@ -1,8 +1,8 @@
 """Checks of signatures, with the help of a process on another core where many come at a time.
 
-A check takes about half as long as everything else that a coordinator does for an answer, and
-holds Python's global lock meanwhile, so that a thread would not help. The process gets a batch over
-a pipe and answers with a byte for each. Whoever waits for it checks what comes behind the batch
+A check takes about half as long as everything else that a coordinator does for an answer, and holds
+Python's global lock meanwhile, so that a thread would not help. The process gets a batch over a
+pipe and answers with a byte for each. Whoever waits for it checks what comes behind the batch
 meanwhile, so that both cores work. A few signatures are all checked here.
 """
 
