@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmezo_coordinator.coordinator_settings import ServingSettings
+from fedmezo_coordinator.limits.caller_limits import CallerLimits
+from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.service import (
     CONNECTIONS_BESIDE,
@@ -56,8 +58,10 @@ async def fronted(
     """
     connections_max = connections_that_fit(settings)
     server, port = bind_server(settings.listen, settings.tls, private, connections_max)
+    limits = CallerLimits(settings.caller_calls_per_s)
+    watch = ConnectionWatch(settings.caller_connections_max)
     try:
-        yield Front(server, await start_server(server, what), port)
+        yield Front(server, await start_server(server, what, limits, watch), port)
     finally:
         await server.stop(None)
 
@@ -88,7 +92,8 @@ async def host(
             front.port,
         )
     log.info("run %s is served at %s:%d", loop.genesis.config.run_id, where, front.port)
-    tasks = [asyncio.create_task(_serve(loop))]
+    watching = front.servicer.watch.watch(front.port)
+    tasks = [asyncio.create_task(_serve(loop)), asyncio.create_task(watching)]
     if alongside is not None:
         tasks.append(asyncio.create_task(alongside))
     try:

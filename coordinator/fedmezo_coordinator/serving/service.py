@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import logging
-import math
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +16,19 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
-from fedmezo_coordinator.coordinator_settings import SESSIONS_MAX
+from fedmezo_coordinator.coordinator_settings import (
+    CALLER_CALLS_PER_S,
+    CALLER_CONNECTIONS_MAX,
+    SESSIONS_MAX,
+)
+from fedmezo_coordinator.limits.caller_limits import (
+    WAIT_MAX_S,
+    CallerLimits,
+    address_of,
+    worker_caller,
+)
+from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
+from fedmezo_coordinator.limits.said_seldom import SaidSeldom
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
@@ -47,9 +58,6 @@ stream after the other, and each takes three turns."""
 
 CONNECTIONS_BESIDE = 128
 """Connections beside those of the most sessions: of readers, of idle clients."""
-
-GARBAGE_LOG_PERIOD_S = 60.0
-"""Shortest time between two lines of the log about calls that cannot be read."""
 
 SERVER_OPTIONS = (
     # Otherwise a second coordinator can bind the same port and silently takes half the workers.
@@ -118,14 +126,20 @@ def _reader(kind: type[Message]) -> Callable[[bytes], Message | _Garbage]:
 
 
 def _mapped(handler: Handler) -> Handler:
-    """Turn a `FedMezoError` of a unary handler into a gRPC status."""
+    """Hold a caller of a unary handler to its limits, and turn a `FedMezoError` into a status.
+
+    What is wrapped returns the serialized response.
+    """
 
     @functools.wraps(handler)
     async def wrapper(self: Any, request: Any, context: Any) -> Any:
         try:
+            caller = await self.admit(context, request)
             self.check_readable(request)
             self.check_started()
-            return await handler(self, request, context)
+            response = _serialized(await handler(self, request, context))
+            self.caller_limits.charge(caller, len(response))
+            return response
         except FedMezoError as error:
             await abort(context, error)
 
@@ -138,21 +152,38 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     _daemon: ServingLoop[Any]
     _poll_sessions: PollSessions
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, caller_limits: CallerLimits, watch: ConnectionWatch) -> None:
         """`what` is the program, for callers that come while it starts: `coordinator`, `relay`."""
         self._what = what
+        self.caller_limits = caller_limits
+        self.watch = watch
         self._is_started = False
         self._created_s = time.monotonic()
         self._places = PagePlaces()
         self._pacing = WritePacing(WRITES_A_TURN)
-        self._garbage_count = 0
-        self._garbage_said_s = -math.inf
+        self._garbage = SaidSeldom(log)
 
     def begin(self, daemon: ServingLoop[Any]) -> None:
         """Let `daemon`, which is loaded, answer calls from now on."""
         self._daemon = daemon
         self._poll_sessions = PollSessions(daemon)
         self._is_started = True
+
+    async def admit(self, context: Context, request: Any = None) -> str:
+        """Note who calls, and hold the call back as `caller_limits` say; returns the caller.
+
+        A caller is an address, or the worker whose session the call names by its token. Raises
+        `NotReadyError` for a call that comes too soon.
+        """
+        peer = context.peer()
+        if peer.startswith("unix:"):
+            return ""  # The replica, which this process has started.
+        caller = address_of(peer)
+        self.watch.called(peer, caller)
+        if isinstance(request, wire.PollSessionRequest) and self._is_started:
+            caller = self._poll_sessions.worker_of(request.token) or caller
+        await self.caller_limits.admit(caller)
+        return caller
 
     def check_started(self) -> None:
         """Tell a caller that comes before `begin` to wait, and what for."""
@@ -167,13 +198,10 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         raise error
 
     def check_readable(self, request: Any) -> None:
-        """Refuse a call whose bytes are no request; the log says so once in a while only."""
+        """Refuse a call whose bytes are no request."""
         if not isinstance(request, _Garbage):
             return
-        self._garbage_count += 1
-        if time.monotonic() - self._garbage_said_s >= GARBAGE_LOG_PERIOD_S:
-            self._garbage_said_s = time.monotonic()
-            log.warning("%d calls so far with bytes that are no request", self._garbage_count)
+        self._garbage.warn("a call came with bytes that are no request")
         raise ProtocolError(
             "The bytes of this call are no request of its kind; use the same FedMeZO version."
         )
@@ -233,6 +261,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     ) -> AsyncIterator[wire.ReadSnapshotResponse]:
         """Send a snapshot's file, with one chunk in memory; a slow reader delays only itself."""
         try:
+            await self.admit(context)
             self.check_readable(request)
             self.check_started()
             async with contextlib.aclosing(self._daemon.read_snapshot(request)) as pieces:
@@ -244,6 +273,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     async def session(self, _requests: Any, context: RawContext) -> None:
         """Serve a worker's stream; a second task reads it while this one writes."""
         try:
+            await self.admit(context)
             self.check_started()
             with self._daemon.session_limit.session() as permit:
                 await self._open_session(context, permit)
@@ -293,7 +323,10 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         return first.hello
 
     async def _read(self, context: RawContext, session: WorkerSession) -> None:
+        take, worker = self.caller_limits.take, worker_caller(session.worker)
         while (serialized := await context.read()) is not grpc.aio.EOF:
+            if wait_s := take(worker):
+                await asyncio.sleep(min(wait_s, WAIT_MAX_S))
             try:
                 message = wire.SessionRequest.FromString(serialized)
             except DecodeError:
@@ -339,9 +372,18 @@ def bind_server(
         ) from None
 
 
-async def start_server(server: Server, what: str = "coordinator") -> CoordinatorServicer:
+async def start_server(
+    server: Server,
+    what: str = "coordinator",
+    caller_limits: CallerLimits | None = None,
+    watch: ConnectionWatch | None = None,
+) -> CoordinatorServicer:
     """Let a bound server answer calls: that `what` is starting, until the servicer's `begin`."""
-    servicer = CoordinatorServicer(what)
+    servicer = CoordinatorServicer(
+        what,
+        caller_limits or CallerLimits(CALLER_CALLS_PER_S),
+        watch or ConnectionWatch(CALLER_CONNECTIONS_MAX),
+    )
     service = wire.DESCRIPTOR.services_by_name["CoordinatorService"]
     # Not the generated handlers. Session has no serializers: a message to thousands of workers is
     # serialised once, and its bytes are counted without serialising it again.
