@@ -25,6 +25,10 @@
         JournalCompactedError  the records asked for were dropped; begin from a snapshot
       SnapshotError          a snapshot is missing, or cannot be written, read or used
         SnapshotDamagedError its bytes or weights are not what was recorded
+      IdentityError          who a peer is cannot be established
+        TokenError           a join string that lets nobody join: cut off, used, expired, foreign
+        RevokedError         the peer's key is no member's any more
+      ForbiddenError         the peer is known and may not do this
       UnavailableError       the other side cannot be reached; retrying may help
         StartingError        it is there and starts; it will answer when that is done
 
@@ -183,6 +187,26 @@ class SnapshotDamagedError(SnapshotError):
     """A snapshot's bytes or weights are not what the journal says."""
 
     status = "DATA_LOSS"
+
+
+class IdentityError(FedMezoError):
+    """Who a peer is cannot be established: a certificate, key or state folder cannot be used."""
+
+    status = "UNAUTHENTICATED"
+
+
+class TokenError(IdentityError):
+    """A join string or its token lets nobody join: cut off, used, expired or of another side."""
+
+
+class RevokedError(IdentityError):
+    """The peer's key is no member's: it was revoked, replaced or never enrolled here."""
+
+
+class ForbiddenError(FedMezoError):
+    """The peer is known, and may not do this."""
+
+    status = "PERMISSION_DENIED"
 
 
 class UnavailableError(FedMezoError):

@@ -1,0 +1,37 @@
+"""The table of rights has a row for every RPC and for nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedmezo_core.errors import ForbiddenError
+from fedmezo_core.trust.authorisation import MEMBER_ROLES, RIGHTS, Caller, Role, check_allowed
+from fedmezo_proto.v1 import admin_pb2, coordinator_pb2
+
+
+def test_every_rpc_has_a_row_and_every_row_an_rpc() -> None:
+    methods = {
+        f"/{service.full_name}/{method.name}"
+        for file in (coordinator_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR)
+        for service in file.services_by_name.values()
+        for method in service.methods
+    }
+    assert methods == set(RIGHTS)
+
+
+def test_a_method_without_a_row_may_be_called_by_nobody() -> None:
+    for role in Role:
+        with pytest.raises(ForbiddenError):
+            check_allowed("/fedmezo.v1.CoordinatorService/New", Caller(role))
+
+
+def test_only_operators_decide_who_is_a_member() -> None:
+    for method, roles in RIGHTS.items():
+        if "/fedmezo.v1.AdminService/" in method:
+            assert roles == {Role.OPERATOR}
+
+
+def test_a_refusal_names_the_caller_and_who_may() -> None:
+    with pytest.raises(ForbiddenError, match="observer o1 may not call Session, which is for work"):
+        check_allowed("/fedmezo.v1.CoordinatorService/Session", Caller(Role.OBSERVER, "o1"))
+    assert Role.ANYONE not in MEMBER_ROLES

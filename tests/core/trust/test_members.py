@@ -1,0 +1,161 @@
+"""The table of members: who joins with which token, and whose name it is."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import pytest
+
+from fedmezo_core.errors import ConfigError, ForbiddenError, RevokedError, TokenError
+from fedmezo_core.trust.authorisation import Role
+from fedmezo_core.trust.members import Member, Members, Token
+
+NOW_S = 1_800_000_000
+SECRET = b"s" * 16
+KEY, OTHER_KEY, SIGNING_KEY = b"k" * 32, b"o" * 32, b"e" * 32
+TOKEN = Token(
+    b"12345678", hashlib.sha256(SECRET).digest(), Role.WORKER, "gpu-7", expires_s=NOW_S + 60
+)
+
+
+def table(*tokens: Token) -> Members:
+    members = Members()
+    for token in tokens or (TOKEN,):
+        members.apply(members.new_token(token))
+    return members
+
+
+def join(
+    members: Members, key: bytes = KEY, name: str = "", token: Token = TOKEN, now_s: int = NOW_S
+) -> Member:
+    member, used = members.admit(token.id, SECRET, key, SIGNING_KEY, name, now_s)
+    members.apply(used)
+    members.apply(member)
+    return member
+
+
+def test_a_token_lets_its_name_join_once() -> None:
+    members = table()
+    member = join(members)
+    assert (member.name, member.role, member.enrolled_s) == ("gpu-7", Role.WORKER, NOW_S)
+    caller = members.caller(KEY)
+    assert (caller.name, caller.role, caller.signing_key) == ("gpu-7", Role.WORKER, SIGNING_KEY)
+    with pytest.raises(TokenError, match="was used before"):
+        join(members, OTHER_KEY)
+
+
+def test_the_same_key_may_ask_again_because_a_response_can_be_lost() -> None:
+    members = table()
+    assert join(members) == join(members)
+    assert len(members) == 1
+
+
+@pytest.mark.parametrize(
+    ("secret", "token_id"), [(b"x" * 16, TOKEN.id), (SECRET, b"another!"), (b"", b"")]
+)
+def test_a_token_that_is_not_here_lets_nobody_join(secret: bytes, token_id: bytes) -> None:
+    members = table()
+    with pytest.raises(TokenError, match="no such token"):
+        members.admit(token_id, secret, KEY, SIGNING_KEY, "", NOW_S)
+    assert not len(members)
+
+
+def test_a_token_expires() -> None:
+    with pytest.raises(TokenError, match="expired 5 s ago by the coordinator's clock"):
+        join(table(), now_s=TOKEN.expires_s + 5)
+
+
+def test_a_name_belongs_to_the_key_that_enrolled_it() -> None:
+    shared = replace(TOKEN, name="", uses_left=5)
+    members = table(shared)
+    join(members, name="node-a", token=shared)
+    with pytest.raises(ForbiddenError, match="node-a belongs to another key"):
+        join(members, OTHER_KEY, "node-a", shared)
+    assert join(members, OTHER_KEY, "node-b", shared).name == "node-b"
+
+
+def test_a_name_that_the_token_does_not_give_is_refused() -> None:
+    with pytest.raises(ForbiddenError, match="for the name gpu-7, not 'gpu-8'"):
+        join(table(), name="gpu-8")
+    shared = replace(TOKEN, name="")
+    with pytest.raises(ConfigError, match="cannot be called 'A B'"):
+        join(table(shared), name="A B", token=shared)
+
+
+def test_revoking_takes_the_rights_and_the_rest_of_the_token() -> None:
+    shared = replace(TOKEN, name="", uses_left=5)
+    members = table(shared)
+    join(members, name="node-a", token=shared)
+    for row in members.revoked("node-a"):
+        members.apply(row)
+    with pytest.raises(RevokedError, match="worker node-a was revoked"):
+        members.caller(KEY)
+    with pytest.raises(ForbiddenError, match="empty state folder"):
+        join(members, name="node-a", token=shared)
+    with pytest.raises(TokenError, match="was used before"):
+        join(members, OTHER_KEY, "node-b", shared)
+
+
+def test_rotating_takes_the_key_and_keeps_the_name_for_a_new_one() -> None:
+    members = table()
+    join(members)
+    members.apply(members.rotated("gpu-7"))
+    with pytest.raises(RevokedError, match="is no member's"):
+        members.caller(KEY)
+    again = replace(TOKEN, id=b"87654321", replaces=True)
+    members.apply(members.new_token(again))
+    join(members, OTHER_KEY, token=again)
+    assert members.caller(OTHER_KEY).name == "gpu-7"
+    with pytest.raises(RevokedError):
+        members.caller(KEY)
+
+
+def test_only_the_newest_token_of_a_name_can_be_used() -> None:
+    members = table(TOKEN, replace(TOKEN, id=b"87654321"))
+    with pytest.raises(TokenError, match="no such token"):
+        join(members)
+
+
+def test_a_revoked_name_is_not_had_by_a_token_from_before() -> None:
+    members = table()
+    join(members)
+    members.apply(members.rotated("gpu-7"))
+    again = replace(TOKEN, id=b"87654321", replaces=True)
+    members.apply(members.new_token(again))
+    for row in members.revoked("gpu-7"):
+        members.apply(row)
+    with pytest.raises(ForbiddenError):
+        join(members, OTHER_KEY, token=again)
+
+
+def test_rows_make_an_equal_table() -> None:
+    members = table()
+    join(members)
+    copy = Members()
+    for row in members.rows():
+        copy.apply(row)
+    assert list(copy.rows()) == list(members.rows())
+    assert copy.caller(KEY) == members.caller(KEY)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        replace(TOKEN, role=Role.REPLICA),
+        replace(TOKEN, name="A"),
+        replace(TOKEN, uses_left=2),
+        replace(TOKEN, name="", uses_left=0),
+        replace(TOKEN, name="", uses_left=10_001),
+    ],
+)
+def test_tokens_that_cannot_be_are_refused(wrong: Token) -> None:
+    with pytest.raises(ConfigError):
+        table(wrong)
+
+
+def test_a_token_for_a_members_name_is_refused() -> None:
+    members = table()
+    join(members)
+    with pytest.raises(ForbiddenError, match="fedmezo rotate gpu-7"):
+        members.new_token(replace(TOKEN, id=b"87654321"))
