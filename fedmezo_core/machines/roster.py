@@ -70,7 +70,9 @@ class WorkerView:
     learning_rate: float | None = None
     """Learning rate of the last assignment."""
     misses: int = 0
-    """Deadlines that passed while the worker was waited for, since it last answered or joined."""
+    """Deadlines that passed while the worker was waited for, since it last answered. Joining
+    again makes up for the first one alone: otherwise a worker that joins, stays silent and joins
+    again could hold up every round."""
     again_round: int = 0
     """First round in which a worker with misses is waited for once more."""
 
@@ -118,12 +120,15 @@ class Roster:
     def join(self, worker: str) -> None:
         """The worker's session is open."""
         view = self.view(worker)
-        view.complaint, view.misses = "", 0
+        view.complaint = ""
+        if view.misses == 1:
+            view.again_round = 0
         self.ready.add(worker)
-        if worker in self.assignments:
-            self.waited_for.add(worker)
-        else:
+        assignment = self.assignments.get(worker)
+        if assignment is None:
             self.idle.add(worker)
+        elif not view.is_late(assignment.round):
+            self.waited_for.add(worker)
 
     def leave(self, worker: str) -> None:
         """The worker's session is over; its assignment can be answered in the next one."""
