@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -106,6 +106,10 @@ sim: setup  ## replay one simulated federation with its transcript: make sim SEE
 MINUTES ?= 30
 soak: setup  ## power cuts and simulated federations on all cores for MINUTES (30); build/reports/soak.json
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+fuzz: setup  ## changed bytes for everything that decodes them, on all cores for MINUTES (30); build/reports/fuzz.json
+	$(BIN)/python -m pip install -q -c requirements.lock --group fuzz
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 lint: setup check-proto  ## ruff, mypy --strict, buf lint, generated code up to date
 	$(BIN)/ruff check

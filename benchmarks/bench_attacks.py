@@ -27,8 +27,6 @@ from benchmarks.bench_coordinator import (
 from benchmarks.figures import REPORTS, Figure, arguments_of, collect, publish
 from benchmarks.serving.measured_coordinator import Coordinator, contract, serving
 from benchmarks.serving.swarm import Swarm, Worker, answer_to, hello_of
-from fedmezo_core.journal.codec import encode_record
-from fedmezo_core.journal.journal import ZERO_HASH, head_after
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 REPORT = REPORTS / "bench-attacks.json"
@@ -36,6 +34,8 @@ NONE = "none"
 """The name of the measurement without an attack."""
 MEASURING_S = 0.03
 """Time that an honest worker takes to measure, in which it uses no core."""
+MANY = 20
+"""Connections from which on their memory is divided by their number."""
 DEADLINE_MS = 1000
 """Deadline of the run's rounds, which members that never answer hold up until they are known."""
 
@@ -124,9 +124,9 @@ def attacking(
     coordinator: Coordinator, name: str, seconds: float
 ) -> Iterator[subprocess.Popen[str]]:
     """A process that attacks."""
-    head = head_after(ZERO_HASH, encode_record(coordinator.genesis))
-    hello = coordinator.folder / "hello"
-    hello.write_bytes(hello_of(coordinator.genesis, "hostile", 0, head).SerializeToString())
+    described, hello = coordinator.describe(), coordinator.folder / "hello"
+    welcome = hello_of(coordinator.genesis, "hostile", described.round, described.head)
+    hello.write_bytes(welcome.SerializeToString())
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "benchmarks.attacks.attacker", name, str(coordinator.port)),
@@ -198,10 +198,12 @@ def _beside(name: str, sizes: Sizes, coordinator: Coordinator, honest: Honest) -
     yield Figure(f"{name}: rounds", honest.commits / seconds, "/s")
     if actions:
         yield Figure(f"{name}: the attacker's actions", actions / sizes.seconds, "/s")
-    if connections:
+    if name != NONE:
+        yield Figure(f"{name}: the coordinator's memory grew by", peak_mb - before_mb, "MB")
+    if connections >= MANY:
         each = (peak_mb - before_mb) / connections
-        goal = "at most 0.5" if connections >= 20 else ""
-        yield Figure(f"{name}: memory for each of {connections} connections", each, "MB", goal)
+        what = f"{name}: memory for each of {connections} connections"
+        yield Figure(what, each, "MB", "at most 0.5")
 
 
 def main() -> None:

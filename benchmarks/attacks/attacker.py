@@ -1,6 +1,6 @@
 """Attacks on a coordinator, each by a process of its own, over raw HTTP/2.
 
-    python -m benchmarks.attacks.attacker NAME PORT --seconds 5 [--run-file FILE] [--plain]
+    python -m benchmarks.attacks.attacker NAME PORT --hello FILE --seconds 5 [--plain]
 
 An attacker comes from an address of its own (`SOURCE`), so that what bounds an address does not
 bound the honest workers beside it. It prints one line of JSON as it begins, once its connections
@@ -118,10 +118,13 @@ class Connection:
 class Attack:
     """What every attack has: where it goes, until when, and what it counts."""
 
-    def __init__(self, port: int, seconds: float, hello: wire.Hello, *, tls: bool) -> None:
+    def __init__(
+        self, port: int, seconds: float, hello: wire.Hello, *, crowd_size: int, tls: bool
+    ) -> None:
         self.port = port
         self.end_s = time.monotonic() + seconds
         self.hello = hello
+        self.crowd_size = crowd_size
         self.tls = tls
         self.connections = 0
         self.actions = 0
@@ -232,7 +235,7 @@ def crowd_flood(attack: Attack) -> None:
     attack.flood(
         "GetRun",
         lambda: wire.GetRunRequest(protocol_versions=[1]).SerializeToString(),
-        connections=100,
+        connections=attack.crowd_size // 3,
     )
 
 
@@ -325,14 +328,14 @@ def bombs(attack: Attack) -> None:
 def half_handshakes(attack: Attack) -> None:
     """Many connections with half a TLS handshake, or half a preface."""
     hello = bytes.fromhex("1603010200010001fc0303") + bytes(64)
-    crowd = [attack.connect(hello, tls=False) for _ in range(CROWD)]
+    crowd = [attack.connect(hello, tls=False) for _ in range(attack.crowd_size)]
     attack.opened(sum(connection is not None for connection in crowd))
     attack.wait()
 
 
 def half_bodies(attack: Attack) -> None:
     """Many connections, each with 16 messages whose ends never come."""
-    crowd = attack.crowd(CROWD)
+    crowd = attack.crowd(attack.crowd_size)
     unfinished = b"\0" + struct.pack(">I", 60_000) + bytes(16_000)
     for connection in crowd:
         with suppress(OSError):
@@ -346,7 +349,7 @@ def half_bodies(attack: Attack) -> None:
 
 def slow_readers(attack: Attack) -> None:
     """Many connections that ask for 16 pages each and read nothing."""
-    crowd = attack.crowd(CROWD)
+    crowd = attack.crowd(attack.crowd_size)
     request = wire.ReadJournalRequest(records_max=4096).SerializeToString()
     for connection in crowd:
         with suppress(OSError):
@@ -358,7 +361,7 @@ def slow_readers(attack: Attack) -> None:
 
 def idle(attack: Attack) -> None:
     """Many connections with a whole preface and nothing more."""
-    _kept = attack.crowd(CROWD)
+    _kept = attack.crowd(attack.crowd_size)
     attack.wait()
 
 
@@ -449,6 +452,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("attack", choices=ATTACKS)
     parser.add_argument("port", type=int)
+    parser.add_argument("--crowd", type=int, default=CROWD, help="connections where many are held")
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument(
         "--hello", type=Path, required=True, help="bytes of a hello that is welcome"
@@ -458,7 +462,13 @@ def main() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     hello = wire.Hello.FromString(arguments.hello.read_bytes())
-    attack = Attack(arguments.port, arguments.seconds, hello, tls=not arguments.plain)
+    attack = Attack(
+        arguments.port,
+        arguments.seconds,
+        hello,
+        crowd_size=arguments.crowd,
+        tls=not arguments.plain,
+    )
     with suppress(OSError):
         ATTACKS[arguments.attack](attack)
     print(json.dumps({"connections": attack.connections, "actions": attack.actions}), flush=True)
