@@ -20,6 +20,7 @@ from fedmezo_core.errors import (
     JournalError,
     NotReadyError,
     ProtocolError,
+    ReplacedError,
     UnavailableError,
     UnknownWorkerError,
 )
@@ -614,7 +615,7 @@ def _parsed(kind: type[MessageT], data: bytes) -> MessageT:
         ) from None
 
 
-def _replaced(worker: str) -> ProtocolError:
-    return ProtocolError(
+def _replaced(worker: str) -> ReplacedError:
+    return ReplacedError(
         f"Another process has joined as worker {worker}; give each worker its own name."
     )

@@ -11,6 +11,7 @@
         VersionError         the peers share no protocol version
         WrongRunError        the peer is in another run
         UnknownWorkerError   no such worker is joined
+        ReplacedError        another process has joined under the same name
         StaleTicketError     an answer to a ticket that is not open (another epoch, round or slot)
         EquivocationError    a second, different answer to one ticket
         ScalarError          a projected gradient outside what the run allows
@@ -107,6 +108,10 @@ class UnknownWorkerError(ProtocolError):
     """The message comes from a worker that has not joined."""
 
     status = "NOT_FOUND"
+
+
+class ReplacedError(ProtocolError):
+    """Another process has joined under the same name, and its session is the one that counts."""
 
 
 class StaleTicketError(ProtocolError):

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -79,3 +80,53 @@ def folder_on_a_disk() -> Path:
         if name and os.access(name, os.W_OK | os.X_OK):
             return Path(name)
     return Path(tempfile.gettempdir())
+
+
+def make_private(folder: Path, error: type[FedMezoError]) -> None:
+    """Make `folder`, for its owner only, if it is not there; refuse one that others can read.
+
+    Raises `error`, which names the command that mends it, for a folder or a file in it that is
+    open to others or belongs to somebody else, and for one that cannot be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = [folder, *folder.rglob("*")]
+        for path in found:
+            status = path.lstat()
+            if status.st_uid != os.geteuid():
+                raise error(
+                    f"{path} belongs to another user, who could read or change the keys in it; "
+                    f"run as that user, or: chown -R {os.geteuid()} {folder}"
+                )
+            if stat.S_IMODE(status.st_mode) & 0o077 and not stat.S_ISLNK(status.st_mode):
+                raise error(
+                    f"Others than its owner can read or change {path}, and keys are kept there; "
+                    f"run: chmod -R go= {folder}"
+                )
+    except OSError as problem:
+        raise error(
+            f"The folder {folder} cannot be made or read ({problem.strerror}); make it "
+            "writable, or name another."
+        ) from None
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Write a file that only its owner can read, in place of any before it, whole and durably."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def state_home() -> Path:
+    """The folder for what programs keep about this user: $XDG_STATE_HOME, else ~/.local/state."""
+    given = os.environ.get("XDG_STATE_HOME", "")
+    base = Path(given) if given.startswith("/") else Path.home() / ".local" / "state"
+    return base / "fedmezo"

@@ -86,6 +86,12 @@ Address = Annotated[str, AfterValidator(check_address)]
 """host:port of a coordinator to connect to."""
 ListenAddress = Annotated[str, AfterValidator(partial(check_address, port_min=0))]
 """host:port to listen on; with port 0 the system chooses a free port."""
+OptionalAddress = Annotated[str, AfterValidator(lambda value: value and check_address(value))]
+"""An `Address`, or empty."""
+OptionalListenAddress = Annotated[
+    str, AfterValidator(lambda value: value and check_address(value, port_min=0))
+]
+"""A `ListenAddress`, or empty."""
 CheckpointKey = Annotated[str, AfterValidator(_check_key)]
 """The public key that a coordinator must sign with, as 64 hex digits; empty: any."""
 
@@ -184,6 +190,7 @@ _METAVARS = {
     "float": "NUMBER",
     "ByteSize": "SIZE",
     "dict[str,Any]": "JSON",
+    "list[str]": "TEXT",
 }
 """pydantic's names of types -> those that the help shows."""
 

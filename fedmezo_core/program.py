@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -78,6 +78,19 @@ def stop_signal() -> asyncio.Event:
             loop.add_signal_handler(number, stop.set)
             signal.signal(number, handle)
     return stop
+
+
+async def first_of(task: asyncio.Task[Any], stop: asyncio.Event) -> bool:
+    """Wait for `task` or `stop`; returns False, with the task cancelled, if `stop` came first."""
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if task.done():
+        return True
+    task.cancel()
+    with suppress(asyncio.CancelledError, FedMezoError):
+        await task
+    return False
 
 
 def _end_in_time() -> None:

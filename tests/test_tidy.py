@@ -73,6 +73,7 @@ IMPURE = {
 NUMERIC = {"torch", "numba", "numpy", "triton", "transformers", "peft", "accelerate"}
 GRPC_MODULES = {
     "fedmezo_core/wire/client.py",
+    "fedmezo_core/wire/enrolment.py",
     "coordinator/fedmezo_coordinator/conformance/raw_calls.py",
     "coordinator/fedmezo_coordinator/conformance/scripted_server.py",
     "coordinator/fedmezo_coordinator/serving/service.py",

@@ -13,15 +13,19 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
+from fedmezo_core.folders import state_home
 from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
     Address,
     CheckpointKey,
     ListenAddress,
+    OptionalAddress,
+    OptionalListenAddress,
     UserPath,
     UserPathText,
 )
 from fedmezo_core.machines.divergence import REPLICA_PARTY
+from fedmezo_core.trust.certificates import CA_LIFE_S, MEMBER_LIFE_S
 
 SESSIONS_MAX = 16_000
 """Default of `sessions_max`."""
@@ -43,6 +47,38 @@ class ServingSettings(BaseSettings):
         default=None, description="PEM certificate chain to serve TLS with"
     )
     tls_key: UserPath | None = Field(default=None, description="PEM private key of tls_cert")
+    insecure: bool = Field(
+        default=False,
+        description="without state and tls_cert, listen to other machines too: whoever can connect "
+        "can then join and read the run, and whoever is on the way can read and change it",
+    )
+    state: UserPath | None = Field(
+        default=None,
+        description="state folder (fedmezo-coordinator init): only members may call, who show a "
+        "certificate; none: everybody may",
+    )
+    enroll_listen: OptionalListenAddress = Field(
+        default="",
+        description="with state: host:port where new members join; none: listen's host, and the "
+        "port after its port",
+    )
+    join_address: OptionalAddress = Field(
+        default="",
+        description="with state: host:port that join strings name; none: the first name given to "
+        "init, and the port that is listened on",
+    )
+    tls_cert_ca: UserPath | None = Field(
+        default=None,
+        description="with state and tls_cert: PEM file of the CA that vouches for tls_cert, which "
+        "new members are told to trust; none: their systems trust it",
+    )
+    certificate_life_s: int = Field(
+        default=MEMBER_LIFE_S,
+        ge=2,
+        le=CA_LIFE_S,
+        description="with state: life of a member's certificate in seconds, which the member "
+        "renews after two thirds of it",
+    )
     sessions_max: int = Field(
         default=SESSIONS_MAX,
         ge=1,
@@ -77,8 +113,20 @@ class ServingSettings(BaseSettings):
             raise ValueError("tls_cert and tls_key go together; set both or neither")
         return self
 
+    @model_validator(mode="after")
+    def _only_with_state(self) -> Self:
+        of_state = ("enroll_listen", "join_address", "tls_cert_ca", "certificate_life_s")
+        given = [key for key in of_state if key in self.model_fields_set]
+        if self.state is None and given:
+            raise ValueError(f"{given[0]} has no meaning without state; set both")
+        if self.state is not None and self.insecure:
+            raise ValueError("insecure and state exclude each other; leave one of them out")
+        if self.tls_cert_ca is not None and self.tls_cert is None:
+            raise ValueError("tls_cert_ca vouches for tls_cert; set both or neither")
+        return self
+
     @property
-    def tls(self) -> tuple[Path, Path] | None:
+    def tls_files(self) -> tuple[Path, Path] | None:
         """Certificate and key, or None for plain TCP."""
         return (self.tls_cert, self.tls_key) if self.tls_cert and self.tls_key else None
 
@@ -90,6 +138,39 @@ class ServingSettings(BaseSettings):
             return ipaddress.ip_address(host).is_loopback
         except ValueError:
             return host == "localhost"
+
+
+class InitSettings(BaseSettings):
+    """Make the state folder of a coordinator that knows its members.
+
+    It holds a CA, the coordinator's certificate, the operator's identity and the members. If it is
+    there already, nothing changes.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FEDMEZO_INIT_")
+
+    state: UserPath = Field(
+        default_factory=lambda: state_home() / "coordinator", description="folder to make"
+    )
+    name: list[str] = Field(
+        default_factory=list,
+        description="host name or IP address that workers connect to; several times for several",
+    )
+    ca_cert: UserPath | None = Field(
+        default=None, description="PEM certificate of your own root CA; none: make one"
+    )
+    ca_key: UserPath | None = Field(default=None, description="PEM private key of ca_cert")
+
+    @model_validator(mode="after")
+    def _both_ca_files(self) -> Self:
+        if (self.ca_cert is None) != (self.ca_key is None):
+            raise ValueError("ca_cert and ca_key go together; set both or neither")
+        return self
+
+    @property
+    def own_ca(self) -> tuple[Path, Path] | None:
+        """Certificate and key of the user's own CA, or None."""
+        return (self.ca_cert, self.ca_key) if self.ca_cert and self.ca_key else None
 
 
 class CoordinatorSettings(ServingSettings):
@@ -258,9 +339,25 @@ class RelaySettings(ServingSettings):
         le=1,
         description="part of each deadline of the coordinator above that this site's workers get",
     )
+    join: str = Field(
+        default="",
+        repr=False,
+        description="join string of the fleet of the coordinator above: become a member, the "
+        "first time, under this site's name",
+    )
+    join_state: UserPath | None = Field(
+        default=None,
+        description="folder for this site's keys and certificate in the fleet above; none: with "
+        "join, one in $XDG_STATE_HOME or ~/.local/state",
+    )
+    tls: bool = Field(
+        default=False,
+        description="connect to the coordinator above with TLS; without tls_ca, trust the system's "
+        "CAs",
+    )
     tls_ca: UserPath | None = Field(
         default=None,
-        description="PEM file of the CA that vouches for the coordinator above; none: no TLS",
+        description="PEM file of the CA that vouches for the coordinator above, with TLS",
     )
     checkpoint_key: CheckpointKey = Field(
         default="",

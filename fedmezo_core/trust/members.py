@@ -151,14 +151,17 @@ class Members:
         signing_key: bytes,
         asked_name: str,
         now_s: int,
+        default_name: str = "",
     ) -> tuple[Member, Token]:
         """The rows of a member that joins with a token: itself, and the token with a use less.
+
+        The name is `asked_name` or else the token's, which must agree, or else `default_name`.
 
         A repeated call with the same key and token gives the same member and costs no use, so that
         a lost response does no harm. Raises `TokenError` if the token lets nobody join, and
         `ForbiddenError` if the name is not to be had.
         """
-        token = self._checked_token(token_id, secret, now_s)
+        token = self.check_token(token_id, secret, now_s)
         holder = self._by_key.get(fingerprint)
         if holder is not None:
             return self._again(holder, token)
@@ -167,11 +170,12 @@ class Members:
                 "This join string was used before, as often as it may be; ask the operator for a "
                 "new one."
             )
-        name = self._free_name(token, asked_name)
+        name = self._free_name(token, asked_name, default_name)
         member = Member(name, token.role, fingerprint, signing_key, token.id, enrolled_s=now_s)
         return member, replace(token, uses_left=token.uses_left - 1)
 
-    def _checked_token(self, token_id: bytes, secret: bytes, now_s: int) -> Token:
+    def check_token(self, token_id: bytes, secret: bytes, now_s: int) -> Token:
+        """The token of this id and secret; raises `TokenError` if there is none to be used now."""
         token = self._tokens.get(token_id)
         expected = token.secret_sha256 if token is not None else bytes(32)
         if not hmac.compare_digest(hashlib.sha256(secret).digest(), expected) or token is None:
@@ -194,13 +198,13 @@ class Members:
             )
         return holder, token
 
-    def _free_name(self, token: Token, asked_name: str) -> str:
+    def _free_name(self, token: Token, asked_name: str, default_name: str) -> str:
         if token.name and asked_name not in ("", token.name):
             raise ForbiddenError(
                 f"This join string is for the name {token.name}, not {asked_name[:64]!r}; leave "
                 "the name out."
             )
-        name = token.name or asked_name
+        name = token.name or asked_name or default_name
         check_name(name)
         before = self._by_name.get(name)
         if before is not None and (before.revoked or not token.replaces):

@@ -1,6 +1,6 @@
 """The gRPC client of a coordinator, for workers, the replica and the command line.
 
-The only core module that imports grpc. Every `grpc` error leaves it as one of ours.
+Every `grpc` error leaves it as one of ours.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,9 +27,12 @@ from fedmezo_core.errors import (
 from fedmezo_core.journal.codec import decode_record, digest_in, evaluated_to_pb
 from fedmezo_core.journal.journal import ZERO_HASH, head_after
 from fedmezo_core.records import Evaluated, Genesis
+from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY, error_from
 from fedmezo_core.wire.messages import snapshot_from_pb
 from fedmezo_core.wire.snapshots import Snapshot, SnapshotOffer, Suffix
+from fedmezo_proto.v1 import admin_pb2 as admin
+from fedmezo_proto.v1 import admin_pb2_grpc as admin_rpc
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 
@@ -98,32 +101,55 @@ class RunDescription:
 class CoordinatorClient:
     """One channel to one coordinator; use it as an async context manager."""
 
-    def __init__(self, address: str, tls_ca: Path | None = None) -> None:
-        """`address` is host:port; `tls_ca` a PEM file to trust, or None for plain TCP."""
+    def __init__(
+        self,
+        address: str,
+        tls_ca: Path | None = None,
+        *,
+        tls: bool = False,
+        identity: Identity | None = None,
+    ) -> None:
+        """`address` is host:port; `tls_ca` a PEM file to trust, or None for plain TCP.
+
+        With `tls` and no `tls_ca` the system's CAs are trusted. An `identity` says itself what to
+        trust, and is shown to the coordinator. Raises `ConfigError` for a file that cannot be used,
+        and `IdentityError` for an identity that is not valid now.
+        """
         self.address = address
-        self._hint = (
-            "whether it serves TLS (then set tls_ca)"
-            if tls_ca is None
-            else "that it serves TLS, and whether its certificate is of that CA and names that host"
-        )
-        if tls_ca is None:
+        self._previous: grpc.aio.Channel | None = None
+        if identity is not None:
+            self._hint = (
+                "that both clocks are right (certificates are valid from one time to another, and "
+                "a clock that is a day off is a usual cause), and that this identity is of that "
+                "coordinator"
+            )
+            self._channel = _channel_of(address, identity)
+        elif tls_ca is None and not tls:
+            self._hint = "whether it serves TLS (then set tls or tls_ca), or wants an identity"
             self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
-            try:
-                roots = tls_ca.read_bytes()
-                # gRPC would say nothing about a file that holds no certificate.
-                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(tls_ca)
-            except OSError as error:  # SSLError is one
-                reason = (
-                    "no certificate in it" if isinstance(error, ssl.SSLError) else error.strerror
-                )
-                raise ConfigError(
-                    f"tls_ca {tls_ca} cannot be read ({reason}); give the CA's PEM file."
-                ) from None
+            self._hint = (
+                "that it serves TLS, whether its certificate is of that CA and names that host, "
+                "and whether it wants an identity"
+            )
+            roots = system_roots() if tls_ca is None else _roots_in(tls_ca)
             self._channel = grpc.aio.secure_channel(
                 address, grpc.ssl_channel_credentials(roots), options=CHANNEL_OPTIONS
             )
+        self._make_stubs()
+
+    def _make_stubs(self) -> None:
         self._stub = rpc.CoordinatorServiceStub(self._channel)
+        self._membership = admin_rpc.MembershipServiceStub(self._channel)
+        self._admin = admin_rpc.AdminServiceStub(self._channel)
+
+    async def show(self, identity: Identity) -> None:
+        """Show a renewed identity from now on. A stream that is open goes on."""
+        previous, self._previous = self._previous, self._channel
+        self._channel = _channel_of(self.address, identity)
+        self._make_stubs()
+        if previous is not None:
+            await previous.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -139,6 +165,8 @@ class CoordinatorClient:
     async def close(self) -> None:
         """Close the channel and every stream on it."""
         await self._channel.close()
+        if self._previous is not None:
+            await self._previous.close()
 
     async def get_run(self, run_id: str = "", round_: int = 0) -> RunDescription:
         """What the run is, to a party that holds the weights after `round_`."""
@@ -302,26 +330,96 @@ class CoordinatorClient:
         """A worker's stream; the first message sent must be the hello."""
         return SessionStream(self._stub.Session(), self)
 
-    @contextmanager
-    def _errors_mapped(self) -> Iterator[None]:
-        try:
-            yield
-        except grpc.aio.AioRpcError as error:
-            metadata = dict(tuple(error.trailing_metadata() or ()))  # by pairs in every version
-            reason = str(metadata.get(REASON_KEY, ""))
-            details = error.details() or "no details"
-            if not reason and error.code() in _NOBODY_THERE:
-                raise UnavailableError(
-                    f"No coordinator answers at {self.address} ({details}); check the address, "
-                    f"that it is running, and {self._hint}."
-                ) from None
-            if not reason and error.code() is grpc.StatusCode.UNIMPLEMENTED:
-                raise VersionError(
-                    f"What answers at {self.address} is no FedMeZO coordinator of this version; "
-                    "check the address, or upgrade the older of the two."
-                ) from None
-            hint = str(metadata.get(RETRY_AFTER_KEY, ""))
-            raise error_from(error.code().name, reason, details, hint) from None
+    async def renew(self) -> admin.RenewResponse:
+        """A newer certificate for the key of this client's identity."""
+        with self._errors_mapped():
+            return await self._membership.Renew(admin.RenewRequest(), timeout=CALL_TIMEOUT_S)
+
+    async def create_tokens(self, request: admin.CreateTokensRequest) -> admin.CreateTokensResponse:
+        """Make tokens, as an operator."""
+        with self._errors_mapped():
+            return await self._admin.CreateTokens(request, timeout=CALL_TIMEOUT_S)
+
+    async def members(self) -> AsyncIterator[admin.MemberStatus]:
+        """All members, sorted by name, as an operator sees them."""
+        after = ""
+        while True:
+            with self._errors_mapped():
+                page = await self._admin.ListMembers(
+                    admin.ListMembersRequest(after=after), timeout=CALL_TIMEOUT_S
+                )
+            for member in page.members:
+                yield member
+            if not page.members or page.members[-1].name <= after:
+                return
+            after = page.members[-1].name
+
+    async def revoke_member(self, name: str) -> None:
+        """Take a member's rights away, as an operator."""
+        with self._errors_mapped():
+            await self._admin.RevokeMember(
+                admin.RevokeMemberRequest(name=name), timeout=CALL_TIMEOUT_S
+            )
+
+    async def rotate_member(self, name: str, life_s: int) -> admin.RotateMemberResponse:
+        """Take a member's key away, as an operator; returns the token for a new one."""
+        with self._errors_mapped():
+            return await self._admin.RotateMember(
+                admin.RotateMemberRequest(name=name, life_s=life_s), timeout=CALL_TIMEOUT_S
+            )
+
+    def _errors_mapped(self) -> AbstractContextManager[None]:
+        return errors_mapped(self.address, self._hint)
+
+
+@contextmanager
+def errors_mapped(address: str, hint: str) -> Iterator[None]:
+    """Turn errors of gRPC in this block into ours; `hint` ends a sentence that begins "check"."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        metadata = dict(tuple(error.trailing_metadata() or ()))  # by pairs in every version
+        reason = str(metadata.get(REASON_KEY, ""))
+        details = error.details() or "no details"
+        if not reason and error.code() in _NOBODY_THERE:
+            raise UnavailableError(
+                f"No coordinator answers at {address} ({details}); check the address, "
+                f"that it is running, and {hint}."
+            ) from None
+        if not reason and error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            raise VersionError(
+                f"What answers at {address} is no FedMeZO coordinator of this version; "
+                "check the address, or upgrade the older of the two."
+            ) from None
+        retry = str(metadata.get(RETRY_AFTER_KEY, ""))
+        raise error_from(error.code().name, reason, details, retry) from None
+
+
+def system_roots() -> bytes | None:
+    """The CAs that this system trusts, in PEM; None: those that come with gRPC."""
+    found = ssl.get_default_verify_paths().cafile
+    return Path(found).read_bytes() if found is not None else None
+
+
+def _channel_of(address: str, identity: Identity) -> grpc.aio.Channel:
+    identity.check_time()
+    credentials = grpc.ssl_channel_credentials(
+        identity.server_ca or system_roots(), identity.keys.key, identity.certificate
+    )
+    return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+
+
+def _roots_in(tls_ca: Path) -> bytes:
+    try:
+        roots = tls_ca.read_bytes()
+        # gRPC would say nothing about a file that holds no certificate.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(tls_ca)
+    except OSError as error:  # SSLError is one
+        reason = "no certificate in it" if isinstance(error, ssl.SSLError) else error.strerror
+        raise ConfigError(
+            f"tls_ca {tls_ca} cannot be read ({reason}); give the CA's PEM file."
+        ) from None
+    return roots
 
 
 def _digest_or_empty(value: bytes, field: str) -> bytes:

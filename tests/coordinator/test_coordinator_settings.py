@@ -85,12 +85,15 @@ def test_the_home_folder_is_meant_in_every_path(
         for name, field in kind.model_fields.items()
         if "Path" in str(field.annotation) or name in ("journal", "model")
     ]
-    # A worker that serves a socket, or measures with a form, has no use for most of the others.
-    special = ("serve", "base_form")
+    # A worker that serves a socket, or measures with a form, has no use for most of the others, and
+    # a member is told by its fleet what to trust.
+    special = ("serve", "base_form", "state", "tls_cert_ca")
     groups = [[name for name in paths if name not in special]]
     groups += [["data", "model", "serve"], ["base_form", "data"]] if "serve" in paths else []
+    of_fleet = ["state", "tls_cert", "tls_cert_ca", "tls_key"]
+    groups += [[name for name in of_fleet if name in paths]]
     for group in groups:
-        given = {"name": "w1"} | dict.fromkeys(group, "~/file")
+        given = {"name": "w1", "data": "rows"} | dict.fromkeys(group, "~/file")
         values: dict[str, Any] = {name: given[name] for name in kind.model_fields if name in given}
         settings = kind(**values)
         assert {str(getattr(settings, name)) for name in group} == {f"{tmp_path}/file"}

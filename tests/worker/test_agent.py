@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fedmezo_coordinator.serving import name_contests
 from fedmezo_coordinator.serving.session_limit import SessionLimit
-from fedmezo_core.errors import ProtocolError, UnavailableError
+from fedmezo_core.errors import ReplacedError, UnavailableError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -17,9 +18,15 @@ from tests.integration.support.harness import joined, scripted_workers, served, 
 from tests.integration.support.parties import Workers
 
 
-async def test_a_replaced_worker_ends_with_the_reason(
-    workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
+async def test_a_replaced_worker_says_so_and_comes_back(
+    workers: Workers,
+    data_files: list[Path],
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(name_contests, "REPLACED_RETRY_S", 0.2)
     genesis = tiny_genesis(workers_min=2, quorum=2, rounds=2)
     async with (
         served(tmp_path / "journal.db", genesis) as coordinator,
@@ -27,12 +34,13 @@ async def test_a_replaced_worker_ends_with_the_reason(
     ):
         first = workers.start(coordinator.address, "w1", data_files[0])
         await joined(client, "w1")
-        second = workers.start(coordinator.address, "w1", data_files[0])
-        error = await first.outcome()
-        assert isinstance(error, ProtocolError)
-        assert "Another process has joined as worker w1" in str(error)
+        async with scripted_workers(coordinator.address, genesis, "w1") as [typo]:
+            await typo.open()
+            error = await typo.ended()
+            assert isinstance(error, ReplacedError)
+        assert "Another process has joined as worker w1" in caplog.text
         other = workers.start(coordinator.address, "w2", data_files[1])
-        assert [await second.outcome(), await other.outcome()] == [None, None]
+        assert [await first.outcome(), await other.outcome()] == [None, None]
 
 
 async def test_it_gives_up_on_a_coordinator_that_stays_away(

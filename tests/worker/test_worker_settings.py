@@ -27,7 +27,7 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
     [
         ({"--name": "Worker 1"}, "name = 'Worker 1' is not allowed: use 1 to 64 of a-z, 0-9 and -"),
         ({"--name": "w1\n"}, "name = 'w1\\n' is not allowed"),
-        ({"--name": ""}, "name = '' is not allowed"),
+        ({"--name": ""}, "name is missing; set it"),
         ({"--name": "w" * 65}, "is not allowed: use 1 to 64"),
         ({"--name": "absent"}, "name is missing; set it"),
         ({"--data": "absent"}, "data is missing; set it"),

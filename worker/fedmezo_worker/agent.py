@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from fedmezo_core.errors import (
     JournalBehindError,
     JournalCompactedError,
     NotReadyError,
+    ReplacedError,
     UnavailableError,
 )
 from fedmezo_core.program import long_step
+from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.enrolment import keep_renewed
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
 from fedmezo_core.wire.reconnecting import Reconnecting
@@ -30,9 +34,15 @@ class Agent:
     Until the model is loaded there is only the agent; from then on a `Member` does the work.
     """
 
-    def __init__(self, settings: WorkerSettings, engine: EngineThread) -> None:
-        """`engine` does the numerical work; the caller closes it."""
+    def __init__(
+        self, settings: WorkerSettings, engine: EngineThread, identity: Identity | None = None
+    ) -> None:
+        """`engine` does the numerical work; the caller closes it.
+
+        `identity` is shown to the coordinator, and renewed in time; None: it knows nobody.
+        """
         self._settings = settings
+        self._identity = identity
         self._engine = engine
         wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
         self._history = History(settings.journal_copy, wanted)
@@ -43,12 +53,19 @@ class Agent:
     async def run(self) -> None:
         """Join, follow and measure until the run is finished; reconnects by itself.
 
-        Also waits for the right journal if the coordinator serves an older one. Raises the error
+        Also waits for the right journal if the coordinator serves an older one, and comes back
+        after a while if another process took its place. Raises the error
         that no retry can help, or the newest of the others after `give_up_after_s`.
         """
         member: Member | None = None
-        log.info("connecting to %s", self._settings.coordinator)
-        async with CoordinatorClient(self._settings.coordinator, self._settings.tls_ca) as client:
+        settings, identity = self._settings, self._identity
+        log.info("connecting to %s", settings.coordinator)
+        async with CoordinatorClient(
+            settings.coordinator, settings.tls_ca, tls=settings.tls, identity=identity
+        ) as client:
+            renewing = None
+            if identity is not None:
+                renewing = asyncio.create_task(keep_renewed(client, identity))
             try:
                 while True:
                     try:
@@ -61,9 +78,12 @@ class Agent:
                         NotReadyError,
                         JournalCompactedError,
                         JournalBehindError,
+                        ReplacedError,
                     ) as error:
                         await self._reconnecting.wait_after(error)
             finally:
+                if renewing is not None:
+                    renewing.cancel()
                 if member is not None:
                     await member.end_work()
                 await self._history.close()

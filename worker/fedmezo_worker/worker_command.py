@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmezo_core.errors import DataError, ModelError
-from fedmezo_core.program import run_daemon, stop_signal, worker_packages
+from fedmezo_core.errors import DataError, IdentityError, ModelError
+from fedmezo_core.program import first_of, run_daemon, stop_signal, worker_packages
+from fedmezo_core.trust.authorisation import Role
+from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.admission import check_run_id
+from fedmezo_core.wire.enrolment import become_member
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.resident import ResidentWorker
 from fedmezo_worker.worker_settings import WorkerSettings
@@ -70,6 +73,21 @@ async def run(settings: WorkerSettings) -> None:
     if settings.serve is not None:
         await serve(settings, settings.serve, stop)
         return
+    identity: Identity | None = None
+    if settings.is_member:
+        becoming = asyncio.create_task(
+            become_member(
+                settings.join,
+                settings.state,
+                settings.name,
+                frozenset({Role.WORKER}),
+                give_up_after_s=settings.give_up_after_s,
+            )
+        )
+        if not await first_of(becoming, stop):
+            return
+        identity = becoming.result()
+        settings = as_member(settings, identity)
     log.info("worker %s of the coordinator at %s is starting", settings.name, settings.coordinator)
     # Imported here: torch takes seconds, and a wrong flag or path should not.
     with worker_packages("work on a run"):
@@ -79,7 +97,7 @@ async def run(settings: WorkerSettings) -> None:
         from fedmezo_worker.agent import Agent
 
         engine = open_engine_thread(settings)
-    working = asyncio.create_task(Agent(settings, engine).run())
+    working = asyncio.create_task(Agent(settings, engine, identity).run())
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -91,6 +109,22 @@ async def run(settings: WorkerSettings) -> None:
         engine.cut_short()
         await asyncio.gather(working, stopping, return_exceptions=True)
         await engine.close()
+
+
+def as_member(settings: WorkerSettings, identity: Identity) -> WorkerSettings:
+    """The settings with what the identity says: the name, and where the coordinator is.
+
+    Raises `IdentityError` for settings that name another worker.
+    """
+    if settings.name not in ("", identity.name):
+        raise IdentityError(
+            f"name = {settings.name!r}, but this member is {identity.name}; leave name out, or "
+            "name another state folder."
+        )
+    changes = {"name": identity.name}
+    if "coordinator" not in settings.model_fields_set:
+        changes["coordinator"] = identity.address
+    return settings.model_copy(update=changes)
 
 
 async def serve(settings: WorkerSettings, path: Path, stop: asyncio.Event) -> None:

@@ -24,7 +24,10 @@ _OF_CONNECTIONS = (
     "journal_copy",
     "checkpoint_key",
     "download_rate",
+    "tls",
     "tls_ca",
+    "join",
+    "state",
     "give_up_after_s",
 )
 """Settings without a meaning for a worker that others bring the messages to."""
@@ -47,7 +50,22 @@ class WorkerSettings(BaseSettings):
         description="connect to no coordinator: listen on this socket in the file system, where an "
         "app of another stack, such as Flower, brings the coordinator's bytes",
     )
-    name: str = Field(description="this worker's name, unique in the run: a-z, 0-9 and -")
+    join: str = Field(
+        default="",
+        repr=False,
+        description="the operator's join string: become a member, the first time, and "
+        "connect to the fleet's coordinator",
+    )
+    state: UserPath | None = Field(
+        default=None,
+        description="folder for this member's keys and certificate; none: with join, one in "
+        "$XDG_STATE_HOME or ~/.local/state",
+    )
+    name: str = Field(
+        default="",
+        description="this worker's name, unique in the run: a-z, 0-9 and -; with join, none: the "
+        "join string's, or this machine's",
+    )
     data: UserPath = Field(
         description="its private rows: a JSONL, CSV or Parquet file, or a folder of them"
     )
@@ -127,8 +145,11 @@ class WorkerSettings(BaseSettings):
         description="expected bytes per second of a download; a late worker chooses between "
         "snapshot and journal by it; 0: always the journal",
     )
+    tls: bool = Field(
+        default=False, description="connect with TLS; without tls_ca, trust the system's CAs"
+    )
     tls_ca: UserPath | None = Field(
-        default=None, description="PEM file of the CA to trust; none: no TLS"
+        default=None, description="PEM file of the CA to trust, instead of the system's, with TLS"
     )
     give_up_after_s: float = Field(
         default=3600.0,
@@ -139,7 +160,7 @@ class WorkerSettings(BaseSettings):
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:
-        if not re.fullmatch(NAME_PATTERN, value):
+        if value and not re.fullmatch(NAME_PATTERN, value):
             raise ValueError("use 1 to 64 of a-z, 0-9 and -, beginning with a letter or digit")
         return value
 
@@ -163,6 +184,22 @@ class WorkerSettings(BaseSettings):
         if value not in {None, 4, 8}:
             raise ValueError("use 8 or 4, or leave it out")
         return value
+
+    @model_validator(mode="after")
+    def _named(self) -> WorkerSettings:
+        if not self.name and not self.is_member:
+            raise ValueError("name is missing; set it, or join a fleet with join")
+        if self.is_member and (self.tls or self.tls_ca is not None):
+            raise ValueError(
+                "tls and tls_ca have no meaning with join or state, because the fleet says what to "
+                "trust; leave them out"
+            )
+        return self
+
+    @property
+    def is_member(self) -> bool:
+        """Whether this worker shows an identity."""
+        return bool(self.join) or self.state is not None
 
     @model_validator(mode="after")
     def _only_what_serves(self) -> WorkerSettings:

@@ -486,7 +486,7 @@ class CoordinatorBattery:
         older = self._any()
         newer = await self._join(older.name)
         ending = await older.ending()
-        self._require_ending(ending, "INVALID_ARGUMENT", "ProtocolError")
+        self._require_ending(ending, "INVALID_ARGUMENT", "ReplacedError")
         self._same_work(older, await newer.take_work())
 
     async def _repeats(self) -> None:

@@ -12,11 +12,9 @@ import asyncio
 import functools
 import ipaddress
 import itertools
-import logging
 import time
 from collections.abc import Callable
 
-from fedmezo_coordinator.limits.said_seldom import SaidSeldom
 from fedmezo_core.errors import NotReadyError
 
 CALLS_AT_ONCE = 1000
@@ -27,8 +25,6 @@ WAIT_MAX_S = 2.0
 """Longest wait for a token, and the wait before a refusal."""
 CALLERS_MAX = 20_000
 """Callers whose tokens are counted."""
-
-log = logging.getLogger("fedmezo.coordinator")
 
 
 class CallerLimits:
@@ -43,7 +39,6 @@ class CallerLimits:
         self._token_s = 1 / calls_per_s if calls_per_s else 0.0
         self._clock = clock
         self._rested_at_s: dict[str, float] = {}
-        self._said = SaidSeldom(log)
 
     def take(self, caller: str, tokens: float = 1.0) -> float:
         """Take tokens; returns the seconds until the caller has them.
@@ -79,7 +74,6 @@ class CallerLimits:
             return
         await asyncio.sleep(min(wait_s, WAIT_MAX_S))
         if wait_s > WAIT_MAX_S:
-            self._said.warn("refused calls of %s, which makes too many", caller)
             error = NotReadyError(
                 f"{caller} calls more than {1 / self._token_s:g} times a second "
                 "(caller_calls_per_s); call less often, or raise that setting."

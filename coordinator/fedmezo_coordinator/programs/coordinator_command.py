@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, check_same_run
+from fedmezo_coordinator.admission.state_folder import make_state, open_state
+from fedmezo_coordinator.coordinator_settings import (
+    CoordinatorSettings,
+    InitSettings,
+    check_same_run,
+)
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
-from fedmezo_coordinator.serving.hosting import first_of, fronted, host, sessions_that_fit
+from fedmezo_coordinator.serving.hosting import fronted, host, sessions_that_fit
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import is_url, journal_shown
@@ -22,18 +28,42 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
-from fedmezo_core.program import long_step, run_daemon, stop_signal
+from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.program import first_of, long_step, run_daemon, run_program, stop_signal
 
 log = logging.getLogger("fedmezo.coordinator")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fedmezo-coordinator`; returns the exit status."""
+    """Run `fedmezo-coordinator`, or its `init`; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["init"]:
+        return run_program("fedmezo-coordinator init", lambda: init(given[1:]))
     return run_daemon("fedmezo-coordinator", CoordinatorSettings, run, arguments)
+
+
+def init(arguments: Sequence[str]) -> None:
+    """Make a state folder, and say what to do next."""
+    settings = load_settings(InitSettings, arguments, program="fedmezo-coordinator init")
+    if not make_state(settings.state, settings.name, settings.own_ca):
+        print(f"{settings.state} is a state folder already; nothing was changed.")
+        return
+    print(
+        f"{settings.state} holds the CA, the coordinator's certificate and the operator's identity."
+        f"\nServe with:     fedmezo-coordinator --state {settings.state} ...\n"
+        f"Let workers in: fedmezo token create --state {settings.state} --name NAME"
+    )
+    if not settings.name:
+        print(
+            "The certificate names this machine alone; for other machines, remove the folder and "
+            "run init with --name HOST."
+        )
 
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until SIGTERM or Ctrl-C; raises the error that stopped the coordinator otherwise."""
+    if settings.standby and settings.state is not None:
+        open_state(settings.state)  # Now, rather than at the moment when it has to take over.
     stop, give_up = stop_signal(), threading.Event()
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmezo-"))

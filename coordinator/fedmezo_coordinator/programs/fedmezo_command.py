@@ -18,6 +18,15 @@ from rich.live import Live
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
+from fedmezo_coordinator.programs.connecting import (
+    Coordinator,
+    Link,
+    State,
+    Tls,
+    TlsCa,
+    link_to,
+)
+from fedmezo_coordinator.programs.fleet_command import add_to
 from fedmezo_coordinator.programs.plain_values import (
     json_line,
     origin_values,
@@ -41,7 +50,7 @@ from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError,
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.sealed import SealedState, StoredState
-from fedmezo_core.layered_settings import check_address, expanded, installed_version, load_settings
+from fedmezo_core.layered_settings import installed_version, load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.program import (
@@ -69,35 +78,9 @@ journal_app = typer.Typer(
 )
 app.add_typer(journal_app, name="journal")
 app.add_typer(conformance_app, name="conformance")
+add_to(app)
 
 
-def _address(given: str) -> str:
-    try:
-        return check_address(given)
-    except ValueError as error:
-        raise ConfigError(f"coordinator = {given!r} is not allowed: {error}.") from None
-
-
-def _user_path(given: Path | None) -> Path | None:
-    try:
-        return None if given is None else Path(expanded(str(given)))
-    except ValueError as error:
-        raise ConfigError(f"{given} is not allowed: {error}.") from None
-
-
-Coordinator = Annotated[
-    str,
-    typer.Option(
-        "--coordinator",
-        envvar="FEDMEZO_COORDINATOR",
-        callback=_address,
-        help="host:port of the coordinator",
-    ),
-]
-TlsCa = Annotated[
-    Path | None,
-    typer.Option(callback=_user_path, help="PEM file of the CA to trust; none: no TLS"),
-]
 JournalArgument = Annotated[
     str | None,
     typer.Argument(
@@ -108,7 +91,6 @@ JournalArgument = Annotated[
 ]
 OutputFolder = Annotated[Path, typer.Argument(help="folder to write; must be new or empty")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
-DEFAULT_ADDRESS = "127.0.0.1:7465"
 
 
 def main() -> int:
@@ -141,12 +123,14 @@ def _program(
 
 @app.command()
 def status(
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the status as JSON")] = False,
 ) -> None:
     """Show the progress, workers, traffic, digests and evaluations of a run."""
-    answer = asyncio.run(_status(coordinator, tls_ca))
+    answer = asyncio.run(_status(link_to(coordinator, tls_ca, tls, state)))
     if as_json:
         print(json_line(status_values(answer)))
     else:
@@ -157,26 +141,30 @@ def status(
 
 @app.command()
 def watch(
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
 ) -> None:
     """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
-    asyncio.run(_watch(coordinator, tls_ca, every_s))
+    asyncio.run(_watch(link_to(coordinator, tls_ca, tls, state), every_s))
 
 
 @journal_app.command()
 def inspect(
     journal: JournalArgument = None,
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
     from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object on each line")
     ] = False,
 ) -> None:
     """Print the journal's records, one on each line."""
-    with _opened(journal, coordinator, tls_ca) as source:
+    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
             print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
@@ -191,11 +179,13 @@ def inspect(
 @journal_app.command()
 def verify(
     journal: JournalArgument = None,
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
-    with _opened(journal, coordinator, tls_ca) as source:
+    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
         line = _verified_line(source)
         if journal:
             Companions(journal).check(source)
@@ -212,7 +202,7 @@ def restore(
     ],
 ) -> None:
     """Write a coordinator's journal from a copy that is verified first, to continue the run."""
-    with _opened(copy, "", None) as verifying:
+    with _opened(copy, None) as verifying:
         line = _verified_line(verifying)
     source = open_store(copy, read_only=True)
     try:
@@ -261,8 +251,10 @@ def export(
             "default: read it from --coordinator"
         ),
     ] = None,
-    coordinator: Coordinator = DEFAULT_ADDRESS,
+    coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
     round_: Annotated[
         int | None,
         typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
@@ -286,7 +278,7 @@ def export(
     """
     if best and round_ is not None:
         raise ConfigError("--best and --round each choose the round; leave one of them out.")
-    with _opened(journal, coordinator, tls_ca) as source:
+    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
         plan = plan_of(source, round_, best=best)
     genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
@@ -305,7 +297,7 @@ def export(
             party.weights,
             plan.snapshot,
             snapshots or (path_beside(journal, ".snapshots") if journal else None),
-            lambda: CoordinatorClient(coordinator, tls_ca),
+            link_to(coordinator, tls_ca, tls, state).client,
             genesis.config.run_id,
         )
     if commits:
@@ -496,14 +488,14 @@ def split(
 # ---------------------------------------------------------------- parts
 
 
-async def _status(address: str, tls_ca: Path | None) -> wire.GetStatusResponse:
-    async with CoordinatorClient(address, tls_ca) as client:
+async def _status(link: Link) -> wire.GetStatusResponse:
+    async with link.client() as client:
         return await client.get_status()
 
 
-async def _watch(address: str, tls_ca: Path | None, every_s: float) -> None:
+async def _watch(link: Link, every_s: float) -> None:
     console = Console()
-    async with CoordinatorClient(address, tls_ca) as client:
+    async with link.client() as client:
         answer = await _first_status(client)
         pace = Pace()
         shown = ""
@@ -532,11 +524,13 @@ async def _first_status(client: CoordinatorClient) -> wire.GetStatusResponse:
 
 
 @contextmanager
-def _opened(journal: str | None, address: str, tls_ca: Path | None) -> Iterator[Journal]:
-    """Open a journal, or a copy of the one that a coordinator sends."""
-    store = (
-        open_store(journal, read_only=True) if journal else asyncio.run(_fetched(address, tls_ca))
-    )
+def _opened(journal: str | None, link: Link | None) -> Iterator[Journal]:
+    """Open a journal, or a copy of the one that a coordinator sends; one of the two is given."""
+    if journal:
+        store = open_store(journal, read_only=True)
+    else:
+        assert link is not None
+        store = asyncio.run(_fetched(link))
     try:
         yield Journal(store)
     finally:
@@ -572,10 +566,10 @@ def _verified_line(journal: Journal) -> str:
     return f"{line}; signed up to round {signed.round} by {signed.key.hex()}, signatures checked"
 
 
-async def _fetched(address: str, tls_ca: Path | None) -> MemoryStore:
+async def _fetched(link: Link) -> MemoryStore:
     store = MemoryStore()
-    async with CoordinatorClient(address, tls_ca) as client:
-        with long_step(f"fetching the journal of {address}", unit="records") as step:
+    async with link.client() as client:
+        with long_step(f"fetching the journal of {link.address}", unit="records") as step:
             async for page in client.journal_pages():
                 if page.origin:
                     store.drop_before(StoredState.received(page.origin))

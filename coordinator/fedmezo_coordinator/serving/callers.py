@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Protocol
 
-from fedmezo_core.errors import IdentityError
+from fedmezo_core.errors import ForbiddenError, IdentityError
 from fedmezo_core.trust.authorisation import Caller, Role
-from fedmezo_core.trust.certificates import key_fingerprint, public_key_of
+from fedmezo_core.trust.certificates import key_fingerprint, lifetime_s, public_key_of
 from fedmezo_core.trust.members import Members
 
 PRIVATE_SCHEME = "unix:"
@@ -28,8 +29,8 @@ class PeerContext(Protocol):
 def caller_of(context: PeerContext, members: Members | None) -> Caller:
     """Who makes the call of `context`; without members everybody is `Caller.ANYONE`.
 
-    TLS has checked that the certificate is of the fleet's CA and is valid now. Raises
-    `IdentityError` if its key is no member's.
+    TLS has checked that the certificate is of the fleet's CA and was valid when the connection
+    began. Raises `IdentityError` if its key is no member's, or if it has expired since.
     """
     if context.peer().startswith(PRIVATE_SCHEME):
         return Caller(Role.REPLICA)
@@ -41,9 +42,26 @@ def caller_of(context: PeerContext, members: Members | None) -> Caller:
             "This coordinator knows its callers by their certificates, and this call shows none; "
             "join with the operator's join string."
         )
-    return members.caller(_key_fingerprint_in(certificate))
+    fingerprint, ends_s = _read(certificate)
+    caller = members.caller(fingerprint)
+    if time.time() > ends_s:
+        raise IdentityError(
+            f"The certificate of {caller} expired while its connection was open; connect again "
+            "with the renewed one."
+        )
+    return caller
 
 
 @lru_cache(maxsize=4096)
-def _key_fingerprint_in(certificate: bytes) -> bytes:
-    return key_fingerprint(public_key_of(certificate))
+def _read(certificate: bytes) -> tuple[bytes, int]:
+    """Fingerprint of the certificate's key, and when the certificate ends."""
+    return key_fingerprint(public_key_of(certificate)), lifetime_s(certificate)[1]
+
+
+def check_worker_name(caller: Caller, name: str) -> None:
+    """Refuse a hello under another name than the caller's; raises `ForbiddenError`."""
+    if caller.name and name != caller.name:
+        raise ForbiddenError(
+            f"{caller} may not join a run as {name[:64]!r}, a name that belongs to another key; "
+            "join under its own name."
+        )

@@ -9,27 +9,40 @@ import gc
 import logging
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from fedmezo_coordinator.admission.fleet import Fleet
+from fedmezo_coordinator.admission.state_folder import StateFolder, open_state
+from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import ServingSettings
 from fedmezo_coordinator.limits.caller_limits import CallerLimits
 from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.service import (
     CONNECTIONS_BESIDE,
+    ENROLMENT_CONNECTIONS_MAX,
+    ENROLMENT_OPTIONS,
     CoordinatorServicer,
+    LiveTls,
     Server,
     bind_server,
+    start_enrolment,
     start_server,
 )
-from fedmezo_core.errors import FedMezoError
+from fedmezo_core.errors import ConfigError, FedMezoError
+from fedmezo_core.program import first_of
 
 STOP_GRACE_S = 2.0
 """Time that open calls get to end when the program stops."""
 CHECK_JOURNAL_EVERY_S = 5.0
 """Period in which an idle coordinator checks that no other has taken over its journal."""
+LOOK_AT_CERTIFICATES_EVERY_S = 5.0
+"""Period in which a server looks whether its certificate's file has changed."""
+RENEW_EVERY_S = 3600.0
+"""Period in which a coordinator looks whether its own certificate is near its end."""
 FILES_RESERVED = 256
 """Open files that are not a session's connection: other connections, the journal, snapshots."""
 
@@ -56,14 +69,112 @@ async def fronted(
 
     `private` is as for `bind_server`. Raises `ConfigError` for an address that cannot be used.
     """
+    check_listen(settings)
     connections_max = connections_that_fit(settings)
-    server, port = bind_server(settings.listen, settings.tls, private, connections_max)
-    limits = CallerLimits(settings.caller_calls_per_s)
-    watch = ConnectionWatch(settings.caller_connections_max)
+    async with contextlib.AsyncExitStack() as stack:
+        if settings.state is None:
+            fleet = None
+            tls = [] if settings.tls_files is None else [LiveTls(TlsFiles(*settings.tls_files))]
+        else:
+            fleet = stack.enter_context(_opened_fleet(settings))
+            tls = [_fleet_tls(settings, fleet, of_members=True)]
+        server, port = bind_server(
+            settings.listen, tls[0] if tls else None, private, connections_max
+        )
+        stack.push_async_callback(server.stop, None)
+        if fleet is not None:
+            tls.append(_fleet_tls(settings, fleet, of_members=False))
+            fleet.join_address = settings.join_address or _named_address(fleet.state, port)
+            await _start_enrolment(settings, fleet, port, tls[1], stack)
+        refreshing = asyncio.create_task(_refresh(tls, None if settings.tls_files else fleet))
+        stack.callback(refreshing.cancel)
+        limits = CallerLimits(settings.caller_calls_per_s)
+        watch = ConnectionWatch(settings.caller_connections_max)
+        yield Front(server, await start_server(server, what, fleet, limits, watch), port)
+
+
+def check_listen(settings: ServingSettings) -> None:
+    """Refuse to serve everybody on an address that other machines reach, unless told to.
+
+    Raises `ConfigError`, which says what that would mean.
+    """
+    if (
+        settings.is_loopback
+        or settings.insecure
+        or settings.tls_files
+        or settings.state is not None
+    ):
+        return
+    raise ConfigError(
+        f"listen = {settings.listen} lets other machines connect, and without identities whoever "
+        "connects can join and read the run, and whoever is on the way can read and change it. "
+        "Make identities (fedmezo-coordinator init) and set state; or listen on 127.0.0.1; or say "
+        "--insecure if the network is yours alone."
+    )
+
+
+@contextlib.contextmanager
+def _opened_fleet(settings: ServingSettings) -> Iterator[Fleet]:
+    assert settings.state is not None
+    state = open_state(settings.state)
+    if settings.tls_files is None:
+        state.renew_server()
+    fleet = Fleet(
+        state,
+        server_ca=settings.tls_cert_ca,
+        has_own_certificate=settings.tls_files is not None,
+        certificate_life_s=settings.certificate_life_s,
+    )
     try:
-        yield Front(server, await start_server(server, what, limits, watch), port)
+        yield fleet
     finally:
-        await server.stop(None)
+        fleet.close()
+
+
+def _fleet_tls(settings: ServingSettings, fleet: Fleet, *, of_members: bool) -> LiveTls:
+    """Credentials of a port: for members, whose certificates are checked, or for new ones."""
+    certificate, key = settings.tls_files or fleet.state.server_files
+    client_ca = fleet.state.authority.certificate if of_members else b""
+    # New members look for the CA of their join string in what the server sends.
+    return LiveTls(TlsFiles(certificate, key, client_ca, chain_end=fleet.server_ca))
+
+
+def _named_address(state: StateFolder, port: int) -> str:
+    host = state.hosts[0]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+async def _start_enrolment(
+    settings: ServingSettings,
+    fleet: Fleet,
+    port: int,
+    tls: LiveTls,
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    where = settings.listen.rpartition(":")[0]
+    chosen = int(settings.listen.rpartition(":")[2])
+    listen = settings.enroll_listen or f"{where}:{port + 1 if chosen else 0}"
+    server, fleet.enrol_port = bind_server(
+        listen, tls, None, ENROLMENT_CONNECTIONS_MAX, ENROLMENT_OPTIONS
+    )
+    stack.push_async_callback(server.stop, None)
+    await start_enrolment(server, fleet)
+    log.info("new members join at %s:%d", listen.rpartition(":")[0], fleet.enrol_port)
+
+
+async def _refresh(tls: list[LiveTls], fleet: Fleet | None) -> None:
+    """Take certificates that change on the disk; renew that of a fleet which made its own."""
+    renewed_s = time.monotonic()
+    while tls:
+        await asyncio.sleep(LOOK_AT_CERTIFICATES_EVERY_S)
+        try:
+            if fleet is not None and time.monotonic() - renewed_s >= RENEW_EVERY_S:
+                renewed_s = time.monotonic()
+                await asyncio.to_thread(fleet.state.renew_server)
+        except (OSError, FedMezoError) as error:
+            log.warning("the server's certificate cannot be renewed: %s", error)
+        for one in tls:
+            await asyncio.to_thread(one.refresh)
 
 
 async def host(
@@ -84,12 +195,16 @@ async def host(
     _return_freed_memory()
     front.servicer.begin(loop)
     where = settings.listen.rpartition(":")[0]
-    if settings.tls is None and not settings.is_loopback:
+    if settings.state is None and not settings.is_loopback:
         log.warning(
-            "listening on %s:%d WITHOUT TLS: anyone on that network can read this run's traffic "
-            "and join the run; set tls_cert and tls_key, or listen on 127.0.0.1",
+            "listening on %s:%d %s: anyone on that network can %s; make identities "
+            "(fedmezo-coordinator init) and set state",
             where,
             front.port,
+            "WITHOUT IDENTITIES" if settings.tls_files else "WITHOUT TLS",
+            "join the run and read it"
+            if settings.tls_files
+            else "read this run's traffic and join it",
         )
     log.info("run %s is served at %s:%d", loop.genesis.config.run_id, where, front.port)
     watching = front.servicer.watch.watch(front.port)
@@ -196,16 +311,3 @@ def _files_up_to(wanted: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     return most
-
-
-async def first_of(task: asyncio.Task[Any], stop: asyncio.Event) -> bool:
-    """Wait for `task` or `stop`; returns False, with the task cancelled, if `stop` came first."""
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({task, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if task.done():
-        return True
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError, FedMezoError):
-        await task
-    return False

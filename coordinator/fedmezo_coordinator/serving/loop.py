@@ -20,6 +20,11 @@ from fedmezo_coordinator.coordinator_settings import SESSIONS_LIMIT
 from fedmezo_coordinator.limits.said_seldom import SaidSeldom
 from fedmezo_coordinator.serving.journal_pages import JournalPages
 from fedmezo_coordinator.serving.loop_lag import LoopLag
+from fedmezo_coordinator.serving.name_contests import (
+    CONTEST_REPLACEMENTS,
+    NameContests,
+    replaced_error,
+)
 from fedmezo_coordinator.serving.session_limit import RETRY_AFTER_MAX_S, SessionLimit
 from fedmezo_coordinator.serving.status_report import MachineStatus, status_report
 from fedmezo_coordinator.serving.worker_session import (
@@ -32,7 +37,6 @@ from fedmezo_core.errors import (
     DivergedError,
     FedMezoError,
     NotReadyError,
-    ProtocolError,
     SnapshotError,
     UnavailableError,
     UnknownWorkerError,
@@ -148,6 +152,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         self._warned_at_ms = -WARN_EVERY_MS
         self._unsaid = 0
         self._paces = 0
+        self._contests = NameContests()
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[Item] = asyncio.Queue(EVENTS_MAX)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
@@ -379,12 +384,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             await self._go_on(session, replaced, hello.round)
             return
         if replaced is not None:
-            replaced.end(
-                ProtocolError(
-                    f"Another process has joined as worker {worker}; "
-                    "give each worker its own --name."
-                )
-            )
+            self._replace(replaced)
             await self._flush([self._machine.step(WorkerLost(worker))])
             if item.done.done():
                 return
@@ -402,6 +402,14 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._put(session, message)
         item.done.set_result(None)
         await self._flush([self._machine.step(WorkerReady(worker))])
+
+    def _replace(self, session: WorkerSession) -> None:
+        """End a session because a newer one of its name has come; tell of names in a contest."""
+        worker = session.worker
+        session.end(replaced_error(worker))
+        count = self._contests.replaced(worker)
+        if count % CONTEST_REPLACEMENTS == 0:
+            log.warning("worker %s: %s", worker, self._contests.complaint(worker))
 
     async def _go_on(self, session: WorkerSession, before: WorkerSession, round_: int) -> None:
         """Let a worker's next call, whose hello names `round_`, go on from the session before.
@@ -586,6 +594,21 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """End a session whose worker has closed its side, or whose stream is gone."""
         await self._items.put(_Left(session))
 
+    async def end_session(self, worker: str, error: FedMezoError) -> None:
+        """End a worker's session with `error`, in place of what it has not read yet, if it has one.
+
+        Nothing that it has sent and that was not taken yet counts.
+        """
+        session = self._sessions.get(worker)
+        if session is not None:
+            session.cut(error)
+            # The worker may read nothing any more, and nobody should wait for it.
+            await self._items.put(_Left(session))
+
+    def is_connected(self, worker: str) -> bool:
+        """Whether a worker has an open session."""
+        return worker in self._sessions
+
     async def read_journal(
         self, request: wire.ReadJournalRequest, enter: Callable[[], Awaitable[None]]
     ) -> bytes:
@@ -612,6 +635,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             round_=self._index.round,
             traffic=self._traffic,
             connected=self._sessions,
+            contested=self._contests.complaint,
             session_limit=self.session_limit,
             uptime_ms=self._now_ms(),
             loop_lag_p99_ms=self._lag.percentile_ms(0.99),

@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedmezo_coordinator.limits.caller_limits import worker_caller
+from fedmezo_coordinator.serving.callers import check_worker_name
 from fedmezo_coordinator.serving.journal_pages import WAIT_MS_MAX
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.worker_session import WorkerSession
 from fedmezo_core.errors import FedMezoError, ProtocolError, UnknownWorkerError
+from fedmezo_core.trust.authorisation import Caller
 from fedmezo_core.wire.admission import check_nonce
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -64,9 +66,12 @@ class PollSessions:
         return "" if polling is None else worker_caller(polling.session.worker)
 
     async def poll(
-        self, request: wire.PollSessionRequest, enter: Callable[[], Awaitable[None]]
+        self,
+        request: wire.PollSessionRequest,
+        enter: Callable[[], Awaitable[None]],
+        caller: Caller = Caller.ANYONE,
     ) -> wire.PollSessionResponse:
-        """Serve one call; raises the error that ended the session or refuses the call.
+        """Serve one call of `caller`; raises what ended the session or refuses the call.
 
         `enter` takes the place of a large response.
         """
@@ -75,9 +80,9 @@ class PollSessions:
         check_nonce(request)
         messages, token = list(request.messages), request.token
         if not token:
-            token = await self._open(messages, exchanges=bool(request.nonce))
+            token = await self._open(messages, caller, exchanges=bool(request.nonce))
         polling = self._sessions.get(token)
-        if polling is None:
+        if polling is None or polling.session.worker != (caller.name or polling.session.worker):
             raise UnknownWorkerError(
                 "No session has this token: it ended, or the coordinator was restarted; "
                 "say hello again without a token."
@@ -109,11 +114,14 @@ class PollSessions:
             token=token, messages=down, lease_ms=int(1000 * LEASE_S), nonce=request.nonce
         )
 
-    async def _open(self, messages: list[wire.SessionRequest], *, exchanges: bool) -> bytes:
+    async def _open(
+        self, messages: list[wire.SessionRequest], caller: Caller, *, exchanges: bool
+    ) -> bytes:
         """Open a session and remove from `messages` what was taken; returns its token."""
         if not messages or messages[0].WhichOneof("kind") != "hello":
             raise ProtocolError("A session begins with a hello; send it first.")
         hello = messages.pop(0).hello
+        check_worker_name(caller, hello.worker)
         before = self._exchanging.get(hello.worker) if exchanges else None
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:

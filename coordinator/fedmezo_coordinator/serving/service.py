@@ -1,4 +1,7 @@
-"""The gRPC service and server: it translates, maps errors and sets limits, and decides nothing."""
+"""The gRPC services and servers: they translate, map errors and set limits, and decide nothing.
+
+The one check of who may call what is here too, before every handler.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,19 @@ import asyncio
 import contextlib
 import functools
 import logging
-import ssl
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import grpc
+from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 
+from fedmezo_coordinator.admission.fleet import Fleet
+from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import (
     CALLER_CALLS_PER_S,
     CALLER_CONNECTIONS_MAX,
@@ -29,6 +35,7 @@ from fedmezo_coordinator.limits.caller_limits import (
 )
 from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
 from fedmezo_coordinator.limits.said_seldom import SaidSeldom
+from fedmezo_coordinator.serving.callers import PRIVATE_SCHEME, caller_of, check_worker_name
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
@@ -39,8 +46,11 @@ from fedmezo_coordinator.serving.write_pacing import WritePacing
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError, StartingError
 from fedmezo_core.program import current_step
+from fedmezo_core.trust.authorisation import Caller, check_allowed
+from fedmezo_core.trust.certificates import public_key_of
 from fedmezo_core.wire.admission import choose_version
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY
+from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 
@@ -58,6 +68,25 @@ stream after the other, and each takes three turns."""
 
 CONNECTIONS_BESIDE = 128
 """Connections beside those of the most sessions: of readers, of idle clients."""
+
+GARBAGE_LOG_PERIOD_S = 60.0
+"""Shortest time between two lines of the log about refusals of the same caller for the
+same reason."""
+REFUSALS_REMEMBERED = 1000
+"""Most refusals that the log does not repeat."""
+ENROLMENT_BYTES_MAX = 8192
+"""Longest message to the enrolment service."""
+ENROLMENTS_PER_S = 10.0
+"""Calls a second that one address makes to the enrolment service in the long run."""
+ENROLMENT_CONNECTIONS_MAX = 64
+"""Most connections at a time to the enrolment service."""
+ENROLMENT_OPTIONS = (
+    ("grpc.max_receive_message_length", ENROLMENT_BYTES_MAX),
+    # Joining takes a second, and whoever stays longer keeps others out.
+    ("grpc.max_connection_idle_ms", 10_000),
+    ("grpc.max_connection_age_ms", 60_000),
+    ("grpc.server_handshake_timeout_ms", 5_000),
+)
 
 SERVER_OPTIONS = (
     # Otherwise a second coordinator can bind the same port and silently takes half the workers.
@@ -126,20 +155,14 @@ def _reader(kind: type[Message]) -> Callable[[bytes], Message | _Garbage]:
 
 
 def _mapped(handler: Handler) -> Handler:
-    """Hold a caller of a unary handler to its limits, and turn a `FedMezoError` into a status.
-
-    What is wrapped returns the serialized response.
-    """
+    """Turn a `FedMezoError` of a unary handler into a gRPC status."""
 
     @functools.wraps(handler)
     async def wrapper(self: Any, request: Any, context: Any) -> Any:
         try:
-            caller = await self.admit(context, request)
             self.check_readable(request)
             self.check_started()
-            response = _serialized(await handler(self, request, context))
-            self.caller_limits.charge(caller, len(response))
-            return response
+            return await handler(self, request, context)
         except FedMezoError as error:
             await abort(context, error)
 
@@ -152,11 +175,21 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     _daemon: ServingLoop[Any]
     _poll_sessions: PollSessions
 
-    def __init__(self, what: str, caller_limits: CallerLimits, watch: ConnectionWatch) -> None:
-        """`what` is the program, for callers that come while it starts: `coordinator`, `relay`."""
+    def __init__(
+        self,
+        what: str,
+        caller_limits: CallerLimits,
+        watch: ConnectionWatch,
+        fleet: Fleet | None = None,
+    ) -> None:
+        """`what` is the program, for callers that come while it starts: `coordinator`, `relay`.
+
+        `fleet` has the members; None: everybody may call.
+        """
         self._what = what
         self.caller_limits = caller_limits
         self.watch = watch
+        self._fleet = fleet
         self._is_started = False
         self._created_s = time.monotonic()
         self._places = PagePlaces()
@@ -168,22 +201,19 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self._daemon = daemon
         self._poll_sessions = PollSessions(daemon)
         self._is_started = True
+        if self._fleet is not None:
+            self._fleet.on_loss = daemon.end_session
+            self._fleet.is_connected = daemon.is_connected
 
-    async def admit(self, context: Context, request: Any = None) -> str:
-        """Note who calls, and hold the call back as `caller_limits` say; returns the caller.
+    def caller_of(self, context: Context) -> Caller:
+        """Who makes a call; raises `IdentityError` if that cannot be established."""
+        return caller_of(context, None if self._fleet is None else self._fleet.members)
 
-        A caller is an address, or the worker whose session the call names by its token. Raises
-        `NotReadyError` for a call that comes too soon.
-        """
-        peer = context.peer()
-        if peer.startswith("unix:"):
-            return ""  # The replica, which this process has started.
-        caller = address_of(peer)
-        self.watch.called(peer, caller)
-        if isinstance(request, wire.PollSessionRequest) and self._is_started:
-            caller = self._poll_sessions.worker_of(request.token) or caller
-        await self.caller_limits.admit(caller)
-        return caller
+    def worker_of(self, request: Any) -> str:
+        """The caller whose session a call goes on with by its token; empty for any other call."""
+        if not self._is_started or not isinstance(request, wire.PollSessionRequest):
+            return ""
+        return self._poll_sessions.worker_of(request.token)
 
     def check_started(self) -> None:
         """Tell a caller that comes before `begin` to wait, and what for."""
@@ -202,9 +232,12 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         if not isinstance(request, _Garbage):
             return
         self._garbage.warn("a call came with bytes that are no request")
-        raise ProtocolError(
-            "The bytes of this call are no request of its kind; use the same FedMeZO version."
-        )
+        raise _unreadable()
+
+    def handler(self, name: str) -> Callable[..., Any]:
+        """The handler of the RPC `name`."""
+        handler: Callable[..., Any] = getattr(self, name)
+        return handler
 
     @_mapped
     async def GetRun(  # noqa: N802 - the name in the .proto file
@@ -219,7 +252,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self, request: wire.PollSessionRequest, context: Context
     ) -> wire.PollSessionResponse:
         """Serve one call of a session without a stream."""
-        return await self._poll_sessions.poll(request, lambda: self._enter(context))
+        caller = self.caller_of(context)
+        return await self._poll_sessions.poll(request, lambda: self._enter(context), caller)
 
     @_mapped
     async def read_journal(self, request: wire.ReadJournalRequest, context: Context) -> bytes:
@@ -261,7 +295,6 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     ) -> AsyncIterator[wire.ReadSnapshotResponse]:
         """Send a snapshot's file, with one chunk in memory; a slow reader delays only itself."""
         try:
-            await self.admit(context)
             self.check_readable(request)
             self.check_started()
             async with contextlib.aclosing(self._daemon.read_snapshot(request)) as pieces:
@@ -273,7 +306,6 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     async def session(self, _requests: Any, context: RawContext) -> None:
         """Serve a worker's stream; a second task reads it while this one writes."""
         try:
-            await self.admit(context)
             self.check_started()
             with self._daemon.session_limit.session() as permit:
                 await self._open_session(context, permit)
@@ -282,7 +314,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         except FedMezoError as error:
             await abort(context, error)
 
-    # The generated base class wants this name; `start_server` registers it without serializers.
+    # The generated base class wants this name; it is registered without serializers.
     Session = session  # type: ignore[assignment]
 
     async def _open_session(self, context: RawContext, permit: SessionPermit) -> None:
@@ -291,7 +323,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         reader: asyncio.Task[None] | None = None
         try:
             hello = await self._hello(context)
+            check_worker_name(self.caller_of(context), hello.worker)
             session = await self._daemon.join(hello)
+            self.caller_of(context)  # It may have been revoked while it joined.
             self._daemon.session_limit.joined(permit)
             reader = asyncio.create_task(self._read(context, session))
             while True:
@@ -341,30 +375,220 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         await self._daemon.leave(session)
 
 
+class LiveTls:
+    """Credentials of a server whose certificate can change while it serves."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        self._files = files
+        self._waiting: grpc.ServerCertificateConfiguration | None = None
+        self.credentials = grpc.dynamic_ssl_server_credentials(
+            self._configuration(),
+            self._take,  # type: ignore[arg-type]  # None means: as before.
+            require_client_authentication=bool(files.material.client_ca),
+        )
+
+    def refresh(self) -> None:
+        """Let new connections have the certificate that the files hold now."""
+        if self._files.changed():
+            self._waiting = self._configuration()
+
+    def _configuration(self) -> grpc.ServerCertificateConfiguration:
+        material = self._files.material
+        return grpc.ssl_server_certificate_configuration(
+            [(material.key, material.chain)], material.client_ca or None
+        )
+
+    def _take(self) -> grpc.ServerCertificateConfiguration | None:
+        # gRPC calls this at every handshake, in a thread of its own.
+        waiting, self._waiting = self._waiting, None
+        return waiting
+
+
+class _RefusalLog:
+    """Tells of refused calls, and of each kind of them once in a while only."""
+
+    def __init__(self) -> None:
+        self._said_s: dict[str, float] = {}
+
+    def say(self, kind: str, line: str, *values: object) -> None:
+        """Log a line about a refusal, unless one of its kind was logged a moment ago."""
+        now_s = time.monotonic()
+        if now_s - self._said_s.get(kind, -math.inf) < GARBAGE_LOG_PERIOD_S:
+            return
+        if len(self._said_s) >= REFUSALS_REMEMBERED:
+            self._said_s.clear()
+        self._said_s[kind] = now_s
+        log.warning(line, *values)
+
+
+class _Edge:
+    """What every call passes before its handler: is it the caller's turn, and has it the right?"""
+
+    def __init__(
+        self,
+        who: Callable[[Context], Caller],
+        caller_limits: CallerLimits,
+        watch: ConnectionWatch,
+        *,
+        can_revoke: bool,
+        worker_of: Callable[[Any], str] = lambda _request: "",
+    ) -> None:
+        """`can_revoke`: a caller can lose its rights while a call is under way.
+
+        `worker_of` is the caller whose session a request goes on with; empty if there is none.
+        """
+        self._who = who
+        self._limits = caller_limits
+        self._watch = watch
+        self._worker_of = worker_of
+        self._can_revoke = can_revoke
+        self._refusals = _RefusalLog()
+
+    def guarded(self, path: str, handler: Callable[..., Any], *, streams: bool) -> Any:
+        """`handler` of the RPC `path` behind the check; `streams`: it yields its responses."""
+
+        async def unary(request: Any, context: Any) -> Any:
+            try:
+                charged = await self._admit(context, request)
+                self._check(path, context)
+            except FedMezoError as error:
+                await self._refuse(context, error)
+            response = await handler(request, context)
+            if response is not None:  # A stream's handler has written its responses itself.
+                response = _serialized(response)
+                self._limits.charge(charged, len(response))
+            if self._can_revoke:
+                try:
+                    self._check(path, context)
+                except FedMezoError as error:
+                    await self._refuse(context, error)
+            return response
+
+        async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                await self._admit(context, request)
+                self._check(path, context)
+                async with contextlib.aclosing(handler(request, context)) as responses:
+                    async for response in responses:
+                        if self._can_revoke:
+                            self._check(path, context)
+                        yield response
+            except FedMezoError as error:
+                await self._refuse(context, error)
+
+        return streaming if streams else unary
+
+    async def _admit(self, context: Context, request: Any) -> str:
+        """Hold a call back as long as its caller's limits say; returns the caller that they are of.
+
+        It is a member, or the worker of an open session, or else an address. Raises `NotReadyError`
+        for a call that comes too soon.
+        """
+        peer = context.peer()
+        if peer.startswith(PRIVATE_SCHEME):
+            return ""  # The replica, which this process has started.
+        charged = address_of(peer)
+        with contextlib.suppress(FedMezoError):  # The check of rights says what is wrong.
+            member = self._who(context)
+            charged = str(member) if member.name else charged
+        self._watch.called(peer, charged)
+        charged = self._worker_of(request) or charged
+        await self._limits.admit(charged)
+        return charged
+
+    def _check(self, path: str, context: Context) -> None:
+        check_allowed(path, self._who(context))
+
+    async def _refuse(self, context: Context, error: FedMezoError) -> NoReturn:
+        """End a call without a right to it."""
+        # The sentence names the member.
+        self._refusals.say(str(error), "refused a call from %s: %s", context.peer(), error)
+        await abort(context, error)
+
+
+class _FleetServicer:
+    """The services about a fleet's members; without a fleet nobody has the right to call them."""
+
+    def __init__(self, fleet: Fleet | None, who: Callable[[Context], Caller]) -> None:
+        self._who = who
+        self._fleet = fleet
+        self._refusals = _RefusalLog()
+
+    def handler(self, name: str) -> Callable[[Any, Context], Awaitable[Message]]:
+        """The handler of the RPC `name`."""
+
+        async def handle(request: Any, context: Context) -> Message:
+            try:
+                if isinstance(request, _Garbage):
+                    raise _unreadable()
+                return await self._answer(name, request, context)
+            except FedMezoError as error:
+                await abort(context, error)
+
+        return handle
+
+    async def _answer(self, name: str, request: Any, context: Context) -> Message:
+        fleet = self._fleet
+        assert fleet is not None, "the check of rights comes first"
+        match name:
+            case "Enroll":
+                try:
+                    return await fleet.enroll(request)
+                except FedMezoError as error:
+                    kind = type(error).__name__
+                    self._refusals.say(kind, "refused to enrol %s: %s", context.peer(), error)
+                    raise
+            case "Renew":
+                shown = b"".join(context.auth_context()["x509_pem_cert"])
+                return await fleet.renew(self._who(context), public_key_of(shown))
+            case "CreateTokens":
+                return await fleet.create_tokens(request, self._who(context))
+            case "ListMembers":
+                return await fleet.list_members(request, self._who(context))
+            case "RevokeMember":
+                return await fleet.revoke_member(request, self._who(context))
+            case _:
+                return await fleet.rotate_member(request, self._who(context))
+
+
+def _unreadable() -> ProtocolError:
+    return ProtocolError(
+        "The bytes of this call are no request of its kind; use the same FedMeZO version."
+    )
+
+
 def bind_server(
     listen: str,
-    tls: tuple[Path, Path] | None,
+    tls: tuple[Path, Path] | LiveTls | None,
     private: str | None = None,
     connections_max: int = SESSIONS_MAX + CONNECTIONS_BESIDE,
+    options: Sequence[tuple[str, int]] = (),
 ) -> tuple[Server, int]:
     """Bind a server to `listen` (host:port) and return it with its port.
 
-    `tls` is a certificate file and a key file. `private` is a second address, a Unix socket for the
-    replica. More than `connections_max` connections at an address are closed as soon as they come,
-    whatever they have sent. Port 0 lets the system choose a port. Callers that connect wait until
-    `start_server`. Raises `ConfigError` for an address or TLS files that cannot be used.
+    `tls` is a certificate file and a key file, or credentials. `private` is a second address, a
+    Unix socket for the replica. More than `connections_max` connections at an address are closed as
+    soon as they come, whatever they have sent. Port 0 lets the system choose a port. `options` go
+    before those in `SERVER_OPTIONS`. Callers that connect wait until `start_server`. Raises
+    `ConfigError` for an address or TLS files that cannot be used.
     """
-    credentials = None if tls is None else _credentials(*tls)
+    live = LiveTls(TlsFiles(*tls)) if isinstance(tls, tuple) else tls
     with reading_all_wakeups():
         server = grpc.aio.server(
-            options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections_max))
+            options=tuple(
+                {
+                    **dict(SERVER_OPTIONS),
+                    **dict(options),
+                    "grpc.max_allowed_incoming_connections": connections_max,
+                }.items()
+            )
         )
     if private is not None:
         server.add_insecure_port(private)
     try:
-        if credentials is None:
+        if live is None:
             return server, server.add_insecure_port(listen)
-        return server, server.add_secure_port(listen, credentials)
+        return server, server.add_secure_port(listen, live.credentials)
     except RuntimeError:
         raise ConfigError(
             f"Cannot listen on {listen}: another process uses the address, or it is not this "
@@ -375,54 +599,76 @@ def bind_server(
 async def start_server(
     server: Server,
     what: str = "coordinator",
+    fleet: Fleet | None = None,
     caller_limits: CallerLimits | None = None,
     watch: ConnectionWatch | None = None,
 ) -> CoordinatorServicer:
-    """Let a bound server answer calls: that `what` is starting, until the servicer's `begin`."""
-    servicer = CoordinatorServicer(
-        what,
-        caller_limits or CallerLimits(CALLER_CALLS_PER_S),
-        watch or ConnectionWatch(CALLER_CONNECTIONS_MAX),
+    """Let a bound server answer calls: that `what` is starting, until the servicer's `begin`.
+
+    With a `fleet` every call but the replica's must show a member's certificate.
+    """
+    caller_limits = caller_limits or CallerLimits(CALLER_CALLS_PER_S)
+    watch = watch or ConnectionWatch(CALLER_CONNECTIONS_MAX)
+    servicer = CoordinatorServicer(what, caller_limits, watch, fleet)
+    edge = _Edge(
+        servicer.caller_of,
+        caller_limits,
+        watch,
+        can_revoke=fleet is not None,
+        worker_of=servicer.worker_of,
     )
-    service = wire.DESCRIPTOR.services_by_name["CoordinatorService"]
-    # Not the generated handlers. Session has no serializers: a message to thousands of workers is
-    # serialised once, and its bytes are counted without serialising it again.
-    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        "Session": grpc.stream_stream_rpc_method_handler(servicer.session)
-    }
-    for method in service.methods:
-        if method.name not in handlers:
-            handler = (
-                grpc.unary_stream_rpc_method_handler
-                if method.server_streaming
-                else grpc.unary_unary_rpc_method_handler
-            )
-            handlers[method.name] = handler(
-                getattr(servicer, method.name),
-                request_deserializer=_reader(GetMessageClass(method.input_type)),
-                response_serializer=_serialized,
-            )
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler(service.full_name, handlers),)
-    )
-    server.add_registered_method_handlers(service.full_name, handlers)
+    members = _FleetServicer(fleet, servicer.caller_of)
+    _serve_service(server, edge, "CoordinatorService", wire.DESCRIPTOR, servicer.handler)
+    for service in ("MembershipService", "AdminService"):
+        _serve_service(server, edge, service, admin.DESCRIPTOR, members.handler)
     await server.start()
     return servicer
 
 
-def _credentials(cert: Path, key: Path) -> grpc.ServerCredentials:
-    try:
-        pair = (key.read_bytes(), cert.read_bytes())
-        # gRPC would only say that it cannot listen. The empty password avoids a prompt.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
-    except ssl.SSLError as error:
-        raise ConfigError(
-            f"{cert} and {key} are not a PEM certificate chain and its unencrypted key "
-            f"({error.reason or error}); check tls_cert and tls_key."
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"The TLS file {error.filename} cannot be read ({error.strerror}); "
-            "check tls_cert and tls_key."
-        ) from None
-    return grpc.ssl_server_credentials([pair])
+async def start_enrolment(server: Server, fleet: Fleet) -> None:
+    """Let a bound server answer the one call of those who have no certificate yet."""
+
+    def nobody_knows(_context: Context) -> Caller:
+        return Caller.ANYONE
+
+    limits, watch = CallerLimits(ENROLMENTS_PER_S), ConnectionWatch(ENROLMENT_CONNECTIONS_MAX)
+    edge = _Edge(nobody_knows, limits, watch, can_revoke=False)
+    handler = _FleetServicer(fleet, nobody_knows).handler
+    _serve_service(server, edge, "EnrollmentService", admin.DESCRIPTOR, handler)
+    await server.start()
+
+
+def _serve_service(
+    server: Server,
+    edge: _Edge,
+    name: str,
+    file: FileDescriptor,
+    handler_of: Callable[[str], Callable[..., Any]],
+) -> None:
+    """Register the handlers of a service, each behind the check of rights.
+
+    Not the generated handlers. Session has no serializers: a message to thousands of workers is
+    serialised once, and its bytes are counted without serialising it again.
+    """
+    service = file.services_by_name[name]
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
+    for method in service.methods:
+        path = f"/{service.full_name}/{method.name}"
+        if method.client_streaming:
+            handlers[method.name] = grpc.stream_stream_rpc_method_handler(
+                edge.guarded(path, handler_of(method.name), streams=False)
+            )
+            continue
+        streams = method.server_streaming
+        kind = (
+            grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        )
+        handlers[method.name] = kind(
+            edge.guarded(path, handler_of(method.name), streams=streams),
+            request_deserializer=_reader(GetMessageClass(method.input_type)),
+            response_serializer=_serialized,
+        )
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service.full_name, handlers),)
+    )
+    server.add_registered_method_handlers(service.full_name, handlers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,13 +85,15 @@ def status_report(
     round_: int,
     traffic: Mapping[str, Traffic],
     connected: Container[str],
+    contested: Callable[[str], str],
     session_limit: SessionLimit,
     uptime_ms: int,
     loop_lag_p99_ms: float,
 ) -> wire.GetStatusResponse:
     """The status of a run with the counters of each worker in `traffic`, sorted by name.
 
-    `phase` and `round_` are the durable ones; the machine's own may be an append ahead.
+    `contested` says what is wrong with a worker's name, if anything is. `phase` and `round_` are
+    the durable ones; the machine's own may be an append ahead.
     """
     roster, diverged = machine.roster, machine.diverged
     awaited = frozenset(roster.awaited)
@@ -106,6 +108,7 @@ def status_report(
             _worker_status(
                 roster.workers.get(name, WorkerView(name)),
                 counters,
+                contested(name),
                 connected=name in connected,
                 measuring=name in awaited,
                 diverged=name in diverged,
@@ -131,7 +134,9 @@ def status_report(
     )
 
 
-def _worker_status(view: WorkerView, counters: Traffic, **flags: bool) -> wire.WorkerStatus:
+def _worker_status(
+    view: WorkerView, counters: Traffic, contest: str, **flags: bool
+) -> wire.WorkerStatus:
     return wire.WorkerStatus(
         worker=view.worker,
         rounds_answered=view.rounds_answered,
@@ -139,7 +144,7 @@ def _worker_status(view: WorkerView, counters: Traffic, **flags: bool) -> wire.W
         bytes_down=counters.bytes_down,
         mean_loss=view.mean_loss,
         answered_after_ms=counters.answered_after_ms,
-        complaint=view.complaint,
+        complaint=contest or view.complaint,
         learning_rate=view.learning_rate,
         **flags,
     )

@@ -120,6 +120,13 @@ class WorkerSession:
             and item.WhichOneof("kind") in ("ack", "refused")
         ]
 
+    def cut(self, error: FedMezoError) -> None:
+        """End the session with `error` in place of the messages that are queued."""
+        while self.outbox.qsize():
+            self.outbox.get_nowait()
+        self.ended = error
+        self.outbox.put_nowait(error)
+
     def end(self, error: FedMezoError) -> None:
         """End the session with `error` after the messages that are queued."""
         if self.ended is None:

@@ -69,6 +69,7 @@ class EnrollRequest(google.protobuf.message.Message):
     CERTIFICATE_REQUEST_FIELD_NUMBER: builtins.int
     SIGNING_KEY_FIELD_NUMBER: builtins.int
     NAME_FIELD_NUMBER: builtins.int
+    DEFAULT_NAME_FIELD_NUMBER: builtins.int
     token_id: builtins.bytes
     """The token's id. 8 bytes."""
     secret: builtins.bytes
@@ -80,7 +81,11 @@ class EnrollRequest(google.protobuf.message.Message):
     signing_key: builtins.bytes
     """The caller's Ed25519 public key. 32 bytes."""
     name: builtins.str
-    """The name that the caller would like, if the token gives none. [a-z0-9-], 1 to 64 characters."""
+    """The name that the caller insists on, which a token with another name refuses. [a-z0-9-], 1 to 64
+    characters, or empty.
+    """
+    default_name: builtins.str
+    """The name to take if neither `name` nor the token gives one, such as the machine's."""
     def __init__(
         self,
         *,
@@ -89,8 +94,9 @@ class EnrollRequest(google.protobuf.message.Message):
         certificate_request: builtins.bytes = ...,
         signing_key: builtins.bytes = ...,
         name: builtins.str = ...,
+        default_name: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["certificate_request", b"certificate_request", "name", b"name", "secret", b"secret", "signing_key", b"signing_key", "token_id", b"token_id"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["certificate_request", b"certificate_request", "default_name", b"default_name", "name", b"name", "secret", b"secret", "signing_key", b"signing_key", "token_id", b"token_id"]) -> None: ...
 
 Global___EnrollRequest: typing_extensions.TypeAlias = EnrollRequest
 

@@ -23,6 +23,8 @@ name of fedmezo_core.errors). The status message is one sentence for a person.
                        Or a snapshot's file is damaged: read the journal.
   RESOURCE_EXHAUSTED   A limit (message size, workers). Retry later. If the trailing metadata has
                        `fedmezo-retry-after-ms`, wait a random time of at most that many milliseconds.
+  UNAUTHENTICATED      The caller's certificate makes it no member of the coordinator's fleet.
+  PERMISSION_DENIED    The caller's role has no right to this call, or the name is another member's.
   UNAVAILABLE          The coordinator is stopping. Retry with backoff. Or it is starting, if the reason
                        is `StartingError`: the message says what it does, and
                        `fedmezo-retry-after-ms` when to ask again.

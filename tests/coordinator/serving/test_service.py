@@ -23,6 +23,7 @@ from fedmezo_core.errors import (
     MismatchError,
     NotReadyError,
     ProtocolError,
+    ReplacedError,
     UnknownWorkerError,
     VersionError,
     WrongRunError,
@@ -373,9 +374,28 @@ async def test_a_second_session_of_a_name_replaces_the_first(
     async with scripted_workers(at.address, GENESIS, "w1") as [again]:
         await again.open()
         error = await two[0].ended()
-        assert type(error) is ProtocolError
+        assert type(error) is ReplacedError
+        assert error.retry_after_s == 30
         assert "Another process has joined as worker w1" in str(error)
+        assert not at.daemon.status("").workers[0].complaint
         await work_on([again, two[1]], at)
+
+
+async def test_processes_that_evict_one_another_are_named_in_the_status(
+    at: Served, two: list[ScriptedWorker], caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        async with scripted_workers(at.address, GENESIS, "w1") as [again]:
+            await again.open()
+            await two[0].ended()
+            await two[0].open()
+            await again.ended()
+    complaints = [worker.complaint for worker in at.daemon.status("").workers]
+    assert complaints[0].startswith("6 sessions of this name replaced one another")
+    assert not complaints[1]
+    said = [line for line in caplog.text.splitlines() if "two processes use it" in line]
+    assert len(said) == 2
+    await work_on(two, at)
 
 
 async def test_a_worker_that_half_closes_leaves_without_an_error(

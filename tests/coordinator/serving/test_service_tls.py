@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import trustme
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs import coordinator_command as cli
-from fedmezo_core.errors import ConfigError, UnavailableError
+from fedmezo_coordinator.serving import hosting
+from fedmezo_core.errors import ConfigError, StartingError, UnavailableError
 from fedmezo_core.wire.client import CoordinatorClient
 from tests.integration.support.harness import (
     config_of,
@@ -129,23 +131,31 @@ async def test_listening_elsewhere_without_tls_is_said_plainly(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, listen: str, warned: bool
 ) -> None:
     caplog.set_level(logging.INFO, "fedmezo")
-    assert await log_of_a_start(tmp_path, caplog, listen=listen) is warned
+    said = await log_of_a_start(tmp_path, caplog, listen=listen, insecure=warned)
+    assert ("WITHOUT TLS: anyone on that network" in said) is warned
 
 
-async def test_listening_elsewhere_with_tls_is_no_matter(
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])
+async def test_listening_elsewhere_takes_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, listen: str
+) -> None:
+    with pytest.raises(ConfigError, match="whoever connects can join and read the run"):
+        await log_of_a_start(tmp_path, caplog, listen=listen)
+
+
+async def test_listening_elsewhere_with_tls_says_who_can_join(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, tls: tuple[Path, Path]
 ) -> None:
     caplog.set_level(logging.INFO, "fedmezo")
     cert, key = tls
-    assert not await log_of_a_start(
-        tmp_path, caplog, listen="0.0.0.0:0", tls_cert=cert, tls_key=key
-    )
+    said = await log_of_a_start(tmp_path, caplog, listen="0.0.0.0:0", tls_cert=cert, tls_key=key)
+    assert "WITHOUT IDENTITIES: anyone on that network can join" in said
 
 
 async def log_of_a_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, **settings: object
-) -> bool:
-    """Start the command's coordinator, wait until it serves, stop it; whether it warned."""
+) -> str:
+    """Start the command's coordinator, wait until it serves, stop it; its log."""
     journal = tmp_path / "j.db"
     write_genesis(journal, GENESIS)
     values = {"journal": str(journal), "run": run_values(), "replica": False, **settings}
@@ -159,4 +169,46 @@ async def log_of_a_start(
     await until(serves, "the coordinator to serve")
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    return "WITHOUT TLS: anyone on that network" in caplog.text
+    return caplog.text
+
+
+async def test_a_certificate_that_changes_on_the_disk_is_shown_to_new_connections(
+    ca: trustme.CA, ca_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosting, "LOOK_AT_CERTIFICATES_EVERY_S", 0.05)
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+
+    def put(pair: trustme.LeafCert) -> None:
+        key.write_bytes(pair.private_key_pem.bytes())
+        cert.write_bytes(b"".join(blob.bytes() for blob in pair.cert_chain_pems))
+
+    put(ca.issue_cert("127.0.0.1"))
+    values = {"listen": "127.0.0.1:0", "tls_cert": cert, "tls_key": key, "journal": "none"}
+    settings = CoordinatorSettings.model_validate(values)
+    async with hosting.fronted(settings, "coordinator") as front:
+        address = f"127.0.0.1:{front.port}"
+
+        async def shown() -> str:
+            return await asyncio.to_thread(
+                ssl.get_server_certificate, ("127.0.0.1", front.port), timeout=5
+            )
+
+        async with CoordinatorClient(address, ca_file) as before:
+            with pytest.raises(StartingError):
+                await before.get_run()
+            first = await shown()
+            # In the moment between the two files, what is there cannot be used.
+            key.write_bytes(b"half")
+            await asyncio.sleep(0.2)
+            assert await shown() == first
+            put(ca.issue_cert("127.0.0.1"))
+
+            async def is_new() -> bool:
+                return await shown() != first
+
+            await until(is_new, "the new certificate")
+            with pytest.raises(StartingError):
+                await before.get_run()
+        async with CoordinatorClient(address, ca_file) as after:
+            with pytest.raises(StartingError):
+                await after.get_run()

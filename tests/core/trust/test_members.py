@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from fedmezo_core.errors import ConfigError, ForbiddenError, RevokedError, TokenError
+from fedmezo_core.trust import members as members_module
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.members import Member, Members, Token
 
@@ -152,6 +153,28 @@ def test_rows_make_an_equal_table() -> None:
 def test_tokens_that_cannot_be_are_refused(wrong: Token) -> None:
     with pytest.raises(ConfigError):
         table(wrong)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_members_and_tokens_are_bounded(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    shared = replace(TOKEN, name="", uses_left=5)
+    monkeypatch.setattr(members_module, "MEMBERS_MAX", limit)
+    members = table(shared)
+    for k in range(limit):
+        join(members, bytes([k]) * 32, f"w{k}", shared)
+    with pytest.raises(ForbiddenError, match=f"has {limit} members, the most"):
+        join(members, OTHER_KEY, "another", shared)
+    monkeypatch.setattr(members_module, "TOKENS_MAX", limit)
+    tokens = [replace(shared, id=bytes([k]) * 8) for k in range(limit)]
+    members = table(*tokens)
+    with pytest.raises(ForbiddenError, match=f"{limit} tokens can still be used"):
+        members.new_token(shared)
+    members.forget_tokens_before(TOKEN.expires_s + 1)
+    members.new_token(shared)
+
+
+def test_a_token_lets_at_most_so_many_join() -> None:
+    table(replace(TOKEN, name="", uses_left=10_000))
 
 
 def test_a_token_for_a_members_name_is_refused() -> None:

@@ -387,7 +387,7 @@ async def relayed(
     settings = RelaySettings.model_validate(values | changes)
     async with CoordinatorClient(upstream, settings.tls_ca) as client:
         relay = Relay(settings, client)
-        async with _on_a_port(relay, listen, settings.tls) as (address, serving):
+        async with _on_a_port(relay, listen, settings.tls_files) as (address, serving):
             yield Site(relay, address, serving)
 
 

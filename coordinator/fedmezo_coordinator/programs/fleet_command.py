@@ -1,0 +1,205 @@
+"""`fedmezo token`, `members`, `revoke`, `rotate` and `join`: who belongs to a fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedmezo_coordinator.admission.fleet import TOKEN_LIFE_S, TOKENS_AT_ONCE_MAX, WIRE_ROLES
+from fedmezo_coordinator.programs.connecting import Coordinator, Link, State, link_to, user_path
+from fedmezo_coordinator.programs.plain_values import json_line
+from fedmezo_core.errors import ConfigError
+from fedmezo_core.folders import state_home
+from fedmezo_core.trust.authorisation import MEMBER_ROLES, Role
+from fedmezo_core.wire.enrolment import ROLES, become_member
+from fedmezo_proto.v1 import admin_pb2 as wire
+
+token_app = typer.Typer(help="Let others join a fleet.", no_args_is_help=True)
+
+JOINED = "identity"
+"""Folder, in the user's state folder, that `fedmezo join` makes unless told otherwise."""
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="the member's name")]
+Ttl = Annotated[str, typer.Option(help="how long the join string can be used: 90s, 30m, 1h, 7d")]
+
+_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_DEFAULT_TTL = f"{TOKEN_LIFE_S // 3600}h"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands to `fedmezo`."""
+    app.add_typer(token_app, name="token")
+    for command in (members, revoke, rotate, join):
+        app.command()(command)
+
+
+@token_app.command()
+def create(
+    name: Annotated[str, typer.Option(help="the member's name; none: it may choose one")] = "",
+    uses: Annotated[int, typer.Option(min=1, help="members that may join with it")] = 1,
+    ttl: Ttl = _DEFAULT_TTL,
+    role: Annotated[str, typer.Option(help="worker, observer or operator")] = "worker",
+    names: Annotated[
+        Path | None,
+        typer.Option(help="file with a name on each line: a join string for each of them"),
+    ] = None,
+    coordinator: Coordinator = None,
+    state: State = None,
+) -> None:
+    """Print a join string. It is a secret: whoever reads it can join in place of the member."""
+    if role not in MEMBER_ROLES:
+        raise ConfigError(f"role = {role!r} is not allowed: use worker, observer or operator.")
+    if name and names is not None:
+        raise ConfigError("--name and --names exclude each other; leave one of them out.")
+    wanted = [name] if name else _names_in(names)
+    life_s = _seconds(ttl)
+    link = _operators_link(coordinator, state)
+
+    async def work() -> list[wire.JoinToken]:
+        made: list[wire.JoinToken] = []
+        async with link.client() as client:
+            for begin in range(0, max(1, len(wanted)), TOKENS_AT_ONCE_MAX):
+                request = wire.CreateTokensRequest(
+                    names=wanted[begin : begin + TOKENS_AT_ONCE_MAX],
+                    role=WIRE_ROLES[Role(role)],
+                    uses=uses,
+                    life_s=life_s,
+                )
+                made += (await client.create_tokens(request)).tokens
+        return made
+
+    for token in asyncio.run(work()):
+        print(token.join_string if names is None else f"{token.name} {token.join_string}")
+
+
+def members(
+    coordinator: Coordinator = None,
+    state: State = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object on each line")
+    ] = False,
+) -> None:
+    """List the members of a fleet."""
+    link = _operators_link(coordinator, state)
+
+    async def work() -> list[wire.MemberStatus]:
+        async with link.client() as client:
+            return [member async for member in client.members()]
+
+    found = asyncio.run(work())
+    if as_json:
+        for member in found:
+            print(json_line(_values(member)))
+        return
+    table = Table("name", "role", "key", "enrolled", "certificate until", "state")
+    for member in found:
+        values = _values(member)
+        table.add_row(
+            member.name,
+            str(values["role"]),
+            member.fingerprint.hex()[:16] or "-",
+            _day(member.enrolled_s),
+            _day(member.expires_s),
+            str(values["state"]),
+        )
+    Console().print(table)
+
+
+def revoke(name: Name, coordinator: Coordinator = None, state: State = None) -> None:
+    """Take a member's rights away, at once; its open sessions end."""
+    link = _operators_link(coordinator, state)
+
+    async def work() -> None:
+        async with link.client() as client:
+            await client.revoke_member(name)
+
+    asyncio.run(work())
+    print(f"{name} is revoked; `fedmezo rotate {name}` lets it join again, with a new key.")
+
+
+def rotate(
+    name: Name, ttl: Ttl = _DEFAULT_TTL, coordinator: Coordinator = None, state: State = None
+) -> None:
+    """Take a member's key away, at once, and print a join string for a new one."""
+    link, life_s = _operators_link(coordinator, state), _seconds(ttl)
+
+    async def work() -> wire.RotateMemberResponse:
+        async with link.client() as client:
+            return await client.rotate_member(name, life_s)
+
+    print(asyncio.run(work()).token.join_string)
+
+
+def join(
+    join_string: Annotated[
+        str,
+        typer.Argument(
+            metavar="STRING", envvar="FEDMEZO_JOIN", help="what fedmezo token create printed"
+        ),
+    ],
+    name: Annotated[str, typer.Option(help="the name to take; none: the string's")] = "",
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            callback=user_path,
+            help=f"folder to keep the identity in, {JOINED!r} in the "
+            "user's state folder by default",
+        ),
+    ] = None,
+) -> None:
+    """Become an observer or an operator; then name the folder with --state in other commands."""
+    folder = state or state_home() / JOINED
+    identity = asyncio.run(
+        become_member(join_string, folder, name, MEMBER_ROLES, give_up_after_s=0)
+    )
+    print(f"{folder}: {identity.role} {identity.name} of the fleet of {identity.address}")
+
+
+def _operators_link(coordinator: str | None, state: Path | None) -> Link:
+    """The link of an operator: by default that of this machine's coordinator, or of who joined."""
+    if state is None:
+        here = [state_home() / folder for folder in ("coordinator", JOINED)]
+        state = next((folder for folder in here if folder.exists()), here[0])
+    return link_to(coordinator, None, False, state)
+
+
+def _names_in(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        names = path.expanduser().read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The file of names {path} cannot be read ({error}).") from None
+    if not names:
+        raise ConfigError(f"The file of names {path} holds no name; write one on each line.")
+    return names
+
+
+def _seconds(ttl: str) -> int:
+    found = re.fullmatch(r"([1-9][0-9]{0,8})([smhd])", ttl)
+    if found is None:
+        raise ConfigError(f"ttl = {ttl!r} is not allowed: write 90s, 30m, 1h or 7d.")
+    return int(found[1]) * _UNITS_S[found[2]]
+
+
+def _values(member: wire.MemberStatus) -> dict[str, str | int]:
+    state = "revoked" if member.revoked else "connected" if member.connected else ""
+    return {
+        "name": member.name,
+        "role": str(ROLES[member.role]),
+        "fingerprint": member.fingerprint.hex(),
+        "enrolled_s": member.enrolled_s,
+        "expires_s": member.expires_s,
+        "state": state or ("away" if member.fingerprint else "has to join again"),
+    }
+
+
+def _day(seconds: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(seconds)) if seconds else "-"

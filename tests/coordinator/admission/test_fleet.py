@@ -1,0 +1,345 @@
+"""Joining a real coordinator with a join string, and what an operator's commands do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from fedmezo_coordinator.admission.members_file import read_members
+from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.programs import relay_command
+from fedmezo_coordinator.programs.connecting import link_to
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    ForbiddenError,
+    IdentityError,
+    RevokedError,
+    TokenError,
+    UnavailableError,
+)
+from fedmezo_core.trust.authorisation import Role
+from fedmezo_core.trust.identity import load_identity
+from fedmezo_core.trust.join_string import parse_join_string
+from fedmezo_core.wire import enrolment
+from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.enrolment import find_ca, keep_renewed
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.integration.support.fleets import ServedFleet, served_fleet
+from tests.integration.support.harness import config_of, genesis_of, until
+
+GENESIS = genesis_of(config_of(rounds=2, local_steps=1, workers_min=2, quorum=2))
+
+
+@pytest.fixture
+async def at(tmp_path: Path) -> AsyncIterator[ServedFleet]:
+    async with served_fleet(tmp_path, GENESIS) as running:
+        yield running
+
+
+async def test_members_take_part_in_a_run(at: ServedFleet) -> None:
+    first, second = await at.member("w1"), await at.member("w2")
+    async with at.worker(first) as one, at.worker(second) as two:
+        await one.open()
+        await two.open()
+        rounds = await asyncio.gather(one.work_to_the_end(), two.work_to_the_end())
+        assert list(rounds) == [2, 2]
+
+
+async def test_the_keys_and_the_certificate_stay_and_are_used_again(at: ServedFleet) -> None:
+    join = await at.join_string("w1")
+    identity = await at.joined(join, "w1")
+    assert (identity.name, identity.role) == ("w1", Role.WORKER)
+    assert await at.joined(join, "w1") == identity == load_identity(at.folder / "w1")
+    stored = (at.state / "members.jsonl").read_bytes()
+    for secret in (join, parse_join_string(join).secret.hex(), identity.keys.key.decode()):
+        assert secret.encode() not in stored
+    for path in (at.folder / "w1").rglob("*"):
+        assert path.stat().st_mode & 0o077 == 0
+
+
+async def test_a_lost_response_does_no_harm(at: ServedFleet) -> None:
+    join = await at.join_string("w1")
+    first = await at.joined(join, "w1")
+    (at.folder / "w1" / "identity.json").unlink()
+    again = await at.joined(join, "w1")
+    assert again.keys == first.keys
+    async with at.client(again) as client:
+        await client.get_run()
+
+
+@pytest.mark.parametrize("life_s", [1])
+async def test_a_token_that_was_used_or_expired_lets_nobody_join(
+    at: ServedFleet, life_s: int
+) -> None:
+    used = await at.join_string()
+    await at.joined(used, "w1", "w1")
+    with pytest.raises(TokenError, match="was used before"):
+        await at.joined(used, "w2", "w2")
+    expired = await at.join_string("w3", life_s=life_s)
+    await asyncio.sleep(life_s + 1.1)
+    with pytest.raises(TokenError, match=r"expired . s ago by the coordinator's clock"):
+        await at.joined(expired, "w3")
+
+
+async def test_a_join_string_of_another_coordinator_sends_nothing(
+    at: ServedFleet, tmp_path: Path
+) -> None:
+    other_folder = tmp_path / "other"
+    other_folder.mkdir()
+    async with served_fleet(other_folder, GENESIS) as other:
+        join = parse_join_string(await other.join_string("w1"))
+    mine = parse_join_string(await at.join_string("w1"))
+    mixed = type(mine)(
+        mine.address, mine.enrol_port, join.ca_fingerprint, join.token_id, join.secret
+    )
+    with pytest.raises(IdentityError, match="Nothing was sent to it"):
+        await at.joined(str(mixed), "w1")
+    foreign = type(mine)(
+        mine.address, mine.enrol_port, mine.ca_fingerprint, join.token_id, join.secret
+    )
+    with pytest.raises(TokenError, match="belongs to another coordinator"):
+        await at.joined(str(foreign), "w1")
+
+
+async def test_the_ca_is_found_by_its_fingerprint(at: ServedFleet) -> None:
+    found = await asyncio.to_thread(find_ca, parse_join_string(await at.join_string()))
+    assert found.strip() == (at.state / "ca.pem").read_bytes().strip()
+
+
+async def test_a_name_is_refused_to_another_key(at: ServedFleet) -> None:
+    await at.member("w1")
+    shared = await at.join_string(uses=2)
+    with pytest.raises(ForbiddenError, match="w1 belongs to another key"):
+        await at.joined(shared, "other", "w1")
+    with pytest.raises(ForbiddenError, match="fedmezo rotate w1"):
+        await at.join_string("w1")
+
+
+async def test_a_hello_under_another_members_name_is_refused(at: ServedFleet) -> None:
+    first, second = await at.member("w1"), await at.member("w2")
+    async with at.worker(first) as right, at.worker(second, "w1") as wrong:
+        await right.open()
+        with pytest.raises(ForbiddenError, match="worker w2 may not join a run as 'w1'"):
+            await wrong.open()
+        poll = wire.SessionRequest(hello=wrong.hello())
+        with pytest.raises(ForbiddenError, match="may not join a run as 'w1'"):
+            await wrong.client.poll_session(b"", poll)
+        assert at.daemon.is_connected("w1")
+
+
+async def test_the_same_key_replaces_its_session(at: ServedFleet) -> None:
+    identity = await at.member("w1")
+    async with at.worker(identity) as old, at.worker(identity) as new:
+        await old.open()
+        await new.open()
+        assert "joined as worker w1" in str(await old.ended())
+        assert at.daemon.is_connected("w1")
+
+
+async def test_revoking_ends_open_sessions_at_once(at: ServedFleet) -> None:
+    identity, polling = await at.member("w1"), await at.member("w2")
+    async with at.client(at.operator) as operator, at.worker(identity) as hand:
+        await hand.open()
+        async with at.worker(polling) as other:
+            hello = wire.SessionRequest(hello=other.hello())
+            token = (await other.client.poll_session(b"", hello)).token
+
+            async def poll_for_ever() -> None:
+                while True:
+                    await other.client.poll_session(token, wait_ms=30_000)
+
+            waiting = asyncio.create_task(poll_for_ever())
+            await asyncio.sleep(0.1)
+            await operator.revoke_member("w1")
+            await operator.revoke_member("w2")
+            error = await asyncio.wait_for(hand.ended(), 2)
+            assert isinstance(error, RevokedError)
+            assert "w1 was revoked" in str(error)
+            with pytest.raises(RevokedError):
+                await asyncio.wait_for(waiting, 2)
+        for identity_ in (identity, polling):
+            async with at.client(identity_) as client:
+                with pytest.raises(RevokedError, match="was revoked; ask the operator"):
+                    await client.get_run()
+
+    async def both_left() -> bool:
+        return not at.daemon.is_connected("w1") and not at.daemon.is_connected("w2")
+
+    await until(both_left, "the revoked workers to leave")
+
+
+async def test_revoking_cuts_a_read_that_waits(at: ServedFleet) -> None:
+    identity = await at.member("o1", Role.OBSERVER)
+    async with at.client(at.operator) as operator, at.client(identity) as client:
+        reading = asyncio.create_task(client.read_journal(5, wait_ms=1500))
+        await asyncio.sleep(0.1)
+        await operator.revoke_member("o1")
+        with pytest.raises(RevokedError):
+            await reading
+
+
+async def test_rotating_gives_the_name_a_new_key(at: ServedFleet) -> None:
+    identity = await at.member("w1")
+    async with at.client(at.operator) as operator, at.worker(identity) as hand:
+        await hand.open()
+        token = (await operator.rotate_member("w1", 60)).token
+        assert isinstance(await asyncio.wait_for(hand.ended(), 2), RevokedError)
+    renewed = await at.joined(token.join_string, "w1")
+    assert renewed.name == "w1"
+    assert renewed.keys != identity.keys
+    async with at.worker(renewed) as hand:
+        await hand.open()
+    async with at.client(identity) as client:
+        with pytest.raises(RevokedError, match="is no member's"):
+            await client.get_run()
+
+
+async def test_an_operator_does_not_lock_itself_out(at: ServedFleet) -> None:
+    async with at.client(at.operator) as client:
+        with pytest.raises(ConfigError, match="would lock itself out"):
+            await client.revoke_member("operator")
+        with pytest.raises(ConfigError, match="No member is called 'nobody'"):
+            await client.revoke_member("nobody")
+
+
+async def test_what_was_decided_outlives_a_restart(tmp_path: Path) -> None:
+    async with served_fleet(tmp_path, GENESIS) as at:
+        kept, gone = await at.member("w1"), await at.member("w2")
+        async with at.client(at.operator) as operator:
+            await operator.revoke_member("w2")
+        stored = [
+            (member.name, member.revoked) for member in read_members(at.state / "members.jsonl")
+        ]
+        assert stored == [("operator", False), ("w1", False), ("w2", True)]
+    async with served_fleet(tmp_path, GENESIS) as at:
+        async with at.client(kept) as client:
+            await client.get_run()
+        async with at.client(gone) as client:
+            with pytest.raises(RevokedError):
+                await client.get_run()
+
+
+async def test_a_second_coordinator_cannot_use_the_folder(at: ServedFleet, tmp_path: Path) -> None:
+    other = tmp_path / "second"
+    other.mkdir()
+    with pytest.raises(ConfigError, match="Another coordinator uses the state folder"):
+        async with served_fleet(other, GENESIS, state=at.state):
+            pass
+
+
+@pytest.mark.parametrize("kind", ["plain", "server alone"])
+async def test_without_a_certificate_nobody_is_served(at: ServedFleet, kind: str) -> None:
+    ca = at.state / "ca.pem" if kind == "server alone" else None
+    async with CoordinatorClient(at.address, ca) as client:
+        with pytest.raises(UnavailableError, match="wants an identity"):
+            await client.get_run()
+
+
+@pytest.mark.parametrize("hours", [-25, 25])
+async def test_a_clock_that_is_off_by_a_day_is_named(
+    at: ServedFleet, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """A clock that is behind the first day of the certificates, or ahead of their last."""
+    identity = await at.member("w2")
+    join = parse_join_string(await at.join_string("w1"))
+    now_s = time.time() + 3600 * hours + (0 if hours < 0 else 366 * 86_400)
+    clock = SimpleNamespace(time=lambda: now_s, strftime=time.strftime, gmtime=time.gmtime)
+    monkeypatch.setattr(enrolment, "time", clock)
+    with pytest.raises(IdentityError, match=r"is valid from .* clock says .* set the clock"):
+        await asyncio.to_thread(find_ca, join)
+    with pytest.raises(IdentityError, match=r"set the clock|is wrong, set it"):
+        identity.check_time(now_s)
+
+
+async def test_a_member_of_another_fleet_is_told_about_clocks_and_fleets(
+    at: ServedFleet, tmp_path: Path
+) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    async with served_fleet(folder, GENESIS) as other:
+        stranger = await other.member("w1")
+    for identity in (stranger, replace(stranger, server_ca=at.operator.server_ca)):
+        async with CoordinatorClient(at.address, identity=identity) as client:
+            with pytest.raises(UnavailableError, match=r"a clock that is a day off .* identity is"):
+                await client.get_run()
+
+
+async def test_a_certificate_that_expires_on_an_open_connection_counts_no_more(
+    tmp_path: Path,
+) -> None:
+    async with served_fleet(tmp_path, GENESIS, certificate_life_s=2) as at:
+        identity = await at.member("w1")
+        async with at.client(identity) as client:
+            await client.get_run()
+            await asyncio.sleep(2.5)
+            with pytest.raises(IdentityError, match="expired while its connection was open"):
+                await client.get_run()
+
+
+async def test_a_command_renews_the_identity_that_it_shows(tmp_path: Path) -> None:
+    async with served_fleet(tmp_path, GENESIS, certificate_life_s=60) as at:
+        identity = await at.member("o1", Role.OBSERVER)
+        link = await asyncio.to_thread(link_to, at.address, None, False, identity.folder)
+        newest = load_identity(identity.folder)
+        assert newest is not None
+        assert newest.certificate != identity.certificate
+        async with link.client() as client:
+            await client.get_status()
+
+
+async def test_a_certificate_is_renewed_by_itself(tmp_path: Path) -> None:
+    async with served_fleet(tmp_path, GENESIS, certificate_life_s=4) as at:
+        identity = await at.member("w1")
+        async with at.client(identity) as client:
+            # Backdating is longer than this life, so two thirds of it have passed.
+            renewing = asyncio.create_task(keep_renewed(client, identity))
+
+            async def is_renewed() -> bool:
+                kept = load_identity(at.folder / "w1")
+                return kept is not None and kept.certificate != identity.certificate
+
+            await until(is_renewed, "a newer certificate")
+            await asyncio.sleep(5)
+            renewing.cancel()
+            assert not isinstance(await asyncio.gather(client.get_run()), FedMezoError)
+        newest = load_identity(at.folder / "w1")
+        assert newest is not None
+        async with at.worker(newest) as hand:
+            await hand.open()
+        with pytest.raises(IdentityError, match=r"expired on .* this machine's clock says"):
+            at.client(identity)
+
+
+async def test_a_relay_is_a_member_of_the_fleet_above(
+    at: ServedFleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fedmezo")
+    values = {
+        "upstream": at.address,
+        "listen": "127.0.0.1:0",
+        "name": "site-a",
+        "journal_copy": tmp_path / "copy.db",
+        "join": await at.join_string("site-a"),
+        "join_state": tmp_path / "site-a",
+    }
+    running = asyncio.create_task(relay_command.run(RelaySettings.model_validate(values)))
+
+    async def serves() -> bool:
+        if running.done():
+            running.result()
+        return "site site-a: relay of" in caplog.text
+
+    await until(serves, "the relay to serve")
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    identity = load_identity(tmp_path / "site-a")
+    assert identity is not None
+    assert identity.name == "site-a"
