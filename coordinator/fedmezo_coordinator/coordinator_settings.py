@@ -97,14 +97,14 @@ class ServingSettings(BaseSettings):
         ge=0,
         le=1e6,
         allow_inf_nan=False,
-        description="calls a second that callers of one address, or one worker's session, make in "
-        "the long run; more of them wait, and then are refused; 0: any number",
+        description="calls a second that one member, address or session makes in the long run; "
+        "more of them wait, and then are refused; 0: any number",
     )
     caller_connections_max: int = Field(
         default=CALLER_CONNECTIONS_MAX,
         ge=1,
         le=SESSIONS_LIMIT + 128,
-        description="most connections of one address; further ones are closed (on Linux)",
+        description="most connections of one member or address; further ones are closed (on Linux)",
     )
 
     @model_validator(mode="after")

@@ -23,6 +23,7 @@ from fedmezo_coordinator.limits.said_seldom import LINES_A_MINUTE, SaidSeldom
 from fedmezo_core.errors import NotReadyError, UnknownWorkerError
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.integration.support.fleets import served_fleet
 from tests.integration.support.harness import config_of, genesis_of, scripted_workers, served
 
 GENESIS = genesis_of(config_of(workers_min=1, quorum=1, cohort_size_max=1, rounds=100))
@@ -187,6 +188,25 @@ async def test_messages_of_a_session_beyond_the_limit_are_read_later(
         for _ in range(40):
             await hand.next("refused")
         assert time.monotonic() - begin_s > 0.3
+
+
+async def test_members_at_one_address_have_tokens_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(caller_limits, "CALLS_AT_ONCE", 20)
+    monkeypatch.setattr(caller_limits, "WAIT_MAX_S", 0.2)
+    async with served_fleet(tmp_path, GENESIS, caller_calls_per_s=1) as fleet:
+        flooding, calm = await fleet.member("flooding"), await fleet.member("calm")
+        async with fleet.client(flooding) as client:
+            with pytest.raises(NotReadyError, match="worker flooding calls more than 1 times"):
+                await ask(client, 30)
+        async with fleet.client(calm) as client:
+            await ask(client, 10)
+
+
+async def ask(client: CoordinatorClient, times: int) -> None:
+    for _ in range(times):
+        await client.get_status()
 
 
 # ---------------------------------------------------------------- the log
