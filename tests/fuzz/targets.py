@@ -55,7 +55,7 @@ GENESIS: Final = genesis_of(CONFIG)
 HEAD: Final = head_after(ZERO_HASH, encode_record(GENESIS))
 TOKEN: Final = b"t" * 16
 """In a call's bytes: the token of the session that is open."""
-METHODS: Final = {
+METHODS: Final[dict[str, type[Message]]] = {
     "GetRun": wire.GetRunRequest,
     "PollSession": wire.PollSessionRequest,
     "ReadJournal": wire.ReadJournalRequest,
