@@ -122,25 +122,26 @@ class Honest:
 @contextmanager
 def attacking(
     coordinator: Coordinator, name: str, seconds: float
-) -> Iterator[subprocess.Popen[str]]:
-    """A process that attacks."""
+) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """A process that attacks, and the file with what it says."""
     described, hello = coordinator.describe(), coordinator.folder / "hello"
     welcome = hello_of(coordinator.genesis, "hostile", described.round, described.head)
     hello.write_bytes(welcome.SerializeToString())
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "benchmarks.attacks.attacker", name, str(coordinator.port)),
-            *("--seconds", str(seconds), "--hello", hello),
-        ],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    said = coordinator.folder / "attacker.log"
+    with said.open("w") as output:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "benchmarks.attacks.attacker", name, str(coordinator.port)),
+                *("--seconds", str(seconds), "--hello", hello),
+            ],
+            stdout=output,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
     try:
-        yield process
+        yield process, said
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 def measure(name: str, sizes: Sizes) -> Iterator[Figure]:
@@ -177,20 +178,18 @@ def _beside(name: str, sizes: Sizes, coordinator: Coordinator, honest: Honest) -
         honest.begin()
         honest.run_for(sizes.seconds)
     else:
-        with attacking(coordinator, name, sizes.seconds) as process:
-            assert process.stdout is not None
-            os.set_blocking(process.stdout.fileno(), False)
-            begun = partial(process.stdout.readline)
-            while not begun():
+        with attacking(coordinator, name, sizes.seconds) as (process, said):
+            while "\n" not in said.read_text():
+                if process.poll() is not None:
+                    raise RuntimeError(f"{name} ended before it began")
                 honest.run_for(0.05)
             honest.begin()
             begin_s = time.monotonic()
             while process.poll() is None and time.monotonic() < begin_s + 2 * sizes.seconds:
                 honest.run_for(0.1)
                 peak_mb = max(peak_mb, coordinator.resident_mb)
-            said = process.stdout.readline()
-            if said:
-                connections, actions = json.loads(said).values()
+            last = json.loads(said.read_text().splitlines()[-1])
+            connections, actions = last["connections"], last.get("actions", 0)
     seconds = time.monotonic() - begin_s
     honest.end()
     yield Figure(f"{name}: an answer's wait, p99", honest.p99_ms, "ms", "at most 100")
