@@ -12,6 +12,7 @@ import asyncio
 import functools
 import ipaddress
 import itertools
+import random
 import time
 from collections.abc import Callable
 
@@ -22,7 +23,9 @@ CALLS_AT_ONCE = 1000
 BYTES_PER_TOKEN = 64 * 1024
 """Bytes of a response that cost as much as a call."""
 WAIT_MAX_S = 2.0
-"""Longest wait for a token, and the wait before a refusal."""
+"""Longest wait for a token, and the shortest before a refusal."""
+REFUSALS_SPREAD = 2.0
+"""How much longer, as a multiple of that, a refusal may take."""
 CALLERS_MAX = 20_000
 """Callers whose tokens are counted."""
 
@@ -67,13 +70,17 @@ class CallerLimits:
     async def admit(self, caller: str) -> None:
         """Take the token of a call, and wait until it is there.
 
-        Raises `NotReadyError` if that would take more than `WAIT_MAX_S`, after as long a wait.
+        Raises `NotReadyError` if that would take more than `WAIT_MAX_S`, after at least as long a
+        wait.
         """
         wait_s = self.take(caller)
         if not wait_s:
             return
-        await asyncio.sleep(min(wait_s, WAIT_MAX_S))
-        if wait_s > WAIT_MAX_S:
+        if wait_s <= WAIT_MAX_S:
+            await asyncio.sleep(wait_s)
+        else:
+            # Calls that came together are not refused together: thousands would stop everyone.
+            await asyncio.sleep(WAIT_MAX_S * (1 + REFUSALS_SPREAD * random.random()))
             error = NotReadyError(
                 f"{caller} calls more than {1 / self._token_s:g} times a second "
                 "(caller_calls_per_s); call less often, or raise that setting."
