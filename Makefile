@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript test-mixed postgres-server sim soak lint format proto check-proto bench bench-host bench-gpu bench-coordinator bench-integrations bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript test-mixed postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -112,6 +112,10 @@ MINUTES ?= 30
 soak: setup  ## power cuts and simulated federations on all cores for MINUTES (30); build/reports/soak.json
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
+fuzz: setup  ## changed bytes for everything that decodes them, on all cores for MINUTES (30); build/reports/fuzz.json
+	$(BIN)/python -m pip install -q -c requirements.lock --group fuzz
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
+
 lint: setup check-proto  ## ruff, mypy --strict, buf lint, generated code up to date
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -148,6 +152,9 @@ bench-host: setup  ## host time of a GPU's measurement, without a GPU (1 minute)
 
 bench-coordinator: setup  ## submissions, connections, restarts of one coordinator; build/reports/bench-coordinator.json
 	$(BIN)/python -m benchmarks.bench_coordinator
+
+bench-attacks: setup  ## honest workers beside one attack after the other (4 minutes); build/reports/bench-attacks.json
+	$(BIN)/python -m benchmarks.bench_attacks
 
 bench-use: setup  ## first lines, late workers beside unread pages, proposed rates beside a grid search; build/reports/bench-use.json
 	$(BIN)/python -m benchmarks.bench_use

@@ -544,9 +544,9 @@ def start(sizes: Sizes) -> Iterator[Figure]:
     with tempfile.TemporaryDirectory(prefix="fedmezo-bench-") as folder:
         coordinator = Coordinator(Path(folder), config)
         # As many records after the newest sealed state as there can be.
-        older = _write_rounds(coordinator.journal, config, sizes.records - SEAL_RECORDS + 100)
+        older = write_rounds(coordinator.journal, config, sizes.records - SEAL_RECORDS + 100)
         unsealed_s, _ = _started(coordinator)
-        records = _write_rounds(coordinator.journal, config, sizes.records)
+        records = write_rounds(coordinator.journal, config, sizes.records)
         mb = coordinator.journal.stat().st_size / 1e6
         seconds, resident_mb = _started(coordinator)
     name = f"{records:,} records ({mb:,.0f} MB) verified and serving"
@@ -565,7 +565,7 @@ def _started(coordinator: Coordinator) -> tuple[float, float]:
         coordinator.stop()
 
 
-def _write_rounds(path: Path, config: RunConfig, count: int) -> int:
+def write_rounds(path: Path, config: RunConfig, count: int) -> int:
     """Continue a journal up to about `count` records; returns how many there are."""
     journal = Journal(SqliteStore(path))
     round_ = sum(entry.row.kind == COMMITTED for entry in journal.load())

@@ -22,6 +22,7 @@ SLOW = (
     "demo",
     "experiments",
     "faults",
+    "fuzz",
     "gpu",
     "integration",
     "integrations",

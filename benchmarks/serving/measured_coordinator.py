@@ -17,7 +17,7 @@ import grpc
 import psutil
 import trustme
 
-from fedmezo_core.config import RunConfig, parse_run
+from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
@@ -60,13 +60,20 @@ def cores() -> tuple[set[int], set[int]]:
 class Coordinator:
     """The process, which may be killed and started again on the same port and journal."""
 
-    def __init__(self, folder: Path, config: RunConfig, *, pinned: bool = True) -> None:
-        """`folder` keeps journal, keys and log."""
+    def __init__(
+        self, folder: Path, config: RunConfig, *, pinned: bool = True, limited: bool = False
+    ) -> None:
+        """`folder` keeps journal, keys and log.
+
+        Without `limited`, callers are not: the load of a benchmark comes from one address.
+        """
         self.folder = folder
         self.genesis = genesis_of(config)
         self.journal = folder / "journal.db"
         self.ca = folder / "ca.pem"
         self._pinned = pinned
+        unlimited = ("--caller-calls-per-s", "0", "--caller-connections-max", "20128")
+        self._limits = () if limited else unlimited
         self._issue()
         with socket.socket() as free:
             free.bind((HOST, 0))
@@ -98,6 +105,7 @@ class Coordinator:
                 *(sys.executable, "-m", "fedmezo_coordinator", "--no-replica"),
                 *("--journal", self.journal, "--listen", f"{HOST}:{self.port}"),
                 *("--tls-cert", self.folder / "cert.pem", "--tls-key", self.folder / "key.pem"),
+                *self._limits,
             ],
             env={k: v for k, v in os.environ.items() if not k.startswith("FEDMEZO_")}
             | {"PYTHONPATH": os.pathsep.join(roots)},
@@ -136,6 +144,14 @@ class Coordinator:
             answer: wire.GetStatusResponse = stub.GetStatus(wire.GetStatusRequest(), timeout=20)
             return answer
 
+    def describe(self) -> wire.GetRunResponse:
+        """What it says of its run."""
+        with self.channel() as channel:
+            request = wire.GetRunRequest(protocol_versions=[PROTOCOL_VERSION])
+            stub = rpc.CoordinatorServiceStub(channel)
+            answer: wire.GetRunResponse = stub.GetRun(request, timeout=20)
+            return answer
+
     def channel(self) -> grpc.Channel:
         """A new connection by gRPC's own client."""
         trusted = grpc.ssl_channel_credentials(self.ca.read_bytes())
@@ -169,9 +185,11 @@ class Coordinator:
 
 
 @contextmanager
-def serving(folder: Path, config: RunConfig, *, pinned: bool = True) -> Iterator[Coordinator]:
+def serving(
+    folder: Path, config: RunConfig, *, pinned: bool = True, limited: bool = False
+) -> Iterator[Coordinator]:
     """A started coordinator; the load stays off its core meanwhile."""
-    coordinator = Coordinator(folder, config, pinned=pinned)
+    coordinator = Coordinator(folder, config, pinned=pinned, limited=limited)
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores()[1])
     try:

@@ -33,6 +33,10 @@ SESSIONS_LIMIT = 20_000
 """Largest `sessions_max`: the number of worker names that a coordinator remembers."""
 JOINS_AT_A_TIME = 256
 """Default of `joins_at_a_time`."""
+CALLER_CALLS_PER_S = 500.0
+"""Default of `caller_calls_per_s`."""
+CALLER_CONNECTIONS_MAX = 4096
+"""Default of `caller_connections_max`."""
 
 
 class ServingSettings(BaseSettings):
@@ -86,6 +90,21 @@ class ServingSettings(BaseSettings):
         ge=1,
         le=SESSIONS_LIMIT,
         description="workers that may join at the same time; the others are asked to retry later",
+    )
+
+    caller_calls_per_s: float = Field(
+        default=CALLER_CALLS_PER_S,
+        ge=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="calls a second that one member, address or session makes in the long run; "
+        "more of them wait, and then are refused; 0: any number",
+    )
+    caller_connections_max: int = Field(
+        default=CALLER_CONNECTIONS_MAX,
+        ge=1,
+        le=SESSIONS_LIMIT + 128,
+        description="most connections of one member or address; further ones are closed (on Linux)",
     )
 
     @model_validator(mode="after")

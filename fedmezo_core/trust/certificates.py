@@ -123,7 +123,7 @@ def key_of_request(request: bytes) -> bytes:
         parsed = x509.load_der_x509_csr(request)
         public = parsed.public_key()
         is_signed = parsed.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, InvalidSignature):
+    except (ValueError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion):
         raise problem from None
     is_p256 = isinstance(public, ec.EllipticCurvePublicKey) and isinstance(
         public.curve, ec.SECP256R1

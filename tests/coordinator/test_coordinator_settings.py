@@ -164,6 +164,29 @@ def test_a_limit_of_sessions_has_limits(name: str, value: int, allowed: bool) ->
             load(flag)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("caller_calls_per_s", "-1", False),
+        ("caller_calls_per_s", "0", True),
+        ("caller_calls_per_s", "0.5", True),
+        ("caller_calls_per_s", "nan", False),
+        ("caller_calls_per_s", "inf", False),
+        ("caller_connections_max", "0", False),
+        ("caller_connections_max", "1", True),
+        ("caller_connections_max", "20128", True),
+        ("caller_connections_max", "20129", False),
+    ],
+)
+def test_the_limits_of_a_caller_have_limits(name: str, value: str, allowed: bool) -> None:
+    flag = f"--{name.replace('_', '-')}={value}"
+    if allowed:
+        assert getattr(load(flag), name) == float(value)
+    else:
+        with pytest.raises(ConfigError, match=f"{name} = .{value}. is not allowed"):
+            load(flag)
+
+
 @pytest.mark.parametrize(("more", "fit"), [(-1, 99), (0, 100), (1, 100)])
 def test_no_more_sessions_are_taken_than_files_may_be_opened(
     more: int, fit: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -18,6 +18,8 @@ from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.state_folder import StateFolder, open_state
 from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import ServingSettings
+from fedmezo_coordinator.limits.caller_limits import CallerLimits
+from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.service import (
     CONNECTIONS_BESIDE,
@@ -87,7 +89,9 @@ async def fronted(
             fleet.state.tell_operator(_operators_address(settings, fleet, port), fleet.server_ca)
         refreshing = asyncio.create_task(_refresh(tls, None if settings.tls_files else fleet))
         stack.callback(refreshing.cancel)
-        yield Front(server, await start_server(server, what, fleet), port)
+        limits = CallerLimits(settings.caller_calls_per_s)
+        watch = ConnectionWatch(settings.caller_connections_max)
+        yield Front(server, await start_server(server, what, fleet, limits, watch), port)
 
 
 def check_listen(settings: ServingSettings) -> None:
@@ -224,7 +228,8 @@ async def host(
             else "read this run's traffic and join it",
         )
     log.info("run %s is served at %s:%d", loop.genesis.config.run_id, where, front.port)
-    tasks = [asyncio.create_task(_serve(loop))]
+    watching = front.servicer.watch.watch(front.port)
+    tasks = [asyncio.create_task(_serve(loop)), asyncio.create_task(watching)]
     if alongside is not None:
         tasks.append(asyncio.create_task(alongside))
     try:

@@ -64,6 +64,7 @@ class PagePlaces:
     def __init__(self) -> None:
         self._endless: dict[str, bool] = {}
         """Connections that have a place, and whether the page in it may stay for ever."""
+        self._endless_count = 0
         self._waiting: list[_Waiting] = []
 
     async def take(self, connection: str, deadline_s: float | None) -> None:
@@ -76,8 +77,11 @@ class PagePlaces:
             raise _no_place()
         endless = deadline_s is None or deadline_s > DEADLINE_MAX_S
         waiting = _Waiting(connection, endless, asyncio.get_running_loop().create_future())
-        self._waiting.append(waiting)
-        self._admit()
+        # Nothing has changed for those that wait, so only this one can have room.
+        if self._has_room(waiting):
+            self._give(waiting)
+        else:
+            self._waiting.append(waiting)
         try:
             async with asyncio.timeout(PLACE_WAIT_S):
                 await waiting.admitted
@@ -92,7 +96,7 @@ class PagePlaces:
 
     def leave(self, connection: str) -> None:
         """Give the connection's place to whoever waits for it."""
-        del self._endless[connection]
+        self._endless_count -= self._endless.pop(connection)
         self._admit()
 
     def _admit(self) -> None:
@@ -102,15 +106,19 @@ class PagePlaces:
         waiting, self._waiting = self._waiting, []
         for one in waiting:
             if self._has_room(one):
-                self._endless[one.connection] = one.endless
-                one.admitted.set_result(None)
+                self._give(one)
             elif not one.admitted.done():
                 self._waiting.append(one)
+
+    def _give(self, one: _Waiting) -> None:
+        self._endless[one.connection] = one.endless
+        self._endless_count += one.endless
+        one.admitted.set_result(None)
 
     def _has_room(self, one: _Waiting) -> bool:
         if one.admitted.done() or one.connection in self._endless or len(self._endless) >= PLACES:
             return False
-        return not one.endless or sum(self._endless.values()) < ENDLESS_PLACES
+        return not one.endless or self._endless_count < ENDLESS_PLACES
 
 
 @dataclass(eq=False, slots=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from fedmezo_coordinator.coordinator_settings import SESSIONS_LIMIT
+from fedmezo_coordinator.limits.said_seldom import SaidSeldom
 from fedmezo_coordinator.serving.journal_pages import JournalPages
 from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.name_contests import (
@@ -168,6 +169,9 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._remember_commit,
         ]
         """What follows the journal, in this order, live and at a restart alike."""
+        self._refused_answers = SaidSeldom(log)
+        self._refused_workers = SaidSeldom(log)
+        self._unable = SaidSeldom(log)
         self._noted = 0
         self._noted_second = 0
         self._warned_at_ms = -WARN_EVERY_MS
@@ -387,7 +391,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
                     waited_s = time.monotonic() - traffic.assigned_at_s
                     traffic.answered_after_ms = int(1000 * waited_s)
             case UnableReceived():
-                log.warning("worker %s cannot measure: %s", worker, event.reason)
+                self._unable.warn("worker %s cannot measure: %s", worker, event.reason)
             case WeightsReported():
                 pass
         return [self._machine.step(event)]
@@ -404,7 +408,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             )
             self._make_room(session.worker)
         except FedMezoError as error:
-            log.warning("refused a worker: %s", error)
+            self._refused_workers.warn("refused a worker: %s", error)
             if not item.done.done():
                 item.done.set_exception(error)
             return
@@ -568,7 +572,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 session.end(BY_REASON[reason](sentence))
                 return
             case Refuse(worker, _, _, sentence):
-                log.warning("refused an answer of worker %s: %s", worker, sentence)
+                self._refused_answers.warn("refused an answer of worker %s: %s", worker, sentence)
             case Assign():
                 session.assign = message
                 session.traffic.assigned_at_s = time.monotonic()

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from fedmezo_coordinator.limits.caller_limits import worker_caller
 from fedmezo_coordinator.serving.callers import check_worker_name
 from fedmezo_coordinator.serving.journal_pages import WAIT_MS_MAX
 from fedmezo_coordinator.serving.loop import ServingLoop
@@ -58,6 +59,11 @@ class PollSessions:
         self._exchanging: dict[str, _PollSession] = {}
         """The newest session of each worker that comes by exchanges."""
         self._leaving: set[asyncio.Task[None]] = set()
+
+    def worker_of(self, token: bytes) -> str:
+        """The caller whose open session has this token; empty if none has."""
+        polling = self._sessions.get(token)
+        return "" if polling is None else worker_caller(polling.session.worker)
 
     async def poll(
         self,

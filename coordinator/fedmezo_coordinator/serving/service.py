@@ -22,8 +22,25 @@ from google.protobuf.message_factory import GetMessageClass
 
 from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.tls_files import TlsFiles
-from fedmezo_coordinator.coordinator_settings import SESSIONS_MAX
-from fedmezo_coordinator.serving.callers import caller_of, check_operator, check_worker_name
+from fedmezo_coordinator.coordinator_settings import (
+    CALLER_CALLS_PER_S,
+    CALLER_CONNECTIONS_MAX,
+    SESSIONS_MAX,
+)
+from fedmezo_coordinator.limits.caller_limits import (
+    WAIT_MAX_S,
+    CallerLimits,
+    address_of,
+    worker_caller,
+)
+from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
+from fedmezo_coordinator.limits.said_seldom import SaidSeldom
+from fedmezo_coordinator.serving.callers import (
+    PRIVATE_SCHEME,
+    caller_of,
+    check_operator,
+    check_worker_name,
+)
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
@@ -58,12 +75,14 @@ CONNECTIONS_BESIDE = 128
 """Connections beside those of the most sessions: of readers, of idle clients."""
 
 GARBAGE_LOG_PERIOD_S = 60.0
-"""Shortest time between two lines of the log about calls that cannot be read, or about refusals of
-the same caller for the same reason."""
+"""Shortest time between two lines of the log about refusals of the same caller for the
+same reason."""
 REFUSALS_REMEMBERED = 1000
 """Most refusals that the log does not repeat."""
 ENROLMENT_BYTES_MAX = 8192
 """Longest message to the enrolment service."""
+ENROLMENTS_PER_S = 10.0
+"""Calls a second that one address makes to the enrolment service in the long run."""
 ENROLMENT_CONNECTIONS_MAX = 64
 """Most connections at a time to the enrolment service."""
 ENROLMENT_OPTIONS = (
@@ -164,19 +183,26 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     _daemon: ServingLoop[Any]
     _poll_sessions: PollSessions
 
-    def __init__(self, what: str, fleet: Fleet | None = None) -> None:
+    def __init__(
+        self,
+        what: str,
+        caller_limits: CallerLimits,
+        watch: ConnectionWatch,
+        fleet: Fleet | None = None,
+    ) -> None:
         """`what` is the program, for callers that come while it starts: `coordinator`, `relay`.
 
         `fleet` has the members; None: everybody may call.
         """
         self._what = what
+        self.caller_limits = caller_limits
+        self.watch = watch
         self._fleet = fleet
         self._is_started = False
         self._created_s = time.monotonic()
         self._places = PagePlaces()
         self._pacing = WritePacing(WRITES_A_TURN)
-        self._garbage_count = 0
-        self._garbage_said_s = -math.inf
+        self._garbage = SaidSeldom(log)
 
     def begin(self, daemon: ServingLoop[Any]) -> None:
         """Let `daemon`, which is loaded, answer calls from now on."""
@@ -191,6 +217,12 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Who makes a call; raises `IdentityError` if that cannot be established."""
         return caller_of(context, None if self._fleet is None else self._fleet.members)
 
+    def worker_of(self, request: Any) -> str:
+        """The caller whose session a call goes on with by its token; empty for any other call."""
+        if not self._is_started or not isinstance(request, wire.PollSessionRequest):
+            return ""
+        return self._poll_sessions.worker_of(request.token)
+
     def check_started(self) -> None:
         """Tell a caller that comes before `begin` to wait, and what for."""
         if self._is_started:
@@ -204,13 +236,10 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         raise error
 
     def check_readable(self, request: Any) -> None:
-        """Refuse a call whose bytes are no request; the log says so once in a while only."""
+        """Refuse a call whose bytes are no request."""
         if not isinstance(request, _Garbage):
             return
-        self._garbage_count += 1
-        if time.monotonic() - self._garbage_said_s >= GARBAGE_LOG_PERIOD_S:
-            self._garbage_said_s = time.monotonic()
-            log.warning("%d calls so far with bytes that are no request", self._garbage_count)
+        self._garbage.warn("a call came with bytes that are no request")
         raise _unreadable()
 
     def handler(self, name: str) -> Callable[..., Any]:
@@ -360,7 +389,10 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         return first.hello
 
     async def _read(self, context: RawContext, session: WorkerSession) -> None:
+        take, worker = self.caller_limits.take, worker_caller(session.worker)
         while (serialized := await context.read()) is not grpc.aio.EOF:
+            if wait_s := take(worker):
+                await asyncio.sleep(min(wait_s, WAIT_MAX_S))
             try:
                 message = wire.SessionRequest.FromString(serialized)
             except DecodeError:
@@ -425,11 +457,25 @@ class _RefusalLog:
 
 
 class _Edge:
-    """What every call passes before its handler: does its caller have the right to make it?"""
+    """What every call passes before its handler: is it the caller's turn, and has it the right?"""
 
-    def __init__(self, who: Callable[[Context], Caller], *, can_revoke: bool) -> None:
-        """`can_revoke`: a caller can lose its rights while a call is under way."""
+    def __init__(
+        self,
+        who: Callable[[Context], Caller],
+        caller_limits: CallerLimits,
+        watch: ConnectionWatch,
+        *,
+        can_revoke: bool,
+        worker_of: Callable[[Any], str] = lambda _request: "",
+    ) -> None:
+        """`can_revoke`: a caller can lose its rights while a call is under way.
+
+        `worker_of` is the caller whose session a request goes on with; empty if there is none.
+        """
         self._who = who
+        self._limits = caller_limits
+        self._watch = watch
+        self._worker_of = worker_of
         self._can_revoke = can_revoke
         self._refusals = _RefusalLog()
 
@@ -444,10 +490,14 @@ class _Edge:
 
         async def unary(request: Any, context: Any) -> Any:
             try:
+                charged = await self._admit(context, request)
                 self._check(path, context)
             except FedMezoError as error:
                 await self._refuse(context, error)
             response = await handler(request, context)
+            if response is not None:  # A stream's handler has written its responses itself.
+                response = _serialized(response)
+                self._limits.charge(charged, len(response))
             if self._can_revoke and not is_session:
                 try:
                     self._check(path, context)
@@ -457,6 +507,7 @@ class _Edge:
 
         async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
             try:
+                await self._admit(context, request)
                 self._check(path, context)
                 async with contextlib.aclosing(handler(request, context)) as responses:
                     async for response in responses:
@@ -467,6 +518,24 @@ class _Edge:
                 await self._refuse(context, error)
 
         return streaming if streams else unary
+
+    async def _admit(self, context: Context, request: Any) -> str:
+        """Hold a call back as long as its caller's limits say; returns the caller that they are of.
+
+        It is a member, or the worker of an open session, or else an address. Raises `NotReadyError`
+        for a call that comes too soon.
+        """
+        peer = context.peer()
+        if peer.startswith(PRIVATE_SCHEME):
+            return ""  # The replica, which this process has started.
+        charged = address_of(peer)
+        with contextlib.suppress(FedMezoError):  # The check of rights says what is wrong.
+            member = self._who(context)
+            charged = str(member) if member.name else charged
+        self._watch.called(peer, charged)
+        charged = self._worker_of(request) or charged
+        await self._limits.admit(charged)
+        return charged
 
     def _check(self, path: str, context: Context) -> None:
         check_allowed(path, self._who(context))
@@ -571,14 +640,26 @@ def bind_server(
 
 
 async def start_server(
-    server: Server, what: str = "coordinator", fleet: Fleet | None = None
+    server: Server,
+    what: str = "coordinator",
+    fleet: Fleet | None = None,
+    caller_limits: CallerLimits | None = None,
+    watch: ConnectionWatch | None = None,
 ) -> CoordinatorServicer:
     """Let a bound server answer calls: that `what` is starting, until the servicer's `begin`.
 
     With a `fleet` every call but the replica's must show a member's certificate.
     """
-    servicer = CoordinatorServicer(what, fleet)
-    edge = _Edge(servicer.caller_of, can_revoke=fleet is not None)
+    caller_limits = caller_limits or CallerLimits(CALLER_CALLS_PER_S)
+    watch = watch or ConnectionWatch(CALLER_CONNECTIONS_MAX)
+    servicer = CoordinatorServicer(what, caller_limits, watch, fleet)
+    edge = _Edge(
+        servicer.caller_of,
+        caller_limits,
+        watch,
+        can_revoke=fleet is not None,
+        worker_of=servicer.worker_of,
+    )
     members = _FleetServicer(fleet, servicer.caller_of)
     _serve_service(server, edge, "CoordinatorService", wire.DESCRIPTOR, servicer.handler)
     for service in ("MembershipService", "AdminService"):
@@ -599,7 +680,8 @@ async def start_enrolment(server: Server, fleet: Fleet) -> None:
     def nobody_knows(_context: Context) -> Caller:
         return Caller.ANYONE
 
-    edge = _Edge(nobody_knows, can_revoke=False)
+    limits, watch = CallerLimits(ENROLMENTS_PER_S), ConnectionWatch(ENROLMENT_CONNECTIONS_MAX)
+    edge = _Edge(nobody_knows, limits, watch, can_revoke=False)
     handler = _FleetServicer(fleet, nobody_knows).handler
     _serve_service(server, edge, "EnrollmentService", admin.DESCRIPTOR, handler)
     await server.start()

@@ -472,3 +472,22 @@ async def test_a_large_response_to_a_poll_needs_a_place(
             await sessions.poll(poll, no_place)
         assert len((await sessions.poll(poll, do_nothing)).messages) >= 2
         await sessions.poll(wire.PollSessionRequest(token=opened.token, leave=True), do_nothing)
+
+
+async def test_a_call_that_waits_for_a_place_looks_at_no_other_that_waits() -> None:
+    looks = 0
+
+    class Counted(PagePlaces):
+        def _has_room(self, one: Any) -> bool:
+            nonlocal looks
+            looks += 1
+            return super()._has_room(one)
+
+    places = Counted()
+    waiting = [asyncio.create_task(places.take(f"c{n}", None)) for n in range(200)]
+    await asyncio.sleep(0)
+    assert sum(task.done() for task in waiting) == journal_pages.ENDLESS_PLACES
+    assert looks == 200
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)

@@ -117,10 +117,10 @@ async def test_connections_without_a_session_leave_files_to_the_others(
         async with CoordinatorClient(f"127.0.0.1:{port}") as first:
             await first.get_run()
             with contextlib.ExitStack() as stack:
-                open_ones = [await _connection(stack, port, says) for _ in range(2)]
-                assert [await _is_open(one) for one in open_ones] == [True, True]
-                more = [await _connection(stack, port, says) for _ in range(3)]
-                assert [await _is_open(one) for one in more] == [False] * 3
+                open_ones = [await connection_to(stack, port, says) for _ in range(2)]
+                assert [await is_open(one) for one in open_ones] == [True, True]
+                more = [await connection_to(stack, port, says) for _ in range(3)]
+                assert [await is_open(one) for one in more] == [False] * 3
                 assert (await first.get_run()).round == 0
                 # The replica has an address of its own.
                 async with CoordinatorClient(f"unix:{tmp_path}/r.sock") as replica:
@@ -139,7 +139,7 @@ async def test_connections_without_a_session_leave_files_to_the_others(
         await daemon.close()
 
 
-async def _connection(stack: contextlib.ExitStack, port: int, says: bytes) -> socket.socket:
+async def connection_to(stack: contextlib.ExitStack, port: int, says: bytes) -> socket.socket:
     connection = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
     connection.setblocking(False)
     connection.sendall(says)
@@ -147,7 +147,7 @@ async def _connection(stack: contextlib.ExitStack, port: int, says: bytes) -> so
     return connection
 
 
-async def _is_open(connection: socket.socket) -> bool:
+async def is_open(connection: socket.socket) -> bool:
     """Whether a connection is open after what it has received so far."""
     with contextlib.suppress(BlockingIOError):
         try:

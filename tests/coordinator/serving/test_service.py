@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import pytest
 
+from fedmezo_coordinator.limits.said_seldom import LINES_A_MINUTE
 from fedmezo_coordinator.serving import service
 from fedmezo_core.config import MESSAGE_BYTES_MAX
 from fedmezo_core.errors import (
@@ -309,7 +310,7 @@ async def test_bytes_that_are_no_request_get_a_status_and_few_lines_of_the_log(
     caplog.clear()
     path = f"/fedmezo.v1.CoordinatorService/{method}"
     async with grpc.aio.insecure_channel(at.address) as channel:
-        for _ in range(20):
+        for _ in range(LINES_A_MINUTE + 2):
             streams = method == "ReadSnapshot"
             call: Any = channel.unary_stream(path) if streams else channel.unary_unary(path)
             answer = call(b"\xff\xff").read() if streams else call(b"\xff\xff")
@@ -320,8 +321,8 @@ async def test_bytes_that_are_no_request_get_a_status_and_few_lines_of_the_log(
                 dict(tuple(caught.value.trailing_metadata() or ()))[REASON_KEY] == "ProtocolError"
             )
     assert [record.getMessage() for record in caplog.records] == [
-        "1 calls so far with bytes that are no request"
-    ]
+        "a call came with bytes that are no request"
+    ] * LINES_A_MINUTE
     await work_on(two, at)
 
 

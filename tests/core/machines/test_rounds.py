@@ -375,9 +375,9 @@ def test_after_a_restart_workers_get_a_deadline_to_come_back() -> None:
     assert kinds(run.tick(1000)) == ["Committed"]
 
 
-def rounds_with_a_silent_worker(run: RoundsDriver, rounds: int) -> list[int]:
+def rounds_with_a_silent_worker(run: RoundsDriver, rounds: int, now_ms: int = 0) -> list[int]:
     """Milliseconds that each round takes if everybody but "silent" answers after 10 of them."""
-    now_ms, taken_ms = 0, []
+    taken_ms = []
     for _ in range(rounds):
         begin_ms, round_ = now_ms, run.machine.round
         now_ms += 10
@@ -403,6 +403,17 @@ def test_a_worker_that_stays_silent_costs_one_deadline_and_is_then_chosen_last(
     assert sorted(taken_ms) == [10] * 19 + [1000]
     later = [record for record in run.records if isinstance(record, Opened)][10:]
     assert all(("silent" in record.workers) == (cohort_size_max == 4) for record in later)
+
+
+def test_a_worker_that_joins_again_after_each_silence_costs_two_deadlines() -> None:
+    run = RoundsDriver(workers_min=4, quorum=1, rounds=30)
+    run.ready("a", "b", "c", "silent")
+    taken_ms: list[int] = []
+    for _ in range(20):
+        taken_ms += rounds_with_a_silent_worker(run, 1, sum(taken_ms))
+        run.lost("silent")
+        run.ready("silent")
+    assert sorted(taken_ms) == [10] * 18 + [1000] * 2
 
 
 @pytest.mark.parametrize("back", ["answers in time", "joins again"])

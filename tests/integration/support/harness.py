@@ -23,8 +23,9 @@ from typing import Any
 import psutil
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.coordinator_settings import CALLER_CALLS_PER_S, RelaySettings
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.limits.caller_limits import CallerLimits
 from fedmezo_coordinator.relay_daemon import Relay
 from fedmezo_coordinator.serving.service import bind_server, start_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
@@ -357,10 +358,12 @@ async def served(
     session_limit: SessionLimit | None = None,
     snapshots: Path | None = None,
     compact_after_records: int = 0,
+    calls_per_s: float = CALLER_CALLS_PER_S,
 ) -> AsyncIterator[Served]:
     """Serve the journal at `path`, which `genesis` begins if it is new.
 
-    `snapshots` is the folder of the snapshots' files.
+    `snapshots` is the folder of the snapshots' files. `calls_per_s` is how often one address may
+    call.
     """
     journal = Journal(SqliteStore(path))
     if journal.is_empty:
@@ -369,7 +372,7 @@ async def served(
     daemon = Daemon(journal, session_limit, signer, snapshots, compact_after_records)
     with tempfile.TemporaryDirectory() as folder:
         local = f"unix:{folder}/replica.sock"
-        async with _on_a_port(daemon, listen, tls, local) as (address, serving):
+        async with _on_a_port(daemon, listen, tls, local, calls_per_s) as (address, serving):
             yield Served(daemon, address, serving)
 
 
@@ -403,12 +406,16 @@ async def relayed(
 
 @asynccontextmanager
 async def _on_a_port(
-    loop: Daemon | Relay, listen: str, tls: tuple[Path, Path] | None, local: str | None = None
+    loop: Daemon | Relay,
+    listen: str,
+    tls: tuple[Path, Path] | None,
+    local: str | None = None,
+    calls_per_s: float = CALLER_CALLS_PER_S,
 ) -> AsyncIterator[tuple[str, asyncio.Task[None]]]:
     """Load the loop and serve it: the address, and the task that runs it."""
     await loop.load()
     server, port = bind_server(listen, tls, local)
-    (await start_server(server)).begin(loop)
+    (await start_server(server, caller_limits=CallerLimits(calls_per_s))).begin(loop)
     serving = asyncio.create_task(loop.serve())
     try:
         yield f"127.0.0.1:{port}", serving

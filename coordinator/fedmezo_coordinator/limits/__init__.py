@@ -1,0 +1,1 @@
+"""Limits on what callers cost: calls, connections, lines of the log."""

@@ -1,0 +1,195 @@
+"""The valid inputs that fuzzing begins with, some kilobytes for each target.
+
+python -m tests.fuzz.corpus    # writes them anew, from small simulated runs
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from safetensors.numpy import save
+
+from fedmezo_core.journal.codec import decode_record
+from fedmezo_core.journal.journal import Journal, chain_after
+from fedmezo_core.journal.sealed import SealedState, seal
+from fedmezo_core.machines.run_state import RunState
+from fedmezo_core.machines.state_codec import STATE_VERSION, state_to_pb
+from fedmezo_core.trust.certificates import new_key, new_request
+from fedmezo_core.trust.join_string import JoinString
+from fedmezo_proto.v1 import admin_pb2
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.faults.hand_made import bodies_of, copy_of, store_of
+from tests.fuzz.targets import CONFIG, HEAD, METHODS, TOKEN, hello
+from tests.integration.support.harness import run_values, toml_of
+
+FOLDER: Final = Path(__file__).parent / "inputs"
+BYTES_MAX: Final = 6_000
+"""Largest journal that is kept."""
+
+ANSWER = wire.SessionRequest(
+    answer=wire.Answer(
+        ticket=wire.Ticket(epoch=1, round=1, slot=0),
+        projected_grads=[0.5] * CONFIG.local_steps,
+        mean_loss=0.7,
+        weights_digest64=99,
+        rows=4,
+    )
+)
+UNABLE = wire.SessionRequest(
+    unable=wire.Unable(ticket=wire.Ticket(epoch=1, round=1, slot=0), reason="no memory")
+)
+REPORT = wire.SessionRequest(weights_report=wire.WeightsReport(round=0, weights_digest=b"d" * 32))
+
+
+def inputs_of(target: str) -> list[bytes]:
+    """The kept inputs of a target."""
+    return [path.read_bytes() for path in sorted((FOLDER / target).iterdir())]
+
+
+def page_of(bodies: Iterable[bytes]) -> bytes:
+    """Several messages as one input."""
+    entries = [wire.JournalEntry(record=body) for body in bodies]
+    return wire.ReadJournalResponse(entries=entries).SerializeToString()
+
+
+def _calls() -> Iterable[bytes]:
+    requests = [
+        wire.GetRunRequest(protocol_versions=[1], run_id=CONFIG.run_id, round=0),
+        wire.PollSessionRequest(token=TOKEN, messages=[ANSWER]),
+        wire.PollSessionRequest(token=TOKEN, messages=[UNABLE, REPORT], leave=True),
+        wire.PollSessionRequest(messages=[hello("w3")], nonce=b"n" * 16),
+        wire.PollSessionRequest(messages=[hello("w3"), ANSWER]),
+        wire.ReadJournalRequest(run_id=CONFIG.run_id, records_max=10),
+        wire.ReadJournalRequest(commits_only=True, from_newest_base=True, from_round=1),
+        wire.ReadJournalRequest(from_origin=True),
+        wire.GetStatusRequest(run_id=CONFIG.run_id),
+        wire.ReportReplicaRequest(
+            run_id=CONFIG.run_id, secret=b"s" * 32, round=1, weights_digest=b"d" * 32
+        ),
+        wire.ReadSnapshotRequest(run_id=CONFIG.run_id, round=1),
+    ]
+    kinds = list(METHODS.values())
+    return [
+        bytes([kinds.index(type(request))]) + request.SerializeToString() for request in requests
+    ]
+
+
+def _streams() -> Iterable[bytes]:
+    for messages in ([hello("w3"), REPORT], [hello("w1"), ANSWER], [hello("w2"), UNABLE], [ANSWER]):
+        yield page_of(message.SerializeToString() for message in messages)
+
+
+def _responses() -> Iterable[bytes]:
+    ticket = wire.Ticket(epoch=1, round=1, slot=0)
+    bodies = [body for body in bodies_of(3) if body[:1] == b"\x2a"][:2]
+    yield page_of(
+        message.SerializeToString()
+        for message in (
+            wire.SessionResponse(welcome=wire.Welcome(epoch=1, round=0, head=HEAD)),
+            wire.SessionResponse(
+                assign=wire.Assign(
+                    ticket=ticket, first_seed=7, steps=CONFIG.local_steps, deadline_ms=1000
+                )
+            ),
+            wire.SessionResponse(ack=wire.Ack(ticket=ticket, head=HEAD)),
+            *(wire.SessionResponse(commit=wire.CommitNotice(record=body)) for body in bodies),
+            wire.SessionResponse(refused=wire.Refused(ticket=ticket, reason="StaleTicketError")),
+            wire.SessionResponse(finished=wire.Finished(round=1)),
+            wire.SessionResponse(ended=wire.Ended(reason="NotReadyError", message="later")),
+        )
+    )
+
+
+def _journals() -> Iterable[Sequence[bytes]]:
+    """Journals of small simulated runs of different kinds."""
+    found = 0
+    for seed in range(60):
+        bodies = bodies_of(seed)
+        while len(page_of(bodies)) > BYTES_MAX:
+            bodies = bodies[: len(bodies) * 3 // 4]
+        if len(bodies) > 5 and found < 6:
+            found += 1
+            yield bodies
+
+
+def _seals() -> Iterable[bytes]:
+    for bodies in list(_journals())[:4]:
+        cut = len(bodies) // 2
+        state, chain = RunState(), bytes(32)
+        for seqno, body in enumerate(bodies[:cut]):
+            state.apply(decode_record(body))
+            chain = chain_after(chain, seqno, body)
+        head = list(Journal(store_of(list(bodies))).load())[cut - 1].head
+        sealed = SealedState(cut, chain, head, bodies[0], state_to_pb(state), STATE_VERSION)
+        yield seal(sealed).sealed
+
+
+def _snapshots() -> Iterable[bytes]:
+    metadata = {
+        "run_id": CONFIG.run_id,
+        "round": "3",
+        "head": "ab" * 32,
+        "weights_digest": "cd" * 32,
+        "manifest_digest": "ef" * 32,
+    }
+    yield save({"layer.weight": np.zeros((2, 4), np.float32)}, metadata)
+    yield save({"a": np.zeros(3, np.float16), "b": np.zeros((), np.float32)}, metadata)
+
+
+def _contracts() -> Iterable[bytes]:
+    yield toml_of({"run": run_values()}).encode()
+    more = {"seed_policy": "pool", "pool_size": 8, "eps": 1e-3}
+    yield toml_of({"listen": "127.0.0.1:1", "run": run_values(**more)}).encode()
+
+
+def _records() -> Iterable[bytes]:
+    """One record of each kind."""
+    kinds: dict[bytes, bytes] = {}
+    for seed in range(60):
+        for body in bodies_of(seed):
+            if len(body) < BYTES_MAX:
+                kinds.setdefault(body[:1], body)
+    return kinds.values()
+
+
+def made() -> dict[str, list[bytes]]:
+    """All inputs, made anew."""
+    enrol = admin_pb2.EnrollRequest(
+        token_id=b"i" * 8,
+        secret=b"s" * 16,
+        certificate_request=new_request(new_key()),
+        signing_key=b"k" * 32,
+        name="w1",
+    )
+    joined = JoinString("coordinator.example:7465", 7466, b"f" * 32, b"i" * 8, b"s" * 16)
+    return {
+        "calls": list(_calls()),
+        "streams": list(_streams()),
+        "responses": list(_responses()),
+        "enrolments": [enrol.SerializeToString()],
+        "join-strings": [str(joined).encode()],
+        "records": list(_records()),
+        "journals": [page_of(bodies) for bodies in _journals()],
+        "copies": [page_of(copy_of(bodies)) for bodies in _journals()],
+        "seals": list(_seals()),
+        "snapshots": list(_snapshots()),
+        "contracts": list(_contracts()),
+    }
+
+
+def main() -> None:
+    for target, inputs in made().items():
+        folder = FOLDER / target
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            old.unlink()
+        for data in inputs:
+            (folder / hashlib.sha256(data).hexdigest()[:12]).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
