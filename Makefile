@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript test-mixed postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	$(BIN)/python -c 'from fedmezo_core.zo.materialize import warm_up; warm_up()'
 	touch $@
 
-demo: setup  ## four workers fine-tune a real language model over gRPC (about 5 minutes)
+demo: setup  ## four workers fine-tune a real language model over gRPC (2 to 5 minutes)
 	$(BIN)/python -m deploy.demo $(if $(MODEL),--model $(MODEL)) $(if $(DATA),--data $(DATA)) --seed $(SEED)
 
 test: setup  ## run the tests (no GPU, no network)
@@ -100,6 +100,11 @@ test-typescript: setup  ## test the worker in TypeScript (takes Node 20 and npm'
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[worker,onnx]'
 	$(BIN)/python -m pytest -q tests/integrations/test_typescript.py
 
+test-mixed: setup  ## torch, ONNX Runtime, llama.cpp and TypeScript in one run (as test-edge and test-typescript)
+	cd integrations/typescript && npm ci --no-audit --no-fund
+	$(BIN)/python -m pip install -q -c requirements.lock -e '.[worker,onnx,llama-cpp]'
+	$(BIN)/python -m pytest -q tests/integrations/test_four_runtimes.py
+
 sim: setup  ## replay one simulated federation with its transcript: make sim SEED=7
 	$(BIN)/python -m tests.sim --seed $(SEED)
 
@@ -160,7 +165,7 @@ bench-integrations: setup  ## bytes and seconds of a round in other stacks; buil
 # `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set clients=8" or EXPERIMENT=--fresh.
 EXPERIMENT ?=
-EXPERIMENTS := accuracy accuracy-deep accuracy-gpu personalised local-steps clients distributions precision estimators topics questions instructions instructions-alpaca
+EXPERIMENTS := accuracy accuracy-deep accuracy-gpu personalised local-steps clients distributions precision estimators topics questions instructions instructions-alpaca byzantine
 .PHONY: $(EXPERIMENTS:%=experiment-%)
 
 experiments: setup  ## all experiments: build/reports/<name>.md, .png, .json; one alone: make experiment-accuracy

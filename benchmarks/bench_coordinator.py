@@ -16,9 +16,18 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from benchmarks.figures import REPORTS, Figure, arguments_of, collect, publish
 from benchmarks.serving.measured_coordinator import HOST, Coordinator, contract, cores, serving
-from benchmarks.serving.swarm import Caller, Swarm, Worker, answer_to, hello_of
+from benchmarks.serving.swarm import (
+    Caller,
+    Swarm,
+    Worker,
+    answer_to,
+    hello_of,
+    signed_answer_to,
+)
 from fedmezo_coordinator.compaction import SEAL_RECORDS
 from fedmezo_core.config import RunConfig
 from fedmezo_core.journal.codec import decode_record, encode_record, encode_records
@@ -35,6 +44,7 @@ from fedmezo_core.records import (
     first_seed_of,
     rounding_seed_of,
 )
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 REPORT = REPORTS / "bench-coordinator.json"
@@ -101,13 +111,17 @@ def swarm_of(coordinator: Coordinator, count: int) -> Iterator[Swarm]:
 
 
 @contextmanager
-def running(count: int, config: RunConfig) -> Iterator[tuple[Coordinator, Swarm]]:
-    """A coordinator of its own, and workers that have joined it."""
+def running(
+    count: int, config: RunConfig, *, signing: bool = False, pinned: bool = True
+) -> Iterator[tuple[Coordinator, Swarm]]:
+    """A coordinator of its own, and workers that have joined it; `signing`: every second signs."""
     with (
         tempfile.TemporaryDirectory(prefix="fedmezo-bench-") as folder,
-        serving(Path(folder), config) as coordinator,
+        serving(Path(folder), config, pinned=pinned) as coordinator,
         swarm_of(coordinator, count) as swarm,
     ):
+        for worker in swarm.workers[1::2] if signing else ():
+            worker.signer = AnswerSigner(Ed25519PrivateKey.generate(), worker.head)
         swarm.join_all()
         yield coordinator, swarm
 
@@ -186,9 +200,57 @@ def submissions(sizes: Sizes) -> Iterator[Figure]:
         yield from _full_load(sizes, coordinator, swarm)
 
 
+def signatures(sizes: Sizes) -> Iterator[Figure]:
+    """The same with half of the workers signing; one core, and one more for the checks."""
+    yield from _signatures(sizes, pinned=True)
+    yield from _signatures(sizes, pinned=False)
+
+
+def _signatures(sizes: Sizes, *, pinned: bool) -> Iterator[Figure]:
+    """Bursts of those who sign take turns with bursts of the others."""
+    count = sizes.submitting
+    config = contract(
+        workers_min=count,
+        quorum=count,
+        cohort_size_max=count,
+        local_steps=STEPS,
+        deadline_ms=WEEK_MS,
+    )
+    with running(count, config, signing=True, pinned=pinned) as (coordinator, swarm):
+        halves = {
+            "unsigned": [worker for worker in swarm.workers[1:] if worker.signer is None],
+            "signed": [worker for worker in swarm.workers if worker.signer is not None],
+        }
+        seconds, cpu_s = dict.fromkeys(halves, 0.0), dict.fromkeys(halves, 0.0)
+        for burst in range(1 + sizes.bursts):
+            swarm.run(lambda: all(w.assigned for w in swarm.workers), PATIENCE_S, "assignments")
+            coordinator.keep_apart()
+            for which in sorted(halves, reverse=burst % 2 == 1):
+                cpu_before_s = coordinator.cpu_s
+                taken_s = _burst(swarm, halves[which])
+                if burst:  # The first one starts the process that checks signatures.
+                    seconds[which] += taken_s
+                    cpu_s[which] += coordinator.cpu_s - cpu_before_s
+            first = swarm.workers[0]
+            assert first.assigned is not None
+            swarm.send(first, answer_to(first.assigned, GRADS))
+            first.assigned = None
+    acks = {which: sizes.bursts * len(half) for which, half in halves.items()}
+    where = "one core" if pinned else "signatures checked on the core of the load"
+    for which in halves:
+        name = f"durable submissions over streams, {count:,} workers, {where}, {which}"
+        yield Figure(name, acks[which] / seconds[which], "/s")
+        each_us = 1e6 * cpu_s[which] / acks[which]
+        yield Figure(f"the same, {which}: CPU time of the coordinator's process", each_us, "us")
+    loss = 100 * (1 - acks["signed"] / seconds["signed"] * seconds["unsigned"] / acks["unsigned"])
+    yield Figure(f"throughput that signatures cost, {where}", loss, "%", "at most 15")
+
+
 def _burst(swarm: Swarm, workers: Sequence[Worker]) -> float:
     """Seconds from the first answer sent to the last one acknowledged."""
     left = len(workers)
+    # Workers sign on machines of their own, so this comes before the time.
+    answers = [signed_answer_to(w.assigned, GRADS, w) for w in workers if w.assigned is not None]
 
     def took(worker: Worker, message: wire.SessionResponse) -> None:
         nonlocal left
@@ -196,9 +258,8 @@ def _burst(swarm: Swarm, workers: Sequence[Worker]) -> float:
 
     swarm.on_message = took
     begin = time.perf_counter()
-    for number, worker in enumerate(workers):
-        assert worker.assigned is not None
-        swarm.send(worker, answer_to(worker.assigned, GRADS))
+    for number, (worker, answer) in enumerate(zip(workers, answers, strict=True)):
+        swarm.send(worker, answer)
         worker.assigned = None
         if number % 32 == 0:
             swarm.turn(0.0)
@@ -534,6 +595,7 @@ def write_rounds(path: Path, config: RunConfig, count: int) -> int:
 
 GROUPS: dict[str, Callable[[Sizes], Iterator[Figure]]] = {
     "submissions": submissions,
+    "signatures": signatures,
     "unary": unary,
     "empty-round": empty_round,
     "fan-out": fan_out,

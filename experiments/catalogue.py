@@ -27,7 +27,12 @@ from experiments.starting_point import (
     config_of,
 )
 from experiments.topics_and_questions import TOPICS
-from fedmezo_core.config import RATE_DIRECTIONS
+from fedmezo_core.config import (
+    CLIP_DROP_FACTOR,
+    CLIP_MEDIAN_FACTOR,
+    CLIP_SPREAD,
+    RATE_DIRECTIONS,
+)
 
 Metric = Literal["accuracy", "calibrated_accuracy", "auc", "loss", "exact_match", "token_f1"]
 Axis = Literal["round", "forwards", "rows", "bytes"]
@@ -215,6 +220,27 @@ def _instructions(title: str, data: str, splitters: tuple[str, ...]) -> Experime
     )
 
 
+DEFAULT_CLIP: Final[dict[str, Any]] = {
+    "clip_median_factor": CLIP_MEDIAN_FACTOR,
+    "clip_spread": CLIP_SPREAD,
+    "clip_drop_factor": CLIP_DROP_FACTOR,
+}
+"""How new runs take answers."""
+BYZANTINE: Final = (
+    Arm("nobody attacks", DEFAULT_CLIP, {"attack": "none"}),
+    Arm("mean", {"clip_median_factor": 0.0}),
+    Arm("clip of ten times", {"clip_median_factor": 10.0}),
+    Arm("default", DEFAULT_CLIP),
+    *(
+        Arm(
+            name.replace("_", " "),
+            {**DEFAULT_CLIP, "seed_policy": "shared", "aggregation": name},
+        )
+        for name in ("trimmed_mean", "median", "sign_vote")
+    ),
+)
+
+
 EXPERIMENTS: Final[dict[str, Experiment]] = {
     "accuracy": _accuracy(
         "FedMeZO against federated averaging with back-propagation",
@@ -222,6 +248,25 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         0.03,
         {"FedMeZO: core-minutes, all workers": "at most 60"},
         has_memory=True,
+        settings=ON_A_CPU,
+    ),
+    "privacy": Experiment(
+        "FedMeZO with differential privacy on every worker",
+        (
+            Arm("no noise"),
+            *(
+                Arm(f"epsilon {epsilon:g}", settings={"privacy_epsilon": epsilon})
+                for epsilon in (8.0, 2.0, 1.0)
+            ),
+        ),
+        run={
+            "rounds": 50,
+            "probes": 28,
+            "batch_size": 64,
+            "learning_rate": 0.5,
+            "rate_directions": 64,
+            "report_losses": False,
+        },
         settings=ON_A_CPU,
     ),
     "accuracy-deep": _accuracy(
@@ -433,6 +478,31 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
             # All probes' texts in one pass, so that few passes run over the head.
             "pass_tokens_max": 16384,
         },
+    ),
+    # `--set "attack=the clip's bound"` and the like try the other attacks.
+    "byzantine": Experiment(
+        "Two of ten workers attack in every round",
+        BYZANTINE,
+        panels=BY_FORWARDS,
+        run={
+            "rounds": 50,
+            "probes": 28,
+            "learning_rate": 0.5,
+            "rate_directions": RATE_DIRECTIONS,
+            "report_losses": True,
+            # A ruined run is a result too.
+            "pause_rounds": 0,
+            "lora": LAST_LORA,
+        },
+        settings={
+            "clients": 10,
+            "attack": "ten times, sign turned",
+            "attackers": 2,
+            "train_rows_max": 160,
+            "heldout_rows_max": None,
+        },
+        against={arm.name: "nobody attacks" for arm in BYZANTINE[1:]},
+        goals={"default: held-out accuracy, behind nobody attacks": "at most 0.02"},
     ),
     "instructions": _instructions(
         "Instruction tuning: how-to texts of six categories", "hellaswag", ("category", "dirichlet")

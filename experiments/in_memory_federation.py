@@ -21,11 +21,13 @@ differ only in their order: over gRPC, answers come in the order in which worker
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from experiments.attacks import Attack, attacked
 from experiments.judging import Judge
 from fedmezo_core.errors import FedMezoError, MeasurementError, NumericError
 from fedmezo_core.events import (
@@ -65,7 +67,7 @@ from fedmezo_core.wire.messages import (
     unable_from_pb,
     unable_to_pb,
 )
-from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
+from fedmezo_core.zo.assignment import collate_for, measure, open_batches, open_estimator
 from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.rows import Example
@@ -73,6 +75,9 @@ from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.objectives import load_objective
 from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
+from fedmezo_core.zo.privacy.mechanism import PoissonBatches
+from fedmezo_core.zo.privacy.private_measurements import PrivateMeasurements
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 
@@ -86,6 +91,9 @@ class Worker:
 
     name: str
     batches: Batches[Batch]
+    private: PrivateMeasurements | None
+    """What measures in place of the estimator, on samples in place of the batches."""
+    samples: PoissonBatches[Batch] | None
     machine: SessionMachine
     bytes_up: int = 0
     bytes_down: int = 0
@@ -104,9 +112,14 @@ class InMemoryFederation:
         threads: int = 1,
         pass_tokens_max: int | None = None,
         row_states: RowStates | None = None,
+        privacy: PrivacyBudget | None = None,
+        attack: Attack = "none",
+        attackers: int = 0,
     ) -> None:
         """`party` is at its base; `rows` holds each worker's rows by its name.
 
+        With `privacy`, whose `ledger` is the folder of all ledgers, each worker has that budget.
+        The last `attackers` workers by name send what `attack` says. They answer after the others.
         Raises as `Task.encode` does, and as `load_objective` does if the task has an objective,
         whose code runs here.
         """
@@ -124,6 +137,11 @@ class InMemoryFederation:
         self.applying_s = 0.0
         """CPU seconds that each worker takes to apply commits and digest its weights."""
         self._judge = judge
+        self._attack: Attack = attack
+        self._attackers = frozenset(sorted(rows)[len(rows) - attackers :])
+        self._rng = random.Random(party.config.seed)
+        # What honest workers answered in the round of the first number.
+        self._seen: tuple[int, list[tuple[float, ...]]] = (0, [])
         self._estimator = open_estimator(
             party,
             threads=threads,
@@ -140,10 +158,19 @@ class InMemoryFederation:
         self._index = CommitIndex()
         self._index.fold(entry)
         config = party.config
-        self.workers = {
-            name: Worker(
+        self.workers: dict[str, Worker] = {}
+        for name, own in rows.items():
+            dataset = party.task.encode(own)
+            private = samples = None
+            if privacy is not None:
+                budget = replace(privacy, ledger=privacy.ledger / name)
+                private = PrivateMeasurements(budget, genesis, len(dataset))
+                samples = private.batches(collate_for(party), dataset)
+            self.workers[name] = Worker(
                 name,
-                open_batches(party, party.task.encode(own), name),
+                open_batches(party, dataset, name),
+                private,
+                samples,
                 SessionMachine(
                     0,
                     entry.head,
@@ -152,8 +179,6 @@ class InMemoryFederation:
                     staleness_max=config.staleness_max,
                 ),
             )
-            for name, own in rows.items()
-        }
         self._joined: list[Worker] = []
         self._up: deque[tuple[Worker, bytes]] = deque()
         self._down: deque[tuple[Worker, bytes]] = deque()
@@ -307,13 +332,7 @@ class InMemoryFederation:
             self._weights_digest()
         digested = time.process_time()
         try:
-            measured = measure(
-                self.party,
-                self._estimator,
-                worker.batches,
-                order,
-                digest=self._weights_digest,
-            )
+            measured = self._measured(worker, order)
         except MeasurementError as error:
             return MeasureFailed(order.ticket, str(error))
         finally:
@@ -322,14 +341,34 @@ class InMemoryFederation:
         assert measured.scalars.mean_loss is not None, (
             "only a relay's workers may keep it to themselves"
         )
-        self.train_losses.setdefault(order.ticket.round, []).append(measured.scalars.mean_loss)
+        if worker.private is None:
+            losses = self.train_losses.setdefault(order.ticket.round, [])
+            losses.append(measured.scalars.mean_loss)
         pairs, probes = len(measured.scalars.projected_grads), self.party.config.probes
         two_sided = self.party.config.estimator == "two_sided"
         passes = 2 * pairs if two_sided else pairs + pairs // probes
         self.forwards += passes
         rows = min(self.party.config.batch_size, worker.batches.row_count)
         self.forward_rows += passes * rows
-        return measured
+        return self._sent(worker, measured)
+
+    def _sent(self, worker: Worker, measured: Measured) -> Measured:
+        """What the worker sends of what it measured: if it attacks, something else."""
+        round_, grads = measured.ticket.round, measured.scalars.projected_grads
+        if self._seen[0] != round_:
+            self._seen = (round_, [])
+        if worker.name not in self._attackers:
+            self._seen[1].append(grads)
+            return measured
+        false = attacked(self._attack, grads, self._seen[1], self.party.config, self._rng)
+        return replace(measured, scalars=measured.scalars._replace(projected_grads=false))
+
+    def _measured(self, worker: Worker, order: Measure) -> Measured:
+        digest = self._weights_digest
+        if worker.private is None or worker.samples is None:
+            return measure(self.party, self._estimator, worker.batches, order, digest=digest)
+        noisy = worker.private.measures(self._estimator)
+        return worker.private.measure_order(noisy, worker.samples, order, digest)
 
     def _weights_digest(self) -> bytes:
         """Digest the shared weights, once per round."""

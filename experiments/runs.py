@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Final
@@ -108,6 +109,11 @@ class Result(BaseModel):
 
 def execute(run: Run, folder: Path | None = None) -> Result:
     """Do a run; if it cannot go on, that is its result. `folder` keeps the base's evaluations."""
+    with tempfile.TemporaryDirectory(prefix="fedmezo-") as ledgers:
+        return _execute(run, folder, Path(ledgers))
+
+
+def _execute(run: Run, folder: Path | None, ledgers: Path) -> Result:
     keep_freed_memory()
     settings, config = run.settings, run.config
     data = load_data(settings, config.task)
@@ -138,6 +144,9 @@ def execute(run: Run, folder: Path | None = None) -> Result:
             threads=settings.threads,
             pass_tokens_max=settings.pass_tokens_max,
             row_states=row_states,
+            privacy=settings.privacy_budget(ledgers),
+            attack=settings.attack,
+            attackers=settings.attackers,
         )
         if run.first_order is None
         else FedAvg(party, data.clients, run.first_order, judge=judge, row_states=row_states)

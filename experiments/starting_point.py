@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from experiments.attacks import Attack
 from fedmezo_coordinator.programs.splits import Shares, split_category, split_dirichlet, split_iid
 from fedmezo_core.config import RunConfig, TaskConfig, parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.zo.data.rows import Example, read_rows
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
 
 CACHE = Path("build/cache")
 
@@ -58,6 +60,10 @@ RUN: dict[str, Any] = {
     "learning_rate": 3.0,
     # The experiments' rates were found for the directions of their own rounds.
     "rate_directions": 0,
+    # It scales no answer of honest workers here, so that figures from before it was 1 stay.
+    "clip_median_factor": 10.0,
+    "clip_spread": 4.0,
+    "clip_drop_factor": 0.0,
     "schedule": "linear",
     "eps": 1e-3,
     "distribution": "low_rank_1",
@@ -95,6 +101,10 @@ class Settings(BaseModel):
     splitter: Literal["domains", "iid", "category", "dirichlet"] = "domains"
     """Which rows go to which client: whole domains in turn, or as `fedmezo split` deals them, with
     the domains as classes."""
+    attack: Attack = "none"
+    """What the attackers send."""
+    attackers: int = Field(default=0, ge=0)
+    """How many of the clients do so: the last ones by name."""
     alpha: float = Field(default=0.5, gt=0)
     """Of the Dirichlet splitter: smaller is more uneven."""
     train_rows_max: int | None = Field(default=400, ge=1)
@@ -116,10 +126,20 @@ class Settings(BaseModel):
     """Most tokens of the text that the model writes for each held-out row, which gives exact match
     and token F1; 0: it writes none."""
     evaluate_batch_size: int = Field(default=64, ge=1)
+    privacy_epsilon: float | None = Field(default=None, gt=0)
+    """What each client's rows may give away; None: there is no noise."""
+    privacy_delta: float = Field(default=1e-5, gt=0)
+    privacy_clip: float = Field(default=1.0, gt=0)
     threads: int = Field(default=1, ge=1)
     pass_tokens_max: int | None = Field(default=None, ge=1)
     """Largest number of tokens in a pass, as for `Estimator`; None: its default."""
     device: str = "cpu"
+
+    def privacy_budget(self, ledgers: Path) -> PrivacyBudget | None:
+        """What each client's rows may give away, with its ledger in the folder `ledgers`."""
+        if self.privacy_epsilon is None:
+            return None
+        return PrivacyBudget(self.privacy_epsilon, self.privacy_delta, self.privacy_clip, ledgers)
 
 
 def config_of(settings: Settings, seed: int, changes: Mapping[str, Any]) -> RunConfig:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedmezo.engines import Engine as Engine
+    from fedmezo.engines import RestoringEngine as RestoringEngine
     from fedmezo.engines import SavingEngine as SavingEngine
     from fedmezo.genesis import decode_genesis as decode_genesis
     from fedmezo.genesis import encode_genesis as encode_genesis
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from fedmezo.library_session import Session as Session
     from fedmezo.policies import Aggregator as Aggregator
     from fedmezo.policies import SeedPolicy as SeedPolicy
+    from fedmezo.run_policy import RunPolicy as RunPolicy
     from fedmezo.torch_engine import TorchEngine as TorchEngine
     from fedmezo.torch_engine import begin_run as begin_run
     from fedmezo_core.config import RunConfig as RunConfig
@@ -58,7 +60,9 @@ _HOMES = {
     "MeasurementError": "fedmezo_core.errors",
     "Objective": "fedmezo_core.zo.objectives",
     "Predictions": "fedmezo_core.zo.objectives",
+    "RestoringEngine": "fedmezo.engines",
     "RunConfig": "fedmezo_core.config",
+    "RunPolicy": "fedmezo.run_policy",
     "SavingEngine": "fedmezo.engines",
     "Scalars": "fedmezo_core.records",
     "SeedPolicy": "fedmezo.policies",

@@ -16,7 +16,8 @@ class Engine(Protocol):
     A `Session` calls it. Who makes one has checked that its base, its tokenizer and its trained
     tensors are those of the run's genesis, because the session's hello says so. One that measures
     with another form of the base, which the contract's `base_forms` must list, names it in an
-    attribute `base_form`.
+    attribute `base_form`. One that can end a measurement early has a method `cut_short`, which any
+    thread may call.
     """
 
     def apply(self, commits: Sequence[Committed]) -> None:
@@ -39,18 +40,24 @@ class Engine(Protocol):
 
 
 @runtime_checkable
-class SavingEngine(Engine, Protocol):
-    """An engine that can write its weights to a file, for `Session.save` and `Session.restore`."""
+class RestoringEngine(Engine, Protocol):
+    """An engine that can take its weights from a file, so that its session can take a snapshot."""
+
+    def restore(self, path: Path) -> tuple[int, bytes]:
+        """Replace the weights by those in the file at `path`; returns their round and head.
+
+        The file is a snapshot of the run, or one that `save` wrote. Raises `SnapshotDamagedError`
+        if the weights are not what was saved, or another model's.
+        """
+
+
+@runtime_checkable
+class SavingEngine(RestoringEngine, Protocol):
+    """An engine that can also write its weights to a file, for `Session.save` and `restore`."""
 
     def save(self, folder: Path, head: bytes) -> Path:
         """Write the weights, the round that they are of and `head` into a new file in `folder`.
 
         `head` (32 bytes) is that after their round. The file is there durably and whole, or not at
         all. Returns its path; raises `SnapshotError` if the disk refuses.
-        """
-
-    def restore(self, path: Path) -> tuple[int, bytes]:
-        """Replace the weights by those in the file at `path`; returns their round and head.
-
-        Raises `SnapshotDamagedError` if they are not what was saved, or another model's.
         """

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +13,17 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from fedmezo.genesis import GenesisLike, bytes_of, decode_genesis
+from fedmezo.genesis import GenesisLike, bytes_of, decode_genesis, head_of
 from fedmezo_core.config import MESSAGE_BYTES_MAX, RunConfig
 from fedmezo_core.errors import (
     ConfigError,
-    DivergedError,
     FedMezoError,
+    JournalCompactedError,
     JournalError,
     NotReadyError,
     ProtocolError,
     ReplacedError,
+    SnapshotError,
     UnavailableError,
     UnknownWorkerError,
 )
@@ -53,15 +56,33 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.records import Committed, Evaluated, Genesis, Record, RoundSlot
-from fedmezo_core.wire.admission import check_hello, check_nonce, event_from_request
+from fedmezo_core.trust.authorisation import Caller
+from fedmezo_core.wire.admission import (
+    Signing,
+    check_hello,
+    check_nonce,
+    check_worker_name,
+    event_from_request,
+    signing_of,
+)
 from fedmezo_core.wire.commit_index import CommitIndex
-from fedmezo_core.wire.messages import assign_to_pb, commit_to_pb, error_to_pb, message_to_pb
+from fedmezo_core.wire.grpc_status import BY_REASON
+from fedmezo_core.wire.messages import (
+    assign_to_pb,
+    commit_to_pb,
+    error_to_pb,
+    message_to_pb,
+    snapshot_to_pb,
+)
+from fedmezo_core.wire.snapshot_pieces import RecordedSnapshots
+from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
 
 DOWN_BYTES_MAX = 4 * 1024 * 1024
-"""Bytes of commits with which what goes down in one exchange is full; the next brings the rest."""
+"""Bytes of commits with which what goes down in one exchange is full; the next brings the rest.
+Also the most bytes of a snapshot in one message."""
 MESSAGES_WAITING_MAX = 1024
 """Most messages that wait for one worker, besides the commits that it lacked when it joined."""
 WORKERS_MAX = 20_000
@@ -97,6 +118,12 @@ class _Worker:
     """Why it must leave; told with its next exchange."""
     knows_ending: bool = False
     """Whether that went down."""
+    is_reading: bool = False
+    """Whether it is not in the run yet, because it must take a snapshot first."""
+    wanted: wire.ReadSnapshotRequest | None = None
+    """The piece of a snapshot that it lacks. Round 0: it must be told which snapshot there is."""
+    signing: Signing | None = None
+    """How its answers are signed; None if they are not."""
 
 
 class Coordinator:
@@ -120,16 +147,20 @@ class Coordinator:
         store: JournalStore | str | Path | None = None,
         *,
         lease_ms: int | None = None,
+        snapshots: str | Path | None = None,
     ) -> None:
         """Begin the run of `genesis`, or go on with the one in `store`.
 
         store: any journal store, or the path of an SQLite file; None: memory. lease_ms: how long a
         worker that comes by exchanges counts as connected after the last one; None: the run's
-        `deadline_ms`. Raises `ConfigError` if there is no run, or the store holds another one, and
-        `JournalError` for a store that cannot be used.
+        `deadline_ms`. snapshots: the folder of the files that a daemon wrote for a journal whose
+        oldest records it dropped; None: next to an SQLite file, where the daemon has them. A worker
+        that lacks dropped records begins from the newest. Raises `ConfigError` if there is no run,
+        or the store holds another one, and `JournalError` for a store that cannot be used.
         """
         self._journal = Journal(_opened(store))
-        self._machine = RoundMachine()
+        self._snapshots = RecordedSnapshots(_snapshots_folder(store, snapshots))
+        self._machine = RoundMachine(slot_secret=secrets.token_bytes(32))
         self._index = CommitIndex()
         self._genesis_body = b""
         self._workers: dict[str, _Worker] = {}
@@ -171,6 +202,8 @@ class Coordinator:
             if entry.row.kind == GENESIS:
                 self._genesis_body = entry.row.body
             self._fold(entry)
+        self._snapshots.open(self.config.run_id)
+        self._snapshots.drop_before(self._index.begins)
         if body is not None and body != self._genesis_body:
             raise ConfigError(
                 f"The journal's store holds run {self.config.run_id} with another genesis than the "
@@ -180,6 +213,7 @@ class Coordinator:
     def _fold(self, entry: Entry) -> None:
         if entry.row.kind != ANSWERED:  # nearly all are
             self._index.fold(entry)
+            self._snapshots.fold(entry)
 
     # ------------------------------------------------------------ what it shows
 
@@ -235,7 +269,7 @@ class Coordinator:
 
     @property
     def workers(self) -> frozenset[str]:
-        """Names of the workers that are connected."""
+        """Names of the workers that are connected, those that still read a snapshot too."""
         return frozenset(self._workers)
 
     @property
@@ -270,6 +304,25 @@ class Coordinator:
         self._check()
         self._flush()
         self._owed.append(self._machine.resume(rate_factor))
+        self._flush()
+
+    def exclude(self, worker: str, reason: str) -> None:
+        """Take a worker out of the run, with its answers that no commit holds; tells it `reason`.
+
+        It takes no part until `readmit`, also after a restart. Raises `ConfigError` if it is
+        excluded already, or without a reason of at most 512 characters.
+        """
+        check_worker_name(worker)
+        self._check()
+        self._flush()
+        self._owed.append(self._machine.exclude(worker, reason))
+        self._flush()
+
+    def readmit(self, worker: str) -> None:
+        """Let an excluded worker join again. Raises `ConfigError` if it is not excluded."""
+        self._check()
+        self._flush()
+        self._owed.append(self._machine.readmit(worker))
         self._flush()
 
     def record_evaluation(self, evaluation: Evaluated) -> None:
@@ -315,10 +368,12 @@ class Coordinator:
         self._check()
         try:
             message = _parsed(wire.SessionRequest, data)
+            known = self._workers.get(worker)
             if message.WhichOneof("kind") == "hello":
                 self._greet(worker, message.hello)
+            elif known is not None and known.is_reading and not known.is_calling:
+                known.wanted = message.read_snapshot
             else:
-                known = self._workers.get(worker)
                 if known is None or known.is_calling:
                     raise UnavailableError(
                         f"Worker {worker} has no open session here; connect again with a hello."
@@ -333,16 +388,32 @@ class Coordinator:
         """Remove and return the messages that wait for `worker`, to be sent in this order."""
         self._check()
         self._flush()
-        if worker in self._workers:
-            self._workers[worker].waiting = 0
+        known = self._workers.get(worker)
+        if known is not None:
+            known.waiting = 0
+            if known.wanted is not None and not known.is_calling:
+                # Made now: of several that were asked for, only the newest one takes memory.
+                wanted, known.wanted = known.wanted, None
+                try:
+                    self._put(worker, self._piece(wanted).SerializeToString())
+                except FedMezoError as error:
+                    self._end(worker, error)
         return self._outboxes.pop(worker, [])
 
     def _greet(self, worker: str, hello: wire.Hello) -> None:
-        self._check_hello(worker, hello)
+        signing, can_join = self._checked_hello(worker, hello)
         self._lose(worker)
         self._flush()
         outbox = self._outboxes[worker] = []
-        self._workers[worker] = _Worker(is_calling=False, round=hello.round)
+        if not can_join:
+            self._workers[worker] = _Worker(
+                is_calling=False,
+                round=hello.round,
+                is_reading=True,
+                wanted=wire.ReadSnapshotRequest(),
+            )
+            return
+        self._workers[worker] = _Worker(is_calling=False, round=hello.round, signing=signing)
         outbox.append(wire.SessionResponse(welcome=self._welcome()).SerializeToString())
         outbox += [
             commit_to_pb(row).SerializeToString() for row in self._commits_after(hello.round)
@@ -381,7 +452,7 @@ class Coordinator:
             raise ProtocolError("What goes up in an exchange begins with its only hello.")
         hello = request.messages[0].hello
         name = hello.worker
-        self._check_hello(name if worker is None else worker, hello)
+        signing, can_join = self._checked_hello(name if worker is None else worker, hello)
         known = self._workers.get(name)
         if known is not None and known.knows_ending:
             self._lose(name)
@@ -389,11 +460,19 @@ class Coordinator:
         if known is None or not known.is_calling:
             if known is not None:
                 self._end(name, _replaced(name))
-            known = self._workers[name] = _Worker(is_calling=True, round=hello.round)
+            known = self._workers[name] = _Worker(True, hello.round, is_reading=True)
+        known.round, known.nonce, known.seen_ms = hello.round, request.nonce, self._now_ms
+        known.replies, known.has_reported, known.wanted = [], "weights_report" in kinds, None
+        known.signing = signing
+        if not can_join:
+            # A worker of the run stays one: this hello may be a late copy of its first.
+            wanted = [m.read_snapshot for m in request.messages if m.HasField("read_snapshot")]
+            known.wanted = wanted[-1] if wanted else wire.ReadSnapshotRequest()
+            return name
+        if known.is_reading:
+            known.is_reading = False
             log.info("worker %s joined at round %d", name, hello.round)
             self._owed.append(self._machine.step(WorkerReady(name)))
-        known.round, known.nonce, known.seen_ms = hello.round, request.nonce, self._now_ms
-        known.replies, known.has_reported = [], "weights_report" in kinds
         for message in request.messages[1:]:
             self._step(name, message)
         return name
@@ -412,7 +491,12 @@ class Coordinator:
             )
         self._flush()
         messages = [wire.SessionResponse(welcome=self._welcome()), *known.replies]
-        if known.ending is not None:
+        if known.wanted is not None:
+            try:
+                messages = [self._piece(known.wanted)]
+            except FedMezoError as error:
+                messages = [error_to_pb(error)]
+        elif known.ending is not None:
             messages = [error_to_pb(known.ending)]
             known.knows_ending = True
         else:
@@ -472,9 +556,19 @@ class Coordinator:
 
     # ------------------------------------------------------------ what both ways share
 
-    def _check_hello(self, worker: str, hello: wire.Hello) -> None:
+    def _checked_hello(self, worker: str, hello: wire.Hello) -> tuple[Signing | None, bool]:
+        """How a worker signs its answers, and whether it has what it needs to join.
+
+        Otherwise it must take a snapshot first. Raises the error with which its hello is refused.
+        """
         head, begins = self._index.head_at(hello.round), self._index.begins
-        check_hello(hello, self.genesis, self.round, head, begins, catch_up_rounds=self.round)
+        can_join = True
+        try:
+            check_hello(hello, self.genesis, self.round, head, begins, catch_up_rounds=self.round)
+        except JournalCompactedError:
+            if self._snapshots.newest is None:
+                raise
+            can_join = False
         if worker not in self._workers and len(self._workers) >= WORKERS_MAX:
             raise NotReadyError(
                 f"{WORKERS_MAX} workers are connected, the most that one coordinator takes; try "
@@ -485,6 +579,38 @@ class Coordinator:
                 f"The hello of {hello.worker} came over the connection of {worker}; let each "
                 "worker use its own."
             )
+        signing = signing_of(hello, Caller.ANYONE, self.genesis, head_of(self._genesis_body))
+        return signing, can_join
+
+    def _piece(self, wanted: wire.ReadSnapshotRequest) -> wire.SessionResponse:
+        """The newest snapshot's description, or a piece of the one that is wanted.
+
+        Raises `SnapshotError` for one that is not kept or cannot be read, `ProtocolError` for an
+        offset beyond its file.
+        """
+        newest = self._snapshots.newest
+        round_ = wanted.round if wanted.round or newest is None else newest.round
+        snapshot = self._snapshots.find(round_, wanted.offset)
+        descriptor = self._snapshots.opened(snapshot)
+        try:
+            data = os.pread(descriptor, DOWN_BYTES_MAX, wanted.offset) if wanted.round else b""
+        except OSError as error:
+            raise SnapshotError(
+                f"The snapshot of round {round_} cannot be read at the coordinator "
+                f"({error.strerror}); check its disk."
+            ) from None
+        finally:
+            os.close(descriptor)
+        about = Snapshot(
+            snapshot.round,
+            self._index.head_at(snapshot.round),
+            snapshot.weights_digest,
+            snapshot.file_sha256,
+            snapshot.file_bytes,
+        )
+        return wire.SessionResponse(
+            snapshot=wire.ReadSnapshotResponse(snapshot=snapshot_to_pb(about), data=data)
+        )
 
     def _welcome(self) -> wire.Welcome:
         return wire.Welcome(epoch=self.epoch, round=self.round, head=self.head)
@@ -497,7 +623,8 @@ class Coordinator:
             seqno = rows[-1].seqno + 1
 
     def _step(self, worker: str, message: wire.SessionRequest) -> None:
-        event = event_from_request(worker, message, self.round, self._index.head_at)
+        signing = self._workers[worker].signing
+        event = event_from_request(worker, message, self.round, self._index.head_at, signing)
         match event:
             case UnableReceived():
                 log.warning("worker %s cannot measure: %s", worker, event.reason)
@@ -532,7 +659,7 @@ class Coordinator:
         if isinstance(record, Committed):
             notice = commit_to_pb(entry.row).SerializeToString()
             for name, worker in list(self._workers.items()):
-                if not worker.is_calling:
+                if not worker.is_calling and not worker.is_reading:
                     self._put(name, notice)
 
     def _put(self, worker: str, data: bytes) -> None:
@@ -549,14 +676,14 @@ class Coordinator:
     def _send(self, message: RoundMessage) -> None:
         name = message.worker
         worker = self._workers.get(name)
-        if worker is None:
+        if worker is None or worker.is_reading:
             return
         match message:
-            case Expel(_, sentence):
+            case Expel(_, sentence, reason):
                 if worker.is_calling:
-                    worker.ending = DivergedError(sentence)
+                    worker.ending = BY_REASON[reason](sentence)
                 else:
-                    self._end(name, DivergedError(sentence))
+                    self._end(name, BY_REASON[reason](sentence))
                 return
             case Assign():
                 worker.assign, worker.assigned_ms = message, self._now_ms
@@ -598,6 +725,15 @@ def _opened(store: JournalStore | str | Path | None) -> JournalStore:
     from fedmezo_core.journal.sqlite import SqliteStore
 
     return SqliteStore(Path(store).expanduser())
+
+
+def _snapshots_folder(
+    store: JournalStore | str | Path | None, given: str | Path | None
+) -> Path | None:
+    """Where the snapshots' files are; None: nowhere."""
+    if given is not None:
+        return Path(given).expanduser()
+    return Path(f"{store}.snapshots").expanduser() if isinstance(store, (str, Path)) else None
 
 
 def _parsed(kind: type[MessageT], data: bytes) -> MessageT:

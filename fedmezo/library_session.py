@@ -7,17 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError
 
-from fedmezo.engines import Engine, SavingEngine
+from fedmezo.engines import Engine, RestoringEngine, SavingEngine
 from fedmezo.genesis import GenesisLike, decode_genesis, head_of
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import (
     ConfigError,
     DivergedError,
+    JournalCompactedError,
     MeasurementError,
     NotReadyError,
     ProtocolError,
+    SnapshotDamagedError,
+    SnapshotError,
     UnavailableError,
 )
 from fedmezo_core.events import (
@@ -35,10 +39,19 @@ from fedmezo_core.events import (
     SendUnable,
     SessionAction,
 )
+from fedmezo_core.folders import folder_on_a_disk
 from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.records import Committed
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.admission import check_worker_name
-from fedmezo_core.wire.messages import answer_to_pb, event_from_pb, hello_to_pb, unable_to_pb
+from fedmezo_core.wire.messages import (
+    answer_to_pb,
+    event_from_pb,
+    hello_to_pb,
+    snapshot_from_pb,
+    unable_to_pb,
+)
+from fedmezo_core.wire.snapshot_pieces import GatheredSnapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 if TYPE_CHECKING:
@@ -61,12 +74,19 @@ class Session:
     """
 
     def __init__(
-        self, genesis: GenesisLike, worker: str, engine: Engine, *, measure_inline: bool = True
+        self,
+        genesis: GenesisLike,
+        worker: str,
+        engine: Engine,
+        *,
+        measure_inline: bool = True,
+        signing_key: Ed25519PrivateKey | None = None,
     ) -> None:
         """Take part as `worker` with an engine that holds the base of the run.
 
         With `measure_inline` the session itself measures, and a call returns when that is done.
         Without it, the caller takes each `order`, and gives what `measure` returns to `complete`.
+        With a `signing_key` every answer is signed; keep the key to go on as the same worker.
         Raises `ProtocolError` if the bytes hold no genesis, or `worker` is no worker's name.
         """
         self._genesis = decode_genesis(genesis)
@@ -74,6 +94,7 @@ class Session:
         self.worker = worker
         """The worker's name in the run."""
         self._engine = engine
+        self._signer = AnswerSigner(signing_key, head_of(genesis)) if signing_key else None
         self._measure_inline = measure_inline
         config = self._genesis.config
         self._machine = SessionMachine(
@@ -85,6 +106,7 @@ class Session:
         )
         self._order: Measure | None = None
         self._unapplied: list[Committed] = []
+        self._snapshot: GatheredSnapshot | None = None
         self._has_failed = False
         # What is not known to have arrived, how much of it is in the last exchange, and its bytes.
         self._up_messages: list[wire.SessionRequest] = []
@@ -104,13 +126,14 @@ class Session:
         rows: Rows,
         *,
         measure_inline: bool = True,
+        signing_key: Ed25519PrivateKey | None = None,
         **settings: Any,
     ) -> Session:
         """A session with a `TorchEngine` of `model` and `rows`; takes and raises what that does."""
         from fedmezo.torch_engine import TorchEngine
 
         engine = TorchEngine(genesis, worker, model, rows, **settings)
-        return cls(genesis, worker, engine, measure_inline=measure_inline)
+        return cls(genesis, worker, engine, measure_inline=measure_inline, signing_key=signing_key)
 
     # ------------------------------------------------------------ what it shows
 
@@ -296,6 +319,15 @@ class Session:
         except MeasurementError as error:
             return MeasureFailed(order.ticket, str(error))
 
+    def cut_short(self) -> None:
+        """End the running measurement before its next pass, if the engine has a `cut_short`.
+
+        Any thread may call this. The measurement fails, and so does each later one.
+        """
+        cut_short = getattr(self._engine, "cut_short", None)
+        if cut_short is not None:
+            cut_short()
+
     def complete(self, outcome: Measured | MeasureFailed) -> list[bytes]:
         """Take the result of `measure`; returns the messages to send.
 
@@ -317,7 +349,16 @@ class Session:
     def _take(self, message: wire.SessionResponse) -> list[wire.SessionRequest]:
         if self.finished:
             return []  # The coordinator's last words may cross this session's.
-        event = event_from_pb(message, self.config)
+        if message.HasField("snapshot"):
+            return self._take_piece(message.snapshot)
+        try:
+            event = event_from_pb(message, self.config)
+        except SnapshotError as error:
+            self._drop_snapshot()  # Another one may come, or the coordinator's disk be mended.
+            raise UnavailableError(
+                f"{error} The journal cannot be read instead: it no longer has the commits after "
+                f"round {self.round}."
+            ) from None
         try:
             actions = self._machine.step(event)
         except ProtocolError as error:
@@ -325,9 +366,75 @@ class Session:
             raise UnavailableError(str(error)) from None
         return self._do(actions)
 
+    def _take_piece(self, piece: wire.ReadSnapshotResponse) -> list[wire.SessionRequest]:
+        """Take a piece of the snapshot to begin from; returns what asks for the next one.
+
+        After the last one, the session begins anew at the snapshot's round.
+        """
+        if self._machine.measuring:
+            raise NotReadyError(
+                "The journal lacks commits, so this session must begin from a snapshot, but a "
+                "measurement has the engine; complete it, then connect again."
+            )
+        if not isinstance(self._engine, RestoringEngine):
+            raise JournalCompactedError(
+                f"The journal no longer has the commits after round {self.round}, and the engine "
+                f"{type(self._engine).__name__} cannot take a snapshot; give it the method restore."
+            )
+        self._apply()
+        about = snapshot_from_pb(piece.snapshot)
+        if about.round <= self.round:
+            raise ProtocolError(
+                f"A snapshot of round {about.round} came to a session that holds round "
+                f"{self.round}; check which coordinator this worker is connected to."
+            )
+        gathered = self._snapshot
+        try:
+            if gathered is None or gathered.snapshot.round != about.round:
+                self._drop_snapshot()
+                bytes_max = self._genesis.trainable_bytes
+                gathered = GatheredSnapshot(about, folder_on_a_disk(), bytes_max)
+                self._snapshot = gathered
+            else:
+                gathered.check_same(about)
+                gathered.add(piece.data)
+            if gathered.is_whole:
+                self._install(gathered)
+                return [] if self._nonce else self._do(self._machine.step(Connected()))
+        except SnapshotError:
+            self._drop_snapshot()
+            raise
+        wanted = wire.ReadSnapshotRequest(
+            run_id=self.config.run_id, round=about.round, offset=gathered.offset
+        )
+        return [wire.SessionRequest(read_snapshot=wanted)]
+
+    def _install(self, gathered: GatheredSnapshot) -> None:
+        """Replace the weights by the gathered snapshot's, and stand at its round and head."""
+        assert isinstance(self._engine, RestoringEngine)
+        about, path = gathered.snapshot, gathered.path()
+        self._has_failed = True
+        found = self._engine.restore(path)
+        if (*found, self._engine.digest()) != (about.round, about.head, about.weights_digest):
+            raise SnapshotDamagedError(
+                f"The weights in the snapshot of round {about.round} are not those that the "
+                "coordinator says; check the coordinator's disk."
+            )
+        self._has_failed = False
+        self._drop_snapshot()
+        self.disconnect()
+        self._machine.step(Restored(about.round, about.head))
+
+    def _drop_snapshot(self) -> None:
+        if self._snapshot is not None:
+            self._snapshot.close()
+            self._snapshot = None
+
     def _hello(self, round_: int, head: bytes) -> wire.SessionRequest:
         form = getattr(self._engine, "base_form", "")
-        return hello_to_pb(self._genesis, self.worker, round_, head, base_form=form)
+        return hello_to_pb(
+            self._genesis, self.worker, round_, head, base_form=form, signer=self._signer
+        )
 
     def _do(self, actions: Sequence[SessionAction]) -> list[wire.SessionRequest]:
         """Do what the machine asks for, in order; returns the messages to send.
@@ -348,7 +455,7 @@ class Session:
                     else:
                         self._order = action
                 case SendAnswer():
-                    messages.append(answer_to_pb(action))
+                    messages.append(answer_to_pb(action, self._signer))
                 case SendUnable():
                     messages.append(unable_to_pb(action))
                 case ReportWeights(round_):

@@ -7,15 +7,11 @@ import threading
 import time
 from typing import Final
 
-from fedmezo_core.errors import MeasurementError
+from fedmezo_core.errors import CutShortError, MeasurementError
 from fedmezo_core.zo.objectives import Objective, Predictions
 
 LOOK_EVERY_S: Final = 0.05
 """Seconds until a waiting engine sees that its measurement was cut short."""
-
-
-class CancelledMeasurementError(MeasurementError):
-    """The measurement was cut short, because it can no longer count."""
 
 
 class Scorer:
@@ -59,7 +55,7 @@ class Scorer:
             if not thread.is_alive():
                 break
             if self._cut_short.is_set():
-                raise CancelledMeasurementError(
+                raise CutShortError(
                     f"the round closed while objective {self._objective.name} was still at work"
                 )
             if time.monotonic() >= self.deadline_s:

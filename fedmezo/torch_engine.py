@@ -13,15 +13,22 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo.genesis import GenesisLike, decode_genesis
-from fedmezo.scorer import CancelledMeasurementError, Scorer
+from fedmezo.run_policy import RunPolicy
+from fedmezo.scorer import Scorer
 from fedmezo_core.config import RunConfig, parse_run
-from fedmezo_core.errors import ConfigError
+from fedmezo_core.errors import ConfigError, CutShortError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.layered_settings import ROW_STATES_MAX
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.admission import check_worker_name
 from fedmezo_core.wire.snapshots import file_name
-from fedmezo_core.zo.assignment import measure, open_batches, open_estimator, open_row_states
+from fedmezo_core.zo.assignment import (
+    collate_for,
+    measure,
+    open_batches,
+    open_estimator,
+    open_row_states,
+)
 from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.held_out import Evaluation, evaluate
@@ -30,13 +37,20 @@ from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, Predictions
 from fedmezo_core.zo.party import Party, open_party
-from fedmezo_core.zo.snapshot_files import install_snapshot, read_snapshot, write_snapshot
+from fedmezo_core.zo.plain.snapshot_header import read_snapshot
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
+from fedmezo_core.zo.privacy.private_measurements import PrivateMeasurements
+from fedmezo_core.zo.snapshot_files import install_snapshot, write_snapshot
 
 log = logging.getLogger("fedmezo.worker")
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 """A worker's data: the path of a JSONL, CSV or Parquet file or of a folder of them, or rows as
 mappings of column names to values, such as a list of dicts or a `datasets.Dataset`."""
+
+
+_ORDINARY = RunPolicy()
+"""Lets ordinary runs pass."""
 
 
 class TorchEngine:
@@ -62,16 +76,22 @@ class TorchEngine:
         frozen_base_bits: int | None = None,
         pass_tokens_max: int | None = None,
         row_states_max_bytes: int = ROW_STATES_MAX,
+        policy: RunPolicy | None = _ORDINARY,
+        privacy: PrivacyBudget | None = None,
     ) -> None:
         """Load `model` (folder or hub name) and `rows` for `worker` in the run of `genesis`.
 
         The worker's name decides the order of its rows. `objective` scores batches in a run whose
-        contract names one. `heldout` are rows to evaluate on. The other arguments are settings of
-        the same names of `fedmezo-worker`. Raises `MismatchError` if the base is not the run's, and
-        what `open_party`, `read_rows` and `Task.encode` raise.
+        contract names one. `heldout` are rows to evaluate on. `policy` is what a run may ask of
+        this machine; None: anything. `privacy` makes each measurement differentially private. The
+        other arguments are settings of the same names of `fedmezo-worker`. Raises `ConfigError`
+        before anything is read if the policy refuses the run, `MismatchError` if the base is not
+        the run's, and what `open_party`, `read_rows` and `Task.encode` raise.
         """
         genesis = decode_genesis(genesis)
         config = genesis.config
+        if policy is not None:
+            policy.check(genesis, own_model=True, own_objective=True)
         # What is quick first: a wrong name or column should not cost a model's loading time.
         check_worker_name(worker)
         scored_by = _objective(config, objective)
@@ -89,6 +109,8 @@ class TorchEngine:
             frozen_base_bits=frozen_base_bits,
         )
         """The model, the task and the weights."""
+        if policy is not None:
+            policy.check_trained(party.loaded.manifest.element_count)
         party.check_same_base(genesis)
         self.heldout: Dataset | None = None
         """Held-out rows; None if none were given."""
@@ -97,7 +119,7 @@ class TorchEngine:
         dataset = party.encode(data.name, examples)
         _check_positions(party, dataset)
         self.batches = open_batches(party, dataset, worker)
-        """Which rows are measured on in which step."""
+        """Which rows are measured on in which step; without `privacy`."""
         self._cut_short = threading.Event()
         self.scorer = None if scored_by is None else Scorer(scored_by, self._cut_short)
         """Calls the run's objective; None if the run has none."""
@@ -120,6 +142,11 @@ class TorchEngine:
             before_pass=self._end_if_cut_short,
         )
         """Measures along a direction."""
+        self._private: PrivateMeasurements | None = None
+        if privacy is not None:
+            self._private = PrivateMeasurements(privacy, genesis, len(dataset))
+            self._noisy = self._private.measures(self.estimator)
+            self._samples = self._private.batches(collate_for(party), dataset)
 
     @property
     def base_form(self) -> str:
@@ -146,8 +173,11 @@ class TorchEngine:
     def measure(self, order: Measure) -> Measured:
         """Measure one assignment.
 
-        Raises `MeasurementError` if a loss is not finite, the objective fails, or it was cut short.
+        Raises `MeasurementError` if a loss is not finite, the objective fails, or it was cut short;
+        `PrivacyBudgetError` if the rows have given away what they may.
         """
+        if self._private is not None:
+            return self._private.measure_order(self._noisy, self._samples, order, self.digest)
         if self.scorer is not None:
             self.scorer.check_free()
         return measure(self.party, self.estimator, self.batches, order, digest=self.digest)
@@ -188,9 +218,10 @@ class TorchEngine:
         return folder / file_name(run_id, saved.round)
 
     def restore(self, path: Path) -> tuple[int, bytes]:
-        """Replace the weights by those that `save` wrote to `path`; returns their round and head.
+        """Replace the weights by those of a snapshot; returns their round and head.
 
-        Raises `SnapshotDamagedError` if they are not what was saved, or another model's.
+        `save`, or the coordinator's replica, wrote it to `path`. Raises `SnapshotDamagedError` if
+        the weights are not what was saved, or another model's.
         """
         saved = read_snapshot(path, self.party.config.run_id)
         install_snapshot(path, self.party.weights, saved)
@@ -209,7 +240,7 @@ class TorchEngine:
 
     def _end_if_cut_short(self) -> None:
         if self._cut_short.is_set():
-            raise CancelledMeasurementError("the round closed before the measurement ended")
+            raise CutShortError("the round closed before the measurement ended")
 
 
 def begin_run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +17,9 @@ PROTOCOL_VERSION = 1
 
 BASE_FORM_PATTERN = r"^(8-bit|4-bit|(onnx|gguf):[0-9a-f]{64})$"
 """Pattern of the names of a base's forms; see `Genesis.form_digest`."""
+
+OBJECTIVE_PATTERN = r"^([A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*|[a-z0-9][a-z0-9-]{0,63})?$"
+"""Pattern of an objective: module:function, or the name that a package registers for one."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9-]{0,63}$"
 """Pattern of the names of runs and workers, which appear in logs, metrics and file names."""
@@ -47,8 +50,12 @@ VERBALIZERS_MAX = 10_000
 TEXT_CHARS_MAX = 1024 * 1024
 """Most characters of all names and texts of a contract together, which then fits into a message."""
 
-CLIP_MEDIAN_FACTOR = 10.0
+CLIP_MEDIAN_FACTOR = 1.0
 """`clip_median_factor` of a new run that does not choose another."""
+CLIP_SPREAD = 1.0
+"""`clip_spread` of a new run that does not choose another."""
+CLIP_DROP_FACTOR = 5.0
+"""`clip_drop_factor` of a new run that does not choose another."""
 RATE_DIRECTIONS = 64
 """`rate_directions` of a new run that does not choose another."""
 
@@ -116,8 +123,9 @@ class TaskConfig(_Frozen):
     objective: str = Field(
         default="",
         max_length=1024,
-        pattern=r"^([A-Za-z_][A-Za-z0-9_.]*:[A-Za-z_][A-Za-z0-9_]*)?$",
-        description="module:function that scores a batch instead of the loss; lower is better.",
+        pattern=OBJECTIVE_PATTERN,
+        description="What scores a batch instead of the loss, by its name or as module:function; "
+        "lower is better.",
     )
     generated_tokens_max: int = Field(
         default=0,
@@ -299,6 +307,29 @@ class RunConfig(_Frozen):
         allow_inf_nan=False,
         description="Larger answers than this many times the usual size are scaled down; 0: none.",
     )
+    clip_spread: float = Field(
+        default=4.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Answers of n projected gradients may be 1 + this / n times as large.",
+    )
+    clip_drop_factor: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Times clip_median_factor: larger answers than that many times the usual size "
+        "count as zeros; 0: none.",
+    )
+    aggregation: Literal["mean", "trimmed_mean", "median", "sign_vote"] = Field(
+        default="mean",
+        description="How answers along the same directions become one (seed_policy shared).",
+    )
+    trimmed_share: float = Field(
+        default=0.2,
+        ge=0,
+        lt=0.5,
+        description="Share of the answers that a trimmed mean leaves out at either end.",
+    )
     normalized_step: bool = Field(
         default=False,
         description="Divide projected gradients by their root mean square before the step (FZOO).",
@@ -363,6 +394,10 @@ class RunConfig(_Frozen):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     rounding: Literal["stochastic", "nearest"] = "stochastic"
+    journal_readers: Literal["everyone", "observers"] = Field(
+        default="everyone",
+        description="Who reads answers, losses and names: everyone, or observers and operators.",
+    )
     workers_min: int = Field(
         default=1, ge=1, le=COHORT_MAX, description="Workers ready before a round opens."
     )
@@ -439,6 +474,13 @@ class RunConfig(_Frozen):
                 f"clip_median_factor = {self.clip_median_factor:g} would scale down usual answers; "
                 "it must be 1 or more, or 0 for none"
             )
+        if 0 < self.clip_drop_factor < 1:
+            raise ValueError(
+                f"clip_drop_factor = {self.clip_drop_factor:g} would drop answers that the clip "
+                "allows; it must be 1 or more, or 0 for none"
+            )
+        if self.aggregation != "mean":
+            self._check_aggregation()
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
                 f"learning_rate x weight_decay = {self.learning_rate * self.weight_decay:g} leaves "
@@ -468,6 +510,20 @@ class RunConfig(_Frozen):
         if self.buffer_answers:
             self._check_buffered(pairs)
         return self
+
+    def _check_aggregation(self) -> None:
+        """Refuse what a rule for each direction cannot be combined with."""
+        if self.seed_policy != "shared":
+            raise ValueError(
+                f"aggregation {self.aggregation!r} compares answers along the same directions, "
+                f"which workers do not have with seed_policy {self.seed_policy!r}; choose shared, "
+                "or aggregation mean, which the clip protects"
+            )
+        if self.weighting != "uniform" or self.personal_rate != "frozen":
+            raise ValueError(
+                f"aggregation {self.aggregation!r} counts every answer alike; leave out weighting "
+                "and personal_rate, or choose aggregation mean"
+            )
 
     def _check_buffered(self, pairs: int) -> None:
         if self.quorum > self.buffer_answers:
@@ -655,6 +711,13 @@ def _allowed(problem: ErrorDetails) -> str:
     return problem["msg"] if words is None else words.format(**context)
 
 
+def _default_aggregation(values: Mapping[str, Any]) -> str:
+    """How a new run combines answers along the same directions, where its settings do not say."""
+    counts_alike = not values.keys() & {"weighting", "personal_rate"}
+    is_shared = values.get("seed_policy") == "shared"
+    return "trimmed_mean" if is_shared and counts_alike else "mean"
+
+
 def parse_run(
     values: dict[str, Any],
     where: str,
@@ -664,14 +727,21 @@ def parse_run(
 ) -> RunConfig:
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
-    A new run reads rows by the newest version, its answers are clipped by the usual size, and its
-    steps grow with the directions of a commit. Its template may not give the answer away unless an
-    objective scores the run. Without a learning rate it takes normalised steps of its
-    `default_rate`. With `begun`, the contract of the run that `values` describe again, that run's
-    version, clip and steps stay and nothing of this is checked. With `rate_comes_later`, plain
-    steps may lack a rate too: `default_rate` holds its place.
+    A new run reads rows by the newest version, its answers are clipped by the usual size, those
+    along the same directions are trimmed, and its steps grow with the directions of a commit. Its
+    template may not give the answer away unless an objective scores the run. Without a learning
+    rate it takes normalised steps of its `default_rate`. With `begun`, the contract of the run that
+    `values` describe again, that run's version, clip, aggregation and steps stay and nothing of
+    this is checked. With `rate_comes_later`, plain steps may lack a rate too: `default_rate` holds
+    its place.
     """
-    newer = {"clip_median_factor": CLIP_MEDIAN_FACTOR, "rate_directions": RATE_DIRECTIONS}
+    newer = {
+        "clip_median_factor": CLIP_MEDIAN_FACTOR,
+        "clip_spread": CLIP_SPREAD,
+        "clip_drop_factor": CLIP_DROP_FACTOR,
+        "rate_directions": RATE_DIRECTIONS,
+        "aggregation": _default_aggregation(values),
+    }
     if begun:
         newer = {key: getattr(begun, key) for key in newer}
     values = {**newer, **values}

@@ -6,6 +6,7 @@
       ModelError             a model folder or name cannot be used
       NumericError           a NaN, an infinity or an overflow in weights or coefficients
         MeasurementError     a loss came out as NaN or infinity
+          CutShortError      it was ended because it can no longer count
       MismatchError          two parties do not hold the same model, tokenizer or recipe
       ProtocolError          a peer broke the protocol
         VersionError         the peers share no protocol version
@@ -15,8 +16,10 @@
         StaleTicketError     an answer to a ticket that is not open (another epoch, round or slot)
         EquivocationError    a second, different answer to one ticket
         ScalarError          a projected gradient outside what the run allows
+        SignatureError       an answer whose signature is missing, or not its worker's for it
         NotReadyError        the coordinator cannot take this now; a retry later can succeed
       DivergedError          a party's weights are not the run's weights
+      ExcludedError          the operator has excluded this worker from the run
       JournalError           the journal cannot be opened, read or appended to
         JournalLockedError   another process has the journal open
           FencedError        another coordinator has taken over the journal; this one must not write
@@ -30,6 +33,8 @@
         TokenError           a join string that lets nobody join: cut off, used, expired, foreign
         RevokedError         the peer's key is no member's any more
       ForbiddenError         the peer is known and may not do this
+      PrivacyError           the privacy ledger cannot be used
+        PrivacyBudgetError   the data has given away what it may
       UnavailableError       the other side cannot be reached; retrying may help
         StartingError        it is there and starts; it will answer when that is done
 
@@ -78,6 +83,10 @@ class NumericError(FedMezoError):
 
 class MeasurementError(NumericError):
     """A measurement gave a loss that is NaN or infinite."""
+
+
+class CutShortError(MeasurementError):
+    """A measurement was ended before its end, because it can no longer count."""
 
 
 class MismatchError(FedMezoError):
@@ -132,6 +141,12 @@ class ScalarError(ProtocolError):
     status = "OUT_OF_RANGE"
 
 
+class SignatureError(ProtocolError):
+    """An answer is not signed by its worker's key for its run, ticket and history, but must be."""
+
+    status = "PERMISSION_DENIED"
+
+
 class NotReadyError(ProtocolError):
     """The request is sound but cannot be served now (full, starting, or finished)."""
 
@@ -142,6 +157,12 @@ class DivergedError(FedMezoError):
     """A party's weights digest is not the run's."""
 
     status = "DATA_LOSS"
+
+
+class ExcludedError(FedMezoError):
+    """The run's operator has excluded the worker; it takes no part until it is readmitted."""
+
+    status = "PERMISSION_DENIED"
 
 
 class JournalError(FedMezoError):
@@ -212,6 +233,18 @@ class ForbiddenError(FedMezoError):
     """The peer is known, and may not do this."""
 
     status = "PERMISSION_DENIED"
+
+
+class PrivacyError(FedMezoError):
+    """A worker's privacy ledger cannot be opened, read or appended to; nothing may be sent."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class PrivacyBudgetError(PrivacyError):
+    """A worker's data has given away all that its operator allows."""
+
+    status = "RESOURCE_EXHAUSTED"
 
 
 class UnavailableError(FedMezoError):

@@ -8,7 +8,7 @@ records to append durably FIRST, then messages to send.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedmezo_core.records import Committed, Evaluated, Record, Scalars
 
@@ -64,6 +64,10 @@ class AnswerReceived:
     worker: str
     ticket: Ticket
     scalars: Scalars
+    signature: bytes = b""
+    """The worker's signature, checked already, 64 bytes; empty if it does not sign."""
+    key: bytes = b""
+    """The public key that the signature is of, 32 bytes; empty without a signature."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +147,14 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Expel:
-    """End a worker's session: its weights are not the run's."""
+    """End a worker's session; `reason` is a class name in `errors`.
+
+    Its weights are not the run's, or the operator has excluded it.
+    """
 
     worker: str
     message: str
+    reason: str = "DivergedError"
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +338,9 @@ class SendAnswer:
     scalars: Scalars
     head64: int | None = None
     """First 64 bits of the head that it was measured at; None if it carries a weights digest."""
+    head: bytes = field(default=b"", compare=False)
+    """Head that it was measured at, 32 bytes, which a signature covers. All answers to a ticket
+    have the same."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,10 @@ def make_private(folder: Path, error: type[FedMezoError]) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = [folder, *folder.rglob("*")]
         for path in found:
-            status = path.lstat()
+            try:
+                status = path.lstat()
+            except FileNotFoundError:
+                continue  # Another process has just put a file into its place.
             if status.st_uid != os.geteuid():
                 raise error(
                     f"{path} belongs to another user, who could read or change the keys in it; "

@@ -14,7 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, ByteSize, ValidationError
+from pydantic import AfterValidator, BaseModel, ByteSize, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefinedType
 from pydantic_settings import (
     BaseSettings,
@@ -151,7 +152,7 @@ def _add_flag(
     kind: type[BaseSettings], parser: ArgumentParser, *names: str, **options: Any
 ) -> None:
     """Add a flag to the parser, described in a person's words instead of Python's."""
-    field = kind.model_fields.get(options.get("dest", ""))
+    field = _field_at(kind, options.get("dest", ""))
     if field is not None:
         default = "required" if field.is_required() else _shown(field.default)
         words = f"{field.description or ''} ({default})" if default else field.description or ""
@@ -175,6 +176,18 @@ def _add_flag(
         )
 
 
+def _field_at(kind: type[BaseModel], path: str) -> FieldInfo | None:
+    """The field at a path such as `policy.rounds_max`; None if there is none."""
+    key, _, rest = path.partition(".")
+    field = kind.model_fields.get(key)
+    if field is None or not rest:
+        return field
+    table = field.annotation
+    if isinstance(table, type) and issubclass(table, BaseModel):
+        return _field_at(table, rest)
+    return None
+
+
 def installed_version() -> str:
     """The version of FedMeZO that is installed."""
     try:
@@ -190,6 +203,7 @@ _METAVARS = {
     "float": "NUMBER",
     "ByteSize": "SIZE",
     "dict[str,Any]": "JSON",
+    "tuple[str,...]": "LIST",
     "list[str]": "TEXT",
 }
 """pydantic's names of types -> those that the help shows."""
@@ -206,8 +220,10 @@ def _shown(default: object) -> str:
             return f"default: {default.human_readable(decimal=True)}"
         case float():
             return f"default: {default:g}"
-        case None | "" | PydanticUndefinedType():
+        case None | "" | () | BaseModel() | PydanticUndefinedType():
             return ""
+        case tuple():
+            return f"default: {','.join(map(str, default))}"
     return f"default: {default}"
 
 

@@ -146,6 +146,9 @@ class Answered(NamedTuple):
     round: int
     slot: int
     scalars: Scalars
+    signature: bytes = b""
+    """The worker's signature (`trust.answer_signatures`), 64 bytes; empty if it does not sign. It
+    is of the newest key that was admitted for the slot's worker."""
 
     @property
     def projected_grads(self) -> tuple[float, ...]:
@@ -166,6 +169,15 @@ class Answered(NamedTuple):
     def rows(self) -> int | None:
         """Rows of the worker's data, if the run weights answers by rows."""
         return self.scalars.rows
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """From here on a worker's answers are signed with `key`, or not at all."""
+
+    worker: str
+    key: bytes
+    """Ed25519 public key, 32 bytes."""
 
 
 class SeedRange(NamedTuple):
@@ -285,6 +297,26 @@ class Stopped:
 
 
 @dataclass(frozen=True, slots=True)
+class Excluded:
+    """After `round`, a person took a worker out of the run, with its answers that no commit held.
+
+    Its answers in commits stay. It takes no part until a `Readmitted` names it.
+    """
+
+    round: int
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Readmitted:
+    """After `round`, a person let an excluded worker take part again."""
+
+    round: int
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshotted:
     """The coordinator holds a file of the trained weights after `round`, agreed to be the run's."""
 
@@ -319,6 +351,9 @@ Record = (
     | Stopped
     | Snapshotted
     | SignedHead
+    | Admitted
+    | Excluded
+    | Readmitted
 )
 
 

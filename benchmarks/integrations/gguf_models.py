@@ -51,8 +51,11 @@ QWEN_HALF_BILLION: Final = Shape("qwen2", 24, 896, 4864, 14, 2, 151_936, 32_768,
 """The shape of Qwen2.5-0.5B: 494 million weights, the head tied to the embedding."""
 
 
-def write_llama(model: Any, path: Path) -> None:
-    """Write a transformers `LlamaForCausalLM` with its float32 weights, without its tokenizer."""
+def write_llama(model: Any, path: Path, *, type_name: str = "F32") -> None:
+    """Write a transformers `LlamaForCausalLM` without its tokenizer.
+
+    type_name: GGUF's name of the matrices' type, as `kind_of` takes it.
+    """
     config = model.config
     shape = Shape(
         "llama",
@@ -68,15 +71,20 @@ def write_llama(model: Any, path: Path) -> None:
     )
     writer = _writer(path, shape)
     heads = {"attn_q": shape.heads, "attn_k": shape.key_heads}
+
+    def add(name: str, value: npt.NDArray[np.float32]) -> None:
+        kind = kind_of(name, value.shape, type_name)
+        writer.add_tensor(name, gguf.quantize(value, kind), raw_dtype=kind)
+
     for name, tensor in model.state_dict().items():
         value = tensor.float().numpy()
         if name == "model.embed_tokens.weight":
-            writer.add_tensor("token_embd.weight", value)
+            add("token_embd.weight", value)
         elif name == "model.norm.weight":
-            writer.add_tensor("output_norm.weight", value)
+            add("output_norm.weight", value)
         elif name == "lm_head.weight":
             if not config.tie_word_embeddings:
-                writer.add_tensor("output.weight", value)
+                add("output.weight", value)
         else:
             layer, _, module = name.removeprefix("model.layers.").partition(".")
             own = _LLAMA_NAMES[module.removesuffix(".weight")]
@@ -84,8 +92,22 @@ def write_llama(model: Any, path: Path) -> None:
                 rows, columns = value.shape
                 halves = value.reshape(heads[own], 2, rows // heads[own] // 2, columns)
                 value = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, columns))
-            writer.add_tensor(f"blk.{layer}.{own}.weight", value)
+            add(f"blk.{layer}.{own}.weight", value)
     _finish(writer)
+
+
+def kind_of(name: str, shape: tuple[int, ...], type_name: str) -> gguf.GGMLQuantizationType:
+    """The type of a tensor in a file of the type `type_name`.
+
+    The embedding has at least 8 bits, as small GGUF files have it. Vectors are F32, and so are
+    matrices whose rows are no whole number of blocks.
+    """
+    kinds = gguf.GGMLQuantizationType
+    kind = kinds[type_name]
+    if name == "token_embd.weight" and type_name.startswith("Q4"):
+        kind = kinds.Q8_0
+    fits = len(shape) == 2 and shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+    return kind if fits else kinds.F32
 
 
 def write_random(shape: Shape, path: Path) -> None:

@@ -34,12 +34,14 @@ from fedmezo_core.records import (
     Snapshotted,
     first_seed_of,
 )
+from fedmezo_core.trust.authorisation import Caller
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.snapshots import file_name
 from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.model.loading import quiet
 from fedmezo_core.zo.party import open_party
-from fedmezo_core.zo.snapshot_files import install_snapshot, sha256_of, write_snapshot
+from fedmezo_core.zo.plain.snapshot_header import sha256_of
+from fedmezo_core.zo.snapshot_files import install_snapshot, write_snapshot
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
@@ -91,8 +93,8 @@ def counted(coordinator: Served) -> Iterator[Traffic]:
     traffic, daemon = Traffic(), coordinator.daemon
     read_journal, read_snapshot = daemon.read_journal, daemon.read_snapshot
 
-    async def journal(request: Any, enter: Any) -> Any:
-        answer = await read_journal(request, enter)
+    async def journal(request: Any, enter: Any, caller: Any = Caller.ANYONE) -> Any:
+        answer = await read_journal(request, enter, caller)
         traffic.journal += len(answer)
         return answer
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
 ROOT = Path(__file__).parents[2]
 HOST = "127.0.0.1"
 START_S = 120.0
+ALL_CORES = sorted(os.sched_getaffinity(0))
+"""Cores that this process may use before it keeps itself to some of them."""
 
 
 def contract(**changes: Any) -> RunConfig:
@@ -52,8 +54,7 @@ def genesis_of(config: RunConfig) -> Genesis:
 
 def cores() -> tuple[set[int], set[int]]:
     """Cores of the coordinator and of its load; the same ones where there is only one."""
-    all_cores = sorted(os.sched_getaffinity(0))
-    return {all_cores[0]}, set(all_cores[1:]) or {all_cores[0]}
+    return {ALL_CORES[0]}, set(ALL_CORES[1:]) or {ALL_CORES[0]}
 
 
 class Coordinator:
@@ -97,7 +98,7 @@ class Coordinator:
     def launch(self) -> None:
         """Start it only."""
         roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker")]
-        server_cores = cores()[0]
+        server_cores = cores()[0] if self._pinned else set(ALL_CORES)
         self._log = (self.folder / "coordinator.log").open("ab")
         self._process = subprocess.Popen(
             [
@@ -112,9 +113,16 @@ class Coordinator:
             stdout=self._log,
             stderr=self._log,
         )
-        if self._pinned:
-            os.sched_setaffinity(self._process.pid, server_cores)
+        os.sched_setaffinity(self._process.pid, server_cores)
         self.process = psutil.Process(self._process.pid)
+
+    def keep_apart(self) -> None:
+        """Keep the process itself to its core, and the processes that it started off it."""
+        own = [(thread.id, cores()[0]) for thread in self.process.threads()]
+        others = [(child.pid, cores()[1]) for child in self.process.children()]
+        for number, allowed in own + others:
+            with suppress(ProcessLookupError):
+                os.sched_setaffinity(number, allowed)
 
     def wait_until_it_serves(self, timeout_s: float = START_S) -> None:
         """Ask until it answers."""
@@ -177,9 +185,11 @@ class Coordinator:
 
 
 @contextmanager
-def serving(folder: Path, config: RunConfig, *, limited: bool = False) -> Iterator[Coordinator]:
+def serving(
+    folder: Path, config: RunConfig, *, pinned: bool = True, limited: bool = False
+) -> Iterator[Coordinator]:
     """A started coordinator; the load stays off its core meanwhile."""
-    coordinator = Coordinator(folder, config, limited=limited)
+    coordinator = Coordinator(folder, config, pinned=pinned, limited=limited)
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores()[1])
     try:

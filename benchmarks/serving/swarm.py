@@ -24,7 +24,9 @@ from dataclasses import dataclass, field
 from fedmezo_core.config import PROTOCOL_VERSION
 from fedmezo_core.journal.journal import head_after
 from fedmezo_core.records import Genesis
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.backoff import delay_s
+from fedmezo_core.wire.messages import answer_from_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1.journal_pb2 import Record
 
@@ -108,6 +110,8 @@ class Worker:
     assigned: wire.Assign | None = None
     refused: int = 0
     """Sessions that the coordinator ended."""
+    signer: AnswerSigner | None = None
+    """What signs its answers; None: they are not signed."""
 
 
 OnMessage = Callable[[Worker, wire.SessionResponse], None]
@@ -262,6 +266,8 @@ class Swarm:
         hello = wire.SessionRequest(
             hello=hello_of(self._genesis, worker.name, worker.round, worker.head)
         )
+        if worker.signer is not None:
+            hello.hello.signing_key = worker.signer.public_key
         self._write(worker, self._preamble + message_frame(hello.SerializeToString()))
 
     def _write(self, worker: Worker, data: bytes) -> None:
@@ -447,6 +453,17 @@ def hello_of(genesis: Genesis, worker: str, round_: int, head: bytes) -> wire.He
         round=round_,
         head=head,
     )
+
+
+def signed_answer_to(
+    assign: wire.Assign, grads: Sequence[float], worker: Worker
+) -> wire.SessionRequest:
+    """A sound answer of a worker that holds the weights to measure on, signed if it signs."""
+    request = answer_to(assign, grads)
+    if worker.signer is not None:
+        event = answer_from_pb(worker.name, request.answer)
+        request.answer.signature = worker.signer.sign(event.ticket, worker.head, event.scalars)
+    return request
 
 
 def answer_to(assign: wire.Assign, grads: Sequence[float]) -> wire.SessionRequest:

@@ -174,7 +174,7 @@ class InitSettings(BaseSettings):
 
 
 class CoordinatorSettings(ServingSettings):
-    """The coordinator of one federated run.
+    """The coordinator of one federated run. `fedmezo-coordinator init` makes a state folder for it.
 
     Settings come from flags, then from FEDMEZO_COORDINATOR_* in the environment, then from the TOML
     file that --config names.
@@ -302,7 +302,9 @@ class CoordinatorSettings(ServingSettings):
         A rate that comes later, as one from `probe_rows` does, is not missed.
         """
         later = rate_comes_later or self.probe_rows is not None
-        values = {"model": model_label(self.model), **self.run}
+        # Where callers are known, a worker reads no others' answers unless the run says so.
+        readers = {} if self.state is None else {"journal_readers": "observers"}
+        values = {"model": model_label(self.model), **readers, **self.run}
         return parse_run(values, where, rate_comes_later=later)
 
 

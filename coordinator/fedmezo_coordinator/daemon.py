@@ -10,7 +10,7 @@ import contextlib
 import hmac
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.serving.status_report import ReplicaView
 from fedmezo_coordinator.snapshot_store import SnapshotStore
 from fedmezo_core.errors import (
+    ConfigError,
     JournalCorruptError,
     ProtocolError,
     SnapshotError,
@@ -32,6 +33,7 @@ from fedmezo_core.journal.codec import (
     encode_records,
     evaluated_from_pb,
     evaluated_to_pb,
+    excluded_to_pb,
 )
 from fedmezo_core.journal.journal import ANSWERED, MOVES_HEAD, SNAPSHOTTED, Entry, Journal
 from fedmezo_core.journal.sealed import SealedState, seal
@@ -41,18 +43,21 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import STATE_VERSION, state_of, state_to_pb
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
     Evaluated,
+    Excluded,
     Paused,
+    Readmitted,
     Record,
     Resumed,
     Snapshotted,
     Stopped,
     digest64_hex,
 )
-from fedmezo_core.wire.admission import check_run_id
+from fedmezo_core.wire.admission import check_run_id, check_worker_name
 from fedmezo_core.wire.messages import snapshot_to_pb
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -66,6 +71,14 @@ FOLLOWED_WHEN_SEALED = MOVES_HEAD | {SNAPSHOTTED}
 @dataclass(frozen=True, slots=True)
 class _FromReplica(Item):
     request: wire.ReportReplicaRequest
+
+
+@dataclass(frozen=True, slots=True)
+class _Ordered(Item):
+    """What an operator asks for, between two other events."""
+
+    order: Callable[[RoundMachine], Ready]
+    done: asyncio.Future[None]
 
 
 class Daemon(ServingLoop[Ready]):
@@ -92,7 +105,7 @@ class Daemon(ServingLoop[Ready]):
         """
         super().__init__(session_limit)
         self._pages.journal = journal
-        self._machine = RoundMachine(has_replica=has_replica)
+        self._machine = RoundMachine(has_replica=has_replica, slot_secret=secrets.token_bytes(32))
         self._signer = signer
         self._snapshots = SnapshotStore(snapshots)
         self._folds.append(self._fold_snapshots)
@@ -101,6 +114,7 @@ class Daemon(ServingLoop[Ready]):
         self._checking: asyncio.Task[None] | None = None
         self._checked: tuple[Snapshotted, ...] = ()
         self._loading = True
+        self._carried_out: list[asyncio.Future[None]] = []
         self.replica_secret = secrets.token_bytes(32)
         self.replica = ReplicaView()
 
@@ -198,6 +212,23 @@ class Daemon(ServingLoop[Ready]):
         """Let a paused run go on; before `serve`. Raises `ConfigError` if it is not paused."""
         await self._flush([self._machine.resume(rate_factor)])
 
+    async def exclude(self, worker: str, reason: str) -> None:
+        """Take a worker out of the run, on the record; returns when that is durable.
+
+        Raises `ConfigError` as `RoundMachine.exclude` does.
+        """
+        check_worker_name(worker)
+        await self._carry_out(lambda machine: machine.exclude(worker, reason))
+
+    async def readmit(self, worker: str) -> None:
+        """Let an excluded worker take part again; raises `ConfigError` if it is not excluded."""
+        await self._carry_out(lambda machine: machine.readmit(worker))
+
+    async def _carry_out(self, order: Callable[[RoundMachine], Ready]) -> None:
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await self._items.put(_Ordered(order, done))
+        await done
+
     @property
     def pause_reason(self) -> str:
         """Why the run is paused; empty if it is not."""
@@ -217,6 +248,10 @@ class Daemon(ServingLoop[Ready]):
 
     async def _after_turn(self) -> None:
         """Record the replica's snapshot, seal the state, and drop records that nobody needs."""
+        for done in self._carried_out:
+            if not done.done():  # The caller may have gone away.
+                done.set_result(None)
+        self._carried_out.clear()
         await self._record_snapshot()
         await self._seal()
         await self._compact()
@@ -334,11 +369,29 @@ class Daemon(ServingLoop[Ready]):
         return entries
 
     def _fold_snapshots(self, entry: Entry) -> None:
-        self._snapshots.fold(entry, self._machine.state.agreed)
+        self._snapshots.fold(entry)
+        self._snapshots.note_agreed(entry, self._machine.state.agreed)
 
     def _step_other(self, item: Item) -> list[Ready]:
-        assert isinstance(item, _FromReplica), "nothing else comes"
-        return self._from_replica(item.request)
+        match item:
+            case _FromReplica(request):
+                return self._from_replica(request)
+            case _Ordered(order, done):
+                return self._ordered(order, done)
+            case _:
+                raise AssertionError("nothing else comes")
+
+    def _ordered(
+        self, order: Callable[[RoundMachine], Ready], done: asyncio.Future[None]
+    ) -> list[Ready]:
+        try:
+            ready = order(self._machine)
+        except ConfigError as error:
+            if not done.done():
+                done.set_exception(error)
+            return []
+        self._carried_out.append(done)
+        return [ready]
 
     def _from_replica(self, request: wire.ReportReplicaRequest) -> list[Ready]:
         self.replica.complaint = ""
@@ -414,8 +467,14 @@ class Daemon(ServingLoop[Ready]):
                 )
             case Paused(round_, reason):
                 log.error("the run is paused after round %d: %s", round_, reason)
+            case Excluded(round_, worker, reason):
+                log.warning("worker %s is excluded after round %d: %s", worker, round_, reason)
+            case Readmitted(_, worker):
+                log.info("worker %s may take part again", worker)
             case Resumed(rate_factor):
                 log.info("the run is resumed, with learning rates times %g", rate_factor)
+            case Admitted(worker, key):
+                log.info("worker %s signs its answers with key %s", worker, key.hex())
             case Snapshotted(round_):
                 log.info("snapshot of round %d, %d bytes", round_, record.file_bytes)
             case Stopped(round_, reason):
@@ -481,16 +540,14 @@ class Daemon(ServingLoop[Ready]):
             raise ProtocolError("The replica's snapshot has no digest, no bytes or no round.")
         await self._items.put(_FromReplica(request))
 
-    def status(self, run_id: str) -> wire.GetStatusResponse:
-        """The status of the run, with its newest evaluations and divergences.
-
-        Raises `WrongRunError` if `run_id` is another run's.
-        """
-        answer, state = super().status(run_id), self._machine.state
+    def _whole_status(self) -> wire.GetStatusResponse:
+        """The status of the run, with its newest evaluations and divergences."""
+        answer, state = super()._whole_status(), self._machine.state
         best = state.health.best
         if best is not None and best not in state.evaluations:
             answer.evaluations.append(evaluated_to_pb(best))
         answer.evaluations.extend(evaluated_to_pb(e) for e in state.evaluations)
+        answer.excluded.extend(excluded_to_pb(e) for e in state.excluded.values())
         answer.divergences.extend(diverged_to_pb(d) for d in state.divergences)
         answer.replica_complaint = self.replica.complaints
         if self.replica.evaluates and self._machine.phase is Phase.FINISHED:

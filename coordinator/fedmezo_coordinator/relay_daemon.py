@@ -12,6 +12,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.serving.loop import Item, ServingLoop
 from fedmezo_coordinator.serving.session_limit import SessionLimit
@@ -41,6 +43,7 @@ from fedmezo_core.events import (
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Row, chain_after, head_after
 from fedmezo_core.machines.relay import RelayMachine, RelayReady, RelayUp
 from fedmezo_core.records import digest64_hex
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import (
@@ -85,8 +88,14 @@ class Relay(ServingLoop[RelayReady]):
         settings: RelaySettings,
         client: CoordinatorClient,
         session_limit: SessionLimit | None = None,
+        signing_key: Ed25519PrivateKey | None = None,
     ) -> None:
-        """`client` is connected to the coordinator above; the caller closes it."""
+        """`client` is connected to the coordinator above; the caller closes it.
+
+        `signing_key` signs what the relay answers there; None: that is not signed.
+        """
+        self._signing_key = signing_key
+        self._signer: AnswerSigner | None = None
         super().__init__(session_limit)
         self._settings = settings
         self._client = client
@@ -118,6 +127,8 @@ class Relay(ServingLoop[RelayReady]):
         self._reconnecting.reached()
         self._key = description.checkpoint_key
         body = description.genesis_body
+        if self._signing_key is not None:
+            self._signer = AnswerSigner(self._signing_key, description.head)
         row = Row(0, body, chain_after(ZERO_HASH, 0, body))
         self._fold(Entry(row, description.head))
         async for page in self._history.open(description):
@@ -299,10 +310,12 @@ class Relay(ServingLoop[RelayReady]):
     ) -> wire.SessionRequest:
         match action:
             case SendHello(round_, head):
-                return hello_to_pb(self.genesis, self._settings.name, round_, head)
+                return hello_to_pb(
+                    self.genesis, self._settings.name, round_, head, signer=self._signer
+                )
             case SendAnswer():
                 log.info("round %d answered above", action.ticket.round)
-                return answer_to_pb(action)
+                return answer_to_pb(action, self._signer)
             case SendUnable():
                 log.warning("round %d not answered above: %s", action.ticket.round, action.reason)
                 return unable_to_pb(action)

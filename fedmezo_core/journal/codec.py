@@ -19,13 +19,16 @@ from pydantic import BaseModel, ValidationError
 from fedmezo_core.config import RunConfig, sentence_of
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
     Evaluated,
+    Excluded,
     Genesis,
     Opened,
     Paused,
+    Readmitted,
     Record,
     Resumed,
     RoundSlot,
@@ -39,6 +42,7 @@ from fedmezo_core.records import (
 from fedmezo_proto.v1 import journal_pb2 as pb
 
 DIGEST_BYTES = 32
+SIGNATURE_BYTES = 64
 MessageT = TypeVar("MessageT", bound=Message)
 
 _FIRST_BYTES = {field.name: field.number << 3 | 2 for field in pb.Record.DESCRIPTOR.fields}
@@ -199,10 +203,16 @@ def _record_to_pb(record: Record) -> pb.Record:
             return pb.Record(resumed=_as(pb.Resumed, record))
         case Stopped():
             return pb.Record(stopped=_as(pb.Stopped, record))
+        case Excluded():
+            return pb.Record(excluded=excluded_to_pb(record))
+        case Readmitted():
+            return pb.Record(readmitted=_as(pb.Readmitted, record))
         case SignedHead():
             return pb.Record(checkpoint=_as(pb.Checkpoint, record))
         case Snapshotted():
             return pb.Record(snapshotted=_as(pb.Snapshotted, record))
+        case Admitted():
+            return pb.Record(admitted=admitted_to_pb(record))
 
 
 def _as(kind: type[MessageT], record: Any, **others: Any) -> MessageT:
@@ -277,6 +287,10 @@ def _record_from_pb(message: pb.Record, kind: str) -> Record:
             return Resumed(positive(message.resumed.rate_factor, "rate factor"))
         case "stopped":
             return Stopped(message.stopped.round, message.stopped.reason)
+        case "excluded":
+            return excluded_from_pb(message.excluded)
+        case "readmitted":
+            return Readmitted(message.readmitted.round, message.readmitted.worker)
         case "checkpoint":
             found = message.checkpoint
             return SignedHead(
@@ -294,6 +308,8 @@ def _record_from_pb(message: pb.Record, kind: str) -> Record:
                 file_sha256=digest_in(snapshotted.file_sha256, "file_sha256"),
                 file_bytes=snapshotted.file_bytes,
             )
+        case "admitted":
+            return admitted_from_pb(message.admitted)
         case _:
             raise ProtocolError("its kind is not known to this version")
 
@@ -322,11 +338,15 @@ def answered_to_pb(record: Answered) -> pb.Answered:
         mean_loss=scalars.mean_loss,
         weights_digest64=scalars.weights_digest64,
         rows=scalars.rows,
+        signature=record.signature,
     )
 
 
 def answered_from_pb(message: pb.Answered) -> Answered:
-    """An accepted answer from a message; `ProtocolError` if it holds a value that is no number."""
+    """An accepted answer from a message.
+
+    Raises `ProtocolError` if it holds a value that is no number, or bytes that are no signature.
+    """
     has = message.HasField
     grads = tuple(message.projected_grads[:])  # a slice is made in one step
     # As for a commit's coefficients: infinities and NaN stay in the sum. An unset loss counts 0.
@@ -334,6 +354,8 @@ def answered_from_pb(message: pb.Answered) -> Answered:
         raise ProtocolError(
             f"the answer to slot {message.slot} of round {message.round} holds what is no number"
         )
+    if len(message.signature) not in (0, SIGNATURE_BYTES):
+        raise ProtocolError(f"a signature is {len(message.signature)} bytes long, not 64")
     return Answered(
         message.round,
         message.slot,
@@ -343,7 +365,18 @@ def answered_from_pb(message: pb.Answered) -> Answered:
             message.weights_digest64 if has("weights_digest64") else None,
             message.rows if has("rows") else None,
         ),
+        message.signature,
     )
+
+
+def admitted_to_pb(record: Admitted) -> pb.Admitted:
+    """A worker's key as a message."""
+    return _as(pb.Admitted, record)
+
+
+def admitted_from_pb(message: pb.Admitted) -> Admitted:
+    """A worker's key from a message; `ProtocolError` if it is not 32 bytes long."""
+    return Admitted(message.worker, digest_in(message.key, "key"))
 
 
 def diverged_to_pb(record: Diverged) -> pb.Diverged:
@@ -359,6 +392,16 @@ def diverged_from_pb(message: pb.Diverged) -> Diverged:
         found_digest64=message.found_digest64,
         expected_digest64=message.expected_digest64,
     )
+
+
+def excluded_to_pb(record: Excluded) -> pb.Excluded:
+    """An exclusion as a message."""
+    return _as(pb.Excluded, record)
+
+
+def excluded_from_pb(message: pb.Excluded) -> Excluded:
+    """An exclusion from a message."""
+    return Excluded(message.round, message.worker, message.reason)
 
 
 def evaluated_to_pb(record: Evaluated) -> pb.Evaluated:

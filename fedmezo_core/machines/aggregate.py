@@ -20,9 +20,8 @@ from fedmezo_core.records import Scalars
 
 CLIP_ROUNDS = 8
 """Newest rounds whose usual sizes count, beside a round's own answers, in what is usual."""
-CLIP_SPREAD = 4
-"""How much more the sizes of answers of few projected gradients vary: an answer of n may be
-1 + this / n times as large as one of many."""
+FAR_LARGER = 5.0
+"""An answer that is clipped and this many times as large as usual is told to the operator."""
 GAIN_LIMIT = 2.0
 """Gain of a step by its slope, over the loss, from which on more directions make it at most twice
 as long. About a quarter of a squared projected gradient is the same on all batches, so that such a
@@ -163,36 +162,102 @@ def size_of(projected_grads: Sequence[float]) -> float:
 
 
 def clipped(
-    answers: Sequence[tuple[float, ...]], earlier: Iterable[float], factor: float
+    answers: Sequence[tuple[float, ...]], earlier: Iterable[float], config: RunConfig
 ) -> tuple[list[tuple[float, ...]], float]:
     """The projected gradients of a round's answers, none of them much larger than is usual.
 
     Usual is the lower median of the sizes (`size_of`) of these answers, of which all have n
     projected gradients, and of `earlier`, the lower medians of rounds before. Sizes of 0 do not
-    count. An answer larger than limit = factor * usual * (1 + CLIP_SPREAD / n) is multiplied by
-    limit / size, which keeps its direction; every operation is rounded to binary64 from the left.
+    count. An answer larger than limit = clip_median_factor * usual * (1 + clip_spread / n) is
+    multiplied by limit / size, which keeps its direction. One that is also larger than
+    clip_drop_factor * (clip_median_factor * usual) becomes zeros, if that factor is not 0. Every
+    operation is rounded to binary64 from the left.
     The others stay as they are, the same objects. Also returns the lower median of these answers'
     sizes alone; 0 if all are 0.
     """
     sizes = [size_of(grads) for grads in answers]
     own = sorted(filter(None, sizes))
     usual = _lower_median(sorted([*own, *filter(None, earlier)]))
-    limit = factor * usual * (1 + CLIP_SPREAD / len(answers[0]))
+    allowed = config.clip_median_factor * usual
+    limit = allowed * (1 + config.clip_spread / len(answers[0]))
+    most = max(limit, config.clip_drop_factor * allowed) if config.clip_drop_factor else math.inf
     taken = list(answers)
     if own and own[-1] > limit:
         for number, size in enumerate(sizes):
-            if size > limit:
+            if size > most:
+                taken[number] = (0.0,) * len(answers[number])
+            elif size > limit:
                 shrink = limit / size
                 taken[number] = tuple([grad * shrink for grad in answers[number]])
     return taken, _lower_median(own)
+
+
+def is_far_larger(before: Sequence[float], after: Sequence[float], config: RunConfig) -> bool:
+    """Whether an answer that was clipped was so much larger than usual that something is wrong."""
+    limit = size_of(after)
+    allowed = config.clip_median_factor * (1 + config.clip_spread / len(before))
+    return limit == 0 or size_of(before) * allowed > FAR_LARGER * limit
+
+
+def combined(shares: list[Share], config: RunConfig) -> list[Share]:
+    """The shares of answers along the same seeds as one, by the contract's `aggregation`.
+
+    Its projected gradient of a seed is made of the column of those of all answers, ascending. Of n
+    answers,
+
+    - trimmed_mean: the mean without the k smallest and the k largest, with k =
+      floor(trimmed_share * n), at most (n - 1) / 2 rounded down;
+    - median: the one in the middle, or the mean of the two in the middle;
+    - sign_vote: the usual size times the sign of (count of those above 0) - (count of those below
+      0), which is 0, 1 or -1. The usual size is the lower median of the answers' sizes that are not
+      0 (0 if all are), so that plain steps have the scale of the projected gradients.
+
+    A mean is (fsum(values) + 0.0) / count, so that a zero is never -0.0. The share's loss is the
+    lower median of those that answers carry. With the `aggregation` mean, the shares stay as they
+    are. The order of the answers never matters.
+    """
+    if config.aggregation == "mean":
+        return shares
+    answers = [share.projected_grads for share in shares]
+    losses = sorted(share.mean_loss for share in shares if share.mean_loss is not None)
+    loss = _lower_median(losses) if losses else None
+    first = shares[0]
+    return [Share(first.seeds, _by_column(answers, config), first.learning_rate, mean_loss=loss)]
+
+
+def _by_column(answers: Sequence[Sequence[float]], config: RunConfig) -> tuple[float, ...]:
+    columns = [sorted(column) for column in zip(*answers, strict=True)]
+    count = len(answers)
+    if config.aggregation == "sign_vote":
+        size = _lower_median(sorted(filter(None, map(size_of, answers))))
+        votes = [sum((grad > 0) - (grad < 0) for grad in column) for column in columns]
+        return tuple(size * ((vote > 0) - (vote < 0)) for vote in votes)
+    most = (count - 1) // 2
+    trims = config.aggregation == "trimmed_mean"
+    cut = min(int(config.trimmed_share * count), most) if trims else most
+    kept = [column[cut : count - cut] for column in columns]
+    return tuple((math.fsum(column) + 0.0) / len(column) for column in kept)
 
 
 def _lower_median(ascending: Sequence[float]) -> float:
     return ascending[(len(ascending) - 1) // 2] if ascending else 0.0
 
 
+def site_answer(answers: Sequence[Scalars], config: RunConfig) -> Scalars:
+    """What a relay answers for its workers, which all measured along the same seeds.
+
+    It is their `site_mean`. With another `aggregation` than the mean, each projected gradient is
+    binary32 of what `combined` makes of its column.
+    """
+    mean = site_mean(answers)
+    if config.aggregation == "mean":
+        return mean
+    columns = _by_column([answer.projected_grads for answer in answers], config)
+    return mean._replace(projected_grads=all_to_binary32(columns))
+
+
 def site_mean(answers: Sequence[Scalars]) -> Scalars:
-    """What a relay makes of the answers of its workers, all measured along the same seeds.
+    """The mean of answers that were measured along the same seeds.
 
     Each projected gradient is binary32( fsum(grad * rows) / sum of rows ): products rounded to
     binary64, their sum exact and rounded once, so that the order of the answers does not matter,

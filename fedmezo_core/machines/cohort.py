@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 from collections.abc import Iterable
 
 
@@ -22,3 +23,18 @@ def choose_cohort(
         names.sort(key=lambda name: hashlib.sha256(prefix + name.encode()).digest())
         names = sorted(names[:size_max])
     return tuple(names)
+
+
+def shuffled(
+    workers: Iterable[str], secret: bytes, round_: int, first_slot: int
+) -> tuple[str, ...]:
+    """`workers` in an order that nobody can tell who does not know `secret` (32 random bytes).
+
+    It is another one in each round. The journal holds it, so a restart needs no secret of before.
+    """
+    place = round_.to_bytes(8, "little") + first_slot.to_bytes(4, "little")
+
+    def key(worker: str) -> bytes:
+        return hmac.digest(secret, b"fedmezo slots v1\0" + place + worker.encode(), "sha256")
+
+    return tuple(sorted(workers, key=key))

@@ -65,7 +65,7 @@ from fedmezo_core.events import (
     WorkerLost,
     WorkerReady,
 )
-from fedmezo_core.machines.aggregate import CLIP_ROUNDS, clipped, site_mean
+from fedmezo_core.machines.aggregate import CLIP_ROUNDS, clipped, is_far_larger, site_answer
 from fedmezo_core.machines.answers import ROWS_MAX, checked, content_of
 from fedmezo_core.machines.divergence import DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX, Phase, Roster, RoundSummary
@@ -409,7 +409,7 @@ class RelayMachine:
     # ------------------------------------------------------------ workers
 
     def _worker_ready(self, worker: str) -> None:
-        self.roster.join(worker)
+        self.roster.join(worker, self.round + 1)
         self._lost_at_ms.pop(worker, None)
         site = self._open
         if self._finished:
@@ -532,7 +532,12 @@ class RelayMachine:
         site.counted = tuple(sorted(answers))
         self._open, self._answered = None, site
         self.roster.release_all()
-        mean = site_mean(self._clipped(site, [answers[worker] for worker in site.counted]))
+        counted = [answers[worker] for worker in site.counted]
+        mean = site_answer(self._clipped(site, counted), self.config)
+        given = [(w, a.projected_grads) for w, a in zip(site.counted, counted, strict=True)]
+        # A site's workers always measure along the same directions.
+        if warning := self.roster.compare(site.given.round, given, is_shared=True):
+            self._warnings.append(warning)
         self._recent.append(RoundSummary(site.given.round, mean.mean_loss, len(answers)))
         assert mean.rows is not None
         scalars = mean._replace(weights_digest64=digest64, rows=min(mean.rows, ROWS_MAX))
@@ -540,15 +545,16 @@ class RelayMachine:
 
     def _clipped(self, site: _SiteRound, answers: list[Scalars]) -> list[Scalars]:
         """The answers of `site.counted`, clipped as the coordinator above clips those of sites."""
-        factor = self.config.clip_median_factor
-        if not factor:
+        if not self.config.clip_median_factor:
             return answers
         given = [answer.projected_grads for answer in answers]
-        taken, size = clipped(given, self._usual_sizes, factor)
+        taken, size = clipped(given, self._usual_sizes, self.config)
         if size:
             self._usual_sizes.append(size)
         scaled = [
-            one for one in zip(site.counted, given, taken, strict=True) if one[1] is not one[2]
+            (worker, before, after)
+            for worker, before, after in zip(site.counted, given, taken, strict=True)
+            if after is not before and is_far_larger(before, after, self.config)
         ]
         if scaled:
             self._warnings.append(self.roster.clipped(site.given.round, scaled))

@@ -7,7 +7,7 @@ which work is assigned and which answers count.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -16,6 +16,7 @@ from fedmezo_core.errors import ProtocolError, StaleTicketError, UnknownWorkerEr
 from fedmezo_core.events import AnswerReceived, Expel, Refuse, UnableReceived
 from fedmezo_core.machines.aggregate import size_of
 from fedmezo_core.machines.cohort import choose_cohort
+from fedmezo_core.machines.scores import Score, see_commit
 from fedmezo_core.records import RoundSlot
 
 RECENT_ROUNDS_MAX = 1000
@@ -26,6 +27,8 @@ AGAIN_AFTER_ROUNDS = 32
 """Rounds after which a worker that missed a deadline is waited for again, for one more deadline.
 Each further miss doubles them. A worker that is slower than the others needs this: where nobody
 waits for it, each of its answers comes after the commit."""
+PARDONS_MAX = 6
+"""Pardons after which the time to the next one no longer doubles: it is 1,024 rounds."""
 NAMED_MAX = 3
 """Most workers that one sentence for the log names."""
 COMPLAINT_CHARS_MAX = 512
@@ -70,15 +73,29 @@ class WorkerView:
     learning_rate: float | None = None
     """Learning rate of the last assignment."""
     misses: int = 0
-    """Deadlines that passed while the worker was waited for, since it last answered. Joining
-    again makes up for the first one alone: otherwise a worker that joins, stays silent and joins
-    again could hold up every round."""
+    """Deadlines that passed while the worker was waited for, since it was last pardoned."""
+    pardons: int = 0
+    """How often its misses were pardoned, because it answered or joined again."""
+    pardon_round: int = 0
+    """First round in which its misses can be pardoned again."""
+    score: Score = field(default_factory=Score)
+    """How its answers compare with those of others."""
     again_round: int = 0
     """First round in which a worker with misses is waited for once more."""
 
     def is_late(self, round_: int) -> bool:
         """Whether it missed a deadline, so that `round_` does not wait for it."""
         return self.misses > 0 and round_ < self.again_round
+
+    def pardon(self, round_: int) -> None:
+        """It has answered `round_` in time, or joined again before it: forget what it missed.
+
+        The first time that is so at once. Later it takes the longer the more often it was, so that
+        a worker cannot miss one deadline after the other.
+        """
+        if self.misses and round_ >= self.pardon_round:
+            self.misses = 0
+            self.pardons = min(self.pardons + 1, PARDONS_MAX)
 
 
 class Roster:
@@ -117,17 +134,15 @@ class Roster:
 
     # ------------------------------------------------------------ coming and going
 
-    def join(self, worker: str) -> None:
-        """The worker's session is open."""
+    def join(self, worker: str, round_: int) -> None:
+        """The worker's session is open; `round_` is the next one to be committed."""
         view = self.view(worker)
         view.complaint = ""
-        if view.misses == 1:
-            view.again_round = 0
+        view.pardon(round_)
         self.ready.add(worker)
-        assignment = self.assignments.get(worker)
-        if assignment is None:
+        if worker not in self.assignments:
             self.idle.add(worker)
-        elif not view.is_late(assignment.round):
+        elif not view.is_late(round_):
             self.waited_for.add(worker)
 
     def leave(self, worker: str) -> None:
@@ -163,11 +178,11 @@ class Roster:
         for worker in self.waited_for.intersection(workers):
             self.waited_for.discard(worker)
             if worker in self.workers:
-                view = self.workers[worker]
-                view.again_round = (
-                    self.assignments[worker].round + AGAIN_AFTER_ROUNDS * 2**view.misses
-                )
+                view, round_ = self.workers[worker], self.assignments[worker].round
+                view.again_round = round_ + AGAIN_AFTER_ROUNDS * 2**view.misses
                 view.misses += 1
+                if view.pardons:
+                    view.pardon_round = round_ + AGAIN_AFTER_ROUNDS * 2 ** (view.pardons - 1)
 
     def choose(
         self, run_seed: int, round_: int, workers: Iterable[str], size_max: int
@@ -202,7 +217,8 @@ class Roster:
         """The worker's answer was accepted."""
         self.release(worker, assignment)
         view = self.view(worker)
-        view.mean_loss, view.misses, view.complaint = mean_loss, 0, ""
+        view.mean_loss, view.complaint = mean_loss, ""
+        view.pardon(assignment.round)
 
     def unable(self, event: UnableReceived) -> None:
         """The worker cannot measure its assignment."""
@@ -252,6 +268,20 @@ class Roster:
             f"round {round_}: answers far larger than usual were scaled down: "
             f"{', '.join(named[:NAMED_MAX])}{more}"
         )
+
+    def compare(
+        self, round_: int, answers: Sequence[tuple[str, tuple[float, ...]]], *, is_shared: bool
+    ) -> str:
+        """Let the workers' scores see their answers to `round_`; returns a sentence for the log.
+
+        is_shared: whether all were measured along the same directions. The sentence is empty if
+        nothing is wrong that was not said before.
+        """
+        scores = [self.view(worker).score for worker, _ in answers]
+        found = see_commit(scores, [grads for _, grads in answers], is_shared=is_shared)
+        named = [f"{answers[position][0]} {wrong}" for position, wrong in found]
+        more = f"; and {len(named) - NAMED_MAX} more" if len(named) > NAMED_MAX else ""
+        return f"round {round_}: {'; '.join(named[:NAMED_MAX])}{more}" if named else ""
 
     @staticmethod
     def stale(event: AnswerReceived | UnableReceived, now: str) -> StaleTicketError:

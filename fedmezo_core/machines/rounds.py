@@ -20,7 +20,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedmezo_core.config import COHORT_MAX, RunConfig
-from fedmezo_core.errors import ConfigError, EquivocationError, JournalError, StaleTicketError
+from fedmezo_core.errors import (
+    ConfigError,
+    EquivocationError,
+    ExcludedError,
+    JournalError,
+    StaleTicketError,
+)
 from fedmezo_core.events import (
     Ack,
     AnswerReceived,
@@ -41,23 +47,34 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.aggregate import (
     coefficients_of,
+    combined,
     commit_factor,
     decay_of,
+    is_far_larger,
     to_binary32,
 )
 from fedmezo_core.machines.answers import checked, content_of, is_digest_round
+from fedmezo_core.machines.cohort import shuffled
 from fedmezo_core.machines.divergence import REPLICA_PARTY, DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.rates import own_rates, schedule_factor
 from fedmezo_core.machines.roster import COMPLAINT_CHARS_MAX, Phase, Roster, RoundSummary
-from fedmezo_core.machines.run_state import RoundState, RunState, keep_newest_rounds
+from fedmezo_core.machines.run_state import (
+    EXCLUDED_MAX,
+    RoundState,
+    RunState,
+    keep_newest_rounds,
+)
 from fedmezo_core.machines.seeds import seed_ranges_of, seeds_of
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
+    Excluded,
     Genesis,
     Opened,
     Paused,
+    Readmitted,
     Record,
     Resumed,
     RoundSlot,
@@ -76,8 +93,13 @@ FRUITLESS_DEADLINES_MAX = 2
 class RoundMachine:
     """Opens rounds, takes answers, compares weights, commits. See the module's text for its use."""
 
-    def __init__(self, *, has_replica: bool = False) -> None:
-        """`has_replica`: whether the replica's digests come, so that its word is waited for."""
+    def __init__(self, *, has_replica: bool = False, slot_secret: bytes = b"") -> None:
+        """`has_replica`: whether the replica's digests come, so that its word is waited for.
+
+        `slot_secret` (32 random bytes, which nobody else knows) decides the order of a cohort's
+        slots in runs whose commits must not tell whose their pairs are; only those need it.
+        """
+        self._slot_secret = slot_secret
         self.has_replica = has_replica
         self.state = RunState()
         self.roster = Roster("this coordinator start")
@@ -178,6 +200,8 @@ class RoundMachine:
         Raises `JournalError` without a genesis.
         """
         assert not self._started, "a machine starts once"
+        hides = self.config.journal_readers != "everyone"
+        assert self._slot_secret or not hides, "the order of the slots needs a secret"
         self._now_ms = now_ms
         self._restart_deadline()
         self._started = True
@@ -206,6 +230,59 @@ class RoundMachine:
         self._restart_deadline()
         self._advance()
         return self._take_ready()
+
+    def exclude(self, worker: str, reason: str) -> Ready:
+        """Take a worker out of the run, with its answers that no commit holds, for `reason`.
+
+        Its session ends, and it takes no part until `readmit`. The worker need not be known yet.
+        Raises `ConfigError` if it is excluded already or cannot be, or without a reason.
+        """
+        assert self._started, "start comes before an exclusion"
+        reason = " ".join(reason.split())
+        if worker == REPLICA_PARTY:
+            raise ConfigError(f"{worker!r} is the coordinator's own; name a worker to exclude.")
+        if worker in self.state.excluded:
+            raise ConfigError(
+                f"Worker {worker} is excluded already: {self.state.excluded[worker].reason}; "
+                "readmit it first to give another reason."
+            )
+        if not 0 < len(reason) <= COMPLAINT_CHARS_MAX:
+            raise ConfigError(
+                f"The reason has {len(reason)} characters; say in 1 to {COMPLAINT_CHARS_MAX} why "
+                f"worker {worker} is excluded."
+            )
+        if len(self.state.excluded) >= EXCLUDED_MAX:
+            raise ConfigError(
+                f"{EXCLUDED_MAX} workers are excluded, the most; readmit one before the next."
+            )
+        record = Excluded(self.state.round, worker, reason)
+        self._record(record)
+        if worker in self.roster.ready:
+            self._messages.append(self._excluded(record))
+        assignment = self.roster.assignments.get(worker)
+        if assignment is not None:
+            self.roster.release(worker, assignment)
+        self._advance()
+        return self._take_ready()
+
+    def readmit(self, worker: str) -> Ready:
+        """Let an excluded worker take part again, once it joins.
+
+        Raises `ConfigError` if it is not excluded.
+        """
+        assert self._started, "start comes before a readmission"
+        if worker not in self.state.excluded:
+            raise ConfigError(
+                f"Worker {worker} is not excluded; fedmezo status names those that are."
+            )
+        self._record(Readmitted(self.state.round, worker))
+        self._advance()
+        return self._take_ready()
+
+    def _excluded(self, record: Excluded) -> Expel:
+        """End the session of an excluded worker; returns the message to it."""
+        self.roster.leave(record.worker)
+        return Expel(record.worker, excluded_sentence(record), ExcludedError.__name__)
 
     def step(self, event: RoundEvent) -> Ready:
         """Take one event; the driver owes what is returned before it calls again."""
@@ -239,7 +316,11 @@ class RoundMachine:
             )
             self._messages.append(Expel(worker, sentence))
             return
-        self.roster.join(worker)
+        excluded = self.state.excluded.get(worker)
+        if excluded is not None:
+            self._messages.append(self._excluded(excluded))
+            return
+        self.roster.join(worker, self.state.round + 1)
         known = self.state.diverged.get(worker)
         if known is not None and not self.roster.view(worker).told_diverged:
             # The coordinator went down, or the worker was away, between finding out and telling.
@@ -263,7 +344,9 @@ class RoundMachine:
         if accepted is None:
             if state.open is None:
                 self._restart_deadline()
-            self._record(Answered(ticket.round, ticket.slot, scalars))
+            if event.signature and state.keys.get(event.worker) != event.key:
+                self._record(Admitted(event.worker, event.key))
+            self._record(Answered(ticket.round, ticket.slot, scalars, event.signature))
             assignment = RoundSlot(ticket.round, ticket.slot)
             self.roster.answered(event.worker, assignment, scalars.mean_loss)
         elif content_of(scalars) != content_of(accepted.record.scalars):
@@ -409,9 +492,12 @@ class RoundMachine:
             self._replica_agreed_round = max(self._replica_agreed_round, round_)
 
     def _commit(self, current: RoundState, answers: list[Answered]) -> None:
-        workers = {self.state.worker_of(answer) for answer in answers}
+        given = [(self.state.worker_of(answer), answer.projected_grads) for answer in answers]
         overdue = self._now_ms >= self._closes_at_ms
         self._record(self._committed(current, answers))
+        is_shared = self.config.seed_policy == "shared"
+        if warning := self.roster.compare(current.round, given, is_shared=is_shared):
+            self._warnings.append(warning)
         late = {
             worker: assignment
             for worker, assignment in self.roster.assignments.items()
@@ -424,7 +510,7 @@ class RoundMachine:
             self.roster.release(worker, assignment)
         self._restart_deadline()
         self._fruitless_deadlines = 0
-        for worker in workers:
+        for worker in dict(given):
             self.roster.view(worker).rounds_answered += 1
         self._judge_health()
         if self.phase is Phase.FINISHED:
@@ -438,9 +524,11 @@ class RoundMachine:
             (self.state.worker_of(answer), answer.projected_grads, share.projected_grads)
             for answer, share in zip(answers, shares, strict=True)
             if share.projected_grads is not answer.projected_grads
+            and is_far_larger(answer.projected_grads, share.projected_grads, config)
         ]
         if scaled:
             self._warnings.append(self.roster.clipped(current.round, scaled))
+        shares = combined(shares, config)
         coefficients = coefficients_of(shares, config)
         if config.seed_policy == "per_worker":
             seed_ranges = tuple(
@@ -565,6 +653,8 @@ class RoundMachine:
 
     def _add_slots(self, workers: tuple[str, ...]) -> None:
         config, round_, first_slot = self.config, self.state.round + 1, len(self.cohort)
+        if config.journal_readers != "everyone":
+            workers = shuffled(workers, self._slot_secret, round_, first_slot)
         factor = self._factor(round_)
         rates = tuple(
             factor * rate for rate in own_rates(config, round_, workers, self.state.signals())
@@ -613,6 +703,14 @@ class RoundMachine:
         for owed in (self._records, self._messages, self._warnings):
             owed.clear()
         return ready
+
+
+def excluded_sentence(record: Excluded) -> str:
+    """What a worker is told that the operator has excluded."""
+    return (
+        f"The run's operator excluded worker {record.worker} after round {record.round}: "
+        f"{record.reason}. Its answers no longer count; ask the operator to readmit it."
+    )
 
 
 def _diverged_sentence(record: Diverged) -> str:

@@ -27,13 +27,16 @@ from fedmezo_core.machines.rates import SIGNAL_ROUNDS, update_distances
 from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX, WORKERS_SEEN_MAX, RoundSummary
 from fedmezo_core.machines.seeds import Pool, seeds_of
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
     Evaluated,
+    Excluded,
     Genesis,
     Opened,
     Paused,
+    Readmitted,
     Record,
     Resumed,
     RoundSlot,
@@ -43,6 +46,8 @@ from fedmezo_core.records import (
     Stopped,
 )
 
+EXCLUDED_MAX = COHORT_MAX
+"""Most workers that are excluded at a time."""
 DIGESTS_KEPT_MAX = 8
 """Most rounds whose digests are remembered, plus `staleness_max` in a buffered run."""
 
@@ -72,7 +77,8 @@ class RoundState:
     answers: dict[int, Accepted] = field(default_factory=dict)
     """Slot -> its accepted answer."""
     excluded: set[int] = field(default_factory=set)
-    """Answered slots that were measured on diverged weights: never committed."""
+    """Answered slots that are never committed: they were measured on diverged weights, or their
+    worker was excluded."""
     committed: set[int] = field(default_factory=set)
     """Answered slots whose answers are in a commit of this round or of a later one."""
     rates: list[float] = field(default_factory=list)
@@ -89,6 +95,12 @@ class RoundState:
         """Answers that may yet be committed, in slot order."""
         left = self.answers.keys() - (self.excluded | self.committed)
         return [self.answers[slot].record for slot in sorted(left)]
+
+    def drop(self, worker: str, slots: set[int]) -> None:
+        """Never commit the answers to these slots, which are the worker's."""
+        self.excluded |= slots
+        if self.slots.get(worker) in slots:
+            del self.slots[worker]
 
 
 @dataclass(slots=True)
@@ -109,6 +121,8 @@ class RunState:
     """Round -> first 64 bits of the digest of the weights after it, for the newest rounds known."""
     diverged: dict[str, Diverged] = field(default_factory=dict)
     """Party -> its newest divergence, until its weights agree in a committed digest round."""
+    excluded: dict[str, Excluded] = field(default_factory=dict)
+    """Worker -> its exclusion from the run, until it is readmitted."""
     divergences: deque[Diverged] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS_MAX))
     evaluations: deque[Evaluated] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS_MAX))
     recent_rounds: deque[RoundSummary] = field(
@@ -129,6 +143,9 @@ class RunState:
     usual_sizes: deque[float] = field(default_factory=lambda: deque(maxlen=CLIP_ROUNDS))
     """Lower median of the sizes of each of the newest rounds' answers, in a run that clips by it.
     Rounds that measured nothing but 0 are left out."""
+    keys: dict[str, bytes] = field(default_factory=dict)
+    """Worker -> the newest key that its answers were signed with, 32 bytes. The key admitted
+    longest ago comes first."""
     copied: bool = False
     """Whether this is folded from a copy of the commits only, without openings and answers."""
     _shares: tuple[Sequence[Answered], list[Share], float] = field(
@@ -177,6 +194,10 @@ class RunState:
                 self.paused = None
                 self.rate_factor *= rate_factor
                 self.health.resumed()
+            case Admitted(worker, key):
+                self.keys.pop(worker, None)
+                self.keys[worker] = key
+                _keep_latest(self.keys, WORKERS_SEEN_MAX)
             case Stopped():
                 if self.stopped is not None or record.round != self.round:
                     raise _misplaced(
@@ -184,6 +205,8 @@ class RunState:
                         f"an end after round {self.round}, once",
                     )
                 self.stopped = record
+            case Excluded() | Readmitted():
+                self._apply_membership(record)
             case Snapshotted(round_):
                 if not 1 <= round_ <= self.round:
                     raise _misplaced(
@@ -235,7 +258,12 @@ class RunState:
         return held.cohort[answer.slot]
 
     def assignment_of(self, worker: str) -> RoundSlot | None:
-        """The worker's last assignment, if it can still be answered and has no answer."""
+        """The worker's last assignment, if it can still be answered and has no answer.
+
+        An excluded worker can answer nothing.
+        """
+        if worker in self.excluded:
+            return None
         for held in reversed(list(self.answerable())):
             slot = held.slots.get(worker)
             if slot is not None:
@@ -278,7 +306,7 @@ class RunState:
         }
         grads, size = [answer.projected_grads for answer in answers], 0.0
         if config.clip_median_factor:
-            grads, size = clipped(grads, self.usual_sizes, config.clip_median_factor)
+            grads, size = clipped(grads, self.usual_sizes, config)
         shares = []
         for answer, taken in zip(answers, grads, strict=True):
             rates, discount = by_round[answer.round]
@@ -497,9 +525,28 @@ class RunState:
             if held.cohort[answer.slot] == record.party
             and answer.weights_digest64 == record.found_digest64
         }
-        held.excluded |= differing
-        if held.slots.get(record.party) in differing:
-            del held.slots[record.party]
+        held.drop(record.party, differing)
+
+    def _apply_membership(self, record: Excluded | Readmitted) -> None:
+        known = record.worker in self.excluded
+        if record.round != self.round or known != isinstance(record, Readmitted):
+            raise _misplaced(
+                f"{type(record).__name__} of {record.worker} after round {record.round}",
+                f"an exclusion or readmission, in turn, after round {self.round}",
+            )
+        if isinstance(record, Readmitted):
+            del self.excluded[record.worker]
+            return
+        if len(self.excluded) >= EXCLUDED_MAX:
+            raise _misplaced(
+                f"an exclusion of {record.worker}", f"at most {EXCLUDED_MAX} at a time"
+            )
+        self.excluded[record.worker] = record
+        for held in self.answerable():
+            held.drop(
+                record.worker,
+                {a.slot for a in held.counted() if held.cohort[a.slot] == record.worker},
+            )
 
 
 def keep_newest_rounds(by_round: dict[int, int], config: RunConfig) -> None:

@@ -374,6 +374,7 @@ class SessionMachine:
                 rows=scalars.rows if self._report_rows else None,
             ),
             head64=None if has_digest else digest64_of(running.head),
+            head=running.head,
         )
 
     # Every legal pair; any other raises `ProtocolError`.

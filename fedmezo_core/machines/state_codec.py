@@ -13,24 +13,28 @@ from collections.abc import Iterator
 from fedmezo_core.config import COHORT_MAX, RunConfig
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.journal.codec import (
+    admitted_from_pb,
+    admitted_to_pb,
     answered_from_pb,
     answered_to_pb,
     diverged_from_pb,
     diverged_to_pb,
     evaluated_from_pb,
     evaluated_to_pb,
+    excluded_from_pb,
+    excluded_to_pb,
 )
 from fedmezo_core.journal.sealed import SealedState
 from fedmezo_core.machines.health import Health, LossWatch, Streak, chance_of
 from fedmezo_core.machines.rates import SIGNAL_ROUNDS
 from fedmezo_core.machines.roster import RoundSummary
-from fedmezo_core.machines.run_state import EPOCH_MAX, Accepted, RoundState, RunState
+from fedmezo_core.machines.run_state import EPOCH_MAX, EXCLUDED_MAX, Accepted, RoundState, RunState
 from fedmezo_core.machines.seeds import Pool
-from fedmezo_core.records import Genesis, Paused, Stopped
+from fedmezo_core.records import Admitted, Genesis, Paused, Stopped
 from fedmezo_proto.v1 import journal_pb2
 from fedmezo_proto.v1 import origin_pb2 as pb
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """The way in which records are folded.
 
 It goes up whenever equal records would give another state than before, or the state another
@@ -97,6 +101,8 @@ def state_to_pb(state: RunState) -> pb.RunState:
         zeros=_streak_to_pb(state.health.zeros),
         worsening=_streak_to_pb(state.health.worsening),
         usual_sizes=state.usual_sizes,
+        excluded=[excluded_to_pb(record) for record in state.excluded.values()],
+        keys=[admitted_to_pb(Admitted(w, key)) for w, key in state.keys.items()],
     )
 
 
@@ -135,6 +141,10 @@ def state_from_pb(message: pb.RunState, genesis: Genesis) -> RunState:
         state.losses[one.worker] = deque(one.losses, maxlen=SIGNAL_ROUNDS)
     state.distances.update((one.worker, one.distance) for one in message.distances)
     state.usual_sizes.extend(message.usual_sizes)
+    for excluded in message.excluded:
+        state.excluded[excluded.worker] = excluded_from_pb(excluded)
+    for admitted in map(admitted_from_pb, message.keys):
+        state.keys[admitted.worker] = admitted.key
     state.copied = message.copied
     _check(state, genesis.config)
     return state
@@ -171,6 +181,8 @@ def _wrong_in(state: RunState, config: RunConfig) -> Iterator[str]:
         yield "it compares losses with a guess, whose loss nobody knows in this run"
     if not all(math.isfinite(size) and size > 0 for size in state.usual_sizes):
         yield "a usual size of its answers is not a number above 0"
+    if len(state.excluded) > EXCLUDED_MAX:
+        yield f"it excludes {len(state.excluded)} workers"
     pool = state.pool
     if pool is not None and not math.isfinite(pool.decay + sum(pool.coefficients + pool.sizes)):
         yield "its pool has a number that is not finite"

@@ -12,6 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import ClassVar
 
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ForbiddenError
 
 
@@ -56,6 +57,7 @@ Caller.ANYONE = Caller(Role.ANYONE)
 _READERS = frozenset({Role.ANYONE, Role.REPLICA, Role.WORKER, Role.OBSERVER, Role.OPERATOR})
 _WORKERS = frozenset({Role.ANYONE, Role.WORKER})
 _OPERATORS = frozenset({Role.OPERATOR})
+_SEE_EVERYONE = frozenset({Role.REPLICA, Role.OBSERVER, Role.OPERATOR})
 
 RIGHTS: Mapping[str, frozenset[Role]] = MappingProxyType(
     {
@@ -74,9 +76,21 @@ RIGHTS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/fedmezo.v1.AdminService/ListMembers": _OPERATORS,
         "/fedmezo.v1.AdminService/RevokeMember": _OPERATORS,
         "/fedmezo.v1.AdminService/RotateMember": _OPERATORS,
+        # Anyone only on the coordinator's own machine.
+        "/fedmezo.v1.AdminService/ExcludeWorker": _OPERATORS | {Role.ANYONE},
+        "/fedmezo.v1.AdminService/ReadmitWorker": _OPERATORS | {Role.ANYONE},
     }
 )
 """Path of an RPC -> the roles that may call it. An RPC without a row cannot be called."""
+
+
+def sees_everyone(caller: Caller, config: RunConfig) -> bool:
+    """Whether `caller` may read what a run's journal and status say of single workers.
+
+    A worker may not in a run whose `journal_readers` are its observers; nor may anyone there whose
+    identity is not known.
+    """
+    return config.journal_readers == "everyone" or caller.role in _SEE_EVERYONE
 
 
 def check_allowed(method: str, caller: Caller) -> None:

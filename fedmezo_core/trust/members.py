@@ -221,8 +221,8 @@ class Members:
 
     # ------------------------------------------------------------ what an operator does
 
-    def new_token(self, token: Token) -> Token:
-        """Check a new token; returns its row.
+    def new_token(self, token: Token, beside: int = 0) -> Token:
+        """Check a new token, which `beside` others will be added with; returns its row.
 
         Raises `ConfigError` for what no token may be, and `ForbiddenError` if its name is taken.
         """
@@ -239,7 +239,7 @@ class Members:
                 raise ConfigError("A token with a name can be used once; leave uses out.")
         if not 1 <= token.uses_left <= TOKEN_USES_MAX:
             raise ConfigError(f"uses is 1 to {TOKEN_USES_MAX}.")
-        if len(self._tokens) >= TOKENS_MAX:
+        if len(self._tokens) + beside >= TOKENS_MAX:
             raise ForbiddenError(
                 f"{TOKENS_MAX} tokens can still be used, the most that are kept; wait until some "
                 "expire."

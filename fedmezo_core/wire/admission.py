@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from fedmezo_core.config import NAME_PATTERN, PROTOCOL_VERSION
+from fedmezo_core.config import NAME_PATTERN, PROTOCOL_VERSION, RunConfig
 from fedmezo_core.errors import (
     DivergedError,
     JournalBehindError,
@@ -13,12 +14,17 @@ from fedmezo_core.errors import (
     MismatchError,
     NotReadyError,
     ProtocolError,
+    SignatureError,
+    StaleTicketError,
     VersionError,
     WrongRunError,
 )
 from fedmezo_core.events import AnswerReceived, UnableReceived, WeightsReported
+from fedmezo_core.machines.answers import is_digest_round
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.records import Genesis, digest64_of
+from fedmezo_core.trust.answer_signatures import answer_text, check_signing_key, is_signed
+from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.wire.messages import answer_from_pb, unable_from_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -128,13 +134,61 @@ def check_hello(
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """How the answers of one session are signed, and how their signatures are checked."""
+
+    key: bytes
+    """The worker's public key, 32 bytes: each answer must be signed with it."""
+    config: RunConfig
+    genesis_head: bytes
+    """Head after the run's genesis, 32 bytes."""
+    is_signed: Callable[[bytes, bytes, bytes], bool] = is_signed
+    """Says of a key, a text and a signature whether the signature is the key's for the text."""
+
+
+def signing_of(
+    hello: wire.Hello,
+    caller: Caller,
+    genesis: Genesis,
+    genesis_head: bytes,
+    is_signed: Callable[[bytes, bytes, bytes], bool] = is_signed,
+) -> Signing | None:
+    """How the answers of the session that `hello` opens are signed; None if they are not.
+
+    A member of a fleet signs with the key that it enrolled with. Anyone else may name a key, or
+    none. Raises `SignatureError` for another key than the member's.
+    """
+    if caller.role is Role.WORKER:
+        if not caller.signing_key:
+            raise SignatureError(
+                f"Worker {caller.name} joined this fleet without a signing key, and each answer "
+                "must be signed; join again with a new join string."
+            )
+        if hello.signing_key != caller.signing_key:
+            raise SignatureError(
+                f"Worker {caller.name} would sign with key {hello.signing_key.hex()[:16] or '-'}, "
+                f"but joined with {caller.signing_key.hex()[:16]}; start it with the state folder "
+                "that it joined with."
+            )
+    if not hello.signing_key:
+        return None
+    check_signing_key(hello.signing_key)
+    return Signing(hello.signing_key, genesis.config, genesis_head, is_signed)
+
+
 def event_from_request(
-    worker: str, message: wire.SessionRequest, round_: int, head_at: Callable[[int], bytes]
+    worker: str,
+    message: wire.SessionRequest,
+    round_: int,
+    head_at: Callable[[int], bytes],
+    signing: Signing | None = None,
 ) -> AnswerReceived | UnableReceived | WeightsReported:
     """A message of a worker's open session as an event for the machine that serves it.
 
     `round_` is the last committed round; `head_at` gives the head after a round, empty if it is not
-    known. Raises the `FedMezoError` with which the session must end.
+    known. `signing` is None in a session whose answers are not signed. Raises the `FedMezoError`
+    with which the session must end.
     """
     match message.WhichOneof("kind"):
         case "answer":
@@ -146,7 +200,11 @@ def event_from_request(
                     "than this journal's; restart the worker, so that it rebuilds from base and "
                     "journal."
                 )
-            return answer_from_pb(worker, answer)
+            event = answer_from_pb(worker, answer)
+            event.signature = answer.signature
+            if signing is not None or answer.signature:
+                _check_signature(event, signing, head_at)
+            return event
         case "unable":
             return unable_from_pb(worker, message.unable)
         case "weights_report":
@@ -163,3 +221,60 @@ def event_from_request(
                 f"Message {kind or 'of no known kind'} has no place in an open session; "
                 "use the same FedMeZO version."
             )
+
+
+def _check_signature(
+    event: AnswerReceived, signing: Signing | None, head_at: Callable[[int], bytes]
+) -> None:
+    """Note the key that signed an answer; raises `SignatureError` if it is not the session's.
+
+    The signature must be over what the journal will hold of the answer.
+    """
+    ticket = event.ticket
+    what = f"worker {event.worker}'s answer to round {ticket.round}, slot {ticket.slot}"
+    if signing is None:
+        raise SignatureError(
+            f"A signature came with {what}, but its hello named no signing_key; name the key "
+            "there, or send answers without signatures."
+        )
+    if not event.signature:
+        raise SignatureError(
+            f"No signature came with {what}, but it must be signed with key "
+            f"{signing.key.hex()[:16]}; use a FedMeZO version that signs."
+        )
+    head = head_at(ticket.round - 1) if ticket.round else b""
+    if not head:
+        # The machine may be ahead of what is durable; it never takes an answer that nobody checked.
+        raise StaleTicketError(
+            f"No work of round {ticket.round} is known here, so {what} cannot be checked; drop it "
+            "and connect again."
+        )
+    text = _signed_text(event, signing, head)
+    if not signing.is_signed(signing.key, text, event.signature):
+        raise SignatureError(
+            f"The signature of {what} is not of key {signing.key.hex()[:16]} for this answer, "
+            f"ticket, run and history (head {head.hex()[:16]}): it was altered on its way, or made "
+            "for another one; find out what lies between worker and coordinator."
+        )
+    event.key = signing.key
+
+
+def _signed_text(event: AnswerReceived, signing: Signing, head: bytes) -> bytes:
+    """What must be signed: what the journal will hold of the answer, which `head` is before."""
+    scalars = event.scalars
+    if not is_digest_round(signing.config, event.ticket.round):
+        scalars = scalars._replace(weights_digest64=None)
+    return answer_text(signing.genesis_head, event.ticket, head, scalars)
+
+
+def signed_part(
+    message: wire.SessionRequest, signing: Signing, head_at: Callable[[int], bytes]
+) -> tuple[bytes, bytes, bytes] | None:
+    """The key, the text and the signature that `event_from_request` will ask about, if any."""
+    if not message.HasField("answer") or not message.answer.signature:
+        return None
+    event = answer_from_pb("", message.answer)
+    head = head_at(event.ticket.round - 1) if event.ticket.round else b""
+    if not head:
+        return None
+    return signing.key, _signed_text(event, signing, head), message.answer.signature

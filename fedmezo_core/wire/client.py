@@ -116,7 +116,8 @@ class CoordinatorClient:
         and `IdentityError` for an identity that is not valid now.
         """
         self.address = address
-        self._previous: grpc.aio.Channel | None = None
+        self._retired: list[grpc.aio.Channel] = []
+        self._session_channel: grpc.aio.Channel | None = None
         if identity is not None:
             self._hint = (
                 "that both clocks are right (certificates are valid from one time to another, and "
@@ -145,11 +146,16 @@ class CoordinatorClient:
 
     async def show(self, identity: Identity) -> None:
         """Show a renewed identity from now on. A stream that is open goes on."""
-        previous, self._previous = self._previous, self._channel
-        self._channel = _channel_of(self.address, identity)
+        channel = _channel_of(self.address, identity)
+        # Calls may still be under way on the newest one, and a session lives as long as it likes.
+        kept = (self._channel, self._session_channel)
+        closing = [retired for retired in self._retired if retired not in kept]
+        self._retired = [retired for retired in self._retired if retired in kept]
+        self._retired.append(self._channel)
+        self._channel = channel
         self._make_stubs()
-        if previous is not None:
-            await previous.close()
+        for retired in closing:
+            await retired.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -164,9 +170,8 @@ class CoordinatorClient:
 
     async def close(self) -> None:
         """Close the channel and every stream on it."""
-        await self._channel.close()
-        if self._previous is not None:
-            await self._previous.close()
+        for channel in (self._channel, *self._retired):
+            await channel.close()
 
     async def get_run(self, run_id: str = "", round_: int = 0) -> RunDescription:
         """What the run is, to a party that holds the weights after `round_`."""
@@ -328,6 +333,7 @@ class CoordinatorClient:
 
     def session(self) -> SessionStream:
         """A worker's stream; the first message sent must be the hello."""
+        self._session_channel = self._channel
         return SessionStream(self._stub.Session(), self)
 
     async def renew(self) -> admin.RenewResponse:
@@ -366,6 +372,20 @@ class CoordinatorClient:
         with self._errors_mapped():
             return await self._admin.RotateMember(
                 admin.RotateMemberRequest(name=name, life_s=life_s), timeout=CALL_TIMEOUT_S
+            )
+
+    async def exclude_worker(self, worker: str, reason: str) -> None:
+        """Take a worker out of the run, as an operator."""
+        with self._errors_mapped():
+            await self._admin.ExcludeWorker(
+                admin.ExcludeWorkerRequest(worker=worker, reason=reason), timeout=CALL_TIMEOUT_S
+            )
+
+    async def readmit_worker(self, worker: str) -> None:
+        """Let an excluded worker take part again, as an operator."""
+        with self._errors_mapped():
+            await self._admin.ReadmitWorker(
+                admin.ReadmitWorkerRequest(worker=worker), timeout=CALL_TIMEOUT_S
             )
 
     def _errors_mapped(self) -> AbstractContextManager[None]:

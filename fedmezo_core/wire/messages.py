@@ -31,6 +31,7 @@ from fedmezo_core.events import (
 from fedmezo_core.journal.codec import decode_commit, digest_in, positive
 from fedmezo_core.journal.journal import Row
 from fedmezo_core.records import Genesis, Scalars
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.grpc_status import error_from
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -120,31 +121,36 @@ def assigned_from_pb(message: wire.Assign, config: RunConfig) -> Assigned:
     )
 
 
-def answer_to_pb(answer: SendAnswer) -> wire.SessionRequest:
-    """An answer as a session message."""
+def answer_to_pb(answer: SendAnswer, signer: AnswerSigner | None = None) -> wire.SessionRequest:
+    """An answer as a session message, signed if there is a `signer`."""
     scalars = answer.scalars
-    return wire.SessionRequest(
-        answer=wire.Answer(
-            ticket=ticket_to_pb(answer.ticket),
-            projected_grads=scalars.projected_grads,
-            mean_loss=scalars.mean_loss,
-            weights_digest64=scalars.weights_digest64,
-            rows=scalars.rows,
-            head64=answer.head64,
-        )
+    message = wire.Answer(
+        ticket=ticket_to_pb(answer.ticket),
+        projected_grads=scalars.projected_grads,
+        mean_loss=scalars.mean_loss,
+        weights_digest64=scalars.weights_digest64,
+        rows=scalars.rows,
+        head64=answer.head64,
     )
+    if signer is not None:
+        # The message's floats are binary32 values, and those are signed.
+        message.signature = signer.sign(answer.ticket, answer.head, _scalars_in(message))
+    return wire.SessionRequest(answer=message)
 
 
 def answer_from_pb(worker: str, message: wire.Answer) -> AnswerReceived:
-    """A worker's answer as an event for the round machine."""
+    """A worker's answer as an event for the round machine, without its signature."""
+    return AnswerReceived(worker, ticket_from_pb(message.ticket), _scalars_in(message))
+
+
+def _scalars_in(message: wire.Answer) -> Scalars:
     has = message.HasField
-    scalars = Scalars(
+    return Scalars(
         projected_grads=tuple(message.projected_grads),
         mean_loss=message.mean_loss if has("mean_loss") else None,
         weights_digest64=message.weights_digest64 if has("weights_digest64") else None,
         rows=message.rows if has("rows") else None,
     )
-    return AnswerReceived(worker, ticket_from_pb(message.ticket), scalars)
 
 
 def unable_to_pb(unable: SendUnable) -> wire.SessionRequest:
@@ -161,11 +167,18 @@ def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
 
 
 def hello_to_pb(
-    genesis: Genesis, worker: str, round_: int, head: bytes, *, base_form: str = ""
+    genesis: Genesis,
+    worker: str,
+    round_: int,
+    head: bytes,
+    *,
+    base_form: str = "",
+    signer: AnswerSigner | None = None,
 ) -> wire.SessionRequest:
     """The hello of `worker`, which holds the run's model, at the round and head that it holds.
 
     base_form: the form of the base that it measures with, as `Genesis.form_digest` takes it.
+    signer: what signs its answers, if they are signed.
     """
     config = genesis.config
     return wire.SessionRequest(
@@ -179,6 +192,7 @@ def hello_to_pb(
             recipe=config.recipe,
             round=round_,
             head=head,
+            signing_key=b"" if signer is None else signer.public_key,
         )
     )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.zo.data.batches import Batches
-from fedmezo_core.zo.data.encoding import Dataset
+from fedmezo_core.zo.data.encoding import Dataset, EncodedExample
 from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.estimator import Estimator
 from fedmezo_core.zo.forward.row_states import RowStates, RowStore
@@ -61,12 +61,16 @@ def open_row_states(
     return RowStates(model, party.loaded.manifest, party.task, rows)
 
 
+def collate_for(party: Party) -> Callable[[Sequence[EncodedExample], str], Batch]:
+    """What makes a batch of rows and a name, on the device that computes."""
+    return functools.partial(party.task.collate, device=execution_device(party.loaded.model))
+
+
 def open_batches(party: Party, dataset: Dataset, worker: str) -> Batches[Batch]:
     """The batches that one worker of the run takes from its data."""
     config = party.config
-    device = execution_device(party.loaded.model)
     return Batches(
-        functools.partial(party.task.collate, device=device),
+        collate_for(party),
         dataset,
         run_seed=config.seed,
         worker_name=worker,

@@ -16,7 +16,7 @@ that always prefers one class have only one direction.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from torch import nn
 
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.program import long_step
-from fedmezo_core.zo.data.encoding import Dataset
+from fedmezo_core.zo.data.encoding import Dataset, EncodedExample
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.party import Party
@@ -33,6 +33,10 @@ from fedmezo_core.zo.party import Party
 BATCH_ROWS = 32
 GRADIENT_BATCH_ROWS = 16
 """Rows of a batch whose gradient counts: fewer have more of the rows' own noise in it."""
+
+GRADIENT_PASSES = 2
+"""How often each row's gradient is taken, each time in a batch with other rows: how rows fall into
+batches turns the directions (decision 0044)."""
 
 _Use = tuple[str, torch.Tensor, torch.Tensor]
 """A module's name, and one input and output of it."""
@@ -111,13 +115,9 @@ def _gradient_moments(
     """The sums of G^T G [inputs, inputs] and of G G^T [outputs, outputs] of each module."""
     model: Any = party.loaded.model
     sums: dict[str, tuple[Any, Any]] = dict.fromkeys(layers, (0.0, 0.0))
-    # Files often hold one label after the other.
-    order = np.random.default_rng(0).permutation(len(dataset))
-    with long_step("taking gradients for the adapter", len(dataset), "rows") as step:
-        for first in range(0, len(dataset), GRADIENT_BATCH_ROWS):
-            examples = [
-                dataset.examples[index] for index in order[first : first + GRADIENT_BATCH_ROWS]
-            ]
+    rows = len(dataset) * GRADIENT_PASSES
+    with long_step("taking gradients for the adapter", rows, "rows") as step:
+        for examples in _shuffled_batches(dataset):
             batch = party.task.collate(examples, "fitting", execution_device(model))
             seen: list[_Use] = []
             handles = [
@@ -145,6 +145,14 @@ def _gradient_moments(
                 )
             step.advance(len(examples))
     return sums
+
+
+def _shuffled_batches(dataset: Dataset) -> Iterator[list[EncodedExample]]:
+    """Batches of `GRADIENT_BATCH_ROWS`; files often hold one label after the other."""
+    for number in range(GRADIENT_PASSES):
+        order = np.random.default_rng(number).permutation(len(dataset))
+        for first in range(0, len(order), GRADIENT_BATCH_ROWS):
+            yield [dataset.examples[row] for row in order[first : first + GRADIENT_BATCH_ROWS]]
 
 
 def _layers(model: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Objectives: functions that score a batch in place of the loss with a number, lower is better.
 
 Zeroth-order measurements need no gradient of it. So an objective may count mistakes, compare
-generated text or ask another program for a reward. A run names one as `module:function`, either a
-user's own or one from here, such as `fedmezo_core.zo.objectives:error_rate`.
+generated text or ask another program for a reward. A run names one by the name under which an
+installed package registers it, such as `error-rate` from here, or as `module:function`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,8 @@ from fedmezo_core.errors import ConfigError, MeasurementError
 
 log = logging.getLogger("fedmezo.objective")
 
+ENTRY_POINTS: Final = "fedmezo.objectives"
+"""Group of the entry points by which packages register objectives."""
 SCORE_ABS_MAX: Final = float(np.finfo(np.float32).max)
 """Largest size of a score: measurements travel as binary32."""
 _LOG_CHARS_MAX = 500
@@ -59,7 +62,7 @@ class Predictions:
 
 
 class Objective:
-    """A user's function, called by its name `module:function`, whose results are checked."""
+    """A user's function, called by its name in the contract, whose results are checked."""
 
     def __init__(self, name: str, function: Callable[[Predictions], Any]) -> None:
         self.name = name
@@ -88,16 +91,22 @@ class Objective:
 
 
 def load_objective(name: str) -> Objective:
-    """Import the objective `module:function` from the Python path or the current directory.
+    """Import the objective that a contract calls `name`; this runs its module's code.
 
-    This runs the module's code. Raises `ConfigError` if it cannot be imported or has no such
+    `module:function` comes from the Python path or the current directory. Any other name is one
+    that an installed package registers as an entry point of `ENTRY_POINTS`. Raises `ConfigError` if
+    nobody or more than one package registers it, if it cannot be imported, or if there is no such
     function.
     """
-    module_name, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    if "" not in sys.path and here not in sys.path:
-        # Last, so that a stray file does not hide an installed package.
-        sys.path.append(here)
+    module_name, colon, attribute = name.partition(":")
+    if colon:
+        here = str(Path.cwd())
+        if "" not in sys.path and here not in sys.path:
+            # Last, so that a stray file does not hide an installed package.
+            sys.path.append(here)
+    else:
+        entry = _registered(name)
+        module_name, attribute = entry.module, entry.attr
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
@@ -110,7 +119,7 @@ def load_objective(name: str) -> Objective:
     if function is None:
         raise ConfigError(
             f"Objective {name}: the module {module_name} ({getattr(module, '__file__', None)}) has "
-            f"no {attribute}; check the name."
+            f"no {attribute or 'function named'}; check the name."
         )
     if not callable(function):
         raise ConfigError(
@@ -118,6 +127,25 @@ def load_objective(name: str) -> Objective:
             "one that takes the predictions and returns a number."
         )
     return Objective(name, function)
+
+
+def _registered(name: str) -> EntryPoint:
+    """The only entry point of that name."""
+    registered = entry_points(group=ENTRY_POINTS)
+    found = [entry for entry in registered if entry.name == name]
+    if not found:
+        names = ", ".join(sorted({entry.name for entry in registered})) or "none"
+        raise ConfigError(
+            f"Objective {name}: no installed package registers it, only these: {names}; install "
+            "the package that does, or check the name."
+        )
+    if len(found) > 1:
+        packages = ", ".join(sorted(entry.dist.name if entry.dist else "?" for entry in found))
+        raise ConfigError(
+            f"Objective {name}: {len(found)} packages register it ({packages}); uninstall all but "
+            "one, or name the function as module:function in a new run."
+        )
+    return found[0]
 
 
 def error_rate(predictions: Predictions) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from fedmezo_core.program import long_step
 from fedmezo_core.wire.snapshots import Snapshot, file_name, partial_name
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.plain.entries import Manifest
-from fedmezo_core.zo.plain.snapshot_header import check_snapshot_header
+from fedmezo_core.zo.plain.snapshot_header import check_snapshot_header, sha256_of
 from fedmezo_core.zo.weights import Weights
 
 
@@ -61,36 +60,6 @@ def write_snapshot(
             "room there, or set another folder in snapshots."
         ) from error
     return Snapshot(weights.round, head, weights_digest, sha256, size)
-
-
-def sha256_of(path: Path) -> bytes:
-    """SHA-256 of a file (32 bytes), which is read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
-
-
-def read_snapshot(path: Path, run_id: str) -> Snapshot:
-    """What the file at `path` says of itself, if `write_snapshot` wrote it for the run `run_id`.
-
-    The weights in it are not checked. Raises `SnapshotDamagedError` for any other file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("run_id") != run_id:
-            raise ValueError(f"it is of run {metadata.get('run_id')}, not of {run_id}")
-        return Snapshot(
-            round=int(metadata["round"]),
-            head=bytes.fromhex(metadata["head"]),
-            weights_digest=bytes.fromhex(metadata["weights_digest"]),
-            file_sha256=sha256_of(path),
-            file_bytes=path.stat().st_size,
-        )
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise SnapshotDamagedError(
-            f"{path} is no file of saved weights that can be used here ({error}); give one of "
-            f"run {run_id}, or begin from the base."
-        ) from None
 
 
 def install_snapshot(path: Path, weights: Weights, snapshot: Snapshot) -> None:

@@ -6,18 +6,22 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
+from pydantic import AfterValidator, Field
 
 from fedmezo import Coordinator, begin_run
+from fedmezo.library_peers import PEER_LEASE_MS
+from fedmezo.stack_settings import StackSettings
 from fedmezo_coordinator.coordinator_settings import check_same_run, model_label
 from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError
+from fedmezo_core.layered_settings import CheckpointKey, check_address
 from fedmezo_core.program import worker_packages
 from fedmezo_flower.flower_client import RECORD
-from fedmezo_flower.grid_loop import LEASE_MS, GridLoop, pushed, sentence_of
+from fedmezo_flower.grid_loop import GridLoop, pushed, sentence_of
 
 log = logging.getLogger("flwr")
 
@@ -25,10 +29,32 @@ LOOK_EVERY_S: Final = 1.0
 """Time between two looks for nodes and replies, beside Flower."""
 BESIDE_TTL_S: Final = 30 * 24 * 3600.0
 """Longest time that a run beside Flower takes: until then a node may reply that it is over."""
+APP: Final = "[tool.flwr.app.config]"
+"""Where the app's settings stand."""
 WHERE: Final = "[tool.flwr.app.config.run]"
 """Where a contract stands."""
 LISTS: Final = frozenset({"train", "target_modules"})
 """Keys of a contract whose values are lists, which Flower's configuration cannot hold."""
+
+
+class AppSettings(StackSettings):
+    """The app's configuration."""
+
+    model: str = ""
+    adapter: str = ""
+    coordinator: Annotated[str, AfterValidator(lambda given: given and check_address(given))] = ""
+    """The coordinator that the nodes' workers connect to; empty: the run is over Flower."""
+    checkpoint_key: CheckpointKey = ""
+    run: dict[str, Any] = Field(default_factory=dict)
+    """The contract."""
+
+    @property
+    def contract(self) -> dict[str, Any]:
+        """The contract; raises `ConfigError` if there is none."""
+        if not self.run:
+            raise ConfigError(f"The app has no contract; write it below {WHERE} in pyproject.toml.")
+        return self.run
+
 
 app = ServerApp()
 
@@ -36,11 +62,11 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation over Flower's nodes, as the run's configuration says."""
-    values = nested(context.run_config)
-    if values.get("coordinator"):
-        gather(grid, values)
+    settings = AppSettings.of(nested(context.run_config), APP)
+    if settings.coordinator:
+        gather(grid, settings)
     else:
-        federate(grid, values)
+        federate(grid, settings)
 
 
 # ---------------------------------------------------------------- the run over Flower
@@ -48,20 +74,19 @@ def main(grid: Grid, context: Context) -> None:
 
 def federate(
     grid: Grid,
-    values: dict[str, Any],
+    settings: AppSettings,
     *,
     clock_s: Callable[[], float] = time.monotonic,
     sleep_s: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Drive the run of `values` to its end; an interrupted one goes on from its journal.
+    """Drive the run of `settings` to its end; an interrupted one goes on from its journal.
 
     Tests give another clock. Raises `FedMezoError` if the run is paused or workers' weights differ.
     """
-    coordinator = open_coordinator(values)
+    coordinator = open_coordinator(settings)
     try:
-        resume = values.get("resume")
-        if coordinator.phase == "paused" and isinstance(resume, (int, float)) and resume:
-            coordinator.resume(resume)
+        if settings.resume and coordinator.phase == "paused":
+            coordinator.resume(settings.resume)
         GridLoop(coordinator, grid, clock_s=clock_s, sleep_s=sleep_s).run()
         if coordinator.phase == "paused":
             raise FedMezoError(
@@ -74,15 +99,15 @@ def federate(
         coordinator.close()
 
 
-def open_coordinator(values: dict[str, Any]) -> Coordinator:
-    """The coordinator of the run in `values`, from its journal if that holds it already.
+def open_coordinator(settings: AppSettings) -> Coordinator:
+    """The coordinator of the run in `settings`, from its journal if that holds it already.
 
     Raises `ConfigError` for wrong values, and for a journal of another contract.
     """
-    contract = with_lists(contract_in(values))
-    journal = str(values.get("journal") or "") or None
+    contract = with_lists(settings.contract)
+    journal = settings.journal or None
     if journal is not None and Path(journal).exists():
-        coordinator = Coordinator(None, journal, lease_ms=LEASE_MS)
+        coordinator = Coordinator(None, journal, lease_ms=PEER_LEASE_MS)
         try:
             check_same_run(journal, coordinator.config, contract, WHERE)
         except ConfigError:
@@ -90,19 +115,10 @@ def open_coordinator(values: dict[str, Any]) -> Coordinator:
             raise
         log.info("Run %s goes on after round %d", coordinator.config.run_id, coordinator.round)
         return coordinator
-    model, adapter = (str(values.get(key) or "") for key in ("model", "adapter"))
-    config = parse_run({"model": model_label(model)} | contract, WHERE)
+    config = parse_run({"model": model_label(settings.model)} | contract, WHERE)
     with worker_packages("begin a run"):
-        genesis = begin_run(config, model, adapter=Path(adapter) if adapter else None)
-    return Coordinator(genesis, journal, lease_ms=LEASE_MS)
-
-
-def contract_in(values: dict[str, Any]) -> dict[str, Any]:
-    """What stands under `run`; raises `ConfigError` if nothing does."""
-    contract = values.get("run")
-    if not isinstance(contract, dict):
-        raise ConfigError(f"The app has no contract; write it below {WHERE} in pyproject.toml.")
-    return contract
+        genesis = begin_run(config, settings.model, adapter=settings.adapter or None)
+    return Coordinator(genesis, journal, lease_ms=PEER_LEASE_MS)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,16 +162,16 @@ def tell_result(coordinator: Coordinator) -> None:
 # ---------------------------------------------------------------- the run beside Flower
 
 
-def gather(grid: Grid, values: dict[str, Any]) -> None:
-    """Let every node's worker join the coordinator that `values` names; return when all are done.
+def gather(grid: Grid, settings: AppSettings) -> None:
+    """Let every node's worker join the coordinator that is named; return when all are done.
 
     Nodes that come later join, too, as long as one of the others is at work. Raises `FedMezoError`
     if no worker took part to the end.
     """
     asked = {
-        "coordinator": str(values["coordinator"]),
-        "run_id": str(contract_in(values).get("run_id") or ""),
-        "checkpoint_key": str(values.get("checkpoint_key") or ""),
+        "coordinator": settings.coordinator,
+        "run_id": str(settings.contract.get("run_id") or ""),
+        "checkpoint_key": settings.checkpoint_key,
     }
     waiting: dict[str, int] = {}
     told: set[int] = set()

@@ -14,8 +14,10 @@ from nvflare.client.config import ExchangeFormat
 from nvflare.job_config.api import FedJob
 from nvflare.job_config.file_source import FileSource
 from nvflare.recipe.spec import Recipe
+from pydantic import ConfigDict, Field
 
 import fedmezo
+from fedmezo.stack_settings import StackSettings
 from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_nvflare.round_controller import GENESIS_FILE, TASK, FedMezoController
@@ -26,6 +28,21 @@ _INSTALLED_EVERYWHERE = ["fedmezo", "fedmezo_core", "fedmezo_nvflare", "fedmezo_
 SITE_COMMAND = ["python3", "-u", "-m", "fedmezo_nvflare.site_script"]
 SHUTDOWN_TIMEOUT_S = 10.0
 """Time that a site's script has to end after the run."""
+
+
+class JobSettings(StackSettings):
+    """The arguments of a recipe."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    contract: Mapping[str, Any]
+    model: str
+    adapter: str | None
+    genesis: bytes
+    name: str = Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,63})?$")
+    min_clients: int | None = Field(ge=1)
+    privacy: ScalarPrivacy | None
+    task_request_interval: float = Field(gt=0, allow_inf_nan=False)
 
 
 class FedMezoRecipe(Recipe):
@@ -39,8 +56,8 @@ class FedMezoRecipe(Recipe):
         self,
         *,
         contract: Mapping[str, Any],
-        model: str = "",
-        adapter: Path | None = None,
+        model: str | Path = "",
+        adapter: str | Path | None = None,
         genesis: bytes = b"",
         name: str = "",
         min_clients: int | None = None,
@@ -49,7 +66,7 @@ class FedMezoRecipe(Recipe):
         privacy: ScalarPrivacy | None = None,
         task_request_interval: float = 0.5,
     ) -> None:
-        """Describe the job; raises a `FedMezoError` for a contract or model of no use.
+        """Describe the job; raises a `FedMezoError` for a contract, model or value of no use.
 
         Args:
             contract: what a coordinator's [run] says: run_id, model, seed, rounds, task ...
@@ -59,14 +76,29 @@ class FedMezoRecipe(Recipe):
                 loaded here.
             name: the job's name; the contract's `run_id` if empty.
             min_clients: clients that NVFlare waits for; the contract's `workers_min` if None.
-            journal: a file on the server for the run's journal, so that a later job can go on with
-                it; empty: in the job's workspace.
+            journal: a file on the server for the run's journal, with its whole path, so that a
+                later job can go on with it; empty: in the job's workspace.
             resume: factor on the learning rates with which a paused run of `journal` goes on; 0: it
                 stays paused.
             privacy: a filter on what leaves each site.
             task_request_interval: seconds between two requests of a site without work.
         """
-        config = parse_run(dict(contract), "the run's contract")
+        settings = JobSettings.of(
+            {
+                "contract": contract,
+                "model": _text(model),
+                "adapter": _text(adapter),
+                "genesis": genesis,
+                "name": name,
+                "min_clients": min_clients,
+                "journal": journal,
+                "resume": resume,
+                "privacy": privacy,
+                "task_request_interval": task_request_interval,
+            },
+            "FedMezoRecipe",
+        )
+        config = parse_run(dict(settings.contract), "the run's contract")
         if not genesis:
             begun = fedmezo.begin_run(config, model or config.model, adapter=adapter)
             genesis = fedmezo.encode_genesis(begun)
@@ -97,3 +129,7 @@ class FedMezoRecipe(Recipe):
         self.add_client_config({"default_task_fetch_interval": task_request_interval})
         if privacy is not None:
             self.add_client_output_filter(privacy, tasks=[TASK])
+
+
+def _text(path: str | Path | None) -> str | None:
+    return str(path) if isinstance(path, Path) else path

@@ -23,8 +23,10 @@ from nvflare.apis.shareable import Shareable
 from nvflare.apis.signal import Signal
 
 from fedmezo import Coordinator
+from fedmezo.library_peers import PEER_LEASE_MS
+from fedmezo.stack_settings import StackSettings
 from fedmezo_core.errors import ConfigError, FedMezoError
-from fedmezo_nvflare.site_exchanges import LEFT, SiteExchanges, worker_name
+from fedmezo_nvflare.site_exchanges import LEFT, SiteExchanges
 
 log = logging.getLogger("fedmezo.nvflare")
 
@@ -35,24 +37,10 @@ JOURNAL_FILE = "fedmezo_journal.db"
 RESULT_FILE = "fedmezo_result.json"
 LOOK_EVERY_S = 0.2
 """Longest time between two looks at clients and clock."""
-LEASE_MS = 30 * 24 * 3600 * 1000
-"""The coordinator's lease on a worker: no limit, because NVFlare knows which clients are there."""
 ASK_AGAIN_S = 1.0
 """Time from a site's failure, or its loss, to its next task."""
 FAILURES_MAX = 3
 """So many failures in a row, and the site is given up: NVFlare starts no script again."""
-
-
-@dataclass(slots=True)
-class _Site:
-    """What the controller knows of one site."""
-
-    task: Task | None = None
-    """The task that is out."""
-    again_at_s: float = 0.0
-    """When it may be given the next one."""
-    failures: int = 0
-    """In a row."""
 
 
 @dataclass(slots=True)
@@ -77,13 +65,18 @@ class FedMezoController(Controller):
     def __init__(
         self, journal: str = "", resume: float = 0.0, task_check_period: float = 0.1
     ) -> None:
-        """`resume` is the factor on the learning rates with which a paused run goes on; 0: not."""
+        """`resume` is the factor on the learning rates with which a paused run goes on; 0: not.
+
+        Raises `ConfigError` for a value that is not allowed.
+        """
+        StackSettings.of({"journal": journal, "resume": resume}, "FedMezoController")
         super().__init__(task_check_period=task_check_period)
         self.journal = journal
         self.resume = resume
         self.task_check_period = task_check_period
         self._folder = self._code_folder = Path()
-        self._sites: dict[str, _Site] = {}
+        self._left: set[str] = set()
+        """Sites that take part no more."""
         self._replies: queue.SimpleQueue[_Reply] = queue.SimpleQueue()
 
     # ------------------------------------------------------------ what NVFlare calls
@@ -100,7 +93,7 @@ class FedMezoController(Controller):
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         """Run until the run is finished or the job is aborted; an error ends the job."""
         try:
-            coordinator = Coordinator(self._genesis(), self._store(), lease_ms=LEASE_MS)
+            coordinator = Coordinator(self._genesis(), self._store(), lease_ms=PEER_LEASE_MS)
             with closing(coordinator):
                 if self.resume and coordinator.phase == "paused":
                     coordinator.resume(self.resume)
@@ -136,7 +129,8 @@ class FedMezoController(Controller):
         return Path(self.journal) if self.journal else self._folder / JOURNAL_FILE
 
     def _run(self, coordinator: Coordinator, abort_signal: Signal, fl_ctx: FLContext) -> None:
-        exchanges = SiteExchanges(coordinator)
+        exchanges = SiteExchanges(coordinator, ASK_AGAIN_S)
+        sites: set[str] = set()
         round_, patient_until_s = coordinator.round, math.inf
         while not coordinator.done:
             if coordinator.round != round_:
@@ -157,68 +151,61 @@ class FedMezoController(Controller):
                 patient_until_s = min(patient_until_s, latest_s)
                 if now_s >= patient_until_s:
                     _let_go(coordinator)
-            for client in fl_ctx.get_engine().get_clients():
-                self._ask(client.name, exchanges, now_s, fl_ctx)
-            self._take_replies(exchanges, coordinator)
+            there = [client.name for client in fl_ctx.get_engine().get_clients()]
+            exchanges.see(there)
+            sites.update(there)
+            for name in there:
+                self._ask(name, exchanges, now_s, fl_ctx)
+            if self._take_replies(exchanges):
+                self._check_enough(sites, coordinator.config.quorum)
         digests = {worker: digest.hex() for worker, digest in sorted(coordinator.digests.items())}
         log.info("finished at round %d: %s", coordinator.round, digests)
         result = {"round": coordinator.round, "head": coordinator.head.hex(), "digests": digests}
         (self._folder / RESULT_FILE).write_text(json.dumps(result, indent=1) + "\n")
 
     def _ask(self, name: str, exchanges: SiteExchanges, now_s: float, fl_ctx: FLContext) -> None:
-        """Give a site its next task, if none is out and there is a reason for one."""
-        site = self._sites.setdefault(name, _Site())
-        if site.task is not None or site.failures >= FAILURES_MAX:
+        """Give a site its next task, if there is a reason for one."""
+        content = None if name in self._left else exchanges.task(name, now_s)
+        if content is None:
             return
-        if now_s < site.again_at_s or not exchanges.has_news(name):
-            return
-        data = DXO(DataKind.WEIGHTS, data=exchanges.task(name)).to_shareable()
-        site.task = Task(
+        task = Task(
             name=TASK,
-            data=data,
+            data=DXO(DataKind.WEIGHTS, data=content).to_shareable(),
             result_received_cb=self._result_received,
             task_done_cb=partial(self._task_done, name),
         )
-        self.broadcast(task=site.task, fl_ctx=fl_ctx, targets=[name], min_responses=1)
+        exchanges.sent(name, task, now_s)
+        self.broadcast(task=task, fl_ctx=fl_ctx, targets=[name], min_responses=1)
 
-    def _take_replies(self, exchanges: SiteExchanges, coordinator: Coordinator) -> None:
-        """Wait a little for replies, and take all that came."""
-        timeout_s = LOOK_EVERY_S
+    def _take_replies(self, exchanges: SiteExchanges) -> bool:
+        """Wait a little for replies, and take all that came; returns whether a site left."""
+        timeout_s, count = LOOK_EVERY_S, len(self._left)
         while True:
             try:
                 reply = self._replies.get(timeout=timeout_s)
             except queue.Empty:
-                return
-            timeout_s = 0.0
-            site = self._sites.setdefault(reply.site, _Site())
-            is_lost = reply.content is None and reply.task is site.task
-            if reply.task is site.task:
-                site.task = None
-            if reply.content is not None and LEFT not in reply.content:
-                site.failures = 0
-                exchanges.reply(reply.site, reply.content)
-                continue
-            if reply.content is not None:
-                site.failures = FAILURES_MAX
-                log.warning("site %s left the job; its log says why", reply.site)
-            elif reply.failure:
-                site.failures += 1
-                log.warning("site %s failed: %s; see its log", reply.site, reply.failure)
-            elif not is_lost:
-                continue  # NVFlare is done with a task whose reply has come.
-            site.again_at_s = time.monotonic() + ASK_AGAIN_S
-            coordinator.disconnect(worker_name(reply.site))
-            if site.failures >= FAILURES_MAX:
-                self._check_enough(coordinator)
+                return len(self._left) > count
+            timeout_s, now_s = 0.0, time.monotonic()
+            site, task = reply.site, reply.task
+            if reply.content is None and not reply.failure:
+                exchanges.lose(site, task, now_s)
+            elif reply.content is None:
+                exchanges.fail(site, task, f"it failed with {reply.failure}; see its log", now_s)
+            elif LEFT in reply.content:
+                exchanges.fail(site, task, "it left the job; its log says why", now_s)
+                self._left.add(site)
+            else:
+                exchanges.reply(site, task, reply.content, now_s)
+            if exchanges.failures(site) >= FAILURES_MAX:
+                self._left.add(site)
 
-    def _check_enough(self, coordinator: Coordinator) -> None:
+    def _check_enough(self, sites: set[str], needed: int) -> None:
         """End the job if the sites that are left can never make a round."""
-        lost = sorted(name for name, site in self._sites.items() if site.failures >= FAILURES_MAX)
-        left, needed = len(self._sites) - len(lost), coordinator.config.quorum
+        left = len(sites - self._left)
         if left < needed:
             raise FedMezoError(
-                f"Only {left} of {len(self._sites)} sites can take part, but a round needs "
-                f"{needed}; read the logs of {', '.join(lost)}, then submit the job again."
+                f"Only {left} of {len(sites)} sites can take part, but a round needs {needed}; "
+                f"read the logs of {', '.join(sorted(self._left))}, then submit the job again."
             )
 
     # ------------------------------------------------------------ on NVFlare's threads

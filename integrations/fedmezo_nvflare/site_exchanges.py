@@ -8,12 +8,14 @@ greeted, its tasks hold the run's `genesis` too.
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from fedmezo import Coordinator
-from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
+from fedmezo.library_peers import Peers
+from fedmezo_core.errors import ConfigError
 
 log = logging.getLogger("fedmezo.nvflare")
 
@@ -30,53 +32,51 @@ def worker_name(site: str) -> str:
     return re.sub("[^a-z0-9]", "-", site.lower()).lstrip("-")[:WORKER_CHARS_MAX] or "site"
 
 
-class SiteExchanges:
-    """One run's exchanges with the sites of a job."""
+class SiteExchanges(Peers[str]):
+    """One run's exchanges with the sites of a job, by the sites' names."""
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-        self._sites: dict[str, str] = {}  # worker -> site
-        self._refusals: dict[str, bytes] = {}
-
-    def has_news(self, site: str) -> bool:
-        """Whether the site must be sent a task: it has not greeted, or something waits for it."""
-        worker = worker_name(site)
-        return (
-            worker in self._refusals
-            or worker not in self._coordinator.workers
-            or self._coordinator.has_news(worker)
+    def __init__(
+        self, coordinator: Coordinator, again_after_s: float, resend_after_s: float = math.inf
+    ) -> None:
+        """The times are those of `Peers`; NVFlare says which tasks are lost."""
+        super().__init__(
+            coordinator,
+            named=lambda site: f"site {site}",
+            log=log,
+            again_after_s=again_after_s,
+            resend_after_s=resend_after_s,
         )
+        self._genesis = coordinator.genesis_bytes
 
-    def task(self, site: str) -> dict[str, bytes]:
-        """What the site is to be sent now.
+    def see(self, peers: Iterable[str]) -> None:
+        """Take note of which sites are there; `ConfigError` for two that are called the same."""
+        sites = list(peers)
+        holders: dict[str, str] = {}
+        for site in sites:
+            holder = holders.setdefault(worker_name(site), site)
+            if holder != site:
+                raise ConfigError(
+                    f"The sites {holder} and {site} are both called {worker_name(site)} in the "
+                    "run, where names have a-z, 0-9 and - only; rename one of them."
+                )
+        super().see(sites)
 
-        Raises `ConfigError` if another site's worker has the same name.
-        """
-        worker = worker_name(site)
-        holder = self._sites.setdefault(worker, site)
-        if holder != site:
-            raise ConfigError(
-                f"The sites {holder} and {site} are both called {worker} in the run, where names "
-                "have a-z, 0-9 and - only; rename one of them."
-            )
-        if worker in self._refusals:
-            return {DOWN: self._refusals.pop(worker)}
-        if worker not in self._coordinator.workers:
-            return {GENESIS: self._coordinator.genesis_bytes, DOWN: b""}
-        return {DOWN: self._coordinator.down_for(worker)}
+    def task(self, site: str, now_s: float) -> dict[str, bytes] | None:
+        """What the site is to be sent now; None for nothing."""
+        down = self.due(site, now_s)
+        if down is None:
+            return None
+        return {DOWN: down} if down else {GENESIS: self._genesis, DOWN: down}
 
-    def reply(self, site: str, reply: Mapping[str, Any]) -> None:
-        """Take what a site sent back; the site is told why if that is of no use."""
-        up, worker = reply.get(UP), worker_name(site)
+    def reply(
+        self, site: str, task: Hashable | None, reply: Mapping[str, Any], now_s: float
+    ) -> None:
+        """Take what a site sent back for a task; the site is told why if that is of no use."""
+        up = reply.get(UP)
         if up == b"":
             # A script that does not know the run yet, because it was started again.
-            self._coordinator.disconnect(worker)
-            return
-        try:
-            if not isinstance(up, bytes):
-                raise ProtocolError(f"Site {site} sent a reply that is none of FedMeZO's.")
-            self._coordinator.take(up, worker=worker)
-        except FedMezoError as error:
-            log.warning("site %s: %s", site, error)
-            if isinstance(up, bytes):
-                self._refusals[worker] = self._coordinator.refusal(up, error)
+            self.begin_again(site, task)
+        elif isinstance(up, bytes):
+            self.take(site, task, worker_name(site), up, now_s)
+        else:
+            self.fail(site, task, "its reply is none of FedMeZO's", now_s)

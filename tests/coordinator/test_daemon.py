@@ -15,8 +15,17 @@ import pytest
 from benchmarks.serving.long_run import next_assignment
 from benchmarks.serving.swarm import answer_to, hello_of
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.serving.callers import check_operator
 from fedmezo_coordinator.serving.worker_session import OUTBOX_MAX, WorkerSession
-from fedmezo_core.errors import FedMezoError, JournalCorruptError, NotReadyError, ProtocolError
+from fedmezo_core.errors import (
+    ConfigError,
+    ExcludedError,
+    FedMezoError,
+    ForbiddenError,
+    JournalCorruptError,
+    NotReadyError,
+    ProtocolError,
+)
 from fedmezo_core.journal.codec import (
     decode_record,
     encode_record,
@@ -26,7 +35,16 @@ from fedmezo_core.journal.codec import (
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Journal, head_after
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.roster import RECENT_ROUNDS_MAX
-from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Started
+from fedmezo_core.records import (
+    Answered,
+    Committed,
+    Evaluated,
+    Excluded,
+    Genesis,
+    Opened,
+    Started,
+)
+from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
@@ -34,6 +52,7 @@ from tests.integration.support.harness import (
     environment,
     genesis_of,
     records_of,
+    relayed,
     scripted_workers,
     served,
     until,
@@ -300,3 +319,57 @@ async def test_one_worker_too_many_is_refused_until_another_has_left(
         async with scripted_workers(at.address, genesis, "w2") as (second,):
             await second.open()
             assert [w.worker for w in at.daemon.status("").workers] == ["w2"]
+
+
+async def test_an_excluded_worker_learns_why_at_once_and_when_it_comes_back(
+    tmp_path: Path,
+) -> None:
+    genesis = genesis_of(config_of(rounds=1, workers_min=2, quorum=1, local_steps=1))
+    path = tmp_path / "journal.db"
+    async with (
+        served(path, genesis) as at,
+        scripted_workers(at.address, genesis, "w1", "w2", "w2") as [w1, w2, again],
+    ):
+        await w1.open()
+        await w2.open()
+        await w2.answer(await w2.assigned())
+        async with CoordinatorClient(at.address) as operator:
+            with pytest.raises(ConfigError, match="w1 is not excluded"):
+                await operator.readmit_worker("w1")
+            with pytest.raises(ProtocolError, match="is no worker's name"):
+                await operator.exclude_worker("W 2", "noise")
+            await operator.exclude_worker("w2", "noise")
+        assert at.daemon.status("").records == 5, "the exclusion is durable"
+        for worker in (w2, again):
+            if worker is again:
+                await again.open()
+            error = await worker.ended()
+            assert isinstance(error, ExcludedError)
+            assert "excluded worker w2 after round 0: noise." in str(error)
+        await w1.answer(await w1.assigned())
+        await w1.next("commit")
+        [excluded] = at.daemon.status("").excluded
+        assert (excluded.worker, excluded.reason) == ("w2", "noise")
+    records = records_of(path)
+    assert records[4] == Excluded(0, "w2", "noise")
+    assert [len(r.seed_ranges) for r in records if isinstance(r, Committed)] == [1]
+
+
+def test_a_coordinator_without_a_fleet_takes_orders_from_its_own_machine_alone() -> None:
+    for peer in ("ipv4:127.0.0.1:5000", "ipv6:[::1]:5000", "ipv6:%5B::1%5D:5000"):
+        check_operator(Caller.ANYONE, peer)
+    for peer in ("ipv4:10.0.0.1:5000", "ipv6:[2001:db8::1]:5000", "ipv4:8.8.127.0:1", ""):
+        with pytest.raises(ForbiddenError, match="from its own machine alone"):
+            check_operator(Caller.ANYONE, peer)
+    check_operator(Caller(Role.OPERATOR, "o"), "ipv4:10.0.0.1:5000")
+
+
+async def test_a_relay_excludes_nobody_and_says_who_can(tmp_path: Path) -> None:
+    async with (
+        served(tmp_path / "journal.db", genesis_of(config_of())) as at,
+        relayed(at.address, tmp_path, "site", workers_min=1) as site,
+        CoordinatorClient(site.address) as operator,
+    ):
+        for order in (operator.exclude_worker("w1", "noise"), operator.readmit_worker("w1")):
+            with pytest.raises(ProtocolError, match="exclude its site at the coordinator above"):
+                await order

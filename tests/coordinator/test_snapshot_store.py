@@ -63,7 +63,9 @@ def fold(
     snapshots: SnapshotStore, record: Record, agreed: Mapping[int, int] = MappingProxyType({})
 ) -> None:
     """Let the store take one more record, wherever it stands in the journal."""
-    snapshots.fold(Entry(Row(9, encode_record(record), bytes(32)), bytes(32)), agreed)
+    entry = Entry(Row(9, encode_record(record), bytes(32)), bytes(32))
+    snapshots.fold(entry)
+    snapshots.note_agreed(entry, agreed)
 
 
 def write(folder: Path, *names: str, data: bytes = b"0123456789") -> None:

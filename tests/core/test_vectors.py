@@ -21,6 +21,7 @@ from fedmezo_core.journal.journal import Journal, MemoryStore
 from fedmezo_core.journal.signed_heads import Witness
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.records import Genesis
+from fedmezo_core.trust.answer_signatures import is_signed
 from fedmezo_core.wire.messages import assigned_from_pb, event_from_pb
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
@@ -297,6 +298,25 @@ def test_the_products_kernels_give_these_weights() -> None:
             )
             materialize(value, value, [commit], operands, threads=1)
             assert generate.bits(value) == wanted
+
+
+def test_signed_answers_by_the_page() -> None:
+    found = vectors("signatures")
+    genesis_head, key = bytes.fromhex(found["genesis_head"]), bytes.fromhex(found["public_key"])
+    assert found["genesis_head"] == vectors("journal")["rounds"][0]["head"]
+    for one in found["answers"]:
+        loss, digest64 = one["mean_loss"], one["weights_digest64"]
+        text = page.answer_text(
+            genesis_head,
+            (one["epoch"], int(one["round"], 16), one["slot"]),
+            bytes.fromhex(one["head"]),
+            [page.f32_of(bits) for bits in one["projected_grads"].split()],
+            None if loss is None else page.f32_of(loss),
+            None if digest64 is None else int(digest64, 16),
+            one["rows"],
+        )
+        assert text.hex() == one["text"], one["says"]
+        assert is_signed(key, text, bytes.fromhex(one["signature"]))
 
 
 def test_the_run_is_a_sound_journal_and_its_heads_are_signed() -> None:

@@ -1,13 +1,3 @@
-"""The tiny model, data and workers of the tests of whole runs."""
+"""The fixtures of the tests of whole runs."""
 
-from __future__ import annotations
-
-from tests.integration.conftest import (
-    data_files,
-    heldout_file,
-    model_folder,
-    one_torch_thread,
-    workers,
-)
-
-__all__ = ["data_files", "heldout_file", "model_folder", "one_torch_thread", "workers"]
+from tests.integration.conftest import *  # noqa: F403

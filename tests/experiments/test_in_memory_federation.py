@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from experiments.attacks import ATTACKS, Attack
 from experiments.in_memory_federation import InMemoryFederation, StalledError, Worker
 from experiments.judging import Judge
 from fedmezo_core.errors import MeasurementError
@@ -250,6 +251,25 @@ def test_one_huge_answer_ruins_no_run_and_honest_runs_keep_every_bit(
     assert max(clipped) < 0.8
     unclipped, _ = run_of(Attacked, 0.0)
     assert unclipped[3] > 5
+
+
+@pytest.mark.parametrize("attack", [attack for attack in ATTACKS if attack != "none"])
+def test_attackers_send_something_else_and_honest_workers_what_they_measured(
+    model_folder: Path, data_files: list[Path], attack: Attack
+) -> None:
+    def answers(attackers: int) -> dict[int, Answered]:
+        store = MemoryStore()
+        party = party_of(model_folder, rounds=1, seed_policy="shared", local_steps=3)
+        rows = rows_of(data_files[:4])
+        InMemoryFederation(party, rows, store=store, attack=attack, attackers=attackers).run()
+        return {r.slot: r for r in records_in(store) if isinstance(r, Answered)}
+
+    honest, found = answers(0), answers(1)
+    assert [found[slot] == honest[slot] for slot in range(4)] == [True, True, True, False]
+    if attack == "copies":
+        assert found[3].projected_grads == found[2].projected_grads
+    if attack == "sign turned":
+        assert found[3].projected_grads == tuple(-g for g in honest[3].projected_grads)
 
 
 def test_dozens_of_workers(model_folder: Path, data_files: list[Path]) -> None:

@@ -44,7 +44,7 @@ from fedmezo_core.trust.certificates import key_fingerprint, key_of_request
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.trust.members import Members, Token
 from fedmezo_core.wire.messages import event_from_pb
-from fedmezo_core.zo.snapshot_files import read_snapshot
+from fedmezo_core.zo.plain.snapshot_header import read_snapshot
 from fedmezo_proto.v1 import admin_pb2, origin_pb2
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb

@@ -15,6 +15,16 @@ from fedmezo_core.zo.party import open_party
 from tests.integration.support.harness import Programs, config_of
 from tests.integration.support.parties import Workers, save_model, write_rows
 
+__all__ = [
+    "data_files",
+    "heldout_file",
+    "model_folder",
+    "one_torch_thread",
+    "programs",
+    "tiny_genesis",
+    "workers",
+]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:

@@ -17,16 +17,25 @@ from typing import Any, cast
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_coordinator.relay_daemon import Relay
-from fedmezo_core.errors import FedMezoError, JournalBehindError, UnavailableError
+from fedmezo_core.errors import (
+    FedMezoError,
+    JournalBehindError,
+    SignatureError,
+    UnavailableError,
+)
 from fedmezo_core.events import Measure, Measured
+from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.signed_heads import open_signer
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.aggregate import site_mean
+from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.records import Committed, Diverged, Genesis, Scalars
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.commits import commits_of as pairs_of
@@ -226,6 +235,35 @@ async def test_two_sites_end_where_two_workers_with_their_means_do(
     ]
     assert len(copies) == 6
     assert {tuple(commits_of(path)) for path in copies} == {tuple(commits_of(centre))}
+
+
+async def test_a_relay_signs_its_sites_mean_and_checks_its_workers(
+    tmp_path: Path, light_workers: LightWorkers
+) -> None:
+    genesis, centre = genesis_with(workers_min=1, quorum=1), tmp_path / "centre.db"
+    key, other = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
+    async with (
+        served(centre, genesis) as coordinator,
+        relayed(coordinator.address, tmp_path, "site", workers_min=2, signing_key=key) as site,
+        scripted_workers(site.address, genesis, "w1") as (hand,),
+    ):
+        await vouched_for(hand.client)
+        await hand.open(signing_key=other.public_key().public_bytes_raw())
+        light_workers.start(site.address, "w2")
+        await hand.answer(await hand.assigned())
+        error = await hand.ended()
+        assert type(error) is SignatureError, error
+        light_workers.start(site.address, "w3")
+        await light_workers.finish()
+    machine, audit = RoundMachine(), SignatureAudit(None)
+    for entry in Journal(SqliteStore(centre)).load():
+        record = decode_record(entry.row.body)
+        machine.apply(record)
+        audit.take(entry, record, machine.state)
+    assert list(audit.lines()) == [
+        f"signatures: {ROUNDS} answers signed and checked, 0 unsigned",
+        f"  site: {ROUNDS} answers signed with key {key.public_key().public_bytes_raw().hex()}",
+    ]
 
 
 async def test_a_site_is_one_stream_to_the_coordinator_above(

@@ -12,8 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from fedmezo import Coordinator
+from fedmezo_core.errors import UnavailableError
 from fedmezo_core.records import Genesis, SeedRange
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_worker.resident import ask
 from tests.integration.support.harness import Program, Programs, run_values, until, write_genesis
 from tests.integration.support.liar import Liar, commit, page_of, serving
 
@@ -55,6 +58,40 @@ async def test_workers_in_mid_measurement_end_within_seconds(
         # A client that stays connected does not hold the coordinator up.
         coordinator.send(signal.SIGINT)
         assert await coordinator.wait(SECONDS) == 0
+
+
+async def test_a_worker_that_stays_ends_in_mid_measurement_within_seconds(
+    programs: Programs,
+    model_folder: Path,
+    data_files: list[Path],
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+) -> None:
+    # One measurement would take minutes.
+    genesis = tiny_genesis(local_steps=4096, workers_min=1, quorum=1)
+    coordinator, path = Coordinator(genesis), tmp_path / "w.sock"
+    worker = programs.start(
+        "fedmezo_worker",
+        *("--serve", path, "--name", "w", "--threads", "1"),
+        *("--data", data_files[0], "--model", model_folder),
+    )
+    await worker.says("listens on")
+
+    def exchanged(down: bytes) -> bytes:
+        return ask(path, "job", coordinator.genesis_bytes, down)[1]
+
+    down = coordinator.exchange(await asyncio.to_thread(exchanged, b""))
+    measuring = asyncio.create_task(asyncio.to_thread(exchanged, down))
+    await asyncio.sleep(2)
+    assert not measuring.done()
+    begin_s = time.monotonic()
+    worker.send(signal.SIGTERM)
+    assert await worker.wait(SECONDS) == 0
+    assert time.monotonic() - begin_s < 5 + SLACK_S
+    assert "was cut off" not in worker.said
+    assert not path.exists()
+    with pytest.raises(UnavailableError):
+        await measuring
 
 
 async def replica_of(coordinator: Program) -> psutil.Process:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ByteSize
 from safetensors import safe_open
 
+from fedmezo.run_policy import RunPolicy
 from fedmezo_coordinator import snapshot_store as store_module
 from fedmezo_core.errors import UnavailableError
 from fedmezo_core.events import Measure, Measured
@@ -287,3 +289,24 @@ async def test_a_worker_that_is_told_so_never_takes_a_snapshot(
         await joined(client, "late")
         assert late.engine.party.weights.round >= 3
         assert not kept.reads
+
+
+async def test_a_snapshot_larger_than_the_policy_is_not_asked_for(
+    workers: Workers,
+    data_files: list[Path],
+    tmp_path: Path,
+    tiny_genesis: Callable[..., Genesis],
+    slow_replay: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with a_run_with_a_snapshot(workers, data_files, tiny_genesis(**RUN), tmp_path) as (
+        kept,
+        client,
+        _,
+    ):
+        policy = RunPolicy(disk_max=ByteSize(kept.snapshot.file_bytes - 1))
+        with caplog.at_level(logging.WARNING, logger="fedmezo.worker"):
+            workers.start(kept.address, "late", data_files[2], policy=policy)
+            await joined(client, "late")
+        assert not kept.reads
+        assert "raise policy.disk_max in its settings. The journal is read instead." in caplog.text

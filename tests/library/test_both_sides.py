@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 import fedmezo
 from fedmezo import Coordinator, Session, library_coordinator
+from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import (
     ConfigError,
     DivergedError,
+    ExcludedError,
     FedMezoError,
     JournalBehindError,
     JournalCompactedError,
@@ -29,12 +33,11 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore, Row
-from fedmezo_core.journal.sealed import SealedState, seal
 from fedmezo_core.machines.rounds import RoundMachine
-from fedmezo_core.machines.state_codec import STATE_VERSION, state_to_pb
-from fedmezo_core.records import Answered, Committed, Diverged, Genesis, Record
+from fedmezo_core.records import Admitted, Answered, Committed, Diverged, Genesis, Record
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import config_of, genesis_of
+from tests.library.dropped_records import drop_records
 from tests.library.light_engine import LightEngine
 
 NAMES = ("a", "b", "c")
@@ -106,6 +109,28 @@ def test_exchanges_give_the_same_journal_as_messages_in_order() -> None:
     assert sorted(map(repr, records_in(by_calls))) == sorted(map(repr, records_in(in_order)))
 
 
+def test_sessions_with_a_key_sign_what_the_journal_keeps() -> None:
+    genesis, store = small_run(), MemoryStore()
+    coordinator = Coordinator(genesis, store)
+    keys = {name: Ed25519PrivateKey.generate() for name in NAMES[:2]}
+    sessions = [
+        Session(genesis, name, LightEngine(name), signing_key=keys.get(name)) for name in NAMES
+    ]
+    downs = [b""] * len(NAMES)
+    while not coordinator.done:
+        for n, session in enumerate(sessions):
+            downs[n] = coordinator.exchange(session.exchange(downs[n]))
+    machine, audit = RoundMachine(), SignatureAudit(None)
+    for entry in Journal(store).load():
+        record = decode_record(entry.row.body)
+        machine.apply(record)
+        audit.take(entry, record, machine.state)
+    assert next(audit.lines()) == "signatures: 10 answers signed and checked, 5 unsigned"
+    admitted = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+    assert machine.state.keys == admitted
+    assert records_in(store).count(Admitted("a", admitted["a"])) == 1
+
+
 class BadNetwork:
     """Carries messages; loses some, repeats some, and hands them out in any order."""
 
@@ -126,6 +151,34 @@ class BadNetwork:
         return self._under_way.pop(number)
 
 
+def run_over_a_bad_network(
+    dice: random.Random, open_coordinator: Callable[[], Coordinator], sessions: dict[str, Session]
+) -> Coordinator:
+    """A whole run over exchanges that the server begins, with restarts of either side."""
+    coordinator = open_coordinator()
+    up, down = BadNetwork(dice), BadNetwork(dice)
+    known: set[str] = set()
+    for turn in range(TURNS_MAX):
+        if coordinator.done and coordinator.digests.keys() == sessions.keys():
+            return coordinator
+        coordinator.tick(turn * 20)
+        if dice.random() < 0.01:
+            coordinator, known = open_coordinator(), set()
+        if dice.random() < 0.005:
+            name = dice.choice(NAMES)
+            sessions[name] = open_session(coordinator.genesis, name)
+        for name in NAMES:
+            if dice.random() < 0.3:
+                down.send(name, coordinator.down_for(name) if name in known else b"")
+        if arrived := down.arrival():
+            name, data = arrived
+            up.send(name, sessions[name].exchange(data))
+        if arrived := up.arrival():
+            known.add(coordinator.take(arrived[1]))
+        known &= coordinator.workers
+    raise AssertionError("the run did not end")
+
+
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize(
     ("changes", "same_head"),
@@ -142,33 +195,11 @@ def test_a_bad_network_under_a_server_that_begins_changes_nothing(
     seed: int, changes: dict[str, Any], same_head: bool
 ) -> None:
     """Restarts of either side too: the journal goes on, and a worker begins at its base."""
-    dice = random.Random(seed)
-    genesis = small_run(deadline_ms=5000, **changes)
-    store = MemoryStore()
-    coordinator = Coordinator(genesis, store)
+    genesis, store = small_run(deadline_ms=5000, **changes), MemoryStore()
     sessions = {name: open_session(genesis, name) for name in NAMES}
-    up, down = BadNetwork(dice), BadNetwork(dice)
-    known: set[str] = set()
-    for turn in range(TURNS_MAX):
-        if coordinator.done and coordinator.digests.keys() == set(NAMES):
-            break
-        coordinator.tick(turn * 20)
-        if dice.random() < 0.01:
-            coordinator, known = Coordinator(genesis, store), set()
-        if dice.random() < 0.005:
-            name = dice.choice(NAMES)
-            sessions[name] = open_session(genesis, name)
-        for name in NAMES:
-            if dice.random() < 0.3:
-                down.send(name, coordinator.down_for(name) if name in known else b"")
-        if arrived := down.arrival():
-            name, data = arrived
-            up.send(name, sessions[name].exchange(data))
-        if arrived := up.arrival():
-            known.add(coordinator.take(arrived[1]))
-        known &= coordinator.workers
-    else:
-        raise AssertionError("the run did not end")
+    coordinator = run_over_a_bad_network(
+        random.Random(seed), lambda: Coordinator(genesis, store), sessions
+    )
     check(store, coordinator.config)
     assert len(set(coordinator.digests.values())) == 1
     if same_head:  # Otherwise it depends on which answers came in time.
@@ -516,20 +547,7 @@ def test_dropped_records_are_asked_of_nobody() -> None:
     for name, session in sessions.items():
         session.exchange(coordinator.down_for(name))
         assert session.round == 3
-    journal, machine = Journal(store), RoundMachine()
-    for entry in journal.load():
-        machine.apply(decode_record(entry.row.body))
-    sealed = SealedState(
-        len(journal),
-        journal.chain,
-        journal.head,
-        coordinator.genesis_bytes,
-        state_to_pb(machine.state),
-        STATE_VERSION,
-        machine.state.agreed,
-    )
-    Coordinator(genesis, store)  # A start is a record behind what is dropped.
-    store.drop_before(seal(sealed))
+    drop_records(store, coordinator)
     again = Coordinator(genesis, store)
     assert again.round == 3
     assert again.head == coordinator.head
@@ -586,6 +604,68 @@ def test_whatever_a_worker_sends_the_others_go_on(seed: int) -> None:
         for name, session in sessions.items():
             downs[name] = coordinator.exchange(session.exchange(downs[name]))
     assert len({coordinator.digests[name] for name in NAMES}) == 1
+
+
+def malformed(dice: random.Random, answer: wire.Answer) -> wire.Answer:
+    """An answer as a faulty worker in another language may write it."""
+    grads = list(answer.projected_grads)
+    match dice.randrange(9):
+        case 0:
+            answer.projected_grads[dice.randrange(len(grads))] = dice.choice(
+                [math.nan, math.inf, -math.inf, 1e30]
+            )
+        case 1:
+            answer.projected_grads[:] = grads[: dice.randrange(len(grads))]
+        case 2:
+            answer.projected_grads.extend(grads)
+        case 3:
+            field = dice.choice(["epoch", "round", "slot"])
+            setattr(answer.ticket, field, dice.choice([0, 7, 2**31]))
+        case 4:
+            answer.head64 = dice.getrandbits(64)
+        case 5:
+            answer.weights_digest64 = dice.getrandbits(64)
+        case 6:
+            answer.mean_loss = dice.choice([0.5, math.nan])
+        case 7:
+            answer.rows = dice.choice([0, 5, 2**63])
+        case _:
+            answer.ClearField(dice.choice(["ticket", "head64", "weights_digest64"]))
+    return answer
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_a_malformed_answer_is_refused_and_the_run_goes_on(seed: int) -> None:
+    dice = random.Random(seed)
+    genesis, store = small_run(deadline_ms=1000, rounds=12), MemoryStore()
+    coordinator = Coordinator(genesis, store, lease_ms=10**9)
+    sessions = {name: open_session(genesis, name) for name in (*NAMES, "faulty")}
+    downs = dict.fromkeys(sessions, b"")
+    count = 0
+    for turn in range(TURNS_MAX):
+        if coordinator.digests.keys() >= set(NAMES):
+            break
+        coordinator.tick(turn * 100)
+        for name, session in sessions.items():
+            try:
+                up = session.exchange(downs[name])
+            except FedMezoError:  # It was told what is wrong, and begins again.
+                assert name == "faulty"
+                sessions[name], downs[name] = open_session(genesis, name), b""
+                break
+            if name == "faulty":
+                request = wire.PollSessionRequest.FromString(up)
+                for message in request.messages:
+                    if message.HasField("answer"):
+                        message.answer.CopyFrom(malformed(dice, message.answer))
+                        count += 1
+                up = request.SerializeToString()
+            downs[name] = coordinator.exchange(up)
+    else:
+        raise AssertionError("the run did not end")
+    assert count
+    assert len({coordinator.digests[name] for name in NAMES}) == 1
+    check(store, genesis.config)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -668,6 +748,24 @@ def test_a_paused_run_can_be_resumed() -> None:
     assert coordinator.phase == "open"
     coordinator.tick(9000)
     assert coordinator.has_news("a")
+
+
+def test_an_excluded_worker_is_told_and_may_be_readmitted() -> None:
+    genesis = small_run(workers_min=1, quorum=1)
+    coordinator = Coordinator(genesis, lease_ms=10**9)
+    session = open_session(genesis, "a")
+    down = coordinator.exchange(session.exchange(b""))
+    with pytest.raises(ConfigError, match="a is not excluded"):
+        coordinator.readmit("a")
+    coordinator.exclude("a", "noise")
+    with pytest.raises(ExcludedError, match="excluded worker a after round 0: noise"):
+        session.exchange(coordinator.exchange(session.exchange(down)))
+    coordinator.readmit("a")
+    again = open_session(genesis, "a")
+    down = b""
+    for _ in range(3):
+        down = coordinator.exchange(again.exchange(down))
+    assert coordinator.round > 0
 
 
 def test_evaluations_are_recorded_and_may_end_the_run() -> None:

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import repeat
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.events import SendAnswer, Ticket
@@ -16,6 +17,7 @@ from fedmezo_core.machines.aggregate import decay_of
 from fedmezo_core.machines.rates import schedule_factor
 from fedmezo_core.machines.seeds import Pool, seeds_of
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
@@ -84,6 +86,7 @@ class Checker:
     ages: list[int] = field(default_factory=list)
     """How many rounds old each committed answer was."""
     named: set[tuple[int, str, int]] = field(default_factory=set)
+    keys: dict[str, bytes] = field(default_factory=dict)
     sent_answers: set[tuple[str, SendAnswer]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -112,7 +115,13 @@ class Checker:
                 cohort += workers
                 contract = [self.config.learning_rate] * len(workers)
                 self.rates.setdefault(round_, []).extend(rates or contract)
+            case Admitted(worker, key):
+                _require(self.keys.get(worker) != key, f"{worker}'s key is admitted twice")
+                self.keys[worker] = key
             case Answered():
+                worker = self.cohorts[record.round][record.slot]
+                key = self.keys.get(worker, b"")
+                _require(record.signature in (b"", 2 * key), f"no record has {worker}'s key")
                 self._answered(record)
             case Committed():
                 self._committed(record)
@@ -252,13 +261,28 @@ class Checker:
         if not self.config.clip_median_factor or not sizes:
             return given
         usual = statistics.median_low(sizes)
-        limit = self.config.clip_median_factor * usual * (1 + 4 / len(given[0]))
+        spread = self.config.clip_spread
+        limit = self.config.clip_median_factor * usual * (1 + spread / len(given[0]))
+        dropped = self.config.clip_drop_factor * (self.config.clip_median_factor * usual)
+        most = max(limit, dropped) if dropped else math.inf
         return [
-            tuple(grad * (limit / _size(grads)) for grad in grads)
+            tuple(0.0 if _size(grads) > most else grad * (limit / _size(grads)) for grad in grads)
             if _size(grads) > limit
             else grads
             for grads in given
         ]
+
+    def _combined(self, column: Sequence[float], answers: Sequence[tuple[float, ...]]) -> float:
+        """What the contract makes of the scalars along one direction."""
+        if self.config.aggregation == "sign_vote":
+            sizes = [size for size in map(_size, answers) if size]
+            vote = sum(grad > 0 for grad in column) - sum(grad < 0 for grad in column)
+            return math.copysign(statistics.median_low(sizes), vote) if vote else 0.0
+        if self.config.aggregation == "median":
+            return statistics.median(column)
+        cut = min(int(self.config.trimmed_share * len(column)), (len(column) - 1) // 2)
+        kept = sorted(column)[cut : len(column) - cut]
+        return math.fsum(kept) / len(kept)
 
     def _factor(self, terms: list[tuple[int, float, float]], losses: list[float]) -> float:
         """What the contract lets the commit's directions multiply its step by."""
@@ -276,14 +300,21 @@ class Checker:
         """The commit holds what the oracle's scalars come to, once for each direction."""
         total = sum(answer.rows or 1 for answer in sound)
         terms: list[tuple[int, float, float]] = []
-        for answer, grads in zip(sound, self._clipped(sound), strict=True):
+        losses = [answer.mean_loss for answer in sound if answer.mean_loss is not None]
+        clipped = self._clipped(sound)
+        if self.config.aggregation != "mean":
+            # One answer stands for all, whoever gave it.
+            clipped = [tuple(map(self._combined, zip(*clipped, strict=True), repeat(clipped)))]
+            losses = [statistics.median_low(losses)] if losses else []
+            total = 1
+        for answer, grads in zip(sound, clipped, strict=False):
             seeds = self._seeds(answer)
             discount = (1.0 + record.round - answer.round) ** -self.config.staleness_exponent
             rate = self.rates[answer.round][answer.slot] * discount
             for seed, grad in zip(seeds, grads, strict=True):
                 term = -(rate * grad * (answer.rows or 1))
                 terms.append((seed, grad, term / (total * self.config.probes)))
-        factor = self._factor(terms, [a.mean_loss for a in sound if a.mean_loss is not None])
+        factor = self._factor(terms, losses)
         wanted: dict[int, list[float]] = {}
         for seed, _, term in terms:
             wanted.setdefault(seed, []).append(_binary32(term * factor))

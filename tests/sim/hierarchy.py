@@ -156,7 +156,9 @@ class HierarchyWorld(World):
         drawing = random.Random(f"sites {seed}")
         scenario = scenario or draw_scenario(random.Random(seed))
         # The checker finds a site's answer by the mean of what its workers measured.
-        unclipped = scenario.config.model_copy(update={"clip_median_factor": 0.0})
+        unclipped = scenario.config.model_copy(
+            update={"clip_median_factor": 0.0, "aggregation": "mean"}
+        )
         scenario = replace(scenario, config=unclipped)
         self.sites = sites or draw_sites(drawing, scenario)
         self.relays: list[Relay] = []

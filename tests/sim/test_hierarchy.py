@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedmezo_core.events import Acknowledged, SendAnswer
-from fedmezo_core.machines import relay as relay_module
+from fedmezo_core.machines import aggregate
 from fedmezo_core.machines.aggregate import site_mean
 from fedmezo_core.machines.relay import RelayMachine, RelayReady
 from fedmezo_core.records import Scalars
@@ -99,6 +99,6 @@ def test_control_a_mean_that_forgets_the_rows_is_caught(monkeypatch: pytest.Monk
         mean = site_mean([answer._replace(rows=None) for answer in answers])
         return mean._replace(rows=sum(answer.rows or 1 for answer in answers))
 
-    monkeypatch.setattr(relay_module, "site_mean", unweighted)
+    monkeypatch.setattr(aggregate, "site_mean", unweighted)
     found = _caught()
     assert sum("is nobody's mean" in violation for violation in found) >= 10

@@ -146,6 +146,14 @@ def draw_buffering(rng: random.Random, learning: dict[str, Any], quorum: int) ->
     }
 
 
+def draw_aggregation(seed: int, learning: dict[str, Any]) -> str:
+    """How answers along the same directions become one."""
+    drawn = (learning["seed_policy"], learning["weighting"], learning["personal_rate"])
+    if drawn != ("shared", "uniform", "frozen"):
+        return "mean"
+    return ("mean", "trimmed_mean", "median", "sign_vote")[seed // 36 % 4]
+
+
 def draw_scenario(rng: random.Random) -> Scenario:
     """Any scenario in which honest parties can finish and a flipped worker can be told apart."""
     workers = rng.randint(1, 6)
@@ -161,7 +169,10 @@ def draw_scenario(rng: random.Random) -> Scenario:
         task=TaskConfig(verbalizers={"a": "a", "b": "b"}),
         seed=seed,
         clip_median_factor=(0.0, 1.0, 2.0)[seed % 3],
+        clip_spread=(4.0, 0.0)[seed // 9 % 2],
+        clip_drop_factor=(0.0, 1.5)[seed // 18 % 2],
         rate_directions=(0, 3, 64)[seed // 3 % 3],
+        aggregation=draw_aggregation(seed, learning),
         rounds=rng.randint(2, 9),
         local_steps=rng.randint(1, 4),
         probes=rng.choice((1, 1, 2, 3)),
@@ -493,13 +504,10 @@ class Coordinator:
             return
         match message:
             case SendAnswer():
-                self.step(
-                    AnswerReceived(
-                        name,
-                        message.ticket,
-                        message.scalars,
-                    )
-                )
+                # Whoever drives the machine has checked the signatures of those who sign.
+                key = hashlib.sha256(name.encode()).digest()
+                signed = (2 * key, key) if key[0] % 2 else ()
+                self.step(AnswerReceived(name, message.ticket, message.scalars, *signed))
             case SendUnable(ticket, reason):
                 self.step(UnableReceived(name, ticket, reason))
 

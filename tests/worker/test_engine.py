@@ -16,9 +16,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from fedmezo.scorer import CancelledMeasurementError
 from fedmezo_core import program
-from fedmezo_core.errors import MismatchError
+from fedmezo_core.errors import CutShortError, MismatchError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, SeedRange, digest64_of, first_seed_of
 from fedmezo_core.zo.data.held_out import evaluate
@@ -172,7 +171,7 @@ async def test_a_measurement_can_be_cut_short_at_its_next_step(engine: Engine) -
     measuring = asyncio.create_task(engine.measure(order))
     await asyncio.sleep(0)  # Its start clears the flag; only then can it be cut short.
     engine.cut_short()
-    with pytest.raises(CancelledMeasurementError):
+    with pytest.raises(CutShortError):
         await asyncio.wait_for(measuring, 30)
     assert isinstance(await engine.measure(MEASURE), Measured)
 

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from fedmezo import Coordinator, Session
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, MeasurementError, ModelError, SnapshotDamagedError
+from fedmezo_core.journal.journal import MemoryStore
 from fedmezo_core.records import Committed, SeedRange
 from fedmezo_core.wire.snapshots import file_name
 from fedmezo_core.zo.commits import commits_of
@@ -25,14 +27,23 @@ from fedmezo_core.zo.edge.array_weights import Adapter
 from fedmezo_core.zo.snapshot_files import write_snapshot
 from fedmezo_worker import form_engine
 from fedmezo_worker.agent import Agent
-from fedmezo_worker.form_engine import FormEngine
+from fedmezo_worker.form_engine import FormComputer, FormEngine
 from fedmezo_worker.worker_command import check_paths, open_engine_thread
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.core.zo.conftest import make_tokenizer
-from tests.core.zo.edge.conftest import Run, base_folder, contract, order_of, rows, run_of
+from tests.core.zo.edge.conftest import (
+    Run,
+    base_folder,
+    base_gguf,
+    contract,
+    order_of,
+    rows,
+    run_of,
+)
 from tests.integration.support.harness import served
+from tests.library.dropped_records import drop_records, keep_snapshot
 
-__all__ = ["base_folder", "run_of"]
+__all__ = ["base_folder", "base_gguf", "run_of"]
 ROOT = Path(__file__).parents[2]
 COMMIT = Committed(1, (SeedRange(9, (0.02, -0.03)),), rounding_seed=1)
 
@@ -95,6 +106,34 @@ async def test_it_follows_a_run_and_says_which_form_it_holds(engine: FormEngine,
     measured = await engine.measure(order_of(run.genesis.config))
     assert len(measured.scalars.projected_grads) == 2
     assert await engine.replay_rate() > 0
+
+
+class CoarseLosses(SumLosses):
+    """Losses for tests: the sum of an adapter's values, in steps."""
+
+    step = 1.0
+
+    def __call__(self, adapters: Iterable[Adapter], batch: EdgeBatch) -> list[float]:
+        signed = [sum(float(value.sum()) for value in adapter.values()) for adapter in adapters]
+        return [round(loss / self.step) * self.step for loss in signed]
+
+
+@pytest.mark.parametrize(("step", "says"), [(1.0, True), (1e-6, False)])
+async def test_it_says_that_losses_are_too_coarse(
+    settings: WorkerSettings,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    step: float,
+    says: bool,
+) -> None:
+    coarse = CoarseLosses()
+    coarse.step = step
+    monkeypatch.setattr(form_engine, "open_losses", lambda *_args, **_more: coarse)
+    engine = open_engine_thread(settings)
+    await engine.load(settings, run.genesis)
+    await engine.close()
+    assert ("too coarse for the run's eps of 0.01" in caplog.text) is says
 
 
 async def test_a_measurement_is_cut_short_between_points(
@@ -179,6 +218,48 @@ async def test_over_grpc_it_ends_with_the_digest_of_the_torch_worker(
         await engine.close()
     assert len(digests) == 1
     assert digests != {run.party.weights.digest()}
+
+
+def test_a_late_session_begins_from_a_snapshot(
+    settings: WorkerSettings, run: Run, losses: SumLosses, tmp_path: Path
+) -> None:
+    """The oldest commits were dropped; a session with torch and one without end alike."""
+    config = run.genesis.config.model_copy(
+        update={"rounds": 4, "workers_min": 1, "quorum": 1, "deadline_ms": 1000}
+    )
+    genesis, store = replace(run.genesis, config=config), MemoryStore()
+
+    def with_torch(name: str) -> Session:
+        return Session.open(genesis, name, run.party.loaded.folder, settings.data, threads=1)
+
+    def exchange(coordinator: Coordinator, session: Session, down: bytes = b"") -> bytes:
+        return coordinator.exchange(session.exchange(down))
+
+    coordinator, first = Coordinator(genesis, store), with_torch("first")
+    down = b""
+    while coordinator.round < 2:
+        down = exchange(coordinator, first, down)
+    first.exchange(down)
+    assert first.round == 2
+    drop_records(store, coordinator)
+    keep_snapshot(store, first, tmp_path / "snapshots")
+    coordinator = Coordinator(genesis, store, lease_ms=10**6, snapshots=tmp_path / "snapshots")
+    late = {
+        "torch": with_torch("torch"),
+        "form": Session(genesis, "form", FormComputer(settings, genesis)),
+    }
+    downs = dict.fromkeys(late, b"")
+    for name, session in late.items():
+        for _ in range(3):  # The hello, the description, the file's only piece.
+            downs[name] = exchange(coordinator, session, downs[name])
+        assert session.engine.digest() == first.engine.digest()
+    for second in range(20):
+        coordinator.tick(second * 1000)  # The first worker's assignment comes to its deadline.
+        for name, session in late.items():
+            downs[name] = exchange(coordinator, session, downs[name])
+    assert coordinator.digests.keys() == late.keys()
+    assert len(set(coordinator.digests.values())) == 1
+    assert set(coordinator.digests.values()) != {first.engine.digest()}
 
 
 async def test_the_first_computer_is_gone_before_the_next_one_is_loaded(

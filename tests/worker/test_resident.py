@@ -35,6 +35,7 @@ class Echo:
         held.add(self)
         opened.append(genesis)
         self._genesis = genesis
+        self.cut = threading.Event()
         self._itself = self  # as an engine whose estimator calls it
 
     def exchange(self, down: bytes = b"") -> bytes:
@@ -42,7 +43,12 @@ class Echo:
             raise DivergedError("The weights differ.")
         if down == b"defect":
             raise KeyError("defect")
+        if down == b"measure":
+            assert self.cut.wait(60)
         return self._genesis + b" " + down
+
+    def cut_short(self) -> None:
+        self.cut.set()
 
 
 @pytest.fixture
@@ -180,6 +186,18 @@ async def test_a_caller_that_sends_nothing_is_not_waited_for(
         reader, writer = await asyncio.open_unix_connection(path)
         assert await asyncio.wait_for(reader.read(), 10) == b""
         writer.close()
+
+
+async def test_a_worker_that_is_told_to_end_cuts_its_measurement_short(
+    path: Path, opened: list[bytes]
+) -> None:
+    async with serving(path, opened):
+        await asked(path, b"run", b"")
+        asking = asyncio.create_task(asked(path, b"run", b"measure"))
+        await asyncio.sleep(0.1)
+        assert not asking.done()
+    with pytest.raises(UnavailableError, match=r"was told to end|ended before it replied"):
+        await asking
 
 
 def test_an_error_of_an_unknown_class_can_be_retried() -> None:

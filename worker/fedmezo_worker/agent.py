@@ -13,6 +13,7 @@ from fedmezo_core.errors import (
     UnavailableError,
 )
 from fedmezo_core.program import long_step
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import keep_renewed
@@ -39,7 +40,8 @@ class Agent:
     ) -> None:
         """`engine` does the numerical work; the caller closes it.
 
-        `identity` is shown to the coordinator, and renewed in time; None: it knows nobody.
+        `identity` is shown to the coordinator, signs the answers and is renewed in time; None: the
+        coordinator knows nobody, and nothing is signed.
         """
         self._settings = settings
         self._identity = identity
@@ -94,6 +96,8 @@ class Agent:
         settings = self._settings
         description = await client.get_run(settings.run_id)
         self._reconnecting.reached()
+        # Before anything that the contract says is even logged.
+        settings.check_run(description.genesis)
         config = description.genesis.config
         log.info("run %s of model %s", config.run_id, settings.model or config.model)
         evaluations = Evaluations(
@@ -111,6 +115,9 @@ class Agent:
             description,
             evaluations,
             self._bad_snapshots,
+            None
+            if self._identity is None
+            else AnswerSigner(self._identity.keys.signing_key, description.head),
         )
         async for page in self._history.open(description):
             await member.take_commits([commit_of(entry.row.body, config) for entry in page])

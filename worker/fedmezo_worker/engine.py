@@ -6,11 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedmezo.torch_engine import TorchEngine
-from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import ConfigError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.snapshots import Snapshot
-from fedmezo_core.zo.objectives import Objective, load_objective
+from fedmezo_core.zo.model.loading import folder_of_hub_name
+from fedmezo_core.zo.objectives import load_objective
 from fedmezo_core.zo.snapshot_files import install_snapshot
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.engine_thread import EngineThread
@@ -67,15 +66,20 @@ class Engine(EngineThread):
 
 
 def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
-    """Load what a worker with these settings computes with; raises what `TorchEngine` does."""
+    """Load what a worker with these settings computes with.
+
+    Raises what `WorkerSettings.check_run`, `folder_of_hub_name` and `TorchEngine` do.
+    """
+    settings.check_run(genesis)
+    policy, config = settings.policy, genesis.config
     return TorchEngine(
         genesis,
         settings.name,
-        settings.model or genesis.config.model,
+        settings.model or folder_of_hub_name(config.model, policy.disk_max),
         settings.data,
         heldout=settings.heldout,
         adapter=settings.adapter,
-        objective=_objective(settings, genesis.config),
+        objective=load_objective(config.task.objective) if config.task.objective else None,
         threads=settings.threads,
         device=settings.device,
         device_memory_max_bytes=settings.device_memory_max,
@@ -83,20 +87,6 @@ def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
         frozen_base_bits=settings.frozen_base_bits,
         pass_tokens_max=settings.pass_tokens_max,
         row_states_max_bytes=settings.row_states_max,
-    )
-
-
-def _objective(settings: WorkerSettings, config: RunConfig) -> Objective | None:
-    """Load the run's objective; its code runs only if this worker's operator named it too."""
-    wanted, trusted = config.task.objective, settings.objective
-    if wanted == trusted:
-        return load_objective(wanted) if wanted else None
-    if not wanted:
-        raise ConfigError(
-            f"The run scores batches by their loss, not by {trusted}; start this worker without "
-            "--objective."
-        )
-    raise ConfigError(
-        f"The run scores batches by {wanted}; start this worker with --objective {wanted} if you "
-        "trust that code."
+        policy=policy,
+        privacy=settings.privacy_budget,
     )

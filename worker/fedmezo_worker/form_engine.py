@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedmezo_core.errors import ConfigError, MeasurementError
+from fedmezo_core.errors import ConfigError, CutShortError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis
 from fedmezo_core.wire.snapshots import Snapshot
@@ -14,9 +15,12 @@ from fedmezo_core.zo.data.rows import read_rows
 from fedmezo_core.zo.edge.array_weights import ArrayWeights
 from fedmezo_core.zo.edge.base_form import BaseForm, check_can_take_forms, read_form
 from fedmezo_core.zo.edge.edge_engine import EdgeEngine, Losses
+from fedmezo_core.zo.plain.snapshot_header import read_snapshot
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import HeldOutResult
 from fedmezo_worker.worker_settings import WorkerSettings
+
+log = logging.getLogger("fedmezo.worker")
 
 
 class FormComputer:
@@ -25,11 +29,13 @@ class FormComputer:
     def __init__(self, settings: WorkerSettings, genesis: Genesis) -> None:
         """Load the form and the rows that `settings` name; raises what is wrong with either."""
         assert settings.base_form is not None
+        settings.check_run(genesis)
         # What is quick first: a wrong name or column should not cost a model's loading time.
         check_can_take_forms(genesis.config)
         rows = read_rows(settings.data, genesis.config.task)
         form = read_form(settings.base_form, genesis)
         self.base_form = form.name
+        self._run_id = genesis.config.run_id
         self._cut_short = threading.Event()
         self._engine = EdgeEngine(
             genesis,
@@ -39,7 +45,10 @@ class FormComputer:
             rows,
             threads=settings.threads,
             before_pass=self._end_if_cut_short,
+            privacy=settings.privacy_budget,
         )
+        if sentence := self._engine.noise_sentence():
+            log.warning("%s", sentence)
 
     @property
     def weights(self) -> ArrayWeights:
@@ -58,6 +67,15 @@ class FormComputer:
         """The digest of the weights, 32 bytes."""
         return self._engine.digest()
 
+    def restore(self, path: Path) -> tuple[int, bytes]:
+        """Replace the weights by those of the snapshot at `path`; returns their round and head.
+
+        Raises `SnapshotDamagedError` if it is not one of this run.
+        """
+        saved = read_snapshot(path, self._run_id)
+        self.weights.restore(path, saved)
+        return saved.round, saved.head
+
     def cut_short(self) -> None:
         """End the running measurement before its next point; any thread may call this."""
         self._cut_short.set()
@@ -68,7 +86,7 @@ class FormComputer:
 
     def _end_if_cut_short(self) -> None:
         if self._cut_short.is_set():
-            raise MeasurementError("the round closed before the measurement ended")
+            raise CutShortError("the round closed before the measurement ended")
 
 
 def open_losses(form: BaseForm, *, threads: int | None, gpu_layers: int) -> Losses:

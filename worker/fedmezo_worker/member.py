@@ -44,6 +44,7 @@ from fedmezo_core.folders import folder_on_a_disk
 from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.records import Committed
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.catch_up import Speeds, takes_snapshot
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.download import downloaded
@@ -84,8 +85,13 @@ class Member:
         description: RunDescription,
         evaluations: Evaluations,
         bad_snapshots: set[Snapshot],
+        signer: AnswerSigner | None = None,
     ) -> None:
-        """`engine` holds the base of the run that `description` describes."""
+        """`engine` holds the base of the run that `description` describes.
+
+        Without a `signer` the answers are not signed.
+        """
+        self._signer = signer
         self._settings = settings
         self._engine = engine
         self._history = history
@@ -206,6 +212,7 @@ class Member:
         if not takes_snapshot(description.missing, offer, self._genesis.trainable_elements, speeds):
             return
         try:
+            self._settings.policy.check_snapshot(offer.snapshot.file_bytes)
             await self._take_snapshot(client, run_id, offer.snapshot)
         except SnapshotError as error:
             log.warning("%s The journal is read instead.", error)
@@ -229,6 +236,7 @@ class Member:
                 f"No snapshot is on offer: {where}; look at the coordinator's log and its "
                 "snapshots."
             )
+        self._settings.policy.check_snapshot(offer.snapshot.file_bytes)
         try:
             await self._take_snapshot(client, run_id, offer.snapshot)
         except SnapshotError as error:
@@ -403,9 +411,10 @@ class Member:
                     round_,
                     head,
                     base_form=self._engine.base_form,
+                    signer=self._signer,
                 )
             case SendAnswer():
-                return answer_to_pb(action)
+                return answer_to_pb(action, self._signer)
             case SendUnable():
                 return unable_to_pb(action)
             case ReportWeights(round_):

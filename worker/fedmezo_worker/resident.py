@@ -47,6 +47,9 @@ class Exchanging(Protocol):
     def exchange(self, down: bytes = b"") -> bytes:
         """Take what came from the coordinator; returns what goes up to it."""
 
+    def cut_short(self) -> None:
+        """End the running measurement before its next pass; any thread may call this."""
+
 
 # ---------------------------------------------------------------- the side that asks
 
@@ -133,6 +136,7 @@ class ResidentWorker:
         self._of = (b"", b"")
         """Job and genesis of the session."""
         self._session: Exchanging | None = None
+        self._is_ending = False
 
     @contextlib.asynccontextmanager
     async def listening_on(self, path: Path) -> AsyncIterator[None]:
@@ -141,12 +145,17 @@ class ResidentWorker:
             with _bound(path) as listening:
                 async with await asyncio.start_unix_server(self._reply_to, sock=listening):
                     log.info("worker %s listens on %s", self._name, path)
-                    yield
+                    try:
+                        yield
+                    finally:
+                        self._end_work()  # The server waits for its connections when it closes.
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _reply_to(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.closing(writer), contextlib.suppress(OSError):
+        # Cancelled where the worker ends; whoever asked then sees that the connection is closed.
+        gone = contextlib.suppress(OSError, asyncio.CancelledError)
+        with contextlib.closing(writer), gone:
             try:
                 async with asyncio.timeout(REQUEST_WITHIN_S):
                     spoken = await _received(reader)
@@ -177,6 +186,7 @@ class ResidentWorker:
             gc.collect()  # One model at a time has room.
             self._session = self._open_session(genesis)
             self._of = (job, genesis)
+        self._check_stays()
         begin_s = time.monotonic()
         try:
             up = self._session.exchange(down)
@@ -186,8 +196,19 @@ class ResidentWorker:
             log.warning("the next request begins from the base again")
             self._session = None
             raise
+        self._check_stays()
         log.info("a message was answered in %.1f s", time.monotonic() - begin_s)
         return up
+
+    def _end_work(self) -> None:
+        """Cut the running measurement short, and answer no more requests."""
+        self._is_ending = True
+        if self._session is not None:
+            self._session.cut_short()
+
+    def _check_stays(self) -> None:
+        if self._is_ending:
+            raise UnavailableError(f"Worker {self._name} was told to end; start it again.")
 
 
 async def _received(reader: asyncio.StreamReader) -> bytes:

@@ -7,7 +7,9 @@ import re
 from pydantic import ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedmezo.run_policy import RunPolicy
 from fedmezo_core.config import NAME_PATTERN
+from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
     Address,
@@ -15,6 +17,8 @@ from fedmezo_core.layered_settings import (
     UserPath,
     UserPathText,
 )
+from fedmezo_core.records import Genesis
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
 
 _OF_CONNECTIONS = (
     "coordinator",
@@ -100,7 +104,11 @@ class WorkerSettings(BaseSettings):
     run_id: str = Field(default="", description="refuse any other run")
     objective: str = Field(
         default="",
-        description="the module:function of the run's objective: its code runs here, on these rows",
+        description="the run's objective, by its name or as module:function: its code runs here, "
+        "on these rows",
+    )
+    policy: RunPolicy = Field(
+        default=RunPolicy(), description="what runs may ask of this machine; others are refused"
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads")
     pass_tokens_max: int | None = Field(
@@ -139,6 +147,32 @@ class WorkerSettings(BaseSettings):
         ge=0,
         le=10_000,
         description="with a GGUF in base_form: layers that a GPU computes, if llama.cpp has one",
+    )
+    privacy_epsilon: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        allow_inf_nan=False,
+        description="make each measurement differentially private, and leave the run when this "
+        "data has given away so much, over all runs that share privacy_ledger",
+    )
+    privacy_delta: float = Field(
+        default=1e-5,
+        gt=0,
+        lt=1,
+        description="the chance that privacy_epsilon may fail; below 1 / the number of rows",
+    )
+    privacy_clip: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="with privacy_epsilon: the most that one row may say in one step, as the norm "
+        "of its projected gradients; choose it by public rows",
+    )
+    privacy_ledger: UserPath | None = Field(
+        default=None,
+        description="with privacy_epsilon: file that records what this data has given away; keep "
+        "one for each data set, and never delete it",
     )
     download_rate: ByteSize = Field(
         default=ByteSize(12_500_000),
@@ -232,7 +266,49 @@ class WorkerSettings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _whole_budget(self) -> WorkerSettings:
+        parts = {"privacy_clip": self.privacy_clip, "privacy_ledger": self.privacy_ledger}
+        if self.privacy_epsilon is None:
+            parts["privacy_delta"] = "privacy_delta" in self.model_fields_set or None
+            given = [name for name, value in parts.items() if value is not None]
+            if given:
+                raise ValueError(f"{given[0]} needs privacy_epsilon; set both, or neither")
+        missing = [name for name, value in parts.items() if value is None]
+        if self.privacy_epsilon is not None and missing:
+            raise ValueError(f"privacy_epsilon needs {missing[0]}; set both")
+        return self
+
+    @property
+    def privacy_budget(self) -> PrivacyBudget | None:
+        """What this worker's rows may give away; None: there is no limit and no noise."""
+        if self.privacy_epsilon is None:
+            return None
+        assert self.privacy_clip is not None
+        assert self.privacy_ledger is not None
+        return PrivacyBudget(
+            self.privacy_epsilon, self.privacy_delta, self.privacy_clip, self.privacy_ledger
+        )
+
+    @model_validator(mode="after")
     def _rows_to_evaluate_on(self) -> WorkerSettings:
         if self.evaluations is not None and self.heldout is None:
             raise ValueError("evaluations needs heldout, the rows to evaluate on; set both")
         return self
+
+    def check_run(self, genesis: Genesis) -> None:
+        """Refuse a run that these settings do not allow; opens no file and imports nothing.
+
+        Raises `ConfigError`, as `RunPolicy.check`.
+        """
+        wanted, named = genesis.config.task.objective, self.objective
+        if named and not wanted:
+            raise ConfigError(
+                f"The run scores batches by their loss, not by {named}; start this worker without "
+                "--objective."
+            )
+        self.policy.check(
+            genesis,
+            own_model=bool(self.model) or self.base_form is not None,
+            own_objective=wanted == named,
+            keeps_history=self.journal_copy is not None,
+        )

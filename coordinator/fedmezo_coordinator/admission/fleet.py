@@ -19,10 +19,17 @@ from typing import Any, TypeVar
 
 from fedmezo_coordinator.admission.members_file import MembersFile
 from fedmezo_coordinator.admission.state_folder import StateFolder
-from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError, RevokedError
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    IdentityError,
+    ProtocolError,
+    RevokedError,
+)
 from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.trust.certificates import (
     MEMBER_LIFE_S,
+    RENEW_AT,
     certificate_fingerprint,
     issue_member,
     key_fingerprint,
@@ -34,6 +41,7 @@ from fedmezo_core.trust.members import (
     SECRET_BYTES,
     TOKEN_ID_BYTES,
     TOKEN_LIFE_S_MAX,
+    Member,
     Members,
     Row,
     Token,
@@ -95,14 +103,14 @@ class Fleet:
         """
         self.state = state
         self._life_s = certificate_life_s
+        self.server_ca = state.authority.certificate
+        if has_own_certificate:
+            self.server_ca = b"" if server_ca is None else _certificate_in(server_ca)
+        self._fingerprint = certificate_fingerprint(self.server_ca) if self.server_ca else b""
         self._file = MembersFile(state.members_path)
         self.members: Members = self._file.open(int(time.time()))
         self._one_change = asyncio.Lock()
         self._changing: set[asyncio.Task[Any]] = set()
-        self.server_ca = state.authority.certificate
-        if has_own_certificate:
-            self.server_ca = server_ca.read_bytes() if server_ca is not None else b""
-        self._fingerprint = certificate_fingerprint(self.server_ca) if self.server_ca else b""
         self.join_address = ""
         """host:port that join strings name, once the coordinator listens."""
         self.enrol_port = 0
@@ -145,9 +153,8 @@ class Fleet:
             request.default_name,
         )
         certificate = self._issue(public_key, member.name)
-        member = replace(member, expires_s=lifetime_s(certificate)[1])
-        await self._change([token, member])
-        log.info("%s %s joined the fleet", member.role, member.name)
+        if await self._record_end(member, certificate, token):
+            log.info("%s %s joined the fleet", member.role, member.name)
         return wire.EnrollResponse(
             certificate_chain=certificate + self.state.authority.certificate,
             server_ca=self.server_ca,
@@ -160,13 +167,24 @@ class Fleet:
         """Issue a newer certificate to a member for the key that it has."""
         self.members.caller(caller.fingerprint)
         certificate = self._issue(public_key, caller.name)
-        expires_s = lifetime_s(certificate)[1]
-        await self._change([replace(self.members.named(caller.name), expires_s=expires_s)])
-        log.info("the certificate of %s was renewed", caller)
+        if await self._record_end(self.members.named(caller.name), certificate):
+            log.info("the certificate of %s was renewed", caller)
         return wire.RenewResponse(
             certificate_chain=certificate + self.state.authority.certificate,
             server_ca=self.server_ca,
         )
+
+    async def _record_end(self, member: Member, certificate: bytes, *more: Row) -> bool:
+        """Record when a member's newest certificate ends, with more rows; returns whether it did.
+
+        If that is hardly later than what is recorded, nothing is written: a member that asks again
+        and again fills no disk.
+        """
+        expires_s = lifetime_s(certificate)[1]
+        if expires_s - member.expires_s < self._life_s * (1 - RENEW_AT):
+            return False
+        await self._change([*more, replace(member, expires_s=expires_s)])
+        return True
 
     def _issue(self, public_key: bytes, name: str) -> bytes:
         return issue_member(self.state.authority, public_key, name, int(time.time()), self._life_s)
@@ -189,7 +207,7 @@ class Fleet:
         self.members.forget_tokens_before(int(time.time()))
         for name in request.names or [""]:
             token, secret = self._token(role, name, request.uses or 1, request.life_s)
-            made.append((self.members.new_token(token), secret))
+            made.append((self.members.new_token(token, beside=len(made)), secret))
         await self._change([token for token, _ in made])
         log.info("%s made tokens for %s: %d", caller, role, len(made))
         return wire.CreateTokensResponse(tokens=[self._shown(*one) for one in made])
@@ -282,3 +300,15 @@ class Fleet:
                 name,
                 RevokedError(f"Worker {name} {what}; ask the operator for a new join string."),
             )
+
+
+def _certificate_in(path: Path) -> bytes:
+    try:
+        certificate = path.read_bytes()
+        certificate_fingerprint(certificate)
+    except (OSError, IdentityError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no certificate in it"
+        raise ConfigError(
+            f"tls_cert_ca {path} cannot be read ({reason}); give the CA's PEM file."
+        ) from None
+    return certificate

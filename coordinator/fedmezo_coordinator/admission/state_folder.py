@@ -8,13 +8,14 @@ operator/               the identity of the operator who made the folder
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import shutil
 import ssl
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -36,7 +37,13 @@ from fedmezo_core.trust.certificates import (
     new_key,
     new_request,
 )
-from fedmezo_core.trust.identity import FIRST_OPERATOR, Identity, keys_for, save_identity
+from fedmezo_core.trust.identity import (
+    FIRST_OPERATOR,
+    Identity,
+    keys_for,
+    load_identity,
+    save_identity,
+)
 from fedmezo_core.trust.members import Member
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -74,6 +81,18 @@ class StateFolder:
         """The names and addresses in the server's certificate, those given to `init` first."""
         return hosts_of((self.path / "server.pem").read_bytes())
 
+    def tell_operator(self, address: str, server_ca: bytes) -> None:
+        """Note in the operator's identity where the coordinator is, and what vouches for it.
+
+        An identity that was moved elsewhere, or cannot be written, is left alone.
+        """
+        with contextlib.suppress(IdentityError):
+            identity = load_identity(self.operator_path)
+            if identity is not None:
+                told = replace(identity, address=address, server_ca=server_ca)
+                if told != identity:
+                    save_identity(told)
+
     def renew_server(self) -> None:
         """Issue the server's certificate anew if it is near its end, for the same names."""
         certificate_path, key_path = self.server_files
@@ -101,24 +120,25 @@ def hosts_of(certificate: bytes) -> list[str]:
 def make_state(path: Path, hosts: Sequence[str], own_ca: tuple[Path, Path] | None) -> bool:
     """Make a state folder; returns False, with nothing changed, if it is one already.
 
-    `own_ca` are the certificate and key of a CA to issue with; None: a new one. Raises
-    `ConfigError` for hosts or files that cannot be used, or a folder that others can read.
+    One that lacks the server's certificate gets a new one, for `hosts`; members stay. `own_ca` are
+    the certificate and key of a CA to issue with; None: a new one. Raises `ConfigError` for hosts
+    or files that cannot be used, or a folder that others can read.
     """
-    if (path / "ca.key").exists():
-        open_state(path)
-        return False
-    make_private(path, ConfigError)
-    if any(path.iterdir()):
-        raise ConfigError(f"{path} is not empty and no state folder; name another folder.")
     for host in hosts:
         _check_host(host)
     now_s = int(time.time())
+    if (path / "ca.key").exists():
+        state = open_state(path)
+        if state.server_files[0].exists():
+            return False
+        _make_server(path, state.authority, hosts, now_s)
+        return True
+    make_private(path, ConfigError)
+    if any(path.iterdir()):
+        raise ConfigError(f"{path} is not empty and no state folder; name another folder.")
     authority = new_authority(now_s) if own_ca is None else _own_authority(*own_ca)
     try:
-        server_key = new_key()
-        names = [*hosts, *LOOPBACK_HOSTS]
-        write_private(path / "server.key", server_key)
-        write_private(path / "server.pem", issue_server(authority, server_key, names, now_s))
+        _make_server(path, authority, hosts, now_s)
         _make_operator(path, authority, now_s)
         write_private(path / "ca.pem", authority.certificate)
         # Last: with it, the folder is whole.
@@ -151,6 +171,13 @@ def open_state(path: Path) -> StateFolder:
             "folder and let every member join again. If that is not so, set this machine's clock."
         )
     return StateFolder(path, authority)
+
+
+def _make_server(path: Path, authority: Authority, hosts: Sequence[str], now_s: int) -> None:
+    key = new_key()
+    write_private(path / "server.key", key)
+    issued = issue_server(authority, key, [*hosts, *LOOPBACK_HOSTS], now_s)
+    write_private(path / "server.pem", issued)
 
 
 def _make_operator(path: Path, authority: Authority, now_s: int) -> None:

@@ -51,6 +51,8 @@ WORKERS_MAX = 64
 """Most workers that a contract may need for a round."""
 MISSING = 5
 """Most commits that a worker of the battery lacks."""
+ROUNDS_MIN = 4
+"""Rounds that the battery takes; one that ends earlier would leave it waiting for assignments."""
 PAGE_COMMITS = 4096
 """Records of the largest page."""
 MESSAGE_BYTES = 70_000
@@ -207,11 +209,13 @@ class CoordinatorBattery:
             return False
         self._genesis = record
         check_can_test(record.config)
-        if self._run.round >= record.config.rounds:
+        rounds = record.config.rounds
+        left = max(rounds - self._run.round, 0)
+        if left < ROUNDS_MIN:
             raise ConfigError(
-                f"Run {record.config.run_id} at {self._test.address} has had all of its "
-                f"{record.config.rounds} rounds, and nothing is left to test; give the "
-                "coordinator a new journal."
+                f"Run {record.config.run_id} at {self._test.address} has {left} of its {rounds} "
+                f"rounds left, and the battery takes {ROUNDS_MIN}; give the coordinator a new "
+                f"journal, and a contract with rounds = {ROUNDS_MIN} or more."
             )
         await self._check_no_weights()
         version = self._run.protocol_version
@@ -695,8 +699,12 @@ class CoordinatorBattery:
     async def _late_answer(self) -> None:
         tester = self._any()
         require(tester.name in self._sent, "no round is committed")
-        answer = self._answer(tester)
-        answer.ticket.round, answer.ticket.slot = self._history.round, self._sent[tester.name][0]
+        last = self._history.round
+        ticket = wire.Ticket(
+            epoch=self._ticket_of(tester).epoch, round=last, slot=self._sent[tester.name][0]
+        )
+        wants = is_digest_round(self._config, last)
+        answer = self._answer(tester, wire.Assign(ticket=ticket, want_digest=wants))
         answer.projected_grads[0] += 1.0
         # Of an answer that the commit holds, another one is a second answer.
         await self._refused_answer(tester, answer, "EquivocationError", "StaleTicketError")
@@ -724,9 +732,13 @@ class CoordinatorBattery:
     async def _other_digest(self) -> None:
         """The last tester's digest differs in a digest round; the others' vote decides."""
         tester = await self._spare()
-        rounds = self._config.digest_every_rounds
-        if rounds > self._test.rounds_max:
-            raise CheckSkippedError(f"digests are compared every {rounds} rounds only")
+        config, first = self._config, self._ticket_of(tester).round
+        last = min(config.rounds, first + self._test.rounds_max - 1)
+        if not any(is_digest_round(config, round_) for round_ in range(first, last + 1)):
+            raise CheckSkippedError(
+                f"digests are compared every {config.digest_every_rounds} rounds only, and not in "
+                f"rounds {first} to {last}"
+            )
         while not is_digest_round(self._config, self._ticket_of(tester).round):
             await self._round()
         answer = self._answer(tester)
@@ -883,9 +895,9 @@ class CoordinatorBattery:
             setattr(message.hello, field_, value)
         return message
 
-    def _answer(self, tester: Tester) -> wire.Answer:
-        """An honest answer of made-up numbers, the same each time."""
-        assign, config = tester.assign, self._config
+    def _answer(self, tester: Tester, to: wire.Assign | None = None) -> wire.Answer:
+        """An honest answer of made-up numbers, the same each time; to the newest assignment."""
+        assign, config = to or tester.assign, self._config
         if assign is None:
             raise CheckFailedError(f"{tester.name} has no assignment")
         head = self._head(assign.ticket.round - 1)

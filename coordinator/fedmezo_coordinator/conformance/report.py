@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich.table import Table
 from rich.text import Text
 
 from fedmezo_core.errors import FedMezoError
@@ -39,13 +38,25 @@ class Check:
     detail: str = ""
     """What was seen instead, or why the check was skipped. Empty where it passed."""
 
+    def line(self) -> Text:
+        """The check for a terminal: outcome, section, name and detail."""
+        detail = f": {self.detail}" if self.detail else ""
+        return Text.assemble(
+            (f"{self.outcome:7}", _COLOURS[self.outcome]),
+            f"  section {self.section:2}  {self.name}{detail}",
+        )
+
 
 class Report:
     """The checks of one battery, in their order."""
 
-    def __init__(self, subject: str) -> None:
-        """`subject` is what was checked: `coordinator` or `worker`."""
+    def __init__(self, subject: str, show: Callable[[Check], None] = lambda _: None) -> None:
+        """`subject` is what was checked: `coordinator` or `worker`.
+
+        `show` is called with each check as it ends.
+        """
         self.subject = subject
+        self._show = show
         self.checks: list[Check] = []
         self.figures: dict[str, float] = {}
         """What was measured beside the checks, by name."""
@@ -59,12 +70,16 @@ class Report:
     def expect(self, name: str, section: int, holds: bool, detail: str = "") -> bool:
         """Note a check that passes if `holds`; `detail` says what was seen otherwise."""
         outcome: Outcome = "passed" if holds else "failed"
-        self.checks.append(Check(name, section, outcome, "" if holds else detail))
+        self._add(Check(name, section, outcome, "" if holds else detail))
         return holds
 
     def skip(self, name: str, section: int, why: str) -> None:
         """Note a check that could not be made."""
-        self.checks.append(Check(name, section, "skipped", why))
+        self._add(Check(name, section, "skipped", why))
+
+    def _add(self, check: Check) -> None:
+        self.checks.append(check)
+        self._show(check)
 
     @contextmanager
     def check(self, name: str, section: int) -> Iterator[None]:
@@ -86,20 +101,6 @@ class Report:
             "figures": self.figures,
             "checks": [asdict(check) for check in self.checks],
         }
-
-    def table(self) -> Table:
-        """The report for a terminal."""
-        table = Table(box=None, pad_edge=False)
-        for heading in ("", "check", "section", "seen"):
-            table.add_column(heading, overflow="fold")
-        for check in self.checks:
-            table.add_row(
-                Text(check.outcome, style=_COLOURS[check.outcome]),
-                Text(check.name),
-                Text(str(check.section)),
-                Text(check.detail),
-            )
-        return table
 
     def summary(self) -> str:
         """How many checks passed, failed and were skipped, and the figures, one on each line."""

@@ -35,13 +35,16 @@ conformance_app = typer.Typer(
 
 
 class ReportFormat(StrEnum):
-    """How a report is printed."""
+    """How a report is printed: each check as it ends, or everything at the end as JSON."""
 
     TABLE = "table"
     JSON = "json"
 
 
-Format = Annotated[ReportFormat, typer.Option("--format", help="how the report is printed")]
+Format = Annotated[
+    ReportFormat,
+    typer.Option("--format", help="table: each check as it ends; json: one line at the end"),
+]
 PatienceS = Annotated[
     float, typer.Option(min=0.1, help="longest wait for each thing that must come, in seconds")
 ]
@@ -66,7 +69,7 @@ def coordinator(
         test = CoordinatorTest(check_address(address), tls_ca, rounds_max, patience_s)
     except ValueError as error:
         raise ConfigError(f"{address!r} is not allowed: {error}.") from None
-    report = Report("coordinator")
+    report = _report("coordinator", format_)
     asyncio.run(CoordinatorBattery(test, report).run())
     _print(report, format_)
 
@@ -118,7 +121,7 @@ def worker(
         raise ConfigError("Give --config or --journal, one of the two.")
     if journal is not None and data is not None:
         raise ConfigError("--data needs --config, whose model measures its rows.")
-    report = Report("worker")
+    report = _report("worker", format_)
     if config is None:
         test = WorkerTest(_genesis_in(journal or ""), None, patience_s=patience_s)
         check_can_lead(test.genesis.config)
@@ -164,12 +167,16 @@ def _genesis_in(journal: str) -> Genesis:
     return record
 
 
-def _print(report: Report, format_: str) -> None:
-    """Print a report; exits with status 1 if a check failed."""
+def _report(subject: str, format_: ReportFormat) -> Report:
+    """A report that prints each check as it ends, unless it is printed as JSON."""
     if format_ is ReportFormat.JSON:
-        print(json_line(report.values()))
-    else:
-        Console().print(report.table())
-        print(report.summary())
+        return Report(subject)
+    console = Console()
+    return Report(subject, lambda check: console.print(check.line(), soft_wrap=True))
+
+
+def _print(report: Report, format_: ReportFormat) -> None:
+    """Print what is left of a report; exits with status 1 if a check failed."""
+    print(json_line(report.values()) if format_ is ReportFormat.JSON else report.summary())
     if not report.passed:
         raise typer.Exit(1)

@@ -55,8 +55,8 @@ def init(arguments: Sequence[str]) -> None:
     )
     if not settings.name:
         print(
-            "The certificate names this machine alone; for other machines, remove the folder and "
-            "run init with --name HOST."
+            "The certificate names this machine alone; for other machines, remove server.pem from "
+            "the folder and run init again with --name HOST."
         )
 
 

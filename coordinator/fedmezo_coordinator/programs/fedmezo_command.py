@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from fedmezo.auditing import TOLERANCE, audit_of, rounds_in
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
@@ -25,6 +27,7 @@ from fedmezo_coordinator.programs.connecting import (
     Tls,
     TlsCa,
     link_to,
+    user_path,
 )
 from fedmezo_coordinator.programs.fleet_command import add_to
 from fedmezo_coordinator.programs.plain_values import (
@@ -34,6 +37,7 @@ from fedmezo_coordinator.programs.plain_values import (
     status_values,
 )
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
+from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import (
     Pace,
@@ -183,13 +187,17 @@ def verify(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    signatures: Annotated[
+        bool, typer.Option("--signatures", help="check the signature of each worker's answer too")
+    ] = False,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
     with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
-        line = _verified_line(source)
+        audit = SignatureAudit(source.origin()) if signatures else None
+        line = _verified_line(source, audit)
         if journal:
             Companions(journal).check(source)
-        print(line)
+        print("\n".join([line, *(audit.lines() if audit else ())]))
 
 
 @journal_app.command()
@@ -286,11 +294,11 @@ def export(
     with worker_packages("export"):
         from fedmezo_core.zo.commits import commits_of
         from fedmezo_core.zo.export import export_adapter, export_model
+        from fedmezo_core.zo.model.loading import folder_of_hub_name
         from fedmezo_core.zo.model.model_card import ModelCard
         from fedmezo_core.zo.party import open_party
-    party = open_party(
-        genesis.config, model or genesis.config.model, adapter=adapter, threads=threads
-    )
+    source_folder = model or str(folder_of_hub_name(genesis.config.model))
+    party = open_party(genesis.config, source_folder, adapter=adapter, threads=threads)
     party.check_same_base(genesis)
     if plan.snapshot is not None:
         take_snapshot(
@@ -390,6 +398,78 @@ def export_form(
 
 
 @app.command()
+def audit(
+    worker: Annotated[str, typer.Option(help="name of the worker whose answers are repeated")],
+    data: Annotated[
+        Path, typer.Option(help="the rows that it measured on, in files as it was given them")
+    ],
+    rounds: Annotated[
+        str, typer.Option(help="rounds to repeat, as in 3,7,11-13; default: all that it answered")
+    ] = "",
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="largest difference that another kind of machine may make")
+    ] = TOLERANCE,
+    model: Annotated[
+        str, typer.Option(help="base model: hub name or folder; default: the name in the journal")
+    ] = "",
+    adapter: Annotated[
+        Path | None, typer.Option(help="folder of the adapter that the run began from, if any")
+    ] = None,
+    objective: Annotated[
+        str, typer.Option(help="the run's objective, if it has one: its code runs here")
+    ] = "",
+    journal: Annotated[
+        str | None,
+        typer.Option(
+            help="journal of a stopped coordinator, a file or a postgresql:// URL; "
+            "default: read it from --coordinator"
+        ),
+    ] = None,
+    coordinator: Coordinator = None,
+    tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
+    threads: Threads = None,
+) -> None:
+    """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
+    wanted_rounds = rounds_in(rounds)
+    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+        what = audit_of(source, worker, wanted_rounds)
+    wanted = what.genesis.config.task.objective
+    if wanted and wanted != objective:
+        raise ConfigError(
+            f"The run scores batches by {wanted}; give --objective {wanted} if you trust that code."
+        )
+    with worker_packages("audit a worker"):
+        from fedmezo import TorchEngine
+        from fedmezo_core.zo.model.loading import folder_of_hub_name
+        from fedmezo_core.zo.objectives import load_objective
+    engine = TorchEngine(
+        what.genesis,
+        worker,
+        model or folder_of_hub_name(what.genesis.config.model),
+        data,
+        adapter=adapter,
+        objective=load_objective(wanted) if wanted else None,
+        threads=threads,
+        policy=None,
+    )
+    verdicts = Counter[str]()
+    for repeated in what.repeat(engine):
+        print(repeated.line(tolerance), flush=True)
+        verdicts[repeated.verdict(tolerance)] += 1
+    found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    print(f"{worker}: {counted(verdicts.total(), 'answer')} repeated: {found}")
+    if verdicts["differs"]:
+        # In 16 bits the difference of two losses is mostly how their sums were rounded.
+        also = "" if what.genesis.config.dtype == "float32" else ", and the number of threads,"
+        raise DivergedError(
+            f"Worker {worker} sent other numbers than these rows give; ask its site, and check "
+            f"that the rows, the base and the adapter{also} are those that it had."
+        )
+
+
+@app.command()
 def probe(
     config: Annotated[Path, typer.Option(help="the coordinator's TOML file")],
     data: Annotated[
@@ -427,6 +507,30 @@ def probe(
         threads=threads,
     )
     print(json_line(proposal_values(result)) if as_json else "\n".join(proposal_lines(result)))
+
+
+@app.command()
+def privacy(
+    ledger: Annotated[Path, typer.Argument(callback=user_path, help="a worker's privacy_ledger")],
+    delta: Annotated[float, typer.Option(help="the worker's privacy_delta")] = 1e-5,
+    as_json: Annotated[bool, typer.Option("--json", help="print the account as JSON")] = False,
+) -> None:
+    """Say how much of their privacy a worker's rows have given away."""
+    with worker_packages("keep the account of privacy"):
+        from fedmezo_core.zo.privacy.accounting import epsilon_of
+        from fedmezo_core.zo.privacy.ledger import read_ledger, steps_in
+    if not 0 < delta < 1:
+        raise ConfigError(f"--delta {delta:g} is no chance between 0 and 1; give the worker's.")
+    entries = read_ledger(ledger)
+    runs = {entry.run.partition(":")[0]: entry.round for entry in entries}
+    spent = epsilon_of(steps_in(entries), delta)
+    if as_json:
+        values = {"epsilon": spent, "delta": delta, "measurements": len(entries)}
+        print(json_line(values | {"newest_rounds": runs}))
+        return
+    print(f"epsilon {spent:.2f} at delta {delta:g}, for {counted(len(entries), 'measurement')}")
+    for run, newest in runs.items():
+        print(f"  run {run}: up to round {newest}")
 
 
 @app.command()
@@ -537,8 +641,8 @@ def _opened(journal: str | None, link: Link | None) -> Iterator[Journal]:
         store.close()
 
 
-def _verified_line(journal: Journal) -> str:
-    """Verify and replay a journal; returns one line about its run."""
+def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str:
+    """Verify and replay a journal, with its signatures by `audit`; returns a line about its run."""
     machine, count, before = RoundMachine(), 0, ""
     signed: records.SignedHead | None = None
     origin = journal.origin()
@@ -548,8 +652,10 @@ def _verified_line(journal: Journal) -> str:
             f" after {origin.seqno} that were dropped, up to round {origin.round} "
             f"({_signed_by(origin.key)}),"
         )
-    for _, record in verified(journal):
+    for entry, record in verified(journal):
         machine.apply(record)
+        if audit is not None:
+            audit.take(entry, record, machine.state)
         if isinstance(record, records.SignedHead) and record.signature:
             signed = record
         count += 1
@@ -617,6 +723,10 @@ def _line(row: Row, record: records.Record) -> str:
             text = f"paused     after round {round_}: {reason}"
         case records.Resumed(rate_factor):
             text = f"resumed    learning rates times {rate_factor:g}"
+        case records.Excluded(round_, worker, reason):
+            text = f"excluded   {worker} after round {round_}: {reason}"
+        case records.Readmitted(round_, worker):
+            text = f"readmitted {worker} after round {round_}"
         case records.Stopped(round_, reason):
             text = f"stopped    after round {round_}: {reason}"
         case records.SignedHead(epoch, round_, head):
@@ -624,6 +734,8 @@ def _line(row: Row, record: records.Record) -> str:
             text = f"checkpoint epoch {epoch}, round {round_}, head {head.hex()[:16]}, {signed}"
         case records.Snapshotted(round_):
             text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
+        case records.Admitted(worker, key):
+            text = f"admitted   {worker} signs with key {key.hex()}"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 

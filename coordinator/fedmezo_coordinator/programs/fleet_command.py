@@ -1,4 +1,7 @@
-"""`fedmezo token`, `members`, `revoke`, `rotate` and `join`: who belongs to a fleet."""
+"""`fedmezo token`, `members`, `revoke`, `rotate` and `join`: who belongs to a fleet.
+
+And `exclude` and `readmit`: who takes part in its run.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ JOINED = "identity"
 """Folder, in the user's state folder, that `fedmezo join` makes unless told otherwise."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="the member's name")]
+Worker = Annotated[str, typer.Argument(metavar="WORKER", help="the worker's name")]
 Ttl = Annotated[str, typer.Option(help="how long the join string can be used: 90s, 30m, 1h, 7d")]
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -36,7 +40,7 @@ _DEFAULT_TTL = f"{TOKEN_LIFE_S // 3600}h"
 def add_to(app: typer.Typer) -> None:
     """Add these commands to `fedmezo`."""
     app.add_typer(token_app, name="token")
-    for command in (members, revoke, rotate, join):
+    for command in (members, revoke, rotate, join, exclude, readmit):
         app.command()(command)
 
 
@@ -162,10 +166,52 @@ def join(
     print(f"{folder}: {identity.role} {identity.name} of the fleet of {identity.address}")
 
 
+def exclude(
+    worker: Worker,
+    reason: Annotated[
+        str, typer.Option(help="why, for the worker and the journal; 1 to 512 characters")
+    ],
+    coordinator: Coordinator = None,
+    state: State = None,
+) -> None:
+    """Take a worker out of the run, at once and on the record, until `fedmezo readmit`."""
+    link = _link_for_orders(coordinator, state)
+
+    async def work() -> None:
+        async with link.client() as client:
+            await client.exclude_worker(worker, reason)
+
+    asyncio.run(work())
+    print(f"{worker} is excluded; `fedmezo readmit {worker}` lets it take part again.")
+
+
+def readmit(worker: Worker, coordinator: Coordinator = None, state: State = None) -> None:
+    """Let an excluded worker take part in the run again, once it joins."""
+    link = _link_for_orders(coordinator, state)
+
+    async def work() -> None:
+        async with link.client() as client:
+            await client.readmit_worker(worker)
+
+    asyncio.run(work())
+    print(f"{worker} may join the run again; start it if it has ended.")
+
+
+def _link_for_orders(coordinator: str | None, state: Path | None) -> Link:
+    """The operator's link, or one without an identity to a coordinator that has no fleet."""
+    if state is None and (coordinator is not None or not any(map(Path.exists, _own_folders()))):
+        return link_to(coordinator, None, False, None)
+    return _operators_link(coordinator, state)
+
+
+def _own_folders() -> list[Path]:
+    return [state_home() / folder for folder in ("coordinator", JOINED)]
+
+
 def _operators_link(coordinator: str | None, state: Path | None) -> Link:
     """The link of an operator: by default that of this machine's coordinator, or of who joined."""
     if state is None:
-        here = [state_home() / folder for folder in ("coordinator", JOINED)]
+        here = _own_folders()
         state = next((folder for folder in here if folder.exists()), here[0])
     return link_to(coordinator, None, False, state)
 

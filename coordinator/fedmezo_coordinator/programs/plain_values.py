@@ -105,7 +105,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, records.Answered):
-        return {"round": value.round, "slot": value.slot, **_plain(value.scalars)}
+        signature = {"signature": _plain(value.signature)}
+        return {"round": value.round, "slot": value.slot, **_plain(value.scalars), **signature}
     if isinstance(value, (records.Scalars, records.SeedRange)):
         return {name: _named(name, item) for name, item in value._asdict().items()}
     if isinstance(value, (tuple, list)):

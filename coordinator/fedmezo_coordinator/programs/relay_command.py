@@ -55,7 +55,8 @@ async def run(settings: RelaySettings) -> None:
             renewing = asyncio.create_task(keep_renewed(client, identity))
             stack.callback(renewing.cancel)
         session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
-        relay = Relay(settings, client, session_limit)
+        signing_key = None if identity is None else identity.keys.signing_key
+        relay = Relay(settings, client, session_limit, signing_key)
         if not await first_of(starting := asyncio.create_task(relay.load()), stop):
             return
         starting.result()

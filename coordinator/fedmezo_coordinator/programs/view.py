@@ -187,6 +187,15 @@ def run_view(
         for worker in status.workers
         if worker.complaint
     ]
+    parts += [
+        Text(f"{worker.worker}: {worker.suspicion}", style="yellow")
+        for worker in status.workers
+        if worker.suspicion
+    ]
+    parts += [
+        Text(f"{found.worker}: excluded after round {found.round}: {found.reason}", style="red")
+        for found in status.excluded
+    ]
     if status.replica_complaint:
         parts.append(Text(status.replica_complaint, style="yellow"))
     return Group(*parts, *_divergences(status))

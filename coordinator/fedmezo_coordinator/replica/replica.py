@@ -171,7 +171,8 @@ class _Copy:
 
     def take_snapshot(self, folder: Path, snapshot: Snapshot) -> bool:
         """Take a snapshot's weights from its file; False if that is missing or damaged."""
-        from fedmezo_core.zo.snapshot_files import install_snapshot, sha256_of
+        from fedmezo_core.zo.plain.snapshot_header import sha256_of
+        from fedmezo_core.zo.snapshot_files import install_snapshot
 
         path = folder / file_name(self.party.config.run_id, snapshot.round)
         try:

@@ -15,6 +15,9 @@ from fedmezo_core.trust.members import Members
 PRIVATE_SCHEME = "unix:"
 """Beginning of a peer's address on the private socket."""
 
+LOOPBACK = ("ipv4:127.", "ipv6:[::1]", "ipv6:%5B::1%5D")
+"""Beginnings of a peer's address on the coordinator's own machine."""
+
 
 class PeerContext(Protocol):
     """What a call says of its other side, as gRPC's contexts do."""
@@ -64,4 +67,16 @@ def check_worker_name(caller: Caller, name: str) -> None:
         raise ForbiddenError(
             f"{caller} may not join a run as {name[:64]!r}, a name that belongs to another key; "
             "join under its own name."
+        )
+
+
+def check_operator(caller: Caller, peer: str) -> None:
+    """Refuse an order from another machine to a coordinator that knows nobody.
+
+    `peer` is the address of the call. Raises `ForbiddenError`.
+    """
+    if caller.role is Role.ANYONE and not peer.startswith(LOOPBACK):
+        raise ForbiddenError(
+            "This coordinator knows nobody by a certificate, so it takes orders from its own "
+            "machine alone; run the command there."
         )

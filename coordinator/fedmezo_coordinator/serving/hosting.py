@@ -86,6 +86,7 @@ async def fronted(
             tls.append(_fleet_tls(settings, fleet, of_members=False))
             fleet.join_address = settings.join_address or _named_address(fleet.state, port)
             await _start_enrolment(settings, fleet, port, tls[1], stack)
+            fleet.state.tell_operator(_operators_address(settings, fleet, port), fleet.server_ca)
         refreshing = asyncio.create_task(_refresh(tls, None if settings.tls_files else fleet))
         stack.callback(refreshing.cancel)
         limits = CallerLimits(settings.caller_calls_per_s)
@@ -117,6 +118,11 @@ def check_listen(settings: ServingSettings) -> None:
 def _opened_fleet(settings: ServingSettings) -> Iterator[Fleet]:
     assert settings.state is not None
     state = open_state(settings.state)
+    if not state.server_files[0].exists():
+        raise ConfigError(
+            f"{state.server_files[0]} is not there; make it anew with: fedmezo-coordinator init "
+            f"--state {state.path} --name HOST"
+        )
     if settings.tls_files is None:
         state.renew_server()
     fleet = Fleet(
@@ -144,6 +150,14 @@ def _named_address(state: StateFolder, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _operators_address(settings: ServingSettings, fleet: Fleet, port: int) -> str:
+    """Where the operator on this machine reaches the coordinator."""
+    host = settings.listen.rpartition(":")[0]
+    if settings.tls_files is not None:
+        return fleet.join_address  # Which alone its certificate has to name.
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else f"{host}:{port}"
+
+
 async def _start_enrolment(
     settings: ServingSettings,
     fleet: Fleet,
@@ -159,6 +173,13 @@ async def _start_enrolment(
     )
     stack.push_async_callback(server.stop, None)
     await start_enrolment(server, fleet)
+    if not settings.is_loopback and fleet.join_address.startswith("localhost:"):
+        log.warning(
+            "join strings name %s, which no other machine reaches; remove server.pem from %s and "
+            "run fedmezo-coordinator init again with --name, or set tls_cert and join_address",
+            fleet.join_address,
+            fleet.state.path,
+        )
     log.info("new members join at %s:%d", listen.rpartition(":")[0], fleet.enrol_port)
 
 

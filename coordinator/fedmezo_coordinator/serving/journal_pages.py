@@ -16,8 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fedmezo_core.errors import JournalCompactedError, NotReadyError, ProtocolError
-from fedmezo_core.journal.journal import Journal, Row
+from fedmezo_core.errors import (
+    ForbiddenError,
+    JournalCompactedError,
+    NotReadyError,
+    ProtocolError,
+)
+from fedmezo_core.journal.journal import ZERO_HASH, Journal, Row
 from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.wire.admission import CATCH_UP_ROUNDS_MAX
 from fedmezo_core.wire.commit_index import CommitIndex
@@ -186,15 +191,25 @@ class JournalPages:
         request: wire.ReadJournalRequest,
         is_finished: Callable[[], bool],
         enter: Callable[[], Awaitable[None]],
+        *,
+        sees_everyone: bool = True,
     ) -> bytes:
         """The page that was asked for, a serialized `ReadJournalResponse`.
+
+        A reader that does not see everyone gets genesis and commits alone, without the chain over
+        the records in between, from which a guess at one of them could be checked.
 
         `is_finished` says whether nothing will follow the records that are shown now. Waits for a
         first record for as long as the request allows, and for the page's place, which `enter`
         takes. Raises `ProtocolError` for a request that makes no sense and `JournalCompactedError`
-        for records that were dropped.
+        for records that were dropped, `ForbiddenError` for records that the reader may not see.
         """
         _check_request(request)
+        if not (sees_everyone or request.commits_only):
+            raise ForbiddenError(
+                "In this run only observers and operators read all records; set commits_only for "
+                "those that the weights depend on, or use an observer's identity."
+            )
         deadline_s = time.monotonic() + request.wait_ms / 1000
         origin = None
         if request.from_origin:
@@ -219,15 +234,18 @@ class JournalPages:
             return page.SerializeToString()
         if not request.from_origin:
             await enter()
-        return await self._on_disk(lambda: self._filled(page, seqnos))
+        return await self._on_disk(lambda: self._filled(page, seqnos, shows_chain=sees_everyone))
 
-    def _filled(self, page: wire.ReadJournalResponse, seqnos: Sequence[int]) -> bytes:
+    def _filled(
+        self, page: wire.ReadJournalResponse, seqnos: Sequence[int], *, shows_chain: bool
+    ) -> bytes:
         """The serialized page with these records, or as many as fit; runs in the thread."""
         rows = self.journal.read_beside(seqnos, PAGE_BYTES_MAX)
         if not rows or rows[0].seqno != seqnos[0]:
             raise self._compacted()
         for row in rows:
-            page.entries.add(seqno=row.seqno, record=row.body, chain=row.chain)
+            chain = row.chain if shows_chain else ZERO_HASH
+            page.entries.add(seqno=row.seqno, record=row.body, chain=chain)
         if len(rows) < len(seqnos):
             page.next_seqno, page.finished = rows[-1].seqno + 1, False
         return page.SerializeToString()

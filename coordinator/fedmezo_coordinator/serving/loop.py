@@ -26,17 +26,18 @@ from fedmezo_coordinator.serving.name_contests import (
     replaced_error,
 )
 from fedmezo_coordinator.serving.session_limit import RETRY_AFTER_MAX_S, SessionLimit
-from fedmezo_coordinator.serving.status_report import MachineStatus, status_report
+from fedmezo_coordinator.serving.status_report import MachineStatus, hide_others, status_report
 from fedmezo_coordinator.serving.worker_session import (
     HalfClosedError,
     Outgoing,
     Traffic,
     WorkerSession,
 )
+from fedmezo_coordinator.signature_checker import Check, SignatureChecker
 from fedmezo_core.errors import (
-    DivergedError,
     FedMezoError,
     NotReadyError,
+    ProtocolError,
     SnapshotError,
     UnavailableError,
     UnknownWorkerError,
@@ -56,11 +57,27 @@ from fedmezo_core.events import (
     WorkerReady,
 )
 from fedmezo_core.journal.codec import decode_record
-from fedmezo_core.journal.journal import COMMITTED, GENESIS, Entry, Journal, Row
+from fedmezo_core.journal.journal import (
+    COMMITTED,
+    GENESIS,
+    ZERO_HASH,
+    Entry,
+    Journal,
+    Row,
+    head_after,
+)
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Committed, Genesis, RoundSlot
-from fedmezo_core.wire.admission import check_hello, check_run_id, event_from_request
+from fedmezo_core.trust.authorisation import Caller, sees_everyone
+from fedmezo_core.wire.admission import (
+    check_hello,
+    check_run_id,
+    event_from_request,
+    signed_part,
+    signing_of,
+)
 from fedmezo_core.wire.commit_index import CommitIndex
+from fedmezo_core.wire.grpc_status import BY_REASON
 from fedmezo_core.wire.messages import commit_to_pb, message_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -120,11 +137,19 @@ class _Left(Item):
 class _FromWorker(Item):
     session: WorkerSession
     message: wire.SessionRequest
+    check: Check | None
+    """The check of its signature, which began when it came; None if it has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Time(Item):
     now_ms: int
+
+
+def _not_here() -> ProtocolError:
+    return ProtocolError(
+        "A relay excludes nobody; exclude its site at the coordinator above, or stop the worker."
+    )
 
 
 class ServingLoop(ABC, Generic[ReadyT]):
@@ -155,6 +180,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         self._contests = NameContests()
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[Item] = asyncio.Queue(EVENTS_MAX)
+        self._signatures = SignatureChecker()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._pages = JournalPages(self._index, self._way_past_dropped)
         self._durable_phase = Phase.WAITING
@@ -227,6 +253,14 @@ class ServingLoop(ABC, Generic[ReadyT]):
             "Only the replica process that this coordinator started may report for it."
         )
 
+    async def exclude(self, worker: str, reason: str) -> None:
+        """Take a worker out of the run, for a person's `reason`; returns when that is durable."""
+        raise _not_here()
+
+    async def readmit(self, worker: str) -> None:
+        """Let an excluded worker take part again; returns when that is durable."""
+        raise _not_here()
+
     # ------------------------------------------------------------ start and stop
 
     async def serve(self) -> None:
@@ -239,6 +273,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
+            await self._signatures.close()
 
     def end_sessions(self) -> None:
         """Tell every worker that the coordinator is going away."""
@@ -292,8 +327,10 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 await self._flush(readies)
                 readies = []
                 await self._join(item)
-            else:
-                readies += self._step(item)
+                continue
+            if isinstance(item, _FromWorker) and item.check and item.session.ended is None:
+                await self._signatures.settle(item.check)
+            readies += self._step(item)
         return readies
 
     async def _siblings(self, readies: Sequence[ReadyT], until_s: float) -> list[Item]:
@@ -331,7 +368,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 session.end(HalfClosedError())
                 self._note("worker %s left", session.worker)
                 return [self._machine.step(WorkerLost(session.worker))]
-            case _FromWorker(session, message):
+            case _FromWorker(session, message, _):
                 if self._sessions.get(session.worker) is not session or session.ended is not None:
                     return []
                 return self._from_worker(session, message)
@@ -341,7 +378,9 @@ class ServingLoop(ABC, Generic[ReadyT]):
     def _from_worker(self, session: WorkerSession, message: wire.SessionRequest) -> list[ReadyT]:
         worker = session.worker
         try:
-            event = event_from_request(worker, message, self._machine.round, self._index.head_at)
+            event = event_from_request(
+                worker, message, self._machine.round, self._index.head_at, session.signing
+            )
         except FedMezoError as error:
             session.end(error)
             return []
@@ -363,6 +402,10 @@ class ServingLoop(ABC, Generic[ReadyT]):
         try:
             self._welcome_now()
             self._check_hello(hello)
+            genesis_head = head_after(ZERO_HASH, self._genesis_body)
+            session.signing = signing_of(
+                hello, session.caller, self.genesis, genesis_head, self._signatures.is_signed
+            )
             self._make_room(session.worker)
         except FedMezoError as error:
             self._refused_workers.warn("refused a worker: %s", error)
@@ -525,8 +568,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         if session is None:
             return
         match message:
-            case Expel(_, sentence):
-                session.end(DivergedError(sentence))
+            case Expel(_, sentence, reason):
+                session.end(BY_REASON[reason](sentence))
                 return
             case Refuse(worker, _, _, sentence):
                 self._refused_answers.warn("refused an answer of worker %s: %s", worker, sentence)
@@ -563,13 +606,15 @@ class ServingLoop(ABC, Generic[ReadyT]):
         suffix = self._index.suffix(min(round_, self._index.round))
         return wire.Suffix(pairs=suffix.pairs, bytes=suffix.bytes)
 
-    async def join(self, hello: wire.Hello, *, exchanges: bool = False) -> WorkerSession:
+    async def join(
+        self, hello: wire.Hello, *, caller: Caller = Caller.ANYONE, exchanges: bool = False
+    ) -> WorkerSession:
         """Open a session for a worker; raises a `FedMezoError` that says why it may not join.
 
         With `exchanges` it goes on from the worker's last session, if that has them too.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        session = WorkerSession(hello.worker, exchanges)
+        session = WorkerSession(hello.worker, exchanges, caller)
         await self._items.put(_Join(session, hello, done))
         try:
             await done
@@ -582,7 +627,11 @@ class ServingLoop(ABC, Generic[ReadyT]):
     async def receive(self, session: WorkerSession, message: wire.SessionRequest) -> None:
         """Queue a message that came in an open session for the loop."""
         session.traffic.bytes_up += message.ByteSize()
-        await self._items.put(_FromWorker(session, message))
+        signed = None
+        if session.signing is not None:
+            signed = signed_part(message, session.signing, self._index.head_at)
+        check = None if signed is None else self._signatures.begin(signed)
+        await self._items.put(_FromWorker(session, message, check))
 
     def sent(self, session: WorkerSession, message: Outgoing) -> bytes:
         """Count a message that is sent now; returns its bytes."""
@@ -610,11 +659,15 @@ class ServingLoop(ABC, Generic[ReadyT]):
         return worker in self._sessions
 
     async def read_journal(
-        self, request: wire.ReadJournalRequest, enter: Callable[[], Awaitable[None]]
+        self,
+        request: wire.ReadJournalRequest,
+        enter: Callable[[], Awaitable[None]],
+        caller: Caller = Caller.ANYONE,
     ) -> bytes:
         """A page of records, as `JournalPages.read` makes it; `enter` takes its place."""
         check_run_id(request.run_id, self.genesis.config.run_id)
-        return await self._pages.read(request, self._is_finished, enter)
+        sees = sees_everyone(caller, self.genesis.config)
+        return await self._pages.read(request, self._is_finished, enter, sees_everyone=sees)
 
     def _is_finished(self) -> bool:
         return self._durable_phase is Phase.FINISHED
@@ -624,9 +677,16 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """Whether the status has so many workers that it needs a place, as a page does."""
         return len(self._traffic) > STATUS_WORKERS
 
-    def status(self, run_id: str) -> wire.GetStatusResponse:
-        """The status of the run; raises `WrongRunError` if `run_id` is another run's."""
+    def status(self, run_id: str, caller: Caller = Caller.ANYONE) -> wire.GetStatusResponse:
+        """What `caller` may know of the run; raises `WrongRunError` if `run_id` is another's."""
         check_run_id(run_id, self.genesis.config.run_id)
+        status = self._whole_status()
+        if not sees_everyone(caller, self.genesis.config):
+            hide_others(status, caller.name)
+        return status
+
+    def _whole_status(self) -> wire.GetStatusResponse:
+        """The status of the run."""
         return status_report(
             self._machine,
             self.genesis,

@@ -127,7 +127,7 @@ class PollSessions:
         with contextlib.ExitStack() as stack:
             if before is None:
                 permit = stack.enter_context(self._daemon.session_limit.session())
-                session = await self._daemon.join(hello, exchanges=exchanges)
+                session = await self._daemon.join(hello, caller=caller, exchanges=exchanges)
                 self._daemon.session_limit.joined(permit)
             else:
                 before.ends_at_s = loop.time() + LEASE_S
@@ -135,7 +135,7 @@ class PollSessions:
                     await self._daemon.receive(before.session, message)
                 messages.clear()
                 try:
-                    session = await self._daemon.join(hello, exchanges=True)
+                    session = await self._daemon.join(hello, caller=caller, exchanges=True)
                 except FedMezoError:
                     if before.session.ended is not None:
                         self._end(before.token)

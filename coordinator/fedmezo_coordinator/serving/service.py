@@ -35,7 +35,12 @@ from fedmezo_coordinator.limits.caller_limits import (
 )
 from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
 from fedmezo_coordinator.limits.said_seldom import SaidSeldom
-from fedmezo_coordinator.serving.callers import PRIVATE_SCHEME, caller_of, check_worker_name
+from fedmezo_coordinator.serving.callers import (
+    PRIVATE_SCHEME,
+    caller_of,
+    check_operator,
+    check_worker_name,
+)
 from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
@@ -87,6 +92,9 @@ ENROLMENT_OPTIONS = (
     ("grpc.max_connection_age_ms", 60_000),
     ("grpc.server_handshake_timeout_ms", 5_000),
 )
+
+OF_THE_RUN = frozenset({"ExcludeWorker", "ReadmitWorker"})
+"""Orders to the run, which need no fleet."""
 
 SERVER_OPTIONS = (
     # Otherwise a second coordinator can bind the same port and silently takes half the workers.
@@ -261,7 +269,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
 
         gRPC would keep the message beside its bytes for as long as nobody reads them.
         """
-        return await self._daemon.read_journal(request, lambda: self._enter(context))
+        caller = self.caller_of(context)
+        return await self._daemon.read_journal(request, lambda: self._enter(context), caller)
 
     ReadJournal = read_journal  # type: ignore[assignment]
 
@@ -272,7 +281,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Report the status of the run."""
         if self._daemon.status_is_large:
             await self._enter(context)
-        return self._daemon.status(request.run_id)
+        return self._daemon.status(request.run_id, self.caller_of(context))
 
     @_mapped
     async def ReportReplica(  # noqa: N802
@@ -281,6 +290,28 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Take a digest, evaluation or snapshot that the replica reports."""
         await self._daemon.report_replica(request)
         return wire.ReportReplicaResponse()
+
+    @_mapped
+    async def ExcludeWorker(  # noqa: N802
+        self, request: admin.ExcludeWorkerRequest, context: Context
+    ) -> admin.ExcludeWorkerResponse:
+        """Take a worker out of the run, for an operator."""
+        caller = self.caller_of(context)
+        check_operator(caller, context.peer())
+        await self._daemon.exclude(request.worker, request.reason)
+        log.warning("%s excluded worker %s", caller, request.worker)
+        return admin.ExcludeWorkerResponse()
+
+    @_mapped
+    async def ReadmitWorker(  # noqa: N802
+        self, request: admin.ReadmitWorkerRequest, context: Context
+    ) -> admin.ReadmitWorkerResponse:
+        """Let an excluded worker take part again, for an operator."""
+        caller = self.caller_of(context)
+        check_operator(caller, context.peer())
+        await self._daemon.readmit(request.worker)
+        log.warning("%s readmitted worker %s", caller, request.worker)
+        return admin.ReadmitWorkerResponse()
 
     async def _enter(self, context: Context) -> None:
         """Take the place of a large response until gRPC is done with it."""
@@ -323,8 +354,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         reader: asyncio.Task[None] | None = None
         try:
             hello = await self._hello(context)
-            check_worker_name(self.caller_of(context), hello.worker)
-            session = await self._daemon.join(hello)
+            caller = self.caller_of(context)
+            check_worker_name(caller, hello.worker)
+            session = await self._daemon.join(hello, caller=caller)
             self.caller_of(context)  # It may have been revoked while it joined.
             self._daemon.session_limit.joined(permit)
             reader = asyncio.create_task(self._read(context, session))
@@ -380,9 +412,9 @@ class LiveTls:
 
     def __init__(self, files: TlsFiles) -> None:
         self._files = files
-        self._waiting: grpc.ServerCertificateConfiguration | None = None
+        self._current = self._taken = self._configuration()
         self.credentials = grpc.dynamic_ssl_server_credentials(
-            self._configuration(),
+            self._current,
             self._take,  # type: ignore[arg-type]  # None means: as before.
             require_client_authentication=bool(files.material.client_ca),
         )
@@ -390,7 +422,7 @@ class LiveTls:
     def refresh(self) -> None:
         """Let new connections have the certificate that the files hold now."""
         if self._files.changed():
-            self._waiting = self._configuration()
+            self._current = self._configuration()
 
     def _configuration(self) -> grpc.ServerCertificateConfiguration:
         material = self._files.material
@@ -399,9 +431,12 @@ class LiveTls:
         )
 
     def _take(self) -> grpc.ServerCertificateConfiguration | None:
-        # gRPC calls this at every handshake, in a thread of its own.
-        waiting, self._waiting = self._waiting, None
-        return waiting
+        # gRPC calls this at every handshake, in threads of its own.
+        current = self._current
+        if current is self._taken:
+            return None
+        self._taken = current
+        return current
 
 
 class _RefusalLog:
@@ -444,8 +479,14 @@ class _Edge:
         self._can_revoke = can_revoke
         self._refusals = _RefusalLog()
 
-    def guarded(self, path: str, handler: Callable[..., Any], *, streams: bool) -> Any:
-        """`handler` of the RPC `path` behind the check; `streams`: it yields its responses."""
+    def guarded(
+        self, path: str, handler: Callable[..., Any], *, streams: bool, is_session: bool = False
+    ) -> Any:
+        """`handler` of the RPC `path` behind the check; `streams`: it yields its responses.
+
+        Of a session only the beginning is checked: the loop ends it when its worker is revoked, and
+        it may live longer than the certificate that it began with.
+        """
 
         async def unary(request: Any, context: Any) -> Any:
             try:
@@ -457,7 +498,7 @@ class _Edge:
             if response is not None:  # A stream's handler has written its responses itself.
                 response = _serialized(response)
                 self._limits.charge(charged, len(response))
-            if self._can_revoke:
+            if self._can_revoke and not is_session:
                 try:
                     self._check(path, context)
                 except FedMezoError as error:
@@ -547,8 +588,10 @@ class _FleetServicer:
                 return await fleet.list_members(request, self._who(context))
             case "RevokeMember":
                 return await fleet.revoke_member(request, self._who(context))
-            case _:
+            case "RotateMember":
                 return await fleet.rotate_member(request, self._who(context))
+            case _:
+                raise AssertionError(f"{name} has rights and no handler")
 
 
 def _unreadable() -> ProtocolError:
@@ -620,7 +663,13 @@ async def start_server(
     members = _FleetServicer(fleet, servicer.caller_of)
     _serve_service(server, edge, "CoordinatorService", wire.DESCRIPTOR, servicer.handler)
     for service in ("MembershipService", "AdminService"):
-        _serve_service(server, edge, service, admin.DESCRIPTOR, members.handler)
+        _serve_service(
+            server,
+            edge,
+            service,
+            admin.DESCRIPTOR,
+            lambda name: (servicer if name in OF_THE_RUN else members).handler(name),
+        )
     await server.start()
     return servicer
 
@@ -656,7 +705,7 @@ def _serve_service(
         path = f"/{service.full_name}/{method.name}"
         if method.client_streaming:
             handlers[method.name] = grpc.stream_stream_rpc_method_handler(
-                edge.guarded(path, handler_of(method.name), streams=False)
+                edge.guarded(path, handler_of(method.name), streams=False, is_session=True)
             )
             continue
         streams = method.server_streaming

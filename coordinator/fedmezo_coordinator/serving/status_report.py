@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.serving.worker_session import Traffic
@@ -134,6 +134,31 @@ def status_report(
     )
 
 
+def hide_others(status: wire.GetStatusResponse, name: str) -> None:
+    """Remove from a status what it says of single workers other than `name`, losses included.
+
+    The mean loss of a round is one too: with its own loss a worker of two knows the other's.
+    """
+    _keep_own(status.workers, "worker", name)
+    for found in (status.digests, status.divergences):
+        _keep_own(found, "party", name)
+    parties = [party for party in status.diverged_parties if party == name]
+    status.ClearField("diverged_parties")
+    status.diverged_parties.extend(parties)
+    for summary in status.recent_rounds:
+        summary.ClearField("mean_loss")
+    if status.reason:
+        status.reason = "an observer or operator can read why"
+    status.ClearField("replica_complaint")
+
+
+def _keep_own(found: Any, field: str, name: str) -> None:
+    """Leave only what is of `name` in a repeated field, whose messages name a party in `field`."""
+    own = [one for one in found if getattr(one, field) == name]
+    del found[:]
+    found.extend(own)
+
+
 def _worker_status(
     view: WorkerView, counters: Traffic, contest: str, **flags: bool
 ) -> wire.WorkerStatus:
@@ -146,5 +171,8 @@ def _worker_status(
         answered_after_ms=counters.answered_after_ms,
         complaint=contest or view.complaint,
         learning_rate=view.learning_rate,
+        relative_size=view.score.size,
+        agreement=view.score.agreement,
+        suspicion=view.score.told,
         **flags,
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from fedmezo_core.errors import FedMezoError, NotReadyError
 from fedmezo_core.events import Assign
+from fedmezo_core.trust.authorisation import Caller
+from fedmezo_core.wire.admission import Signing
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 OUTBOX_MAX = 1024
@@ -87,6 +89,10 @@ class WorkerSession:
     exchanges: bool = False
     """Whether each of its calls says hello anew, and so opens a session that goes on from the last
     one."""
+    caller: Caller = Caller.ANYONE
+    """Who opened it."""
+    signing: Signing | None = None
+    """How its answers are signed; None if they are not."""
     assign: Assign | None = None
     """The newest assignment that was sent in it."""
     outbox: Outbox = field(default_factory=Outbox)

@@ -26,6 +26,8 @@ _MODULES: Final = {
 """llama.cpp's names of the modules of a layer."""
 _IS_PERMUTED: Final = {"llama": True, "qwen2": False, "qwen3": False}
 """Architectures with these modules; whether a GGUF pairs neighbouring rows of queries and keys."""
+_CORE: Final = ".core.weight"
+_OUTPUTS: Final = ".outputs.weight"
 _NAME: Final = re.compile(r"(?:^|\.)layers\.(\d+)\.([a-z_]+\.[a-z_]+)\.lora_([AB])\.[^.]+\.weight$")
 
 
@@ -55,13 +57,10 @@ class AdapterFile:
             raise ModelError(
                 "The package gguf is missing; install fedmezo[llama-cpp] to measure with llama.cpp."
             ) from None
-        if shape.architecture not in _IS_PERMUTED:
-            raise ModelError(
-                f"A GGUF of the architecture {shape.architecture} cannot take the run's adapter; "
-                f"known are {', '.join(_IS_PERMUTED)}. Measure with torch or ONNX Runtime."
-            )
+        check_architecture(shape.architecture)
+        start = with_whole_b(start)
         self._shape = shape
-        self._names = {name: _gguf_name(name) for name in start}
+        self._names = {name: gguf_name(name) for name in start}
         self.path: Final = path
         writer: Any = gguf.GGUFWriter(str(path), shape.architecture)
         writer.add_type("adapter")
@@ -80,6 +79,7 @@ class AdapterFile:
 
     def write(self, adapter: Adapter) -> None:
         """Overwrite the matrices that are other arrays than at the last call."""
+        adapter = with_whole_b(adapter)
         with self.path.open("r+b") as file:
             for name, value in adapter.items():
                 if value is not self._last[name]:
@@ -104,7 +104,29 @@ class AdapterFile:
         return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows, rank))
 
 
-def _gguf_name(name: str) -> str:
+def with_whole_b(adapter: Adapter) -> Adapter:
+    """The adapter with each B whole: where B is P C, the product takes the place of both."""
+    whole: Adapter = {}
+    for name, value in adapter.items():
+        if name.endswith(_CORE):
+            start = name.removesuffix(_CORE)
+            whole[f"{start}.weight"] = adapter[start + _OUTPUTS] @ value
+        elif not name.endswith(_OUTPUTS):
+            whole[name] = value
+    return whole
+
+
+def check_architecture(architecture: str) -> None:
+    """Raise `ModelError` for a GGUF of an architecture whose adapters are not known."""
+    if architecture not in _IS_PERMUTED:
+        raise ModelError(
+            f"A GGUF of the architecture {architecture} cannot take the run's adapter; "
+            f"known are {', '.join(_IS_PERMUTED)}. Measure with torch or ONNX Runtime."
+        )
+
+
+def gguf_name(name: str) -> str:
+    """What a GGUF calls the adapter's matrix `name`; raises `ModelError` if it has no place."""
     found = _NAME.search(name)
     module = None if found is None else _MODULES.get(found[2])
     if found is None or module is None:

@@ -150,12 +150,6 @@ def check_can_take_forms(config: RunConfig) -> None:
             "A form of the base serves runs with lora only: this run trains the base itself; begin "
             "a run with [run.lora], or measure with torch."
         )
-    if config.lora.output_rank is not None:
-        raise ConfigError(
-            "A form of the base serves adapters whose B is trained as a whole, and this run has "
-            f"lora.output_rank = {config.lora.output_rank}; begin a run without it, or measure "
-            "with torch."
-        )
     if config.task.objective:
         raise ConfigError(
             f"This run scores batches by {config.task.objective}, and a form of the base gives "

@@ -21,6 +21,7 @@ from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.edge.array_losses import EdgeBatch, edge_batch
 from fedmezo_core.zo.edge.array_weights import Adapter, ArrayWeights
 from fedmezo_core.zo.edge.base_form import BaseForm
+from fedmezo_core.zo.edge.loss_noise import noise_points, noise_sentence
 from fedmezo_core.zo.plain.measurements import (
     Measurement,
     Pair,
@@ -28,6 +29,8 @@ from fedmezo_core.zo.plain.measurements import (
     measurements_of,
     points_of,
 )
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
+from fedmezo_core.zo.privacy.private_measurements import PrivateMeasurements
 
 PASS_TOKENS_MAX: Final = 1 << 10
 """Tokens of one pass, padding too: more is little faster on a CPU, and takes memory."""
@@ -50,11 +53,13 @@ class EdgeEngine:
         *,
         threads: int | None = None,
         before_pass: Callable[[], None] = lambda: None,
+        privacy: PrivacyBudget | None = None,
     ) -> None:
         """Take a `form` that `read_form` has checked, and the worker's rows.
 
         threads: the most that apply commits. before_pass: called before the losses at each point;
-        may raise to end a measurement. Raises what is wrong with the rows.
+        may raise to end a measurement. privacy: makes each measurement differentially private.
+        Raises what is wrong with the rows.
         """
         config = genesis.config
         dataset = form.encoder.encode(rows)
@@ -69,6 +74,7 @@ class EdgeEngine:
         """Which form of the base the losses come from, as in the run's `base_forms`."""
         self.weights: Final = ArrayWeights(form.start, form.manifest, config, threads=threads)
         self._config = config
+        self._losses = losses
         self._estimator = _Estimator(self.weights, losses, config, before_pass)
 
         def collate(examples: Sequence[EncodedExample], name: str) -> EdgeBatch:
@@ -88,13 +94,34 @@ class EdgeEngine:
             batch_size=config.batch_size,
             local_steps=config.local_steps,
         )
+        self._private: PrivateMeasurements | None = None
+        if privacy is not None:
+            self._private = PrivateMeasurements(privacy, genesis, len(dataset))
+            self._noisy = self._private.measures(self._estimator)
+            self._samples = self._private.batches(collate, dataset)
+
+    def noise_sentence(self) -> str:
+        """A sentence if the losses are too coarse for the run's eps; empty if they are not.
+
+        It takes as long as four two-sided measurements along one direction.
+        """
+        points = map(self.weights.moved, noise_points(self._config))
+        losses = list(self._losses(points, self._batches.batch(1, 0)))
+        return noise_sentence(losses, self._config)
 
     def apply(self, commits: Sequence[Committed]) -> None:
         """Fold commits into the weights; raises as `ArrayWeights.apply` does."""
         self.weights.apply(commits[0].round, commits_of(commits))
 
     def measure(self, order: Measure) -> Measured:
-        """Measure one assignment; raises `MeasurementError` if a loss is not finite."""
+        """Measure one assignment; raises `MeasurementError` if a loss is not finite.
+
+        Raises `PrivacyBudgetError` if the rows have given away what they may.
+        """
+        if self._private is not None:
+            return self._private.measure_order(
+                self._noisy, self._samples, order, self.weights.digest
+            )
         return measure_order(
             self._estimator, self._batches, order, self._config, self.weights.digest
         )

@@ -20,6 +20,7 @@ from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.folders import whole_folder
 from fedmezo_core.program import long_step
 from fedmezo_core.zo.data.task import Batch, decoder_of, logits_of, plain_head
+from fedmezo_core.zo.edge.adapter_file import check_architecture, gguf_name, with_whole_b
 from fedmezo_core.zo.edge.base_form import (
     ADAPTER_FILE,
     FORM_FILE,
@@ -68,9 +69,9 @@ def export_onnx_form(party: Party, folder: Path) -> str:
 def export_gguf_form(party: Party, folder: Path, gguf: Path) -> str:
     """Write a form of the base of `party` around the file `gguf`, which llama.cpp computes with.
 
-    As `export_onnx_form`; it also raises `ModelError` for a file that is no GGUF. Whether that file
-    holds the same base, in whatever precision, nobody can check: its losses only come close to the
-    base's. The run admits it by naming the form.
+    As `export_onnx_form`; it also raises `ModelError` for a file that is no GGUF, or one of another
+    architecture, vocabulary or shape. Whether it holds the same weights, in whatever precision,
+    nobody can check: its losses only come close to the base's. The run admits it by its name.
     """
 
     def write(into: Path) -> str:
@@ -83,9 +84,47 @@ def export_gguf_form(party: Party, folder: Path, gguf: Path) -> str:
         with (into / GGUF_FILE).open("rb") as file:
             if file.read(len(_GGUF_MAGIC)) != _GGUF_MAGIC:
                 raise ModelError(f"{gguf} is no GGUF; give a GGUF of the same base.")
+        _check_gguf(party, gguf)
         return GGUF_FILE
 
     return _export(party, folder, "gguf", write)
+
+
+def _check_gguf(party: Party, path: Path) -> None:
+    """Check what a GGUF says of itself: that llama.cpp can put the run's adapter into it."""
+    try:
+        import gguf
+    except ImportError:
+        raise ModelError(
+            "The package gguf is missing; install it (pip install gguf) to export a GGUF."
+        ) from None
+    try:
+        reader: Any = gguf.GGUFReader(str(path))
+        architecture = str(reader.get_field("general.architecture").contents())
+        # A GGUF names the innermost dimension first: [inputs, outputs].
+        shapes = {one.name: tuple(map(int, one.shape)) for one in reader.tensors}
+    except Exception as error:  # the reader raises almost any type on a damaged file
+        raise ModelError(
+            f"{path} cannot be read ({error}); give an undamaged GGUF of the same base."
+        ) from None
+    check_architecture(architecture)
+    vocabulary = shapes.get("token_embd.weight", (0, 0))[-1]
+    if vocabulary != party.vocabulary_size:
+        raise ModelError(
+            f"{path} has {vocabulary} tokens, the run's base {party.vocabulary_size}; give a GGUF "
+            "of the same base."
+        )
+    adapter = {name: own.numpy() for name, own in adapter_matrices(party.loaded.model).items()}
+    for name, matrix in with_whole_b(adapter).items():
+        place, _, side = gguf_name(name).rpartition(".lora_")
+        wanted = matrix.shape[1 if side == "a" else 0]
+        found = shapes.get(place, (0, 0))["ab".index(side)]
+        if found != wanted:
+            ends = "inputs" if side == "a" else "outputs"
+            raise ModelError(
+                f"{path}: {place} has {found} {ends}, the run's adapter {wanted}; give a GGUF of "
+                "the same base."
+            )
 
 
 def _export(

@@ -19,21 +19,17 @@ from fedmezo_core.zo.edge.array_losses import EdgeBatch, PassRows
 from fedmezo_core.zo.edge.array_weights import Adapter
 from fedmezo_core.zo.edge.base_form import BaseForm
 from fedmezo_core.zo.edge.edge_engine import PASS_TOKENS_MAX
+from fedmezo_core.zo.edge.float_products import FloatProducts
 
 _FLOAT32: Final = 0
 """ggml's number of the type."""
 _NO_FLASH_ATTENTION: Final = 0
-_BLAS_ROWS_MIN: Final = 32
-"""Fewest rows of a product that llama.cpp gives to a BLAS library, which computes in float32. It
-multiplies fewer rows, and without such a library all, by inputs of 8 bits."""
-_FLOAT_HEAD_BYTES_MAX: Final = 256 << 20
-"""Largest head, as float32, of which a BLAS library gets a copy."""
 
 
 class LlamaLosses:
     """Gives the losses of batches at adapters; see `edge_engine.Losses`.
 
-    The adapter and its products are float32. The base is multiplied as its quantisation has it.
+    Adapter and products are float32; the weights of the base are as the GGUF quantises them.
     """
 
     def __init__(self, form: BaseForm, *, threads: int | None = None, gpu_layers: int = 0) -> None:
@@ -80,9 +76,10 @@ class LlamaLosses:
                 f"{form.model_path} has {self._vocabulary_size} tokens, the run's base "
                 f"{form.description.vocabulary_size}; export the form from a GGUF of the same base."
             )
-        head_bytes = 4 * self._vocabulary_size * int(llama_cpp.llama_model_n_embd(self._model))
-        self._outputs_min = _BLAS_ROWS_MIN if head_bytes <= _FLOAT_HEAD_BYTES_MAX else 0
-        self._context: Any = llama_cpp.llama_init_from_model(self._model, self._parameters(threads))
+        parameters = self._parameters(threads)
+        self._products = FloatProducts(threads=int(parameters.n_threads_batch))
+        parameters.cb_eval = self._products.callback
+        self._context: Any = llama_cpp.llama_init_from_model(self._model, parameters)
         if not self._context:
             raise ModelError(
                 f"llama.cpp has no memory for a context of {self._tokens_max} tokens; free some, "
@@ -168,7 +165,7 @@ class LlamaLosses:
         try:
             pass_.n_tokens = count
             ids, positions = padded.input_ids[real], padded.position_ids[real]
-            asked = self._asked(wanted[real])
+            asked = wanted[real]
             for index in range(count):
                 pass_.token[index] = int(ids[index])
                 pass_.pos[index] = int(positions[index])
@@ -178,18 +175,11 @@ class LlamaLosses:
             library.llama_memory_clear(library.llama_get_memory(self._context), True)
             if library.llama_decode(self._context, pass_) != 0:
                 raise MeasurementError("llama.cpp could not compute a batch; see its memory.")
+            self._products.check()
             # In the order of the tokens that asked for them, which is that of the places.
             found = library.llama_get_logits(self._context)
             shape = (int(asked.sum()), self._vocabulary_size)
-            every: npt.NDArray[np.float32] = np.ctypeslib.as_array(found, shape)
-            logits: npt.NDArray[np.float32] = every[wanted[real][asked]]
+            logits: npt.NDArray[np.float32] = np.ctypeslib.as_array(found, shape).copy()
             return logits
         finally:
             library.llama_batch_free(pass_)
-
-    def _asked(self, wanted: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-        """The `wanted` places and as many others as the head's product needs to be float32."""
-        asked = wanted.copy()
-        more = max(0, self._outputs_min - int(wanted.sum()))
-        asked[np.flatnonzero(~wanted)[:more]] = True
-        return asked

@@ -9,14 +9,23 @@ import math
 import struct
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from huggingface_hub import get_session, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    get_session,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub import utils as hub_utils
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from torch import nn
@@ -32,6 +41,7 @@ from transformers.utils.hub import cached_file
 
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ModelError
+from fedmezo_core.program import long_step
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
 from fedmezo_core.zo.model.adapters import read_adapter, require_fetched
@@ -59,6 +69,8 @@ TOKENIZER_FILES = (
     "tekken.json", "vocab*",
 )  # fmt: skip
 """Files that hold a vocabulary; a tokenizer has at least one of them."""
+_DOWNLOADED = ("*.json", "model*.safetensors", *TOKENIZER_FILES)
+"""Files that make a model on the hub; code and pickles are not among them."""
 _BYTE_TOKENIZERS = {"ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer"}
 """Tokenizers of bytes or characters, which have no vocabulary in a file."""
 _HUB_TIMEOUT_S = 10.0
@@ -112,6 +124,9 @@ def load_model(
     elif name_or_path.startswith((".", "/", "~")):
         raise ModelError(f"There is no model folder {name_or_path}; check the path.")
     local = folder if is_folder else _cached_folder(name_or_path, local_files_only)
+    if local is not None and (local / "adapter_config.json").exists():
+        # transformers would load the base that this file names, from wherever that is.
+        raise _is_adapter(name_or_path)
     source = name_or_path if local is None else str(local)
     common = {"local_files_only": local is not None, "trust_remote_code": False}
     with quiet(), placement.loading() as place:
@@ -164,6 +179,48 @@ def load_model(
     return LoadedModel(model, tokenizer, manifest, local)
 
 
+def folder_of_hub_name(name: str, bytes_max: int | None = None) -> Path:
+    """The folder in the local cache of a model that somebody else has named, downloaded if need be.
+
+    The name is never taken for a folder of this machine. What is not in the cache comes from the
+    hub: weights as safetensors, the tokenizer and JSON files, of at most `bytes_max` together.
+    Raises `ModelError` if the hub does not give it, or if it is larger.
+    """
+    cached = _cached_folder(name, local_files_only=False)
+    if cached is not None:
+        return cached
+    try:
+        info = HfApi().model_info(name, files_metadata=True, timeout=_HUB_TIMEOUT_S)
+    except Exception as error:
+        # Every version of huggingface_hub has its own types for a network that fails.
+        with suppress(ModelError):
+            return cast("Path", _cached_folder(name, local_files_only=True))
+        raise _model_error(name, False, "model", error) from error
+    wanted = [
+        file
+        for file in info.siblings or ()
+        if "/" not in file.rfilename and any(fnmatch(file.rfilename, p) for p in _DOWNLOADED)
+    ]
+    needed = sum(file.size or 0 for file in wanted)
+    if bytes_max is not None and needed > bytes_max:
+        raise ModelError(
+            f"The model {name}, which the run names, has {needed} bytes on the hub, more than the "
+            f"{bytes_max} that this worker allows; give it with --model, or raise policy.disk_max "
+            "in its settings."
+        )
+    try:
+        with quiet(), long_step(f"downloading {name}"):
+            # The very files whose sizes were counted.
+            folder = snapshot_download(
+                name, revision=info.sha, allow_patterns=[escape(file.rfilename) for file in wanted]
+            )
+            # Until this asks for the newest revision, the cache finds nothing without a network.
+            hf_hub_download(name, "config.json")
+    except Exception as error:
+        raise _model_error(name, False, "model", error) from error
+    return Path(folder)
+
+
 def _contiguous(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Make a head's input, a slice of few positions, contiguous.
 
@@ -185,10 +242,14 @@ def _require_complete(shown: str, loaded: Any, info: Mapping[str, Any]) -> None:
             "language model."
         )
     if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise ModelError(
-            f"{shown} holds an adapter, not a whole model; merge it into its base model, save "
-            "that, and use the folder."
-        )
+        raise _is_adapter(shown)
+
+
+def _is_adapter(shown: str) -> ModelError:
+    return ModelError(
+        f"{shown} holds an adapter, not a whole model; merge it into its base model, save that, "
+        "and use the folder."
+    )
 
 
 def add_adapter(

@@ -390,3 +390,67 @@ class RotateMemberResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["token", b"token"]) -> None: ...
 
 Global___RotateMemberResponse: typing_extensions.TypeAlias = RotateMemberResponse
+
+@typing.final
+class ExcludeWorkerRequest(google.protobuf.message.Message):
+    """Names the worker to exclude."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """Its name. It need not have joined yet."""
+    reason: builtins.str
+    """Why, in 1 to 512 characters. The worker is told, and it stands in the journal."""
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "worker", b"worker"]) -> None: ...
+
+Global___ExcludeWorkerRequest: typing_extensions.TypeAlias = ExcludeWorkerRequest
+
+@typing.final
+class ExcludeWorkerResponse(google.protobuf.message.Message):
+    """The worker is excluded, and the journal says so. There is nothing to say."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ExcludeWorkerResponse: typing_extensions.TypeAlias = ExcludeWorkerResponse
+
+@typing.final
+class ReadmitWorkerRequest(google.protobuf.message.Message):
+    """Names the worker to readmit."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """Its name."""
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["worker", b"worker"]) -> None: ...
+
+Global___ReadmitWorkerRequest: typing_extensions.TypeAlias = ReadmitWorkerRequest
+
+@typing.final
+class ReadmitWorkerResponse(google.protobuf.message.Message):
+    """The worker may join again, and the journal says so. There is nothing to say."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ReadmitWorkerResponse: typing_extensions.TypeAlias = ReadmitWorkerResponse

@@ -207,6 +207,16 @@ class AdminServiceStub(object):
                 request_serializer=fedmezo__proto_dot_v1_dot_admin__pb2.RotateMemberRequest.SerializeToString,
                 response_deserializer=fedmezo__proto_dot_v1_dot_admin__pb2.RotateMemberResponse.FromString,
                 _registered_method=True)
+        self.ExcludeWorker = channel.unary_unary(
+                '/fedmezo.v1.AdminService/ExcludeWorker',
+                request_serializer=fedmezo__proto_dot_v1_dot_admin__pb2.ExcludeWorkerRequest.SerializeToString,
+                response_deserializer=fedmezo__proto_dot_v1_dot_admin__pb2.ExcludeWorkerResponse.FromString,
+                _registered_method=True)
+        self.ReadmitWorker = channel.unary_unary(
+                '/fedmezo.v1.AdminService/ReadmitWorker',
+                request_serializer=fedmezo__proto_dot_v1_dot_admin__pb2.ReadmitWorkerRequest.SerializeToString,
+                response_deserializer=fedmezo__proto_dot_v1_dot_admin__pb2.ReadmitWorkerResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServiceServicer(object):
@@ -241,6 +251,21 @@ class AdminServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExcludeWorker(self, request, context):
+        """Takes a worker out of the run, on the record and at once. Its answers that no commit holds never
+        count. Without a state folder, callers of the coordinator's own machine may ask for this.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadmitWorker(self, request, context):
+        """Lets an excluded worker take part again. Who may ask is as above.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -263,6 +288,16 @@ def add_AdminServiceServicer_to_server(servicer, server):
                     servicer.RotateMember,
                     request_deserializer=fedmezo__proto_dot_v1_dot_admin__pb2.RotateMemberRequest.FromString,
                     response_serializer=fedmezo__proto_dot_v1_dot_admin__pb2.RotateMemberResponse.SerializeToString,
+            ),
+            'ExcludeWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExcludeWorker,
+                    request_deserializer=fedmezo__proto_dot_v1_dot_admin__pb2.ExcludeWorkerRequest.FromString,
+                    response_serializer=fedmezo__proto_dot_v1_dot_admin__pb2.ExcludeWorkerResponse.SerializeToString,
+            ),
+            'ReadmitWorker': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadmitWorker,
+                    request_deserializer=fedmezo__proto_dot_v1_dot_admin__pb2.ReadmitWorkerRequest.FromString,
+                    response_serializer=fedmezo__proto_dot_v1_dot_admin__pb2.ReadmitWorkerResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -374,6 +409,60 @@ class AdminService(object):
             '/fedmezo.v1.AdminService/RotateMember',
             fedmezo__proto_dot_v1_dot_admin__pb2.RotateMemberRequest.SerializeToString,
             fedmezo__proto_dot_v1_dot_admin__pb2.RotateMemberResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExcludeWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedmezo.v1.AdminService/ExcludeWorker',
+            fedmezo__proto_dot_v1_dot_admin__pb2.ExcludeWorkerRequest.SerializeToString,
+            fedmezo__proto_dot_v1_dot_admin__pb2.ExcludeWorkerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadmitWorker(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedmezo.v1.AdminService/ReadmitWorker',
+            fedmezo__proto_dot_v1_dot_admin__pb2.ReadmitWorkerRequest.SerializeToString,
+            fedmezo__proto_dot_v1_dot_admin__pb2.ReadmitWorkerResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -216,7 +216,39 @@ _AdminServiceRotateMemberType = typing_extensions.TypeVar(
     ],
 )
 
-class AdminServiceStub(typing.Generic[_AdminServiceCreateTokensType, _AdminServiceListMembersType, _AdminServiceRevokeMemberType, _AdminServiceRotateMemberType]):
+_AdminServiceExcludeWorkerType = typing_extensions.TypeVar(
+    '_AdminServiceExcludeWorkerType',
+    grpc.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.admin_pb2.ExcludeWorkerRequest,
+        fedmezo_proto.v1.admin_pb2.ExcludeWorkerResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.admin_pb2.ExcludeWorkerRequest,
+        fedmezo_proto.v1.admin_pb2.ExcludeWorkerResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.admin_pb2.ExcludeWorkerRequest,
+        fedmezo_proto.v1.admin_pb2.ExcludeWorkerResponse,
+    ],
+)
+
+_AdminServiceReadmitWorkerType = typing_extensions.TypeVar(
+    '_AdminServiceReadmitWorkerType',
+    grpc.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.admin_pb2.ReadmitWorkerRequest,
+        fedmezo_proto.v1.admin_pb2.ReadmitWorkerResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.admin_pb2.ReadmitWorkerRequest,
+        fedmezo_proto.v1.admin_pb2.ReadmitWorkerResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.admin_pb2.ReadmitWorkerRequest,
+        fedmezo_proto.v1.admin_pb2.ReadmitWorkerResponse,
+    ],
+)
+
+class AdminServiceStub(typing.Generic[_AdminServiceCreateTokensType, _AdminServiceListMembersType, _AdminServiceRevokeMemberType, _AdminServiceRotateMemberType, _AdminServiceExcludeWorkerType, _AdminServiceReadmitWorkerType]):
     """The operator's commands."""
 
     @typing.overload
@@ -236,6 +268,14 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateTokensType, _AdminServi
         grpc.UnaryUnaryMultiCallable[
             fedmezo_proto.v1.admin_pb2.RotateMemberRequest,
             fedmezo_proto.v1.admin_pb2.RotateMemberResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            fedmezo_proto.v1.admin_pb2.ExcludeWorkerRequest,
+            fedmezo_proto.v1.admin_pb2.ExcludeWorkerResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            fedmezo_proto.v1.admin_pb2.ReadmitWorkerRequest,
+            fedmezo_proto.v1.admin_pb2.ReadmitWorkerResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -257,6 +297,14 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateTokensType, _AdminServi
             fedmezo_proto.v1.admin_pb2.RotateMemberRequest,
             fedmezo_proto.v1.admin_pb2.RotateMemberResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            fedmezo_proto.v1.admin_pb2.ExcludeWorkerRequest,
+            fedmezo_proto.v1.admin_pb2.ExcludeWorkerResponse,
+        ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            fedmezo_proto.v1.admin_pb2.ReadmitWorkerRequest,
+            fedmezo_proto.v1.admin_pb2.ReadmitWorkerResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     CreateTokens: _AdminServiceCreateTokensType
@@ -270,6 +318,14 @@ class AdminServiceStub(typing.Generic[_AdminServiceCreateTokensType, _AdminServi
 
     RotateMember: _AdminServiceRotateMemberType
     """Takes a member's key away, at once, and makes a token for a new key of the same name."""
+
+    ExcludeWorker: _AdminServiceExcludeWorkerType
+    """Takes a worker out of the run, on the record and at once. Its answers that no commit holds never
+    count. Without a state folder, callers of the coordinator's own machine may ask for this.
+    """
+
+    ReadmitWorker: _AdminServiceReadmitWorkerType
+    """Lets an excluded worker take part again. Who may ask is as above."""
 
 AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -287,6 +343,14 @@ AdminServiceAsyncStub: typing_extensions.TypeAlias = AdminServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
         fedmezo_proto.v1.admin_pb2.RotateMemberRequest,
         fedmezo_proto.v1.admin_pb2.RotateMemberResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.admin_pb2.ExcludeWorkerRequest,
+        fedmezo_proto.v1.admin_pb2.ExcludeWorkerResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.admin_pb2.ReadmitWorkerRequest,
+        fedmezo_proto.v1.admin_pb2.ReadmitWorkerResponse,
     ],
 ]
 
@@ -324,5 +388,23 @@ class AdminServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[fedmezo_proto.v1.admin_pb2.RotateMemberResponse, collections.abc.Awaitable[fedmezo_proto.v1.admin_pb2.RotateMemberResponse]]:
         """Takes a member's key away, at once, and makes a token for a new key of the same name."""
+
+    @abc.abstractmethod
+    def ExcludeWorker(
+        self,
+        request: fedmezo_proto.v1.admin_pb2.ExcludeWorkerRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[fedmezo_proto.v1.admin_pb2.ExcludeWorkerResponse, collections.abc.Awaitable[fedmezo_proto.v1.admin_pb2.ExcludeWorkerResponse]]:
+        """Takes a worker out of the run, on the record and at once. Its answers that no commit holds never
+        count. Without a state folder, callers of the coordinator's own machine may ask for this.
+        """
+
+    @abc.abstractmethod
+    def ReadmitWorker(
+        self,
+        request: fedmezo_proto.v1.admin_pb2.ReadmitWorkerRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[fedmezo_proto.v1.admin_pb2.ReadmitWorkerResponse, collections.abc.Awaitable[fedmezo_proto.v1.admin_pb2.ReadmitWorkerResponse]]:
+        """Lets an excluded worker take part again. Who may ask is as above."""
 
 def add_AdminServiceServicer_to_server(servicer: AdminServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -17,6 +17,8 @@ name of fedmezo_core.errors). The status message is one sentence for a person.
   NOT_FOUND            Another run, a worker that has not joined, or a snapshot that is not kept.
   FAILED_PRECONDITION  Model, tokenizer or recipe differ; or the ticket is stale.
   ALREADY_EXISTS       The worker gave a different answer to the same ticket before.
+  PERMISSION_DENIED    The answer is not signed by the worker's key for this run, ticket and history.
+                       Or the run's operator has excluded the worker.
   OUT_OF_RANGE         A projected gradient is not finite or beyond the clip. Or the journal no longer
                        holds the records: begin from a snapshot.
   DATA_LOSS            The worker's weights are not the run's: rebuild them from base and journal.
@@ -261,6 +263,7 @@ class SessionRequest(google.protobuf.message.Message):
     ANSWER_FIELD_NUMBER: builtins.int
     UNABLE_FIELD_NUMBER: builtins.int
     WEIGHTS_REPORT_FIELD_NUMBER: builtins.int
+    READ_SNAPSHOT_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello:
         """The first message, sent once."""
@@ -277,6 +280,12 @@ class SessionRequest(google.protobuf.message.Message):
     def weights_report(self) -> Global___WeightsReport:
         """Full digest of the weights after a round, when the coordinator asks for it."""
 
+    @property
+    def read_snapshot(self) -> Global___ReadSnapshotRequest:
+        """Asks for a piece of a snapshot, before the worker can join. Only in answer to `snapshot`, over
+        transports that carry sessions alone.
+        """
+
     def __init__(
         self,
         *,
@@ -284,10 +293,11 @@ class SessionRequest(google.protobuf.message.Message):
         answer: Global___Answer | None = ...,
         unable: Global___Unable | None = ...,
         weights_report: Global___WeightsReport | None = ...,
+        read_snapshot: Global___ReadSnapshotRequest | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "unable", b"unable", "weights_report", b"weights_report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "unable", b"unable", "weights_report", b"weights_report"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "answer", "unable", "weights_report"] | None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "read_snapshot", b"read_snapshot", "unable", b"unable", "weights_report", b"weights_report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "read_snapshot", b"read_snapshot", "unable", b"unable", "weights_report", b"weights_report"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "answer", "unable", "weights_report", "read_snapshot"] | None: ...
 
 Global___SessionRequest: typing_extensions.TypeAlias = SessionRequest
 
@@ -306,6 +316,7 @@ class Hello(google.protobuf.message.Message):
     RECIPE_FIELD_NUMBER: builtins.int
     ROUND_FIELD_NUMBER: builtins.int
     HEAD_FIELD_NUMBER: builtins.int
+    SIGNING_KEY_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """The version that GetRun chose."""
     run_id: builtins.str
@@ -326,6 +337,8 @@ class Hello(google.protobuf.message.Message):
     """Last round applied to its weights, 0 for the base."""
     head: builtins.bytes
     """Its head at that round. 32 bytes."""
+    signing_key: builtins.bytes
+    """Ed25519 public key that signs its answers. 32 bytes, or empty if it does not sign."""
     def __init__(
         self,
         *,
@@ -338,8 +351,9 @@ class Hello(google.protobuf.message.Message):
         recipe: builtins.str = ...,
         round: builtins.int = ...,
         head: builtins.bytes = ...,
+        signing_key: builtins.bytes = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_digest", b"base_digest", "head", b"head", "manifest_digest", b"manifest_digest", "protocol_version", b"protocol_version", "recipe", b"recipe", "round", b"round", "run_id", b"run_id", "tokenizer_digest", b"tokenizer_digest", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_digest", b"base_digest", "head", b"head", "manifest_digest", b"manifest_digest", "protocol_version", b"protocol_version", "recipe", b"recipe", "round", b"round", "run_id", b"run_id", "signing_key", b"signing_key", "tokenizer_digest", b"tokenizer_digest", "worker", b"worker"]) -> None: ...
 
 Global___Hello: typing_extensions.TypeAlias = Hello
 
@@ -381,6 +395,7 @@ class Answer(google.protobuf.message.Message):
     WEIGHTS_DIGEST64_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
     HEAD64_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     mean_loss: builtins.float
     """Mean batch loss over the steps, in nats. Set only if the run reports losses."""
     weights_digest64: builtins.int
@@ -393,6 +408,8 @@ class Answer(google.protobuf.message.Message):
     """First 8 bytes (little-endian) of the head that it was measured at. Absent if weights_digest64 is
     set, which says more.
     """
+    signature: builtins.bytes
+    """Signature by the hello's key (docs/protocol.md, signed answers). 64 bytes, or empty without a key."""
     @property
     def ticket(self) -> Global___Ticket:
         """The assignment's ticket."""
@@ -410,9 +427,10 @@ class Answer(google.protobuf.message.Message):
         weights_digest64: builtins.int | None = ...,
         rows: builtins.int | None = ...,
         head64: builtins.int | None = ...,
+        signature: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_head64", b"_head64", "_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "head64", b"head64", "mean_loss", b"mean_loss", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_head64", b"_head64", "_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "head64", b"head64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "rows", b"rows", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_head64", b"_head64", "_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "head64", b"head64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "rows", b"rows", "signature", b"signature", "ticket", b"ticket", "weights_digest64", b"weights_digest64"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_head64", b"_head64"]) -> typing.Literal["head64"] | None: ...
     @typing.overload
@@ -484,6 +502,7 @@ class SessionResponse(google.protobuf.message.Message):
     REFUSED_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
+    SNAPSHOT_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___Welcome:
         """The answer to hello."""
@@ -514,6 +533,13 @@ class SessionResponse(google.protobuf.message.Message):
         ends with a status instead.
         """
 
+    @property
+    def snapshot(self) -> Global___ReadSnapshotResponse:
+        """The journal lacks commits that the worker needs, so it must begin from this snapshot. In answer to a
+        hello it has no data, and to `read_snapshot` the next piece of the file. Only over transports that
+        carry sessions alone; over gRPC such a hello is refused, and ReadSnapshot gives the file.
+        """
+
     def __init__(
         self,
         *,
@@ -524,10 +550,11 @@ class SessionResponse(google.protobuf.message.Message):
         refused: Global___Refused | None = ...,
         finished: Global___Finished | None = ...,
         ended: Global___Ended | None = ...,
+        snapshot: Global___ReadSnapshotResponse | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "commit", "assign", "ack", "refused", "finished", "ended"] | None: ...
+    def HasField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "snapshot", b"snapshot", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "snapshot", b"snapshot", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "commit", "assign", "ack", "refused", "finished", "ended", "snapshot"] | None: ...
 
 Global___SessionResponse: typing_extensions.TypeAlias = SessionResponse
 
@@ -874,7 +901,7 @@ class JournalEntry(google.protobuf.message.Message):
     record: builtins.bytes
     """Serialized `Record`."""
     chain: builtins.bytes
-    """chain(seqno). 32 bytes."""
+    """chain(seqno). 32 bytes; zero bytes for a reader that may not see the records in between."""
     def __init__(
         self,
         *,
@@ -959,6 +986,9 @@ class WorkerStatus(google.protobuf.message.Message):
     COMPLAINT_FIELD_NUMBER: builtins.int
     MEASURING_FIELD_NUMBER: builtins.int
     LEARNING_RATE_FIELD_NUMBER: builtins.int
+    RELATIVE_SIZE_FIELD_NUMBER: builtins.int
+    AGREEMENT_FIELD_NUMBER: builtins.int
+    SUSPICION_FIELD_NUMBER: builtins.int
     worker: builtins.str
     """The worker's name."""
     connected: builtins.bool
@@ -981,6 +1011,16 @@ class WorkerStatus(google.protobuf.message.Message):
     """Whether the coordinator waits for its answer now."""
     learning_rate: builtins.float
     """Learning rate of its last assignment. Absent: it had none since this coordinator start."""
+    relative_size: builtins.float
+    """Size (root mean square) of its newest committed answer, over the usual one of that round. Absent: no
+    commit since this coordinator start holds an answer of it.
+    """
+    agreement: builtins.float
+    """How well its answers agree with others' along the same directions, in standard deviations of what
+    chance gives: random ones have about 0. Absent: nobody measures along its directions.
+    """
+    suspicion: builtins.str
+    """What is wrong with its answers, beside those of others. Empty: nothing."""
     def __init__(
         self,
         *,
@@ -995,13 +1035,20 @@ class WorkerStatus(google.protobuf.message.Message):
         complaint: builtins.str = ...,
         measuring: builtins.bool = ...,
         learning_rate: builtins.float | None = ...,
+        relative_size: builtins.float | None = ...,
+        agreement: builtins.float | None = ...,
+        suspicion: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "answered_after_ms", b"answered_after_ms", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "measuring", b"measuring", "rounds_answered", b"rounds_answered", "worker", b"worker"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_agreement", b"_agreement", "_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "_relative_size", b"_relative_size", "agreement", b"agreement", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "relative_size", b"relative_size"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_agreement", b"_agreement", "_learning_rate", b"_learning_rate", "_mean_loss", b"_mean_loss", "_relative_size", b"_relative_size", "agreement", b"agreement", "answered_after_ms", b"answered_after_ms", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "complaint", b"complaint", "connected", b"connected", "diverged", b"diverged", "learning_rate", b"learning_rate", "mean_loss", b"mean_loss", "measuring", b"measuring", "relative_size", b"relative_size", "rounds_answered", b"rounds_answered", "suspicion", b"suspicion", "worker", b"worker"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_agreement", b"_agreement"]) -> typing.Literal["agreement"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_learning_rate", b"_learning_rate"]) -> typing.Literal["learning_rate"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_relative_size", b"_relative_size"]) -> typing.Literal["relative_size"] | None: ...
 
 Global___WorkerStatus: typing_extensions.TypeAlias = WorkerStatus
 
@@ -1085,6 +1132,7 @@ class GetStatusResponse(google.protobuf.message.Message):
     LOOP_LAG_P99_MS_FIELD_NUMBER: builtins.int
     SESSIONS_FIELD_NUMBER: builtins.int
     SESSIONS_REFUSED_FIELD_NUMBER: builtins.int
+    EXCLUDED_FIELD_NUMBER: builtins.int
     phase: Global___Phase.ValueType
     """What the run is doing."""
     round: builtins.int
@@ -1141,6 +1189,10 @@ class GetStatusResponse(google.protobuf.message.Message):
     def diverged_parties(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """Parties whose weights were found to differ and have not agreed since, sorted by name."""
 
+    @property
+    def excluded(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[fedmezo_proto.v1.journal_pb2.Excluded]:
+        """Workers that an operator excluded from the run, those excluded longest ago first."""
+
     def __init__(
         self,
         *,
@@ -1164,9 +1216,10 @@ class GetStatusResponse(google.protobuf.message.Message):
         loop_lag_p99_ms: builtins.float = ...,
         sessions: builtins.int = ...,
         sessions_refused: builtins.int = ...,
+        excluded: collections.abc.Iterable[fedmezo_proto.v1.journal_pb2.Excluded] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["config", b"config"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "diverged_parties", b"diverged_parties", "divergences", b"divergences", "epoch", b"epoch", "evaluation_due", b"evaluation_due", "evaluations", b"evaluations", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "replica_complaint", b"replica_complaint", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["config", b"config", "digests", b"digests", "diverged_parties", b"diverged_parties", "divergences", b"divergences", "epoch", b"epoch", "evaluation_due", b"evaluation_due", "evaluations", b"evaluations", "excluded", b"excluded", "head", b"head", "loop_lag_p99_ms", b"loop_lag_p99_ms", "phase", b"phase", "reason", b"reason", "recent_rounds", b"recent_rounds", "records", b"records", "replica_complaint", b"replica_complaint", "round", b"round", "sessions", b"sessions", "sessions_refused", b"sessions_refused", "trainable_bytes", b"trainable_bytes", "uptime_ms", b"uptime_ms", "workers", b"workers"]) -> None: ...
 
 Global___GetStatusResponse: typing_extensions.TypeAlias = GetStatusResponse
 

@@ -17,6 +17,8 @@ name of fedmezo_core.errors). The status message is one sentence for a person.
   NOT_FOUND            Another run, a worker that has not joined, or a snapshot that is not kept.
   FAILED_PRECONDITION  Model, tokenizer or recipe differ; or the ticket is stale.
   ALREADY_EXISTS       The worker gave a different answer to the same ticket before.
+  PERMISSION_DENIED    The answer is not signed by the worker's key for this run, ticket and history.
+                       Or the run's operator has excluded the worker.
   OUT_OF_RANGE         A projected gradient is not finite or beyond the clip. Or the journal no longer
                        holds the records: begin from a snapshot.
   DATA_LOSS            The worker's weights are not the run's: rebuild them from base and journal.

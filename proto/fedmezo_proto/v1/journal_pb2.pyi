@@ -174,6 +174,38 @@ WEIGHTING_ROWS: Weighting.ValueType  # 2
 """An answer counts by its worker's number of rows."""
 Global___Weighting: typing_extensions.TypeAlias = Weighting
 
+class _Aggregation:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _AggregationEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Aggregation.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    AGGREGATION_UNSPECIFIED: _Aggregation.ValueType  # 0
+    """Not a value; refused."""
+    AGGREGATION_MEAN: _Aggregation.ValueType  # 1
+    """Their mean."""
+    AGGREGATION_TRIMMED_MEAN: _Aggregation.ValueType  # 2
+    """The mean of those that are left when the smallest and the largest are left out."""
+    AGGREGATION_MEDIAN: _Aggregation.ValueType  # 3
+    """Their median."""
+    AGGREGATION_SIGN_VOTE: _Aggregation.ValueType  # 4
+    """The sign of most of them, times the usual size of the round's answers."""
+
+class Aggregation(_Aggregation, metaclass=_AggregationEnumTypeWrapper):
+    """How projected gradients along one direction become one."""
+
+AGGREGATION_UNSPECIFIED: Aggregation.ValueType  # 0
+"""Not a value; refused."""
+AGGREGATION_MEAN: Aggregation.ValueType  # 1
+"""Their mean."""
+AGGREGATION_TRIMMED_MEAN: Aggregation.ValueType  # 2
+"""The mean of those that are left when the smallest and the largest are left out."""
+AGGREGATION_MEDIAN: Aggregation.ValueType  # 3
+"""Their median."""
+AGGREGATION_SIGN_VOTE: Aggregation.ValueType  # 4
+"""The sign of most of them, times the usual size of the round's answers."""
+Global___Aggregation: typing_extensions.TypeAlias = Aggregation
+
 class _PersonalRate:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -286,6 +318,34 @@ ROUNDING_NEAREST: Rounding.ValueType  # 2
 """To nearest, ties to even."""
 Global___Rounding: typing_extensions.TypeAlias = Rounding
 
+class _JournalReaders:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _JournalReadersEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_JournalReaders.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    JOURNAL_READERS_UNSPECIFIED: _JournalReaders.ValueType  # 0
+    """Not a value; refused."""
+    JOURNAL_READERS_EVERYONE: _JournalReaders.ValueType  # 1
+    """Everyone who can connect."""
+    JOURNAL_READERS_OBSERVERS: _JournalReaders.ValueType  # 2
+    """Observers and operators. Workers read genesis, commits and snapshots, and the order of the slots
+    tells nobody whose they are.
+    """
+
+class JournalReaders(_JournalReaders, metaclass=_JournalReadersEnumTypeWrapper):
+    """Who reads what a run's journal and status say of single workers."""
+
+JOURNAL_READERS_UNSPECIFIED: JournalReaders.ValueType  # 0
+"""Not a value; refused."""
+JOURNAL_READERS_EVERYONE: JournalReaders.ValueType  # 1
+"""Everyone who can connect."""
+JOURNAL_READERS_OBSERVERS: JournalReaders.ValueType  # 2
+"""Observers and operators. Workers read genesis, commits and snapshots, and the order of the slots
+tells nobody whose they are.
+"""
+Global___JournalReaders: typing_extensions.TypeAlias = JournalReaders
+
 class _TaskKind:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -328,6 +388,9 @@ class Record(google.protobuf.message.Message):
     STOPPED_FIELD_NUMBER: builtins.int
     SNAPSHOTTED_FIELD_NUMBER: builtins.int
     CHECKPOINT_FIELD_NUMBER: builtins.int
+    ADMITTED_FIELD_NUMBER: builtins.int
+    EXCLUDED_FIELD_NUMBER: builtins.int
+    READMITTED_FIELD_NUMBER: builtins.int
     @property
     def genesis(self) -> Global___Genesis:
         """Record 0, and only record 0."""
@@ -376,6 +439,18 @@ class Record(google.protobuf.message.Message):
     def checkpoint(self) -> Global___Checkpoint:
         """In a copy that another party keeps: what the coordinator had signed."""
 
+    @property
+    def admitted(self) -> Global___Admitted:
+        """A worker's key. It comes before the first answer that it signed."""
+
+    @property
+    def excluded(self) -> Global___Excluded:
+        """A person took a worker out of the run."""
+
+    @property
+    def readmitted(self) -> Global___Readmitted:
+        """A person let an excluded worker take part again."""
+
     def __init__(
         self,
         *,
@@ -391,10 +466,13 @@ class Record(google.protobuf.message.Message):
         stopped: Global___Stopped | None = ...,
         snapshotted: Global___Snapshotted | None = ...,
         checkpoint: Global___Checkpoint | None = ...,
+        admitted: Global___Admitted | None = ...,
+        excluded: Global___Excluded | None = ...,
+        readmitted: Global___Readmitted | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "snapshotted", "checkpoint"] | None: ...
+    def HasField(self, field_name: typing.Literal["admitted", b"admitted", "answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "excluded", b"excluded", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "readmitted", b"readmitted", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["admitted", b"admitted", "answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "excluded", b"excluded", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "readmitted", b"readmitted", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "snapshotted", "checkpoint", "admitted", "excluded", "readmitted"] | None: ...
 
 Global___Record: typing_extensions.TypeAlias = Record
 
@@ -519,6 +597,7 @@ class Answered(google.protobuf.message.Message):
     MEAN_LOSS_FIELD_NUMBER: builtins.int
     WEIGHTS_DIGEST64_FIELD_NUMBER: builtins.int
     ROWS_FIELD_NUMBER: builtins.int
+    SIGNATURE_FIELD_NUMBER: builtins.int
     round: builtins.int
     """The round."""
     slot: builtins.int
@@ -531,6 +610,8 @@ class Answered(google.protobuf.message.Message):
     """
     rows: builtins.int
     """Number of the worker's rows. Set only if the run weights answers by it."""
+    signature: builtins.bytes
+    """The worker's signature (docs/protocol.md, signed answers). 64 bytes, or empty if it does not sign."""
     @property
     def projected_grads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Projected gradients, one for each probe of each local step, step by step: (loss+ - loss-) / (2 eps)
@@ -546,9 +627,10 @@ class Answered(google.protobuf.message.Message):
         mean_loss: builtins.float | None = ...,
         weights_digest64: builtins.int | None = ...,
         rows: builtins.int | None = ...,
+        signature: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "rows", b"rows", "weights_digest64", b"weights_digest64"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "round", b"round", "rows", b"rows", "slot", b"slot", "weights_digest64", b"weights_digest64"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_mean_loss", b"_mean_loss", "_rows", b"_rows", "_weights_digest64", b"_weights_digest64", "mean_loss", b"mean_loss", "projected_grads", b"projected_grads", "round", b"round", "rows", b"rows", "signature", b"signature", "slot", b"slot", "weights_digest64", b"weights_digest64"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_mean_loss", b"_mean_loss"]) -> typing.Literal["mean_loss"] | None: ...
     @typing.overload
@@ -557,6 +639,30 @@ class Answered(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_weights_digest64", b"_weights_digest64"]) -> typing.Literal["weights_digest64"] | None: ...
 
 Global___Answered: typing_extensions.TypeAlias = Answered
+
+@typing.final
+class Admitted(google.protobuf.message.Message):
+    """From here on this worker's signed answers are of this key. A worker has another one later if its key
+    was replaced.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: builtins.int
+    KEY_FIELD_NUMBER: builtins.int
+    worker: builtins.str
+    """The worker's name."""
+    key: builtins.bytes
+    """Ed25519 public key. 32 bytes."""
+    def __init__(
+        self,
+        *,
+        worker: builtins.str = ...,
+        key: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["key", b"key", "worker", b"worker"]) -> None: ...
+
+Global___Admitted: typing_extensions.TypeAlias = Admitted
 
 @typing.final
 class PairRun(google.protobuf.message.Message):
@@ -702,6 +808,56 @@ class Stopped(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["reason", b"reason", "round", b"round"]) -> None: ...
 
 Global___Stopped: typing_extensions.TypeAlias = Stopped
+
+@typing.final
+class Excluded(google.protobuf.message.Message):
+    """A person took a worker out of the run. Those of its answers that no commit holds are never committed;
+    those in commits stay. It takes no part until it is readmitted.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """Last committed round."""
+    worker: builtins.str
+    """The worker's name."""
+    reason: builtins.str
+    """One sentence, at most 512 characters."""
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        worker: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "round", b"round", "worker", b"worker"]) -> None: ...
+
+Global___Excluded: typing_extensions.TypeAlias = Excluded
+
+@typing.final
+class Readmitted(google.protobuf.message.Message):
+    """A person let an excluded worker take part again."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    WORKER_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """Last committed round."""
+    worker: builtins.str
+    """The worker's name."""
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        worker: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["round", b"round", "worker", b"worker"]) -> None: ...
+
+Global___Readmitted: typing_extensions.TypeAlias = Readmitted
 
 @typing.final
 class Snapshotted(google.protobuf.message.Message):
@@ -1019,6 +1175,11 @@ class RunConfig(google.protobuf.message.Message):
     CLIP_MEDIAN_FACTOR_FIELD_NUMBER: builtins.int
     RATE_DIRECTIONS_FIELD_NUMBER: builtins.int
     BASE_FORMS_FIELD_NUMBER: builtins.int
+    AGGREGATION_FIELD_NUMBER: builtins.int
+    TRIMMED_SHARE_FIELD_NUMBER: builtins.int
+    CLIP_SPREAD_FIELD_NUMBER: builtins.int
+    CLIP_DROP_FACTOR_FIELD_NUMBER: builtins.int
+    JOURNAL_READERS_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """[a-z0-9-], 1 to 64 characters."""
     model: builtins.str
@@ -1110,6 +1271,22 @@ class RunConfig(google.protobuf.message.Message):
     """Directions of a commit that learning_rate is for, 1 to 262144: a commit of more makes a longer step,
     one of fewer a shorter step (fedmezo_core.machines.aggregate.coefficients_of). Absent: all are alike.
     """
+    aggregation: Global___Aggregation.ValueType
+    """How projected gradients that were measured along the same direction become one. Absent: their mean.
+    Another needs seed_policy shared, weighting uniform and personal_rate frozen.
+    """
+    trimmed_share: builtins.float
+    """Share of the answers that a trimmed mean leaves out at either end, 0 to below 0.5. Absent: 0.2."""
+    clip_spread: builtins.float
+    """With clip_median_factor: answers of n projected gradients may be 1 + this / n times as large as those
+    of many. 0 or more. Absent: 4.
+    """
+    clip_drop_factor: builtins.float
+    """With clip_median_factor: an answer that is clipped and larger than this times that factor times the
+    usual size counts as zeros. 1 or more. Absent: none does.
+    """
+    journal_readers: Global___JournalReaders.ValueType
+    """Who reads answers, losses and names. Absent: everyone."""
     @property
     def task(self) -> Global___TaskConfig:
         """What a row of data means."""
@@ -1177,13 +1354,24 @@ class RunConfig(google.protobuf.message.Message):
         clip_median_factor: builtins.float | None = ...,
         rate_directions: builtins.int | None = ...,
         base_forms: collections.abc.Iterable[builtins.str] | None = ...,
+        aggregation: Global___Aggregation.ValueType | None = ...,
+        trimmed_share: builtins.float | None = ...,
+        clip_spread: builtins.float | None = ...,
+        clip_drop_factor: builtins.float | None = ...,
+        journal_readers: Global___JournalReaders.ValueType | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_buffer_answers", b"_buffer_answers", "_clip_median_factor", b"_clip_median_factor", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rate_directions", b"_rate_directions", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "buffer_answers", b"buffer_answers", "clip_median_factor", b"clip_median_factor", "early_stop_evaluations", b"early_stop_evaluations", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "lora", b"lora", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "rate_directions", b"rate_directions", "rebase_every_rounds", b"rebase_every_rounds", "schedule", b"schedule", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_buffer_answers", b"_buffer_answers", "_clip_median_factor", b"_clip_median_factor", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rate_directions", b"_rate_directions", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "base_forms", b"base_forms", "batch_size", b"batch_size", "buffer_answers", b"buffer_answers", "clip_median_factor", b"clip_median_factor", "cohort_size_max", b"cohort_size_max", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "early_stop_evaluations", b"early_stop_evaluations", "eps", b"eps", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "rate_directions", b"rate_directions", "rebase_every_rounds", b"rebase_every_rounds", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "schedule", b"schedule", "seed", b"seed", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "train", b"train", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting", "workers_min", b"workers_min"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_aggregation", b"_aggregation", "_buffer_answers", b"_buffer_answers", "_clip_drop_factor", b"_clip_drop_factor", "_clip_median_factor", b"_clip_median_factor", "_clip_spread", b"_clip_spread", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_journal_readers", b"_journal_readers", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rate_directions", b"_rate_directions", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_trimmed_share", b"_trimmed_share", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "aggregation", b"aggregation", "buffer_answers", b"buffer_answers", "clip_drop_factor", b"clip_drop_factor", "clip_median_factor", b"clip_median_factor", "clip_spread", b"clip_spread", "early_stop_evaluations", b"early_stop_evaluations", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "journal_readers", b"journal_readers", "lora", b"lora", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "rate_directions", b"rate_directions", "rebase_every_rounds", b"rebase_every_rounds", "schedule", b"schedule", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "trimmed_share", b"trimmed_share", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_aggregation", b"_aggregation", "_buffer_answers", b"_buffer_answers", "_clip_drop_factor", b"_clip_drop_factor", "_clip_median_factor", b"_clip_median_factor", "_clip_spread", b"_clip_spread", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_journal_readers", b"_journal_readers", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rate_directions", b"_rate_directions", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_trimmed_share", b"_trimmed_share", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "aggregation", b"aggregation", "base_forms", b"base_forms", "batch_size", b"batch_size", "buffer_answers", b"buffer_answers", "clip_drop_factor", b"clip_drop_factor", "clip_median_factor", b"clip_median_factor", "clip_spread", b"clip_spread", "cohort_size_max", b"cohort_size_max", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "early_stop_evaluations", b"early_stop_evaluations", "eps", b"eps", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "journal_readers", b"journal_readers", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "rate_directions", b"rate_directions", "rebase_every_rounds", b"rebase_every_rounds", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "schedule", b"schedule", "seed", b"seed", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "train", b"train", "trimmed_share", b"trimmed_share", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting", "workers_min", b"workers_min"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_aggregation", b"_aggregation"]) -> typing.Literal["aggregation"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_buffer_answers", b"_buffer_answers"]) -> typing.Literal["buffer_answers"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_clip_drop_factor", b"_clip_drop_factor"]) -> typing.Literal["clip_drop_factor"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_clip_median_factor", b"_clip_median_factor"]) -> typing.Literal["clip_median_factor"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_clip_spread", b"_clip_spread"]) -> typing.Literal["clip_spread"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_early_stop_evaluations", b"_early_stop_evaluations"]) -> typing.Literal["early_stop_evaluations"] | None: ...
     @typing.overload
@@ -1192,6 +1380,8 @@ class RunConfig(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_estimator", b"_estimator"]) -> typing.Literal["estimator"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_final_rate_fraction", b"_final_rate_fraction"]) -> typing.Literal["final_rate_fraction"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_journal_readers", b"_journal_readers"]) -> typing.Literal["journal_readers"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_lora", b"_lora"]) -> typing.Literal["lora"] | None: ...
     @typing.overload
@@ -1222,6 +1412,8 @@ class RunConfig(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_staleness_exponent", b"_staleness_exponent"]) -> typing.Literal["staleness_exponent"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_staleness_max_rounds", b"_staleness_max_rounds"]) -> typing.Literal["staleness_max_rounds"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_trimmed_share", b"_trimmed_share"]) -> typing.Literal["trimmed_share"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_warmup_rounds", b"_warmup_rounds"]) -> typing.Literal["warmup_rounds"] | None: ...
     @typing.overload

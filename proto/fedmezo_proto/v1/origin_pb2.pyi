@@ -129,6 +129,8 @@ class RunState(google.protobuf.message.Message):
     ZEROS_FIELD_NUMBER: builtins.int
     WORSENING_FIELD_NUMBER: builtins.int
     USUAL_SIZES_FIELD_NUMBER: builtins.int
+    EXCLUDED_FIELD_NUMBER: builtins.int
+    KEYS_FIELD_NUMBER: builtins.int
     epoch: builtins.int
     """Count of coordinator starts so far."""
     round: builtins.int
@@ -211,6 +213,14 @@ class RunState(google.protobuf.message.Message):
     def usual_sizes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Usual sizes of the answers of the newest rounds, oldest first, in runs that clip by them."""
 
+    @property
+    def excluded(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[fedmezo_proto.v1.journal_pb2.Excluded]:
+        """Workers that are excluded from the run. The one excluded longest ago comes first."""
+
+    @property
+    def keys(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[fedmezo_proto.v1.journal_pb2.Admitted]:
+        """Newest keys of the workers that sign. The one admitted longest ago comes first."""
+
     def __init__(
         self,
         *,
@@ -237,9 +247,11 @@ class RunState(google.protobuf.message.Message):
         zeros: Global___Streak | None = ...,
         worsening: Global___Streak | None = ...,
         usual_sizes: collections.abc.Iterable[builtins.float] | None = ...,
+        excluded: collections.abc.Iterable[fedmezo_proto.v1.journal_pb2.Excluded] | None = ...,
+        keys: collections.abc.Iterable[fedmezo_proto.v1.journal_pb2.Admitted] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["best", b"best", "heldout", b"heldout", "open", b"open", "paused", b"paused", "pool", b"pool", "stopped", b"stopped", "training", b"training", "worsening", b"worsening", "zeros", b"zeros"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["agreed", b"agreed", "best", b"best", "copied", b"copied", "distances", b"distances", "diverged", b"diverged", "divergences", b"divergences", "earlier", b"earlier", "epoch", b"epoch", "evaluations", b"evaluations", "evaluations_since_best", b"evaluations_since_best", "heldout", b"heldout", "losses", b"losses", "open", b"open", "paused", b"paused", "pool", b"pool", "rate_factor", b"rate_factor", "recent_rounds", b"recent_rounds", "round", b"round", "stopped", b"stopped", "training", b"training", "usual_sizes", b"usual_sizes", "worsening", b"worsening", "zeros", b"zeros"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["agreed", b"agreed", "best", b"best", "copied", b"copied", "distances", b"distances", "diverged", b"diverged", "divergences", b"divergences", "earlier", b"earlier", "epoch", b"epoch", "evaluations", b"evaluations", "evaluations_since_best", b"evaluations_since_best", "excluded", b"excluded", "heldout", b"heldout", "keys", b"keys", "losses", b"losses", "open", b"open", "paused", b"paused", "pool", b"pool", "rate_factor", b"rate_factor", "recent_rounds", b"recent_rounds", "round", b"round", "stopped", b"stopped", "training", b"training", "usual_sizes", b"usual_sizes", "worsening", b"worsening", "zeros", b"zeros"]) -> None: ...
 
 Global___RunState: typing_extensions.TypeAlias = RunState
 

@@ -9,13 +9,17 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
+import trustme
 
 from fedmezo_coordinator.admission.members_file import read_members
-from fedmezo_coordinator.coordinator_settings import RelaySettings
+from fedmezo_coordinator.admission.state_folder import make_state
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_coordinator.programs import relay_command
 from fedmezo_coordinator.programs.connecting import link_to
+from fedmezo_coordinator.serving.hosting import fronted
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
@@ -24,14 +28,19 @@ from fedmezo_core.errors import (
     RevokedError,
     TokenError,
     UnavailableError,
+    UnknownWorkerError,
 )
 from fedmezo_core.trust.authorisation import Role
-from fedmezo_core.trust.identity import load_identity
+from fedmezo_core.trust.identity import Identity, load_identity
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire import enrolment
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import find_ca, keep_renewed
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+from fedmezo_worker.agent import Agent
+from fedmezo_worker.engine import Engine
+from fedmezo_worker.worker_settings import WorkerSettings
+from tests.faults.light_worker import LightEngine
 from tests.integration.support.fleets import ServedFleet, served_fleet
 from tests.integration.support.harness import config_of, genesis_of, until
 
@@ -77,8 +86,9 @@ async def test_a_lost_response_does_no_harm(at: ServedFleet) -> None:
 
 @pytest.mark.parametrize("life_s", [1])
 async def test_a_token_that_was_used_or_expired_lets_nobody_join(
-    at: ServedFleet, life_s: int
+    at: ServedFleet, life_s: int, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.DEBUG, "fedmezo")
     used = await at.join_string()
     await at.joined(used, "w1", "w1")
     with pytest.raises(TokenError, match="was used before"):
@@ -87,6 +97,10 @@ async def test_a_token_that_was_used_or_expired_lets_nobody_join(
     await asyncio.sleep(life_s + 1.1)
     with pytest.raises(TokenError, match=r"expired . s ago by the coordinator's clock"):
         await at.joined(expired, "w3")
+    assert caplog.text.count("refused to enrol") == 1
+    for join in (used, expired):
+        secret = parse_join_string(join).secret
+        assert not [word for word in (join, secret.hex(), repr(secret)) if word in caplog.text]
 
 
 async def test_a_join_string_of_another_coordinator_sends_nothing(
@@ -105,8 +119,10 @@ async def test_a_join_string_of_another_coordinator_sends_nothing(
     foreign = type(mine)(
         mine.address, mine.enrol_port, mine.ca_fingerprint, join.token_id, join.secret
     )
+    before = (at.state / "members.jsonl").read_bytes()
     with pytest.raises(TokenError, match="belongs to another coordinator"):
         await at.joined(str(foreign), "w1")
+    assert (at.state / "members.jsonl").read_bytes() == before
 
 
 async def test_the_ca_is_found_by_its_fingerprint(at: ServedFleet) -> None:
@@ -133,6 +149,16 @@ async def test_a_hello_under_another_members_name_is_refused(at: ServedFleet) ->
         with pytest.raises(ForbiddenError, match="may not join a run as 'w1'"):
             await wrong.client.poll_session(b"", poll)
         assert at.daemon.is_connected("w1")
+
+
+async def test_a_polled_session_is_its_members_alone(at: ServedFleet) -> None:
+    first, second = await at.member("w1"), await at.member("w2")
+    async with at.worker(first) as right, at.client(second) as other:
+        hello = wire.SessionRequest(hello=right.hello())
+        token = (await right.client.poll_session(b"", hello)).token
+        with pytest.raises(UnknownWorkerError, match="No session has this token"):
+            await other.poll_session(token, leave=True)
+        await right.client.poll_session(token)
 
 
 async def test_the_same_key_replaces_its_session(at: ServedFleet) -> None:
@@ -227,6 +253,13 @@ async def test_what_was_decided_outlives_a_restart(tmp_path: Path) -> None:
                 await client.get_run()
 
 
+async def test_the_operator_is_told_where_the_coordinator_is(at: ServedFleet) -> None:
+    link = link_to(None, None, False, at.state)
+    assert link.address == at.address
+    async with link.client() as client:
+        assert [member.name async for member in client.members()] == ["operator"]
+
+
 async def test_a_second_coordinator_cannot_use_the_folder(at: ServedFleet, tmp_path: Path) -> None:
     other = tmp_path / "second"
     other.mkdir()
@@ -318,6 +351,16 @@ async def test_a_certificate_is_renewed_by_itself(tmp_path: Path) -> None:
             at.client(identity)
 
 
+async def test_asking_again_and_again_writes_nothing(at: ServedFleet) -> None:
+    identity = await at.member("w1")
+    before = (at.state / "members.jsonl").read_bytes()
+    async with at.client(identity) as client:
+        for _ in range(3):
+            answer = await client.renew()
+    assert answer.certificate_chain != identity.certificate
+    assert (at.state / "members.jsonl").read_bytes() == before
+
+
 async def test_a_relay_is_a_member_of_the_fleet_above(
     at: ServedFleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -343,3 +386,76 @@ async def test_a_relay_is_a_member_of_the_fleet_above(
     identity = load_identity(tmp_path / "site-a")
     assert identity is not None
     assert identity.name == "site-a"
+
+
+@pytest.mark.parametrize("is_public", [True, False])
+async def test_the_coordinator_may_show_a_certificate_of_another_ca(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_public: bool
+) -> None:
+    """A public CA is one that the system trusts; the fleet's own still names the members."""
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    pair = ca.issue_cert("localhost", "127.0.0.1")
+    pair.private_key_pem.write_to_path(tmp_path / "key.pem")
+    pair.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    files = {"tls_cert": tmp_path / "cert.pem", "tls_key": tmp_path / "key.pem"}
+    if is_public:
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    else:
+        files["tls_cert_ca"] = tmp_path / "ca.pem"
+    async with served_fleet(tmp_path, GENESIS, **files) as at:
+        join = await at.join_string("w1")
+        assert bool(parse_join_string(join).ca_fingerprint) is not is_public
+        identity = await at.joined(join, "w1")
+        async with at.worker(identity) as hand:
+            await hand.open()
+
+
+async def test_a_state_folder_without_its_servers_certificate_is_named(tmp_path: Path) -> None:
+    make_state(tmp_path / "state", [], None)
+    (tmp_path / "state" / "server.pem").unlink()
+    settings = {"listen": "127.0.0.1:0", "state": tmp_path / "state"}
+    with pytest.raises(ConfigError, match=r"make it anew with: fedmezo-coordinator init"):
+        async with fronted(CoordinatorSettings.model_validate(settings), "coordinator"):
+            pass
+
+
+async def test_a_file_that_holds_no_ca_is_named(tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("none")
+    files = dict.fromkeys(("tls_cert", "tls_key", "tls_cert_ca"), tmp_path / "ca.pem")
+    with pytest.raises(ConfigError, match=r"tls_cert_ca .* cannot be read \(no certificate"):
+        async with served_fleet(tmp_path, GENESIS, **files):
+            pass
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "127.0.0.1:0"])
+async def test_join_strings_that_no_other_machine_can_use_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, listen: str
+) -> None:
+    async with served_fleet(tmp_path, GENESIS, listen=listen) as at:
+        assert ("which no other machine reaches" in caplog.text) is (listen[0] == "0")
+        await at.member("w1")
+
+
+async def test_a_worker_that_waits_longer_than_its_certificate_lives_takes_part(
+    tmp_path: Path,
+) -> None:
+    async with served_fleet(tmp_path, GENESIS, certificate_life_s=3) as at:
+        identities = [await at.member(name) for name in ("w1", "w2")]
+
+        def agent(identity: Identity) -> Agent:
+            settings = WorkerSettings(
+                coordinator=at.address, name=identity.name, state=identity.folder, data=tmp_path
+            )
+            return Agent(settings, cast("Engine", LightEngine()), identity)
+
+        first = asyncio.create_task(agent(identities[0]).run())
+        await asyncio.sleep(7)
+        newest = load_identity(identities[1].folder)
+        assert newest is not None
+        with pytest.raises(IdentityError):
+            newest.check_time()
+        async with at.client(at.operator) as operator:
+            token = (await operator.rotate_member("w2", 60)).token
+        second = asyncio.create_task(agent(await at.joined(token.join_string, "w2")).run())
+        await asyncio.wait_for(asyncio.gather(first, second), 20)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import trustme
 
+from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.members_file import MembersFile, read_members, write_members
 from fedmezo_coordinator.admission.state_folder import make_state, open_state
 from fedmezo_coordinator.programs.coordinator_command import main
 from fedmezo_core.errors import ConfigError, IdentityError
 from fedmezo_core.trust import certificates
-from fedmezo_core.trust.authorisation import Role
+from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.trust.identity import keys_for, load_identity
-from fedmezo_core.trust.members import Member, Token
+from fedmezo_core.trust.members import Member, Row, Token
+from fedmezo_proto.v1 import admin_pb2 as wire
 
 MEMBER = Member("w1", Role.WORKER, b"k" * 32, b"s" * 32, b"t" * 8, 5, 6)
 TOKEN = Token(b"t" * 8, b"h" * 32, Role.OBSERVER, "", 3, 2_000_000_000)
@@ -127,6 +132,18 @@ def test_the_servers_certificate_is_renewed_for_the_same_names(
     assert state.hosts == hosts
 
 
+def test_other_host_names_take_a_new_certificate_alone(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    make_state(state, [], None)
+    before = contents(state)
+    (state / "server.pem").unlink()
+    assert make_state(state, ["fleet.example.org"], None)
+    assert open_state(state).hosts[0] == "fleet.example.org"
+    changed = {name for name, content in contents(state).items() if before[name] != content}
+    assert changed == {"server.pem", "server.key"}
+    assert not make_state(state, ["other.example.org"], None)
+
+
 def test_members_outlive_a_crash_in_the_middle_of_a_line(tmp_path: Path) -> None:
     path = tmp_path / "members.jsonl"
     write_members(path, [MEMBER, TOKEN])
@@ -156,3 +173,52 @@ def test_expired_tokens_are_forgotten_at_a_start(tmp_path: Path) -> None:
     file.open(TOKEN.expires_s + 1)
     file.close()
     assert list(read_members(path).rows()) == [MEMBER]
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    make_state(tmp_path / "state", [], None)
+    opened = Fleet(open_state(tmp_path / "state"))
+    yield opened
+    opened.close()
+
+
+async def test_a_change_is_made_whole_though_its_caller_goes_away(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is on the disk and what counts would differ until the next start otherwise."""
+    append = fleet._file.append
+
+    def slowly(rows: Sequence[Row]) -> None:
+        time.sleep(0.2)
+        append(rows)
+
+    monkeypatch.setattr(fleet._file, "append", slowly)
+    operator = Caller(Role.OPERATOR, "another")
+    revoking = asyncio.create_task(
+        fleet.revoke_member(wire.RevokeMemberRequest(name="operator"), operator)
+    )
+    await asyncio.sleep(0.05)
+    revoking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await revoking
+    request = wire.CreateTokensRequest(role=wire.MEMBER_ROLE_WORKER)
+    await fleet.create_tokens(request, operator)
+    assert fleet.members.named("operator").revoked
+    kept = read_members(fleet.state.members_path)
+    assert list(kept.rows()) == list(fleet.members.rows())
+
+
+async def test_a_disk_that_refuses_changes_nothing(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_rows: Sequence[Row]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fleet._file, "append", full)
+    before = list(fleet.members.rows())
+    with pytest.raises(ConfigError, match="No space left on device"):
+        await fleet.create_tokens(
+            wire.CreateTokensRequest(role=wire.MEMBER_ROLE_WORKER), Caller(Role.OPERATOR, "o")
+        )
+    assert list(fleet.members.rows()) == before

@@ -10,6 +10,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from fedmezo_coordinator.conformance.coordinator_battery import CoordinatorBattery
 from fedmezo_coordinator.programs.fedmezo_command import app
 from fedmezo_core.errors import ConfigError, FedMezoError
 from tests.integration.support.harness import config_of, genesis_of, served, write_genesis
@@ -37,6 +38,25 @@ async def test_a_coordinator_that_conforms_is_status_0(tmp_path: Path) -> None:
     assert report["subject"] == "coordinator"
     assert report["conforms"] is True
     assert {check["outcome"] for check in report["checks"]} == {"passed", "skipped"}
+
+
+def test_each_check_is_printed_as_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A battery that takes long, or is ended, has shown what it found."""
+
+    async def interrupted(battery: CoordinatorBattery) -> None:
+        battery._report.expect("describes its run", 5, True)
+        battery._report.skip("signs each commit, if it has a key", 5, "it has no key")
+        battery._report.expect("refuses a bad name", 14, False, "welcome came")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CoordinatorBattery, "run", interrupted)
+    result = called("coordinator", "127.0.0.1:9")
+    assert result.stdout.splitlines() == [
+        "passed   section  5  describes its run",
+        "skipped  section  5  signs each commit, if it has a key: it has no key",
+        "failed   section 14  refuses a bad name: welcome came",
+    ]
+    assert called("coordinator", "127.0.0.1:9", "--format", "json").stdout == ""
 
 
 def test_a_coordinator_that_is_not_there_is_status_1() -> None:

@@ -60,8 +60,21 @@ async def test_a_run_without_rounds_left_is_refused(
         return run
 
     monkeypatch.setattr(CoordinatorBattery, "_get_run", later)
-    with pytest.raises(ConfigError, match="has had all of its 9 rounds"):
+    with pytest.raises(ConfigError, match="has 0 of its 9 rounds left, and the battery takes 4"):
         await report_on(tmp_path)
+
+
+async def test_a_run_that_is_too_short_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has 3 of its 3 rounds left.* rounds = 4 or more"):
+        await report_on(tmp_path, rounds=3)
+
+
+@pytest.mark.parametrize("digest_every_rounds", [1, 3, 5])
+async def test_the_shortest_run_is_led_to_its_end(tmp_path: Path, digest_every_rounds: int) -> None:
+    report = await report_on(tmp_path, rounds=4, digest_every_rounds=digest_every_rounds)
+    assert not failed(report)
+    other_digest = "sends a worker away whose digest differs"
+    assert skipped(report) == ({other_digest} if digest_every_rounds == 5 else set())
 
 
 async def test_a_coordinator_that_takes_no_hello_is_reported_on(

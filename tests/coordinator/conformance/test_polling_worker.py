@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 
 from fedmezo import Session
 from fedmezo_coordinator.conformance.raw_calls import CallEndedError, RawCoordinator
@@ -18,7 +17,7 @@ from fedmezo_core.errors import (
     UnavailableError,
 )
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.coordinator.conformance.test_worker_battery import InProcess
+from tests.coordinator.conformance.test_worker_battery import running
 from tests.integration.support.harness import PATIENCE_S, config_of, genesis_of
 from tests.library.light_engine import LightEngine
 
@@ -51,22 +50,12 @@ async def polls(address: str) -> None:
             await asyncio.sleep(RETRY_S)
 
 
-@asynccontextmanager
-async def start(address: str) -> AsyncIterator[InProcess]:
-    task = asyncio.create_task(polls(address))
-    try:
-        yield InProcess(task)
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
 async def test_a_worker_that_stops_without_another_poll_has_stopped() -> None:
     config = config_of(rounds=60, probes=4, local_steps=1)
     test = WorkerTest(genesis_of(config), None, patience_s=PATIENCE_S)
     endings = {name: ending for name, _, ending in ENDINGS}
-    await endings["stops at a record that is no commit"](test, start)
-    await endings["stops at a welcome of another history"](test, start)
+    await endings["stops at a record that is no commit"](test, running(polls))
+    await endings["stops at a welcome of another history"](test, running(polls))
 
 
 async def test_a_worker_that_polls_is_led_through_the_run() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -69,9 +69,15 @@ class InProcess:
 
 
 def starting(make: Callable[[str], Agent]) -> Start:
+    return running(lambda address: make(address).run())
+
+
+def running(run: Callable[[str], Coroutine[Any, Any, None]]) -> Start:
+    """Starts a worker as a task of this process."""
+
     @asynccontextmanager
     async def start(address: str) -> AsyncIterator[InProcess]:
-        task = asyncio.create_task(make(address).run())
+        task = asyncio.create_task(run(address))
         try:
             yield InProcess(task)
         finally:

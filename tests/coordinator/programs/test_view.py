@@ -16,7 +16,7 @@ from fedmezo_coordinator.programs.view import (
 )
 from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from fedmezo_proto.v1.journal_pb2 import Diverged, Evaluated
+from fedmezo_proto.v1.journal_pb2 import Diverged, Evaluated, Excluded
 from tests.integration.support.harness import config_of
 
 
@@ -211,3 +211,14 @@ def test_what_stands_in_brackets_is_shown() -> None:
     ):
         assert shown in said
     assert said.count("w[1]") == 3
+
+
+def test_workers_whose_answers_look_wrong_and_those_excluded_are_named() -> None:
+    text = text_of(
+        status(
+            workers=[wire.WorkerStatus(worker="w7", suspicion="sent answers next to zero")],
+            excluded=[Excluded(round=9, worker="w[8]", reason="noise")],
+        )
+    )
+    assert "w7: sent answers next to zero" in text
+    assert "w[8]: excluded after round 9: noise" in text

@@ -31,6 +31,7 @@ from fedmezo_core.journal.journal import (
     Row,
 )
 from fedmezo_core.records import (
+    Admitted,
     Answered,
     Committed,
     Diverged,
@@ -90,7 +91,9 @@ records: st.SearchStrategy[Record] = st.one_of(
             st.none() | u64,
             st.none() | st.integers(0, 2**40),
         ),
+        st.just(b"") | st.binary(min_size=64, max_size=64),
     ),
+    st.builds(Admitted, names, digests),
     committed,
     st.builds(Diverged, rounds, names, u64, u64),
     st.builds(Evaluated, rounds, f32, f32, st.integers(0, 2**31), digests, st.none() | f32),

@@ -20,7 +20,8 @@ from fedmezo_core.errors import (
     UnavailableError,
 )
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.wire.download import HEADER_BYTES_MAX, downloaded
+from fedmezo_core.wire.download import downloaded
+from fedmezo_core.wire.snapshot_pieces import HEADER_BYTES_MAX
 from fedmezo_core.wire.snapshots import Snapshot, file_name
 from tests.coordinator.snapshot_runs import CHUNK_BYTES, Kept, kept_snapshot
 

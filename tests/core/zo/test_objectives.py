@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
@@ -20,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
+from fedmezo.run_policy import READY_MADE
 from fedmezo_core.config import RunConfig, TaskConfig
 from fedmezo_core.errors import ConfigError, MeasurementError
 from fedmezo_core.events import Work
@@ -39,9 +41,11 @@ from fedmezo_core.zo.weights import Weights
 from tests.core.zo.conftest import SENTENCES
 from tests.core.zo.forward.frozen_parts import last_layer
 from tests.integration.support.parties import TEXTS
+from tests.integration.support.scoring import write_package
 
 EPS = 3e-2
 LOCAL: list[Pair] = [(11, 0.02), (12, -0.03)]
+ROOT = Path(__file__).parents[3]
 NAME = "fedmezo_core.zo.objectives:error_rate"
 PREDICTIONS = Predictions(
     rows=[{}] * 4,
@@ -441,6 +445,52 @@ def test_what_cannot_be_loaded_is_one_sentence(name: str, words: str) -> None:
 
 
 # ---------------------------------------------------------------------- training by it alone
+
+
+@pytest.fixture
+def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Installs a package that does nothing but register objectives."""
+
+    def install(package: str, **entries: str) -> None:
+        write_package(tmp_path / package, package, entries)
+        monkeypatch.syspath_prepend(tmp_path / package)
+
+    return install
+
+
+def test_the_ready_made_ones_have_names(registered: Callable[..., None]) -> None:
+    names = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    ready_made = names[objectives.ENTRY_POINTS]
+    registered("fedmezo", **ready_made)
+    assert sorted(ready_made) == sorted(READY_MADE)
+    assert [load_objective(name).name for name in READY_MADE] == list(READY_MADE)
+    assert load_objective("error-rate")(PREDICTIONS) == 0.5
+    for name in READY_MADE:
+        TaskConfig(objective=name, verbalizers={"a": "a", "b": "b"})
+
+
+@pytest.mark.usefixtures("folder")
+def test_an_installed_package_registers_an_objective(
+    tmp_path: Path, registered: Callable[..., None]
+) -> None:
+    registered("their-package", shortest="scores_theirs:length")
+    module = tmp_path / "their-package/scores_theirs.py"
+    module.write_text("def length(predictions):\n    return 7\n")
+    objective = load_objective("shortest")
+    assert (objective.name, objective(PREDICTIONS)) == ("shortest", 7.0)
+
+
+def test_a_name_that_nobody_or_more_than_one_registers_is_refused_without_an_import(
+    registered: Callable[..., None],
+) -> None:
+    registered("one", twice="nowhere_at_all:f", once="nowhere_at_all:f")
+    registered("other", twice="nowhere_at_all:f")
+    with pytest.raises(ConfigError, match=r"exakt: no installed package .* these: .*once.*twice"):
+        load_objective("exakt")
+    with pytest.raises(ConfigError, match=r"twice: 2 packages register it \(one, other\)"):
+        load_objective("twice")
+    with pytest.raises(ConfigError, match="once: the module nowhere_at_all cannot be imported"):
+        load_objective("once")
 
 
 @pytest.mark.slow

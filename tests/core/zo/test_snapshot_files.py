@@ -23,7 +23,8 @@ from fedmezo_core.zo import snapshot_files
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.model.manifest import manifest_of
 from fedmezo_core.zo.noise import Distribution, Rounding
-from fedmezo_core.zo.snapshot_files import install_snapshot, sha256_of, write_snapshot
+from fedmezo_core.zo.plain.snapshot_header import sha256_of
+from fedmezo_core.zo.snapshot_files import install_snapshot, write_snapshot
 from fedmezo_core.zo.weights import Weights
 
 HEAD = b"h" * 32

@@ -312,6 +312,26 @@ def label_form(label: str) -> str:
 # ---------------------------------------------------------------- sections 7 and 8
 
 
+def answer_text(
+    genesis_head: bytes,
+    ticket: tuple[int, int, int],
+    head: bytes,
+    grads: Sequence[float],
+    mean_loss: float | None,
+    weights_digest64: int | None,
+    rows: int | None,
+) -> bytes:
+    """What a worker signs of its answer."""
+    optional = (mean_loss, weights_digest64, rows)
+    flags = sum(2**place for place, value in enumerate(optional) if value is not None)
+    text = b"fedmezo answer v1\n" + genesis_head
+    text += struct.pack("<I", ticket[0]) + u64le(ticket[1]) + struct.pack("<I", ticket[2])
+    text += head + bytes([flags])
+    text += struct.pack("<f", 0.0 if mean_loss is None else mean_loss)
+    text += u64le(weights_digest64 or 0) + u64le(rows or 0)
+    return text + struct.pack("<I", len(grads)) + b"".join(struct.pack("<f", g) for g in grads)
+
+
 def projected_grad(plus: float, other: float, distance: float, clip: float) -> float:
     return max(-clip, min(clip, f32((plus - other) / distance)))
 

@@ -42,6 +42,7 @@ from fedmezo_core.records import (
     first_seed_of,
     rounding_seed_of,
 )
+from fedmezo_core.trust.answer_signatures import AnswerSigner, answer_text
 from fedmezo_core.wire.messages import (
     answer_to_pb,
     commit_to_pb,
@@ -831,6 +832,52 @@ def session() -> dict[str, Any]:
     }
 
 
+# ---------------------------------------------------------------- 10: signed answers
+
+
+def signatures() -> dict[str, Any]:
+    records, _, digests = story()
+    entries = Journal(MemoryStore()).append([encode_record(record) for record in records])
+    head = entries[0].head
+    other = next(e.head for e, r in zip(entries, records, strict=True) if isinstance(r, Committed))
+    key = Ed25519PrivateKey.from_private_bytes(bytes(range(64, 96)))
+    answer_signer = AnswerSigner(key, head)
+    digest64 = digest64_of(digests[0])
+    largest = Scalars((float.fromhex("0x1.fffffep127"), -0.0), -0.0, 2**64 - 1, 2**40)
+    cases = [
+        ("a digest round", Ticket(1, 1, 0), head, Scalars(GRADS[1][0], None, digest64)),
+        ("no digest", Ticket(1, 2, 1), other, Scalars(GRADS[2][0], None, None)),
+        ("losses", Ticket(1, 2, 1), other, Scalars(GRADS[2][0], to_binary32(0.69), None)),
+        ("a loss of 0 is there", Ticket(1, 2, 1), other, Scalars(GRADS[2][0], 0.0, None)),
+        ("rows", Ticket(3, 2, 1), other, Scalars(GRADS[2][0], None, None, 24)),
+        ("largest numbers", Ticket(2**32 - 1, 2**64 - 1, 2**32 - 1), other, largest),
+    ]
+    return {
+        "about": "Section 7 of docs/protocol.md: what is signed of an answer in the run of "
+        "journal.json, and the signature. The private key is the bytes 64 to 95.",
+        "genesis_head": head.hex(),
+        "public_key": answer_signer.public_key.hex(),
+        "answers": [
+            {
+                "says": says,
+                "epoch": ticket.epoch,
+                "round": u64(ticket.round),
+                "slot": ticket.slot,
+                "head": at.hex(),
+                "projected_grads": bits_of(*scalars.projected_grads),
+                "mean_loss": None if scalars.mean_loss is None else bits_of(scalars.mean_loss),
+                "weights_digest64": None
+                if scalars.weights_digest64 is None
+                else u64(scalars.weights_digest64),
+                "rows": scalars.rows,
+                "text": answer_text(head, ticket, at, scalars).hex(),
+                "signature": answer_signer.sign(ticket, at, scalars).hex(),
+            }
+            for says, ticket, at, scalars in cases
+        ],
+    }
+
+
 # ---------------------------------------------------------------- 9: text
 
 
@@ -915,6 +962,7 @@ FILES = {
     "measurements": measurements,
     "journal": journal,
     "session": session,
+    "signatures": signatures,
 }
 """Name of a file -> what makes it, in the order in which an implementation needs them."""
 

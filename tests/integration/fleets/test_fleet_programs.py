@@ -35,16 +35,15 @@ async def test_three_commands_to_a_run_over_mutual_tls(
     state = home / "fedmezo" / "coordinator"
     begun_s = time.monotonic()
     assert "holds the CA" in await said_by(programs.start("fedmezo_coordinator", "init"))
-    _, address = await programs.coordinator(
+    await programs.coordinator(
         tmp_path / "journal.db", run_values(**RUN), "--state", state, "--model", model_folder
     )
-    where = ("--coordinator", address)
     names = tmp_path / "names"
     names.write_text("gpu-1\ngpu-2\n")
     joins = dict(
         line.split()
         for line in (
-            await said_by(programs.start(PROGRAM, "token", "create", "--names", names, *where))
+            await said_by(programs.start(PROGRAM, "token", "create", "--names", names))
         ).splitlines()
     )
     assert list(joins) == ["gpu-1", "gpu-2"]
@@ -67,20 +66,23 @@ async def test_three_commands_to_a_run_over_mutual_tls(
     both[0].end()
     again = worker("gpu-1")  # The same string, which was used up: the kept identity serves.
     assert [await again.wait(60), await both[1].wait(60)] == [0, 0], again.said + both[1].said
-    listed = await said_by(programs.start(PROGRAM, "members", "--json", *where))
+    listed = await said_by(programs.start(PROGRAM, "members", "--json"))
     assert [line.count('"worker"') for line in listed.splitlines()] == [1, 1, 0]
-    shown = await said_by(programs.start(PROGRAM, "status", "--state", state, *where))
+    shown = await said_by(programs.start(PROGRAM, "status", "--state", state))
     assert "gpu-1" in shown
     observer = await said_by(
-        programs.start(PROGRAM, "token", "create", "--role", "observer", "--name", "eve", *where)
+        programs.start(PROGRAM, "token", "create", "--role", "observer", "--name", "eve")
     )
     await said_by(programs.start(PROGRAM, "join", observer))
     eve = ("--state", home / "fedmezo" / "identity")
-    assert "sound" in await said_by(programs.start(PROGRAM, "journal", "verify", *eve))
+    verify = programs.start(PROGRAM, "journal", "verify", "--signatures", *eve)
+    verified = await said_by(verify)
+    assert "sound" in verified
+    assert "signed and checked, 0 unsigned" in verified
     asked = programs.start(PROGRAM, "revoke", "gpu-1", *eve)
     assert await asked.wait() == 1
     assert "observer eve may not call RevokeMember, which is for operator" in asked.said
-    assert "is revoked" in await said_by(programs.start(PROGRAM, "revoke", "gpu-1", *where))
+    assert "is revoked" in await said_by(programs.start(PROGRAM, "revoke", "gpu-1"))
     refused = worker("gpu-1")
     assert await refused.wait() == 1
     assert "worker gpu-1 was revoked; ask the operator" in refused.said

@@ -26,6 +26,7 @@ from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError, UnavailableError
 from fedmezo_core.records import Resumed
 from fedmezo_flower import flower_client, flower_server
+from fedmezo_flower.flower_server import AppSettings
 from tests.integration.support.flower_grid import FakeGrid, resident
 from tests.integration.support.harness import (
     ROOT,
@@ -123,9 +124,9 @@ def test_a_worker_that_fails_beside_flower_is_an_error_of_its_node(tmp_path: Pat
 # ---------------------------------------------------------------- the server
 
 
-def values_of(journal: Path, **changes: Any) -> dict[str, Any]:
+def settings_of(journal: Path, resume: float = 0.0, **changes: Any) -> AppSettings:
     run = {key: value for key, value in run_values(**changes).items() if key != "model"}
-    return {"model": "tiny", "journal": str(journal), "run": run}
+    return AppSettings(model="tiny", journal=str(journal), resume=resume, run=run)
 
 
 @pytest.fixture
@@ -137,20 +138,51 @@ def journal(tmp_path: Path) -> Path:
 
 
 def test_a_run_goes_on_from_its_journal_without_a_model(journal: Path) -> None:
-    coordinator = flower_server.open_coordinator(values_of(journal))
+    coordinator = flower_server.open_coordinator(settings_of(journal))
     assert coordinator.epoch == 2
     coordinator.close()
 
 
 def test_a_journal_of_another_contract_is_refused(journal: Path) -> None:
     with pytest.raises(ConfigError, match=r"belongs to a run with rounds = 6, .* say 7"):
-        flower_server.open_coordinator(values_of(journal, rounds=7))
-    flower_server.open_coordinator(values_of(journal)).close()
+        flower_server.open_coordinator(settings_of(journal, rounds=7))
+    flower_server.open_coordinator(settings_of(journal)).close()
 
 
 def test_an_app_without_a_contract_is_told_where_to_write_it() -> None:
     with pytest.raises(ConfigError, match=r"write it below \[tool.flwr.app.config.run\]"):
-        flower_server.open_coordinator({"model": "tiny"})
+        flower_server.open_coordinator(AppSettings(model="tiny"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("resume", -1, "use 0.0 or more"),
+        ("resume", float("nan"), "use a number that is finite"),
+        ("resume", True, "use a number"),
+        ("resume", "0.5", "use a number"),
+        ("journal", "run.db", "use the whole path of a file on the server"),
+        ("journal", 7, "use text, in quotes"),
+        ("model", 7, "use text, in quotes"),
+        ("adapter", True, "use text, in quotes"),
+        ("coordinator", "http://127.0.0.1:1", "write it as host:port"),
+        ("checkpoint_key", "abc", "use the 64 hex digits"),
+        ("run", "tiny", "use a table of keys and values"),
+        ("journel", "/run.db", "is not a known setting"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named_before_anything_begins(
+    key: str, value: Any, allowed: str
+) -> None:
+    settings = Context(1, 1, {}, RecordDict(), {"run.run_id": "a", key: value})
+    with pytest.raises(ConfigError, match=rf"^\[tool\.flwr\.app\.config\]: {key} .*{allowed}"):
+        flower_server.main(FakeGrid([]), settings)
+
+
+def test_the_example_s_values_are_allowed() -> None:
+    app = tomllib.loads((ROOT / "examples/flower/pyproject.toml").read_text())
+    settings = AppSettings.of(app["tool"]["flwr"]["app"]["config"], "the example")
+    assert settings.contract["run_id"] == "flower-example"
 
 
 def test_lists_of_a_contract_are_words_in_a_string() -> None:
@@ -175,12 +207,12 @@ class Unable(LightEngine):
 
 def test_a_paused_run_ends_in_an_error_until_it_is_resumed(tmp_path: Path) -> None:
     grid = FakeGrid([tmp_path / "w1.sock"])
-    values = values_of(
+    settings = settings_of(
         tmp_path / "journal.db", workers_min=1, quorum=1, pause_rounds=3, deadline_ms=1000
     )
-    genesis = genesis_of(parse_run({"model": "tiny"} | values["run"], "the test's run"))
-    fedmezo.Coordinator(genesis, values["journal"]).close()
-    federate = partial(flower_server.federate, grid, values, clock_s=grid.clock, sleep_s=grid.sleep)
+    genesis = genesis_of(parse_run({"model": "tiny"} | settings.run, "the test's run"))
+    fedmezo.Coordinator(genesis, settings.journal).close()
+    federate = partial(flower_server.federate, grid, clock_s=grid.clock, sleep_s=grid.sleep)
 
     def worker_of(engine: type[LightEngine]) -> AbstractContextManager[None]:
         return resident(
@@ -188,12 +220,11 @@ def test_a_paused_run_ends_in_an_error_until_it_is_resumed(tmp_path: Path) -> No
         )
 
     with worker_of(Unable), pytest.raises(FedMezoError, match=r"paused .*resume = 0\.5"):
-        federate()
+        federate(settings)
     with pytest.raises(FedMezoError, match="paused"):
-        federate()
-    values["resume"] = 0.5
+        federate(settings)
     with worker_of(LightEngine):
-        federate()
+        federate(settings.model_copy(update={"resume": 0.5}))
     assert any(isinstance(record, Resumed) for record in records_of(tmp_path / "journal.db"))
 
 
@@ -222,12 +253,12 @@ def test_a_run_beside_flower_ends_when_every_worker_has(
     monkeypatch.setattr(flower_server, "LOOK_EVERY_S", 0.0)
     grid = BesideGrid([Path("a"), Path("b")])
     grid.failing = failing
-    values = {"coordinator": "127.0.0.1:9", "run": {"run_id": "tiny-run"}}
+    settings = AppSettings(coordinator="127.0.0.1:9", run={"run_id": "tiny-run"})
     if len(failing) == len(grid.nodes):
         with pytest.raises(FedMezoError, match="No worker took part to the end: no worker"):
-            flower_server.gather(grid, values)
+            flower_server.gather(grid, settings)
     else:
-        flower_server.gather(grid, values)
+        flower_server.gather(grid, settings)
         assert "The worker of node 1 is done" in caplog.text
     for node_id in failing:
         assert f"Node {node_id}: no worker" in caplog.text

@@ -14,10 +14,11 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedmezo import Coordinator, Session
+from fedmezo.library_peers import PEER_LEASE_MS
 from fedmezo_core.records import Genesis
 from fedmezo_flower import flower_server
-from fedmezo_flower.flower_server import gather
-from fedmezo_flower.grid_loop import LEASE_MS, GridLoop
+from fedmezo_flower.flower_server import AppSettings, gather
+from fedmezo_flower.grid_loop import GridLoop
 from tests.integration.support.flower_grid import FakeGrid, Mischief, resident
 from tests.integration.support.harness import bodies_of, entries_of, served
 from tests.integration.support.parties import Workers
@@ -78,7 +79,7 @@ class Federation:
 
     def run(self, grid: FakeGrid, until_round: int = 10**6) -> Coordinator:
         """Drive the run until it is done or a round is committed; the coordinator is closed."""
-        coordinator = Coordinator(self.genesis, self.journal, lease_ms=LEASE_MS)
+        coordinator = Coordinator(self.genesis, self.journal, lease_ms=PEER_LEASE_MS)
         loop = GridLoop(coordinator, grid, clock_s=grid.clock, sleep_s=grid.sleep)
         turns = 0
         while not coordinator.done and coordinator.round < until_round:
@@ -164,7 +165,7 @@ def test_a_node_without_its_worker_is_asked_again_and_the_log_says_why(
     federation: Federation, over_grpc: Ended, caplog: pytest.LogCaptureFixture
 ) -> None:
     grid = FakeGrid(federation.sockets)
-    coordinator = Coordinator(federation.genesis, federation.journal, lease_ms=LEASE_MS)
+    coordinator = Coordinator(federation.genesis, federation.journal, lease_ms=PEER_LEASE_MS)
     loop = GridLoop(coordinator, grid, clock_s=grid.clock, sleep_s=grid.sleep)
     with federation.worker(1):
         for _ in range(200):
@@ -186,7 +187,7 @@ def test_two_workers_of_one_name_are_told_apart(
     federation: Federation, caplog: pytest.LogCaptureFixture
 ) -> None:
     grid = FakeGrid(federation.sockets)
-    coordinator = Coordinator(federation.genesis, lease_ms=LEASE_MS)
+    coordinator = Coordinator(federation.genesis, lease_ms=PEER_LEASE_MS)
     loop = GridLoop(coordinator, grid, clock_s=grid.clock, sleep_s=grid.sleep)
     with federation.worker(1), federation.worker(2, name="w1"):
         for _ in range(50):
@@ -194,13 +195,13 @@ def test_two_workers_of_one_name_are_told_apart(
             grid.sleep(0.2)
     assert coordinator.workers == {"w1"}
     assert coordinator.round == 0
-    assert "give each worker another --name" in caplog.text
+    assert "give each worker a name of its own" in caplog.text
 
 
 def test_a_worker_follows_its_node_to_another_id(federation: Federation, over_grpc: Ended) -> None:
     grid = FakeGrid([*federation.sockets, federation.sockets[1]])
     grid.online = {1, 2}
-    coordinator = Coordinator(federation.genesis, lease_ms=LEASE_MS)
+    coordinator = Coordinator(federation.genesis, lease_ms=PEER_LEASE_MS)
     loop = GridLoop(coordinator, grid, clock_s=grid.clock, sleep_s=grid.sleep)
     with federation.worker(1), federation.worker(2):
         while not coordinator.done:
@@ -243,5 +244,5 @@ def test_what_flower_could_not_take_is_sent_again(
     monkeypatch.setattr(flower_server, "LOOK_EVERY_S", 0.0)
     is_told = len(refused) == 2
     grid = RefusingGrid([refused, ["two"] if is_told else ["two", "three"]])
-    gather(grid, {"coordinator": "127.0.0.1:1", "run": {"run_id": "a"}})
+    gather(grid, AppSettings(coordinator="127.0.0.1:1", run={"run_id": "a"}))
     assert not grid.answers

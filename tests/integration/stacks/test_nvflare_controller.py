@@ -229,7 +229,7 @@ def test_sites_that_fail_again_and_again_end_the_job(tmp_path: Path) -> None:
         controller.reply(site, task, make_reply(ReturnCode.TASK_RESULT_FILTER_ERROR))
 
     (panic,) = Driven(tmp_path, fail).run().panics
-    assert panic.startswith("Only 1 of 2 sites can take part, but a round needs 2")
+    assert panic.startswith("Only 0 of 2 sites can take part, but a round needs 2")
 
 
 def test_a_job_without_a_genesis(tmp_path: Path) -> None:

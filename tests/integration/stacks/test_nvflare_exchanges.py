@@ -29,23 +29,25 @@ def run(
     """A whole run; `disturb` may do what it likes to the sites and to what is under way."""
     numbers = random.Random(seed)
     coordinator = Coordinator(RUN_GENESIS)
-    exchanges = SiteExchanges(coordinator)
+    exchanges = SiteExchanges(coordinator, again_after_s=1, resend_after_s=5)
     sites = {name: new_site(name) for name in SITES}
-    under_way: list[tuple[str, str, Reply]] = []  # task or reply, site, content
+    under_way: list[tuple[str, str, int, Reply]] = []  # task or reply, site, its task, content
     for now_s in range(2000):
         coordinator.tick(now_s * 1000)
         for name in SITES:
-            waits = any(kind == "task" and name == site for kind, site, _ in under_way)
-            if not waits and (exchanges.has_news(name) or now_s % 5 == 0):
-                under_way.append(("task", name, exchanges.task(name)))
+            task = exchanges.task(name, now_s)
+            if task is not None:
+                exchanges.sent(name, now_s, now_s)
+                under_way.append(("task", name, now_s, task))
         disturb(numbers, sites, under_way)
         arrived, under_way = under_way, []
-        for kind, name, content in arrived:
+        for kind, name, number, content in arrived:
             if kind == "reply":
-                exchanges.reply(name, content)
+                exchanges.reply(name, number, content, now_s)
                 continue
             reply = sites[name].reply(content)
-            under_way.append(("reply", name, privacy.filtered(reply) if privacy else reply))
+            filtered = privacy.filtered(reply) if privacy else reply
+            under_way.append(("reply", name, number, filtered))
         if coordinator.done and coordinator.digests:
             return coordinator
     raise AssertionError(f"the run is {coordinator.phase} at round {coordinator.round}")
@@ -109,53 +111,64 @@ def test_filtered_answers_are_valid_and_stay_the_same(
     assert "second, different answer" not in caplog.text
 
 
+def exchanges_of(coordinator: Coordinator) -> SiteExchanges:
+    """Exchanges in which no time passes."""
+    return SiteExchanges(coordinator, again_after_s=0)
+
+
+def task_of(exchanges: SiteExchanges, site: str = "site-1") -> dict[str, bytes]:
+    """The site's task, which there must be."""
+    task = exchanges.task(site, 0)
+    assert task is not None
+    return task
+
+
 def test_a_script_that_was_started_again_is_told_the_run() -> None:
     coordinator = Coordinator(RUN_GENESIS)
-    exchanges, site = SiteExchanges(coordinator), new_site("site-1")
-    assert set(exchanges.task("site-1")) == {GENESIS, DOWN}
-    exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
-    task = exchanges.task("site-1")
-    assert set(task) == {DOWN}
-    reply = new_site("site-1").reply(task)
+    exchanges, site = exchanges_of(coordinator), new_site("site-1")
+    assert set(task_of(exchanges)) == {GENESIS, DOWN}
+    exchanges.reply("site-1", None, site.reply(task_of(exchanges)), 0)
+    assert exchanges.task("site-1", 0) is None
+    reply = new_site("site-1").reply({DOWN: coordinator.down_for("site-1")})
     assert reply == {UP: b""}
-    exchanges.reply("site-1", reply)
-    assert set(exchanges.task("site-1")) == {GENESIS, DOWN}
+    exchanges.reply("site-1", None, reply, 0)
+    assert set(task_of(exchanges)) == {GENESIS, DOWN}
 
 
 @pytest.mark.parametrize("reply", [{}, {UP: "text"}, {UP: b"\xff"}, {UP: 7}])
 def test_replies_of_no_use_do_no_harm(reply: Reply) -> None:
     coordinator = Coordinator(RUN_GENESIS)
-    exchanges, site = SiteExchanges(coordinator), new_site("site-1")
-    exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
-    exchanges.reply("site-1", reply)
-    exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
+    exchanges, site = exchanges_of(coordinator), new_site("site-1")
+    exchanges.reply("site-1", None, site.reply(task_of(exchanges)), 0)
+    exchanges.reply("site-1", None, reply, 0)
+    exchanges.reply("site-1", None, site.reply(task_of(exchanges)), 0)
     assert coordinator.workers == {"site-1"}
 
 
 def test_a_site_that_is_ahead_of_the_journal_is_refused_alone() -> None:
-    exchanges = SiteExchanges(Coordinator(RUN_GENESIS))
-    up = new_site("site-1").reply(exchanges.task("site-1"))[UP]
+    exchanges = exchanges_of(Coordinator(RUN_GENESIS))
+    up = new_site("site-1").reply(task_of(exchanges))[UP]
     request = wire.PollSessionRequest.FromString(up)
     request.messages[0].hello.round = 99
-    exchanges.reply("site-1", {UP: request.SerializeToString()})
-    (ended,) = wire.PollSessionResponse.FromString(exchanges.task("site-1")[DOWN]).messages
+    exchanges.reply("site-1", None, {UP: request.SerializeToString()}, 0)
+    (ended,) = wire.PollSessionResponse.FromString(task_of(exchanges)[DOWN]).messages
     assert ended.ended.reason == "JournalBehindError"
 
 
 def test_a_site_cannot_speak_for_another() -> None:
     coordinator = Coordinator(RUN_GENESIS)
-    exchanges = SiteExchanges(coordinator)
+    exchanges = exchanges_of(coordinator)
     stranger = Site(lambda genesis: InProcess(genesis, "site-1"))
-    exchanges.reply("site_2", stranger.reply(exchanges.task("site_2")))
+    exchanges.reply("site_2", None, stranger.reply(task_of(exchanges, "site_2")), 0)
     assert coordinator.workers == set()
 
 
 def test_a_site_with_another_base_leaves() -> None:
     other = Genesis(RUN_GENESIS.config, b"m" * 32, b"x" * 32, b"t" * 32, 8, 32)
-    exchanges = SiteExchanges(Coordinator(RUN_GENESIS))
+    exchanges = exchanges_of(Coordinator(RUN_GENESIS))
     site = Site(lambda _: InProcess(encode_genesis(other), "site-1"))
-    exchanges.reply("site-1", site.reply(exchanges.task("site-1")))
-    reply = site.reply(exchanges.task("site-1"))
+    exchanges.reply("site-1", None, site.reply(task_of(exchanges)), 0)
+    reply = site.reply(task_of(exchanges))
     assert reply == {LEFT: True}
     assert ScalarPrivacy(1.0).filtered(reply) == reply
 
@@ -164,16 +177,16 @@ def test_an_error_at_a_site_is_told_in_its_log_alone(caplog: pytest.LogCaptureFi
     def fail(_: bytes) -> InProcess:
         raise ModelError("the model cannot be read.")
 
-    task = SiteExchanges(Coordinator(RUN_GENESIS)).task("site-1")
+    task = task_of(exchanges_of(Coordinator(RUN_GENESIS)))
     assert Site(fail).reply(task) == {LEFT: True}
     assert "this site leaves the job: the model cannot be read." in caplog.text
 
 
 def test_two_sites_of_one_name_are_refused() -> None:
-    exchanges = SiteExchanges(Coordinator(RUN_GENESIS))
-    exchanges.task("site-1")
+    exchanges = exchanges_of(Coordinator(RUN_GENESIS))
+    exchanges.see(["site-1"])
     with pytest.raises(ConfigError, match="sites site-1 and site_1 are both called site-1"):
-        exchanges.task("site_1")
+        exchanges.see(["site-1", "site_1"])
 
 
 @pytest.mark.parametrize(
@@ -191,7 +204,7 @@ def test_names_of_sites(site: str, worker: str) -> None:
 
 
 def test_what_goes_up_holds_nothing_else() -> None:
-    exchanges, site = SiteExchanges(Coordinator(RUN_GENESIS)), new_site("site-1")
-    up = site.reply(exchanges.task("site-1"))[UP]
+    exchanges, site = exchanges_of(Coordinator(RUN_GENESIS)), new_site("site-1")
+    up = site.reply(task_of(exchanges))[UP]
     (hello,) = wire.PollSessionRequest.FromString(up).messages
     assert hello.WhichOneof("kind") == "hello"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import fedmezo_nvflare
 from fedmezo import decode_genesis, encode_genesis
 from fedmezo_core import program
 from fedmezo_core.errors import ConfigError
-from fedmezo_nvflare import FedMezoRecipe, ScalarPrivacy
+from fedmezo_nvflare import FedMezoController, FedMezoRecipe, ScalarPrivacy
 from fedmezo_nvflare.round_controller import GENESIS_FILE
 from tests.integration.support.harness import config_of, environment, genesis_of, run_values
 
@@ -54,6 +55,37 @@ def test_the_filter_and_the_journal(tmp_path: Path) -> None:
     (filter_,) = chain["filters"]
     assert filter_["path"] == "fedmezo_nvflare.scalar_privacy.ScalarPrivacy"
     assert filter_["args"] == {"clip": 3.0, "noise_multiplier": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("resume", -1, "use 0.0 or more"),
+        ("resume", math.inf, "use a number that is finite"),
+        ("resume", "0.5", "use a number"),
+        ("min_clients", 0, "use 1 or more"),
+        ("min_clients", 1.5, "use a whole number"),
+        ("task_request_interval", 0.0, "use more than 0"),
+        ("task_request_interval", math.nan, "use "),
+        ("journal", "run.db", "use the whole path of a file on the server"),
+        ("name", "../job", "it must match"),
+        ("model", 7, "use text, in quotes"),
+        ("adapter", 7, "use text, in quotes"),
+        ("genesis", "text", "valid bytes"),
+        ("contract", "text", "table of keys"),
+        ("privacy", 3.0, "instance of ScalarPrivacy"),
+    ],
+)
+def test_a_value_that_is_not_allowed_is_named(key: str, value: Any, allowed: str) -> None:
+    given = {"contract": run_values(workers_min=2, quorum=2), "genesis": GENESIS} | {key: value}
+    with pytest.raises(ConfigError, match=rf"^FedMezoRecipe: {key} .*{allowed}"):
+        FedMezoRecipe(**given)
+
+
+@pytest.mark.parametrize(("journal", "resume"), [("run.db", 0.0), ("", -1.0)])
+def test_a_controller_checks_what_a_job_s_file_says(journal: str, resume: float) -> None:
+    with pytest.raises(ConfigError, match=r"^FedMezoController: "):
+        FedMezoController(journal, resume)
 
 
 @pytest.mark.parametrize("key", ["rounds", "run_id"])

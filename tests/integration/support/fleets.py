@@ -18,6 +18,7 @@ from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Genesis
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.trust.join_string import parse_join_string
@@ -72,7 +73,10 @@ class ServedFleet:
         """A worker that the test scripts, which shows an identity."""
         async with self.client(identity) as client:
             description = await client.get_run()
-            yield ScriptedWorker(client, self.genesis, name or identity.name, description.head)
+            signer = AnswerSigner(identity.keys.signing_key, description.head)
+            yield ScriptedWorker(
+                client, self.genesis, name or identity.name, description.head, signer=signer
+            )
 
 
 @asynccontextmanager

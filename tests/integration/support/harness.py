@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_coordinator.coordinator_settings import CALLER_CALLS_PER_S, RelaySettings
 from fedmezo_coordinator.daemon import Daemon
@@ -30,13 +31,15 @@ from fedmezo_coordinator.serving.service import bind_server, start_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
 from fedmezo_core.errors import FedMezoError, UnavailableError
-from fedmezo_core.journal.codec import decode_record, encode_records
-from fedmezo_core.journal.journal import Entry, Journal
+from fedmezo_core.journal.codec import decode_commit, decode_record, encode_records
+from fedmezo_core.journal.journal import Entry, Journal, head_after
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.records import Answered, Genesis, Record
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.client import CoordinatorClient, SessionStream
+from fedmezo_core.wire.messages import answer_from_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 ROOT = Path(__file__).parents[3]
@@ -66,6 +69,10 @@ def run_values(**changes: Any) -> dict[str, Any]:
         "learning_rate": 1e-3,
         # The tests' rates are for the few directions of their own rounds.
         "rate_directions": 0,
+        # And for answers that may be far larger than usual: their rounds have few.
+        "clip_median_factor": 10.0,
+        "clip_spread": 4.0,
+        "clip_drop_factor": 0.0,
         "workers_min": 4,
         "quorum": 4,
     }
@@ -380,13 +387,19 @@ class Site:
 
 @asynccontextmanager
 async def relayed(
-    upstream: str, folder: Path, name: str, *, listen: str = "127.0.0.1:0", **changes: Any
+    upstream: str,
+    folder: Path,
+    name: str,
+    *,
+    listen: str = "127.0.0.1:0",
+    signing_key: Ed25519PrivateKey | None = None,
+    **changes: Any,
 ) -> AsyncIterator[Site]:
     """Serve a site from `folder` until the end of the block; `changes` are the relay's settings."""
     values = {"upstream": upstream, "name": name, "journal_copy": folder / f"{name}.db"}
     settings = RelaySettings.model_validate(values | changes)
     async with CoordinatorClient(upstream, settings.tls_ca) as client:
-        relay = Relay(settings, client)
+        relay = Relay(settings, client, signing_key=signing_key)
         async with _on_a_port(relay, listen, settings.tls_files) as (address, serving):
             yield Site(relay, address, serving)
 
@@ -428,6 +441,9 @@ class ScriptedWorker:
     stream: SessionStream = field(init=False)
     received: list[wire.SessionResponse] = field(default_factory=list)
     acknowledged: set[tuple[int, int, int]] = field(default_factory=set)
+    signer: AnswerSigner | None = None
+    heads: dict[int, bytes] = field(default_factory=dict)
+    """Head after each round whose commit came, and after genesis."""
 
     async def open(self, **changes: Any) -> wire.Welcome:
         """Say hello at the base, with `changes`; the welcome that comes back."""
@@ -447,6 +463,7 @@ class ScriptedWorker:
             "recipe": self.genesis.config.recipe,
             "round": 0,
             "head": self.head,
+            "signing_key": b"" if self.signer is None else self.signer.public_key,
         }
         return wire.Hello(**(values | changes))
 
@@ -457,9 +474,7 @@ class ScriptedWorker:
             if message is None:
                 raise UnavailableError("the session ended without an error")
             self.received.append(message)
-            if message.WhichOneof("kind") == "ack":
-                ticket = message.ack.ticket
-                self.acknowledged.add((ticket.epoch, ticket.round, ticket.slot))
+            self._note(message)
             if message.WhichOneof("kind") == kind:
                 return message
 
@@ -473,7 +488,27 @@ class ScriptedWorker:
 
     async def answer(self, assign: wire.Assign, **changes: Any) -> None:
         """Answer soundly, with `changes`."""
-        await self.send(answer=answer_to(assign, **changes))
+        await self.send(answer=self.signed(answer_to(assign, **changes)))
+
+    def signed(self, answer: wire.Answer) -> wire.Answer:
+        """The answer with a signature, if this worker signs."""
+        if self.signer is not None:
+            event = answer_from_pb(self.name, answer)
+            self.heads.setdefault(0, self.head)
+            head = self.heads[event.ticket.round - 1]
+            answer.signature = self.signer.sign(event.ticket, head, event.scalars)
+        return answer
+
+    def _note(self, message: wire.SessionResponse) -> None:
+        """Keep what an acknowledgement or a commit says."""
+        if message.HasField("ack"):
+            ticket = message.ack.ticket
+            self.acknowledged.add((ticket.epoch, ticket.round, ticket.slot))
+        if message.HasField("commit") and self.signer is not None:
+            self.heads.setdefault(0, self.head)
+            body = message.commit.record
+            round_ = decode_commit(body).round
+            self.heads[round_] = head_after(self.heads[round_ - 1], body)
 
     async def ended(self) -> FedMezoError:
         """The error that the session ends with."""
@@ -491,12 +526,10 @@ class ScriptedWorker:
         while True:
             message = await asyncio.wait_for(self.stream.receive(), PATIENCE_S)
             assert message is not None
+            self._note(message)
             match message.WhichOneof("kind"):
                 case "assign":
                     await self.answer(message.assign)
-                case "ack":
-                    ticket = message.ack.ticket
-                    self.acknowledged.add((ticket.epoch, ticket.round, ticket.slot))
                 case "finished":
                     return int(message.finished.round)
                 case _:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
 from fedmezo_core.events import Measure, Ticket, Work
@@ -21,7 +22,11 @@ from tests.core.zo.conftest import SENTENCES, make_model
 
 
 def contract(
-    *, freeze_a: bool = True, task: dict[str, Any] | None = None, **more: Any
+    *,
+    freeze_a: bool = True,
+    output_rank: int | None = None,
+    task: dict[str, Any] | None = None,
+    **more: Any,
 ) -> RunConfig:
     classes = {"verbalizers": {"0": " terrible", "1": " great"}}
     return RunConfig(
@@ -32,7 +37,13 @@ def contract(
             template="{text} All in all, it was",
             **(classes if task is None else task),
         ),
-        lora=LoraConfig(rank=4, alpha=16, target_modules=("q_proj", "v_proj"), freeze_a=freeze_a),
+        lora=LoraConfig(
+            rank=4,
+            alpha=16,
+            target_modules=("q_proj", "v_proj"),
+            freeze_a=freeze_a,
+            output_rank=output_rank,
+        ),
         **{"batch_size": 3, "local_steps": 2, "eps": 1e-2, "rounds": 4, **more},
     )
 
@@ -79,16 +90,42 @@ def base_folder(
     return folder
 
 
+def quantised(folder: Path, into: Path, type_name: str) -> LlamaForCausalLM:
+    """The model in `folder` with the values that GGUF's type keeps of its matrices, saved."""
+    import gguf
+
+    from benchmarks.integrations.gguf_models import kind_of
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        own = "token_embd.weight" if "embed_tokens" in name else name
+        kind = kind_of(own, parameter.shape, type_name)
+        kept = gguf.dequantize(gguf.quantize(parameter.detach().numpy(), kind), kind)
+        parameter.data.copy_(torch.from_numpy(kept))
+    shutil.copytree(folder, into)
+    model.save_pretrained(into)
+    return model
+
+
+@pytest.fixture(scope="session")
+def base_gguf(base_folder: Path) -> Path:
+    """The base as a GGUF."""
+    pytest.importorskip("gguf", reason="needs the package gguf, which is not installed")
+    from benchmarks.integrations.gguf_models import write_llama
+
+    path = base_folder.parent / "base.gguf"
+    write_llama(LlamaForCausalLM.from_pretrained(base_folder), path)
+    return path
+
+
 @pytest.fixture
-def run_of(base_folder: Path, tmp_path: Path) -> Callable[[RunConfig], Run]:
-    """A run whose form holds any bytes: the runtime that reads them is the test's own."""
+def run_of(base_folder: Path, base_gguf: Path, tmp_path: Path) -> Callable[[RunConfig], Run]:
+    """A run with a form that the runtime of the test's own does not read."""
 
     def make(config: RunConfig) -> Run:
         party = open_party(config, str(base_folder), threads=1)
-        file = tmp_path / "any.gguf"
-        file.write_bytes(b"GGUF and more")
         folder = tmp_path / "form"
-        party = admitting(party, export_gguf_form(party, folder, file))
+        party = admitting(party, export_gguf_form(party, folder, base_gguf))
         return Run(party.genesis(), party, folder)
 
     return make

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmezo_core.config import LoraConfig, RunConfig
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, FedMezoError, MeasurementError
 from fedmezo_core.journal.codec import encode_record
 from fedmezo_core.records import Committed, SeedRange, digest64_of
@@ -27,6 +27,7 @@ from fedmezo_core.zo.edge.array_weights import Adapter
 from fedmezo_core.zo.edge.base_form import read_form
 from fedmezo_core.zo.edge.edge_engine import EdgeEngine
 from fedmezo_core.zo.party import Party, open_party
+from fedmezo_core.zo.privacy.accounting import PrivacyBudget
 from tests.core.zo.edge.conftest import Run, contract, order_of, rows
 
 ROOT = Path(__file__).parents[4]
@@ -62,11 +63,11 @@ class TorchLosses:
         return losses
 
 
-def _engine(run: Run) -> tuple[EdgeEngine, TorchLosses]:
+def _engine(run: Run, **more: Any) -> tuple[EdgeEngine, TorchLosses]:
     other = open_party(run.genesis.config, str(run.party.loaded.folder), threads=1)
     losses = TorchLosses(other)
     return EdgeEngine(
-        run.genesis, "w1", read_form(run.form, run.genesis), losses, rows(), threads=1
+        run.genesis, "w1", read_form(run.form, run.genesis), losses, rows(), threads=1, **more
     ), losses
 
 
@@ -114,6 +115,20 @@ def test_a_measurement_writes_no_weights_and_repeats_itself(
     assert first.scalars.weights_digest64 is None
     assert engine.measure(order) == first
     assert engine.digest() == before
+
+
+def test_with_a_privacy_budget_it_says_noise_once(
+    run_of: Callable[[RunConfig], Run], tmp_path: Path
+) -> None:
+    run = run_of(contract(report_losses=False, batch_size=2))
+    budget = PrivacyBudget(epsilon=8.0, delta=1e-3, clip=1.0, ledger=tmp_path / "ledger")
+    engine, _ = _engine(run, privacy=budget)
+    order = order_of(run.genesis.config)
+    first = engine.measure(order)
+    assert engine.measure(order) == first
+    assert (first.scalars.mean_loss, first.scalars.rows) == (0.0, 1)
+    other, _ = _engine(run, privacy=replace(budget, ledger=tmp_path / "other"))
+    assert other.measure(order).scalars.projected_grads != first.scalars.projected_grads
 
 
 @pytest.mark.parametrize("task", [None, INSTRUCTION])
@@ -249,14 +264,6 @@ def test_a_form_of_another_run_is_refused(run_of: Callable[[RunConfig], Run]) ->
         (
             {"task": contract().task.model_copy(update={"objective": "a:b"})},
             "a form of the base gives only losses",
-        ),
-        (
-            {
-                "lora": LoraConfig(
-                    rank=4, alpha=8, target_modules=("v_proj",), freeze_a=True, output_rank=2
-                )
-            },
-            "this run has lora.output_rank = 2; begin a run without it",
         ),
         (
             {"task": contract().task.model_copy(update={"template_version": 2})},

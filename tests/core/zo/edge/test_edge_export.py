@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,35 @@ def test_a_graph_of_sixteen_bits_is_refused(base_folder: Path, tmp_path: Path) -
         export_onnx_form(party, tmp_path / "form")
 
 
-def test_the_same_base_gives_the_same_form(base_folder: Path, tmp_path: Path) -> None:
-    file = tmp_path / "any.gguf"
-    file.write_bytes(b"GGUF")
+@pytest.mark.parametrize("change", ["vocabulary", "layers", "width", "architecture", "end"])
+def test_a_gguf_of_another_shape_is_refused(
+    base_folder: Path, base_gguf: Path, tmp_path: Path, change: str
+) -> None:
+    """Where it is exported, not at each worker that loads it."""
+    from benchmarks.integrations.gguf_models import Shape, write_random
+
+    shape = Shape("llama", 2, 32, 64, 4, 2, 384, 128, 1e4)
+    other, sentence = {
+        "vocabulary": (replace(shape, vocabulary=416), "has 416 tokens, the run's base 384"),
+        "layers": (replace(shape, layers=1), r"blk\.1\.attn_q\.weight has 0 inputs, the run's"),
+        "width": (replace(shape, width=64), r"blk\.0\.attn_q\.weight has 64 inputs, the run's"),
+        "architecture": (replace(shape, architecture="gemma3"), "architecture gemma3 cannot take"),
+        "end": (shape, "cannot be read"),
+    }[change]
+    file = tmp_path / "other.gguf"
+    write_random(other, file)
+    if change == "end":
+        file.write_bytes(file.read_bytes()[:900])
+    party = open_party(contract(), str(base_folder), threads=1)
+    with pytest.raises(ModelError, match=sentence):
+        export_gguf_form(party, tmp_path / "form", file)
+    assert not (tmp_path / "form").exists()
+
+
+def test_the_same_base_gives_the_same_form(
+    base_folder: Path, base_gguf: Path, tmp_path: Path
+) -> None:
+    file = base_gguf
     party = open_party(contract(), str(base_folder), threads=1)
     names = {export_gguf_form(party, tmp_path / name, file) for name in "ab"}
     assert len(names) == 1
@@ -54,12 +81,12 @@ def test_the_same_base_gives_the_same_form(base_folder: Path, tmp_path: Path) ->
 
 def test_the_command_prints_what_the_contract_lists(
     base_folder: Path,
+    base_gguf: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file, config = tmp_path / "any.gguf", tmp_path / "coordinator.toml"
-    file.write_bytes(b"GGUF")
+    file, config = base_gguf, tmp_path / "coordinator.toml"
     config.write_text(
         f"""model = {json.dumps(str(base_folder))}
 journal = {json.dumps(str(tmp_path / "run.journal"))}

@@ -29,13 +29,19 @@ def test_a_graph_that_is_none_is_refused(run_of: Callable[[RunConfig], Run]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [None, {"kind": "instruction", "tokens_max": 64}])
-def test_its_projected_gradients_are_torchs(base_folder: Path, tmp_path: Path, task: Any) -> None:
+@pytest.mark.parametrize(
+    ("task", "output_rank"),
+    [(None, None), ({"kind": "instruction", "tokens_max": 64}, None), (None, 3)],
+)
+def test_its_projected_gradients_are_torchs(
+    base_folder: Path, tmp_path: Path, task: Any, output_rank: int | None
+) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=WHY)
     from fedmezo_core.zo.edge.edge_export import export_onnx_form
 
-    party = open_party(contract(task=task, probes=6), str(base_folder), threads=1)
+    config = contract(task=task, probes=6, output_rank=output_rank)
+    party = open_party(config, str(base_folder), threads=1)
     party = admitting(party, export_onnx_form(party, tmp_path / "form"))
     genesis = party.genesis()
     form = read_form(tmp_path / "form", genesis)

@@ -17,7 +17,7 @@ from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example, read_examples
 from fedmezo_core.zo.export import export_adapter, export_model, write_adapter
-from fedmezo_core.zo.fitting import GRADIENT_BATCH_ROWS, fit_adapter
+from fedmezo_core.zo.fitting import GRADIENT_BATCH_ROWS, GRADIENT_PASSES, fit_adapter
 from fedmezo_core.zo.model.loading import load_model
 from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.model.weight_digest import base_digest
@@ -84,9 +84,10 @@ def test_a_and_p_span_the_largest_gradients_of_batches(
         whole = scored.collate(examples, "all")
         mean = scored.scores(model, whole).mean(dim=0)
     sums: list[Any] = [(0.0, 0.0)] * len(weights)
-    order = np.random.default_rng(0).permutation(len(examples))
-    for first in range(0, len(order), GRADIENT_BATCH_ROWS):
-        chosen = [examples[index] for index in order[first : first + GRADIENT_BATCH_ROWS]]
+    orders = [np.random.default_rng(n).permutation(len(examples)) for n in range(GRADIENT_PASSES)]
+    firsts = range(0, len(examples), GRADIENT_BATCH_ROWS)
+    for rows_of in [order[first:][:GRADIENT_BATCH_ROWS] for order in orders for first in firsts]:
+        chosen = [examples[index] for index in rows_of]
         batch = scored.collate(chosen, "some")
         loss = scored.loss_of_scores(scored.scores(model, batch), batch, mean)
         for n, grad in enumerate(torch.autograd.grad(loss, weights)):

@@ -33,7 +33,8 @@ sizes = st.lists(st.floats(0, 1e4), max_size=CLIP_ROUNDS)
 def test_no_answer_is_much_larger_than_is_usual(
     given_: list[tuple[float, ...]], earlier: list[float], factor: float, shuffler: Any
 ) -> None:
-    taken, own = clipped(given_, earlier, factor)
+    config = config_of(clip_median_factor=factor)
+    taken, own = clipped(given_, earlier, config)
     known = sorted(size for size in [*map(size_of, given_), *earlier] if size)
     usual = known[(len(known) - 1) // 2] if known else 0.0
     for before, after in zip(given_, taken, strict=True):
@@ -46,24 +47,24 @@ def test_no_answer_is_much_larger_than_is_usual(
     # The order of the answers and of the rounds changes no bit.
     order = list(range(len(given_)))
     shuffler.shuffle(order)
-    again, same = clipped([given_[k] for k in order], earlier[::-1], factor)
+    again, same = clipped([given_[k] for k in order], earlier[::-1], config)
     assert (again, same) == ([taken[k] for k in order], own)
 
 
 def test_half_of_the_answers_and_more_decide_what_is_usual() -> None:
-    honest, huge = (3.0, -4.0), (1e4, 1e4)
+    honest, huge, config = (3.0, -4.0), (1e4, 1e4), config_of(clip_median_factor=10.0)
     size = size_of(honest)
-    taken, own = clipped([honest, huge], [], 10.0)
+    taken, own = clipped([honest, huge], [], config)
     assert taken[0] is honest
     assert size_of(taken[1]) == pytest.approx(30 * size)
     assert own == size
     # One alone decides for itself, unless there were rounds before.
-    assert clipped([huge], [], 10.0)[0] == [huge]
-    assert size_of(clipped([huge], [size], 10.0)[0][0]) == pytest.approx(30 * size)
+    assert clipped([huge], [], config)[0] == [huge]
+    assert size_of(clipped([huge], [size], config)[0][0]) == pytest.approx(30 * size)
     # Zeros say nothing about what is usual.
     zero = (0.0, 0.0)
-    assert clipped([zero, zero, zero, honest], [], 10.0) == ([zero, zero, zero, honest], size)
-    assert clipped([zero], [], 10.0) == ([zero], 0.0)
+    assert clipped([zero, zero, zero, honest], [], config) == ([zero, zero, zero, honest], size)
+    assert clipped([zero], [], config) == ([zero], 0.0)
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
@@ -133,18 +134,49 @@ def test_honest_answers_keep_every_bit() -> None:
                 tuple(rng.gauss(0, 20 * 3 ** rng.uniform(-0.5, 0.5)) for _ in range(count))
                 for _ in range(4)
             ]
-            taken, _ = clipped(given_, [20.0] * CLIP_ROUNDS, 10.0)
+            taken, _ = clipped(given_, [20.0] * CLIP_ROUNDS, config_of(clip_median_factor=10.0))
             assert all(a is b for a, b in zip(given_, taken, strict=True))
 
 
 def test_a_new_run_clips_and_an_older_contract_does_not() -> None:
     new, old = parse(), config_of()
-    assert (new.clip_median_factor, old.clip_median_factor) == (10.0, 0.0)
-    assert parse(clip_median_factor=0, rate_directions=0) == old
-    assert not config_to_pb(old).HasField("clip_median_factor")
+    clips = [(c.clip_median_factor, c.clip_spread, c.clip_drop_factor) for c in (new, old)]
+    assert clips == [(1.0, 1.0, 5.0), (0.0, 4.0, 0.0)]
+    as_before = {"clip_median_factor": 0, "clip_spread": 4, "clip_drop_factor": 0}
+    assert parse(**as_before, rate_directions=0) == old
+    kept = {field.name for field, _ in config_to_pb(old).ListFields()}
+    assert not kept & as_before.keys()
     assert config_from_pb(config_to_pb(new)) == new
     assert parse(rate_directions=0).recipe == old.recipe, "only who commits needs to know"
     with pytest.raises(ValueError, match="must be 1 or more, or 0"):
         RunConfig.model_validate(old.model_dump() | {"clip_median_factor": 0.5})
     with pytest.raises(ValueError, match="clip_median_factor"):
         RunConfig.model_validate(old.model_dump() | {"clip_median_factor": math.inf})
+    with pytest.raises(ValueError, match=r"clip_drop_factor = 0\.5 would drop answers"):
+        RunConfig.model_validate(old.model_dump() | {"clip_drop_factor": 0.5})
+
+
+def test_a_new_run_leaves_out_answers_that_are_huge_and_tells_of_no_others() -> None:
+    run = RoundsDriver(
+        workers_min=5,
+        quorum=5,
+        rounds=9,
+        clip_median_factor=1.0,
+        clip_spread=0.0,
+        clip_drop_factor=5.0,
+        projected_grad_abs_max=1e4,
+    )
+    run.ready(*"abcde")
+    for worker, grads in zip(
+        "abcd", [(1.0, -1.0), (1.0, 1.0), (2.0, -2.0), (4.0, 4.0)], strict=True
+    ):
+        run.answer(worker, grads=grads)
+    ready = run.answer("e", grads=(-51.0, 51.0))
+    [commit] = [record for record in ready.records if isinstance(record, Committed)]
+    sizes = [size_of(r.coefficients) for r in commit.seed_ranges]
+    # Usual is 2. One of twice that is scaled down to it, one of 25 times that counts as zeros.
+    assert sizes == pytest.approx([0.1, 0.1, 0.2, 0.2, 0.0])
+    assert ready.warnings == (
+        "round 1: answers far larger than usual were scaled down: e from 51 to 0",
+    )
+    assert not run.machine.roster.workers["d"].complaint
