@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import logging
 import random
 import signal
 import sys
@@ -142,6 +143,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, required=True)
     parser.add_argument("--findings", type=Path, required=True)
     options = parser.parse_args()
+    logging.disable()
     atheris = None
     with contextlib.suppress(ImportError):
         if options.unguided:

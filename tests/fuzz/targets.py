@@ -9,7 +9,6 @@ import asyncio
 import atexit
 import contextlib
 import hashlib
-import logging
 import tempfile
 import zlib
 from collections.abc import Awaitable, Callable
@@ -220,7 +219,6 @@ async def _awaited(what: Awaitable[None]) -> None:
 
 @cache
 def _coordinator() -> _Coordinator:
-    logging.disable()
     serving_loop.SIBLINGS_S = 0.0  # Then it waits for nothing while it has something to append.
     loop = asyncio.new_event_loop()
     coordinator = _Coordinator(loop)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +19,14 @@ from tests.fuzz.mutations import mutated
 from tests.fuzz.targets import METHODS, TARGETS, hello, read_call, read_stream
 
 CHANGES = 200
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """A coordinator that refuses hundreds of calls says nothing meanwhile."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def try_one(name: str, data: bytes) -> None:
