@@ -93,7 +93,9 @@ def test_the_home_folder_is_meant_in_every_path(
     of_fleet = ["state", "tls_cert", "tls_cert_ca", "tls_key"]
     groups += [[name for name in of_fleet if name in paths]]
     for group in groups:
-        given = {"name": "w1", "data": "rows"} | dict.fromkeys(group, "~/file")
+        given: dict[str, Any] = {"name": "w1", "data": "rows"} | dict.fromkeys(group, "~/file")
+        if "privacy_ledger" in group:
+            given |= {"privacy_epsilon": 1.0, "privacy_clip": 1.0}
         values: dict[str, Any] = {name: given[name] for name in kind.model_fields if name in given}
         settings = kind(**values)
         assert {str(getattr(settings, name)) for name in group} == {f"{tmp_path}/file"}

@@ -20,6 +20,7 @@ from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.events import ApplyCommit, Measure
 from fedmezo_core.machines.session import SessionMachine
 from fedmezo_core.records import Committed
+from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.messages import answer_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker import member
@@ -147,8 +148,8 @@ def answering(monkeypatch: pytest.MonkeyPatch, change: Callable[[wire.Answer, in
     """Change each answer before it is sent; `change` gets its number too."""
     count = iter(range(1, 1000))
 
-    def changed(action: Any) -> wire.SessionRequest:
-        message = answer_to_pb(action)
+    def changed(action: Any, signer: AnswerSigner | None) -> wire.SessionRequest:
+        message = answer_to_pb(action, signer)
         change(message.answer, next(count))
         return message
 
