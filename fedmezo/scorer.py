@@ -29,15 +29,18 @@ class Scorer:
         self._thread: threading.Thread | None = None
 
     def check_free(self) -> None:
-        """Raise `MeasurementError` while an abandoned call still runs."""
+        """Raise `CutShortError` while an abandoned call still runs."""
         if self._thread is not None and self._thread.is_alive():
-            raise MeasurementError(
+            raise CutShortError(
                 f"Objective {self._objective.name} is still busy with an earlier round; raise "
                 "deadline_ms, make it faster, or restart this worker if it hangs."
             )
 
     def __call__(self, predictions: Predictions) -> float:
-        """Return the score; raises `MeasurementError` if the objective does, or takes too long."""
+        """Return the score; raises `MeasurementError` if the objective does.
+
+        Raises `CutShortError` if it takes too long: that is no matter of this row alone.
+        """
         self.check_free()
         outcome: list[float | MeasurementError] = []
 
@@ -59,7 +62,7 @@ class Scorer:
                     f"the round closed while objective {self._objective.name} was still at work"
                 )
             if time.monotonic() >= self.deadline_s:
-                raise MeasurementError(
+                raise CutShortError(
                     f"Objective {self._objective.name} takes longer than the round's deadline; "
                     "raise deadline_ms or make it faster."
                 )

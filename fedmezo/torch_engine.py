@@ -176,10 +176,10 @@ class TorchEngine:
         Raises `MeasurementError` if a loss is not finite, the objective fails, or it was cut short;
         `PrivacyBudgetError` if the rows have given away what they may.
         """
-        if self._private is not None:
-            return self._private.measure_order(self._noisy, self._samples, order, self.digest)
         if self.scorer is not None:
             self.scorer.check_free()
+        if self._private is not None:
+            return self._private.measure_order(self._noisy, self._samples, order, self.digest)
         return measure(self.party, self.estimator, self.batches, order, digest=self.digest)
 
     def digest(self) -> bytes:

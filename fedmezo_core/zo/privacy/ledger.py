@@ -45,6 +45,8 @@ class Ledger:
         self._of_runs: Counter[str] = Counter()
         self._newest_of_runs: dict[str, NoisyStep] = {}
         self._said: dict[str, tuple[float, ...]] = {}
+        # After an append that failed, nobody knows where the file ends.
+        self._is_broken = False
         try:
             is_new = not path.exists()
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
@@ -120,11 +122,16 @@ class Ledger:
 
     def _append(self, line: object) -> None:
         serialized = json.dumps(line, allow_nan=False).encode() + b"\n"
+        if self._is_broken:
+            raise PrivacyError(
+                f"The privacy ledger {self.path} took no entry before; start the worker again."
+            )
         try:
             if os.write(self._file, serialized) != len(serialized):
                 raise OSError(0, "the disk took a part")
             os.fsync(self._file)
         except OSError as error:
+            self._is_broken = True
             raise PrivacyError(
                 f"The privacy ledger {self.path} took no entry ({error.strerror}); nothing was "
                 "sent. Make room on the disk, and start the worker again."

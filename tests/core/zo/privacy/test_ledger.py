@@ -112,8 +112,12 @@ def test_a_full_disk_is_told_before_anything_is_sent(
     def full(_file: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(PrivacyError, match=r"took no entry \(No space left on device\)"):
-        ledger.add(entry("a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(PrivacyError, match=r"took no entry \(No space left on device\)"):
+            ledger.add(entry("a"))
     assert ledger.said("a") is None
+    with pytest.raises(PrivacyError, match="took no entry before; start the worker again"):
+        ledger.add(entry("b"))
     ledger.close()
+    Ledger(path).close()
