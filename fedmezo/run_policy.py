@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import ConfigError, SnapshotError
+from fedmezo_core.errors import PolicyError, SnapshotError
 from fedmezo_core.records import Genesis
 
 READY_MADE = ("error-rate", "exact-match", "macro-f1", "token-f1")
@@ -69,18 +69,18 @@ class RunPolicy(BaseModel):
 
         own_model: this worker's operator has named what is loaded. own_objective: and the function
         that scores batches. keeps_history: the worker keeps a copy of the run's history. Raises
-        `ConfigError`, which names the contract's field, its value, the limit and its setting.
+        `PolicyError`, which names the contract's field, its value, the limit and its setting.
         """
         config = genesis.config
         for field, value, key in self._counts(genesis):
             limit = getattr(self, key)
             if value > limit:
-                raise ConfigError(
+                raise PolicyError(
                     f"The run's {field} = {value} is more than the {limit} that this worker "
                     f"allows; take part in another run, or raise policy.{key} in its settings."
                 )
         if config.batch_size < self.batch_size_min:
-            raise ConfigError(
+            raise PolicyError(
                 f"The run's batch_size = {config.batch_size} is less than the "
                 f"{self.batch_size_min} that this worker requires; take part in another run, or "
                 "lower policy.batch_size_min in its settings."
@@ -93,12 +93,12 @@ class RunPolicy(BaseModel):
             self._check_model(config.model)
         wanted = config.task.objective
         if wanted and not own_objective and wanted not in self.objectives:
-            raise ConfigError(
+            raise PolicyError(
                 f"The run scores batches by {wanted}; start this worker with --objective {wanted} "
                 "if you trust that code, or add it to policy.objectives in its settings."
             )
         if keeps_history and (needed := _history_bytes(config)) > self.disk_max:
-            raise ConfigError(
+            raise PolicyError(
                 f"The history of the run's {config.rounds} rounds may take {needed} bytes, more "
                 f"than the {int(self.disk_max)} that this worker allows; leave out journal_copy, "
                 "or raise policy.disk_max in its settings."
@@ -107,7 +107,7 @@ class RunPolicy(BaseModel):
     def check_trained(self, elements: int) -> None:
         """Refuse what was loaded if it has more trained elements than its genesis may say."""
         if elements > self.trained_elements_max:
-            raise ConfigError(
+            raise PolicyError(
                 f"The run trains {elements} elements, more than the {self.trained_elements_max} "
                 "that this worker allows; take part in another run, or raise "
                 "policy.trained_elements_max in its settings."
@@ -137,12 +137,12 @@ class RunPolicy(BaseModel):
 
     def _check_model(self, name: str) -> None:
         if not is_hub_name(name):
-            raise ConfigError(
+            raise PolicyError(
                 f"The run's model = {name[:_SHOWN_CHARS_MAX]!r} is no name on the hub, and a "
                 "coordinator chooses no folder here; give your copy of it with --model."
             )
         if not any(fnmatchcase(name, pattern) for pattern in self.models):
-            raise ConfigError(
+            raise PolicyError(
                 f"The run's model = {name!r} is not one that this worker loads by its name "
                 f"(policy.models = {list(self.models)}); give it with --model, or add it to "
                 "policy.models in the worker's settings."
@@ -162,8 +162,8 @@ def _history_bytes(config: RunConfig) -> int:
     return config.rounds * pairs * _PAIR_BYTES
 
 
-def _not_listed(field: str, value: str, key: str) -> ConfigError:
-    return ConfigError(
+def _not_listed(field: str, value: str, key: str) -> PolicyError:
+    return PolicyError(
         f"The run's {field} = {value} is not among policy.{key} of this worker's settings; take "
         "part in another run, or add it there."
     )

@@ -2,6 +2,7 @@
 
     FedMezoError
       ConfigError            a setting, file or command-line value is wrong
+        PolicyError          a run asks for more than this worker's operator allows
       DataError              a worker's or the held-out data cannot be used
       ModelError             a model folder or name cannot be used
       NumericError           a NaN, an infinity or an overflow in weights or coefficients
@@ -61,6 +62,10 @@ class ConfigError(FedMezoError):
     """A setting is missing, malformed or out of its range."""
 
     status = "INVALID_ARGUMENT"
+
+
+class PolicyError(ConfigError):
+    """A run asks for more than the operator of this worker allows; names the contract's values."""
 
 
 class DataError(FedMezoError):

@@ -19,6 +19,8 @@ from typing import NamedTuple, Protocol
 from fedmezo_core.config import COHORT_MAX, RunConfig
 from fedmezo_core.errors import JournalCorruptError
 
+SIGNATURE_BYTES = 64
+"""Size of an Ed25519 signature."""
 TOKENIZER_PARTS = (
     "vocabulary",
     "normalizer",

@@ -19,7 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from fedmezo_core.trust.answer_signatures import KEY_BYTES, SIGNATURE_BYTES, is_signed
+from fedmezo_core.records import SIGNATURE_BYTES
+from fedmezo_core.trust.answer_signatures import KEY_BYTES, is_signed
 
 log = logging.getLogger("fedmezo.coordinator")
 

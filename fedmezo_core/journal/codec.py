@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from fedmezo_core.config import RunConfig, sentence_of
 from fedmezo_core.errors import JournalCorruptError, ProtocolError
 from fedmezo_core.records import (
+    SIGNATURE_BYTES,
     Admitted,
     Answered,
     Committed,
@@ -42,7 +43,6 @@ from fedmezo_core.records import (
 from fedmezo_proto.v1 import journal_pb2 as pb
 
 DIGEST_BYTES = 32
-SIGNATURE_BYTES = 64
 MessageT = TypeVar("MessageT", bound=Message)
 
 _FIRST_BYTES = {field.name: field.number << 3 | 2 for field in pb.Record.DESCRIPTOR.fields}

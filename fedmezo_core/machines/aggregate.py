@@ -177,7 +177,7 @@ def clipped(
     """
     sizes = [size_of(grads) for grads in answers]
     own = sorted(filter(None, sizes))
-    usual = _lower_median(sorted([*own, *filter(None, earlier)]))
+    usual = lower_median(sorted([*own, *filter(None, earlier)]))
     allowed = config.clip_median_factor * usual
     limit = allowed * (1 + config.clip_spread / len(answers[0]))
     most = max(limit, config.clip_drop_factor * allowed) if config.clip_drop_factor else math.inf
@@ -189,7 +189,7 @@ def clipped(
             elif size > limit:
                 shrink = limit / size
                 taken[number] = tuple([grad * shrink for grad in answers[number]])
-    return taken, _lower_median(own)
+    return taken, lower_median(own)
 
 
 def is_far_larger(before: Sequence[float], after: Sequence[float], config: RunConfig) -> bool:
@@ -220,7 +220,7 @@ def combined(shares: list[Share], config: RunConfig) -> list[Share]:
         return shares
     answers = [share.projected_grads for share in shares]
     losses = sorted(share.mean_loss for share in shares if share.mean_loss is not None)
-    loss = _lower_median(losses) if losses else None
+    loss = lower_median(losses) if losses else None
     first = shares[0]
     return [Share(first.seeds, _by_column(answers, config), first.learning_rate, mean_loss=loss)]
 
@@ -229,7 +229,7 @@ def _by_column(answers: Sequence[Sequence[float]], config: RunConfig) -> tuple[f
     columns = [sorted(column) for column in zip(*answers, strict=True)]
     count = len(answers)
     if config.aggregation == "sign_vote":
-        size = _lower_median(sorted(filter(None, map(size_of, answers))))
+        size = lower_median(sorted(filter(None, map(size_of, answers))))
         votes = [sum((grad > 0) - (grad < 0) for grad in column) for column in columns]
         return tuple(size * ((vote > 0) - (vote < 0)) for vote in votes)
     most = (count - 1) // 2
@@ -239,7 +239,8 @@ def _by_column(answers: Sequence[Sequence[float]], config: RunConfig) -> tuple[f
     return tuple((math.fsum(column) + 0.0) / len(column) for column in kept)
 
 
-def _lower_median(ascending: Sequence[float]) -> float:
+def lower_median(ascending: Sequence[float]) -> float:
+    """The median of values in ascending order, of two middle ones the lower; 0 of no values."""
     return ascending[(len(ascending) - 1) // 2] if ascending else 0.0
 
 
@@ -356,7 +357,7 @@ def _step_factor_of(
     if not math.isfinite(gain):
         return 1.0  # It comes from coefficients that no binary32 holds; rounding them says so.
     losses = [share.mean_loss for share in shares if share.mean_loss is not None]
-    loss = 0.0 if config.task.objective else _lower_median(sorted(losses))
+    loss = 0.0 if config.task.objective else lower_median(sorted(losses))
     return step_factor(config, pairs / steps, gain, loss if loss > 0 else usual_loss(config))
 
 

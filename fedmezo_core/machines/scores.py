@@ -6,11 +6,12 @@ The scores see what a commit sees and change nothing in it. They begin anew with
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from fedmezo_core.machines.aggregate import size_of
+from fedmezo_core.machines.aggregate import lower_median, size_of
 
 ROUNDS_MIN = 10
 """Answers of a worker before its agreement is judged."""
@@ -94,21 +95,18 @@ def see_commit(
     of which something is wrong that was not told before, each with the end of a sentence.
     """
     sizes = [size_of(grads) for grads in answers]
-    known = sorted(filter(None, sizes))
-    usual = known[(len(known) - 1) // 2] if known else 0.0
-    copies = set()
-    if is_shared and len(set(answers)) < len(answers):
-        copies = {grads for grads in answers if answers.count(grads) > 1}
+    usual = lower_median(sorted(filter(None, sizes)))
+    counts = Counter(answers) if is_shared else Counter[tuple[float, ...]]()
     for score, grads, size in zip(scores, answers, sizes, strict=True):
-        score._see(grads, size, usual, repeats=grads in copies)
+        score._see(grads, size, usual, repeats=counts[grads] > 1)
     typical = None
     if is_shared and len(answers) > 2:
         cosines = _cosines(answers, sizes)
         # Rounds in which workers agree say more; where they don't, nobody's agreement means much.
-        weight = max(_lower_median(cosines), 0.0)
+        weight = max(lower_median(sorted(cosines)), 0.0)
         for score, cosine in zip(scores, cosines, strict=True):
             score._agree(cosine, weight)
-        typical = _lower_median([score.agreement or 0.0 for score in scores])
+        typical = lower_median(sorted(score.agreement or 0.0 for score in scores))
     found = []
     for position, score in enumerate(scores):
         wrong = score._wrong(typical)
@@ -133,7 +131,3 @@ def _cosines(answers: Sequence[Sequence[float]], sizes: Sequence[float]) -> list
         # Unit vectors have a length of the root of their count here.
         cosines.append(product / length / math.sqrt(len(unit)) if length else 0.0)
     return cosines
-
-
-def _lower_median(values: Sequence[float]) -> float:
-    return sorted(values)[(len(values) - 1) // 2]

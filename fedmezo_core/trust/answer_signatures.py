@@ -30,7 +30,6 @@ from fedmezo_core.events import Ticket
 from fedmezo_core.records import Scalars
 
 KEY_BYTES = 32
-SIGNATURE_BYTES = 64
 
 _TAG = b"fedmezo answer v1\n"
 _FORM = "<18s32sIQI32sBfQQI"

@@ -6,6 +6,7 @@ each time, so it lives in a worker that stays.
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import tomllib
@@ -17,6 +18,8 @@ from flwr.clientapp import ClientApp
 
 from fedmezo_core.errors import ConfigError, UnavailableError
 from fedmezo_worker.resident import ask
+
+log = logging.getLogger("fedmezo.flower")
 
 RECORD: Final = "fedmezo"
 """Name of the only record of a message and of its reply."""
@@ -50,8 +53,8 @@ def take_part(message: Message, context: Context) -> Message:
     status = subprocess.run(worker_command(settings, given), check=False).returncode
     if status != 0:
         raise UnavailableError(
-            f"The worker with the settings {settings} ended with status {status}; look at the log "
-            "of this SuperNode."
+            f"The worker that this node started ended with status {status}; look at the log of "
+            "this SuperNode."
         )
     return _reply(ConfigRecord({"status": status}), message)
 
@@ -61,7 +64,12 @@ def worker_command(settings: Path, given: dict[str, str]) -> list[str]:
     try:
         own = tomllib.loads(settings.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{settings} cannot be read as TOML ({error}); correct it.") from None
+        log.warning("%s cannot be read as TOML: %s", settings, error)
+        # Flower sends this sentence to the server, which has no use for a path or its lines.
+        raise ConfigError(
+            f"The file that {SETTINGS_KEY} of this node's configuration names cannot be read as "
+            f"TOML ({type(error).__name__}); its SuperNode's log says why."
+        ) from None
     flags = [
         f"--{key.replace('_', '-')}={value}"
         for key, value in given.items()

@@ -130,6 +130,7 @@ def test_the_command_names_the_rounds_in_which_a_worker_lied(
     assert "projected gradients, differs, 2 of their norm away" in third
     assert total == "a: 2 answers repeated: 1 differs, 1 equal"
     assert "Worker a sent other numbers than these rows give" in said.stderr
+    assert "a worker with a privacy budget are noisy and always differ" in said.stderr
 
 
 def repeated(ours: tuple[float, ...], theirs: tuple[float, ...], **changes: Any) -> Repeated:

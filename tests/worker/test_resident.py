@@ -12,15 +12,21 @@ from pathlib import Path
 
 import pytest
 
+from fedmezo.run_policy import RunPolicy
 from fedmezo_core.errors import (
     ConfigError,
+    DataError,
     DivergedError,
     FedMezoError,
+    MeasurementError,
     MismatchError,
+    ModelError,
+    PrivacyError,
     UnavailableError,
 )
 from fedmezo_worker import resident
 from fedmezo_worker.resident import ResidentWorker, ask
+from tests.integration.support.harness import config_of, genesis_of
 
 held: weakref.WeakSet[Echo] = weakref.WeakSet()
 
@@ -96,9 +102,56 @@ async def test_whoever_asks_meets_the_worker_s_error(path: Path, opened: list[by
     async with serving(path, opened):
         with pytest.raises(MismatchError, match=r"^The base differs.$"):
             await asked(path, b"other base", b"")
-        with pytest.raises(UnavailableError, match="Worker w1 failed: KeyError"):
-            await asked(path, b"run", b"defect")
         assert await asked(path, b"run", b"x") == ("w1", b"run x")
+
+
+ROW = "In row 1 of /data/rows.jsonl, label 'hiv-positive' is not among the run's labels."
+
+
+@pytest.mark.parametrize(
+    ("met", "raised", "says"),
+    [
+        (DataError(ROW), DataError, "DataError"),
+        (ModelError("/data/model is no model."), ModelError, "ModelError"),
+        (ConfigError("/data/w.toml: name is missing."), ConfigError, "ConfigError"),
+        (MeasurementError(ROW), MeasurementError, "MeasurementError"),
+        (DivergedError(ROW), DivergedError, "DivergedError"),
+        (PrivacyError("/data/ledger is full."), PrivacyError, "PrivacyError"),
+        (KeyError(ROW), UnavailableError, "KeyError"),
+        (FileNotFoundError(2, "gone", "/data/rows.jsonl"), UnavailableError, "FileNotFoundError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+async def test_rows_and_paths_in_an_error_stay_in_the_worker_s_log(
+    path: Path,
+    met: Exception,
+    raised: type[FedMezoError],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def open_session(genesis: bytes) -> Echo:
+        raise met
+
+    monkeypatch.setattr(resident.log, "disabled", False)
+    async with ResidentWorker("w1", open_session).listening_on(path):
+        with pytest.raises(raised) as caught:
+            await asked(path, b"run", b"")
+    assert type(caught.value) is raised
+    assert str(caught.value) == f"Worker w1 cannot serve this run ({says}); its log says why."
+    assert str(met) in caplog.text
+
+
+async def test_the_policy_s_refusal_reaches_whoever_asks(path: Path, opened: list[bytes]) -> None:
+    genesis = genesis_of(config_of(batch_size=7))
+
+    def open_session(_: bytes) -> Echo:
+        RunPolicy(batch_size_min=8).check(genesis, own_model=True, own_objective=True)
+        raise AssertionError
+
+    async with ResidentWorker("w1", open_session).listening_on(path):
+        with pytest.raises(ConfigError, match=r"batch_size = 7 is less than the 8"):
+            await asked(path, b"run", b"")
 
 
 async def test_weights_that_diverged_are_rebuilt_from_the_base(
@@ -112,11 +165,14 @@ async def test_weights_that_diverged_are_rebuilt_from_the_base(
     assert opened == [b"run", b"run"]
 
 
-def test_without_a_worker_the_error_names_the_socket_and_the_command(path: Path) -> None:
+def test_without_a_worker_the_error_names_the_command_and_the_log_the_socket(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(UnavailableError) as raised:
         ask(path, "job 1", b"run", b"")
-    assert str(path) in str(raised.value)
-    assert f"fedmezo-worker --serve {path}" in str(raised.value)
+    assert "fedmezo-worker --serve SOCKET" in str(raised.value)
+    assert str(path) not in str(raised.value)
+    assert str(path) in caplog.text
 
 
 def test_a_worker_that_ends_without_a_reply_is_unavailable(path: Path) -> None:

@@ -23,8 +23,12 @@ from fedmezo_core import errors
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
+    JournalError,
+    MismatchError,
     NotReadyError,
+    PolicyError,
     ProtocolError,
+    SnapshotError,
     UnavailableError,
 )
 
@@ -39,6 +43,15 @@ _SPOKEN: Final = b"fedmezo resident worker 1"
 """What each request begins with."""
 _REQUEST_PARTS: Final = 4
 _REPLY_PARTS: Final = 3
+_TELLS_NOTHING: Final = (
+    UnavailableError,
+    ProtocolError,
+    MismatchError,
+    JournalError,
+    SnapshotError,
+    PolicyError,
+)
+"""Errors whose sentences say nothing of rows or of paths, so that they may leave this machine."""
 
 
 class Exchanging(Protocol):
@@ -60,25 +73,28 @@ def ask(path: Path, job: str, genesis: bytes, down: bytes) -> tuple[str, bytes]:
     `job` is the stack's name of this run; with another one, the worker begins from the base again.
     `genesis` is the run's first record. Returns the worker's name and the bytes for the
     coordinator, as soon as everything is measured. Raises `UnavailableError` if no worker listens
-    there or it ends meanwhile, and otherwise the error that the worker met.
+    there or it ends meanwhile, and otherwise an error of the class that the worker met. The
+    stack may carry its sentence to the server, so it names no path; the log of this process does.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
             connection.connect(str(path))
         except OSError as error:
+            log.warning("nothing listens on %s: %s", path, error)
             raise UnavailableError(
-                f"No resident worker listens on {path} ({error.strerror or error}); start one on "
-                f"this machine, as the same user: fedmezo-worker --serve {path} --name NAME "
-                "--model MODEL --data DATA"
+                f"No resident worker listens on this node's socket ({error.strerror or error}); "
+                "start one on this machine, as the same user: fedmezo-worker --serve SOCKET "
+                "--name NAME --model MODEL --data DATA"
             ) from None
         try:
             connection.sendall(b"".join(map(_framed, (_SPOKEN, job.encode(), genesis, down))))
             with connection.makefile("rb") as stream:
                 name, worker, up = (_read(stream.read) for _ in range(_REPLY_PARTS))
         except (OSError, EOFError):
+            log.warning("the worker on %s ended before it replied", path)
             raise UnavailableError(
-                f"The resident worker on {path} ended before it replied; look at its log, and "
-                "start it again."
+                "This node's resident worker ended before it replied; look at its log, and start "
+                "it again."
             ) from None
     if name:
         raise _error_of(name.decode(errors="replace"), up.decode(errors="replace"))
@@ -171,13 +187,19 @@ class ResidentWorker:
                 return
             except FedMezoError as error:
                 log.warning("%s", error)
-                reply = (type(error).__name__.encode(), b"", str(error).encode())
+                reply = (type(error).__name__.encode(), b"", self._told(error).encode())
             except Exception as error:
                 log.exception("this request failed")
-                sentence = f"Worker {self._name} failed: {error!r}; look at its log."
-                reply = (b"UnavailableError", b"", sentence.encode())
+                reply = (b"UnavailableError", b"", self._told(error).encode())
             writer.write(b"".join(map(_framed, reply)))
             await writer.drain()
+
+    def _told(self, error: Exception) -> str:
+        """The sentence about an error for whoever asked, who may send it to the server."""
+        if isinstance(error, _TELLS_NOTHING):
+            return str(error)
+        kind = type(error).__name__
+        return f"Worker {self._name} cannot serve this run ({kind}); its log says why."
 
     def _exchange(self, job: bytes, genesis: bytes, down: bytes) -> bytes:
         """Exchange bytes in the run with that genesis; runs on the worker's thread."""

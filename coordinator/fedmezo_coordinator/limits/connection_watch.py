@@ -155,5 +155,9 @@ def _duplicate(descriptor: int) -> socket.socket | None:
 
 def _name_of(name: tuple[Any, ...]) -> str:
     """A socket's peer as `ServicerContext.peer` names it."""
-    host, port = str(name[0]).removeprefix("::ffff:"), name[1]
-    return f"ipv6:%5B{host}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"
+    host, port = str(name[0]).partition("%")[0].removeprefix("::ffff:"), name[1]
+    if ":" not in host:
+        return f"ipv4:{host}:{port}"
+    # Link-local addresses have the number of a network interface, which is 0 for all others.
+    scope = f"%25{name[3]}" if name[3] else ""
+    return f"ipv6:%5B{host}{scope}%5D:{port}"

@@ -465,7 +465,8 @@ def audit(
         also = "" if what.genesis.config.dtype == "float32" else ", and the number of threads,"
         raise DivergedError(
             f"Worker {worker} sent other numbers than these rows give; ask its site, and check "
-            f"that the rows, the base and the adapter{also} are those that it had."
+            f"that the rows, the base and the adapter{also} are those that it had. The answers "
+            "of a worker with a privacy budget are noisy and always differ."
         )
 
 

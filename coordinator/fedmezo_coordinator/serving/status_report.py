@@ -137,9 +137,15 @@ def status_report(
 def hide_others(status: wire.GetStatusResponse, name: str) -> None:
     """Remove from a status what it says of single workers other than `name`, losses included.
 
-    The mean loss of a round is one too: with its own loss a worker of two knows the other's.
+    The mean loss of a round is one too: with its own loss a worker of two knows the other's. A
+    worker's size and agreement compare it with the others, and what is suspected of it would tell
+    an attacker when it is seen.
     """
-    _keep_own(status.workers, "worker", name)
+    for field in ("workers", "excluded"):
+        _keep_own(getattr(status, field), "worker", name)
+    for row in status.workers:
+        for compared in ("relative_size", "agreement", "suspicion"):
+            row.ClearField(compared)
     for found in (status.digests, status.divergences):
         _keep_own(found, "party", name)
     parties = [party for party in status.diverged_parties if party == name]

@@ -104,7 +104,7 @@ def read_form(folder: Path, genesis: Genesis) -> BaseForm:
     if name not in config.base_forms:
         admitted = ", ".join(config.base_forms) or "none"
         raise MismatchError(
-            f"The form in {folder}, {name}, is not one that the run admits ({admitted}); get the "
+            f"The form in base_form, {name}, is not one that the run admits ({admitted}); get the "
             "run's own form, or begin a run whose base_forms names this one."
         )
     start = read_matrices(folder / ADAPTER_FILE)
@@ -130,7 +130,7 @@ def read_form(folder: Path, genesis: Genesis) -> BaseForm:
     )
     for what, digests in genesis.differences(own, encoder.tokenizer_parts()):
         raise MismatchError(
-            f"The {what} of the form in {folder} differ from the run's: {digests}; get the form "
+            f"The {what} of the form in base_form differ from the run's: {digests}; get the form "
             "that was exported for this run."
         )
     return BaseForm(description, folder / description.model_file, name, manifest, start, encoder)

@@ -8,11 +8,14 @@ float32, and replaces the first.
 from __future__ import annotations
 
 import ctypes
+import logging
 from typing import Any, Final
 
 import numpy as np
 
 from fedmezo_core.errors import MeasurementError, ModelError
+
+log = logging.getLogger("fedmezo.worker")
 
 _FLOAT32: Final = 0
 """ggml's number of the type."""
@@ -72,8 +75,10 @@ class FloatProducts:
         """Raise `MeasurementError` if a product could not be computed since the last call."""
         error, self._error = self._error, None
         if error is not None:
+            log.warning("a product failed: %s", error)
             raise MeasurementError(
-                f"llama.cpp could not compute a product in float32 ({error}); see its memory."
+                f"llama.cpp could not compute a product in float32 ({type(error).__name__}); see "
+                "its memory."
             ) from error
 
     def _known_ggml(self) -> Any:

@@ -158,8 +158,8 @@ class LlamaLosses:
         count = len(rows)
         if len(real) > self._rows_max or count > self._tokens_max:
             raise MeasurementError(
-                f"A batch of {len(real)} rows and {count} tokens is more than llama.cpp takes at a "
-                "time; use a smaller batch_size."
+                "A batch has more rows or tokens than llama.cpp takes at a time; use a smaller "
+                "batch_size."
             )
         pass_ = library.llama_batch_init(count, 0, 1)
         try:

@@ -9,11 +9,12 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.limits.connection_watch import FIRST_CALL_S, ConnectionWatch
+from fedmezo_coordinator.limits.connection_watch import FIRST_CALL_S, ConnectionWatch, _name_of
 from fedmezo_coordinator.serving.service import bind_server, start_server
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
@@ -134,6 +135,46 @@ async def test_nothing_is_kept_of_connections_that_are_gone(tmp_path: Path) -> N
             return not watch._callers and not watch._seen
 
         await until(forgotten, "the connections to be forgotten")
+
+
+@pytest.mark.parametrize(
+    ("name", "peer"),
+    [
+        (("10.0.0.7", 50), "ipv4:10.0.0.7:50"),
+        (("::1", 50, 0, 0), "ipv6:%5B::1%5D:50"),
+        (("::ffff:10.0.0.7", 50, 0, 0), "ipv4:10.0.0.7:50"),
+        (("fe80::1", 50, 0, 4), "ipv6:%5Bfe80::1%254%5D:50"),
+        (("fe80::1%eth0", 50, 0, 12), "ipv6:%5Bfe80::1%2512%5D:50"),
+    ],
+)
+def test_peers_are_named_as_grpc_names_them(name: tuple[Any, ...], peer: str) -> None:
+    assert _name_of(name) == peer
+
+
+async def test_a_peer_on_a_link_local_address_that_called_stays(tmp_path: Path) -> None:
+    found = _link_local()
+    if found is None:
+        pytest.skip("this machine has no link-local IPv6 address")
+    clock = Clock()
+    watch = ConnectionWatch(100, clock)
+    async with watched(tmp_path, watch, "[::]:0") as (_, port):
+        async with CoordinatorClient(f"[{found}]:{port}") as client:
+            await client.get_run()
+            watch.look(port)
+            clock.now_s += 2 * FIRST_CALL_S
+            watch.look(port)
+            await client.get_run()
+        assert watch.closed == 0
+
+
+def _link_local() -> str | None:
+    """This machine's first link-local address, with the name of its interface."""
+    for line in Path("/proc/net/if_inet6").read_text().splitlines():
+        digits, *_, interface = line.split()
+        if digits.startswith("fe80"):
+            groups = (digits[start : start + 4] for start in range(0, 32, 4))
+            return f"{':'.join(groups)}%{interface}"
+    return None
 
 
 async def test_descriptors_that_are_no_connections_are_left_alone(tmp_path: Path) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.serving.status_report import hide_others
 from fedmezo_core.errors import ForbiddenError, SignatureError
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import ZERO_HASH
 from fedmezo_core.records import Admitted, Answered, Committed, Genesis
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.fleets import ServedFleet, served_fleet
 from tests.integration.support.harness import (
     answer_to,
@@ -81,6 +84,91 @@ async def test_a_worker_reads_its_own_row_and_no_losses(tmp_path: Path) -> None:
         status = at.daemon.status("")
         assert len(status.recent_rounds) == ROUNDS
         assert not any(summary.HasField("mean_loss") for summary in status.recent_rounds)
+
+
+SEEN_AS_IT_IS = {
+    *("config", "phase", "round", "epoch", "records", "head", "evaluations", "trainable_bytes"),
+    *("uptime_ms", "evaluation_due", "loop_lag_p99_ms", "sessions", "sessions_refused"),
+}
+"""Fields of the status that a worker may see: they say nothing of a single other worker."""
+OWN_ALONE = {"workers", "digests", "divergences", "diverged_parties", "excluded"}
+"""Fields of the status of which a worker may see its own entries."""
+HIDDEN = {"reason", "replica_complaint", "recent_rounds"}
+"""What a worker may not see; of `recent_rounds` it may see all but the mean loss."""
+OWN_ROW = {
+    *("worker", "connected", "rounds_answered", "bytes_up", "bytes_down", "mean_loss"),
+    *("answered_after_ms", "diverged", "complaint", "measuring", "learning_rate"),
+}
+"""What a worker may see of its own row."""
+OWN_ROW_HIDDEN = {"relative_size", "agreement", "suspicion"}
+"""They compare it with the others, or tell an attacker when it is seen."""
+
+
+def filled(message: Any, name: str) -> Any:
+    """The message with something in each of its fields; texts are `name`."""
+    for field in message.DESCRIPTOR.fields:
+        if field.message_type is not None:
+            found = getattr(message, field.name)
+            filled(found.add() if field.label == field.LABEL_REPEATED else found, name)
+        elif field.label == field.LABEL_REPEATED:
+            continue
+        elif field.type == field.TYPE_STRING:
+            setattr(message, field.name, name)
+        elif field.type == field.TYPE_BYTES:
+            setattr(message, field.name, b"x")
+        elif field.type != field.TYPE_ENUM:
+            setattr(message, field.name, 1)
+    return message
+
+
+def names_in(message: Any) -> set[str]:
+    return {field.name for field, _ in message.ListFields()}
+
+
+def test_a_new_field_of_the_status_is_seen_by_workers_only_once_somebody_decides() -> None:
+    decided = SEEN_AS_IT_IS | OWN_ALONE | HIDDEN
+    assert {f.name for f in wire.GetStatusResponse.DESCRIPTOR.fields} == decided
+    row = {f.name for f in wire.WorkerStatus.DESCRIPTOR.fields}
+    assert row == OWN_ROW | OWN_ROW_HIDDEN
+
+
+def test_of_a_whole_status_a_worker_sees_its_own_part() -> None:
+    status = filled(wire.GetStatusResponse(phase=wire.PHASE_OPEN), "other")
+    own = filled(wire.GetStatusResponse(), "own")
+    for field in OWN_ALONE - {"diverged_parties"}:
+        getattr(status, field).extend(getattr(own, field))
+    status.diverged_parties.extend(["other", "own"])
+    whole = wire.GetStatusResponse.FromString(status.SerializeToString())
+    assert names_in(whole) == SEEN_AS_IT_IS | OWN_ALONE | HIDDEN
+    assert names_in(whole.workers[1]) == OWN_ROW | OWN_ROW_HIDDEN
+
+    hide_others(status, "own")
+
+    for field in SEEN_AS_IT_IS:
+        assert getattr(status, field) == getattr(whole, field)
+    for field in OWN_ALONE - {"workers", "diverged_parties"}:
+        assert list(getattr(status, field)) == list(getattr(own, field))
+    assert list(status.diverged_parties) == ["own"]
+    assert [names_in(row) for row in status.workers] == [OWN_ROW]
+    assert status.reason == "an observer or operator can read why"
+    assert not status.replica_complaint
+    assert [names_in(summary) for summary in status.recent_rounds] == [{"round", "answers"}]
+
+
+async def test_a_worker_does_not_read_whom_the_operator_excluded(tmp_path: Path) -> None:
+    async with served_fleet(tmp_path, run_of("observers")) as at:
+        members = [await at.member(name) for name in ("w1", "w2", "w3")]
+        async with contextlib.AsyncExitStack() as stack:
+            hands = [await stack.enter_async_context(at.worker(one)) for one in members]
+            for hand in hands:
+                await hand.open()
+            async with at.client(at.operator) as operator:
+                await operator.exclude_worker("w3", "its numbers are made up")
+                assert [e.worker for e in (await operator.get_status()).excluded] == ["w3"]
+            async with at.client(members[0]) as client:
+                assert not (await client.get_status()).excluded
+            async with at.client(members[2]) as client:
+                assert [e.worker for e in (await client.get_status()).excluded] == ["w3"]
 
 
 async def test_no_message_to_a_worker_names_another(tmp_path: Path) -> None:

@@ -54,6 +54,30 @@ def test_along_shared_directions_every_free_rider_is_told_within_50_rounds(attac
     assert ATTACKS[attack][1] in found[9][1]
 
 
+class Compared(tuple[float, ...]):
+    """An answer that counts how often answers are compared."""
+
+    comparisons = 0
+
+    def __eq__(self, other: object) -> bool:
+        Compared.comparisons += 1
+        return tuple.__eq__(self, other)
+
+    __hash__ = tuple.__hash__
+
+
+def test_one_copied_answer_costs_no_comparison_of_all_with_all() -> None:
+    rng = random.Random(0)
+    answers = [Compared(rng.gauss(0, 1) for _ in range(8)) for _ in range(4095)]
+    answers.append(Compared(answers[7]))
+    scores = [Score() for _ in answers]
+    Compared.comparisons = 0
+    see_commit(scores, answers, is_shared=True)
+    assert Compared.comparisons < 10 * len(answers)
+    assert [score.repeated_rounds for score in scores].count(1) == 2
+    assert scores[7].repeated_rounds == scores[-1].repeated_rounds == 1
+
+
 @pytest.mark.parametrize("attack", ["zeros", "tiny", "the same"])
 def test_along_own_directions_those_that_need_no_comparison_are_told(attack: str) -> None:
     assert told(attack, is_shared=False)[9][0] == EMPTY_ROUNDS + (attack == "the same")

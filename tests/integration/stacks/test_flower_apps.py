@@ -101,12 +101,16 @@ def test_what_the_node_s_file_names_comes_before_what_the_server_says(tmp_path: 
 
 
 @pytest.mark.parametrize("text", [None, "name = "])
-def test_a_node_s_file_that_cannot_be_read_is_named(tmp_path: Path, text: str | None) -> None:
+def test_a_node_s_file_that_cannot_be_read_is_named_in_the_node_s_log_alone(
+    tmp_path: Path, text: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     own = tmp_path / "worker.toml"
     if text is not None:
         own.write_text(text)
-    with pytest.raises(ConfigError, match=str(own)):
+    with pytest.raises(ConfigError, match="The file that fedmezo-worker of") as raised:
         flower_client.worker_command(own, {})
+    assert str(own) not in str(raised.value)
+    assert str(own) in caplog.text
 
 
 def test_a_worker_that_fails_beside_flower_is_an_error_of_its_node(tmp_path: Path) -> None:
@@ -115,10 +119,11 @@ def test_a_worker_that_fails_beside_flower_is_an_error_of_its_node(tmp_path: Pat
     own.write_text(toml_of({"name": "w1", "data": str(tmp_path / "gone.jsonl")}))
     values = {"coordinator": "127.0.0.1:9", "run_id": "", "checkpoint_key": ""}
     record = RecordDict({"fedmezo": ConfigRecord(dict(values))})
-    with pytest.raises(UnavailableError, match="ended with status 1"):
+    with pytest.raises(UnavailableError, match="ended with status 1") as raised:
         flower_client.app(
             Message(record, 1, "train.fedmezo_beside"), context(fedmezo_worker=str(own))
         )
+    assert str(tmp_path) not in str(raised.value)
 
 
 # ---------------------------------------------------------------- the server

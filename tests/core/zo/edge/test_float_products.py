@@ -55,15 +55,16 @@ def test_parts_of_a_product_are_those_of_the_whole(
 
 
 def test_a_product_that_fails_ends_the_measurement(
-    engine: EdgeEngine, monkeypatch: pytest.MonkeyPatch
+    engine: EdgeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(_self: Any, _node: Any) -> None:
         raise MemoryError("no room")
 
     with monkeypatch.context() as patched:
         patched.setattr(FloatProducts, "_replace", fail)
-        with pytest.raises(MeasurementError, match=r"product in float32 \(no room\)"):
+        with pytest.raises(MeasurementError, match=r"product in float32 \(MemoryError\)"):
             engine.measure(order_of(contract()))
+    assert "no room" in caplog.text, "a foreign exception's message stays in the worker's log"
     assert engine.measure(order_of(contract())), "the next measurement begins anew"
 
 
