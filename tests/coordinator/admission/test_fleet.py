@@ -36,6 +36,7 @@ from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire import enrolment
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import find_ca, keep_renewed
+from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
@@ -226,6 +227,38 @@ async def test_rotating_gives_the_name_a_new_key(at: ServedFleet) -> None:
     async with at.client(identity) as client:
         with pytest.raises(RevokedError, match="is no member's"):
             await client.get_run()
+
+
+@pytest.mark.parametrize("how", ["revoked", "rotated"])
+async def test_an_operator_that_is_revoked_leaves_no_way_back(at: ServedFleet, how: str) -> None:
+    second = await at.member("op-2", Role.OPERATOR)
+    request = admin.CreateTokensRequest(
+        role=admin.MEMBER_ROLE_OPERATOR, uses=10, life_s=30 * 86_400
+    )
+    async with at.client(second) as stolen, at.client(at.operator) as operator:
+        [made] = (await stolen.create_tokens(request)).tokens
+        # This order waits for its turn behind the revocation.
+        revoking = (
+            operator.revoke_member("op-2")
+            if how == "revoked"
+            else operator.rotate_member("op-2", 60)
+        )
+        done = asyncio.create_task(revoking)
+        late = [asyncio.create_task(stolen.create_tokens(request)) for _ in range(20)]
+        await done
+        answers = await asyncio.gather(*late, return_exceptions=True)
+    strings = [
+        token.join_string
+        for answer in answers
+        if isinstance(answer, admin.CreateTokensResponse)
+        for token in answer.tokens
+    ]
+    for number, string in enumerate([made.join_string, *strings]):
+        with pytest.raises(TokenError, match=r"was taken back when an operator was revoked"):
+            await at.joined(string, f"back-{number}")
+    if isinstance(done.result(), admin.RotateMemberResponse):
+        again = await at.joined(done.result().token.join_string, "again")
+        assert (again.name, again.role) == ("op-2", Role.OPERATOR)
 
 
 async def test_an_operator_does_not_lock_itself_out(at: ServedFleet) -> None:
