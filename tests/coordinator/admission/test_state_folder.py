@@ -7,6 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,27 @@ def test_members_outlive_a_crash_in_the_middle_of_a_line(tmp_path: Path) -> None
     assert [row for row in members.rows() if row in (MEMBER, TOKEN)] == [MEMBER, TOKEN]
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", '{"member": {"name": 5}}', '{"x": {}}', "no JSON"])
+def test_a_crash_leaves_a_change_whole_or_not_made(tmp_path: Path) -> None:
+    """A token that is used up without its member would refuse the member's next attempt."""
+    path = tmp_path / "members.jsonl"
+    token = replace(TOKEN, uses_left=1)
+    write_members(path, [token])
+    before = path.read_bytes()
+    file = MembersFile(path)
+    file.open(0)
+    file.append([replace(token, uses_left=0), MEMBER])
+    file.close()
+    after = path.read_bytes()
+    for size in range(len(before), len(after)):
+        path.write_bytes(after[:size])
+        assert list(read_members(path).rows()) == [token]
+    path.write_bytes(after)
+    assert list(read_members(path).rows()) == [MEMBER, replace(token, uses_left=0)]
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[]", "[[]]", '[{"x": {}}]', '{"member": {"name": 5}}', '{"x": {}}', "no JSON"]
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "members.jsonl"
     path.write_text(f"{line}\n")
