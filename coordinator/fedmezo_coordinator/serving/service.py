@@ -260,8 +260,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self, request: wire.PollSessionRequest, context: Context
     ) -> wire.PollSessionResponse:
         """Serve one call of a session without a stream."""
-        caller = self.caller_of(context)
-        return await self._poll_sessions.poll(request, lambda: self._enter(context), caller)
+        return await self._poll_sessions.poll(
+            request, lambda: self._enter(context), lambda: self.caller_of(context)
+        )
 
     @_mapped
     async def read_journal(self, request: wire.ReadJournalRequest, context: Context) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trustme
@@ -20,6 +20,7 @@ from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelayS
 from fedmezo_coordinator.programs import relay_command
 from fedmezo_coordinator.programs.connecting import link_to
 from fedmezo_coordinator.serving.hosting import fronted
+from fedmezo_coordinator.serving.worker_session import WorkerSession
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
@@ -201,6 +202,27 @@ async def test_revoking_ends_open_sessions_at_once(at: ServedFleet) -> None:
         return not at.daemon.is_connected("w1") and not at.daemon.is_connected("w2")
 
     await until(both_left, "the revoked workers to leave")
+
+
+async def test_a_worker_that_is_revoked_while_it_joins_holds_no_place(
+    at: ServedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity, joins = await at.member("w1"), at.daemon.join
+    async with at.client(at.operator) as operator, at.worker(identity) as hand:
+
+        async def revoked_meanwhile(hello: wire.Hello, **others: Any) -> WorkerSession:
+            await operator.revoke_member("w1")
+            return await joins(hello, **others)
+
+        monkeypatch.setattr(at.daemon, "join", revoked_meanwhile)
+        hello = wire.SessionRequest(hello=hand.hello())
+        with pytest.raises(RevokedError):
+            await hand.client.poll_session(b"", hello)
+
+    async def has_left() -> bool:
+        return not at.daemon.is_connected("w1")
+
+    await until(has_left, "the revoked worker to leave", 20)  # A lease is 90 s.
 
 
 async def test_revoking_cuts_a_read_that_waits(at: ServedFleet) -> None:
