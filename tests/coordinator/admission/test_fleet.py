@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
+import ssl
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -19,7 +23,12 @@ from fedmezo_coordinator.admission.state_folder import make_state
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_coordinator.programs import relay_command
 from fedmezo_coordinator.programs.connecting import link_to
+from fedmezo_coordinator.serving import hosting
 from fedmezo_coordinator.serving.hosting import fronted
+from fedmezo_coordinator.serving.service import (
+    ENROLMENT_CALLER_CONNECTIONS_MAX,
+    ENROLMENT_CONNECTIONS_MAX,
+)
 from fedmezo_coordinator.serving.worker_session import WorkerSession
 from fedmezo_core.errors import (
     ConfigError,
@@ -42,6 +51,7 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
+from tests.coordinator.serving.test_limits import HTTP2
 from tests.faults.light_worker import LightEngine
 from tests.integration.support.fleets import ServedFleet, served_fleet
 from tests.integration.support.harness import config_of, genesis_of, until
@@ -99,10 +109,59 @@ async def test_a_token_that_was_used_or_expired_lets_nobody_join(
     await asyncio.sleep(life_s + 1.1)
     with pytest.raises(TokenError, match=r"expired . s ago by the coordinator's clock"):
         await at.joined(expired, "w3")
-    assert caplog.text.count("refused to enrol") == 1
+    assert caplog.text.count("refused to enrol") == 2
     for join in (used, expired):
         secret = parse_join_string(join).secret
         assert not [word for word in (join, secret.hex(), repr(secret)) if word in caplog.text]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists a process's sockets")
+async def test_one_address_does_not_keep_others_from_joining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Otherwise gRPC ends connections without a call, which their owner could open again at once.
+    monkeypatch.setattr(hosting, "ENROLMENT_OPTIONS", ())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    held: list[ssl.SSLSocket] = []
+
+    def hold(port: int) -> None:
+        with contextlib.suppress(OSError):  # The watch may close it at once.
+            plain = socket.create_connection(("127.0.0.1", port), 5, ("127.0.0.9", 0))
+            held.append(context.wrap_socket(plain))
+            held[-1].sendall(HTTP2)
+
+    def is_held(connection: ssl.SSLSocket) -> bool:
+        connection.setblocking(False)
+        try:
+            while connection.recv(4096):
+                pass
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    async with served_fleet(tmp_path, GENESIS) as at:
+        join = await at.join_string("w1")
+        for _ in range(ENROLMENT_CONNECTIONS_MAX):
+            await asyncio.to_thread(hold, parse_join_string(join).enrol_port)
+
+        async def has_joined() -> bool:
+            with contextlib.suppress(UnavailableError):
+                await at.joined(join, "w1")
+                return True
+            return False
+
+        async def holds_its_share() -> bool:
+            return sum(map(is_held, held)) == ENROLMENT_CALLER_CONNECTIONS_MAX
+
+        await until(has_joined, "a place for another address", 20)
+        await until(holds_its_share, "the connections beyond the limit to be closed", 20)
+    for connection in held:
+        connection.close()
 
 
 async def test_a_join_string_of_another_coordinator_sends_nothing(
