@@ -62,6 +62,7 @@ class Token:
     """The name that it gives; empty: the one that is asked for."""
     uses_left: int = 1
     expires_s: int = 0
+    """The end of its life, in seconds since 1970; 0: it was taken back."""
     replaces: bool = False
     """Whether its name may have a member, whose key the new one replaces."""
 
@@ -181,7 +182,12 @@ class Members:
         if not hmac.compare_digest(hashlib.sha256(secret).digest(), expected) or token is None:
             raise TokenError(
                 "This coordinator has no such token: it belongs to another coordinator, or it "
-                "expired long ago; ask the operator for a new join string."
+                "expired or was taken back long ago; ask the operator for a new join string."
+            )
+        if not token.expires_s:
+            raise TokenError(
+                "This join string was taken back when an operator was revoked or got a new key; "
+                "ask the operator for a new one."
             )
         if now_s > token.expires_s:
             raise TokenError(
@@ -249,16 +255,34 @@ class Members:
     def revoked(self, name: str) -> list[Row]:
         """The rows that take a member's rights away, and the use of the token it joined with.
 
-        The name stays with its key.
+        For an operator they take back all tokens, because it can know or have made any of them. The
+        name stays with its key.
         """
         member = self.named(name)
         token = self._tokens.get(member.token_id)
-        rows: list[Row] = [replace(member, revoked=True)]
-        return rows if token is None else [*rows, replace(token, uses_left=0)]
+        rows: list[Row] = [replace(member, revoked=True), *self._taken_back_with(member)]
+        if token is not None and member.role is not Role.OPERATOR:
+            rows.append(replace(token, uses_left=0))
+        return rows
 
-    def rotated(self, name: str) -> Member:
-        """The row that takes a member's key away; the name waits for a new key."""
-        return replace(self.named(name), fingerprint=b"", signing_key=b"", revoked=False)
+    def rotated(self, name: str) -> list[Row]:
+        """The rows that take a member's key away; the name waits for a new key.
+
+        For an operator they take back all tokens, as when it is revoked.
+        """
+        member = self.named(name)
+        waiting = replace(member, fingerprint=b"", signing_key=b"", revoked=False)
+        return [waiting, *self._taken_back_with(member)]
+
+    def _taken_back_with(self, member: Member) -> list[Row]:
+        """The tokens that are not used up, without a use, if the member is an operator.
+
+        A token that is used up stays: whoever joined with it may have missed the response.
+        """
+        if member.role is not Role.OPERATOR:
+            return []
+        unused = [token for token in self._tokens.values() if token.uses_left]
+        return [replace(token, uses_left=0, expires_s=0) for token in unused]
 
 
 def check_name(name: str) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import grpc
 
-from fedmezo_core.errors import FedMezoError, IdentityError, UnavailableError
+from fedmezo_core.errors import FedMezoError, IdentityError, NotReadyError, UnavailableError
 from fedmezo_core.folders import state_home
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.certificates import (
@@ -70,8 +70,8 @@ async def become_member(
 
     `join` is the join string, or empty to use what `folder` has. `folder` None means a folder of
     its own for each string and name, in the user's state folder. Waits for a coordinator that does
-    not answer, as long as for any. Raises `IdentityError` if there is no identity of one of `roles`
-    to be had.
+    not answer or is busy, as long as for any. Raises `IdentityError` if there is no identity of one
+    of `roles` to be had.
     """
     if join:
         parsed = parse_join_string(join)
@@ -83,7 +83,7 @@ async def become_member(
             try:
                 identity = await join_fleet(parsed, folder, name)
                 break
-            except UnavailableError as error:
+            except (UnavailableError, NotReadyError) as error:
                 await reconnecting.wait_after(error)
     else:
         assert folder is not None, "one of the two is given"
@@ -253,16 +253,20 @@ async def renewed(client: CoordinatorClient, identity: Identity) -> Identity:
 
 async def keep_renewed(client: CoordinatorClient, identity: Identity) -> None:
     """Renew the identity that `client` shows in time, and keep it in its folder, for ever."""
+    shown = identity
     while True:
         left_s = identity.renew_at_s - time.time()
-        if left_s > 0:
+        if left_s > 0 and shown is identity:
             await asyncio.sleep(min(left_s, LOOK_AGAIN_S))
             continue
         try:
-            identity = await renewed(client, identity)
+            if left_s <= 0:
+                identity = await renewed(client, identity)
             await client.show(identity)
-        except FedMezoError as error:
-            _, ends = lifetime_s(identity.certificate)
+            shown = identity
+        # OSError: the folder of the identity, or the system's file of CAs.
+        except (FedMezoError, OSError) as error:
+            _, ends = lifetime_s(shown.certificate)
             wait_s = min(max((ends - time.time()) / 10, 1.0), RENEW_AGAIN_S)
             log.warning("the certificate of %s cannot be renewed yet: %s", identity.name, error)
             await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))

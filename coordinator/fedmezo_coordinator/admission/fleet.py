@@ -165,7 +165,7 @@ class Fleet:
     @_to_its_end
     async def renew(self, caller: Caller, public_key: bytes) -> wire.RenewResponse:
         """Issue a newer certificate to a member for the key that it has."""
-        self.members.caller(caller.fingerprint)
+        self._still_member(caller)
         certificate = self._issue(public_key, caller.name)
         if await self._record_end(self.members.named(caller.name), certificate):
             log.info("the certificate of %s was renewed", caller)
@@ -196,6 +196,7 @@ class Fleet:
         self, request: wire.CreateTokensRequest, caller: Caller
     ) -> wire.CreateTokensResponse:
         """Make tokens, one for each name or one without a name."""
+        self._still_member(caller)
         if len(request.names) > TOKENS_AT_ONCE_MAX:
             raise ConfigError(f"One call makes at most {TOKENS_AT_ONCE_MAX} tokens; make several.")
         if len(set(request.names)) < len(request.names):
@@ -236,6 +237,7 @@ class Fleet:
         self, request: wire.RevokeMemberRequest, caller: Caller
     ) -> wire.RevokeMemberResponse:
         """Take a member's rights away, and end what it has open."""
+        self._still_member(caller)
         self._not_oneself(request.name, caller)
         await self._change(self.members.revoked(request.name))
         log.warning("%s revoked %s", caller, request.name)
@@ -247,13 +249,20 @@ class Fleet:
         self, request: wire.RotateMemberRequest, caller: Caller
     ) -> wire.RotateMemberResponse:
         """Take a member's key away, end what it has open, and make a token for a new key."""
+        self._still_member(caller)
         self._not_oneself(request.name, caller)
-        row = self.members.rotated(request.name)
-        token, secret = self._token(row.role, row.name, 1, request.life_s, replaces=True)
-        await self._change([self.members.new_token(token), row])
+        self.members.forget_tokens_before(int(time.time()))
+        rows, role = self.members.rotated(request.name), self.members.named(request.name).role
+        token, secret = self._token(role, request.name, 1, request.life_s, replaces=True)
+        # Last, because a row of an older token of this name would take its place.
+        await self._change([*rows, self.members.new_token(token)])
         log.warning("%s took the key of %s away", caller, request.name)
         await self._lose(request.name, "has to join with a new join string")
         return wire.RotateMemberResponse(token=self._shown(token, secret))
+
+    def _still_member(self, caller: Caller) -> None:
+        """Raise `RevokedError` if the caller lost its rights while it waited for its turn."""
+        self.members.caller(caller.fingerprint)
 
     def _not_oneself(self, name: str, caller: Caller) -> None:
         if name == caller.name:

@@ -1,7 +1,8 @@
-"""The members and tokens on disk: one JSON object on each line, the newest for a name counts.
+"""The members and tokens on disk as lines of JSON, of which the newest for a name counts.
 
-A change is one line at the end, which is on the disk before it counts. A line that a crash cut off
-never counted. A start writes the file anew, without the lines that newer ones replaced.
+A change is one line at the end, which is on the disk before it counts: a row, or a list of rows
+that count together. A line that a crash cut off never counted. A start writes the file anew,
+without the lines that newer ones replaced.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, Any
@@ -50,10 +51,13 @@ class MembersFile:
         self._file = self._path.open("ab", buffering=0)
         return members
 
-    def append(self, rows: Iterable[Row]) -> None:
-        """Return as soon as the rows are on the disk; raises `OSError` if they are not."""
+    def append(self, rows: Sequence[Row]) -> None:
+        """Return as soon as the rows are on the disk; raises `OSError` if they are not.
+
+        They are one change: no crash leaves some of them.
+        """
         assert self._file is not None, "open() comes first"
-        left = memoryview(b"".join(map(_line, rows)))
+        left = memoryview(_line(rows))
         size = os.fstat(self._file.fileno()).st_size
         try:
             while left:
@@ -75,7 +79,7 @@ class MembersFile:
 
 def write_members(path: Path, rows: Iterable[Row]) -> None:
     """Write the file anew, whole and durably."""
-    write_private(path, b"".join(map(_line, rows)))
+    write_private(path, b"".join(_line([row]) for row in rows))
 
 
 def read_members(path: Path) -> Members:
@@ -89,7 +93,8 @@ def read_members(path: Path) -> Members:
         ) from None
     for number, line in enumerate(lines[:-1], start=1):  # The last one is empty or cut off.
         try:
-            members.apply(_row(json.loads(line)))
+            for row in _rows(json.loads(line)):
+                members.apply(row)
         except (ValueError, TypeError, KeyError, AttributeError):
             raise ConfigError(
                 f"Line {number} of {path} is damaged; restore the file from a copy."
@@ -100,11 +105,22 @@ def read_members(path: Path) -> Members:
 _KINDS: dict[str, type[Member] | type[Token]] = {"member": Member, "token": Token}
 
 
-def _line(row: Row) -> bytes:
+def _line(rows: Sequence[Row]) -> bytes:
+    shown = [_shown(row) for row in rows]
+    return json.dumps(shown if len(shown) > 1 else shown[0]).encode() + b"\n"
+
+
+def _shown(row: Row) -> dict[str, Any]:
     kind = "token" if isinstance(row, Token) else "member"
     values = {field.name: getattr(row, field.name) for field in fields(row)}
     shown = {key: v.hex() if isinstance(v, bytes) else v for key, v in values.items()}
-    return json.dumps({kind: shown}).encode() + b"\n"
+    return {kind: shown}
+
+
+def _rows(values: Any) -> list[Row]:
+    if values == []:
+        raise ValueError("a change without a row")
+    return [_row(one) for one in (values if isinstance(values, list) else [values])]
 
 
 def _row(values: Any) -> Row:

@@ -117,7 +117,10 @@ def members(
 
 
 def revoke(name: Name, coordinator: Coordinator = None, state: State = None) -> None:
-    """Take a member's rights away, at once; its open sessions end."""
+    """Take a member's rights away, at once; its open sessions end.
+
+    With an operator's rights, all join strings that are not used up lose their use.
+    """
     link = _operators_link(coordinator, state)
 
     async def work() -> None:
@@ -126,12 +129,19 @@ def revoke(name: Name, coordinator: Coordinator = None, state: State = None) -> 
 
     asyncio.run(work())
     print(f"{name} is revoked; `fedmezo rotate {name}` lets it join again, with a new key.")
+    print(
+        "If it was an operator, all join strings that were not used up have lost their use, and "
+        "`fedmezo members` shows whom it may have let in."
+    )
 
 
 def rotate(
     name: Name, ttl: Ttl = _DEFAULT_TTL, coordinator: Coordinator = None, state: State = None
 ) -> None:
-    """Take a member's key away, at once, and print a join string for a new one."""
+    """Take a member's key away, at once, and print a join string for a new one.
+
+    With an operator's key, all join strings that are not used up lose their use.
+    """
     link, life_s = _operators_link(coordinator, state), _seconds(ttl)
 
     async def work() -> wire.RotateMemberResponse:

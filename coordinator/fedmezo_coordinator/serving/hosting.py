@@ -172,7 +172,9 @@ async def _start_enrolment(
         listen, tls, None, ENROLMENT_CONNECTIONS_MAX, ENROLMENT_OPTIONS
     )
     stack.push_async_callback(server.stop, None)
-    await start_enrolment(server, fleet)
+    watch = await start_enrolment(server, fleet)
+    watching = asyncio.create_task(watch.watch(fleet.enrol_port))
+    stack.callback(watching.cancel)
     if not settings.is_loopback and fleet.join_address.startswith("localhost:"):
         log.warning(
             "join strings name %s, which no other machine reaches; remove server.pem from %s and "

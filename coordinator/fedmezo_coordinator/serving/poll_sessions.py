@@ -69,18 +69,25 @@ class PollSessions:
         self,
         request: wire.PollSessionRequest,
         enter: Callable[[], Awaitable[None]],
-        caller: Caller = Caller.ANYONE,
+        who: Callable[[], Caller] = lambda: Caller.ANYONE,
     ) -> wire.PollSessionResponse:
-        """Serve one call of `caller`; raises what ended the session or refuses the call.
+        """Serve one call; raises what ended the session or refuses the call.
 
-        `enter` takes the place of a large response.
+        `enter` takes the place of a large response. `who` is the caller now, or raises
+        `IdentityError`.
         """
+        caller = who()
         if request.wait_ms > WAIT_MS_MAX:
             raise ProtocolError(f"wait_ms is at most {WAIT_MS_MAX}; ask for less.")
         check_nonce(request)
         messages, token = list(request.messages), request.token
         if not token:
             token = await self._open(messages, caller, exchanges=bool(request.nonce))
+            try:
+                who()  # It may have been revoked while it joined.
+            except FedMezoError:
+                self._end(token)
+                raise
         polling = self._sessions.get(token)
         if polling is None or polling.session.worker != (caller.name or polling.session.worker):
             raise UnknownWorkerError(

@@ -9,8 +9,8 @@ import asyncio
 import contextlib
 import functools
 import logging
-import math
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -74,17 +74,14 @@ stream after the other, and each takes three turns."""
 CONNECTIONS_BESIDE = 128
 """Connections beside those of the most sessions: of readers, of idle clients."""
 
-GARBAGE_LOG_PERIOD_S = 60.0
-"""Shortest time between two lines of the log about refusals of the same caller for the
-same reason."""
-REFUSALS_REMEMBERED = 1000
-"""Most refusals that the log does not repeat."""
 ENROLMENT_BYTES_MAX = 8192
 """Longest message to the enrolment service."""
 ENROLMENTS_PER_S = 10.0
 """Calls a second that one address makes to the enrolment service in the long run."""
 ENROLMENT_CONNECTIONS_MAX = 64
 """Most connections at a time to the enrolment service."""
+ENROLMENT_CALLER_CONNECTIONS_MAX = 16
+"""Most of them that one address has."""
 ENROLMENT_OPTIONS = (
     ("grpc.max_receive_message_length", ENROLMENT_BYTES_MAX),
     # Joining takes a second, and whoever stays longer keeps others out.
@@ -260,8 +257,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self, request: wire.PollSessionRequest, context: Context
     ) -> wire.PollSessionResponse:
         """Serve one call of a session without a stream."""
-        caller = self.caller_of(context)
-        return await self._poll_sessions.poll(request, lambda: self._enter(context), caller)
+        return await self._poll_sessions.poll(
+            request, lambda: self._enter(context), lambda: self.caller_of(context)
+        )
 
     @_mapped
     async def read_journal(self, request: wire.ReadJournalRequest, context: Context) -> bytes:
@@ -440,20 +438,19 @@ class LiveTls:
 
 
 class _RefusalLog:
-    """Tells of refused calls, and of each kind of them once in a while only."""
+    """Tells of refused calls. Those with errors of one class are of one kind.
 
-    def __init__(self) -> None:
-        self._said_s: dict[str, float] = {}
+    Their sentences name the caller, so that there are as many of them as callers.
+    """
 
-    def say(self, kind: str, line: str, *values: object) -> None:
-        """Log a line about a refusal, unless one of its kind was logged a moment ago."""
-        now_s = time.monotonic()
-        if now_s - self._said_s.get(kind, -math.inf) < GARBAGE_LOG_PERIOD_S:
-            return
-        if len(self._said_s) >= REFUSALS_REMEMBERED:
-            self._said_s.clear()
-        self._said_s[kind] = now_s
-        log.warning(line, *values)
+    def __init__(self, line: str) -> None:
+        """`line` has a place for the peer and one for the error."""
+        self._line = line
+        self._kinds = defaultdict[type[FedMezoError], SaidSeldom](lambda: SaidSeldom(log))
+
+    def say(self, context: Context, error: FedMezoError) -> None:
+        """Log a line about a refusal, or only count it."""
+        self._kinds[type(error)].warn(self._line, context.peer(), error)
 
 
 class _Edge:
@@ -477,7 +474,7 @@ class _Edge:
         self._watch = watch
         self._worker_of = worker_of
         self._can_revoke = can_revoke
-        self._refusals = _RefusalLog()
+        self._refusals = _RefusalLog("refused a call from %s: %s")
 
     def guarded(
         self, path: str, handler: Callable[..., Any], *, streams: bool, is_session: bool = False
@@ -542,8 +539,7 @@ class _Edge:
 
     async def _refuse(self, context: Context, error: FedMezoError) -> NoReturn:
         """End a call without a right to it."""
-        # The sentence names the member.
-        self._refusals.say(str(error), "refused a call from %s: %s", context.peer(), error)
+        self._refusals.say(context, error)
         await abort(context, error)
 
 
@@ -553,7 +549,7 @@ class _FleetServicer:
     def __init__(self, fleet: Fleet | None, who: Callable[[Context], Caller]) -> None:
         self._who = who
         self._fleet = fleet
-        self._refusals = _RefusalLog()
+        self._refusals = _RefusalLog("refused to enrol %s: %s")
 
     def handler(self, name: str) -> Callable[[Any, Context], Awaitable[Message]]:
         """The handler of the RPC `name`."""
@@ -576,8 +572,7 @@ class _FleetServicer:
                 try:
                     return await fleet.enroll(request)
                 except FedMezoError as error:
-                    kind = type(error).__name__
-                    self._refusals.say(kind, "refused to enrol %s: %s", context.peer(), error)
+                    self._refusals.say(context, error)
                     raise
             case "Renew":
                 shown = b"".join(context.auth_context()["x509_pem_cert"])
@@ -674,17 +669,22 @@ async def start_server(
     return servicer
 
 
-async def start_enrolment(server: Server, fleet: Fleet) -> None:
-    """Let a bound server answer the one call of those who have no certificate yet."""
+async def start_enrolment(server: Server, fleet: Fleet) -> ConnectionWatch:
+    """Let a bound server answer the one call of those who have no certificate yet.
+
+    Returns the watch over its connections, which somebody has to run.
+    """
 
     def nobody_knows(_context: Context) -> Caller:
         return Caller.ANYONE
 
-    limits, watch = CallerLimits(ENROLMENTS_PER_S), ConnectionWatch(ENROLMENT_CONNECTIONS_MAX)
+    limits = CallerLimits(ENROLMENTS_PER_S)
+    watch = ConnectionWatch(ENROLMENT_CALLER_CONNECTIONS_MAX)
     edge = _Edge(nobody_knows, limits, watch, can_revoke=False)
     handler = _FleetServicer(fleet, nobody_knows).handler
     _serve_service(server, edge, "EnrollmentService", admin.DESCRIPTOR, handler)
     await server.start()
+    return watch
 
 
 def _serve_service(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import socket
+import ssl
+import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import trustme
@@ -19,7 +23,13 @@ from fedmezo_coordinator.admission.state_folder import make_state
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_coordinator.programs import relay_command
 from fedmezo_coordinator.programs.connecting import link_to
+from fedmezo_coordinator.serving import hosting
 from fedmezo_coordinator.serving.hosting import fronted
+from fedmezo_coordinator.serving.service import (
+    ENROLMENT_CALLER_CONNECTIONS_MAX,
+    ENROLMENT_CONNECTIONS_MAX,
+)
+from fedmezo_coordinator.serving.worker_session import WorkerSession
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
@@ -36,10 +46,12 @@ from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire import enrolment
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import find_ca, keep_renewed
+from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.worker_settings import WorkerSettings
+from tests.coordinator.serving.test_limits import HTTP2
 from tests.faults.light_worker import LightEngine
 from tests.integration.support.fleets import ServedFleet, served_fleet
 from tests.integration.support.harness import config_of, genesis_of, until
@@ -97,10 +109,58 @@ async def test_a_token_that_was_used_or_expired_lets_nobody_join(
     await asyncio.sleep(life_s + 1.1)
     with pytest.raises(TokenError, match=r"expired . s ago by the coordinator's clock"):
         await at.joined(expired, "w3")
-    assert caplog.text.count("refused to enrol") == 1
+    assert caplog.text.count("refused to enrol") == 2
     for join in (used, expired):
         secret = parse_join_string(join).secret
         assert not [word for word in (join, secret.hex(), repr(secret)) if word in caplog.text]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux lists a process's sockets")
+async def test_one_address_does_not_keep_others_from_joining(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Otherwise gRPC ends connections without a call, which their owner could open again at once.
+    monkeypatch.setattr(hosting, "ENROLMENT_OPTIONS", ())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    held: list[ssl.SSLSocket] = []
+
+    def hold(port: int) -> None:
+        with contextlib.suppress(OSError):  # The watch may close it at once.
+            plain = socket.create_connection(("127.0.0.1", port), 5, ("127.0.0.9", 0))
+            held.append(stack.enter_context(context.wrap_socket(plain)))
+            held[-1].sendall(HTTP2)
+
+    def is_held(connection: ssl.SSLSocket) -> bool:
+        connection.setblocking(False)
+        try:
+            while connection.recv(4096):
+                pass
+        except ssl.SSLWantReadError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    async with contextlib.AsyncExitStack() as stack:
+        at = await stack.enter_async_context(served_fleet(tmp_path, GENESIS))
+        join = await at.join_string("w1")
+        for _ in range(ENROLMENT_CONNECTIONS_MAX):
+            await asyncio.to_thread(hold, parse_join_string(join).enrol_port)
+
+        async def has_joined() -> bool:
+            with contextlib.suppress(UnavailableError):
+                await at.joined(join, "w1")
+                return True
+            return False
+
+        async def holds_its_share() -> bool:
+            return sum(map(is_held, held)) == ENROLMENT_CALLER_CONNECTIONS_MAX
+
+        await until(has_joined, "a place for another address", 20)
+        await until(holds_its_share, "the connections beyond the limit to be closed", 20)
 
 
 async def test_a_join_string_of_another_coordinator_sends_nothing(
@@ -202,6 +262,27 @@ async def test_revoking_ends_open_sessions_at_once(at: ServedFleet) -> None:
     await until(both_left, "the revoked workers to leave")
 
 
+async def test_a_worker_that_is_revoked_while_it_joins_holds_no_place(
+    at: ServedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity, joins = await at.member("w1"), at.daemon.join
+    async with at.client(at.operator) as operator, at.worker(identity) as hand:
+
+        async def revoked_meanwhile(hello: wire.Hello, **others: Any) -> WorkerSession:
+            await operator.revoke_member("w1")
+            return await joins(hello, **others)
+
+        monkeypatch.setattr(at.daemon, "join", revoked_meanwhile)
+        hello = wire.SessionRequest(hello=hand.hello())
+        with pytest.raises(RevokedError):
+            await hand.client.poll_session(b"", hello)
+
+    async def has_left() -> bool:
+        return not at.daemon.is_connected("w1")
+
+    await until(has_left, "the revoked worker to leave", 20)  # A lease is 90 s.
+
+
 async def test_revoking_cuts_a_read_that_waits(at: ServedFleet) -> None:
     identity = await at.member("o1", Role.OBSERVER)
     async with at.client(at.operator) as operator, at.client(identity) as client:
@@ -226,6 +307,39 @@ async def test_rotating_gives_the_name_a_new_key(at: ServedFleet) -> None:
     async with at.client(identity) as client:
         with pytest.raises(RevokedError, match="is no member's"):
             await client.get_run()
+
+
+@pytest.mark.parametrize("how", ["revoked", "rotated"])
+async def test_an_operator_that_is_revoked_leaves_no_way_back(at: ServedFleet, how: str) -> None:
+    second = await at.member("op-2", Role.OPERATOR)
+    request = admin.CreateTokensRequest(
+        role=admin.MEMBER_ROLE_OPERATOR, uses=10, life_s=30 * 86_400
+    )
+    async with at.client(second) as stolen, at.client(at.operator) as operator:
+        [made] = (await stolen.create_tokens(request)).tokens
+        # This order waits for its turn behind the revocation.
+        revoking = (
+            operator.revoke_member("op-2")
+            if how == "revoked"
+            else operator.rotate_member("op-2", 60)
+        )
+        done = asyncio.create_task(revoking)
+        late = [asyncio.create_task(stolen.create_tokens(request)) for _ in range(20)]
+        await done
+        answers = await asyncio.gather(*late, return_exceptions=True)
+    strings = [
+        token.join_string
+        for answer in answers
+        if isinstance(answer, admin.CreateTokensResponse)
+        for token in answer.tokens
+    ]
+    for number, string in enumerate([made.join_string, *strings]):
+        with pytest.raises(TokenError, match=r"was taken back when an operator was revoked"):
+            await at.joined(string, f"back-{number}")
+    rotated = done.result()
+    if rotated is not None:
+        again = await at.joined(rotated.token.join_string, "again")
+        assert (again.name, again.role) == ("op-2", Role.OPERATOR)
 
 
 async def test_an_operator_does_not_lock_itself_out(at: ServedFleet) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.members_file import MembersFile, read_members, write_members
 from fedmezo_coordinator.admission.state_folder import make_state, open_state
 from fedmezo_coordinator.programs.coordinator_command import main
-from fedmezo_core.errors import ConfigError, IdentityError
+from fedmezo_core.errors import ConfigError, IdentityError, RevokedError
 from fedmezo_core.trust import certificates
 from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.trust.identity import keys_for, load_identity
@@ -158,7 +159,27 @@ def test_members_outlive_a_crash_in_the_middle_of_a_line(tmp_path: Path) -> None
     assert [row for row in members.rows() if row in (MEMBER, TOKEN)] == [MEMBER, TOKEN]
 
 
-@pytest.mark.parametrize("line", ["{}", "[]", '{"member": {"name": 5}}', '{"x": {}}', "no JSON"])
+def test_a_crash_leaves_a_change_whole_or_not_made(tmp_path: Path) -> None:
+    """A token that is used up without its member would refuse the member's next attempt."""
+    path = tmp_path / "members.jsonl"
+    token = replace(TOKEN, uses_left=1)
+    write_members(path, [token])
+    before = path.read_bytes()
+    file = MembersFile(path)
+    file.open(0)
+    file.append([replace(token, uses_left=0), MEMBER])
+    file.close()
+    after = path.read_bytes()
+    for size in range(len(before), len(after)):
+        path.write_bytes(after[:size])
+        assert list(read_members(path).rows()) == [token]
+    path.write_bytes(after)
+    assert list(read_members(path).rows()) == [MEMBER, replace(token, uses_left=0)]
+
+
+@pytest.mark.parametrize(
+    "line", ["{}", "[]", "[[]]", '[{"x": {}}]', '{"member": {"name": 5}}', '{"x": {}}', "no JSON"]
+)
 def test_a_damaged_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "members.jsonl"
     path.write_text(f"{line}\n")
@@ -183,6 +204,31 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
     opened.close()
 
 
+def another_operator(fleet: Fleet, name: str = "another") -> Caller:
+    """An operator who has joined."""
+    member = Member(name, Role.OPERATOR, name.encode().ljust(32), b"s" * 32)
+    fleet._file.append([member])
+    fleet.members.apply(member)
+    return fleet.members.caller(member.fingerprint)
+
+
+async def test_an_order_counts_only_if_its_operator_is_one_when_its_turn_comes(
+    fleet: Fleet,
+) -> None:
+    first, second = another_operator(fleet, "op-1"), another_operator(fleet, "op-2")
+    worker = wire.CreateTokensRequest(role=wire.MEMBER_ROLE_WORKER)
+    revoking, *late = await asyncio.gather(
+        fleet.revoke_member(wire.RevokeMemberRequest(name="op-2"), first),
+        fleet.revoke_member(wire.RevokeMemberRequest(name="op-1"), second),
+        fleet.rotate_member(wire.RotateMemberRequest(name="operator"), second),
+        fleet.create_tokens(worker, second),
+        return_exceptions=True,
+    )
+    assert isinstance(revoking, wire.RevokeMemberResponse)
+    assert [type(error) for error in late] == [RevokedError] * 3
+    assert [member.name for member in fleet.members if member.revoked] == ["op-2"]
+
+
 async def test_a_change_is_made_whole_though_its_caller_goes_away(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,7 +240,7 @@ async def test_a_change_is_made_whole_though_its_caller_goes_away(
         append(rows)
 
     monkeypatch.setattr(fleet._file, "append", slowly)
-    operator = Caller(Role.OPERATOR, "another")
+    operator = another_operator(fleet)
     revoking = asyncio.create_task(
         fleet.revoke_member(wire.RevokeMemberRequest(name="operator"), operator)
     )
@@ -212,13 +258,13 @@ async def test_a_change_is_made_whole_though_its_caller_goes_away(
 async def test_a_disk_that_refuses_changes_nothing(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    operator = another_operator(fleet)
+
     def full(_rows: Sequence[Row]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(fleet._file, "append", full)
     before = list(fleet.members.rows())
     with pytest.raises(ConfigError, match="No space left on device"):
-        await fleet.create_tokens(
-            wire.CreateTokensRequest(role=wire.MEMBER_ROLE_WORKER), Caller(Role.OPERATOR, "o")
-        )
+        await fleet.create_tokens(wire.CreateTokensRequest(role=wire.MEMBER_ROLE_WORKER), operator)
     assert list(fleet.members.rows()) == before

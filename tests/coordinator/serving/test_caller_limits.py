@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from pathlib import Path
@@ -225,3 +226,21 @@ def test_a_kind_of_line_comes_so_often_a_minute(
     said.warn("line %d", 2)
     assert caplog.messages[-1] == "line 2"
     assert ("(and 1 such lines before, in a minute)" in caplog.messages) is (more > 0)
+
+
+async def test_refusals_of_many_callers_write_few_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence of each names its caller."""
+    addresses = itertools.count()
+
+    async def refuse(_limits: CallerLimits, _caller: str) -> None:
+        raise NotReadyError(f"10.0.0.{next(addresses)} calls more than 10 times a second.")
+
+    async with served(tmp_path / "j.db", GENESIS) as at:
+        monkeypatch.setattr(CallerLimits, "admit", refuse)
+        async with CoordinatorClient(at.address) as client:
+            for _ in range(LINES_A_MINUTE + 2):
+                with pytest.raises(NotReadyError):
+                    await client.get_status()
+    assert caplog.text.count("refused a call from") == LINES_A_MINUTE

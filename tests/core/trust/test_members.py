@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -34,6 +35,16 @@ def join(
     members.apply(used)
     members.apply(member)
     return member
+
+
+def rotate(members: Members, name: str) -> None:
+    for row in members.rotated(name):
+        members.apply(row)
+
+
+def revoke(members: Members, name: str) -> None:
+    for row in members.revoked(name):
+        members.apply(row)
 
 
 def test_a_token_lets_its_name_join_once() -> None:
@@ -98,10 +109,39 @@ def test_revoking_takes_the_rights_and_the_rest_of_the_token() -> None:
         join(members, OTHER_KEY, "node-b", shared)
 
 
+@pytest.mark.parametrize("take_away", [revoke, rotate])
+def test_an_operator_does_not_come_back_with_a_token_that_it_made(
+    take_away: Callable[[Members, str], None],
+) -> None:
+    own = replace(TOKEN, role=Role.OPERATOR, name="op-2")
+    made = replace(own, id=b"made-by1", name="", uses_left=10)
+    named = replace(TOKEN, id=b"made-by2", name="w1")
+    members = table(own, made, named)
+    join(members, token=own)
+    join(members, b"a" * 32, "before", made)
+    take_away(members, "op-2")
+    for token in (made, named):
+        with pytest.raises(TokenError, match="was taken back when an operator was revoked"):
+            join(members, OTHER_KEY, token=token)
+    assert members.caller(b"a" * 32).name == "before"
+    # They take no place of tokens that can be used, and nobody can use them afterwards.
+    members.forget_tokens_before(NOW_S)
+    assert [row for row in members.rows() if isinstance(row, Token)] == [replace(own, uses_left=0)]
+
+
+def test_a_worker_that_loses_its_key_leaves_others_their_tokens() -> None:
+    other = replace(TOKEN, id=b"another1", name="w1")
+    members = table(TOKEN, other)
+    join(members)
+    rotate(members, "gpu-7")
+    revoke(members, "gpu-7")
+    assert join(members, OTHER_KEY, token=other).name == "w1"
+
+
 def test_rotating_takes_the_key_and_keeps_the_name_for_a_new_one() -> None:
     members = table()
     join(members)
-    members.apply(members.rotated("gpu-7"))
+    rotate(members, "gpu-7")
     with pytest.raises(RevokedError, match="is no member's"):
         members.caller(KEY)
     again = replace(TOKEN, id=b"87654321", replaces=True)
@@ -121,7 +161,7 @@ def test_only_the_newest_token_of_a_name_can_be_used() -> None:
 def test_a_revoked_name_is_not_had_by_a_token_from_before() -> None:
     members = table()
     join(members)
-    members.apply(members.rotated("gpu-7"))
+    rotate(members, "gpu-7")
     again = replace(TOKEN, id=b"87654321", replaces=True)
     members.apply(members.new_token(again))
     for row in members.revoked("gpu-7"):

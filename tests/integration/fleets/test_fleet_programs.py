@@ -82,7 +82,9 @@ async def test_three_commands_to_a_run_over_mutual_tls(
     asked = programs.start(PROGRAM, "revoke", "gpu-1", *eve)
     assert await asked.wait() == 1
     assert "observer eve may not call RevokeMember, which is for operator" in asked.said
-    assert "is revoked" in await said_by(programs.start(PROGRAM, "revoke", "gpu-1"))
+    said = await said_by(programs.start(PROGRAM, "revoke", "gpu-1"))
+    assert "is revoked" in said
+    assert "all join strings that were not used up have lost their use" in said
     refused = worker("gpu-1")
     assert await refused.wait() == 1
     assert "worker gpu-1 was revoked; ask the operator" in refused.said
