@@ -33,7 +33,7 @@ SECONDS = 1.0
 CROWD = 40
 """Connections of the attacks that hold many."""
 CONNECTION_MB_MAX = 0.5
-BESIDE_MB = 60.0
+BESIDE_MB = 120.0
 """Memory that this process, with both honest workers in it, may take meanwhile."""
 CLOSING_MB = 250.0
 """The same beside thousands of connections a second, of which some hundreds are still closing."""

@@ -35,7 +35,7 @@ async def test_workers_in_mid_measurement_end_within_seconds(
 ) -> None:
     journal = tmp_path / "journal.db"
     # One measurement would take minutes.
-    changes = {"local_steps": 4096, "workers_min": 2, "quorum": 2}
+    changes = {"local_steps": 1024, "workers_min": 2, "quorum": 2}
     write_genesis(journal, tiny_genesis(**changes))
     coordinator, address = await programs.coordinator(
         journal, run_values(**changes), "--no-replica"
@@ -68,7 +68,7 @@ async def test_a_worker_that_stays_ends_in_mid_measurement_within_seconds(
     tiny_genesis: Callable[..., Genesis],
 ) -> None:
     # One measurement would take minutes.
-    genesis = tiny_genesis(local_steps=4096, workers_min=1, quorum=1)
+    genesis = tiny_genesis(local_steps=1024, workers_min=1, quorum=1)
     coordinator, path = Coordinator(genesis), tmp_path / "w.sock"
     worker = programs.start(
         "fedmezo_worker",
@@ -177,7 +177,7 @@ async def test_a_worker_ends_in_time_in_any_phase(
 ) -> None:
     """Whatever a coordinator lets it do: nothing for ever, pages for ever, or long arithmetic."""
     # The commits of all rounds, in one page, take half a minute.
-    genesis = tiny_genesis(local_steps=4096, rounds=6, distribution="gaussian")
+    genesis = tiny_genesis(local_steps=1024, rounds=6, distribution="gaussian")
     config = genesis.config
     pairs = (SeedRange(0, (1e-6,) * config.pairs_per_answer),) * config.answers_max
     liar, data = Liar(genesis), data_files[0]

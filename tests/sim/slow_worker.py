@@ -51,6 +51,7 @@ def play(**values: Any) -> Outcome:
             "rounds": ROUNDS,
             "deadline_ms": 60_000,
             "seed_policy": "per_worker",
+            "aggregation": "mean",
             "buffer_answers": 0,
             "staleness_max_rounds": 40,
         }

@@ -106,6 +106,7 @@ def _with_lying_disk(
             "deadline_ms": 1000,
             # Of shared seeds, every slot has the same.
             "seed_policy": "per_worker",
+            "aggregation": "mean",
             "buffer_answers": buffer_answers,
             "staleness_max_rounds": 3,
         }
