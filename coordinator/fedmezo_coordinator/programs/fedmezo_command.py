@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -168,7 +168,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Print the journal's records, one on each line."""
-    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
             print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
@@ -192,7 +192,7 @@ def verify(
     ] = False,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
-    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         audit = SignatureAudit(source.origin()) if signatures else None
         line = _verified_line(source, audit)
         if journal:
@@ -286,7 +286,7 @@ def export(
     """
     if best and round_ is not None:
         raise ConfigError("--best and --round each choose the round; leave one of them out.")
-    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         plan = plan_of(source, round_, best=best)
     genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
@@ -433,7 +433,7 @@ def audit(
 ) -> None:
     """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
     wanted_rounds = rounds_in(rounds)
-    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         what = audit_of(source, worker, wanted_rounds)
     wanted = what.genesis.config.task.objective
     if wanted and wanted != objective:
@@ -628,13 +628,13 @@ async def _first_status(client: CoordinatorClient) -> wire.GetStatusResponse:
 
 
 @contextmanager
-def _opened(journal: str | None, link: Link | None) -> Iterator[Journal]:
+def _opened(journal: str | None, link: Callable[[], Link] | None) -> Iterator[Journal]:
     """Open a journal, or a copy of the one that a coordinator sends; one of the two is given."""
     if journal:
         store = open_store(journal, read_only=True)
     else:
         assert link is not None
-        store = asyncio.run(_fetched(link))
+        store = asyncio.run(_fetched(link()))
     try:
         yield Journal(store)
     finally:
