@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from fedmezo.auditing import TOLERANCE, audit_of, rounds_in
+from fedmezo.auditing import TOLERANCE, audit_of, rounds_in, rounds_text
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
@@ -458,7 +458,10 @@ def audit(
     for repeated in what.repeat(engine):
         print(repeated.line(tolerance), flush=True)
         verdicts[repeated.verdict(tolerance)] += 1
-    found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    found = ", ".join(
+        f"{count} {'differ' if verdict == 'differs' and count > 1 else verdict}"
+        for verdict, count in sorted(verdicts.items())
+    )
     print(f"{worker}: {counted(verdicts.total(), 'answer')} repeated: {found}")
     if verdicts["differs"]:
         # In 16 bits the difference of two losses is mostly how their sums were rounded.
@@ -466,6 +469,12 @@ def audit(
         raise DivergedError(
             f"Worker {worker} sent other numbers than these rows give; ask its site, and check "
             f"that the rows, the base and the adapter{also} are those that it had."
+        )
+    without = (wanted_rounds or frozenset()) - {answer.round for answer, _ in what.answers}
+    if without:
+        raise ConfigError(
+            f"Worker {worker} has no answer in these rounds of --rounds: {rounds_text(without)}; "
+            "leave them out."
         )
 
 
@@ -668,7 +677,9 @@ def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str
     )
     if signed is None:
         is_signed = origin is not None and origin.key
-        return line if is_signed else f"{line}; no signatures in it, so none were checked"
+        if is_signed:
+            return line
+        return f"{line}; no signed heads in it, so the coordinator's signature was not checked"
     return f"{line}; signed up to round {signed.round} by {signed.key.hex()}, signatures checked"
 
 
