@@ -182,12 +182,18 @@ def exclude(
     """Take a worker out of the run, at once and on the record, until `fedmezo readmit`."""
     link = link_to(coordinator, None, False, state)
 
-    async def work() -> None:
+    async def work() -> bool:
         async with link.client() as client:
             await client.exclude_worker(worker, reason)
+            return any(known.worker == worker for known in (await client.get_status()).workers)
 
-    asyncio.run(work())
-    print(f"{worker} is excluded; `fedmezo readmit {worker}` lets it take part again.")
+    if asyncio.run(work()):
+        print(f"{worker} is excluded; `fedmezo readmit {worker}` lets it take part again.")
+    else:
+        print(
+            f"{worker} is excluded, but no worker of that name has joined this run since the "
+            "coordinator's start; `fedmezo status` lists them."
+        )
 
 
 def readmit(worker: Worker, coordinator: Coordinator = None, state: State = None) -> None:

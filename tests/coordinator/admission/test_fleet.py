@@ -234,6 +234,8 @@ async def test_an_operator_does_not_lock_itself_out(at: ServedFleet) -> None:
             await client.revoke_member("operator")
         with pytest.raises(ConfigError, match="No member is called 'nobody'"):
             await client.revoke_member("nobody")
+        with pytest.raises(ConfigError, match="No member is called 'nobody'"):
+            await client.exclude_worker("nobody", "noise")
 
 
 async def test_what_was_decided_outlives_a_restart(tmp_path: Path) -> None:
