@@ -39,8 +39,11 @@ STOP_WITHIN_S = 4.0
 def launch(module: str) -> NoReturn:
     """Import the module of a program and end with the status of its `main`.
 
-    Ctrl-C ends the process without a traceback while it imports, and after `main`.
+    Ctrl-C ends the process without a traceback while it imports, and after `main`. gRPC's own log
+    shows errors alone, unless GRPC_VERBOSITY says otherwise.
     """
+    # Read when grpc is imported. At its own level each failed handshake of anybody is a line.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     main = import_module(module).main
