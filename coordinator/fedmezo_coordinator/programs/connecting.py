@@ -125,9 +125,15 @@ def _own_identity(coordinator: str | None) -> Identity | None:
         # One that cannot be used must not hinder a coordinator that wants none. `--state` says why.
         with contextlib.suppress(IdentityError, OSError):
             identity = identity_in(folder)
-            if coordinator in (None, identity.address):
+            if coordinator is None or _with_number(coordinator) == _with_number(identity.address):
                 return None if _is_plain_here(identity.address) else identity
     return None
+
+
+def _with_number(address: str) -> str:
+    """The address with `localhost` replaced, so that both ways to write it are the same."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host == "localhost" else address
 
 
 def _is_plain_here(address: str) -> bool:
