@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -148,6 +148,17 @@ def audit_of(journal: Journal, worker: str, rounds: frozenset[int] | None) -> Au
         )
     answers.sort(key=lambda one: (one[0].round, one[0].slot))
     return Audit(state.genesis, tuple(commits), tuple(answers))
+
+
+def rounds_text(rounds: Iterable[int]) -> str:
+    """Rounds as a person writes them, such as `3, 7, 11-13`."""
+    spans: list[list[int]] = []
+    for round_ in sorted(rounds):
+        if spans and round_ == spans[-1][-1] + 1:
+            spans[-1][1:] = [round_]
+        else:
+            spans.append([round_])
+    return ", ".join("-".join(map(str, span)) for span in spans)
 
 
 def rounds_in(text: str) -> frozenset[int] | None:

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedmezo_core.errors import ConfigError, FedMezoError, ModelError
+from fedmezo_core.errors import ConfigError, FedMezoError, ModelError, TokenError
 
 if TYPE_CHECKING:
     from fedmezo_core.layered_settings import Settings
@@ -39,8 +39,11 @@ STOP_WITHIN_S = 4.0
 def launch(module: str) -> NoReturn:
     """Import the module of a program and end with the status of its `main`.
 
-    Ctrl-C ends the process without a traceback while it imports, and after `main`.
+    Ctrl-C ends the process without a traceback while it imports, and after `main`. gRPC's own log
+    shows errors alone, unless GRPC_VERBOSITY says otherwise.
     """
+    # Read when grpc is imported. At its own level each failed handshake of anybody is a line.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     main = import_module(module).main
@@ -151,16 +154,17 @@ def run_daemon(
 def run_program(program: str, work: Callable[[], None]) -> int:
     """Run `work` and return the exit status of the program.
 
-    0 if `work` returns, 2 for `ConfigError`, 1 for every other `FedMezoError`, 130 for Ctrl-C, 70
-    for an unexpected error. An error is printed as one sentence on standard error. SIGTERM and
-    SIGHUP raise `SystemExit` with 128 + the signal's number, unless `work` handles them.
+    0 if `work` returns, 2 for `ConfigError` and `TokenError`, 1 for every other `FedMezoError`, 130
+    for Ctrl-C, 70 for an unexpected error. An error is printed as one sentence on standard error.
+    SIGTERM and SIGHUP raise `SystemExit` with 128 + the signal's number, unless `work` handles
+    them.
     """
     try:
         with _ended_by_signals():
             work()
     except FedMezoError as error:
         print(f"{program}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return 2 if isinstance(error, (ConfigError, TokenError)) else 1
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -217,7 +217,7 @@ class Daemon(ServingLoop[Ready]):
 
         Raises `ConfigError` as `RoundMachine.exclude` does.
         """
-        check_worker_name(worker)
+        check_worker_name(worker, "give the name of a worker, as in `fedmezo status`")
         await self._carry_out(lambda machine: machine.exclude(worker, reason))
 
     async def readmit(self, worker: str) -> None:

@@ -435,8 +435,8 @@ def _named(error: apsw.Error, path: Path, doing: str) -> JournalError:
     match error:
         case apsw.BusyError() | apsw.LockedError():
             return JournalLockedError(
-                f"The journal {path} is open elsewhere, in another process or in this one; stop "
-                "that coordinator first, or ask it with `fedmezo status`."
+                f"The journal {path} is open in another process; stop that coordinator first, or "
+                "give a command of `fedmezo` no file: it then asks the coordinator."
             )
         case apsw.NotADBError():
             return JournalCorruptError(

@@ -61,13 +61,13 @@ def check_run_id(asked: str, served: str) -> None:
         )
 
 
-def check_worker_name(name: str) -> None:
-    """Raise `ProtocolError` for a name that no worker may have."""
+def check_worker_name(name: str, remedy: str = "set another --name") -> None:
+    """Raise `ProtocolError` for a name that no worker may have; `remedy` says what to do."""
     if not re.fullmatch(NAME_PATTERN, name) or name == REPLICA_PARTY:
         raise ProtocolError(
             f"{name[:NAME_CHARS_SHOWN_MAX]!r} is no worker's name. A worker's name has 1 to 64 "
             "characters out of a-z, 0-9 and -, begins with a letter or digit, and is not "
-            f"{REPLICA_PARTY!r}; set another --name."
+            f"{REPLICA_PARTY!r}; {remedy}."
         )
 
 

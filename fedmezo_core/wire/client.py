@@ -70,6 +70,14 @@ _NOBODY_THERE = frozenset(
     }
 )
 """Statuses that gRPC itself gives when a coordinator goes away; a retry may help."""
+_NOT_REACHED = (
+    "Connection refused",
+    "Domain name not found",
+    "DNS resolution failed",
+    "No route to host",
+    "Network is unreachable",
+)
+"""What gRPC's details hold if nothing has answered at all, so that TLS cannot be the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +126,7 @@ class CoordinatorClient:
         self.address = address
         self._retired: list[grpc.aio.Channel] = []
         self._session_channel: grpc.aio.Channel | None = None
+        self._shows_identity = identity is not None
         if identity is not None:
             self._hint = (
                 "that both clocks are right (certificates are valid from one time to another, and "
@@ -126,12 +135,15 @@ class CoordinatorClient:
             )
             self._channel = _channel_of(address, identity)
         elif tls_ca is None and not tls:
-            self._hint = "whether it serves TLS (then set tls or tls_ca), or wants an identity"
+            self._hint = (
+                "whether it serves TLS (then set tls or tls_ca), or wants an identity (then name "
+                "the folder of your identity with --state)"
+            )
             self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         else:
             self._hint = (
                 "that it serves TLS, whether its certificate is of that CA and names that host, "
-                "and whether it wants an identity"
+                "and whether it wants an identity (then name the folder of yours with --state)"
             )
             roots = system_roots() if tls_ca is None else _roots_in(tls_ca)
             self._channel = grpc.aio.secure_channel(
@@ -389,12 +401,15 @@ class CoordinatorClient:
             )
 
     def _errors_mapped(self) -> AbstractContextManager[None]:
-        return errors_mapped(self.address, self._hint)
+        return errors_mapped(self.address, self._hint, shows_identity=self._shows_identity)
 
 
 @contextmanager
-def errors_mapped(address: str, hint: str) -> Iterator[None]:
-    """Turn errors of gRPC in this block into ours; `hint` ends a sentence that begins "check"."""
+def errors_mapped(address: str, hint: str, *, shows_identity: bool = False) -> Iterator[None]:
+    """Turn errors of gRPC in this block into ours.
+
+    `hint` ends a sentence that begins "check", if something has answered.
+    """
     try:
         yield
     except grpc.aio.AioRpcError as error:
@@ -402,6 +417,17 @@ def errors_mapped(address: str, hint: str) -> Iterator[None]:
         reason = str(metadata.get(REASON_KEY, ""))
         details = error.details() or "no details"
         if not reason and error.code() in _NOBODY_THERE:
+            if any(words in details for words in _NOT_REACHED):
+                raise UnavailableError(
+                    f"No coordinator answers at {address} ({details}); check the address, and that "
+                    "it is running."
+                ) from None
+            if shows_identity and _is_of_another_ca(details):
+                raise UnavailableError(
+                    f"What answers at {address} shows a certificate that this identity does not "
+                    "trust: it is another coordinator, or has a new state folder. Check the "
+                    "address; if it is right, ask the operator for a new join string."
+                ) from None
             raise UnavailableError(
                 f"No coordinator answers at {address} ({details}); check the address, "
                 f"that it is running, and {hint}."
@@ -413,6 +439,12 @@ def errors_mapped(address: str, hint: str) -> Iterator[None]:
             ) from None
         retry = str(metadata.get(RETRY_AFTER_KEY, ""))
         raise error_from(error.code().name, reason, details, retry) from None
+
+
+def _is_of_another_ca(details: str) -> bool:
+    """Whether TLS failed by the server's certificate, and not by its dates."""
+    by_dates = "has expired" in details or "not yet valid" in details
+    return "CERTIFICATE_VERIFY_FAILED" in details and not by_dates
 
 
 def system_roots() -> bytes | None:

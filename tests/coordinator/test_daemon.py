@@ -336,7 +336,9 @@ async def test_an_excluded_worker_learns_why_at_once_and_when_it_comes_back(
         async with CoordinatorClient(at.address) as operator:
             with pytest.raises(ConfigError, match="w1 is not excluded"):
                 await operator.readmit_worker("w1")
-            with pytest.raises(ProtocolError, match="is no worker's name"):
+            with pytest.raises(
+                ProtocolError, match=r"'W 2' is no worker's name.* as in `fedmezo st"
+            ):
                 await operator.exclude_worker("W 2", "noise")
             await operator.exclude_worker("w2", "noise")
         assert at.daemon.status("").records == 5, "the exclusion is durable"

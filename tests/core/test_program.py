@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -74,6 +75,41 @@ async def run():
     print("stopping", flush=True)
 
 sys.exit(run_program("daemon", lambda: asyncio.run(run())))
+"""
+
+HANDSHAKES = """
+import pathlib, sys, tempfile
+folder = tempfile.mkdtemp()
+pathlib.Path(folder, "strangers_meet.py").write_text('''
+import logging
+from concurrent import futures
+import grpc, trustme
+
+def main():
+    server_ca, client_ca = trustme.CA(), trustme.CA()
+    shown = server_ca.issue_cert("localhost")
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    key, chain = shown.private_key_pem.bytes(), shown.cert_chain_pems[0].bytes()
+    roots = server_ca.cert_pem.bytes()
+    port = server.add_secure_port(
+        "localhost:0", grpc.ssl_server_credentials([(key, chain)], roots, True)
+    )
+    server.start()
+    own = client_ca.issue_cert("client")
+    key, chain = own.private_key_pem.bytes(), own.cert_chain_pems[0].bytes()
+    for roots in (client_ca.cert_pem.bytes(), server_ca.cert_pem.bytes()):
+        credentials = grpc.ssl_channel_credentials(roots, key, chain)
+        with grpc.secure_channel(f"localhost:{port}", credentials) as channel:
+            try:
+                channel.unary_unary("/a/b")(b"", timeout=20)
+            except grpc.RpcError as error:
+                print(error.code().name)
+    logging.getLogger("fedmezo").warning("our own sentence")
+    server.stop(None)
+''')
+sys.path.insert(0, folder)
+from fedmezo_core.program import launch
+launch("strangers_meet")
 """
 
 
@@ -251,3 +287,18 @@ def test_another_version_of_a_stack_is_refused(found: str, monkeypatch: pytest.M
 def test_a_missing_stack_is_named() -> None:
     with pytest.raises(ConfigError, match=r"no-such-stack is missing; install fedmezo\[flower\]"):
         check_tested("no-such-stack", "1.41", "1.43", "flower")
+
+
+def test_handshakes_that_fail_fill_no_log() -> None:
+    """The client does not trust the server, then the server does not trust the client."""
+    environment = {name: value for name, value in os.environ.items() if "GRPC" not in name}
+    done = subprocess.run(
+        [sys.executable, "-c", HANDSHAKES],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["UNAVAILABLE", "UNAVAILABLE"]
+    assert done.stderr == "our own sentence\n"

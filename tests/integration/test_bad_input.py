@@ -99,7 +99,7 @@ def complaint(
 
 def test_a_data_file_that_is_not_there(complaint: Said, tmp_path: Path) -> None:
     assert f"There is no data file or folder {tmp_path}/x.jsonl" in complaint(
-        data=tmp_path / "x.jsonl"
+        status=2, data=tmp_path / "x.jsonl"
     )
 
 
@@ -148,7 +148,7 @@ def test_held_out_rows_that_cannot_be_used(
     assert words in said
     assert str(path) in said
     assert f"There is no data file or folder {tmp_path}/gone.csv" in complaint(
-        heldout=tmp_path / "gone.csv"
+        status=2, heldout=tmp_path / "gone.csv"
     )
 
 
@@ -365,12 +365,12 @@ async def refused(
 async def test_a_second_coordinator_on_the_same_journal(programs: Programs, journal: Path) -> None:
     _, address = await programs.coordinator(journal, HAND_RUN, "--no-replica")
     said = await refused(programs, journal, HAND_RUN)
-    assert f"The journal {journal} is open elsewhere, in another process or in this one" in said
+    assert f"The journal {journal} is open in another process; stop" in said
     listed = programs.start(
         "fedmezo_coordinator.programs.fedmezo_command", "journal", "inspect", str(journal)
     )
     assert await listed.wait() == 1
-    assert "is open elsewhere" in only_sentence(listed, "fedmezo")
+    assert "give a command of `fedmezo` no file" in only_sentence(listed, "fedmezo")
     async with CoordinatorClient(address) as client:  # The first one is unharmed.
         assert (await client.get_status()).round == 3
 

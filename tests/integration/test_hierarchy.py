@@ -261,7 +261,7 @@ async def test_a_relay_signs_its_sites_mean_and_checks_its_workers(
         machine.apply(record)
         audit.take(entry, record, machine.state)
     assert list(audit.lines()) == [
-        f"signatures: {ROUNDS} answers signed and checked, 0 unsigned",
+        f"answers: {ROUNDS} signed and checked, 0 unsigned",
         f"  site: {ROUNDS} answers signed with key {key.public_key().public_bytes_raw().hex()}",
     ]
 

@@ -177,7 +177,7 @@ async def test_a_worker_ends_in_time_in_any_phase(
 ) -> None:
     """Whatever a coordinator lets it do: nothing for ever, pages for ever, or long arithmetic."""
     # The commits of all rounds, in one page, take half a minute.
-    genesis = tiny_genesis(local_steps=1024, rounds=6, distribution="gaussian")
+    genesis = tiny_genesis(local_steps=1024, probes=4, rounds=6, distribution="gaussian")
     config = genesis.config
     pairs = (SeedRange(0, (1e-6,) * config.pairs_per_answer),) * config.answers_max
     liar, data = Liar(genesis), data_files[0]

@@ -131,6 +131,12 @@ def test_the_command_names_the_rounds_in_which_a_worker_lied(
     assert total == "a: 2 answers repeated: 1 differs, 1 equal"
     assert "Worker a sent other numbers than these rows give" in said.stderr
     assert "a worker with a privacy budget are noisy and always differ" in said.stderr
+    said = audit("--worker", "b", "--data", str(data_files[1]), "--rounds", "1,3,700-702,800")
+    assert said.stdout.splitlines()[-1] == "b: 2 answers repeated: 2 equal"
+    assert "in these rounds of --rounds: 700-702, 800; leave them out" in said.stderr
+    assert said.returncode == 2
+    said = audit("--worker", "b", "--data", str(data_files[0]), "--rounds", "1,3")
+    assert said.stdout.splitlines()[-1] == "b: 2 answers repeated: 2 differ"
 
 
 def repeated(ours: tuple[float, ...], theirs: tuple[float, ...], **changes: Any) -> Repeated:

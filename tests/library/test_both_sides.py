@@ -125,7 +125,7 @@ def test_sessions_with_a_key_sign_what_the_journal_keeps() -> None:
         record = decode_record(entry.row.body)
         machine.apply(record)
         audit.take(entry, record, machine.state)
-    assert next(audit.lines()) == "signatures: 10 answers signed and checked, 5 unsigned"
+    assert next(audit.lines()) == "answers: 10 signed and checked, 5 unsigned"
     admitted = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
     assert machine.state.keys == admitted
     assert records_in(store).count(Admitted("a", admitted["a"])) == 1

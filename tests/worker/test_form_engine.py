@@ -181,7 +181,7 @@ async def test_a_runtime_that_is_not_installed_is_named(
 
 
 def test_a_folder_that_is_not_there_is_refused_at_once(settings: WorkerSettings) -> None:
-    with pytest.raises(ModelError, match="There is no folder"):
+    with pytest.raises(ConfigError, match="There is no folder"):
         check_paths(settings.model_copy(update={"base_form": Path("/nowhere")}))
 
 

@@ -354,6 +354,9 @@ def test_a_ready_made_objective_needs_no_consent_but_may_be_denied(
     genesis = tiny_genesis(task={**TASK, "objective": "error-rate"})
     settings = WorkerSettings(name="w1", data=data_files[0], model=str(model_folder), threads=1)
     assert open_engine(settings, genesis).scorer is not None
+    naming_another = settings.model_copy(update={"objective": "macro-f1"})
+    with pytest.raises(ConfigError, match="by error-rate, not by macro-f1; set --objective error"):
+        naming_another.check_run(genesis)
     denying = settings.model_copy(update={"policy": RunPolicy(objectives=())})
     with pytest.raises(ConfigError, match=r"batches by error-rate; .*--objective error-rate"):
         open_engine(denying, genesis)

@@ -41,8 +41,15 @@ def test_a_path_that_is_not_there_costs_no_import_of_torch(
     monkeypatch.setitem(sys.modules, "fedmezo_core.zo.model.allocator", None)
     gone = rows.with_name("gone")
     flags = {"--name": "w1", "--data": str(rows), flag: str(gone)}
-    assert main([f"{key}={value}" for key, value in flags.items()]) == 1
+    assert main([f"{key}={value}" for key, value in flags.items()]) == 2
     assert capsys.readouterr().err == f"fedmezo-worker: {said.format(gone=gone)}\n"
+
+
+def test_a_join_string_that_was_cut_off_is_a_flag_of_no_use(
+    rows: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"--data={rows}", "--join=fedmezo1:cut-off"]) == 2
+    assert "join string" in capsys.readouterr().err
 
 
 def test_a_worker_says_at_once_what_it_does(

@@ -41,6 +41,7 @@ def load(changes: dict[str, str] | None = None) -> WorkerSettings:
             {"--base-form": "form", "--model": "m"},
             "base_form leaves no use for model; set only one of the two",
         ),
+        ({"--join": "j", "--coordinator": "x:1"}, "coordinator has no meaning with join, which"),
         ({"--gpu-layers": "3"}, "gpu_layers is for a GGUF in base_form; set both, or use device"),
         ({"--frozen-base-bits": "2"}, "frozen_base_bits = '2' is not allowed: use 8 or 4"),
         ({"--evaluate-every-rounds": "0"}, "evaluate_every_rounds = '0' is not allowed"),

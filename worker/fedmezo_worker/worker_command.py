@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmezo_core.errors import DataError, IdentityError, ModelError
+from fedmezo_core.errors import ConfigError
 from fedmezo_core.program import first_of, run_daemon, stop_signal, worker_packages
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.identity import Identity
@@ -33,11 +33,11 @@ def check_paths(settings: WorkerSettings) -> None:
     """Refuse settings that name data or an adapter that is not there; it is read later."""
     for path in (settings.data, settings.heldout):
         if path is not None and not path.exists():
-            raise DataError(f"There is no data file or folder {path}; check the path.")
+            raise ConfigError(f"There is no data file or folder {path}; check the path.")
     if settings.base_form is not None and not settings.base_form.is_dir():
-        raise ModelError(f"There is no folder {settings.base_form}; check base_form.")
+        raise ConfigError(f"There is no folder {settings.base_form}; check base_form.")
     if settings.adapter is not None and not settings.adapter.is_dir():
-        raise ModelError(f"There is no adapter folder {settings.adapter}; check adapter.")
+        raise ConfigError(f"There is no adapter folder {settings.adapter}; check adapter.")
 
 
 def open_engine_thread(settings: WorkerSettings) -> EngineThread:
@@ -114,10 +114,10 @@ async def run(settings: WorkerSettings) -> None:
 def as_member(settings: WorkerSettings, identity: Identity) -> WorkerSettings:
     """The settings with what the identity says: the name, and where the coordinator is.
 
-    Raises `IdentityError` for settings that name another worker.
+    Raises `ConfigError` for settings that name another worker.
     """
     if settings.name not in ("", identity.name):
-        raise IdentityError(
+        raise ConfigError(
             f"name = {settings.name!r}, but this member is {identity.name}; leave name out, or "
             "name another state folder."
         )

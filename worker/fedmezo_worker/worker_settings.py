@@ -228,6 +228,8 @@ class WorkerSettings(BaseSettings):
                 "tls and tls_ca have no meaning with join or state, because the fleet says what to "
                 "trust; leave them out"
             )
+        if self.join and "coordinator" in self.model_fields_set:
+            raise ValueError("coordinator has no meaning with join, which names it; leave it out")
         return self
 
     @property
@@ -312,3 +314,8 @@ class WorkerSettings(BaseSettings):
             own_objective=wanted == named,
             keeps_history=self.journal_copy is not None,
         )
+        if named and named != wanted:
+            raise ConfigError(
+                f"The run scores batches by {wanted}, not by {named}; set --objective {wanted}, or "
+                "leave it out."
+            )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import logging
+import socket
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +16,8 @@ from typing import Annotated
 
 import typer
 
-from fedmezo_core.errors import ConfigError, UnavailableError
+from fedmezo_core.errors import ConfigError, IdentityError, UnavailableError
+from fedmezo_core.folders import state_home
 from fedmezo_core.layered_settings import check_address, expanded
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.client import CoordinatorClient
@@ -21,6 +26,10 @@ from fedmezo_core.wire.enrolment import identity_in, renewed
 log = logging.getLogger("fedmezo.command")
 
 DEFAULT_ADDRESS = "127.0.0.1:7465"
+JOINED = "identity"
+"""Folder, in the user's state folder, that `fedmezo join` makes unless told otherwise."""
+LOOK_S = 5.0
+"""Longest wait for an answer from this machine about whether it serves TLS."""
 
 
 def _address(given: str | None) -> str | None:
@@ -63,7 +72,8 @@ State = Annotated[
         "--state",
         envvar="FEDMEZO_STATE",
         callback=user_path,
-        help="folder of an identity to show: from fedmezo join, or a coordinator's state folder",
+        help="folder of an identity to show: from fedmezo join, or a coordinator's state folder; "
+        "default: your own for that coordinator, if it lies where both programs put it",
     ),
 ]
 
@@ -76,8 +86,19 @@ class Link:
     client: Callable[[], CoordinatorClient]
 
 
+def own_folders() -> list[Path]:
+    """Where the identities of this user are, if there are any: the coordinator's, then who joined.
+
+    These are the folders that `fedmezo-coordinator init` and `fedmezo join` make by default.
+    """
+    return [state_home() / folder for folder in ("coordinator", JOINED)]
+
+
 def link_to(coordinator: str | None, tls_ca: Path | None, tls: bool, state: Path | None) -> Link:
-    """The link that these options name; raises `IdentityError` if `state` holds no identity."""
+    """The link that these options name; raises `IdentityError` if `state` holds no identity.
+
+    Without `state`, an identity of one's own for that coordinator is shown, if there is one.
+    """
     identity: Identity | None = None
     if state is not None:
         if tls or tls_ca is not None:
@@ -86,11 +107,61 @@ def link_to(coordinator: str | None, tls_ca: Path | None, tls: bool, state: Path
                 "trust; leave them out."
             )
         identity = identity_in(state)
+    elif not tls and tls_ca is None:
+        identity = _own_identity(coordinator)
     if identity is not None and identity.renew_at_s < time.time():
         asyncio.run(_renew(coordinator or identity.address, identity))
         identity = identity_in(identity.folder)
     address = coordinator or (identity.address if identity is not None else DEFAULT_ADDRESS)
     return Link(address, lambda: CoordinatorClient(address, tls_ca, tls=tls, identity=identity))
+
+
+def _own_identity(coordinator: str | None) -> Identity | None:
+    """The identity in one's own folders for that coordinator; None: the first that is there.
+
+    None too if a coordinator without identities has that address on this machine now.
+    """
+    for folder in own_folders():
+        # One that cannot be used must not hinder a coordinator that wants none. `--state` says why.
+        with contextlib.suppress(IdentityError, OSError):
+            identity = identity_in(folder)
+            if coordinator is None or _with_number(coordinator) == _with_number(identity.address):
+                return None if _is_plain_here(identity.address) else identity
+    return None
+
+
+def _with_number(address: str) -> str:
+    """The address with `localhost` replaced, so that both ways to write it are the same."""
+    host, _, port = address.rpartition(":")
+    return f"127.0.0.1:{port}" if host == "localhost" else address
+
+
+def _is_plain_here(address: str) -> bool:
+    """Whether something on this machine answers at that address, and not with TLS.
+
+    No other machine is asked: whoever is in between could say so.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+            return False
+    except ValueError:
+        return False
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE  # Nothing is sent, and the link itself checks.
+    context.set_alpn_protocols(["h2"])
+    try:
+        with (
+            socket.create_connection((host, int(port)), LOOK_S) as connection,
+            context.wrap_socket(connection, server_hostname=host),
+        ):
+            return False
+    except ssl.SSLError as error:
+        return error.reason == "WRONG_VERSION_NUMBER"
+    except OSError:
+        return False
 
 
 async def _renew(address: str, identity: Identity) -> None:

@@ -46,7 +46,10 @@ def init(arguments: Sequence[str]) -> None:
     """Make a state folder, and say what to do next."""
     settings = load_settings(InitSettings, arguments, program="fedmezo-coordinator init")
     if not make_state(settings.state, settings.name, settings.own_ca):
-        print(f"{settings.state} is a state folder already; nothing was changed.")
+        print(
+            f"{settings.state} is a state folder already; nothing was changed. For other host "
+            "names remove server.pem from it and run init again; members stay."
+        )
         return
     print(
         f"{settings.state} holds the CA, the coordinator's certificate and the operator's identity."

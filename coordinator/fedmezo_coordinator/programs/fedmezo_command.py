@@ -7,7 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from fedmezo.auditing import TOLERANCE, audit_of, rounds_in
+from fedmezo.auditing import TOLERANCE, audit_of, rounds_in, rounds_text
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
@@ -168,7 +168,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Print the journal's records, one on each line."""
-    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
             print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
@@ -192,7 +192,7 @@ def verify(
     ] = False,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
-    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         audit = SignatureAudit(source.origin()) if signatures else None
         line = _verified_line(source, audit)
         if journal:
@@ -286,7 +286,7 @@ def export(
     """
     if best and round_ is not None:
         raise ConfigError("--best and --round each choose the round; leave one of them out.")
-    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         plan = plan_of(source, round_, best=best)
     genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
@@ -433,7 +433,7 @@ def audit(
 ) -> None:
     """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
     wanted_rounds = rounds_in(rounds)
-    with _opened(journal, link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         what = audit_of(source, worker, wanted_rounds)
     wanted = what.genesis.config.task.objective
     if wanted and wanted != objective:
@@ -458,7 +458,10 @@ def audit(
     for repeated in what.repeat(engine):
         print(repeated.line(tolerance), flush=True)
         verdicts[repeated.verdict(tolerance)] += 1
-    found = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
+    found = ", ".join(
+        f"{count} {'differ' if verdict == 'differs' and count > 1 else verdict}"
+        for verdict, count in sorted(verdicts.items())
+    )
     print(f"{worker}: {counted(verdicts.total(), 'answer')} repeated: {found}")
     if verdicts["differs"]:
         # In 16 bits the difference of two losses is mostly how their sums were rounded.
@@ -467,6 +470,12 @@ def audit(
             f"Worker {worker} sent other numbers than these rows give; ask its site, and check "
             f"that the rows, the base and the adapter{also} are those that it had. The answers "
             "of a worker with a privacy budget are noisy and always differ."
+        )
+    without = (wanted_rounds or frozenset()) - {answer.round for answer, _ in what.answers}
+    if without:
+        raise ConfigError(
+            f"Worker {worker} has no answer in these rounds of --rounds: {rounds_text(without)}; "
+            "leave them out."
         )
 
 
@@ -629,13 +638,13 @@ async def _first_status(client: CoordinatorClient) -> wire.GetStatusResponse:
 
 
 @contextmanager
-def _opened(journal: str | None, link: Link | None) -> Iterator[Journal]:
+def _opened(journal: str | None, link: Callable[[], Link] | None) -> Iterator[Journal]:
     """Open a journal, or a copy of the one that a coordinator sends; one of the two is given."""
     if journal:
         store = open_store(journal, read_only=True)
     else:
         assert link is not None
-        store = asyncio.run(_fetched(link))
+        store = asyncio.run(_fetched(link()))
     try:
         yield Journal(store)
     finally:
@@ -669,7 +678,9 @@ def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str
     )
     if signed is None:
         is_signed = origin is not None and origin.key
-        return line if is_signed else f"{line}; no signatures in it, so none were checked"
+        if is_signed:
+            return line
+        return f"{line}; no signed heads in it, so the coordinator's signature was not checked"
     return f"{line}; signed up to round {signed.round} by {signed.key.hex()}, signatures checked"
 
 

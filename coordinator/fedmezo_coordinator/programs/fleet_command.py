@@ -16,7 +16,15 @@ from rich.console import Console
 from rich.table import Table
 
 from fedmezo_coordinator.admission.fleet import TOKEN_LIFE_S, TOKENS_AT_ONCE_MAX, WIRE_ROLES
-from fedmezo_coordinator.programs.connecting import Coordinator, Link, State, link_to, user_path
+from fedmezo_coordinator.programs.connecting import (
+    JOINED,
+    Coordinator,
+    Link,
+    State,
+    link_to,
+    own_folders,
+    user_path,
+)
 from fedmezo_coordinator.programs.plain_values import json_line
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.folders import state_home
@@ -25,9 +33,6 @@ from fedmezo_core.wire.enrolment import ROLES, become_member
 from fedmezo_proto.v1 import admin_pb2 as wire
 
 token_app = typer.Typer(help="Let others join a fleet.", no_args_is_help=True)
-
-JOINED = "identity"
-"""Folder, in the user's state folder, that `fedmezo join` makes unless told otherwise."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="the member's name")]
 Worker = Annotated[str, typer.Argument(metavar="WORKER", help="the worker's name")]
@@ -168,7 +173,7 @@ def join(
         ),
     ] = None,
 ) -> None:
-    """Become an observer or an operator; then name the folder with --state in other commands."""
+    """Become an observer or an operator; other commands find the identity, or take --state."""
     folder = state or state_home() / JOINED
     identity = asyncio.run(
         become_member(join_string, folder, name, MEMBER_ROLES, give_up_after_s=0)
@@ -185,19 +190,25 @@ def exclude(
     state: State = None,
 ) -> None:
     """Take a worker out of the run, at once and on the record, until `fedmezo readmit`."""
-    link = _link_for_orders(coordinator, state)
+    link = link_to(coordinator, None, False, state)
 
-    async def work() -> None:
+    async def work() -> bool:
         async with link.client() as client:
             await client.exclude_worker(worker, reason)
+            return any(known.worker == worker for known in (await client.get_status()).workers)
 
-    asyncio.run(work())
-    print(f"{worker} is excluded; `fedmezo readmit {worker}` lets it take part again.")
+    if asyncio.run(work()):
+        print(f"{worker} is excluded; `fedmezo readmit {worker}` lets it take part again.")
+    else:
+        print(
+            f"{worker} is excluded, but no worker of that name has joined this run since the "
+            "coordinator's start; `fedmezo status` lists them."
+        )
 
 
 def readmit(worker: Worker, coordinator: Coordinator = None, state: State = None) -> None:
     """Let an excluded worker take part in the run again, once it joins."""
-    link = _link_for_orders(coordinator, state)
+    link = link_to(coordinator, None, False, state)
 
     async def work() -> None:
         async with link.client() as client:
@@ -207,21 +218,10 @@ def readmit(worker: Worker, coordinator: Coordinator = None, state: State = None
     print(f"{worker} may join the run again; start it if it has ended.")
 
 
-def _link_for_orders(coordinator: str | None, state: Path | None) -> Link:
-    """The operator's link, or one without an identity to a coordinator that has no fleet."""
-    if state is None and (coordinator is not None or not any(map(Path.exists, _own_folders()))):
-        return link_to(coordinator, None, False, None)
-    return _operators_link(coordinator, state)
-
-
-def _own_folders() -> list[Path]:
-    return [state_home() / folder for folder in ("coordinator", JOINED)]
-
-
 def _operators_link(coordinator: str | None, state: Path | None) -> Link:
     """The link of an operator: by default that of this machine's coordinator, or of who joined."""
     if state is None:
-        here = _own_folders()
+        here = own_folders()
         state = next((folder for folder in here if folder.exists()), here[0])
     return link_to(coordinator, None, False, state)
 

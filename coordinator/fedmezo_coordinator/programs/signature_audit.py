@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from fedmezo_coordinator.programs.view import counted
 from fedmezo_core.config import STALENESS_MAX
-from fedmezo_core.errors import JournalCorruptError
+from fedmezo_core.errors import ConfigError, JournalCorruptError
 from fedmezo_core.events import Ticket
 from fedmezo_core.journal.journal import MOVES_HEAD, ZERO_HASH, Entry, head_after
 from fedmezo_core.journal.sealed import SealedState
@@ -29,6 +29,8 @@ class SignatureAudit:
         self._signed: Counter[Admitted] = Counter()
         self._unsigned = 0
         self._unknown = 0
+        self._first_record_is_there = origin is None
+        self._has_rounds = False
         if origin is not None:
             self._genesis_head = head_after(ZERO_HASH, origin.genesis_body)
             self._heads[origin.round] = origin.head
@@ -43,6 +45,8 @@ class SignatureAudit:
         elif entry.row.kind in MOVES_HEAD:
             if isinstance(record, Genesis):
                 self._genesis_head = entry.head
+            else:
+                self._has_rounds = True
             self._heads[state.round] = entry.head
             self._heads.pop(state.round - HEADS_KEPT, None)
 
@@ -75,11 +79,16 @@ class SignatureAudit:
         self._signed[Admitted(worker, key)] += 1
 
     def lines(self) -> Iterator[str]:
-        """What was found: a line about all answers, then one for each worker and key."""
-        line = (
-            f"signatures: {counted(self._signed.total(), 'answer')} signed and checked, "
-            f"{self._unsigned} unsigned"
-        )
+        """What was found: a line about all answers, then one for each worker and key.
+
+        Raises `ConfigError` for rounds without any answer, as in the copies that workers keep.
+        """
+        count = self._signed.total() + self._unsigned + self._unknown
+        if self._has_rounds and self._first_record_is_there and not count:
+            raise ConfigError(
+                "The journal holds no answers, as in a worker's own copy; give the coordinator's."
+            )
+        line = f"answers: {self._signed.total()} signed and checked, {self._unsigned} unsigned"
         if self._unknown:
             line += (
                 f", {self._unknown} signed but not checked, because the record of the head that "

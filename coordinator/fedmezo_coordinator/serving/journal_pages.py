@@ -207,8 +207,9 @@ class JournalPages:
         _check_request(request)
         if not (sees_everyone or request.commits_only):
             raise ForbiddenError(
-                "In this run only observers and operators read all records; set commits_only for "
-                "those that the weights depend on, or use an observer's identity."
+                "In this run only observers and operators read all records; use an observer's "
+                "identity (`fedmezo token create --role observer`), or read a worker's own "
+                "`journal_copy`."
             )
         deadline_s = time.monotonic() + request.wait_ms / 1000
         origin = None

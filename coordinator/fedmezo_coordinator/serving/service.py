@@ -296,6 +296,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Take a worker out of the run, for an operator."""
         caller = self.caller_of(context)
         check_operator(caller, context.peer())
+        if self._fleet is not None:
+            self._fleet.members.named(request.worker)  # Raises for a name that nobody has.
         await self._daemon.exclude(request.worker, request.reason)
         log.warning("%s excluded worker %s", caller, request.worker)
         return admin.ExcludeWorkerResponse()

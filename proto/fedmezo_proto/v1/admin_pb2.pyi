@@ -400,7 +400,7 @@ class ExcludeWorkerRequest(google.protobuf.message.Message):
     WORKER_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
     worker: builtins.str
-    """Its name. It need not have joined yet."""
+    """Its name. It need not have joined the run yet. In a fleet it is a member's."""
     reason: builtins.str
     """Why, in 1 to 512 characters. The worker is told, and it stands in the journal."""
     def __init__(

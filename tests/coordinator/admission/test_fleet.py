@@ -22,7 +22,7 @@ from fedmezo_coordinator.admission.members_file import read_members
 from fedmezo_coordinator.admission.state_folder import make_state
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_coordinator.programs import relay_command
-from fedmezo_coordinator.programs.connecting import link_to
+from fedmezo_coordinator.programs.connecting import Link, link_to
 from fedmezo_coordinator.serving import hosting
 from fedmezo_coordinator.serving.hosting import fronted
 from fedmezo_coordinator.serving.service import (
@@ -41,7 +41,7 @@ from fedmezo_core.errors import (
     UnknownWorkerError,
 )
 from fedmezo_core.trust.authorisation import Role
-from fedmezo_core.trust.identity import Identity, load_identity
+from fedmezo_core.trust.identity import Identity, load_identity, save_identity
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire import enrolment
 from fedmezo_core.wire.client import CoordinatorClient
@@ -54,7 +54,7 @@ from fedmezo_worker.worker_settings import WorkerSettings
 from tests.coordinator.serving.test_limits import HTTP2
 from tests.faults.light_worker import LightEngine
 from tests.integration.support.fleets import ServedFleet, served_fleet
-from tests.integration.support.harness import config_of, genesis_of, until
+from tests.integration.support.harness import config_of, genesis_of, served, until
 
 GENESIS = genesis_of(config_of(rounds=2, local_steps=1, workers_min=2, quorum=2))
 
@@ -348,6 +348,8 @@ async def test_an_operator_does_not_lock_itself_out(at: ServedFleet) -> None:
             await client.revoke_member("operator")
         with pytest.raises(ConfigError, match="No member is called 'nobody'"):
             await client.revoke_member("nobody")
+        with pytest.raises(ConfigError, match="No member is called 'nobody'"):
+            await client.exclude_worker("nobody", "noise")
 
 
 async def test_what_was_decided_outlives_a_restart(tmp_path: Path) -> None:
@@ -406,17 +408,51 @@ async def test_a_clock_that_is_off_by_a_day_is_named(
         identity.check_time(now_s)
 
 
-async def test_a_member_of_another_fleet_is_told_about_clocks_and_fleets(
+async def test_a_member_of_another_fleet_is_told_what_is_wrong(
     at: ServedFleet, tmp_path: Path
 ) -> None:
     folder = tmp_path / "other"
     folder.mkdir()
     async with served_fleet(folder, GENESIS) as other:
         stranger = await other.member("w1")
-    for identity in (stranger, replace(stranger, server_ca=at.operator.server_ca)):
-        async with CoordinatorClient(at.address, identity=identity) as client:
-            with pytest.raises(UnavailableError, match=r"a clock that is a day off .* identity is"):
+    unknown = replace(stranger, server_ca=at.operator.server_ca)
+    for address, identity, said in (
+        (at.address, stranger, "is another coordinator, or has a new state folder. Check"),
+        (at.address, unknown, r"a clock that is a day off .* identity is"),
+        (other.address, stranger, r"Connection refused\); check the address, and that it is run"),
+    ):
+        async with CoordinatorClient(address, identity=identity) as client:
+            with pytest.raises(UnavailableError, match=said) as caught:
                 await client.get_run()
+        assert "OPENSSL" not in str(caught.value)
+
+
+async def test_ones_own_identity_is_shown_to_its_own_coordinator_alone(
+    at: ServedFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No option names it, as for `fedmezo members`; other coordinators are called as before."""
+    home = tmp_path / "home" / "fedmezo"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("XDG_STATE_HOME", str(home.parent))
+
+    def link(address: str | None) -> Link:
+        return link_to(address, None, False, None)
+
+    async with (await asyncio.to_thread(link, at.address)).client() as client:
+        with pytest.raises(UnavailableError, match="name the folder of your identity with --state"):
+            await client.get_status()
+    (home / "coordinator").symlink_to(at.state)
+    for given in (None, at.address, at.address.replace("127.0.0.1", "localhost")):
+        found = await asyncio.to_thread(link, given)
+        assert found.address == (given or at.address)
+        async with found.client() as client:
+            await client.get_status()
+    async with served(tmp_path / "plain.db", GENESIS) as plain:
+        for told in (at.address, plain.address):  # The second: an old folder of that address.
+            save_identity(replace(at.operator, address=told))
+            found = await asyncio.to_thread(link, plain.address)
+            async with found.client() as client:
+                await client.get_status()
 
 
 async def test_a_certificate_that_expires_on_an_open_connection_counts_no_more(

@@ -39,7 +39,9 @@ def test_a_second_init_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFix
     )
     made = contents(state)
     assert main(["init", "--state", str(state)]) == 0
-    assert "is a state folder already; nothing was changed" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is a state folder already; nothing was changed" in said
+    assert "For other host names remove server.pem from it and run init again" in said
     assert contents(state) == made
     assert open_state(state).hosts == ["fleet.example.org", "::1", "localhost", "127.0.0.1"]
     for path in [state, *state.rglob("*")]:

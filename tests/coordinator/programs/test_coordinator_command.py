@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -92,7 +93,25 @@ def test_inspect_prints_json_for_programs(journal: Path) -> None:
 def test_verify_prints_the_head(journal: Path) -> None:
     said = fedmezo("journal", "verify", str(journal))
     assert "sound: 8 records, run tiny-run, 1 coordinator start, 2 rounds committed" in said
-    assert said.endswith("; no signatures in it, so none were checked\n")
+    assert said.endswith(
+        "; no signed heads in it, so the coordinator's signature was not checked\n"
+    )
+
+
+async def test_excluding_a_name_that_no_worker_has_says_so(tmp_path: Path) -> None:
+    async with (
+        served(tmp_path / "j.db", GENESIS) as at,
+        scripted_workers(at.address, GENESIS, "w1") as [hand],
+    ):
+        await hand.open()
+
+        def exclude(name: str) -> str:
+            flags = ("--reason", "noise", "--coordinator", at.address)
+            return fedmezo("exclude", name, *flags)
+
+        assert "lets it take part again" in await asyncio.to_thread(exclude, "w1")
+        said = await asyncio.to_thread(exclude, "nobody")
+        assert "nobody is excluded, but no worker of that name has joined this run" in said
 
 
 def test_looking_leaves_the_journal_as_it_is(journal: Path) -> None:

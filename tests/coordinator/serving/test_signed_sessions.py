@@ -13,11 +13,12 @@ from fedmezo_core.errors import FedMezoError, JournalCorruptError, SignatureErro
 from fedmezo_core.events import SendAnswer, Ticket
 from fedmezo_core.journal.codec import decode_record, encode_record
 from fedmezo_core.journal.journal import COMMITTED, Journal, MemoryStore
+from fedmezo_core.journal.party_copy import JournalCopy
 from fedmezo_core.journal.sealed import SealedState, seal
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.state_codec import STATE_VERSION, state_of, state_to_pb
-from fedmezo_core.records import Admitted, Answered, Record, Scalars
+from fedmezo_core.records import Admitted, Answered, Committed, Record, Scalars
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.messages import answer_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -121,7 +122,7 @@ async def test_signatures_are_checked_from_the_journal_alone(
 ) -> None:
     found = await run_of(tmp_path / "journal.db")
     said = verify(tmp_path / "journal.db", capsys)
-    assert "signatures: 2 answers signed and checked, 2 unsigned" in said
+    assert "answers: 2 signed and checked, 2 unsigned" in said
     key = KEYS[0].public_key().public_bytes_raw()
     assert f"w1: 2 answers signed with key {key.hex()}" in said
     place = max(n for n, r in enumerate(found) if isinstance(r, Answered) and r.signature)
@@ -147,6 +148,12 @@ async def test_signatures_are_checked_from_the_journal_alone(
     nameless.close()
     said = verify(tmp_path / "nameless.db", capsys)
     assert "no record before it names a key of w1" in said
+    copy = Journal(SqliteStore(tmp_path / "copy.db"))
+    list(JournalCopy(copy).begin(encode_record(found[0]), 1, b""))
+    copy.append([encode_record(r) for r in found if isinstance(r, Committed)])
+    copy.close()
+    said = verify(tmp_path / "copy.db", capsys)
+    assert said.startswith("ConfigError: The journal holds no answers, as in a worker's own copy")
 
 
 async def test_signatures_after_dropped_records_are_checked_with_what_is_left(
@@ -173,7 +180,7 @@ async def test_signatures_after_dropped_records_are_checked_with_what_is_left(
         record = decode_record(entry.row.body)
         folded.apply(record)
         audit.take(entry, record, folded)
-    assert next(audit.lines()) == "signatures: 1 answer signed and checked, 1 unsigned"
+    assert next(audit.lines()) == "answers: 1 signed and checked, 1 unsigned"
 
 
 def test_a_signature_has_64_bytes() -> None:

@@ -158,7 +158,7 @@ def test_a_second_process_cannot_open_it(tmp_path: Path) -> None:
     process = context.Process(target=_try_to_open, args=(tmp_path / "journal.db", answer))
     process.start()
     process.join()
-    assert "open elsewhere, in another process" in answer.get()
+    assert "is open in another process" in answer.get()
     store.close()
 
 

@@ -68,7 +68,7 @@ async def test_three_commands_to_a_run_over_mutual_tls(
     assert [await again.wait(60), await both[1].wait(60)] == [0, 0], again.said + both[1].said
     listed = await said_by(programs.start(PROGRAM, "members", "--json"))
     assert [line.count('"worker"') for line in listed.splitlines()] == [1, 1, 0]
-    shown = await said_by(programs.start(PROGRAM, "status", "--state", state))
+    shown = await said_by(programs.start(PROGRAM, "status"))
     assert "gpu-1" in shown
     observer = await said_by(
         programs.start(PROGRAM, "token", "create", "--role", "observer", "--name", "eve")
@@ -95,12 +95,12 @@ async def test_three_commands_to_a_run_over_mutual_tls(
 async def test_what_goes_wrong_says_what_to_do(programs: Programs, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "a", "label": "b"}\n')
-    for arguments, words in (
-        (("--join", "fedmezo1:AAAA"), "is cut off or changed; copy the whole line"),
-        (("--state", tmp_path / "nothing"), "holds no identity; join first"),
+    for arguments, status, words in (
+        (("--join", "fedmezo1:AAAA"), 2, "is cut off or changed; copy the whole line"),
+        (("--state", tmp_path / "nothing"), 1, "holds no identity; join first"),
     ):
         worker = programs.start("fedmezo_worker", *arguments, "--data", data)
-        assert await worker.wait() == 1
+        assert await worker.wait() == status
         assert words in worker.said
     state = tmp_path / "state"
     await said_by(programs.start("fedmezo_coordinator", "init", "--state", state))
