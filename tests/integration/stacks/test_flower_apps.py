@@ -119,7 +119,7 @@ def test_a_worker_that_fails_beside_flower_is_an_error_of_its_node(tmp_path: Pat
     own.write_text(toml_of({"name": "w1", "data": str(tmp_path / "gone.jsonl")}))
     values = {"coordinator": "127.0.0.1:9", "run_id": "", "checkpoint_key": ""}
     record = RecordDict({"fedmezo": ConfigRecord(dict(values))})
-    with pytest.raises(UnavailableError, match="ended with status 1") as raised:
+    with pytest.raises(UnavailableError, match="ended with status 2") as raised:
         flower_client.app(
             Message(record, 1, "train.fedmezo_beside"), context(fedmezo_worker=str(own))
         )
