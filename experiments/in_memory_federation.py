@@ -76,7 +76,6 @@ from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.objectives import load_objective
 from fedmezo_core.zo.party import Party
 from fedmezo_core.zo.privacy.accounting import PrivacyBudget
-from fedmezo_core.zo.privacy.mechanism import PoissonBatches
 from fedmezo_core.zo.privacy.private_measurements import PrivateMeasurements
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -91,9 +90,8 @@ class Worker:
 
     name: str
     batches: Batches[Batch]
-    private: PrivateMeasurements | None
+    private: PrivateMeasurements[Batch] | None
     """What measures in place of the estimator, on samples in place of the batches."""
-    samples: PoissonBatches[Batch] | None
     machine: SessionMachine
     bytes_up: int = 0
     bytes_down: int = 0
@@ -161,16 +159,16 @@ class InMemoryFederation:
         self.workers: dict[str, Worker] = {}
         for name, own in rows.items():
             dataset = party.task.encode(own)
-            private = samples = None
+            private = None
             if privacy is not None:
                 budget = replace(privacy, ledger=privacy.ledger / name)
-                private = PrivateMeasurements(budget, genesis, len(dataset))
-                samples = private.batches(collate_for(party), dataset)
+                private = PrivateMeasurements(
+                    budget, genesis, self._estimator, collate_for(party), dataset
+                )
             self.workers[name] = Worker(
                 name,
                 open_batches(party, dataset, name),
                 private,
-                samples,
                 SessionMachine(
                     0,
                     entry.head,
@@ -365,10 +363,9 @@ class InMemoryFederation:
 
     def _measured(self, worker: Worker, order: Measure) -> Measured:
         digest = self._weights_digest
-        if worker.private is None or worker.samples is None:
+        if worker.private is None:
             return measure(self.party, self._estimator, worker.batches, order, digest=digest)
-        noisy = worker.private.measures(self._estimator)
-        return worker.private.measure_order(noisy, worker.samples, order, digest)
+        return worker.private.measure_order(order, digest)
 
     def _weights_digest(self) -> bytes:
         """Digest the shared weights, once per round."""

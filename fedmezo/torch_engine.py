@@ -33,6 +33,7 @@ from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.held_out import Evaluation, evaluate
 from fedmezo_core.zo.data.rows import Example, read_rows, rows_of
+from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, Predictions
@@ -142,11 +143,11 @@ class TorchEngine:
             before_pass=self._end_if_cut_short,
         )
         """Measures along a direction."""
-        self._private: PrivateMeasurements | None = None
+        self._private: PrivateMeasurements[Batch] | None = None
         if privacy is not None:
-            self._private = PrivateMeasurements(privacy, genesis, len(dataset))
-            self._noisy = self._private.measures(self.estimator)
-            self._samples = self._private.batches(collate_for(party), dataset)
+            self._private = PrivateMeasurements(
+                privacy, genesis, self.estimator, collate_for(party), dataset
+            )
 
     @property
     def base_form(self) -> str:
@@ -179,7 +180,7 @@ class TorchEngine:
         if self.scorer is not None:
             self.scorer.check_free()
         if self._private is not None:
-            return self._private.measure_order(self._noisy, self._samples, order, self.digest)
+            return self._private.measure_order(order, self.digest)
         return measure(self.party, self.estimator, self.batches, order, digest=self.digest)
 
     def digest(self) -> bytes:

@@ -94,11 +94,9 @@ class EdgeEngine:
             batch_size=config.batch_size,
             local_steps=config.local_steps,
         )
-        self._private: PrivateMeasurements | None = None
+        self._private: PrivateMeasurements[EdgeBatch] | None = None
         if privacy is not None:
-            self._private = PrivateMeasurements(privacy, genesis, len(dataset))
-            self._noisy = self._private.measures(self._estimator)
-            self._samples = self._private.batches(collate, dataset)
+            self._private = PrivateMeasurements(privacy, genesis, self._estimator, collate, dataset)
 
     def noise_sentence(self) -> str:
         """A sentence if the losses are too coarse for the run's eps; empty if they are not.
@@ -119,9 +117,7 @@ class EdgeEngine:
         Raises `PrivacyBudgetError` if the rows have given away what they may.
         """
         if self._private is not None:
-            return self._private.measure_order(
-                self._noisy, self._samples, order, self.weights.digest
-            )
+            return self._private.measure_order(order, self.weights.digest)
         return measure_order(
             self._estimator, self._batches, order, self._config, self.weights.digest
         )

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import struct
 from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from typing import Final, Generic, TypeVar
 
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, PrivacyBudgetError
@@ -29,16 +29,24 @@ log = logging.getLogger("fedmezo.privacy")
 BatchT = TypeVar("BatchT")
 
 
-class PrivateMeasurements:
+class PrivateMeasurements(Generic[BatchT]):
     """Measures assignments of one run with noise, and keeps the account of them."""
 
-    def __init__(self, budget: PrivacyBudget, genesis: Genesis, row_count: int) -> None:
+    def __init__(
+        self,
+        budget: PrivacyBudget,
+        genesis: Genesis,
+        measures: Measures[BatchT],
+        collate: Callable[[Sequence[EncodedExample], str], BatchT],
+        dataset: Dataset,
+    ) -> None:
         """Open the ledger, and choose the least noise with which the whole run fits.
 
-        Raises `ConfigError` for a run or data that the guarantee does not allow, and for a budget
-        that is spent; `PrivacyError` for a ledger that cannot be used.
+        `measures` measures on what `collate` makes of rows of `dataset` and a name. Raises
+        `ConfigError` for a run or data that the guarantee does not allow, and for a budget that is
+        spent; `PrivacyError` for a ledger that cannot be used.
         """
-        config = genesis.config
+        config, row_count = genesis.config, len(dataset)
         check_allows_privacy(config, row_count, budget.delta)
         self._budget, self._config = budget, config
         self._run = _name_of(genesis)
@@ -59,29 +67,15 @@ class PrivateMeasurements:
             budget.epsilon,
             budget.delta,
         )
-
-    def measures(self, measures: Measures[BatchT]) -> PrivateMeasures[BatchT]:
-        """What measures on this worker's samples in place of `measures` on a batch."""
-        return PrivateMeasures(
+        self._batches = PoissonBatches(collate, dataset, config.batch_size)
+        self._measures = PrivateMeasures(
             measures,
-            clip=self._budget.clip,
+            clip=budget.clip,
             noise_multiplier=self.step.noise_multiplier,
-            batch_size=self._config.batch_size,
+            batch_size=config.batch_size,
         )
 
-    def batches(
-        self, collate: Callable[[Sequence[EncodedExample], str], BatchT], dataset: Dataset
-    ) -> PoissonBatches[BatchT]:
-        """The samples of this worker's rows, in place of its batches."""
-        return PoissonBatches(collate, dataset, self._config.batch_size)
-
-    def measure_order(
-        self,
-        measures: PrivateMeasures[BatchT],
-        batches: PoissonBatches[BatchT],
-        order: Measure,
-        digest: Callable[[], bytes],
-    ) -> Measured:
+    def measure_order(self, order: Measure, digest: Callable[[], bytes]) -> Measured:
         """Measure one assignment, or repeat what was said to it before.
 
         Its mean loss is 0 and its number of rows 1, because neither may leave the worker. Raises
@@ -93,8 +87,8 @@ class PrivateMeasurements:
         grads = self._ledger.said(key)
         if grads is None:
             self._check_affordable()
-            batch_of = functools.partial(batches.batch, order.ticket.round)
-            measured = local_steps(measures, batch_of, order.work, self._config)
+            batch_of = functools.partial(self._batches.batch, order.ticket.round)
+            measured = local_steps(self._measures, batch_of, order.work, self._config)
             grads = tuple(measurement.projected_grad for measurement in measured)
             count = self._config.local_steps
             self._ledger.add(Entry(key, self._run, order.ticket.round, self.step, count, grads))
@@ -105,7 +99,7 @@ class PrivateMeasurements:
                 projected_grads=grads,
                 mean_loss=0.0,
                 weights_digest64=digest64_of(weights_digest) if order.work.want_digest else None,
-                rows=batches.row_count,
+                rows=self._batches.row_count,
             ),
         )
 
