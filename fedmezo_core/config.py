@@ -398,6 +398,10 @@ class RunConfig(_Frozen):
         default="everyone",
         description="Who reads answers, losses and names: everyone, or observers and operators.",
     )
+    data_set: Annotated[str, Field(pattern=r"^([a-z0-9][a-z0-9-]{0,63})?$")] = Field(
+        default="",
+        description="Name of the data set that workers take part with; empty: whichever they have.",
+    )
     workers_min: int = Field(
         default=1, ge=1, le=COHORT_MAX, description="Workers ready before a round opens."
     )

@@ -57,6 +57,7 @@ Caller.ANYONE = Caller(Role.ANYONE)
 _READERS = frozenset({Role.ANYONE, Role.REPLICA, Role.WORKER, Role.OBSERVER, Role.OPERATOR})
 _WORKERS = frozenset({Role.ANYONE, Role.WORKER})
 _OPERATORS = frozenset({Role.OPERATOR})
+_OBSERVERS = frozenset({Role.OBSERVER, Role.OPERATOR})
 _SEE_EVERYONE = frozenset({Role.REPLICA, Role.OBSERVER, Role.OPERATOR})
 
 RIGHTS: Mapping[str, frozenset[Role]] = MappingProxyType(
@@ -79,6 +80,16 @@ RIGHTS: Mapping[str, frozenset[Role]] = MappingProxyType(
         # Anyone only on the coordinator's own machine.
         "/fedmezo.v1.AdminService/ExcludeWorker": _OPERATORS | {Role.ANYONE},
         "/fedmezo.v1.AdminService/ReadmitWorker": _OPERATORS | {Role.ANYONE},
+        "/fedmezo.v1.RunService/UploadFile": _OPERATORS | {Role.ANYONE},
+        "/fedmezo.v1.RunService/CreateRun": _OPERATORS | {Role.ANYONE},
+        "/fedmezo.v1.RunService/PauseRun": _OPERATORS | {Role.ANYONE},
+        "/fedmezo.v1.RunService/ResumeRun": _OPERATORS | {Role.ANYONE},
+        "/fedmezo.v1.RunService/StopRun": _OPERATORS | {Role.ANYONE},
+        "/fedmezo.v1.RunService/DeleteRun": _OPERATORS | {Role.ANYONE},
+        "/fedmezo.v1.RunService/ListRuns": _OBSERVERS | {Role.ANYONE},
+        "/fedmezo.v1.RunService/OfferRuns": _WORKERS,
+        "/fedmezo.v1.RunService/DeclineRun": _WORKERS,
+        "/fedmezo.v1.RunService/ReadRunFile": _READERS,
     }
 )
 """Path of an RPC -> the roles that may call it. An RPC without a row cannot be called."""
