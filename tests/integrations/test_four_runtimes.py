@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -133,6 +135,27 @@ async def test_they_end_a_run_with_one_digest(
     assert not any(isinstance(record, Diverged) for record in records)
     for name, correlation in _correlations(prepared, records).items():
         assert correlation >= 0.999, f"{name}: {correlation}"
+
+
+@pytest.mark.parametrize("form", ["form", "form-gguf"], ids=["onnx", "llama"])
+def test_a_worker_with_a_form_of_the_base_passes_the_battery(prepared: Path, form: str) -> None:
+    worker = (
+        *("-m", "fedmezo_worker", "--coordinator", "{address}", "--name", "w1"),
+        *("--data", prepared / "rows.jsonl", "--threads", "1", "--base-form", prepared / form),
+    )
+    tested = subprocess.run(
+        [
+            *(*FEDMEZO, "conformance", "worker", "--config", prepared / "run.toml"),
+            *("--data", prepared / "rows.jsonl", "--difference-max", "0.2"),
+            *("--start", shlex.join([sys.executable, *map(str, worker)])),
+        ],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S * 8,
+    )
+    assert tested.returncode == 0, tested.stdout + tested.stderr
+    assert "smallest correlation with our projected gradients" in tested.stdout
 
 
 def _correlations(prepared: Path, records: Sequence[Record]) -> dict[str, float]:

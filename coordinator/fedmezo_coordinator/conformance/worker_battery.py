@@ -223,7 +223,7 @@ class WorkerBattery:
             ("hello: protocol version", 15, hello.protocol_version, PROTOCOL_VERSION),
             ("hello: run", 10, hello.run_id, self._config.run_id),
             ("hello: manifest digest", 4, hello.manifest_digest, genesis.manifest_digest),
-            ("hello: base digest", 4, hello.base_digest, genesis.base_digest),
+            ("hello: base digest", 4, hello.base_digest, self._base_of(hello)),
             ("hello: tokenizer digest", 6, hello.tokenizer_digest, genesis.tokenizer_digest),
             ("hello: recipe", 5, hello.recipe, self._config.recipe),
             ("hello: round and head of the base", 5, (hello.round, hello.head), self._at(0)),
@@ -235,6 +235,11 @@ class WorkerBattery:
         self._worker = hello.worker
         await self._welcome(line, hello)
         return True
+
+    def _base_of(self, hello: wire.Hello) -> bytes:
+        """The digest that a hello must name: its own if that is a form that the run admits."""
+        forms = map(self._genesis.form_digest, self._config.base_forms)
+        return hello.base_digest if hello.base_digest in forms else self._genesis.base_digest
 
     async def _first_answer(self) -> None:
         line = await self.online()
