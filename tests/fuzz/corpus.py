@@ -9,7 +9,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from safetensors.numpy import save
@@ -189,7 +189,8 @@ def _orders() -> Iterable[bytes]:
 
 def _signed_answers() -> Iterable[bytes]:
     """Sound answers to rounds 1 and 3, with as little and as much in them as there can be."""
-    for round_, more in ((1, {}), (3, {"mean_loss": 0.5, "weights_digest64": 99, "rows": 4})):
+    everything: dict[str, Any] = {"mean_loss": 0.5, "weights_digest64": 99, "rows": 4}
+    for round_, more in ((1, {}), (3, everything)):
         message = wire.SessionRequest(
             answer=wire.Answer(
                 ticket=wire.Ticket(epoch=1, round=round_, slot=0),
