@@ -1,6 +1,6 @@
 """Checks of signatures, with the help of a process on another core where many come at a time.
 
-A check takes a quarter as long as everything else that a coordinator does for an answer, and holds
+A check takes a third as long as everything else that a coordinator does for an answer, and holds
 Python's global lock meanwhile, so that a thread would not help. The process gets them over a pipe,
 some at a time, and answers with a byte for each; more are on their way meanwhile. If it cannot
 keep up, whoever waits for it checks some of what it has not been sent. A few signatures are all
@@ -113,8 +113,9 @@ class SignatureChecker:
                 if check.good is None:
                     check.is_away = True
                     batch.append(check)
-            self._away += batch
-            self._process.stdin.write(_request([check.signed for check in batch]))
+            if batch:
+                self._away += batch
+                self._process.stdin.write(_request([check.signed for check in batch]))
 
     async def _answers(self) -> None:
         """Wait for answers of the other process, but not for ever."""
