@@ -1,10 +1,10 @@
 """Checks of signatures, with the help of a process on another core where many come at a time.
 
 A check takes a third as long as everything else that a coordinator does for an answer. A thread
-would not help: it waits for Python's global lock after each check. The process gets them over a pipe,
-some at a time, and answers with a byte for each; more are on their way meanwhile. If it cannot
-keep up, whoever waits for it checks some of what it has not been sent. A few signatures are all
-checked here.
+would not help: it waits for Python's global lock after each check. The process gets them over a
+pipe, some at a time, and answers with a byte for each; more are on their way meanwhile. If it
+cannot keep up, whoever waits for it checks some of what it has not been sent. A few signatures are
+all checked here.
 """
 
 from __future__ import annotations
