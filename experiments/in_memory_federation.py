@@ -67,7 +67,7 @@ from fedmezo_core.wire.messages import (
     unable_from_pb,
     unable_to_pb,
 )
-from fedmezo_core.zo.assignment import collate_for, measure, open_batches, open_estimator
+from fedmezo_core.zo.assignment import collate_for, open_batches, open_estimator
 from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.batches import Batches
 from fedmezo_core.zo.data.rows import Example
@@ -75,6 +75,7 @@ from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.forward.row_states import RowStates
 from fedmezo_core.zo.objectives import load_objective
 from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.plain.measurements import Measurement, Measures, Pair, measure_order
 from fedmezo_core.zo.privacy.accounting import PrivacyBudget
 from fedmezo_core.zo.privacy.private_measurements import PrivateMeasurements
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -95,6 +96,25 @@ class Worker:
     machine: SessionMachine
     bytes_up: int = 0
     bytes_down: int = 0
+
+
+class CountsRows:
+    """Measures as another does, and counts the rows that go through the model for it."""
+
+    def __init__(self, measures: Measures[Batch], *, one_sided: bool) -> None:
+        """`one_sided`: a measurement takes a pass for each seed and one more, in place of two."""
+        self._measures = measures
+        self._one_sided = one_sided
+        self.rows = 0
+        """Rows of all passes so far; a row counts once in each pass that it is in."""
+
+    def measure(
+        self, batch: Batch, local: Sequence[Pair], seeds: Sequence[int], eps: float
+    ) -> list[Measurement]:
+        """What the other measures."""
+        passes = len(seeds) + 1 if self._one_sided else 2 * len(seeds)
+        self.rows += passes * len(batch.examples)
+        return self._measures.measure(batch, local, seeds, eps)
 
 
 class InMemoryFederation:
@@ -128,8 +148,6 @@ class InMemoryFederation:
         an objective, its mean score."""
         self.forwards = 0
         """Forward passes of one batch, by all workers."""
-        self.forward_rows = 0
-        """Rows of all these passes; a row counts once in each pass that it is in."""
         self.working_s = 0.0
         """CPU seconds of all workers' measurements."""
         self.applying_s = 0.0
@@ -140,7 +158,7 @@ class InMemoryFederation:
         self._rng = random.Random(party.config.seed)
         # What honest workers answered in the round of the first number.
         self._seen: tuple[int, list[tuple[float, ...]]] = (0, [])
-        self._estimator = open_estimator(
+        estimator = open_estimator(
             party,
             threads=threads,
             pass_tokens_max=pass_tokens_max,
@@ -149,6 +167,8 @@ class InMemoryFederation:
             else None,
             row_states=row_states,
         )
+        one_sided = party.config.estimator == "one_sided"
+        self._measures = CountsRows(estimator, one_sided=one_sided)
         self._machine = RoundMachine()
         genesis = party.genesis()
         [entry] = self.journal.append(encode_records([genesis]))
@@ -163,7 +183,7 @@ class InMemoryFederation:
             if privacy is not None:
                 budget = replace(privacy, ledger=privacy.ledger / name)
                 private = PrivateMeasurements(
-                    budget, genesis, self._estimator, collate_for(party), dataset
+                    budget, genesis, self._measures, collate_for(party), dataset
                 )
             self.workers[name] = Worker(
                 name,
@@ -181,6 +201,11 @@ class InMemoryFederation:
         self._up: deque[tuple[Worker, bytes]] = deque()
         self._down: deque[tuple[Worker, bytes]] = deque()
         self._digest: tuple[int, bytes] | None = None
+
+    @property
+    def forward_rows(self) -> int:
+        """Rows of all passes, by all workers; a row counts once in each pass that it is in."""
+        return self._measures.rows
 
     @property
     def round(self) -> int:
@@ -346,8 +371,6 @@ class InMemoryFederation:
         two_sided = self.party.config.estimator == "two_sided"
         passes = 2 * pairs if two_sided else pairs + pairs // probes
         self.forwards += passes
-        rows = min(self.party.config.batch_size, worker.batches.row_count)
-        self.forward_rows += passes * rows
         return self._sent(worker, measured)
 
     def _sent(self, worker: Worker, measured: Measured) -> Measured:
@@ -364,7 +387,7 @@ class InMemoryFederation:
     def _measured(self, worker: Worker, order: Measure) -> Measured:
         digest = self._weights_digest
         if worker.private is None:
-            return measure(self.party, self._estimator, worker.batches, order, digest=digest)
+            return measure_order(self._measures, worker.batches, order, self.party.config, digest)
         return worker.private.measure_order(order, digest)
 
     def _weights_digest(self) -> bytes:

@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, TaskConfig, parse_run
-from fedmezo_core.errors import ConfigError
+from fedmezo_core.errors import ConfigError, TokenError
 from fedmezo_core.folders import state_home
 from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
@@ -26,6 +26,7 @@ from fedmezo_core.layered_settings import (
 )
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.trust.certificates import CA_LIFE_S, MEMBER_LIFE_S
+from fedmezo_core.trust.join_string import parse_join_string
 
 SESSIONS_MAX = 16_000
 """Default of `sessions_max`."""
@@ -383,6 +384,23 @@ class RelaySettings(ServingSettings):
                 f"{REPLICA_PARTY!r}"
             )
         return value
+
+    @model_validator(mode="after")
+    def _above_is_where_it_joins(self) -> Self:
+        if not self.join:
+            return self
+        try:
+            address = parse_join_string(self.join).address
+        except TokenError as error:
+            raise ValueError(str(error)) from None
+        if "upstream" not in self.model_fields_set:
+            self.upstream = address
+        elif self.upstream != address:
+            raise ValueError(
+                f"upstream is {self.upstream}, and the join string is of the coordinator at "
+                f"{address}; leave upstream out, or take that coordinator's join string"
+            )
+        return self
 
     @model_validator(mode="after")
     def _not_its_own_coordinator(self) -> Self:

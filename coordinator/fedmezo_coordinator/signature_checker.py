@@ -1,9 +1,10 @@
 """Checks of signatures, with the help of a process on another core where many come at a time.
 
-A check takes about half as long as everything else that a coordinator does for an answer, and holds
-Python's global lock meanwhile, so that a thread would not help. The process gets a batch over a
-pipe and answers with a byte for each. Whoever waits for it checks what comes behind the batch
-meanwhile, so that both cores work. A few signatures are all checked here.
+A check takes a third as long as everything else that a coordinator does for an answer. A thread
+would not help: it waits for Python's global lock after each check. The process gets them over a
+pipe, some at a time, and answers with a byte for each; more are on their way meanwhile. If it
+cannot keep up, whoever waits for it checks some of what it has not been sent. A few signatures are
+all checked here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ log = logging.getLogger("fedmezo.coordinator")
 MANY = 8
 """Fewest signatures that are worth the way to the other process."""
 BATCH_MAX = 32
-"""Most signatures that go there at a time: nothing behind them is taken meanwhile."""
+"""Most signatures that go there at a time."""
+AWAY_MAX = 128
+"""Most signatures that the other process has not answered for. It checks them in 6 ms."""
 PATIENCE_S = 10.0
 """Longest wait for the other process's answer."""
 READY = b"\x02"
@@ -44,6 +47,8 @@ class Check:
 
     signed: Signed
     good: bool | None = None
+    is_away: bool = False
+    """Whether the other process has it."""
 
 
 class SignatureChecker:
@@ -51,12 +56,15 @@ class SignatureChecker:
 
     def __init__(self) -> None:
         self._waiting: deque[Check] = deque()
-        self._sent: asyncio.Task[None] | None = None
-        """The exchange with the other process that is under way."""
-        self._batch: Sequence[Check] = ()
-        """What it is about."""
+        """What has not been sent, oldest first."""
+        self._away: deque[Check] = deque()
+        """What has been sent, in the order of the answers that will come."""
+        self._news = asyncio.Event()
+        """Set whenever answers have come, or will not come any more."""
         self._settled: Check | None = None
-        self._starting: asyncio.Task[asyncio.subprocess.Process] | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._running: asyncio.Task[None] | None = None
+        """Starts the other process, and takes its answers."""
         self._is_of_use = _cores() > 1
 
     def begin(self, signed: Signed) -> Check:
@@ -64,21 +72,21 @@ class SignatureChecker:
         check = Check(signed)
         if self._is_of_use and len(signed[2]) == SIGNATURE_BYTES:
             self._waiting.append(check)
-            if len(self._waiting) >= MANY and self._sent is None:
-                self._send()
+            if len(self._waiting) % MANY == 0:
+                # Not at once: what else comes in this turn of the event loop goes along.
+                asyncio.get_running_loop().call_soon(self._send)
         return check
 
     async def settle(self, check: Check) -> None:
-        """Return as soon as there is a verdict, which `is_signed` then gives.
-
-        While the other process has it, this one checks what waits behind it.
-        """
-        while check.good is None and check in self._batch and self._sent is not None:
-            if self._waiting:
+        """Return as soon as there is a verdict, which `is_signed` then gives."""
+        if not check.is_away:
+            self._send()
+        while check.good is None and check.is_away:
+            if len(self._waiting) >= MANY:  # More than the other process can take.
                 _check_here(self._waiting.popleft())
                 await asyncio.sleep(0)
             else:
-                await asyncio.wait({self._sent})
+                await self._answers()
         _check_here(check)
         self._settled = check
 
@@ -90,48 +98,69 @@ class SignatureChecker:
         return settled.good
 
     def _send(self) -> None:
-        """Send what waits to the other process, which the first call starts."""
-        if self._starting is None:
-            self._starting = asyncio.create_task(_started())
-        if not self._starting.done():
+        """Send what waits to the other process, which the first call starts, if it is enough."""
+        if not self._is_of_use or len(self._waiting) < MANY:
+            return
+        if self._running is None:
+            self._running = asyncio.create_task(self._run())
+        if self._process is None or self._process.stdin is None:
             self._waiting.clear()
             return
-        batch: list[Check] = []
-        while self._waiting and len(batch) < BATCH_MAX:
-            check = self._waiting.popleft()
-            if check.good is None:
-                batch.append(check)
-        if batch:
-            self._batch = batch
-            self._sent = asyncio.create_task(self._exchange(batch, self._starting))
+        while len(self._waiting) >= MANY and len(self._away) + BATCH_MAX <= AWAY_MAX:
+            batch: list[Check] = []
+            while self._waiting and len(batch) < BATCH_MAX:
+                check = self._waiting.popleft()
+                if check.good is None:
+                    check.is_away = True
+                    batch.append(check)
+            if batch:
+                self._away += batch
+                self._process.stdin.write(_request([check.signed for check in batch]))
 
-    async def _exchange(
-        self, batch: Sequence[Check], starting: asyncio.Task[asyncio.subprocess.Process]
-    ) -> None:
+    async def _answers(self) -> None:
+        """Wait for answers of the other process, but not for ever."""
+        self._news.clear()
         try:
             async with asyncio.timeout(PATIENCE_S):
-                found = await _answers_to([check.signed for check in batch], starting.result())
-            for check, good in zip(batch, found, strict=True):
-                check.good = bool(good)
+                await self._news.wait()
+        except TimeoutError:
+            self._go_on_alone("it does not answer")
+
+    async def _run(self) -> None:
+        """Start the other process, and take its answers until it ends."""
+        try:
+            process = self._process = await _started()
+            assert process.stdout is not None
+            while verdicts := await process.stdout.read(AWAY_MAX):
+                for good in verdicts:
+                    check = self._away.popleft()
+                    check.good = bool(good)
+                self._news.set()
+                self._send()
+            self._go_on_alone("it has ended")
         except (OSError, EOFError) as error:
-            log.warning("signatures are checked in this process from now on (%r)", error)
-            self._is_of_use = False
-            self._waiting.clear()
-        finally:
-            self._sent, self._batch = None, ()
-        if len(self._waiting) >= MANY:
-            self._send()
+            self._go_on_alone(repr(error))
+
+    def _go_on_alone(self, why: str) -> None:
+        """Check everything here from now on."""
+        if self._is_of_use:
+            log.warning("signatures are checked in this process from now on (%s)", why)
+        self._is_of_use = False
+        for check in self._away:
+            check.is_away = False
+        self._away.clear()
+        self._waiting.clear()
+        self._news.set()
 
     async def close(self) -> None:
         """End the process."""
         self._is_of_use = False
-        starting, self._starting = self._starting, None
-        if self._sent is not None:
-            self._sent.cancel()
-        if starting is None:
-            return
-        with suppress(OSError, EOFError):
-            process = await starting
+        running, self._running = self._running, None
+        if running is not None:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        process, self._process = self._process, None
+        if process is not None:
             with suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
@@ -159,16 +188,13 @@ async def _started() -> asyncio.subprocess.Process:
         start_new_session=True,
     )
     assert process.stdout is not None
-    await process.stdout.readexactly(len(READY))
+    try:
+        await process.stdout.readexactly(len(READY))
+    except BaseException:
+        with suppress(ProcessLookupError):
+            process.kill()
+        raise
     return process
-
-
-async def _answers_to(batch: Sequence[Signed], process: asyncio.subprocess.Process) -> bytes:
-    to, back = process.stdin, process.stdout
-    assert to is not None
-    assert back is not None
-    to.write(_request(batch))  # What the pipe does not take at once waits in this process.
-    return await back.readexactly(len(batch))
 
 
 def _request(batch: Sequence[Signed]) -> bytes:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,6 +131,17 @@ def keys_for(folder: Path, token_id: str) -> Keys:
         return Keys((own / "key.pem").read_bytes(), (own / "signing.pem").read_bytes())
     except OSError as error:
         raise _unusable(folder, error) from None
+
+
+def forget_keys(folder: Path, token_id: str) -> None:
+    """Remove the keys of a token that let nobody join, and the folder if nothing else is in it.
+
+    Keys that have a certificate stay.
+    """
+    if not (folder / token_id / "certificate.pem").exists():
+        shutil.rmtree(folder / token_id, ignore_errors=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def save_identity(identity: Identity) -> None:

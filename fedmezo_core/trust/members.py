@@ -206,7 +206,7 @@ class Members:
 
     def _free_name(self, token: Token, asked_name: str, default_name: str) -> str:
         if token.name and asked_name not in ("", token.name):
-            raise ForbiddenError(
+            raise TokenError(
                 f"This join string is for the name {token.name}, not {asked_name[:64]!r}; leave "
                 "the name out."
             )

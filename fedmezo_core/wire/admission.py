@@ -183,12 +183,14 @@ def event_from_request(
     round_: int,
     head_at: Callable[[int], bytes],
     signing: Signing | None = None,
+    signed: SignedAnswer | None = None,
 ) -> AnswerReceived | UnableReceived | WeightsReported:
     """A message of a worker's open session as an event for the machine that serves it.
 
     `round_` is the last committed round; `head_at` gives the head after a round, empty if it is not
-    known. `signing` is None in a session whose answers are not signed. Raises the `FedMezoError`
-    with which the session must end.
+    known. `signing` is None in a session whose answers are not signed. `signed` is what
+    `signed_answer` has made of this message. Raises the `FedMezoError` with which the session must
+    end.
     """
     match message.WhichOneof("kind"):
         case "answer":
@@ -200,10 +202,10 @@ def event_from_request(
                     "than this journal's; restart the worker, so that it rebuilds from base and "
                     "journal."
                 )
-            event = answer_from_pb(worker, answer)
+            event = answer_from_pb(worker, answer) if signed is None else signed.event
             event.signature = answer.signature
             if signing is not None or answer.signature:
-                _check_signature(event, signing, head_at)
+                _check_signature(event, signing, head_at, signed)
             return event
         case "unable":
             return unable_from_pb(worker, message.unable)
@@ -224,7 +226,10 @@ def event_from_request(
 
 
 def _check_signature(
-    event: AnswerReceived, signing: Signing | None, head_at: Callable[[int], bytes]
+    event: AnswerReceived,
+    signing: Signing | None,
+    head_at: Callable[[int], bytes],
+    signed: SignedAnswer | None,
 ) -> None:
     """Note the key that signed an answer; raises `SignatureError` if it is not the session's.
 
@@ -249,7 +254,8 @@ def _check_signature(
             f"No work of round {ticket.round} is known here, so {what} cannot be checked; drop it "
             "and connect again."
         )
-    text = _signed_text(event, signing, head)
+    # The head after a round never changes once it is known.
+    text = _signed_text(event, signing, head) if signed is None else signed.text
     if not signing.is_signed(signing.key, text, event.signature):
         raise SignatureError(
             f"The signature of {what} is not of key {signing.key.hex()[:16]} for this answer, "
@@ -262,19 +268,32 @@ def _check_signature(
 def _signed_text(event: AnswerReceived, signing: Signing, head: bytes) -> bytes:
     """What must be signed: what the journal will hold of the answer, which `head` is before."""
     scalars = event.scalars
-    if not is_digest_round(signing.config, event.ticket.round):
+    if scalars.weights_digest64 is not None and not is_digest_round(
+        signing.config, event.ticket.round
+    ):
         scalars = scalars._replace(weights_digest64=None)
     return answer_text(signing.genesis_head, event.ticket, head, scalars)
 
 
-def signed_part(
-    message: wire.SessionRequest, signing: Signing, head_at: Callable[[int], bytes]
-) -> tuple[bytes, bytes, bytes] | None:
-    """The key, the text and the signature that `event_from_request` will ask about, if any."""
+@dataclass(slots=True)
+class SignedAnswer:
+    """An answer whose signature can be checked before its turn comes."""
+
+    event: AnswerReceived
+    key: bytes
+    text: bytes
+    signature: bytes
+
+
+def signed_answer(
+    worker: str, message: wire.SessionRequest, signing: Signing, head_at: Callable[[int], bytes]
+) -> SignedAnswer | None:
+    """What `event_from_request` will ask about; None for what needs no check, or has none yet."""
     if not message.HasField("answer") or not message.answer.signature:
         return None
-    event = answer_from_pb("", message.answer)
+    event = answer_from_pb(worker, message.answer)
     head = head_at(event.ticket.round - 1) if event.ticket.round else b""
     if not head:
         return None
-    return signing.key, _signed_text(event, signing, head), message.answer.signature
+    text = _signed_text(event, signing, head)
+    return SignedAnswer(event, signing.key, text, message.answer.signature)

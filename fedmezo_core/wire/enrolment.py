@@ -31,7 +31,14 @@ from fedmezo_core.trust.certificates import (
     new_request,
     public_key_of,
 )
-from fedmezo_core.trust.identity import Identity, Keys, keys_for, load_identity, save_identity
+from fedmezo_core.trust.identity import (
+    Identity,
+    Keys,
+    forget_keys,
+    keys_for,
+    load_identity,
+    save_identity,
+)
 from fedmezo_core.trust.join_string import JoinString, parse_join_string
 from fedmezo_core.wire.client import (
     CALL_TIMEOUT_S,
@@ -127,9 +134,15 @@ async def join_fleet(join: JoinString, folder: Path, name: str) -> Identity:
     kept = await asyncio.to_thread(load_identity, folder)
     if kept is not None and kept.token_id == token_id:
         return kept
-    keys = await asyncio.to_thread(keys_for, folder, token_id)
     ca = await asyncio.to_thread(find_ca, join) if join.ca_fingerprint else b""
-    answer = await _enroll(join, ca, keys, name)
+    keys = await asyncio.to_thread(keys_for, folder, token_id)
+    try:
+        answer = await _enroll(join, ca, keys, name)
+    except (UnavailableError, NotReadyError):
+        raise  # The next attempt needs these keys: this one may have gone well.
+    except FedMezoError:
+        await asyncio.to_thread(forget_keys, folder, token_id)
+        raise
     role = ROLES.get(answer.role)
     ours = public_key_of(answer.certificate_chain) == key_of_request(new_request(keys.key))
     if role is None or not ours:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from pydantic_settings import BaseSettings
 
 from fedmezo_coordinator.coordinator_settings import (
@@ -22,6 +23,7 @@ from fedmezo_coordinator.serving.hosting import (
 from fedmezo_coordinator.serving.service import CONNECTIONS_BESIDE
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.trust.join_string import JoinString
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.integration.support.harness import config_of, run_values, toml_of
 
@@ -252,3 +254,17 @@ def test_a_run_whose_loss_nobody_sees_is_told_so(
 ) -> None:
     warn_if_no_loss_is_seen(CoordinatorSettings(**settings), config_of(**run))
     assert ("goes unnoticed" in caplog.text) is warns
+
+
+def test_a_relay_is_of_the_coordinator_whose_fleet_it_joins() -> None:
+    join = str(JoinString("coordinator.example:7465", 7466, b"f" * 32, b"i" * 8, b"s" * 16))
+    values = {"name": "site-a", "join": join, "listen": "127.0.0.1:0"}
+    assert RelaySettings.model_validate(values).upstream == "coordinator.example:7465"
+    same = values | {"upstream": "coordinator.example:7465"}
+    assert RelaySettings.model_validate(same).upstream == "coordinator.example:7465"
+    with pytest.raises(
+        ValidationError, match=r"upstream is other.example:1, .* leave upstream out"
+    ):
+        RelaySettings.model_validate(values | {"upstream": "other.example:1"})
+    with pytest.raises(ValidationError, match="cut off or changed"):
+        RelaySettings.model_validate(values | {"join": join[:-1]})

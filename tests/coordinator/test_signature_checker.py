@@ -10,7 +10,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_coordinator import signature_checker
-from fedmezo_coordinator.signature_checker import MANY, SignatureChecker, Signed
+from fedmezo_coordinator.signature_checker import AWAY_MAX, MANY, SignatureChecker, Signed
+from tests.integration.support.harness import until
 
 KEYS = [Ed25519PrivateKey.from_private_bytes(bytes([n]) * 32) for n in range(MANY)]
 GOOD: list[Signed] = [
@@ -36,9 +37,13 @@ async def checker(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SignatureChe
 async def started(checker: SignatureChecker) -> asyncio.subprocess.Process:
     for one in GOOD:
         checker.begin(one)
-    starting = checker._starting
-    assert starting is not None
-    return await starting
+
+    async def is_there() -> bool:
+        return checker._process is not None
+
+    await until(is_there, "the other process to start")
+    assert checker._process is not None
+    return checker._process
 
 
 async def verdicts(checker: SignatureChecker, batch: list[Signed]) -> list[bool]:
@@ -69,7 +74,7 @@ async def test_the_other_process_gives_the_verdicts(
         checker.is_signed(*GOOD[0])  # Only what was settled last is known.
 
 
-@pytest.mark.parametrize("count", [1, MANY - 1, MANY, 5 * signature_checker.BATCH_MAX])
+@pytest.mark.parametrize("count", [1, MANY - 1, MANY, 2 * AWAY_MAX])
 async def test_verdicts_are_right_however_many_come(checker: SignatureChecker, count: int) -> None:
     await started(checker)
     mixed = [*GOOD, *BAD]
@@ -82,7 +87,7 @@ async def test_a_few_and_one_core_need_no_process(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(signature_checker, "_cores", lambda cores=cores: cores)
         checker = SignatureChecker()
         assert await verdicts(checker, batch) == [one in GOOD for one in batch]
-        assert checker._starting is None
+        assert checker._running is None
 
 
 async def test_a_process_that_dies_changes_no_verdict(

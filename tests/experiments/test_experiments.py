@@ -19,12 +19,15 @@ from experiments import results as report
 from experiments import runs
 from experiments.catalogue import EXPERIMENTS, Arm, Changes, Experiment, run_of
 from experiments.first_order import FirstOrder
+from experiments.in_memory_federation import CountsRows
 from experiments.judging import Judge, Point
 from experiments.runs import Result, Run
 from experiments.starting_point import Settings, load_data, split
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.zo.data.rows import Example
 from fedmezo_core.zo.party import open_party
+from fedmezo_core.zo.plain.measurements import Measurement
+from fedmezo_core.zo.privacy.mechanism import PrivateMeasures
 from tests.integration.support.harness import TASK
 from tests.integration.support.parties import write_rows
 
@@ -198,6 +201,22 @@ def test_arms_take_the_forward_passes_that_they_are_named_after() -> None:
 
 
 # ---------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize(("one_sided", "passes"), [(False, 6), (True, 4)])
+def test_rows_that_are_measured_one_by_one_count_as_often_as_they_are(
+    one_sided: bool, passes: int
+) -> None:
+    class Zeros:
+        def measure(self, _batch: Any, _local: Any, seeds: Any, _eps: float) -> list[Measurement]:
+            return [Measurement(0.0, 0.0, 0.0, 0.0) for _ in seeds]
+
+    counted = CountsRows(Zeros(), one_sided=one_sided)
+    private = PrivateMeasures(counted, clip=1.0, noise_multiplier=1.0, batch_size=4)
+    row: Any = SimpleNamespace(examples=("one",))
+    for sample in ([row] * 5, [], [row] * 2):
+        private.measure(sample, [], (1, 2, 3), 1e-3)
+    assert counted.rows == 7 * passes
 
 
 @pytest.mark.parametrize(

@@ -6,24 +6,33 @@ python -m tests.fuzz.corpus    # writes them anew, from small simulated runs
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from safetensors.numpy import save
 
+from fedmezo_coordinator.admission.members_file import read_members, write_members
+from fedmezo_coordinator.admission.state_folder import make_state, open_state
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, chain_after
 from fedmezo_core.journal.sealed import SealedState, seal
 from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.state_codec import STATE_VERSION, state_to_pb
+from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.certificates import new_key, new_request
 from fedmezo_core.trust.join_string import JoinString
+from fedmezo_core.trust.members import Member, Token
+from fedmezo_core.wire.admission import Signing, signed_answer
+from fedmezo_core.zo.privacy.accounting import NoisyStep
+from fedmezo_core.zo.privacy.ledger import Entry, Ledger
 from fedmezo_proto.v1 import admin_pb2
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.faults.hand_made import bodies_of, copy_of, store_of
 from tests.fuzz.targets import CONFIG, HEAD, METHODS, TOKEN, hello
+from tests.fuzz.trust_targets import GENESIS_HEAD, KEY, SECRET, SIGNER, TOKEN_ID, head_at
 from tests.integration.support.harness import run_values, toml_of
 
 FOLDER: Final = Path(__file__).parent / "inputs"
@@ -71,6 +80,8 @@ def _calls() -> Iterable[bytes]:
             run_id=CONFIG.run_id, secret=b"s" * 32, round=1, weights_digest=b"d" * 32
         ),
         wire.ReadSnapshotRequest(run_id=CONFIG.run_id, round=1),
+        admin_pb2.ExcludeWorkerRequest(worker="w1", reason="sends copies"),
+        admin_pb2.ReadmitWorkerRequest(worker="w1"),
     ]
     kinds = list(METHODS.values())
     return [
@@ -156,6 +167,71 @@ def _records() -> Iterable[bytes]:
     return kinds.values()
 
 
+def _orders() -> Iterable[bytes]:
+    requests = [
+        admin_pb2.EnrollRequest(
+            token_id=TOKEN_ID,
+            secret=SECRET,
+            certificate_request=new_request(new_key()),
+            signing_key=SIGNER.public_key,
+            default_name="w2",
+        ),
+        admin_pb2.CreateTokensRequest(
+            names=["w3", "w4"], role=admin_pb2.MEMBER_ROLE_WORKER, uses=1, life_s=3600
+        ),
+        admin_pb2.ListMembersRequest(after="operator"),
+        admin_pb2.RevokeMemberRequest(name="w1"),
+        admin_pb2.RotateMemberRequest(name="w1", life_s=60),
+    ]
+    for number, request in enumerate(requests):
+        yield bytes([number]) + request.SerializeToString()
+
+
+def _signed_answers() -> Iterable[bytes]:
+    """Sound answers to rounds 1 and 3, with as little and as much in them as there can be."""
+    everything: dict[str, Any] = {"mean_loss": 0.5, "weights_digest64": 99, "rows": 4}
+    for round_, more in ((1, {}), (3, everything)):
+        message = wire.SessionRequest(
+            answer=wire.Answer(
+                ticket=wire.Ticket(epoch=1, round=round_, slot=0),
+                projected_grads=[0.5] * CONFIG.local_steps,
+                **more,
+            )
+        )
+        signing = Signing(SIGNER.public_key, CONFIG, GENESIS_HEAD)
+        message.answer.signature = bytes(64)
+        found = signed_answer("w1", message, signing, head_at)
+        assert found is not None
+        message.answer.signature = KEY.sign(found.text)
+        yield message.SerializeToString()
+
+
+def _files() -> dict[str, bytes]:
+    """A file of each kind: target -> its bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_state(folder / "state", ["127.0.0.1"], None)
+        state = open_state(folder / "state")
+        certificate, key = state.server_files
+        ledger = Ledger(folder / "ledger")
+        for number in range(2):
+            step = NoisyStep(1.25, 0.1)
+            ledger.add(Entry(f"{number:064x}", "reviews:1", number + 1, step, 2, (0.5, -1.25)))
+        ledger.close()
+        members = [
+            *read_members(state.members_path).rows(),
+            Member("w1", Role.WORKER, b"f" * 32, b"k" * 32, TOKEN_ID, enrolled_s=1),
+            Token(TOKEN_ID, b"h" * 32, Role.WORKER, "w2", expires_s=2**40),
+        ]
+        write_members(folder / "members", members)
+        return {
+            "identities": (state.operator_path / "identity.json").read_bytes(),
+            "tls-files": certificate.read_bytes() + key.read_bytes(),
+            "ledgers": (folder / "ledger").read_bytes(),
+            "members-files": (folder / "members").read_bytes(),
+        }
+
+
 def made() -> dict[str, list[bytes]]:
     """All inputs, made anew."""
     enrol = admin_pb2.EnrollRequest(
@@ -171,7 +247,10 @@ def made() -> dict[str, list[bytes]]:
         "streams": list(_streams()),
         "responses": list(_responses()),
         "enrolments": [enrol.SerializeToString()],
+        "orders": list(_orders()),
+        "signed-answers": list(_signed_answers()),
         "join-strings": [str(joined).encode()],
+        **{name: [data] for name, data in _files().items()},
         "records": list(_records()),
         "journals": [page_of(bodies) for bodies in _journals()],
         "copies": [page_of(copy_of(bodies)) for bodies in _journals()],

@@ -11,7 +11,7 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
 from fedmezo_proto.v1 import origin_pb2
 from tests.faults.hand_made import change
-from tests.fuzz.targets import METHODS, Target
+from tests.fuzz.targets import Target
 
 SIZE_MAX = 65_536
 """Largest input; the coordinator refuses longer messages before they are read."""
@@ -34,10 +34,10 @@ def mutated(rng: random.Random, target: Target, data: bytes, others: Sequence[by
 def _with_changed_fields(
     rng: random.Random, target: Target, data: bytes, others: Sequence[bytes]
 ) -> bytes:
-    if target.has_method:
+    if target.methods is not None:
         if rng.random() < 0.05 or not data:
             return bytes([rng.randrange(256)]) + data[1:]
-        kind = list(METHODS.values())[data[0] % len(METHODS)]
+        kind = list(target.methods.values())[data[0] % len(target.methods)]
         return data[:1] + _changed(rng, kind, data[1:])
     if target.pieces is not None:
         return _with_changed_pieces(rng, target.pieces, data, others)

@@ -9,12 +9,10 @@ import asyncio
 import atexit
 import contextlib
 import hashlib
-import tempfile
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -27,7 +25,7 @@ from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
 from fedmezo_coordinator.programs.fedmezo_command import _line, _verified_line
 from fedmezo_coordinator.programs.plain_values import json_line, record_values
 from fedmezo_coordinator.serving import loop as serving_loop
-from fedmezo_coordinator.serving.service import CoordinatorServicer, _reader
+from fedmezo_coordinator.serving.service import OF_THE_RUN, CoordinatorServicer, _reader
 from fedmezo_core.errors import FedMezoError
 from fedmezo_core.events import Connected, Disconnected
 from fedmezo_core.journal.codec import decode_record, encode_record, encode_records
@@ -47,6 +45,16 @@ from fedmezo_core.zo.plain.snapshot_header import read_snapshot
 from fedmezo_proto.v1 import admin_pb2, origin_pb2
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
+from tests.fuzz.trust_targets import (
+    ORDERS,
+    folder,
+    read_identity,
+    read_ledger_file,
+    read_members_file,
+    read_order,
+    read_signed_answer,
+    read_tls_files,
+)
 from tests.integration.support.harness import config_of, genesis_of
 
 CONFIG: Final = config_of(workers_min=2, quorum=2, cohort_size_max=2, rounds=100)
@@ -61,6 +69,8 @@ METHODS: Final[dict[str, type[Message]]] = {
     "GetStatus": wire.GetStatusRequest,
     "ReportReplica": wire.ReportReplicaRequest,
     "ReadSnapshot": wire.ReadSnapshotRequest,
+    "ExcludeWorker": admin_pb2.ExcludeWorkerRequest,
+    "ReadmitWorker": admin_pb2.ReadmitWorkerRequest,
 }
 """Methods with one request; the first byte of a call's input is the number of one."""
 
@@ -75,8 +85,8 @@ class Target:
     """What the bytes are a message of; None: something else."""
     pieces: type[Message] | None = None
     """What each record in the bytes, which are a `ReadJournalResponse`, is a message of."""
-    has_method: bool = False
-    """Whether the first byte is a method's number, which says what message the others are."""
+    methods: Mapping[str, type[Message]] | None = None
+    """If the first byte is a method's number: which message the others are, for each method."""
     counts_as: str = ""
     """`messages` or `journals`, for the goals of `make fuzz`."""
 
@@ -100,7 +110,7 @@ class _Context:
         self._callbacks: list[Callable[[Any], None]] = []
 
     def peer(self) -> str:
-        return "ipv4:10.0.0.7:50123"
+        return "ipv4:127.0.0.1:50123"  # Without a fleet, orders come from this machine alone.
 
     def time_remaining(self) -> float:
         return 10.0
@@ -270,7 +280,9 @@ def read_call(data: bytes) -> None:
             pass
 
     went_well = coordinator.call(answer, _Context())
-    coordinator.check(unchanged=not may_change or (not went_well and not request.token))
+    if method in OF_THE_RUN or (may_change and not request.token):
+        may_change = went_well
+    coordinator.check(unchanged=not may_change)
 
 
 def read_stream(data: bytes) -> int:
@@ -420,34 +432,33 @@ def read_seal(data: bytes) -> None:
 # ---------------------------------------------------------------- files
 
 
-@cache
-def _folder() -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="fedmezo-fuzz-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
 def read_snapshot_file(data: bytes) -> None:
     """A snapshot's file, by its safetensors header."""
-    path = _folder() / "snapshot.safetensors"
+    path = folder() / "snapshot.safetensors"
     path.write_bytes(data)
     read_snapshot(path, CONFIG.run_id)
 
 
 def read_contract(data: bytes) -> None:
     """A coordinator's configuration file with a run's contract."""
-    path = _folder() / "coordinator.toml"
+    path = folder() / "coordinator.toml"
     path.write_bytes(data)
     settings = load_settings(CoordinatorSettings, ["--config", str(path)], program="fuzz")
     settings.run_config("the run")
 
 
 TARGETS: Final[dict[str, Target]] = {
-    "calls": Target(read_call, has_method=True, counts_as="messages"),
+    "calls": Target(read_call, methods=METHODS, counts_as="messages"),
     "streams": Target(read_stream, pieces=wire.SessionRequest, counts_as="messages"),
     "responses": Target(read_responses, pieces=wire.SessionResponse, counts_as="messages"),
     "enrolments": Target(read_enrolment, kind=admin_pb2.EnrollRequest, counts_as="messages"),
+    "orders": Target(read_order, methods=ORDERS, counts_as="messages"),
+    "signed-answers": Target(read_signed_answer, kind=wire.SessionRequest, counts_as="messages"),
     "join-strings": Target(read_join_string),
+    "members-files": Target(read_members_file),
+    "identities": Target(read_identity),
+    "ledgers": Target(read_ledger_file),
+    "tls-files": Target(read_tls_files),
     "records": Target(read_record, kind=pb.Record),
     "journals": Target(read_journal, pieces=pb.Record, counts_as="journals"),
     "copies": Target(read_copy, pieces=pb.Record, counts_as="journals"),

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from fedmezo_coordinator.conformance.raw_calls import CallEndedError, RawCoordinator, RawStream
 from fedmezo_coordinator.conformance.report import (
     UNKNOWN_FIELD,
@@ -44,7 +46,8 @@ from fedmezo_core.records import (
     first_seed_of,
     rounding_seed_of,
 )
-from fedmezo_core.wire.messages import assigned_from_pb, hello_to_pb
+from fedmezo_core.trust.answer_signatures import AnswerSigner
+from fedmezo_core.wire.messages import answer_from_pb, assigned_from_pb, hello_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 WORKERS_MAX = 64
@@ -423,6 +426,7 @@ class CoordinatorBattery:
             ("refuses projected gradients that the run does not allow", 13, self._bad_scalars),
             ("refuses fields that the contract does not have", 13, self._bad_fields),
             ("ends the session of a worker with another head", 13, self._other_head64),
+            ("ends a session whose answers are not signed with its key", 7, self._not_signed),
             ("ends a session at a second hello", 10, self._second_hello),
             ("ends a session at a message of no kind", 10, self._no_kind),
             ("ends a session at a message that is too large", 14, self._too_large),
@@ -550,6 +554,35 @@ class CoordinatorBattery:
         answer = self._answer(self._any())
         answer.head64 = digest64_of(OTHER)
         await self._ends_with(wire.SessionRequest(answer=answer), "DATA_LOSS", "DivergedError")
+
+    async def _not_signed(self) -> None:
+        """A hello names a key, and the answer has no signature, or one of other keys or answers."""
+        key, genesis_head = Ed25519PrivateKey.generate(), self._head(0)
+        signer = AnswerSigner(key, genesis_head)
+        another = AnswerSigner(Ed25519PrivateKey.generate(), genesis_head)
+        tester = self._any()
+        answer = self._answer(tester)
+        event = answer_from_pb(tester.name, answer)
+        head = self._head(event.ticket.round - 1)
+        more = event.scalars._replace(
+            projected_grads=tuple(grad + 1 for grad in event.scalars.projected_grads)
+        )
+        refused = ("PERMISSION_DENIED", "SignatureError")
+        hello = wire.Hello(signing_key=signer.public_key).SerializeToString()
+        for signature in (
+            b"",
+            another.sign(event.ticket, head, event.scalars),
+            signer.sign(event.ticket, head, more),
+            signer.sign(event.ticket, OTHER, event.scalars),
+        ):
+            work = self._any().assign
+            again = await self._join(tester.name, more=hello)
+            again.assign = work
+            self._same_work(again, await again.take_work())
+            answer.signature = signature
+            await self._ends_with(wire.SessionRequest(answer=answer), *refused)
+        # The session has no key now.
+        await self._ends_with(wire.SessionRequest(answer=answer), *refused)
 
     async def _second_hello(self) -> None:
         hello = self._hello(self._any().name)

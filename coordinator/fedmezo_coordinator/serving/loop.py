@@ -70,10 +70,11 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Committed, Genesis, RoundSlot
 from fedmezo_core.trust.authorisation import Caller, sees_everyone
 from fedmezo_core.wire.admission import (
+    SignedAnswer,
     check_hello,
     check_run_id,
     event_from_request,
-    signed_part,
+    signed_answer,
     signing_of,
 )
 from fedmezo_core.wire.commit_index import CommitIndex
@@ -137,8 +138,10 @@ class _Left(Item):
 class _FromWorker(Item):
     session: WorkerSession
     message: wire.SessionRequest
+    signed: SignedAnswer | None
+    """What its signature is of, decoded when it came; None if it has none."""
     check: Check | None
-    """The check of its signature, which began when it came; None if it has none."""
+    """The check of its signature, which began then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,18 +371,20 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 session.end(HalfClosedError())
                 self._note("worker %s left", session.worker)
                 return [self._machine.step(WorkerLost(session.worker))]
-            case _FromWorker(session, message, _):
+            case _FromWorker(session, message, signed, _):
                 if self._sessions.get(session.worker) is not session or session.ended is not None:
                     return []
-                return self._from_worker(session, message)
+                return self._from_worker(session, message, signed)
             case _:
                 return self._step_other(item)
 
-    def _from_worker(self, session: WorkerSession, message: wire.SessionRequest) -> list[ReadyT]:
+    def _from_worker(
+        self, session: WorkerSession, message: wire.SessionRequest, signed: SignedAnswer | None
+    ) -> list[ReadyT]:
         worker = session.worker
         try:
             event = event_from_request(
-                worker, message, self._machine.round, self._index.head_at, session.signing
+                worker, message, self._machine.round, self._index.head_at, session.signing, signed
             )
         except FedMezoError as error:
             session.end(error)
@@ -627,11 +632,12 @@ class ServingLoop(ABC, Generic[ReadyT]):
     async def receive(self, session: WorkerSession, message: wire.SessionRequest) -> None:
         """Queue a message that came in an open session for the loop."""
         session.traffic.bytes_up += message.ByteSize()
-        signed = None
+        signed = check = None
         if session.signing is not None:
-            signed = signed_part(message, session.signing, self._index.head_at)
-        check = None if signed is None else self._signatures.begin(signed)
-        await self._items.put(_FromWorker(session, message, check))
+            signed = signed_answer(session.worker, message, session.signing, self._index.head_at)
+            if signed is not None:
+                check = self._signatures.begin((signed.key, signed.text, signed.signature))
+        await self._items.put(_FromWorker(session, message, signed, check))
 
     def sent(self, session: WorkerSession, message: Outgoing) -> bytes:
         """Count a message that is sent now; returns its bytes."""

@@ -71,6 +71,12 @@ WRITES_A_TURN = 4
 """Messages that are sent in one turn of the event loop. They are few, because gRPC accepts one new
 stream after the other, and each takes three turns."""
 
+PENDING_CALLS = 256
+PENDING_CALLS_MAX = 512
+"""Calls that have come and that the event loop has not taken yet. Beyond the first number gRPC
+cancels more and more of the new ones, beyond the second all of them. Each keeps what has come of
+its message, and goes on waiting when its caller has reset it."""
+
 CONNECTIONS_BESIDE = 128
 """Connections beside those of the most sessions: of readers, of idle clients."""
 
@@ -98,6 +104,8 @@ SERVER_OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_concurrent_streams", 16),
+    ("grpc.server.max_pending_requests", PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
     # Without any call for so long, which is longer than a polled session's lease.
     ("grpc.max_connection_idle_ms", 300_000),
     # After a restart, thousands of handshakes of a millisecond or more share one core.

@@ -96,6 +96,22 @@ async def test_a_lost_response_does_no_harm(at: ServedFleet) -> None:
         await client.get_run()
 
 
+async def test_a_refused_member_keeps_no_keys(at: ServedFleet) -> None:
+    join = await at.join_string("w1")
+    # A mistake of whoever started it, which ends the program with 2.
+    with pytest.raises(TokenError, match="for the name w1, not 'w2'"):
+        await at.joined(join, "new", "w2")
+    assert not (at.folder / "new").exists()
+    first = await at.member("w3")
+    before = sorted(first.folder.rglob("*"))
+    with pytest.raises(TokenError, match="for the name w1, not 'w2'"):
+        await at.joined(join, "w3", "w2")
+    assert sorted(first.folder.rglob("*")) == before
+    assert load_identity(first.folder) == first
+    # The join string still has its use.
+    assert (await at.joined(join, "new", "w1")).name == "w1"
+
+
 @pytest.mark.parametrize("life_s", [1])
 async def test_a_token_that_was_used_or_expired_lets_nobody_join(
     at: ServedFleet, life_s: int, caplog: pytest.LogCaptureFixture
@@ -516,7 +532,6 @@ async def test_a_relay_is_a_member_of_the_fleet_above(
 ) -> None:
     caplog.set_level(logging.INFO, "fedmezo")
     values = {
-        "upstream": at.address,
         "listen": "127.0.0.1:0",
         "name": "site-a",
         "journal_copy": tmp_path / "copy.db",

@@ -17,13 +17,14 @@ from fedmezo_coordinator.conformance.coordinator_battery import (
 )
 from fedmezo_coordinator.conformance.report import CheckFailedError, Report
 from fedmezo_coordinator.serving import loop
-from fedmezo_core.errors import ConfigError
+from fedmezo_core.errors import ConfigError, ProtocolError
 from fedmezo_core.events import Assign, Ticket
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.machines import rounds
 from fedmezo_core.machines.seeds import seeds_of
 from fedmezo_core.records import Answered, Record
+from fedmezo_core.wire import admission
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.messages import message_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -149,6 +150,17 @@ async def test_a_wrong_head_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loop, "message_to_pb", lying)
     name = "acknowledges an answer, and the same one again"
     assert "its head is 07070707" in await found_by(name, tmp_path, monkeypatch)
+
+
+async def test_another_refusal_of_a_signature_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise ProtocolError("not like this")
+
+    monkeypatch.setattr(admission, "_check_signature", refuse)
+    name = "ends a session whose answers are not signed with its key"
+    assert "INVALID_ARGUMENT ProtocolError" in await found_by(name, tmp_path, monkeypatch)
 
 
 async def test_a_commit_that_is_not_sent_is_found(

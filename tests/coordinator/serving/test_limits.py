@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.serving import loop as serving
 from fedmezo_coordinator.serving import worker_session
 from fedmezo_coordinator.serving.journal_pages import PAGE_RECORDS_MAX, WAIT_MS_MAX
-from fedmezo_coordinator.serving.service import bind_server, start_server
+from fedmezo_coordinator.serving.service import PENDING_CALLS_MAX, bind_server, start_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.serving.worker_session import OUTBOX_BYTES_MAX, OUTBOX_MAX, WorkerSession
 from fedmezo_core.config import MESSAGE_BYTES_MAX
@@ -248,6 +251,36 @@ async def test_a_message_has_so_many_bytes_at_most(tmp_path: Path, more: int) ->
     # One that is not too large is read, and says the wrong thing.
     assert ("recipe differs" in str(caught.value)) is (more <= 0)
     assert isinstance(caught.value, NotReadyError) is (more > 0)
+
+
+async def test_calls_that_wait_for_a_busy_loop_are_bounded(tmp_path: Path) -> None:
+    streams, connections = 16, 80
+    async with served(tmp_path / "j.db", GENESIS) as at:
+        ends = Counter[grpc.StatusCode]()
+
+        def call() -> None:
+            with contextlib.ExitStack() as stack:
+                calls = []
+                for _ in range(connections):
+                    channel = grpc.insecure_channel(
+                        at.address, options=[("grpc.use_local_subchannel_pool", 1)]
+                    )
+                    stub = rpc.CoordinatorServiceStub(stack.enter_context(channel))
+                    request = wire.GetStatusRequest()
+                    calls += [stub.GetStatus.future(request, timeout=60) for _ in range(streams)]
+                ends.update(one.code() for one in calls)
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        time.sleep(3.0)  # noqa: ASYNC251 - the loop takes no call meanwhile
+
+        async def over() -> bool:
+            return not caller.is_alive()
+
+        await until(over, "all calls to end")
+    # A stream whose call was cancelled lets the connection's next one through.
+    assert ends.keys() == {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED}
+    assert ends[grpc.StatusCode.OK] <= PENDING_CALLS_MAX + streams
 
 
 async def test_bytes_that_are_no_message_end_the_session_and_not_the_coordinator(

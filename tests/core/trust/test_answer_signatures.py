@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import struct
+from itertools import product
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -92,6 +94,26 @@ def test_a_changed_bit_of_text_signature_or_key_does_not_fit(data: st.DataObject
 @settings(max_examples=50, deadline=None)
 def test_any_bytes_may_come_as_key_and_signature(key: bytes, signature: bytes) -> None:
     assert not is_signed(key, b"text", signature)
+
+
+def test_forms_that_libsodium_refuses_mean_what_openssl_says() -> None:
+    """Signatures and keys with points of small order, which some journals may have."""
+    neutral, order_2 = bytes([1]) + bytes(31), (2**255 - 20).to_bytes(32, "little")
+    found = []
+    for key, start in product((neutral, order_2, SIGNER.public_key), (neutral, order_2)):
+        for n in range(8):
+            signature, text = start + bytes(32), bytes([n])
+            found.append(is_signed(key, text, signature))
+            assert found[-1] == _says_openssl(key, text, signature)
+    assert {True, False} == set(found)
+
+
+def _says_openssl(key: bytes, text: bytes, signature: bytes) -> bool:
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, text)
+    except InvalidSignature:
+        return False
+    return True
 
 
 def test_a_key_that_fits_anyones_signature_is_refused() -> None:

@@ -88,7 +88,7 @@ def test_a_name_belongs_to_the_key_that_enrolled_it() -> None:
 
 
 def test_a_name_that_the_token_does_not_give_is_refused() -> None:
-    with pytest.raises(ForbiddenError, match="for the name gpu-7, not 'gpu-8'"):
+    with pytest.raises(TokenError, match="for the name gpu-7, not 'gpu-8'"):
         join(table(), name="gpu-8")
     shared = replace(TOKEN, name="")
     with pytest.raises(ConfigError, match="cannot be called 'A B'"):
