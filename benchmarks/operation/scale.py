@@ -1,9 +1,9 @@
 """A million devices under a thousand relays: real machines, simulated clock, measured costs.
 
 The coordinator's round machine and every relay's machine are those of the daemons, and all
-messages are the real ones, serialised to count their bytes. Devices, the network and the clock are simulated.
-A server is one thread that serves what arrives in order; what each message costs it was measured on
-the real daemon (`Costs`).
+messages are the real ones, serialised to count their bytes. Devices, network and clock are
+simulated. A server is one thread that serves what arrives in order; what each message costs it was
+measured on the real daemon (`Costs`).
 """
 
 from __future__ import annotations
