@@ -130,7 +130,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         config = settings.run_config(where)
         check_compaction(settings, config)
         log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
-        if settings.probe_rows is None and "learning_rate" not in settings.run:
+        if settings.probe_rows is None and "learning_rate" not in settings.contract:
             log.info(
                 "no learning_rate is set: it is %g, with normalised steps (docs/choosing.md)",
                 config.learning_rate,
