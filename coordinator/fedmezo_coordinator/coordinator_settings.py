@@ -441,3 +441,20 @@ def _is_a_word(targets: object) -> bool:
     """Whether target modules are one of the words for a place in any model."""
     words = (LAST_UP, LAST_DOWN, DEEP_UP)
     return any(targets in (word, [word], (word,)) for word in words)
+
+
+def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
+    """Refuse to drop records of a run in which nothing takes their place."""
+    has_snapshots = settings.has_replica and settings.snapshot_every_rounds
+    if settings.compact_after_records and not has_snapshots and config.seed_policy != "pool":
+        raise ConfigError(
+            f"compact_after_records = {settings.compact_after_records} needs snapshots, from which "
+            "workers begin instead; set snapshot_every_rounds, model and replica too, or leave it "
+            "out."
+        )
+
+
+def no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> bool:
+    """Whether nobody reports a loss, so that a run that diverges does not pause."""
+    is_evaluated = settings.has_replica and settings.heldout is not None
+    return bool(config.pause_rounds and not config.report_losses and not is_evaluated)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
 
-from fedmezo.preflight.report import Format
+from fedmezo.preflight.check_report import Format
 from fedmezo.presets import PRESETS, Preset, preset_named, preset_toml
-from fedmezo_coordinator.programs.plain_values import json_line
 
 
 def presets(
@@ -22,7 +22,7 @@ def presets(
     """List the recipes that preset = "NAME" in [run] can name, and what was measured with each."""
     chosen = [preset_named(show)] if show else list(PRESETS)
     if format_ is Format.JSON:
-        print(json_line({"presets": [_values(preset) for preset in chosen]}))
+        print(json.dumps({"presets": [_values(preset) for preset in chosen]}))
     elif show:
         print(preset_toml(chosen[0]))
     else:

@@ -1,16 +1,25 @@
-"""What the checks before a run found: one line each, the exit status, and the same as JSON."""
+"""A command that checks and reports: a line for each check, an exit status, and JSON."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
+
+from pydantic import Field
+from pydantic_settings import BaseSettings
 
 from fedmezo_core.errors import FedMezoError
+from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.program import run_program
 
 
 class Format(StrEnum):
@@ -18,6 +27,19 @@ class Format(StrEnum):
 
     TEXT = "text"
     JSON = "json"
+
+
+class ReportSettings(BaseSettings):
+    """The flags of a command that reports."""
+
+    format: Format = Field(
+        default=Format.TEXT, description="text, or json: one object when all checks are made"
+    )
+    show_rows: bool = Field(
+        default=False,
+        description="show three rows as the model reads them also where the output is no terminal",
+    )
+    strict: bool = Field(default=False, description="end with status 1 also after a warning")
 
 
 class Outcome(StrEnum):
@@ -51,21 +73,27 @@ class Report:
     """The checks so far."""
 
     program: str
+    told: Callable[[str], None] = lambda _line: None
+    """Called with the line of each check as soon as it is made."""
     checks: list[Check] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
     """Rows as the model reads them, for the person at this terminal: they are private."""
 
     def ok(self, name: str, said: str, **values: Any) -> None:
         """Note a check that found nothing wrong."""
-        self.checks.append(Check(name, Outcome.OK, said, values))
+        self._note(Check(name, Outcome.OK, said, values))
 
     def warning(self, name: str, said: str, **values: Any) -> None:
         """Note what lets the run go on but should be known; `said` ends with what to do."""
-        self.checks.append(Check(name, Outcome.WARNING, said, values))
+        self._note(Check(name, Outcome.WARNING, said, values))
 
     def failure(self, name: str, said: str, **values: Any) -> None:
         """Note what would end or hinder the program; `said` ends with what to do."""
-        self.checks.append(Check(name, Outcome.FAILURE, said, values))
+        self._note(Check(name, Outcome.FAILURE, said, values))
+
+    def _note(self, check: Check) -> None:
+        self.checks.append(check)
+        self.told(check.line)
 
     @contextmanager
     def failing(self, name: str) -> Iterator[None]:
@@ -89,11 +117,11 @@ class Report:
         """1 if a check failed, or, if `strict`, warns; else 0."""
         return int(bool(self.failures or (strict and self.warnings)))
 
-    def text(self) -> str:
-        """The report for a person: the checks, the examples and the sum."""
-        lines = [check.line for check in self.checks]
-        for number, example in enumerate(self.examples, start=1):
-            lines += ["", f"row {number}, as the model reads it:", example]
+    def ending(self, *, with_rows: bool) -> str:
+        """What follows the lines of the checks, for a person: perhaps the examples, and the sum."""
+        lines: list[str] = []
+        for example in self.examples if with_rows else ():
+            lines += ["", "a row as the model reads it:", example]
         failures, warnings = counted(self.failures, "failure"), counted(self.warnings, "warning")
         lines += ["", f"{counted(len(self.checks), 'check')}: {failures}, {warnings}"]
         return "\n".join(lines)
@@ -117,6 +145,39 @@ class Report:
         if with_rows:
             values["examples"] = self.examples
         return json.dumps(_finite(values), allow_nan=False)
+
+
+Asked = TypeVar("Asked", bound=ReportSettings)
+
+
+def report_program(
+    program: str,
+    kind: type[Asked],
+    make: Callable[[Asked, Report], Coroutine[Any, Any, None]],
+    arguments: Sequence[str],
+) -> int:
+    """Read the settings of a command that reports, let `make` check, and print the report.
+
+    Returns the exit status: 0 if no check failed, 1 if one did (with `strict`: or warns), and else
+    as `run_program`, so 2 for settings that cannot be read.
+    """
+    logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
+    status = 0
+
+    def work() -> None:
+        nonlocal status
+        settings = load_settings(kind, arguments, program=program)
+        is_text = settings.format is Format.TEXT
+        report = Report(program, partial(print, flush=True) if is_text else lambda _line: None)
+        asyncio.run(make(settings, report))
+        if is_text:
+            # Private rows are for the person who sits here.
+            print(report.ending(with_rows=settings.show_rows or sys.stdout.isatty()))
+        else:
+            print(report.json_line(with_rows=settings.show_rows))
+        status = report.exit_status(strict=settings.strict)
+
+    return run_program(program, work) or status
 
 
 def counted(count: int, noun: str) -> str:
