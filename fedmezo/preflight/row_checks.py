@@ -81,15 +81,15 @@ def check_repeated(
     if judged:
         report.warning(
             "repeated",
-            f"{whose}: {counted(judged, 'held-out row')} have the text of a row that is trained "
+            f"{whose}: {counted(judged, 'held-out row')} with the text of a row that is trained "
             "on, which makes results look better than they are; remove them from one of the two.",
             **values,
         )
     elif repeated > REPEATED_SHARE_MAX * len(rows):
         report.warning(
             "repeated",
-            f"{whose}: {counted(repeated, 'row')} of {len(rows):,} have the text of an earlier "
-            "one, and so count twice or more; remove them if that is not meant.",
+            f"{whose}: {counted(repeated, 'row')} of {len(rows):,} with the text of an earlier "
+            "one, which so counts twice or more; remove them if that is not meant.",
             **values,
         )
     else:
@@ -119,7 +119,7 @@ def check_lengths(report: Report, whose: str, dataset: Dataset, config: RunConfi
         return
     share = 100 * cut / count
     said += (
-        f"; {counted(cut, 'row')} ({share:.2g} %) are cut to {tokens_max}, the longest had "
+        f"; cut to {tokens_max}: {counted(cut, 'row')} ({share:.2g} %), of which the longest had "
         f"{dataset.longest_token_count}"
     )
     if cut >= CUT_SHARE_MAX * count:

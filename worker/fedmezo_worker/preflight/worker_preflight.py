@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -60,9 +61,13 @@ class WorkerPreflightSettings(ReportSettings, WorkerSettings):
     model_config = SettingsConfigDict(env_prefix="FEDMEZO_WORKER_")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run `fedmezo-worker preflight`; returns the exit status."""
-    return report_program("fedmezo-worker preflight", WorkerPreflightSettings, preflight, arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `fedmezo-worker preflight`; returns the exit status.
+
+    `arguments` are those after the word `preflight`; None: this process's own.
+    """
+    given = sys.argv[2:] if arguments is None else arguments
+    return report_program("fedmezo-worker preflight", WorkerPreflightSettings, preflight, given)
 
 
 async def preflight(settings: WorkerSettings, report: Report) -> None:
@@ -95,8 +100,9 @@ async def preflight(settings: WorkerSettings, report: Report) -> None:
     if settings.journal_copy is not None:
         needed = history_bytes(genesis.config)
         check_folder(report, "the copy of the history", settings.journal_copy.parent, needed)
+    failures = report.failures
     rows = _checked_rows(settings, genesis.config, report)
-    if rows:
+    if rows and report.failures == failures:
         _check_computing(settings, description, rows, report)
 
 

@@ -80,9 +80,13 @@ async def preflight(settings: CoordinatorSettings, report: Report) -> None:
             "or mend what failed, and run preflight again.",
         )
         return
-    config = None
+    genesis = config = None
+    failures = report.failures
     with report.failing("journal"):
         genesis = _check_journal(settings, report)
+    if report.failures > failures:
+        return
+    with report.failing("contract"):
         config = _check_contract(settings, report, genesis)
     if config is None:
         return
