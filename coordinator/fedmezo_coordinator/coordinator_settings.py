@@ -278,7 +278,8 @@ class CoordinatorSettings(ServingSettings):
             keys = given if isinstance(given, dict) else {}
             for key in [key for key in keys if key not in own.model_fields]:
                 for home, (kind, _) in tables.items():
-                    if key in kind.model_fields:
+                    is_preset = key == KEY and kind is RunConfig and home != place
+                    if key in kind.model_fields or is_preset:
                         raise ValueError(f"{key} belongs {home}, not {place}; move it there")
         return values
 

@@ -112,6 +112,15 @@ def test_a_run_that_has_begun_keeps_what_its_preset_said_then(
     check_same_run("j", begun, settings.run, "here")
 
 
+@pytest.mark.parametrize("place", ["above", "[run.task]"])
+def test_a_preset_in_another_table_is_sent_where_it_belongs(tmp_path: Path, place: str) -> None:
+    text = SHORT.replace('preset = "classification"\n', "")
+    line = 'preset = "classification"\n'
+    text = line + text if place == "above" else text + line
+    with pytest.raises(ConfigError, match=r"preset belongs below \[run\], not (above|below)"):
+        settings_of(tmp_path, text.format(model="m", heldout="h"))
+
+
 def test_a_word_in_the_settings_means_what_the_journal_has(tmp_path: Path) -> None:
     lora = {"rank": 2, "alpha": 2, "target_modules": ["last-up"]}
     asked = {"run_id": "r", "model": "m", "task": TASK, "lora": lora}

@@ -74,7 +74,12 @@ async def checked(
             return described(tiny_genesis(**(run or {})), **(about or {}))
 
         monkeypatch.setattr(CoordinatorClient, "get_run", get_run)
-        values = {"name": "w1", "data": rows, "model": str(model_folder), "threads": 1}
+        values: dict[str, Any] = {
+            "name": "w1",
+            "data": rows,
+            "model": str(model_folder),
+            "threads": 1,
+        }
         report = Report("test")
         await preflight(WorkerSettings(**(values | settings)), report)
         return {check.name: (str(check.outcome), check.said) for check in report.checks}
@@ -196,7 +201,7 @@ async def test_a_measurement_that_takes_longer_than_a_round(
         clock_s[0] += seconds
         return clock_s[0]
 
-    monkeypatch.setattr(worker_preflight.time, "monotonic", monotonic)
+    monkeypatch.setattr(time, "monotonic", monotonic)
     found = await checked({"deadline_ms": 100})
     assert found["measurement"][0] == outcome
     assert said in found["measurement"][1]
