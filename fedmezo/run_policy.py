@@ -97,7 +97,7 @@ class RunPolicy(BaseModel):
                 f"The run scores batches by {wanted}; start this worker with --objective {wanted} "
                 "if you trust that code, or add it to policy.objectives in its settings."
             )
-        if keeps_history and (needed := _history_bytes(config)) > self.disk_max:
+        if keeps_history and (needed := history_bytes(config)) > self.disk_max:
             raise PolicyError(
                 f"The history of the run's {config.rounds} rounds may take {needed} bytes, more "
                 f"than the {int(self.disk_max)} that this worker allows; leave out journal_copy, "
@@ -154,7 +154,7 @@ def is_hub_name(name: str) -> bool:
     return bool(_HUB_NAME.fullmatch(name)) and ".." not in name
 
 
-def _history_bytes(config: RunConfig) -> int:
+def history_bytes(config: RunConfig) -> int:
     """The most bytes of the coefficients of a run's commits."""
     pairs = config.pairs_per_answer
     if config.seed_policy != "shared":

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedmezo.genesis import GenesisLike, decode_genesis
+from fedmezo.presets import parse_contract
 from fedmezo.run_policy import RunPolicy
 from fedmezo.scorer import Scorer
-from fedmezo_core.config import RunConfig, parse_run
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, CutShortError
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.layered_settings import ROW_STATES_MAX
@@ -253,14 +254,14 @@ def begin_run(
 ) -> Genesis:
     """The genesis of a new run from a base model, which is loaded once for its digests.
 
-    contract: a `RunConfig`, or its values as they stand under `[run]` in a TOML file. model: folder
-    or hub name. adapter: folder of the LoRA adapter that the run begins from. Raises `ConfigError`
-    for a wrong contract, and as `open_party`.
+    contract: a `RunConfig`, or its values as they stand under `[run]` in a TOML file, where
+    `preset` may name a recipe. model: folder or hub name. adapter: folder of the LoRA adapter that
+    the run begins from. Raises `ConfigError` for a wrong contract, and as `open_party`.
     """
     config = (
         contract
         if isinstance(contract, RunConfig)
-        else parse_run(dict(contract), "the run's contract")
+        else parse_contract(contract, "the run's contract")
     )
     party = open_party(config, str(model), adapter=_path(adapter), threads=threads)
     party.check_can_begin()

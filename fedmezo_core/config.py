@@ -61,6 +61,13 @@ RATE_DIRECTIONS = 64
 
 ALL_LINEAR = "all-linear"
 """peft's name for a LoRA adapter on every linear layer except the head."""
+LAST_UP = "last-up"
+"""As the only target module of a new run: the up-projection of the last block's MLP. The contract
+then holds the layer's own name in the run's model."""
+LAST_DOWN = "last-down"
+"""In the same way, the down-projection of the last block's MLP."""
+DEEP_UP = "deep-up"
+"""In the same way, the up-projections of the last third of the blocks but for the last two."""
 
 NEWEST_TEMPLATE_VERSION = 3
 """The `TaskConfig.template_version` of new runs."""
@@ -220,7 +227,8 @@ class LoraConfig(_Frozen):
     target_modules: tuple[Annotated[str, Field(max_length=4096)], ...] = Field(
         min_length=1,
         max_length=4096,
-        description="Names of modules or their ends; or one regular expression; or all-linear.",
+        description="Names of modules or their ends; or one regular expression; or all-linear; or, "
+        "in a new run, last-up, last-down or deep-up.",
     )
     freeze_a: bool = Field(
         default=False,
@@ -578,13 +586,19 @@ class RunConfig(_Frozen):
     def default_rate(self) -> float:
         """A learning rate of normalised steps that is sound where nobody has measured a better one.
 
-        With the expected workers, each trained element then walks by one of `WALK_LENGTHS` over the
-        run. More workers than it takes for `rate_directions` do not change the rate: they make
-        longer steps.
+        Each trained element then walks by one of `WALK_LENGTHS` over the run.
         """
         trained = "modules" if self.train else "all"
         if self.lora is not None:
             trained = "fitted" if self.lora.freeze_a else "adapter"
+        return self.rate_of_walk(WALK_LENGTHS[trained])
+
+    def rate_of_walk(self, length: float) -> float:
+        """The rate of normalised steps at which each trained element walks by `length` over a run.
+
+        That is for the expected workers. More workers than it takes for `rate_directions` do not
+        change the rate: they make longer steps.
+        """
         workers = 1 if self.seed_policy == "shared" else self.workers_expected
         # A factor is last + (1 - last) * shape, and the shapes that fall to 0 have a mean of 1/2.
         last = self.final_rate_fraction
@@ -595,7 +609,7 @@ class RunConfig(_Frozen):
         if self.rate_directions:
             directions = min(directions, self.rate_directions)
             longer = self.rate_directions / directions
-        rate = WALK_LENGTHS[trained] * math.sqrt(directions / steps) * longer
+        rate = length * math.sqrt(directions / steps) * longer
         return float(f"{rate:.2g}")
 
     @property
@@ -728,6 +742,7 @@ def parse_run(
     begun: RunConfig | None = None,
     *,
     rate_comes_later: bool = False,
+    walk_length: float | None = None,
 ) -> RunConfig:
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
@@ -737,7 +752,7 @@ def parse_run(
     rate it takes normalised steps of its `default_rate`. With `begun`, the contract of the run that
     `values` describe again, that run's version, clip, aggregation and steps stay and nothing of
     this is checked. With `rate_comes_later`, plain steps may lack a rate too: `default_rate` holds
-    its place.
+    its place. `walk_length`, if given, takes the place of the one of `WALK_LENGTHS`.
     """
     newer = {
         "clip_median_factor": CLIP_MEDIAN_FACTOR,
@@ -765,7 +780,8 @@ def parse_run(
                     f"{where}: learning_rate is missing, and no rate of plain steps suits two "
                     "tasks; run fedmezo probe to measure one, or leave out normalized_step."
                 )
-            own = {"normalized_step": not is_plain, "learning_rate": config.default_rate}
+            rate = config.default_rate if walk_length is None else config.rate_of_walk(walk_length)
+            own = {"normalized_step": not is_plain, "learning_rate": rate}
             config = RunConfig.model_validate({**values, **own})
     except ValidationError as error:
         raise ConfigError(sentence_of(error, where)) from None

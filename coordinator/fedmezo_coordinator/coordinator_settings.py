@@ -10,8 +10,18 @@ from typing import Any, Self
 from pydantic import BaseModel, ByteSize, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedmezo.presets import KEY, merged, parse_contract, with_preset
 from fedmezo_coordinator.stores.location import path_beside
-from fedmezo_core.config import COHORT_MAX, NAME_PATTERN, RunConfig, TaskConfig, parse_run
+from fedmezo_core.config import (
+    COHORT_MAX,
+    DEEP_UP,
+    LAST_DOWN,
+    LAST_UP,
+    NAME_PATTERN,
+    RunConfig,
+    TaskConfig,
+    parse_run,
+)
 from fedmezo_core.errors import ConfigError, TokenError
 from fedmezo_core.folders import state_home
 from fedmezo_core.layered_settings import (
@@ -251,7 +261,8 @@ class CoordinatorSettings(ServingSettings):
     )
     run: dict[str, Any] = Field(
         default_factory=dict,
-        description="the run's contract, as JSON or as [run] in the file: docs/configuration.md",
+        description="the run's contract, as JSON or as [run] in the file: docs/configuration.md; "
+        "its key preset names a recipe (fedmezo presets)",
     )
 
     @model_validator(mode="before")
@@ -268,7 +279,8 @@ class CoordinatorSettings(ServingSettings):
             keys = given if isinstance(given, dict) else {}
             for key in [key for key in keys if key not in own.model_fields]:
                 for home, (kind, _) in tables.items():
-                    if key in kind.model_fields:
+                    is_preset = key == KEY and kind is RunConfig and home != place
+                    if key in kind.model_fields or is_preset:
                         raise ValueError(f"{key} belongs {home}, not {place}; move it there")
         return values
 
@@ -297,6 +309,11 @@ class CoordinatorSettings(ServingSettings):
         folder = self.snapshots or path_beside(self.journal, ".snapshots")
         return folder.absolute()
 
+    @property
+    def contract(self) -> dict[str, Any]:
+        """The values of `run` and of the preset that it names; raises as `with_preset` does."""
+        return with_preset(self.run)
+
     def run_config(self, where: str, *, rate_comes_later: bool = False) -> RunConfig:
         """The run's contract in these settings; raises `ConfigError`, which names what is wrong.
 
@@ -306,7 +323,7 @@ class CoordinatorSettings(ServingSettings):
         # Where callers are known, a worker reads no others' answers unless the run says so.
         readers = {} if self.state is None else {"journal_readers": "observers"}
         values = {"model": model_label(self.model), **readers, **self.run}
-        return parse_run(values, where, rate_comes_later=later)
+        return parse_contract(values, where, rate_comes_later=later)
 
 
 class RelaySettings(ServingSettings):
@@ -421,13 +438,42 @@ def model_label(model: str) -> str:
 def check_same_run(journal: str, begun: RunConfig, asked: dict[str, Any], where: str) -> None:
     """Refuse values that differ from the contract in the journal, which nothing can change.
 
-    `journal` and `where` name the journal and the place of the values. Raises `ConfigError`.
+    `journal` and `where` name the journal and the place of the values. What a preset says counts
+    only when the run begins. Raises `ConfigError`.
     """
     written = begun.model_dump()
-    for key, value in parse_run({**written, **asked}, where, begun).model_dump().items():
+    wanted = merged(written, asked) if KEY in asked else {**written, **asked}
+    lora = wanted.get("lora")
+    if isinstance(lora, dict) and begun.lora is not None and _is_a_word(lora.get("target_modules")):
+        # The journal has the names that the word meant in the run's model.
+        wanted["lora"] = {**lora, "target_modules": begun.lora.target_modules}
+    for key, value in parse_run(wanted, where, begun).model_dump().items():
         if value != written[key]:
             raise ConfigError(
                 f"The journal {journal} belongs to a run with {key} = {written[key]!r}, the "
                 f"settings say {value!r}; take the setting back, or give the new run another "
                 "journal."
             )
+
+
+def _is_a_word(targets: object) -> bool:
+    """Whether target modules are one of the words for a place in any model."""
+    words = (LAST_UP, LAST_DOWN, DEEP_UP)
+    return any(targets in (word, [word], (word,)) for word in words)
+
+
+def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
+    """Refuse to drop records of a run in which nothing takes their place."""
+    has_snapshots = settings.has_replica and settings.snapshot_every_rounds
+    if settings.compact_after_records and not has_snapshots and config.seed_policy != "pool":
+        raise ConfigError(
+            f"compact_after_records = {settings.compact_after_records} needs snapshots, from which "
+            "workers begin instead; set snapshot_every_rounds, model and replica too, or leave it "
+            "out."
+        )
+
+
+def no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> bool:
+    """Whether nobody reports a loss, so that a run that diverges does not pause."""
+    is_evaluated = settings.has_replica and settings.heldout is not None
+    return bool(config.pause_rounds and not config.report_losses and not is_evaluated)

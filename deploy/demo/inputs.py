@@ -112,9 +112,8 @@ def last_widening_layer(model: str) -> tuple[str, int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from fedmezo_core.config import ALL_LINEAR, LoraConfig
     from fedmezo_core.zo.model.loading import quiet
-    from fedmezo_core.zo.model.selection import lora_targets
+    from fedmezo_core.zo.model.selection import linear_shapes
 
     auto_model: Any = AutoModelForCausalLM
     try:
@@ -127,14 +126,9 @@ def last_widening_layer(model: str) -> tuple[str, int]:
             f"The configuration of {model} cannot be read ({reason}); give the name or the folder "
             "of a causal language model."
         ) from error
-    everything = LoraConfig(rank=1, alpha=1, target_modules=(ALL_LINEAR,))
-    for name, layer in reversed(lora_targets(empty, everything).items()):
-        # A Conv1D, as in GPT-2, keeps its weight transposed.
-        is_linear = isinstance(layer, torch.nn.Linear)
-        rows, columns = layer.weight.shape  # type: ignore[misc]
-        inputs, outputs = (columns, rows) if is_linear else (rows, columns)
+    for name, (inputs, outputs) in reversed(linear_shapes(empty).items()):
         if outputs > inputs:
-            return name, int(inputs)
+            return name, inputs
     raise ModelError(
         f"{model} has no layer that the demo could adapt; name some in deploy/demo/demo.toml, as "
         "target_modules of [run.lora]."

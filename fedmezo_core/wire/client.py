@@ -104,6 +104,8 @@ class RunDescription:
     """Head after `round`, 32 bytes; empty if the coordinator could not vouch for it."""
     signature: bytes = b""
     """Signature of `round` and `round_head`, 64 bytes; empty without a key."""
+    unix_ms: int = 0
+    """The coordinator's clock, in milliseconds since 1970; 0 if it does not say."""
 
 
 class CoordinatorClient:
@@ -210,6 +212,7 @@ class CoordinatorClient:
             checkpoint_key=_digest_or_empty(answer.checkpoint_key, "checkpoint_key"),
             round_head=_digest_or_empty(answer.head, "head"),
             signature=answer.signature,
+            unix_ms=answer.unix_ms,
             missing=_suffix_of(answer.missing),
             snapshot=_offer_of(answer.snapshot) if answer.HasField("snapshot") else None,
             needs_snapshot=answer.needs_snapshot,

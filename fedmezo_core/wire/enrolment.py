@@ -82,9 +82,7 @@ async def become_member(
     """
     if join:
         parsed = parse_join_string(join)
-        if folder is None:
-            own = hashlib.sha256(f"{join.strip()} {name}".encode()).hexdigest()[:16]
-            folder = state_home() / "members" / own
+        folder = folder or members_folder(join, name)
         reconnecting = Reconnecting(log, give_up_after_s=give_up_after_s)
         while True:
             try:
@@ -102,6 +100,12 @@ async def become_member(
         )
     identity.check_time()
     return identity
+
+
+def members_folder(join: str, name: str) -> Path:
+    """Where the identity that comes of a join string and a name is kept by default."""
+    own = hashlib.sha256(f"{join.strip()} {name}".encode()).hexdigest()[:16]
+    return state_home() / "members" / own
 
 
 def identity_in(folder: Path) -> Identity:
@@ -198,18 +202,8 @@ def find_ca(join: JoinString) -> bytes:
     `UnavailableError` if nobody answers.
     """
     address = join.enrol_address
-    host, _, port = address.rpartition(":")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    # Whatever comes is compared with the fingerprint, and nothing is sent.
-    context.verify_mode = ssl.CERT_NONE
-    context.set_alpn_protocols(["h2"])
     try:
-        with (
-            socket.create_connection((host.strip("[]"), int(port)), CALL_TIMEOUT_S) as connection,
-            context.wrap_socket(connection, server_hostname=host.strip("[]")) as tls,
-        ):
-            chain = _chain_of(tls)
+        chain = served_certificates(address)
     except OSError as error:
         raise UnavailableError(
             f"No coordinator lets members join at {address} ({error}); check that it is running, "
@@ -219,13 +213,32 @@ def find_ca(join: JoinString) -> bytes:
         if hashlib.sha256(certificate).digest() == join.ca_fingerprint:
             found = ssl.DER_cert_to_PEM_cert(certificate).encode()
             for each in (found, ssl.DER_cert_to_PEM_cert(chain[0]).encode()):
-                _check_time(address, each)
+                check_served_time(address, each)
             return found
     raise IdentityError(
         f"What answers at {address} is not the coordinator of this join string: its CA has another "
         "fingerprint. Nothing was sent to it. Check the address; if it is right, the coordinator "
         "has a new state folder, or somebody is in between: ask the operator."
     )
+
+
+def served_certificates(address: str) -> list[bytes]:
+    """The certificates, in DER, that what answers at `address` sends in TLS, its own first.
+
+    Nothing is sent to it, and none of them is trusted. Raises `OSError` if nobody answers, or not
+    with TLS.
+    """
+    host, _, port = address.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    # The caller knows what to trust, and nothing is sent.
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with (
+        socket.create_connection((host.strip("[]"), int(port)), CALL_TIMEOUT_S) as connection,
+        context.wrap_socket(connection, server_hostname=host.strip("[]")) as tls,
+    ):
+        return _chain_of(tls)
 
 
 def _chain_of(tls: ssl.SSLSocket) -> list[bytes]:
@@ -237,7 +250,8 @@ def _chain_of(tls: ssl.SSLSocket) -> list[bytes]:
     return [ssl.PEM_cert_to_DER_cert(each.public_bytes()) for each in inner.get_unverified_chain()]
 
 
-def _check_time(address: str, certificate: bytes) -> None:
+def check_served_time(address: str, certificate: bytes) -> None:
+    """Raise `IdentityError` if a certificate (PEM) of `address` is not valid now."""
     begins, ends = lifetime_s(certificate)
     if begins <= time.time() <= ends:
         return

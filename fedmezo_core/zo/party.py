@@ -246,6 +246,8 @@ def open_party(
             placement=placement if frozen_base_bits is None else ON_CPU,
             local_files_only=local_files_only,
         )
+    if loaded.lora is not None:
+        config = config.model_copy(update={"lora": loaded.lora})
     warn_of_answers_in_prompts(config.task)
     task = Task(config.task, loaded.tokenizer, _vocabulary_size(loaded))
     weights = Weights(

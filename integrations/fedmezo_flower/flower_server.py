@@ -14,9 +14,9 @@ from pydantic import AfterValidator, Field
 
 from fedmezo import Coordinator, begin_run
 from fedmezo.library_peers import PEER_LEASE_MS
+from fedmezo.presets import parse_contract
 from fedmezo.stack_settings import StackSettings
 from fedmezo_coordinator.coordinator_settings import check_same_run, model_label
-from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError
 from fedmezo_core.layered_settings import CheckpointKey, check_address
 from fedmezo_core.program import worker_packages
@@ -115,7 +115,7 @@ def open_coordinator(settings: AppSettings) -> Coordinator:
             raise
         log.info("Run %s goes on after round %d", coordinator.config.run_id, coordinator.round)
         return coordinator
-    config = parse_run({"model": model_label(settings.model)} | contract, WHERE)
+    config = parse_contract({"model": model_label(settings.model)} | contract, WHERE)
     with worker_packages("begin a run"):
         genesis = begin_run(config, settings.model, adapter=settings.adapter or None)
     return Coordinator(genesis, journal, lease_ms=PEER_LEASE_MS)

@@ -17,8 +17,8 @@ from nvflare.recipe.spec import Recipe
 from pydantic import ConfigDict, Field
 
 import fedmezo
+from fedmezo.presets import parse_contract
 from fedmezo.stack_settings import StackSettings
-from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError
 from fedmezo_nvflare.round_controller import GENESIS_FILE, TASK, FedMezoController
 from fedmezo_nvflare.scalar_privacy import ScalarPrivacy
@@ -98,7 +98,7 @@ class FedMezoRecipe(Recipe):
             },
             "FedMezoRecipe",
         )
-        config = parse_run(dict(settings.contract), "the run's contract")
+        config = parse_contract(settings.contract, "the run's contract")
         if not genesis:
             begun = fedmezo.begin_run(config, model or config.model, adapter=adapter)
             genesis = fedmezo.encode_genesis(begun)

@@ -15,7 +15,9 @@ from fedmezo_coordinator.admission.state_folder import make_state, open_state
 from fedmezo_coordinator.coordinator_settings import (
     CoordinatorSettings,
     InitSettings,
+    check_compaction,
     check_same_run,
+    no_loss_is_seen,
 )
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
@@ -25,7 +27,6 @@ from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import is_url, journal_shown
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.layered_settings import load_settings
@@ -35,10 +36,14 @@ log = logging.getLogger("fedmezo.coordinator")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `fedmezo-coordinator`, or its `init`; returns the exit status."""
+    """Run `fedmezo-coordinator`, its `init` or its `preflight`; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["init"]:
         return run_program("fedmezo-coordinator init", lambda: init(given[1:]))
+    if given[:1] == ["preflight"]:
+        from fedmezo_coordinator.programs.preflight.coordinator_preflight import main as preflight
+
+        return preflight(given[1:])
     return run_daemon("fedmezo-coordinator", CoordinatorSettings, run, arguments)
 
 
@@ -130,7 +135,7 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         config = settings.run_config(where)
         check_compaction(settings, config)
         log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
-        if settings.probe_rows is None and "learning_rate" not in settings.run:
+        if settings.probe_rows is None and "learning_rate" not in settings.contract:
             log.info(
                 "no learning_rate is set: it is %g, with normalised steps (docs/choosing.md)",
                 config.learning_rate,
@@ -165,21 +170,9 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
     return daemon
 
 
-def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
-    """Refuse to drop records of a run in which nothing takes their place."""
-    has_snapshots = settings.has_replica and settings.snapshot_every_rounds
-    if settings.compact_after_records and not has_snapshots and config.seed_policy != "pool":
-        raise ConfigError(
-            f"compact_after_records = {settings.compact_after_records} needs snapshots, from which "
-            "workers begin instead; set snapshot_every_rounds, model and replica too, or leave it "
-            "out."
-        )
-
-
 def warn_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> None:
     """Warn if nobody reports a loss, because then a run that diverges does not pause."""
-    is_evaluated = settings.has_replica and settings.heldout is not None
-    if config.pause_rounds and not config.report_losses and not is_evaluated:
+    if no_loss_is_seen(settings, config):
         log.warning(
             "nobody reports a loss, so a learning rate that is too large goes unnoticed until no "
             "worker can measure, or nothing but 0; set model and heldout, or report_losses in a "

@@ -36,6 +36,7 @@ from fedmezo_coordinator.programs.plain_values import (
     record_values,
     status_values,
 )
+from fedmezo_coordinator.programs.preflight.presets_command import presets
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
@@ -83,6 +84,7 @@ journal_app = typer.Typer(
 app.add_typer(journal_app, name="journal")
 app.add_typer(conformance_app, name="conformance")
 add_to(app)
+app.command()(presets)
 
 
 JournalArgument = Annotated[

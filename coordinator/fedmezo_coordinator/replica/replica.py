@@ -104,6 +104,7 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
         "tokenizer_parts": [part.hex() for part in genesis.tokenizer_parts],
         "trainable_elements": genesis.trainable_elements,
         "trainable_bytes": genesis.trainable_bytes,
+        "target_modules": list(genesis.config.lora.target_modules) if genesis.config.lora else [],
         "measured": measured,
         "warnings": warnings.messages,
     }

@@ -96,6 +96,9 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         shown = ", ".join(f"{key} = {value:g}" for key, value in measured.items())
         log.info("measured on %s: %s", rows, shown)
         config = parse_run({**config.model_dump(), **measured}, "the measured values", config)
+    if config.lora is not None:
+        named = {"target_modules": tuple(answer["target_modules"])}
+        config = config.model_copy(update={"lora": config.lora.model_copy(update=named)})
     return Genesis(
         config=config,
         manifest_digest=bytes.fromhex(answer["manifest_digest"]),

@@ -158,6 +158,12 @@ def _operators_address(settings: ServingSettings, fleet: Fleet, port: int) -> st
     return f"127.0.0.1:{port}" if host in ("0.0.0.0", "[::]") else f"{host}:{port}"
 
 
+def enrolment_address(settings: ServingSettings, port: int) -> str:
+    """Where new members join a coordinator that listens on `port`."""
+    where, _, chosen = settings.listen.rpartition(":")
+    return settings.enroll_listen or f"{where}:{port + 1 if int(chosen) else 0}"
+
+
 async def _start_enrolment(
     settings: ServingSettings,
     fleet: Fleet,
@@ -165,9 +171,7 @@ async def _start_enrolment(
     tls: LiveTls,
     stack: contextlib.AsyncExitStack,
 ) -> None:
-    where = settings.listen.rpartition(":")[0]
-    chosen = int(settings.listen.rpartition(":")[2])
-    listen = settings.enroll_listen or f"{where}:{port + 1 if chosen else 0}"
+    listen = enrolment_address(settings, port)
     server, fleet.enrol_port = bind_server(
         listen, tls, None, ENROLMENT_CONNECTIONS_MAX, ENROLMENT_OPTIONS
     )

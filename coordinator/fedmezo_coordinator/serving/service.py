@@ -258,7 +258,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     ) -> wire.GetRunResponse:
         """Describe the run."""
         version = choose_version(list(request.protocol_versions))
-        return self._daemon.describe(version, request.run_id, request.round)
+        described = self._daemon.describe(version, request.run_id, request.round)
+        described.unix_ms = time.time_ns() // 1_000_000
+        return described
 
     @_mapped
     async def PollSession(  # noqa: N802

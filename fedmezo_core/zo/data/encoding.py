@@ -207,7 +207,17 @@ class RowEncoder:
     ) -> tuple[list[int], list[int]]:
         tokens_max = self.config.tokens_max
         response = response[: max(tokens_max - prompt_count, tokens_max // 2)]
-        budget = tokens_max - len(response) - len(self._prompt([]))
+        fits, _ = self._prompt_that_fits(row, len(response))
+        return self._prompt(fits), response
+
+    def characters_kept(self, row: Example, encoded: EncodedExample) -> int:
+        """How many characters at the beginning of each column of `row` its prompt has."""
+        return self._prompt_that_fits(row, len(encoded.response))[1]
+
+    def _prompt_that_fits(self, row: Example, response_count: int) -> tuple[list[int], int]:
+        """A prompt's tokens beside so many of the response, and each column's characters in it."""
+        tokens_max = self.config.tokens_max
+        budget = tokens_max - response_count - len(self._prompt([]))
         # The largest cut that fits, by bisection: `fits` is always the tokens of `low` characters.
         [fits] = self._encoder.of_pieces([self._pieces(row, 0)])
         if len(fits) > budget:
@@ -223,7 +233,7 @@ class RowEncoder:
                 low, fits = middle, tokens
             else:
                 high = middle
-        return self._prompt(fits), response
+        return fits, low
 
     def _tokens_before(self) -> list[int]:
         """What goes before every prompt: the tokenizer's own prefix, unless the template has one.

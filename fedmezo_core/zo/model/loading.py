@@ -53,7 +53,7 @@ from fedmezo_core.zo.model.offload import (
     unique_parameters,
 )
 from fedmezo_core.zo.model.placement import Placement
-from fedmezo_core.zo.model.selection import lora_targets
+from fedmezo_core.zo.model.selection import lora_targets, with_places_named
 from fedmezo_core.zo.noise import Distribution, Operands, Rounding
 from fedmezo_core.zo.plain.entries import Manifest
 
@@ -90,6 +90,8 @@ class LoadedModel:
     manifest: Manifest
     folder: Path
     """The folder that the model was loaded from; for a hub's model, the one in the local cache."""
+    lora: LoraConfig | None = None
+    """The run's adapter, with names of this model's layers (see `with_places_named`)."""
 
 
 def load_model(
@@ -164,6 +166,7 @@ def load_model(
             stored.parameter.data = stored.parameter.data.contiguous()
         _require_finite(name_or_path, name, stored.read())
     if lora is not None:
+        lora = with_places_named(model, lora)
         model = add_adapter(cast("PreTrainedModel", model), lora, run_seed, adapter)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -176,7 +179,7 @@ def load_model(
     if local is None:
         # In the cache, where from_pretrained has put it.
         local = Path(cast("str", cached_file(source, "config.json", local_files_only=True))).parent
-    return LoadedModel(model, tokenizer, manifest, local)
+    return LoadedModel(model, tokenizer, manifest, local, lora)
 
 
 def folder_of_hub_name(name: str, bytes_max: int | None = None) -> Path:

@@ -7,13 +7,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedmezo_core.config import ALL_LINEAR, LoraConfig
-from fedmezo_core.errors import ConfigError
+from fedmezo_core.config import ALL_LINEAR, DEEP_UP, LAST_DOWN, LAST_UP, LoraConfig
+from fedmezo_core.errors import ConfigError, ModelError
 
 MATCHING_CPU_S_MAX: Final = 2
 """Longest CPU time that a run's regular expression may take over a model's names of modules."""
@@ -61,6 +61,45 @@ def parameters_inside(model: nn.Module, names: Iterable[str]) -> set[str]:
             f"{', '.join(kinds)}, the whole name of one is {max(modules, key=len)}."
         )
     return inside
+
+
+def with_places_named(model: nn.Module, lora: LoraConfig) -> LoraConfig:
+    """The same adapter with this model's names in the place of a word such as `LAST_UP`.
+
+    A layer is told by its shape, because every family of models has names of its own: a block's
+    MLP goes up in its last linear layer with more outputs than inputs, and down in its last one
+    with fewer. Raises `ModelError` if the model has no such layer.
+    """
+    if len(lora.target_modules) > 1 or lora.target_modules[0] not in (LAST_UP, LAST_DOWN, DEEP_UP):
+        return lora
+    [word] = lora.target_modules
+    ups = word != LAST_DOWN
+    # By the first number in its name, which is its block's; the last one of a block counts.
+    of_blocks: dict[int, str] = {}
+    for name, (inputs, outputs) in linear_shapes(model).items():
+        block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+        if block is not None and inputs != outputs and (outputs > inputs) == ups:
+            of_blocks[block] = name
+    if not of_blocks:
+        raise ModelError(
+            f"lora.target_modules: the model has no layer that is meant by {word}; write the "
+            "names of the linear layers to train."
+        )
+    places = [of_blocks[block] for block in sorted(of_blocks)]
+    first = len(places) * 2 // 3
+    chosen = places[first : max(len(places) - 2, first + 1)] if word == DEEP_UP else places[-1:]
+    return lora.model_copy(update={"target_modules": tuple(chosen)})
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of the model's linear layers, by name in the model's order; no head."""
+    everything = LoraConfig(rank=1, alpha=1, target_modules=(ALL_LINEAR,))
+    shapes = {}
+    for name, layer in lora_targets(model, everything).items():
+        rows, columns = cast("nn.Linear", layer).weight.shape
+        # A Conv1D, as in GPT-2, keeps its weight transposed.
+        shapes[name] = (columns, rows) if isinstance(layer, nn.Linear) else (rows, columns)
+    return shapes
 
 
 def lora_targets(model: nn.Module, lora: LoraConfig) -> dict[str, nn.Module]:

@@ -125,6 +125,7 @@ class GetRunResponse(google.protobuf.message.Message):
     MISSING_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
     NEEDS_SNAPSHOT_FIELD_NUMBER: builtins.int
+    UNIX_MS_FIELD_NUMBER: builtins.int
     protocol_version: builtins.int
     """The version chosen for this conversation."""
     genesis: builtins.bytes
@@ -143,6 +144,8 @@ class GetRunResponse(google.protobuf.message.Message):
     """Whether the journal no longer holds commits that the caller lacks, so that it must take the
     snapshot. `missing` then means nothing.
     """
+    unix_ms: builtins.int
+    """The coordinator's clock: milliseconds since 1970 in UTC. 0 from one that does not say."""
     @property
     def missing(self) -> Global___Suffix:
         """Commits after the caller's round, which it would have to apply."""
@@ -164,9 +167,10 @@ class GetRunResponse(google.protobuf.message.Message):
         missing: Global___Suffix | None = ...,
         snapshot: Global___SnapshotOffer | None = ...,
         needs_snapshot: builtins.bool = ...,
+        unix_ms: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["missing", b"missing", "snapshot", b"snapshot"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["checkpoint_key", b"checkpoint_key", "epoch", b"epoch", "genesis", b"genesis", "head", b"head", "missing", b"missing", "needs_snapshot", b"needs_snapshot", "protocol_version", b"protocol_version", "round", b"round", "signature", b"signature", "snapshot", b"snapshot"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["checkpoint_key", b"checkpoint_key", "epoch", b"epoch", "genesis", b"genesis", "head", b"head", "missing", b"missing", "needs_snapshot", b"needs_snapshot", "protocol_version", b"protocol_version", "round", b"round", "signature", b"signature", "snapshot", b"snapshot", "unix_ms", b"unix_ms"]) -> None: ...
 
 Global___GetRunResponse: typing_extensions.TypeAlias = GetRunResponse
 

@@ -1,0 +1,1 @@
+"""What a person asks for before a run begins: recipes, and whether all is in place."""

@@ -1,0 +1,1 @@
+"""What a worker checks for a person before it takes part."""
