@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.coordinator_settings import RUNS_MAX, CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.runs.hosted_run import HostedRun, current_run, name_runs_in_log
 from fedmezo_coordinator.runs.preparing import (
@@ -48,8 +48,6 @@ from fedmezo_proto.v1 import runs_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
 
-RUNS_MAX = 128
-"""Most runs in one folder."""
 SWEEP_EVERY_S = 3600.0
 """Period in which files that no run uses are looked for."""
 OPERATIONS = "operations.jsonl"
