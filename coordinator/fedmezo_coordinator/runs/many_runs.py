@@ -102,6 +102,7 @@ class ManyRuns(Runs):
         self._uploads = Uploads(folder / ".uploads")
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._lag = LoopLag()
+        self._replicas = asyncio.Semaphore(process.replicas_max or RUNS_MAX)
         self._creating = asyncio.Lock()
         self._describing = asyncio.Lock()
         found: list[HostedRun] = []
@@ -190,7 +191,8 @@ class ManyRuns(Runs):
             await daemon.joined.wait()
         elif not is_due:
             return
-        await keep_replica(settings, daemon, self._private)
+        async with self._replicas:
+            await keep_replica(settings, daemon, self._private)
 
     # ------------------------------------------------------------ orders
 

@@ -113,14 +113,16 @@ async def answers(client: CoordinatorClient) -> None:
 
 @asynccontextmanager
 async def hosted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, state: Path | None = None
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, state: Path | None = None, **changes: Any
 ) -> AsyncIterator[Hosting]:
     """Host the runs in `folder` until the end of the block; `state` has their fleet, if any."""
     address, stop = f"127.0.0.1:{free_port()}", asyncio.Event()
     at = Hosting(address, folder, state)
     at.loads.set()
     settings = CoordinatorSettings.model_validate(
-        {"listen": address, "runs": str(folder)} | ({} if state is None else {"state": state})
+        {"listen": address, "runs": str(folder)}
+        | ({} if state is None else {"state": state})
+        | changes
     )
     with monkeypatch.context() as patched:
         patched.setattr(preparing, "describe_base", at.describe)

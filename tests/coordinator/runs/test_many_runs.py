@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedmezo_coordinator.admission.state_folder import make_state
+from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.runs import many_runs
 from fedmezo_core.errors import (
     ConfigError,
@@ -24,6 +25,7 @@ from fedmezo_core.errors import (
     WrongRunError,
 )
 from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Answered, Paused, Resumed, Stopped
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.join_string import parse_join_string
@@ -378,3 +380,31 @@ async def test_a_fleet_has_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 assert [type(await hand.ended()) for hand in hands] == [RevokedError] * 2
             await client.pause_run("one")
             assert (await at.summary("one")).reason == "operator operator paused it"
+
+
+async def test_replicas_wait_for_a_worker_and_for_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    async def keep_replica(_: object, daemon: Daemon, __: str) -> None:
+        begun.append(daemon.genesis.config.run_id)
+        while daemon.phase is not Phase.FINISHED:  # noqa: ASYNC110 - as the child process does
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(many_runs, "keep_replica", keep_replica)
+    async with hosted(tmp_path / "runs", monkeypatch, replicas_max=1) as at, at.client() as client:
+        await at.create("one", "two", "three")
+        async with at.worker("two") as second, at.worker("one") as first:
+            assert begun == []
+            await second.open()
+            await second.assigned()
+            await first.open()
+            await first.assigned()
+            assert begun == ["two"]
+            await client.stop_run("two")
+
+            async def both() -> bool:
+                return begun == ["two", "one"]
+
+            await until(both, "the second replica to begin")
