@@ -50,6 +50,10 @@ CALLER_CONNECTIONS_MAX = 4096
 """Default of `caller_connections_max`."""
 
 
+RUNS_MAX = 128
+"""Most runs in the folder of a coordinator of many."""
+
+
 class ServingSettings(BaseSettings):
     """Settings of every program that serves workers."""
 
@@ -193,6 +197,18 @@ class CoordinatorSettings(ServingSettings):
 
     model_config = SettingsConfigDict(env_prefix="FEDMEZO_COORDINATOR_")
 
+    runs: UserPath | None = Field(
+        default=None,
+        description="folder of any number of runs, which `fedmezo run` creates and ends while this "
+        "serves them; the settings below are then each run's own",
+    )
+    replicas_max: int = Field(
+        default=0,
+        ge=0,
+        le=RUNS_MAX,
+        description="with runs: most replicas at a time, each with a model in memory; those of "
+        "other runs wait; 0: any number",
+    )
     journal: UserPathText = Field(
         default="journal.db", description="the run's journal: a file, or a postgresql:// URL"
     )
@@ -285,6 +301,21 @@ class CoordinatorSettings(ServingSettings):
         return values
 
     @model_validator(mode="after")
+    def _one_run_or_many(self) -> Self:
+        if self.runs is None and "replicas_max" in self.model_fields_set:
+            raise ValueError("replicas_max has no meaning without runs; set both or neither")
+        of_many = {"runs", "replicas_max"}
+        of_a_run = sorted(self.model_fields_set - ServingSettings.model_fields.keys() - of_many)
+        if self.runs is not None and of_a_run:
+            raise ValueError(
+                f"{of_a_run[0]} and runs exclude each other: with runs, each run has its own, from "
+                "fedmezo run create; leave one of them out"
+                if of_a_run[0] in OF_A_RUN
+                else f"{of_a_run[0]} has no meaning with runs; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _factor_with_resume(self) -> CoordinatorSettings:
         if self.resume_rate_factor != 1.0 and not self.resume:
             raise ValueError("resume_rate_factor needs resume; set that too, or leave both out")
@@ -324,6 +355,18 @@ class CoordinatorSettings(ServingSettings):
         readers = {} if self.state is None else {"journal_readers": "observers"}
         values = {"model": model_label(self.model), **readers, **self.run}
         return parse_contract(values, where, rate_comes_later=later)
+
+
+_OF_ONE_RUN_ALONE = {
+    "runs", "replicas_max", "journal", "standby", "resume", "resume_rate_factor", "signing_key",
+    "snapshots",
+}  # fmt: skip
+OF_A_RUN = (
+    CoordinatorSettings.model_fields.keys()
+    - ServingSettings.model_fields.keys()
+    - _OF_ONE_RUN_ALONE
+)
+"""Settings that a run has of its own where a process hosts many; the others are the process's."""
 
 
 class RelaySettings(ServingSettings):

@@ -10,17 +10,20 @@ import logging
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.state_folder import StateFolder, open_state
 from fedmezo_coordinator.admission.tls_files import TlsFiles
-from fedmezo_coordinator.coordinator_settings import ServingSettings
+from fedmezo_coordinator.coordinator_settings import (
+    RUNS_MAX,
+    CoordinatorSettings,
+    ServingSettings,
+)
 from fedmezo_coordinator.limits.caller_limits import CallerLimits
 from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
-from fedmezo_coordinator.serving.loop import ServingLoop
+from fedmezo_coordinator.serving.run_directory import RunDirectory
 from fedmezo_coordinator.serving.service import (
     CONNECTIONS_BESIDE,
     ENROLMENT_CONNECTIONS_MAX,
@@ -37,14 +40,14 @@ from fedmezo_core.program import first_of
 
 STOP_GRACE_S = 2.0
 """Time that open calls get to end when the program stops."""
-CHECK_JOURNAL_EVERY_S = 5.0
-"""Period in which an idle coordinator checks that no other has taken over its journal."""
 LOOK_AT_CERTIFICATES_EVERY_S = 5.0
 """Period in which a server looks whether its certificate's file has changed."""
 RENEW_EVERY_S = 3600.0
 """Period in which a coordinator looks whether its own certificate is near its end."""
 FILES_RESERVED = 256
 """Open files that are not a session's connection: other connections, the journal, snapshots."""
+FILES_A_RUN = 8
+"""Open files of each run where there are many: those of its journal, and what is read of them."""
 
 COLLECT_AFTER = (20_000, 10, 50)
 """Thresholds of Python's garbage collector, as for `gc.set_threshold`."""
@@ -207,20 +210,20 @@ async def _refresh(tls: list[LiveTls], fleet: Fleet | None) -> None:
 async def host(
     settings: ServingSettings,
     front: Front,
-    loop: ServingLoop[Any],
+    runs: RunDirectory,
     stop: asyncio.Event,
+    what: str,
     *,
-    alongside: Coroutine[Any, Any, None] | None = None,
     at_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Let `front` answer calls with `loop`, which is loaded, until `stop` is set.
+    """Let `front` answer calls with `runs` until `stop` is set.
 
-    `alongside` runs for the same time. `at_stop` is called before anything is closed. Raises the
-    error that ended the loop, such as `JournalError`.
+    `what` says in the log what is served. `at_stop` is called before anything is closed. Raises the
+    error that ended the serving, such as `JournalError`.
     """
     _collect_seldom()
     _return_freed_memory()
-    front.servicer.begin(loop)
+    front.servicer.begin(runs)
     where = settings.listen.rpartition(":")[0]
     if settings.state is None and not settings.is_loopback:
         log.warning(
@@ -233,24 +236,21 @@ async def host(
             if settings.tls_files
             else "read this run's traffic and join it",
         )
-    log.info("run %s is served at %s:%d", loop.genesis.config.run_id, where, front.port)
+    log.info("%s served at %s:%d", what, where, front.port)
     watching = front.servicer.watch.watch(front.port)
-    tasks = [asyncio.create_task(_serve(loop)), asyncio.create_task(watching)]
-    if alongside is not None:
-        tasks.append(asyncio.create_task(alongside))
+    tasks = [asyncio.create_task(runs.serve()), asyncio.create_task(watching)]
     try:
         if await first_of(tasks[0], stop):
             tasks[0].result()
         log.info("stopping")
     finally:
         at_stop()
-        loop.end_sessions()
-        for task in tasks[1:]:
-            task.cancel()
+        runs.begin_stop()
+        tasks[1].cancel()
         await front.server.stop(STOP_GRACE_S)
         tasks[0].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await loop.close()
+        await runs.close()
 
 
 def _collect_seldom() -> None:
@@ -274,24 +274,10 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-async def _serve(loop: ServingLoop[Any]) -> None:
-    """Serve until the journal fails, even if it fails while there is nothing to write."""
-    serving = asyncio.create_task(loop.serve())
-    checking = asyncio.create_task(_check_journal(loop))
-    try:
-        done, _ = await asyncio.wait({serving, checking}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in (serving, checking):
-            task.cancel()
-        await asyncio.gather(serving, checking, return_exceptions=True)
-
-
-async def _check_journal(loop: ServingLoop[Any]) -> None:
-    while True:
-        await asyncio.sleep(CHECK_JOURNAL_EVERY_S)
-        await loop.check_journal()
+def _reserved(settings: ServingSettings) -> int:
+    """Open files that are kept for other things than sessions."""
+    has_many = isinstance(settings, CoordinatorSettings) and settings.runs is not None
+    return FILES_RESERVED + (FILES_A_RUN * RUNS_MAX if has_many else 0)
 
 
 def sessions_that_fit(settings: ServingSettings) -> int:
@@ -299,8 +285,9 @@ def sessions_that_fit(settings: ServingSettings) -> int:
 
     Raises the process's limit of open files as far as needed and allowed.
     """
-    most = _files_up_to(settings.sessions_max + FILES_RESERVED)
-    sessions = max(1, most - FILES_RESERVED)
+    reserved = _reserved(settings)
+    most = _files_up_to(settings.sessions_max + reserved)
+    sessions = max(1, most - reserved)
     if sessions < settings.sessions_max and "sessions_max" in settings.model_fields_set:
         log.warning(
             "sessions_max is %d, but this process may open only %d files, enough for %d sessions; "
@@ -318,14 +305,15 @@ def connections_that_fit(settings: ServingSettings) -> int:
     They are those of all sessions and `CONNECTIONS_BESIDE` more. So connections that never open a
     session cannot use up the files that this process may open, whose limit is raised as needed.
     """
-    sessions = max(1, _files_up_to(settings.sessions_max + FILES_RESERVED) - FILES_RESERVED)
+    reserved = _reserved(settings)
+    sessions = max(1, _files_up_to(settings.sessions_max + reserved) - reserved)
     host = settings.listen.rpartition(":")[0].strip("[]")
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         found = []  # Binding says what is wrong with it.
     addresses = max(1, len({address for *_, address in found}))
-    others = FILES_RESERVED - CONNECTIONS_BESIDE
+    others = reserved - CONNECTIONS_BESIDE
     connections = sessions + CONNECTIONS_BESIDE
     most = _files_up_to(addresses * connections + others)
     return max(1, min(connections, (most - others) // addresses))

@@ -12,7 +12,8 @@ import pytest
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_coordinator.programs import coordinator_command, relay_command
-from fedmezo_coordinator.programs import fedmezo_command as client_command
+from fedmezo_coordinator.programs.run_commands import watching
+from fedmezo_coordinator.runs import preparing
 from fedmezo_core.errors import (
     ConfigError,
     JournalLockedError,
@@ -54,7 +55,7 @@ class Starting:
 @pytest.fixture
 async def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Starting]:
     held = Starting(tmp_path)
-    monkeypatch.setattr(coordinator_command, "describe_base", held.describe)
+    monkeypatch.setattr(preparing, "describe_base", held.describe)
     monkeypatch.setattr(coordinator_command, "stop_signal", lambda: held.stop)
     held.running = running = asyncio.create_task(coordinator_command.run(held.settings))
     await asyncio.wait_for(held.loads.wait(), PATIENCE_S)
@@ -107,7 +108,7 @@ async def test_it_answers_once_it_has_loaded(starting: Starting) -> None:
         with pytest.raises(StartingError):
             await client.get_run()
         starting.base.set_result(GENESIS)
-        status = await asyncio.wait_for(client_command._first_status(client), PATIENCE_S)
+        status = await asyncio.wait_for(watching.first_status(client), PATIENCE_S)
         assert status.config.run_id == GENESIS.config.run_id
 
 
@@ -124,7 +125,7 @@ async def test_a_rate_that_nobody_set_is_told(
     run |= {} if rate is None else {"learning_rate": rate}
     settings = held.settings.model_copy(update={"run": run})
     held.base.set_exception(ModelError("There is no model tiny."))
-    monkeypatch.setattr(coordinator_command, "describe_base", held.describe)
+    monkeypatch.setattr(preparing, "describe_base", held.describe)
     monkeypatch.setattr(coordinator_command, "stop_signal", lambda: held.stop)
     with pytest.raises(ModelError):
         await coordinator_command.run(settings)
@@ -179,7 +180,7 @@ async def test_watch_waits_with_one_line(
 ) -> None:
     caplog.set_level(logging.INFO, "fedmezo.command")
     async with CoordinatorClient(starting.address) as client:
-        waiting = asyncio.create_task(client_command._first_status(client))
+        waiting = asyncio.create_task(watching.first_status(client))
         await asyncio.sleep(2.5)
         assert not waiting.done()
         starting.base.set_result(GENESIS)
