@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import admin_pb2_grpc as admin_rpc
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
+from fedmezo_proto.v1 import runs_pb2 as runs
+from fedmezo_proto.v1 import runs_pb2_grpc as runs_rpc
 
 CALL_TIMEOUT_S = 20.0
 SNAPSHOT_SILENCE_S = 300.0
@@ -125,7 +128,7 @@ class CoordinatorClient:
         """
         self.address = address
         self._retired: list[grpc.aio.Channel] = []
-        self._session_channel: grpc.aio.Channel | None = None
+        self._sessions: weakref.WeakSet[SessionStream] = weakref.WeakSet()
         self._shows_identity = identity is not None
         if identity is not None:
             self._hint = (
@@ -155,12 +158,13 @@ class CoordinatorClient:
         self._stub = rpc.CoordinatorServiceStub(self._channel)
         self._membership = admin_rpc.MembershipServiceStub(self._channel)
         self._admin = admin_rpc.AdminServiceStub(self._channel)
+        self._runs = runs_rpc.RunServiceStub(self._channel)
 
     async def show(self, identity: Identity) -> None:
         """Show a renewed identity from now on. A stream that is open goes on."""
         channel = _channel_of(self.address, identity)
         # Calls may still be under way on the newest one, and a session lives as long as it likes.
-        kept = (self._channel, self._session_channel)
+        kept = {self._channel, *(stream.channel for stream in self._sessions)}
         closing = [retired for retired in self._retired if retired not in kept]
         self._retired = [retired for retired in self._retired if retired in kept]
         self._retired.append(self._channel)
@@ -345,8 +349,60 @@ class CoordinatorClient:
 
     def session(self) -> SessionStream:
         """A worker's stream; the first message sent must be the hello."""
-        self._session_channel = self._channel
-        return SessionStream(self._stub.Session(), self)
+        stream = SessionStream(self._stub.Session(), self, self._channel)
+        self._sessions.add(stream)
+        return stream
+
+    async def offer_runs(
+        self, worker: str, revision: int = 0, wait_ms: int = 0
+    ) -> runs.OfferRunsResponse:
+        """The runs that `worker` may take part in; waits up to `wait_ms` for another revision.
+
+        Raises `VersionError` or `ForbiddenError` if the coordinator offers no runs.
+        """
+        with self._errors_mapped():
+            return await self._runs.OfferRuns(
+                runs.OfferRunsRequest(worker=worker, revision=revision, wait_ms=wait_ms),
+                timeout=CALL_TIMEOUT_S + wait_ms / 1000,
+            )
+
+    async def decline_run(self, worker: str, run_id: str, reason: str) -> None:
+        """Say that `worker` does not take part in a run, and why in at most 512 bytes."""
+        with self._errors_mapped():
+            await self._runs.DeclineRun(
+                runs.DeclineRunRequest(worker=worker, run_id=run_id, reason=reason),
+                timeout=CALL_TIMEOUT_S,
+            )
+
+    async def read_run_file(
+        self, run_id: str, name: str, offset: int = 0
+    ) -> AsyncGenerator[bytes, None]:
+        """The bytes of a file of a run from `offset` on.
+
+        A stream that breaks, or from which nothing comes for `CALL_TIMEOUT_S`, is an
+        `UnavailableError`: ask again from where it broke.
+        """
+        call = self._runs.ReadRunFile(
+            runs.ReadRunFileRequest(run_id=run_id, name=name, offset=offset)
+        )
+        try:
+            with self._errors_mapped():
+                while True:
+                    message = await asyncio.wait_for(call.read(), CALL_TIMEOUT_S)
+                    if not isinstance(message, runs.ReadRunFileResponse):
+                        return  # the end
+                    if not message.data:
+                        raise ProtocolError(
+                            f"The coordinator at {self.address} sent a piece of a file without "
+                            "bytes; check which coordinator that is."
+                        )
+                    yield message.data
+        except TimeoutError:
+            raise UnavailableError(
+                f"Nothing of the file {name} came for {CALL_TIMEOUT_S:g} s."
+            ) from None
+        finally:
+            call.cancel()
 
     async def renew(self) -> admin.RenewResponse:
         """A newer certificate for the key of this client's identity."""
@@ -493,9 +549,12 @@ class SessionStream:
         self,
         call: grpc.aio.StreamStreamCall[wire.SessionRequest, wire.SessionResponse],
         client: CoordinatorClient,
+        channel: grpc.aio.Channel,
     ) -> None:
         self._call = call
         self._client = client
+        self.channel = channel
+        """What carries the session."""
 
     async def send(self, message: wire.SessionRequest) -> None:
         """Send one message to the coordinator."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedmezo.torch_engine import TorchEngine
@@ -18,11 +19,11 @@ from fedmezo_worker.worker_settings import WorkerSettings
 
 
 class Engine(EngineThread):
-    """Computes with torch, on a thread of its own."""
+    """Computes with torch."""
 
-    def __init__(self) -> None:
-        """Start with nothing loaded."""
-        super().__init__()
+    def __init__(self, thread: ThreadPoolExecutor | None = None) -> None:
+        """Start with nothing loaded; `thread` as for `EngineThread`."""
+        super().__init__(thread)
         self._loaded: TorchEngine | None = None
 
     @property
@@ -49,6 +50,10 @@ class Engine(EngineThread):
     def _weights(self) -> Weights:
         return self.loaded.party.weights
 
+    def _model_bytes(self) -> int:
+        model = self.loaded.model
+        return sum(one.numel() * one.element_size() for one in model.parameters())
+
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         self._loaded = open_engine(settings, genesis)
 
@@ -68,16 +73,17 @@ class Engine(EngineThread):
 def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
     """Load what a worker with these settings computes with.
 
-    Raises what `WorkerSettings.check_run`, `folder_of_hub_name` and `TorchEngine` do.
+    Raises what `WorkerSettings.for_run`, `folder_of_hub_name` and `TorchEngine` do.
     """
-    settings.check_run(genesis)
+    settings = settings.for_run(genesis)
     policy, config = settings.policy, genesis.config
     return TorchEngine(
         genesis,
         settings.name,
         settings.model or folder_of_hub_name(config.model, policy.disk_max),
-        settings.data,
+        settings.rows,
         heldout=settings.heldout,
+        columns=settings.columns,
         adapter=settings.adapter,
         objective=load_objective(config.task.objective) if config.task.objective else None,
         threads=settings.threads,

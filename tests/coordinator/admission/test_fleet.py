@@ -48,8 +48,8 @@ from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import find_ca, keep_renewed
 from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
+from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.coordinator.serving.test_limits import HTTP2
 from tests.faults.light_worker import LightEngine
@@ -593,13 +593,13 @@ async def test_a_worker_that_waits_longer_than_its_certificate_lives_takes_part(
     async with served_fleet(tmp_path, GENESIS, certificate_life_s=3) as at:
         identities = [await at.member(name) for name in ("w1", "w2")]
 
-        def agent(identity: Identity) -> Agent:
+        async def take_part(identity: Identity) -> None:
             settings = WorkerSettings(
                 coordinator=at.address, name=identity.name, state=identity.folder, data=tmp_path
             )
-            return Agent(settings, cast("Engine", LightEngine()), identity)
+            await work(settings, cast("Engine", LightEngine()), identity)
 
-        first = asyncio.create_task(agent(identities[0]).run())
+        first = asyncio.create_task(take_part(identities[0]))
         await asyncio.sleep(7)
         newest = load_identity(identities[1].folder)
         assert newest is not None
@@ -607,5 +607,5 @@ async def test_a_worker_that_waits_longer_than_its_certificate_lives_takes_part(
             newest.check_time()
         async with at.client(at.operator) as operator:
             token = (await operator.rotate_member("w2", 60)).token
-        second = asyncio.create_task(agent(await at.joined(token.join_string, "w2")).run())
+        second = asyncio.create_task(take_part(await at.joined(token.join_string, "w2")))
         await asyncio.wait_for(asyncio.gather(first, second), 20)

@@ -1,0 +1,29 @@
+"""What leaves a worker's machine about an error there."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fedmezo_core.errors import (
+    ExcludedError,
+    MismatchError,
+    PolicyError,
+    ProtocolError,
+    UnavailableError,
+)
+
+_TELLS_NOTHING: Final = (
+    UnavailableError,
+    ProtocolError,
+    MismatchError,
+    PolicyError,
+    ExcludedError,
+)
+"""Errors whose sentences say nothing of rows or of paths."""
+
+
+def told_to_others(error: Exception, worker: str) -> str:
+    """The sentence about an error for whoever asked this worker to take part in a run."""
+    if isinstance(error, _TELLS_NOTHING):
+        return str(error)
+    return f"Worker {worker} cannot serve this run ({type(error).__name__}); its log says why."
