@@ -353,57 +353,6 @@ class CoordinatorClient:
         self._sessions.add(stream)
         return stream
 
-    async def offer_runs(
-        self, worker: str, revision: int = 0, wait_ms: int = 0
-    ) -> runs.OfferRunsResponse:
-        """The runs that `worker` may take part in; waits up to `wait_ms` for another revision.
-
-        Raises `VersionError` or `ForbiddenError` if the coordinator offers no runs.
-        """
-        with self._errors_mapped():
-            return await self._runs.OfferRuns(
-                runs.OfferRunsRequest(worker=worker, revision=revision, wait_ms=wait_ms),
-                timeout=CALL_TIMEOUT_S + wait_ms / 1000,
-            )
-
-    async def decline_run(self, worker: str, run_id: str, reason: str) -> None:
-        """Say that `worker` does not take part in a run, and why in at most 512 bytes."""
-        with self._errors_mapped():
-            await self._runs.DeclineRun(
-                runs.DeclineRunRequest(worker=worker, run_id=run_id, reason=reason),
-                timeout=CALL_TIMEOUT_S,
-            )
-
-    async def read_run_file(
-        self, run_id: str, name: str, offset: int = 0
-    ) -> AsyncGenerator[bytes, None]:
-        """The bytes of a file of a run from `offset` on.
-
-        A stream that breaks, or from which nothing comes for `CALL_TIMEOUT_S`, is an
-        `UnavailableError`: ask again from where it broke.
-        """
-        call = self._runs.ReadRunFile(
-            runs.ReadRunFileRequest(run_id=run_id, name=name, offset=offset)
-        )
-        try:
-            with self._errors_mapped():
-                while True:
-                    message = await asyncio.wait_for(call.read(), CALL_TIMEOUT_S)
-                    if not isinstance(message, runs.ReadRunFileResponse):
-                        return  # the end
-                    if not message.data:
-                        raise ProtocolError(
-                            f"The coordinator at {self.address} sent a piece of a file without "
-                            "bytes; check which coordinator that is."
-                        )
-                    yield message.data
-        except TimeoutError:
-            raise UnavailableError(
-                f"Nothing of the file {name} came for {CALL_TIMEOUT_S:g} s."
-            ) from None
-        finally:
-            call.cancel()
-
     async def renew(self) -> admin.RenewResponse:
         """A newer certificate for the key of this client's identity."""
         with self._errors_mapped():
@@ -496,7 +445,10 @@ class CoordinatorClient:
     async def offered_runs(
         self, worker: str, revision: int = 0, wait_s: float = 0.0
     ) -> runs.OfferRunsResponse:
-        """The runs that `worker` may take part in; waits for a newer revision if there is none."""
+        """The runs that `worker` may take part in; waits for a newer revision if there is none.
+
+        Raises `VersionError` or `ForbiddenError` if the coordinator offers no runs.
+        """
         request = runs.OfferRunsRequest(
             worker=worker, revision=revision, wait_ms=int(1000 * wait_s)
         )
@@ -512,7 +464,11 @@ class CoordinatorClient:
     async def read_run_file(
         self, run_id: str, name: str, offset: int = 0
     ) -> AsyncGenerator[bytes, None]:
-        """The bytes of a file that a run offers, from `offset` on, in pieces."""
+        """The bytes of a file that a run offers, from `offset` on, in pieces.
+
+        A stream that breaks, or from which nothing comes for a while, is an `UnavailableError`:
+        ask again from where it broke.
+        """
         request = runs.ReadRunFileRequest(run_id=run_id, name=name, offset=offset)
         with self._errors_mapped():
             call = self._runs.ReadRunFile(request)
@@ -522,6 +478,11 @@ class CoordinatorClient:
                         piece = await call.read()
                     if not isinstance(piece, runs.ReadRunFileResponse):
                         return  # the end
+                    if not piece.data:
+                        raise ProtocolError(
+                            f"The coordinator at {self.address} sent a piece of {name} without "
+                            "bytes; check which coordinator that is."
+                        )
                     yield piece.data
             except TimeoutError:
                 raise UnavailableError(

@@ -45,13 +45,13 @@ class Agent:
         *,
         run_id: str = "",
         files: Sequence[OfferedFile] = (),
-        is_offered: Callable[[], bool] = lambda: True,
+        may_go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         """`engine` does the numerical work; the caller closes it.
 
         `identity` signs the answers; None: nothing is signed. `run_id` names the run; empty: the
-        only one. `files` are what the coordinator offers for it. Once the run is not `is_offered`
-        any more, the agent does not reconnect.
+        only one. `files` are what the coordinator offers for it. Once `may_go_on` says no, the
+        agent ends instead of reconnecting.
         """
         self._settings = settings
         self._engine = engine
@@ -59,7 +59,7 @@ class Agent:
         self._identity = identity
         self._run_id = run_id
         self._files = files
-        self._is_offered = is_offered
+        self._may_go_on = may_go_on
         self._history: History | None = None
         self._reconnecting = Reconnecting(log, give_up_after_s=settings.give_up_after_s)
         # A snapshot that turned out to be bad is not tried again, even after loading anew.
@@ -87,7 +87,7 @@ class Agent:
                     JournalBehindError,
                     ReplacedError,
                 ) as error:
-                    if not self._is_offered():
+                    if not self._may_go_on():
                         return
                     await self._reconnecting.wait_after(error)
         finally:

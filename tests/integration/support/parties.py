@@ -21,6 +21,7 @@ from fedmezo_core.records import Genesis
 from fedmezo_core.zo.model.loading import quiet
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.party import Party
+from fedmezo_worker.data_sets import DataSet
 from fedmezo_worker.engine import Engine
 from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_settings import WorkerSettings
@@ -137,7 +138,9 @@ class Workers:
         self._model = model
         self._all: list[Working] = []
 
-    def start(self, address: str, name: str, data: Path, **more: Any) -> Working:
+    def start(
+        self, address: str, name: str, data: Path | dict[str, DataSet], **more: Any
+    ) -> Working:
         """Let a worker join; it works until the run is finished."""
         values: dict[str, Any] = {
             "coordinator": address,

@@ -77,8 +77,8 @@ class Offers:
         self.error = error
         self.changed.set()
 
-    async def offer_runs(
-        self, worker: str, revision: int = 0, wait_ms: int = 0
+    async def offered_runs(
+        self, worker: str, revision: int = 0, wait_s: float = 0
     ) -> wire.OfferRunsResponse:
         while self.error is None and revision == self.response.revision:
             await self.changed.wait()

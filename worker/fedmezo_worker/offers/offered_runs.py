@@ -39,10 +39,13 @@ from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
 
-ASK_WAIT_MS: Final = 60_000
+ASK_WAIT_S: Final = 60.0
 """How long a coordinator may wait before it says that nothing has changed."""
 ASK_EVERY_S: Final = 1.0
 """Shortest time from one question to the next, whatever the coordinator does."""
+GONE_AFTER_S: Final = 600.0
+"""A run that is not offered for so long is over; a coordinator that restarts may need a while
+until it offers its runs again."""
 TRY_AGAIN_AFTER_S: Final = 3600.0
 """A run that failed here for another reason than the settings is tried again after this time."""
 MODELS_OF_FREE_MEMORY: Final = 2.0
@@ -115,6 +118,8 @@ class OfferedRuns:
         self._identity = identity
         self._revision, self._more_may_come = 0, True
         self._offers: dict[str, wire.RunOffer] = {}
+        self._gone_s: dict[str, float] = {}
+        """Since when runs that are served are not offered, by `time.monotonic`."""
         self._waiting: list[str] = []
         """Allowed runs without room, those first that waited longest."""
         self._serving: dict[str, _Serving] = {}
@@ -189,8 +194,8 @@ class OfferedRuns:
         while True:
             asked_s = time.monotonic()
             try:
-                response = await self._client.offer_runs(
-                    self._settings.name, self._revision, ASK_WAIT_MS
+                response = await self._client.offered_runs(
+                    self._settings.name, self._revision, ASK_WAIT_S
                 )
             except (UnavailableError, NotReadyError, VersionError) as error:
                 # VersionError: the coordinator had runs to offer before, so it may again.
@@ -214,6 +219,12 @@ class OfferedRuns:
                 if re.fullmatch(NAME_PATTERN, offer.run_id)
             },
         )
+        now_s = time.monotonic()
+        self._gone_s = {
+            run_id: self._gone_s.get(run_id, now_s)
+            for run_id in self._serving
+            if run_id not in self._offers
+        }
         self._settled = {
             run_id: settled
             for run_id, settled in self._settled.items()
@@ -329,10 +340,18 @@ class OfferedRuns:
                 self._identity,
                 run_id=offer.run_id,
                 files=offer.files,
-                is_offered=lambda: self._offers.get(offer.run_id) == offer,
+                may_go_on=lambda: self._may_go_on(offer),
             ).run()
         finally:
             await engine.close()
+
+    def _may_go_on(self, offer: wire.RunOffer) -> bool:
+        """Whether a run that cannot be reached now may be reached again."""
+        newest = self._offers.get(offer.run_id)
+        if newest is not None:
+            return newest == offer
+        gone_s = self._gone_s.get(offer.run_id, time.monotonic())
+        return time.monotonic() - gone_s < GONE_AFTER_S
 
     def _reap(self) -> None:
         """Note how the runs ended whose tasks are done."""

@@ -88,7 +88,7 @@ async def _first_offers(
     reconnecting = Reconnecting(log, give_up_after_s=settings.give_up_after_s)
     while True:
         try:
-            return await client.offer_runs(settings.name)
+            return await client.offered_runs(settings.name)
         except (VersionError, ForbiddenError):
             return wire.OfferRunsResponse()
         except (UnavailableError, NotReadyError) as error:
