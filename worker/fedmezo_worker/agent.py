@@ -21,10 +21,10 @@ from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
 from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot
+from fedmezo_worker.adapter_files import OfferedFile, adapter_in, downloaded_adapter
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import Evaluations
 from fedmezo_worker.member import Member
-from fedmezo_worker.offers.adapter_files import OfferedFile, adapter_in, downloaded_adapter
 from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")

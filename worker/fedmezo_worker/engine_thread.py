@@ -64,8 +64,7 @@ class EvaluationCutShortError(Exception):
 class EngineThread(ABC):
     """Loads, measures, applies, digests and evaluates: one at a time, in the order of the calls.
 
-    Engines on one thread take turns: each has one piece of work in the thread's queue at a time,
-    so none waits for more than one piece of each other.
+    Engines on one thread take turns: it does their work in the order in which they ask.
     """
 
     def __init__(self, thread: ThreadPoolExecutor | None = None) -> None:

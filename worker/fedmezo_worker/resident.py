@@ -27,7 +27,7 @@ from fedmezo_core.errors import (
     ProtocolError,
     UnavailableError,
 )
-from fedmezo_worker.told_to_others import told_to_others
+from fedmezo_worker.offers.told_to_others import told_to_others
 
 log = logging.getLogger("fedmezo.worker")
 

@@ -16,7 +16,7 @@ from fedmezo_core.errors import FedMezoError, MismatchError, PolicyError, Unavai
 from fedmezo_core.wire import reconnecting
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as wire
-from fedmezo_worker.offers.adapter_files import KEPT_S, adapter_in, downloaded_adapter
+from fedmezo_worker.adapter_files import KEPT_S, adapter_in, downloaded_adapter
 
 FILES = {"adapter_config.json": b'{"r": 4}', "adapter_model.safetensors": b"weights" * 5000}
 PIECE_BYTES = 10_000

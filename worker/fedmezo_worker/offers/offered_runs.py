@@ -34,7 +34,7 @@ from fedmezo_proto.v1 import runs_pb2 as wire
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.offers.free_memory import free_bytes
-from fedmezo_worker.told_to_others import told_to_others
+from fedmezo_worker.offers.told_to_others import told_to_others
 from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
@@ -146,7 +146,8 @@ class OfferedRuns:
                 tasks: set[asyncio.Task[Any]] = {asking, *self._tasks()}
                 if telling is not None:
                     tasks.add(telling)
-                await asyncio.wait(tasks, timeout=LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+                look_s = LOOK_EVERY_S if self._waiting else ASK_WAIT_S
+                await asyncio.wait(tasks, timeout=look_s, return_when=asyncio.FIRST_COMPLETED)
                 if telling is not None and telling.done():
                     telling.result()
                     telling = None

@@ -22,7 +22,7 @@ from fedmezo_proto.v1 import runs_pb2 as wire
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.offers.offered_runs import OfferedRuns
-from fedmezo_worker.told_to_others import told_to_others
+from fedmezo_worker.offers.told_to_others import told_to_others
 from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
