@@ -365,14 +365,16 @@ async def test_it_ends_once_no_other_run_may_come(settings: WorkerSettings, agen
 
 async def test_a_file_for_one_run_is_refused(tmp_path: Path, agents: Agents) -> None:
     rows = tmp_path / "rows.jsonl"
-    for changes, key in [
+    cases: list[tuple[dict[str, Any], str]] = [
         ({"journal_copy": tmp_path / "copy.db"}, "journal_copy"),
         (
             {"data": {"reviews": DataSet(path=rows, heldout=rows, evaluations=rows)}},
             "data.reviews.evaluations",
         ),
-    ]:
-        async with staying(WorkerSettings(**{"name": "w1", "data": rows, **changes})) as offers:
+    ]
+    for changes, key in cases:
+        values: dict[str, Any] = {"name": "w1", "data": rows} | changes
+        async with staying(WorkerSettings(**values)) as offers:
             with pytest.raises(ConfigError, match=f"^{key} = .* is one file, but"):
                 await offers.ended()
 

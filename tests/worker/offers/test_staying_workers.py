@@ -93,7 +93,7 @@ async def test_one_worker_serves_three_runs_and_then_two_at_once(
     async with coordinator(tmp_path / "runs", monkeypatch, describe) as at:
         more: dict[str, Any] = {"model": "", "models": {"tiny": model_folder}}
         first = workers.start(at.address, "w1", data_files[0], **more)
-        digests = []
+        digests: list[bytes] = []
         for run_id in ("one", "two", "three"):
             await at.create(run_id, seed=len(digests))
             digests.append(await finished(at, run_id, "w1"))
