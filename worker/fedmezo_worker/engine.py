@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
+
 from fedmezo.torch_engine import TorchEngine
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.snapshots import Snapshot
@@ -50,15 +52,17 @@ class Engine(EngineThread):
     def _weights(self) -> Weights:
         return self.loaded.party.weights
 
-    def _model_bytes(self) -> int:
-        model = self.loaded.model
-        return sum(one.numel() * one.element_size() for one in model.parameters())
-
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         self._loaded = open_engine(settings, genesis)
+        parameters = self._loaded.model.parameters()
+        self.model_bytes = sum(one.numel() * one.element_size() for one in parameters)
 
     def _forget(self) -> None:
         self._loaded = None
+
+    def _forget_all(self) -> None:
+        super()._forget_all()
+        torch.cuda.empty_cache()  # For other programs on the device; nothing without CUDA.
 
     def _take(self, path: Path, snapshot: Snapshot) -> None:
         install_snapshot(path, self._weights, snapshot)

@@ -74,6 +74,8 @@ class EngineThread(ABC):
         self._evaluation_cut_short = threading.Event()
         self.load_s = 0.0
         """How long the newest load took."""
+        self.model_bytes = 0
+        """Bytes of the whole model; 0 until it is loaded."""
         self._used_s = time.monotonic()
 
     def another(self) -> Self:
@@ -154,11 +156,6 @@ class EngineThread(ABC):
         return self._weights.byte_count
 
     @property
-    def model_bytes(self) -> int:
-        """Bytes of the whole model; 0 until it is loaded."""
-        return self._model_bytes() if self._has_loaded else 0
-
-    @property
     def idle_s(self) -> float:
         """Seconds since it last did anything, or was made."""
         return time.monotonic() - self._used_s
@@ -196,12 +193,8 @@ class EngineThread(ABC):
         """The weights of what was loaded."""
 
     @abstractmethod
-    def _model_bytes(self) -> int:
-        """Bytes of the whole model that was loaded."""
-
-    @abstractmethod
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
-        """Load for the run; raises what is wrong."""
+        """Load for the run, and note `model_bytes`; raises what is wrong."""
 
     @abstractmethod
     def _forget(self) -> None:
@@ -222,6 +215,7 @@ class EngineThread(ABC):
         self.load_s = time.monotonic() - began_s
 
     def _forget_all(self) -> None:
+        self.model_bytes = 0
         self._forget()
         gc.collect()
 
@@ -229,7 +223,7 @@ class EngineThread(ABC):
         try:
             self._take(path, snapshot)
         except SnapshotDamagedError:
-            self._forget()
+            self._forget_all()
             raise
 
     def _evaluate(self) -> HeldOutResult | None:

@@ -125,11 +125,9 @@ class FormEngine(EngineThread):
     def _weights(self) -> ArrayWeights:
         return self._computer.weights
 
-    def _model_bytes(self) -> int:
-        return self._computer.form_bytes + self._weights.byte_count
-
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         self._loaded = FormComputer(settings, genesis)
+        self.model_bytes = self._loaded.form_bytes + self._weights.byte_count
 
     def _forget(self) -> None:
         self._loaded = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import ssl
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
 import pytest
 import trustme
 
@@ -499,6 +501,27 @@ async def test_a_certificate_is_renewed_by_itself(tmp_path: Path) -> None:
             await hand.open()
         with pytest.raises(IdentityError, match=r"expired on .* this machine's clock says"):
             at.client(identity)
+
+
+async def test_renewals_leave_each_open_session_its_channel(at: ServedFleet) -> None:
+    identity = await at.member("w1")
+    async with at.client(identity) as client:
+        streams = []
+        for _ in range(2):
+            streams.append(client.session())
+            await client.show(identity)
+        channels = [stream.channel for stream in streams]
+        for _ in range(3):
+            await client.show(identity)
+        assert closed(channels) == [False, False]
+        streams.pop(0).cancel()
+        gc.collect()
+        await client.show(identity)
+        assert closed(channels) == [True, False]
+
+
+def closed(channels: list[grpc.aio.Channel]) -> list[bool]:
+    return [one.get_state() is grpc.ChannelConnectivity.SHUTDOWN for one in channels]
 
 
 async def test_asking_again_and_again_writes_nothing(at: ServedFleet) -> None:

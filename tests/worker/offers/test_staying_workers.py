@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,7 +12,9 @@ import numpy as np
 import pytest
 
 from fedmezo.run_policy import RunPolicy
+from fedmezo_coordinator.programs.run_commands.creating_run import upload
 from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import PolicyError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.commits import Commit
@@ -24,7 +25,7 @@ from fedmezo_proto.v1 import runs_pb2 as wire
 from fedmezo_worker.data_sets import DataSet
 from fedmezo_worker.offers import offered_runs
 from tests.coordinator.runs.hosting_runs import Hosting, hosted, settings_toml
-from tests.integration.support.harness import config_of, until
+from tests.integration.support.harness import config_of, served, until
 from tests.integration.support.parties import Workers, write_rows
 
 pytestmark = pytest.mark.slow
@@ -164,6 +165,27 @@ async def test_a_run_that_does_not_fit_this_worker_is_declined_and_the_others_go
     assert "secret" not in str(said)
 
 
+async def test_a_worker_of_one_run_ends_with_it_and_says_why_it_does_not_take_part(
+    workers: Workers, data_files: list[Path], tmp_path: Path, tiny_genesis: Callable[..., Genesis]
+) -> None:
+    genesis = tiny_genesis(rounds=2, workers_min=1, quorum=1)
+    async with (
+        served(tmp_path / "journal.db", genesis) as coordinator,
+        CoordinatorClient(coordinator.address) as client,
+    ):
+        strict = workers.start(
+            coordinator.address, "w1", data_files[0], policy=RunPolicy(rounds_max=1)
+        )
+        assert isinstance(await strict.outcome(), PolicyError)
+        [run] = await client.list_runs()
+        assert [(one.worker, one.reason[:29]) for one in run.declined] == [
+            ("w1", "The run's rounds = 2 is more ")
+        ]
+        assert await workers.start(coordinator.address, "w1", data_files[0]).outcome() is None
+        # The run is over and offered to nobody; who comes late still ends well.
+        assert await workers.start(coordinator.address, "w2", data_files[1]).outcome() is None
+
+
 async def test_the_adapter_that_a_run_begins_from_comes_from_the_coordinator(
     workers: Workers,
     data_files: list[Path],
@@ -205,21 +227,10 @@ def adapter_in(folder: Path, model_folder: Path) -> Path:
 
 
 async def create_with(client: CoordinatorClient, adapter: Path, run_id: str) -> None:
-    files = []
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        content = (adapter / name).read_bytes()
-        digest = hashlib.sha256(content).digest()
-        offset = 0
-        while offset < len(content):
-            offset = await client.upload_file(
-                wire.UploadFileRequest(
-                    sha256=digest,
-                    file_bytes=len(content),
-                    offset=offset,
-                    data=content[offset : offset + 32768],
-                )
-            )
-        files.append(wire.RunFile(name=f"adapter/{name}", sha256=digest, file_bytes=len(content)))
+    files = [
+        await upload(client, f"adapter/{name}", adapter / name)
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    ]
     text = 'adapter = "adapter"\n' + settings_toml(run_id, lora=LORA)
     await client.create_run(wire.CreateRunRequest(settings_toml=text, files=files))
 

@@ -26,7 +26,10 @@ def _free_on_gpu(device: str) -> int | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
-    return int(torch.cuda.mem_get_info("cuda" if device == "auto" else device)[0])
+    where = "cuda" if device == "auto" else device
+    # torch keeps freed memory for itself, and uses it for the next model.
+    kept = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+    return int(torch.cuda.mem_get_info(where)[0]) + kept
 
 
 def _free_in_container() -> int | None:

@@ -34,7 +34,7 @@ from fedmezo_proto.v1 import runs_pb2 as wire
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.offers.free_memory import free_bytes
-from fedmezo_worker.offers.told_to_others import told_to_others
+from fedmezo_worker.offers.told_to_others import reason_to_decline
 from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
@@ -59,8 +59,6 @@ TURN_S: Final = 1800.0
 """And if it has held its room for so long, busy or not."""
 LOOK_EVERY_S: Final = 1.0
 """How often runs that wait look for room."""
-REASON_BYTES_MAX: Final = 512
-"""Longest reason that a coordinator takes."""
 
 _run_in_log: ContextVar[str] = ContextVar("run_in_log", default="")
 
@@ -256,8 +254,7 @@ class OfferedRuns:
 
     def _decline(self, run_id: str, error: Exception) -> None:
         """Note that a run is not served, and why; said once for each reason."""
-        reason = told_to_others(error, self._settings.name)
-        reason = reason.encode()[:REASON_BYTES_MAX].decode(errors="ignore")
+        reason = reason_to_decline(error, self._settings.name)
         before, offer = self._settled.get(run_id), self._offers.get(run_id)
         if offer is None:
             log.warning("run %s, which is no longer offered, ended with: %s", run_id, error)

@@ -20,6 +20,8 @@ _TELLS_NOTHING: Final = (
     ExcludedError,
 )
 """Errors whose sentences say nothing of rows or of paths."""
+REASON_BYTES_MAX: Final = 512
+"""Longest reason that a coordinator takes from a worker that declines a run."""
 
 
 def told_to_others(error: Exception, worker: str) -> str:
@@ -27,3 +29,8 @@ def told_to_others(error: Exception, worker: str) -> str:
     if isinstance(error, _TELLS_NOTHING):
         return str(error)
     return f"Worker {worker} cannot serve this run ({type(error).__name__}); its log says why."
+
+
+def reason_to_decline(error: Exception, worker: str) -> str:
+    """The same sentence, as long as a coordinator takes it."""
+    return told_to_others(error, worker).encode()[:REASON_BYTES_MAX].decode(errors="ignore")

@@ -22,7 +22,7 @@ from fedmezo_proto.v1 import runs_pb2 as wire
 from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.offers.offered_runs import OfferedRuns
-from fedmezo_worker.offers.told_to_others import told_to_others
+from fedmezo_worker.offers.told_to_others import reason_to_decline
 from fedmezo_worker.worker_settings import WorkerSettings
 
 log = logging.getLogger("fedmezo.worker")
@@ -57,9 +57,9 @@ async def work(
                 files=found[0].files if found else (),
             ).run()
         except FedMezoError as error:
-            if found:
+            if found and not isinstance(error, (UnavailableError, NotReadyError)):
+                reason = reason_to_decline(error, settings.name)
                 with contextlib.suppress(FedMezoError):
-                    reason = told_to_others(error, settings.name)
                     await client.decline_run(settings.name, found[0].run_id, reason)
             raise
 
