@@ -69,6 +69,7 @@ class TorchEngine:
         rows: Rows,
         *,
         heldout: Rows | None = None,
+        columns: Mapping[str, str] | None = None,
         adapter: str | Path | None = None,
         objective: Callable[[Predictions], Any] | None = None,
         threads: int | None = None,
@@ -84,11 +85,13 @@ class TorchEngine:
         """Load `model` (folder or hub name) and `rows` for `worker` in the run of `genesis`.
 
         The worker's name decides the order of its rows. `objective` scores batches in a run whose
-        contract names one. `heldout` are rows to evaluate on. `policy` is what a run may ask of
-        this machine; None: anything. `privacy` makes each measurement differentially private. The
-        other arguments are settings of the same names of `fedmezo-worker`. Raises `ConfigError`
-        before anything is read if the policy refuses the run, `MismatchError` if the base is not
-        the run's, and what `open_party`, `read_rows` and `Task.encode` raise.
+        contract names one. `heldout` are rows to evaluate on. `columns` maps columns that the run
+        names to their names in `rows` and `heldout`, where these are others. `policy` is what a
+        run may ask of this machine; None: anything. `privacy` makes each measurement
+        differentially private. The other arguments are settings of the same names of
+        `fedmezo-worker`. Raises `ConfigError` before anything is read if the policy refuses the
+        run, `MismatchError` if the base is not the run's, and what `open_party`, `read_rows` and
+        `Task.encode` raise.
         """
         genesis = decode_genesis(genesis)
         config = genesis.config
@@ -97,9 +100,9 @@ class TorchEngine:
         # What is quick first: a wrong name or column should not cost a model's loading time.
         check_worker_name(worker)
         scored_by = _objective(config, objective)
-        data = _Source(rows)
+        data = _Source(rows, columns or {})
         examples = data.read(config, keep_others=scored_by is not None)
-        heldout_data = None if heldout is None else _Source(heldout)
+        heldout_data = None if heldout is None else _Source(heldout, columns or {})
         heldout_examples = [] if heldout_data is None else heldout_data.read(config)
         log.info("loading %s", model)
         self.party = party = open_party(
@@ -275,15 +278,16 @@ def _path(given: str | Path | None) -> Path | None:
 class _Source:
     """Rows with a name for messages."""
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Rows, names: Mapping[str, str]) -> None:
         self._rows = rows
+        self._names = names
         self.name = rows if isinstance(rows, (str, Path)) else "the data given"
 
     def read(self, config: RunConfig, *, keep_others: bool = False) -> list[Example]:
         if isinstance(self._rows, (str, Path)):
             log.info("reading %s", self._rows)
-            return read_rows(self._rows, config.task, keep_others=keep_others)
-        return rows_of(self._rows, config.task, keep_others=keep_others)
+            return read_rows(self._rows, config.task, keep_others=keep_others, names=self._names)
+        return rows_of(self._rows, config.task, keep_others=keep_others, names=self._names)
 
 
 def _objective(config: RunConfig, given: Callable[[Predictions], Any] | None) -> Objective | None:

@@ -686,7 +686,8 @@ def _shortened(value: str | float) -> str:
 
 
 def _key_of(problem: ErrorDetails, prefix: Sequence[str]) -> str:
-    return ".".join(str(part) for part in [*prefix, *problem["loc"]])
+    # Some kinds of values have no word of their own on the path to them.
+    return ".".join(str(part) for part in [*prefix, *problem["loc"]] if part != "")
 
 
 _ALLOWED = {

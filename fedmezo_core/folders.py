@@ -133,3 +133,10 @@ def state_home() -> Path:
     given = os.environ.get("XDG_STATE_HOME", "")
     base = Path(given) if given.startswith("/") else Path.home() / ".local" / "state"
     return base / "fedmezo"
+
+
+def cache_home() -> Path:
+    """The folder for what programs can get again: $XDG_CACHE_HOME, else ~/.cache."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(given) if given.startswith("/") else Path.home() / ".cache"
+    return base / "fedmezo"

@@ -233,6 +233,9 @@ _METAVARS = {
     "float": "NUMBER",
     "ByteSize": "SIZE",
     "dict[str,Any]": "JSON",
+    "dict[str,str]": "JSON",
+    "dict[str,Path]": "JSON",
+    "{Path,dict[str,JSON]}": "PATH",
     "tuple[str,...]": "LIST",
     "list[str]": "TEXT",
 }

@@ -123,11 +123,9 @@ async def join(coordinator: Served, settings: dict[str, Any], way: str) -> bytes
     """Catch up one way, after loading, and print what it took; the digest at the end."""
     rate = 0 if way == "journal" else 10**12
     engine = Engine()
-    agent = Agent(
-        WorkerSettings(**settings, coordinator=coordinator.address, download_rate=rate), engine
-    )
+    own = WorkerSettings(**settings, coordinator=coordinator.address, download_rate=rate)
     async with CoordinatorClient(coordinator.address) as client:
-        member = await agent.join(client)
+        member = await Agent(own, engine, client).join()
         with counted(coordinator) as traffic, timed(f"late join by {way}"):
             await member.catch_up(client)
         print(f"  {traffic.journal:,} bytes of the journal, {traffic.snapshot:,} of the snapshot")

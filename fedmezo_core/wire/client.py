@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -129,7 +130,7 @@ class CoordinatorClient:
         """
         self.address = address
         self._retired: list[grpc.aio.Channel] = []
-        self._session_channel: grpc.aio.Channel | None = None
+        self._sessions: weakref.WeakSet[SessionStream] = weakref.WeakSet()
         self._shows_identity = identity is not None
         if identity is not None:
             self._hint = (
@@ -165,7 +166,7 @@ class CoordinatorClient:
         """Show a renewed identity from now on. A stream that is open goes on."""
         channel = _channel_of(self.address, identity)
         # Calls may still be under way on the newest one, and a session lives as long as it likes.
-        kept = (self._channel, self._session_channel)
+        kept = {self._channel, *(stream.channel for stream in self._sessions)}
         closing = [retired for retired in self._retired if retired not in kept]
         self._retired = [retired for retired in self._retired if retired in kept]
         self._retired.append(self._channel)
@@ -351,8 +352,9 @@ class CoordinatorClient:
 
     def session(self) -> SessionStream:
         """A worker's stream; the first message sent must be the hello."""
-        self._session_channel = self._channel
-        return SessionStream(self._stub.Session(), self)
+        stream = SessionStream(self._stub.Session(), self, self._channel)
+        self._sessions.add(stream)
+        return stream
 
     async def renew(self) -> admin.RenewResponse:
         """A newer certificate for the key of this client's identity."""
@@ -446,7 +448,10 @@ class CoordinatorClient:
     async def offered_runs(
         self, worker: str, revision: int = 0, wait_s: float = 0.0
     ) -> runs.OfferRunsResponse:
-        """The runs that `worker` may take part in; waits for a newer revision if there is none."""
+        """The runs that `worker` may take part in; waits for a newer revision if there is none.
+
+        Raises `VersionError` or `ForbiddenError` if the coordinator offers no runs.
+        """
         request = runs.OfferRunsRequest(
             worker=worker, revision=revision, wait_ms=int(1000 * wait_s)
         )
@@ -462,7 +467,11 @@ class CoordinatorClient:
     async def read_run_file(
         self, run_id: str, name: str, offset: int = 0
     ) -> AsyncGenerator[bytes, None]:
-        """The bytes of a file that a run offers, from `offset` on, in pieces."""
+        """The bytes of a file that a run offers, from `offset` on, in pieces.
+
+        A stream that breaks, or from which nothing comes for a while, is an `UnavailableError`:
+        ask again from where it broke.
+        """
         request = runs.ReadRunFileRequest(run_id=run_id, name=name, offset=offset)
         with self._errors_mapped():
             call = self._runs.ReadRunFile(request)
@@ -472,6 +481,11 @@ class CoordinatorClient:
                         piece = await call.read()
                     if not isinstance(piece, runs.ReadRunFileResponse):
                         return  # the end
+                    if not piece.data:
+                        raise ProtocolError(
+                            f"The coordinator at {self.address} sent a piece of {name} without "
+                            "bytes; check which coordinator that is."
+                        )
                     yield piece.data
             except TimeoutError:
                 raise UnavailableError(
@@ -573,9 +587,12 @@ class SessionStream:
         self,
         call: grpc.aio.StreamStreamCall[wire.SessionRequest, wire.SessionResponse],
         client: CoordinatorClient,
+        channel: grpc.aio.Channel,
     ) -> None:
         self._call = call
         self._client = client
+        self.channel = channel
+        """What carries the session."""
 
     async def send(self, message: wire.SessionRequest) -> None:
         """Send one message to the coordinator."""

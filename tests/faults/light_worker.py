@@ -17,8 +17,8 @@ from typing import Final, cast
 from fedmezo_core.events import Measure, Measured
 from fedmezo_core.records import Committed, Genesis, Scalars, digest64_of
 from fedmezo_core.wire import client
-from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
+from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.sim.checker import BASE_WEIGHTS, measure, rows_of, weights_after
 
@@ -63,10 +63,10 @@ class LightEngine:
         """There is none."""
 
 
-def light_agent(address: str, name: str) -> Agent:
-    """An agent that takes part in a whole run."""
+async def work_lightly(address: str, name: str, engine: LightEngine | None = None) -> None:
+    """Take part in a whole run."""
     settings = WorkerSettings(coordinator=address, name=name, data=Path(__file__))
-    return Agent(settings, cast("Engine", LightEngine()))
+    await work(settings, cast("Engine", engine or LightEngine()))
 
 
 def with_quick_keepalive(options: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
@@ -79,4 +79,4 @@ def with_quick_keepalive(options: Sequence[tuple[str, int]]) -> tuple[tuple[str,
 if __name__ == "__main__":
     quick_options = with_quick_keepalive(client.CHANNEL_OPTIONS)
     client.CHANNEL_OPTIONS = quick_options  # type: ignore[assignment]
-    asyncio.run(light_agent(sys.argv[1], sys.argv[2]).run())
+    asyncio.run(work_lightly(sys.argv[1], sys.argv[2]))

@@ -16,7 +16,7 @@ import pytest
 from fedmezo_coordinator.serving import service
 from fedmezo_core.wire import client
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from tests.faults.light_worker import light_agent, with_quick_keepalive
+from tests.faults.light_worker import with_quick_keepalive, work_lightly
 from tests.faults.proxy import Proxy, proxied
 from tests.integration.support.harness import (
     PATIENCE_S,
@@ -74,7 +74,7 @@ async def head_through(path: Path, disturb: Callable[[Proxy], None], again: bool
         at = await stack.enter_async_context(served(path, GENESIS))
         proxies = [await stack.enter_async_context(proxied(at.address)) for _ in NAMES]
         pairs = zip(proxies, NAMES, strict=True)
-        agents = [light_agent(proxy.address, name).run() for proxy, name in pairs]
+        agents = [work_lightly(proxy.address, name) for proxy, name in pairs]
         running = asyncio.gather(*agents)
         if again:
             async for round_ in rounds_of(at):
@@ -194,7 +194,7 @@ async def test_a_partition_in_mid_run_only_costs_time(
             await until(cut_off_joined, "the worker on the island", 2 * PATIENCE_S)
             async with asyncio.TaskGroup() as here:
                 for name in NAMES[1:]:
-                    here.create_task(light_agent(address, name).run())
+                    here.create_task(work_lightly(address, name))
                 async for _ in rounds_of(at):
                     island.plug("down")
                     before = at.daemon.status("").round

@@ -41,8 +41,8 @@ from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.commits import commits_of as pairs_of
 from fedmezo_core.zo.party import open_party
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
+from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.faults.light_worker import LightEngine
 from tests.integration.support.harness import (
@@ -115,8 +115,8 @@ class LightWorkers:
             journal_copy=copy,
             tls_ca=tls_ca,
         )
-        agent = Agent(settings, cast("Engine", engine))
-        working = Working(name, engine, asyncio.create_task(agent.run()), copy)
+        task = asyncio.create_task(work(settings, cast("Engine", engine)))
+        working = Working(name, engine, task, copy)
         self.all.append(working)
         return working
 

@@ -26,8 +26,8 @@ from fedmezo_core.wire.download import downloaded
 from fedmezo_core.wire.messages import assigned_from_pb, commit_of, snapshot_to_pb
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
+from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.faults.light_worker import LightEngine
 from tests.integration.support.harness import config_of, genesis_of
@@ -49,9 +49,8 @@ async def outcome(
             give_up_after_s=give_up_after_s,
             journal_copy=tmp_path / "copy.db" if copy else None,
         )
-        agent = Agent(settings, cast("Engine", LightEngine()))
         try:
-            await asyncio.wait_for(agent.run(), PATIENCE_S)
+            await asyncio.wait_for(work(settings, cast("Engine", LightEngine())), PATIENCE_S)
         except FedMezoError as error:
             return error
     return None

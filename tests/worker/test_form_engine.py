@@ -26,8 +26,8 @@ from fedmezo_core.zo.edge.array_losses import EdgeBatch
 from fedmezo_core.zo.edge.array_weights import Adapter
 from fedmezo_core.zo.snapshot_files import write_snapshot
 from fedmezo_worker import form_engine
-from fedmezo_worker.agent import Agent
 from fedmezo_worker.form_engine import FormComputer, FormEngine
+from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_command import check_paths, open_engine_thread
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.core.zo.conftest import make_tokenizer
@@ -208,13 +208,13 @@ async def test_over_grpc_it_ends_with_the_digest_of_the_torch_worker(
         name="torch", data=settings.data, model=str(run.party.loaded.folder), threads=1
     )
     async with served(tmp_path / "run.journal", genesis) as coordinator:
-        agents = []
+        both = []
         for own in (settings, torch_settings):
             own = own.model_copy(update={"coordinator": coordinator.address})
-            agents.append((Agent(own, engine := open_engine_thread(own)), engine))
-        await asyncio.gather(*(agent.run() for agent, _ in agents))
-        digests = {await engine.digest() for _, engine in agents}
-    for _, engine in agents:
+            both.append((own, open_engine_thread(own)))
+        await asyncio.gather(*(work(own, engine) for own, engine in both))
+        digests = {await engine.digest() for _, engine in both}
+    for _, engine in both:
         await engine.close()
     assert len(digests) == 1
     assert digests != {run.party.weights.digest()}
@@ -230,7 +230,7 @@ def test_a_late_session_begins_from_a_snapshot(
     genesis, store = replace(run.genesis, config=config), MemoryStore()
 
     def with_torch(name: str) -> Session:
-        return Session.open(genesis, name, run.party.loaded.folder, settings.data, threads=1)
+        return Session.open(genesis, name, run.party.loaded.folder, settings.rows, threads=1)
 
     def exchange(coordinator: Coordinator, session: Session, down: bytes = b"") -> bytes:
         return coordinator.exchange(session.exchange(down))

@@ -21,9 +21,9 @@ from fedmezo_core.errors import ConfigError, SnapshotError
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.records import Genesis
 from fedmezo_worker import engine as engine_module
-from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine, open_engine
 from fedmezo_worker.form_engine import FormComputer
+from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.integration.support.harness import TASK, environment, genesis_of, served
 from tests.integration.support.harness import config_of as contract
@@ -376,6 +376,6 @@ async def test_what_a_refused_contract_says_does_not_even_reach_the_log(
             coordinator=coordinator.address, name="w1", data=data_files[0], threads=1
         )
         with pytest.raises(ConfigError, match="is no name on the hub"):
-            await Agent(settings, engine).run()
+            await work(settings, engine)
     await engine.close()
     assert not [line for line in caplog.text.splitlines() if line.startswith("WARNING forged")]

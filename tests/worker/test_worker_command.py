@@ -61,7 +61,7 @@ def test_a_worker_says_at_once_what_it_does(
     async def refuse(*_: Any) -> None:
         raise next(attempts)
 
-    monkeypatch.setattr(CoordinatorClient, "get_run", refuse)
+    monkeypatch.setattr(CoordinatorClient, "offered_runs", refuse)
     monkeypatch.setattr(reconnecting, "delay_s", lambda *_: 0.0)
     flags = ["--name=w1", f"--data={rows}", "--coordinator=127.0.0.1:9", "--give-up-after-s=0"]
     assert main(flags) == 1

@@ -1,9 +1,9 @@
-"""A worker from its start to the end of the run: it joins, takes part, and reconnects."""
+"""A worker in one run, from its start to the end of the run: it joins, takes part, reconnects."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
+from collections.abc import Callable, Sequence
 
 from fedmezo_core.errors import (
     JournalBehindError,
@@ -13,14 +13,15 @@ from fedmezo_core.errors import (
     UnavailableError,
 )
 from fedmezo_core.program import long_step
+from fedmezo_core.records import Genesis
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.wire.enrolment import keep_renewed
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
 from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot
+from fedmezo_worker.adapter_files import OfferedFile, adapter_in, downloaded_adapter
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import Evaluations
 from fedmezo_worker.member import Member
@@ -36,18 +37,30 @@ class Agent:
     """
 
     def __init__(
-        self, settings: WorkerSettings, engine: EngineThread, identity: Identity | None = None
+        self,
+        settings: WorkerSettings,
+        engine: EngineThread,
+        client: CoordinatorClient,
+        identity: Identity | None = None,
+        *,
+        run_id: str = "",
+        files: Sequence[OfferedFile] = (),
+        may_go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         """`engine` does the numerical work; the caller closes it.
 
-        `identity` is shown to the coordinator, signs the answers and is renewed in time; None: the
-        coordinator knows nobody, and nothing is signed.
+        `identity` signs the answers; None: nothing is signed. `run_id` names the run; empty: the
+        only one. `files` are what the coordinator offers for it. Once `may_go_on` says no, the
+        agent ends instead of reconnecting.
         """
         self._settings = settings
-        self._identity = identity
         self._engine = engine
-        wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
-        self._history = History(settings.journal_copy, wanted)
+        self._client = client
+        self._identity = identity
+        self._run_id = run_id
+        self._files = files
+        self._may_go_on = may_go_on
+        self._history: History | None = None
         self._reconnecting = Reconnecting(log, give_up_after_s=settings.give_up_after_s)
         # A snapshot that turned out to be bad is not tried again, even after loading anew.
         self._bad_snapshots: set[Snapshot] = set()
@@ -60,44 +73,36 @@ class Agent:
         that no retry can help, or the newest of the others after `give_up_after_s`.
         """
         member: Member | None = None
-        settings, identity = self._settings, self._identity
-        log.info("connecting to %s", settings.coordinator)
-        async with CoordinatorClient(
-            settings.coordinator, settings.tls_ca, tls=settings.tls, identity=identity
-        ) as client:
-            renewing = None
-            if identity is not None:
-                renewing = asyncio.create_task(keep_renewed(client, identity))
-            try:
-                while True:
-                    try:
-                        if member is None or member.has_lost_weights:
-                            member = await self.join(client)
-                        if await member.take_part(client):
-                            break
-                    except (
-                        UnavailableError,
-                        NotReadyError,
-                        JournalCompactedError,
-                        JournalBehindError,
-                        ReplacedError,
-                    ) as error:
-                        await self._reconnecting.wait_after(error)
-            finally:
-                if renewing is not None:
-                    renewing.cancel()
-                if member is not None:
-                    await member.end_work()
+        try:
+            while True:
+                try:
+                    if member is None or member.has_lost_weights:
+                        member = await self.join()
+                    if await member.take_part(self._client):
+                        break
+                except (
+                    UnavailableError,
+                    NotReadyError,
+                    JournalCompactedError,
+                    JournalBehindError,
+                    ReplacedError,
+                ) as error:
+                    if not self._may_go_on():
+                        return
+                    await self._reconnecting.wait_after(error)
+        finally:
+            if member is not None:
+                await member.end_work()
+            if self._history is not None:
                 await self._history.close()
         await member.evaluate_the_end()
 
-    async def join(self, client: CoordinatorClient) -> Member:
+    async def join(self) -> Member:
         """Learn what the run is, and load model and data for it; refuses a base that differs."""
-        settings = self._settings
-        description = await client.get_run(settings.run_id)
+        description = await self._client.get_run(self._run_id)
         self._reconnecting.reached()
         # Before anything that the contract says is even logged.
-        settings.check_run(description.genesis)
+        settings = self._settings.for_run(description.genesis)
         config = description.genesis.config
         log.info("run %s of model %s", config.run_id, settings.model or config.model)
         evaluations = Evaluations(
@@ -105,8 +110,12 @@ class Agent:
             config.rounds,
             settings.evaluations,
         )
+        settings = await self._with_adapter(settings, description.genesis)
         await self._engine.load(settings, description.genesis)
         log.info("%d trainable elements", description.genesis.trainable_elements)
+        if self._history is None:
+            wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
+            self._history = History(settings.journal_copy, wanted)
         member = Member(
             settings,
             self._engine,
@@ -125,3 +134,17 @@ class Agent:
         with long_step("evaluating before the first round here"):
             await member.evaluate()
         return member
+
+    async def _with_adapter(self, settings: WorkerSettings, genesis: Genesis) -> WorkerSettings:
+        """The settings with the adapter that the coordinator offers, if they name none."""
+        offered = adapter_in(self._files) if genesis.config.lora is not None else {}
+        if not offered or settings.adapter is not None or settings.base_form is not None:
+            return settings
+        folder = await downloaded_adapter(
+            self._client,
+            genesis.config.run_id,
+            offered,
+            disk_max_bytes=settings.policy.disk_max,
+            give_up_after_s=settings.give_up_after_s,
+        )
+        return settings.model_copy(update={"adapter": folder})

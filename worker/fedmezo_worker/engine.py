@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 from fedmezo.torch_engine import TorchEngine
 from fedmezo_core.records import Genesis
@@ -18,11 +21,11 @@ from fedmezo_worker.worker_settings import WorkerSettings
 
 
 class Engine(EngineThread):
-    """Computes with torch, on a thread of its own."""
+    """Computes with torch."""
 
-    def __init__(self) -> None:
-        """Start with nothing loaded."""
-        super().__init__()
+    def __init__(self, thread: ThreadPoolExecutor | None = None) -> None:
+        """Start with nothing loaded; `thread` as for `EngineThread`."""
+        super().__init__(thread)
         self._loaded: TorchEngine | None = None
 
     @property
@@ -51,9 +54,15 @@ class Engine(EngineThread):
 
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         self._loaded = open_engine(settings, genesis)
+        parameters = self._loaded.model.parameters()
+        self.model_bytes = sum(one.numel() * one.element_size() for one in parameters)
 
     def _forget(self) -> None:
         self._loaded = None
+
+    def _forget_all(self) -> None:
+        super()._forget_all()
+        torch.cuda.empty_cache()  # For other programs on the device; nothing without CUDA.
 
     def _take(self, path: Path, snapshot: Snapshot) -> None:
         install_snapshot(path, self._weights, snapshot)
@@ -68,16 +77,17 @@ class Engine(EngineThread):
 def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
     """Load what a worker with these settings computes with.
 
-    Raises what `WorkerSettings.check_run`, `folder_of_hub_name` and `TorchEngine` do.
+    Raises what `WorkerSettings.for_run`, `folder_of_hub_name` and `TorchEngine` do.
     """
-    settings.check_run(genesis)
+    settings = settings.for_run(genesis)
     policy, config = settings.policy, genesis.config
     return TorchEngine(
         genesis,
         settings.name,
         settings.model or folder_of_hub_name(config.model, policy.disk_max),
-        settings.data,
+        settings.rows,
         heldout=settings.heldout,
+        columns=settings.columns,
         adapter=settings.adapter,
         objective=load_objective(config.task.objective) if config.task.objective else None,
         threads=settings.threads,

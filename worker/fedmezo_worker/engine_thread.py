@@ -1,15 +1,17 @@
-"""All work on weights and data, on one thread of its own, not on the event loop's."""
+"""All work on weights and data, on a thread of its own, not on the event loop's."""
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from fedmezo_core.errors import SnapshotDamagedError
 from fedmezo_core.events import Measure, Measured
@@ -60,12 +62,25 @@ class EvaluationCutShortError(Exception):
 
 
 class EngineThread(ABC):
-    """Loads, measures, applies, digests and evaluates: one at a time, in the order of the calls."""
+    """Loads, measures, applies, digests and evaluates: one at a time, in the order of the calls.
 
-    def __init__(self) -> None:
-        """Start with nothing loaded."""
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+    Engines on one thread take turns: it does their work in the order in which they ask.
+    """
+
+    def __init__(self, thread: ThreadPoolExecutor | None = None) -> None:
+        """Start with nothing loaded, on the `thread` of others or one of its own."""
+        self._owns_thread = thread is None
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._evaluation_cut_short = threading.Event()
+        self.load_s = 0.0
+        """How long the newest load took."""
+        self.model_bytes = 0
+        """Bytes of the whole model; 0 until it is loaded."""
+        self._used_s = time.monotonic()
+
+    def another(self) -> Self:
+        """An engine of the same kind with nothing loaded, on the same thread."""
+        return type(self)(self._thread)
 
     async def load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         """Load model and data for the run; raises what is wrong with either."""
@@ -115,17 +130,20 @@ class EngineThread(ABC):
         is not finite, and `ConfigError` if there are no held-out rows.
         """
         self._evaluation_cut_short.clear()
-        return asyncio.get_running_loop().run_in_executor(self._thread, self._evaluate)
+        return self._on_thread(self._evaluate)
 
     def cut_evaluation_short(self) -> None:
         """End the running evaluation at its next batch."""
         self._evaluation_cut_short.set()
 
     async def close(self) -> None:
-        """Cut short what runs and wait for it."""
+        """Cut short what runs, wait for it, and let go of what is loaded."""
         self.cut_short()
         self.cut_evaluation_short()
-        await asyncio.to_thread(self._thread.shutdown)
+        if self._owns_thread:
+            await asyncio.to_thread(self._thread.shutdown)
+        else:
+            await self._run(self._forget_all)
 
     @property
     def base_form(self) -> str:
@@ -137,8 +155,25 @@ class EngineThread(ABC):
         """Bytes of the trained tensors."""
         return self._weights.byte_count
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds since it last did anything, or was made."""
+        return time.monotonic() - self._used_s
+
     async def _run(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await self._on_thread(work)
+
+    def _on_thread(self, work: Callable[[], Result]) -> asyncio.Future[Result]:
+        """Queue `work`, whose log lines say what those of the caller do."""
+        context = contextvars.copy_context()
+
+        def use() -> Result:
+            try:
+                return context.run(work)
+            finally:
+                self._used_s = time.monotonic()
+
+        return asyncio.get_running_loop().run_in_executor(self._thread, use)
 
     # ------------------------------------------------------------ on the engine's thread
 
@@ -159,7 +194,7 @@ class EngineThread(ABC):
 
     @abstractmethod
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
-        """Load for the run; raises what is wrong."""
+        """Load for the run, and note `model_bytes`; raises what is wrong."""
 
     @abstractmethod
     def _forget(self) -> None:
@@ -174,15 +209,21 @@ class EngineThread(ABC):
         """Evaluate on the held-out rows; calls `before_batch` before each batch."""
 
     def _load_alone(self, settings: WorkerSettings, genesis: Genesis) -> None:
-        self._forget()
-        gc.collect()  # One model at a time has room.
+        self._forget_all()  # This engine has room for one model at a time.
+        began_s = time.monotonic()
         self._load(settings, genesis)
+        self.load_s = time.monotonic() - began_s
+
+    def _forget_all(self) -> None:
+        self.model_bytes = 0
+        self._forget()
+        gc.collect()
 
     def _install(self, path: Path, snapshot: Snapshot) -> None:
         try:
             self._take(path, snapshot)
         except SnapshotDamagedError:
-            self._forget()
+            self._forget_all()
             raise
 
     def _evaluate(self) -> HeldOutResult | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fedmezo_core.errors import ConfigError, CutShortError
@@ -28,13 +29,15 @@ class FormComputer:
 
     def __init__(self, settings: WorkerSettings, genesis: Genesis) -> None:
         """Load the form and the rows that `settings` name; raises what is wrong with either."""
+        settings = settings.for_run(genesis)
         assert settings.base_form is not None
-        settings.check_run(genesis)
         # What is quick first: a wrong name or column should not cost a model's loading time.
         check_can_take_forms(genesis.config)
-        rows = read_rows(settings.data, genesis.config.task)
+        rows = read_rows(settings.rows, genesis.config.task, names=settings.columns)
         form = read_form(settings.base_form, genesis)
         self.base_form = form.name
+        self.form_bytes = sum(file.stat().st_size for file in settings.base_form.iterdir())
+        """Bytes of the form's files."""
         self._run_id = genesis.config.run_id
         self._cut_short = threading.Event()
         self._engine = EdgeEngine(
@@ -101,11 +104,11 @@ def open_losses(form: BaseForm, *, threads: int | None, gpu_layers: int) -> Loss
 
 
 class FormEngine(EngineThread):
-    """Computes with a form of the base, on a thread of its own."""
+    """Computes with a form of the base."""
 
-    def __init__(self) -> None:
-        """Start with nothing loaded."""
-        super().__init__()
+    def __init__(self, thread: ThreadPoolExecutor | None = None) -> None:
+        """Start with nothing loaded; `thread` as for `EngineThread`."""
+        super().__init__(thread)
         self._loaded: FormComputer | None = None
 
     @property
@@ -124,6 +127,7 @@ class FormEngine(EngineThread):
 
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         self._loaded = FormComputer(settings, genesis)
+        self.model_bytes = self._loaded.form_bytes + self._weights.byte_count
 
     def _forget(self) -> None:
         self._loaded = None

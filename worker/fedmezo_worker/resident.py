@@ -23,14 +23,11 @@ from fedmezo_core import errors
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
-    JournalError,
-    MismatchError,
     NotReadyError,
-    PolicyError,
     ProtocolError,
-    SnapshotError,
     UnavailableError,
 )
+from fedmezo_worker.offers.told_to_others import told_to_others
 
 log = logging.getLogger("fedmezo.worker")
 
@@ -43,15 +40,6 @@ _SPOKEN: Final = b"fedmezo resident worker 1"
 """What each request begins with."""
 _REQUEST_PARTS: Final = 4
 _REPLY_PARTS: Final = 3
-_TELLS_NOTHING: Final = (
-    UnavailableError,
-    ProtocolError,
-    MismatchError,
-    JournalError,
-    SnapshotError,
-    PolicyError,
-)
-"""Errors whose sentences say nothing of rows or of paths, so that they may leave this machine."""
 
 
 class Exchanging(Protocol):
@@ -187,19 +175,13 @@ class ResidentWorker:
                 return
             except FedMezoError as error:
                 log.warning("%s", error)
-                reply = (type(error).__name__.encode(), b"", self._told(error).encode())
+                said = told_to_others(error, self._name)
+                reply = (type(error).__name__.encode(), b"", said.encode())
             except Exception as error:
                 log.exception("this request failed")
-                reply = (b"UnavailableError", b"", self._told(error).encode())
+                reply = (b"UnavailableError", b"", told_to_others(error, self._name).encode())
             writer.write(b"".join(map(_framed, reply)))
             await writer.drain()
-
-    def _told(self, error: Exception) -> str:
-        """The sentence about an error for whoever asked, who may send it to the server."""
-        if isinstance(error, _TELLS_NOTHING):
-            return str(error)
-        kind = type(error).__name__
-        return f"Worker {self._name} cannot serve this run ({kind}); its log says why."
 
     def _exchange(self, job: bytes, genesis: bytes, down: bytes) -> bytes:
         """Exchange bytes in the run with that genesis; runs on the worker's thread."""

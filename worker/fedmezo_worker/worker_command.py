@@ -1,4 +1,4 @@
-"""`fedmezo-worker`: join a run, measure, leave when it is finished."""
+"""`fedmezo-worker`: join runs, measure, leave when they are finished."""
 
 from __future__ import annotations
 
@@ -31,9 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check_paths(settings: WorkerSettings) -> None:
     """Refuse settings that name data or an adapter that is not there; it is read later."""
-    for path in (settings.data, settings.heldout):
+    of_tables = [path for one in settings.data_sets.values() for path in (one.path, one.heldout)]
+    data = settings.data if isinstance(settings.data, Path) else None
+    for path in (data, settings.heldout, *of_tables):
         if path is not None and not path.exists():
             raise ConfigError(f"There is no data file or folder {path}; check the path.")
+    for name, folder in settings.models.items():
+        if not folder.is_dir():
+            raise ConfigError(f"There is no folder {folder}; check models, at {name!r}.")
     if settings.base_form is not None and not settings.base_form.is_dir():
         raise ConfigError(f"There is no folder {settings.base_form}; check base_form.")
     if settings.adapter is not None and not settings.adapter.is_dir():
@@ -63,7 +68,7 @@ def computer_opener(settings: WorkerSettings) -> Callable[[WorkerSettings, Genes
 
 
 async def run(settings: WorkerSettings) -> None:
-    """Work until the run is finished, or until SIGTERM or Ctrl-C.
+    """Work until the run is finished, or for all that come; until SIGTERM or Ctrl-C.
 
     Raises whatever else stopped the worker.
     """
@@ -94,10 +99,10 @@ async def run(settings: WorkerSettings) -> None:
         from fedmezo_core.zo.model.allocator import keep_freed_memory
 
         keep_freed_memory()
-        from fedmezo_worker.agent import Agent
+        from fedmezo_worker.offers.work import work
 
         engine = open_engine_thread(settings)
-    working = asyncio.create_task(Agent(settings, engine, identity).run())
+    working = asyncio.create_task(work(settings, engine, identity))
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from typing import Any, Self
 
-from pydantic import ByteSize, Field, field_validator, model_validator
+from pydantic import ByteSize, Field, PrivateAttr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedmezo.run_policy import RunPolicy
@@ -19,6 +21,15 @@ from fedmezo_core.layered_settings import (
 )
 from fedmezo_core.records import Genesis
 from fedmezo_core.zo.privacy.accounting import PrivacyBudget
+from fedmezo_worker.data_sets import (
+    SETTINGS_OF_ROWS,
+    Data,
+    DataSet,
+    check_rows_to_evaluate_on,
+    check_whole_budget,
+    chosen,
+    no_such_data_set,
+)
 
 _OF_CONNECTIONS = (
     "coordinator",
@@ -33,6 +44,7 @@ _OF_CONNECTIONS = (
     "join",
     "state",
     "give_up_after_s",
+    "models_max",
 )
 """Settings without a meaning for a worker that others bring the messages to."""
 
@@ -70,8 +82,14 @@ class WorkerSettings(BaseSettings):
         description="this worker's name, unique in the run: a-z, 0-9 and -; with join, none: the "
         "join string's, or this machine's",
     )
-    data: UserPath = Field(
-        description="its private rows: a JSONL, CSV or Parquet file, or a folder of them"
+    data: Data = Field(
+        description="its private rows: a JSONL, CSV or Parquet file, or a folder of them; in a "
+        "TOML file also tables [data.NAME], for runs that ask for a data set by its name"
+    )
+    columns: dict[str, str] = Field(
+        default={},
+        description="names that the data has for columns of the run, where they differ: "
+        '{"the run\'s": "the data\'s"}',
     )
     heldout: UserPath | None = Field(
         default=None,
@@ -83,25 +101,42 @@ class WorkerSettings(BaseSettings):
         description="rounds between two evaluations; base and end are always evaluated",
     )
     evaluations: UserPath | None = Field(
-        default=None, description="JSONL file that each evaluation is appended to"
+        default=None,
+        description="JSONL file that each evaluation is appended to, or a folder for one of each "
+        "run",
     )
     model: UserPathText = Field(
         default="", description="model folder or hub name, if not the name that the run gives"
     )
+    models: dict[str, UserPath] = Field(
+        default={},
+        description='model folders for runs of several models: {"name or base digest": "folder"}',
+    )
+    models_max: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="most runs whose models are loaded at a time; none: as many as the free memory "
+        "has room for",
+    )
     adapter: UserPath | None = Field(
         default=None,
-        description="folder of the adapter (peft's layout) that the run begins from, if it does",
+        description="folder of the adapter (peft's layout) that the run begins from; none: the one "
+        "that the coordinator offers, if it does",
     )
     journal_copy: UserPath | None = Field(
         default=None,
-        description="file for this worker's own copy of the run's history; the run can be "
-        "rebuilt from it, and after a restart it shows whether the coordinator's history went back",
+        description="file for this worker's own copy of the run's history, or a folder for one of "
+        "each run; the run can be rebuilt from it, and after a restart it shows whether the "
+        "coordinator's history went back",
     )
     checkpoint_key: CheckpointKey = Field(
         default="",
         description="public key (64 hex digits) that the coordinator must sign with; none: any key",
     )
-    run_id: str = Field(default="", description="refuse any other run")
+    run_id: str = Field(
+        default="", description="serve this run and end with it; none: what the coordinator offers"
+    )
     objective: str = Field(
         default="",
         description="the run's objective, by its name or as module:function: its code runs here, "
@@ -188,8 +223,11 @@ class WorkerSettings(BaseSettings):
     give_up_after_s: float = Field(
         default=3600.0,
         ge=0,
-        description="seconds without a coordinator until the worker ends",
+        description="seconds without a coordinator until the worker ends; a worker that has served "
+        "a coordinator of many runs ends only if this is set",
     )
+
+    _run_id: str = PrivateAttr(default="")
 
     @field_validator("name")
     @classmethod
@@ -241,7 +279,8 @@ class WorkerSettings(BaseSettings):
     def _only_what_serves(self) -> WorkerSettings:
         if self.serve is None:
             return self
-        unused = [key for key in _OF_CONNECTIONS if key in self.model_fields_set]
+        given = self.model_fields_set | self._given_in_tables()
+        unused = [key for key in _OF_CONNECTIONS if key in given]
         if unused:
             raise ValueError(
                 f"{unused[0]} has no meaning with serve, because this worker makes no connections "
@@ -257,10 +296,11 @@ class WorkerSettings(BaseSettings):
     def _form_instead_of_a_model(self) -> WorkerSettings:
         if self.base_form is not None:
             of_torch = {
-                "adapter", "device_memory_max", "frozen_base_bits", "heldout", "model", "objective",
-                "offload_folder",
+                "adapter", "device_memory_max", "frozen_base_bits", "heldout", "model", "models",
+                "objective", "offload_folder",
             }  # fmt: skip
-            given = sorted(name for name in of_torch if getattr(self, name))
+            in_tables = self._given_in_tables()
+            given = sorted(name for name in of_torch if getattr(self, name) or name in in_tables)
             if given:
                 raise ValueError(f"base_form leaves no use for {given[0]}; set only one of the two")
         elif self.gpu_layers:
@@ -269,15 +309,12 @@ class WorkerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _whole_budget(self) -> WorkerSettings:
-        parts = {"privacy_clip": self.privacy_clip, "privacy_ledger": self.privacy_ledger}
-        if self.privacy_epsilon is None:
-            parts["privacy_delta"] = "privacy_delta" in self.model_fields_set or None
-            given = [name for name, value in parts.items() if value is not None]
-            if given:
-                raise ValueError(f"{given[0]} needs privacy_epsilon; set both, or neither")
-        missing = [name for name, value in parts.items() if value is None]
-        if self.privacy_epsilon is not None and missing:
-            raise ValueError(f"privacy_epsilon needs {missing[0]}; set both")
+        check_whole_budget(
+            epsilon=self.privacy_epsilon,
+            clip=self.privacy_clip,
+            ledger=self.privacy_ledger,
+            is_delta_given="privacy_delta" in self.model_fields_set,
+        )
         return self
 
     @property
@@ -293,9 +330,57 @@ class WorkerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _rows_to_evaluate_on(self) -> WorkerSettings:
-        if self.evaluations is not None and self.heldout is None:
-            raise ValueError("evaluations needs heldout, the rows to evaluate on; set both")
+        check_rows_to_evaluate_on(self.heldout, self.evaluations)
         return self
+
+    @model_validator(mode="after")
+    def _each_setting_with_its_rows(self) -> WorkerSettings:
+        misplaced = sorted(SETTINGS_OF_ROWS & self.model_fields_set) if self.data_sets else []
+        if misplaced:
+            raise ValueError(
+                f"{misplaced[0]} belongs to one data set; write it into that one's [data.NAME]"
+            )
+        return self
+
+    @property
+    def data_sets(self) -> dict[str, DataSet]:
+        """The data sets by their names; empty where `data` is a path."""
+        return self.data if isinstance(self.data, dict) else {}
+
+    @property
+    def rows(self) -> Path:
+        """Where the rows of the run are; only of settings that `for_run` gave."""
+        assert isinstance(self.data, Path)
+        return self.data
+
+    def _given_in_tables(self) -> set[str]:
+        """Settings of rows that a data set sets."""
+        return {name for one in self.data_sets.values() for name in one.model_fields_set}
+
+    def for_run(self, genesis: Genesis) -> Self:
+        """These settings with what they say of this run: its rows, its model, its files.
+
+        The result is for this run alone. Opens no file and imports nothing. Raises `PolicyError`
+        for a run that asks for a data set which is not here, and as `check_run`.
+        """
+        config = genesis.config
+        if self._run_id == config.run_id:
+            return self
+        changes: dict[str, Any] = {}
+        if self.data_sets:
+            changes |= chosen(self.data_sets, config.data_set).settings()
+        elif config.data_set:
+            raise no_such_data_set(config.data_set)
+        own = self.models.get(genesis.base_digest.hex(), self.models.get(config.model))
+        if own is not None and not self.model:
+            changes["model"] = str(own)
+        evaluations = changes.get("evaluations", self.evaluations)
+        changes["evaluations"] = _of_run(evaluations, f"{config.run_id}.jsonl")
+        changes["journal_copy"] = _of_run(self.journal_copy, f"{config.run_id}.db")
+        settings = self.model_copy(update=changes)
+        settings._run_id = config.run_id
+        settings.check_run(genesis)
+        return settings
 
     def check_run(self, genesis: Genesis) -> None:
         """Refuse a run that these settings do not allow; opens no file and imports nothing.
@@ -319,3 +404,8 @@ class WorkerSettings(BaseSettings):
                 f"The run scores batches by {wanted}, not by {named}; set --objective {wanted}, or "
                 "leave it out."
             )
+
+
+def _of_run(given: Path | None, name: str) -> Path | None:
+    """The file `name` if a folder is given; otherwise what is given."""
+    return given / name if given is not None and given.is_dir() else given

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fedmezo_core.config import TaskConfig
@@ -30,6 +31,8 @@ _NAMES_SHOWN_MAX = 5
 """Files that are passed over and named in the log."""
 _BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_AS_THEY_ARE: Mapping[str, str] = MappingProxyType({})
+"""Columns have in the files the names that the run gives them."""
 _WHOLE_NUMBER = re.compile(r"([+-]?[0-9]+)\.0+")
 
 
@@ -129,10 +132,20 @@ def read_raw_examples(path: str | Path) -> list[RawExample]:
         ]
 
 
-def read_rows(path: str | Path, task: TaskConfig, *, keep_others: bool = False) -> list[Example]:
+def read_rows(
+    path: str | Path,
+    task: TaskConfig,
+    *,
+    keep_others: bool = False,
+    names: Mapping[str, str] = _AS_THEY_ARE,
+) -> list[Example]:
     """Read the columns that `task` needs, as `read_examples` does, by the rules of its run."""
     return read_examples(
-        path, task.data_columns, keep_others=keep_others, plain_numbers=task.columns_are_plain
+        path,
+        task.data_columns,
+        keep_others=keep_others,
+        plain_numbers=task.columns_are_plain,
+        names=names,
     )
 
 
@@ -142,6 +155,7 @@ def read_examples(
     *,
     keep_others: bool = False,
     plain_numbers: bool = False,
+    names: Mapping[str, str] = _AS_THEY_ARE,
 ) -> list[Example]:
     """Read `columns` of a .jsonl, .csv or .parquet file, or of all such files in a folder.
 
@@ -151,7 +165,7 @@ def read_examples(
     them, dates and times in ISO 8601, bytes as UTF-8; a lone surrogate becomes U+FFFD. A UTF-8
     byte-order mark and lines without any value are skipped. NaN is a missing value. With
     `plain_numbers`, a number 5.0 becomes `5`, as software writes whole numbers with a gap between
-    them.
+    them. `names` maps columns to their names in the files, where these are others.
 
     Raises `DataError`, which names the file and row, if a file is not readable, not UTF-8,
     malformed or without rows, if no row has one of the columns, or if a row's value for one is
@@ -160,8 +174,9 @@ def read_examples(
     rows: list[Example] = []
     with long_step(f"reading {path}"):
         for file in _files(Path(path).expanduser()):
-            records = _records_of(file, columns, keep_others)
-            rows.extend(_examples_of(file, records, columns, keep_others, plain_numbers))
+            written = list(dict.fromkeys(names.get(column, column) for column in columns))
+            records = _records_of(file, written, keep_others)
+            rows.extend(_examples_of(file, records, columns, keep_others, plain_numbers, names))
     return rows
 
 
@@ -170,6 +185,7 @@ def rows_of(
     task: TaskConfig,
     *,
     keep_others: bool = False,
+    names: Mapping[str, str] = _AS_THEY_ARE,
     source: str = "the data given",
 ) -> list[Example]:
     """Rows that a program holds, such as a list of dicts or a `datasets.Dataset`, as `read_rows`.
@@ -187,7 +203,7 @@ def rows_of(
     if not numbered:
         raise DataError(f"There are no rows in {source}; give at least one.")
     plain_numbers = task.columns_are_plain
-    return _examples_of(source, numbered, task.data_columns, keep_others, plain_numbers)
+    return _examples_of(source, numbered, task.data_columns, keep_others, plain_numbers, names)
 
 
 def _files(path: Path) -> list[Path]:
@@ -242,6 +258,7 @@ def _examples_of(
     columns: Sequence[str],
     keep_others: bool,
     plain_numbers: bool,
+    names: Mapping[str, str],
 ) -> list[Example]:
     """Numbered records with `columns` as text; `file` is their file, or their name in messages."""
     if plain_numbers:
@@ -250,11 +267,11 @@ def _examples_of(
             for number, record in records
         ]
     present = dict.fromkeys(name for _, record in records for name in record)
-    spelling = {column: spelling_in(present, column) for column in columns}
+    spelling = {column: spelling_in(present, names.get(column, column)) for column in columns}
     for column in columns:
         if spelling[column] not in present:
             raise DataError(
-                f"{file} has no column {shown_columns([column])}; its columns are "
+                f"{file} has no column {shown_columns([spelling[column]])}; its columns are "
                 f"{shown_columns(present)}."
             )
 

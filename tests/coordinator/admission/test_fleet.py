@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import socket
 import ssl
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import grpc
 import pytest
 import trustme
 
@@ -48,8 +50,8 @@ from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import find_ca, keep_renewed
 from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import coordinator_pb2 as wire
-from fedmezo_worker.agent import Agent
 from fedmezo_worker.engine import Engine
+from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.coordinator.serving.test_limits import HTTP2
 from tests.faults.light_worker import LightEngine
@@ -517,6 +519,27 @@ async def test_a_certificate_is_renewed_by_itself(tmp_path: Path) -> None:
             at.client(identity)
 
 
+async def test_renewals_leave_each_open_session_its_channel(at: ServedFleet) -> None:
+    identity = await at.member("w1")
+    async with at.client(identity) as client:
+        streams = []
+        for _ in range(2):
+            streams.append(client.session())
+            await client.show(identity)
+        channels = [stream.channel for stream in streams]
+        for _ in range(3):
+            await client.show(identity)
+        assert closed(channels) == [False, False]
+        streams.pop(0).cancel()
+        gc.collect()
+        await client.show(identity)
+        assert closed(channels) == [True, False]
+
+
+def closed(channels: list[grpc.aio.Channel]) -> list[bool]:
+    return [one.get_state() is grpc.ChannelConnectivity.SHUTDOWN for one in channels]
+
+
 async def test_asking_again_and_again_writes_nothing(at: ServedFleet) -> None:
     identity = await at.member("w1")
     before = (at.state / "members.jsonl").read_bytes()
@@ -608,13 +631,13 @@ async def test_a_worker_that_waits_longer_than_its_certificate_lives_takes_part(
     async with served_fleet(tmp_path, GENESIS, certificate_life_s=3) as at:
         identities = [await at.member(name) for name in ("w1", "w2")]
 
-        def agent(identity: Identity) -> Agent:
+        async def take_part(identity: Identity) -> None:
             settings = WorkerSettings(
                 coordinator=at.address, name=identity.name, state=identity.folder, data=tmp_path
             )
-            return Agent(settings, cast("Engine", LightEngine()), identity)
+            await work(settings, cast("Engine", LightEngine()), identity)
 
-        first = asyncio.create_task(agent(identities[0]).run())
+        first = asyncio.create_task(take_part(identities[0]))
         await asyncio.sleep(7)
         newest = load_identity(identities[1].folder)
         assert newest is not None
@@ -622,5 +645,5 @@ async def test_a_worker_that_waits_longer_than_its_certificate_lives_takes_part(
             newest.check_time()
         async with at.client(at.operator) as operator:
             token = (await operator.rotate_member("w2", 60)).token
-        second = asyncio.create_task(agent(await at.joined(token.join_string, "w2")).run())
+        second = asyncio.create_task(take_part(await at.joined(token.join_string, "w2")))
         await asyncio.wait_for(asyncio.gather(first, second), 20)

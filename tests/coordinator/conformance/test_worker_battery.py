@@ -24,8 +24,7 @@ from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.messages import answer_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker import member
-from fedmezo_worker.agent import Agent
-from tests.faults.light_worker import LightEngine, light_agent
+from tests.faults.light_worker import LightEngine, work_lightly
 from tests.integration.support.harness import PATIENCE_S, config_of, genesis_of
 from tests.sim.checker import BASE_WEIGHTS, measure, weights_after
 
@@ -69,10 +68,6 @@ class InProcess:
         return 0
 
 
-def starting(make: Callable[[str], Agent]) -> Start:
-    return running(lambda address: make(address).run())
-
-
 def running(run: Callable[[str], Coroutine[Any, Any, None]]) -> Start:
     """Starts a worker as a task of this process."""
 
@@ -89,15 +84,15 @@ def running(run: Callable[[str], Coroutine[Any, Any, None]]) -> Start:
     return start
 
 
-def light(address: str) -> Agent:
-    return light_agent(address, "w1")
+async def light(address: str) -> None:
+    await work_lightly(address, "w1")
 
 
 async def report_on(config: RunConfig) -> Report:
     """What the whole battery says of our worker."""
     report = Report("worker")
     test = WorkerTest(genesis_of(config), LightModel(), likeness, patience_s=PATIENCE_S)
-    await run_worker_battery(test, report, "127.0.0.1:0", starting(light), lambda _: None)
+    await run_worker_battery(test, report, "127.0.0.1:0", running(light), lambda _: None)
     return report
 
 
@@ -127,7 +122,9 @@ async def test_our_worker_conforms(changes: dict[str, Any]) -> None:
 
 
 async def only(
-    sequences: set[str], monkeypatch: pytest.MonkeyPatch, make: Callable[[str], Agent] = light
+    sequences: set[str],
+    monkeypatch: pytest.MonkeyPatch,
+    run: Callable[[str], Coroutine[Any, Any, None]] = light,
 ) -> dict[str, str]:
     """What fails of some sequences, with a worker that joins soundly."""
     every = worker_battery.WorkerBattery.sequences
@@ -139,7 +136,7 @@ async def only(
     report = Report("worker")
     test = WorkerTest(genesis_of(CONFIG), LightModel(), likeness, patience_s=PATIENCE_S)
     battery = worker_battery.WorkerBattery(test, report)
-    async with scripted(battery.server, "127.0.0.1:0") as address, starting(make)(address):
+    async with scripted(battery.server, "127.0.0.1:0") as address, running(run)(address):
         await battery.run()
     return failed(report)
 
@@ -247,12 +244,10 @@ class ForgetfulEngine(LightEngine):
 
 
 async def test_weights_that_miss_a_commit_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(address: str) -> Agent:
-        agent = light(address)
-        agent._engine = ForgetfulEngine()  # type: ignore[assignment]
-        return agent
+    async def forgetful(address: str) -> None:
+        await work_lightly(address, "w1", ForgetfulEngine())
 
-    found = await only({"applies a commit"}, monkeypatch, make)
+    found = await only({"applies a commit"}, monkeypatch, forgetful)
     assert "its weights after round 1 are not the run's" in found["applies a commit"]
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from typer.testing import CliRunner
@@ -16,7 +16,8 @@ from fedmezo_coordinator.programs import fedmezo_command
 from fedmezo_core.errors import ConfigError, FedMezoError, UnavailableError
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as wire
-from fedmezo_worker.agent import Agent
+from fedmezo_worker.engine import Engine
+from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.coordinator.runs.hosting_runs import settings_toml
 from tests.faults.light_worker import LightEngine
@@ -58,13 +59,13 @@ def has_loaded(library: str, program: Program) -> bool:
     return library in Path(f"/proc/{program.process.pid}/maps").read_text()
 
 
-def agents(address: str, run_id: str) -> list[Agent]:
-    """Two workers of a run without a model."""
+def two_workers(address: str, run_id: str) -> list[Coroutine[Any, Any, None]]:
+    """Two workers of a run, without a model, at work until it is over."""
     settings = [
         WorkerSettings(coordinator=address, name=name, data=Path(__file__), run_id=run_id)
         for name in ("w1", "w2")
     ]
-    return [Agent(one, LightEngine()) for one in settings]  # type: ignore[arg-type]
+    return [work(one, cast("Engine", LightEngine())) for one in settings]
 
 
 async def heads(address: str, *run_ids: str) -> dict[str, bytes]:
@@ -81,7 +82,7 @@ async def test_killed_with_many_runs_it_goes_on_with_all(
     for run_id in RUN_IDS:
         genesis = genesis_of(config_of(run_id=run_id, **TINY))
         async with served(tmp_path / f"{run_id}.db", genesis) as at:
-            await asyncio.gather(*(agent.run() for agent in agents(at.address, run_id)))
+            await asyncio.gather(*two_workers(at.address, run_id))
             wanted |= await heads(at.address, run_id)
     folder, address = tmp_path / "runs", f"127.0.0.1:{free_port()}"
     for run_id in RUN_IDS:
@@ -90,7 +91,7 @@ async def test_killed_with_many_runs_it_goes_on_with_all(
     daemon: Program = programs.start(*start)
     await daemon.says("is served at")
     working = [
-        asyncio.create_task(agent.run()) for run_id in RUN_IDS for agent in agents(address, run_id)
+        asyncio.create_task(one) for run_id in RUN_IDS for one in two_workers(address, run_id)
     ]
 
     async def is_under_way() -> bool:

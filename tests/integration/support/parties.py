@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from fedmezo_core.records import Genesis
 from fedmezo_core.zo.model.loading import quiet
 from fedmezo_core.zo.model.manifest import trained_tensors
 from fedmezo_core.zo.party import Party
-from fedmezo_worker.agent import Agent
+from fedmezo_worker.data_sets import DataSet
 from fedmezo_worker.engine import Engine
+from fedmezo_worker.offers.work import work
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.core.zo.conftest import make_tokenizer
 
@@ -82,8 +84,8 @@ _LOADING = threading.Lock()
 class GatedEngine(Engine):
     """An engine whose measurements wait at a gate, so that a test decides who is in mid-round."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, thread: ThreadPoolExecutor | None = None) -> None:
+        super().__init__(thread)
         self.gate = asyncio.Event()
         self.gate.set()
         self.waiting = asyncio.Event()
@@ -136,7 +138,9 @@ class Workers:
         self._model = model
         self._all: list[Working] = []
 
-    def start(self, address: str, name: str, data: Path, **more: Any) -> Working:
+    def start(
+        self, address: str, name: str, data: Path | dict[str, DataSet], **more: Any
+    ) -> Working:
         """Let a worker join; it works until the run is finished."""
         values: dict[str, Any] = {
             "coordinator": address,
@@ -147,7 +151,7 @@ class Workers:
         }
         settings = WorkerSettings(**(values | more))
         engine = GatedEngine()
-        working = Working(name, engine, asyncio.create_task(Agent(settings, engine).run()))
+        working = Working(name, engine, asyncio.create_task(work(settings, engine)))
         self._all.append(working)
         return working
 

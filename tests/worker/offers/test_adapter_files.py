@@ -1,0 +1,173 @@
+"""Adapters that a coordinator offers: what is downloaded, what is refused, what is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from fedmezo_core.errors import FedMezoError, MismatchError, PolicyError, UnavailableError
+from fedmezo_core.wire import reconnecting
+from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_proto.v1 import runs_pb2 as wire
+from fedmezo_worker.adapter_files import KEPT_S, adapter_in, downloaded_adapter
+
+FILES = {"adapter_config.json": b'{"r": 4}', "adapter_model.safetensors": b"weights" * 5000}
+PIECE_BYTES = 10_000
+
+
+class Sending:
+    """Stands in for a client whose coordinator sends `files`."""
+
+    def __init__(self) -> None:
+        self.files = dict(FILES)
+        self.asked: list[tuple[str, int]] = []
+        self.break_after = 0
+
+    async def read_run_file(
+        self, run_id: str, name: str, offset: int = 0
+    ) -> AsyncGenerator[bytes, None]:
+        self.asked.append((name, offset))
+        content = self.files[name.removeprefix("adapter/")]
+        sent = 0
+        for start in range(offset, len(content), PIECE_BYTES):
+            if self.break_after and sent >= self.break_after:
+                raise UnavailableError("The line broke.")
+            piece = content[start : start + PIECE_BYTES]
+            sent += len(piece)
+            yield piece
+
+
+def offered(**sizes: int) -> list[wire.RunFile]:
+    return [
+        wire.RunFile(
+            name=f"adapter/{name}",
+            sha256=hashlib.sha256(content).digest(),
+            file_bytes=sizes.get(name.partition(".")[0], len(content)),
+        )
+        for name, content in FILES.items()
+    ]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(reconnecting, "delay_s", lambda *_: 0.01)
+    return tmp_path / "fedmezo" / "adapters"
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+
+
+async def download(
+    sending: Sending, files: list[wire.RunFile], disk_max_bytes: int = 1 << 20
+) -> Path:
+    return await downloaded_adapter(
+        cast("CoordinatorClient", sending),
+        "tiny-run",
+        adapter_in(files),
+        disk_max_bytes=disk_max_bytes,
+        give_up_after_s=5.0,
+    )
+
+
+async def test_it_is_downloaded_once_for_its_owner_only(cache: Path) -> None:
+    sending = Sending()
+    folder = await download(sending, offered())
+    assert folder.parent == cache
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+    for path in (folder, *folder.iterdir()):
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o077
+    assert await download(sending, offered()) == folder
+    assert len(sending.asked) == 2
+
+
+async def test_a_broken_line_goes_on_where_it_broke(cache: Path) -> None:
+    sending = Sending()
+    sending.break_after = PIECE_BYTES
+    folder = await download(sending, offered())
+    assert (folder / "adapter_model.safetensors").read_bytes() == FILES["adapter_model.safetensors"]
+    assert ("adapter/adapter_model.safetensors", 2 * PIECE_BYTES) in sending.asked
+
+
+async def test_a_file_that_was_damaged_in_the_cache_comes_again(cache: Path) -> None:
+    sending = Sending()
+    folder = await download(sending, offered())
+    (folder / "adapter_config.json").write_bytes(b"{}")
+    assert (await download(sending, offered()) / "adapter_config.json").read_bytes() == b'{"r": 4}'
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"Weights" + FILES["adapter_model.safetensors"][7:], "is damaged: its SHA-256 begins"),
+        (FILES["adapter_model.safetensors"] + b"more", "has more than 35000"),
+    ],
+)
+async def test_bytes_that_were_not_offered_are_refused_and_not_kept(
+    cache: Path, content: bytes, words: str
+) -> None:
+    sending = Sending()
+    sending.files["adapter_model.safetensors"] = content
+    with pytest.raises(MismatchError, match=words) as caught:
+        await download(sending, offered())
+    assert str(cache) not in str(caught.value)
+    assert files_in(cache) == ["adapter_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"adapter_model": 1 << 20}, r"has 1048584 bytes, more than the 1048576 .*policy.disk_max"),
+        ({"adapter_config": (1 << 20) + 1, "adapter_model": 0}, "policy.disk_max"),
+    ],
+)
+async def test_files_that_are_too_large_are_refused_before_anything_is_asked_for(
+    cache: Path, sizes: dict[str, int], words: str
+) -> None:
+    sending = Sending()
+    with pytest.raises(PolicyError, match=words):
+        await download(sending, offered(**sizes))
+    assert not sending.asked
+    assert not files_in(cache)
+
+
+async def test_settings_of_an_adapter_are_small(cache: Path) -> None:
+    with pytest.raises(PolicyError, match=r"adapter_config.json has 1048577 bytes, more than"):
+        await download(Sending(), offered(adapter_config=(1 << 20) + 1), disk_max_bytes=1 << 30)
+
+
+async def test_a_file_that_ends_early_is_waited_for(cache: Path) -> None:
+    sending = Sending()
+    sending.files["adapter_model.safetensors"] = b"short"
+    with pytest.raises(FedMezoError, match="ended the file early"):
+        await downloaded_adapter(
+            cast("CoordinatorClient", sending),
+            "tiny-run",
+            adapter_in(offered()),
+            disk_max_bytes=1 << 20,
+            give_up_after_s=0.1,
+        )
+
+
+async def test_an_adapter_that_no_run_begins_from_any_more_goes(cache: Path) -> None:
+    old = cache / ("0" * 64)
+    old.mkdir(parents=True)
+    (old / "adapter_config.json").write_bytes(b"{}")
+    long_ago_s = time.time() - KEPT_S - 10
+    os.utime(old, (long_ago_s, long_ago_s))
+    folder = await download(Sending(), offered())
+    assert files_in(cache) == files_in(folder) == sorted(FILES)
+
+
+def test_only_the_two_files_of_an_adapter_are_taken() -> None:
+    more = [wire.RunFile(name=name) for name in ("heldout.jsonl", "adapter/code.py", "adapter/x")]
+    assert [*adapter_in([*more, *offered()])] == [*FILES]
+    assert adapter_in([*more, *offered()[:1]]) == {}

@@ -1,0 +1,183 @@
+"""The adapter that a run begins from, downloaded from the coordinator and kept in a cache."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Protocol
+
+from fedmezo_core.errors import (
+    MismatchError,
+    ModelError,
+    NotReadyError,
+    PolicyError,
+    UnavailableError,
+)
+from fedmezo_core.folders import cache_home, make_private
+from fedmezo_core.program import LongStep, long_step
+from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.reconnecting import Reconnecting
+
+log = logging.getLogger("fedmezo.download")
+
+ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
+"""The files of an adapter in peft's layout; no other is ever read from a coordinator."""
+CONFIG_BYTES_MAX: Final = 1 << 20
+"""Largest settings of an adapter; peft writes about a kilobyte."""
+KEPT_S: Final = 30 * 24 * 3600.0
+"""An adapter that no run has begun from for so long leaves the cache."""
+_OF_ADAPTER: Final = "adapter/"
+
+
+class OfferedFile(Protocol):
+    """A file as the coordinator describes it."""
+
+    @property
+    def name(self) -> str:
+        """`adapter/` and one of `ADAPTER_FILES`, or another file of the run."""
+
+    @property
+    def sha256(self) -> bytes:
+        """Digest of its bytes, 32 bytes."""
+
+    @property
+    def file_bytes(self) -> int:
+        """Its size in bytes."""
+
+
+def adapter_in(offered: Sequence[OfferedFile]) -> dict[str, OfferedFile]:
+    """The files of the adapter among those offered, by their names; empty if there is none."""
+    named = {file.name.removeprefix(_OF_ADAPTER): file for file in offered if _is_of_adapter(file)}
+    return {name: named[name] for name in ADAPTER_FILES} if named.keys() >= {*ADAPTER_FILES} else {}
+
+
+def _is_of_adapter(file: OfferedFile) -> bool:
+    return file.name.startswith(_OF_ADAPTER)
+
+
+async def downloaded_adapter(
+    client: CoordinatorClient,
+    run_id: str,
+    files: dict[str, OfferedFile],
+    *,
+    disk_max_bytes: int,
+    give_up_after_s: float,
+) -> Path:
+    """The folder with the adapter that `files`, from `adapter_in`, describe.
+
+    It lies in this user's cache, readable by its owner only. Files that are there are used if
+    their digests are right; others are downloaded. Raises `PolicyError` for files that are larger
+    than `disk_max_bytes` together, `MismatchError` for bytes that are not what was offered,
+    `ModelError` if the cache cannot be written to, and `UnavailableError` after
+    `give_up_after_s` seconds without a byte.
+    """
+    _check_sizes(files, disk_max_bytes)
+    digest = hashlib.sha256(b"".join(file.sha256 for file in files.values())).hexdigest()
+    adapters = cache_home() / "adapters"
+    folder = adapters / digest
+    await asyncio.to_thread(make_private, folder, ModelError)
+    os.utime(folder)
+    await asyncio.to_thread(_drop_unused, adapters)
+    for name, file in files.items():
+        path = folder / name
+        if await asyncio.to_thread(_digest_of, path) == file.sha256:
+            continue
+        with long_step(f"downloading {file.name}", file.file_bytes, "bytes") as step:
+            await _download(client, run_id, file, path, step, give_up_after_s)
+        log.info("downloaded %s, %d bytes", file.name, file.file_bytes)
+    return folder
+
+
+def _check_sizes(files: dict[str, OfferedFile], disk_max_bytes: int) -> None:
+    total = sum(file.file_bytes for file in files.values())
+    if total > disk_max_bytes:
+        raise PolicyError(
+            f"The run's adapter has {total} bytes, more than the {disk_max_bytes} that this worker "
+            "allows; raise policy.disk_max in its settings."
+        )
+    config_bytes = files[ADAPTER_FILES[0]].file_bytes
+    if config_bytes > CONFIG_BYTES_MAX:
+        raise PolicyError(
+            f"The run's {ADAPTER_FILES[0]} has {config_bytes} bytes, more than "
+            f"{CONFIG_BYTES_MAX}; offer an adapter as peft writes it."
+        )
+
+
+async def _download(
+    client: CoordinatorClient,
+    run_id: str,
+    file: OfferedFile,
+    path: Path,
+    step: LongStep,
+    give_up_after_s: float,
+) -> None:
+    """Download one file to `path`, which appears whole and right or not at all."""
+    reconnecting = Reconnecting(log, give_up_after_s=give_up_after_s)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    hashed, offset = hashlib.sha256(), 0
+    try:
+        descriptor = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "wb") as out:
+            os.posix_fallocate(out.fileno(), 0, max(file.file_bytes, 1))
+            while offset < file.file_bytes:
+                before = offset
+                try:
+                    pieces = client.read_run_file(run_id, file.name, offset)
+                    async with contextlib.aclosing(pieces):
+                        async for piece in pieces:
+                            offset += len(piece)
+                            if offset > file.file_bytes:
+                                raise _is_another(run_id, file, f"has more than {file.file_bytes}")
+                            await asyncio.to_thread(out.write, piece)
+                            hashed.update(piece)
+                            step.advance(len(piece))
+                    if offset < file.file_bytes:
+                        raise UnavailableError("The coordinator ended the file early.")
+                except (UnavailableError, NotReadyError) as error:
+                    if offset > before:
+                        reconnecting.reached()
+                    await reconnecting.wait_after(error)
+            out.truncate(file.file_bytes)
+            out.flush()
+            os.fsync(out.fileno())
+        if hashed.digest() != file.sha256:
+            begins = f"begins {hashed.hexdigest()[:16]} instead of {file.sha256.hex()[:16]}"
+            raise _is_another(run_id, file, f"is damaged: its SHA-256 {begins}")
+        partial.replace(path)
+    except OSError as error:
+        raise ModelError(
+            f"{path.parent} cannot be written to ({error.strerror}); make room there, or name "
+            "another cache folder in XDG_CACHE_HOME."
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _is_another(run_id: str, file: OfferedFile, how: str) -> MismatchError:
+    return MismatchError(
+        f"The file {file.name} of run {run_id} {how}; check the coordinator's disk, or create the "
+        "run again."
+    )
+
+
+def _digest_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return b""
+
+
+def _drop_unused(adapters: Path) -> None:
+    """Remove adapters that no run has begun from for a long time."""
+    for folder in adapters.iterdir():
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > KEPT_S:
+                shutil.rmtree(folder)

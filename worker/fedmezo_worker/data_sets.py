@@ -1,0 +1,110 @@
+"""A worker's data sets: rows with a name by which a run asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from fedmezo_core.errors import PolicyError
+from fedmezo_core.layered_settings import UserPath
+
+DATA_SET_NAME = r"^[a-z0-9][a-z0-9-]{0,63}$"
+
+
+def check_whole_budget(
+    *, epsilon: float | None, clip: float | None, ledger: Path | None, is_delta_given: bool
+) -> None:
+    """Raise `ValueError` if some settings of a privacy budget are there and others are not."""
+    parts: dict[str, object] = {"privacy_clip": clip, "privacy_ledger": ledger}
+    if epsilon is None:
+        parts["privacy_delta"] = is_delta_given or None
+        given = [name for name, value in parts.items() if value is not None]
+        if given:
+            raise ValueError(f"{given[0]} needs privacy_epsilon; set both, or neither")
+        return
+    missing = [name for name, value in parts.items() if value is None]
+    if missing:
+        raise ValueError(f"privacy_epsilon needs {missing[0]}; set both")
+
+
+def check_rows_to_evaluate_on(heldout: Path | None, evaluations: Path | None) -> None:
+    """Raise `ValueError` for a file of evaluations without rows to evaluate on."""
+    if evaluations is not None and heldout is None:
+        raise ValueError("evaluations needs heldout, the rows to evaluate on; set both")
+
+
+class DataSet(BaseModel):
+    """Rows with a name. Its settings mean what those of the same names mean for `data`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: UserPath
+    columns: dict[str, str] = {}
+    heldout: UserPath | None = None
+    evaluations: UserPath | None = None
+    objective: str = ""
+    privacy_epsilon: float | None = Field(default=None, gt=0, le=100, allow_inf_nan=False)
+    privacy_delta: float = Field(default=1e-5, gt=0, lt=1)
+    privacy_clip: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    privacy_ledger: UserPath | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> DataSet:
+        check_whole_budget(
+            epsilon=self.privacy_epsilon,
+            clip=self.privacy_clip,
+            ledger=self.privacy_ledger,
+            is_delta_given="privacy_delta" in self.model_fields_set,
+        )
+        check_rows_to_evaluate_on(self.heldout, self.evaluations)
+        return self
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of a worker whose only rows these are."""
+        named = {name: getattr(self, name) for name in type(self).model_fields if name != "path"}
+        return {"data": self.path, **named}
+
+
+SETTINGS_OF_ROWS = frozenset(DataSet.model_fields) - {"path"}
+"""Settings that belong to a data set."""
+
+
+def _kind(value: object) -> str:
+    return "" if isinstance(value, Mapping) else "file"
+
+
+Data = Annotated[
+    Annotated[UserPath, Tag("file")]
+    # Without a word of its own in messages: a person writes data.reviews.path.
+    | Annotated[dict[Annotated[str, Field(pattern=DATA_SET_NAME)], DataSet], Tag("")],
+    Discriminator(_kind),
+]
+"""One data set without a name, by its path, or data sets by their names."""
+
+
+def chosen(data_sets: Mapping[str, DataSet], wanted: str) -> DataSet:
+    """The data set that a run asks for by the name `wanted`; empty: the only one.
+
+    Raises `PolicyError`, which tells of no other data set.
+    """
+    if wanted in data_sets:
+        return data_sets[wanted]
+    if wanted:
+        raise no_such_data_set(wanted)
+    if len(data_sets) != 1:
+        raise PolicyError(
+            "The run names no data set, and this worker has several; begin a run whose data_set "
+            "names the one that it is for."
+        )
+    return next(iter(data_sets.values()))
+
+
+def no_such_data_set(wanted: str) -> PolicyError:
+    """The refusal of a run that is for a data set which is not here."""
+    return PolicyError(
+        f"The run is for the data set {wanted}, and this worker has none of that name; add "
+        f"[data.{wanted}] to its settings if it has such rows."
+    )

@@ -1,0 +1,1 @@
+"""Runs that a coordinator offers: which of them a worker serves, and what it needs for that."""
