@@ -21,6 +21,7 @@ from fedmezo_core.layered_settings import (
     ListenAddress,
     OptionalAddress,
     OptionalListenAddress,
+    ProgramSettings,
     UserPath,
     UserPathText,
 )
@@ -39,7 +40,7 @@ CALLER_CONNECTIONS_MAX = 4096
 """Default of `caller_connections_max`."""
 
 
-class ServingSettings(BaseSettings):
+class ServingSettings(ProgramSettings):
     """Settings of every program that serves workers."""
 
     listen: ListenAddress = Field(default="127.0.0.1:7465", description="host:port to listen on")
@@ -105,6 +106,16 @@ class ServingSettings(BaseSettings):
         ge=1,
         le=SESSIONS_LIMIT + 128,
         description="most connections of one member or address; further ones are closed (on Linux)",
+    )
+
+    health_listen: OptionalListenAddress = Field(
+        default="",
+        description="host:port that answers grpc.health.v1 alone, to anyone and without TLS, for "
+        "probes; none: it is answered at listen and enroll_listen",
+    )
+    reflection: bool = Field(
+        default=False,
+        description="describe the services to tools such as grpcurl, to whoever may call them",
     )
 
     @model_validator(mode="after")

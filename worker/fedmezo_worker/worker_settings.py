@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from pydantic import ByteSize, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from fedmezo.run_policy import RunPolicy
 from fedmezo_core.config import NAME_PATTERN
@@ -14,6 +14,7 @@ from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
     Address,
     CheckpointKey,
+    ProgramSettings,
     UserPath,
     UserPathText,
 )
@@ -37,7 +38,7 @@ _OF_CONNECTIONS = (
 """Settings without a meaning for a worker that others bring the messages to."""
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(ProgramSettings):
     """A worker of a federated run: measures on its own data, sends only scalars.
 
     Settings come from flags, then from FEDMEZO_WORKER_* in the environment, then from the TOML file

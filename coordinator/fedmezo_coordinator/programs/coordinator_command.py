@@ -30,6 +30,7 @@ from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.program import first_of, long_step, run_daemon, run_program, stop_signal
+from fedmezo_core.service.service_manager import service_manager
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -67,6 +68,8 @@ async def run(settings: CoordinatorSettings) -> None:
     """Serve until SIGTERM or Ctrl-C; raises the error that stopped the coordinator otherwise."""
     if settings.standby and settings.state is not None:
         open_state(settings.state)  # Now, rather than at the moment when it has to take over.
+    if settings.standby:
+        service_manager().ready(f"stands by for {journal_shown(settings.journal)}")
     stop, give_up = stop_signal(), threading.Event()
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmezo-"))

@@ -18,6 +18,7 @@ from rich.live import Live
 
 from fedmezo.auditing import TOLERANCE, audit_of, rounds_in, rounds_text
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.introspection.health_command import add_health_to
 from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
 from fedmezo_coordinator.programs.connecting import (
@@ -73,7 +74,6 @@ log = logging.getLogger("fedmezo.command")
 app = typer.Typer(
     name="fedmezo",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 journal_app = typer.Typer(
@@ -83,6 +83,7 @@ journal_app = typer.Typer(
 app.add_typer(journal_app, name="journal")
 app.add_typer(conformance_app, name="conformance")
 add_to(app)
+add_health_to(app)
 
 
 JournalArgument = Annotated[
