@@ -8,7 +8,6 @@ import ipaddress
 import os
 import socket
 import urllib.parse
-import urllib.request
 
 PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
 """Environment variables that may name the proxy, the first one first; they are gRPC's."""
@@ -30,9 +29,9 @@ def proxy_for(address: str) -> str:
     host = address.rpartition(":")[0].strip("[]")
     proxy = next(filter(None, map(os.environ.get, PROXY_VARIABLES)), "")
     spared = next(filter(None, map(os.environ.get, NO_PROXY_VARIABLES)), "")
-    if is_of_this_machine(address) or urllib.request.proxy_bypass_environment(host, {"no": spared}):
-        return ""
-    return proxy
+    hosts = [one.strip().lstrip(".").lower() for one in spared.split(",")]
+    is_spared = any(f".{host.lower()}".endswith(f".{one}") for one in hosts if one)
+    return "" if is_spared or is_of_this_machine(address) else proxy
 
 
 def connect(address: str, timeout_s: float) -> socket.socket:

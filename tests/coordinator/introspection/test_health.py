@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving.hosting import fronted, host
 from fedmezo_core.errors import StartingError, UnavailableError, WrongRunError
 from fedmezo_core.journal.codec import encode_records
@@ -73,7 +74,9 @@ async def test_it_serves_once_its_journal_is_read_and_until_it_stops(tmp_path: P
             with pytest.raises(StartingError):
                 await client.get_run()
             await daemon.load()
-            hosting = asyncio.create_task(host(settings, front, daemon, stop))
+            hosting = asyncio.create_task(
+                host(settings, front, Runs.of(daemon), stop, "the run is")
+            )
 
             async def serves() -> bool:
                 return await client.is_served()
@@ -134,7 +137,7 @@ async def test_answers_that_have_arrived_are_written_before_the_end(tmp_path: Pa
     daemon, stop = daemon_at(tmp_path / "j.db"), asyncio.Event()
     async with fronted(settings, "coordinator") as front:
         await daemon.load()
-        hosting = asyncio.create_task(host(settings, front, daemon, stop))
+        hosting = asyncio.create_task(host(settings, front, Runs.of(daemon), stop, "the run is"))
         async with scripted_workers(f"127.0.0.1:{front.port}", GENESIS, "w1", "w2") as both:
             for hand in both:
                 await hand.open()
