@@ -271,7 +271,7 @@ async def host(
         front.servicer.refuse_from_now_on()
         telling.cancel()
         if not tasks[0].done():
-            settling = asyncio.gather(*(loop.settle() for loop in runs.loops()))
+            settling = asyncio.create_task(_settled(runs))
             await asyncio.wait(
                 {settling, tasks[0]}, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED
             )
@@ -282,6 +282,10 @@ async def host(
         tasks[0].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await runs.close()
+
+
+async def _settled(runs: RunDirectory) -> None:
+    await asyncio.gather(*(loop.settle() for loop in runs.loops()))
 
 
 async def _tell_ready(front: Front, what: str) -> None:

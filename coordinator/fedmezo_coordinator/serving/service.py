@@ -27,8 +27,8 @@ from fedmezo_coordinator.coordinator_settings import (
     CALLER_CONNECTIONS_MAX,
     SESSIONS_MAX,
 )
-from fedmezo_coordinator.introspection import health
-from fedmezo_coordinator.introspection.health import Health
+from fedmezo_coordinator.introspection import health_service
+from fedmezo_coordinator.introspection.health_service import Health
 from fedmezo_coordinator.limits.caller_limits import (
     WAIT_MAX_S,
     CallerLimits,
@@ -839,7 +839,7 @@ async def start_health(server: Server, is_served: Callable[[str], bool | None]) 
 
 def _serve_health(server: Server, edge: _Edge, is_served: Callable[[str], bool | None]) -> None:
     handler = _HealthServicer(Health(is_served)).handler
-    _serve_service(server, edge, "Health", health.SERVICE_FILE, handler)
+    _serve_service(server, edge, "Health", health_service.SERVICE_FILE, handler)
 
 
 def _serve_reflection(server: Server, edge: _Edge) -> None:

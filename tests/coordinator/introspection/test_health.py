@@ -37,6 +37,7 @@ from tests.integration.support.harness import (
 
 GENESIS = genesis_of(config_of(rounds=2, local_steps=1, workers_min=2, quorum=2))
 RUN = GENESIS.config.run_id
+CHECK = "/grpc.health.v1.Health/Check"
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
@@ -108,13 +109,13 @@ async def test_nothing_else_is_served_to_probes(tmp_path: Path) -> None:
     async with fronted(settings, "coordinator"), grpc.aio.insecure_channel(at) as channel:
         for path in ("/fedmezo.v1.CoordinatorService/GetStatus", "/grpc.health.v1.Health/List"):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await channel.unary_unary(path)(b"")
+                await channel.unary_unary(path, bytes, bytes)(b"")
             assert caught.value.code() in (
                 grpc.StatusCode.UNIMPLEMENTED,
                 grpc.StatusCode.PERMISSION_DENIED,
             )
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary("/grpc.health.v1.Health/Check")(b"\xff")
+            await channel.unary_unary(CHECK, bytes, bytes)(b"\xff")
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
