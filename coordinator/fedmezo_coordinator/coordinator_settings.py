@@ -40,6 +40,10 @@ CALLER_CONNECTIONS_MAX = 4096
 """Default of `caller_connections_max`."""
 
 
+RUNS_MAX = 128
+"""Most runs in the folder of a coordinator of many."""
+
+
 class ServingSettings(ProgramSettings):
     """Settings of every program that serves workers."""
 

@@ -30,6 +30,24 @@ def log_with(**facts: str | int) -> None:
     _facts.set({**(_facts.get() or {}), **facts})
 
 
+class _TextLines(logging.Formatter):
+    """Makes a line for a person of a log record; says its run only where there are several."""
+
+    names_runs = False
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the base class's name
+        """The line of `record`, without a traceback."""
+        run = (_facts.get() or {}).get("run") if self.names_runs else None
+        if run is not None:
+            record.message = f"run {run}: {record.message}"
+        return super().formatMessage(record)
+
+
+def name_runs_in_text() -> None:
+    """Let each line of plain text that is about one of several runs begin with its name."""
+    _TextLines.names_runs = True
+
+
 class JsonLines(logging.Formatter):
     """Makes one line of a log record: a JSON object.
 
@@ -54,7 +72,9 @@ class JsonLines(logging.Formatter):
 
 def start_log() -> None:
     """Begin the log of this process on standard error, as plain text, from `info` on."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=TEXT)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_TextLines(TEXT))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("fedmezo").setLevel(logging.INFO)
 
 
@@ -63,7 +83,7 @@ def shape_log(form: LogFormat, level: LogLevel) -> None:
 
     What libraries log appears from `warning` on, whatever `level` is.
     """
-    formatter = JsonLines() if form == "json" else logging.Formatter(TEXT)
+    formatter = JsonLines() if form == "json" else _TextLines(TEXT)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(formatter)
     logging.getLogger("fedmezo").setLevel(level.upper())

@@ -152,7 +152,7 @@ class HostedRun:
 
     async def fail(self, sentence: str) -> None:
         """Note that the run cannot go on; its sessions end with an error that a retry may help."""
-        log.error("run %s has failed, others go on: %s", self.run_id, sentence)
+        log.error("the run has failed, others go on: %s", sentence)
         self.failure = sentence.rstrip(".")
         loop, self.loop = self.loop, None
         if loop is not None:
