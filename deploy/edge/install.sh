@@ -70,7 +70,7 @@ if [ "$ACTION" = uninstall ]; then
   if [ -f "$PREFIX/.made-by-install.sh" ]; then rm -rf "$PREFIX"; fi
   if [ -n "$PURGE" ]; then
     rm -rf "$CONFIG/worker.toml" "$CONFIG/worker.env" "$STATE/worker" "$CACHE"
-    rmdir "$CONFIG" 2>/dev/null || true
+    rmdir "$CONFIG" "$STATE" 2>/dev/null || true
   fi
   say "the worker is gone from this device${PURGE:+, with its identity and settings}"
   exit 0
@@ -94,7 +94,7 @@ command -v "$PYTHON" > /dev/null || fail "there is no $PYTHON; install Python 3.
   fail "$PYTHON has no venv; install it (Debian, Ubuntu: apt-get install python3-venv)."
 
 # ---------------------------------------------------------------- which torch
-if [ -z "$INDEX_GIVEN" ]; then
+if [ "$TORCH" != none ] && [ -z "$INDEX_GIVEN" ]; then
   if command -v nvidia-smi > /dev/null 2>&1 && nvidia-smi > /dev/null 2>&1; then
     PLATFORM="NVIDIA GPU on $(uname -m)"  # PyPI's wheels have CUDA, those for arm64 from 2.11 on.
     [ "$(uname -m)" != aarch64 ] || [ "$TORCH" != 'torch>=2.6' ] || TORCH='torch>=2.11'
@@ -136,7 +136,7 @@ if [ -n "$JOIN" ]; then
 fi
 
 # ---------------------------------------------------------------- service
-if [ "$(id -u)" = 0 ] && [ -n "$SERVICE" ]; then
+if [ "$(id -u)" = 0 ]; then
   id fedmezo > /dev/null 2>&1 ||
     useradd --system --home-dir "$STATE" --shell /usr/sbin/nologin fedmezo
   chown -R fedmezo: "$STATE" "$CACHE"
