@@ -37,6 +37,7 @@ ENV PATH=/opt/fedmezo/bin:$PATH \
     XDG_STATE_HOME=/var/lib/fedmezo \
     HF_HOME=/var/lib/fedmezo/huggingface \
     NUMBA_CACHE_DIR=/var/lib/fedmezo/kernels \
+    TMPDIR=/var/lib/fedmezo \
     FEDMEZO_COORDINATOR_LISTEN=0.0.0.0:7465 \
     FEDMEZO_COORDINATOR_HEALTH_LISTEN=0.0.0.0:7468 \
     FEDMEZO_COORDINATOR_LOG_FORMAT=json \

@@ -23,6 +23,7 @@ ENV PATH=/opt/fedmezo/bin:$PATH \
     XDG_STATE_HOME=/var/lib/fedmezo \
     HF_HOME=/var/lib/fedmezo/huggingface \
     NUMBA_CACHE_DIR=/var/lib/fedmezo/kernels \
+    TMPDIR=/var/lib/fedmezo \
     FEDMEZO_WORKER_LOG_FORMAT=json
 WORKDIR /var/lib/fedmezo
 USER 65532:65532

@@ -28,6 +28,7 @@ ENV PATH=/opt/fedmezo/bin:$PATH \
     XDG_STATE_HOME=/var/lib/fedmezo \
     HF_HOME=/var/lib/fedmezo/huggingface \
     NUMBA_CACHE_DIR=/var/lib/fedmezo/kernels \
+    TMPDIR=/var/lib/fedmezo \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     FEDMEZO_WORKER_LOG_FORMAT=json

@@ -9,13 +9,18 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pydantic_settings import BaseSettings
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.deploy.tools import DEPLOY, ROOT, needs_tools, output_of, tool
 
 FILES = sorted((DEPLOY / "docker").glob("*.Dockerfile"))
-KINDS = {"COORDINATOR": CoordinatorSettings, "RELAY": RelaySettings, "WORKER": WorkerSettings}
+KINDS: dict[str, type[BaseSettings]] = {
+    "COORDINATOR": CoordinatorSettings,
+    "RELAY": RelaySettings,
+    "WORKER": WorkerSettings,
+}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -76,6 +76,6 @@ async def test_a_job_is_one_site_of_the_run(
         async with CoordinatorClient(address) as client:
             await at_round(client, 2)
             [site] = (await client.get_status()).workers
-            assert site.name == "cluster"
+            assert site.worker == "cluster"
     finally:
         job.end()

@@ -444,11 +444,11 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         reader: asyncio.Task[None] | None = None
         try:
             hello = await self._hello(context)
-            log_with(run=hello.run_id[:64], worker=hello.worker[:64])
             caller = self.caller_of(context)
             check_worker_name(caller, hello.worker)
             loop = self._runs.loop(hello.run_id)
             session = await loop.join(hello, caller=caller)
+            log_with(run=loop.genesis.config.run_id, worker=session.worker)
             self.caller_of(context)  # It may have been revoked while it joined.
             self._runs.session_limit.joined(permit)
             reader = asyncio.create_task(self._read(context, loop, session))
