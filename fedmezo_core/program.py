@@ -15,13 +15,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedmezo_core.errors import ConfigError, FedMezoError, ModelError, TokenError
+from fedmezo_core.service.log_lines import logs_json, shape_log, start_log
+from fedmezo_core.service.service_manager import service_manager
 
 if TYPE_CHECKING:
-    from fedmezo_core.layered_settings import Settings
+    from fedmezo_core.layered_settings import ProgramSettingsT
 
 TRACEBACK_VARIABLE = "FEDMEZO_TRACEBACK"
 """Environment variable that turns the sentence for an unexpected error into a traceback."""
@@ -34,6 +37,8 @@ REPEAT_AFTER_S = 1.0
 """A second signal counts from this long after the first; two at once are often one, sent twice."""
 STOP_WITHIN_S = 4.0
 """Longest time that a daemon takes to stop; after that it ends, whatever it does then."""
+
+log = logging.getLogger("fedmezo.program")
 
 
 def launch(module: str) -> NoReturn:
@@ -61,7 +66,8 @@ def stop_signal() -> asyncio.Event:
 
     A second SIGTERM or Ctrl-C, `REPEAT_AFTER_S` later or more, ends the process at once with status
     128 + its number, even if the loop does not run. `STOP_WITHIN_S` after the first signal the
-    process ends with status 0, whatever it does then. `nohup` keeps its meaning for SIGHUP.
+    process ends with status 0, whatever it does then. `nohup` keeps its meaning for SIGHUP. In a
+    daemon without a terminal SIGHUP lets it reload instead (`on_reload`).
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
     first_s: float | None = None
@@ -71,11 +77,14 @@ def stop_signal() -> asyncio.Event:
         now_s = time.monotonic()
         if first_s is None:
             first_s = now_s
+            service_manager().stopping()
             threading.Thread(target=_end_in_time, daemon=True).start()
         elif number != signal.SIGHUP and now_s - first_s >= REPEAT_AFTER_S:
             os._exit(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number == signal.SIGHUP and _reloads:
+            continue
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             # The loop wakes whichever thread gets the signal. `handle` needs no loop that runs.
             loop.add_signal_handler(number, stop.set)
@@ -127,28 +136,84 @@ def _ended_by_signals() -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL)
 
 
+_reloads: list[Callable[[], None]] = []
+"""What SIGHUP lets this daemon do; empty if SIGHUP ends it."""
+
+
+def on_reload(work: Callable[[], None]) -> None:
+    """Let SIGHUP call `work` too, in the event loop, if this is a daemon that reloads."""
+    if _reloads:
+        _reloads.append(work)
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal can hang up on this process, which is what SIGHUP says there."""
+    with suppress(OSError), Path("/dev/tty").open("rb"):
+        return True
+    return False
+
+
 def run_daemon(
     program: str,
-    kind: type[Settings],
-    run: Callable[[Settings], Coroutine[Any, Any, None]],
+    kind: type[ProgramSettingsT],
+    run: Callable[[ProgramSettingsT], Coroutine[Any, Any, None]],
     arguments: Sequence[str] | None = None,
 ) -> int:
     """Read the settings of a daemon and run it; returns the exit status, as `run_program` does.
 
     `arguments` are those of the command line; None: this process's own. The log goes to standard
-    error.
+    error. Without a terminal, SIGHUP makes it read its settings again.
     """
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
-    )
-    logging.getLogger("fedmezo").setLevel(logging.INFO)
+    start_log()
     # Imported here: pydantic takes a moment, in which a signal should end the program cleanly too.
-    from fedmezo_core.layered_settings import load_settings
+    from fedmezo_core.layered_settings import changed_settings, load_settings
 
     given = sys.argv[1:] if arguments is None else arguments
-    return run_program(
-        program, lambda: asyncio.run(run(load_settings(kind, given, program=program)))
-    )
+
+    def load() -> ProgramSettingsT:
+        return load_settings(kind, given, program=program)
+
+    async def serve(settings: ProgramSettingsT) -> None:
+        used = settings
+
+        def reload() -> None:
+            nonlocal used
+            try:
+                read = load()
+            except (ConfigError, SystemExit) as error:
+                log.error("nothing is reloaded: %s", error)
+                return
+            shape_log(read.log_format, read.log_level)
+            used = used.model_copy(
+                update={"log_format": read.log_format, "log_level": read.log_level}
+            )
+            waiting = changed_settings(used, read)
+            log.info(
+                "reloaded%s",
+                f"; these need a restart: {', '.join(waiting)}" if waiting else "",
+            )
+
+        def reload_all() -> None:
+            for work in _reloads:
+                work()
+
+        if not _has_terminal() and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            _reloads[:] = [reload]
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGHUP, reload_all)
+        telling = asyncio.create_task(service_manager().keep_told(current_step))
+        try:
+            await run(settings)
+        finally:
+            telling.cancel()
+            _reloads.clear()
+
+    def work() -> None:
+        settings = load()
+        shape_log(settings.log_format, settings.log_level)
+        asyncio.run(serve(settings))
+
+    return run_program(program, work)
 
 
 def run_program(program: str, work: Callable[[], None]) -> int:
@@ -163,7 +228,7 @@ def run_program(program: str, work: Callable[[], None]) -> int:
         with _ended_by_signals():
             work()
     except FedMezoError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        _say_error(program, str(error))
         return 2 if isinstance(error, (ConfigError, TokenError)) else 1
     except KeyboardInterrupt:
         return 130
@@ -171,13 +236,20 @@ def run_program(program: str, work: Callable[[], None]) -> int:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         first_line = next(iter(str(error).splitlines()), "no message")
-        print(
-            f"{program}: unexpected {type(error).__name__}: {first_line} This is a defect: please "
-            f"report it with the output of a run with {TRACEBACK_VARIABLE}=1.",
-            file=sys.stderr,
+        _say_error(
+            program,
+            f"unexpected {type(error).__name__}: {first_line} This is a defect: please report it "
+            f"with the output of a run with {TRACEBACK_VARIABLE}=1.",
         )
         return 70  # EX_SOFTWARE of sysexits.h
     return 0
+
+
+def _say_error(program: str, sentence: str) -> None:
+    if logs_json():
+        log.error(sentence)
+    else:
+        print(f"{program}: {sentence}", file=sys.stderr)
 
 
 @dataclass(slots=True, eq=False)

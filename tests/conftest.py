@@ -20,6 +20,7 @@ SLOW = (
     "core/zo/noise/test_cuda_code.py",
     "core/zo/test_devices.py",
     "demo",
+    "deploy",
     "experiments",
     "faults",
     "fuzz",

@@ -31,6 +31,7 @@ from fedmezo_core.layered_settings import (
     ListenAddress,
     OptionalAddress,
     OptionalListenAddress,
+    ProgramSettings,
     UserPath,
     UserPathText,
 )
@@ -54,7 +55,7 @@ RUNS_MAX = 128
 """Most runs in the folder of a coordinator of many."""
 
 
-class ServingSettings(BaseSettings):
+class ServingSettings(ProgramSettings):
     """Settings of every program that serves workers."""
 
     listen: ListenAddress = Field(default="127.0.0.1:7465", description="host:port to listen on")
@@ -120,6 +121,16 @@ class ServingSettings(BaseSettings):
         ge=1,
         le=SESSIONS_LIMIT + 128,
         description="most connections of one member or address; further ones are closed (on Linux)",
+    )
+
+    health_listen: OptionalListenAddress = Field(
+        default="",
+        description="host:port that answers grpc.health.v1 alone, to anyone and without TLS, for "
+        "probes; none: it is answered at listen and enroll_listen",
+    )
+    reflection: bool = Field(
+        default=False,
+        description="describe the services to tools such as grpcurl, to whoever may call them",
     )
 
     @model_validator(mode="after")

@@ -58,6 +58,7 @@ from fedmezo_core.records import (
     Stopped,
     digest64_hex,
 )
+from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.wire.admission import check_run_id, check_worker_name
 from fedmezo_core.wire.messages import snapshot_to_pb
 from fedmezo_core.wire.snapshots import Snapshot
@@ -458,6 +459,7 @@ class Daemon(ServingLoop[Ready]):
     def _tell(self, record: Record) -> None:
         match record:
             case Committed():
+                log_with(round=record.round)
                 log.info("round %d committed, %d pairs", record.round, record.pairs)
                 if self._machine.phase is Phase.FINISHED and record.round == self._machine.round:
                     health, config = self._machine.state.health, self.genesis.config
@@ -491,13 +493,15 @@ class Daemon(ServingLoop[Ready]):
             case Paused(round_, reason):
                 log.error("the run is paused after round %d: %s", round_, reason)
             case Excluded(round_, worker, reason):
-                log.warning("worker %s is excluded after round %d: %s", worker, round_, reason)
+                line = "worker %s is excluded after round %d: %s"
+                log.warning(line, worker, round_, reason, extra={"worker": worker})
             case Readmitted(_, worker):
-                log.info("worker %s may take part again", worker)
+                log.info("worker %s may take part again", worker, extra={"worker": worker})
             case Resumed(rate_factor):
                 log.info("the run is resumed, with learning rates times %g", rate_factor)
             case Admitted(worker, key):
-                log.info("worker %s signs its answers with key %s", worker, key.hex())
+                line = "worker %s signs its answers with key %s"
+                log.info(line, worker, key.hex(), extra={"worker": worker})
             case Snapshotted(round_):
                 log.info("snapshot of round %d, %d bytes", round_, record.file_bytes)
             case Stopped(round_, reason):

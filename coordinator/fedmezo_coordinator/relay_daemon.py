@@ -43,6 +43,7 @@ from fedmezo_core.events import (
 from fedmezo_core.journal.journal import ZERO_HASH, Entry, Row, chain_after, head_after
 from fedmezo_core.machines.relay import RelayMachine, RelayReady, RelayUp
 from fedmezo_core.records import digest64_hex
+from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.history import History
@@ -406,6 +407,7 @@ class Relay(ServingLoop[RelayReady]):
         self._note_kept(await self._history.add(page), sent)
         if rounds:
             self._pages.announce()
+            log_with(round=rounds[-1])
             log.info("round %d committed", rounds[-1])
         return sent
 

@@ -90,6 +90,11 @@ RIGHTS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/fedmezo.v1.RunService/OfferRuns": _WORKERS,
         "/fedmezo.v1.RunService/DeclineRun": _WORKERS,
         "/fedmezo.v1.RunService/ReadRunFile": _READERS,
+        # Also on the ports where nobody has a certificate: that of enrolment, and that of probes.
+        "/grpc.health.v1.Health/Check": _READERS,
+        "/grpc.health.v1.Health/Watch": _READERS,
+        # Only where it is asked for.
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _READERS,
     }
 )
 """Path of an RPC -> the roles that may call it. An RPC without a row cannot be called."""

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 import grpc
+from grpc_health.v1 import health_pb2
 
 from fedmezo_core.config import PROTOCOL_VERSION
 from fedmezo_core.errors import (
@@ -31,6 +32,7 @@ from fedmezo_core.records import Evaluated, Genesis
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY, error_from
 from fedmezo_core.wire.messages import snapshot_from_pb
+from fedmezo_core.wire.proxies import proxy_for
 from fedmezo_core.wire.snapshots import Snapshot, SnapshotOffer, Suffix
 from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import admin_pb2_grpc as admin_rpc
@@ -58,8 +60,12 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 2_000),
     # Workers on one machine must not share a connection: the server bounds streams a connection.
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
 )
+
+
+def channel_options(address: str) -> tuple[tuple[str, int], ...]:
+    """Options of a channel to `address`; a proxy is never on the way to this machine."""
+    return (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", int(bool(proxy_for(address)))))
 
 
 _NOBODY_THERE = frozenset(
@@ -144,7 +150,7 @@ class CoordinatorClient:
                 "whether it serves TLS (then set tls or tls_ca), or wants an identity (then name "
                 "the folder of your identity with --state)"
             )
-            self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(address, options=channel_options(address))
         else:
             self._hint = (
                 "that it serves TLS, whether its certificate is of that CA and names that host, "
@@ -152,7 +158,7 @@ class CoordinatorClient:
             )
             roots = system_roots() if tls_ca is None else _roots_in(tls_ca)
             self._channel = grpc.aio.secure_channel(
-                address, grpc.ssl_channel_credentials(roots), options=CHANNEL_OPTIONS
+                address, grpc.ssl_channel_credentials(roots), options=channel_options(address)
             )
         self._make_stubs()
 
@@ -310,6 +316,22 @@ class CoordinatorClient:
             return await self._stub.GetStatus(
                 wire.GetStatusRequest(run_id=run_id), timeout=CALL_TIMEOUT_S
             )
+
+    async def is_served(self, service: str = "") -> bool:
+        """Whether the process, or a service or run that is named, is served now.
+
+        Raises `WrongRunError` for a name that nothing has.
+        """
+        check = self._channel.unary_unary(
+            "/grpc.health.v1.Health/Check",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        with self._errors_mapped():
+            answer = await check(
+                health_pb2.HealthCheckRequest(service=service), timeout=CALL_TIMEOUT_S
+            )
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
     async def report_replica(
         self,
@@ -552,7 +574,7 @@ def _channel_of(address: str, identity: Identity) -> grpc.aio.Channel:
     credentials = grpc.ssl_channel_credentials(
         identity.server_ca or system_roots(), identity.keys.key, identity.certificate
     )
-    return grpc.aio.secure_channel(address, credentials, options=CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=channel_options(address))
 
 
 def _roots_in(tls_ca: Path) -> bytes:

@@ -42,11 +42,12 @@ from fedmezo_core.trust.identity import (
 from fedmezo_core.trust.join_string import JoinString, parse_join_string
 from fedmezo_core.wire.client import (
     CALL_TIMEOUT_S,
-    CHANNEL_OPTIONS,
     CoordinatorClient,
+    channel_options,
     errors_mapped,
     system_roots,
 )
+from fedmezo_core.wire.proxies import connect
 from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_proto.v1 import admin_pb2 as wire
 from fedmezo_proto.v1 import admin_pb2_grpc as rpc
@@ -174,7 +175,9 @@ async def _enroll(join: JoinString, ca: bytes, keys: Keys, name: str) -> wire.En
     address = join.enrol_address
     async with AsyncExitStack() as stack:
         channel = grpc.aio.secure_channel(
-            address, grpc.ssl_channel_credentials(ca or system_roots()), options=CHANNEL_OPTIONS
+            address,
+            grpc.ssl_channel_credentials(ca or system_roots()),
+            options=channel_options(address),
         )
         stack.push_async_callback(channel.close)
         with errors_mapped(
@@ -228,14 +231,14 @@ def served_certificates(address: str) -> list[bytes]:
     Nothing is sent to it, and none of them is trusted. Raises `OSError` if nobody answers, or not
     with TLS.
     """
-    host, _, port = address.rpartition(":")
+    host = address.rpartition(":")[0]
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     # The caller knows what to trust, and nothing is sent.
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
     with (
-        socket.create_connection((host.strip("[]"), int(port)), CALL_TIMEOUT_S) as connection,
+        connect(address, CALL_TIMEOUT_S) as connection,
         context.wrap_socket(connection, server_hostname=host.strip("[]")) as tls,
     ):
         return _chain_of(tls)

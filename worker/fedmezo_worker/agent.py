@@ -14,6 +14,7 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.program import long_step
 from fedmezo_core.records import Genesis
+from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.client import CoordinatorClient
@@ -104,6 +105,7 @@ class Agent:
         # Before anything that the contract says is even logged.
         settings = self._settings.for_run(description.genesis)
         config = description.genesis.config
+        log_with(run=config.run_id)
         log.info("run %s of model %s", config.run_id, settings.model or config.model)
         evaluations = Evaluations(
             0 if settings.heldout is None else settings.evaluate_every_rounds,

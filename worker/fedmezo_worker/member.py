@@ -44,6 +44,7 @@ from fedmezo_core.folders import folder_on_a_disk
 from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.records import Committed
+from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.catch_up import Speeds, takes_snapshot
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
@@ -358,6 +359,7 @@ class Member:
         if isinstance(event, Welcomed):
             await self._history.welcomed(message.welcome, self._machine.round)
         elif self._machine.round > before:
+            log_with(round=self._machine.round)
             await self._history.committed(message.commit, self._machine.round, self._machine.head)
         return actions
 
@@ -426,6 +428,7 @@ class Member:
                 )
 
     async def _measure(self, order: Measure) -> Measured | MeasureFailed:
+        log_with(round=order.ticket.round)
         try:
             measured = await self._engine.measure(order)
         except MeasurementError as error:

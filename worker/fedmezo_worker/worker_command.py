@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.program import first_of, run_daemon, stop_signal, worker_packages
+from fedmezo_core.service.log_lines import log_with
+from fedmezo_core.service.service_manager import service_manager
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.admission import check_run_id
@@ -75,6 +77,9 @@ async def run(settings: WorkerSettings) -> None:
     check_paths(settings)
     # First: a signal during the imports below must end the worker cleanly too.
     stop = stop_signal()
+    log_with(**({"worker": settings.name} if settings.name else {}))
+    # Now: when a coordinator answers is not the service manager's matter.
+    service_manager().ready("works")
     if settings.serve is not None:
         await serve(settings, settings.serve, stop)
         return
@@ -93,7 +98,9 @@ async def run(settings: WorkerSettings) -> None:
             return
         identity = becoming.result()
         settings = as_member(settings, identity)
+        log_with(worker=settings.name)
     log.info("worker %s of the coordinator at %s is starting", settings.name, settings.coordinator)
+    service_manager().status(f"worker {settings.name} of the coordinator at {settings.coordinator}")
     # Imported here: torch takes seconds, and a wrong flag or path should not.
     with worker_packages("work on a run"):
         from fedmezo_core.zo.model.allocator import keep_freed_memory

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import ByteSize, Field, PrivateAttr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsConfigDict
 
 from fedmezo.run_policy import RunPolicy
 from fedmezo_core.config import NAME_PATTERN
@@ -16,6 +16,7 @@ from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
     Address,
     CheckpointKey,
+    ProgramSettings,
     UserPath,
     UserPathText,
 )
@@ -49,7 +50,7 @@ _OF_CONNECTIONS = (
 """Settings without a meaning for a worker that others bring the messages to."""
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(ProgramSettings):
     """A worker of a federated run: measures on its own data, sends only scalars.
 
     Settings come from flags, then from FEDMEZO_WORKER_* in the environment, then from the TOML file

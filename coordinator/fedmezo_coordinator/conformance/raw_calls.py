@@ -15,7 +15,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fedmezo_coordinator.conformance.report import CheckFailedError
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.wire.client import CHANNEL_OPTIONS
+from fedmezo_core.wire.client import channel_options
 from fedmezo_core.wire.grpc_status import REASON_KEY
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -58,10 +58,12 @@ class RawCoordinator:
     async def __aenter__(self) -> Self:
         # A channel belongs to the event loop that it is made in.
         if self._credentials is None:
-            self._channel = grpc.aio.insecure_channel(self._address, options=CHANNEL_OPTIONS)
+            self._channel = grpc.aio.insecure_channel(
+                self._address, options=channel_options(self._address)
+            )
         else:
             self._channel = grpc.aio.secure_channel(
-                self._address, self._credentials, options=CHANNEL_OPTIONS
+                self._address, self._credentials, options=channel_options(self._address)
             )
         return self
 

@@ -19,11 +19,12 @@ from fedmezo_coordinator.runs.preparing import begun, keep_replica, loaded, offe
 from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving.hosting import fronted, host, sessions_that_fit
 from fedmezo_coordinator.serving.session_limit import SessionLimit
-from fedmezo_coordinator.stores.location import is_url
+from fedmezo_coordinator.stores.location import is_url, journal_shown
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.program import first_of, run_daemon, run_program, stop_signal
+from fedmezo_core.service.service_manager import service_manager
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -68,6 +69,8 @@ async def run(settings: CoordinatorSettings) -> None:
         return
     if settings.standby and settings.state is not None:
         open_state(settings.state)  # Now, rather than at the moment when it has to take over.
+    if settings.standby:
+        service_manager().ready(f"stands by for {journal_shown(settings.journal)}")
     stop, give_up = stop_signal(), threading.Event()
     async with contextlib.AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmezo-"))

@@ -37,6 +37,7 @@ from fedmezo_coordinator.programs.plain_values import (
 )
 from fedmezo_coordinator.programs.preflight.presets_command import presets
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
+from fedmezo_coordinator.programs.run_commands.health_command import add_health_to
 from fedmezo_coordinator.programs.run_commands.run_command import run_app
 from fedmezo_coordinator.programs.run_commands.watching import status_of, watch_run
 from fedmezo_coordinator.programs.signature_audit import SignatureAudit
@@ -70,7 +71,6 @@ log = logging.getLogger("fedmezo.command")
 app = typer.Typer(
     name="fedmezo",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 journal_app = typer.Typer(
@@ -82,6 +82,7 @@ app.add_typer(run_app, name="run")
 app.add_typer(conformance_app, name="conformance")
 add_to(app)
 app.command()(presets)
+add_health_to(app)
 
 
 JournalArgument = Annotated[

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_core.errors import FedMezoError, StartingError, UnavailableError
 from fedmezo_core.machines.roster import Phase
+from fedmezo_core.service.log_lines import log_with
 from fedmezo_proto.v1 import runs_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -26,24 +26,6 @@ FAILED_RETRY_S = 30.0
 """Callers of a run that has failed are asked to come back within this time."""
 DECLINES_MAX = 1000
 """Most workers whose word that they do not take part is kept for one run."""
-
-current_run: ContextVar[str] = ContextVar("current_run", default="")
-"""Name of the run that the running task is about; empty if it is about none of several."""
-
-
-def name_runs_in_log() -> None:
-    """Let each line of the log that is about one of several runs begin with its name."""
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(_named)
-
-
-def _named(record: logging.LogRecord) -> bool:
-    run_id = current_run.get()
-    if run_id and not hasattr(record, "run_id"):  # Each handler sees the same record.
-        record.run_id = run_id
-        record.msg, record.args = f"run {run_id}: {record.getMessage()}", ()
-    return True
-
 
 _PHASES = {
     Phase.WAITING: wire.RUN_PHASE_RUNNING,
@@ -149,6 +131,7 @@ class HostedRun:
         `alongside` keeps the run's replica for the same time.
         """
         assert self.loop is not None, "a run is loaded before it is served"
+        log_with(run=self.run_id)
         if alongside is not None:
             self._replica = asyncio.create_task(alongside)
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fedmezo_coordinator.coordinator_settings import RUNS_MAX, CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.runs.hosted_run import HostedRun, current_run, name_runs_in_log
+from fedmezo_coordinator.runs.hosted_run import HostedRun
 from fedmezo_coordinator.runs.preparing import (
     begun,
     check_compaction,
@@ -45,6 +45,7 @@ from fedmezo_core.errors import ConfigError, FedMezoError, NotReadyError, RunExi
 from fedmezo_core.folders import make_private, sync
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.machines.roster import Phase
+from fedmezo_core.service.log_lines import log_with, name_runs_in_text
 from fedmezo_proto.v1 import runs_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -121,7 +122,7 @@ class ManyRuns(Runs):
 
     async def serve(self) -> None:
         """Load and serve all runs until cancelled; what goes wrong in one ends that one."""
-        name_runs_in_log()
+        name_runs_in_text()
         for run in self._runs.values():
             self._begin(run)
         while True:
@@ -147,7 +148,7 @@ class ManyRuns(Runs):
             await loop.close()
 
     async def _host(self, run: HostedRun) -> None:
-        current_run.set(run.run_id)
+        log_with(run=run.run_id)
         try:
             settings = await asyncio.to_thread(self._settings, run.run_id)
             daemon = await self._loaded(run, settings)

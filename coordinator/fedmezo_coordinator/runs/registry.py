@@ -100,6 +100,16 @@ class Runs(RunService):
         """The loops of all runs that are served now."""
         return [run.loop for run in self._runs.values() if run.loop is not None]
 
+    @property
+    def are_loaded(self) -> bool:
+        """Whether the journal of every run has been read, or cannot be."""
+        return all(run.loop is not None or run.failure for run in self._runs.values())
+
+    def is_served(self, run_id: str) -> bool | None:
+        """Whether the run of that name is served now; None: there is none."""
+        run = self._runs.get(run_id)
+        return None if run is None else run.loop is not None
+
     # ------------------------------------------------------------ offers
 
     def changed(self) -> None:

@@ -28,16 +28,24 @@ from fedmezo_coordinator.serving.service import (
     CONNECTIONS_BESIDE,
     ENROLMENT_CONNECTIONS_MAX,
     ENROLMENT_OPTIONS,
+    HEALTH_CONNECTIONS_MAX,
+    HEALTH_OPTIONS,
     CoordinatorServicer,
     LiveTls,
     Server,
     bind_server,
     start_enrolment,
+    start_health,
     start_server,
 )
 from fedmezo_core.errors import ConfigError, FedMezoError
-from fedmezo_core.program import first_of
+from fedmezo_core.program import on_reload
+from fedmezo_core.service.service_manager import service_manager
 
+DRAIN_S = 1.0
+"""Time in which what has arrived is written when the program stops, before sessions are ended."""
+LOOK_READY_EVERY_S = 0.1
+"""Period in which a start that goes on is looked at."""
 STOP_GRACE_S = 2.0
 """Time that open calls get to end when the program stops."""
 LOOK_AT_CERTIFICATES_EVERY_S = 5.0
@@ -85,16 +93,27 @@ async def fronted(
             settings.listen, tls[0] if tls else None, private, connections_max
         )
         stack.push_async_callback(server.stop, None)
+        limits = CallerLimits(settings.caller_calls_per_s)
+        watch = ConnectionWatch(settings.caller_connections_max)
+        servicer = await start_server(
+            server, what, fleet, limits, watch, reflection=settings.reflection
+        )
         if fleet is not None:
             tls.append(_fleet_tls(settings, fleet, of_members=False))
             fleet.join_address = settings.join_address or _named_address(fleet.state, port)
-            await _start_enrolment(settings, fleet, port, tls[1], stack)
+            await _start_enrolment(settings, fleet, servicer, port, tls[1], stack)
             fleet.state.tell_operator(_operators_address(settings, fleet, port), fleet.server_ca)
         refreshing = asyncio.create_task(_refresh(tls, None if settings.tls_files else fleet))
         stack.callback(refreshing.cancel)
-        limits = CallerLimits(settings.caller_calls_per_s)
-        watch = ConnectionWatch(settings.caller_connections_max)
-        yield Front(server, await start_server(server, what, fleet, limits, watch), port)
+
+        def look_at_certificates() -> None:
+            for one in tls:
+                one.refresh()
+
+        on_reload(look_at_certificates)
+        if settings.health_listen:
+            await _start_health(settings.health_listen, servicer, stack)
+        yield Front(server, servicer, port)
 
 
 def check_listen(settings: ServingSettings) -> None:
@@ -170,6 +189,7 @@ def enrolment_address(settings: ServingSettings, port: int) -> str:
 async def _start_enrolment(
     settings: ServingSettings,
     fleet: Fleet,
+    servicer: CoordinatorServicer,
     port: int,
     tls: LiveTls,
     stack: contextlib.AsyncExitStack,
@@ -179,7 +199,7 @@ async def _start_enrolment(
         listen, tls, None, ENROLMENT_CONNECTIONS_MAX, ENROLMENT_OPTIONS
     )
     stack.push_async_callback(server.stop, None)
-    watch = await start_enrolment(server, fleet)
+    watch = await start_enrolment(server, fleet, servicer.is_served)
     watching = asyncio.create_task(watch.watch(fleet.enrol_port))
     stack.callback(watching.cancel)
     if not settings.is_loopback and fleet.join_address.startswith("localhost:"):
@@ -190,6 +210,15 @@ async def _start_enrolment(
             fleet.state.path,
         )
     log.info("new members join at %s:%d", listen.rpartition(":")[0], fleet.enrol_port)
+
+
+async def _start_health(
+    listen: str, servicer: CoordinatorServicer, stack: contextlib.AsyncExitStack
+) -> None:
+    server, port = bind_server(listen, None, None, HEALTH_CONNECTIONS_MAX, HEALTH_OPTIONS)
+    stack.push_async_callback(server.stop, None)
+    await start_health(server, servicer.is_served)
+    log.info("health is answered at %s:%d", listen.rpartition(":")[0], port)
 
 
 async def _refresh(tls: list[LiveTls], fleet: Fleet | None) -> None:
@@ -237,20 +266,43 @@ async def host(
             else "read this run's traffic and join it",
         )
     log.info("%s served at %s:%d", what, where, front.port)
+    telling = asyncio.create_task(_tell_ready(front, f"{what} served at {where}:{front.port}"))
     watching = front.servicer.watch.watch(front.port)
     tasks = [asyncio.create_task(runs.serve()), asyncio.create_task(watching)]
     try:
-        if await first_of(tasks[0], stop):
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({tasks[0], stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if tasks[0].done():
             tasks[0].result()
         log.info("stopping")
     finally:
         at_stop()
+        front.servicer.refuse_from_now_on()
+        telling.cancel()
+        if not tasks[0].done():
+            settling = asyncio.create_task(_settled(runs))
+            await asyncio.wait(
+                {settling, tasks[0]}, timeout=DRAIN_S, return_when=asyncio.FIRST_COMPLETED
+            )
+            settling.cancel()
         runs.begin_stop()
         tasks[1].cancel()
         await front.server.stop(STOP_GRACE_S)
         tasks[0].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await runs.close()
+
+
+async def _settled(runs: RunDirectory) -> None:
+    await asyncio.gather(*(loop.settle() for loop in runs.loops()))
+
+
+async def _tell_ready(front: Front, what: str) -> None:
+    """Tell the service manager as soon as everything is served."""
+    while not front.servicer.is_served(""):  # noqa: ASYNC110 - runs tell nobody
+        await asyncio.sleep(LOOK_READY_EVERY_S)
+    service_manager().ready(what)
 
 
 def _collect_seldom() -> None:

@@ -154,6 +154,13 @@ class _FromWorker(Item):
 
 
 @dataclass(frozen=True, slots=True)
+class _Settled(Item):
+    """Everything before this is on the disk once `done` is."""
+
+    done: asyncio.Future[None]
+
+
+@dataclass(frozen=True, slots=True)
 class _Time(Item):
     now_ms: int
 
@@ -332,6 +339,12 @@ class ServingLoop(ABC, Generic[ReadyT]):
             await asyncio.gather(*watchers, return_exceptions=True)
             await self._signatures.close()
 
+    async def settle(self) -> None:
+        """Return once all that has arrived so far is on the disk."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        await self._items.put(_Settled(done))
+        await done
+
     def end_sessions(self) -> None:
         """Tell every worker that the coordinator is going away."""
         for session in self._sessions.values():
@@ -409,6 +422,12 @@ class ServingLoop(ABC, Generic[ReadyT]):
                 await self._flush(readies)
                 readies = []
                 await self._join(item)
+                continue
+            if isinstance(item, _Settled):
+                await self._flush(readies)
+                readies = []
+                if not item.done.done():
+                    item.done.set_result(None)
                 continue
             if isinstance(item, _FromWorker) and item.check and item.session.ended is None:
                 await self._signatures.settle(item.check)
@@ -538,7 +557,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         session.end(replaced_error(worker))
         count = self._contests.replaced(worker)
         if count % CONTEST_REPLACEMENTS == 0:
-            log.warning("worker %s: %s", worker, self._contests.complaint(worker))
+            complaint = self._contests.complaint(worker)
+            log.warning("worker %s: %s", worker, complaint, extra={"worker": worker})
 
     async def _go_on(self, session: WorkerSession, before: WorkerSession, round_: int) -> None:
         """Let a worker's next call, whose hello names `round_`, go on from the session before.
@@ -580,11 +600,11 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """Advice for a reader who asked for records that were dropped; ends a sentence."""
         return "read from_newest_base"
 
-    def _note(self, line: str, *values: object) -> None:
+    def _note(self, line: str, worker: str, *values: object) -> None:
         """Log that a worker came or went, unless the log names too many already."""
         self._noted += 1
         if self._noted <= NOTED_A_SECOND_MAX:
-            log.info(line, *values)
+            log.info(line, worker, *values, extra={"worker": worker})
 
     def _note_the_rest(self) -> None:
         """Log once a second how many more came or went."""

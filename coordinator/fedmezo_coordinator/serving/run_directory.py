@@ -39,6 +39,13 @@ class RunDirectory(Protocol):
     def loops(self) -> Iterable[ServingLoop[Any]]:
         """The loops of all runs that are served now."""
 
+    @property
+    def are_loaded(self) -> bool:
+        """Whether the journal of every run has been read, or cannot be."""
+
+    def is_served(self, run_id: str) -> bool | None:
+        """Whether the run of that name is served now; None: there is none."""
+
     async def answer(self, method: str, request: Any, call: Call) -> Message | bytes:
         """The response of `RunService` to a call of `method`; raises a `FedMezoError`."""
 

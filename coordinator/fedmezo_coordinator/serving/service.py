@@ -27,6 +27,8 @@ from fedmezo_coordinator.coordinator_settings import (
     CALLER_CONNECTIONS_MAX,
     SESSIONS_MAX,
 )
+from fedmezo_coordinator.introspection import health_service
+from fedmezo_coordinator.introspection.health_service import Health
 from fedmezo_coordinator.limits.caller_limits import (
     WAIT_MAX_S,
     CallerLimits,
@@ -50,8 +52,15 @@ from fedmezo_coordinator.serving.session_limit import SessionPermit
 from fedmezo_coordinator.serving.worker_session import HalfClosedError, WorkerSession
 from fedmezo_coordinator.serving.write_pacing import WritePacing
 from fedmezo_core.config import MESSAGE_BYTES_MAX
-from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError, StartingError
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    ProtocolError,
+    StartingError,
+    UnavailableError,
+)
 from fedmezo_core.program import current_step
+from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.trust.authorisation import Caller, check_allowed
 from fedmezo_core.trust.certificates import public_key_of
 from fedmezo_core.wire.admission import check_run_id, choose_version
@@ -69,6 +78,8 @@ START_RETRY_MIN_S = 1.0
 START_RETRY_MAX_S = 10.0
 """Callers of a program that is starting are asked to come back within half the time that the start
 has taken so far, but not sooner or later than these."""
+STOPPED_RETRY_S = 5.0
+"""Callers of a program that stops are asked to come back within this time."""
 WRITES_A_TURN = 4
 """Messages that are sent in one turn of the event loop. They are few, because gRPC accepts one new
 stream after the other, and each takes three turns."""
@@ -97,6 +108,15 @@ ENROLMENT_OPTIONS = (
     ("grpc.max_connection_age_ms", 60_000),
     ("grpc.server_handshake_timeout_ms", 5_000),
 )
+
+HEALTH_CONNECTIONS_MAX = 64
+"""Most connections at a time to a port for health alone."""
+HEALTH_CALLS_PER_S = 20.0
+"""Calls a second that one address makes there in the long run."""
+HEALTH_OPTIONS = (("grpc.max_receive_message_length", 1024), *ENROLMENT_OPTIONS[1:3])
+
+SERVICES = ("CoordinatorService", "MembershipService", "AdminService")
+"""Services of the main port, whose health a probe can ask for."""
 
 OF_THE_RUN = frozenset({"ExcludeWorker", "ReadmitWorker"})
 """Orders to the run, which need no fleet."""
@@ -206,6 +226,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self.watch = watch
         self._fleet = fleet
         self._is_started = False
+        self._is_stopping = False
+        self._were_all_loaded = False
         self._created_s = time.monotonic()
         self._places = PagePlaces()
         self._pacing = WritePacing(WRITES_A_TURN)
@@ -227,6 +249,24 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         for loop in list(self._runs.loops()):
             await loop.end_session(worker, error)
 
+    def refuse_from_now_on(self) -> None:
+        """Ask every later caller to come back, because this program stops."""
+        self._is_stopping = True
+
+    def is_served(self, service: str) -> bool | None:
+        """Whether the process (an empty name) or a service is served; None: there is none such."""
+        if service and service not in _FULL_NAMES:
+            return None
+        # A run that is created later takes nothing away from the others.
+        if self._is_started and not self._were_all_loaded:
+            self._were_all_loaded = self._runs.are_loaded
+        return self._were_all_loaded and not self._is_stopping
+
+    def is_served_or_run(self, name: str) -> bool | None:
+        """As `is_served`, also for the ID of a run."""
+        served = self._runs.is_served(name) if self._is_started else None
+        return self.is_served(name) if served is None else served and not self._is_stopping
+
     def caller_of(self, context: Context) -> Caller:
         """Who makes a call; raises `IdentityError` if that cannot be established."""
         return caller_of(context, None if self._fleet is None else self._fleet.members)
@@ -238,7 +278,11 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         return self._poll_sessions.worker_of(request.token)
 
     def check_started(self) -> None:
-        """Tell a caller that comes before `begin` to wait, and what for."""
+        """Tell a caller that comes before `begin`, or at the end, to wait, and what for."""
+        if self._is_stopping:
+            stopping = UnavailableError(f"The {self._what} is stopping; reconnect later.")
+            stopping.retry_after_s = STOPPED_RETRY_S
+            raise stopping
         if self._is_started:
             return
         so_far_s = time.monotonic() - self._created_s
@@ -414,6 +458,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
             check_worker_name(caller, hello.worker)
             loop = self._runs.loop(hello.run_id)
             session = await loop.join(hello, caller=caller)
+            log_with(run=loop.genesis.config.run_id, worker=session.worker)
             self.caller_of(context)  # It may have been revoked while it joined.
             self._runs.session_limit.joined(permit)
             reader = asyncio.create_task(self._read(context, loop, session))
@@ -464,6 +509,32 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
             await loop.receive(session, message)
         # The worker has closed its side; its messages are in the queue ahead of this.
         await loop.leave(session)
+
+
+class _HealthServicer:
+    """`grpc.health.v1.Health`, with our errors as gRPC statuses."""
+
+    def __init__(self, answers: Health) -> None:
+        self._answers = answers
+
+    def handler(self, name: str) -> Callable[..., Any]:
+        """The handler of the RPC `name`; newer files have a List, which nobody may call."""
+        return self._watch if name == "Watch" else self._check
+
+    async def _check(self, request: Any, context: Context) -> Message:
+        try:
+            if isinstance(request, _Garbage):
+                raise _unreadable()
+            answer: Message = self._answers.check(request)
+            return answer
+        except FedMezoError as error:
+            await abort(context, error)
+
+    async def _watch(self, request: Any, context: Context) -> AsyncIterator[Message]:
+        if isinstance(request, _Garbage):
+            await abort(context, _unreadable())
+        async for status in self._answers.watch(request):
+            yield status
 
 
 class LiveTls:
@@ -701,10 +772,13 @@ async def start_server(
     fleet: Fleet | None = None,
     caller_limits: CallerLimits | None = None,
     watch: ConnectionWatch | None = None,
+    *,
+    reflection: bool = False,
 ) -> CoordinatorServicer:
     """Let a bound server answer calls: that `what` is starting, until the servicer's `begin`.
 
-    With a `fleet` every call but the replica's must show a member's certificate.
+    With a `fleet` every call but the replica's must show a member's certificate. With `reflection`
+    the server describes its services.
     """
     caller_limits = caller_limits or CallerLimits(CALLER_CALLS_PER_S)
     watch = watch or ConnectionWatch(CALLER_CONNECTIONS_MAX)
@@ -737,26 +811,70 @@ async def start_server(
             else functools.partial(servicer.answer_about_runs, name)
         ),
     )
+    _serve_health(server, edge, servicer.is_served_or_run)
+    if reflection:
+        _serve_reflection(server, edge)
     await server.start()
     return servicer
 
 
-async def start_enrolment(server: Server, fleet: Fleet) -> ConnectionWatch:
-    """Let a bound server answer the one call of those who have no certificate yet.
+def _nobody_knows(_context: Context) -> Caller:
+    return Caller.ANYONE
 
-    Returns the watch over its connections, which somebody has to run.
+
+async def start_enrolment(
+    server: Server, fleet: Fleet, is_served: Callable[[str], bool | None]
+) -> ConnectionWatch:
+    """Let a bound server answer those who have no certificate yet: enrolment, and health.
+
+    `is_served` is as for `Health`. Returns the watch over its connections, which somebody has to
+    run.
     """
-
-    def nobody_knows(_context: Context) -> Caller:
-        return Caller.ANYONE
-
     limits = CallerLimits(ENROLMENTS_PER_S)
     watch = ConnectionWatch(ENROLMENT_CALLER_CONNECTIONS_MAX)
-    edge = _Edge(nobody_knows, limits, watch, can_revoke=False)
-    handler = _FleetServicer(fleet, nobody_knows).handler
+    edge = _Edge(_nobody_knows, limits, watch, can_revoke=False)
+    handler = _FleetServicer(fleet, _nobody_knows).handler
     _serve_service(server, edge, "EnrollmentService", admin.DESCRIPTOR, handler)
+    _serve_health(server, edge, is_served)
     await server.start()
     return watch
+
+
+async def start_health(server: Server, is_served: Callable[[str], bool | None]) -> None:
+    """Let a bound server answer probes, and nothing else; `is_served` is as for `Health`."""
+    limits, watch = CallerLimits(HEALTH_CALLS_PER_S), ConnectionWatch(HEALTH_CONNECTIONS_MAX)
+    _serve_health(server, _Edge(_nobody_knows, limits, watch, can_revoke=False), is_served)
+    await server.start()
+
+
+def _serve_health(server: Server, edge: _Edge, is_served: Callable[[str], bool | None]) -> None:
+    handler = _HealthServicer(Health(is_served)).handler
+    _serve_service(server, edge, "Health", health_service.SERVICE_FILE, handler)
+
+
+def _serve_reflection(server: Server, edge: _Edge) -> None:
+    """Describe the services of the main port to those who may call them."""
+    # Imported here: few servers do it, and it takes the generic reader of every .proto file.
+    from fedmezo_coordinator.introspection import reflection
+
+    own = "grpc.reflection.v1alpha.ServerReflection"
+    described = reflection.Reflection([*_FULL_NAMES, "grpc.health.v1.Health", own])
+
+    async def reflect(_requests: Any, context: RawContext) -> None:
+        async def received() -> AsyncIterator[bytes]:
+            while (serialized := await context.read()) is not grpc.aio.EOF:
+                yield serialized
+
+        try:
+            async for answer in described.answers(received()):
+                await context.write(answer)
+        except DecodeError:
+            await abort(context, _unreadable())
+
+    _serve_service(server, edge, "ServerReflection", reflection.SERVICE_FILE, lambda _: reflect)
+
+
+_FULL_NAMES = tuple(f"fedmezo.v1.{name}" for name in SERVICES)
 
 
 def _serve_service(

@@ -13,6 +13,8 @@ import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection_pb2
 
 from fedmezo_core.trust import certificates
 from fedmezo_core.trust.authorisation import MEMBER_ROLES, RIGHTS, Role
@@ -29,10 +31,13 @@ ENROLL = "/fedmezo.v1.EnrollmentService/Enroll"
 
 METHODS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method
-    for file in (coordinator_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR, runs_pb2.DESCRIPTOR)
-    for service in file.services_by_name.values()
+    for file in (coordinator_pb2, admin_pb2, runs_pb2, health_pb2, reflection_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
+    if method.full_name != "grpc.health.v1.Health.List"  # In newer versions; nobody may call it.
 }
+HEALTH = {"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"}
+REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 OF_A_RUN = sorted(
     path
     for path, method in METHODS.items()
@@ -137,7 +142,8 @@ async def outcome(channel: grpc.aio.Channel, path: str, run_id: str | None = Non
             await stream.code()
         elif method.server_streaming:
             async for _ in channel.unary_stream(path, write, read)(request, timeout=10):
-                pass
+                if path in HEALTH:
+                    break  # A watcher is told of every change.
         else:
             await channel.unary_unary(path, write, read)(request, timeout=10)
     except grpc.aio.AioRpcError as error:
@@ -174,7 +180,7 @@ def test_the_kinds_of_callers_are_all_there_are() -> None:
 
 @pytest.mark.parametrize("path", sorted(RIGHTS))
 async def test_who_may_call(path: str, folder: Path) -> None:
-    async with served_fleet(folder, GENESIS) as at:
+    async with served_fleet(folder, GENESIS, reflection=True) as at:
         for role in ("worker", "observer", "revoked"):
             await member(at, role)
         files = (at.state / "members.jsonl", folder / "journal.db")
@@ -198,13 +204,14 @@ async def test_a_call_for_another_run_is_refused(path: str, folder: Path) -> Non
         assert await outcome(channel, path, "another-run") == "WrongRunError"
 
 
-async def test_the_enrolment_port_serves_one_call(folder: Path) -> None:
+async def test_the_enrolment_port_serves_one_call_and_probes(folder: Path) -> None:
     async with served_fleet(folder, GENESIS) as at:
         where = parse_join_string(await at.join_string(uses=2)).enrol_address
         for who in ("anonymous", "wrong CA", "revoked", "operator"):
             async with channel_to(at, who, folder, to=where) as channel:
                 for path in sorted(RIGHTS):
                     wanted = "ProtocolError" if path == ENROLL else NOT_SERVED
+                    wanted = "OK" if path in HEALTH else wanted
                     assert await outcome(channel, path) == wanted, (who, path)
 
 
@@ -227,7 +234,7 @@ async def test_everybody_may_do_the_same_without_a_state_folder(tmp_path: Path) 
     ):
         for path, roles in RIGHTS.items():
             came = await outcome(channel, path)
-            if path == ENROLL:
+            if path in (ENROLL, REFLECTION):
                 assert came == NOT_SERVED
             elif Role.ANYONE in roles:
                 assert came not in (DENIED, "IdentityError", NOT_SERVED, "UNKNOWN"), path

@@ -1,0 +1,1 @@
+"""What a daemon owes whoever operates it: lines that a machine reads, and signs of life."""
