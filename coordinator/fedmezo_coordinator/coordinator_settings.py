@@ -39,6 +39,19 @@ CALLER_CONNECTIONS_MAX = 4096
 """Default of `caller_connections_max`."""
 
 
+PAGE_PORT = 7480
+"""Port of the page if its address names none; no port of Flower, NVFlare, Prometheus, Grafana."""
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can connect to host:port."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 class ServingSettings(BaseSettings):
     """Settings of every program that serves workers."""
 
@@ -133,11 +146,7 @@ class ServingSettings(BaseSettings):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        host = self.listen.rpartition(":")[0].strip("[]")
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return is_loopback(self.listen)
 
 
 class InitSettings(BaseSettings):
@@ -243,6 +252,11 @@ class CoordinatorSettings(ServingSettings):
         allow_inf_nan=False,
         description="with resume: factor on the learning rates",
     )
+    page: OptionalListenAddress = Field(
+        default="",
+        description=f"host:port of a web page and of metrics for Prometheus, {PAGE_PORT} if only "
+        "the host is given; none: neither",
+    )
     signing_key: UserPath | None = Field(
         default=None,
         description="PEM file with the Ed25519 key that signs checkpoints, created if missing; "
@@ -270,6 +284,12 @@ class CoordinatorSettings(ServingSettings):
                     if key in kind.model_fields:
                         raise ValueError(f"{key} belongs {home}, not {place}; move it there")
         return values
+
+    @field_validator("page", mode="before")
+    @classmethod
+    def _with_page_port(cls, page: Any) -> Any:
+        is_host = isinstance(page, str) and page and (page[-1] == "]" or ":" not in page)
+        return f"{page}:{PAGE_PORT}" if is_host else page
 
     @model_validator(mode="after")
     def _factor_with_resume(self) -> CoordinatorSettings:

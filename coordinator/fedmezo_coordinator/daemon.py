@@ -10,6 +10,7 @@ import contextlib
 import hmac
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -360,7 +361,9 @@ class Daemon(ServingLoop[Ready]):
             self._warn(ready.warnings)
 
     async def _append(self, records: Sequence[Record]) -> list[Entry]:
+        begun_s = time.monotonic()
         entries = await self._on_disk(lambda: self._journal.append(encode_records(records)))
+        self.append_times.add(time.monotonic() - begun_s)
         for entry, record in zip(entries, records, strict=True):
             if type(record) is not Answered:  # nearly all are
                 self._fold(entry)
@@ -540,9 +543,9 @@ class Daemon(ServingLoop[Ready]):
             raise ProtocolError("The replica's snapshot has no digest, no bytes or no round.")
         await self._items.put(_FromReplica(request))
 
-    def _whole_status(self) -> wire.GetStatusResponse:
+    def whole_status(self) -> wire.GetStatusResponse:
         """The status of the run, with its newest evaluations and divergences."""
-        answer, state = super()._whole_status(), self._machine.state
+        answer, state = super().whole_status(), self._machine.state
         best = state.health.best
         if best is not None and best not in state.evaluations:
             answer.evaluations.append(evaluated_to_pb(best))

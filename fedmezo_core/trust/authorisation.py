@@ -90,6 +90,7 @@ RIGHTS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/fedmezo.v1.RunService/OfferRuns": _WORKERS,
         "/fedmezo.v1.RunService/DeclineRun": _WORKERS,
         "/fedmezo.v1.RunService/ReadRunFile": _READERS,
+        "/fedmezo.v1.RunService/OpenPage": _OBSERVERS | {Role.ANYONE},
     }
 )
 """Path of an RPC -> the roles that may call it. An RPC without a row cannot be called."""

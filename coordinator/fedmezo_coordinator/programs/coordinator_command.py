@@ -24,6 +24,8 @@ from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import is_url, journal_shown
 from fedmezo_coordinator.stores.opening import open_store
+from fedmezo_coordinator.web.opening_page import paged
+from fedmezo_coordinator.web.watching import ServedRun
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.codec import encode_records
@@ -83,6 +85,7 @@ async def run(settings: CoordinatorSettings) -> None:
             return
         try:
             front = await stack.enter_async_context(fronting) if early is None else early
+            page = await stack.enter_async_context(paged(settings, front.fleet))
             starting = asyncio.create_task(_prepare(settings, journal))
             if not await first_of(starting, stop):
                 return
@@ -95,7 +98,16 @@ async def run(settings: CoordinatorSettings) -> None:
                 journal.close()
         log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
         replica = _keep_replica(settings, daemon, private)
-        await host(settings, front, daemon, stop, alongside=replica, at_stop=give_up.set)
+        watched = [ServedRun(daemon)]
+        if page is not None:
+            page.show(lambda: watched)
+
+        def at_stop() -> None:
+            give_up.set()
+            if page is not None:
+                page.rest()
+
+        await host(settings, front, daemon, stop, alongside=replica, at_stop=at_stop)
 
 
 def _files_to_make(settings: CoordinatorSettings) -> list[Path]:

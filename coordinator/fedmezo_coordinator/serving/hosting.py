@@ -43,8 +43,9 @@ LOOK_AT_CERTIFICATES_EVERY_S = 5.0
 """Period in which a server looks whether its certificate's file has changed."""
 RENEW_EVERY_S = 3600.0
 """Period in which a coordinator looks whether its own certificate is near its end."""
-FILES_RESERVED = 256
-"""Open files that are not a session's connection: other connections, the journal, snapshots."""
+FILES_RESERVED = 320
+"""Open files that are not a session's connection: other connections, the page's, the journal,
+snapshots."""
 
 COLLECT_AFTER = (20_000, 10, 50)
 """Thresholds of Python's garbage collector, as for `gc.set_threshold`."""
@@ -59,6 +60,8 @@ class Front:
     server: Server
     servicer: CoordinatorServicer
     port: int
+    fleet: Fleet | None
+    """The members; None: everybody may call."""
 
 
 @contextlib.asynccontextmanager
@@ -91,7 +94,7 @@ async def fronted(
         stack.callback(refreshing.cancel)
         limits = CallerLimits(settings.caller_calls_per_s)
         watch = ConnectionWatch(settings.caller_connections_max)
-        yield Front(server, await start_server(server, what, fleet, limits, watch), port)
+        yield Front(server, await start_server(server, what, fleet, limits, watch), port, fleet)
 
 
 def check_listen(settings: ServingSettings) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Generic, Protocol, TypeVar
 from fedmezo_coordinator.coordinator_settings import SESSIONS_LIMIT
 from fedmezo_coordinator.limits.said_seldom import SaidSeldom
 from fedmezo_coordinator.serving.journal_pages import JournalPages
-from fedmezo_coordinator.serving.loop_lag import LoopLag
+from fedmezo_coordinator.serving.loop_lag import AppendTimes, LoopLag
 from fedmezo_coordinator.serving.name_contests import (
     CONTEST_REPLACEMENTS,
     NameContests,
@@ -169,7 +170,10 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._remember_commit,
         ]
         """What follows the journal, in this order, live and at a restart alike."""
-        self._refused_answers = SaidSeldom(log)
+        self._refusals = SaidSeldom(log)
+        self.refused_answers: Counter[str] = Counter()
+        """Answers refused since this start, by the class name of the error."""
+        self.append_times = AppendTimes()
         self._refused_workers = SaidSeldom(log)
         self._unable = SaidSeldom(log)
         self._noted = 0
@@ -571,8 +575,9 @@ class ServingLoop(ABC, Generic[ReadyT]):
             case Expel(_, sentence, reason):
                 session.end(BY_REASON[reason](sentence))
                 return
-            case Refuse(worker, _, _, sentence):
-                self._refused_answers.warn("refused an answer of worker %s: %s", worker, sentence)
+            case Refuse(worker, _, reason, sentence):
+                self.refused_answers[reason] += 1
+                self._refusals.warn("refused an answer of worker %s: %s", worker, sentence)
             case Assign():
                 session.assign = message
                 session.traffic.assigned_at_s = time.monotonic()
@@ -669,6 +674,25 @@ class ServingLoop(ABC, Generic[ReadyT]):
         sees = sees_everyone(caller, self.genesis.config)
         return await self._pages.read(request, self._is_finished, enter, sees_everyone=sees)
 
+    @property
+    def phase(self) -> Phase:
+        """Phase of the run, as far as the journal has what led to it."""
+        return self._durable_phase
+
+    @property
+    def reason(self) -> str:
+        """Why the run stands still; empty if it does not."""
+        return self._machine.reason
+
+    @property
+    def records_shown(self) -> int:
+        """Count of durable records, which readers may see."""
+        return self._pages.length
+
+    async def rows_from(self, seqno: int, rows_max: int) -> Sequence[Row]:
+        """Some of these records from `seqno` on, as `JournalPages.rows_from` reads them."""
+        return await self._pages.rows_from(seqno, rows_max)
+
     def _is_finished(self) -> bool:
         return self._durable_phase is Phase.FINISHED
 
@@ -680,13 +704,13 @@ class ServingLoop(ABC, Generic[ReadyT]):
     def status(self, run_id: str, caller: Caller = Caller.ANYONE) -> wire.GetStatusResponse:
         """What `caller` may know of the run; raises `WrongRunError` if `run_id` is another's."""
         check_run_id(run_id, self.genesis.config.run_id)
-        status = self._whole_status()
+        status = self.whole_status()
         if not sees_everyone(caller, self.genesis.config):
             hide_others(status, caller.name)
         return status
 
-    def _whole_status(self) -> wire.GetStatusResponse:
-        """The status of the run."""
+    def whole_status(self) -> wire.GetStatusResponse:
+        """The status of the run, with all that it says of single workers."""
         return status_report(
             self._machine,
             self.genesis,
