@@ -70,7 +70,7 @@ $(LOWEST_VENV)/.installed: pyproject.toml requirements-lowest.lock
 	$(LOWEST)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) \
 	  "$$(grep '^torch==' requirements-lowest.lock)"
 	$(LOWEST)/python -m pip install -q --build-constraint requirements.lock \
-	  -r requirements-lowest.lock -e '.[worker,postgres,privacy]'
+	  -r requirements-lowest.lock -e '.[worker,page,postgres,privacy]'
 	touch $@
 
 test-gpu: setup  ## run the tests that need a CUDA device

@@ -64,6 +64,18 @@ class ConfigError(FedMezoError):
     status = "INVALID_ARGUMENT"
 
 
+class RunExistsError(ConfigError):
+    """A run is to be created under the name of another one."""
+
+    status = "ALREADY_EXISTS"
+
+
+class OneRunError(ConfigError):
+    """A coordinator that serves one run is asked for something about others."""
+
+    status = "UNIMPLEMENTED"
+
+
 class PolicyError(ConfigError):
     """A run asks for more than the operator of this worker allows; names the contract's values."""
 

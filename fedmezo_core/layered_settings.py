@@ -148,6 +148,36 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
     return loaded
 
 
+def settings_of(kind: type[Settings], values: dict[str, Any], where: str) -> Settings:
+    """`kind` from `values` alone: neither flags nor the environment count.
+
+    Raises `ConfigError`, which names `where` the values are from, the key and what is allowed.
+    """
+
+    class _Given(kind):  # type: ignore[misc, valid-type]
+        model_config = SettingsConfigDict(extra="forbid")
+
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], **_: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (InitSettingsSource(settings_cls, init_kwargs=values),)
+
+    try:
+        given: Settings = _Given()
+    except ValidationError as error:
+        raise ConfigError(sentence_of(error, where)) from None
+    return given
+
+
+def toml_values(text: str, where: str) -> dict[str, Any]:
+    """The values in the text of a TOML file; raises `ConfigError`, which names `where` it is."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}.") from None
+
+
 def _add_flag(
     kind: type[BaseSettings], parser: ArgumentParser, *names: str, **options: Any
 ) -> None:
@@ -249,12 +279,17 @@ def _take_config_flag(
         raise ConfigError(f"--config {path} is not allowed: {error}.") from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def toml_text(path: Path) -> str:
+    """The text of a TOML file; raises `ConfigError` if it cannot be read."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
             f"The configuration file {path} cannot be read ({error.strerror}); check --config."
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    return toml_values(toml_text(path), str(path))

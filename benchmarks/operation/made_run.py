@@ -69,6 +69,7 @@ class MadeRun:
     ) -> None:
         """`rounds` of `planned` are committed already; 0 planned: all of them are."""
         self.run_id = run_id
+        self.shows_workers = True
         self.run_phase: int = runs.RUN_PHASE_RUNNING
         self.phase_reason = ""
         self.refused_answers: Counter[str] = Counter()
@@ -76,7 +77,7 @@ class MadeRun:
         self._random = random.Random(seed)
         self.config = config_of(run_id, max(planned, rounds, 1))
         self._journal = Journal(MemoryStore())
-        self._status = wire.GetStatusResponse(
+        self.told = wire.GetStatusResponse(
             config=config_to_pb(self.config),
             phase=wire.PHASE_OPEN,
             epoch=epoch,
@@ -99,25 +100,20 @@ class MadeRun:
     async def rows_from(self, seqno: int, rows_max: int) -> Sequence[Row]:
         return self._journal.read(seqno, rows_max)
 
-    def whole_status(self) -> wire.GetStatusResponse:
-        copy = wire.GetStatusResponse()
-        copy.CopyFrom(self._status)  # As a daemon makes it anew.
-        return copy
-
-    @property
     def status(self) -> wire.GetStatusResponse:
-        """What is told next, to be changed."""
-        return self._status
+        copy = wire.GetStatusResponse()
+        copy.CopyFrom(self.told)  # As a daemon makes it anew.
+        return copy
 
     def append(self, records: Sequence[Record]) -> None:
         """Add records to the journal."""
         self._journal.append(encode_records(records))
-        self._status.records = len(self._journal)
+        self.told.records = len(self._journal)
 
     def commit(self) -> None:
         """Commit one more round, and evaluate it if it is time."""
-        round_, noise = self._status.round + 1, self._random.uniform
-        names = tuple(one.worker for one in self._status.workers[:ANSWERS]) or ("gone",)
+        round_, noise = self.told.round + 1, self._random.uniform
+        names = tuple(one.worker for one in self.told.workers[:ANSWERS]) or ("gone",)
         loss = loss_at(round_, self.config.rounds)
         answers = [
             Answered(round_, slot, Scalars((noise(-1, 1),), loss + noise(-0.05, 0.05), None))
@@ -125,13 +121,13 @@ class MadeRun:
         ]
         ranges = tuple(SeedRange(slot << 16, (noise(-1, 1),) * 8) for slot in range(len(names)))
         self.append([Opened(round_, 0, names), *answers, Committed(round_, ranges, round_)])
-        for one in self._status.workers:
+        for one in self.told.workers:
             one.rounds_answered += 1
             one.bytes_up += 180
             one.bytes_down += 420
-        self._status.round = round_
-        self._status.recent_rounds.add(round=round_, mean_loss=loss, answers=len(names))
-        del self._status.recent_rounds[:-1000]
+        self.told.round = round_
+        self.told.recent_rounds.add(round=round_, mean_loss=loss, answers=len(names))
+        del self.told.recent_rounds[:-1000]
         if round_ % EVALUATED_EVERY == 0:
             self._evaluate(round_, loss)
 
@@ -139,10 +135,10 @@ class MadeRun:
         accuracy = min(0.5 + 0.45 * (0.7 - loss) / 0.45, 1.0)
         record = Evaluated(round_, loss + 0.03, accuracy, 872, bytes(32))
         self.append([record])
-        self._status.evaluations.add(
+        self.told.evaluations.add(
             round=round_, loss=record.loss, accuracy=accuracy, rows=872, weights_digest=bytes(32)
         )
-        del self._status.evaluations[:-1000]
+        del self.told.evaluations[:-1000]
 
     def _worker(self, number: int) -> wire.WorkerStatus:
         chance = self._random.random

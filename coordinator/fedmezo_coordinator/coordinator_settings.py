@@ -191,6 +191,11 @@ class CoordinatorSettings(ServingSettings):
 
     model_config = SettingsConfigDict(env_prefix="FEDMEZO_COORDINATOR_")
 
+    runs: UserPath | None = Field(
+        default=None,
+        description="folder of any number of runs, which `fedmezo run` creates and ends while this "
+        "serves them; the settings below are then each run's own",
+    )
     journal: UserPathText = Field(
         default="journal.db", description="the run's journal: a file, or a postgresql:// URL"
     )
@@ -292,6 +297,18 @@ class CoordinatorSettings(ServingSettings):
         return f"{page}:{PAGE_PORT}" if is_host else page
 
     @model_validator(mode="after")
+    def _one_run_or_many(self) -> Self:
+        of_a_run = sorted(self.model_fields_set - ServingSettings.model_fields.keys() - {"runs"})
+        if self.runs is not None and of_a_run:
+            raise ValueError(
+                f"{of_a_run[0]} and runs exclude each other: with runs, each run has its own, from "
+                "fedmezo run create; leave one of them out"
+                if of_a_run[0] in OF_A_RUN
+                else f"{of_a_run[0]} has no meaning with runs; leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _factor_with_resume(self) -> CoordinatorSettings:
         if self.resume_rate_factor != 1.0 and not self.resume:
             raise ValueError("resume_rate_factor needs resume; set that too, or leave both out")
@@ -326,6 +343,18 @@ class CoordinatorSettings(ServingSettings):
         readers = {} if self.state is None else {"journal_readers": "observers"}
         values = {"model": model_label(self.model), **readers, **self.run}
         return parse_run(values, where, rate_comes_later=later)
+
+
+_OF_ONE_RUN_ALONE = {
+    "runs", "journal", "standby", "resume", "resume_rate_factor", "signing_key", "snapshots",
+    "page",
+}  # fmt: skip
+OF_A_RUN = (
+    CoordinatorSettings.model_fields.keys()
+    - ServingSettings.model_fields.keys()
+    - _OF_ONE_RUN_ALONE
+)
+"""Settings that a run has of its own where a process hosts many; the others are the process's."""
 
 
 class RelaySettings(ServingSettings):

@@ -22,6 +22,7 @@ from fedmezo_coordinator.serving.status_report import ReplicaView
 from fedmezo_coordinator.snapshot_store import SnapshotStore
 from fedmezo_core.errors import (
     ConfigError,
+    FedMezoError,
     JournalCorruptError,
     ProtocolError,
     SnapshotError,
@@ -80,6 +81,11 @@ class _Ordered(Item):
 
     order: Callable[[RoundMachine], Ready]
     done: asyncio.Future[None]
+
+    def refuse(self, error: FedMezoError) -> None:
+        """Let the operator know."""
+        if not self.done.done():
+            self.done.set_exception(error)
 
 
 class Daemon(ServingLoop[Ready]):
@@ -219,16 +225,33 @@ class Daemon(ServingLoop[Ready]):
         Raises `ConfigError` as `RoundMachine.exclude` does.
         """
         check_worker_name(worker, "give the name of a worker, as in `fedmezo status`")
-        await self._carry_out(lambda machine: machine.exclude(worker, reason))
+        await self.order(lambda machine: machine.exclude(worker, reason))
 
     async def readmit(self, worker: str) -> None:
         """Let an excluded worker take part again; raises `ConfigError` if it is not excluded."""
-        await self._carry_out(lambda machine: machine.readmit(worker))
+        await self.order(lambda machine: machine.readmit(worker))
 
-    async def _carry_out(self, order: Callable[[RoundMachine], Ready]) -> None:
+    async def order(self, order: Callable[[RoundMachine], Ready]) -> None:
+        """Step the machine with an operator's order; returns when that is durable.
+
+        Raises the `ConfigError` with which the machine refuses it.
+        """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        await self._items.put(_Ordered(order, done))
+        await self._enqueue(_Ordered(order, done))
         await done
+
+    @property
+    def newest_evaluation(self) -> Evaluated | None:
+        """The newest evaluation; None if there is none."""
+        evaluations = self._machine.state.evaluations
+        return evaluations[-1] if evaluations else None
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether the run is finished, and its last round not evaluated."""
+        newest = self.newest_evaluation
+        is_finished = self._machine.phase is Phase.FINISHED
+        return is_finished and (newest is None or newest.round < self._machine.round)
 
     @property
     def pause_reason(self) -> str:
@@ -351,7 +374,7 @@ class Daemon(ServingLoop[Ready]):
     async def _flush(self, readies: Sequence[Ready]) -> None:
         records = [record for ready in readies for record in ready.records]
         entries = iter(await self._append(records) if records else ())
-        self._durable_phase = self._machine.phase
+        self._take_phase()
         for ready in readies:
             for record in ready.records:
                 entry = next(entries)
@@ -541,11 +564,11 @@ class Daemon(ServingLoop[Ready]):
         is_whole = len(written.file_sha256) == 32 and written.file_bytes and request.round
         if request.HasField("snapshot") and not (written.complaint or is_whole):
             raise ProtocolError("The replica's snapshot has no digest, no bytes or no round.")
-        await self._items.put(_FromReplica(request))
+        await self._enqueue(_FromReplica(request))
 
-    def whole_status(self) -> wire.GetStatusResponse:
+    def _whole_status(self) -> wire.GetStatusResponse:
         """The status of the run, with its newest evaluations and divergences."""
-        answer, state = super().whole_status(), self._machine.state
+        answer, state = super()._whole_status(), self._machine.state
         best = state.health.best
         if best is not None and best not in state.evaluations:
             answer.evaluations.append(evaluated_to_pb(best))
@@ -553,7 +576,5 @@ class Daemon(ServingLoop[Ready]):
         answer.excluded.extend(excluded_to_pb(e) for e in state.excluded.values())
         answer.divergences.extend(diverged_to_pb(d) for d in state.divergences)
         answer.replica_complaint = self.replica.complaints
-        if self.replica.evaluates and self._machine.phase is Phase.FINISHED:
-            newest = state.evaluations[-1] if state.evaluations else None
-            answer.evaluation_due = newest is None or newest.round < self._machine.round
+        answer.evaluation_due = self.replica.evaluates and self.evaluation_is_due
         return answer

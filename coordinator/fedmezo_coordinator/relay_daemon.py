@@ -362,7 +362,7 @@ class Relay(ServingLoop[RelayReady]):
 
     async def _flush(self, readies: Sequence[RelayReady]) -> None:
         sent = await self._keep(readies)
-        self._durable_phase = self._machine.phase
+        self._take_phase()
         for ready in readies:
             if ready.dismissed:
                 for session in self._sessions.values():

@@ -231,6 +231,31 @@ class RoundMachine:
         self._advance()
         return self._take_ready()
 
+    def pause(self, reason: str) -> Ready:
+        """Hold the run for a person's `reason` until `resume`; a paused run stays as it is.
+
+        No round opens or closes meanwhile. An open round keeps its answers and still takes those
+        that come. Raises `ConfigError` if the run is finished, or the reason empty or too long.
+        """
+        assert self._started, "start comes before a pause"
+        if self.phase is Phase.FINISHED:
+            raise ConfigError("The run is finished, so there is nothing to pause.")
+        if self.phase is not Phase.PAUSED:
+            self._record(Paused(self.state.round, _checked_reason(reason)))
+        return self._take_ready()
+
+    def stop(self, reason: str) -> Ready:
+        """End the run with the rounds that it has; a finished run stays as it is.
+
+        The answers of an open round do not count. Raises `ConfigError` if the reason is empty or
+        too long.
+        """
+        assert self._started, "start comes before an end"
+        if self.phase is not Phase.FINISHED:
+            self._record(Stopped(self.state.round, _checked_reason(reason)))
+            self._finish_all()
+        return self._take_ready()
+
     def exclude(self, worker: str, reason: str) -> Ready:
         """Take a worker out of the run, with its answers that no commit holds, for `reason`.
 
@@ -703,6 +728,16 @@ class RoundMachine:
         for owed in (self._records, self._messages, self._warnings):
             owed.clear()
         return ready
+
+
+def _checked_reason(reason: str) -> str:
+    """A person's reason in one line; raises `ConfigError` if the journal cannot hold it."""
+    reason = " ".join(reason.split())
+    if not 0 < len(reason) <= COMPLAINT_CHARS_MAX:
+        raise ConfigError(
+            f"The reason has {len(reason)} characters; say why in 1 to {COMPLAINT_CHARS_MAX}."
+        )
+    return reason
 
 
 def excluded_sentence(record: Excluded) -> str:

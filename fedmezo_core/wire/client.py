@@ -35,6 +35,8 @@ from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import admin_pb2_grpc as admin_rpc
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
+from fedmezo_proto.v1 import runs_pb2 as runs
+from fedmezo_proto.v1 import runs_pb2_grpc as runs_rpc
 
 CALL_TIMEOUT_S = 20.0
 SNAPSHOT_SILENCE_S = 300.0
@@ -155,6 +157,7 @@ class CoordinatorClient:
         self._stub = rpc.CoordinatorServiceStub(self._channel)
         self._membership = admin_rpc.MembershipServiceStub(self._channel)
         self._admin = admin_rpc.AdminServiceStub(self._channel)
+        self._runs = runs_rpc.RunServiceStub(self._channel)
 
     async def show(self, identity: Identity) -> None:
         """Show a renewed identity from now on. A stream that is open goes on."""
@@ -386,19 +389,98 @@ class CoordinatorClient:
                 admin.RotateMemberRequest(name=name, life_s=life_s), timeout=CALL_TIMEOUT_S
             )
 
-    async def exclude_worker(self, worker: str, reason: str) -> None:
+    async def exclude_worker(self, worker: str, reason: str, run_id: str = "") -> None:
         """Take a worker out of the run, as an operator."""
+        request = admin.ExcludeWorkerRequest(worker=worker, reason=reason, run_id=run_id)
         with self._errors_mapped():
-            await self._admin.ExcludeWorker(
-                admin.ExcludeWorkerRequest(worker=worker, reason=reason), timeout=CALL_TIMEOUT_S
-            )
+            await self._admin.ExcludeWorker(request, timeout=CALL_TIMEOUT_S)
 
-    async def readmit_worker(self, worker: str) -> None:
+    async def readmit_worker(self, worker: str, run_id: str = "") -> None:
         """Let an excluded worker take part again, as an operator."""
+        request = admin.ReadmitWorkerRequest(worker=worker, run_id=run_id)
         with self._errors_mapped():
-            await self._admin.ReadmitWorker(
-                admin.ReadmitWorkerRequest(worker=worker), timeout=CALL_TIMEOUT_S
-            )
+            await self._admin.ReadmitWorker(request, timeout=CALL_TIMEOUT_S)
+
+    async def upload_file(self, request: runs.UploadFileRequest) -> int:
+        """Send a piece of a file, as an operator; returns where the next one begins."""
+        with self._errors_mapped():
+            return (await self._runs.UploadFile(request, timeout=CALL_TIMEOUT_S)).next_offset
+
+    async def create_run(self, request: runs.CreateRunRequest) -> str:
+        """Create a run, as an operator; returns its name."""
+        with self._errors_mapped():
+            return (await self._runs.CreateRun(request, timeout=CALL_TIMEOUT_S)).run_id
+
+    async def list_runs(self, run_id: str = "") -> list[runs.RunSummary]:
+        """The runs, the newest first; with `run_id` that one alone."""
+        request = runs.ListRunsRequest(run_id=run_id)
+        with self._errors_mapped():
+            return list((await self._runs.ListRuns(request, timeout=CALL_TIMEOUT_S)).runs)
+
+    async def pause_run(self, run_id: str, reason: str = "") -> None:
+        """Hold a run, as an operator."""
+        request = runs.PauseRunRequest(run_id=run_id, reason=reason)
+        with self._errors_mapped():
+            await self._runs.PauseRun(request, timeout=CALL_TIMEOUT_S)
+
+    async def resume_run(self, run_id: str, rate_factor: float | None = None) -> None:
+        """Let a paused run go on, as an operator."""
+        request = runs.ResumeRunRequest(run_id=run_id, rate_factor=rate_factor)
+        with self._errors_mapped():
+            await self._runs.ResumeRun(request, timeout=CALL_TIMEOUT_S)
+
+    async def stop_run(self, run_id: str, reason: str = "") -> None:
+        """End a run, as an operator."""
+        request = runs.StopRunRequest(run_id=run_id, reason=reason)
+        with self._errors_mapped():
+            await self._runs.StopRun(request, timeout=CALL_TIMEOUT_S)
+
+    async def delete_run(self, run_id: str) -> None:
+        """Delete a run that is over, as an operator."""
+        with self._errors_mapped():
+            await self._runs.DeleteRun(runs.DeleteRunRequest(run_id=run_id), timeout=CALL_TIMEOUT_S)
+
+    async def offered_runs(
+        self, worker: str, revision: int = 0, wait_s: float = 0.0
+    ) -> runs.OfferRunsResponse:
+        """The runs that `worker` may take part in; waits for a newer revision if there is none."""
+        request = runs.OfferRunsRequest(
+            worker=worker, revision=revision, wait_ms=int(1000 * wait_s)
+        )
+        with self._errors_mapped():
+            return await self._runs.OfferRuns(request, timeout=CALL_TIMEOUT_S + wait_s)
+
+    async def decline_run(self, worker: str, run_id: str, reason: str) -> None:
+        """Say that `worker` does not take part in a run, and why."""
+        request = runs.DeclineRunRequest(worker=worker, run_id=run_id, reason=reason)
+        with self._errors_mapped():
+            await self._runs.DeclineRun(request, timeout=CALL_TIMEOUT_S)
+
+    async def open_page(self) -> runs.OpenPageResponse:
+        """The parts of a link to the coordinator's page, as an observer or operator."""
+        with self._errors_mapped():
+            return await self._runs.OpenPage(runs.OpenPageRequest(), timeout=CALL_TIMEOUT_S)
+
+    async def read_run_file(
+        self, run_id: str, name: str, offset: int = 0
+    ) -> AsyncGenerator[bytes, None]:
+        """The bytes of a file that a run offers, from `offset` on, in pieces."""
+        request = runs.ReadRunFileRequest(run_id=run_id, name=name, offset=offset)
+        with self._errors_mapped():
+            call = self._runs.ReadRunFile(request)
+            try:
+                while True:
+                    async with asyncio.timeout(CALL_TIMEOUT_S):
+                        piece = await call.read()
+                    if not isinstance(piece, runs.ReadRunFileResponse):
+                        return  # the end
+                    yield piece.data
+            except TimeoutError:
+                raise UnavailableError(
+                    f"No piece of {name} has come from {self.address} for {CALL_TIMEOUT_S:.0f} s."
+                ) from None
+            finally:
+                call.cancel()
 
     def _errors_mapped(self) -> AbstractContextManager[None]:
         return errors_mapped(self.address, self._hint, shows_identity=self._shows_identity)

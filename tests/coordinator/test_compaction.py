@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo_coordinator.compaction import SEAL_RECORDS, SEALS_MAX, Compaction, Seal
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
-from fedmezo_coordinator.programs.coordinator_command import check_compaction
 from fedmezo_coordinator.programs.fedmezo_command import app
+from fedmezo_coordinator.runs.preparing import check_compaction
 from fedmezo_core.errors import ConfigError, JournalCompactedError, JournalCorruptError
 from fedmezo_core.journal.codec import decode_record
 from fedmezo_core.journal.journal import Journal, Row

@@ -13,7 +13,7 @@ from fedmezo_coordinator.coordinator_settings import (
     RelaySettings,
     model_label,
 )
-from fedmezo_coordinator.programs.coordinator_command import warn_if_no_loss_is_seen
+from fedmezo_coordinator.runs.preparing import warn_if_no_loss_is_seen
 from fedmezo_coordinator.serving.hosting import (
     FILES_RESERVED,
     connections_that_fit,
@@ -86,11 +86,11 @@ def test_the_home_folder_is_meant_in_every_path(
         if "Path" in str(field.annotation) or name in ("journal", "model")
     ]
     # A worker that serves a socket, or measures with a form, has no use for most of the others, and
-    # a member is told by its fleet what to trust.
-    special = ("serve", "base_form", "state", "tls_cert_ca")
+    # a member is told by its fleet what to trust. Each of many runs has settings of its own.
+    special = ("serve", "base_form", "state", "tls_cert_ca", "runs")
     groups = [[name for name in paths if name not in special]]
     groups += [["data", "model", "serve"], ["base_form", "data"]] if "serve" in paths else []
-    of_fleet = ["state", "tls_cert", "tls_cert_ca", "tls_key"]
+    of_fleet = ["state", "tls_cert", "tls_cert_ca", "tls_key", "runs"]
     groups += [[name for name in of_fleet if name in paths]]
     for group in groups:
         given: dict[str, Any] = {"name": "w1", "data": "rows"} | dict.fromkeys(group, "~/file")

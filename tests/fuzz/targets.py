@@ -26,6 +26,7 @@ from fedmezo_coordinator.limits.caller_limits import CallerLimits
 from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
 from fedmezo_coordinator.programs.fedmezo_command import _line, _verified_line
 from fedmezo_coordinator.programs.plain_values import json_line, record_values
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving import loop as serving_loop
 from fedmezo_coordinator.serving.service import CoordinatorServicer, _reader
 from fedmezo_core.errors import FedMezoError
@@ -145,7 +146,7 @@ class _Coordinator:
 
         async def begin() -> None:
             await self.daemon.load()
-            self.servicer.begin(self.daemon)
+            self.servicer.begin(Runs.of(self.daemon))
             self.serving = asyncio.create_task(self.daemon.serve())
             for worker in ("w1", "w2"):
                 request = wire.PollSessionRequest(messages=[hello(worker)])

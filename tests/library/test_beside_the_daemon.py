@@ -221,7 +221,7 @@ async def test_calls_at_the_same_time_leave_one_session_that_counts(tmp_path: Pa
 
     genesis = genesis_of(config_of(**RUN))
     async with served(tmp_path / "journal.db", genesis) as at:
-        sessions = PollSessions(at.daemon)
+        sessions = PollSessions(lambda _: at.daemon)
         up = Session(genesis, "a", LightEngine("a")).exchange()
         for _ in range(3):
             calls = [sessions.poll(wire.PollSessionRequest.FromString(up), enter) for _ in range(4)]

@@ -12,26 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedmezo_coordinator.admission.state_folder import make_state, open_state
-from fedmezo_coordinator.coordinator_settings import (
-    CoordinatorSettings,
-    InitSettings,
-    check_same_run,
-)
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, InitSettings
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
+from fedmezo_coordinator.runs.many_runs import opened_runs
+from fedmezo_coordinator.runs.preparing import begun, keep_replica, loaded, offered_files
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving.hosting import fronted, host, sessions_that_fit
 from fedmezo_coordinator.serving.session_limit import SessionLimit
-from fedmezo_coordinator.stores.companions import Companions
-from fedmezo_coordinator.stores.location import is_url, journal_shown
+from fedmezo_coordinator.stores.location import is_url
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_coordinator.web.opening_page import paged
-from fedmezo_coordinator.web.watching import ServedRun
-from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import ConfigError
-from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.layered_settings import load_settings
-from fedmezo_core.program import first_of, long_step, run_daemon, run_program, stop_signal
+from fedmezo_core.program import first_of, run_daemon, run_program, stop_signal
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -67,6 +60,9 @@ def init(arguments: Sequence[str]) -> None:
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until SIGTERM or Ctrl-C; raises the error that stopped the coordinator otherwise."""
+    if settings.runs is not None:
+        await _serve_many(settings, settings.runs)
+        return
     if settings.standby and settings.state is not None:
         open_state(settings.state)  # Now, rather than at the moment when it has to take over.
     stop, give_up = stop_signal(), threading.Event()
@@ -85,7 +81,7 @@ async def run(settings: CoordinatorSettings) -> None:
             return
         try:
             front = await stack.enter_async_context(fronting) if early is None else early
-            page = await stack.enter_async_context(paged(settings, front.fleet))
+            page = await stack.enter_async_context(paged(settings, front.servicer, front.fleet))
             starting = asyncio.create_task(_prepare(settings, journal))
             if not await first_of(starting, stop):
                 return
@@ -97,17 +93,32 @@ async def run(settings: CoordinatorSettings) -> None:
                     path.unlink(missing_ok=True)
                 journal.close()
         log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
-        replica = _keep_replica(settings, daemon, private)
-        watched = [ServedRun(daemon)]
+        runs = Runs.of(
+            daemon,
+            files=await asyncio.to_thread(offered_files, settings),
+            alongside=keep_replica(settings, daemon, private),
+        )
+        what = f"run {daemon.genesis.config.run_id} is"
         if page is not None:
-            page.show(lambda: watched)
+            page.show(runs.hosted)
+        await host(settings, front, runs, stop, what, at_stop=give_up.set)
 
-        def at_stop() -> None:
-            give_up.set()
-            if page is not None:
-                page.rest()
 
-        await host(settings, front, daemon, stop, alongside=replica, at_stop=at_stop)
+async def _serve_many(settings: CoordinatorSettings, folder: Path) -> None:
+    """Serve the runs in a folder, and those that are created meanwhile."""
+    stop = stop_signal()
+    async with contextlib.AsyncExitStack() as stack:
+        sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmezo-"))
+        private = f"unix:{Path(sockets) / 'replica.sock'}"
+        front = await stack.enter_async_context(fronted(settings, "coordinator", private))
+        page = await stack.enter_async_context(paged(settings, front.servicer, front.fleet))
+        session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
+        runs = stack.enter_context(opened_runs(settings, folder, session_limit, private))
+        count = len(runs.hosted())
+        what = f"{folder}, with {count} run{'' if count == 1 else 's'}, is"
+        if page is not None:
+            page.show(runs.hosted)
+        await host(settings, front, runs, stop, what)
 
 
 def _files_to_make(settings: CoordinatorSettings) -> list[Path]:
@@ -134,39 +145,10 @@ async def _open(
 
 
 async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
-    """Begin the run if the journal is new, load it, and check that the settings mean this run."""
-    where = "the [run] settings"
-    companions = Companions(settings.journal, settings.signing_key)
-    companions.check(journal)
-    if journal.is_empty:
-        config = settings.run_config(where)
-        check_compaction(settings, config)
-        log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
-        if settings.probe_rows is None and "learning_rate" not in settings.run:
-            log.info(
-                "no learning_rate is set: it is %g, with normalised steps (docs/choosing.md)",
-                config.learning_rate,
-            )
-        with long_step(f"loading {config.model} to digest its base"):
-            genesis = await describe_base(settings, config)
-        journal.append(encode_records([genesis]))
+    """Begin the run if the journal is new, load it, and resume it if it should be."""
+    companions = await begun(settings, journal)
     session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
-    signer = companions.signer()
-    daemon = Daemon(
-        journal,
-        session_limit,
-        signer,
-        settings.snapshots_folder,
-        settings.compact_after_records,
-        has_replica=settings.has_replica,
-    )
-    await daemon.load()
-    await asyncio.to_thread(companions.keep_mark, journal, signer)
-    check_same_run(
-        journal_shown(settings.journal), daemon.genesis.config, settings.run, "the [run] settings"
-    )
-    check_compaction(settings, daemon.genesis.config)
-    warn_if_no_loss_is_seen(settings, daemon.genesis.config)
+    daemon = await loaded(settings, journal, companions, session_limit)
     if settings.resume:
         await daemon.resume(settings.resume_rate_factor)
     elif daemon.pause_reason:
@@ -175,38 +157,3 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
             daemon.pause_reason,
         )
     return daemon
-
-
-def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
-    """Refuse to drop records of a run in which nothing takes their place."""
-    has_snapshots = settings.has_replica and settings.snapshot_every_rounds
-    if settings.compact_after_records and not has_snapshots and config.seed_policy != "pool":
-        raise ConfigError(
-            f"compact_after_records = {settings.compact_after_records} needs snapshots, from which "
-            "workers begin instead; set snapshot_every_rounds, model and replica too, or leave it "
-            "out."
-        )
-
-
-def warn_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> None:
-    """Warn if nobody reports a loss, because then a run that diverges does not pause."""
-    is_evaluated = settings.has_replica and settings.heldout is not None
-    if config.pause_rounds and not config.report_losses and not is_evaluated:
-        log.warning(
-            "nobody reports a loss, so a learning rate that is too large goes unnoticed until no "
-            "worker can measure, or nothing but 0; set model and heldout, or report_losses in a "
-            "new run"
-        )
-
-
-async def _keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: str) -> None:
-    if not settings.replica:
-        return
-    if not settings.model:
-        log.warning("no model is set, so there is no replica and nothing is evaluated here")
-        return
-    supervisor = ReplicaSupervisor(
-        settings, address, daemon.genesis.config.run_id, daemon.replica_secret, daemon.replica
-    )
-    await supervisor.keep()
-    daemon.lose_replica()

@@ -46,6 +46,7 @@ from fedmezo_coordinator.programs.view import (
     run_line,
     run_view,
 )
+from fedmezo_coordinator.programs.watching_commands.page_command import page
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
@@ -83,6 +84,7 @@ journal_app = typer.Typer(
 app.add_typer(journal_app, name="journal")
 app.add_typer(conformance_app, name="conformance")
 add_to(app)
+app.command()(page)
 
 
 JournalArgument = Annotated[

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from fedmezo_coordinator.coordinator_settings import RelaySettings
 from fedmezo_coordinator.relay_daemon import Relay
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving.hosting import fronted, host, sessions_that_fit
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.program import first_of, run_daemon, stop_signal
@@ -61,7 +62,8 @@ async def run(settings: RelaySettings) -> None:
             return
         starting.result()
         log.info("site %s: relay of %s", settings.name, settings.upstream)
-        await host(settings, front, relay, stop)
+        what = f"run {relay.genesis.config.run_id} is"
+        await host(settings, front, Runs.of(relay), stop, what)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ import logging
 import resource
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.state_folder import StateFolder, open_state
@@ -20,7 +19,7 @@ from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import ServingSettings
 from fedmezo_coordinator.limits.caller_limits import CallerLimits
 from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
-from fedmezo_coordinator.serving.loop import ServingLoop
+from fedmezo_coordinator.serving.run_directory import RunDirectory
 from fedmezo_coordinator.serving.service import (
     CONNECTIONS_BESIDE,
     ENROLMENT_CONNECTIONS_MAX,
@@ -37,8 +36,6 @@ from fedmezo_core.program import first_of
 
 STOP_GRACE_S = 2.0
 """Time that open calls get to end when the program stops."""
-CHECK_JOURNAL_EVERY_S = 5.0
-"""Period in which an idle coordinator checks that no other has taken over its journal."""
 LOOK_AT_CERTIFICATES_EVERY_S = 5.0
 """Period in which a server looks whether its certificate's file has changed."""
 RENEW_EVERY_S = 3600.0
@@ -206,20 +203,20 @@ async def _refresh(tls: list[LiveTls], fleet: Fleet | None) -> None:
 async def host(
     settings: ServingSettings,
     front: Front,
-    loop: ServingLoop[Any],
+    runs: RunDirectory,
     stop: asyncio.Event,
+    what: str,
     *,
-    alongside: Coroutine[Any, Any, None] | None = None,
     at_stop: Callable[[], None] = lambda: None,
 ) -> None:
-    """Let `front` answer calls with `loop`, which is loaded, until `stop` is set.
+    """Let `front` answer calls with `runs` until `stop` is set.
 
-    `alongside` runs for the same time. `at_stop` is called before anything is closed. Raises the
-    error that ended the loop, such as `JournalError`.
+    `what` says in the log what is served. `at_stop` is called before anything is closed. Raises the
+    error that ended the serving, such as `JournalError`.
     """
     _collect_seldom()
     _return_freed_memory()
-    front.servicer.begin(loop)
+    front.servicer.begin(runs)
     where = settings.listen.rpartition(":")[0]
     if settings.state is None and not settings.is_loopback:
         log.warning(
@@ -232,24 +229,21 @@ async def host(
             if settings.tls_files
             else "read this run's traffic and join it",
         )
-    log.info("run %s is served at %s:%d", loop.genesis.config.run_id, where, front.port)
+    log.info("%s served at %s:%d", what, where, front.port)
     watching = front.servicer.watch.watch(front.port)
-    tasks = [asyncio.create_task(_serve(loop)), asyncio.create_task(watching)]
-    if alongside is not None:
-        tasks.append(asyncio.create_task(alongside))
+    tasks = [asyncio.create_task(runs.serve()), asyncio.create_task(watching)]
     try:
         if await first_of(tasks[0], stop):
             tasks[0].result()
         log.info("stopping")
     finally:
         at_stop()
-        loop.end_sessions()
-        for task in tasks[1:]:
-            task.cancel()
+        runs.begin_stop()
+        tasks[1].cancel()
         await front.server.stop(STOP_GRACE_S)
         tasks[0].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await loop.close()
+        await runs.close()
 
 
 def _collect_seldom() -> None:
@@ -271,26 +265,6 @@ def _return_freed_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-async def _serve(loop: ServingLoop[Any]) -> None:
-    """Serve until the journal fails, even if it fails while there is nothing to write."""
-    serving = asyncio.create_task(loop.serve())
-    checking = asyncio.create_task(_check_journal(loop))
-    try:
-        done, _ = await asyncio.wait({serving, checking}, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in (serving, checking):
-            task.cancel()
-        await asyncio.gather(serving, checking, return_exceptions=True)
-
-
-async def _check_journal(loop: ServingLoop[Any]) -> None:
-    while True:
-        await asyncio.sleep(CHECK_JOURNAL_EVERY_S)
-        await loop.check_journal()
 
 
 def sessions_that_fit(settings: ServingSettings) -> int:

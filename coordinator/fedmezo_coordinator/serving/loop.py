@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from fedmezo_coordinator.coordinator_settings import SESSIONS_LIMIT
 from fedmezo_coordinator.limits.said_seldom import SaidSeldom
@@ -68,7 +68,7 @@ from fedmezo_core.journal.journal import (
     head_after,
 )
 from fedmezo_core.machines.roster import Phase
-from fedmezo_core.records import Committed, Genesis, RoundSlot
+from fedmezo_core.records import Committed, Evaluated, Genesis, RoundSlot
 from fedmezo_core.trust.authorisation import Caller, sees_everyone
 from fedmezo_core.wire.admission import (
     check_hello,
@@ -121,12 +121,20 @@ class Item:
 
     __slots__ = ()
 
+    def refuse(self, error: FedMezoError) -> None:
+        """Tell whoever waits for this entry that nobody will take it."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Join(Item):
     session: WorkerSession
     hello: wire.Hello
     done: asyncio.Future[None]
+
+    def refuse(self, error: FedMezoError) -> None:
+        """Let the worker know."""
+        if not self.done.done():
+            self.done.set_exception(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +192,14 @@ class ServingLoop(ABC, Generic[ReadyT]):
         self._contests = NameContests()
         self._traffic: dict[str, Traffic] = {}
         self._items: asyncio.Queue[Item] = asyncio.Queue(EVENTS_MAX)
+        self._under_way: list[Item] = []
+        """What the turn that is under way has taken."""
+        self._failed: FedMezoError | None = None
+        """Why nothing is served any more, once `fail` has said so."""
+        self.joined = asyncio.Event()
+        """Set once the first worker has joined."""
+        self.on_phase: Callable[[], None] = lambda: None
+        """Called whenever `phase` has changed."""
         self._signatures = SignatureChecker()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="journal")
         self._pages = JournalPages(self._index, self._way_past_dropped)
@@ -203,6 +219,36 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """Record 0."""
         assert self._genesis is not None, "load() comes first"
         return self._genesis
+
+    @property
+    def genesis_body(self) -> bytes:
+        """Record 0, serialised."""
+        return self._genesis_body
+
+    @property
+    def phase(self) -> Phase:
+        """Phase of the run, as far as the journal has what led to it."""
+        return self._durable_phase
+
+    @property
+    def round(self) -> int:
+        """Newest round whose commit is durable."""
+        return self._index.round
+
+    @property
+    def workers(self) -> int:
+        """Count of the workers that are connected."""
+        return len(self._sessions)
+
+    @property
+    def reason(self) -> str:
+        """Why the run is paused, or was stopped early; empty if it is neither."""
+        return self._machine.reason
+
+    @property
+    def newest_evaluation(self) -> Evaluated | None:
+        """The newest evaluation that is known here; None if there is none."""
+        return None
 
     # ------------------------------------------------------------ what differs
 
@@ -257,6 +303,12 @@ class ServingLoop(ABC, Generic[ReadyT]):
             "Only the replica process that this coordinator started may report for it."
         )
 
+    async def order(self, order: Callable[[Any], ReadyT]) -> None:
+        """Step the machine with what an operator asks for; returns when that is durable."""
+        raise ProtocolError(
+            "A relay decides nothing about the run; give the order to the coordinator above."
+        )
+
     async def exclude(self, worker: str, reason: str) -> None:
         """Take a worker out of the run, for a person's `reason`; returns when that is durable."""
         raise _not_here()
@@ -284,6 +336,29 @@ class ServingLoop(ABC, Generic[ReadyT]):
         for session in self._sessions.values():
             session.end(UnavailableError("The coordinator is stopping; reconnect later."))
 
+    async def fail(self, error: FedMezoError) -> None:
+        """End all sessions with `error`, and answer nothing but `error` from now on.
+
+        `serve` has ended before, and others go on.
+        """
+        self._failed = error
+        for session in self._sessions.values():
+            session.end(error)
+        self._sessions.clear()
+        for item in self._under_way:
+            item.refuse(error)
+        while True:
+            while not self._items.empty():
+                self._items.get_nowait().refuse(error)
+            await asyncio.sleep(0)  # For those who waited for room in the queue.
+            if self._items.empty():
+                return
+
+    async def _enqueue(self, item: Item) -> None:
+        if self._failed is not None:
+            raise self._failed
+        await self._items.put(item)
+
     async def check_journal(self) -> None:
         """Raise `JournalError` if the journal is gone or belongs to another process now."""
         await self._on_disk(lambda: self._journal.read(0, 1))
@@ -307,6 +382,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
     async def _turn(self) -> None:
         """Take the items that wait, step the machine, append once, then send in order."""
         items = [await self._items.get()]
+        self._under_way = []
         until_s = time.monotonic() + SIBLINGS_S
         readies: list[ReadyT] = []
         taken = 0
@@ -314,6 +390,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
             while taken + len(items) < BATCH_MAX and not self._items.empty():
                 items.append(self._items.get_nowait())
             taken += len(items)
+            self._under_way += items
             readies = await self._take(items, readies)
             items = [] if taken >= BATCH_MAX else await self._siblings(readies, until_s)
         await self._flush(readies)
@@ -448,6 +525,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         for message in self._pages.commits_after(hello.round):
             self._put(session, message)
         item.done.set_result(None)
+        self.joined.set()
         await self._flush([self._machine.step(WorkerReady(worker))])
 
     def _replace(self, session: WorkerSession) -> None:
@@ -620,12 +698,12 @@ class ServingLoop(ABC, Generic[ReadyT]):
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         session = WorkerSession(hello.worker, exchanges, caller)
-        await self._items.put(_Join(session, hello, done))
+        await self._enqueue(_Join(session, hello, done))
         try:
             await done
         except asyncio.CancelledError:
             # It may have joined at this very moment; if not, this changes nothing.
-            await self._items.put(_Left(session))
+            await self.leave(session)
             raise
         return session
 
@@ -636,7 +714,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         if session.signing is not None:
             signed = signed_part(message, session.signing, self._index.head_at)
         check = None if signed is None else self._signatures.begin(signed)
-        await self._items.put(_FromWorker(session, message, check))
+        await self._enqueue(_FromWorker(session, message, check))
 
     def sent(self, session: WorkerSession, message: Outgoing) -> bytes:
         """Count a message that is sent now; returns its bytes."""
@@ -646,7 +724,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     async def leave(self, session: WorkerSession) -> None:
         """End a session whose worker has closed its side, or whose stream is gone."""
-        await self._items.put(_Left(session))
+        if self._failed is None:
+            await self._items.put(_Left(session))
 
     async def end_session(self, worker: str, error: FedMezoError) -> None:
         """End a worker's session with `error`, in place of what it has not read yet, if it has one.
@@ -657,7 +736,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
         if session is not None:
             session.cut(error)
             # The worker may read nothing any more, and nobody should wait for it.
-            await self._items.put(_Left(session))
+            await self.leave(session)
 
     def is_connected(self, worker: str) -> bool:
         """Whether a worker has an open session."""
@@ -675,16 +754,6 @@ class ServingLoop(ABC, Generic[ReadyT]):
         return await self._pages.read(request, self._is_finished, enter, sees_everyone=sees)
 
     @property
-    def phase(self) -> Phase:
-        """Phase of the run, as far as the journal has what led to it."""
-        return self._durable_phase
-
-    @property
-    def reason(self) -> str:
-        """Why the run stands still; empty if it does not."""
-        return self._machine.reason
-
-    @property
     def records_shown(self) -> int:
         """Count of durable records, which readers may see."""
         return self._pages.length
@@ -696,6 +765,12 @@ class ServingLoop(ABC, Generic[ReadyT]):
     def _is_finished(self) -> bool:
         return self._durable_phase is Phase.FINISHED
 
+    def _take_phase(self) -> None:
+        """Note that the journal has all that led to the machine's phase."""
+        if self._durable_phase is not self._machine.phase:
+            self._durable_phase = self._machine.phase
+            self.on_phase()
+
     @property
     def status_is_large(self) -> bool:
         """Whether the status has so many workers that it needs a place, as a page does."""
@@ -704,13 +779,13 @@ class ServingLoop(ABC, Generic[ReadyT]):
     def status(self, run_id: str, caller: Caller = Caller.ANYONE) -> wire.GetStatusResponse:
         """What `caller` may know of the run; raises `WrongRunError` if `run_id` is another's."""
         check_run_id(run_id, self.genesis.config.run_id)
-        status = self.whole_status()
+        status = self._whole_status()
         if not sees_everyone(caller, self.genesis.config):
             hide_others(status, caller.name)
         return status
 
-    def whole_status(self) -> wire.GetStatusResponse:
-        """The status of the run, with all that it says of single workers."""
+    def _whole_status(self) -> wire.GetStatusResponse:
+        """The status of the run."""
         return status_report(
             self._machine,
             self.genesis,

@@ -40,6 +40,8 @@ TOKEN_BYTES = 16
 @dataclass(eq=False, slots=True)
 class _PollSession:
     token: bytes
+    loop: ServingLoop[Any]
+    """The loop of its run."""
     session: WorkerSession
     permit: contextlib.ExitStack
     """Gives the session's permit back when it is closed."""
@@ -51,13 +53,14 @@ class _PollSession:
 
 
 class PollSessions:
-    """All sessions without a stream, by token."""
+    """All sessions without a stream, by token, of all runs."""
 
-    def __init__(self, daemon: ServingLoop[Any]) -> None:
-        self._daemon = daemon
+    def __init__(self, loop_of: Callable[[str], ServingLoop[Any]]) -> None:
+        """`loop_of` gives the loop of the run that a hello names, or raises a `FedMezoError`."""
+        self._loop_of = loop_of
         self._sessions: dict[bytes, _PollSession] = {}
-        self._exchanging: dict[str, _PollSession] = {}
-        """The newest session of each worker that comes by exchanges."""
+        self._exchanging: dict[tuple[ServingLoop[Any], str], _PollSession] = {}
+        """The newest session of each worker that comes by exchanges, by loop and name."""
         self._leaving: set[asyncio.Task[None]] = set()
 
     def worker_of(self, token: bytes) -> str:
@@ -101,8 +104,8 @@ class PollSessions:
         polling.is_busy = True
         try:
             for message in messages:
-                await self._daemon.receive(polling.session, message)
-            down = await self._collect(polling.session, request.wait_ms / 1000, enter)
+                await polling.loop.receive(polling.session, message)
+            down = await self._collect(polling, request.wait_ms / 1000, enter)
             ends = request.leave
         except FedMezoError:
             # Without the response to its hello, the caller has no token to come back with.
@@ -129,58 +132,63 @@ class PollSessions:
             raise ProtocolError("A session begins with a hello; send it first.")
         hello = messages.pop(0).hello
         check_worker_name(caller, hello.worker)
-        before = self._exchanging.get(hello.worker) if exchanges else None
+        serving = self._loop_of(hello.run_id)
+        place = (serving, hello.worker)
+        before = self._exchanging.get(place) if exchanges else None
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
             if before is None:
-                permit = stack.enter_context(self._daemon.session_limit.session())
-                session = await self._daemon.join(hello, caller=caller, exchanges=exchanges)
-                self._daemon.session_limit.joined(permit)
+                permit = stack.enter_context(serving.session_limit.session())
+                session = await serving.join(hello, caller=caller, exchanges=exchanges)
+                serving.session_limit.joined(permit)
             else:
                 before.ends_at_s = loop.time() + LEASE_S
                 for message in messages:
-                    await self._daemon.receive(before.session, message)
+                    await serving.receive(before.session, message)
                 messages.clear()
                 try:
-                    session = await self._daemon.join(hello, caller=caller, exchanges=True)
+                    session = await serving.join(hello, caller=caller, exchanges=True)
                 except FedMezoError:
                     if before.session.ended is not None:
                         self._end(before.token)
                     raise
                 # Another call may have come first; the newest one holds the permit.
-                newest = self._exchanging.get(hello.worker)
+                newest = self._exchanging.get(place)
                 if newest is not None:
                     stack.enter_context(newest.permit.pop_all())
                 else:
-                    await self._permit_again(session, stack)
+                    await self._permit_again(serving, session, stack)
             token = secrets.token_bytes(TOKEN_BYTES)
             lease = loop.call_later(LEASE_S, self._lapse, token)
             ends_at_s = loop.time() + LEASE_S
-            opened = _PollSession(token, session, stack.pop_all(), lease, ends_at_s)
+            opened = _PollSession(token, serving, session, stack.pop_all(), lease, ends_at_s)
             self._sessions[token] = opened
             if exchanges:
-                newest = self._exchanging.get(hello.worker)
-                self._exchanging[hello.worker] = opened
+                newest = self._exchanging.get(place)
+                self._exchanging[place] = opened
                 if newest is not None:
                     self._end(newest.token)
         return token
 
-    async def _permit_again(self, session: WorkerSession, stack: contextlib.ExitStack) -> None:
+    async def _permit_again(
+        self, serving: ServingLoop[Any], session: WorkerSession, stack: contextlib.ExitStack
+    ) -> None:
         """Give a joined session a permit, because the call that held it has ended meanwhile."""
         try:
-            permit = stack.enter_context(self._daemon.session_limit.session())
+            permit = stack.enter_context(serving.session_limit.session())
         except FedMezoError:
-            await self._daemon.leave(session)
+            await serving.leave(session)
             raise
-        self._daemon.session_limit.joined(permit)
+        serving.session_limit.joined(permit)
 
     async def _collect(
-        self, session: WorkerSession, wait_s: float, enter: Callable[[], Awaitable[None]]
+        self, polling: _PollSession, wait_s: float, enter: Callable[[], Awaitable[None]]
     ) -> list[wire.SessionResponse]:
         """The messages for the caller, after a wait for the first one.
 
         Raises the error that ended the session if there are none.
         """
+        session = polling.session
         found: list[wire.SessionResponse] = []
         size = 0
         with contextlib.suppress(TimeoutError):
@@ -192,7 +200,7 @@ class PollSessions:
             item = session.outbox.get_nowait()
             if isinstance(item, FedMezoError):
                 break
-            serialized = self._daemon.sent(session, item)
+            serialized = polling.loop.sent(session, item)
             size += len(serialized)
             found.append(wire.SessionResponse.FromString(item) if isinstance(item, bytes) else item)
         if session.ended is not None and not found:
@@ -216,10 +224,11 @@ class PollSessions:
         if polling is None or polling.is_busy:
             return
         del self._sessions[token]
-        if self._exchanging.get(polling.session.worker) is polling:
-            del self._exchanging[polling.session.worker]
+        place = (polling.loop, polling.session.worker)
+        if self._exchanging.get(place) is polling:
+            del self._exchanging[place]
         polling.lease.cancel()
         polling.permit.close()
-        leaving = asyncio.get_running_loop().create_task(self._daemon.leave(polling.session))
+        leaving = asyncio.get_running_loop().create_task(polling.loop.leave(polling.session))
         self._leaving.add(leaving)
         leaving.add_done_callback(self._leaving.discard)

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf.descriptor import FileDescriptor
@@ -45,6 +45,7 @@ from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.journal_pages import PagePlaces
 from fedmezo_coordinator.serving.loop import ServingLoop
 from fedmezo_coordinator.serving.poll_sessions import PollSessions
+from fedmezo_coordinator.serving.run_directory import Call, RunDirectory
 from fedmezo_coordinator.serving.session_limit import SessionPermit
 from fedmezo_coordinator.serving.worker_session import HalfClosedError, WorkerSession
 from fedmezo_coordinator.serving.write_pacing import WritePacing
@@ -53,11 +54,12 @@ from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError, Starti
 from fedmezo_core.program import current_step
 from fedmezo_core.trust.authorisation import Caller, check_allowed
 from fedmezo_core.trust.certificates import public_key_of
-from fedmezo_core.wire.admission import choose_version
+from fedmezo_core.wire.admission import check_run_id, choose_version
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY
 from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import coordinator_pb2_grpc as rpc
+from fedmezo_proto.v1 import runs_pb2 as runs
 
 log = logging.getLogger("fedmezo.coordinator")
 
@@ -174,10 +176,25 @@ def _mapped(handler: Handler) -> Handler:
     return wrapper  # type: ignore[return-value]
 
 
-class CoordinatorServicer(rpc.CoordinatorServiceServicer):
-    """`fedmezo.v1.CoordinatorService`, answered by a serving loop once there is one."""
+class PageLinks(Protocol):
+    """The page, as far as callers ask for it."""
 
-    _daemon: ServingLoop[Any]
+    @property
+    def address(self) -> str:
+        """host:port that it listens on."""
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether it is served with TLS."""
+
+    def path_for(self, caller: Caller) -> str:
+        """The path that lets `caller`, who has the right to it, look."""
+
+
+class CoordinatorServicer(rpc.CoordinatorServiceServicer):
+    """`fedmezo.v1.CoordinatorService`, answered by the runs' serving loops once they are there."""
+
+    _runs: RunDirectory
     _poll_sessions: PollSessions
 
     def __init__(
@@ -200,15 +217,24 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self._places = PagePlaces()
         self._pacing = WritePacing(WRITES_A_TURN)
         self._garbage = SaidSeldom(log)
+        self.page: PageLinks | None = None
+        """The page that is served beside, if there is one."""
 
-    def begin(self, daemon: ServingLoop[Any]) -> None:
-        """Let `daemon`, which is loaded, answer calls from now on."""
-        self._daemon = daemon
-        self._poll_sessions = PollSessions(daemon)
+    def begin(self, runs: RunDirectory) -> None:
+        """Let `runs` answer calls from now on."""
+        self._runs = runs
+        self._poll_sessions = PollSessions(runs.loop)
         self._is_started = True
         if self._fleet is not None:
-            self._fleet.on_loss = daemon.end_session
-            self._fleet.is_connected = daemon.is_connected
+            self._fleet.on_loss = self._end_sessions_of
+            self._fleet.is_connected = lambda worker: any(
+                loop.is_connected(worker) for loop in runs.loops()
+            )
+
+    async def _end_sessions_of(self, worker: str, error: FedMezoError) -> None:
+        """End a worker's sessions in all runs with `error`."""
+        for loop in list(self._runs.loops()):
+            await loop.end_session(worker, error)
 
     def caller_of(self, context: Context) -> Caller:
         """Who makes a call; raises `IdentityError` if that cannot be established."""
@@ -250,7 +276,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     ) -> wire.GetRunResponse:
         """Describe the run."""
         version = choose_version(list(request.protocol_versions))
-        return self._daemon.describe(version, request.run_id, request.round)
+        return self._runs.loop(request.run_id).describe(version, request.run_id, request.round)
 
     @_mapped
     async def PollSession(  # noqa: N802
@@ -268,7 +294,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         gRPC would keep the message beside its bytes for as long as nobody reads them.
         """
         caller = self.caller_of(context)
-        return await self._daemon.read_journal(request, lambda: self._enter(context), caller)
+        loop = self._runs.loop(request.run_id)
+        return await loop.read_journal(request, lambda: self._enter(context), caller)
 
     ReadJournal = read_journal  # type: ignore[assignment]
 
@@ -277,16 +304,17 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self, request: wire.GetStatusRequest, context: Context
     ) -> wire.GetStatusResponse:
         """Report the status of the run."""
-        if self._daemon.status_is_large:
+        loop = self._runs.loop(request.run_id)
+        if loop.status_is_large:
             await self._enter(context)
-        return self._daemon.status(request.run_id, self.caller_of(context))
+        return loop.status(request.run_id, self.caller_of(context))
 
     @_mapped
     async def ReportReplica(  # noqa: N802
         self, request: wire.ReportReplicaRequest, context: Context
     ) -> wire.ReportReplicaResponse:
         """Take a digest, evaluation or snapshot that the replica reports."""
-        await self._daemon.report_replica(request)
+        await self._runs.loop(request.run_id).report_replica(request)
         return wire.ReportReplicaResponse()
 
     @_mapped
@@ -296,9 +324,10 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Take a worker out of the run, for an operator."""
         caller = self.caller_of(context)
         check_operator(caller, context.peer())
+        loop = self._run_of(request.run_id)
         if self._fleet is not None:
             self._fleet.members.named(request.worker)  # Raises for a name that nobody has.
-        await self._daemon.exclude(request.worker, request.reason)
+        await loop.exclude(request.worker, request.reason)
         log.warning("%s excluded worker %s", caller, request.worker)
         return admin.ExcludeWorkerResponse()
 
@@ -309,9 +338,49 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Let an excluded worker take part again, for an operator."""
         caller = self.caller_of(context)
         check_operator(caller, context.peer())
-        await self._daemon.readmit(request.worker)
+        await self._run_of(request.run_id).readmit(request.worker)
         log.warning("%s readmitted worker %s", caller, request.worker)
         return admin.ReadmitWorkerResponse()
+
+    def _run_of(self, run_id: str) -> ServingLoop[Any]:
+        """The loop of the run that an order names; raises `WrongRunError` for no such run."""
+        loop = self._runs.loop(run_id)
+        check_run_id(run_id, loop.genesis.config.run_id)
+        return loop
+
+    async def answer_about_runs(
+        self, method: str, request: Any, context: Context
+    ) -> Message | bytes:
+        """Answer a call of `RunService`."""
+        try:
+            self.check_readable(request)
+            call = Call(self.caller_of(context), context.peer())
+            if method == "OpenPage":
+                return self._link_to_page(call)
+            self.check_started()
+            return await self._runs.answer(method, request, call)
+        except FedMezoError as error:
+            await abort(context, error)
+
+    def _link_to_page(self, call: Call) -> runs.OpenPageResponse:
+        check_operator(call.caller, call.peer)
+        if self.page is None:
+            raise ConfigError("No page is served here; start the coordinator with --page 127.0.0.1")
+        path = self.page.path_for(call.caller)
+        return runs.OpenPageResponse(listen=self.page.address, tls=self.page.is_tls, path=path)
+
+    async def ReadRunFile(  # noqa: N802
+        self, request: Any, context: Context
+    ) -> AsyncIterator[Message]:
+        """Send a file that a run offers, with one piece in memory."""
+        try:
+            self.check_readable(request)
+            self.check_started()
+            async with contextlib.aclosing(self._runs.read_file(request)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except FedMezoError as error:
+            await abort(context, error)
 
     async def _enter(self, context: Context) -> None:
         """Take the place of a large response until gRPC is done with it."""
@@ -328,7 +397,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         try:
             self.check_readable(request)
             self.check_started()
-            async with contextlib.aclosing(self._daemon.read_snapshot(request)) as pieces:
+            async with contextlib.aclosing(
+                self._runs.loop(request.run_id).read_snapshot(request)
+            ) as pieces:
                 async for piece in pieces:
                     yield piece
         except FedMezoError as error:
@@ -338,7 +409,7 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Serve a worker's stream; a second task reads it while this one writes."""
         try:
             self.check_started()
-            with self._daemon.session_limit.session() as permit:
+            with self._runs.session_limit.session() as permit:
                 await self._open_session(context, permit)
         except HalfClosedError:
             return
@@ -351,29 +422,31 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     async def _open_session(self, context: RawContext, permit: SessionPermit) -> None:
         """Serve a session until it ends; raises the error that ended it."""
         session: WorkerSession | None = None
+        loop: ServingLoop[Any] | None = None
         reader: asyncio.Task[None] | None = None
         try:
             hello = await self._hello(context)
             caller = self.caller_of(context)
             check_worker_name(caller, hello.worker)
-            session = await self._daemon.join(hello, caller=caller)
+            loop = self._runs.loop(hello.run_id)
+            session = await loop.join(hello, caller=caller)
             self.caller_of(context)  # It may have been revoked while it joined.
-            self._daemon.session_limit.joined(permit)
-            reader = asyncio.create_task(self._read(context, session))
+            self._runs.session_limit.joined(permit)
+            reader = asyncio.create_task(self._read(context, loop, session))
             while True:
                 message = await session.outbox.get()
                 if isinstance(message, FedMezoError):
                     raise message
                 await self._pacing.next_write()
-                await context.write(self._daemon.sent(session, message))
+                await context.write(loop.sent(session, message))
         finally:
             if reader is not None:
                 reader.cancel()
                 # gather tells a cancellation of this handler from the reader's. A handler that
                 # swallows its own cancellation leaks memory in grpc.
                 await asyncio.gather(reader, return_exceptions=True)
-            if session is not None:
-                await self._daemon.leave(session)
+            if loop is not None and session is not None:
+                await loop.leave(session)
 
     async def _hello(self, context: RawContext) -> wire.Hello:
         try:
@@ -388,7 +461,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
             raise ProtocolError("A session begins with a hello; send it first.")
         return first.hello
 
-    async def _read(self, context: RawContext, session: WorkerSession) -> None:
+    async def _read(
+        self, context: RawContext, loop: ServingLoop[Any], session: WorkerSession
+    ) -> None:
         take, worker = self.caller_limits.take, worker_caller(session.worker)
         while (serialized := await context.read()) is not grpc.aio.EOF:
             if wait_s := take(worker):
@@ -402,9 +477,9 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
                     )
                 )
                 return
-            await self._daemon.receive(session, message)
+            await loop.receive(session, message)
         # The worker has closed its side; its messages are in the queue ahead of this.
-        await self._daemon.leave(session)
+        await loop.leave(session)
 
 
 class LiveTls:
@@ -667,6 +742,17 @@ async def start_server(
             admin.DESCRIPTOR,
             lambda name: (servicer if name in OF_THE_RUN else members).handler(name),
         )
+    _serve_service(
+        server,
+        edge,
+        "RunService",
+        runs.DESCRIPTOR,
+        lambda name: (
+            servicer.ReadRunFile
+            if name == "ReadRunFile"
+            else functools.partial(servicer.answer_about_runs, name)
+        ),
+    )
     await server.start()
     return servicer
 

@@ -16,11 +16,13 @@ from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.state_folder import hosts_of
 from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, is_loopback
+from fedmezo_coordinator.runs.hosted_run import HostedRun
+from fedmezo_coordinator.serving.service import CoordinatorServicer
 from fedmezo_coordinator.web.page_access import PageAccess
-from fedmezo_coordinator.web.watching import RunsInView, WatchedRun
+from fedmezo_coordinator.web.watching import RunsInView, served_runs
 from fedmezo_core.errors import ConfigError, IdentityError
 from fedmezo_core.folders import write_private
-from fedmezo_core.trust.authorisation import Caller
+from fedmezo_core.trust.authorisation import Caller, Role
 from fedmezo_core.trust.certificates import lifetime_s
 
 if TYPE_CHECKING:
@@ -44,13 +46,10 @@ class OpenPage:
         """host:port that it listens on."""
         self.is_tls = server.is_tls
 
-    def show(self, runs: Callable[[], Sequence[WatchedRun]]) -> None:
-        """Show the runs that `runs` gives from now on."""
-        self._server.show(RunsInView(runs))
-
-    def rest(self) -> None:
-        """Read no journal any more; what was read stays to be seen."""
-        self._server.rest()
+    def show(self, hosted: Callable[[], Sequence[HostedRun]]) -> None:
+        """Show the runs that `hosted` gives from now on."""
+        caller = Caller.ANYONE if self._access is None else Caller(Role.OBSERVER)
+        self._server.show(RunsInView(served_runs(hosted, caller)))
 
     def path_for(self, caller: Caller) -> str:
         """The path that lets `caller`, who has the right to it, look at the page once."""
@@ -59,11 +58,12 @@ class OpenPage:
 
 @contextlib.asynccontextmanager
 async def paged(
-    settings: CoordinatorSettings, fleet: Fleet | None
+    settings: CoordinatorSettings, servicer: CoordinatorServicer, fleet: Fleet | None
 ) -> AsyncIterator[OpenPage | None]:
     """Serve the page until the end of the block, if the settings say so; else give None.
 
-    Raises `ConfigError` for an address that cannot be used, or would be open to everybody.
+    `servicer` gives its links to who has the right to them. Raises `ConfigError` for an address
+    that cannot be used, or would be open to everybody.
     """
     if not settings.page:
         yield None
@@ -89,7 +89,7 @@ async def paged(
     )
     async with page_served(page_settings) as server:
         refreshing = asyncio.create_task(_refresh(tls))
-        page = OpenPage(server, settings.page, access)
+        page = servicer.page = OpenPage(server, settings.page, access)
         scheme = "http" if tls is None else "https"
         way = "" if access is None else " (links: fedmezo page)"
         log.info("the page is at %s://%s%s", scheme, page.address, way)

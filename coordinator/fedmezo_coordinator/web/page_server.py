@@ -138,16 +138,11 @@ class PageServer:
         self._metrics = Metrics(runs, self._settings.certificate_ends_s, lambda: self.watchers)
         self._following = asyncio.create_task(runs.watch())
 
-    def rest(self) -> None:
-        """Read no journal any more, because it will be closed."""
-        if self._following is not None:
-            self._following.cancel()
-
     async def close(self) -> None:
         """Accept no more, and follow nothing any more."""
-        self.rest()
         await self._connections.close()
         if self._following is not None:
+            self._following.cancel()
             await asyncio.gather(self._following, return_exceptions=True)
 
     # ------------------------------------------------------------ what every request passes

@@ -113,10 +113,16 @@ class _Open:
     """Slot -> mean loss in nats; NaN for an answer without one."""
 
 
+_OF_NOBODY = frozenset({"started", "resumed", "snapshotted"})
+"""Kinds of events that tell of no worker."""
+
+
 class RunSeries:
     """The fold: give it every record of a journal, in order."""
 
     def __init__(self) -> None:
+        self.shows_workers = True
+        """Whether what tells of single workers is kept: losses, and what happened to whom."""
         self.losses = Curve()
         """Mean training loss of each round whose answers carry losses, in nats."""
         self.answers = Curve()
@@ -168,6 +174,8 @@ class RunSeries:
                 pass
 
     def _note(self, kind: str, sentence: str) -> None:
+        if not self.shows_workers and kind not in _OF_NOBODY:
+            return
         self.events.append(RunEvent(kind, self.round, sentence))
 
     def _opened(self, record: pb.Opened) -> None:
@@ -190,7 +198,7 @@ class RunSeries:
             return
         self.answers.add(record.round, len(losses))
         known = [loss for loss in losses if not math.isnan(loss)]
-        if known:
+        if known and self.shows_workers:
             self.losses.add(record.round, math.fsum(known) / len(known))
 
     def _losses_in(self, record: pb.Committed) -> Iterator[float]:

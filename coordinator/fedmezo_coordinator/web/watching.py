@@ -12,15 +12,15 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-from fedmezo_coordinator.serving.loop import ServingLoop
+from fedmezo_coordinator.runs.hosted_run import HostedRun
 from fedmezo_coordinator.serving.loop_lag import AppendTimes
 from fedmezo_coordinator.web.run_alarms import Alarm, alarms_of
 from fedmezo_coordinator.web.run_series import RunSeries
 from fedmezo_core.errors import FedMezoError
 from fedmezo_core.journal.journal import ANSWERED, Row
-from fedmezo_core.machines.roster import Phase
+from fedmezo_core.trust.authorisation import Caller, sees_everyone
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import runs_pb2 as runs
 
@@ -32,11 +32,10 @@ ROWS_AT_ONCE = 512
 """Records that are read and folded at once."""
 CATCH_UP_PAUSE_S = 0.01
 """Pause after each of them, so that an old journal's records leave most of a core to the run."""
+HIDDEN = "an observer or operator can read why"
+"""What callers read in place of a reason that tells of single workers."""
 PACE_S = 120.0
 """Time over which rounds a minute are counted."""
-
-
-_PHASES = {Phase.FINISHED: runs.RUN_PHASE_FINISHED, Phase.PAUSED: runs.RUN_PHASE_PAUSED}
 
 
 class WatchedRun(Protocol):
@@ -66,39 +65,80 @@ class WatchedRun(Protocol):
     def append_times(self) -> AppendTimes:
         """How long appends took since this start."""
 
-    def whole_status(self) -> wire.GetStatusResponse | None:
-        """The status of the run with all workers; None if it has no journal that can be read."""
+    @property
+    def shows_workers(self) -> bool:
+        """Whether who watches may read what is told of single workers, their losses included."""
+
+    def status(self) -> wire.GetStatusResponse | None:
+        """The status of the run; None while nothing serves it."""
 
     async def rows_from(self, seqno: int, rows_max: int) -> Sequence[Row]:
         """At most `rows_max` durable records from `seqno` on; dropped ones are passed over."""
 
 
 class ServedRun:
-    """The run of a serving loop, to be watched."""
+    """A run of this process, to be watched by callers of a kind."""
 
-    def __init__(self, loop: ServingLoop[Any]) -> None:
-        """`loop` is loaded."""
-        self._loop = loop
-        self.run_id = loop.genesis.config.run_id
-        self.refused_answers = loop.refused_answers
-        self.append_times = loop.append_times
-        self.whole_status = loop.whole_status
-        self.rows_from = loop.rows_from
+    def __init__(self, hosted: HostedRun, caller: Caller) -> None:
+        """What is shown is what `caller` may read."""
+        self.hosted = hosted
+        self._caller = caller
+        self.run_id = hosted.run_id
 
     @property
     def run_phase(self) -> int:
         """What it is doing."""
-        return _PHASES.get(self._loop.phase, runs.RUN_PHASE_RUNNING)
+        return self.hosted.phase
 
     @property
     def phase_reason(self) -> str:
         """Why it stands still; empty if it does not."""
-        return self._loop.reason
+        return self.hosted.reason if self.shows_workers or not self.hosted.reason else HIDDEN
+
+    @property
+    def shows_workers(self) -> bool:
+        """Whether the callers may read what is told of single workers."""
+        loop = self.hosted.loop
+        return loop is None or sees_everyone(self._caller, loop.genesis.config)
 
     @property
     def records_shown(self) -> int:
         """Count of durable records."""
-        return self._loop.records_shown
+        return 0 if self.hosted.loop is None else self.hosted.loop.records_shown
+
+    @property
+    def refused_answers(self) -> Counter[str]:
+        """Answers refused since it was loaded."""
+        return Counter() if self.hosted.loop is None else self.hosted.loop.refused_answers
+
+    @property
+    def append_times(self) -> AppendTimes:
+        """How long appends took since it was loaded."""
+        return AppendTimes() if self.hosted.loop is None else self.hosted.loop.append_times
+
+    def status(self) -> wire.GetStatusResponse | None:
+        """The status that the callers may read; None while nothing serves it."""
+        loop = self.hosted.loop
+        return None if loop is None else loop.status(self.run_id, self._caller)
+
+    async def rows_from(self, seqno: int, rows_max: int) -> Sequence[Row]:
+        """Durable records from `seqno` on."""
+        return () if self.hosted.loop is None else await self.hosted.loop.rows_from(seqno, rows_max)
+
+
+def served_runs(
+    hosted: Callable[[], Sequence[HostedRun]], caller: Caller
+) -> Callable[[], Sequence[ServedRun]]:
+    """What gives the runs of this process as `RunsInView` wants them: the same ones again."""
+    known: dict[int, ServedRun] = {}
+
+    def found() -> Sequence[ServedRun]:
+        nonlocal known
+        runs = {id(run): known.get(id(run)) or ServedRun(run, caller) for run in hosted()}
+        known = runs
+        return list(runs.values())
+
+    return found
 
 
 class RunInView:
@@ -109,7 +149,7 @@ class RunInView:
         self.series = RunSeries()
         self.answers_live = 0
         """Answers accepted since this was made."""
-        self._begin_live = run.records_shown
+        self._begin_live: int | None = None
         self._next_seqno = 0
         self._status: wire.GetStatusResponse | None = None
         self._status_at_s = -LOOK_EVERY_S
@@ -118,13 +158,13 @@ class RunInView:
     @property
     def is_caught_up(self) -> bool:
         """Whether the curves hold the records from before this start."""
-        return self._next_seqno >= self._begin_live
+        return self._begin_live is not None and self._next_seqno >= self._begin_live
 
     def status(self) -> wire.GetStatusResponse | None:
         """The run's status, at most `LOOK_EVERY_S` old; None if it has none."""
         now_s = time.monotonic()
         if now_s - self._status_at_s >= LOOK_EVERY_S:
-            self._status, self._status_at_s = self.run.whole_status(), now_s
+            self._status, self._status_at_s = self.run.status(), now_s
         return self._status
 
     def alarms(self) -> list[Alarm]:
@@ -141,6 +181,11 @@ class RunInView:
 
     async def follow(self) -> None:
         """Fold the records that are new."""
+        if not self.run.records_shown:
+            return
+        if self._begin_live is None:
+            self._begin_live = self.run.records_shown
+        self.series.shows_workers = self.run.shows_workers
         while self._next_seqno < self.run.records_shown:
             rows = await self.run.rows_from(self._next_seqno, ROWS_AT_ONCE)
             if not rows:  # All of them were dropped in the meantime.

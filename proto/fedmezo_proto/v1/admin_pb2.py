@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64mezo_proto/v1/admin.proto\x12\nfedmezo.v1\"\x87\x01\n\rEnrollRequest\x12\x10\n\x08token_id\x18\x01 \x01(\x0c\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\x1b\n\x13\x63\x65rtificate_request\x18\x03 \x01(\x0c\x12\x13\n\x0bsigning_key\x18\x04 \x01(\x0c\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_name\x18\x06 \x01(\t\"r\n\x0e\x45nrollResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0c\x12\x11\n\tserver_ca\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.fedmezo.v1.MemberRole\"\x0e\n\x0cRenewRequest\"=\n\rRenewResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0c\x12\x11\n\tserver_ca\x18\x02 \x01(\x0c\"h\n\x13\x43reateTokensRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.fedmezo.v1.MemberRole\x12\x0c\n\x04uses\x18\x03 \x01(\r\x12\x0e\n\x06life_s\x18\x04 \x01(\x04\".\n\tJoinToken\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bjoin_string\x18\x02 \x01(\t\"=\n\x14\x43reateTokensResponse\x12%\n\x06tokens\x18\x01 \x03(\x0b\x32\x15.fedmezo.v1.JoinToken\"#\n\x12ListMembersRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\"\xa2\x01\n\x0cMemberStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.fedmezo.v1.MemberRole\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\x0c\x12\x12\n\nenrolled_s\x18\x04 \x01(\x04\x12\x11\n\texpires_s\x18\x05 \x01(\x04\x12\x0f\n\x07revoked\x18\x06 \x01(\x08\x12\x11\n\tconnected\x18\x07 \x01(\x08\"@\n\x13ListMembersResponse\x12)\n\x07members\x18\x01 \x03(\x0b\x32\x18.fedmezo.v1.MemberStatus\"#\n\x13RevokeMemberRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14RevokeMemberResponse\"3\n\x13RotateMemberRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06life_s\x18\x02 \x01(\x04\"<\n\x14RotateMemberResponse\x12$\n\x05token\x18\x01 \x01(\x0b\x32\x15.fedmezo.v1.JoinToken\"6\n\x14\x45xcludeWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x15\x45xcludeWorkerResponse\"&\n\x14ReadmitWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\"\x17\n\x15ReadmitWorkerResponse*u\n\nMemberRole\x12\x1b\n\x17MEMBER_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12MEMBER_ROLE_WORKER\x10\x01\x12\x18\n\x14MEMBER_ROLE_OBSERVER\x10\x02\x12\x18\n\x14MEMBER_ROLE_OPERATOR\x10\x03\x32T\n\x11\x45nrollmentService\x12?\n\x06\x45nroll\x12\x19.fedmezo.v1.EnrollRequest\x1a\x1a.fedmezo.v1.EnrollResponse2Q\n\x11MembershipService\x12<\n\x05Renew\x12\x18.fedmezo.v1.RenewRequest\x1a\x19.fedmezo.v1.RenewResponse2\x83\x04\n\x0c\x41\x64minService\x12Q\n\x0c\x43reateTokens\x12\x1f.fedmezo.v1.CreateTokensRequest\x1a .fedmezo.v1.CreateTokensResponse\x12N\n\x0bListMembers\x12\x1e.fedmezo.v1.ListMembersRequest\x1a\x1f.fedmezo.v1.ListMembersResponse\x12Q\n\x0cRevokeMember\x12\x1f.fedmezo.v1.RevokeMemberRequest\x1a .fedmezo.v1.RevokeMemberResponse\x12Q\n\x0cRotateMember\x12\x1f.fedmezo.v1.RotateMemberRequest\x1a .fedmezo.v1.RotateMemberResponse\x12T\n\rExcludeWorker\x12 .fedmezo.v1.ExcludeWorkerRequest\x1a!.fedmezo.v1.ExcludeWorkerResponse\x12T\n\rReadmitWorker\x12 .fedmezo.v1.ReadmitWorkerRequest\x1a!.fedmezo.v1.ReadmitWorkerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66\x65\x64mezo_proto/v1/admin.proto\x12\nfedmezo.v1\"\x87\x01\n\rEnrollRequest\x12\x10\n\x08token_id\x18\x01 \x01(\x0c\x12\x0e\n\x06secret\x18\x02 \x01(\x0c\x12\x1b\n\x13\x63\x65rtificate_request\x18\x03 \x01(\x0c\x12\x13\n\x0bsigning_key\x18\x04 \x01(\x0c\x12\x0c\n\x04name\x18\x05 \x01(\t\x12\x14\n\x0c\x64\x65\x66\x61ult_name\x18\x06 \x01(\t\"r\n\x0e\x45nrollResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0c\x12\x11\n\tserver_ca\x18\x02 \x01(\x0c\x12\x0c\n\x04name\x18\x03 \x01(\t\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.fedmezo.v1.MemberRole\"\x0e\n\x0cRenewRequest\"=\n\rRenewResponse\x12\x19\n\x11\x63\x65rtificate_chain\x18\x01 \x01(\x0c\x12\x11\n\tserver_ca\x18\x02 \x01(\x0c\"h\n\x13\x43reateTokensRequest\x12\r\n\x05names\x18\x01 \x03(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.fedmezo.v1.MemberRole\x12\x0c\n\x04uses\x18\x03 \x01(\r\x12\x0e\n\x06life_s\x18\x04 \x01(\x04\".\n\tJoinToken\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bjoin_string\x18\x02 \x01(\t\"=\n\x14\x43reateTokensResponse\x12%\n\x06tokens\x18\x01 \x03(\x0b\x32\x15.fedmezo.v1.JoinToken\"#\n\x12ListMembersRequest\x12\r\n\x05\x61\x66ter\x18\x01 \x01(\t\"\xa2\x01\n\x0cMemberStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.fedmezo.v1.MemberRole\x12\x13\n\x0b\x66ingerprint\x18\x03 \x01(\x0c\x12\x12\n\nenrolled_s\x18\x04 \x01(\x04\x12\x11\n\texpires_s\x18\x05 \x01(\x04\x12\x0f\n\x07revoked\x18\x06 \x01(\x08\x12\x11\n\tconnected\x18\x07 \x01(\x08\"@\n\x13ListMembersResponse\x12)\n\x07members\x18\x01 \x03(\x0b\x32\x18.fedmezo.v1.MemberStatus\"#\n\x13RevokeMemberRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14RevokeMemberResponse\"3\n\x13RotateMemberRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06life_s\x18\x02 \x01(\x04\"<\n\x14RotateMemberResponse\x12$\n\x05token\x18\x01 \x01(\x0b\x32\x15.fedmezo.v1.JoinToken\"F\n\x14\x45xcludeWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\"\x17\n\x15\x45xcludeWorkerResponse\"6\n\x14ReadmitWorkerRequest\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\"\x17\n\x15ReadmitWorkerResponse*u\n\nMemberRole\x12\x1b\n\x17MEMBER_ROLE_UNSPECIFIED\x10\x00\x12\x16\n\x12MEMBER_ROLE_WORKER\x10\x01\x12\x18\n\x14MEMBER_ROLE_OBSERVER\x10\x02\x12\x18\n\x14MEMBER_ROLE_OPERATOR\x10\x03\x32T\n\x11\x45nrollmentService\x12?\n\x06\x45nroll\x12\x19.fedmezo.v1.EnrollRequest\x1a\x1a.fedmezo.v1.EnrollResponse2Q\n\x11MembershipService\x12<\n\x05Renew\x12\x18.fedmezo.v1.RenewRequest\x1a\x19.fedmezo.v1.RenewResponse2\x83\x04\n\x0c\x41\x64minService\x12Q\n\x0c\x43reateTokens\x12\x1f.fedmezo.v1.CreateTokensRequest\x1a .fedmezo.v1.CreateTokensResponse\x12N\n\x0bListMembers\x12\x1e.fedmezo.v1.ListMembersRequest\x1a\x1f.fedmezo.v1.ListMembersResponse\x12Q\n\x0cRevokeMember\x12\x1f.fedmezo.v1.RevokeMemberRequest\x1a .fedmezo.v1.RevokeMemberResponse\x12Q\n\x0cRotateMember\x12\x1f.fedmezo.v1.RotateMemberRequest\x1a .fedmezo.v1.RotateMemberResponse\x12T\n\rExcludeWorker\x12 .fedmezo.v1.ExcludeWorkerRequest\x1a!.fedmezo.v1.ExcludeWorkerResponse\x12T\n\rReadmitWorker\x12 .fedmezo.v1.ReadmitWorkerRequest\x1a!.fedmezo.v1.ReadmitWorkerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'fedmezo_proto.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MEMBERROLE']._serialized_start=1184
-  _globals['_MEMBERROLE']._serialized_end=1301
+  _globals['_MEMBERROLE']._serialized_start=1216
+  _globals['_MEMBERROLE']._serialized_end=1333
   _globals['_ENROLLREQUEST']._serialized_start=45
   _globals['_ENROLLREQUEST']._serialized_end=180
   _globals['_ENROLLRESPONSE']._serialized_start=182
@@ -62,17 +62,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ROTATEMEMBERRESPONSE']._serialized_start=976
   _globals['_ROTATEMEMBERRESPONSE']._serialized_end=1036
   _globals['_EXCLUDEWORKERREQUEST']._serialized_start=1038
-  _globals['_EXCLUDEWORKERREQUEST']._serialized_end=1092
-  _globals['_EXCLUDEWORKERRESPONSE']._serialized_start=1094
-  _globals['_EXCLUDEWORKERRESPONSE']._serialized_end=1117
-  _globals['_READMITWORKERREQUEST']._serialized_start=1119
-  _globals['_READMITWORKERREQUEST']._serialized_end=1157
-  _globals['_READMITWORKERRESPONSE']._serialized_start=1159
-  _globals['_READMITWORKERRESPONSE']._serialized_end=1182
-  _globals['_ENROLLMENTSERVICE']._serialized_start=1303
-  _globals['_ENROLLMENTSERVICE']._serialized_end=1387
-  _globals['_MEMBERSHIPSERVICE']._serialized_start=1389
-  _globals['_MEMBERSHIPSERVICE']._serialized_end=1470
-  _globals['_ADMINSERVICE']._serialized_start=1473
-  _globals['_ADMINSERVICE']._serialized_end=1988
+  _globals['_EXCLUDEWORKERREQUEST']._serialized_end=1108
+  _globals['_EXCLUDEWORKERRESPONSE']._serialized_start=1110
+  _globals['_EXCLUDEWORKERRESPONSE']._serialized_end=1133
+  _globals['_READMITWORKERREQUEST']._serialized_start=1135
+  _globals['_READMITWORKERREQUEST']._serialized_end=1189
+  _globals['_READMITWORKERRESPONSE']._serialized_start=1191
+  _globals['_READMITWORKERRESPONSE']._serialized_end=1214
+  _globals['_ENROLLMENTSERVICE']._serialized_start=1335
+  _globals['_ENROLLMENTSERVICE']._serialized_end=1419
+  _globals['_MEMBERSHIPSERVICE']._serialized_start=1421
+  _globals['_MEMBERSHIPSERVICE']._serialized_end=1502
+  _globals['_ADMINSERVICE']._serialized_start=1505
+  _globals['_ADMINSERVICE']._serialized_end=2020
 # @@protoc_insertion_point(module_scope)

@@ -399,17 +399,21 @@ class ExcludeWorkerRequest(google.protobuf.message.Message):
 
     WORKER_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    RUN_ID_FIELD_NUMBER: builtins.int
     worker: builtins.str
     """Its name. It need not have joined the run yet. In a fleet it is a member's."""
     reason: builtins.str
     """Why, in 1 to 512 characters. The worker is told, and it stands in the journal."""
+    run_id: builtins.str
+    """The run. Empty: the only one that is not over."""
     def __init__(
         self,
         *,
         worker: builtins.str = ...,
         reason: builtins.str = ...,
+        run_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["reason", b"reason", "worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "run_id", b"run_id", "worker", b"worker"]) -> None: ...
 
 Global___ExcludeWorkerRequest: typing_extensions.TypeAlias = ExcludeWorkerRequest
 
@@ -432,14 +436,18 @@ class ReadmitWorkerRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     WORKER_FIELD_NUMBER: builtins.int
+    RUN_ID_FIELD_NUMBER: builtins.int
     worker: builtins.str
     """Its name."""
+    run_id: builtins.str
+    """The run. Empty: the only one that is not over."""
     def __init__(
         self,
         *,
         worker: builtins.str = ...,
+        run_id: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["worker", b"worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["run_id", b"run_id", "worker", b"worker"]) -> None: ...
 
 Global___ReadmitWorkerRequest: typing_extensions.TypeAlias = ReadmitWorkerRequest
 

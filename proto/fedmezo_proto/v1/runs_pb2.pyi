@@ -38,7 +38,7 @@ class _RunPhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     RUN_PHASE_UNSPECIFIED: _RunPhase.ValueType  # 0
     """Not a value."""
     RUN_PHASE_CREATING: _RunPhase.ValueType  # 1
-    """Its model is being loaded and digested; there is no journal yet."""
+    """Its model is being loaded and digested, or after a restart its journal is being read."""
     RUN_PHASE_RUNNING: _RunPhase.ValueType  # 2
     """Workers may take part."""
     RUN_PHASE_PAUSED: _RunPhase.ValueType  # 3
@@ -54,7 +54,7 @@ class RunPhase(_RunPhase, metaclass=_RunPhaseEnumTypeWrapper):
 RUN_PHASE_UNSPECIFIED: RunPhase.ValueType  # 0
 """Not a value."""
 RUN_PHASE_CREATING: RunPhase.ValueType  # 1
-"""Its model is being loaded and digested; there is no journal yet."""
+"""Its model is being loaded and digested, or after a restart its journal is being read."""
 RUN_PHASE_RUNNING: RunPhase.ValueType  # 2
 """Workers may take part."""
 RUN_PHASE_PAUSED: RunPhase.ValueType  # 3
@@ -75,8 +75,9 @@ class RunFile(google.protobuf.message.Message):
     SHA256_FIELD_NUMBER: builtins.int
     FILE_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """What it is to the run: `heldout.jsonl`, `probe_rows.jsonl`, or `adapter/` and the name of one of the
-    adapter's files. [A-Za-z0-9._-] and at most one `/`; no name begins with a point.
+    """What it is to the run: `heldout` or `probe_rows` with the ending of its kind, as in `heldout.jsonl`, or
+    `adapter/` and the name of one of the adapter's files. [A-Za-z0-9._-] and at most one `/`; no part
+    begins with a point.
     """
     sha256: builtins.bytes
     """Digest of its bytes. 32 bytes."""
@@ -110,7 +111,7 @@ class UploadFileRequest(google.protobuf.message.Message):
     offset: builtins.int
     """Where `data` begins."""
     data: builtins.bytes
-    """At most 1 MiB. Empty: ask where to go on."""
+    """At most 48 KiB. Empty: ask where to go on."""
     def __init__(
         self,
         *,
@@ -151,7 +152,7 @@ class CreateRunRequest(google.protobuf.message.Message):
     FILES_FIELD_NUMBER: builtins.int
     settings_toml: builtins.str
     """The run's settings as the text of a TOML file, as `fedmezo-coordinator --config` reads it, without the
-    settings of the process. Paths in it name files below.
+    settings of the process. Its `heldout`, `probe_rows` and `adapter` mean the files below.
     """
     @property
     def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RunFile]:
@@ -238,7 +239,7 @@ class RunSummary(google.protobuf.message.Message):
     data_set: builtins.str
     """Name of the data set that workers take part with. Empty: any."""
     created_ms: builtins.int
-    """When it was created, in milliseconds since 1970 UTC."""
+    """When it was created, in milliseconds since 1970 UTC. 0: not known."""
     loss: builtins.float
     """Loss of its newest evaluation. Absent: there is none."""
     accuracy: builtins.float

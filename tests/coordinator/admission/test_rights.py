@@ -19,7 +19,7 @@ from fedmezo_core.trust.authorisation import MEMBER_ROLES, RIGHTS, Role
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.grpc_status import REASON_KEY
-from fedmezo_proto.v1 import admin_pb2, admin_pb2_grpc, coordinator_pb2
+from fedmezo_proto.v1 import admin_pb2, admin_pb2_grpc, coordinator_pb2, runs_pb2
 from tests.integration.support.fleets import ServedFleet, served_fleet
 from tests.integration.support.harness import config_of, genesis_of, served
 
@@ -29,7 +29,7 @@ ENROLL = "/fedmezo.v1.EnrollmentService/Enroll"
 
 METHODS: dict[str, MethodDescriptor] = {
     f"/{service.full_name}/{method.name}": method
-    for file in (coordinator_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR)
+    for file in (coordinator_pb2.DESCRIPTOR, admin_pb2.DESCRIPTOR, runs_pb2.DESCRIPTOR)
     for service in file.services_by_name.values()
     for method in service.methods
 }
@@ -192,7 +192,8 @@ async def test_who_may_call(path: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("path", OF_A_RUN)
 async def test_a_call_for_another_run_is_refused(path: str, folder: Path) -> None:
-    who = next(who for who in ("worker", "replica") if Role(who) in RIGHTS[path])
+    callers = ("worker", "replica", "operator")
+    who = next(who for who in callers if Role(who) in RIGHTS[path])
     async with served_fleet(folder, GENESIS) as at, channel_to(at, who, folder) as channel:
         assert await outcome(channel, path, "another-run") == "WrongRunError"
 

@@ -13,6 +13,7 @@ import pytest
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_coordinator.programs import coordinator_command, relay_command
 from fedmezo_coordinator.programs import fedmezo_command as client_command
+from fedmezo_coordinator.runs import preparing
 from fedmezo_core.errors import (
     ConfigError,
     JournalLockedError,
@@ -54,7 +55,7 @@ class Starting:
 @pytest.fixture
 async def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Starting]:
     held = Starting(tmp_path)
-    monkeypatch.setattr(coordinator_command, "describe_base", held.describe)
+    monkeypatch.setattr(preparing, "describe_base", held.describe)
     monkeypatch.setattr(coordinator_command, "stop_signal", lambda: held.stop)
     held.running = running = asyncio.create_task(coordinator_command.run(held.settings))
     await asyncio.wait_for(held.loads.wait(), PATIENCE_S)
@@ -124,7 +125,7 @@ async def test_a_rate_that_nobody_set_is_told(
     run |= {} if rate is None else {"learning_rate": rate}
     settings = held.settings.model_copy(update={"run": run})
     held.base.set_exception(ModelError("There is no model tiny."))
-    monkeypatch.setattr(coordinator_command, "describe_base", held.describe)
+    monkeypatch.setattr(preparing, "describe_base", held.describe)
     monkeypatch.setattr(coordinator_command, "stop_signal", lambda: held.stop)
     with pytest.raises(ModelError):
         await coordinator_command.run(settings)

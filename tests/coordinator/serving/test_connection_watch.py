@@ -15,6 +15,7 @@ import pytest
 
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.limits.connection_watch import FIRST_CALL_S, ConnectionWatch, _name_of
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving.service import bind_server, start_server
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
@@ -54,7 +55,7 @@ async def watched(
     daemon = Daemon(journal)
     await daemon.load()
     server, port = bind_server(listen, None)
-    (await start_server(server, watch=watch)).begin(daemon)
+    (await start_server(server, watch=watch)).begin(Runs.of(daemon))
     serving = asyncio.create_task(daemon.serve())
     try:
         watch.look(port)

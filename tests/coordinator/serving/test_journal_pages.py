@@ -14,6 +14,7 @@ import grpc
 import pytest
 
 from benchmarks.serving.swarm import call_frame, frame, message_frame
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving import journal_pages, poll_sessions
 from fedmezo_coordinator.serving import loop as serving
 from fedmezo_coordinator.serving.journal_pages import (
@@ -431,7 +432,7 @@ async def test_the_replica_reads_whatever_others_do(
     monkeypatch.setattr(journal_pages, "PLACE_WAIT_S", 0.1)
     async with served(tmp_path / "journal.db", GENESIS) as at:
         server, port = bind_server("127.0.0.1:0", None, f"unix:{tmp_path}/replica.sock")
-        (await start_server(server, "coordinator")).begin(at.daemon)
+        (await start_server(server, "coordinator")).begin(Runs.of(at.daemon))
         try:
             async with CoordinatorClient(f"127.0.0.1:{port}") as worker:
                 with pytest.raises(NotReadyError, match="read that, or try later"):
@@ -454,7 +455,7 @@ async def test_a_large_response_to_a_poll_needs_a_place(
         with_large_pages(tmp_path) as (at, busy),
         scripted_workers(at.address, LARGE, "polling") as [hand],
     ):
-        sessions = PollSessions(at.daemon)
+        sessions = PollSessions(lambda _: at.daemon)
         hello = wire.PollSessionRequest(messages=[wire.SessionRequest(hello=hand.hello())])
         with pytest.raises(NotReadyError, match="no place"):
             await sessions.poll(hello, no_place)

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving import loop as serving
 from fedmezo_coordinator.serving import worker_session
 from fedmezo_coordinator.serving.journal_pages import PAGE_RECORDS_MAX, WAIT_MS_MAX
@@ -112,7 +113,7 @@ async def test_connections_without_a_session_leave_files_to_the_others(
     daemon = Daemon(journal)
     await daemon.load()
     server, port = bind_server("127.0.0.1:0", None, f"unix:{tmp_path}/r.sock", connections_max=3)
-    (await start_server(server, "coordinator")).begin(daemon)
+    (await start_server(server, "coordinator")).begin(Runs.of(daemon))
     try:
         async with CoordinatorClient(f"127.0.0.1:{port}") as first:
             await first.get_run()

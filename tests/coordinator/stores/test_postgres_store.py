@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fedmezo_coordinator.programs import coordinator_command as cli
-from fedmezo_coordinator.serving import hosting
+from fedmezo_coordinator.runs import hosted_run
 from fedmezo_coordinator.stores import postgres
 from fedmezo_coordinator.stores.location import parse_url
 from fedmezo_coordinator.stores.opening import open_store
@@ -463,7 +463,7 @@ class TestCrashes:
     ) -> None:
         monkeypatch.chdir(tmp_path)  # where the key of a journal in a database is kept
         monkeypatch.setattr(postgres, "RECONNECT_S", 0.5)
-        monkeypatch.setattr(hosting, "CHECK_JOURNAL_EVERY_S", 0.2)
+        monkeypatch.setattr(hosted_run, "CHECK_JOURNAL_EVERY_S", 0.2)
         store = open_store(own.url("a"))
         Journal(store).append(encode_records([genesis_of(config_of())]))
         store.close()

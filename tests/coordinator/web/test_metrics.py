@@ -30,9 +30,9 @@ def full_run(run_id: str = "reviews") -> MadeRun:
     run.refused_answers["StaleTicketError"] += 3
     run.append_times.add(0.0007)
     run.append_times.add(4.0)
-    run.status.digests.add(party="replica", round=18, weights_digest=bytes(32))
-    run.status.sessions_refused = 7
-    run.status.loop_lag_p99_ms = 12
+    run.told.digests.add(party="replica", round=18, weights_digest=bytes(32))
+    run.told.sessions_refused = 7
+    run.told.loop_lag_p99_ms = 12
     return run
 
 
@@ -103,7 +103,7 @@ async def test_a_run_without_a_journal_is_counted_and_told_as_failed(
 ) -> None:
     run = MadeRun("lost", 0, 0)
     run.run_phase = runs.RUN_PHASE_FAILED
-    monkeypatch.setattr(run, "whole_status", lambda: None)
+    monkeypatch.setattr(run, "status", lambda: None)
     found = await scraped(run)
     assert value(found, "fedmezo_alarms", run="lost", kind=AlarmKind.FAILED) == 1
     assert ("fedmezo_round", frozenset({("run", "lost")})) not in found

@@ -31,7 +31,7 @@ def kinds(
 
 
 def sound() -> wire.GetStatusResponse:
-    return MadeRun(workers=8, rounds=0).status
+    return MadeRun(workers=8, rounds=0).told
 
 
 def _diverged(status: wire.GetStatusResponse) -> None:
@@ -111,7 +111,7 @@ def test_who_is_away_from_a_finished_run_is_no_alarm() -> None:
 
 
 def test_a_thousand_alarms_of_a_kind_are_counted_and_few_are_told() -> None:
-    status = MadeRun(workers=1000, rounds=0).status
+    status = MadeRun(workers=1000, rounds=0).told
     for worker in status.workers:
         worker.suspicion, worker.connected = "its answers repeat", True
     found = alarms_of(runs.RUN_PHASE_RUNNING, "", status, RunSeries())

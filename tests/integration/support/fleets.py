@@ -13,6 +13,7 @@ from fedmezo_coordinator.admission.fleet import WIRE_ROLES
 from fedmezo_coordinator.admission.state_folder import make_state
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving.hosting import fronted
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
@@ -94,7 +95,7 @@ async def served_fleet(
     private = f"unix:{folder}/replica.sock"
     async with fronted(settings, "coordinator", private) as front:
         await daemon.load()
-        front.servicer.begin(daemon)
+        front.servicer.begin(Runs.of(daemon))
         serving = asyncio.create_task(daemon.serve())
         try:
             yield ServedFleet(folder, f"127.0.0.1:{front.port}", daemon, genesis)

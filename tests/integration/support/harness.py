@@ -27,6 +27,7 @@ from fedmezo_coordinator.coordinator_settings import CALLER_CALLS_PER_S, RelaySe
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.limits.caller_limits import CallerLimits
 from fedmezo_coordinator.relay_daemon import Relay
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving.service import bind_server, start_server
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig, parse_run
@@ -415,7 +416,7 @@ async def _on_a_port(
     """Load the loop and serve it: the address, and the task that runs it."""
     await loop.load()
     server, port = bind_server(listen, tls, local)
-    (await start_server(server, caller_limits=CallerLimits(calls_per_s))).begin(loop)
+    (await start_server(server, caller_limits=CallerLimits(calls_per_s))).begin(Runs.of(loop))
     serving = asyncio.create_task(loop.serve())
     try:
         yield f"127.0.0.1:{port}", serving

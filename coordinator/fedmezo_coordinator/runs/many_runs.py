@@ -1,0 +1,293 @@
+"""Any number of runs in one process: created, restored, ended and deleted while it serves.
+
+Each run has a task of its own, from its base to its end. Whatever goes wrong in it ends that task
+and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import re
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.runs.hosted_run import HostedRun
+from fedmezo_coordinator.runs.preparing import (
+    begun,
+    check_compaction,
+    keep_replica,
+    loaded,
+    offered_files,
+)
+from fedmezo_coordinator.runs.registry import Runs
+from fedmezo_coordinator.runs.run_folder import (
+    DELETED,
+    NEW,
+    RunFolder,
+    check_files,
+    make_folder,
+    run_settings,
+)
+from fedmezo_coordinator.runs.uploads import Uploads
+from fedmezo_coordinator.serving.session_limit import SessionLimit
+from fedmezo_coordinator.stores.opening import open_store
+from fedmezo_core.config import NAME_PATTERN
+from fedmezo_core.errors import ConfigError, FedMezoError, NotReadyError, RunExistsError
+from fedmezo_core.folders import make_private, sync
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.machines.roster import Phase
+from fedmezo_proto.v1 import runs_pb2 as wire
+
+log = logging.getLogger("fedmezo.coordinator")
+
+RUNS_MAX = 128
+"""Most runs in one folder."""
+SWEEP_EVERY_S = 3600.0
+"""Period in which files that no run uses are looked for."""
+OPERATIONS = "operations.jsonl"
+"""File that says who created and deleted which run, and when; one JSON object on each line."""
+
+
+@contextlib.contextmanager
+def opened_runs(
+    settings: CoordinatorSettings, folder: Path, session_limit: SessionLimit, private: str
+) -> Iterator[ManyRuns]:
+    """The runs in `folder`, which is made if it is not there; this process alone has them.
+
+    Raises `ConfigError` for a folder that cannot be used.
+    """
+    make_private_root(folder)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"Another coordinator serves the runs in {folder}; stop it, or name another folder."
+            ) from None
+        yield ManyRuns(settings, folder, session_limit, private)
+
+
+def make_private_root(folder: Path) -> None:
+    """Make the folder, for its owner only; raises `ConfigError` if that cannot be."""
+    if not folder.exists():
+        make_private(folder, ConfigError)
+    elif not folder.is_dir():
+        raise ConfigError(f"runs = {folder} is not a folder; name one.")
+
+
+class ManyRuns(Runs):
+    """The runs in one folder."""
+
+    more_may_come = True
+
+    def __init__(
+        self,
+        process: CoordinatorSettings,
+        folder: Path,
+        session_limit: SessionLimit,
+        private: str,
+    ) -> None:
+        """`private` is the address at which replicas reach this process."""
+        super().__init__(session_limit)
+        self._process = process
+        self._folder = folder
+        self._private = private
+        self._uploads = Uploads(folder / ".uploads")
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._creating = asyncio.Lock()
+        self._describing = asyncio.Lock()
+        found: list[HostedRun] = []
+        for path in self._folder.iterdir():
+            if path.name.startswith((NEW, DELETED)):
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.is_dir() and re.fullmatch(NAME_PATTERN, path.name):
+                with contextlib.suppress(ConfigError):  # Its own start says what is wrong with it.
+                    found.append(HostedRun(path.name, RunFolder(path).created_ms))
+                    continue
+                found.append(HostedRun(path.name))
+        found.sort(key=lambda run: run.created_ms)
+        self._runs.update({run.run_id: run for run in found})
+
+    # ------------------------------------------------------------ life
+
+    async def serve(self) -> None:
+        """Load and serve all runs until cancelled; what goes wrong in one ends that one."""
+        for run in self._runs.values():
+            self._begin(run)
+        while True:
+            await asyncio.to_thread(self._uploads.sweep)
+            await asyncio.sleep(SWEEP_EVERY_S)
+
+    async def close(self) -> None:
+        """End all runs' tasks and close their journals."""
+        await asyncio.gather(*(self._end(run) for run in self._runs.values()))
+
+    def _begin(self, run: HostedRun) -> None:
+        run.failure, run.waits_for = "", "its journal is being read"
+        self._tasks[run.run_id] = asyncio.create_task(self._host(run))
+
+    async def _end(self, run: HostedRun) -> None:
+        """End a run's task and close its journal."""
+        task = self._tasks.pop(run.run_id, None)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        loop, run.loop = run.loop, None
+        if loop is not None:
+            await loop.close()
+
+    async def _host(self, run: HostedRun) -> None:
+        try:
+            settings = await asyncio.to_thread(self._settings, run.run_id)
+            daemon = await self._loaded(run, settings)
+            run.files = await asyncio.to_thread(offered_files, settings)
+            run.loop = daemon
+            daemon.on_phase = self.changed
+            self.changed()
+            log.info("run %s is served", run.run_id)
+            await run.serve(self._replica_when_needed(settings, daemon))
+        except (FedMezoError, OSError) as error:
+            await run.fail(str(error))
+        except Exception as error:  # A defect in one run must not end the others.
+            log.exception("run %s has met a defect", run.run_id)
+            await run.fail(f"unexpected {type(error).__name__}: {error}")
+        self.changed()
+
+    def _settings(self, run_id: str) -> CoordinatorSettings:
+        return RunFolder(self._folder / run_id).settings(self._process)
+
+    async def _loaded(self, run: HostedRun, settings: CoordinatorSettings) -> Daemon:
+        journal = Journal(await asyncio.to_thread(open_store, settings.journal))
+        try:
+            if journal.is_empty:
+                run.waits_for = "its model waits until another run's is loaded"
+                async with self._describing:  # One model at a time, for its memory.
+                    run.waits_for = f"its model {settings.model} is being loaded and digested"
+                    companions = await begun(settings, journal)
+                run.waits_for = "its journal is being read"
+            else:
+                companions = await begun(settings, journal)
+            return await loaded(settings, journal, companions, self.session_limit)
+        except BaseException:
+            journal.close()
+            raise
+
+    async def _replica_when_needed(self, settings: CoordinatorSettings, daemon: Daemon) -> None:
+        """Keep a replica from the first worker on, or if the last round is to be evaluated."""
+        is_due = daemon.evaluation_is_due and settings.heldout is not None
+        if daemon.phase is not Phase.FINISHED:
+            await daemon.joined.wait()
+        elif not is_due:
+            return
+        await keep_replica(settings, daemon, self._private)
+
+    # ------------------------------------------------------------ orders
+
+    async def upload(self, request: wire.UploadFileRequest) -> int:
+        """Take a piece of a file; returns where the next one begins."""
+        return await asyncio.to_thread(self._uploads.take, request)
+
+    async def create(self, settings: str, files: Sequence[wire.RunFile], by: str) -> str:
+        """Create a run and begin it, for the operator `by`; returns its name.
+
+        Raises `ConfigError` for settings that are not allowed, and `RunExistsError` if another run
+        has the name.
+        """
+        check_files(settings, files)
+        names = [file.name for file in files]
+        async with self._creating:
+            # The paths are those that it will have, though the name comes from the settings.
+            given = run_settings(settings, names, self._process, self._folder)
+            config = given.run_config("the [run] settings")
+            run_id = config.run_id
+            check_compaction(given, config)
+            if run_id in self._runs:
+                if RunFolder(self._folder / run_id).is_of(settings, files):
+                    return run_id
+                raise RunExistsError(
+                    f"There is another run {run_id} here; give the new one another run_id, or "
+                    "delete that one once it is over."
+                )
+            if not given.model:
+                raise ConfigError(
+                    "model is missing; set it to a Hugging Face name or a model folder of the "
+                    'coordinator\'s machine, for example model = "HuggingFaceTB/SmolLM2-135M".'
+                )
+            if len(self._runs) >= RUNS_MAX:
+                raise NotReadyError(f"{RUNS_MAX} runs are here, the most; delete one that is over.")
+            try:
+                folder = await asyncio.to_thread(self._make, run_id, settings, files, by)
+            except OSError as error:
+                raise NotReadyError(
+                    f"The coordinator cannot make a folder for run {run_id} ({error.strerror}); "
+                    "make room at its disk, then try again."
+                ) from None
+            run = self._runs[run_id] = HostedRun(run_id, folder.created_ms)
+            self._begin(run)
+        self.changed()
+        log.warning("%s created run %s", by, run_id)
+        return run_id
+
+    def _make(
+        self, run_id: str, settings: str, files: Sequence[wire.RunFile], by: str
+    ) -> RunFolder:
+        self._note("create", run_id, by)
+        return make_folder(self._folder, run_id, settings, files, self._uploads, by)
+
+    async def resume(self, run: HostedRun, rate_factor: float) -> None:
+        """Let a paused run go on, or load a failed one again."""
+        if not run.failure:
+            await super().resume(run, rate_factor)
+            return
+        if rate_factor != 1.0:
+            raise ConfigError(
+                f"Run {run.run_id} has failed and is loaded again first; resume it without a "
+                "factor."
+            )
+        await self._end(run)
+        self._begin(run)
+        self.changed()
+
+    async def delete(self, run: HostedRun, by: str) -> None:
+        """Delete a run that is over, with all its files, for the operator `by`."""
+        async with self._creating:
+            if not run.is_over:
+                raise ConfigError(
+                    f"Run {run.run_id} is not over; end it first with: fedmezo run stop "
+                    f"{run.run_id}"
+                )
+            if self._runs.get(run.run_id) is not run:
+                return  # Another call has deleted it meanwhile.
+            path = self._folder / run.run_id
+            gone = path.with_name(f"{DELETED}{path.name}-{time.time_ns()}")
+            try:
+                await asyncio.to_thread(self._note, "delete", run.run_id, by)
+                run.begin_stop()
+                await self._end(run)
+                path.rename(gone)
+                sync(self._folder)
+            except OSError as error:
+                raise NotReadyError(
+                    f"Run {run.run_id} cannot be deleted ({error.strerror}); look at {path}."
+                ) from None
+            del self._runs[run.run_id]
+        self.changed()
+        log.warning("%s deleted run %s", by, run.run_id)
+        await asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True)
+
+    def _note(self, what: str, run_id: str, by: str) -> None:
+        """Write down, durably, who asks for what."""
+        line = {"at_ms": int(1000 * time.time()), "by": by, "what": what, "run_id": run_id}
+        path = self._folder / OPERATIONS
+        with path.open("a", encoding="utf-8") as file:
+            path.chmod(0o600)
+            file.write(json.dumps(line) + "\n")
+        sync(path)

@@ -1,0 +1,123 @@
+"""What lies between a journal that is open and a run that is served, and the run's replica."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, check_same_run
+from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
+from fedmezo_coordinator.runs.hosted_run import OfferedFile
+from fedmezo_coordinator.serving.session_limit import SessionLimit
+from fedmezo_coordinator.stores.companions import Companions
+from fedmezo_coordinator.stores.location import journal_shown
+from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import ConfigError
+from fedmezo_core.journal.codec import encode_records
+from fedmezo_core.journal.journal import Journal
+from fedmezo_core.program import long_step
+
+log = logging.getLogger("fedmezo.coordinator")
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+"""Files of an adapter's folder, in peft's layout."""
+
+
+async def begun(settings: CoordinatorSettings, journal: Journal) -> Companions:
+    """Begin the run if the journal is new; returns what lies beside the journal."""
+    companions = Companions(settings.journal, settings.signing_key)
+    companions.check(journal)
+    if not journal.is_empty:
+        return companions
+    config = settings.run_config("the [run] settings")
+    check_compaction(settings, config)
+    log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
+    if settings.probe_rows is None and "learning_rate" not in settings.run:
+        log.info(
+            "no learning_rate is set: it is %g, with normalised steps (docs/choosing.md)",
+            config.learning_rate,
+        )
+    with long_step(f"loading {config.model} to digest its base"):
+        genesis = await describe_base(settings, config)
+    journal.append(encode_records([genesis]))
+    return companions
+
+
+async def loaded(
+    settings: CoordinatorSettings,
+    journal: Journal,
+    companions: Companions,
+    session_limit: SessionLimit,
+) -> Daemon:
+    """Load a run that has begun, and check that the settings mean this run."""
+    signer = companions.signer()
+    daemon = Daemon(
+        journal,
+        session_limit,
+        signer,
+        settings.snapshots_folder,
+        settings.compact_after_records,
+        has_replica=settings.has_replica,
+    )
+    await daemon.load()
+    await asyncio.to_thread(companions.keep_mark, journal, signer)
+    check_same_run(
+        journal_shown(settings.journal), daemon.genesis.config, settings.run, "the [run] settings"
+    )
+    check_compaction(settings, daemon.genesis.config)
+    warn_if_no_loss_is_seen(settings, daemon.genesis.config)
+    return daemon
+
+
+def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
+    """Refuse to drop records of a run in which nothing takes their place."""
+    has_snapshots = settings.has_replica and settings.snapshot_every_rounds
+    if settings.compact_after_records and not has_snapshots and config.seed_policy != "pool":
+        raise ConfigError(
+            f"compact_after_records = {settings.compact_after_records} needs snapshots, from which "
+            "workers begin instead; set snapshot_every_rounds, model and replica too, or leave it "
+            "out."
+        )
+
+
+def warn_if_no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> None:
+    """Warn if nobody reports a loss, because then a run that diverges does not pause."""
+    is_evaluated = settings.has_replica and settings.heldout is not None
+    if config.pause_rounds and not config.report_losses and not is_evaluated:
+        log.warning(
+            "nobody reports a loss, so a learning rate that is too large goes unnoticed until no "
+            "worker can measure, or nothing but 0; set model and heldout, or report_losses in a "
+            "new run"
+        )
+
+
+async def keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: str) -> None:
+    """Keep the run's replica, which connects to `address`, until it has nothing left to do."""
+    if not settings.replica:
+        return
+    if not settings.model:
+        log.warning("no model is set, so there is no replica and nothing is evaluated here")
+        return
+    supervisor = ReplicaSupervisor(
+        settings, address, daemon.genesis.config.run_id, daemon.replica_secret, daemon.replica
+    )
+    await supervisor.keep()
+    daemon.lose_replica()
+
+
+def offered_files(settings: CoordinatorSettings) -> Mapping[str, OfferedFile]:
+    """What workers of the run may read: the adapter that it begins from. Reads it, so may wait."""
+    if settings.adapter is None:
+        return {}
+    paths = {f"adapter/{name}": settings.adapter / name for name in ADAPTER_FILES}
+    return {name: _offered(path) for name, path in paths.items() if path.is_file()}
+
+
+def _offered(path: Path) -> OfferedFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    return OfferedFile(path, digest, path.stat().st_size)
