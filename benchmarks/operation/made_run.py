@@ -91,7 +91,8 @@ class MadeRun:
         )
         self.append([genesis, *(Started(number + 1) for number in range(epoch))])
         for _ in range(rounds):
-            self.commit()
+            self._commit()
+        self._count_answers(rounds)
 
     @property
     def records_shown(self) -> int:
@@ -112,6 +113,16 @@ class MadeRun:
 
     def commit(self) -> None:
         """Commit one more round, and evaluate it if it is time."""
+        self._commit()
+        self._count_answers(1)
+
+    def _count_answers(self, rounds: int) -> None:
+        for one in self.told.workers:
+            one.rounds_answered += rounds
+            one.bytes_up += 180 * rounds
+            one.bytes_down += 420 * rounds
+
+    def _commit(self) -> None:
         round_, noise = self.told.round + 1, self._random.uniform
         names = tuple(one.worker for one in self.told.workers[:ANSWERS]) or ("gone",)
         loss = loss_at(round_, self.config.rounds)
@@ -121,10 +132,6 @@ class MadeRun:
         ]
         ranges = tuple(SeedRange(slot << 16, (noise(-1, 1),) * 8) for slot in range(len(names)))
         self.append([Opened(round_, 0, names), *answers, Committed(round_, ranges, round_)])
-        for one in self.told.workers:
-            one.rounds_answered += 1
-            one.bytes_up += 180
-            one.bytes_down += 420
         self.told.round = round_
         self.told.recent_rounds.add(round=round_, mean_loss=loss, answers=len(names))
         del self.told.recent_rounds[:-1000]

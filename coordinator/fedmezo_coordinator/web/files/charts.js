@@ -111,7 +111,7 @@ export class Chart {
       parts.push(element("line", { x1: LEFT, x2: width - RIGHT, y1: y(tick), y2: y(tick), class: "grid" }));
       parts.push(element("text", { x: LEFT - 8, y: y(tick) + 4, "text-anchor": "end" }, this.format(tick)));
     }
-    const onX = ticks(scale.first, scale.last, Math.max(3, Math.floor(width / 110)))
+    const onX = ticks(scale.first, scale.last, Math.max(4, Math.floor(width / 110)))
       .filter((tick) => Number.isInteger(tick));
     for (const tick of onX) {
       parts.push(element("text", {

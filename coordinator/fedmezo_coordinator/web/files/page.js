@@ -313,7 +313,7 @@ function showWorkers(found) {
   });
   fill("workers", rows);
   query.page = found.page;
-  write("pager-text", `${count(found.found)} workers, page ${found.page + 1} of ${found.pages}`);
+  write("pager-text", `${count(found.found)} worker${found.found === 1 ? "" : "s"}, page ${found.page + 1} of ${found.pages}`);
   get("pager-back").disabled = found.page === 0;
   get("pager-on").disabled = found.page + 1 >= found.pages;
 }
