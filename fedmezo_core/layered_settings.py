@@ -285,7 +285,7 @@ def toml_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(
-            f"The configuration file {path} cannot be read ({error.strerror}); check --config."
+            f"The configuration file {path} cannot be read ({error.strerror}); check its path."
         ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None

@@ -78,6 +78,7 @@ GRPC_MODULES = {
     "coordinator/fedmezo_coordinator/conformance/scripted_server.py",
     "coordinator/fedmezo_coordinator/serving/service.py",
 }
+COMMANDS = "fedmezo_coordinator.programs"
 CORE_ENTRIES_MAX = 13
 MODULES_IN_A_FOLDER_MAX = 14
 # Ways of reading data that can run code.
@@ -150,7 +151,12 @@ def circle_in(graph: dict[str, set[str]]) -> list[str]:
 
 
 def room_of(module: str) -> str:
-    """The folder of a module; a package, or a module at its top or at `zo`'s, is its own room."""
+    """The folder of a module; a package, or a module at its top or at `zo`'s, is its own room.
+
+    A program's commands may lie in folders below it, and are in its room.
+    """
+    if module.startswith(COMMANDS + "."):
+        return COMMANDS
     folder = module.rpartition(".")[0]
     return module if folder in {"", *PACKAGES, "fedmezo_core.zo"} else folder
 

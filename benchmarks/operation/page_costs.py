@@ -16,7 +16,7 @@ import aiohttp
 from benchmarks.figures import Figure
 from benchmarks.operation.made_run import MadeRun
 from fedmezo_coordinator.web.page_server import PageServer, PageSettings, page_served
-from fedmezo_coordinator.web.watching import RunsInView
+from fedmezo_coordinator.web.runs_in_view import RunsInView
 
 ROUNDS, WORKERS = 10_000, 1000
 WATCHERS = 20

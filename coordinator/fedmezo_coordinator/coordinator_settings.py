@@ -39,6 +39,8 @@ CALLER_CONNECTIONS_MAX = 4096
 """Default of `caller_connections_max`."""
 
 
+RUNS_MAX = 128
+"""Most runs in the folder of a coordinator of many."""
 PAGE_PORT = 7480
 """Port of the page if its address names none; no port of Flower, NVFlare, Prometheus, Grafana."""
 

@@ -78,12 +78,19 @@ State = Annotated[
 ]
 
 
+RunId = Annotated[
+    str,
+    typer.Option("--run-id", help="run to ask about; default: the only one that is not over"),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Where a coordinator is, and what makes a client of it."""
+    """Where a coordinator is, what makes a client of it, and which of its runs is meant."""
 
     address: str
     client: Callable[[], CoordinatorClient]
+    run_id: str = ""
 
 
 def own_folders() -> list[Path]:
@@ -94,7 +101,13 @@ def own_folders() -> list[Path]:
     return [state_home() / folder for folder in ("coordinator", JOINED)]
 
 
-def link_to(coordinator: str | None, tls_ca: Path | None, tls: bool, state: Path | None) -> Link:
+def link_to(
+    coordinator: str | None,
+    tls_ca: Path | None,
+    tls: bool,
+    state: Path | None,
+    run_id: str = "",
+) -> Link:
     """The link that these options name; raises `IdentityError` if `state` holds no identity.
 
     Without `state`, an identity of one's own for that coordinator is shown, if there is one.
@@ -113,7 +126,9 @@ def link_to(coordinator: str | None, tls_ca: Path | None, tls: bool, state: Path
         asyncio.run(_renew(coordinator or identity.address, identity))
         identity = identity_in(identity.folder)
     address = coordinator or (identity.address if identity is not None else DEFAULT_ADDRESS)
-    return Link(address, lambda: CoordinatorClient(address, tls_ca, tls=tls, identity=identity))
+    return Link(
+        address, lambda: CoordinatorClient(address, tls_ca, tls=tls, identity=identity), run_id
+    )
 
 
 def _own_identity(coordinator: str | None) -> Identity | None:

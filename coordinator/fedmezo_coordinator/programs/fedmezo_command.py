@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.live import Live
 
 from fedmezo.auditing import TOLERANCE, audit_of, rounds_in, rounds_text
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
@@ -23,6 +21,7 @@ from fedmezo_coordinator.programs.conformance_command import conformance_app
 from fedmezo_coordinator.programs.connecting import (
     Coordinator,
     Link,
+    RunId,
     State,
     Tls,
     TlsCa,
@@ -37,13 +36,13 @@ from fedmezo_coordinator.programs.plain_values import (
     status_values,
 )
 from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
+from fedmezo_coordinator.programs.run_commands.run_command import run_app
+from fedmezo_coordinator.programs.run_commands.watching import status_of, watch_run
 from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import (
-    Pace,
     agreement,
     counted,
-    run_line,
     run_view,
 )
 from fedmezo_coordinator.programs.watching_commands.page_command import page
@@ -51,7 +50,7 @@ from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core import records
-from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, StartingError
+from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
 from fedmezo_core.journal.journal import Journal, MemoryStore, Row
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.sealed import SealedState, StoredState
@@ -65,9 +64,6 @@ from fedmezo_core.program import (
     step_log,
     worker_packages,
 )
-from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.wire.reconnecting import Reconnecting
-from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.command")
 
@@ -82,6 +78,7 @@ journal_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(journal_app, name="journal")
+app.add_typer(run_app, name="run")
 app.add_typer(conformance_app, name="conformance")
 add_to(app)
 app.command()(page)
@@ -133,10 +130,11 @@ def status(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    run_id: RunId = "",
     as_json: Annotated[bool, typer.Option("--json", help="print the status as JSON")] = False,
 ) -> None:
     """Show the progress, workers, traffic, digests and evaluations of a run."""
-    answer = asyncio.run(_status(link_to(coordinator, tls_ca, tls, state)))
+    answer = asyncio.run(status_of(link_to(coordinator, tls_ca, tls, state, run_id)))
     if as_json:
         print(json_line(status_values(answer)))
     else:
@@ -151,10 +149,11 @@ def watch(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    run_id: RunId = "",
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
 ) -> None:
     """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
-    asyncio.run(_watch(link_to(coordinator, tls_ca, tls, state), every_s))
+    asyncio.run(watch_run(link_to(coordinator, tls_ca, tls, state, run_id), every_s))
 
 
 @journal_app.command()
@@ -164,13 +163,14 @@ def inspect(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    run_id: RunId = "",
     from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object on each line")
     ] = False,
 ) -> None:
     """Print the journal's records, one on each line."""
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state, run_id)) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
             print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
@@ -189,12 +189,13 @@ def verify(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    run_id: RunId = "",
     signatures: Annotated[
         bool, typer.Option("--signatures", help="check the signature of each worker's answer too")
     ] = False,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state, run_id)) as source:
         audit = SignatureAudit(source.origin()) if signatures else None
         line = _verified_line(source, audit)
         if journal:
@@ -265,6 +266,7 @@ def export(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    run_id: RunId = "",
     round_: Annotated[
         int | None,
         typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
@@ -288,7 +290,7 @@ def export(
     """
     if best and round_ is not None:
         raise ConfigError("--best and --round each choose the round; leave one of them out.")
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state, run_id)) as source:
         plan = plan_of(source, round_, best=best)
     genesis, commits = plan.genesis, plan.commits
     if adapter_only and genesis.config.lora is None:
@@ -307,7 +309,7 @@ def export(
             party.weights,
             plan.snapshot,
             snapshots or (path_beside(journal, ".snapshots") if journal else None),
-            link_to(coordinator, tls_ca, tls, state).client,
+            link_to(coordinator, tls_ca, tls, state, run_id).client,
             genesis.config.run_id,
         )
     if commits:
@@ -431,11 +433,12 @@ def audit(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    run_id: RunId = "",
     threads: Threads = None,
 ) -> None:
     """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
     wanted_rounds = rounds_in(rounds)
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state, run_id)) as source:
         what = audit_of(source, worker, wanted_rounds)
     wanted = what.genesis.config.task.objective
     if wanted and wanted != objective:
@@ -604,41 +607,6 @@ def split(
 # ---------------------------------------------------------------- parts
 
 
-async def _status(link: Link) -> wire.GetStatusResponse:
-    async with link.client() as client:
-        return await client.get_status()
-
-
-async def _watch(link: Link, every_s: float) -> None:
-    console = Console()
-    async with link.client() as client:
-        answer = await _first_status(client)
-        pace = Pace()
-        shown = ""
-        with Live(console=console, auto_refresh=False) as live:
-            while True:
-                left = pace.seconds_left(answer, time.monotonic())
-                if console.is_terminal:
-                    live.update(run_view(answer, seconds_left=left), refresh=True)
-                elif run_line(answer) != shown:
-                    shown = run_line(answer)
-                    print(shown, flush=True)
-                if answer.phase == wire.PHASE_FINISHED and not answer.evaluation_due:
-                    return
-                await asyncio.sleep(every_s)
-                answer = await client.get_status()
-
-
-async def _first_status(client: CoordinatorClient) -> wire.GetStatusResponse:
-    """The status of a run, once its coordinator has started."""
-    reconnecting = Reconnecting(log)
-    while True:
-        try:
-            return await client.get_status()
-        except StartingError as error:
-            await reconnecting.wait_after(error)
-
-
 @contextmanager
 def _opened(journal: str | None, link: Callable[[], Link] | None) -> Iterator[Journal]:
     """Open a journal, or a copy of the one that a coordinator sends; one of the two is given."""
@@ -690,7 +658,7 @@ async def _fetched(link: Link) -> MemoryStore:
     store = MemoryStore()
     async with link.client() as client:
         with long_step(f"fetching the journal of {link.address}", unit="records") as step:
-            async for page in client.journal_pages():
+            async for page in client.journal_pages(link.run_id):
                 if page.origin:
                     store.drop_before(StoredState.received(page.origin))
                 store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])

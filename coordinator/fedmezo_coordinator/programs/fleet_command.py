@@ -20,6 +20,7 @@ from fedmezo_coordinator.programs.connecting import (
     JOINED,
     Coordinator,
     Link,
+    RunId,
     State,
     link_to,
     own_folders,
@@ -188,14 +189,16 @@ def exclude(
     ],
     coordinator: Coordinator = None,
     state: State = None,
+    run_id: RunId = "",
 ) -> None:
     """Take a worker out of the run, at once and on the record, until `fedmezo readmit`."""
-    link = link_to(coordinator, None, False, state)
+    link = link_to(coordinator, None, False, state, run_id)
 
     async def work() -> bool:
         async with link.client() as client:
-            await client.exclude_worker(worker, reason)
-            return any(known.worker == worker for known in (await client.get_status()).workers)
+            await client.exclude_worker(worker, reason, run_id)
+            status = await client.get_status(run_id)
+            return any(known.worker == worker for known in status.workers)
 
     if asyncio.run(work()):
         print(f"{worker} is excluded; `fedmezo readmit {worker}` lets it take part again.")
@@ -206,13 +209,18 @@ def exclude(
         )
 
 
-def readmit(worker: Worker, coordinator: Coordinator = None, state: State = None) -> None:
+def readmit(
+    worker: Worker,
+    coordinator: Coordinator = None,
+    state: State = None,
+    run_id: RunId = "",
+) -> None:
     """Let an excluded worker take part in the run again, once it joins."""
-    link = link_to(coordinator, None, False, state)
+    link = link_to(coordinator, None, False, state, run_id)
 
     async def work() -> None:
         async with link.client() as client:
-            await client.readmit_worker(worker)
+            await client.readmit_worker(worker, run_id)
 
     asyncio.run(work())
     print(f"{worker} may join the run again; start it if it has ended.")

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,24 @@ FAILED_RETRY_S = 30.0
 """Callers of a run that has failed are asked to come back within this time."""
 DECLINES_MAX = 1000
 """Most workers whose word that they do not take part is kept for one run."""
+
+current_run: ContextVar[str] = ContextVar("current_run", default="")
+"""Name of the run that the running task is about; empty if it is about none of several."""
+
+
+def name_runs_in_log() -> None:
+    """Let each line of the log that is about one of several runs begin with its name."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(_named)
+
+
+def _named(record: logging.LogRecord) -> bool:
+    run_id = current_run.get()
+    if run_id and not hasattr(record, "run_id"):  # Each handler sees the same record.
+        record.run_id = run_id
+        record.msg, record.args = f"run {run_id}: {record.getMessage()}", ()
+    return True
+
 
 _PHASES = {
     Phase.WAITING: wire.RUN_PHASE_RUNNING,
@@ -150,7 +169,7 @@ class HostedRun:
 
     async def fail(self, sentence: str) -> None:
         """Note that the run cannot go on; its sessions end with an error that a retry may help."""
-        log.error("run %s has failed, others go on: %s", self.run_id, sentence)
+        log.error("the run has failed, others go on: %s", sentence)
         self.failure = sentence.rstrip(".")
         loop, self.loop = self.loop, None
         if loop is not None:

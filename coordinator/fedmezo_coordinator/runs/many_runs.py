@@ -17,9 +17,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.coordinator_settings import RUNS_MAX, CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.runs.hosted_run import HostedRun
+from fedmezo_coordinator.runs.hosted_run import HostedRun, current_run, name_runs_in_log
 from fedmezo_coordinator.runs.preparing import (
     begun,
     check_compaction,
@@ -48,8 +48,6 @@ from fedmezo_proto.v1 import runs_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
 
-RUNS_MAX = 128
-"""Most runs in one folder."""
 SWEEP_EVERY_S = 3600.0
 """Period in which files that no run uses are looked for."""
 OPERATIONS = "operations.jsonl"
@@ -120,6 +118,7 @@ class ManyRuns(Runs):
 
     async def serve(self) -> None:
         """Load and serve all runs until cancelled; what goes wrong in one ends that one."""
+        name_runs_in_log()
         for run in self._runs.values():
             self._begin(run)
         while True:
@@ -145,6 +144,7 @@ class ManyRuns(Runs):
             await loop.close()
 
     async def _host(self, run: HostedRun) -> None:
+        current_run.set(run.run_id)
         try:
             settings = await asyncio.to_thread(self._settings, run.run_id)
             daemon = await self._loaded(run, settings)
@@ -152,12 +152,12 @@ class ManyRuns(Runs):
             run.loop = daemon
             daemon.on_phase = self.changed
             self.changed()
-            log.info("run %s is served", run.run_id)
+            log.info("served from round %d on", daemon.round)
             await run.serve(self._replica_when_needed(settings, daemon))
         except (FedMezoError, OSError) as error:
             await run.fail(str(error))
         except Exception as error:  # A defect in one run must not end the others.
-            log.exception("run %s has met a defect", run.run_id)
+            log.exception("a defect")
             await run.fail(f"unexpected {type(error).__name__}: {error}")
         self.changed()
 

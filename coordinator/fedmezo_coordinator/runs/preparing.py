@@ -12,6 +12,7 @@ from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, check_
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
 from fedmezo_coordinator.runs.hosted_run import OfferedFile
+from fedmezo_coordinator.runs.run_folder import ADAPTER_FILES
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import journal_shown
@@ -22,9 +23,6 @@ from fedmezo_core.journal.journal import Journal
 from fedmezo_core.program import long_step
 
 log = logging.getLogger("fedmezo.coordinator")
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""Files of an adapter's folder, in peft's layout."""
 
 
 async def begun(settings: CoordinatorSettings, journal: Journal) -> Companions:

@@ -16,7 +16,11 @@ from dataclasses import dataclass
 from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.state_folder import StateFolder, open_state
 from fedmezo_coordinator.admission.tls_files import TlsFiles
-from fedmezo_coordinator.coordinator_settings import ServingSettings
+from fedmezo_coordinator.coordinator_settings import (
+    RUNS_MAX,
+    CoordinatorSettings,
+    ServingSettings,
+)
 from fedmezo_coordinator.limits.caller_limits import CallerLimits
 from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
 from fedmezo_coordinator.serving.run_directory import RunDirectory
@@ -43,6 +47,8 @@ RENEW_EVERY_S = 3600.0
 FILES_RESERVED = 320
 """Open files that are not a session's connection: other connections, the page's, the journal,
 snapshots."""
+FILES_A_RUN = 8
+"""Open files of each run where there are many: those of its journal, and what is read of them."""
 
 COLLECT_AFTER = (20_000, 10, 50)
 """Thresholds of Python's garbage collector, as for `gc.set_threshold`."""
@@ -267,13 +273,20 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
+def _reserved(settings: ServingSettings) -> int:
+    """Open files that are kept for other things than sessions."""
+    has_many = isinstance(settings, CoordinatorSettings) and settings.runs is not None
+    return FILES_RESERVED + (FILES_A_RUN * RUNS_MAX if has_many else 0)
+
+
 def sessions_that_fit(settings: ServingSettings) -> int:
     """The most sessions that this process can keep open: `sessions_max`, or fewer.
 
     Raises the process's limit of open files as far as needed and allowed.
     """
-    most = _files_up_to(settings.sessions_max + FILES_RESERVED)
-    sessions = max(1, most - FILES_RESERVED)
+    reserved = _reserved(settings)
+    most = _files_up_to(settings.sessions_max + reserved)
+    sessions = max(1, most - reserved)
     if sessions < settings.sessions_max and "sessions_max" in settings.model_fields_set:
         log.warning(
             "sessions_max is %d, but this process may open only %d files, enough for %d sessions; "
@@ -291,14 +304,15 @@ def connections_that_fit(settings: ServingSettings) -> int:
     They are those of all sessions and `CONNECTIONS_BESIDE` more. So connections that never open a
     session cannot use up the files that this process may open, whose limit is raised as needed.
     """
-    sessions = max(1, _files_up_to(settings.sessions_max + FILES_RESERVED) - FILES_RESERVED)
+    reserved = _reserved(settings)
+    sessions = max(1, _files_up_to(settings.sessions_max + reserved) - reserved)
     host = settings.listen.rpartition(":")[0].strip("[]")
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
         found = []  # Binding says what is wrong with it.
     addresses = max(1, len({address for *_, address in found}))
-    others = FILES_RESERVED - CONNECTIONS_BESIDE
+    others = reserved - CONNECTIONS_BESIDE
     connections = sessions + CONNECTIONS_BESIDE
     most = _files_up_to(addresses * connections + others)
     return max(1, min(connections, (most - others) // addresses))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -435,7 +436,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
             await asyncio.sleep(0)
 
     async def _on_disk(self, work: Callable[[], Result]) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self._writer, work)
+        in_context = contextvars.copy_context().run  # For the log.
+        return await asyncio.get_running_loop().run_in_executor(self._writer, in_context, work)
 
     def _step(self, item: Item) -> list[ReadyT]:
         match item:

@@ -20,13 +20,11 @@ from prometheus_client.registry import Collector
 from fedmezo_coordinator.serving.loop_lag import APPEND_BOUNDS_S, AppendTimes
 from fedmezo_coordinator.web.run_alarms import counted_by_kind
 from fedmezo_coordinator.web.run_json import PHASES, STATES, states_of
-from fedmezo_coordinator.web.watching import RunInView, RunsInView
+from fedmezo_coordinator.web.runs_in_view import RunInView, RunsInView
 from fedmezo_core.errors import FedMezoError
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
-RUNS_MAX = 200
-"""Most runs that have metrics: the first of the list."""
 REASONS_MAX = 50
 """Most reasons of refused answers that are told apart. There are fewer kinds of errors."""
 
@@ -107,7 +105,7 @@ class Metrics(Collector):
                 "When the server's certificate expires, in seconds since 1970.",
                 ends_s,
             )
-        for view in views[:RUNS_MAX]:
+        for view in views:
             _of_run(families, view)
         return list(families)
 

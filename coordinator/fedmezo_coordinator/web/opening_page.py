@@ -19,7 +19,7 @@ from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, is_loo
 from fedmezo_coordinator.runs.hosted_run import HostedRun
 from fedmezo_coordinator.serving.service import CoordinatorServicer
 from fedmezo_coordinator.web.page_access import PageAccess
-from fedmezo_coordinator.web.watching import RunsInView, served_runs
+from fedmezo_coordinator.web.runs_in_view import RunsInView, served_runs
 from fedmezo_core.errors import ConfigError, IdentityError
 from fedmezo_core.folders import write_private
 from fedmezo_core.trust.authorisation import Caller, Role

@@ -33,7 +33,7 @@ from fedmezo_coordinator.web.run_json import (
     run_line,
     workers_page,
 )
-from fedmezo_coordinator.web.watching import RunInView, RunsInView
+from fedmezo_coordinator.web.runs_in_view import RunInView, RunsInView
 from fedmezo_core.errors import ConfigError, FedMezoError, ForbiddenError, TokenError
 from fedmezo_core.program import current_step
 
@@ -45,8 +45,6 @@ WRITE_S = 20.0
 """Longest time that a watcher may leave a message unread; then its stream ends."""
 LINE_BYTES_MAX = 2048
 """Longest request line and longest header."""
-RUNS_LISTED_MAX = 500
-"""Most runs in the list of runs: the first ones."""
 COOKIE, SECURE_COOKIE = "fedmezo-page", "__Host-fedmezo-page"
 """The session's cookie, without TLS and with it."""
 
@@ -317,7 +315,7 @@ class PageServer:
         looks, parts = self._shared.get(run_id, (-1, {}))
         if looks == self._runs.looks:
             return parts
-        lines = [run_line(one) for one in self._runs.all()[:RUNS_LISTED_MAX]]
+        lines = [run_line(one) for one in self._runs.all()]
         parts = {"runs": _dumped(lines)}
         if view is not None:
             parts["run"], parts["events"] = _dumped(run_head(view)), _dumped(run_events(view))

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmezo_coordinator.web.run_alarms import shortened, straggler_limit_ms
 from fedmezo_coordinator.web.run_series import Curve, Point, RunSeries
-from fedmezo_coordinator.web.watching import RunInView
+from fedmezo_coordinator.web.runs_in_view import RunInView
 from fedmezo_core.errors import ConfigError
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import runs_pb2 as runs

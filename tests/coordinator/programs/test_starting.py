@@ -12,7 +12,7 @@ import pytest
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
 from fedmezo_coordinator.programs import coordinator_command, relay_command
-from fedmezo_coordinator.programs import fedmezo_command as client_command
+from fedmezo_coordinator.programs.run_commands import watching
 from fedmezo_coordinator.runs import preparing
 from fedmezo_core.errors import (
     ConfigError,
@@ -108,7 +108,7 @@ async def test_it_answers_once_it_has_loaded(starting: Starting) -> None:
         with pytest.raises(StartingError):
             await client.get_run()
         starting.base.set_result(GENESIS)
-        status = await asyncio.wait_for(client_command._first_status(client), PATIENCE_S)
+        status = await asyncio.wait_for(watching.first_status(client), PATIENCE_S)
         assert status.config.run_id == GENESIS.config.run_id
 
 
@@ -180,7 +180,7 @@ async def test_watch_waits_with_one_line(
 ) -> None:
     caplog.set_level(logging.INFO, "fedmezo.command")
     async with CoordinatorClient(starting.address) as client:
-        waiting = asyncio.create_task(client_command._first_status(client))
+        waiting = asyncio.create_task(watching.first_status(client))
         await asyncio.sleep(2.5)
         assert not waiting.done()
         starting.base.set_result(GENESIS)

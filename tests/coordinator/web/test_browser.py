@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.operation.made_run import MadeRun
 from fedmezo_coordinator.web.page_server import PageSettings, page_served
-from fedmezo_coordinator.web.watching import RunsInView
+from fedmezo_coordinator.web.runs_in_view import RunsInView
 from fedmezo_core.records import Diverged, Excluded, Paused
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as runs

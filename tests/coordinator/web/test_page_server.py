@@ -16,7 +16,7 @@ from benchmarks.operation.made_run import MadeRun
 from fedmezo_coordinator.web import page_connections, page_server
 from fedmezo_coordinator.web.page_access import PageAccess
 from fedmezo_coordinator.web.page_server import COOKIE, PageServer, PageSettings, page_served
-from fedmezo_coordinator.web.watching import RunsInView
+from fedmezo_coordinator.web.runs_in_view import RunsInView
 from fedmezo_core.errors import ConfigError, RevokedError
 from fedmezo_core.trust.authorisation import Caller, Role
 from tests.integration.support.harness import until

@@ -265,10 +265,11 @@ class RunsInView:
 
     async def _follow(self, view: RunInView) -> None:
         """Follow one run; what is wrong with it is told once, and is no harm to the others."""
-        with contextlib.suppress(asyncio.CancelledError):
+        # A journal that was closed meanwhile, as at the end, is a RuntimeError or a cancelled read.
+        with contextlib.suppress(asyncio.CancelledError, RuntimeError):
             try:
                 await view.follow()
-            except (FedMezoError, OSError, RuntimeError, ValueError) as error:
+            except (FedMezoError, OSError, ValueError) as error:
                 if view.run.run_id not in self._complaints:
                     self._complaints.add(view.run.run_id)
                     log.warning("the curves of run %s stand still: %s", view.run.run_id, error)

@@ -1,0 +1,1 @@
+"""The commands `fedmezo run ...`: creating, watching and ending the runs of a coordinator."""
