@@ -69,7 +69,7 @@ class MadeRun:
     ) -> None:
         """`rounds` of `planned` are committed already; 0 planned: all of them are."""
         self.run_id = run_id
-        self.shows_workers = True
+        self.shows_workers = self.is_served = True
         self.run_phase: int = runs.RUN_PHASE_RUNNING
         self.phase_reason = ""
         self.refused_answers: Counter[str] = Counter()
@@ -101,7 +101,9 @@ class MadeRun:
     async def rows_from(self, seqno: int, rows_max: int) -> Sequence[Row]:
         return self._journal.read(seqno, rows_max)
 
-    def status(self) -> wire.GetStatusResponse:
+    def status(self) -> wire.GetStatusResponse | None:
+        if not self.is_served:
+            return None
         copy = wire.GetStatusResponse()
         copy.CopyFrom(self.told)  # As a daemon makes it anew.
         return copy

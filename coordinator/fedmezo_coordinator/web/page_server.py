@@ -150,7 +150,8 @@ class PageServer:
         """Refuse what is no reading request to this host, and turn errors into sentences."""
         if request.method not in ("GET", "HEAD"):
             return _refusal(405, "This page can only be read.", {"Allow": "GET, HEAD"})
-        if not self._is_own_host(request.host):
+        has_token = request.path == "/metrics" and self._settings.metrics_token
+        if not (has_token or self._is_own_host(request.host)):
             return _refusal(421, "Open this page by the machine's address or its own name.")
         try:
             return await handler(request)
@@ -288,7 +289,7 @@ class PageServer:
             try:
                 self._check(request)
             except ForbiddenError:
-                await response.write(_event("over", b"{}"))
+                await _write(response, _event("over", b"{}"))
                 return
             if self._runs is not None and not watcher.run_id:
                 watcher.run_id = self._runs.first_id()
@@ -296,8 +297,7 @@ class PageServer:
             if self._runs is not None and (view := self._runs.find(watcher.run_id)):
                 news += watcher.curves(view)
             if news or clock() - wrote_s > PING_EVERY_S:
-                async with asyncio.timeout(WRITE_S):
-                    await response.write(news or b": still here\n\n")
+                await _write(response, news or b": still here\n\n")
                 wrote_s = clock()
             if self._runs is None:
                 await asyncio.sleep(1.0)
@@ -353,6 +353,12 @@ class _Watcher:
             self._view, self._curves = view, CurvesSent()
         found = self._curves.news(view.series)
         return _event("curves", _dumped(found)) if found else b""
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    """Send `data`; raises `TimeoutError` if nobody reads it."""
+    async with asyncio.timeout(WRITE_S):
+        await response.write(data)
 
 
 def _event(name: str, data: bytes) -> bytes:

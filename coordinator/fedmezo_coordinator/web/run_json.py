@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmezo_coordinator.web.run_alarms import shortened, straggler_limit_ms
 from fedmezo_coordinator.web.run_series import Curve, Point, RunSeries
-from fedmezo_coordinator.web.runs_in_view import RunInView
+from fedmezo_coordinator.web.runs_in_view import LIST_EVERY_S, RunInView
 from fedmezo_core.errors import ConfigError
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import runs_pb2 as runs
@@ -18,7 +18,7 @@ from fedmezo_proto.v1 import runs_pb2 as runs
 WORKERS_IN_A_PAGE = 50
 """Workers that are sent at a time."""
 DIGITS = 6
-"""Significant digits of a point of a curve."""
+"""Significant digits of what is measured."""
 
 PHASES: dict[int, str] = {
     runs.RUN_PHASE_CREATING: "creating",
@@ -37,16 +37,19 @@ CURVES: dict[str, Callable[[RunSeries], Curve]] = {
     "answers": lambda series: series.answers,
 }
 """Name of a curve on the page -> the curve."""
-_SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "worker": lambda row: row["worker"],
-    "state": lambda row: STATES.index(row["state"]),
-    **{
-        key: (lambda row, key=key: -math.inf if row[key] is None else row[key])  # type: ignore[misc]
-        for key in (
-            "rounds", "loss", "rate", "answer_s", "up", "down", "size", "agreement",
-        )
-    },
-}  # fmt: skip
+_SORT_KEYS: dict[str, Callable[[wire.WorkerStatus, str], Any]] = {
+    "worker": lambda one, _: one.worker,
+    "state": lambda _, state: STATES.index(state),
+    "rounds": lambda one, _: one.rounds_answered,
+    "loss": lambda one, _: one.mean_loss if one.HasField("mean_loss") else -math.inf,
+    "rate": lambda one, _: one.learning_rate,
+    "answer_s": lambda one, _: one.answered_after_ms,
+    "size": lambda one, _: one.relative_size,
+    "agreement": lambda one, _: one.agreement if one.HasField("agreement") else -math.inf,
+    "up": lambda one, _: one.bytes_up,
+    "down": lambda one, _: one.bytes_down,
+}
+"""Column -> what a worker, with its state, is sorted by."""
 
 
 def state_of(worker: wire.WorkerStatus, *, is_over: bool, slow_ms: float) -> str:
@@ -74,21 +77,22 @@ def weights_bytes(status: wire.GetStatusResponse) -> int:
 def run_line(view: RunInView) -> dict[str, Any]:
     """A run in the list of runs."""
     run, series = view.run, view.series
-    status = view.status()
+    status = view.status(LIST_EVERY_S)
     return {
         "run_id": run.run_id,
         "phase": PHASES.get(run.run_phase, "unknown"),
         "reason": run.phase_reason,
-        "round": series.round if status is None else status.round,
-        "rounds": 0 if status is None else status.config.rounds,
+        "round": series.round,
+        "rounds": view.rounds_planned,
         "connected": 0 if status is None else sum(one.connected for one in status.workers),
-        "urgent": sum(alarm.is_urgent for alarm in view.alarms()),
+        "urgent": sum(alarm.is_urgent for alarm in view.alarms(LIST_EVERY_S)),
     }
 
 
 def run_head(view: RunInView) -> dict[str, Any]:
     """All of a run but its curves and the single workers."""
     status, series = view.status(), view.series
+    pace = view.rounds_per_minute
     alarms = [
         {"kind": str(alarm.kind), "urgent": alarm.is_urgent, "text": alarm.sentence}
         for alarm in shortened(view.alarms())
@@ -97,7 +101,7 @@ def run_head(view: RunInView) -> dict[str, Any]:
         **run_line(view),
         "alarms": alarms,
         "caught_up": view.is_caught_up,
-        "rounds_per_minute": view.rounds_per_minute,
+        "rounds_per_minute": pace and _short(pace),
         "answers_total": series.answers_total,
         "pairs_total": series.pairs_total,
     }
@@ -108,10 +112,10 @@ def run_head(view: RunInView) -> dict[str, Any]:
     losses = [one.mean_loss for one in status.recent_rounds if one.HasField("mean_loss")]
     return {
         **head,
+        "round": status.round,
         "model": status.config.model,
         "epoch": status.epoch,
         "records": status.records,
-        "uptime_s": status.uptime_ms // 1000,
         "states": Counter(states_of(view.run.run_phase, status)),
         "workers": len(status.workers),
         "bytes_up": sum(one.bytes_up for one in status.workers),
@@ -166,22 +170,23 @@ def workers_page(view: RunInView, query: WorkersQuery) -> dict[str, Any]:
     status = view.status()
     workers = [] if status is None else list(status.workers)
     states = [] if status is None else states_of(view.run.run_phase, status)
-    rows = [
-        _worker(one, state)
+    found = [
+        (one, state)
         for one, state in zip(workers, states, strict=True)
         if (not query.state or state == query.state) and query.name in one.worker
     ]
     if (query.sort, query.descending) != ("worker", False):  # They come sorted by name.
-        rows.sort(key=_SORT_KEYS[query.sort], reverse=query.descending)
-    pages = max(1, math.ceil(len(rows) / WORKERS_IN_A_PAGE))
+        key = _SORT_KEYS[query.sort]
+        found.sort(key=lambda pair: key(*pair), reverse=query.descending)
+    pages = max(1, math.ceil(len(found) / WORKERS_IN_A_PAGE))
     page = min(query.page, pages - 1)
     begin = page * WORKERS_IN_A_PAGE
     return {
         "total": len(workers),
-        "found": len(rows),
+        "found": len(found),
         "page": page,
         "pages": pages,
-        "rows": rows[begin : begin + WORKERS_IN_A_PAGE],
+        "rows": [_worker(*pair) for pair in found[begin : begin + WORKERS_IN_A_PAGE]],
     }
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
+
+from google.protobuf.message import DecodeError
 
 from fedmezo_coordinator.runs.hosted_run import HostedRun
 from fedmezo_coordinator.serving.loop_lag import AppendTimes
@@ -28,6 +31,10 @@ log = logging.getLogger("fedmezo.coordinator")
 
 LOOK_EVERY_S = 1.0
 """Time between two looks at a run: how old what a person sees can be."""
+LIST_EVERY_S = 10.0
+"""How old the status of a run can be that only stands in the list of runs."""
+STATUS_SHARE = 0.01
+"""Most of the time that is spent on one run's statuses: one that takes long is made less often."""
 ROWS_AT_ONCE = 512
 """Records that are read and folded at once."""
 CATCH_UP_PAUSE_S = 0.01
@@ -149,10 +156,15 @@ class RunInView:
         self.series = RunSeries()
         self.answers_live = 0
         """Answers accepted since this was made."""
+        self.rounds_planned = 0
+        """Rounds of the contract; 0 as long as no status was seen."""
+        self.complained = False
+        """Whether the log says that its curves stand still."""
         self._begin_live: int | None = None
         self._next_seqno = 0
         self._status: wire.GetStatusResponse | None = None
-        self._status_at_s = -LOOK_EVERY_S
+        self._status_at_s = -math.inf
+        self._status_took_s = 0.0
         self._paces: deque[tuple[float, int]] = deque()
 
     @property
@@ -160,16 +172,20 @@ class RunInView:
         """Whether the curves hold the records from before this start."""
         return self._begin_live is not None and self._next_seqno >= self._begin_live
 
-    def status(self) -> wire.GetStatusResponse | None:
-        """The run's status, at most `LOOK_EVERY_S` old; None if it has none."""
+    def status(self, age_max_s: float = LOOK_EVERY_S) -> wire.GetStatusResponse | None:
+        """The run's status, at most so old if it is not large; None if it has none."""
         now_s = time.monotonic()
-        if now_s - self._status_at_s >= LOOK_EVERY_S:
+        if now_s >= self._status_at_s + max(age_max_s, self._status_took_s / STATUS_SHARE):
             self._status, self._status_at_s = self.run.status(), now_s
+            self._status_took_s = time.monotonic() - now_s
+            if self._status is not None:
+                self.rounds_planned = self._status.config.rounds
         return self._status
 
-    def alarms(self) -> list[Alarm]:
-        """What a person should look at."""
-        return alarms_of(self.run.run_phase, self.run.phase_reason, self.status(), self.series)
+    def alarms(self, age_max_s: float = LOOK_EVERY_S) -> list[Alarm]:
+        """What a person should look at, by a status at most so old."""
+        run, status = self.run, self.status(age_max_s)
+        return alarms_of(run.run_phase, run.phase_reason, status, self.series)
 
     @property
     def rounds_per_minute(self) -> float | None:
@@ -212,7 +228,6 @@ class RunsInView:
         """`runs` gives the runs that there are now, in the order in which they are shown."""
         self._runs = runs
         self._views: dict[str, RunInView] = {}
-        self._complaints: set[str] = set()
         self._looked = asyncio.Event()
         self.looks = 0
         """Count of looks: what is made of the runs stays true until it changes."""
@@ -251,7 +266,8 @@ class RunsInView:
                     if task is None or task.done():
                         following[run_id] = asyncio.create_task(self._follow(view))
                 # A run with a long journal does not hold up the others.
-                await asyncio.wait(following.values(), timeout=LOOK_EVERY_S) if following else None
+                if following:
+                    await asyncio.wait(following.values(), timeout=LOOK_EVERY_S)
                 for run_id in [name for name, task in following.items() if task.done()]:
                     del following[run_id]
                 self.looks += 1
@@ -269,7 +285,7 @@ class RunsInView:
         with contextlib.suppress(asyncio.CancelledError, RuntimeError):
             try:
                 await view.follow()
-            except (FedMezoError, OSError, ValueError) as error:
-                if view.run.run_id not in self._complaints:
-                    self._complaints.add(view.run.run_id)
+            except (FedMezoError, OSError, ValueError, DecodeError) as error:
+                if not view.complained:
+                    view.complained = True
                     log.warning("the curves of run %s stand still: %s", view.run.run_id, error)

@@ -34,8 +34,12 @@ skip_without_browser()
 
 pytestmark = pytest.mark.slow
 
-PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True, "has_touch": True}
-DESKTOP = {"viewport": {"width": 1440, "height": 900}}
+PHONE: dict[str, Any] = {
+    "viewport": {"width": 390, "height": 844},
+    "is_mobile": True,
+    "has_touch": True,
+}
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1440, "height": 900}}
 LIVE: dict[str, Any] = {
     "rounds": 20_000, "local_steps": 1, "workers_min": 3, "quorum": 3, "report_losses": True,
     "digest_every_rounds": 10,
@@ -168,7 +172,16 @@ async def _walk_with_keys(tab: Page) -> None:
 async def test_it_can_be_read_at_every_size(looks: dict[str, Any], scheme: str) -> None:
     other = MadeRun("topics", 50, 4)
     other.run_phase = runs.RUN_PHASE_FINISHED
-    scenes = {"empty": [MadeRun("new", 0, 0, planned=9)], "none": [], "trouble": [in_trouble()]}
+    lost = MadeRun("lost", 12, 3)
+    lost.run_phase, lost.phase_reason, lost.is_served = (
+        runs.RUN_PHASE_FAILED, "no space left on the device", False
+    )  # fmt: skip
+    scenes = {
+        "empty": [MadeRun("new", 0, 0, planned=9)],
+        "none": [],
+        "lost": [lost],
+        "trouble": [in_trouble()],
+    }
     async with headless() as browser:
         for name, watched in scenes.items():
             async with (

@@ -95,12 +95,10 @@ async def test_no_label_grows_with_the_workers() -> None:
     assert not any("device" in text for _, labels in many for _, text in labels)
 
 
-async def test_a_run_without_a_journal_is_counted_and_told_as_failed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_run_without_a_journal_is_counted_and_told_as_failed() -> None:
     run = MadeRun("lost", 0, 0)
     run.run_phase = runs.RUN_PHASE_FAILED
-    monkeypatch.setattr(run, "status", lambda: None)
+    run.is_served = False
     found = await scraped(run)
     assert value(found, "fedmezo_alarms", run="lost", kind=AlarmKind.FAILED) == 1
     assert ("fedmezo_round", frozenset({("run", "lost")})) not in found

@@ -235,6 +235,10 @@ async def test_who_is_revoked_loses_the_stream_at_once() -> None:
 
 async def test_metrics_want_the_token() -> None:
     async with site(MadeRun(), metrics_token="right") as at:
+        # Whoever has the token may come by any name, such as a container's.
+        named = {"Host": "coordinator:7480", "Authorization": "Bearer right"}
+        assert (await at.get("/metrics", headers=named))[0] == 200
+        assert (await at.get("/", headers=named))[0] == 421
         for shown in ("", "Bearer", "Bearer wrong", "Basic right", "right", "Bearer right2"):
             status, text, _ = await at.get("/metrics", headers={"Authorization": shown})
             assert status == 401

@@ -183,8 +183,9 @@ function showRun(head) {
   write("phase", head.phase);
   get("phase").className = `badge ${head.phase}`;
   write("about", [head.model, head.epoch > 1 ? `start ${head.epoch} of the coordinator` : "",
+    head.phase === "creating" ? head.reason : "",
     head.waiting_for ? `waiting for workers: ${count(head.connected)} of ${count(head.waiting_for)} are there` : "",
-    head.caught_up ? "" : "reading the journal"].filter(Boolean).join(" - "));
+    head.caught_up || !head.model ? "" : "reading the journal"].filter(Boolean).join(" - "));
   get("progress").max = head.rounds || 1;
   get("progress").value = head.round;
   const pace = head.rounds_per_minute;
