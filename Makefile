@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-deploy test-edge test-postgres test-typescript test-mixed postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-operation bench-use experiments wheel-test docs clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-deploy test-edge test-page test-postgres test-typescript test-mixed chromium postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-operation bench-use experiments wheel-test docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -70,7 +70,7 @@ $(LOWEST_VENV)/.installed: pyproject.toml requirements-lowest.lock
 	$(LOWEST)/python -m pip install -q $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) \
 	  "$$(grep '^torch==' requirements-lowest.lock)"
 	$(LOWEST)/python -m pip install -q --build-constraint requirements.lock \
-	  -r requirements-lowest.lock -e '.[worker,postgres,privacy]'
+	  -r requirements-lowest.lock -e '.[worker,page,postgres,privacy]'
 	touch $@
 
 test-gpu: setup  ## run the tests that need a CUDA device
@@ -105,6 +105,17 @@ postgres-server:
 	  test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -q && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qy postgresql; } || { \
 	  echo "PostgreSQL's server is missing; install it (Debian: apt-get install postgresql) and try again" >&2; exit 1; }
+
+test-page: setup chromium  ## the page in a headless Chromium; as root, install it first
+	$(BIN)/python -m pip install -q -c requirements.lock --group page
+	FEDMEZO_TEST_BROWSER=required $(BIN)/python -m pytest -q tests/coordinator/web/test_browser.py
+
+chromium:
+	@command -v chromium > /dev/null || command -v chromium-browser > /dev/null || \
+	  command -v google-chrome > /dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -q && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends chromium; } || { \
+	  echo "Chromium is missing; install it (Debian: apt-get install chromium) and try again" >&2; exit 1; }
 
 test-typescript: setup  ## test the worker in TypeScript (takes Node 20 and npm's registry, and fedmezo[onnx])
 	cd integrations/typescript && npm ci --no-audit --no-fund

@@ -53,6 +53,17 @@ CALLER_CONNECTIONS_MAX = 4096
 
 RUNS_MAX = 128
 """Most runs in the folder of a coordinator of many."""
+PAGE_PORT = 7480
+"""Port of the page if its address names none; no port of Flower, NVFlare, Prometheus, Grafana."""
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can connect to host:port."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class ServingSettings(ProgramSettings):
@@ -159,11 +170,7 @@ class ServingSettings(ProgramSettings):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
-        host = self.listen.rpartition(":")[0].strip("[]")
-        try:
-            return ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            return host == "localhost"
+        return is_loopback(self.listen)
 
 
 class InitSettings(BaseSettings):
@@ -281,6 +288,11 @@ class CoordinatorSettings(ServingSettings):
         allow_inf_nan=False,
         description="with resume: factor on the learning rates",
     )
+    page: OptionalListenAddress = Field(
+        default="",
+        description=f"host:port of a web page and of metrics for Prometheus, {PAGE_PORT} if only "
+        "the host is given; none: neither",
+    )
     signing_key: UserPath | None = Field(
         default=None,
         description="PEM file with the Ed25519 key that signs checkpoints, created if missing; "
@@ -310,6 +322,12 @@ class CoordinatorSettings(ServingSettings):
                     if key in kind.model_fields or is_preset:
                         raise ValueError(f"{key} belongs {home}, not {place}; move it there")
         return values
+
+    @field_validator("page", mode="before")
+    @classmethod
+    def _with_page_port(cls, page: Any) -> Any:
+        is_host = isinstance(page, str) and page and (page[-1] == "]" or ":" not in page)
+        return f"{page}:{PAGE_PORT}" if is_host else page
 
     @model_validator(mode="after")
     def _one_run_or_many(self) -> Self:
@@ -370,7 +388,7 @@ class CoordinatorSettings(ServingSettings):
 
 _OF_ONE_RUN_ALONE = {
     "runs", "replicas_max", "journal", "standby", "resume", "resume_rate_factor", "signing_key",
-    "snapshots",
+    "snapshots", "page",
 }  # fmt: skip
 OF_A_RUN = (
     CoordinatorSettings.model_fields.keys()

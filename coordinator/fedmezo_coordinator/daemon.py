@@ -10,6 +10,7 @@ import contextlib
 import hmac
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,7 +385,9 @@ class Daemon(ServingLoop[Ready]):
             self._warn(ready.warnings)
 
     async def _append(self, records: Sequence[Record]) -> list[Entry]:
+        begun_s = time.monotonic()
         entries = await self._on_disk(lambda: self._journal.append(encode_records(records)))
+        self.append_times.add(time.monotonic() - begun_s)
         for entry, record in zip(entries, records, strict=True):
             if type(record) is not Answered:  # nearly all are
                 self._fold(entry)

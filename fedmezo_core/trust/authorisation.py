@@ -95,6 +95,7 @@ RIGHTS: Mapping[str, frozenset[Role]] = MappingProxyType(
         "/grpc.health.v1.Health/Watch": _READERS,
         # Only where it is asked for.
         "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": _READERS,
+        "/fedmezo.v1.RunService/OpenPage": _OBSERVERS | {Role.ANYONE},
     }
 )
 """Path of an RPC -> the roles that may call it. An RPC without a row cannot be called."""

@@ -486,6 +486,11 @@ class CoordinatorClient:
         with self._errors_mapped():
             await self._runs.DeclineRun(request, timeout=CALL_TIMEOUT_S)
 
+    async def open_page(self) -> runs.OpenPageResponse:
+        """The parts of a link to the coordinator's page, as an observer or operator."""
+        with self._errors_mapped():
+            return await self._runs.OpenPage(runs.OpenPageRequest(), timeout=CALL_TIMEOUT_S)
+
     async def read_run_file(
         self, run_id: str, name: str, offset: int = 0
     ) -> AsyncGenerator[bytes, None]:

@@ -21,6 +21,7 @@ from fedmezo_coordinator.serving.hosting import fronted, host, sessions_that_fit
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.location import is_url, journal_shown
 from fedmezo_coordinator.stores.opening import open_store
+from fedmezo_coordinator.web.opening_page import paged
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.program import first_of, run_daemon, run_program, stop_signal
@@ -87,6 +88,7 @@ async def run(settings: CoordinatorSettings) -> None:
             return
         try:
             front = await stack.enter_async_context(fronting) if early is None else early
+            page = await stack.enter_async_context(paged(settings, front.servicer, front.fleet))
             starting = asyncio.create_task(_prepare(settings, journal))
             if not await first_of(starting, stop):
                 return
@@ -104,6 +106,8 @@ async def run(settings: CoordinatorSettings) -> None:
             alongside=keep_replica(settings, daemon, private),
         )
         what = f"run {daemon.genesis.config.run_id} is"
+        if page is not None:
+            page.show(runs.hosted)
         await host(settings, front, runs, stop, what, at_stop=give_up.set)
 
 
@@ -114,10 +118,13 @@ async def _serve_many(settings: CoordinatorSettings, folder: Path) -> None:
         sockets = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmezo-"))
         private = f"unix:{Path(sockets) / 'replica.sock'}"
         front = await stack.enter_async_context(fronted(settings, "coordinator", private))
+        page = await stack.enter_async_context(paged(settings, front.servicer, front.fleet))
         session_limit = SessionLimit(sessions_that_fit(settings), settings.joins_at_a_time)
         runs = stack.enter_context(opened_runs(settings, folder, session_limit, private))
         count = len(runs.hosted())
         what = f"{folder}, with {count} run{'' if count == 1 else 's'}, is"
+        if page is not None:
+            page.show(runs.hosted)
         await host(settings, front, runs, stop, what)
 
 

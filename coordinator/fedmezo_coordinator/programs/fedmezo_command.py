@@ -47,6 +47,7 @@ from fedmezo_coordinator.programs.view import (
     counted,
     run_view,
 )
+from fedmezo_coordinator.programs.watching_commands.page_command import page
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
@@ -83,6 +84,7 @@ app.add_typer(conformance_app, name="conformance")
 add_to(app)
 app.command()(presets)
 add_health_to(app)
+app.command()(page)
 
 
 JournalArgument = Annotated[

@@ -52,8 +52,9 @@ LOOK_AT_CERTIFICATES_EVERY_S = 5.0
 """Period in which a server looks whether its certificate's file has changed."""
 RENEW_EVERY_S = 3600.0
 """Period in which a coordinator looks whether its own certificate is near its end."""
-FILES_RESERVED = 256
-"""Open files that are not a session's connection: other connections, the journal, snapshots."""
+FILES_RESERVED = 320
+"""Open files that are not a session's connection: other connections, the page's, the journal,
+snapshots."""
 FILES_A_RUN = 8
 """Open files of each run where there are many: those of its journal, and what is read of them."""
 
@@ -70,6 +71,8 @@ class Front:
     server: Server
     servicer: CoordinatorServicer
     port: int
+    fleet: Fleet | None
+    """The members; None: everybody may call."""
 
 
 @contextlib.asynccontextmanager
@@ -113,7 +116,7 @@ async def fronted(
         on_reload(look_at_certificates)
         if settings.health_listen:
             await _start_health(settings.health_listen, servicer, stack)
-        yield Front(server, servicer, port)
+        yield Front(server, servicer, port, fleet)
 
 
 def check_listen(settings: ServingSettings) -> None:

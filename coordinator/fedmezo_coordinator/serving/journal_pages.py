@@ -186,6 +186,16 @@ class JournalPages:
             self._messages[row.seqno] = commit_to_pb(row).SerializeToString()
         return self._messages[row.seqno]
 
+    async def rows_from(self, seqno: int, rows_max: int) -> Sequence[Row]:
+        """At most `rows_max` of the records that readers may see, from `seqno` on.
+
+        Dropped ones are passed over. The rows have at most `PAGE_BYTES_MAX`, unless it is one.
+        """
+        seqnos = range(max(seqno, self.journal.begins), min(seqno + rows_max, self.length))
+        if not seqnos:
+            return ()
+        return await self._on_disk(lambda: self.journal.read_beside(seqnos, PAGE_BYTES_MAX))
+
     async def read(
         self,
         request: wire.ReadJournalRequest,

@@ -12,6 +12,7 @@ import contextvars
 import logging
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from fedmezo_coordinator.coordinator_settings import SESSIONS_LIMIT
 from fedmezo_coordinator.limits.said_seldom import SaidSeldom
 from fedmezo_coordinator.serving.journal_pages import JournalPages
-from fedmezo_coordinator.serving.loop_lag import LoopLag
+from fedmezo_coordinator.serving.loop_lag import AppendTimes, LoopLag
 from fedmezo_coordinator.serving.name_contests import (
     CONTEST_REPLACEMENTS,
     NameContests,
@@ -188,7 +189,10 @@ class ServingLoop(ABC, Generic[ReadyT]):
             self._remember_commit,
         ]
         """What follows the journal, in this order, live and at a restart alike."""
-        self._refused_answers = SaidSeldom(log)
+        self._refusals = SaidSeldom(log)
+        self.refused_answers: Counter[str] = Counter()
+        """Answers refused since this start, by the class name of the error."""
+        self.append_times = AppendTimes()
         self._refused_workers = SaidSeldom(log)
         self._unable = SaidSeldom(log)
         self._noted = 0
@@ -677,8 +681,9 @@ class ServingLoop(ABC, Generic[ReadyT]):
             case Expel(_, sentence, reason):
                 session.end(BY_REASON[reason](sentence))
                 return
-            case Refuse(worker, _, _, sentence):
-                self._refused_answers.warn("refused an answer of worker %s: %s", worker, sentence)
+            case Refuse(worker, _, reason, sentence):
+                self.refused_answers[reason] += 1
+                self._refusals.warn("refused an answer of worker %s: %s", worker, sentence)
             case Assign():
                 session.assign = message
                 session.traffic.assigned_at_s = time.monotonic()
@@ -776,6 +781,15 @@ class ServingLoop(ABC, Generic[ReadyT]):
         check_run_id(request.run_id, self.genesis.config.run_id)
         sees = sees_everyone(caller, self.genesis.config)
         return await self._pages.read(request, self._is_finished, enter, sees_everyone=sees)
+
+    @property
+    def records_shown(self) -> int:
+        """Count of durable records, which readers may see."""
+        return self._pages.length
+
+    async def rows_from(self, seqno: int, rows_max: int) -> Sequence[Row]:
+        """Some of these records from `seqno` on, as `JournalPages.rows_from` reads them."""
+        return await self._pages.rows_from(seqno, rows_max)
 
     def _is_finished(self) -> bool:
         return self._durable_phase is Phase.FINISHED

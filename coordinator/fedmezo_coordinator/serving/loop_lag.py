@@ -1,9 +1,10 @@
-"""How late the event loop runs its timers, for the status and for benchmarks."""
+"""How late the event loop runs its timers, and how long appends take: what operators watch."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections import deque
 
 SAMPLE_EVERY_S = 0.05
@@ -46,3 +47,22 @@ class LoopLag:
                 due_s = time.monotonic() + SAMPLE_EVERY_S
                 await asyncio.sleep(SAMPLE_EVERY_S)
                 self.add(time.monotonic() - due_s)
+
+
+APPEND_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+"""Upper bounds of the classes that `AppendTimes` counts."""
+
+
+class AppendTimes:
+    """How long appends to the journal took, counted in classes; in seconds."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(APPEND_BOUNDS_S) + 1)
+        """Appends by class: up to each bound, above the bound before; the last one has no bound."""
+        self.total_s = 0.0
+        """Time of all appends together."""
+
+    def add(self, took_s: float) -> None:
+        """Count an append."""
+        self.counts[bisect_left(APPEND_BOUNDS_S, took_s)] += 1
+        self.total_s += took_s

@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import grpc
 from google.protobuf.descriptor import FileDescriptor
@@ -204,6 +204,21 @@ def _mapped(handler: Handler) -> Handler:
     return wrapper  # type: ignore[return-value]
 
 
+class PageLinks(Protocol):
+    """The page, as far as callers ask for it."""
+
+    @property
+    def address(self) -> str:
+        """host:port that it listens on."""
+
+    @property
+    def is_tls(self) -> bool:
+        """Whether it is served with TLS."""
+
+    def path_for(self, caller: Caller) -> str:
+        """The path that lets `caller`, who has the right to it, look."""
+
+
 class CoordinatorServicer(rpc.CoordinatorServiceServicer):
     """`fedmezo.v1.CoordinatorService`, answered by the runs' serving loops once they are there."""
 
@@ -232,6 +247,8 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         self._places = PagePlaces()
         self._pacing = WritePacing(WRITES_A_TURN)
         self._garbage = SaidSeldom(log)
+        self.page: PageLinks | None = None
+        """The page that is served beside, if there is one."""
 
     def begin(self, runs: RunDirectory) -> None:
         """Let `runs` answer calls from now on."""
@@ -391,11 +408,20 @@ class CoordinatorServicer(rpc.CoordinatorServiceServicer):
         """Answer a call of `RunService`."""
         try:
             self.check_readable(request)
-            self.check_started()
             call = Call(self.caller_of(context), context.peer())
+            if method == "OpenPage":
+                return self._link_to_page(call)
+            self.check_started()
             return await self._runs.answer(method, request, call)
         except FedMezoError as error:
             await abort(context, error)
+
+    def _link_to_page(self, call: Call) -> runs.OpenPageResponse:
+        check_operator(call.caller, call.peer)
+        if self.page is None:
+            raise ConfigError("No page is served here; start the coordinator with --page 127.0.0.1")
+        path = self.page.path_for(call.caller)
+        return runs.OpenPageResponse(listen=self.page.address, tls=self.page.is_tls, path=path)
 
     async def ReadRunFile(  # noqa: N802
         self, request: Any, context: Context

@@ -612,3 +612,41 @@ class ReadRunFileResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["data", b"data"]) -> None: ...
 
 Global___ReadRunFileResponse: typing_extensions.TypeAlias = ReadRunFileResponse
+
+@typing.final
+class OpenPageRequest(google.protobuf.message.Message):
+    """Asks for a link to the page."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___OpenPageRequest: typing_extensions.TypeAlias = OpenPageRequest
+
+@typing.final
+class OpenPageResponse(google.protobuf.message.Message):
+    """The parts of the link."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LISTEN_FIELD_NUMBER: builtins.int
+    TLS_FIELD_NUMBER: builtins.int
+    PATH_FIELD_NUMBER: builtins.int
+    listen: builtins.str
+    """host:port that the page listens on. A host that stands for all addresses is the coordinator's."""
+    tls: builtins.bool
+    """Whether it is served with TLS."""
+    path: builtins.str
+    """Path to open. In a fleet it holds a secret, which can be used once and within five minutes."""
+    def __init__(
+        self,
+        *,
+        listen: builtins.str = ...,
+        tls: builtins.bool = ...,
+        path: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["listen", b"listen", "path", b"path", "tls", b"tls"]) -> None: ...
+
+Global___OpenPageResponse: typing_extensions.TypeAlias = OpenPageResponse

@@ -85,6 +85,11 @@ class RunServiceStub(object):
                 request_serializer=fedmezo__proto_dot_v1_dot_runs__pb2.ReadRunFileRequest.SerializeToString,
                 response_deserializer=fedmezo__proto_dot_v1_dot_runs__pb2.ReadRunFileResponse.FromString,
                 _registered_method=True)
+        self.OpenPage = channel.unary_unary(
+                '/fedmezo.v1.RunService/OpenPage',
+                request_serializer=fedmezo__proto_dot_v1_dot_runs__pb2.OpenPageRequest.SerializeToString,
+                response_deserializer=fedmezo__proto_dot_v1_dot_runs__pb2.OpenPageResponse.FromString,
+                _registered_method=True)
 
 
 class RunServiceServicer(object):
@@ -162,6 +167,13 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OpenPage(self, request, context):
+        """Makes a link to the page on which a browser watches the runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -214,6 +226,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.ReadRunFile,
                     request_deserializer=fedmezo__proto_dot_v1_dot_runs__pb2.ReadRunFileRequest.FromString,
                     response_serializer=fedmezo__proto_dot_v1_dot_runs__pb2.ReadRunFileResponse.SerializeToString,
+            ),
+            'OpenPage': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenPage,
+                    request_deserializer=fedmezo__proto_dot_v1_dot_runs__pb2.OpenPageRequest.FromString,
+                    response_serializer=fedmezo__proto_dot_v1_dot_runs__pb2.OpenPageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -487,6 +504,33 @@ class RunService(object):
             '/fedmezo.v1.RunService/ReadRunFile',
             fedmezo__proto_dot_v1_dot_runs__pb2.ReadRunFileRequest.SerializeToString,
             fedmezo__proto_dot_v1_dot_runs__pb2.ReadRunFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OpenPage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedmezo.v1.RunService/OpenPage',
+            fedmezo__proto_dot_v1_dot_runs__pb2.OpenPageRequest.SerializeToString,
+            fedmezo__proto_dot_v1_dot_runs__pb2.OpenPageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -195,7 +195,23 @@ _RunServiceReadRunFileType = typing_extensions.TypeVar(
     ],
 )
 
-class RunServiceStub(typing.Generic[_RunServiceUploadFileType, _RunServiceCreateRunType, _RunServiceListRunsType, _RunServicePauseRunType, _RunServiceResumeRunType, _RunServiceStopRunType, _RunServiceDeleteRunType, _RunServiceOfferRunsType, _RunServiceDeclineRunType, _RunServiceReadRunFileType]):
+_RunServiceOpenPageType = typing_extensions.TypeVar(
+    '_RunServiceOpenPageType',
+    grpc.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.runs_pb2.OpenPageRequest,
+        fedmezo_proto.v1.runs_pb2.OpenPageResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.runs_pb2.OpenPageRequest,
+        fedmezo_proto.v1.runs_pb2.OpenPageResponse,
+    ],
+    default=grpc.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.runs_pb2.OpenPageRequest,
+        fedmezo_proto.v1.runs_pb2.OpenPageResponse,
+    ],
+)
+
+class RunServiceStub(typing.Generic[_RunServiceUploadFileType, _RunServiceCreateRunType, _RunServiceListRunsType, _RunServicePauseRunType, _RunServiceResumeRunType, _RunServiceStopRunType, _RunServiceDeleteRunType, _RunServiceOfferRunsType, _RunServiceDeclineRunType, _RunServiceReadRunFileType, _RunServiceOpenPageType]):
     """Creates runs, ends them, and offers them to workers."""
 
     @typing.overload
@@ -239,6 +255,10 @@ class RunServiceStub(typing.Generic[_RunServiceUploadFileType, _RunServiceCreate
         grpc.UnaryStreamMultiCallable[
             fedmezo_proto.v1.runs_pb2.ReadRunFileRequest,
             fedmezo_proto.v1.runs_pb2.ReadRunFileResponse,
+        ],
+        grpc.UnaryUnaryMultiCallable[
+            fedmezo_proto.v1.runs_pb2.OpenPageRequest,
+            fedmezo_proto.v1.runs_pb2.OpenPageResponse,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -284,6 +304,10 @@ class RunServiceStub(typing.Generic[_RunServiceUploadFileType, _RunServiceCreate
             fedmezo_proto.v1.runs_pb2.ReadRunFileRequest,
             fedmezo_proto.v1.runs_pb2.ReadRunFileResponse,
         ],
+        grpc.aio.UnaryUnaryMultiCallable[
+            fedmezo_proto.v1.runs_pb2.OpenPageRequest,
+            fedmezo_proto.v1.runs_pb2.OpenPageResponse,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     UploadFile: _RunServiceUploadFileType
@@ -317,6 +341,9 @@ class RunServiceStub(typing.Generic[_RunServiceUploadFileType, _RunServiceCreate
 
     ReadRunFile: _RunServiceReadRunFileType
     """Sends a file that a run offers, such as the adapter that it begins from."""
+
+    OpenPage: _RunServiceOpenPageType
+    """Makes a link to the page on which a browser watches the runs."""
 
 RunServiceAsyncStub: typing_extensions.TypeAlias = RunServiceStub[
     grpc.aio.UnaryUnaryMultiCallable[
@@ -358,6 +385,10 @@ RunServiceAsyncStub: typing_extensions.TypeAlias = RunServiceStub[
     grpc.aio.UnaryStreamMultiCallable[
         fedmezo_proto.v1.runs_pb2.ReadRunFileRequest,
         fedmezo_proto.v1.runs_pb2.ReadRunFileResponse,
+    ],
+    grpc.aio.UnaryUnaryMultiCallable[
+        fedmezo_proto.v1.runs_pb2.OpenPageRequest,
+        fedmezo_proto.v1.runs_pb2.OpenPageResponse,
     ],
 ]
 
@@ -445,5 +476,13 @@ class RunServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[fedmezo_proto.v1.runs_pb2.ReadRunFileResponse], collections.abc.AsyncIterator[fedmezo_proto.v1.runs_pb2.ReadRunFileResponse]]:
         """Sends a file that a run offers, such as the adapter that it begins from."""
+
+    @abc.abstractmethod
+    def OpenPage(
+        self,
+        request: fedmezo_proto.v1.runs_pb2.OpenPageRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[fedmezo_proto.v1.runs_pb2.OpenPageResponse, collections.abc.Awaitable[fedmezo_proto.v1.runs_pb2.OpenPageResponse]]:
+        """Makes a link to the page on which a browser watches the runs."""
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

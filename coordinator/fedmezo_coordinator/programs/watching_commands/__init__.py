@@ -1,0 +1,1 @@
+"""Commands of `fedmezo` to watch runs with other means than a terminal."""

@@ -1,0 +1,1 @@
+"""The page and the metrics that a coordinator serves to people: what they read, and who may."""

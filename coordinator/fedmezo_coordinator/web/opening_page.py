@@ -1,0 +1,166 @@
+"""Opening the page: what the coordinator's settings mean for it. aiohttp is loaded only here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmezo_coordinator.admission.fleet import Fleet
+from fedmezo_coordinator.admission.state_folder import hosts_of
+from fedmezo_coordinator.admission.tls_files import TlsFiles
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, is_loopback
+from fedmezo_coordinator.runs.hosted_run import HostedRun
+from fedmezo_coordinator.serving.service import CoordinatorServicer
+from fedmezo_coordinator.web.page_access import PageAccess
+from fedmezo_coordinator.web.runs_in_view import RunsInView, served_runs
+from fedmezo_core.errors import ConfigError, IdentityError
+from fedmezo_core.folders import write_private
+from fedmezo_core.trust.authorisation import Caller, Role
+from fedmezo_core.trust.certificates import lifetime_s
+
+if TYPE_CHECKING:
+    from fedmezo_coordinator.web.page_server import PageServer
+
+METRICS_TOKEN = "metrics.token"
+"""File in the state folder with what a scraper of the metrics has to show."""
+LOOK_AT_CERTIFICATE_EVERY_S = 5.0
+"""Period in which the page looks whether its certificate's file has changed."""
+
+log = logging.getLogger("fedmezo.coordinator")
+
+
+class OpenPage:
+    """A page that is served, as the rest of the coordinator knows it."""
+
+    def __init__(self, server: PageServer, listen: str, access: PageAccess | None) -> None:
+        self._server = server
+        self._access = access
+        self.address = f"{listen.rpartition(':')[0]}:{server.port}"
+        """host:port that it listens on."""
+        self.is_tls = server.is_tls
+
+    def show(self, hosted: Callable[[], Sequence[HostedRun]]) -> None:
+        """Show the runs that `hosted` gives from now on."""
+        caller = Caller.ANYONE if self._access is None else Caller(Role.OBSERVER)
+        self._server.show(RunsInView(served_runs(hosted, caller)))
+
+    def path_for(self, caller: Caller) -> str:
+        """The path that lets `caller`, who has the right to it, look at the page once."""
+        return "/" if self._access is None else f"/enter/{self._access.new_link(caller)}"
+
+
+@contextlib.asynccontextmanager
+async def paged(
+    settings: CoordinatorSettings, servicer: CoordinatorServicer, fleet: Fleet | None
+) -> AsyncIterator[OpenPage | None]:
+    """Serve the page until the end of the block, if the settings say so; else give None.
+
+    `servicer` gives its links to who has the right to them. Raises `ConfigError` for an address
+    that cannot be used, or would be open to everybody.
+    """
+    if not settings.page:
+        yield None
+        return
+    check_page(settings)
+    try:
+        from fedmezo_coordinator.web.page_server import PageSettings, page_served
+    except ImportError as error:
+        raise ConfigError(
+            f"The page needs the package {error.name}, which is not installed; "
+            "run: pip install 'fedmezo[page]'"
+        ) from None
+    files = _tls_files(settings, fleet)
+    tls = None if files is None else _Tls(files)
+    access = None if fleet is None else PageAccess(lambda key: fleet.members.caller(key))
+    page_settings = PageSettings(
+        listen=settings.page,
+        hosts=_own_names(settings, files),
+        access=access,
+        metrics_token="" if fleet is None else _metrics_token(fleet.state.path),
+        tls=None if tls is None else tls.context,
+        certificate_ends_s=lambda: None if tls is None else tls.ends_s,
+    )
+    async with page_served(page_settings) as server:
+        refreshing = asyncio.create_task(_refresh(tls))
+        page = servicer.page = OpenPage(server, settings.page, access)
+        scheme = "http" if tls is None else "https"
+        way = "" if access is None else " (links: fedmezo page)"
+        log.info("the page is at %s://%s%s", scheme, page.address, way)
+        try:
+            yield page
+        finally:
+            refreshing.cancel()
+
+
+def check_page(settings: CoordinatorSettings) -> None:
+    """Refuse to show the page to everybody on an address that other machines reach.
+
+    Raises `ConfigError`, which says what that would mean.
+    """
+    if settings.state is None and not settings.insecure and not is_loopback(settings.page):
+        raise ConfigError(
+            f"page = {settings.page} lets other machines look, and without identities whoever can "
+            "connect sees the runs. Make identities (fedmezo-coordinator init) and set state; or "
+            "use 127.0.0.1 and an SSH tunnel; or say --insecure if the network is yours alone."
+        )
+
+
+def _tls_files(settings: CoordinatorSettings, fleet: Fleet | None) -> tuple[Path, Path] | None:
+    """The certificate and key that the coordinator shows to workers; None without TLS."""
+    if settings.tls_files is not None or fleet is None:
+        return settings.tls_files
+    return fleet.state.server_files
+
+
+def _own_names(settings: CoordinatorSettings, files: tuple[Path, Path] | None) -> frozenset[str]:
+    """Names by which browsers may call this machine."""
+    names = {settings.page.rpartition(":")[0].strip("[]"), socket.gethostname()}
+    if files is not None:
+        with contextlib.suppress(OSError, IdentityError):
+            names |= set(hosts_of(files[0].read_bytes()))
+    return frozenset(name.lower() for name in names)
+
+
+def _metrics_token(state: Path) -> str:
+    path = state / METRICS_TOKEN
+    try:
+        if not path.exists():
+            write_private(path, f"{secrets.token_urlsafe(32)}\n".encode())
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be used ({error}); remove it or mend it.") from None
+
+
+class _Tls:
+    """The page's certificate, which can change while it serves."""
+
+    def __init__(self, files: tuple[Path, Path]) -> None:
+        self._paths, self._files = files, TlsFiles(*files)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self.ends_s: int | None = None
+        self._take()
+
+    def refresh(self) -> None:
+        """Let new connections have the certificate that the files hold now."""
+        if self._files.changed():
+            self._take()
+
+    def _take(self) -> None:
+        certificate, key = self._paths
+        self.context.load_cert_chain(certificate, key, password="")
+        with contextlib.suppress(IdentityError):
+            self.ends_s = lifetime_s(self._files.material.chain)[1]
+
+
+async def _refresh(tls: _Tls | None) -> None:
+    while tls is not None:
+        await asyncio.sleep(LOOK_AT_CERTIFICATE_EVERY_S)
+        await asyncio.to_thread(tls.refresh)
