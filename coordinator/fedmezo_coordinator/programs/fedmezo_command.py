@@ -207,6 +207,23 @@ def verify(
 
 
 @journal_app.command()
+def tensorboard(
+    folder: Annotated[Path, typer.Argument(help="TensorBoard's log folder for this run")],
+    journal: JournalArgument = None,
+    coordinator: Coordinator = None,
+    tls_ca: TlsCa = None,
+    tls: Tls = False,
+    state: State = None,
+) -> None:
+    """Write the run's curves as an event file, which TensorBoard shows."""
+    from fedmezo_coordinator.telemetry.event_files import write_event_file
+
+    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
+        count = write_event_file(source, folder)
+    print(f"wrote {counted(count, 'value')}; look at them with: tensorboard --logdir {folder}")
+
+
+@journal_app.command()
 def restore(
     copy: Annotated[
         str, typer.Argument(help="the journal_copy of a worker or relay, or another journal")

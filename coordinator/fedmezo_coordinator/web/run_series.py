@@ -120,15 +120,16 @@ _OF_NOBODY = frozenset({"started", "resumed", "snapshotted"})
 class RunSeries:
     """The fold: give it every record of a journal, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, points_max: int = POINTS_MAX) -> None:
+        """`points_max` is that of each `Curve`."""
         self.shows_workers = True
         """Whether what tells of single workers is kept: losses, and what happened to whom."""
-        self.losses = Curve()
+        self.losses = Curve(points_max)
         """Mean training loss of each round whose answers carry losses, in nats."""
-        self.answers = Curve()
+        self.answers = Curve(points_max)
         """Count of answers in each commit."""
-        self.heldout_losses = Curve()
-        self.heldout_accuracies = Curve()
+        self.heldout_losses = Curve(points_max)
+        self.heldout_accuracies = Curve(points_max)
         self.events: deque[RunEvent] = deque(maxlen=EVENTS_MAX)
         self.round = 0
         """Last committed round."""

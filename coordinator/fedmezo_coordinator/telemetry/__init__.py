@@ -1,0 +1,1 @@
+"""What other tools read: event files for TensorBoard, traces for OpenTelemetry."""
