@@ -293,6 +293,11 @@ class CoordinatorSettings(ServingSettings):
         description=f"host:port of a web page and of metrics for Prometheus, {PAGE_PORT} if only "
         "the host is given; none: neither",
     )
+    otel: bool = Field(
+        default=False,
+        description="send a trace of each round to the OpenTelemetry collector that "
+        "OTEL_EXPORTER_OTLP_ENDPOINT names",
+    )
     signing_key: UserPath | None = Field(
         default=None,
         description="PEM file with the Ed25519 key that signs checkpoints, created if missing; "
@@ -388,7 +393,7 @@ class CoordinatorSettings(ServingSettings):
 
 _OF_ONE_RUN_ALONE = {
     "runs", "replicas_max", "journal", "standby", "resume", "resume_rate_factor", "signing_key",
-    "snapshots", "page",
+    "snapshots", "page", "otel",
 }  # fmt: skip
 OF_A_RUN = (
     CoordinatorSettings.model_fields.keys()

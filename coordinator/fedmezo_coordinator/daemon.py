@@ -216,6 +216,10 @@ class Daemon(ServingLoop[Ready]):
         seals = self._compaction.seals
         return seals[-1].seqno if seals else self._compaction.begins
 
+    def follow(self, fold: Callable[[Entry], None]) -> None:
+        """Call `fold` with each further record but answers, once it is durable."""
+        self._folds.append(fold)
+
     async def resume(self, rate_factor: float) -> None:
         """Let a paused run go on; before `serve`. Raises `ConfigError` if it is not paused."""
         await self._flush([self._machine.resume(rate_factor)])

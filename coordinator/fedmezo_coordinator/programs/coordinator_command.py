@@ -21,6 +21,7 @@ from fedmezo_coordinator.serving.hosting import fronted, host, sessions_that_fit
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.location import is_url, journal_shown
 from fedmezo_coordinator.stores.opening import open_store
+from fedmezo_coordinator.telemetry.round_spans import tracing
 from fedmezo_coordinator.web.opening_page import paged
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.layered_settings import load_settings
@@ -65,9 +66,15 @@ def init(arguments: Sequence[str]) -> None:
 
 async def run(settings: CoordinatorSettings) -> None:
     """Serve until SIGTERM or Ctrl-C; raises the error that stopped the coordinator otherwise."""
-    if settings.runs is not None:
-        await _serve_many(settings, settings.runs)
-        return
+    with tracing() if settings.otel else contextlib.nullcontext():
+        if settings.runs is not None:
+            await _serve_many(settings, settings.runs)
+        else:
+            await _serve_one(settings)
+
+
+async def _serve_one(settings: CoordinatorSettings) -> None:
+    """Serve the run of one journal."""
     if settings.standby and settings.state is not None:
         open_state(settings.state)  # Now, rather than at the moment when it has to take over.
     if settings.standby:

@@ -17,16 +17,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fedmezo_coordinator.coordinator_settings import RUNS_MAX, CoordinatorSettings
+from fedmezo_coordinator.coordinator_settings import (
+    RUNS_MAX,
+    CoordinatorSettings,
+    check_compaction,
+)
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.runs.hosted_run import HostedRun
-from fedmezo_coordinator.runs.preparing import (
-    begun,
-    check_compaction,
-    keep_replica,
-    loaded,
-    offered_files,
-)
+from fedmezo_coordinator.runs.preparing import begun, keep_replica, loaded, offered_files
 from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.runs.run_folder import (
     DELETED,

@@ -21,6 +21,7 @@ from fedmezo_coordinator.runs.run_folder import ADAPTER_FILES
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import journal_shown
+from fedmezo_coordinator.telemetry.round_spans import follow_rounds
 from fedmezo_core.config import RunConfig
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
@@ -72,6 +73,7 @@ async def loaded(
     )
     check_compaction(settings, daemon.genesis.config)
     warn_if_no_loss_is_seen(settings, daemon.genesis.config)
+    follow_rounds(daemon, daemon.genesis.config.run_id)
     return daemon
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.codec import decode_record
@@ -19,10 +19,24 @@ from fedmezo_core.records import Committed, Evaluated, Opened, Paused, Resumed, 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
+SEND_WITHIN_S = 3.0
+"""Longest time that a collector gets to take spans, also when the process stops."""
+
+
+_tracer: Tracer | None = None
+"""What makes this process's spans; None while it makes none."""
+
+
+class Followed(Protocol):
+    """A run whose records can be followed."""
+
+    def follow(self, fold: Callable[[Entry], None]) -> None:
+        """Call `fold` with each further record but answers, once it is durable."""
+
 
 @contextlib.contextmanager
 def tracing() -> Iterator[Tracer]:
-    """Send spans by OTLP over HTTP until the end; the last ones are sent then.
+    """What makes spans, which are sent by OTLP over HTTP; the last ones when it ends.
 
     Raises `ConfigError` without the packages.
     """
@@ -37,11 +51,20 @@ def tracing() -> Iterator[Tracer]:
         ) from None
     named = Resource({SERVICE_NAME: "fedmezo-coordinator"}).merge(OTELResourceDetector().detect())
     provider = TracerProvider(resource=named)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(timeout=SEND_WITHIN_S)))
+    global _tracer
+    _tracer = provider.get_tracer("fedmezo")
     try:
-        yield provider.get_tracer("fedmezo")
+        yield _tracer
     finally:
+        _tracer = None
         provider.shutdown()
+
+
+def follow_rounds(run: Followed, run_id: str) -> None:
+    """Make spans of the rounds that a loaded run commits from now on, if this process traces."""
+    if _tracer is not None:
+        run.follow(RoundSpans(_tracer, run_id).take)
 
 
 class RoundSpans:
