@@ -7,8 +7,6 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -22,21 +20,24 @@ from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
 from fedmezo_coordinator.programs.connecting import (
     Coordinator,
+    JournalArgument,
+    JournalOption,
     Link,
     State,
     Tls,
     TlsCa,
     link_to,
+    opened_journal,
     user_path,
 )
 from fedmezo_coordinator.programs.fleet_command import add_to
+from fedmezo_coordinator.programs.home_commands import add_to as add_home_to
 from fedmezo_coordinator.programs.plain_values import (
     json_line,
     origin_values,
     record_values,
     status_values,
 )
-from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.signature_audit import SignatureAudit
 from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
 from fedmezo_coordinator.programs.view import (
@@ -51,9 +52,9 @@ from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core import records
 from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError, StartingError
-from fedmezo_core.journal.journal import Journal, MemoryStore, Row
+from fedmezo_core.journal.journal import Journal, Row
 from fedmezo_core.journal.party_copy import verified
-from fedmezo_core.journal.sealed import SealedState, StoredState
+from fedmezo_core.journal.sealed import SealedState
 from fedmezo_core.layered_settings import installed_version, load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
@@ -83,16 +84,9 @@ journal_app = typer.Typer(
 app.add_typer(journal_app, name="journal")
 app.add_typer(conformance_app, name="conformance")
 add_to(app)
+add_home_to(app)
 
 
-JournalArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="JOURNAL",
-        help="journal of a stopped coordinator, a file or a postgresql:// URL; "
-        "default: read it from --coordinator",
-    ),
-]
 OutputFolder = Annotated[Path, typer.Argument(help="folder to write; must be new or empty")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 
@@ -168,7 +162,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Print the journal's records, one on each line."""
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
+    with opened_journal(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
             print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
@@ -192,7 +186,7 @@ def verify(
     ] = False,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
+    with opened_journal(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         audit = SignatureAudit(source.origin()) if signatures else None
         line = _verified_line(source, audit)
         if journal:
@@ -210,7 +204,7 @@ def restore(
     ],
 ) -> None:
     """Write a coordinator's journal from a copy that is verified first, to continue the run."""
-    with _opened(copy, None) as verifying:
+    with opened_journal(copy, None) as verifying:
         line = _verified_line(verifying)
     source = open_store(copy, read_only=True)
     try:
@@ -237,93 +231,6 @@ def restore(
             "its first records were dropped, so workers begin from a snapshot: put the run's "
             f"snapshots into {path_beside(journal, '.snapshots')}"
         )
-
-
-@app.command()
-def export(
-    folder: OutputFolder,
-    model: Annotated[
-        str, typer.Option(help="base model: hub name or folder; default: the name in the journal")
-    ] = "",
-    adapter: Annotated[
-        Path | None, typer.Option(help="folder of the adapter that the run began from, if any")
-    ] = None,
-    adapter_only: Annotated[
-        bool,
-        typer.Option("--adapter-only", help="write only the run's LoRA adapter, in peft's layout"),
-    ] = False,
-    journal: Annotated[
-        str | None,
-        typer.Option(
-            help="journal of a stopped coordinator, a file or a postgresql:// URL; "
-            "default: read it from --coordinator"
-        ),
-    ] = None,
-    coordinator: Coordinator = None,
-    tls_ca: TlsCa = None,
-    tls: Tls = False,
-    state: State = None,
-    round_: Annotated[
-        int | None,
-        typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
-    ] = None,
-    best: Annotated[
-        bool,
-        typer.Option("--best", help="write the weights with the smallest held-out loss"),
-    ] = False,
-    snapshots: Annotated[
-        Path | None,
-        typer.Option(
-            help="folder of the run's snapshots, needed if the journal's first records were "
-            "dropped; default: next to --journal"
-        ),
-    ] = None,
-    threads: Threads = None,
-) -> None:
-    """Rebuild the model from its base and the journal, and write a Hugging Face folder.
-
-    If the journal's oldest records were dropped, the model is rebuilt from a snapshot instead.
-    """
-    if best and round_ is not None:
-        raise ConfigError("--best and --round each choose the round; leave one of them out.")
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
-        plan = plan_of(source, round_, best=best)
-    genesis, commits = plan.genesis, plan.commits
-    if adapter_only and genesis.config.lora is None:
-        raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
-    with worker_packages("export"):
-        from fedmezo_core.zo.commits import commits_of
-        from fedmezo_core.zo.export import export_adapter, export_model
-        from fedmezo_core.zo.model.loading import folder_of_hub_name
-        from fedmezo_core.zo.model.model_card import ModelCard
-        from fedmezo_core.zo.party import open_party
-    source_folder = model or str(folder_of_hub_name(genesis.config.model))
-    party = open_party(genesis.config, source_folder, adapter=adapter, threads=threads)
-    party.check_same_base(genesis)
-    if plan.snapshot is not None:
-        take_snapshot(
-            party.weights,
-            plan.snapshot,
-            snapshots or (path_beside(journal, ".snapshots") if journal else None),
-            link_to(coordinator, tls_ca, tls, state).client,
-            genesis.config.run_id,
-        )
-    if commits:
-        with long_step(
-            f"replaying {counted(len(commits), 'commit')}", genesis.trainable_elements, "weights"
-        ) as step:
-            party.weights.apply(commits[0].round, commits_of(commits), step.advance)
-    with long_step("digesting the weights"):
-        digest = party.weights.digest()
-    plan.check(digest)
-    card = ModelCard(genesis.config.model, genesis.config.run_id, plan.facts(digest))
-    with long_step(f"writing {folder}"):
-        (export_adapter if adapter_only else export_model)(party.loaded, folder, card)
-    what = "adapter" if adapter_only else "model"
-    after = f"round {party.weights.round}"
-    if plan.best is not None:
-        after += f", the best evaluated one (loss {plan.best.loss:.4f})"
-    print(f"{folder}: the {what} after {after}, weights digest {digest.hex()}")
 
 
 @app.command()
@@ -418,13 +325,7 @@ def audit(
     objective: Annotated[
         str, typer.Option(help="the run's objective, if it has one: its code runs here")
     ] = "",
-    journal: Annotated[
-        str | None,
-        typer.Option(
-            help="journal of a stopped coordinator, a file or a postgresql:// URL; "
-            "default: read it from --coordinator"
-        ),
-    ] = None,
+    journal: JournalOption = None,
     coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
     tls: Tls = False,
@@ -433,7 +334,7 @@ def audit(
 ) -> None:
     """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
     wanted_rounds = rounds_in(rounds)
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
+    with opened_journal(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         what = audit_of(source, worker, wanted_rounds)
     wanted = what.genesis.config.task.objective
     if wanted and wanted != objective:
@@ -637,20 +538,6 @@ async def _first_status(client: CoordinatorClient) -> wire.GetStatusResponse:
             await reconnecting.wait_after(error)
 
 
-@contextmanager
-def _opened(journal: str | None, link: Callable[[], Link] | None) -> Iterator[Journal]:
-    """Open a journal, or a copy of the one that a coordinator sends; one of the two is given."""
-    if journal:
-        store = open_store(journal, read_only=True)
-    else:
-        assert link is not None
-        store = asyncio.run(_fetched(link()))
-    try:
-        yield Journal(store)
-    finally:
-        store.close()
-
-
 def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str:
     """Verify and replay a journal, with its signatures by `audit`; returns a line about its run."""
     machine, count, before = RoundMachine(), 0, ""
@@ -682,18 +569,6 @@ def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str
             return line
         return f"{line}; no signed heads in it, so the coordinator's signature was not checked"
     return f"{line}; signed up to round {signed.round} by {signed.key.hex()}, signatures checked"
-
-
-async def _fetched(link: Link) -> MemoryStore:
-    store = MemoryStore()
-    async with link.client() as client:
-        with long_step(f"fetching the journal of {link.address}", unit="records") as step:
-            async for page in client.journal_pages():
-                if page.origin:
-                    store.drop_before(StoredState.received(page.origin))
-                store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
-                step.advance(len(page.entries))
-    return store
 
 
 def _origin_line(origin: SealedState) -> str:
