@@ -7,8 +7,9 @@ import logging
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -33,13 +34,24 @@ from fedmezo_coordinator.programs.connecting import (
 from fedmezo_coordinator.programs.fleet_command import add_to
 from fedmezo_coordinator.programs.home_commands import add_to as add_home_to
 from fedmezo_coordinator.programs.plain_values import (
+    AsJson,
+    Format,
+    OutputFormat,
+    chosen_format,
     json_line,
     origin_values,
     record_values,
+    say,
     status_values,
 )
 from fedmezo_coordinator.programs.signature_audit import SignatureAudit
-from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
+from fedmezo_coordinator.programs.split_files import (
+    SplitOptions,
+    Splitter,
+    split_file,
+    split_values,
+    split_view,
+)
 from fedmezo_coordinator.programs.view import (
     Pace,
     agreement,
@@ -125,11 +137,12 @@ def status(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the status as JSON")] = False,
+    format_: Format = OutputFormat.TEXT,
+    as_json: AsJson = False,
 ) -> None:
     """Show the progress, workers, traffic, digests and evaluations of a run."""
     answer = asyncio.run(_status(link_to(coordinator, tls_ca, tls, state)))
-    if as_json:
+    if chosen_format(format_, as_json) is OutputFormat.JSON:
         print(json_line(status_values(answer)))
     else:
         Console().print(run_view(answer))
@@ -144,9 +157,10 @@ def watch(
     tls: Tls = False,
     state: State = None,
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
-    asyncio.run(_watch(link_to(coordinator, tls_ca, tls, state), every_s))
+    asyncio.run(_watch(link_to(coordinator, tls_ca, tls, state), every_s, format_))
 
 
 @journal_app.command()
@@ -157,18 +171,18 @@ def inspect(
     tls: Tls = False,
     state: State = None,
     from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print one JSON object on each line")
-    ] = False,
+    format_: Format = OutputFormat.TEXT,
+    as_json: AsJson = False,
 ) -> None:
     """Print the journal's records, one on each line."""
+    format_ = chosen_format(format_, as_json)
     with opened_journal(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
-            print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
+            say(format_, _origin_line(origin), origin_values(origin))
         for entry, record in verified(source):
             if entry.row.seqno >= from_seqno:
-                if as_json:
+                if format_ is OutputFormat.JSON:
                     print(json_line(record_values(entry.row, record)))
                 else:
                     print(_line(entry.row, record))
@@ -184,14 +198,17 @@ def verify(
     signatures: Annotated[
         bool, typer.Option("--signatures", help="check the signature of each worker's answer too")
     ] = False,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
     with opened_journal(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
         audit = SignatureAudit(source.origin()) if signatures else None
-        line = _verified_line(source, audit)
+        found = _verified_run(source, audit)
         if journal:
             Companions(journal).check(source)
-        print("\n".join([line, *(audit.lines() if audit else ())]))
+        text = "\n".join([found.line(), *(audit.lines() if audit else ())])
+        values = found.values() | ({} if audit is None else {"answers": audit.values()})
+        say(format_, text, values)
 
 
 @journal_app.command()
@@ -202,10 +219,11 @@ def restore(
     journal: Annotated[
         str, typer.Argument(help="journal to write: a new file, or the URL of an empty journal")
     ],
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Write a coordinator's journal from a copy that is verified first, to continue the run."""
     with opened_journal(copy, None) as verifying:
-        line = _verified_line(verifying)
+        found = _verified_run(verifying)
     source = open_store(copy, read_only=True)
     try:
         target = open_store(journal)
@@ -225,12 +243,15 @@ def restore(
             target.close()
     finally:
         source.close()
-    print(f"{line}\nwrote {journal_shown(journal)}")
-    if origin is not None:
-        print(
+    lines = [found.line(), f"wrote {journal_shown(journal)}"]
+    snapshots = None if origin is None else path_beside(journal, ".snapshots")
+    if snapshots is not None:
+        lines.append(
             "its first records were dropped, so workers begin from a snapshot: put the run's "
-            f"snapshots into {path_beside(journal, '.snapshots')}"
+            f"snapshots into {snapshots}"
         )
+    values = {"journal": journal_shown(journal), "snapshots": snapshots and str(snapshots)}
+    say(format_, "\n".join(lines), found.values() | values)
 
 
 @app.command()
@@ -245,6 +266,7 @@ def adapter(
     ],
     rows_max: Annotated[int, typer.Option(min=1, help="most rows to read")] = 1000,
     threads: Threads = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Fit the adapter that a run begins from to texts; see docs/configuration.md."""
     settings = load_settings(
@@ -267,9 +289,11 @@ def adapter(
     fit_adapter(party, rows)
     facts = {"Round": f"0: fitted to {len(rows)} rows, for the run to begin from"}
     write_adapter(party.loaded, folder, ModelCard(run.model, run.run_id, facts))
-    print(
+    say(
+        format_,
         f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
-        f'"{folder}" at the coordinator and at every worker'
+        f'"{folder}" at the coordinator and at every worker',
+        {"out": str(folder), "rank": run.lora.rank, "rows": len(rows)},
     )
 
 
@@ -284,6 +308,7 @@ def export_form(
         typer.Option(help="GGUF of the same base, for llama.cpp; default: an ONNX graph is made"),
     ] = None,
     threads: Threads = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Write a form of a run's base for workers without torch; see docs/edge.md."""
     settings = load_settings(
@@ -298,9 +323,11 @@ def export_form(
         name = export_onnx_form(party, folder)
     else:
         name = export_gguf_form(party, folder, gguf)
-    print(
+    say(
+        format_,
         f"{folder}: a form of the base of run {run.run_id}; add it to the contract: "
-        f'base_forms = ["{name}"]'
+        f'base_forms = ["{name}"]',
+        {"out": str(folder), "run_id": run.run_id, "form": name},
     )
 
 
@@ -331,6 +358,7 @@ def audit(
     tls: Tls = False,
     state: State = None,
     threads: Threads = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
     wanted_rounds = rounds_in(rounds)
@@ -357,13 +385,17 @@ def audit(
     )
     verdicts = Counter[str]()
     for repeated in what.repeat(engine):
-        print(repeated.line(tolerance), flush=True)
-        verdicts[repeated.verdict(tolerance)] += 1
+        verdict = repeated.verdict(tolerance)
+        answer = {"round": repeated.answer.round, "slot": repeated.answer.slot}
+        measured = {"difference": repeated.difference, "verdict": verdict}
+        say(format_, repeated.line(tolerance), answer | measured)
+        verdicts[verdict] += 1
     found = ", ".join(
         f"{count} {'differ' if verdict == 'differs' and count > 1 else verdict}"
         for verdict, count in sorted(verdicts.items())
     )
-    print(f"{worker}: {counted(verdicts.total(), 'answer')} repeated: {found}")
+    if format_ is OutputFormat.TEXT:
+        print(f"{worker}: {counted(verdicts.total(), 'answer')} repeated: {found}")
     if verdicts["differs"]:
         # In 16 bits the difference of two losses is mostly how their sums were rounded.
         also = "" if what.genesis.config.dtype == "float32" else ", and the number of threads,"
@@ -395,7 +427,8 @@ def probe(
         int | None,
         typer.Option(min=1, help="most forward passes of a batch; default: 5 % of the run's"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    format_: Format = OutputFormat.TEXT,
+    as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
     """Measure which eps and learning rate suit a run, before it begins; see docs/choosing.md."""
@@ -417,14 +450,16 @@ def probe(
         passes=passes,
         threads=threads,
     )
-    print(json_line(proposal_values(result)) if as_json else "\n".join(proposal_lines(result)))
+    lines = "\n".join(proposal_lines(result))
+    say(chosen_format(format_, as_json), lines, proposal_values(result))
 
 
 @app.command()
 def privacy(
     ledger: Annotated[Path, typer.Argument(callback=user_path, help="a worker's privacy_ledger")],
     delta: Annotated[float, typer.Option(help="the worker's privacy_delta")] = 1e-5,
-    as_json: Annotated[bool, typer.Option("--json", help="print the account as JSON")] = False,
+    format_: Format = OutputFormat.TEXT,
+    as_json: AsJson = False,
 ) -> None:
     """Say how much of their privacy a worker's rows have given away."""
     with worker_packages("keep the account of privacy"):
@@ -435,13 +470,16 @@ def privacy(
     entries = read_ledger(ledger)
     runs = {entry.run.partition(":")[0]: entry.round for entry in entries}
     spent = epsilon_of(steps_in(entries), delta)
-    if as_json:
-        values = {"epsilon": spent, "delta": delta, "measurements": len(entries)}
-        print(json_line(values | {"newest_rounds": runs}))
-        return
-    print(f"epsilon {spent:.2f} at delta {delta:g}, for {counted(len(entries), 'measurement')}")
-    for run, newest in runs.items():
-        print(f"  run {run}: up to round {newest}")
+    lines = [
+        f"epsilon {spent:.2f} at delta {delta:g}, for {counted(len(entries), 'measurement')}",
+        *(f"  run {run}: up to round {newest}" for run, newest in runs.items()),
+    ]
+    values = {"epsilon": spent, "delta": delta, "measurements": len(entries)}
+    say(
+        chosen_format(format_, as_json),
+        "\n".join(lines),
+        {**values, "newest_rounds": runs},
+    )
 
 
 @app.command()
@@ -482,6 +520,7 @@ def split(
     seed: Annotated[
         int, typer.Option(min=0, help="the same seed and rows give the same files")
     ] = 1,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Split rows into one file for each worker and one of held-out rows, for an experiment."""
     options = SplitOptions(
@@ -495,9 +534,14 @@ def split(
         seed=seed,
     )
     written = split_file(data, out, options)
-    console = Console()
-    console.print(split_view(written, console.width))
-    print(f"{out}: {', '.join(part.file_name for part in written.parts)}")
+    if format_ is OutputFormat.TEXT:
+        console = Console()
+        console.print(split_view(written, console.width))
+    say(
+        format_,
+        f"{out}: {', '.join(part.file_name for part in written.parts)}",
+        {"out": str(out), "files": split_values(written), "moved_rows": written.moved_count},
+    )
 
 
 # ---------------------------------------------------------------- parts
@@ -508,8 +552,9 @@ async def _status(link: Link) -> wire.GetStatusResponse:
         return await client.get_status()
 
 
-async def _watch(link: Link, every_s: float) -> None:
+async def _watch(link: Link, every_s: float, format_: OutputFormat) -> None:
     console = Console()
+    is_live = console.is_terminal and format_ is OutputFormat.TEXT
     async with link.client() as client:
         answer = await _first_status(client)
         pace = Pace()
@@ -517,11 +562,11 @@ async def _watch(link: Link, every_s: float) -> None:
         with Live(console=console, auto_refresh=False) as live:
             while True:
                 left = pace.seconds_left(answer, time.monotonic())
-                if console.is_terminal:
+                if is_live:
                     live.update(run_view(answer, seconds_left=left), refresh=True)
                 elif run_line(answer) != shown:
                     shown = run_line(answer)
-                    print(shown, flush=True)
+                    say(format_, shown, status_values(answer))
                 if answer.phase == wire.PHASE_FINISHED and not answer.evaluation_due:
                     return
                 await asyncio.sleep(every_s)
@@ -538,17 +583,64 @@ async def _first_status(client: CoordinatorClient) -> wire.GetStatusResponse:
             await reconnecting.wait_after(error)
 
 
-def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str:
-    """Verify and replay a journal, with its signatures by `audit`; returns a line about its run."""
-    machine, count, before = RoundMachine(), 0, ""
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """A journal that is sound, and what it holds."""
+
+    run_id: str
+    record_count: int
+    """Records that are there."""
+    epoch: int
+    round: int
+    head: bytes
+    origin: SealedState | None
+    """What stands for the records that were dropped, if any were."""
+    signed: records.SignedHead | None
+    """The newest signed head in it, whose signature was checked."""
+
+    def line(self) -> str:
+        """A sentence for a person."""
+        before = ","
+        if self.origin is not None:
+            before = (
+                f" after {self.origin.seqno} that were dropped, up to round {self.origin.round} "
+                f"({_signed_by(self.origin.key)}),"
+            )
+        line = (
+            f"sound: {counted(self.record_count, 'record')}{before} run {self.run_id}, "
+            f"{counted(self.epoch, 'coordinator start')}, {counted(self.round, 'round')} "
+            f"committed, head {self.head.hex()}"
+        )
+        if self.signed is not None:
+            return (
+                f"{line}; signed up to round {self.signed.round} by {self.signed.key.hex()}, "
+                "signatures checked"
+            )
+        if self.origin is not None and self.origin.key:
+            return line
+        return f"{line}; no signed heads in it, so the coordinator's signature was not checked"
+
+    def values(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "run_id": self.run_id,
+            "records": self.record_count,
+            "epoch": self.epoch,
+            "round": self.round,
+            "head": self.head,
+            "dropped_round": None if self.origin is None else self.origin.round,
+            "signed_round": None if self.signed is None else self.signed.round,
+            "key": None if self.signed is None else self.signed.key,
+        }
+
+
+def _verified_run(journal: Journal, audit: SignatureAudit | None = None) -> _Verified:
+    """Verify and replay a journal, with its signatures by `audit`."""
+    machine, count = RoundMachine(), 0
     signed: records.SignedHead | None = None
     origin = journal.origin()
     if origin is not None:
         machine.restore(state_of(origin))
-        before = (
-            f" after {origin.seqno} that were dropped, up to round {origin.round} "
-            f"({_signed_by(origin.key)}),"
-        )
     for entry, record in verified(journal):
         machine.apply(record)
         if audit is not None:
@@ -558,17 +650,15 @@ def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str
         count += 1
     if len(journal) == 0:
         raise JournalCorruptError("The journal is empty: no run has begun in it.")
-    line = (
-        f"sound: {counted(count, 'record')}{before or ','} run {machine.config.run_id}, "
-        f"{counted(machine.epoch, 'coordinator start')}, {counted(machine.round, 'round')} "
-        f"committed, head {journal.head.hex()}"
+    return _Verified(
+        run_id=machine.config.run_id,
+        record_count=count,
+        epoch=machine.epoch,
+        round=machine.round,
+        head=journal.head,
+        origin=origin,
+        signed=signed,
     )
-    if signed is None:
-        is_signed = origin is not None and origin.key
-        if is_signed:
-            return line
-        return f"{line}; no signed heads in it, so the coordinator's signature was not checked"
-    return f"{line}; signed up to round {signed.round} by {signed.key.hex()}, signatures checked"
 
 
 def _origin_line(origin: SealedState) -> str:

@@ -43,14 +43,14 @@ Format = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="the same as --format json")]
 
 
-def is_json(format_: OutputFormat, as_json: bool) -> bool:
-    """Whether one of the two options asks for JSON."""
-    return as_json or format_ is OutputFormat.JSON
+def chosen_format(format_: OutputFormat, as_json: bool) -> OutputFormat:
+    """The format that the two options come to."""
+    return OutputFormat.JSON if as_json else format_
 
 
 def say(format_: OutputFormat, text: str, values: dict[str, Any]) -> None:
     """Print what a command did, as text or as a line of JSON."""
-    print(json_line(values) if format_ is OutputFormat.JSON else text)
+    print(json_line(values) if format_ is OutputFormat.JSON else text, flush=True)
 
 
 def json_line(values: dict[str, Any]) -> str:
