@@ -115,7 +115,7 @@ def full_run(
     """A run that trains all weights of a GPT-2."""
     folder = tmp_path_factory.mktemp("full")
     save_model(folder / "base")
-    return finish(folder, folder / "base", data_files, heldout_file)
+    return finish(folder, folder / "base", data_files, heldout_file, weighting="rows")
 
 
 @pytest.fixture(scope="session")

@@ -127,6 +127,10 @@ def test_what_was_tampered_with_is_not_rebuilt(full_run: FinishedRun, tmp_path: 
     changed(file, Evaluated, other, tmp_path / "digest.journal")
     with pytest.raises(FedMezoError, match="those evaluated had 0000"):
         rebuilt(tmp_path / "digest.journal", full_run, tmp_path / "a")
+    again = Committed(2, (), 0)
+    changed(file, Committed, again, tmp_path / "twice.journal")
+    with pytest.raises(JournalCorruptError, match="commit of round 2 where one of round 4 must"):
+        rebuilt(tmp_path / "twice.journal", full_run, tmp_path / "a")
     body = bytearray(file.read_bytes())
     head = bytes.fromhex(str(written(full_run, tmp_path / "second")["head"]))
     place = body.index(head)

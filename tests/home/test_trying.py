@@ -12,7 +12,9 @@ import torch
 from huggingface_hub import metadata_load
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedmezo_core import program
 from fedmezo_core.errors import ConfigError, DataError, FedMezoError, ModelError
+from fedmezo_core.program import LongStep
 from fedmezo_core.zo.model.run_file import RUN_FILE, read_run_file
 from tests.home.conftest import ROUNDS, FinishedRun, invoked
 from tests.integration.support.harness import TASK, toml_of
@@ -110,6 +112,34 @@ def test_instructions_of_several_columns(full_run: FinishedRun, tmp_path: Path) 
             invoked("generate", full_run.model, wrong, *flags)
 
 
+def test_what_takes_long_says_how_far_it_is(
+    full_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[LongStep] = []
+    monkeypatch.setattr(program, "_show_step", lambda step, _over: shown.append(step))
+    out, base = tmp_path / "out", full_run.model
+    invoked("export", out, "--journal", full_run.journal, "--model", base, "--threads", "1")
+    assert [step.what for step in shown] == [
+        "reading the journal",
+        "compiling kernels",
+        f"loading {base}",
+        f"digesting {base}",
+        f"replaying rounds 1 to {ROUNDS}",
+        "digesting the weights",
+        f"writing {out}",
+    ]
+    shown.clear()
+    evaluated(out, full_run.heldout)
+    rows = full_run.heldout
+    assert [step.what for step in shown] == [
+        f"loading {out}",
+        f"reading {rows}",
+        f"turning the rows of {rows} into tokens",
+        "evaluating",
+    ]
+    assert shown[-1].counted == "10 of 10 rows"
+
+
 def test_wrong_inputs(
     full_run: FinishedRun, lora_run: FinishedRun, exported: Exported, tmp_path: Path
 ) -> None:
@@ -149,7 +179,7 @@ def test_the_card(full_run: FinishedRun, lora_run: FinishedRun, exported: Export
     run = read_run_file(folder)
     assert run is not None
     for part in (
-        "| Workers | 2 |",
+        "| Workers | 2, with 48 rows together |",
         f"| Round | {ROUNDS} of {ROUNDS} |",
         f"| {best.round} (best) | {best.loss:.4f} |",
         f"| `learning_rate` | {run.contract.learning_rate:g} |",
@@ -164,7 +194,9 @@ def test_the_card(full_run: FinishedRun, lora_run: FinishedRun, exported: Export
         content = path.read_bytes()
         assert b"clinic-a" not in content
         assert str(full_run.journal.parent).encode() not in content
-    adapter = metadata_load(exported(lora_run, "--as", "adapter", name="alone") / "README.md")
+    alone = exported(lora_run, "--as", "adapter", name="alone")
+    assert "| Workers | 2 |" in (alone / "README.md").read_text()
+    adapter = metadata_load(alone / "README.md")
     assert adapter is not None
     assert (adapter["library_name"], adapter["base_model_relation"]) == ("peft", "adapter")
 

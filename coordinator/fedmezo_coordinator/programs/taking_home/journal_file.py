@@ -14,6 +14,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedmezo_coordinator.programs.taking_home.rebuilding import check_follows
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.errors import ConfigError, JournalCorruptError
@@ -83,6 +84,7 @@ def write_journal_file(
                 bodies.append((0, entry.row.body))
                 heads.append(entry.head)
             case Committed():
+                check_follows(record, len(heads) - 1, genesis)
                 bodies.append((record.round, entry.row.body))
                 heads.append(entry.head)
             case Evaluated():

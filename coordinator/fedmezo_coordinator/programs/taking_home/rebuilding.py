@@ -16,7 +16,15 @@ from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.program import long_step
-from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Opened, Snapshotted
+from fedmezo_core.records import (
+    Answered,
+    Committed,
+    Evaluated,
+    Genesis,
+    Opened,
+    RoundSlot,
+    Snapshotted,
+)
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.download import downloaded
 from fedmezo_core.wire.snapshots import Snapshot, file_name
@@ -47,6 +55,8 @@ class Plan:
     """Answers of the rounds up to it; None if the journal does not have them."""
     workers: int | None
     """Workers that those rounds were opened for; None if the journal does not have that."""
+    rows: int | None
+    """Rows that these workers have together; None if the journal does not have that."""
     evaluations: list[Evaluated]
     """The evaluations up to that round, by round."""
     best: Evaluated | None
@@ -98,7 +108,8 @@ class Plan:
             facts["Words for the classes"] = ", ".join(words)
         facts["Round"] = f"{self.round} of {run.rounds}"
         if self.workers is not None:
-            facts["Workers"] = str(self.workers)
+            has = "" if self.rows is None else f", with {self.rows} rows together"
+            facts["Workers"] = f"{self.workers}{has}"
         if self.answers is not None:
             rows = run.local_steps * run.batch_size
             facts["Rows"] = f"{self.answers} answers, each measured on {rows} rows"
@@ -134,6 +145,10 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
     answers: Counter[int] = Counter()
     workers: dict[str, int] = {}
     "Worker -> the first round that was opened for it."
+    asked: dict[RoundSlot, str] = {}
+    "Slot -> its worker, in a run whose answers say how many rows a worker has."
+    rows: dict[str, tuple[int, int]] = {}
+    "Worker -> the first round in which it said its number of rows, and that number."
     commits: list[Committed] = []
     recorded: list[Snapshotted] = []
     evaluations: list[Evaluated] = []
@@ -146,11 +161,17 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
             case Genesis():
                 genesis, heads[0] = record, entry.head
             case Opened():
-                for worker in record.workers:
+                for slot, worker in enumerate(record.workers, record.first_slot):
                     workers.setdefault(worker, record.round)
+                    if genesis is not None and genesis.config.weighting == "rows":
+                        asked[RoundSlot(record.round, slot)] = worker
             case Answered():
                 answers[record.round] += 1
+                answering = asked.get(RoundSlot(record.round, record.slot))
+                if answering is not None and record.rows is not None:
+                    rows.setdefault(answering, (record.round, record.rows))
             case Committed():
+                check_follows(record, first_round + len(commits), genesis)
                 commits.append(record)
                 heads[record.round] = entry.head
             case Snapshotted():
@@ -187,12 +208,23 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
         # A party's own copy has no answers, and no cohorts.
         answers=sum(n for round_, n in answers.items() if round_ <= last) if whole else None,
         workers=sum(first <= last for first in workers.values()) if whole else None,
+        rows=sum(count for first, count in rows.values() if first <= last) or None,
         evaluations=sorted(
             {one.round: one for one in evaluations if one.round <= last}.values(),
             key=lambda one: one.round,
         ),
         best=chosen,
     )
+
+
+def check_follows(commit: Committed, round_: int, genesis: Genesis | None) -> None:
+    """Raise `JournalCorruptError` unless the commit is the one after `round_`, and the run's."""
+    if genesis is None or commit.round != round_ + 1:
+        raise JournalCorruptError(
+            f"The journal holds a commit of round {commit.round} where one of round {round_ + 1} "
+            "must stand; take another copy."
+        )
+    commit.check_within(genesis.config)
 
 
 @dataclass(frozen=True, slots=True)
