@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -554,15 +555,17 @@ async def _status(link: Link) -> wire.GetStatusResponse:
 
 async def _watch(link: Link, every_s: float, format_: OutputFormat) -> None:
     console = Console()
-    is_live = console.is_terminal and format_ is OutputFormat.TEXT
+    live: Live | None = None
+    if console.is_terminal and format_ is OutputFormat.TEXT:
+        live = Live(console=console, auto_refresh=False)
     async with link.client() as client:
         answer = await _first_status(client)
         pace = Pace()
         shown = ""
-        with Live(console=console, auto_refresh=False) as live:
+        with live or nullcontext():
             while True:
                 left = pace.seconds_left(answer, time.monotonic())
-                if is_live:
+                if live is not None:
                     live.update(run_view(answer, seconds_left=left), refresh=True)
                 elif run_line(answer) != shown:
                     shown = run_line(answer)

@@ -372,9 +372,7 @@ def _opened(
 ) -> FinishedModel:
     contract: RunConfig | None = None
     if config is not None:
-        settings = load_settings(
-            CoordinatorSettings, ["--config", str(config)], program="fedmezo evaluate"
-        )
+        settings = load_settings(CoordinatorSettings, ["--config", str(config)], program="fedmezo")
         contract = settings.run_config(f"[run] in {config}", rate_comes_later=True)
     with worker_packages("try a model"):
         from fedmezo_core.zo.trying import open_finished

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
 from tests.coordinator.programs.test_rebuilding import records
+from tests.integration.support.harness import config_of, genesis_of, scripted_workers, served
 
 
 def commands(group: Any, name: str = "fedmezo") -> Iterator[tuple[str, click.Command]]:
@@ -83,3 +85,18 @@ def test_split(tmp_path: Path) -> None:
     assert sum(one["rows"] for one in found["files"]) == 20
     assert sum(one["classes"].get("x", 0) for one in found["files"]) == 10
     assert all((tmp_path / "out" / one["file"]).is_file() for one in found["files"])
+
+
+async def test_watch_prints_a_status_for_each_change(tmp_path: Path) -> None:
+    genesis = genesis_of(config_of(rounds=2, workers_min=1, quorum=1, local_steps=1))
+    async with (
+        served(tmp_path / "journal.db", genesis) as at,
+        scripted_workers(at.address, genesis, "w1") as [scripted],
+    ):
+        await scripted.open()
+        await scripted.work_to_the_end()
+        found = await asyncio.to_thread(lines, "watch", "--coordinator", at.address)
+        [status] = await asyncio.to_thread(lines, "status", "--coordinator", at.address)
+    assert [one["round"] for one in found] == [2]
+    assert (found[0]["phase"], status["phase"]) == ("finished", "finished")
+    assert found[0].keys() == status.keys()
