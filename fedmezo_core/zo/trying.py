@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,7 @@ from fedmezo_core.zo.model.loading import LoadedModel, folder_of_hub_name, load_
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.run_file import RUN_FILE, RunFile, read_run_file
-
-GENERATED_TOKENS_MAX: Final = 4096
-"""Most tokens that one text may have."""
+from fedmezo_core.zo.party import positions_of
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,14 @@ class FinishedModel:
     def _continued(self, tokens: Sequence[int], tokens_max: int) -> str:
         model: Any = self.loaded.model
         tokenizer: Any = self.loaded.tokenizer
+        positions = positions_of(model)
+        if positions is not None:
+            tokens_max = min(tokens_max, positions - len(tokens))
+        if tokens_max < 1:
+            raise DataError(
+                f"The text has {len(tokens)} tokens, and the model knows {positions} positions, so "
+                "there is no place for an answer; shorten the text."
+            )
         ids = torch.tensor([list(tokens)], device=execution_device(model))
         with quiet(), torch.inference_mode(), long_step("generating"):
             found = model.generate(

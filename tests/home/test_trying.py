@@ -150,6 +150,9 @@ def test_wrong_inputs(
         invoked("generate", folder, "text", "--model", full_run.model)
     with pytest.raises(DataError, match="The text is empty"):
         invoked("generate", folder, "", "--raw")
+    with pytest.raises(DataError, match="the model knows 64 positions, so there is no place"):
+        invoked("generate", folder, "bad " * 64, "--raw")
+    invoked("generate", folder, "bad " * 10, "--raw", "--tokens-max", "4000")
     with pytest.raises(ConfigError, match="'gpu' is no device"):
         invoked("generate", folder, "text", "--device", "gpu")
     rows = tmp_path / "rows.jsonl"

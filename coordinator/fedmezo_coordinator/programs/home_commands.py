@@ -129,7 +129,7 @@ def export(
     threads: Threads = None,
     format_: Format = OutputFormat.TEXT,
 ) -> None:
-    """Rebuild the model from its base and the journal, and write a Hugging Face folder.
+    """Rebuild the model from its base and the journal, and write it in the form that --as names.
 
     If the journal's oldest records were dropped, the model is rebuilt from a snapshot instead.
     """

@@ -42,7 +42,7 @@ class ModelCard:
     facts: Mapping[str, str] = field(default_factory=dict)
     """More rows of the card's table, by name: the round, the digest of the weights, ..."""
     run: RunFile | None = None
-    """The run as a program reads it, which the folder gets too; None: no round was committed."""
+    """The run as a program reads it, which the folder gets too; None before a run has begun."""
 
     def text(self, what: ExportKind, base_folder: Path) -> str:
         """The card as Markdown with the metadata that model hubs read.

@@ -8,7 +8,6 @@ worker's loss, signature or number of rows.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -149,8 +148,7 @@ def _write(target: Path, bodies: list[bytes]) -> int:
                 pass
         finally:
             made.close()
-        # A link, unlike a rename, never replaces a file that has come there meanwhile.
-        os.link(folder / target.name, target)
+        (folder / target.name).rename(target)
         sync(target.parent)
         return target.stat().st_size
     except OSError as error:
