@@ -184,6 +184,7 @@ async def test_separate_processes_agree_although_one_is_killed_and_one_comes_lat
     tried = CliRunner().invoke(
         client_cli.app,
         ["evaluate", str(exported), "--data", str(heldout_file), "--format", "json"],
+        catch_exceptions=False,
     )
     found, last = json.loads(tried.stdout), status.evaluations[-1]
     assert last.round == ROUNDS
