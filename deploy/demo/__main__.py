@@ -176,7 +176,7 @@ def demo(given: argparse.Namespace) -> None:
     summary.write_plot(status, OUTPUT / "demo.png", with_back_propagation=what.is_default)
     print()
     _say(f"Plot: {OUTPUT / 'demo.png'}. Figures: {REPORT}. Logs: {OUTPUT}/*.log.")
-    _say("Take the model home as a Hugging Face folder (with --adapter-only, the adapter alone):")
+    _say("Take the model home as a Hugging Face folder (with --as adapter, the adapter alone):")
     print(
         f"  {Path(sys.executable).parent / 'fedmezo'} export my-model "
         f"--journal {JOURNAL} \\\n    --model {what.model} --adapter {ADAPTER}"

@@ -21,11 +21,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from fedmezo_core.errors import ModelError
 from fedmezo_core.folders import whole_folder
+from fedmezo_core.zo.edge.adapter_file import AdapterFile, GgufShape
+from fedmezo_core.zo.edge.edge_export import adapter_matrices
 from fedmezo_core.zo.model.adapters import CONFIG_FILE, read_weights, without_adapter_name
 from fedmezo_core.zo.model.factored import plain_b
 from fedmezo_core.zo.model.loading import TOKENIZER_FILES, LoadedModel, load_model, quiet
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
-from fedmezo_core.zo.model.model_card import ModelCard
+from fedmezo_core.zo.model.model_card import GGUF_ADAPTER_FILE, ExportKind, ModelCard
 from fedmezo_core.zo.model.offload import stored_parameters
 from fedmezo_core.zo.model.weight_digest import tokenizer_digest
 
@@ -64,7 +66,7 @@ def export_model(loaded: LoadedModel, folder: str | Path, card: ModelCard) -> No
             del vars(plain)["can_generate"]
         _copy_files(loaded, target)
         _write_settings(loaded.folder, target, is_untied=_is_untied(plain, state))
-        (target / "README.md").write_text(card.text("model", loaded.folder), encoding="utf-8")
+        _write_card(card, "model", loaded, target)
         _check_model(target, loaded, settings, _values(plain, state), plain.dtype)
 
     _write_folder(Path(folder), write)
@@ -96,10 +98,42 @@ def write_adapter(loaded: LoadedModel, folder: str | Path, card: ModelCard) -> N
             config.base_model_name_or_path = card.base
         # "auto" would ask the model hub whether the embeddings have changed; they never do.
         model.save_pretrained(target, save_embedding_layers=False)
-        (target / "README.md").write_text(card.text("adapter", loaded.folder), encoding="utf-8")
+        _write_card(card, "adapter", loaded, target)
         _check_adapter(target, loaded.model)
 
     _write_folder(Path(folder), write)
+
+
+def export_gguf_adapter(
+    loaded: LoadedModel, folder: str | Path, card: ModelCard, *, alpha: float
+) -> None:
+    """Write the LoRA adapter of a model to `folder` as one GGUF, which llama.cpp adds to a base.
+
+    The matrices are float32; `alpha` is the run's, and their scale is `alpha` over the rank. Raises
+    `ModelError` as `export_adapter` does, for an architecture or a module whose place in a GGUF is
+    not known, and if the package gguf is not installed.
+    """
+    model = cast("Any", loaded.model)
+    if not hasattr(model, "peft_config"):
+        raise ModelError("The model has no LoRA adapter to export; export the whole model.")
+    config: Any = model.get_base_model().config
+    heads = int(config.num_attention_heads)
+    keys = getattr(config, "num_key_value_heads", None)
+    shape = GgufShape(str(config.model_type), heads, heads if keys is None else int(keys))
+    matrices = {name: own.numpy() for name, own in adapter_matrices(loaded.model).items()}
+
+    def write(target: Path) -> None:
+        AdapterFile(target / GGUF_ADAPTER_FILE, matrices, shape, alpha=alpha)
+        _write_card(card, "gguf", loaded, target)
+
+    _write_folder(Path(folder), write)
+
+
+def _write_card(card: ModelCard, what: ExportKind, loaded: LoadedModel, target: Path) -> None:
+    """Write the card, and what a program reads of the run."""
+    (target / "README.md").write_text(card.text(what, loaded.folder), encoding="utf-8")
+    if card.run is not None:
+        card.run.write(target)
 
 
 def _merged(model: nn.Module) -> tuple[PreTrainedModel, dict[str, torch.Tensor] | None]:
@@ -223,7 +257,7 @@ def _check_adapter(folder: Path, model: nn.Module) -> None:
 def _defect(what: str) -> ModelError:
     return ModelError(
         f"The export is not what was trained, so it was not kept: {what}; export with another "
-        "version of transformers, or only the adapter (--adapter-only)."
+        "version of transformers, or only the adapter (--as adapter)."
     )
 
 

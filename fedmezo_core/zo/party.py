@@ -86,13 +86,7 @@ class Party:
     @property
     def positions_max(self) -> int | None:
         """The most tokens of a row that the model knows positions for; None if it does not say."""
-        model_config: Any = self.loaded.model.config
-        text_config = model_config.get_text_config()
-        for name in _POSITIONS:
-            positions = getattr(text_config, name, None)
-            if isinstance(positions, int) and positions > 0:
-                return positions
-        return None
+        return positions_of(self.loaded.model)
 
     def check_can_begin(self) -> None:
         """Refuse a new run whose rows may be longer than the model's positions.
@@ -190,6 +184,17 @@ class Party:
                 f"The {what} loaded here differ from the run's: {digests}; load the same files of "
                 f"{genesis.config.model} as the coordinator{also}."
             )
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The most tokens of a row that a model knows positions for; None if it does not say."""
+    model_config: Any = model.config
+    text_config = model_config.get_text_config()
+    for name in _POSITIONS:
+        positions = getattr(text_config, name, None)
+        if isinstance(positions, int) and positions > 0:
+            return positions
+    return None
 
 
 def warn_of_answers_in_prompts(task: TaskConfig) -> None:

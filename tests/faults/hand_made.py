@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from fedmezo_coordinator.daemon import Daemon
-from fedmezo_coordinator.programs.fedmezo_command import _line, _verified_line
+from fedmezo_coordinator.programs.fedmezo_command import _line, _verified_run
 from fedmezo_coordinator.programs.plain_values import json_line, record_values, status_values
 from fedmezo_coordinator.programs.view import run_view
 from fedmezo_core.errors import FedMezoError
@@ -190,7 +190,7 @@ def read_everywhere(store: MemoryStore, seed: int) -> list[str]:
 
 
 def _verify(store: MemoryStore, _: random.Random) -> None:
-    _verified_line(Journal(store))
+    _verified_run(Journal(store))
 
 
 def _inspect(store: MemoryStore, _: random.Random) -> None:

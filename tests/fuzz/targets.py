@@ -22,7 +22,7 @@ from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.limits.caller_limits import CallerLimits
 from fedmezo_coordinator.limits.connection_watch import ConnectionWatch
-from fedmezo_coordinator.programs.fedmezo_command import _line, _verified_line
+from fedmezo_coordinator.programs.fedmezo_command import _line, _verified_run
 from fedmezo_coordinator.programs.plain_values import json_line, record_values
 from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving import loop as serving_loop
@@ -403,7 +403,7 @@ def store_of(data: bytes) -> MemoryStore:
 def read_journal(data: bytes) -> None:
     """A whole journal: decoded, verified and folded; every fourth is shown, too."""
     store = store_of(data)
-    _verified_line(Journal(store))
+    _verified_run(Journal(store))
     if zlib.crc32(data) % 4:
         return
     for entry, record in verified(Journal(store)):

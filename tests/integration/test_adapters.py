@@ -131,7 +131,7 @@ async def test_a_run_without_an_adapter_has_none_to_write(genesis: Genesis, tmp_
     journal = tmp_path / "journal.db"
     async with served(journal, plain):
         pass
-    with pytest.raises(FedMezoError, match="--adapter-only: this run trains no adapter"):
+    with pytest.raises(FedMezoError, match="--as adapter: this run trains no adapter"):
         CliRunner().invoke(
             client_cli.app,
             ["export", str(tmp_path / "out"), "--journal", str(journal), "--adapter-only"],

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -180,6 +181,16 @@ async def test_separate_processes_agree_although_one_is_killed_and_one_comes_lat
     assert digest.hex() in taken.output
     AutoTokenizer.from_pretrained(exported)
     AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    tried = CliRunner().invoke(
+        client_cli.app,
+        ["evaluate", str(exported), "--data", str(heldout_file), "--format", "json"],
+        catch_exceptions=False,
+    )
+    found, last = json.loads(tried.stdout), status.evaluations[-1]
+    assert last.round == ROUNDS
+    # The journal keeps binary32 numbers, and the replica has as many threads as it likes.
+    assert np.float32(found["accuracy"]) == last.accuracy
+    assert found["loss"] == pytest.approx(last.loss, abs=1e-6)
     genesis = records_of(journal)[0]
     assert isinstance(genesis, Genesis)
     assert open_party(genesis.config, str(exported), threads=1).weights.digest() == digest

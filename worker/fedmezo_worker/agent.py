@@ -12,7 +12,6 @@ from fedmezo_core.errors import (
     ReplacedError,
     UnavailableError,
 )
-from fedmezo_core.program import long_step
 from fedmezo_core.records import Genesis
 from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.trust.answer_signatures import AnswerSigner
@@ -133,8 +132,7 @@ class Agent:
         async for page in self._history.open(description):
             await member.take_commits([commit_of(entry.row.body, config) for entry in page])
         # Now, because a late worker leaves the base as soon as it catches up.
-        with long_step("evaluating before the first round here"):
-            await member.evaluate()
+        await member.evaluate()
         return member
 
     async def _with_adapter(self, settings: WorkerSettings, genesis: Genesis) -> WorkerSettings:

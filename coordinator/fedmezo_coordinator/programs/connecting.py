@@ -1,4 +1,4 @@
-"""How the commands of `fedmezo` reach a coordinator: their options, and the client they make."""
+"""How the commands of `fedmezo` reach a coordinator or a journal: their options, what they open."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.errors import ConfigError, IdentityError, UnavailableError
 from fedmezo_core.folders import state_home
+from fedmezo_core.journal.journal import Journal, MemoryStore, Row
+from fedmezo_core.journal.sealed import StoredState
 from fedmezo_core.layered_settings import check_address, expanded
+from fedmezo_core.program import long_step
+from fedmezo_core.records import SignedHead
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.enrolment import identity_in, renewed
@@ -81,6 +86,21 @@ State = Annotated[
 RunId = Annotated[
     str,
     typer.Option("--run-id", help="run to ask about; default: the only one that is not over"),
+]
+JournalArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="JOURNAL",
+        help="journal of a stopped coordinator, a file or a postgresql:// URL; "
+        "default: read it from --coordinator",
+    ),
+]
+JournalOption = Annotated[
+    str | None,
+    typer.Option(
+        help="journal of a stopped coordinator, a file or a postgresql:// URL; "
+        "default: read it from --coordinator"
+    ),
 ]
 
 
@@ -186,3 +206,42 @@ async def _renew(address: str, identity: Identity) -> None:
             await renewed(client, identity)
     except UnavailableError as error:
         log.warning("the certificate of %s cannot be renewed now: %s", identity.name, error)
+
+
+@contextlib.contextmanager
+def opened_journal(journal: str | None, link: Callable[[], Link] | None) -> Iterator[Journal]:
+    """Open a journal, or a copy of the one that a coordinator sends; one of the two is given."""
+    if journal:
+        store = open_store(journal, read_only=True)
+    else:
+        assert link is not None
+        store = asyncio.run(_fetched(link()))
+    try:
+        yield Journal(store)
+    finally:
+        store.close()
+
+
+async def _fetched(link: Link) -> MemoryStore:
+    store = MemoryStore()
+    async with link.client() as client:
+        with long_step(f"fetching the journal of {link.address}", unit="records") as step:
+            async for page in client.journal_pages(link.run_id):
+                if page.origin:
+                    store.drop_before(StoredState.received(page.origin))
+                store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
+                step.advance(len(page.entries))
+    return store
+
+
+def signed_head_from(link: Link) -> SignedHead | None:
+    """The newest head that a running coordinator signs; None if it vouches for none."""
+
+    async def work() -> SignedHead | None:
+        async with link.client() as client:
+            run = await client.get_run()
+        if not run.signature:
+            return None
+        return SignedHead(run.epoch, run.round, run.round_head, run.checkpoint_key, run.signature)
+
+    return asyncio.run(work())

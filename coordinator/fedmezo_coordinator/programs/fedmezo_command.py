@@ -6,10 +6,10 @@ import asyncio
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,28 +20,41 @@ from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
 from fedmezo_coordinator.programs.connecting import (
     Coordinator,
-    Link,
+    JournalArgument,
+    JournalOption,
     RunId,
     State,
     Tls,
     TlsCa,
     link_to,
+    opened_journal,
     user_path,
 )
 from fedmezo_coordinator.programs.fleet_command import add_to
+from fedmezo_coordinator.programs.home_commands import add_to as add_home_to
 from fedmezo_coordinator.programs.plain_values import (
+    AsJson,
+    Format,
+    OutputFormat,
+    chosen_format,
     json_line,
     origin_values,
     record_values,
+    say,
     status_values,
 )
 from fedmezo_coordinator.programs.preflight.presets_command import presets
-from fedmezo_coordinator.programs.rebuilding import plan_of, take_snapshot
 from fedmezo_coordinator.programs.run_commands.health_command import add_health_to
 from fedmezo_coordinator.programs.run_commands.run_command import run_app
 from fedmezo_coordinator.programs.run_commands.watching import status_of, watch_run
 from fedmezo_coordinator.programs.signature_audit import SignatureAudit
-from fedmezo_coordinator.programs.split_files import SplitOptions, Splitter, split_file, split_view
+from fedmezo_coordinator.programs.split_files import (
+    SplitOptions,
+    Splitter,
+    split_file,
+    split_values,
+    split_view,
+)
 from fedmezo_coordinator.programs.view import (
     agreement,
     counted,
@@ -53,9 +66,9 @@ from fedmezo_coordinator.stores.location import journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core import records
 from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
-from fedmezo_core.journal.journal import Journal, MemoryStore, Row
+from fedmezo_core.journal.journal import Journal, Row
 from fedmezo_core.journal.party_copy import verified
-from fedmezo_core.journal.sealed import SealedState, StoredState
+from fedmezo_core.journal.sealed import SealedState
 from fedmezo_core.layered_settings import installed_version, load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
@@ -85,16 +98,9 @@ add_to(app)
 app.command()(presets)
 add_health_to(app)
 app.command()(page)
+add_home_to(app)
 
 
-JournalArgument = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="JOURNAL",
-        help="journal of a stopped coordinator, a file or a postgresql:// URL; "
-        "default: read it from --coordinator",
-    ),
-]
 OutputFolder = Annotated[Path, typer.Argument(help="folder to write; must be new or empty")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 
@@ -134,11 +140,12 @@ def status(
     tls: Tls = False,
     state: State = None,
     run_id: RunId = "",
-    as_json: Annotated[bool, typer.Option("--json", help="print the status as JSON")] = False,
+    format_: Format = OutputFormat.TEXT,
+    as_json: AsJson = False,
 ) -> None:
     """Show the progress, workers, traffic, digests and evaluations of a run."""
     answer = asyncio.run(status_of(link_to(coordinator, tls_ca, tls, state, run_id)))
-    if as_json:
+    if chosen_format(format_, as_json) is OutputFormat.JSON:
         print(json_line(status_values(answer)))
     else:
         Console().print(run_view(answer))
@@ -154,9 +161,10 @@ def watch(
     state: State = None,
     run_id: RunId = "",
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
-    asyncio.run(watch_run(link_to(coordinator, tls_ca, tls, state, run_id), every_s))
+    asyncio.run(watch_run(link_to(coordinator, tls_ca, tls, state, run_id), every_s, format_))
 
 
 @journal_app.command()
@@ -168,18 +176,19 @@ def inspect(
     state: State = None,
     run_id: RunId = "",
     from_seqno: Annotated[int, typer.Option(min=0, help="first record to print")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print one JSON object on each line")
-    ] = False,
+    format_: Format = OutputFormat.TEXT,
+    as_json: AsJson = False,
 ) -> None:
     """Print the journal's records, one on each line."""
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state, run_id)) as source:
+    format_ = chosen_format(format_, as_json)
+    link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
+    with opened_journal(journal, link) as source:
         origin = source.origin()
         if origin is not None and from_seqno < origin.seqno:
-            print(json_line(origin_values(origin)) if as_json else _origin_line(origin))
+            say(format_, _origin_line(origin), origin_values(origin))
         for entry, record in verified(source):
             if entry.row.seqno >= from_seqno:
-                if as_json:
+                if format_ is OutputFormat.JSON:
                     print(json_line(record_values(entry.row, record)))
                 else:
                     print(_line(entry.row, record))
@@ -196,14 +205,18 @@ def verify(
     signatures: Annotated[
         bool, typer.Option("--signatures", help="check the signature of each worker's answer too")
     ] = False,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Check the records' hashes, order, meaning and number, and print the journal's head."""
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state, run_id)) as source:
+    link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
+    with opened_journal(journal, link) as source:
         audit = SignatureAudit(source.origin()) if signatures else None
-        line = _verified_line(source, audit)
+        found = _verified_run(source, audit)
         if journal:
             Companions(journal).check(source)
-        print("\n".join([line, *(audit.lines() if audit else ())]))
+        text = "\n".join([found.line(), *(audit.lines() if audit else ())])
+        values = found.values() | ({} if audit is None else {"answers": audit.values()})
+        say(format_, text, values)
 
 
 @journal_app.command()
@@ -214,13 +227,20 @@ def tensorboard(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    run_id: RunId = "",
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Write the run's curves as an event file, which TensorBoard shows."""
     from fedmezo_coordinator.telemetry.event_files import write_event_file
 
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state)) as source:
+    link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
+    with opened_journal(journal, link) as source:
         count = write_event_file(source, folder)
-    print(f"wrote {counted(count, 'value')}; look at them with: tensorboard --logdir {folder}")
+    say(
+        format_,
+        f"wrote {counted(count, 'value')}; look at them with: tensorboard --logdir {folder}",
+        {"out": str(folder), "values": count},
+    )
 
 
 @journal_app.command()
@@ -231,10 +251,11 @@ def restore(
     journal: Annotated[
         str, typer.Argument(help="journal to write: a new file, or the URL of an empty journal")
     ],
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Write a coordinator's journal from a copy that is verified first, to continue the run."""
-    with _opened(copy, None) as verifying:
-        line = _verified_line(verifying)
+    with opened_journal(copy, None) as verifying:
+        found = _verified_run(verifying)
     source = open_store(copy, read_only=True)
     try:
         target = open_store(journal)
@@ -254,100 +275,15 @@ def restore(
             target.close()
     finally:
         source.close()
-    print(f"{line}\nwrote {journal_shown(journal)}")
-    if origin is not None:
-        print(
+    lines = [found.line(), f"wrote {journal_shown(journal)}"]
+    snapshots = None if origin is None else path_beside(journal, ".snapshots")
+    if snapshots is not None:
+        lines.append(
             "its first records were dropped, so workers begin from a snapshot: put the run's "
-            f"snapshots into {path_beside(journal, '.snapshots')}"
+            f"snapshots into {snapshots}"
         )
-
-
-@app.command()
-def export(
-    folder: OutputFolder,
-    model: Annotated[
-        str, typer.Option(help="base model: hub name or folder; default: the name in the journal")
-    ] = "",
-    adapter: Annotated[
-        Path | None, typer.Option(help="folder of the adapter that the run began from, if any")
-    ] = None,
-    adapter_only: Annotated[
-        bool,
-        typer.Option("--adapter-only", help="write only the run's LoRA adapter, in peft's layout"),
-    ] = False,
-    journal: Annotated[
-        str | None,
-        typer.Option(
-            help="journal of a stopped coordinator, a file or a postgresql:// URL; "
-            "default: read it from --coordinator"
-        ),
-    ] = None,
-    coordinator: Coordinator = None,
-    tls_ca: TlsCa = None,
-    tls: Tls = False,
-    state: State = None,
-    run_id: RunId = "",
-    round_: Annotated[
-        int | None,
-        typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
-    ] = None,
-    best: Annotated[
-        bool,
-        typer.Option("--best", help="write the weights with the smallest held-out loss"),
-    ] = False,
-    snapshots: Annotated[
-        Path | None,
-        typer.Option(
-            help="folder of the run's snapshots, needed if the journal's first records were "
-            "dropped; default: next to --journal"
-        ),
-    ] = None,
-    threads: Threads = None,
-) -> None:
-    """Rebuild the model from its base and the journal, and write a Hugging Face folder.
-
-    If the journal's oldest records were dropped, the model is rebuilt from a snapshot instead.
-    """
-    if best and round_ is not None:
-        raise ConfigError("--best and --round each choose the round; leave one of them out.")
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state, run_id)) as source:
-        plan = plan_of(source, round_, best=best)
-    genesis, commits = plan.genesis, plan.commits
-    if adapter_only and genesis.config.lora is None:
-        raise ConfigError("--adapter-only: this run trains no adapter; leave it out.")
-    with worker_packages("export"):
-        from fedmezo_core.zo.commits import commits_of
-        from fedmezo_core.zo.export import export_adapter, export_model
-        from fedmezo_core.zo.model.loading import folder_of_hub_name
-        from fedmezo_core.zo.model.model_card import ModelCard
-        from fedmezo_core.zo.party import open_party
-    source_folder = model or str(folder_of_hub_name(genesis.config.model))
-    party = open_party(genesis.config, source_folder, adapter=adapter, threads=threads)
-    party.check_same_base(genesis)
-    if plan.snapshot is not None:
-        take_snapshot(
-            party.weights,
-            plan.snapshot,
-            snapshots or (path_beside(journal, ".snapshots") if journal else None),
-            link_to(coordinator, tls_ca, tls, state, run_id).client,
-            genesis.config.run_id,
-        )
-    if commits:
-        with long_step(
-            f"replaying {counted(len(commits), 'commit')}", genesis.trainable_elements, "weights"
-        ) as step:
-            party.weights.apply(commits[0].round, commits_of(commits), step.advance)
-    with long_step("digesting the weights"):
-        digest = party.weights.digest()
-    plan.check(digest)
-    card = ModelCard(genesis.config.model, genesis.config.run_id, plan.facts(digest))
-    with long_step(f"writing {folder}"):
-        (export_adapter if adapter_only else export_model)(party.loaded, folder, card)
-    what = "adapter" if adapter_only else "model"
-    after = f"round {party.weights.round}"
-    if plan.best is not None:
-        after += f", the best evaluated one (loss {plan.best.loss:.4f})"
-    print(f"{folder}: the {what} after {after}, weights digest {digest.hex()}")
+    values = {"journal": journal_shown(journal), "snapshots": snapshots and str(snapshots)}
+    say(format_, "\n".join(lines), found.values() | values)
 
 
 @app.command()
@@ -362,6 +298,7 @@ def adapter(
     ],
     rows_max: Annotated[int, typer.Option(min=1, help="most rows to read")] = 1000,
     threads: Threads = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Fit the adapter that a run begins from to texts; see docs/configuration.md."""
     settings = load_settings(
@@ -384,9 +321,11 @@ def adapter(
     fit_adapter(party, rows)
     facts = {"Round": f"0: fitted to {len(rows)} rows, for the run to begin from"}
     write_adapter(party.loaded, folder, ModelCard(run.model, run.run_id, facts))
-    print(
+    say(
+        format_,
         f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
-        f'"{folder}" at the coordinator and at every worker'
+        f'"{folder}" at the coordinator and at every worker',
+        {"out": str(folder), "rank": run.lora.rank, "rows": len(rows)},
     )
 
 
@@ -401,6 +340,7 @@ def export_form(
         typer.Option(help="GGUF of the same base, for llama.cpp; default: an ONNX graph is made"),
     ] = None,
     threads: Threads = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Write a form of a run's base for workers without torch; see docs/edge.md."""
     settings = load_settings(
@@ -415,9 +355,11 @@ def export_form(
         name = export_onnx_form(party, folder)
     else:
         name = export_gguf_form(party, folder, gguf)
-    print(
+    say(
+        format_,
         f"{folder}: a form of the base of run {run.run_id}; add it to the contract: "
-        f'base_forms = ["{name}"]'
+        f'base_forms = ["{name}"]',
+        {"out": str(folder), "run_id": run.run_id, "form": name},
     )
 
 
@@ -442,23 +384,19 @@ def audit(
     objective: Annotated[
         str, typer.Option(help="the run's objective, if it has one: its code runs here")
     ] = "",
-    journal: Annotated[
-        str | None,
-        typer.Option(
-            help="journal of a stopped coordinator, a file or a postgresql:// URL; "
-            "default: read it from --coordinator"
-        ),
-    ] = None,
+    journal: JournalOption = None,
     coordinator: Coordinator = None,
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
     run_id: RunId = "",
     threads: Threads = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
     wanted_rounds = rounds_in(rounds)
-    with _opened(journal, lambda: link_to(coordinator, tls_ca, tls, state, run_id)) as source:
+    link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
+    with opened_journal(journal, link) as source:
         what = audit_of(source, worker, wanted_rounds)
     wanted = what.genesis.config.task.objective
     if wanted and wanted != objective:
@@ -481,13 +419,17 @@ def audit(
     )
     verdicts = Counter[str]()
     for repeated in what.repeat(engine):
-        print(repeated.line(tolerance), flush=True)
-        verdicts[repeated.verdict(tolerance)] += 1
+        verdict = repeated.verdict(tolerance)
+        answer = {"round": repeated.answer.round, "slot": repeated.answer.slot}
+        measured = {"difference": repeated.difference, "verdict": verdict}
+        say(format_, repeated.line(tolerance), answer | measured)
+        verdicts[verdict] += 1
     found = ", ".join(
         f"{count} {'differ' if verdict == 'differs' and count > 1 else verdict}"
         for verdict, count in sorted(verdicts.items())
     )
-    print(f"{worker}: {counted(verdicts.total(), 'answer')} repeated: {found}")
+    if format_ is OutputFormat.TEXT:
+        print(f"{worker}: {counted(verdicts.total(), 'answer')} repeated: {found}")
     if verdicts["differs"]:
         # In 16 bits the difference of two losses is mostly how their sums were rounded.
         also = "" if what.genesis.config.dtype == "float32" else ", and the number of threads,"
@@ -519,7 +461,8 @@ def probe(
         int | None,
         typer.Option(min=1, help="most forward passes of a batch; default: 5 % of the run's"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
+    format_: Format = OutputFormat.TEXT,
+    as_json: AsJson = False,
     threads: Threads = None,
 ) -> None:
     """Measure which eps and learning rate suit a run, before it begins; see docs/choosing.md."""
@@ -541,14 +484,16 @@ def probe(
         passes=passes,
         threads=threads,
     )
-    print(json_line(proposal_values(result)) if as_json else "\n".join(proposal_lines(result)))
+    lines = "\n".join(proposal_lines(result))
+    say(chosen_format(format_, as_json), lines, proposal_values(result))
 
 
 @app.command()
 def privacy(
     ledger: Annotated[Path, typer.Argument(callback=user_path, help="a worker's privacy_ledger")],
     delta: Annotated[float, typer.Option(help="the worker's privacy_delta")] = 1e-5,
-    as_json: Annotated[bool, typer.Option("--json", help="print the account as JSON")] = False,
+    format_: Format = OutputFormat.TEXT,
+    as_json: AsJson = False,
 ) -> None:
     """Say how much of their privacy a worker's rows have given away."""
     with worker_packages("keep the account of privacy"):
@@ -559,13 +504,16 @@ def privacy(
     entries = read_ledger(ledger)
     runs = {entry.run.partition(":")[0]: entry.round for entry in entries}
     spent = epsilon_of(steps_in(entries), delta)
-    if as_json:
-        values = {"epsilon": spent, "delta": delta, "measurements": len(entries)}
-        print(json_line(values | {"newest_rounds": runs}))
-        return
-    print(f"epsilon {spent:.2f} at delta {delta:g}, for {counted(len(entries), 'measurement')}")
-    for run, newest in runs.items():
-        print(f"  run {run}: up to round {newest}")
+    lines = [
+        f"epsilon {spent:.2f} at delta {delta:g}, for {counted(len(entries), 'measurement')}",
+        *(f"  run {run}: up to round {newest}" for run, newest in runs.items()),
+    ]
+    values = {"epsilon": spent, "delta": delta, "measurements": len(entries)}
+    say(
+        chosen_format(format_, as_json),
+        "\n".join(lines),
+        {**values, "newest_rounds": runs},
+    )
 
 
 @app.command()
@@ -606,6 +554,7 @@ def split(
     seed: Annotated[
         int, typer.Option(min=0, help="the same seed and rows give the same files")
     ] = 1,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Split rows into one file for each worker and one of held-out rows, for an experiment."""
     options = SplitOptions(
@@ -619,39 +568,77 @@ def split(
         seed=seed,
     )
     written = split_file(data, out, options)
-    console = Console()
-    console.print(split_view(written, console.width))
-    print(f"{out}: {', '.join(part.file_name for part in written.parts)}")
+    if format_ is OutputFormat.TEXT:
+        console = Console()
+        console.print(split_view(written, console.width))
+    say(
+        format_,
+        f"{out}: {', '.join(part.file_name for part in written.parts)}",
+        {"out": str(out), "files": split_values(written), "moved_rows": written.moved_count},
+    )
 
 
 # ---------------------------------------------------------------- parts
 
 
-@contextmanager
-def _opened(journal: str | None, link: Callable[[], Link] | None) -> Iterator[Journal]:
-    """Open a journal, or a copy of the one that a coordinator sends; one of the two is given."""
-    if journal:
-        store = open_store(journal, read_only=True)
-    else:
-        assert link is not None
-        store = asyncio.run(_fetched(link()))
-    try:
-        yield Journal(store)
-    finally:
-        store.close()
+@dataclass(frozen=True, slots=True)
+class _Verified:
+    """A journal that is sound, and what it holds."""
+
+    run_id: str
+    record_count: int
+    """Records that are there."""
+    epoch: int
+    round: int
+    head: bytes
+    origin: SealedState | None
+    """What stands for the records that were dropped, if any were."""
+    signed: records.SignedHead | None
+    """The newest signed head in it, whose signature was checked."""
+
+    def line(self) -> str:
+        """A sentence for a person."""
+        before = ","
+        if self.origin is not None:
+            before = (
+                f" after {self.origin.seqno} that were dropped, up to round {self.origin.round} "
+                f"({_signed_by(self.origin.key)}),"
+            )
+        line = (
+            f"sound: {counted(self.record_count, 'record')}{before} run {self.run_id}, "
+            f"{counted(self.epoch, 'coordinator start')}, {counted(self.round, 'round')} "
+            f"committed, head {self.head.hex()}"
+        )
+        if self.signed is not None:
+            return (
+                f"{line}; signed up to round {self.signed.round} by {self.signed.key.hex()}, "
+                "signatures checked"
+            )
+        if self.origin is not None and self.origin.key:
+            return line
+        return f"{line}; no signed heads in it, so the coordinator's signature was not checked"
+
+    def values(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "run_id": self.run_id,
+            "records": self.record_count,
+            "epoch": self.epoch,
+            "round": self.round,
+            "head": self.head,
+            "dropped_round": None if self.origin is None else self.origin.round,
+            "signed_round": None if self.signed is None else self.signed.round,
+            "key": None if self.signed is None else self.signed.key,
+        }
 
 
-def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str:
-    """Verify and replay a journal, with its signatures by `audit`; returns a line about its run."""
-    machine, count, before = RoundMachine(), 0, ""
+def _verified_run(journal: Journal, audit: SignatureAudit | None = None) -> _Verified:
+    """Verify and replay a journal, with its signatures by `audit`."""
+    machine, count = RoundMachine(), 0
     signed: records.SignedHead | None = None
     origin = journal.origin()
     if origin is not None:
         machine.restore(state_of(origin))
-        before = (
-            f" after {origin.seqno} that were dropped, up to round {origin.round} "
-            f"({_signed_by(origin.key)}),"
-        )
     for entry, record in verified(journal):
         machine.apply(record)
         if audit is not None:
@@ -661,29 +648,15 @@ def _verified_line(journal: Journal, audit: SignatureAudit | None = None) -> str
         count += 1
     if len(journal) == 0:
         raise JournalCorruptError("The journal is empty: no run has begun in it.")
-    line = (
-        f"sound: {counted(count, 'record')}{before or ','} run {machine.config.run_id}, "
-        f"{counted(machine.epoch, 'coordinator start')}, {counted(machine.round, 'round')} "
-        f"committed, head {journal.head.hex()}"
+    return _Verified(
+        run_id=machine.config.run_id,
+        record_count=count,
+        epoch=machine.epoch,
+        round=machine.round,
+        head=journal.head,
+        origin=origin,
+        signed=signed,
     )
-    if signed is None:
-        is_signed = origin is not None and origin.key
-        if is_signed:
-            return line
-        return f"{line}; no signed heads in it, so the coordinator's signature was not checked"
-    return f"{line}; signed up to round {signed.round} by {signed.key.hex()}, signatures checked"
-
-
-async def _fetched(link: Link) -> MemoryStore:
-    store = MemoryStore()
-    async with link.client() as client:
-        with long_step(f"fetching the journal of {link.address}", unit="records") as step:
-            async for page in client.journal_pages(link.run_id):
-                if page.origin:
-                    store.drop_before(StoredState.received(page.origin))
-                store.append([Row(e.seqno, e.record, e.chain) for e in page.entries])
-                step.advance(len(page.entries))
-    return store
 
 
 def _origin_line(origin: SealedState) -> str:

@@ -26,7 +26,14 @@ from fedmezo_coordinator.programs.connecting import (
     own_folders,
     user_path,
 )
-from fedmezo_coordinator.programs.plain_values import json_line
+from fedmezo_coordinator.programs.plain_values import (
+    AsJson,
+    Format,
+    OutputFormat,
+    chosen_format,
+    json_line,
+    say,
+)
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.folders import state_home
 from fedmezo_core.trust.authorisation import MEMBER_ROLES, Role
@@ -62,6 +69,7 @@ def create(
     ] = None,
     coordinator: Coordinator = None,
     state: State = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Print a join string. It is a secret: whoever reads it can join in place of the member."""
     if role not in MEMBER_ROLES:
@@ -86,15 +94,15 @@ def create(
         return made
 
     for token in asyncio.run(work()):
-        print(token.join_string if names is None else f"{token.name} {token.join_string}")
+        text = token.join_string if names is None else f"{token.name} {token.join_string}"
+        say(format_, text, {"name": token.name, "join_string": token.join_string})
 
 
 def members(
     coordinator: Coordinator = None,
     state: State = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="print one JSON object on each line")
-    ] = False,
+    format_: Format = OutputFormat.TEXT,
+    as_json: AsJson = False,
 ) -> None:
     """List the members of a fleet."""
     link = _operators_link(coordinator, state)
@@ -104,7 +112,7 @@ def members(
             return [member async for member in client.members()]
 
     found = asyncio.run(work())
-    if as_json:
+    if chosen_format(format_, as_json) is OutputFormat.JSON:
         for member in found:
             print(json_line(_values(member)))
         return
@@ -122,7 +130,12 @@ def members(
     Console().print(table)
 
 
-def revoke(name: Name, coordinator: Coordinator = None, state: State = None) -> None:
+def revoke(
+    name: Name,
+    coordinator: Coordinator = None,
+    state: State = None,
+    format_: Format = OutputFormat.TEXT,
+) -> None:
     """Take a member's rights away, at once; its open sessions end.
 
     With an operator's rights, all join strings that are not used up lose their use.
@@ -134,15 +147,21 @@ def revoke(name: Name, coordinator: Coordinator = None, state: State = None) -> 
             await client.revoke_member(name)
 
     asyncio.run(work())
-    print(f"{name} is revoked; `fedmezo rotate {name}` lets it join again, with a new key.")
-    print(
+    say(
+        format_,
+        f"{name} is revoked; `fedmezo rotate {name}` lets it join again, with a new key.\n"
         "If it was an operator, all join strings that were not used up have lost their use, and "
-        "`fedmezo members` shows whom it may have let in."
+        "`fedmezo members` shows whom it may have let in.",
+        {"name": name, "state": "revoked"},
     )
 
 
 def rotate(
-    name: Name, ttl: Ttl = _DEFAULT_TTL, coordinator: Coordinator = None, state: State = None
+    name: Name,
+    ttl: Ttl = _DEFAULT_TTL,
+    coordinator: Coordinator = None,
+    state: State = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Take a member's key away, at once, and print a join string for a new one.
 
@@ -154,7 +173,8 @@ def rotate(
         async with link.client() as client:
             return await client.rotate_member(name, life_s)
 
-    print(asyncio.run(work()).token.join_string)
+    join_string = asyncio.run(work()).token.join_string
+    say(format_, join_string, {"name": name, "join_string": join_string})
 
 
 def join(
@@ -173,13 +193,23 @@ def join(
             "user's state folder by default",
         ),
     ] = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Become an observer or an operator; other commands find the identity, or take --state."""
     folder = state or state_home() / JOINED
     identity = asyncio.run(
         become_member(join_string, folder, name, MEMBER_ROLES, give_up_after_s=0)
     )
-    print(f"{folder}: {identity.role} {identity.name} of the fleet of {identity.address}")
+    say(
+        format_,
+        f"{folder}: {identity.role} {identity.name} of the fleet of {identity.address}",
+        {
+            "state": str(folder),
+            "role": str(identity.role),
+            "name": identity.name,
+            "address": identity.address,
+        },
+    )
 
 
 def exclude(
@@ -190,6 +220,7 @@ def exclude(
     coordinator: Coordinator = None,
     state: State = None,
     run_id: RunId = "",
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Take a worker out of the run, at once and on the record, until `fedmezo readmit`."""
     link = link_to(coordinator, None, False, state, run_id)
@@ -200,13 +231,15 @@ def exclude(
             status = await client.get_status(run_id)
             return any(known.worker == worker for known in status.workers)
 
-    if asyncio.run(work()):
-        print(f"{worker} is excluded; `fedmezo readmit {worker}` lets it take part again.")
+    has_joined = asyncio.run(work())
+    if has_joined:
+        text = f"{worker} is excluded; `fedmezo readmit {worker}` lets it take part again."
     else:
-        print(
+        text = (
             f"{worker} is excluded, but no worker of that name has joined this run since the "
             "coordinator's start; `fedmezo status` lists them."
         )
+    say(format_, text, {"worker": worker, "excluded": True, "has_joined": has_joined})
 
 
 def readmit(
@@ -214,6 +247,7 @@ def readmit(
     coordinator: Coordinator = None,
     state: State = None,
     run_id: RunId = "",
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Let an excluded worker take part in the run again, once it joins."""
     link = link_to(coordinator, None, False, state, run_id)
@@ -223,7 +257,11 @@ def readmit(
             await client.readmit_worker(worker, run_id)
 
     asyncio.run(work())
-    print(f"{worker} may join the run again; start it if it has ended.")
+    say(
+        format_,
+        f"{worker} may join the run again; start it if it has ended.",
+        {"worker": worker, "excluded": False},
+    )
 
 
 def _operators_link(coordinator: str | None, state: Path | None) -> Link:

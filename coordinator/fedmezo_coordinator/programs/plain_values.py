@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import MutableSequence
-from typing import Any
+from enum import StrEnum
+from typing import Annotated, Any
 
+import typer
 from google.protobuf.descriptor import EnumDescriptor
 from google.protobuf.message import Message
 
@@ -25,6 +27,30 @@ from fedmezo_proto.v1.journal_pb2 import RunConfig
 
 _NAMES = {"seed_ranges": "runs", "signedhead": "checkpoint"}
 """Names in the code -> their names in the .proto files."""
+
+
+class OutputFormat(StrEnum):
+    """How a command prints what it found or did."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+Format = Annotated[
+    OutputFormat,
+    typer.Option("--format", help="text: for a person; json: an object on each line"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="the same as --format json")]
+
+
+def chosen_format(format_: OutputFormat, as_json: bool) -> OutputFormat:
+    """The format that the two options come to."""
+    return OutputFormat.JSON if as_json else format_
+
+
+def say(format_: OutputFormat, text: str, values: dict[str, Any]) -> None:
+    """Print what a command did, as text or as a line of JSON."""
+    print(json_line(values) if format_ is OutputFormat.JSON else text, flush=True)
 
 
 def json_line(values: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from fedmezo_coordinator.programs.view import counted
 from fedmezo_core.config import STALENESS_MAX
@@ -83,11 +84,7 @@ class SignatureAudit:
 
         Raises `ConfigError` for rounds without any answer, as in the copies that workers keep.
         """
-        count = self._signed.total() + self._unsigned + self._unknown
-        if self._has_rounds and self._first_record_is_there and not count:
-            raise ConfigError(
-                "The journal holds no answers, as in a worker's own copy; give the coordinator's."
-            )
+        self._check()
         line = f"answers: {self._signed.total()} signed and checked, {self._unsigned} unsigned"
         if self._unknown:
             line += (
@@ -95,5 +92,28 @@ class SignatureAudit:
                 "they were measured at was dropped"
             )
         yield line
-        for one, count in sorted(self._signed.items(), key=lambda item: item[0].worker):
+        for one, count in self._by_worker():
             yield f"  {one.worker}: {counted(count, 'answer')} signed with key {one.key.hex()}"
+
+    def values(self) -> dict[str, Any]:
+        """The same for programs; raises as `lines` does."""
+        self._check()
+        return {
+            "signed": self._signed.total(),
+            "unsigned": self._unsigned,
+            "unchecked": self._unknown,
+            "workers": [
+                {"worker": one.worker, "key": one.key, "answers": count}
+                for one, count in self._by_worker()
+            ],
+        }
+
+    def _by_worker(self) -> list[tuple[Admitted, int]]:
+        return sorted(self._signed.items(), key=lambda item: item[0].worker)
+
+    def _check(self) -> None:
+        count = self._signed.total() + self._unsigned + self._unknown
+        if self._has_rounds and self._first_record_is_there and not count:
+            raise ConfigError(
+                "The journal holds no answers, as in a worker's own copy; give the coordinator's."
+            )

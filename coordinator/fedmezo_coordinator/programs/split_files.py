@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -184,6 +185,21 @@ def _write(out: Path, rows: Sequence[RawExample], parts: Sequence[Part]) -> None
 
 
 # ---------------------------------------------------------------- what is printed
+
+
+def split_values(written: Written) -> list[dict[str, Any]]:
+    """One entry for each file, for programs."""
+    return [
+        {
+            "name": part.name,
+            "file": part.file_name,
+            "rows": len(part.rows),
+            "classes": None
+            if written.classes is None
+            else dict(sorted(Counter(written.classes[row] for row in part.rows).items())),
+        }
+        for part in written.parts
+    ]
 
 
 def split_view(written: Written, width: int) -> RenderableType:

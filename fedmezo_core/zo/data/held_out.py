@@ -11,6 +11,7 @@ import numpy as np
 from torch import nn
 
 from fedmezo_core.errors import MeasurementError
+from fedmezo_core.program import long_step
 from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.task import Batch, Outcome, Task
 from fedmezo_core.zo.model.offload import execution_device
@@ -58,17 +59,19 @@ def evaluate(
     examples = sorted(dataset.examples, key=lambda example: example.token_count)
     device = execution_device(model)
     outcomes: list[Outcome] = []
-    for start in range(0, len(examples), batch_size):
-        before_batch()
-        batch = task.collate(examples[start : start + batch_size], "evaluation", device)
-        with around_batch(batch) if around_batch else nullcontext(batch) as computed:
-            outcome = task.outcome(model, computed)
-        if not math.isfinite(sum(outcome.row_losses)):
-            raise MeasurementError(
-                "The held-out loss is NaN or infinite; the weights have diverged, so use a "
-                "smaller learning_rate or eps."
-            )
-        outcomes.append(outcome)
+    with long_step("evaluating", len(examples), "rows") as step:
+        for start in range(0, len(examples), batch_size):
+            before_batch()
+            batch = task.collate(examples[start : start + batch_size], "evaluation", device)
+            with around_batch(batch) if around_batch else nullcontext(batch) as computed:
+                outcome = task.outcome(model, computed)
+            if not math.isfinite(sum(outcome.row_losses)):
+                raise MeasurementError(
+                    "The held-out loss is NaN or infinite; the weights have diverged, so use a "
+                    "smaller learning_rate or eps."
+                )
+            outcomes.append(outcome)
+            step.advance(len(batch.examples))
     target_count = sum(outcome.target_count for outcome in outcomes)
     margins = [margin for outcome in outcomes for margin in outcome.margins]
     labels = [example.label for example in examples]

@@ -76,7 +76,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(
             f"There is no adapter in {folder}: it has no {CONFIG_FILE}; name a folder that peft's "
-            "save_pretrained or fedmezo export --adapter-only has written."
+            "save_pretrained or fedmezo export --as adapter has written."
         ) from None
     except (OSError, ValueError) as error:
         raise ModelError(f"{CONFIG_FILE} in {folder} cannot be read ({error}).") from None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -21,7 +20,14 @@ from fedmezo_coordinator.programs.connecting import (
     link_to,
     user_path,
 )
-from fedmezo_coordinator.programs.plain_values import json_line, message_values, status_values
+from fedmezo_coordinator.programs.plain_values import (
+    Format,
+    OutputFormat,
+    json_line,
+    message_values,
+    say,
+    status_values,
+)
 from fedmezo_coordinator.programs.run_commands.creating_run import (
     files_of,
     serves,
@@ -37,14 +43,6 @@ from fedmezo_proto.v1.coordinator_pb2 import GetStatusResponse
 run_app = typer.Typer(help="Create, watch and end the runs of a coordinator.", no_args_is_help=True)
 
 
-class Format(StrEnum):
-    """How a command prints what it has found."""
-
-    TEXT = "text"
-    JSON = "json"
-
-
-AsFormat = Annotated[Format, typer.Option("--format", help="for a person, or JSON for a program")]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="the run's name")]
 Reason = Annotated[str, typer.Option(help="why, for the record; at most 400 characters")]
 Result = TypeVar("Result")
@@ -73,7 +71,7 @@ def create(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
-    format_: AsFormat = Format.TEXT,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Create a run and wait until it serves workers; the same again changes nothing.
 
@@ -88,13 +86,12 @@ def create(
         return await taken_up(client, run_id, wait_s) if wait_s else run
 
     run = _asked(work, coordinator, tls_ca, tls, state)
-    if format_ is Format.JSON:
-        print(json_line(message_values(run)))
-    else:
-        print(
-            f"run {run.run_id} is {_WORDS.get(run.phase, run.phase)}; see it with: fedmezo run "
-            f"watch {run.run_id}"
-        )
+    say(
+        format_,
+        f"run {run.run_id} is {_WORDS.get(run.phase, run.phase)}; see it with: fedmezo run watch "
+        f"{run.run_id}",
+        message_values(run),
+    )
 
 
 @run_app.command("list")
@@ -103,11 +100,11 @@ def list_(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
-    format_: AsFormat = Format.TEXT,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """List the runs of a coordinator, the newest first."""
     runs = _asked(lambda client: client.list_runs(), coordinator, tls_ca, tls, state)
-    if format_ is Format.JSON:
+    if format_ is OutputFormat.JSON:
         for run in runs:
             print(json_line(message_values(run)))
         return
@@ -135,7 +132,7 @@ def status(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
-    format_: AsFormat = Format.TEXT,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Show a run: what it is doing, its workers, and which workers do not take part and why."""
 
@@ -145,7 +142,7 @@ def status(
         return summary, await client.get_status(run) if is_served else None
 
     summary, found = _asked(work, coordinator, tls_ca, tls, state)
-    if format_ is Format.JSON:
+    if format_ is OutputFormat.JSON:
         of_run = status_values(found) if found is not None else None
         print(json_line({**message_values(summary), "status": of_run}))
         return
@@ -165,9 +162,10 @@ def watch(
     tls: Tls = False,
     state: State = None,
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two updates")] = 1.0,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Show a run until it is finished and evaluated; Ctrl-C stops the display, not the run."""
-    asyncio.run(watch_run(link_to(coordinator, tls_ca, tls, state, run), every_s))
+    asyncio.run(watch_run(link_to(coordinator, tls_ca, tls, state, run), every_s, format_))
 
 
 @run_app.command()
@@ -178,10 +176,15 @@ def pause(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Hold a run, on the record: no round opens or closes until it is resumed."""
     _asked(lambda client: client.pause_run(run, reason), coordinator, tls_ca, tls, state)
-    print(f"run {run} is paused; `fedmezo run resume {run}` lets it go on.")
+    say(
+        format_,
+        f"run {run} is paused; `fedmezo run resume {run}` lets it go on.",
+        {"run_id": run, "order": "pause"},
+    )
 
 
 @run_app.command()
@@ -194,10 +197,11 @@ def resume(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Let a paused run go on, on the record; a failed one is loaded again."""
     _asked(lambda client: client.resume_run(run, rate_factor), coordinator, tls_ca, tls, state)
-    print(f"run {run} goes on.")
+    say(format_, f"run {run} goes on.", {"run_id": run, "order": "resume"})
 
 
 @run_app.command()
@@ -208,10 +212,15 @@ def stop(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """End a run with the rounds that it has, on the record; its journal can still be read."""
     _asked(lambda client: client.stop_run(run, reason), coordinator, tls_ca, tls, state)
-    print(f"run {run} is over; `fedmezo run delete {run}` deletes it with its journal.")
+    say(
+        format_,
+        f"run {run} is over; `fedmezo run delete {run}` deletes it with its journal.",
+        {"run_id": run, "order": "stop"},
+    )
 
 
 @run_app.command()
@@ -221,10 +230,11 @@ def delete(
     tls_ca: TlsCa = None,
     tls: Tls = False,
     state: State = None,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Delete a run that is over or still being created, with its journal and snapshots."""
     _asked(lambda client: client.delete_run(run), coordinator, tls_ca, tls, state)
-    print(f"run {run} is deleted.")
+    say(format_, f"run {run} is deleted.", {"run_id": run, "order": "delete"})
 
 
 def _asked(

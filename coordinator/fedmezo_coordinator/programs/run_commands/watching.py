@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from fedmezo_coordinator.programs.connecting import Link
+from fedmezo_coordinator.programs.plain_values import OutputFormat, say, status_values
 from fedmezo_coordinator.programs.view import Pace, run_line, run_view
 from fedmezo_core.errors import StartingError
 from fedmezo_core.wire.client import CoordinatorClient
@@ -25,21 +27,24 @@ async def status_of(link: Link) -> wire.GetStatusResponse:
         return await client.get_status(link.run_id)
 
 
-async def watch_run(link: Link, every_s: float) -> None:
+async def watch_run(link: Link, every_s: float, format_: OutputFormat) -> None:
     """Show the run that `link` means until it is finished and evaluated."""
     console = Console()
+    live: Live | None = None
+    if console.is_terminal and format_ is OutputFormat.TEXT:
+        live = Live(console=console, auto_refresh=False)
     async with link.client() as client:
         answer = await first_status(client, link.run_id)
         pace = Pace()
         shown = ""
-        with Live(console=console, auto_refresh=False) as live:
+        with live or contextlib.nullcontext():
             while True:
                 left = pace.seconds_left(answer, time.monotonic())
-                if console.is_terminal:
+                if live is not None:
                     live.update(run_view(answer, seconds_left=left), refresh=True)
                 elif run_line(answer) != shown:
                     shown = run_line(answer)
-                    print(shown, flush=True)
+                    say(format_, shown, status_values(answer))
                 if answer.phase == wire.PHASE_FINISHED and not answer.evaluation_due:
                     return
                 await asyncio.sleep(every_s)

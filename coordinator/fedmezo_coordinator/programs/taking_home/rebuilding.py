@@ -15,12 +15,23 @@ from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.machines.state_codec import state_of
-from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Snapshotted
+from fedmezo_core.program import long_step
+from fedmezo_core.records import (
+    Answered,
+    Committed,
+    Evaluated,
+    Genesis,
+    Opened,
+    RoundSlot,
+    Snapshotted,
+)
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.download import downloaded
 from fedmezo_core.wire.snapshots import Snapshot, file_name
 
 if TYPE_CHECKING:
+    from fedmezo_core.zo.model.run_file import RunFile
+    from fedmezo_core.zo.party import Party
     from fedmezo_core.zo.weights import Weights
 
 DOWNLOAD_PATIENCE_S = 60.0
@@ -41,20 +52,52 @@ class Plan:
     head: bytes
     """The journal's head after that round's commit."""
     answers: int | None
-    """Answers of the rounds up to it; None if the journal's first records were dropped."""
-    evaluated: Evaluated | None
-    """The newest evaluation up to that round."""
+    """Answers of the rounds up to it; None if the journal does not have them."""
+    workers: int | None
+    """Workers that those rounds were opened for; None if the journal does not have that."""
+    rows: int | None
+    """Rows that these workers have together; None if the journal does not have that."""
+    evaluations: list[Evaluated]
+    """The evaluations up to that round, by round."""
     best: Evaluated | None
     """The evaluation for which the round was chosen; None if it was not chosen for one."""
 
-    def check(self, digest: bytes) -> None:
+    @property
+    def known_digests(self) -> dict[int, bytes]:
+        """Round -> digest of the weights after it, of rounds that the run has evaluated."""
+        return {one.round: one.weights_digest for one in self.evaluations}
+
+    def check(self, round_: int, digest: bytes) -> None:
         """Raise `DivergedError` if the weights that were rebuilt are not those evaluated."""
-        if self.best is not None and self.best.weights_digest != digest:
+        known = self.known_digests.get(round_, digest)
+        if known != digest:
             raise DivergedError(
-                f"The weights rebuilt for round {self.best.round} have digest {digest.hex()}, "
-                f"those evaluated had {self.best.weights_digest.hex()}; check this machine's "
+                f"The weights rebuilt for round {round_} have digest {digest.hex()}, "
+                f"those evaluated had {known.hex()}; check this machine's "
                 "memory and the base model, then try again."
             )
+
+    def run_file(self, weights_digest: bytes) -> RunFile:
+        """What an exported folder remembers of the run."""
+        from fedmezo_core.zo.model.run_file import ExportedEvaluation, RunFile
+
+        return RunFile(
+            contract=self.genesis.config,
+            round=self.round,
+            head=self.head.hex(),
+            weights_digest=weights_digest.hex(),
+            base_digest=self.genesis.base_digest.hex(),
+            evaluations=tuple(
+                ExportedEvaluation(
+                    round=one.round,
+                    loss=one.loss,
+                    accuracy=one.accuracy,
+                    auc=one.auc,
+                    rows=one.rows,
+                )
+                for one in self.evaluations
+            ),
+        )
 
     def facts(self, weights_digest: bytes) -> dict[str, str]:
         """What the card of an exported model tells of the run: values by name."""
@@ -64,13 +107,17 @@ class Plan:
             words = (f"{_code(word)} for {label}" for label, word in run.task.verbalizers.items())
             facts["Words for the classes"] = ", ".join(words)
         facts["Round"] = f"{self.round} of {run.rounds}"
+        if self.workers is not None:
+            has = "" if self.rows is None else f", with {self.rows} rows together"
+            facts["Workers"] = f"{self.workers}{has}"
         if self.answers is not None:
             rows = run.local_steps * run.batch_size
             facts["Rows"] = f"{self.answers} answers, each measured on {rows} rows"
-        if self.evaluated is not None:
+        if self.evaluations:
+            newest = self.evaluations[-1]
             facts["Evaluation"] = (
-                f"loss {self.evaluated.loss:.4f}, accuracy {100 * self.evaluated.accuracy:.1f} % "
-                f"on {self.evaluated.rows} rows, after round {self.evaluated.round}"
+                f"loss {newest.loss:.4f}, accuracy {100 * newest.accuracy:.1f} % "
+                f"on {newest.rows} rows, after round {newest.round}"
             )
         return {
             **facts,
@@ -96,10 +143,16 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
     genesis = None if origin is None else origin.genesis
     heads = {} if origin is None else {origin.round: origin.head}
     answers: Counter[int] = Counter()
+    workers: dict[str, int] = {}
+    "Worker -> the first round that was opened for it."
+    asked: dict[RoundSlot, str] = {}
+    "Slot -> its worker, in a run whose answers say how many rows a worker has."
+    rows: dict[str, tuple[int, int]] = {}
+    "Worker -> the first round in which it said its number of rows, and that number."
     commits: list[Committed] = []
     recorded: list[Snapshotted] = []
     evaluations: list[Evaluated] = []
-    if best and origin is not None:
+    if origin is not None:
         before = state_of(origin)
         evaluations = [before.health.best] if before.health.best is not None else []
         evaluations += before.evaluations
@@ -107,9 +160,18 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
         match record:
             case Genesis():
                 genesis, heads[0] = record, entry.head
+            case Opened():
+                for slot, worker in enumerate(record.workers, record.first_slot):
+                    workers.setdefault(worker, record.round)
+                    if genesis is not None and genesis.config.weighting == "rows":
+                        asked[RoundSlot(record.round, slot)] = worker
             case Answered():
                 answers[record.round] += 1
+                answering = asked.get(RoundSlot(record.round, record.slot))
+                if answering is not None and record.rows is not None:
+                    rows.setdefault(answering, (record.round, record.rows))
             case Committed():
+                check_follows(record, first_round + len(commits), genesis)
                 commits.append(record)
                 heads[record.round] = entry.head
             case Snapshotted():
@@ -136,16 +198,67 @@ def plan_of(journal: Journal, last_round: int | None, *, best: bool = False) -> 
     elif origin is not None:
         snapshot = _snapshot_before(last, first_round, recorded, heads, evaluations if best else [])
         commits = commits[snapshot.round - first_round :]
+    whole = origin is None and bool(workers)
     return Plan(
         genesis,
         snapshot,
         commits,
         last,
         heads[last],
-        answers=None if origin else sum(n for round_, n in answers.items() if round_ <= last),
-        evaluated=next((one for one in reversed(evaluations) if one.round <= last), None),
+        # A party's own copy has no answers, and no cohorts.
+        answers=sum(n for round_, n in answers.items() if round_ <= last) if whole else None,
+        workers=sum(first <= last for first in workers.values()) if whole else None,
+        rows=sum(count for first, count in rows.values() if first <= last) or None,
+        evaluations=sorted(
+            {one.round: one for one in evaluations if one.round <= last}.values(),
+            key=lambda one: one.round,
+        ),
         best=chosen,
     )
+
+
+def check_follows(commit: Committed, round_: int, genesis: Genesis | None) -> None:
+    """Raise `JournalCorruptError` unless the commit is the one after `round_`, and the run's."""
+    if genesis is None or commit.round != round_ + 1:
+        raise JournalCorruptError(
+            f"The journal holds a commit of round {commit.round} where one of round {round_ + 1} "
+            "must stand; take another copy."
+        )
+    commit.check_within(genesis.config)
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """Weights that were rebuilt as a `Plan` says."""
+
+    digest: bytes
+    """Their digest, 32 bytes."""
+    checked_round: int | None
+    """The newest round whose digest the run itself had computed, and which is the same here."""
+
+
+def rebuild_weights(plan: Plan, party: Party) -> Rebuilt:
+    """Apply the commits of a plan to a party that has taken its snapshot, or holds the base.
+
+    On the way the weights are compared with the newest digest in the journal. Raises
+    `DivergedError` if they have another.
+    """
+    from fedmezo_core.zo.commits import commits_of
+
+    weights, commits = party.weights, plan.commits
+    begin = commits[0].round if commits else plan.round
+    checked = max((round_ for round_ in plan.known_digests if round_ >= begin), default=None)
+    digest = b""
+    for stop in sorted({plan.round, plan.round if checked is None else checked}):
+        part = [commit for commit in commits if weights.round < commit.round <= stop]
+        if part:
+            what = f"replaying rounds {part[0].round} to {part[-1].round}"
+            with long_step(what, plan.genesis.trainable_elements, "weights") as step:
+                weights.apply(part[0].round, commits_of(part), step.advance)
+        with long_step("digesting the weights"):
+            digest = weights.digest()
+        plan.check(stop, digest)
+    return Rebuilt(digest, checked)
 
 
 def _snapshot_before(
@@ -193,7 +306,7 @@ def take_snapshot(
     weights: Weights,
     snapshot: Snapshot,
     folder: Path | None,
-    connect: Callable[[], CoordinatorClient],
+    connect: Callable[[], CoordinatorClient] | None,
     run_id: str,
 ) -> None:
     """Set `weights` to those of a snapshot in `folder`; None: download it from the coordinator.
@@ -202,7 +315,8 @@ def take_snapshot(
     """
     from fedmezo_core.zo.snapshot_files import install_snapshot
 
-    if folder is not None:
+    if folder is not None or connect is None:
+        assert folder is not None
         install_snapshot(folder.expanduser() / file_name(run_id, snapshot.round), weights, snapshot)
         return
 
