@@ -241,6 +241,11 @@ class CoordinatorSettings(ServingSettings):
         default=None,
         description="folder of the adapter (peft's layout) that a run with lora begins from",
     )
+    adapter_rows: UserPath | None = Field(
+        default=None,
+        description="rows like the workers', which nobody trains on: a new run's adapter is fitted "
+        "to them before it begins, and kept next to the journal",
+    )
     heldout: UserPath | None = Field(
         default=None,
         description="held-out rows (JSONL, CSV or Parquet) that the model is evaluated on",
@@ -362,6 +367,19 @@ class CoordinatorSettings(ServingSettings):
                 "probe_rows measures a learning_rate and [run] names one; leave out one of them"
             )
         return self
+
+    @model_validator(mode="after")
+    def _fitted_or_given(self) -> Self:
+        if self.adapter is not None and self.adapter_rows is not None:
+            raise ValueError("adapter_rows fits an adapter and adapter names one; leave out either")
+        return self
+
+    @property
+    def begins_from(self) -> Path | None:
+        """Folder of the adapter that the run begins from; a new run's is fitted first."""
+        if self.adapter_rows is None:
+            return self.adapter
+        return path_beside(self.journal, ".adapter").absolute()
 
     @property
     def has_replica(self) -> bool:

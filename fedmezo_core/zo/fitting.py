@@ -17,18 +17,22 @@ that always prefers one class have only one direction.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, DataError
 from fedmezo_core.program import long_step
 from fedmezo_core.zo.data.encoding import Dataset, EncodedExample
-from fedmezo_core.zo.data.rows import Example
+from fedmezo_core.zo.data.rows import Example, read_rows
+from fedmezo_core.zo.export import write_adapter
+from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.model.offload import execution_device
-from fedmezo_core.zo.party import Party
+from fedmezo_core.zo.party import Party, open_party
 
 BATCH_ROWS = 32
 GRADIENT_BATCH_ROWS = 16
@@ -40,6 +44,35 @@ batches turns the directions (decision 0044)."""
 
 _Use = tuple[str, torch.Tensor, torch.Tensor]
 """A module's name, and one input and output of it."""
+
+
+ROWS_MAX = 1000
+"""Most rows that an adapter is fitted to, unless its user says more."""
+
+
+def write_fitted_adapter(
+    config: RunConfig,
+    model: str,
+    data: str | Path,
+    folder: str | Path,
+    *,
+    rows_max: int = ROWS_MAX,
+    threads: int | None = None,
+) -> int:
+    """Fit the adapter of a run to rows, and write the folder that the run begins from.
+
+    `model` is a hub name or folder, `data` as for a worker. Returns the count of rows. Raises as
+    `open_party`, `read_rows` and `fit_adapter` do.
+    """
+    if config.lora is None:
+        raise ConfigError("The run has no adapter to fit; give it a [run.lora].")
+    party = open_party(config, model, threads=threads)
+    party.check_can_begin()
+    rows = read_rows(data, config.task)[:rows_max]
+    fit_adapter(party, rows)
+    facts = {"Round": f"0: fitted to {len(rows)} rows, for the run to begin from"}
+    write_adapter(party.loaded, folder, ModelCard(config.model, config.run_id, facts))
+    return len(rows)
 
 
 def fit_adapter(party: Party, rows: Sequence[Example]) -> None:

@@ -135,7 +135,7 @@ def worker(
         with worker_packages("compare weights"):
             from fedmezo_coordinator.conformance.reference import likeness, open_reference
         reference = open_reference(
-            run, settings.model, data, adapter=settings.adapter, threads=threads
+            run, settings.model, data, adapter=settings.begins_from, threads=threads
         )
         test = WorkerTest(
             reference.genesis, reference, likeness, correlation_min, difference_max, patience_s

@@ -305,27 +305,17 @@ def adapter(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo adapter"
     )
     with worker_packages("fit an adapter"):
-        from fedmezo_core.zo.data.rows import read_rows
-        from fedmezo_core.zo.export import write_adapter
-        from fedmezo_core.zo.fitting import fit_adapter
-        from fedmezo_core.zo.model.model_card import ModelCard
-        from fedmezo_core.zo.party import open_party
+        from fedmezo_core.zo.fitting import write_fitted_adapter
     run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
-    if run.lora is None:
-        raise ConfigError(
-            f"{config} has no [run.lora], so there is no adapter to fit; add that table."
-        )
-    party = open_party(run, settings.model, threads=threads)
-    party.check_can_begin()
-    rows = read_rows(data, run.task)[:rows_max]
-    fit_adapter(party, rows)
-    facts = {"Round": f"0: fitted to {len(rows)} rows, for the run to begin from"}
-    write_adapter(party.loaded, folder, ModelCard(run.model, run.run_id, facts))
+    count = write_fitted_adapter(
+        run, settings.model, data, folder, rows_max=rows_max, threads=threads
+    )
+    assert run.lora is not None, "there is an adapter"
     say(
         format_,
-        f"{folder}: an adapter of rank {run.lora.rank} fitted to {len(rows)} rows; set adapter = "
-        f'"{folder}" at the coordinator and at every worker',
-        {"out": str(folder), "rank": run.lora.rank, "rows": len(rows)},
+        f"{folder}: an adapter of rank {run.lora.rank} fitted to {counted(count, 'row')}; set "
+        f'adapter = "{folder}" at the coordinator, which gives it to workers',
+        {"out": str(folder), "rank": run.lora.rank, "rows": count},
     )
 
 
@@ -350,7 +340,7 @@ def export_form(
         from fedmezo_core.zo.edge.edge_export import export_gguf_form, export_onnx_form
         from fedmezo_core.zo.party import open_party
     run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
-    party = open_party(run, settings.model, adapter=settings.adapter, threads=threads)
+    party = open_party(run, settings.model, adapter=settings.begins_from, threads=threads)
     if gguf is None:
         name = export_onnx_form(party, folder)
     else:

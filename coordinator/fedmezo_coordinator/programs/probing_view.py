@@ -53,7 +53,7 @@ def probe_run(
     rows = read_rows(data, run.task)
     model = settings.model or run.model
     _tell(f"loading {model}")
-    party = open_party(run, model, adapter=settings.adapter, threads=threads)
+    party = open_party(run, model, adapter=settings.begins_from, threads=threads)
     party.check_can_begin()
     row_states = None
     if states_max := settings.replica_row_states_max:

@@ -84,13 +84,24 @@ def _end_with_parent() -> None:
 def describe(orders: dict[str, Any]) -> dict[str, Any]:
     """Load the base model and return its digests and sizes, and what `probe_rows` say.
 
-    Also checks the held-out rows. What is logged meanwhile as a warning is returned too, for the
+    Fits the run's adapter to `adapter_rows` first, if there are any and it is not fitted yet. Also
+    checks the held-out rows. What is logged meanwhile as a warning is returned too, for the
     daemon to log.
     """
     config = config_from_pb(pb.RunConfig.FromString(bytes.fromhex(orders["config"])))
     warnings = _Warnings(logging.WARNING)
     logging.getLogger("fedmezo").addHandler(warnings)
     try:
+        if orders["adapter_rows"] is not None and not Path(orders["adapter"]).exists():
+            with worker_packages("fit an adapter"):
+                from fedmezo_core.zo.fitting import write_fitted_adapter
+            write_fitted_adapter(
+                config,
+                orders["model"],
+                orders["adapter_rows"],
+                orders["adapter"],
+                threads=orders["threads"],
+            )
         copy = _Copy(orders, config)
         copy.party.check_can_begin()
         genesis = copy.party.genesis()

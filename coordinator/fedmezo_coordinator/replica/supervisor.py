@@ -39,7 +39,7 @@ def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
     """The line of JSON that the child reads from its standard input."""
     orders = {
         "model": settings.model,
-        "adapter": None if settings.adapter is None else str(settings.adapter),
+        "adapter": None if settings.begins_from is None else str(settings.begins_from),
         "heldout": None if settings.heldout is None else str(settings.heldout),
         "evaluate_every_rounds": settings.evaluate_every_rounds,
         "evaluate_batch_size": settings.evaluate_batch_size,
@@ -55,8 +55,9 @@ def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
 async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Genesis:
     """The genesis of a new run, from a child process that loads the base model.
 
-    The child also checks the held-out rows, and measures the values that `settings.run` leaves open
-    if there are `probe_rows`. Raises the `FedMezoError` that the child ended with.
+    The child also fits the adapter if there are `adapter_rows`, checks the held-out rows, and
+    measures the values that `settings.run` leaves open if there are `probe_rows`. Raises the
+    `FedMezoError` that the child ended with.
     """
     if not settings.model:
         raise ConfigError(
@@ -70,11 +71,12 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
-        rows = settings.probe_rows
+        rows, texts = settings.probe_rows, settings.adapter_rows
         orders = _orders(
             settings,
             config=config_to_pb(config).SerializeToString().hex(),
             probe_rows=None if rows is None else str(rows),
+            adapter_rows=None if texts is None else str(texts),
         )
         # The child's input stays open, because the child ends when its input does.
         with contextlib.suppress(ConnectionError):

@@ -103,9 +103,10 @@ async def keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: s
 
 def offered_files(settings: CoordinatorSettings) -> Mapping[str, OfferedFile]:
     """What workers of the run may read: the adapter that it begins from. Reads it, so may wait."""
-    if settings.adapter is None:
+    folder = settings.begins_from
+    if folder is None:
         return {}
-    paths = {f"adapter/{name}": settings.adapter / name for name in ADAPTER_FILES}
+    paths = {f"adapter/{name}": folder / name for name in ADAPTER_FILES}
     return {name: _offered(path) for name, path in paths.items() if path.is_file()}
 
 

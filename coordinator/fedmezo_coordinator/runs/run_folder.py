@@ -2,8 +2,8 @@
 
     settings.toml   as the operator wrote it
     run.json        when it was created, by whom, and what its files are
-    heldout.*, probe_rows.*, adapter/
-    journal.db      and beside it the key, the mark and the snapshots
+    adapter_rows.*, heldout.*, probe_rows.*, adapter/
+    journal.db      and beside it the key, the mark, the snapshots and a fitted adapter
 
 A folder appears whole or not at all. A run whose journal is empty has not begun yet.
 """
@@ -32,11 +32,13 @@ NEW, DELETED = ".new-", ".deleted-"
 """Beginnings of the names of folders that are not a run yet, or any more."""
 SETTINGS_CHARS_MAX = 48_000
 """Longest settings; with the files they fit into a message."""
-ONE_FILE = ("heldout", "probe_rows")
+ONE_FILE = ("adapter_rows", "heldout", "probe_rows")
 """Settings that name one file; `adapter` names a folder."""
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter's folder, in peft's layout."""
-_FILE_NAME = re.compile(r"(heldout|probe_rows)(\.[A-Za-z0-9_-]+)*|adapter/[A-Za-z0-9_-][\w.-]*")
+_FILE_NAME = re.compile(
+    r"(adapter_rows|heldout|probe_rows)(\.[A-Za-z0-9_-]+)*|adapter/[A-Za-z0-9_-][\w.-]*"
+)
 
 
 class RunFolder:
