@@ -63,8 +63,16 @@ def opened_runs(
 
     Raises `ConfigError` for a folder that cannot be used.
     """
-    make_private_root(folder)
-    with (folder / ".lock").open("w") as lock:
+    if not folder.exists():
+        make_private(folder, ConfigError)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context((folder / ".lock").open("w"))
+        except OSError as error:
+            raise ConfigError(
+                f"runs = {folder} is no folder that this can write to ({error.strerror}); make it "
+                "writable, or name another."
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -72,14 +80,6 @@ def opened_runs(
                 f"Another coordinator serves the runs in {folder}; stop it, or name another folder."
             ) from None
         yield ManyRuns(settings, folder, session_limit, private)
-
-
-def make_private_root(folder: Path) -> None:
-    """Make the folder, for its owner only; raises `ConfigError` if that cannot be."""
-    if not folder.exists():
-        make_private(folder, ConfigError)
-    elif not folder.is_dir():
-        raise ConfigError(f"runs = {folder} is not a folder; name one.")
 
 
 class ManyRuns(Runs):

@@ -324,6 +324,25 @@ async def test_one_process_has_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
                 pass
 
 
+async def test_a_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is no folder that this can write to"):
+        async with hosted(tmp_path / "file", monkeypatch):
+            pass
+
+
+async def test_a_stop_waits_for_nobody_who_waits_for_offers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted(tmp_path / "runs", monkeypatch) as at, at.client() as client:
+        known = await client.offered_runs("w1")
+        waiting = asyncio.create_task(client.offered_runs("w1", known.revision, 50))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        at.stop.set()
+        assert (await asyncio.wait_for(waiting, 1.5)).more_may_come
+
+
 async def test_there_is_an_end_to_how_many_there_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
