@@ -39,7 +39,13 @@ from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import NAME_PATTERN
-from fedmezo_core.errors import ConfigError, FedMezoError, NotReadyError, RunExistsError
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    NotReadyError,
+    RunExistsError,
+    WrongRunError,
+)
 from fedmezo_core.folders import make_private, sync
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.machines.roster import Phase
@@ -62,8 +68,16 @@ def opened_runs(
 
     Raises `ConfigError` for a folder that cannot be used.
     """
-    make_private_root(folder)
-    with (folder / ".lock").open("w") as lock:
+    if not folder.exists():
+        make_private(folder, ConfigError)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context((folder / ".lock").open("w"))
+        except OSError as error:
+            raise ConfigError(
+                f"runs = {folder} is no folder that this can write to ({error.strerror}); make it "
+                "writable, or name another."
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -71,14 +85,6 @@ def opened_runs(
                 f"Another coordinator serves the runs in {folder}; stop it, or name another folder."
             ) from None
         yield ManyRuns(settings, folder, session_limit, private)
-
-
-def make_private_root(folder: Path) -> None:
-    """Make the folder, for its owner only; raises `ConfigError` if that cannot be."""
-    if not folder.exists():
-        make_private(folder, ConfigError)
-    elif not folder.is_dir():
-        raise ConfigError(f"runs = {folder} is not a folder; name one.")
 
 
 class ManyRuns(Runs):
@@ -135,14 +141,16 @@ class ManyRuns(Runs):
         run.failure, run.waits_for = "", "its journal is being read"
         self._tasks[run.run_id] = asyncio.create_task(self._host(run))
 
-    async def _end(self, run: HostedRun) -> None:
-        """End a run's task and close its journal."""
+    async def _end(self, run: HostedRun, error: FedMezoError | None = None) -> None:
+        """End a run's task and close its journal; its sessions end with `error`, if it is given."""
         task = self._tasks.pop(run.run_id, None)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         loop, run.loop = run.loop, None
         if loop is not None:
+            if error is not None:
+                await loop.fail(error)
             await loop.close()
 
     async def _host(self, run: HostedRun) -> None:
@@ -274,8 +282,7 @@ class ManyRuns(Runs):
             gone = path.with_name(f"{DELETED}{path.name}-{time.time_ns()}")
             try:
                 await asyncio.to_thread(self._note, "delete", run.run_id, by)
-                run.begin_stop()
-                await self._end(run)
+                await self._end(run, WrongRunError(f"Run {run.run_id} was deleted here; stop."))
                 path.rename(gone)
                 sync(self._folder)
             except OSError as error:

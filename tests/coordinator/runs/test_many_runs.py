@@ -192,8 +192,11 @@ async def test_a_run_is_deleted_when_it_is_over(
         await at.create("one", "two")
         with pytest.raises(ConfigError, match="one is not over; end it first"):
             await client.delete_run("one")
-        await client.stop_run("one")
-        await client.delete_run("one")
+        async with at.worker("one") as hand:
+            await hand.open()
+            await client.stop_run("one")
+            await client.delete_run("one")
+            assert isinstance(await hand.ended(), WrongRunError)
         with pytest.raises(WrongRunError, match="no run 'one' here"):
             await client.delete_run("one")
         assert [run.run_id for run in await client.list_runs()] == ["two"]
@@ -322,6 +325,25 @@ async def test_one_process_has_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(ConfigError, match="Another coordinator serves the runs in"):
             async with hosted(tmp_path / "runs", monkeypatch):
                 pass
+
+
+async def test_a_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is no folder that this can write to"):
+        async with hosted(tmp_path / "file", monkeypatch):
+            pass
+
+
+async def test_a_stop_waits_for_nobody_who_waits_for_offers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted(tmp_path / "runs", monkeypatch) as at, at.client() as client:
+        known = await client.offered_runs("w1")
+        waiting = asyncio.create_task(client.offered_runs("w1", known.revision, 50))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        at.stop.set()
+        assert (await asyncio.wait_for(waiting, 1.5)).more_may_come
 
 
 async def test_there_is_an_end_to_how_many_there_can_be(
