@@ -7,10 +7,10 @@ from functools import partial
 
 from benchmarks.figures import REPORTS, arguments_of, collect, publish
 from benchmarks.machine import Machine
-from benchmarks.operation import many_runs
+from benchmarks.operation import runs_at_once
 
 REPORT = REPORTS / "bench-operation.json"
-GROUPS = {"runs": many_runs.figures}
+GROUPS = {"runs": runs_at_once.figures}
 
 
 def main() -> None:

@@ -41,7 +41,13 @@ from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import NAME_PATTERN
-from fedmezo_core.errors import ConfigError, FedMezoError, NotReadyError, RunExistsError
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    NotReadyError,
+    RunExistsError,
+    WrongRunError,
+)
 from fedmezo_core.folders import make_private, sync
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.machines.roster import Phase
@@ -64,8 +70,16 @@ def opened_runs(
 
     Raises `ConfigError` for a folder that cannot be used.
     """
-    make_private_root(folder)
-    with (folder / ".lock").open("w") as lock:
+    if not folder.exists():
+        make_private(folder, ConfigError)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context((folder / ".lock").open("w"))
+        except OSError as error:
+            raise ConfigError(
+                f"runs = {folder} is no folder that this can write to ({error.strerror}); make it "
+                "writable, or name another."
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -73,14 +87,6 @@ def opened_runs(
                 f"Another coordinator serves the runs in {folder}; stop it, or name another folder."
             ) from None
         yield ManyRuns(settings, folder, session_limit, private)
-
-
-def make_private_root(folder: Path) -> None:
-    """Make the folder, for its owner only; raises `ConfigError` if that cannot be."""
-    if not folder.exists():
-        make_private(folder, ConfigError)
-    elif not folder.is_dir():
-        raise ConfigError(f"runs = {folder} is not a folder; name one.")
 
 
 class ManyRuns(Runs):
@@ -103,6 +109,7 @@ class ManyRuns(Runs):
         self._uploads = Uploads(folder / ".uploads")
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._lag = LoopLag()
+        self._replicas = asyncio.Semaphore(process.replicas_max or RUNS_MAX)
         self._creating = asyncio.Lock()
         self._describing = asyncio.Lock()
         found: list[HostedRun] = []
@@ -136,14 +143,16 @@ class ManyRuns(Runs):
         run.failure, run.waits_for = "", "its journal is being read"
         self._tasks[run.run_id] = asyncio.create_task(self._host(run))
 
-    async def _end(self, run: HostedRun) -> None:
-        """End a run's task and close its journal."""
+    async def _end(self, run: HostedRun, error: FedMezoError | None = None) -> None:
+        """End a run's task and close its journal; its sessions end with `error`, if it is given."""
         task = self._tasks.pop(run.run_id, None)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         loop, run.loop = run.loop, None
         if loop is not None:
+            if error is not None:
+                await loop.fail(error)
             await loop.close()
 
     async def _host(self, run: HostedRun) -> None:
@@ -191,7 +200,8 @@ class ManyRuns(Runs):
             await daemon.joined.wait()
         elif not is_due:
             return
-        await keep_replica(settings, daemon, self._private)
+        async with self._replicas:
+            await keep_replica(settings, daemon, self._private)
 
     # ------------------------------------------------------------ orders
 
@@ -274,8 +284,7 @@ class ManyRuns(Runs):
             gone = path.with_name(f"{DELETED}{path.name}-{time.time_ns()}")
             try:
                 await asyncio.to_thread(self._note, "delete", run.run_id, by)
-                run.begin_stop()
-                await self._end(run)
+                await self._end(run, WrongRunError(f"Run {run.run_id} was deleted here; stop."))
                 path.rename(gone)
                 sync(self._folder)
             except OSError as error:

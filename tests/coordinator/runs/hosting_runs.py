@@ -51,6 +51,8 @@ class Hosting:
     """The fleet's state folder, if it has one."""
     loads: asyncio.Event = field(default_factory=asyncio.Event)
     """Bases are loaded while it is set."""
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Ends the coordinator once it is set."""
     described: list[str] = field(default_factory=list)
     """Runs whose base was loaded."""
 
@@ -113,18 +115,20 @@ async def answers(client: CoordinatorClient) -> None:
 
 @asynccontextmanager
 async def hosted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, state: Path | None = None
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, state: Path | None = None, **changes: Any
 ) -> AsyncIterator[Hosting]:
     """Host the runs in `folder` until the end of the block; `state` has their fleet, if any."""
-    address, stop = f"127.0.0.1:{free_port()}", asyncio.Event()
+    address = f"127.0.0.1:{free_port()}"
     at = Hosting(address, folder, state)
     at.loads.set()
     settings = CoordinatorSettings.model_validate(
-        {"listen": address, "runs": str(folder)} | ({} if state is None else {"state": state})
+        {"listen": address, "runs": str(folder)}
+        | ({} if state is None else {"state": state})
+        | changes
     )
     with monkeypatch.context() as patched:
         patched.setattr(preparing, "describe_base", at.describe)
-        patched.setattr(coordinator_command, "stop_signal", lambda: stop)
+        patched.setattr(coordinator_command, "stop_signal", lambda: at.stop)
         running = asyncio.create_task(coordinator_command.run(settings))
         try:
             async with at.client() as client:
@@ -135,5 +139,5 @@ async def hosted(
                 await answering
             yield at
         finally:
-            stop.set()
+            at.stop.set()
             await running

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fedmezo_coordinator.admission.state_folder import make_state
+from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.runs import many_runs
 from fedmezo_core.errors import (
     ConfigError,
@@ -24,6 +25,7 @@ from fedmezo_core.errors import (
     WrongRunError,
 )
 from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Answered, Paused, Resumed, Stopped
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.join_string import parse_join_string
@@ -190,8 +192,11 @@ async def test_a_run_is_deleted_when_it_is_over(
         await at.create("one", "two")
         with pytest.raises(ConfigError, match="one is not over; end it first"):
             await client.delete_run("one")
-        await client.stop_run("one")
-        await client.delete_run("one")
+        async with at.worker("one") as hand:
+            await hand.open()
+            await client.stop_run("one")
+            await client.delete_run("one")
+            assert isinstance(await hand.ended(), WrongRunError)
         with pytest.raises(WrongRunError, match="no run 'one' here"):
             await client.delete_run("one")
         assert [run.run_id for run in await client.list_runs()] == ["two"]
@@ -322,6 +327,25 @@ async def test_one_process_has_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
                 pass
 
 
+async def test_a_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is no folder that this can write to"):
+        async with hosted(tmp_path / "file", monkeypatch):
+            pass
+
+
+async def test_a_stop_waits_for_nobody_who_waits_for_offers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted(tmp_path / "runs", monkeypatch) as at, at.client() as client:
+        known = await client.offered_runs("w1")
+        waiting = asyncio.create_task(client.offered_runs("w1", known.revision, 50))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        at.stop.set()
+        assert (await asyncio.wait_for(waiting, 1.5)).more_may_come
+
+
 async def test_there_is_an_end_to_how_many_there_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,3 +402,31 @@ async def test_a_fleet_has_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 assert [type(await hand.ended()) for hand in hands] == [RevokedError] * 2
             await client.pause_run("one")
             assert (await at.summary("one")).reason == "operator operator paused it"
+
+
+async def test_replicas_wait_for_a_worker_and_for_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    async def keep_replica(_: object, daemon: Daemon, __: str) -> None:
+        begun.append(daemon.genesis.config.run_id)
+        while daemon.phase is not Phase.FINISHED:  # noqa: ASYNC110 - as the child process does
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(many_runs, "keep_replica", keep_replica)
+    async with hosted(tmp_path / "runs", monkeypatch, replicas_max=1) as at, at.client() as client:
+        await at.create("one", "two", "three")
+        async with at.worker("two") as second, at.worker("one") as first:
+            assert begun == []
+            await second.open()
+            await second.assigned()
+            await first.open()
+            await first.assigned()
+            assert begun == ["two"]
+            await client.stop_run("two")
+
+            async def both() -> bool:
+                return begun == ["two", "one"]
+
+            await until(both, "the second replica to begin")
