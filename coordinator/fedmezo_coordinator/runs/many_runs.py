@@ -37,6 +37,7 @@ from fedmezo_coordinator.runs.run_folder import (
     run_settings,
 )
 from fedmezo_coordinator.runs.uploads import Uploads
+from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import NAME_PATTERN
@@ -62,8 +63,16 @@ def opened_runs(
 
     Raises `ConfigError` for a folder that cannot be used.
     """
-    make_private_root(folder)
-    with (folder / ".lock").open("w") as lock:
+    if not folder.exists():
+        make_private(folder, ConfigError)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context((folder / ".lock").open("w"))
+        except OSError as error:
+            raise ConfigError(
+                f"runs = {folder} is no folder that this can write to ({error.strerror}); make it "
+                "writable, or name another."
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -71,14 +80,6 @@ def opened_runs(
                 f"Another coordinator serves the runs in {folder}; stop it, or name another folder."
             ) from None
         yield ManyRuns(settings, folder, session_limit, private)
-
-
-def make_private_root(folder: Path) -> None:
-    """Make the folder, for its owner only; raises `ConfigError` if that cannot be."""
-    if not folder.exists():
-        make_private(folder, ConfigError)
-    elif not folder.is_dir():
-        raise ConfigError(f"runs = {folder} is not a folder; name one.")
 
 
 class ManyRuns(Runs):
@@ -100,6 +101,8 @@ class ManyRuns(Runs):
         self._private = private
         self._uploads = Uploads(folder / ".uploads")
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._lag = LoopLag()
+        self._replicas = asyncio.Semaphore(process.replicas_max or RUNS_MAX)
         self._creating = asyncio.Lock()
         self._describing = asyncio.Lock()
         found: list[HostedRun] = []
@@ -149,8 +152,8 @@ class ManyRuns(Runs):
             settings = await asyncio.to_thread(self._settings, run.run_id)
             daemon = await self._loaded(run, settings)
             run.files = await asyncio.to_thread(offered_files, settings)
-            run.loop = daemon
-            daemon.on_phase = self.changed
+            run.loop, run.is_new = daemon, False
+            daemon.on_phase, daemon.lag = self.changed, self._lag
             self.changed()
             log.info("served from round %d on", daemon.round)
             await run.serve(self._replica_when_needed(settings, daemon))
@@ -168,6 +171,7 @@ class ManyRuns(Runs):
         journal = Journal(await asyncio.to_thread(open_store, settings.journal))
         try:
             if journal.is_empty:
+                run.is_new = True
                 run.waits_for = "its model waits until another run's is loaded"
                 async with self._describing:  # One model at a time, for its memory.
                     run.waits_for = f"its model {settings.model} is being loaded and digested"
@@ -187,7 +191,8 @@ class ManyRuns(Runs):
             await daemon.joined.wait()
         elif not is_due:
             return
-        await keep_replica(settings, daemon, self._private)
+        async with self._replicas:
+            await keep_replica(settings, daemon, self._private)
 
     # ------------------------------------------------------------ orders
 
@@ -257,9 +262,9 @@ class ManyRuns(Runs):
         self.changed()
 
     async def delete(self, run: HostedRun, by: str) -> None:
-        """Delete a run that is over, with all its files, for the operator `by`."""
+        """Delete a run that is over, or has not begun, with all its files."""
         async with self._creating:
-            if not run.is_over:
+            if not (run.is_over or run.is_new):
                 raise ConfigError(
                     f"Run {run.run_id} is not over; end it first with: fedmezo run stop "
                     f"{run.run_id}"

@@ -17,6 +17,7 @@ class LoopLag:
 
     def __init__(self) -> None:
         self._samples: deque[float] = deque(maxlen=SAMPLES_MAX)
+        self._watching = asyncio.Lock()
 
     def add(self, late_s: float) -> None:
         """Take one sample; a late one also stands for the samples that were due in the meantime.
@@ -37,11 +38,15 @@ class LoopLag:
         return 1000 * ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
 
     async def watch(self) -> None:
-        """Take a sample every `SAMPLE_EVERY_S` until cancelled."""
-        while True:
-            due_s = time.monotonic() + SAMPLE_EVERY_S
-            await asyncio.sleep(SAMPLE_EVERY_S)
-            self.add(time.monotonic() - due_s)
+        """Take a sample every `SAMPLE_EVERY_S` until cancelled.
+
+        Of several that watch the same event loop, one takes the samples at a time.
+        """
+        async with self._watching:
+            while True:
+                due_s = time.monotonic() + SAMPLE_EVERY_S
+                await asyncio.sleep(SAMPLE_EVERY_S)
+                self.add(time.monotonic() - due_s)
 
 
 APPEND_BOUNDS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
