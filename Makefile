@@ -173,7 +173,7 @@ bench-use: setup  ## first lines, late workers beside unread pages, proposed rat
 bench-integrations: setup  ## bytes and seconds of a round in other stacks; build/reports/bench-integrations.json
 	$(BIN)/python -m benchmarks.bench_integrations
 
-bench-operation: setup  ## many runs in one coordinator; build/reports/bench-operation.json
+bench-operation: setup  ## many runs in one coordinator, its page; build/reports/bench-operation.json
 	$(BIN)/python -m benchmarks.bench_operation
 
 # `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.
