@@ -41,7 +41,13 @@ from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import NAME_PATTERN
-from fedmezo_core.errors import ConfigError, FedMezoError, NotReadyError, RunExistsError
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    NotReadyError,
+    RunExistsError,
+    WrongRunError,
+)
 from fedmezo_core.folders import make_private, sync
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.machines.roster import Phase
@@ -136,14 +142,16 @@ class ManyRuns(Runs):
         run.failure, run.waits_for = "", "its journal is being read"
         self._tasks[run.run_id] = asyncio.create_task(self._host(run))
 
-    async def _end(self, run: HostedRun) -> None:
-        """End a run's task and close its journal."""
+    async def _end(self, run: HostedRun, error: FedMezoError | None = None) -> None:
+        """End a run's task and close its journal; its sessions end with `error`, if it is given."""
         task = self._tasks.pop(run.run_id, None)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         loop, run.loop = run.loop, None
         if loop is not None:
+            if error is not None:
+                await loop.fail(error)
             await loop.close()
 
     async def _host(self, run: HostedRun) -> None:
@@ -275,8 +283,7 @@ class ManyRuns(Runs):
             gone = path.with_name(f"{DELETED}{path.name}-{time.time_ns()}")
             try:
                 await asyncio.to_thread(self._note, "delete", run.run_id, by)
-                run.begin_stop()
-                await self._end(run)
+                await self._end(run, WrongRunError(f"Run {run.run_id} was deleted here; stop."))
                 path.rename(gone)
                 sync(self._folder)
             except OSError as error:

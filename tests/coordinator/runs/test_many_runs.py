@@ -192,8 +192,11 @@ async def test_a_run_is_deleted_when_it_is_over(
         await at.create("one", "two")
         with pytest.raises(ConfigError, match="one is not over; end it first"):
             await client.delete_run("one")
-        await client.stop_run("one")
-        await client.delete_run("one")
+        async with at.worker("one") as hand:
+            await hand.open()
+            await client.stop_run("one")
+            await client.delete_run("one")
+            assert isinstance(await hand.ended(), WrongRunError)
         with pytest.raises(WrongRunError, match="no run 'one' here"):
             await client.delete_run("one")
         assert [run.run_id for run in await client.list_runs()] == ["two"]
