@@ -55,6 +55,7 @@ LOWEST_TESTS := tests/test_dependencies.py tests/core/test_layered_settings.py t
 	tests/core/zo/model/test_loading.py tests/core/zo/model/test_manifest.py \
 	tests/core/zo/noise/test_noise_cpu.py tests/core/zo/test_export.py \
 	tests/core/zo/test_exports_between_versions.py tests/coordinator/programs \
+	tests/coordinator/web/test_page_server.py tests/coordinator/web/test_metrics.py \
 	tests/coordinator/serving/test_service.py tests/coordinator/serving/test_service_tls.py \
 	tests/coordinator/stores/test_opening.py tests/coordinator/test_coordinator_settings.py \
 	tests/worker/test_worker_command.py tests/worker/test_worker_settings.py \
@@ -187,7 +188,7 @@ bench-use: setup  ## first lines, late workers beside unread pages, proposed rat
 bench-integrations: setup  ## bytes and seconds of a round in other stacks; build/reports/bench-integrations.json
 	$(BIN)/python -m benchmarks.bench_integrations
 
-bench-operation: setup  ## many runs in one coordinator; build/reports/bench-operation.json
+bench-operation: setup  ## many runs in one coordinator, its page; build/reports/bench-operation.json
 	$(BIN)/python -m benchmarks.bench_operation
 
 # `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.

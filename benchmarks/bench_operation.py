@@ -1,4 +1,4 @@
-"""`make bench-operation`: what it costs to operate many runs in one coordinator."""
+"""`make bench-operation`: what it costs to operate runs, and to watch them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from functools import partial
 
 from benchmarks.figures import REPORTS, arguments_of, collect, publish
 from benchmarks.machine import Machine
-from benchmarks.operation import runs_at_once, scale
+from benchmarks.operation import page_costs, runs_at_once, scale
 
 REPORT = REPORTS / "bench-operation.json"
-GROUPS = {"runs": runs_at_once.figures, "scale": scale.figures}
+GROUPS = {
+    "page": page_costs.figures,
+    "runs": runs_at_once.figures,
+    "scale": scale.figures,
+}
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""Many runs are measured: they start, are killed under load, and go on to their workers' heads."""
+"""Many runs, and the page, are measured."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.operation import runs_at_once
+from benchmarks.operation import page_costs, runs_at_once
 
 
 @pytest.mark.slow
@@ -15,3 +15,11 @@ def test_runs_are_started_and_killed() -> None:
     assert processor.value > 0
     assert after_kill.value > 0
     assert (same.value, sound.value) == (2, 2)
+
+
+@pytest.mark.slow
+def test_a_page_is_measured() -> None:
+    figures = list(page_costs.figures(small=True))
+    assert len(figures) >= 11
+    assert {figure.unit for figure in figures} >= {"ms", "s", "kB"}
+    assert not [figure for figure in figures if figure.unit == "kB" and figure.missed]

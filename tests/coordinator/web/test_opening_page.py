@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 
 from fedmezo_coordinator.admission.state_folder import make_state
-from fedmezo_coordinator.coordinator_settings import PAGE_PORT, CoordinatorSettings
+from fedmezo_coordinator.coordinator_settings import OF_A_RUN, PAGE_PORT, CoordinatorSettings
 from fedmezo_coordinator.programs.watching_commands.page_command import page_link
 from fedmezo_coordinator.web.opening_page import METRICS_TOKEN, check_page
 from fedmezo_core.errors import ConfigError
@@ -43,6 +43,12 @@ GENESIS = genesis_of(config_of())
 )
 def test_an_address_without_a_port_gets_the_pages(given: str, meant: str) -> None:
     assert CoordinatorSettings(page=given).page == meant
+
+
+def test_a_coordinator_of_many_runs_has_a_page_of_its_own(tmp_path: Path) -> None:
+    settings = CoordinatorSettings(runs=tmp_path, page="127.0.0.1")
+    assert settings.page == f"127.0.0.1:{PAGE_PORT}"
+    assert "page" not in OF_A_RUN
 
 
 @pytest.mark.parametrize("given", ["http://127.0.0.1", "::1", "127.0.0.1:99999", ":80", 7])

@@ -35,6 +35,7 @@ let fetching = false;
 // ------------------------------------------------------------ how values are written
 
 function count(value) { return value.toLocaleString("en"); }
+function progress(run) { return run.rounds ? `${count(run.round)} of ${count(run.rounds)}` : count(run.round); }
 function decimal(value, digits) { return value === null || value === undefined ? "-" : value.toFixed(digits); }
 function short(value) { return value === null || value === undefined ? "-" : String(Number(value.toPrecision(3))); }
 function percent(value) { return `${(100 * value).toFixed(1)} %`; }
@@ -149,7 +150,7 @@ function showRuns(runs) {
     }
     const line = item.querySelector("span");
     const alarms = run.urgent ? `, ${count(run.urgent)} urgent` : "";
-    const text = `${run.phase}, ${count(run.round)} of ${count(run.rounds)}${alarms}`;
+    const text = `${run.phase}, ${progress(run)}${alarms}`;
     if (line.textContent !== text) line.textContent = text;
     line.className = run.urgent ? "urgent" : "";
     return item;
@@ -186,12 +187,12 @@ function showRun(head) {
     head.phase === "creating" ? head.reason : "",
     head.waiting_for ? `waiting for workers: ${count(head.connected)} of ${count(head.waiting_for)} are there` : "",
     head.caught_up || !head.model ? "" : "reading the journal"].filter(Boolean).join(" - "));
-  get("progress").max = head.rounds || 1;
+  get("progress").max = Math.max(head.rounds, head.round, 1);
   get("progress").value = head.round;
   const pace = head.rounds_per_minute;
   const left = pace && head.phase === "running"
     ? `, ${pace >= 10 ? pace.toFixed(0) : pace.toFixed(1)} a minute, about ${duration((head.rounds - head.round) / pace)} left` : "";
-  write("progress-text", `${count(head.round)} of ${count(head.rounds)} rounds${left}`);
+  write("progress-text", `${progress(head)} rounds${left}`);
   showAlarms(head.alarms);
   showFigures(head);
   showStates(head.states ?? {}, head.workers ?? 0);
@@ -243,7 +244,7 @@ function showStates(states, workers) {
     item.append(made("b", count(states[state])), ` ${state}`);
     return item;
   });
-  fill("states", workers ? items : [made("li", "No worker has joined since the coordinator's start.")]);
+  fill("states", workers ? items : [made("li", "No worker has joined since this start.")]);
 }
 
 function showEvents(events) {
