@@ -18,7 +18,7 @@ MODEL ?=
 DATA ?=
 SEED ?= 1
 
-.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript test-mixed postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-use experiments wheel-test clean
+.PHONY: help setup demo test test-quick test-lowest test-gpu test-edge test-postgres test-typescript test-mixed postgres-server sim soak fuzz lint format proto check-proto bench bench-host bench-gpu bench-attacks bench-coordinator bench-integrations bench-operation bench-use experiments wheel-test clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -161,6 +161,9 @@ bench-use: setup  ## first lines, late workers beside unread pages, proposed rat
 
 bench-integrations: setup  ## bytes and seconds of a round in other stacks; build/reports/bench-integrations.json
 	$(BIN)/python -m benchmarks.bench_integrations
+
+bench-operation: setup  ## many runs in one coordinator; build/reports/bench-operation.json
+	$(BIN)/python -m benchmarks.bench_operation
 
 # `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set clients=8" or EXPERIMENT=--fresh.

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,14 @@ def genesis_of(config: RunConfig) -> Genesis:
     )
 
 
+def begin_journal(path: Path, genesis: Genesis) -> None:
+    """Begin a run without loading its model, if it has not begun."""
+    if not path.exists():
+        journal = Journal(SqliteStore(path))
+        journal.append(encode_records([genesis]))
+        journal.close()
+
+
 def cores() -> tuple[set[int], set[int]]:
     """Cores of the coordinator and of its load; the same ones where there is only one."""
     return {ALL_CORES[0]}, set(ALL_CORES[1:]) or {ALL_CORES[0]}
@@ -78,10 +86,16 @@ class Coordinator:
         with socket.socket() as free:
             free.bind((HOST, 0))
             self.port = int(free.getsockname()[1])
-        if not self.journal.exists():
-            journal = Journal(SqliteStore(self.journal))
-            journal.append(encode_records([self.genesis]))
-            journal.close()
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin what it will serve, if it is not there."""
+        begin_journal(self.journal, self.genesis)
+
+    @property
+    def serves(self) -> Sequence[str | Path]:
+        """The flags that say what it serves."""
+        return ("--no-replica", "--journal", self.journal)
 
     def _issue(self) -> None:
         authority = trustme.CA()
@@ -102,8 +116,8 @@ class Coordinator:
         self._log = (self.folder / "coordinator.log").open("ab")
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "fedmezo_coordinator", "--no-replica"),
-                *("--journal", self.journal, "--listen", f"{HOST}:{self.port}"),
+                *(sys.executable, "-m", "fedmezo_coordinator", *self.serves),
+                *("--listen", f"{HOST}:{self.port}"),
                 *("--tls-cert", self.folder / "cert.pem", "--tls-key", self.folder / "key.pem"),
                 *self._limits,
             ],

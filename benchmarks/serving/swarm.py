@@ -150,11 +150,15 @@ class Swarm:
 
     def join_all(self, timeout_s: float = 300.0) -> None:
         """Connect all workers; returns once all are welcomed."""
-        for worker in self.workers:
-            self._later(worker, 0.0)
+        self.begin()
         self.run(
             lambda: self.welcomed == len(self.workers), timeout_s, "all workers to be welcomed"
         )
+
+    def begin(self) -> None:
+        """Let all workers connect from the next turn on."""
+        for worker in self.workers:
+            self._later(worker, 0.0)
 
     @property
     def welcomed(self) -> int:

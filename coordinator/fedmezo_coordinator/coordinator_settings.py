@@ -191,6 +191,13 @@ class CoordinatorSettings(ServingSettings):
         description="folder of any number of runs, which `fedmezo run` creates and ends while this "
         "serves them; the settings below are then each run's own",
     )
+    replicas_max: int = Field(
+        default=0,
+        ge=0,
+        le=RUNS_MAX,
+        description="with runs: most replicas at a time, each with a model in memory; those of "
+        "other runs wait; 0: any number",
+    )
     journal: UserPathText = Field(
         default="journal.db", description="the run's journal: a file, or a postgresql:// URL"
     )
@@ -282,7 +289,10 @@ class CoordinatorSettings(ServingSettings):
 
     @model_validator(mode="after")
     def _one_run_or_many(self) -> Self:
-        of_a_run = sorted(self.model_fields_set - ServingSettings.model_fields.keys() - {"runs"})
+        if self.runs is None and "replicas_max" in self.model_fields_set:
+            raise ValueError("replicas_max has no meaning without runs; set both or neither")
+        of_many = {"runs", "replicas_max"}
+        of_a_run = sorted(self.model_fields_set - ServingSettings.model_fields.keys() - of_many)
         if self.runs is not None and of_a_run:
             raise ValueError(
                 f"{of_a_run[0]} and runs exclude each other: with runs, each run has its own, from "
@@ -330,7 +340,8 @@ class CoordinatorSettings(ServingSettings):
 
 
 _OF_ONE_RUN_ALONE = {
-    "runs", "journal", "standby", "resume", "resume_rate_factor", "signing_key", "snapshots",
+    "runs", "replicas_max", "journal", "standby", "resume", "resume_rate_factor", "signing_key",
+    "snapshots",
 }  # fmt: skip
 OF_A_RUN = (
     CoordinatorSettings.model_fields.keys()

@@ -76,6 +76,8 @@ class HostedRun:
     """What its workers may read, by name."""
     waits_for: str = "it is being loaded"
     """What its creation or start waits for, in words."""
+    is_new: bool = False
+    """Whether nothing is in its journal yet."""
     failure: str = ""
     """Why it cannot go on, in a sentence; empty if it can."""
     declined: dict[str, str] = field(default_factory=dict)

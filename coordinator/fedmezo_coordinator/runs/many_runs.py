@@ -37,10 +37,17 @@ from fedmezo_coordinator.runs.run_folder import (
     run_settings,
 )
 from fedmezo_coordinator.runs.uploads import Uploads
+from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import NAME_PATTERN
-from fedmezo_core.errors import ConfigError, FedMezoError, NotReadyError, RunExistsError
+from fedmezo_core.errors import (
+    ConfigError,
+    FedMezoError,
+    NotReadyError,
+    RunExistsError,
+    WrongRunError,
+)
 from fedmezo_core.folders import make_private, sync
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.machines.roster import Phase
@@ -62,8 +69,16 @@ def opened_runs(
 
     Raises `ConfigError` for a folder that cannot be used.
     """
-    make_private_root(folder)
-    with (folder / ".lock").open("w") as lock:
+    if not folder.exists():
+        make_private(folder, ConfigError)
+    with contextlib.ExitStack() as stack:
+        try:
+            lock = stack.enter_context((folder / ".lock").open("w"))
+        except OSError as error:
+            raise ConfigError(
+                f"runs = {folder} is no folder that this can write to ({error.strerror}); make it "
+                "writable, or name another."
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -71,14 +86,6 @@ def opened_runs(
                 f"Another coordinator serves the runs in {folder}; stop it, or name another folder."
             ) from None
         yield ManyRuns(settings, folder, session_limit, private)
-
-
-def make_private_root(folder: Path) -> None:
-    """Make the folder, for its owner only; raises `ConfigError` if that cannot be."""
-    if not folder.exists():
-        make_private(folder, ConfigError)
-    elif not folder.is_dir():
-        raise ConfigError(f"runs = {folder} is not a folder; name one.")
 
 
 class ManyRuns(Runs):
@@ -100,6 +107,8 @@ class ManyRuns(Runs):
         self._private = private
         self._uploads = Uploads(folder / ".uploads")
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._lag = LoopLag()
+        self._replicas = asyncio.Semaphore(process.replicas_max or RUNS_MAX)
         self._creating = asyncio.Lock()
         self._describing = asyncio.Lock()
         found: list[HostedRun] = []
@@ -133,14 +142,16 @@ class ManyRuns(Runs):
         run.failure, run.waits_for = "", "its journal is being read"
         self._tasks[run.run_id] = asyncio.create_task(self._host(run))
 
-    async def _end(self, run: HostedRun) -> None:
-        """End a run's task and close its journal."""
+    async def _end(self, run: HostedRun, error: FedMezoError | None = None) -> None:
+        """End a run's task and close its journal; its sessions end with `error`, if it is given."""
         task = self._tasks.pop(run.run_id, None)
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         loop, run.loop = run.loop, None
         if loop is not None:
+            if error is not None:
+                await loop.fail(error)
             await loop.close()
 
     async def _host(self, run: HostedRun) -> None:
@@ -149,8 +160,8 @@ class ManyRuns(Runs):
             settings = await asyncio.to_thread(self._settings, run.run_id)
             daemon = await self._loaded(run, settings)
             run.files = await asyncio.to_thread(offered_files, settings)
-            run.loop = daemon
-            daemon.on_phase = self.changed
+            run.loop, run.is_new = daemon, False
+            daemon.on_phase, daemon.lag = self.changed, self._lag
             self.changed()
             log.info("served from round %d on", daemon.round)
             await run.serve(self._replica_when_needed(settings, daemon))
@@ -168,6 +179,7 @@ class ManyRuns(Runs):
         journal = Journal(await asyncio.to_thread(open_store, settings.journal))
         try:
             if journal.is_empty:
+                run.is_new = True
                 run.waits_for = "its model waits until another run's is loaded"
                 async with self._describing:  # One model at a time, for its memory.
                     run.waits_for = f"its model {settings.model} is being loaded and digested"
@@ -187,7 +199,8 @@ class ManyRuns(Runs):
             await daemon.joined.wait()
         elif not is_due:
             return
-        await keep_replica(settings, daemon, self._private)
+        async with self._replicas:
+            await keep_replica(settings, daemon, self._private)
 
     # ------------------------------------------------------------ orders
 
@@ -257,9 +270,9 @@ class ManyRuns(Runs):
         self.changed()
 
     async def delete(self, run: HostedRun, by: str) -> None:
-        """Delete a run that is over, with all its files, for the operator `by`."""
+        """Delete a run that is over, or has not begun, with all its files."""
         async with self._creating:
-            if not run.is_over:
+            if not (run.is_over or run.is_new):
                 raise ConfigError(
                     f"Run {run.run_id} is not over; end it first with: fedmezo run stop "
                     f"{run.run_id}"
@@ -270,8 +283,7 @@ class ManyRuns(Runs):
             gone = path.with_name(f"{DELETED}{path.name}-{time.time_ns()}")
             try:
                 await asyncio.to_thread(self._note, "delete", run.run_id, by)
-                run.begin_stop()
-                await self._end(run)
+                await self._end(run, WrongRunError(f"Run {run.run_id} was deleted here; stop."))
                 path.rename(gone)
                 sync(self._folder)
             except OSError as error:

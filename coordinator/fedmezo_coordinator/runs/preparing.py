@@ -112,7 +112,11 @@ def offered_files(settings: CoordinatorSettings) -> Mapping[str, OfferedFile]:
     if settings.adapter is None:
         return {}
     paths = {f"adapter/{name}": settings.adapter / name for name in ADAPTER_FILES}
-    return {name: _offered(path) for name, path in paths.items() if path.is_file()}
+    try:
+        return {name: _offered(path) for name, path in paths.items()}
+    except OSError as error:
+        log.warning("workers cannot have the adapter from here: %s", error)
+        return {}
 
 
 def _offered(path: Path) -> OfferedFile:

@@ -173,6 +173,7 @@ class Runs(RunService):
         """Tell all workers that the coordinator is going away, and let the replicas end."""
         for run in self._runs.values():
             run.begin_stop()
+        self.changed()  # Nobody should wait for other offers until the calls are cut off.
 
     async def close(self) -> None:
         """Close all journals; nothing is served afterwards."""

@@ -56,11 +56,6 @@ class RunFolder:
                 "back from a copy, or move the folder away."
             ) from None
 
-    @property
-    def run_id(self) -> str:
-        """The run's name."""
-        return self.path.name
-
     def settings(self, process: CoordinatorSettings) -> CoordinatorSettings:
         """The run's settings; `process` has those of the process that hosts it."""
         return run_settings(self.text, self.files, process, self.path)

@@ -82,7 +82,7 @@ class RunService(ABC):
 
     @abstractmethod
     async def delete(self, run: HostedRun, by: str) -> None:
-        """Delete a run that is over, for the operator `by`."""
+        """Delete a run that is over, or has not begun, for the operator `by`."""
 
     # ------------------------------------------------------------ the calls
 

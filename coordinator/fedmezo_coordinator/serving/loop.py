@@ -203,7 +203,8 @@ class ServingLoop(ABC, Generic[ReadyT]):
         self._durable_phase = Phase.WAITING
         """The machine's phase as far as the journal has what led to it."""
         self._started_at_s = time.monotonic()
-        self._lag = LoopLag()
+        self.lag = LoopLag()
+        """How late the event loop is; loops in one process share it."""
         self._genesis: Genesis | None = None
         self._genesis_body = b""
 
@@ -318,7 +319,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     async def serve(self) -> None:
         """Run the loop until it is cancelled or the journal fails."""
-        watchers = [asyncio.create_task(self._tick()), asyncio.create_task(self._lag.watch())]
+        watchers = [asyncio.create_task(self._tick()), asyncio.create_task(self.lag.watch())]
         try:
             while True:
                 await self._turn()
@@ -785,5 +786,5 @@ class ServingLoop(ABC, Generic[ReadyT]):
             contested=self._contests.complaint,
             session_limit=self.session_limit,
             uptime_ms=self._now_ms(),
-            loop_lag_p99_ms=self._lag.percentile_ms(0.99),
+            loop_lag_p99_ms=self.lag.percentile_ms(0.99),
         )

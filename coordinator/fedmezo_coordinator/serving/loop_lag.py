@@ -16,6 +16,7 @@ class LoopLag:
 
     def __init__(self) -> None:
         self._samples: deque[float] = deque(maxlen=SAMPLES_MAX)
+        self._watching = asyncio.Lock()
 
     def add(self, late_s: float) -> None:
         """Take one sample; a late one also stands for the samples that were due in the meantime.
@@ -36,8 +37,12 @@ class LoopLag:
         return 1000 * ordered[min(int(fraction * len(ordered)), len(ordered) - 1)]
 
     async def watch(self) -> None:
-        """Take a sample every `SAMPLE_EVERY_S` until cancelled."""
-        while True:
-            due_s = time.monotonic() + SAMPLE_EVERY_S
-            await asyncio.sleep(SAMPLE_EVERY_S)
-            self.add(time.monotonic() - due_s)
+        """Take a sample every `SAMPLE_EVERY_S` until cancelled.
+
+        Of several that watch the same event loop, one takes the samples at a time.
+        """
+        async with self._watching:
+            while True:
+                due_s = time.monotonic() + SAMPLE_EVERY_S
+                await asyncio.sleep(SAMPLE_EVERY_S)
+                self.add(time.monotonic() - due_s)

@@ -307,7 +307,7 @@ class RunServiceStub(typing.Generic[_RunServiceUploadFileType, _RunServiceCreate
     """Ends a run with the rounds that it has. On the record. Again: changes nothing."""
 
     DeleteRun: _RunServiceDeleteRunType
-    """Deletes a run that is over, with its journal and snapshots."""
+    """Deletes a run that is over or still being created, with its journal and snapshots."""
 
     OfferRuns: _RunServiceOfferRunsType
     """Tells a worker which runs it may take part in. Waits until that changes, or until the wait is over."""
@@ -420,7 +420,7 @@ class RunServiceServicer(metaclass=abc.ABCMeta):
         request: fedmezo_proto.v1.runs_pb2.DeleteRunRequest,
         context: _ServicerContext,
     ) -> typing.Union[fedmezo_proto.v1.runs_pb2.DeleteRunResponse, collections.abc.Awaitable[fedmezo_proto.v1.runs_pb2.DeleteRunResponse]]:
-        """Deletes a run that is over, with its journal and snapshots."""
+        """Deletes a run that is over or still being created, with its journal and snapshots."""
 
     @abc.abstractmethod
     def OfferRuns(

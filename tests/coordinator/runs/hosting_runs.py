@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +18,7 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import StartingError, UnavailableError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.enrolment import identity_in
 from fedmezo_proto.v1 import runs_pb2 as wire
 from tests.integration.support.harness import (
     PATIENCE_S,
@@ -46,8 +47,12 @@ class Hosting:
 
     address: str
     folder: Path
+    state: Path | None = None
+    """The fleet's state folder, if it has one."""
     loads: asyncio.Event = field(default_factory=asyncio.Event)
     """Bases are loaded while it is set."""
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    """Ends the coordinator once it is set."""
     described: list[str] = field(default_factory=list)
     """Runs whose base was loaded."""
 
@@ -58,8 +63,9 @@ class Hosting:
         return genesis_of(config)
 
     def client(self) -> CoordinatorClient:
-        """A client without an identity."""
-        return CoordinatorClient(self.address)
+        """A client of the operator, or without an identity where there is no fleet."""
+        identity = None if self.state is None else identity_in(self.state)
+        return CoordinatorClient(self.address, identity=identity)
 
     async def summary(self, run_id: str) -> wire.RunSummary:
         """What `ListRuns` says of a run."""
@@ -107,23 +113,22 @@ async def answers(client: CoordinatorClient) -> None:
                 return
 
 
-Host = Callable[..., Any]
-
-
 @asynccontextmanager
 async def hosted(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, state: Path | None = None, **changes: Any
 ) -> AsyncIterator[Hosting]:
-    """Host the runs in `folder` until the end of the block; `changes` are settings."""
-    address, stop = f"127.0.0.1:{free_port()}", asyncio.Event()
-    at = Hosting(address, folder)
+    """Host the runs in `folder` until the end of the block; `state` has their fleet, if any."""
+    address = f"127.0.0.1:{free_port()}"
+    at = Hosting(address, folder, state)
     at.loads.set()
     settings = CoordinatorSettings.model_validate(
-        {"listen": address, "runs": str(folder)} | changes
+        {"listen": address, "runs": str(folder)}
+        | ({} if state is None else {"state": state})
+        | changes
     )
     with monkeypatch.context() as patched:
         patched.setattr(preparing, "describe_base", at.describe)
-        patched.setattr(coordinator_command, "stop_signal", lambda: stop)
+        patched.setattr(coordinator_command, "stop_signal", lambda: at.stop)
         running = asyncio.create_task(coordinator_command.run(settings))
         try:
             async with at.client() as client:
@@ -134,5 +139,5 @@ async def hosted(
                 await answering
             yield at
         finally:
-            stop.set()
+            at.stop.set()
             await running

@@ -9,22 +9,32 @@ from typing import Any
 
 import pytest
 
+from fedmezo_coordinator.admission.state_folder import make_state
+from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.runs import many_runs
 from fedmezo_core.errors import (
     ConfigError,
     FedMezoError,
+    ForbiddenError,
     JournalFullError,
     OneRunError,
+    RevokedError,
     RunExistsError,
     StartingError,
     UnavailableError,
     WrongRunError,
 )
 from fedmezo_core.journal.sqlite import SqliteStore
+from fedmezo_core.machines.roster import Phase
 from fedmezo_core.records import Answered, Paused, Resumed, Stopped
-from fedmezo_proto.v1 import coordinator_pb2, runs_pb2
+from fedmezo_core.trust.answer_signatures import AnswerSigner
+from fedmezo_core.trust.join_string import parse_join_string
+from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.enrolment import join_fleet
+from fedmezo_proto.v1 import admin_pb2, coordinator_pb2, runs_pb2
 from tests.coordinator.runs.hosting_runs import Hosting, hosted, settings_toml
 from tests.integration.support.harness import (
+    ScriptedWorker,
     config_of,
     genesis_of,
     records_of,
@@ -168,6 +178,8 @@ async def test_a_run_is_created_while_others_go_on(
             await hand.open()
             assert await hand.work_to_the_end() == 30
         assert (await at.summary("two")).phase == runs_pb2.RUN_PHASE_CREATING
+        await client.delete_run("two")  # Its model may never be there.
+        await client.create_run(runs_pb2.CreateRunRequest(settings_toml=text))
         at.loads.set()
         await at.in_phase("two", "RUNNING")
 
@@ -180,8 +192,11 @@ async def test_a_run_is_deleted_when_it_is_over(
         await at.create("one", "two")
         with pytest.raises(ConfigError, match="one is not over; end it first"):
             await client.delete_run("one")
-        await client.stop_run("one")
-        await client.delete_run("one")
+        async with at.worker("one") as hand:
+            await hand.open()
+            await client.stop_run("one")
+            await client.delete_run("one")
+            assert isinstance(await hand.ended(), WrongRunError)
         with pytest.raises(WrongRunError, match="no run 'one' here"):
             await client.delete_run("one")
         assert [run.run_id for run in await client.list_runs()] == ["two"]
@@ -312,6 +327,25 @@ async def test_one_process_has_the_folder(tmp_path: Path, monkeypatch: pytest.Mo
                 pass
 
 
+async def test_a_folder_that_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="file is no folder that this can write to"):
+        async with hosted(tmp_path / "file", monkeypatch):
+            pass
+
+
+async def test_a_stop_waits_for_nobody_who_waits_for_offers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted(tmp_path / "runs", monkeypatch) as at, at.client() as client:
+        known = await client.offered_runs("w1")
+        waiting = asyncio.create_task(client.offered_runs("w1", known.revision, 50))
+        await asyncio.sleep(0.2)
+        assert not waiting.done()
+        at.stop.set()
+        assert (await asyncio.wait_for(waiting, 1.5)).more_may_come
+
+
 async def test_there_is_an_end_to_how_many_there_can_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,3 +375,58 @@ async def test_a_coordinator_of_one_run_takes_the_orders_to_it(tmp_path: Path) -
             ):
                 with pytest.raises(OneRunError, match="start one with --runs FOLDER"):
                     await call
+
+
+async def test_a_fleet_has_many_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_state(tmp_path / "state", [], None)
+    async with hosted(tmp_path / "runs", monkeypatch, state=tmp_path / "state") as at:
+        await at.create("one", "two")
+        async with at.client() as client:
+            request = admin_pb2.CreateTokensRequest(
+                names=["w1"], role=admin_pb2.MEMBER_ROLE_WORKER, uses=1, life_s=600
+            )
+            [token] = (await client.create_tokens(request)).tokens
+            worker = await join_fleet(parse_join_string(token.join_string), tmp_path / "w1", "")
+            async with CoordinatorClient(at.address, identity=worker) as theirs:
+                hands = []
+                for run_id in ("one", "two"):
+                    run = await theirs.get_run(run_id)
+                    assert run.genesis.config.journal_readers == "observers"
+                    signer = AnswerSigner(worker.keys.signing_key, run.head)
+                    hands.append(ScriptedWorker(theirs, run.genesis, "w1", run.head, signer=signer))
+                    await hands[-1].open()
+                for order in (theirs.list_runs(), theirs.pause_run("one")):
+                    with pytest.raises(ForbiddenError):
+                        await order
+                await client.revoke_member("w1")
+                assert [type(await hand.ended()) for hand in hands] == [RevokedError] * 2
+            await client.pause_run("one")
+            assert (await at.summary("one")).reason == "operator operator paused it"
+
+
+async def test_replicas_wait_for_a_worker_and_for_one_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    async def keep_replica(_: object, daemon: Daemon, __: str) -> None:
+        begun.append(daemon.genesis.config.run_id)
+        while daemon.phase is not Phase.FINISHED:  # noqa: ASYNC110 - as the child process does
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(many_runs, "keep_replica", keep_replica)
+    async with hosted(tmp_path / "runs", monkeypatch, replicas_max=1) as at, at.client() as client:
+        await at.create("one", "two", "three")
+        async with at.worker("two") as second, at.worker("one") as first:
+            assert begun == []
+            await second.open()
+            await second.assigned()
+            await first.open()
+            await first.assigned()
+            assert begun == ["two"]
+            await client.stop_run("two")
+
+            async def both() -> bool:
+                return begun == ["two", "one"]
+
+            await until(both, "the second replica to begin")

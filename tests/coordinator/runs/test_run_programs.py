@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedmezo_coordinator.programs import fedmezo_command
+from fedmezo_coordinator.programs.run_commands.creating_run import upload
 from fedmezo_core.errors import ConfigError, FedMezoError, UnavailableError
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as wire
@@ -222,6 +223,23 @@ def test_a_settings_file_that_cannot_be_sent(text: str, said: str, tmp_path: Pat
     (tmp_path / "run.toml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         fedmezo("127.0.0.1:9", "create", str(tmp_path / "run.toml"))
+
+
+async def test_a_file_that_changes_while_it_is_sent(tmp_path: Path) -> None:
+    class Shortens:
+        async def upload_file(self, request: wire.UploadFileRequest) -> int:
+            path.write_bytes(b"")
+            return request.offset
+
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match="is empty"):
+        await upload(Shortens(), "heldout.jsonl", path)  # type: ignore[arg-type]
+    path.write_bytes(b"rows")
+    with pytest.raises(ConfigError, match="got shorter while it was sent"):
+        await upload(Shortens(), "heldout.jsonl", path)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"none cannot be read \(No such file"):
+        await upload(Shortens(), "heldout.jsonl", tmp_path / "none")  # type: ignore[arg-type]
 
 
 def test_nothing_to_read_and_nobody_to_ask(tmp_path: Path) -> None:

@@ -57,18 +57,26 @@ def _named(key: str, values: dict[str, Any]) -> Iterator[tuple[str, Path]]:
 
 
 async def upload(client: CoordinatorClient, name: str, path: Path) -> wire.RunFile:
-    """Send a file, from where an earlier attempt ended; returns what it is to the run."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").digest()
-        size = file.seek(0, 2)
-        if not size:
-            raise ConfigError(f"{path} is empty; a run has no use for it.")
-        request = wire.UploadFileRequest(sha256=sha256, file_bytes=size)
-        with long_step(f"sending {path}", size, "bytes") as step:
-            while (offset := await client.upload_file(request)) < size:
-                step.done = offset
-                file.seek(offset)
-                request.offset, request.data = offset, file.read(PIECE_BYTES_MAX)
+    """Send a file, from where an earlier attempt ended; returns what it is to the run.
+
+    Raises `ConfigError` for a file that is empty, that cannot be read or that changes meanwhile.
+    """
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").digest()
+            size = file.seek(0, 2)
+            if not size:
+                raise ConfigError(f"{path} is empty; a run has no use for it.")
+            request = wire.UploadFileRequest(sha256=sha256, file_bytes=size)
+            with long_step(f"sending {path}", size, "bytes") as step:
+                while (offset := await client.upload_file(request)) < size:
+                    step.done = offset
+                    file.seek(offset)
+                    request.offset, request.data = offset, file.read(PIECE_BYTES_MAX)
+                    if not request.data:
+                        raise ConfigError(f"{path} got shorter while it was sent; send it again.")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror}); check it.") from None
     return wire.RunFile(name=name, sha256=sha256, file_bytes=size)
 
 

@@ -222,7 +222,7 @@ def delete(
     tls: Tls = False,
     state: State = None,
 ) -> None:
-    """Delete a run that is over, with its journal and snapshots."""
+    """Delete a run that is over or still being created, with its journal and snapshots."""
     _asked(lambda client: client.delete_run(run), coordinator, tls_ca, tls, state)
     print(f"run {run} is deleted.")
 

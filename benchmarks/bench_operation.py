@@ -1,0 +1,25 @@
+"""`make bench-operation`: what it costs to operate many runs in one coordinator."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from benchmarks.figures import REPORTS, arguments_of, collect, publish
+from benchmarks.machine import Machine
+from benchmarks.operation import runs_at_once
+
+REPORT = REPORTS / "bench-operation.json"
+GROUPS = {"runs": runs_at_once.figures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="a minute or two: does it run?")
+    arguments = arguments_of(parser, REPORT, GROUPS)
+    figures = collect(partial(GROUPS[name], arguments.small) for name in arguments.only)
+    publish(figures, REPORT, Machine().describe())
+
+
+if __name__ == "__main__":
+    main()
