@@ -268,6 +268,8 @@ async def test_the_first_computer_is_gone_before_the_next_one_is_loaded(
     held: weakref.WeakSet[Computer] = weakref.WeakSet()
 
     class Computer:
+        form_bytes = 0
+
         def __init__(self, *_: object) -> None:
             assert not held, "two models have no room"
             held.add(self)

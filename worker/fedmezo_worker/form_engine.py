@@ -127,7 +127,7 @@ class FormEngine(EngineThread):
 
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
         self._loaded = FormComputer(settings, genesis)
-        self.model_bytes = self._loaded.form_bytes + self._weights.byte_count
+        self.model_bytes = self._loaded.form_bytes
 
     def _forget(self) -> None:
         self._loaded = None

@@ -18,7 +18,8 @@ def free_bytes(device: str) -> int:
         if free is not None:
             return free
     free = int(psutil.virtual_memory().available)
-    return min(free, _free_in_container() or free)
+    in_container = _free_in_container()
+    return free if in_container is None else min(free, in_container)
 
 
 def _free_on_gpu(device: str) -> int | None:
@@ -29,7 +30,7 @@ def _free_on_gpu(device: str) -> int | None:
     where = "cuda" if device == "auto" else device
     # torch keeps freed memory for itself, and uses it for the next model.
     kept = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
-    return int(torch.cuda.mem_get_info(where)[0]) + kept
+    return int(torch.cuda.mem_get_info(where)[0] + kept)
 
 
 def _free_in_container() -> int | None:
