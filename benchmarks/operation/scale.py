@@ -336,14 +336,15 @@ class Simulation:
         return ready
 
 
-FAST = {"measuring_s": 0.5, "spread": 0.2, "delay_s": 0.02, "deadline_s": 10.0}
-"""Devices with a GPU, near their relay."""
 FEDERATIONS = {
     "1,000 devices": Federation(sites=0, devices=1_000),
     "4,000 devices": Federation(sites=0, devices=4_000),
     "100 relays of 1,000 devices": Federation(sites=100, devices=1_000),
     "1,000 relays of 1,000 devices": Federation(sites=1_000, devices=1_000),
-    "1,000 relays of 1,000 fast devices": Federation(sites=1_000, devices=1_000, **FAST),
+    # Devices with a GPU, near their relay.
+    "1,000 relays of 1,000 fast devices": Federation(
+        sites=1_000, devices=1_000, measuring_s=0.5, spread=0.2, delay_s=0.02, deadline_s=10.0
+    ),
 }
 SMALL = 3
 """The first so many take seconds."""

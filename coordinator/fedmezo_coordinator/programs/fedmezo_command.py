@@ -231,7 +231,7 @@ def tensorboard(
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Write the run's curves as an event file, which TensorBoard shows."""
-    from fedmezo_coordinator.telemetry.event_files import write_event_file
+    from fedmezo_coordinator.web.event_files import write_event_file
 
     link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
     with opened_journal(journal, link) as source:

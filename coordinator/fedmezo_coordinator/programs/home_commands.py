@@ -34,6 +34,7 @@ from fedmezo_coordinator.programs.taking_home.rebuilding import (
     rebuild_weights,
     take_snapshot,
 )
+from fedmezo_coordinator.programs.taking_home.start_adapter import start_adapter
 from fedmezo_coordinator.programs.view import size_text
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import RunConfig
@@ -55,7 +56,11 @@ class ExportAs(StrEnum):
 
 
 StartAdapter = Annotated[
-    Path | None, typer.Option(help="folder of the adapter that the run began from, if any")
+    Path | None,
+    typer.Option(
+        help="folder of the adapter that the run began from, if any; default: the one beside the "
+        "journal, or the coordinator's"
+    ),
 ]
 LastRound = Annotated[
     int | None,
@@ -152,7 +157,11 @@ def export(
         plan = plan_of(source, round_, best=best)
     if snapshots is None and journal:
         snapshots = path_beside(journal, ".snapshots")
-    _write_rebuilt(out, as_, plan, model, adapter, threads, format_, snapshots=snapshots, link=link)
+    client = None if journal else link().client
+    with start_adapter(adapter, journal, plan.genesis.config, client) as begins_from:
+        _write_rebuilt(
+            out, as_, plan, model, begins_from, threads, format_, snapshots=snapshots, link=link
+        )
 
 
 def rebuild(
@@ -181,7 +190,8 @@ def rebuild(
     with opened_journal(file, None) as source:
         plan = plan_of(source, round_)
     snapshots = path_beside(file, ".snapshots")
-    _write_rebuilt(out, as_, plan, model, adapter, threads, format_, snapshots=snapshots)
+    with start_adapter(adapter, file, plan.genesis.config, None) as begins_from:
+        _write_rebuilt(out, as_, plan, model, begins_from, threads, format_, snapshots=snapshots)
 
 
 def generate(

@@ -1,1 +1,1 @@
-"""What other tools read: event files for TensorBoard, traces for OpenTelemetry."""
+"""What other programs are told of a run: its rounds as traces."""

@@ -111,7 +111,10 @@ class RoundSpans:
 
     def _begin(self, round_: int) -> None:
         self._round = round_
-        attributes = {"fedmezo.run_id": self._run_id, "fedmezo.round": round_}
+        attributes: dict[str, str | int] = {
+            "fedmezo.run_id": self._run_id,
+            "fedmezo.round": round_,
+        }
         self._open = self._tracer.start_span("round", attributes=attributes)
 
     def _event(self, name: str, attributes: dict[str, str | int | float]) -> None:

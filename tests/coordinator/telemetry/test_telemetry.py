@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmezo_coordinator.telemetry.event_files import write_event_file
 from fedmezo_coordinator.telemetry.round_spans import RoundSpans
+from fedmezo_coordinator.web.event_files import write_event_file
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Entry, Journal, MemoryStore

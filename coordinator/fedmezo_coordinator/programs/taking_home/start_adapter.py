@@ -1,0 +1,56 @@
+"""The adapter that a run begins from, for whoever rebuilds the run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from fedmezo_coordinator.runs.run_folder import ADAPTER_FILES
+from fedmezo_coordinator.stores.location import path_beside
+from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import OneRunError, WrongRunError
+from fedmezo_core.program import long_step
+from fedmezo_core.wire.client import CoordinatorClient
+
+
+@contextlib.contextmanager
+def start_adapter(
+    given: Path | None,
+    journal: str | None,
+    run: RunConfig,
+    client: Callable[[], CoordinatorClient] | None,
+) -> Iterator[Path | None]:
+    """The folder that is given, or the one beside the journal, or a copy of the coordinator's.
+
+    None if there is none: most runs begin from a fresh adapter. Whether it is the right one says
+    the digest of the base, which covers it.
+    """
+    if given is not None or run.lora is None:
+        yield given
+    elif journal is not None:
+        beside = path_beside(journal, ".adapter")
+        yield beside if beside.is_dir() else None
+    elif client is not None:
+        with tempfile.TemporaryDirectory(prefix="fedmezo-") as folder:
+            is_there = asyncio.run(_download(client, run.run_id, Path(folder)))
+            yield Path(folder) if is_there else None
+    else:
+        yield None
+
+
+async def _download(connect: Callable[[], CoordinatorClient], run_id: str, folder: Path) -> bool:
+    """Copy what the coordinator offers of the adapter; returns whether it offers one."""
+    async with connect() as client:
+        for name in ADAPTER_FILES:
+            try:
+                with (folder / name).open("wb") as file:
+                    with long_step(f"reading {name} from the coordinator", unit="bytes") as step:
+                        async for piece in client.read_run_file(run_id, f"adapter/{name}"):
+                            file.write(piece)
+                            step.advance(len(piece))
+            except (WrongRunError, OneRunError):
+                return False
+    return True
