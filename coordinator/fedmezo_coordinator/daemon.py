@@ -55,6 +55,7 @@ from fedmezo_core.records import (
     Resumed,
     Snapshotted,
     Stopped,
+    Summed,
     digest64_hex,
 )
 from fedmezo_core.wire.admission import check_run_id, check_worker_name
@@ -477,6 +478,8 @@ class Daemon(ServingLoop[Ready]):
                 log.info("worker %s signs its answers with key %s", worker, key.hex())
             case Snapshotted(round_):
                 log.info("snapshot of round %d, %d bytes", round_, record.file_bytes)
+            case Summed(round_, ()):
+                log.warning("round %d has no sum: its step is left out", round_)
             case Stopped(round_, reason):
                 log.info("the run ends after round %d: %s", round_, reason)
             case _:

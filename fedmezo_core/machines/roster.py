@@ -13,7 +13,7 @@ from typing import Any
 
 from fedmezo_core.config import COHORT_MAX
 from fedmezo_core.errors import ProtocolError, StaleTicketError, UnknownWorkerError
-from fedmezo_core.events import AnswerReceived, Expel, Refuse, UnableReceived
+from fedmezo_core.events import AnswerReceived, Expel, Refuse, SumReceived, UnableReceived
 from fedmezo_core.machines.aggregate import size_of
 from fedmezo_core.machines.cohort import choose_cohort
 from fedmezo_core.machines.scores import Score, see_commit
@@ -228,7 +228,9 @@ class Roster:
     # ------------------------------------------------------------ answers that are refused
 
     def take(
-        self, event: AnswerReceived | UnableReceived, take: Callable[[Any], None]
+        self,
+        event: AnswerReceived | UnableReceived | SumReceived,
+        take: Callable[[Any], None],
     ) -> tuple[Refuse, ...]:
         """Let the machine `take` what a ready worker sent; returns the refusal if it raises one."""
         worker = event.worker
@@ -284,7 +286,7 @@ class Roster:
         return f"round {round_}: {'; '.join(named[:NAMED_MAX])}{more}" if named else ""
 
     @staticmethod
-    def stale(event: AnswerReceived | UnableReceived, now: str) -> StaleTicketError:
+    def stale(event: AnswerReceived | UnableReceived | SumReceived, now: str) -> StaleTicketError:
         """The error for a ticket that cannot be answered; `now` says where the run is instead."""
         ticket = event.ticket
         return StaleTicketError(

@@ -50,6 +50,7 @@ from fedmezo_core.events import (
     Refuse,
     RoundEvent,
     RoundMessage,
+    SumReceived,
     Tick,
     UnableReceived,
     WeightsReported,
@@ -392,7 +393,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
                     traffic.answered_after_ms = int(1000 * waited_s)
             case UnableReceived():
                 self._unable.warn("worker %s cannot measure: %s", worker, event.reason)
-            case WeightsReported():
+            case WeightsReported() | SumReceived():
                 pass
         return [self._machine.step(event)]
 
