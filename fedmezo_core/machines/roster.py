@@ -286,7 +286,7 @@ class Roster:
         return f"round {round_}: {'; '.join(named[:NAMED_MAX])}{more}" if named else ""
 
     @staticmethod
-    def stale(event: AnswerReceived | UnableReceived | SumReceived, now: str) -> StaleTicketError:
+    def stale(event: AnswerReceived | UnableReceived, now: str) -> StaleTicketError:
         """The error for a ticket that cannot be answered; `now` says where the run is instead."""
         ticket = event.ticket
         return StaleTicketError(

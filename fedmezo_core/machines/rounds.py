@@ -348,7 +348,9 @@ class RoundMachine:
         elif self.phase is not Phase.PAUSED:
             self._holding.discard(worker)
             assignment = self.state.assignment_of(worker) or self._unsummed(worker)
-            if assignment is not None:
+            current = self.state.open
+            # What is unmasked now takes no more answers.
+            if assignment is not None and (current is None or current.masked is None):
                 self._assign(assignment.round, (assignment.slot,))
             if self._sum is not None:
                 self._messages.extend(self._sum.joined(worker))
@@ -500,13 +502,9 @@ class RoundMachine:
         return () if self._sum is None else self._sum.asks((worker,))
 
     def _sum_received(self, event: SumReceived) -> None:
-        if self._sum is None:
-            raise StaleTicketError(
-                f"No sum of round {event.ticket.round} is being made; drop this step."
-            )
-        if event.ticket.epoch != self.state.epoch:
-            raise self._stale(event)
-        self._sum.take(event)
+        # Without a sum it crossed the commit: not all shares are needed to unmask one.
+        if self._sum is not None:
+            self._sum.take(event)
 
     def _close_by_sum(self, current: RoundState) -> bool:
         """Commit the open round by the sum of its answers, as soon as there is one.
@@ -866,7 +864,7 @@ class RoundMachine:
         found = self.state.diverged.get(REPLICA_PARTY)
         return found is None or self._replica_agreed_round > found.round
 
-    def _stale(self, event: AnswerReceived | UnableReceived | SumReceived) -> StaleTicketError:
+    def _stale(self, event: AnswerReceived | UnableReceived) -> StaleTicketError:
         now = f"this is epoch {self.state.epoch} and the last committed round is {self.state.round}"
         return self.roster.stale(event, now)
 

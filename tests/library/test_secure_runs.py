@@ -9,10 +9,14 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo import Coordinator, Session
+from fedmezo.auditing import audit_of
 from fedmezo_core.config import RunConfig
-from fedmezo_core.journal.journal import MemoryStore
+from fedmezo_core.errors import ConfigError, JournalCorruptError
+from fedmezo_core.journal.journal import Journal, MemoryStore
 from fedmezo_core.machines.aggregate import Share, coefficients_of
+from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.seeds import seeds_of
+from fedmezo_core.machines.state_codec import state_from_pb, state_to_pb
 from fedmezo_core.records import Answered, Committed, Genesis, Masked, Opened, Summed
 from fedmezo_core.trust.secure_aggregation.fixed_point import levels_of, mean_of_sums, quantised
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -214,3 +218,121 @@ def test_the_step_is_far_below_the_noise_of_a_batch() -> None:
         (integer,) = quantised([grad], config)
         assert abs(mean_of_sums([integer], 1, config)[0] - grad) <= 1.5e-6
     assert quantised([1e6, -1e6], config) == (levels_of(config), -levels_of(config))
+
+
+# ---------------------------------------------------------------- restarts, exclusions, seals
+
+
+def stored_run(**changes: Any) -> tuple[Genesis, MemoryStore]:
+    genesis, store = secure_run(**changes), MemoryStore()
+    run_in_order(genesis, store)
+    return genesis, store
+
+
+def cut_after(store: MemoryStore, kind: type) -> MemoryStore:
+    """A store with the records up to the first of a kind, as a crash leaves it."""
+    kept = MemoryStore()
+    for row, record in zip(store.read(0, 10**6), records_in(store), strict=True):
+        kept.append([row])
+        if isinstance(record, kind):
+            return kept
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def test_a_restart_while_a_sum_is_unmasked_leaves_that_step_out() -> None:
+    genesis, store = stored_run()
+    rest = cut_after(store, Masked)
+    coordinator, _ = run_in_order(genesis, rest)
+    check(rest, coordinator.config)
+    assert check_sums(rest, coordinator.config) == [0, 4, 4, 4]
+    first = next(record for record in records_in(rest) if isinstance(record, Committed))
+    assert not any(first.seed_ranges[0].coefficients)
+    assert first.decay == 1.0
+
+
+def test_a_round_without_a_sum_does_not_decay() -> None:
+    genesis, store = stored_run(weight_decay=0.5)
+    rest = cut_after(store, Masked)
+    run_in_order(genesis, rest)
+    commits = [record for record in records_in(rest) if isinstance(record, Committed)]
+    assert commits[0].decay == 1.0
+    assert commits[1].decay < 1.0
+
+
+@pytest.mark.parametrize("kind", [Opened, Answered])
+def test_a_restart_before_that_begins_another_sum(kind: type) -> None:
+    genesis, store = stored_run()
+    rest = cut_after(store, kind)
+    coordinator, _ = run_in_order(genesis, rest)
+    assert check_sums(rest, coordinator.config) == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize("when", range(1, 5))
+def test_an_excluded_worker_is_in_no_sum(when: int) -> None:
+    """Before the last step another sum is begun; in the last step there is none."""
+    genesis, store = secure_run(rounds=1), MemoryStore()
+    coordinator = Coordinator(genesis, store)
+    sessions = {name: open_session(genesis, name) for name in NAMES}
+    for name, session in sessions.items():
+        for up in session.connect():
+            coordinator.receive(name, up)
+    asked = 0
+    for turn in range(TURNS_MAX):
+        if coordinator.finished:
+            break
+        coordinator.tick(turn * 20)
+        for name in sorted(coordinator.workers):
+            for down in coordinator.outgoing(name):
+                asked += name == "a" and wire.SessionResponse.FromString(down).HasField("sum_ask")
+                if name == "a" and asked == when and "a" in coordinator.workers:
+                    coordinator.exclude("a", "it is the test's")
+                    break
+                for up in sessions[name].receive(down):
+                    coordinator.receive(name, up)
+    assert check_sums(store, coordinator.config) == [0 if when == 4 else 3]
+
+
+def test_the_state_of_every_prefix_is_sealed_and_read() -> None:
+    _, store = stored_run(rounds=2)
+    state, genesis = RunState(), None
+    for record in records_in(store):
+        state.apply(record)
+        if isinstance(record, Genesis):
+            genesis = record
+        assert genesis is not None
+        assert state_from_pb(state_to_pb(state), genesis) == state
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        Masked(1, (0, 1)),
+        Masked(1, (0, 1, 9)),
+        Masked(1, (2, 1, 0)),
+        Masked(2, (0, 1, 2)),
+        Summed(1, (1,) * 6),
+    ],
+)
+def test_sums_that_cannot_be_are_refused_by_the_fold(wrong: Masked | Summed) -> None:
+    _, store = stored_run(rounds=1)
+    state = RunState()
+    for record in records_in(store):
+        if isinstance(record, Masked):
+            break
+        state.apply(record)
+    with pytest.raises(JournalCorruptError):
+        state.apply(wrong)
+    state.apply(Masked(1, (0, 1, 2)))
+    for after in (
+        Masked(1, (0, 1, 2)),
+        Summed(1, (1,) * 5),
+        Summed(1, (2**31 - 1,) * 6),
+    ):
+        with pytest.raises(JournalCorruptError):
+            state.apply(after)
+
+
+def test_there_is_nothing_to_audit() -> None:
+    _, store = stored_run(rounds=1)
+    with pytest.raises(ConfigError, match="nothing to audit"):
+        audit_of(Journal(store), "a", None)

@@ -84,8 +84,8 @@ async def test_sums_are_of_what_ledgers_hold_and_go_on_without_a_worker_that_lea
             case Summed(round_, found):
                 sums[round_] = found
     assert list(sums) == list(range(1, ROUNDS + 1))
-    for round_, names in masked.items():
+    for round_, summands in masked.items():
         columns = zip(
-            *(quantised(ledgers[name][round_], genesis.config) for name in names), strict=True
+            *(quantised(ledgers[name][round_], genesis.config) for name in summands), strict=True
         )
         assert sums[round_] == tuple(map(sum, columns))

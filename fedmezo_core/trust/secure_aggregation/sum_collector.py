@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import SecureSumError, StaleTicketError
+from fedmezo_core.errors import SecureSumError
 from fedmezo_core.events import (
     AskSum,
     KeysGiven,
@@ -122,14 +122,13 @@ class SumCollector:
     def take(self, event: SumReceived) -> None:
         """Take a member's reply.
 
-        Raises `SecureSumError` if it is none to this step, and `StaleTicketError` if that has
-        passed; nothing changes then. A repeated reply changes nothing.
+        Raises `SecureSumError` if it is none to this step, and changes nothing then. A repeated
+        reply, or one to another attempt, changes nothing.
         """
         slot, step = event.ticket.slot, event.step
-        if event.attempt != self.attempt or event.ticket != self._ticket(slot):
-            raise StaleTicketError(str(self._error(event, "another attempt is going on")))
-        if self._left.get(slot) != event.worker:
-            raise StaleTicketError(str(self._error(event, "it is no member, or dropped out")))
+        is_now = event.attempt == self.attempt and event.ticket == self._ticket(slot)
+        if not is_now or self._left.get(slot) != event.worker:
+            return  # It crossed the attempt's end, or the member dropped out.
         if type(step) is not _REPLIES[self._step]:
             if type(step) in _REPLIES[: self._step]:
                 return  # A repetition.
