@@ -551,20 +551,18 @@ class RoundMachine:
         Once a sum was about to be unmasked, the round is committed with it or without a step: a
         second sum of the round could be subtracted from the first.
         """
-        attempt = self._sum
+        attempt, masked = self._sum, current.masked
         counted = {answer.slot for answer in current.counted()}
-        wrong = ""
         if attempt is None:
             wrong = "the coordinator was started anew while the sum was being unmasked"
+        elif not counted.issuperset(attempt.members if masked is None else masked.slots):
+            wrong = "a member was sent away"
         else:
             if attempt.advance(self._now_ms):
                 if attempt.survivors:
                     self._record(Masked(current.round, attempt.survivors))
                 self._messages.extend(attempt.asks())
             wrong = attempt.failure
-        members = attempt.members if current.masked is None and attempt else ()
-        if not counted.issuperset(current.masked.slots if current.masked else members):
-            wrong = "a member was sent away"
         if attempt is not None and not wrong and attempt.sums is None:
             return False
         if current.masked is not None:
