@@ -8,11 +8,28 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedmezo import Session
+from fedmezo_coordinator.programs.signature_audit import SignatureAudit
+from fedmezo_core.errors import ConfigError
+from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.records import Answered, Genesis, Masked, Opened, Summed
 from fedmezo_core.trust.secure_aggregation.fixed_point import quantised
 from fedmezo_core.wire.client import CoordinatorClient
-from tests.integration.support.harness import at_round, records_of, served
+from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.integration.support.harness import (
+    at_round,
+    config_of,
+    entries_of,
+    genesis_of,
+    records_of,
+    relayed,
+    served,
+)
 from tests.integration.support.parties import Workers
+from tests.library.light_engine import LightEngine
 
 ROUNDS = 4
 CONTRACT = {
@@ -89,3 +106,53 @@ async def test_sums_are_of_what_ledgers_hold_and_go_on_without_a_worker_that_lea
             *(quantised(ledgers[name][round_], genesis.config) for name in summands), strict=True
         )
         assert sums[round_] == tuple(map(sum, columns))
+
+
+async def _takes_part(address: str, genesis: Genesis, name: str, key: Ed25519PrivateKey) -> bytes:
+    """A worker that signs, over a stream of its own; returns the digest that it ends with."""
+    engine = LightEngine(name)
+    session = Session(genesis, name, engine, signing_key=key)
+    async with CoordinatorClient(address) as client:
+        stream = client.session()
+        ups = session.connect()
+        while True:
+            for up in ups:
+                await stream.send(wire.SessionRequest.FromString(up))
+            if session.finished:
+                await stream.end()
+                return engine.digest()
+            message = await stream.receive()
+            assert message is not None
+            ups = session.receive(message.SerializeToString())
+
+
+async def test_workers_that_sign_make_sums_and_their_answers_stay_checkable(tmp_path: Path) -> None:
+    """As in a fleet, where every worker signs: the daemon checks the keys of each step too."""
+    genesis, journal = genesis_of(config_of(**CONTRACT)), tmp_path / "journal.db"
+    async with served(journal, genesis) as coordinator:
+        keys = (Ed25519PrivateKey.generate() for _ in "abc")
+        digests = await asyncio.gather(
+            *(
+                _takes_part(coordinator.address, genesis, name, key)
+                for name, key in zip("abc", keys, strict=True)
+            )
+        )
+    assert len(set(digests)) == 1
+    records = records_of(journal)
+    sums = [record for record in records if isinstance(record, Summed)]
+    assert len(sums) == ROUNDS
+    assert all(record.sums for record in sums)
+    audit, state = SignatureAudit(None), RunState()
+    for entry, record in zip(entries_of(journal), records, strict=True):
+        state.apply(record)
+        audit.take(entry, record, state)
+    assert next(audit.lines()) == f"answers: {3 * ROUNDS} signed and checked, 0 unsigned"
+
+
+async def test_a_relay_serves_no_such_run(tmp_path: Path) -> None:
+    """It would read the answers of its site one by one."""
+    genesis = genesis_of(config_of(**CONTRACT))
+    async with served(tmp_path / "journal.db", genesis) as coordinator:
+        with pytest.raises(ConfigError, match="a relay reads every answer"):
+            async with relayed(coordinator.address, tmp_path, "site"):
+                pass
