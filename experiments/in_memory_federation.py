@@ -22,6 +22,7 @@ differ only in their order: over gRPC, answers come in the order in which worker
 from __future__ import annotations
 
 import random
+import secrets
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -44,8 +45,10 @@ from fedmezo_core.events import (
     ReportWeights,
     SendAnswer,
     SendHello,
+    SendSumStep,
     SendUnable,
     SessionAction,
+    SumAsked,
     WorkerLost,
     WorkerReady,
 )
@@ -55,6 +58,7 @@ from fedmezo_core.machines.roster import Phase
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.session import SessionMachine
 from fedmezo_core.records import Committed, Evaluated
+from fedmezo_core.trust.secure_aggregation.masking import ENTROPY_BYTES
 from fedmezo_core.wire.admission import check_hello
 from fedmezo_core.wire.commit_index import CommitIndex
 from fedmezo_core.wire.messages import (
@@ -67,6 +71,7 @@ from fedmezo_core.wire.messages import (
     unable_from_pb,
     unable_to_pb,
 )
+from fedmezo_core.wire.sum_messages import sum_received_from_pb, sum_step_to_pb
 from fedmezo_core.zo.assignment import collate_for, open_batches, open_estimator
 from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.batches import Batches
@@ -175,7 +180,6 @@ class InMemoryFederation:
         self._machine.apply(genesis)
         self._index = CommitIndex()
         self._index.fold(entry)
-        config = party.config
         self.workers: dict[str, Worker] = {}
         for name, own in rows.items():
             dataset = party.task.encode(own)
@@ -189,13 +193,7 @@ class InMemoryFederation:
                 name,
                 open_batches(party, dataset, name),
                 private,
-                SessionMachine(
-                    0,
-                    entry.head,
-                    report_losses=config.report_losses,
-                    report_rows=config.weighting == "rows",
-                    staleness_max=config.staleness_max,
-                ),
+                SessionMachine.of_worker(genesis, entry.head, name),
             )
         self._joined: list[Worker] = []
         self._up: deque[tuple[Worker, bytes]] = deque()
@@ -240,6 +238,8 @@ class InMemoryFederation:
             else:
                 worker, message = self._down.popleft()
                 event = event_from_pb(wire.SessionResponse.FromString(message), self.party.config)
+                if isinstance(event, SumAsked):
+                    event = replace(event, entropy=secrets.token_bytes(ENTROPY_BYTES))
                 self._act(worker, worker.machine.step(event))
         if self._machine.phase is not Phase.FINISHED:
             complaints = [view.complaint for view in self._machine.roster.workers.values()]
@@ -270,6 +270,8 @@ class InMemoryFederation:
             self._flush(self._machine.step(answer_from_pb(worker.name, message.answer)))
         elif kind == "unable":
             self._flush(self._machine.step(unable_from_pb(worker.name, message.unable)))
+        elif kind == "sum_reply":
+            self._flush(self._machine.step(sum_received_from_pb(worker.name, message.sum_reply)))
         else:
             report = message.weights_report
             assert (report.round, report.weights_digest) == (self.round, self._weights_digest())
@@ -326,6 +328,8 @@ class InMemoryFederation:
                     self._answer(worker, hello)
                 case SendAnswer():
                     self._answer(worker, answer_to_pb(action))
+                case SendSumStep():
+                    self._answer(worker, sum_step_to_pb(action))
                 case SendUnable():
                     self._answer(worker, unable_to_pb(action))
                 case ReportWeights(round_):

@@ -104,8 +104,9 @@ class Audit:
 def audit_of(journal: Journal, worker: str, rounds: frozenset[int] | None) -> Audit:
     """What `worker` was asked and answered in `rounds`; None: in all of them. Verifies the journal.
 
-    Raises `ConfigError` if it answered in none of them, and `JournalCompactedError` if the
-    journal's first records were dropped, without which nothing can be repeated.
+    Raises `ConfigError` if it answered in none of them, or only in sums, and
+    `JournalCompactedError` if the journal's first records were dropped, without which nothing can
+    be repeated.
     """
     if journal.origin() is not None:
         raise JournalCompactedError(
@@ -117,6 +118,11 @@ def audit_of(journal: Journal, worker: str, rounds: frozenset[int] | None) -> Au
     answers: list[tuple[Answered, Measure]] = []
     workers: set[str] = set()
     for _, record in verified(journal):
+        if isinstance(record, Genesis) and record.config.secure_aggregation:
+            raise ConfigError(
+                f"Run {record.config.run_id} has secure_aggregation, so its journal holds the sums "
+                "of answers and no answer that could be measured again; there is nothing to audit."
+            )
         if isinstance(record, Answered):
             held = state.held(record.round)
             if held is not None and record.slot < len(held.cohort):

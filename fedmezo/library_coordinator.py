@@ -29,6 +29,7 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.events import (
     Ack,
+    AskSum,
     Assign,
     Expel,
     Finish,
@@ -76,6 +77,7 @@ from fedmezo_core.wire.messages import (
 )
 from fedmezo_core.wire.snapshot_pieces import RecordedSnapshots
 from fedmezo_core.wire.snapshots import Snapshot
+from fedmezo_core.wire.sum_messages import ask_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -521,7 +523,9 @@ class Coordinator:
         self._flush()
         if known.round < self.round or known.ending is not None:
             return True
-        return not known.has_reported if self.finished else self._assigned(worker) is not None
+        if self.finished:
+            return not known.has_reported
+        return self._assigned(worker) is not None or bool(self._machine.asked_of(worker))
 
     @staticmethod
     def refusal(up: bytes, error: FedMezoError) -> bytes:
@@ -535,16 +539,17 @@ class Coordinator:
         ).SerializeToString()
 
     def _what_to_do(self, worker: str) -> list[wire.SessionResponse]:
-        """The open assignment of a worker that holds every commit, or the end of the run."""
+        """What a worker that holds every commit is asked for, or the end of the run."""
         if self.finished:
             return [message_to_pb(Finish(worker, self.round), self.config, self._index.head_at)]
+        asks = [ask_to_pb(ask) for ask in self._machine.asked_of(worker)]
         assign = self._assigned(worker)
         if assign is None:
-            return []
+            return asks
         message = assign_to_pb(assign, self.config)
         waited_ms = self._now_ms - self._workers[worker].assigned_ms
         message.assign.deadline_ms = max(assign.deadline_ms - waited_ms, 0)
-        return [message]
+        return [message, *asks]
 
     def _assigned(self, worker: str) -> Assign | None:
         """The worker's newest assignment, if it can still be answered."""
@@ -689,7 +694,7 @@ class Coordinator:
                 worker.assign, worker.assigned_ms = message, self._now_ms
             case Refuse(_, _, _, sentence):
                 log.warning("refused an answer of worker %s: %s", name, sentence)
-            case Ack() | Finish():
+            case Ack() | Finish() | AskSum():
                 pass
         if worker.is_calling and not isinstance(message, (Ack, Refuse)):
             return  # `down_for` makes it anew.

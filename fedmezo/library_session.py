@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,13 +37,16 @@ from fedmezo_core.events import (
     Restored,
     SendAnswer,
     SendHello,
+    SendSumStep,
     SendUnable,
     SessionAction,
+    SumAsked,
 )
 from fedmezo_core.folders import folder_on_a_disk
 from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.records import Committed
 from fedmezo_core.trust.answer_signatures import AnswerSigner
+from fedmezo_core.trust.secure_aggregation.masking import ENTROPY_BYTES
 from fedmezo_core.wire.admission import check_worker_name
 from fedmezo_core.wire.messages import (
     answer_to_pb,
@@ -52,6 +56,7 @@ from fedmezo_core.wire.messages import (
     unable_to_pb,
 )
 from fedmezo_core.wire.snapshot_pieces import GatheredSnapshot
+from fedmezo_core.wire.sum_messages import sum_step_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 if TYPE_CHECKING:
@@ -96,13 +101,11 @@ class Session:
         self._engine = engine
         self._signer = AnswerSigner(signing_key, head_of(genesis)) if signing_key else None
         self._measure_inline = measure_inline
-        config = self._genesis.config
-        self._machine = SessionMachine(
-            0,
+        self._machine = SessionMachine.of_worker(
+            self._genesis,
             head_of(genesis),
-            report_losses=config.report_losses,
-            report_rows=config.weighting == "rows",
-            staleness_max=config.staleness_max,
+            worker,
+            b"" if self._signer is None else self._signer.public_key,
         )
         self._order: Measure | None = None
         self._unapplied: list[Committed] = []
@@ -359,6 +362,8 @@ class Session:
                 f"{error} The journal cannot be read instead: it no longer has the commits after "
                 f"round {self.round}."
             ) from None
+        if isinstance(event, SumAsked):
+            event = dataclasses.replace(event, entropy=secrets.token_bytes(ENTROPY_BYTES))
         try:
             actions = self._machine.step(event)
         except ProtocolError as error:
@@ -456,6 +461,8 @@ class Session:
                         self._order = action
                 case SendAnswer():
                     messages.append(answer_to_pb(action, self._signer))
+                case SendSumStep():
+                    messages.append(sum_step_to_pb(action, self._signer))
                 case SendUnable():
                     messages.append(unable_to_pb(action))
                 case ReportWeights(round_):

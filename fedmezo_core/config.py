@@ -56,6 +56,10 @@ CLIP_SPREAD = 1.0
 """`clip_spread` of a new run that does not choose another."""
 CLIP_DROP_FACTOR = 5.0
 """`clip_drop_factor` of a new run that does not choose another."""
+SECURE_COHORT_MAX = 512
+"""Most workers in a sum that hides its terms: one's shares for all others fit into a message."""
+SECURE_CLIP = 100.0
+"""`projected_grad_abs_max` of a new run with `secure_aggregation` that does not choose another."""
 RATE_DIRECTIONS = 64
 """`rate_directions` of a new run that does not choose another."""
 
@@ -433,6 +437,23 @@ class RunConfig(_Frozen):
         le=100,
         description="With buffer_answers: an answer of age s has weight (1 + s)^-this (FedBuff).",
     )
+    secure_aggregation: bool = Field(
+        default=False,
+        description="The coordinator learns the sum of a round's answers and no single one of them "
+        "(seed_policy shared).",
+    )
+    secure_cohort_min: int = Field(
+        default=3,
+        ge=3,
+        le=SECURE_COHORT_MAX,
+        description="With secure_aggregation: fewest workers in a sum.",
+    )
+    secure_threshold_percent: int = Field(
+        default=66,
+        ge=50,
+        le=99,
+        description="With secure_aggregation: more than this part of the workers unmask a sum.",
+    )
     deadline_ms: int = Field(default=600_000, ge=100, le=7 * 24 * 3600 * 1000)
     digest_every_rounds: int = Field(default=1, ge=1, le=1_000_000)
     report_losses: bool = Field(
@@ -493,6 +514,8 @@ class RunConfig(_Frozen):
             )
         if self.aggregation != "mean":
             self._check_aggregation()
+        if self.secure_aggregation:
+            self._check_secure()
         if self.learning_rate * self.weight_decay >= 1:
             raise ValueError(
                 f"learning_rate x weight_decay = {self.learning_rate * self.weight_decay:g} leaves "
@@ -537,6 +560,44 @@ class RunConfig(_Frozen):
                 "and personal_rate, or choose aggregation mean"
             )
 
+    def _check_secure(self) -> None:
+        """Refuse what needs single answers, which nobody sees in a run with secure aggregation."""
+        single = "secure_aggregation shows the coordinator no single answer, so"
+        if self.seed_policy != "shared":
+            raise ValueError(
+                f"{single} all must be along the same directions; set seed_policy to shared, not "
+                f"{self.seed_policy}"
+            )
+        if self.aggregation != "mean":
+            raise ValueError(
+                f"{single} aggregation {self.aggregation!r} has nothing to compare; set it to mean"
+            )
+        if self.clip_median_factor:
+            raise ValueError(
+                f"{single} clip_median_factor = {self.clip_median_factor:g} has nothing to clip; "
+                "set it to 0, and lower projected_grad_abs_max, to which workers clamp"
+            )
+        if self.report_losses:
+            raise ValueError(f"{single} none may carry a loss; set report_losses to false")
+        if self.personal_rate != "frozen":
+            raise ValueError(
+                f"{single} workers have one rate; leave personal_rate {self.personal_rate!r} out"
+            )
+        if self.weighting != "uniform":
+            raise ValueError(f"{single} all count the same; leave weighting {self.weighting!r} out")
+        for name in ("workers_min", "quorum"):
+            if getattr(self, name) < self.secure_cohort_min:
+                raise ValueError(
+                    f"secure_aggregation adds up at least secure_cohort_min = "
+                    f"{self.secure_cohort_min} answers; set {name} = {getattr(self, name)} to that "
+                    "or more"
+                )
+        if self.cohort_size_max > SECURE_COHORT_MAX:
+            raise ValueError(
+                f"secure_aggregation adds up at most {SECURE_COHORT_MAX} answers, because every "
+                f"two workers exchange secrets; lower cohort_size_max = {self.cohort_size_max}"
+            )
+
     def _check_buffered(self, pairs: int) -> None:
         if self.quorum > self.buffer_answers:
             raise ValueError(
@@ -566,6 +627,15 @@ class RunConfig(_Frozen):
     def pairs_per_answer(self) -> int:
         """Count of projected gradients in one answer; each becomes one pair of the commit."""
         return self.local_steps * self.probes
+
+    @property
+    def scalars_per_answer(self) -> int:
+        """Count of projected gradients that an answer carries in the clear."""
+        return 0 if self.secure_aggregation else self.pairs_per_answer
+
+    def sum_threshold(self, members: int) -> int:
+        """How many of an attempt's members it takes to unmask its sum; more than half of them."""
+        return members * self.secure_threshold_percent // 100 + 1
 
     @property
     def answers_max(self) -> int:
@@ -644,6 +714,8 @@ class RunConfig(_Frozen):
             recipe += " pool"
         if self.buffer_answers:
             recipe += " buffered"
+        if self.secure_aggregation:
+            recipe += " secure"
         if self.task.template_version != 1:
             recipe += f" template={self.task.template_version}"
         if self.task.objective:
@@ -737,6 +809,19 @@ def _default_aggregation(values: Mapping[str, Any]) -> str:
     return "trimmed_mean" if is_shared and counts_alike else "mean"
 
 
+def _secure_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a new run with secure aggregation needs, where its settings do not say."""
+    fewest = values.get("secure_cohort_min", 3)
+    return {
+        "seed_policy": "shared",
+        "aggregation": "mean",
+        "clip_median_factor": 0.0,
+        "projected_grad_abs_max": SECURE_CLIP,
+        "workers_min": fewest,
+        "quorum": fewest,
+    }
+
+
 def parse_run(
     values: dict[str, Any],
     where: str,
@@ -748,12 +833,13 @@ def parse_run(
     """The contract in `values`; raises a `ConfigError` with key, value and what is allowed.
 
     A new run reads rows by the newest version, its answers are clipped by the usual size, those
-    along the same directions are trimmed, and its steps grow with the directions of a commit. Its
-    template may not give the answer away unless an objective scores the run. Without a learning
-    rate it takes normalised steps of its `default_rate`. With `begun`, the contract of the run that
-    `values` describe again, that run's version, clip, aggregation and steps stay and nothing of
-    this is checked. With `rate_comes_later`, plain steps may lack a rate too: `default_rate` holds
-    its place. `walk_length`, if given, takes the place of the one of `WALK_LENGTHS`.
+    along the same directions are trimmed, and its steps grow with the directions of a commit. One
+    with secure aggregation gets what that needs. Its template may not give the answer away unless
+    an objective scores the run. Without a learning rate it takes normalised steps of its
+    `default_rate`. With `begun`, the contract of the run that `values` describe again, that run's
+    version, clip, aggregation and steps stay and nothing of this is checked. With
+    `rate_comes_later`, plain steps may lack a rate too: `default_rate` holds its place.
+    `walk_length`, if given, takes the place of the one of `WALK_LENGTHS`.
     """
     newer = {
         "clip_median_factor": CLIP_MEDIAN_FACTOR,
@@ -762,6 +848,8 @@ def parse_run(
         "rate_directions": RATE_DIRECTIONS,
         "aggregation": _default_aggregation(values),
     }
+    if values.get("secure_aggregation") in (True, "true"):
+        newer |= _secure_defaults(values)
     if begun:
         newer = {key: getattr(begun, key) for key in newer}
     values = {**newer, **values}

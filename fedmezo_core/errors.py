@@ -18,6 +18,7 @@
         EquivocationError    a second, different answer to one ticket
         ScalarError          a projected gradient outside what the run allows
         SignatureError       an answer whose signature is missing, or not its worker's for it
+        SecureSumError       a sum that hides its terms cannot go on with this party
         NotReadyError        the coordinator cannot take this now; a retry later can succeed
       DivergedError          a party's weights are not the run's weights
       ExcludedError          the operator has excluded this worker from the run
@@ -162,6 +163,12 @@ class SignatureError(ProtocolError):
     """An answer is not signed by its worker's key for its run, ticket and history, but must be."""
 
     status = "PERMISSION_DENIED"
+
+
+class SecureSumError(ProtocolError):
+    """A sum that hides its terms cannot go on with this party."""
+
+    status = "FAILED_PRECONDITION"
 
 
 class NotReadyError(ProtocolError):

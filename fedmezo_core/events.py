@@ -40,6 +40,95 @@ class Work:
     """Whether the answer carries the digest of the weights that it starts from."""
 
 
+# ---------------------------------------------------------------- a sum that hides its terms
+#
+# What coordinator and workers say to each other for it. Down and up alternate: `KeysWanted`,
+# `KeysGiven`; `PeersNamed`, `SharesGiven`; `SharesDelivered`, `MaskedGiven`; `UnmaskingWanted`,
+# `SharesRevealed`. Members are named by their slots in the round.
+
+SUM_KEY_BYTES = 32
+"""Size of an X25519 public key, and of the hash of a self mask."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeysWanted:
+    """Make fresh keys for this attempt."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeysGiven:
+    """A member's public keys for one attempt."""
+
+    cipher_key: bytes
+    """X25519 public key (32 bytes) that shares for this member are encrypted to."""
+    mask_key: bytes
+    """X25519 public key (32 bytes) that masks are agreed on with."""
+    self_mask_hash: bytes
+    """SHA-256 of the member's self mask (32 bytes), which only shares can tell."""
+    signature: bytes = b""
+    """The worker's Ed25519 signature of them (64 bytes); empty if it does not sign."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One member of an attempt, as the others are told of it."""
+
+    slot: int
+    worker: str
+    keys: KeysGiven
+    signing_key: bytes = b""
+    """Ed25519 public key (32 bytes) that the signature is of; empty without one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeersNamed:
+    """All members of the attempt, the receiver included, in the order of their slots."""
+
+    peers: tuple[Peer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharesGiven:
+    """Slot of each other member -> the shares for it, encrypted, in the order of the slots."""
+
+    sealed: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharesDelivered:
+    """Slot of each other member that gave shares -> those for the receiver, encrypted."""
+
+    sealed: tuple[tuple[int, bytes], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedGiven:
+    """The member's numbers and all its masks, added up modulo 2^32."""
+
+    values: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UnmaskingWanted:
+    """Slots of the members whose masked numbers came: those that the sum will be of."""
+
+    survivors: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SharesRevealed:
+    """Slot of each member that gave shares -> the share of one of its two secrets.
+
+    It is the self mask's for those in the sum, and the mask key's for the others.
+    """
+
+    shares: tuple[tuple[int, bytes], ...]
+
+
+StepDown = KeysWanted | PeersNamed | SharesDelivered | UnmaskingWanted
+StepUp = KeysGiven | SharesGiven | MaskedGiven | SharesRevealed
+
+
 # ---------------------------------------------------------------- into the round machine
 
 
@@ -80,6 +169,18 @@ class UnableReceived:
 
 
 @dataclass(frozen=True, slots=True)
+class SumReceived:
+    """A worker took a step of a sum that hides its terms."""
+
+    worker: str
+    ticket: Ticket
+    attempt: int
+    step: StepUp
+    key: bytes = b""
+    """The public key that signed the keys of the step, checked already; empty without one."""
+
+
+@dataclass(frozen=True, slots=True)
 class WeightsReported:
     """A worker, or the coordinator's own replica, has digested its weights after `round`."""
 
@@ -108,6 +209,7 @@ RoundEvent = (
     | WorkerLost
     | AnswerReceived
     | UnableReceived
+    | SumReceived
     | WeightsReported
     | ReplicaEvaluated
     | Tick
@@ -165,7 +267,17 @@ class Finish:
     round: int
 
 
-RoundMessage = Assign | Ack | Refuse | Expel | Finish
+@dataclass(frozen=True, slots=True)
+class AskSum:
+    """Ask a worker for its next step of a sum that hides its terms."""
+
+    worker: str
+    ticket: Ticket
+    attempt: int
+    step: StepDown
+
+
+RoundMessage = Assign | Ack | Refuse | Expel | Finish | AskSum
 
 
 @dataclass(slots=True, unsafe_hash=True)
@@ -222,6 +334,17 @@ class Assigned:
     work: Work
     deadline_ms: int = 0
     """Time until a commit without the answer may make it worthless."""
+
+
+@dataclass(frozen=True, slots=True)
+class SumAsked:
+    """The next step of a sum that hides its terms is asked for."""
+
+    ticket: Ticket
+    attempt: int
+    step: StepDown
+    entropy: bytes = b""
+    """32 random bytes that the driver adds; they may become this worker's secrets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +421,7 @@ SessionEvent = (
     | Welcomed
     | CommitReceived
     | Assigned
+    | SumAsked
     | Acknowledged
     | RefusedByCoordinator
     | FinishedByCoordinator
@@ -344,6 +468,17 @@ class SendAnswer:
 
 
 @dataclass(frozen=True, slots=True)
+class SendSumStep:
+    """Send this worker's step of a sum that hides its terms."""
+
+    ticket: Ticket
+    attempt: int
+    step: StepUp
+    text_to_sign: bytes = b""
+    """What a worker that signs must sign of its keys; empty in the other steps."""
+
+
+@dataclass(frozen=True, slots=True)
 class SendUnable:
     """Say that the measurement could not be made."""
 
@@ -371,4 +506,13 @@ class Leave:
     """The run is over; end cleanly."""
 
 
-SessionAction = SendHello | ApplyCommit | Measure | SendAnswer | SendUnable | ReportWeights | Leave
+SessionAction = (
+    SendHello
+    | ApplyCommit
+    | Measure
+    | SendAnswer
+    | SendSumStep
+    | SendUnable
+    | ReportWeights
+    | Leave
+)

@@ -319,6 +319,28 @@ class Readmitted:
 
 
 @dataclass(frozen=True, slots=True)
+class Masked:
+    """The masked answers of these slots came, and what unmasks their sum is about to be asked for.
+
+    A round has at most one such record, because two sums could be subtracted.
+    """
+
+    round: int
+    slots: tuple[int, ...]
+    """Ascending."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """The sum of the answers that a `Masked` names; the round's commit follows."""
+
+    round: int
+    sums: tuple[int, ...]
+    """For each direction, the sum of the integers that stand for projected gradients; empty if it
+    could not be unmasked, and the round is committed without a step."""
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshotted:
     """The coordinator holds a file of the trained weights after `round`, agreed to be the run's."""
 
@@ -356,6 +378,8 @@ Record = (
     | Admitted
     | Excluded
     | Readmitted
+    | Masked
+    | Summed
 )
 
 

@@ -64,7 +64,7 @@ CORE_LAYERS = (
 # Folders and modules that know no clock, socket, disk, thread or entropy.
 PURE = (
     "machines", "config.py", "errors.py", "events.py", "records.py", "trust/authorisation.py",
-    "trust/members.py", "trust/join_string.py",
+    "trust/members.py", "trust/join_string.py", "trust/secure_aggregation",
 )  # fmt: skip
 IMPURE = {
     "asyncio", "datetime", "grpc", "io", "logging", "numpy", "os", "pathlib", "random", "secrets",

@@ -57,6 +57,7 @@ from fedmezo_core.records import (
     Resumed,
     Snapshotted,
     Stopped,
+    Summed,
     digest64_hex,
 )
 from fedmezo_core.service.log_lines import log_with
@@ -511,6 +512,8 @@ class Daemon(ServingLoop[Ready]):
                 log.info(line, worker, key.hex(), extra={"worker": worker})
             case Snapshotted(round_):
                 log.info("snapshot of round %d, %d bytes", round_, record.file_bytes)
+            case Summed(round_, ()):
+                log.warning("round %d has no sum: its step is left out", round_)
             case Stopped(round_, reason):
                 log.info("the run ends after round %d: %s", round_, reason)
             case _:

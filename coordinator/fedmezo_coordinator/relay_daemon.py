@@ -126,6 +126,11 @@ class Relay(ServingLoop[RelayReady]):
             except (UnavailableError, NotReadyError) as error:
                 await self._wait_after(error)
         self._reconnecting.reached()
+        if description.genesis.config.secure_aggregation:
+            raise ConfigError(
+                f"Run {description.genesis.config.run_id} has secure_aggregation, and a relay "
+                "reads every answer of its site; connect the workers to the coordinator itself."
+            )
         self._key = description.checkpoint_key
         body = description.genesis_body
         if self._signing_key is not None:

@@ -27,6 +27,7 @@ from fedmezo_core.records import (
     Evaluated,
     Excluded,
     Genesis,
+    Masked,
     Opened,
     Paused,
     Readmitted,
@@ -39,6 +40,7 @@ from fedmezo_core.records import (
     Snapshotted,
     Started,
     Stopped,
+    Summed,
 )
 from fedmezo_proto.v1 import journal_pb2 as pb
 
@@ -213,6 +215,10 @@ def _record_to_pb(record: Record) -> pb.Record:
             return pb.Record(snapshotted=_as(pb.Snapshotted, record))
         case Admitted():
             return pb.Record(admitted=admitted_to_pb(record))
+        case Masked():
+            return pb.Record(masked=masked_to_pb(record))
+        case Summed():
+            return pb.Record(summed=summed_to_pb(record))
 
 
 def _as(kind: type[MessageT], record: Any, **others: Any) -> MessageT:
@@ -310,6 +316,10 @@ def _record_from_pb(message: pb.Record, kind: str) -> Record:
             )
         case "admitted":
             return admitted_from_pb(message.admitted)
+        case "masked":
+            return masked_from_pb(message.masked)
+        case "summed":
+            return summed_from_pb(message.summed)
         case _:
             raise ProtocolError("its kind is not known to this version")
 
@@ -377,6 +387,26 @@ def admitted_to_pb(record: Admitted) -> pb.Admitted:
 def admitted_from_pb(message: pb.Admitted) -> Admitted:
     """A worker's key from a message; `ProtocolError` if it is not 32 bytes long."""
     return Admitted(message.worker, digest_in(message.key, "key"))
+
+
+def masked_to_pb(record: Masked) -> pb.Masked:
+    """The slots of a sum that is about to be unmasked, as a message."""
+    return _as(pb.Masked, record)
+
+
+def masked_from_pb(message: pb.Masked) -> Masked:
+    """The slots of a sum that is about to be unmasked, from a message."""
+    return Masked(message.round, tuple(message.slots))
+
+
+def summed_to_pb(record: Summed) -> pb.Summed:
+    """A sum as a message."""
+    return _as(pb.Summed, record)
+
+
+def summed_from_pb(message: pb.Summed) -> Summed:
+    """A sum from a message."""
+    return Summed(message.round, tuple(message.sums))
 
 
 def diverged_to_pb(record: Diverged) -> pb.Diverged:

@@ -30,7 +30,12 @@ def checked(event: AnswerReceived, learning_rate: float, config: RunConfig) -> S
     """
     ticket, scalars = event.ticket, event.scalars
     who = f"Worker {event.worker}, round {ticket.round}, slot {ticket.slot}:"
-    if len(scalars.projected_grads) != config.pairs_per_answer:
+    if config.secure_aggregation and scalars.projected_grads:
+        raise ScalarError(
+            f"{who} {len(scalars.projected_grads)} projected gradients came in the clear, but this "
+            "run adds them up masked; use a FedMeZO version with secure_aggregation."
+        )
+    if len(scalars.projected_grads) != config.scalars_per_answer:
         raise ScalarError(
             f"{who} {len(scalars.projected_grads)} projected gradients came, but the run has "
             f"{config.local_steps} local steps of {config.probes} probes; "
@@ -56,11 +61,14 @@ def checked(event: AnswerReceived, learning_rate: float, config: RunConfig) -> S
         longest = (
             max(1.0, step_factor(config, directions, 0.0, 1.0)) if config.rate_directions else 1.0
         )
+        if config.secure_aggregation:
+            largest = limit  # Nobody sees it, but it is no larger.
         to_binary32(learning_rate * largest * repeats * longest / config.probes)
         grads = all_to_binary32(scalars.projected_grads)
     except NumericError:
+        grad = largest if number < 0 else scalars.projected_grads[number]
         raise ScalarError(
-            f"{who} projected gradient {number} is {scalars.projected_grads[number]!r}, which at "
+            f"{who} projected gradient {max(number, 0)} is {grad!r}, which at "
             f"learning rate {learning_rate!r} gives no finite binary32 coefficient; start a run "
             "with a smaller learning_rate or projected_grad_abs_max."
         ) from None

@@ -51,6 +51,7 @@ from fedmezo_core.events import (
     RoundMessage,
     SendAnswer,
     SendHello,
+    SendSumStep,
     SendUnable,
     SentAway,
     SessionAction,
@@ -302,6 +303,8 @@ class RelayMachine:
                     self._finish()
                 case Leave():
                     pass  # once the site's workers have reported
+                case SendSumStep():
+                    raise AssertionError("a relay serves no run with secure aggregation")
                 case _:
                     self._up.append(action)
 

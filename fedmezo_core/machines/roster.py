@@ -13,7 +13,7 @@ from typing import Any
 
 from fedmezo_core.config import COHORT_MAX
 from fedmezo_core.errors import ProtocolError, StaleTicketError, UnknownWorkerError
-from fedmezo_core.events import AnswerReceived, Expel, Refuse, UnableReceived
+from fedmezo_core.events import AnswerReceived, Expel, Refuse, SumReceived, UnableReceived
 from fedmezo_core.machines.aggregate import size_of
 from fedmezo_core.machines.cohort import choose_cohort
 from fedmezo_core.machines.scores import Score, see_commit
@@ -228,7 +228,9 @@ class Roster:
     # ------------------------------------------------------------ answers that are refused
 
     def take(
-        self, event: AnswerReceived | UnableReceived, take: Callable[[Any], None]
+        self,
+        event: AnswerReceived | UnableReceived | SumReceived,
+        take: Callable[[Any], None],
     ) -> tuple[Refuse, ...]:
         """Let the machine `take` what a ready worker sent; returns the refusal if it raises one."""
         worker = event.worker

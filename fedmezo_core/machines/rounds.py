@@ -30,6 +30,7 @@ from fedmezo_core.errors import (
 from fedmezo_core.events import (
     Ack,
     AnswerReceived,
+    AskSum,
     Assign,
     Expel,
     Finish,
@@ -37,6 +38,7 @@ from fedmezo_core.events import (
     ReplicaEvaluated,
     RoundEvent,
     RoundMessage,
+    SumReceived,
     Tick,
     Ticket,
     UnableReceived,
@@ -46,6 +48,7 @@ from fedmezo_core.events import (
     WorkerReady,
 )
 from fedmezo_core.machines.aggregate import (
+    Share,
     coefficients_of,
     combined,
     commit_factor,
@@ -64,7 +67,7 @@ from fedmezo_core.machines.run_state import (
     RunState,
     keep_newest_rounds,
 )
-from fedmezo_core.machines.seeds import seed_ranges_of, seeds_of
+from fedmezo_core.machines.seeds import SHARED_SLOT, seed_ranges_of, seeds_of
 from fedmezo_core.records import (
     Admitted,
     Answered,
@@ -72,6 +75,7 @@ from fedmezo_core.records import (
     Diverged,
     Excluded,
     Genesis,
+    Masked,
     Opened,
     Paused,
     Readmitted,
@@ -81,10 +85,14 @@ from fedmezo_core.records import (
     SeedRange,
     Started,
     Stopped,
+    Summed,
     digest64_hex,
     digest64_of,
     rounding_seed_of,
 )
+from fedmezo_core.trust.secure_aggregation.fixed_point import mean_of_sums
+from fedmezo_core.trust.secure_aggregation.masking import SumContext, run_digest_of
+from fedmezo_core.trust.secure_aggregation.sum_collector import SumCollector
 
 FRUITLESS_DEADLINES_MAX = 2
 """Deadlines in a row at which no worker could measure, before the run pauses."""
@@ -112,6 +120,11 @@ class RoundMachine:
         self._replica_agreed_round = -1
         # Deadlines in a row at which the open round had no answer and nobody who could give one.
         self._fruitless_deadlines = 0
+        # With secure aggregation: the attempt that is going on, how many there were since the
+        # start, and the workers that are known to hold their measurement of the open round.
+        self._sum: SumCollector | None = None
+        self._attempts = 0
+        self._holding: set[str] = set()
         self._records: list[Record] = []
         self._messages: list[RoundMessage] = []
         self._warnings: list[str] = []
@@ -205,7 +218,7 @@ class RoundMachine:
         self._now_ms = now_ms
         self._restart_deadline()
         self._started = True
-        self.roster.expect(self.state.outstanding())
+        self.roster.expect(self._outstanding())
         self._record(Started(self.state.epoch + 1))
         return self._take_ready()
 
@@ -317,10 +330,14 @@ class RoundMachine:
                 self._worker_ready(worker)
             case WorkerLost(worker):
                 self.roster.leave(worker)
+                if self._sum is not None:
+                    self._sum.lost(worker)
             case AnswerReceived():
                 self._messages.extend(self.roster.take(event, self._answer))
             case UnableReceived():
                 self._messages.extend(self.roster.take(event, self._unable))
+            case SumReceived():
+                self._messages.extend(self.roster.take(event, self._sum_received))
             case WeightsReported():
                 self._weights_reported(event)
             case ReplicaEvaluated(evaluation):
@@ -354,14 +371,22 @@ class RoundMachine:
         if self.phase is Phase.FINISHED:
             self._messages.append(Finish(worker, self.state.round))
         elif self.phase is not Phase.PAUSED:
-            assignment = self.state.assignment_of(worker)
-            if assignment is not None:
+            self._holding.discard(worker)
+            assignment = self.state.assignment_of(worker) or self._unsummed(worker)
+            current = self.state.open
+            # What is unmasked now takes no more answers.
+            if assignment is not None and (current is None or current.masked is None):
                 self._assign(assignment.round, (assignment.slot,))
+            if self._sum is not None:
+                self._messages.extend(self._sum.joined(worker))
 
     def _answer(self, event: AnswerReceived) -> None:
         state, ticket, held = self.state, event.ticket, self._held_of(event)
         accepted = held.answers.get(ticket.slot)
-        if ticket.epoch != (state.epoch if accepted is None else accepted.epoch):
+        epochs = [state.epoch if accepted is None else accepted.epoch]
+        if self.config.secure_aggregation and held is state.open:
+            epochs.append(state.epoch)  # It may have been asked again.
+        if ticket.epoch not in epochs:
             raise self._stale(event)
         if accepted is None and held is not state.open:
             self._check_not_too_late(event)
@@ -379,6 +404,9 @@ class RoundMachine:
                 f"Worker {event.worker} gave a second, different answer to slot {ticket.slot} of "
                 f"round {ticket.round}; the first one stands: drop this one."
             )
+        if self.config.secure_aggregation and held is state.open:
+            self._holding.add(event.worker)
+            self.roster.release(event.worker, RoundSlot(ticket.round, ticket.slot))
         self._messages.append(Ack(event.worker, ticket))
 
     def _check_not_too_late(self, event: AnswerReceived) -> None:
@@ -405,6 +433,9 @@ class RoundMachine:
         ):
             raise self._stale(event)
         self.roster.unable(event)
+        self._holding.discard(event.worker)
+        if self._sum is not None:
+            self._sum.refused(event.worker)
 
     def _held_of(self, event: AnswerReceived | UnableReceived) -> RoundState:
         """The round that the event's ticket names, if the slot is the worker's."""
@@ -450,6 +481,8 @@ class RoundMachine:
         """Commit the open round if it is settled or overdue and enough answers agree."""
         config, current = self.config, self.state.open
         assert current is not None
+        if config.secure_aggregation:
+            return self._close_by_sum(current)
         overdue = self._now_ms >= self._closes_at_ms
         if config.buffer_answers:
             wanted = config.quorum if overdue else config.buffer_answers
@@ -464,6 +497,135 @@ class RoundMachine:
                 return True
         self._extend(current, overdue)
         return False
+
+    # ------------------------------------------------------------ secure aggregation
+
+    def _outstanding(self) -> dict[str, RoundSlot]:
+        """Worker -> what it can still be asked for: its assignment, or to say what it holds."""
+        found, current = self.state.outstanding(), self.state.open
+        if self.config.secure_aggregation and current is not None:
+            for worker in sorted(current.slots):
+                again = self._unsummed(worker)
+                if again is not None:
+                    found[worker] = again
+        return found
+
+    def _unsummed(self, worker: str) -> RoundSlot | None:
+        """The slot that a worker has answered, if it is not known to hold its measurement.
+
+        The journal has no answer that it could be taken from.
+        """
+        current = self.state.open
+        if current is None or not self.config.secure_aggregation or worker in self._holding:
+            return None
+        slot = current.slots.get(worker)
+        is_answered = slot in current.answers and worker not in self.state.excluded
+        return RoundSlot(current.round, slot) if slot is not None and is_answered else None
+
+    def asked_of(self, worker: str) -> tuple[AskSum, ...]:
+        """The step of a sum that the worker is asked for now, if it is; it may be sent again."""
+        return () if self._sum is None else self._sum.asks((worker,))
+
+    def _sum_received(self, event: SumReceived) -> None:
+        # Without a sum it crossed the commit: not all shares are needed to unmask one.
+        if self._sum is not None:
+            self._sum.take(event)
+
+    def _close_by_sum(self, current: RoundState) -> bool:
+        """Commit the open round by the sum of its answers, as soon as there is one.
+
+        The sum is begun when a round with plain answers would be committed.
+        """
+        config = self.config
+        if self._sum is not None or current.masked is not None:
+            return self._go_on_with_sum(current)
+        overdue = self._now_ms >= self._closes_at_ms
+        holding = len(self._holding & self.roster.ready)
+        if self.roster.waited_for and not overdue and holding < config.cohort_size_max:
+            return False
+        if holding >= config.quorum:
+            present = self._holding & self.roster.ready
+            answers = [a for a in self._agreeing() if self.state.worker_of(a) in present]
+            # Those whose weights differ were sent away just now.
+            members = {
+                answer.slot: worker
+                for answer in answers[: config.answers_max]
+                if (worker := self.state.worker_of(answer)) in self.roster.ready
+            }
+            if len(members) >= config.quorum:
+                self._begin_sum(current, members)
+                return False
+        self._extend(current, overdue)
+        return False
+
+    def _begin_sum(self, current: RoundState, members: Mapping[int, str]) -> None:
+        self._attempts += 1
+        context = SumContext(
+            run_digest_of(self.genesis),
+            self.state.epoch,
+            current.round,
+            self._attempts,
+            self.config.pairs_per_answer,
+        )
+        self._sum = SumCollector(self.config, context, members, self._now_ms)
+        self._messages.extend(self._sum.asks())
+
+    def _go_on_with_sum(self, current: RoundState) -> bool:
+        """Go on with the attempt; returns whether the round was committed, or may be tried again.
+
+        Once a sum was about to be unmasked, the round is committed with it or without a step: a
+        second sum of the round could be subtracted from the first.
+        """
+        attempt, masked = self._sum, current.masked
+        counted = {answer.slot for answer in current.counted()}
+        if attempt is None:
+            wrong = "the coordinator was started anew while the sum was being unmasked"
+        elif not counted.issuperset(attempt.members if masked is None else masked.slots):
+            wrong = "a member was sent away"
+        else:
+            if attempt.advance(self._now_ms):
+                if attempt.survivors:
+                    self._record(Masked(current.round, attempt.survivors))
+                self._messages.extend(attempt.asks())
+            wrong = attempt.failure
+        if attempt is not None and not wrong and attempt.sums is None:
+            return False
+        if current.masked is not None:
+            sums = () if wrong or attempt is None or attempt.sums is None else attempt.sums
+            self._record(Summed(current.round, sums))
+            answers = [current.answers[s].record for s in current.masked.slots] if sums else []
+            if wrong:
+                self._warnings.append(
+                    f"round {current.round} is committed without a step, because its sum could not "
+                    f"be unmasked: {wrong}"
+                )
+            self._commit(current, answers)
+            return True
+        assert attempt is not None
+        self._warnings.append(
+            f"round {current.round}: attempt {attempt.attempt} at the sum failed: {wrong}"
+        )
+        self._holding -= attempt.dropped
+        self._sum = None
+        return True
+
+    def _share_of_sum(self, current: RoundState) -> Share:
+        """What the mean of the summed answers puts into the commit; zeros if there is no sum.
+
+        Its learning rate is the smallest of their slots'; they differ only if the run was resumed
+        within the round.
+        """
+        assert current.masked is not None
+        assert current.summed is not None
+        config, slots = self.config, current.masked.slots
+        sums = current.summed.sums or (0,) * config.pairs_per_answer
+        return Share(
+            seeds_of(config, current.round, SHARED_SLOT, None),
+            mean_of_sums(sums, len(slots), config),
+            min(current.rates[slot] for slot in slots),
+        )
+
+    # ------------------------------------------------------------ whose answers count
 
     def _agreeing(self) -> list[Answered]:
         """The answers measured on the run's weights; workers that gave others are sent away.
@@ -521,7 +683,10 @@ class RoundMachine:
         overdue = self._now_ms >= self._closes_at_ms
         self._record(self._committed(current, answers))
         is_shared = self.config.seed_policy == "shared"
-        if warning := self.roster.compare(current.round, given, is_shared=is_shared):
+        if self.config.secure_aggregation:
+            self._sum = None
+            self._holding.clear()
+        elif warning := self.roster.compare(current.round, given, is_shared=is_shared):
             self._warnings.append(warning)
         late = {
             worker: assignment
@@ -544,16 +709,10 @@ class RoundMachine:
     def _committed(self, current: RoundState, answers: list[Answered]) -> Committed:
         """The record that closes the round."""
         config, pool = self.config, self.state.pool
-        shares = self.state.shares(answers)
-        scaled = [
-            (self.state.worker_of(answer), answer.projected_grads, share.projected_grads)
-            for answer, share in zip(answers, shares, strict=True)
-            if share.projected_grads is not answer.projected_grads
-            and is_far_larger(answer.projected_grads, share.projected_grads, config)
-        ]
-        if scaled:
-            self._warnings.append(self.roster.clipped(current.round, scaled))
-        shares = combined(shares, config)
+        if config.secure_aggregation:
+            shares = [self._share_of_sum(current)]
+        else:
+            shares = combined(self._clipped_shares(current, answers), config)
         coefficients = coefficients_of(shares, config)
         if config.seed_policy == "per_worker":
             seed_ranges = tuple(
@@ -568,7 +727,7 @@ class RoundMachine:
             seed_ranges = seed_ranges_of(
                 [(seed, to_binary32(math.fsum(terms[seed]))) for seed in sorted(terms)]
             )
-        factor = self._factor(current.round)
+        factor = self._factor(current.round) if answers else 0.0
         if config.weight_decay:
             # A longer step decays no more, so that a decay can never take all of a weight.
             factor *= min(1.0, commit_factor(shares, config))
@@ -582,6 +741,19 @@ class RoundMachine:
         if pool is None or current.round % config.rebase_every_rounds:
             return record
         return pool.from_base(record)
+
+    def _clipped_shares(self, current: RoundState, answers: list[Answered]) -> list[Share]:
+        """What each answer puts into the mean; tells of answers that were far larger than usual."""
+        config, shares = self.config, self.state.shares(answers)
+        scaled = [
+            (self.state.worker_of(answer), answer.projected_grads, share.projected_grads)
+            for answer, share in zip(answers, shares, strict=True)
+            if share.projected_grads is not answer.projected_grads
+            and is_far_larger(answer.projected_grads, share.projected_grads, config)
+        ]
+        if scaled:
+            self._warnings.append(self.roster.clipped(current.round, scaled))
+        return shares
 
     def _complain_of(self, late: Mapping[str, RoundSlot]) -> None:
         config = self.config
@@ -624,7 +796,7 @@ class RoundMachine:
             self._restart_deadline()
         if overdue:
             self.roster.miss(tuple(self.roster.assignments))
-            for worker, assignment in self.state.outstanding().items():
+            for worker, assignment in self._outstanding().items():
                 if worker in self.roster.ready:
                     self._assign(assignment.round, (assignment.slot,))
         if added:

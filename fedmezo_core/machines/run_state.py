@@ -34,6 +34,7 @@ from fedmezo_core.records import (
     Evaluated,
     Excluded,
     Genesis,
+    Masked,
     Opened,
     Paused,
     Readmitted,
@@ -44,7 +45,9 @@ from fedmezo_core.records import (
     Snapshotted,
     Started,
     Stopped,
+    Summed,
 )
+from fedmezo_core.trust.secure_aggregation.fixed_point import levels_of
 
 EXCLUDED_MAX = COHORT_MAX
 """Most workers that are excluded at a time."""
@@ -85,6 +88,10 @@ class RoundState:
     """Learning rate of each slot."""
     eps: float | None = None
     """Perturbation scale of the round; None if it is the contract's."""
+    masked: Masked | None = None
+    """With secure aggregation: the answers whose sum is, or was, about to be unmasked."""
+    summed: Summed | None = None
+    """What that came to, once it is known."""
 
     @property
     def counting(self) -> int:
@@ -207,6 +214,8 @@ class RunState:
                 self.stopped = record
             case Excluded() | Readmitted():
                 self._apply_membership(record)
+            case Masked() | Summed():
+                self._apply_sum(record, self.genesis.config)
             case Snapshotted(round_):
                 if not 1 <= round_ <= self.round:
                     raise _misplaced(
@@ -375,10 +384,10 @@ class RunState:
                 f"an answer to slot {record.slot} of round {record.round}",
                 "an answer to a slot that is open and has none",
             )
-        if len(record.projected_grads) != config.pairs_per_answer:
+        if len(record.projected_grads) != config.scalars_per_answer:
             raise _misplaced(
                 f"an answer of {len(record.projected_grads)} projected gradients",
-                f"one of {config.pairs_per_answer}",
+                f"one of {config.scalars_per_answer}",
             )
         if is_digest_round(config, record.round) != (record.weights_digest64 is not None):
             raise _misplaced(
@@ -389,6 +398,38 @@ class RunState:
         held.answers[record.slot] = Accepted(self.epoch, record)
         if not is_open:
             self._open_for_waiting()
+
+    def _apply_sum(self, record: Masked | Summed, config: RunConfig) -> None:
+        held = self.open
+        if held is None or held.round != record.round or not config.secure_aggregation:
+            raise _misplaced(
+                f"a sum of round {record.round}",
+                f"one of round {self.round + 1}, once open, in a run with secure aggregation",
+            )
+        if isinstance(record, Masked):
+            counted = {answer.slot for answer in held.counted()}
+            if (
+                held.masked is not None
+                or list(record.slots) != sorted(counted.intersection(record.slots))
+                or not config.secure_cohort_min <= len(record.slots) <= config.answers_max
+            ):
+                raise _misplaced(
+                    f"a sum of slots {list(record.slots)} of round {record.round}",
+                    f"the round's only one, of {config.secure_cohort_min} or more that answered",
+                )
+            held.masked = record
+            return
+        if (
+            held.masked is None
+            or held.summed is not None
+            or len(record.sums) not in (0, config.pairs_per_answer)
+            or any(abs(s) > levels_of(config) * len(held.masked.slots) for s in record.sums)
+        ):
+            raise _misplaced(
+                f"{len(record.sums)} sums of round {record.round}",
+                f"none, or {config.pairs_per_answer} of the answers that were masked, once",
+            )
+        held.summed = record
 
     def _open_for_waiting(self) -> None:
         """Open the next round without slots if answers to earlier rounds wait for its commit."""
@@ -409,7 +450,11 @@ class RunState:
                 f"a commit of round {record.round}",
                 f"a commit of round {self.round + 1}, once open",
             )
-        answers = self._answers_of(record, config)
+        answers = (
+            self._summed_answers(record, current)
+            if config.secure_aggregation
+            else self._answers_of(record, config)
+        )
         held_by_round = {held.round: held for held in self.answerable()}
         workers = [held_by_round[answer.round].cohort[answer.slot] for answer in answers]
         self._learn(record, workers, answers, config)
@@ -422,8 +467,10 @@ class RunState:
         losses = [answer.mean_loss for answer in answers if answer.mean_loss is not None]
         mean_loss = math.fsum(losses) / len(losses) if losses else None
         self.recent_rounds.append(RoundSummary(record.round, mean_loss, len(answers)))
-        is_zero = not any(any(answer.projected_grads) for answer in answers)
-        zeros = len(answers) * config.pairs_per_answer if is_zero else None
+        measured = [answer.projected_grads for answer in answers]
+        if current.summed is not None:
+            measured = [current.summed.sums] if answers else [(1.0,)]  # No sum says nothing.
+        zeros = len(answers) * config.pairs_per_answer if not any(map(any, measured)) else None
         self.health.committed(record.round, mean_loss, zeros, config)
         for answer in answers:
             held_by_round[answer.round].committed.add(answer.slot)
@@ -453,6 +500,17 @@ class RunState:
                 f"pairs of {len(answers)} answers, each of them once",
             )
         return answers
+
+    def _summed_answers(self, record: Committed, current: RoundState) -> list[Answered]:
+        """The answers in the round's sum, none without one; `JournalCorruptError` before it."""
+        if current.masked is None or current.summed is None or len(record.seed_ranges) != 1:
+            raise _misplaced(
+                f"a commit of round {record.round} with {len(record.seed_ranges)} answers' pairs",
+                "one of the sum of the round's answers, once that is known",
+            )
+        if not current.summed.sums:
+            return []
+        return [current.answers[slot].record for slot in current.masked.slots]
 
     def _learn(
         self, record: Committed, workers: list[str], answers: list[Answered], config: RunConfig

@@ -26,7 +26,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from fedmezo_core.config import STEPS_MAX
-from fedmezo_core.errors import DivergedError, JournalBehindError, ProtocolError
+from fedmezo_core.errors import DivergedError, JournalBehindError, ProtocolError, SecureSumError
 from fedmezo_core.events import (
     Acknowledged,
     ApplyCommit,
@@ -47,11 +47,13 @@ from fedmezo_core.events import (
     SendUnable,
     SessionAction,
     SessionEvent,
+    SumAsked,
     Ticket,
     Welcomed,
     Work,
 )
-from fedmezo_core.records import digest64_of
+from fedmezo_core.records import Genesis, digest64_of
+from fedmezo_core.trust.secure_aggregation.secure_member import SecureMember
 
 COMMITS_QUEUED_MAX = 1024
 """Most commits that wait for a running measurement."""
@@ -115,7 +117,13 @@ class SessionMachine:
         report_losses: bool,
         report_rows: bool = False,
         staleness_max: int = 0,
+        secure: SecureMember | None = None,
     ) -> None:
+        """`secure` is what takes part in sums that hide their terms, if the run has those.
+
+        Then no answer carries a projected gradient.
+        """
+        self._secure = secure
         self.state = SessionState.OFFLINE
         self.round = round_
         """Last commit received. Its `ApplyCommit` may still wait for a running measurement."""
@@ -135,6 +143,26 @@ class SessionMachine:
         self._next: Assigned | None = None
         self._finish_pending = False
         self._cached: tuple[_Running, Measured] | None = None
+
+    @classmethod
+    def of_worker(
+        cls, genesis: Genesis, genesis_head: bytes, worker: str, signing_key: bytes = b""
+    ) -> SessionMachine:
+        """A machine at the run's base, as the contract wants it.
+
+        `genesis_head` is the head after the genesis, and `signing_key` the public key that the
+        worker signs with; empty if it does not.
+        """
+        config = genesis.config
+        secure = SecureMember(genesis, worker, signing_key) if config.secure_aggregation else None
+        return cls(
+            0,
+            genesis_head,
+            report_losses=config.report_losses,
+            report_rows=config.weighting == "rows",
+            staleness_max=config.staleness_max,
+            secure=secure,
+        )
 
     @property
     def measuring(self) -> bool:
@@ -251,6 +279,8 @@ class SessionMachine:
             raise ProtocolError(
                 f"{len(event.work.seeds)} seeds were assigned; an assignment has 1 to {STEPS_MAX}."
             )
+        if self._secure is not None:
+            self._secure.check_seeds(ticket.round, event.work.seeds)
         job = _Job.of(event)
         if self._cached is not None and self._cached[0].job == job:
             self._next = None
@@ -270,6 +300,25 @@ class SessionMachine:
         elif before == self.round - 1 and self._head_before:
             self._check_head(event.head, self._head_before, before)
         return ()
+
+    def _sum_asked(self, event: SumAsked) -> _Actions:
+        ticket, cached = event.ticket, self._cached
+        if self._secure is None:
+            raise ProtocolError(
+                f"A sum of round {ticket.round} was asked for in a run without secure_aggregation; "
+                "use the same FedMeZO version."
+            )
+        if ticket.epoch != self.epoch or not self._counts(ticket.round):
+            return ()  # It crossed a commit, or a start of the coordinator.
+        if cached is None or (cached[0].job.round, cached[0].job.slot) != (
+            ticket.round,
+            ticket.slot,
+        ):
+            return (SendUnable(ticket, "this worker does not hold the round's measurement"),)
+        try:
+            return (self._secure.step(event, cached[1].scalars.projected_grads),)
+        except SecureSumError as error:
+            return (SendUnable(ticket, str(error)[:REASON_CHARS_MAX]),)
 
     def _refused(self, event: RefusedByCoordinator) -> _Actions:
         if event.reason != "StaleTicketError":
@@ -370,6 +419,7 @@ class SessionMachine:
         return SendAnswer(
             ticket,
             scalars._replace(
+                projected_grads=scalars.projected_grads if self._secure is None else (),
                 mean_loss=scalars.mean_loss if self._report_losses else None,
                 rows=scalars.rows if self._report_rows else None,
             ),
@@ -393,6 +443,7 @@ class SessionMachine:
         (SessionState.ONLINE, CommitReceived): _commit,
         (SessionState.ONLINE, Assigned): _assigned,
         (SessionState.ONLINE, Acknowledged): _acknowledged,
+        (SessionState.ONLINE, SumAsked): _sum_asked,
         (SessionState.ONLINE, RefusedByCoordinator): _refused,
         (SessionState.ONLINE, FinishedByCoordinator): _finished,
         (SessionState.ONLINE, Disconnected): _disconnected,
@@ -400,6 +451,7 @@ class SessionMachine:
         (SessionState.ONLINE, MeasureFailed): _measure_failed,
         # The coordinator's last words may cross the worker's.
         (SessionState.LEFT, Acknowledged): _acknowledged,
+        (SessionState.LEFT, SumAsked): lambda _machine, _event: (),
         (SessionState.LEFT, RefusedByCoordinator): _refused,
         (SessionState.LEFT, Disconnected): lambda _machine, _event: (),
     }

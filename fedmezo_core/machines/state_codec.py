@@ -23,6 +23,10 @@ from fedmezo_core.journal.codec import (
     evaluated_to_pb,
     excluded_from_pb,
     excluded_to_pb,
+    masked_from_pb,
+    masked_to_pb,
+    summed_from_pb,
+    summed_to_pb,
 )
 from fedmezo_core.journal.sealed import SealedState
 from fedmezo_core.machines.health import Health, LossWatch, Streak, chance_of
@@ -31,6 +35,7 @@ from fedmezo_core.machines.roster import RoundSummary
 from fedmezo_core.machines.run_state import EPOCH_MAX, EXCLUDED_MAX, Accepted, RoundState, RunState
 from fedmezo_core.machines.seeds import Pool
 from fedmezo_core.records import Admitted, Genesis, Paused, Stopped
+from fedmezo_core.trust.secure_aggregation.fixed_point import levels_of
 from fedmezo_proto.v1 import journal_pb2
 from fedmezo_proto.v1 import origin_pb2 as pb
 
@@ -199,9 +204,30 @@ def _is_sound(held: RoundState, config: RunConfig) -> bool:
         and held.excluded.isdisjoint(held.slots.values())
         and all(
             accepted.record.round == held.round
-            and len(accepted.record.projected_grads) == config.pairs_per_answer
+            and len(accepted.record.projected_grads) == config.scalars_per_answer
             for accepted in held.answers.values()
         )
+        and _is_sound_sum(held, config)
+    )
+
+
+def _is_sound_sum(held: RoundState, config: RunConfig) -> bool:
+    if held.masked is None:
+        return held.summed is None
+    slots = held.masked.slots
+    is_sum = (
+        config.secure_aggregation
+        and held.masked.round == held.round
+        and list(slots) == sorted(held.answers.keys() & set(slots))
+        and config.secure_cohort_min <= len(slots) <= config.answers_max
+    )
+    if held.summed is None or not is_sum:
+        return is_sum
+    most = levels_of(config) * len(slots)
+    return (
+        held.summed.round == held.round
+        and len(held.summed.sums) in (0, config.pairs_per_answer)
+        and all(abs(total) <= most for total in held.summed.sums)
     )
 
 
@@ -228,6 +254,8 @@ def _round_to_pb(held: RoundState) -> pb.RoundState:
         committed=sorted(held.committed),
         rates=held.rates,
         eps=held.eps,
+        masked=None if held.masked is None else masked_to_pb(held.masked),
+        summed=None if held.summed is None else summed_to_pb(held.summed),
     )
 
 
@@ -243,6 +271,8 @@ def _round_from_pb(message: pb.RoundState) -> RoundState:
     held.committed = set(message.committed)
     held.rates = list(message.rates)
     held.eps = message.eps if message.HasField("eps") else None
+    held.masked = masked_from_pb(message.masked) if message.HasField("masked") else None
+    held.summed = summed_from_pb(message.summed) if message.HasField("summed") else None
     return held
 
 

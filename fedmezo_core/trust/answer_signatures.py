@@ -112,4 +112,8 @@ class AnswerSigner:
 
     def sign(self, ticket: Ticket, head: bytes, scalars: Scalars) -> bytes:
         """The signature of an answer, 64 bytes; equal for equal arguments (see `answer_text`)."""
-        return self._key.sign(answer_text(self._genesis_head, ticket, head, scalars))
+        return self.sign_text(answer_text(self._genesis_head, ticket, head, scalars))
+
+    def sign_text(self, text: bytes) -> bytes:
+        """The signature of a text that names its own purpose, 64 bytes."""
+        return self._key.sign(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,13 +20,21 @@ from fedmezo_core.errors import (
     VersionError,
     WrongRunError,
 )
-from fedmezo_core.events import AnswerReceived, UnableReceived, WeightsReported
+from fedmezo_core.events import (
+    AnswerReceived,
+    KeysGiven,
+    SumReceived,
+    UnableReceived,
+    WeightsReported,
+)
 from fedmezo_core.machines.answers import is_digest_round
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.records import Genesis, digest64_of
 from fedmezo_core.trust.answer_signatures import answer_text, check_signing_key, is_signed
 from fedmezo_core.trust.authorisation import Caller, Role
+from fedmezo_core.trust.secure_aggregation.masking import SumContext, keys_text, run_digest_of
 from fedmezo_core.wire.messages import answer_from_pb, unable_from_pb
+from fedmezo_core.wire.sum_messages import sum_received_from_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 CATCH_UP_ROUNDS_MAX = 512
@@ -143,6 +152,8 @@ class Signing:
     config: RunConfig
     genesis_head: bytes
     """Head after the run's genesis, 32 bytes."""
+    run_digest: bytes = b""
+    """What names the run in the signed keys of a sum, 32 bytes."""
     is_signed: Callable[[bytes, bytes, bytes], bool] = is_signed
     """Says of a key, a text and a signature whether the signature is the key's for the text."""
 
@@ -174,7 +185,9 @@ def signing_of(
     if not hello.signing_key:
         return None
     check_signing_key(hello.signing_key)
-    return Signing(hello.signing_key, genesis.config, genesis_head, is_signed)
+    return Signing(
+        hello.signing_key, genesis.config, genesis_head, run_digest_of(genesis), is_signed
+    )
 
 
 def event_from_request(
@@ -184,7 +197,7 @@ def event_from_request(
     head_at: Callable[[int], bytes],
     signing: Signing | None = None,
     signed: SignedAnswer | None = None,
-) -> AnswerReceived | UnableReceived | WeightsReported:
+) -> AnswerReceived | UnableReceived | SumReceived | WeightsReported:
     """A message of a worker's open session as an event for the machine that serves it.
 
     `round_` is the last committed round; `head_at` gives the head after a round, empty if it is not
@@ -209,6 +222,9 @@ def event_from_request(
             return event
         case "unable":
             return unable_from_pb(worker, message.unable)
+        case "sum_reply":
+            received = sum_received_from_pb(worker, message.sum_reply)
+            return _signed_keys(received, signing)
         case "weights_report":
             report = message.weights_report
             if len(report.weights_digest) != 32 or report.round > round_:
@@ -223,6 +239,35 @@ def event_from_request(
                 f"Message {kind or 'of no known kind'} has no place in an open session; "
                 "use the same FedMeZO version."
             )
+
+
+def _signed_keys(event: SumReceived, signing: Signing | None) -> SumReceived:
+    """The event, with the key that signed the keys in it; raises `SignatureError` for another."""
+    keys = event.step
+    if not isinstance(keys, KeysGiven):
+        return event
+    if signing is None:
+        if keys.signature:
+            raise SignatureError(
+                f"Worker {event.worker} signed its keys for a sum, but its hello named no "
+                "signing_key; name the key there, or send keys without signatures."
+            )
+        return event
+    ticket = event.ticket
+    context = SumContext(
+        signing.run_digest,
+        ticket.epoch,
+        ticket.round,
+        event.attempt,
+        signing.config.pairs_per_answer,
+    )
+    text = keys_text(context, ticket.slot, event.worker, keys)
+    if not signing.is_signed(signing.key, text, keys.signature):
+        raise SignatureError(
+            f"The keys of worker {event.worker} for the sum of round {ticket.round} are not signed "
+            f"with key {signing.key.hex()[:16]}; find out what lies between worker and coordinator."
+        )
+    return dataclasses.replace(event, key=signing.key)
 
 
 def _check_signature(

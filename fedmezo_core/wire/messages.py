@@ -13,6 +13,7 @@ from fedmezo_core.events import (
     Ack,
     Acknowledged,
     AnswerReceived,
+    AskSum,
     Assign,
     Assigned,
     CommitReceived,
@@ -34,6 +35,7 @@ from fedmezo_core.records import Genesis, Scalars
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.wire.grpc_status import error_from
 from fedmezo_core.wire.snapshots import Snapshot
+from fedmezo_core.wire.sum_messages import ask_to_pb, asked_from_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
 # ---------------------------------------------------------------- snapshots
@@ -255,6 +257,8 @@ def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEv
             )
         case "finished":
             return FinishedByCoordinator(message.finished.round)
+        case "sum_ask":
+            return asked_from_pb(message.sum_ask)
         case "ended":
             raise error_from("", message.ended.reason, message.ended.message)
         case _:
@@ -266,7 +270,9 @@ def event_from_pb(message: wire.SessionResponse, config: RunConfig) -> SessionEv
 
 
 def message_to_pb(
-    message: Assign | Ack | Refuse | Finish, config: RunConfig, head_at: Callable[[int], bytes]
+    message: Assign | Ack | Refuse | Finish | AskSum,
+    config: RunConfig,
+    head_at: Callable[[int], bytes],
 ) -> wire.SessionResponse:
     """A message from the round machine to a worker, as a session message."""
     match message:
@@ -281,6 +287,8 @@ def message_to_pb(
             )
         case Finish(_, round_):
             return wire.SessionResponse(finished=wire.Finished(round=round_))
+        case AskSum():
+            return ask_to_pb(message)
 
 
 def error_to_pb(error: FedMezoError) -> wire.SessionResponse:

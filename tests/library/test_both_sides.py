@@ -152,7 +152,10 @@ class BadNetwork:
 
 
 def run_over_a_bad_network(
-    dice: random.Random, open_coordinator: Callable[[], Coordinator], sessions: dict[str, Session]
+    dice: random.Random,
+    open_coordinator: Callable[[], Coordinator],
+    sessions: dict[str, Session],
+    restart_rate: float = 0.01,
 ) -> Coordinator:
     """A whole run over exchanges that the server begins, with restarts of either side."""
     coordinator = open_coordinator()
@@ -162,12 +165,12 @@ def run_over_a_bad_network(
         if coordinator.done and coordinator.digests.keys() == sessions.keys():
             return coordinator
         coordinator.tick(turn * 20)
-        if dice.random() < 0.01:
+        if dice.random() < restart_rate:
             coordinator, known = open_coordinator(), set()
-        if dice.random() < 0.005:
-            name = dice.choice(NAMES)
+        if dice.random() < restart_rate / 2:
+            name = dice.choice(sorted(sessions))
             sessions[name] = open_session(coordinator.genesis, name)
-        for name in NAMES:
+        for name in sessions:
             if dice.random() < 0.3:
                 down.send(name, coordinator.down_for(name) if name in known else b"")
         if arrived := down.arrival():

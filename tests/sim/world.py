@@ -25,6 +25,7 @@ from fedmezo_core.events import (
     Acknowledged,
     AnswerReceived,
     ApplyCommit,
+    AskSum,
     Assign,
     Assigned,
     CommitReceived,
@@ -47,6 +48,7 @@ from fedmezo_core.events import (
     SendHello,
     SendUnable,
     SessionEvent,
+    SumAsked,
     Tick,
     Ticket,
     UnableReceived,
@@ -820,5 +822,7 @@ def _down_of(message: RoundMessage, heads: Sequence[bytes]) -> Down:
             return RefusedByCoordinator(ticket, reason, sentence)
         case Finish(_, round_):
             return FinishedByCoordinator(round_)
+        case AskSum(_, ticket, attempt, step):
+            return SumAsked(ticket, attempt, step)
         case Expel():
             return message

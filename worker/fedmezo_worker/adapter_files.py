@@ -69,10 +69,11 @@ async def downloaded_adapter(
     *,
     disk_max_bytes: int,
     give_up_after_s: float,
+    cache: Path | None = None,
 ) -> Path:
     """The folder with the adapter that `files`, from `adapter_in`, describe.
 
-    It lies in this user's cache, readable by its owner only. Files that are there are used if
+    It lies in `cache`, by default this user's, readable by its owner only. Files that are there are used if
     their digests are right; others are downloaded. Raises `PolicyError` for files that are larger
     than `disk_max_bytes` together, `MismatchError` for bytes that are not what was offered,
     `ModelError` if the cache cannot be written to, and `UnavailableError` after
@@ -80,7 +81,7 @@ async def downloaded_adapter(
     """
     _check_sizes(files, disk_max_bytes)
     digest = hashlib.sha256(b"".join(file.sha256 for file in files.values())).hexdigest()
-    adapters = cache_home() / "adapters"
+    adapters = (cache or cache_home()) / "adapters"
     folder = adapters / digest
     await asyncio.to_thread(make_private, folder, ModelError)
     os.utime(folder)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Sequence
 from typing import Any
@@ -35,9 +37,11 @@ from fedmezo_core.events import (
     Restored,
     SendAnswer,
     SendHello,
+    SendSumStep,
     SendUnable,
     SessionAction,
     SessionEvent,
+    SumAsked,
     Welcomed,
 )
 from fedmezo_core.folders import folder_on_a_disk
@@ -46,6 +50,7 @@ from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.records import Committed
 from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.trust.answer_signatures import AnswerSigner
+from fedmezo_core.trust.secure_aggregation.masking import ENTROPY_BYTES
 from fedmezo_core.wire.catch_up import Speeds, takes_snapshot
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.download import downloaded
@@ -59,6 +64,7 @@ from fedmezo_core.wire.messages import (
 )
 from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.wire.snapshots import Snapshot, SnapshotOffer
+from fedmezo_core.wire.sum_messages import sum_step_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import Evaluations, HeldOutResult
@@ -98,13 +104,11 @@ class Member:
         self._history = history
         self._reconnecting = reconnecting
         self._genesis = description.genesis
-        config = self._genesis.config
-        self._machine = SessionMachine(
-            0,
+        self._machine = SessionMachine.of_worker(
+            self._genesis,
             description.head,
-            report_losses=config.report_losses,
-            report_rows=config.weighting == "rows",
-            staleness_max=config.staleness_max,
+            settings.name,
+            b"" if signer is None else signer.public_key,
         )
         self._is_behind = True
         self._replay_rate: float | None = None
@@ -318,6 +322,9 @@ class Member:
                     if message is None:
                         raise UnavailableError("The coordinator ended the session.")
                     event = event_from_pb(message, self._genesis.config)
+                    if isinstance(event, SumAsked):
+                        entropy = secrets.token_bytes(ENTROPY_BYTES)
+                        event = dataclasses.replace(event, entropy=entropy)
                     if isinstance(event, Assigned):
                         self._engine.set_deadline(time.monotonic() + event.deadline_ms / 1000)
                     actions = await self._receive(event, message)
@@ -403,7 +410,7 @@ class Member:
         return leaves
 
     async def _message(
-        self, action: SendHello | SendAnswer | SendUnable | ReportWeights
+        self, action: SendHello | SendAnswer | SendSumStep | SendUnable | ReportWeights
     ) -> wire.SessionRequest:
         match action:
             case SendHello(round_, head):
@@ -417,6 +424,8 @@ class Member:
                 )
             case SendAnswer():
                 return answer_to_pb(action, self._signer)
+            case SendSumStep():
+                return sum_step_to_pb(action, self._signer)
             case SendUnable():
                 return unable_to_pb(action)
             case ReportWeights(round_):

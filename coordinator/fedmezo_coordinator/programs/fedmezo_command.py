@@ -701,6 +701,10 @@ def _line(row: Row, record: records.Record) -> str:
             text = f"snapshot   of round {round_}: {record.file_bytes} bytes"
         case records.Admitted(worker, key):
             text = f"admitted   {worker} signs with key {key.hex()}"
+        case records.Masked(round_, slots):
+            text = f"masked     round {round_}, the sum of slots {', '.join(map(str, slots))}"
+        case records.Summed(round_, sums):
+            text = f"summed     round {round_}, {len(sums)} sums"
     return f"{row.seqno:>8}  {row.chain.hex()[:12]}  {text}"
 
 

@@ -52,6 +52,7 @@ from fedmezo_core.events import (
     Refuse,
     RoundEvent,
     RoundMessage,
+    SumReceived,
     Tick,
     UnableReceived,
     WeightsReported,
@@ -500,7 +501,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
                     traffic.answered_after_ms = int(1000 * waited_s)
             case UnableReceived():
                 self._unable.warn("worker %s cannot measure: %s", worker, event.reason)
-            case WeightsReported():
+            case WeightsReported() | SumReceived():
                 pass
         return [self._machine.step(event)]
 

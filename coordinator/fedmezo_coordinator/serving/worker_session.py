@@ -117,13 +117,13 @@ class WorkerSession:
         self.outbox.put_nowait(message)
 
     def unread_replies(self) -> list[wire.SessionResponse]:
-        """Remove and return what waits about single answers; the rest can be made anew."""
+        """Remove and return what waits about single answers and sums; the rest can be made anew."""
         items = [self.outbox.get_nowait() for _ in range(self.outbox.qsize())]
         return [
             item
             for item in items
             if isinstance(item, wire.SessionResponse)
-            and item.WhichOneof("kind") in ("ack", "refused")
+            and item.WhichOneof("kind") in ("ack", "refused", "sum_ask")
         ]
 
     def cut(self, error: FedMezoError) -> None:

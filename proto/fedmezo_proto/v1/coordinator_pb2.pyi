@@ -35,6 +35,7 @@ name of fedmezo_core.errors). The status message is one sentence for a person.
 import builtins
 import collections.abc
 import fedmezo_proto.v1.journal_pb2
+import fedmezo_proto.v1.secure_sum_pb2
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
@@ -268,6 +269,7 @@ class SessionRequest(google.protobuf.message.Message):
     UNABLE_FIELD_NUMBER: builtins.int
     WEIGHTS_REPORT_FIELD_NUMBER: builtins.int
     READ_SNAPSHOT_FIELD_NUMBER: builtins.int
+    SUM_REPLY_FIELD_NUMBER: builtins.int
     @property
     def hello(self) -> Global___Hello:
         """The first message, sent once."""
@@ -290,6 +292,10 @@ class SessionRequest(google.protobuf.message.Message):
         transports that carry sessions alone.
         """
 
+    @property
+    def sum_reply(self) -> fedmezo_proto.v1.secure_sum_pb2.SumReply:
+        """A step of a sum that hides its terms, in a run with secure aggregation."""
+
     def __init__(
         self,
         *,
@@ -298,10 +304,11 @@ class SessionRequest(google.protobuf.message.Message):
         unable: Global___Unable | None = ...,
         weights_report: Global___WeightsReport | None = ...,
         read_snapshot: Global___ReadSnapshotRequest | None = ...,
+        sum_reply: fedmezo_proto.v1.secure_sum_pb2.SumReply | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "read_snapshot", b"read_snapshot", "unable", b"unable", "weights_report", b"weights_report"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "read_snapshot", b"read_snapshot", "unable", b"unable", "weights_report", b"weights_report"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "answer", "unable", "weights_report", "read_snapshot"] | None: ...
+    def HasField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "read_snapshot", b"read_snapshot", "sum_reply", b"sum_reply", "unable", b"unable", "weights_report", b"weights_report"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["answer", b"answer", "hello", b"hello", "kind", b"kind", "read_snapshot", b"read_snapshot", "sum_reply", b"sum_reply", "unable", b"unable", "weights_report", b"weights_report"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["hello", "answer", "unable", "weights_report", "read_snapshot", "sum_reply"] | None: ...
 
 Global___SessionRequest: typing_extensions.TypeAlias = SessionRequest
 
@@ -420,7 +427,9 @@ class Answer(google.protobuf.message.Message):
 
     @property
     def projected_grads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """One for each probe of each local step, step by step. Finite, and at most the run's clip in size."""
+        """One for each probe of each local step, step by step. Finite, and at most the run's clip in size. None
+        with secure aggregation, where the answer says that they were measured.
+        """
 
     def __init__(
         self,
@@ -507,6 +516,7 @@ class SessionResponse(google.protobuf.message.Message):
     FINISHED_FIELD_NUMBER: builtins.int
     ENDED_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
+    SUM_ASK_FIELD_NUMBER: builtins.int
     @property
     def welcome(self) -> Global___Welcome:
         """The answer to hello."""
@@ -544,6 +554,10 @@ class SessionResponse(google.protobuf.message.Message):
         carry sessions alone; over gRPC such a hello is refused, and ReadSnapshot gives the file.
         """
 
+    @property
+    def sum_ask(self) -> fedmezo_proto.v1.secure_sum_pb2.SumAsk:
+        """Asks for the next step of a sum that hides its terms, in a run with secure aggregation."""
+
     def __init__(
         self,
         *,
@@ -555,10 +569,11 @@ class SessionResponse(google.protobuf.message.Message):
         finished: Global___Finished | None = ...,
         ended: Global___Ended | None = ...,
         snapshot: Global___ReadSnapshotResponse | None = ...,
+        sum_ask: fedmezo_proto.v1.secure_sum_pb2.SumAsk | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "snapshot", b"snapshot", "welcome", b"welcome"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "snapshot", b"snapshot", "welcome", b"welcome"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "commit", "assign", "ack", "refused", "finished", "ended", "snapshot"] | None: ...
+    def HasField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "snapshot", b"snapshot", "sum_ask", b"sum_ask", "welcome", b"welcome"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["ack", b"ack", "assign", b"assign", "commit", b"commit", "ended", b"ended", "finished", b"finished", "kind", b"kind", "refused", b"refused", "snapshot", b"snapshot", "sum_ask", b"sum_ask", "welcome", b"welcome"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["welcome", "commit", "assign", "ack", "refused", "finished", "ended", "snapshot", "sum_ask"] | None: ...
 
 Global___SessionResponse: typing_extensions.TypeAlias = SessionResponse
 

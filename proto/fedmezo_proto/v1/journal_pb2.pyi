@@ -391,6 +391,8 @@ class Record(google.protobuf.message.Message):
     ADMITTED_FIELD_NUMBER: builtins.int
     EXCLUDED_FIELD_NUMBER: builtins.int
     READMITTED_FIELD_NUMBER: builtins.int
+    MASKED_FIELD_NUMBER: builtins.int
+    SUMMED_FIELD_NUMBER: builtins.int
     @property
     def genesis(self) -> Global___Genesis:
         """Record 0, and only record 0."""
@@ -451,6 +453,14 @@ class Record(google.protobuf.message.Message):
     def readmitted(self) -> Global___Readmitted:
         """A person let an excluded worker take part again."""
 
+    @property
+    def masked(self) -> Global___Masked:
+        """With secure aggregation: a sum of masked answers is about to be unmasked."""
+
+    @property
+    def summed(self) -> Global___Summed:
+        """With secure aggregation: the sum of a round's answers, or that there is none."""
+
     def __init__(
         self,
         *,
@@ -469,10 +479,12 @@ class Record(google.protobuf.message.Message):
         admitted: Global___Admitted | None = ...,
         excluded: Global___Excluded | None = ...,
         readmitted: Global___Readmitted | None = ...,
+        masked: Global___Masked | None = ...,
+        summed: Global___Summed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["admitted", b"admitted", "answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "excluded", b"excluded", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "readmitted", b"readmitted", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["admitted", b"admitted", "answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "excluded", b"excluded", "genesis", b"genesis", "kind", b"kind", "opened", b"opened", "paused", b"paused", "readmitted", b"readmitted", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "snapshotted", "checkpoint", "admitted", "excluded", "readmitted"] | None: ...
+    def HasField(self, field_name: typing.Literal["admitted", b"admitted", "answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "excluded", b"excluded", "genesis", b"genesis", "kind", b"kind", "masked", b"masked", "opened", b"opened", "paused", b"paused", "readmitted", b"readmitted", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped", "summed", b"summed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["admitted", b"admitted", "answered", b"answered", "checkpoint", b"checkpoint", "committed", b"committed", "diverged", b"diverged", "evaluated", b"evaluated", "excluded", b"excluded", "genesis", b"genesis", "kind", b"kind", "masked", b"masked", "opened", b"opened", "paused", b"paused", "readmitted", b"readmitted", "resumed", b"resumed", "snapshotted", b"snapshotted", "started", b"started", "stopped", b"stopped", "summed", b"summed"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["kind", b"kind"]) -> typing.Literal["genesis", "started", "opened", "answered", "committed", "diverged", "evaluated", "paused", "resumed", "stopped", "snapshotted", "checkpoint", "admitted", "excluded", "readmitted", "masked", "summed"] | None: ...
 
 Global___Record: typing_extensions.TypeAlias = Record
 
@@ -615,7 +627,8 @@ class Answered(google.protobuf.message.Message):
     @property
     def projected_grads(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Projected gradients, one for each probe of each local step, step by step: (loss+ - loss-) / (2 eps)
-        two-sided, (loss+ - loss) / eps one-sided.
+        two-sided, (loss+ - loss) / eps one-sided. None with secure aggregation: the answer says that they
+        were measured.
         """
 
     def __init__(
@@ -858,6 +871,58 @@ class Readmitted(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["round", b"round", "worker", b"worker"]) -> None: ...
 
 Global___Readmitted: typing_extensions.TypeAlias = Readmitted
+
+@typing.final
+class Masked(google.protobuf.message.Message):
+    """The masked answers to a round came, and the coordinator is about to ask for what unmasks their sum. It
+    asks for one sum a round: if that cannot be unmasked, the round is committed without a step.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    SLOTS_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """The open round."""
+    @property
+    def slots(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The slots whose answers are in the sum, ascending."""
+
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        slots: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["round", b"round", "slots", b"slots"]) -> None: ...
+
+Global___Masked: typing_extensions.TypeAlias = Masked
+
+@typing.final
+class Summed(google.protobuf.message.Message):
+    """The sum of the masked answers to a round. It is followed by the round's commit."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: builtins.int
+    SUMS_FIELD_NUMBER: builtins.int
+    round: builtins.int
+    """The open round."""
+    @property
+    def sums(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """The sum of the answers' integers for each direction (docs/protocol.md, secure aggregation). Empty: it
+        could not be unmasked.
+        """
+
+    def __init__(
+        self,
+        *,
+        round: builtins.int = ...,
+        sums: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["round", b"round", "sums", b"sums"]) -> None: ...
+
+Global___Summed: typing_extensions.TypeAlias = Summed
 
 @typing.final
 class Snapshotted(google.protobuf.message.Message):
@@ -1181,6 +1246,9 @@ class RunConfig(google.protobuf.message.Message):
     CLIP_DROP_FACTOR_FIELD_NUMBER: builtins.int
     JOURNAL_READERS_FIELD_NUMBER: builtins.int
     DATA_SET_FIELD_NUMBER: builtins.int
+    SECURE_AGGREGATION_FIELD_NUMBER: builtins.int
+    SECURE_COHORT_MIN_FIELD_NUMBER: builtins.int
+    SECURE_THRESHOLD_PERCENT_FIELD_NUMBER: builtins.int
     run_id: builtins.str
     """[a-z0-9-], 1 to 64 characters."""
     model: builtins.str
@@ -1292,6 +1360,19 @@ class RunConfig(google.protobuf.message.Message):
     """Name of the data set that workers take part with: a device without one of this name does not. As
     run_id. Absent: whichever they have.
     """
+    secure_aggregation: builtins.bool
+    """Whether workers send their answers masked, so that the coordinator learns their sum alone. Needs
+    seed_policy shared, aggregation mean, weighting uniform, personal_rate frozen, no clip_median_factor
+    and no report_losses. Absent: no.
+    """
+    secure_cohort_min: builtins.int
+    """With secure_aggregation: fewest answers in a sum, 3 to 512; workers_min and quorum are not below it.
+    Absent: 3.
+    """
+    secure_threshold_percent: builtins.int
+    """With secure_aggregation: of n members it takes floor(n * this / 100) + 1 to unmask a sum, 50 to 99.
+    Absent: 66.
+    """
     @property
     def task(self) -> Global___TaskConfig:
         """What a row of data means."""
@@ -1365,9 +1446,12 @@ class RunConfig(google.protobuf.message.Message):
         clip_drop_factor: builtins.float | None = ...,
         journal_readers: Global___JournalReaders.ValueType | None = ...,
         data_set: builtins.str | None = ...,
+        secure_aggregation: builtins.bool | None = ...,
+        secure_cohort_min: builtins.int | None = ...,
+        secure_threshold_percent: builtins.int | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_aggregation", b"_aggregation", "_buffer_answers", b"_buffer_answers", "_clip_drop_factor", b"_clip_drop_factor", "_clip_median_factor", b"_clip_median_factor", "_clip_spread", b"_clip_spread", "_data_set", b"_data_set", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_journal_readers", b"_journal_readers", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rate_directions", b"_rate_directions", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_trimmed_share", b"_trimmed_share", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "aggregation", b"aggregation", "buffer_answers", b"buffer_answers", "clip_drop_factor", b"clip_drop_factor", "clip_median_factor", b"clip_median_factor", "clip_spread", b"clip_spread", "data_set", b"data_set", "early_stop_evaluations", b"early_stop_evaluations", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "journal_readers", b"journal_readers", "lora", b"lora", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "rate_directions", b"rate_directions", "rebase_every_rounds", b"rebase_every_rounds", "schedule", b"schedule", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "trimmed_share", b"trimmed_share", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_aggregation", b"_aggregation", "_buffer_answers", b"_buffer_answers", "_clip_drop_factor", b"_clip_drop_factor", "_clip_median_factor", b"_clip_median_factor", "_clip_spread", b"_clip_spread", "_data_set", b"_data_set", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_journal_readers", b"_journal_readers", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rate_directions", b"_rate_directions", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_trimmed_share", b"_trimmed_share", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "aggregation", b"aggregation", "base_forms", b"base_forms", "batch_size", b"batch_size", "buffer_answers", b"buffer_answers", "clip_drop_factor", b"clip_drop_factor", "clip_median_factor", b"clip_median_factor", "clip_spread", b"clip_spread", "cohort_size_max", b"cohort_size_max", "data_set", b"data_set", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "early_stop_evaluations", b"early_stop_evaluations", "eps", b"eps", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "journal_readers", b"journal_readers", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "rate_directions", b"rate_directions", "rebase_every_rounds", b"rebase_every_rounds", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "schedule", b"schedule", "seed", b"seed", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "train", b"train", "trimmed_share", b"trimmed_share", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting", "workers_min", b"workers_min"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_aggregation", b"_aggregation", "_buffer_answers", b"_buffer_answers", "_clip_drop_factor", b"_clip_drop_factor", "_clip_median_factor", b"_clip_median_factor", "_clip_spread", b"_clip_spread", "_data_set", b"_data_set", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_journal_readers", b"_journal_readers", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rate_directions", b"_rate_directions", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_secure_aggregation", b"_secure_aggregation", "_secure_cohort_min", b"_secure_cohort_min", "_secure_threshold_percent", b"_secure_threshold_percent", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_trimmed_share", b"_trimmed_share", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "aggregation", b"aggregation", "buffer_answers", b"buffer_answers", "clip_drop_factor", b"clip_drop_factor", "clip_median_factor", b"clip_median_factor", "clip_spread", b"clip_spread", "data_set", b"data_set", "early_stop_evaluations", b"early_stop_evaluations", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "journal_readers", b"journal_readers", "lora", b"lora", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "rate_directions", b"rate_directions", "rebase_every_rounds", b"rebase_every_rounds", "schedule", b"schedule", "secure_aggregation", b"secure_aggregation", "secure_cohort_min", b"secure_cohort_min", "secure_threshold_percent", b"secure_threshold_percent", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "trimmed_share", b"trimmed_share", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_aggregation", b"_aggregation", "_buffer_answers", b"_buffer_answers", "_clip_drop_factor", b"_clip_drop_factor", "_clip_median_factor", b"_clip_median_factor", "_clip_spread", b"_clip_spread", "_data_set", b"_data_set", "_early_stop_evaluations", b"_early_stop_evaluations", "_eps_follows_rate", b"_eps_follows_rate", "_estimator", b"_estimator", "_final_rate_fraction", b"_final_rate_fraction", "_journal_readers", b"_journal_readers", "_lora", b"_lora", "_normalized_step", b"_normalized_step", "_pause_loss_factor", b"_pause_loss_factor", "_pause_rounds", b"_pause_rounds", "_personal_rate", b"_personal_rate", "_personal_rate_amplitude", b"_personal_rate_amplitude", "_pool_sampling", b"_pool_sampling", "_pool_size", b"_pool_size", "_probes", b"_probes", "_rate_directions", b"_rate_directions", "_rebase_every_rounds", b"_rebase_every_rounds", "_schedule", b"_schedule", "_secure_aggregation", b"_secure_aggregation", "_secure_cohort_min", b"_secure_cohort_min", "_secure_threshold_percent", b"_secure_threshold_percent", "_seed_policy", b"_seed_policy", "_staleness_exponent", b"_staleness_exponent", "_staleness_max_rounds", b"_staleness_max_rounds", "_trimmed_share", b"_trimmed_share", "_warmup_rounds", b"_warmup_rounds", "_weight_decay", b"_weight_decay", "_weighting", b"_weighting", "aggregation", b"aggregation", "base_forms", b"base_forms", "batch_size", b"batch_size", "buffer_answers", b"buffer_answers", "clip_drop_factor", b"clip_drop_factor", "clip_median_factor", b"clip_median_factor", "clip_spread", b"clip_spread", "cohort_size_max", b"cohort_size_max", "data_set", b"data_set", "deadline_ms", b"deadline_ms", "digest_every_rounds", b"digest_every_rounds", "distribution", b"distribution", "dtype", b"dtype", "early_stop_evaluations", b"early_stop_evaluations", "eps", b"eps", "eps_follows_rate", b"eps_follows_rate", "estimator", b"estimator", "final_rate_fraction", b"final_rate_fraction", "journal_readers", b"journal_readers", "learning_rate", b"learning_rate", "local_steps", b"local_steps", "lora", b"lora", "model", b"model", "normalized_step", b"normalized_step", "pause_loss_factor", b"pause_loss_factor", "pause_rounds", b"pause_rounds", "personal_rate", b"personal_rate", "personal_rate_amplitude", b"personal_rate_amplitude", "pool_sampling", b"pool_sampling", "pool_size", b"pool_size", "probes", b"probes", "projected_grad_abs_max", b"projected_grad_abs_max", "quorum", b"quorum", "rate_directions", b"rate_directions", "rebase_every_rounds", b"rebase_every_rounds", "report_losses", b"report_losses", "rounding", b"rounding", "rounds", b"rounds", "run_id", b"run_id", "schedule", b"schedule", "secure_aggregation", b"secure_aggregation", "secure_cohort_min", b"secure_cohort_min", "secure_threshold_percent", b"secure_threshold_percent", "seed", b"seed", "seed_policy", b"seed_policy", "staleness_exponent", b"staleness_exponent", "staleness_max_rounds", b"staleness_max_rounds", "task", b"task", "train", b"train", "trimmed_share", b"trimmed_share", "warmup_rounds", b"warmup_rounds", "weight_decay", b"weight_decay", "weighting", b"weighting", "workers_min", b"workers_min"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_aggregation", b"_aggregation"]) -> typing.Literal["aggregation"] | None: ...
     @typing.overload
@@ -1414,6 +1498,12 @@ class RunConfig(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: typing.Literal["_rebase_every_rounds", b"_rebase_every_rounds"]) -> typing.Literal["rebase_every_rounds"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_schedule", b"_schedule"]) -> typing.Literal["schedule"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_secure_aggregation", b"_secure_aggregation"]) -> typing.Literal["secure_aggregation"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_secure_cohort_min", b"_secure_cohort_min"]) -> typing.Literal["secure_cohort_min"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_secure_threshold_percent", b"_secure_threshold_percent"]) -> typing.Literal["secure_threshold_percent"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_seed_policy", b"_seed_policy"]) -> typing.Literal["seed_policy"] | None: ...
     @typing.overload

@@ -269,6 +269,8 @@ class RoundState(google.protobuf.message.Message):
     COMMITTED_FIELD_NUMBER: builtins.int
     RATES_FIELD_NUMBER: builtins.int
     EPS_FIELD_NUMBER: builtins.int
+    MASKED_FIELD_NUMBER: builtins.int
+    SUMMED_FIELD_NUMBER: builtins.int
     round: builtins.int
     """The round."""
     eps: builtins.float
@@ -297,6 +299,14 @@ class RoundState(google.protobuf.message.Message):
     def rates(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Learning rate of each slot."""
 
+    @property
+    def masked(self) -> fedmezo_proto.v1.journal_pb2.Masked:
+        """The sum of the round that is about to be unmasked, if it was begun."""
+
+    @property
+    def summed(self) -> fedmezo_proto.v1.journal_pb2.Summed:
+        """What it came to, if that is known."""
+
     def __init__(
         self,
         *,
@@ -308,9 +318,11 @@ class RoundState(google.protobuf.message.Message):
         committed: collections.abc.Iterable[builtins.int] | None = ...,
         rates: collections.abc.Iterable[builtins.float] | None = ...,
         eps: builtins.float | None = ...,
+        masked: fedmezo_proto.v1.journal_pb2.Masked | None = ...,
+        summed: fedmezo_proto.v1.journal_pb2.Summed | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_eps", b"_eps", "eps", b"eps"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_eps", b"_eps", "answers", b"answers", "cohort", b"cohort", "committed", b"committed", "eps", b"eps", "excluded", b"excluded", "rates", b"rates", "round", b"round", "slots", b"slots"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_eps", b"_eps", "eps", b"eps", "masked", b"masked", "summed", b"summed"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_eps", b"_eps", "answers", b"answers", "cohort", b"cohort", "committed", b"committed", "eps", b"eps", "excluded", b"excluded", "masked", b"masked", "rates", b"rates", "round", b"round", "slots", b"slots", "summed", b"summed"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_eps", b"_eps"]) -> typing.Literal["eps"] | None: ...
 
 Global___RoundState: typing_extensions.TypeAlias = RoundState

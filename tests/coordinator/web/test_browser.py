@@ -18,7 +18,7 @@ from fedmezo_core.records import Diverged, Excluded, Paused
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as runs
 from tests.coordinator.web.browser import CONTRASTS, headless, skip_without_browser, tab_of
-from tests.faults.light_worker import light_agent
+from tests.faults.light_worker import work_lightly
 from tests.integration.support.harness import (
     Programs,
     config_of,
@@ -102,7 +102,7 @@ async def test_a_person_clicks_through_a_live_run(tmp_path: Path) -> None:
             await says(tab, "#about", "waiting for workers: 0 of 3")
             await says(tab, "#states", "No worker has joined")
             names = ("alpha", "beta", "gamma")
-            agents += [asyncio.create_task(light_agent(address, name).run()) for name in names]
+            agents += [asyncio.create_task(work_lightly(address, name)) for name in names]
             await says(tab, "#states", r"3 (ready|measuring)|1 (ready|measuring)")
             await says(tab, "#workers", "gamma")
             before = await tab.locator("#progress").get_attribute("value")

@@ -15,6 +15,7 @@ from fedmezo_core.events import AnswerReceived, SendAnswer, Ticket
 from fedmezo_core.records import Scalars, digest64_of
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.authorisation import Caller, Role
+from fedmezo_core.trust.secure_aggregation.masking import run_digest_of
 from fedmezo_core.wire.admission import Signing, event_from_request, signing_of
 from fedmezo_core.wire.messages import answer_to_pb, hello_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
@@ -24,7 +25,7 @@ GENESIS = genesis_of(config_of(digest_every_rounds=3))
 RUN = b"r" * 32
 HEADS = [bytes([n]) * 32 for n in range(5)]
 SIGNER = AnswerSigner(Ed25519PrivateKey.from_private_bytes(b"k" * 32), RUN)
-SIGNING = Signing(SIGNER.public_key, GENESIS.config, RUN)
+SIGNING = Signing(SIGNER.public_key, GENESIS.config, RUN, run_digest_of(GENESIS))
 
 
 def head_at(round_: int) -> bytes:

@@ -34,16 +34,23 @@ from fedmezo.preflight.row_checks import (
 )
 from fedmezo.run_policy import history_bytes
 from fedmezo_core.config import RunConfig
-from fedmezo_core.errors import FedMezoError, MismatchError, StartingError
+from fedmezo_core.errors import (
+    FedMezoError,
+    ForbiddenError,
+    MismatchError,
+    StartingError,
+    VersionError,
+)
 from fedmezo_core.events import Measure, Ticket, Work
 from fedmezo_core.machines.rates import schedule_factor
 from fedmezo_core.program import worker_packages
-from fedmezo_core.records import first_seed_of
+from fedmezo_core.records import Genesis, first_seed_of
 from fedmezo_core.trust.identity import Identity, load_identity
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription
 from fedmezo_core.wire.enrolment import find_ca, identity_in, members_folder
 from fedmezo_core.zo.data.rows import Example, read_rows
+from fedmezo_worker.adapter_files import adapter_in, downloaded_adapter
 from fedmezo_worker.worker_command import as_member, check_paths, computer_opener
 from fedmezo_worker.worker_settings import WorkerSettings
 
@@ -90,13 +97,22 @@ async def preflight(settings: WorkerSettings, report: Report) -> None:
     description = await _described(settings, identity, report)
     if description is None:
         return
-    genesis = description.genesis
-    failures = report.failures
+    genesis, failures = description.genesis, report.failures
     with report.failing("policy"):
-        settings.check_run(genesis)
+        settings = settings.for_run(genesis)
         report.ok("policy", f"this worker's settings allow run {genesis.config.run_id}")
     if report.failures > failures or not paths_are_there:
         return
+    with tempfile.TemporaryDirectory(prefix="fedmezo-") as cache:
+        with report.failing("adapter"):
+            settings = await _with_adapter(settings, identity, genesis, Path(cache))
+        if report.failures == failures:
+            _check_run(settings, description, report)
+
+
+def _check_run(settings: WorkerSettings, description: RunDescription, report: Report) -> None:
+    """What depends on the run; `settings` are those for it."""
+    genesis = description.genesis
     if settings.journal_copy is not None:
         needed = history_bytes(genesis.config)
         check_folder(report, "the copy of the history", settings.journal_copy.parent, needed)
@@ -207,6 +223,35 @@ async def _described(
     return description
 
 
+async def _with_adapter(
+    settings: WorkerSettings, identity: Identity | None, genesis: Genesis, cache: Path
+) -> WorkerSettings:
+    """The settings with the adapter that the coordinator offers, as the worker takes it."""
+    config = genesis.config
+    if config.lora is None or settings.adapter is not None or settings.base_form is not None:
+        return settings
+    async with CoordinatorClient(
+        settings.coordinator, settings.tls_ca, tls=settings.tls, identity=identity
+    ) as client:
+        try:
+            offers = (await client.offered_runs(settings.name)).offers
+        except (VersionError, ForbiddenError):
+            return settings  # An older coordinator offers nothing.
+        files = [file for offer in offers if offer.run_id == config.run_id for file in offer.files]
+        offered = adapter_in(files)
+        if not offered:
+            return settings
+        folder = await downloaded_adapter(
+            client,
+            config.run_id,
+            offered,
+            disk_max_bytes=settings.policy.disk_max,
+            give_up_after_s=60.0,
+            cache=cache,
+        )
+    return settings.model_copy(update={"adapter": folder})
+
+
 def _checked_rows(
     settings: WorkerSettings, config: RunConfig, report: Report
 ) -> list[Example] | None:
@@ -214,7 +259,9 @@ def _checked_rows(
     rows, heldout = None, []
     keep_others = bool(config.task.objective)
     with report.failing("rows"):
-        rows = read_rows(settings.data, config.task, keep_others=keep_others)
+        rows = read_rows(
+            settings.rows, config.task, keep_others=keep_others, names=settings.columns
+        )
         check_labels(report, "data", rows, config)
     with report.failing("heldout"):
         if settings.heldout is not None:

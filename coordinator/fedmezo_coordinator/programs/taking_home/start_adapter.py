@@ -46,11 +46,13 @@ async def _download(connect: Callable[[], CoordinatorClient], run_id: str, folde
     async with connect() as client:
         for name in ADAPTER_FILES:
             try:
-                with (folder / name).open("wb") as file:
-                    with long_step(f"reading {name} from the coordinator", unit="bytes") as step:
-                        async for piece in client.read_run_file(run_id, f"adapter/{name}"):
-                            file.write(piece)
-                            step.advance(len(piece))
+                with (
+                    (folder / name).open("wb") as file,
+                    long_step(f"reading {name} from the coordinator", unit="bytes") as step,
+                ):
+                    async for piece in client.read_run_file(run_id, f"adapter/{name}"):
+                        file.write(piece)
+                        step.advance(len(piece))
             except (WrongRunError, OneRunError):
                 return False
     return True

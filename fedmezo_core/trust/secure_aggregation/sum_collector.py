@@ -1,0 +1,290 @@
+"""The coordinator's part in a sum that hides its terms: no clock, no socket, no entropy.
+
+One attempt has four steps. Members that leave, refuse or are too slow drop out of it; as long as
+more than the threshold are left, the rest is summed without them. Before the last step is asked
+for, the caller must make durable that it is: a round has one sum or none (decision 0059).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from fedmezo_core.config import RunConfig
+from fedmezo_core.errors import SecureSumError
+from fedmezo_core.events import (
+    AskSum,
+    KeysGiven,
+    KeysWanted,
+    MaskedGiven,
+    Peer,
+    PeersNamed,
+    SharesDelivered,
+    SharesGiven,
+    SharesRevealed,
+    StepDown,
+    StepUp,
+    SumReceived,
+    Ticket,
+    UnmaskingWanted,
+)
+from fedmezo_core.trust.secure_aggregation.fixed_point import levels_of
+from fedmezo_core.trust.secure_aggregation.masking import (
+    MODULUS,
+    SumContext,
+    add_masks,
+    is_public_key,
+    mask_of,
+    pair_mask_key,
+    public_key_of,
+    self_mask_hash_of,
+    self_mask_key,
+    transcript_of,
+)
+from fedmezo_core.trust.secure_aggregation.secret_sharing import combined_secret, weights_at_zero
+
+STEP_MS = 30_000
+"""Time that members have for one step, unless the run's deadline is shorter. No step measures."""
+
+_REPLIES = (KeysGiven, SharesGiven, MaskedGiven, SharesRevealed)
+_UNMASKING = 3
+
+
+class SumCollector:
+    """One attempt at the sum of what some workers have measured for a round."""
+
+    def __init__(
+        self, config: RunConfig, context: SumContext, members: Mapping[int, str], now_ms: int
+    ) -> None:
+        """`members`: slot -> worker, at least the run's quorum of them, all ready."""
+        self._config = config
+        self._context = context
+        self._members = dict(sorted(members.items()))
+        self._left = dict(self._members)
+        self._wanted = max(config.quorum, config.secure_cohort_min)
+        self._step = 0
+        self._replies: dict[int, StepUp] = {}
+        self._signing_keys: dict[int, bytes] = {}
+        self._silent: set[str] = set()
+        self._ends_at_ms = self._end_after(now_ms)
+        self._peers: tuple[Peer, ...] = ()
+        self._transcript = b""
+        self._shares: dict[int, dict[int, bytes]] = {}
+        self._givers: tuple[int, ...] = ()
+        self._masked: dict[int, tuple[int, ...]] = {}
+        self.failure = ""
+        """Why there is no sum; empty as long as there may be one."""
+        self.dropped: set[str] = set()
+        """Members that dropped out."""
+        self.sums: tuple[int, ...] | None = None
+        """For each direction the sum of the survivors' integers, once it is known."""
+
+    @property
+    def attempt(self) -> int:
+        """The attempt's number in this start of the coordinator."""
+        return self._context.attempt
+
+    @property
+    def members(self) -> frozenset[int]:
+        """Slots of the members that have not dropped out."""
+        return frozenset(self._left)
+
+    @property
+    def survivors(self) -> tuple[int, ...]:
+        """Slots that the sum is of, ascending; empty before the last step."""
+        return tuple(sorted(self._masked)) if self._step == _UNMASKING else ()
+
+    # ------------------------------------------------------------ what happens
+
+    def asks(self, workers: Iterable[str] | None = None) -> tuple[AskSum, ...]:
+        """What the members whose reply to this step is missing are asked, or some of them."""
+        wanted = None if workers is None else set(workers)
+        return tuple(
+            AskSum(worker, self._ticket(slot), self.attempt, self._step_for(slot))
+            for slot, worker in self._left.items()
+            if slot not in self._replies and (wanted is None or worker in wanted)
+        )
+
+    def joined(self, worker: str) -> tuple[AskSum, ...]:
+        """A member is there again; returns what it is asked."""
+        self._silent.discard(worker)
+        return self.asks((worker,))
+
+    def lost(self, worker: str) -> None:
+        """A member's session ended: nobody waits for its reply, unless it comes back in time."""
+        self._silent.add(worker)
+
+    def refused(self, worker: str) -> None:
+        """A member takes no part any more."""
+        for slot in [slot for slot, name in self._left.items() if name == worker]:
+            if slot not in self._replies:
+                self._drop(slot)
+
+    def take(self, event: SumReceived) -> None:
+        """Take a member's reply.
+
+        Raises `SecureSumError` if it is none to this step, and changes nothing then. A repeated
+        reply, or one to another attempt, changes nothing.
+        """
+        slot, step = event.ticket.slot, event.step
+        is_now = event.attempt == self.attempt and event.ticket == self._ticket(slot)
+        if not is_now or self._left.get(slot) != event.worker:
+            return  # It crossed the attempt's end, or the member dropped out.
+        if type(step) is not _REPLIES[self._step]:
+            if type(step) in _REPLIES[: self._step]:
+                return  # A repetition.
+            raise self._error(event, "that step is not due")
+        if slot in self._replies:
+            return
+        self._check(slot, event)
+        self._replies[slot] = step
+        if event.key:
+            self._signing_keys[slot] = event.key
+
+    def advance(self, now_ms: int) -> bool:
+        """End the step if nobody is waited for any more; returns whether the next one began.
+
+        `asks` then says what to send. In the last step, `survivors` must be durable before that.
+        """
+        if self.failure or self.sums is not None:
+            return False
+        missing = [slot for slot in self._left if slot not in self._replies]
+        overdue = now_ms >= self._ends_at_ms
+        if self._step == _UNMASKING:
+            return self._end_unmasking(overdue, missing)
+        if not overdue and any(self._left[slot] not in self._silent for slot in missing):
+            return False
+        for slot in missing:
+            self._drop(slot)
+        wanted = self._wanted
+        if self._step:
+            wanted = max(wanted, self._config.sum_threshold(len(self._peers)))
+        if len(self._left) < wanted:
+            self.failure = f"{len(self._left)} members are left, and it takes {wanted}"
+            return False
+        self._keep_replies()
+        self._step += 1
+        self._replies = {}
+        self._ends_at_ms = self._end_after(now_ms)
+        return True
+
+    # ------------------------------------------------------------ small parts
+
+    def _end_after(self, now_ms: int) -> int:
+        return now_ms + min(self._config.deadline_ms, STEP_MS)
+
+    def _ticket(self, slot: int) -> Ticket:
+        return Ticket(self._context.epoch, self._context.round, slot)
+
+    def _drop(self, slot: int) -> None:
+        self.dropped.add(self._left.pop(slot))
+
+    def _error(self, event: SumReceived, why: str) -> SecureSumError:
+        return SecureSumError(
+            f"Worker {event.worker} took the step {type(event.step).__name__} of attempt "
+            f"{event.attempt} at the sum of round {event.ticket.round}, but {why}; drop it."
+        )
+
+    def _step_for(self, slot: int) -> StepDown:
+        match self._step:
+            case 0:
+                return KeysWanted()
+            case 1:
+                return PeersNamed(self._peers)
+            case 2:
+                others = (other for other in self._givers if other != slot)
+                return SharesDelivered(
+                    tuple((other, self._shares[other][slot]) for other in others)
+                )
+            case _:
+                return UnmaskingWanted(self.survivors)
+
+    def _check(self, slot: int, event: SumReceived) -> None:
+        """Refuse a reply that does not fit the step that was asked for."""
+        match event.step:
+            case KeysGiven(cipher_key, mask_key):
+                others = [keys for keys in self._replies.values() if isinstance(keys, KeysGiven)]
+                taken = {key for keys in others for key in (keys.cipher_key, keys.mask_key)}
+                if taken & {cipher_key, mask_key} or cipher_key == mask_key:
+                    raise self._error(event, "another member has its key")
+                if not (is_public_key(cipher_key) and is_public_key(mask_key)):
+                    raise self._error(event, "its key is no one's")
+            case SharesGiven(sealed):
+                receivers = [peer.slot for peer in self._peers if peer.slot != slot]
+                if [receiver for receiver, _ in sealed] != receivers:
+                    raise self._error(event, "it has no shares for some member")
+            case MaskedGiven(values):
+                if len(values) != self._context.directions:
+                    raise self._error(event, f"it holds {len(values)} numbers")
+            case SharesRevealed(shares):
+                if [giver for giver, _ in shares] != list(self._givers):
+                    raise self._error(event, "it reveals no share of some member")
+
+    def _keep_replies(self) -> None:
+        replies = dict(sorted(self._replies.items()))
+        match self._step:
+            case 0:
+                self._peers = tuple(
+                    Peer(slot, self._members[slot], keys, self._signing_keys.get(slot, b""))
+                    for slot, keys in replies.items()
+                    if isinstance(keys, KeysGiven)
+                )
+                self._transcript = transcript_of(self._context, self._peers)
+            case 1:
+                self._shares = {
+                    slot: dict(given.sealed)
+                    for slot, given in replies.items()
+                    if isinstance(given, SharesGiven)
+                }
+                self._givers = tuple(self._shares)
+            case _:
+                self._masked = {
+                    slot: masked.values
+                    for slot, masked in replies.items()
+                    if isinstance(masked, MaskedGiven)
+                }
+
+    # ------------------------------------------------------------ unmasking
+
+    def _end_unmasking(self, overdue: bool, missing: Sequence[int]) -> bool:
+        threshold = self._config.sum_threshold(len(self._peers))
+        if len(self._replies) >= threshold:
+            self._unmask(sorted(self._replies)[:threshold])
+        elif overdue or len(self._replies) + len(missing) < threshold:
+            self.dropped |= {self._left[slot] for slot in missing}
+            self.failure = f"{len(self._replies)} members unmasked it, and it takes {threshold}"
+        return False
+
+    def _unmask(self, revealers: Sequence[int]) -> None:
+        """Take the masks off the sum of what the survivors sent."""
+        weights = weights_at_zero([slot + 1 for slot in revealers])
+        revealed = {}
+        for slot in revealers:
+            reply = self._replies[slot]
+            assert isinstance(reply, SharesRevealed)
+            revealed[slot] = dict(reply.shares)
+        total = [sum(column) for column in zip(*self._masked.values(), strict=True)]
+        directions = self._context.directions
+        by_slot = {peer.slot: peer for peer in self._peers}
+        for giver in self._givers:
+            keys = by_slot[giver].keys
+            secret = combined_secret([revealed[slot][giver] for slot in revealers], weights)
+            if giver in self._masked:
+                if secret is None or self_mask_hash_of(secret) != keys.self_mask_hash:
+                    self.failure = f"the shares of worker {self._members[giver]} do not fit"
+                    return
+                key = self_mask_key(secret, self._transcript, giver)
+                total = add_masks(total, mask_of(key, directions), -1)
+                continue
+            if secret is None or public_key_of(secret) != keys.mask_key:
+                self.failure = f"the shares of worker {self._members[giver]} do not fit"
+                return
+            for slot in self._masked:
+                public = by_slot[slot].keys.mask_key
+                key = pair_mask_key(secret, public, self._transcript, giver, slot)
+                total = add_masks(total, mask_of(key, directions), -1 if slot < giver else 1)
+        most = levels_of(self._config) * len(self._masked)
+        sums = tuple((value + MODULUS // 2) % MODULUS - MODULUS // 2 for value in total)
+        if max(map(abs, sums)) > most:
+            self.failure = "a member added more than the clip allows"
+            return
+        self.sums = sums

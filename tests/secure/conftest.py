@@ -1,0 +1,3 @@
+"""The fixtures of the tests of whole runs."""
+
+from tests.integration.conftest import *  # noqa: F403
