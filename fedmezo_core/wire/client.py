@@ -29,10 +29,10 @@ from fedmezo_core.errors import (
 from fedmezo_core.journal.codec import decode_record, digest_in, evaluated_to_pb
 from fedmezo_core.journal.journal import ZERO_HASH, head_after
 from fedmezo_core.records import Evaluated, Genesis
+from fedmezo_core.service.proxies import proxy_for
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.grpc_status import REASON_KEY, RETRY_AFTER_KEY, error_from
 from fedmezo_core.wire.messages import snapshot_from_pb
-from fedmezo_core.wire.proxies import proxy_for
 from fedmezo_core.wire.snapshots import Snapshot, SnapshotOffer, Suffix
 from fedmezo_proto.v1 import admin_pb2 as admin
 from fedmezo_proto.v1 import admin_pb2_grpc as admin_rpc

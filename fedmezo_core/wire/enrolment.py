@@ -24,6 +24,7 @@ import grpc
 
 from fedmezo_core.errors import FedMezoError, IdentityError, NotReadyError, UnavailableError
 from fedmezo_core.folders import state_home
+from fedmezo_core.service.proxies import connect
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.certificates import (
     key_of_request,
@@ -47,7 +48,6 @@ from fedmezo_core.wire.client import (
     errors_mapped,
     system_roots,
 )
-from fedmezo_core.wire.proxies import connect
 from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_proto.v1 import admin_pb2 as wire
 from fedmezo_proto.v1 import admin_pb2_grpc as rpc

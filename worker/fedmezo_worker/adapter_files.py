@@ -73,9 +73,9 @@ async def downloaded_adapter(
 ) -> Path:
     """The folder with the adapter that `files`, from `adapter_in`, describe.
 
-    It lies in `cache`, by default this user's, readable by its owner only. Files that are there are used if
-    their digests are right; others are downloaded. Raises `PolicyError` for files that are larger
-    than `disk_max_bytes` together, `MismatchError` for bytes that are not what was offered,
+    It lies in `cache`, by default this user's, readable by its owner only. Files that are there are
+    used if their digests are right; others are downloaded. Raises `PolicyError` for files that are
+    larger than `disk_max_bytes` together, `MismatchError` for bytes that are not what was offered,
     `ModelError` if the cache cannot be written to, and `UnavailableError` after
     `give_up_after_s` seconds without a byte.
     """

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fedmezo_core.errors import UnavailableError
+from fedmezo_core.service.proxies import NO_PROXY_VARIABLES, PROXY_VARIABLES, connect, proxy_for
 from fedmezo_core.wire import proxies
 from fedmezo_core.wire.client import CoordinatorClient
-from fedmezo_core.wire.proxies import NO_PROXY_VARIABLES, PROXY_VARIABLES, connect, proxy_for
 from tests.integration.support.harness import config_of, genesis_of, served
 
 GENESIS = genesis_of(config_of(rounds=1, local_steps=1, workers_min=1, quorum=1))
