@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedmezo_core.errors import UnavailableError
-from fedmezo_core.service.proxies import NO_PROXY_VARIABLES, PROXY_VARIABLES, connect, proxy_for
 from fedmezo_core.service import proxies
+from fedmezo_core.service.proxies import NO_PROXY_VARIABLES, PROXY_VARIABLES, connect, proxy_for
 from fedmezo_core.wire.client import CoordinatorClient
 from tests.integration.support.harness import config_of, genesis_of, served
 
