@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
@@ -10,9 +11,17 @@ import pytest
 import typer.main
 
 from fedmezo.presets import parse_contract
-from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, RelaySettings
+from fedmezo_coordinator.coordinator_settings import (
+    CoordinatorSettings,
+    InitSettings,
+    RelaySettings,
+)
 from fedmezo_coordinator.programs.fedmezo_command import app
+from fedmezo_coordinator.programs.preflight.coordinator_preflight import (
+    CoordinatorPreflightSettings,
+)
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
+from fedmezo_worker.preflight.worker_preflight import WorkerPreflightSettings
 from fedmezo_worker.worker_settings import WorkerSettings
 
 ROOT = Path(__file__).parent.parent
@@ -185,3 +194,39 @@ def test_the_contract_that_is_shown_is_the_demos() -> None:
     assert run["lora"].items() >= demo["lora"].items()
     for name in ("template", "tokens_max", "verbalizers"):
         assert run["task"][name] == demo["task"][name], name
+
+
+DAEMONS = {
+    "fedmezo-coordinator": CoordinatorSettings,
+    "fedmezo-coordinator init": InitSettings,
+    "fedmezo-coordinator preflight": CoordinatorPreflightSettings,
+    "fedmezo-relay": RelaySettings,
+    "fedmezo-worker": WorkerSettings,
+    "fedmezo-worker preflight": WorkerPreflightSettings,
+}
+
+
+def _commands_shown() -> list[str]:
+    """Each command of ours that a document shows, without its comment."""
+    shown = []
+    for page in [README, *DOCS]:
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), flags=re.M | re.S):
+            lines = block.replace("\\\n", " ").splitlines()
+            shown += [line.partition("  #")[0] for line in lines if line.startswith("fedmezo")]
+    return sorted(set(shown))
+
+
+@pytest.mark.parametrize("line", _commands_shown())
+def test_every_command_that_is_shown_is_understood(line: str) -> None:
+    program, *words = shlex.split(line, comments=True)
+    if program == "fedmezo":
+        command = typer.main.get_command(app)
+        while children := getattr(command, "commands", None):
+            program, command = f"{program} {words[0]}", children[words.pop(0)]
+        command.make_context(program, words)  # It raises an error for what it does not know.
+        return
+    if words and f"{program} {words[0]}" in DAEMONS:
+        program = f"{program} {words.pop(0)}"
+    known = {f"--{name.replace('_', '-')}" for name in DAEMONS[program].model_fields}
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert flags <= known | {"--config"}, flags - known
