@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any
 
 import typer
 
-from fedmezo.preflight.check_report import Format
 from fedmezo.presets import PRESETS, Preset, preset_named, preset_toml
+from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, json_line
 
 
 def presets(
     show: Annotated[
         str, typer.Option(metavar="NAME", help="print the settings that this preset stands for")
     ] = "",
-    format_: Annotated[
-        Format, typer.Option("--format", help="text, or JSON for programs")
-    ] = Format.TEXT,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
-    """List the recipes that preset = "NAME" in [run] can name, and what was measured with each."""
+    """List the recipes that a run can name as its preset, and what was measured with each."""
     chosen = [preset_named(show)] if show else list(PRESETS)
-    if format_ is Format.JSON:
-        print(json.dumps({"presets": [_values(preset) for preset in chosen]}))
+    if format_ is OutputFormat.JSON:
+        print(json_line({"presets": [_values(preset) for preset in chosen]}))
     elif show:
         print(preset_toml(chosen[0]))
     else:
