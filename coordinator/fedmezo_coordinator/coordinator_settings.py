@@ -344,7 +344,8 @@ class CoordinatorSettings(ServingSettings):
         if self.runs is None and "replicas_max" in self.model_fields_set:
             raise ValueError("replicas_max has no meaning without runs; set both or neither")
         of_many = {"runs", "replicas_max", "page"}
-        of_a_run = sorted(self.model_fields_set - ServingSettings.model_fields.keys() - of_many)
+        given = self.model_fields_set & CoordinatorSettings.model_fields.keys()
+        of_a_run = sorted(given - ServingSettings.model_fields.keys() - of_many)
         if self.runs is not None and of_a_run:
             raise ValueError(
                 f"{of_a_run[0]} and runs exclude each other: with runs, each run has its own, from "

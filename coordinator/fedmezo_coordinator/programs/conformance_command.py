@@ -20,6 +20,7 @@ from fedmezo_coordinator.conformance.worker_battery import WorkerTest, check_can
 from fedmezo_coordinator.conformance.worker_endings import run_worker_battery, starting
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.plain_values import json_line
+from fedmezo_coordinator.programs.taking_home.start_adapter import fitted_adapter
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.errors import ConfigError, JournalCorruptError
 from fedmezo_core.journal.codec import decode_record
@@ -134,9 +135,8 @@ def worker(
         check_can_lead(run)
         with worker_packages("compare weights"):
             from fedmezo_coordinator.conformance.reference import likeness, open_reference
-        reference = open_reference(
-            run, settings.model, data, adapter=settings.begins_from, threads=threads
-        )
+        with fitted_adapter(settings, run, threads) as adapter:
+            reference = open_reference(run, settings.model, data, adapter=adapter, threads=threads)
         test = WorkerTest(
             reference.genesis, reference, likeness, correlation_min, difference_max, patience_s
         )

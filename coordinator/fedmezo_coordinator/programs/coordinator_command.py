@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import shutil
 import sys
 import tempfile
 import threading
@@ -105,6 +106,8 @@ async def _serve_one(settings: CoordinatorSettings) -> None:
                 # While the file is still locked: nobody else can have begun a run in it.
                 for path in new_files:
                     path.unlink(missing_ok=True)
+                if settings.adapter_rows is not None and settings.begins_from is not None:
+                    shutil.rmtree(settings.begins_from, ignore_errors=True)
                 journal.close()
         log.info("checkpoints are signed with key %s", daemon.checkpoint_key.hex())
         runs = Runs.of(

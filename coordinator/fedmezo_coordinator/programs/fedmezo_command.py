@@ -55,6 +55,7 @@ from fedmezo_coordinator.programs.split_files import (
     split_values,
     split_view,
 )
+from fedmezo_coordinator.programs.taking_home.start_adapter import fitted_adapter
 from fedmezo_coordinator.programs.view import (
     agreement,
     counted,
@@ -340,7 +341,8 @@ def export_form(
         from fedmezo_core.zo.edge.edge_export import export_gguf_form, export_onnx_form
         from fedmezo_core.zo.party import open_party
     run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
-    party = open_party(run, settings.model, adapter=settings.begins_from, threads=threads)
+    with fitted_adapter(settings, run, threads) as start:
+        party = open_party(run, settings.model, adapter=start, threads=threads)
     if gguf is None:
         name = export_onnx_form(party, folder)
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
+from fedmezo_coordinator.programs.taking_home.start_adapter import fitted_adapter
 from fedmezo_core.config import RunConfig
 from fedmezo_core.zo.assignment import open_row_states
 from fedmezo_core.zo.data.rows import read_rows
@@ -53,7 +54,8 @@ def probe_run(
     rows = read_rows(data, run.task)
     model = settings.model or run.model
     _tell(f"loading {model}")
-    party = open_party(run, model, adapter=settings.begins_from, threads=threads)
+    with fitted_adapter(settings, run, threads) as adapter:
+        party = open_party(run, model, adapter=adapter, threads=threads)
     party.check_can_begin()
     row_states = None
     if states_max := settings.replica_row_states_max:

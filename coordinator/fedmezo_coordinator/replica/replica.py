@@ -13,6 +13,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedmezo_coordinator.replica.supervisor import RETRY, USER_ERROR
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import (
     FedMezoError,
     JournalCompactedError,
@@ -84,24 +86,15 @@ def _end_with_parent() -> None:
 def describe(orders: dict[str, Any]) -> dict[str, Any]:
     """Load the base model and return its digests and sizes, and what `probe_rows` say.
 
-    Fits the run's adapter to `adapter_rows` first, if there are any and it is not fitted yet. Also
-    checks the held-out rows. What is logged meanwhile as a warning is returned too, for the
-    daemon to log.
+    Fits the run's adapter to `adapter_rows` first, if there are any, and checks the held-out rows.
+    What is logged meanwhile as a warning is returned too, for the daemon to log.
     """
     config = config_from_pb(pb.RunConfig.FromString(bytes.fromhex(orders["config"])))
     warnings = _Warnings(logging.WARNING)
     logging.getLogger("fedmezo").addHandler(warnings)
     try:
-        if orders["adapter_rows"] is not None and not Path(orders["adapter"]).exists():
-            with worker_packages("fit an adapter"):
-                from fedmezo_core.zo.fitting import write_fitted_adapter
-            write_fitted_adapter(
-                config,
-                orders["model"],
-                orders["adapter_rows"],
-                orders["adapter"],
-                threads=orders["threads"],
-            )
+        if orders["adapter_rows"] is not None:
+            _fit_adapter(orders, config)
         copy = _Copy(orders, config)
         copy.party.check_can_begin()
         genesis = copy.party.genesis()
@@ -119,6 +112,20 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
         "measured": measured,
         "warnings": warnings.messages,
     }
+
+
+def _fit_adapter(orders: dict[str, Any], config: RunConfig) -> None:
+    """Fit a new run's adapter, in place of one that an earlier attempt has left."""
+    with worker_packages("fit an adapter"):
+        from fedmezo_core.zo.fitting import write_fitted_adapter
+    folder = Path(orders["adapter"])
+    new = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    write_fitted_adapter(
+        config, orders["model"], orders["adapter_rows"], new, threads=orders["threads"]
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    new.rename(folder)
 
 
 def _measured(party: Party, path: str | None) -> dict[str, float]:

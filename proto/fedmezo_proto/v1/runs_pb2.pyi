@@ -75,7 +75,7 @@ class RunFile(google.protobuf.message.Message):
     SHA256_FIELD_NUMBER: builtins.int
     FILE_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """What it is to the run: `heldout` or `probe_rows` with the ending of its kind, as in `heldout.jsonl`, or
+    """What it is to the run: `heldout`, `probe_rows` or `adapter_rows` with its ending, as in `heldout.jsonl`, or
     `adapter/` and the name of one of the adapter's files. [A-Za-z0-9._-] and at most one `/`; no part
     begins with a point.
     """
@@ -152,7 +152,7 @@ class CreateRunRequest(google.protobuf.message.Message):
     FILES_FIELD_NUMBER: builtins.int
     settings_toml: builtins.str
     """The run's settings as the text of a TOML file, as `fedmezo-coordinator --config` reads it, without the
-    settings of the process. Its `heldout`, `probe_rows` and `adapter` mean the files below.
+    settings of the process. Its `heldout`, `probe_rows`, `adapter_rows` and `adapter` mean the files below.
     """
     @property
     def files(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RunFile]:

@@ -73,6 +73,9 @@ def main(arguments: Sequence[str]) -> int:
 async def preflight(settings: CoordinatorSettings, report: Report) -> None:
     """Check everything that can be, each thing as far as those before it allow."""
     _check_serving(settings, report)
+    if settings.runs is not None:
+        check_folder(report, "the runs", settings.runs, 0)
+        return  # The runs in it say themselves what is wrong with them: fedmezo run list.
     if report.failures and _is_there(settings.journal):
         report.warning(
             "journal",
@@ -113,6 +116,9 @@ def _check_serving(settings: CoordinatorSettings, report: Report) -> None:
             if settings.state is not None:
                 port = int(settings.listen.rpartition(":")[2])
                 check_port(report, "the enrolment", enrolment_address(settings, port))
+            for whose, address in (("the page", settings.page), ("probes", settings.health_listen)):
+                if address:
+                    check_port(report, whose, address)
     certificate = None if settings.tls_files is None else settings.tls_files[0]
     with report.failing("certificate"):
         if settings.state is not None:
@@ -247,7 +253,8 @@ def _check_contract(
 def _check_rows(settings: CoordinatorSettings, config: RunConfig, report: Report) -> bool:
     """The rows that the coordinator reads; returns whether they can be read."""
     failures = report.failures
-    for whose, path in (("heldout", settings.heldout), ("probe_rows", settings.probe_rows)):
+    for whose in ("heldout", "probe_rows", "adapter_rows"):
+        path = getattr(settings, whose)
         if path is None:
             continue
         with report.failing("rows"):
@@ -277,12 +284,15 @@ async def _check_base(
     if genesis is not None:
         if not settings.has_replica:
             return
-        # The journal has the rate.
-        settings = settings.model_copy(update={"probe_rows": None})
+        # The journal has the rate, and the adapter is there.
+        known = {"probe_rows": None, "adapter_rows": None, "adapter": settings.begins_from}
+        settings = settings.model_copy(update=known)
     free = memory_available()
     began_s = time.monotonic()
-    with _warnings_told(report):
-        described = await describe_base(settings, config)
+    with _warnings_told(report), tempfile.TemporaryDirectory(prefix="fedmezo-") as folder:
+        # A fitted adapter goes beside the journal.
+        elsewhere = settings.model_copy(update={"journal": str(Path(folder) / "journal.db")})
+        described = await describe_base(elsewhere, config)
     took_s = time.monotonic() - began_s
     report.ok(
         "model",

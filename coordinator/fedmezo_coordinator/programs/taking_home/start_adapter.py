@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.runs.run_folder import ADAPTER_FILES
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import RunConfig
@@ -39,6 +40,26 @@ def start_adapter(
             yield Path(folder) if is_there else None
     else:
         yield None
+
+
+@contextlib.contextmanager
+def fitted_adapter(
+    settings: CoordinatorSettings, run: RunConfig, threads: int | None
+) -> Iterator[Path | None]:
+    """The folder of the adapter that the run of these settings begins from, or would.
+
+    Before the run has begun, one is fitted for the time being; that takes torch.
+    """
+    folder, rows = settings.begins_from, settings.adapter_rows
+    if folder is None or rows is None or folder.is_dir():
+        yield folder
+        return
+    from fedmezo_core.zo.fitting import write_fitted_adapter
+
+    with tempfile.TemporaryDirectory(prefix="fedmezo-") as temporary:
+        fitted = Path(temporary) / "adapter"
+        write_fitted_adapter(run, settings.model, rows, fitted, threads=threads)
+        yield fitted
 
 
 async def _download(connect: Callable[[], CoordinatorClient], run_id: str, folder: Path) -> bool:
