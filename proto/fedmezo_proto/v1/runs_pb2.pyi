@@ -75,7 +75,7 @@ class RunFile(google.protobuf.message.Message):
     SHA256_FIELD_NUMBER: builtins.int
     FILE_BYTES_FIELD_NUMBER: builtins.int
     name: builtins.str
-    """What it is to the run: `heldout`, `probe_rows` or `adapter_rows` with its ending, as in `heldout.jsonl`, or
+    """What it is to the run: `heldout`, `probe_rows` or `adapter_rows` with an ending (`heldout.jsonl`), or
     `adapter/` and the name of one of the adapter's files. [A-Za-z0-9._-] and at most one `/`; no part
     begins with a point.
     """
