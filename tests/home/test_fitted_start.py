@@ -59,6 +59,15 @@ async def test_nobody_copies_the_adapter(
     after = (tmp_path / "run.db.adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     assert before == after
 
+    # A new journal begins with a fit of its own, whatever an earlier attempt has left.
+    left = tmp_path / "new.db.adapter"
+    left.mkdir()
+    (left / "adapter_config.json").write_text("{}")
+    await programs.coordinator(
+        tmp_path / "new.db", run, "--model", model_folder, "--adapter-rows", data_files[3]
+    )
+    assert (left / "adapter_model.safetensors").is_file()
+
     (tmp_path / "run.db.adapter").rename(tmp_path / "elsewhere")
     with pytest.raises(MismatchError, match="base weights"):
         invoked("export", tmp_path / "three", "--journal", journal, "--model", model_folder)

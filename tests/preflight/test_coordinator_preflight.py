@@ -17,7 +17,10 @@ from fedmezo_coordinator.admission.state_folder import make_state
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.programs.coordinator_command import main
 from fedmezo_coordinator.programs.preflight import coordinator_preflight
-from fedmezo_coordinator.programs.preflight.coordinator_preflight import preflight
+from fedmezo_coordinator.programs.preflight.coordinator_preflight import (
+    CoordinatorPreflightSettings,
+    preflight,
+)
 from fedmezo_coordinator.replica.supervisor import describe_base
 from fedmezo_core.errors import ModelError
 from fedmezo_core.journal.codec import encode_records
@@ -80,6 +83,37 @@ async def test_sound_settings(checked: Checking, tmp_path: Path) -> None:
         "port", "journal", "contract", "disk", "labels", "repeated", "model", "memory",
     ]  # fmt: skip
     assert [path.name for path in contents(tmp_path)] == ["heldout.jsonl"]
+
+
+@pytest.mark.slow
+async def test_it_fits_an_adapter_and_leaves_none_behind(
+    tmp_path: Path, model_folder: Path, data_files: list[Path]
+) -> None:
+    lora = {"rank": 2, "alpha": 2.0, "target_modules": ["c_fc"], "freeze_a": True}
+    values = {
+        "listen": f"127.0.0.1:{free_port()}",
+        "journal": str(tmp_path / "journal.db"),
+        "model": str(model_folder),
+        "adapter_rows": data_files[3],
+        "run": run_values(lora=lora),
+    }
+    report = Report("test")
+    await preflight(CoordinatorSettings.model_validate(values), report)
+    assert not report.failures
+    assert {"model", "labels"} <= {check.name for check in report.checks}
+    assert not contents(tmp_path)
+
+
+async def test_with_many_runs_it_looks_at_what_they_share(
+    checked: Checking, tmp_path: Path
+) -> None:
+    report = Report("test")
+    settings = {"listen": f"127.0.0.1:{free_port()}", "runs": tmp_path / "runs"}
+    await preflight(
+        CoordinatorPreflightSettings.model_validate(settings | {"strict": True}), report
+    )
+    assert [check.name for check in report.checks] == ["port", "disk"]
+    assert not contents(tmp_path)
 
 
 async def test_a_port_that_is_taken(checked: Checking) -> None:
