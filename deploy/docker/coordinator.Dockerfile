@@ -12,7 +12,7 @@ COPY . .
 RUN python -m venv /opt/fedmezo \
  && /opt/fedmezo/bin/python -m pip install --quiet pip==26.3 \
  && /opt/fedmezo/bin/python -m pip install --quiet -c requirements.lock \
-      --build-constraint requirements.lock '.[postgres]' \
+      --build-constraint requirements.lock '.[page,postgres]' \
  && /opt/fedmezo/bin/python -m pip uninstall --quiet --yes pip
 
 FROM ${PYTHON_IMAGE} AS build-replica
@@ -27,7 +27,7 @@ RUN python -m venv /opt/fedmezo \
  && /opt/fedmezo/bin/python -m pip install --quiet \
       ${TORCH_INDEX_URL:+--index-url ${TORCH_INDEX_URL}} "${TORCH}" \
  && /opt/fedmezo/bin/python -m pip install --quiet -c requirements.lock \
-      --build-constraint requirements.lock '.[worker,postgres]' \
+      --build-constraint requirements.lock '.[worker,page,postgres]' \
  && /opt/fedmezo/bin/python -m pip uninstall --quiet --yes pip
 
 FROM ${PYTHON_IMAGE} AS runtime

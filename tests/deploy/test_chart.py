@@ -81,7 +81,7 @@ def test_postgresql_with_a_standby_and_metrics() -> None:
                 "standby": True,
                 "persistence": {"accessMode": "ReadWriteMany"},
             },
-            "metrics": {"enabled": True, "serviceMonitor": {"enabled": True}},
+            "metrics": {"enabled": True, "serviceMonitor": {"enabled": True, "secret": "scraper"}},
         }
     )
     pods = found["StatefulSet", "demo-fedmezo"]["spec"]
@@ -111,6 +111,13 @@ def test_postgresql_with_a_standby_and_metrics() -> None:
                 "metrics": {"serviceMonitor": {"enabled": True}},
             },
             "needs metrics.enabled",
+        ),
+        (
+            {
+                "coordinator": {"runs": True},
+                "metrics": {"enabled": True, "serviceMonitor": {"enabled": True}},
+            },
+            "metrics.serviceMonitor.secret is missing",
         ),
     ],
 )

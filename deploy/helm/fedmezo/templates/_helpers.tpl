@@ -49,4 +49,7 @@ capabilities: { drop: [ALL] }
 {{- if and .Values.metrics.serviceMonitor.enabled (not .Values.metrics.enabled) -}}
 {{- fail "metrics.serviceMonitor needs metrics.enabled" -}}
 {{- end -}}
+{{- if and .Values.metrics.serviceMonitor.enabled (not .Values.metrics.serviceMonitor.secret) -}}
+{{- fail "metrics.serviceMonitor.secret is missing: name a secret with metrics.token and ca.pem" -}}
+{{- end -}}
 {{- end -}}
