@@ -88,10 +88,12 @@ def test_the_home_folder_is_meant_in_every_path(
         if "Path" in str(field.annotation) or name in ("journal", "model")
     ]
     # A worker that serves a socket, or measures with a form, has no use for most of the others, and
-    # a member is told by its fleet what to trust. Each of many runs has settings of its own.
-    special = ("serve", "base_form", "state", "tls_cert_ca", "runs")
+    # a member is told by its fleet what to trust. Each of many runs has settings of its own, an
+    # adapter is given or fitted, and models have paths in a table.
+    special = ("serve", "base_form", "state", "tls_cert_ca", "runs", "adapter_rows", "models")
     groups = [[name for name in paths if name not in special]]
     groups += [["data", "model", "serve"], ["base_form", "data"]] if "serve" in paths else []
+    groups += [["adapter_rows"]] if "adapter_rows" in paths else []
     of_fleet = ["state", "tls_cert", "tls_cert_ca", "tls_key", "runs"]
     groups += [[name for name in of_fleet if name in paths]]
     for group in groups:

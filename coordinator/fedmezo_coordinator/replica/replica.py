@@ -93,7 +93,7 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
     warnings = _Warnings(logging.WARNING)
     logging.getLogger("fedmezo").addHandler(warnings)
     try:
-        if orders["adapter_rows"] is not None:
+        if orders.get("adapter_rows") is not None:
             _fit_adapter(orders, config)
         copy = _Copy(orders, config)
         copy.party.check_can_begin()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Iterator
 from datetime import datetime
 
 import pytest
@@ -13,10 +14,12 @@ from fedmezo_core.service.log_lines import JsonLines, log_with
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    before = caplog.handler.formatter
     caplog.handler.setFormatter(JsonLines())
     caplog.set_level(logging.INFO, "fedmezo")
-    return caplog
+    yield caplog
+    caplog.handler.setFormatter(before)  # It is the same handler in the tests that follow.
 
 
 log = logging.getLogger("fedmezo.test")
