@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from pydantic import BaseModel
 
 from fedmezo.presets import parse_contract
 from fedmezo_coordinator.coordinator_settings import (
@@ -196,7 +197,7 @@ def test_the_contract_that_is_shown_is_the_demos() -> None:
         assert run["task"][name] == demo["task"][name], name
 
 
-DAEMONS = {
+DAEMONS: dict[str, type[BaseModel]] = {
     "fedmezo-coordinator": CoordinatorSettings,
     "fedmezo-coordinator init": InitSettings,
     "fedmezo-coordinator preflight": CoordinatorPreflightSettings,
