@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fedmezo_core.records import Genesis as Genesis
     from fedmezo_core.records import Scalars as Scalars
     from fedmezo_core.records import digest64_of as digest64_of
+    from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory as SumMemory
     from fedmezo_core.zo.assignment import measure as measure
     from fedmezo_core.zo.materialize import materialize as materialize
     from fedmezo_core.zo.objectives import Objective as Objective
@@ -67,6 +68,7 @@ _HOMES = {
     "Scalars": "fedmezo_core.records",
     "SeedPolicy": "fedmezo.policies",
     "Session": "fedmezo.library_session",
+    "SumMemory": "fedmezo_core.trust.secure_aggregation.sum_memory",
     "TorchEngine": "fedmezo.torch_engine",
     "UnavailableError": "fedmezo_core.errors",
     "begin_run": "fedmezo.torch_engine",

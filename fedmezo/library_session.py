@@ -47,6 +47,7 @@ from fedmezo_core.machines.session import SessionMachine, SessionState
 from fedmezo_core.records import Committed
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.secure_aggregation.masking import ENTROPY_BYTES
+from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_core.wire.admission import check_worker_name
 from fedmezo_core.wire.messages import (
     answer_to_pb,
@@ -86,12 +87,15 @@ class Session:
         *,
         measure_inline: bool = True,
         signing_key: Ed25519PrivateKey | None = None,
+        sum_memory: SumMemory | None = None,
     ) -> None:
         """Take part as `worker` with an engine that holds the base of the run.
 
         With `measure_inline` the session itself measures, and a call returns when that is done.
         Without it, the caller takes each `order`, and gives what `measure` returns to `complete`.
         With a `signing_key` every answer is signed; keep the key to go on as the same worker.
+        Give all sessions of a process the same `sum_memory`, so that a new one reveals nothing of
+        what an earlier one has put into a sum with secure aggregation; None: its own.
         Raises `ProtocolError` if the bytes hold no genesis, or `worker` is no worker's name.
         """
         self._genesis = decode_genesis(genesis)
@@ -106,6 +110,7 @@ class Session:
             head_of(genesis),
             worker,
             b"" if self._signer is None else self._signer.public_key,
+            sum_memory,
         )
         self._order: Measure | None = None
         self._unapplied: list[Committed] = []
@@ -130,13 +135,21 @@ class Session:
         *,
         measure_inline: bool = True,
         signing_key: Ed25519PrivateKey | None = None,
+        sum_memory: SumMemory | None = None,
         **settings: Any,
     ) -> Session:
         """A session with a `TorchEngine` of `model` and `rows`; takes and raises what that does."""
         from fedmezo.torch_engine import TorchEngine
 
         engine = TorchEngine(genesis, worker, model, rows, **settings)
-        return cls(genesis, worker, engine, measure_inline=measure_inline, signing_key=signing_key)
+        return cls(
+            genesis,
+            worker,
+            engine,
+            measure_inline=measure_inline,
+            signing_key=signing_key,
+            sum_memory=sum_memory,
+        )
 
     # ------------------------------------------------------------ what it shows
 

@@ -56,6 +56,16 @@ class RunPolicy(BaseModel):
     )
     lora_rank_max: Count = Field(default=256, description="largest rank of an adapter")
     trained_elements_max: Count = Field(default=20_000_000_000, description="most trained elements")
+    secure_aggregation: bool = Field(
+        default=False, description="work only on runs with secure_aggregation"
+    )
+    secure_cohort_min: int = Field(
+        default=3,
+        ge=3,
+        le=512,
+        description="with secure_aggregation: fewest answers in a sum that this worker takes part "
+        "in, so the least that a run may have as its secure_cohort_min",
+    )
     disk_max: ByteSize = Field(
         default=ByteSize(16 << 30),
         description="most that each of these may take on the disk: a model from the hub, a "
@@ -85,6 +95,7 @@ class RunPolicy(BaseModel):
                 f"{self.batch_size_min} that this worker requires; take part in another run, or "
                 "lower policy.batch_size_min in its settings."
             )
+        self._check_sums(config)
         if self.runs and config.run_id not in self.runs:
             raise _not_listed("run_id", config.run_id, "runs")
         if self.base_digests and genesis.base_digest.hex() not in self.base_digests:
@@ -102,6 +113,20 @@ class RunPolicy(BaseModel):
                 f"The history of the run's {config.rounds} rounds may take {needed} bytes, more "
                 f"than the {int(self.disk_max)} that this worker allows; leave out journal_copy, "
                 "or raise policy.disk_max in its settings."
+            )
+
+    def _check_sums(self, config: RunConfig) -> None:
+        if self.secure_aggregation and not config.secure_aggregation:
+            raise PolicyError(
+                "The run has secure_aggregation = false, and this worker shows its numbers to no "
+                "coordinator; take part in another run, or set policy.secure_aggregation = false "
+                "in its settings."
+            )
+        if config.secure_aggregation and config.secure_cohort_min < self.secure_cohort_min:
+            raise PolicyError(
+                f"The run's secure_cohort_min = {config.secure_cohort_min} is less than the "
+                f"{self.secure_cohort_min} that this worker requires; take part in another run, or "
+                "lower policy.secure_cohort_min in its settings."
             )
 
     def check_trained(self, elements: int) -> None:

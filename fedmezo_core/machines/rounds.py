@@ -96,6 +96,10 @@ from fedmezo_core.trust.secure_aggregation.sum_collector import SumCollector
 
 FRUITLESS_DEADLINES_MAX = 2
 """Deadlines in a row at which no worker could measure, before the run pauses."""
+FAILED_ATTEMPTS_MAX = 8
+"""Attempts at the sum of one round that fail, before the run pauses."""
+EMPTY_SUMS_MAX = 4
+"""Rounds in a row that are committed without their sum, before the run pauses."""
 
 
 class RoundMachine:
@@ -124,6 +128,10 @@ class RoundMachine:
         # start, and the workers that are known to hold their measurement of the open round.
         self._sum: SumCollector | None = None
         self._attempts = 0
+        # Attempts at the open round's sum that failed, and the round that a person last resumed
+        # after: what failed up to it no longer counts.
+        self._failed_attempts = 0
+        self._resumed_after = 0
         self._holding: set[str] = set()
         self._records: list[Record] = []
         self._messages: list[RoundMessage] = []
@@ -239,7 +247,8 @@ class RoundMachine:
                 "give a number above 0."
             )
         self._record(Resumed(rate_factor))
-        self._fruitless_deadlines = 0
+        self._fruitless_deadlines = self._failed_attempts = 0
+        self._resumed_after = self.state.round
         self._restart_deadline()
         self._advance()
         return self._take_ready()
@@ -406,6 +415,7 @@ class RoundMachine:
             )
         if self.config.secure_aggregation and held is state.open:
             self._holding.add(event.worker)
+            self._fruitless_deadlines = 0
             self.roster.release(event.worker, RoundSlot(ticket.round, ticket.slot))
         self._messages.append(Ack(event.worker, ticket))
 
@@ -600,14 +610,50 @@ class RoundMachine:
                     f"be unmasked: {wrong}"
                 )
             self._commit(current, answers)
+            if wrong:
+                self._pause_without_sums(wrong)
             return True
         assert attempt is not None
+        self._failed_attempts += 1
         self._warnings.append(
             f"round {current.round}: attempt {attempt.attempt} at the sum failed: {wrong}"
         )
         self._holding -= attempt.dropped
         self._sum = None
+        self._pause_failing_sum(current, attempt, wrong)
         return True
+
+    def _pause_failing_sum(self, current: RoundState, attempt: SumCollector, wrong: str) -> None:
+        """Pause a run that tries for the sum of one round again and again, and does not get it."""
+        if not self.config.pause_rounds or self._failed_attempts < FAILED_ATTEMPTS_MAX:
+            return
+        said = [
+            f"{worker} says: {complaint}"
+            for worker in sorted(attempt.dropped)
+            if worker in self.roster.workers and (complaint := self.roster.view(worker).complaint)
+        ]
+        self._pause(
+            f"{self._failed_attempts} attempts at the sum of round {current.round} failed, at last "
+            f"because {wrong}; {_AFTER_SUMS}" + "".join(f"; {sentence}" for sentence in said)
+        )
+
+    def _pause_without_sums(self, wrong: str) -> None:
+        """Pause a run that commits round after round without the sum of its answers."""
+        count = 0
+        for summary in reversed(self.state.recent_rounds):
+            if summary.answers or summary.round <= self._resumed_after:
+                break
+            count += 1
+        is_over = self.phase in (Phase.FINISHED, Phase.PAUSED)
+        if is_over or not self.config.pause_rounds or count < EMPTY_SUMS_MAX:
+            return
+        self._pause(
+            f"the newest {count} rounds were committed without a step, because their sums could "
+            f"not be unmasked, at last because {wrong}; {_AFTER_SUMS}"
+        )
+
+    def _pause(self, reason: str) -> None:
+        self._record(Paused(self.state.round, reason[:COMPLAINT_CHARS_MAX]))
 
     def _share_of_sum(self, current: RoundState) -> Share:
         """What the mean of the summed answers puts into the commit; zeros if there is no sum.
@@ -684,7 +730,7 @@ class RoundMachine:
         self._record(self._committed(current, answers))
         is_shared = self.config.seed_policy == "shared"
         if self.config.secure_aggregation:
-            self._sum = None
+            self._sum, self._failed_attempts = None, 0
             self._holding.clear()
         elif warning := self.roster.compare(current.round, given, is_shared=is_shared):
             self._warnings.append(warning)
@@ -829,18 +875,15 @@ class RoundMachine:
     def _pauses_fruitless(self, current: RoundState) -> bool:
         """Pause a run in which nobody can measure any more, as when the weights overflow."""
         unable = [worker for worker in current.slots if worker in self.roster.ready]
-        fruitless = bool(unable) and not current.answers and not self.roster.assignments
+        # With secure aggregation only an answer whose worker still holds it can come to anything.
+        answered = self._holding if self.config.secure_aggregation else current.answers
+        fruitless = bool(unable) and not answered and not self.roster.assignments
         self._fruitless_deadlines = self._fruitless_deadlines + 1 if fruitless else 0
         if not self.config.pause_rounds or self._fruitless_deadlines < FRUITLESS_DEADLINES_MAX:
             return False
-        self._record(
-            Paused(
-                self.state.round,
-                f"no worker could measure round {current.round} in {self._fruitless_deadlines} "
-                f"attempts; {unable[-1]} says: {self.roster.view(unable[-1]).complaint}"[
-                    :COMPLAINT_CHARS_MAX
-                ],
-            )
+        self._pause(
+            f"no worker could measure round {current.round} in {self._fruitless_deadlines} "
+            f"attempts; {unable[-1]} says: {self.roster.view(unable[-1]).complaint}"
         )
         return True
 
@@ -900,6 +943,12 @@ class RoundMachine:
         for owed in (self._records, self._messages, self._warnings):
             owed.clear()
         return ready
+
+
+_AFTER_SUMS = (
+    "look in the log at which worker it is each time, exclude it if it is always the same, and "
+    "resume the run"
+)
 
 
 def _checked_reason(reason: str) -> str:

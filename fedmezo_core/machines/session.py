@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, ClassVar
 
 from fedmezo_core.config import STEPS_MAX
@@ -54,6 +55,11 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.records import Genesis, digest64_of
 from fedmezo_core.trust.secure_aggregation.secure_member import SecureMember
+from fedmezo_core.trust.secure_aggregation.sum_memory import (
+    SumMemory,
+    numbers_digest_of,
+    revealed_sentence,
+)
 
 COMMITS_QUEUED_MAX = 1024
 """Most commits that wait for a running measurement."""
@@ -118,12 +124,15 @@ class SessionMachine:
         report_rows: bool = False,
         staleness_max: int = 0,
         secure: SecureMember | None = None,
+        is_revealed: Callable[[int], bool] = lambda _round: False,
     ) -> None:
         """`secure` is what takes part in sums that hide their terms, if the run has those.
 
-        Then no answer carries a projected gradient.
+        Then no answer carries a projected gradient. `is_revealed` says of which rounds nothing may
+        be said, because the worker's numbers are in a sum already.
         """
         self._secure = secure
+        self._is_revealed = is_revealed
         self.state = SessionState.OFFLINE
         self.round = round_
         """Last commit received. Its `ApplyCommit` may still wait for a running measurement."""
@@ -146,15 +155,24 @@ class SessionMachine:
 
     @classmethod
     def of_worker(
-        cls, genesis: Genesis, genesis_head: bytes, worker: str, signing_key: bytes = b""
+        cls,
+        genesis: Genesis,
+        genesis_head: bytes,
+        worker: str,
+        signing_key: bytes = b"",
+        sum_memory: SumMemory | None = None,
     ) -> SessionMachine:
         """A machine at the run's base, as the contract wants it.
 
         `genesis_head` is the head after the genesis, and `signing_key` the public key that the
-        worker signs with; empty if it does not.
+        worker signs with; empty if it does not. `sum_memory` is what the worker's process knows of
+        sums; a machine without it begins to remember anew.
         """
         config = genesis.config
-        secure = SecureMember(genesis, worker, signing_key) if config.secure_aggregation else None
+        memory = SumMemory() if sum_memory is None else sum_memory
+        secure = None
+        if config.secure_aggregation:
+            secure = SecureMember(genesis, worker, signing_key, memory)
         return cls(
             0,
             genesis_head,
@@ -162,6 +180,7 @@ class SessionMachine:
             report_rows=config.weighting == "rows",
             staleness_max=config.staleness_max,
             secure=secure,
+            is_revealed=partial(memory.is_revealed, numbers_digest_of(genesis, worker)),
         )
 
     @property
@@ -281,6 +300,8 @@ class SessionMachine:
             )
         if self._secure is not None:
             self._secure.check_seeds(ticket.round, event.work.seeds)
+        if self._is_revealed(ticket.round):
+            return (SendUnable(ticket, revealed_sentence(ticket.round)),)
         job = _Job.of(event)
         if self._cached is not None and self._cached[0].job == job:
             self._next = None

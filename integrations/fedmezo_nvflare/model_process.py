@@ -28,6 +28,7 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.layered_settings import load_settings
 from fedmezo_core.program import worker_packages
+from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_core.wire.admission import check_run_id
 from fedmezo_nvflare.site_exchanges import worker_name
 from fedmezo_nvflare.site_settings import site_arguments, site_environment
@@ -204,10 +205,11 @@ def main(number: str) -> None:
     logging.getLogger("fedmezo").setLevel(logging.INFO)
     pipe = Connection(int(number))
     arguments, genesis = json.loads(pipe.recv_bytes()), pipe.recv_bytes()
-    serve(pipe, lambda: _open_session(genesis, arguments))
+    sum_memory = SumMemory()
+    serve(pipe, lambda: _open_session(genesis, arguments, sum_memory))
 
 
-def _open_session(genesis_bytes: bytes, arguments: Sequence[str]) -> Session:
+def _open_session(genesis_bytes: bytes, arguments: Sequence[str], sum_memory: SumMemory) -> Session:
     settings = load_settings(WorkerSettings, arguments, program="fedmezo-worker")
     check_paths(settings)
     genesis = decode_genesis(genesis_bytes)
@@ -217,7 +219,9 @@ def _open_session(genesis_bytes: bytes, arguments: Sequence[str]) -> Session:
 
         keep_freed_memory()
         open_computer = computer_opener(settings)
-    return Session(genesis_bytes, settings.name, open_computer(settings, genesis))
+    return Session(
+        genesis_bytes, settings.name, open_computer(settings, genesis), sum_memory=sum_memory
+    )
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def test_the_surface_is_listed_once() -> None:
         "Scalars",
         "SeedPolicy",
         "Session",
+        "SumMemory",
         "TorchEngine",
         "UnavailableError",
         "begin_run",

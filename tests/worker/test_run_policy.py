@@ -127,6 +127,23 @@ def test_a_batch_has_enough_rows_to_hide_among(settings: WorkerSettings) -> None
         wants_eight.check_run(genesis_of(contract(batch_size=7)))
 
 
+def test_a_worker_can_insist_on_sums_of_enough_workers(settings: WorkerSettings) -> None:
+    plain = {"seed_policy": "shared", "aggregation": "mean", "clip_median_factor": 0.0}
+    secure = {**plain, "secure_aggregation": True, "report_losses": False}
+    four = {"workers_min": 4, "quorum": 4, "cohort_size_max": 4, "secure_cohort_min": 4}
+    strict = settings.model_copy(
+        update={"policy": RunPolicy(secure_aggregation=True, secure_cohort_min=4)}
+    )
+    strict.check_run(genesis_of(contract(**secure, **four)))
+    for run, words in [
+        ({**plain, **four}, "secure_aggregation = false.*policy.secure_aggregation"),
+        ({**secure, **four, "secure_cohort_min": 3}, "= 3 is less than the 4.*policy.secure_coh"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            strict.check_run(genesis_of(contract(**run)))
+        settings.check_run(genesis_of(contract(**run)))
+
+
 def test_the_history_and_snapshots_fit_the_disk(settings: WorkerSettings, tmp_path: Path) -> None:
     genesis = genesis_of(contract(rounds=100_000, local_steps=64, cohort_size_max=4096))
     settings.check_run(genesis)

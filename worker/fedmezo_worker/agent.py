@@ -16,6 +16,7 @@ from fedmezo_core.records import Genesis
 from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.identity import Identity
+from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.history import History
 from fedmezo_core.wire.messages import commit_of
@@ -46,12 +47,14 @@ class Agent:
         run_id: str = "",
         files: Sequence[OfferedFile] = (),
         may_go_on: Callable[[], bool] = lambda: True,
+        sum_memory: SumMemory | None = None,
     ) -> None:
         """`engine` does the numerical work; the caller closes it.
 
         `identity` signs the answers; None: nothing is signed. `run_id` names the run; empty: the
         only one. `files` are what the coordinator offers for it. Once `may_go_on` says no, the
-        agent ends instead of reconnecting.
+        agent ends instead of reconnecting. `sum_memory` is what all runs of this process know of
+        sums that hide their terms; None: this is its only run.
         """
         self._settings = settings
         self._engine = engine
@@ -60,6 +63,8 @@ class Agent:
         self._run_id = run_id
         self._files = files
         self._may_go_on = may_go_on
+        # It outlives the members: each loads the weights anew, and measures the same again.
+        self._sum_memory = SumMemory() if sum_memory is None else sum_memory
         self._history: History | None = None
         self._reconnecting = Reconnecting(log, give_up_after_s=settings.give_up_after_s)
         # A snapshot that turned out to be bad is not tried again, even after loading anew.
@@ -128,6 +133,7 @@ class Agent:
             None
             if self._identity is None
             else AnswerSigner(self._identity.keys.signing_key, description.head),
+            self._sum_memory,
         )
         async for page in self._history.open(description):
             await member.take_commits([commit_of(entry.row.body, config) for entry in page])

@@ -51,6 +51,7 @@ from fedmezo_core.records import Committed
 from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.secure_aggregation.masking import ENTROPY_BYTES
+from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_core.wire.catch_up import Speeds, takes_snapshot
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription, SessionStream
 from fedmezo_core.wire.download import downloaded
@@ -93,10 +94,12 @@ class Member:
         evaluations: Evaluations,
         bad_snapshots: set[Snapshot],
         signer: AnswerSigner | None = None,
+        sum_memory: SumMemory | None = None,
     ) -> None:
         """`engine` holds the base of the run that `description` describes.
 
-        Without a `signer` the answers are not signed.
+        Without a `signer` the answers are not signed. `sum_memory` is what this process knows of
+        sums that hide their terms; None: nothing yet.
         """
         self._signer = signer
         self._settings = settings
@@ -109,6 +112,7 @@ class Member:
             description.head,
             settings.name,
             b"" if signer is None else signer.public_key,
+            sum_memory,
         )
         self._is_behind = True
         self._replay_rate: float | None = None

@@ -14,6 +14,7 @@ from fedmezo_core.service.log_lines import log_with
 from fedmezo_core.service.service_manager import service_manager
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.identity import Identity
+from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_core.wire.admission import check_run_id
 from fedmezo_core.wire.enrolment import become_member
 from fedmezo_worker.engine_thread import EngineThread
@@ -149,12 +150,18 @@ async def serve(settings: WorkerSettings, path: Path, stop: asyncio.Event) -> No
         from fedmezo import Session, decode_genesis
 
         open_computer = computer_opener(settings)
+    sum_memory = SumMemory()
 
     def open_session(genesis_bytes: bytes) -> Session:
         genesis = decode_genesis(genesis_bytes)
         check_run_id(settings.run_id, genesis.config.run_id)
         log.info("run %s of model %s", genesis.config.run_id, settings.model or settings.base_form)
-        return Session(genesis_bytes, settings.name, open_computer(settings, genesis))
+        return Session(
+            genesis_bytes,
+            settings.name,
+            open_computer(settings, genesis),
+            sum_memory=sum_memory,
+        )
 
     async with ResidentWorker(settings.name, open_session).listening_on(path):
         await stop.wait()

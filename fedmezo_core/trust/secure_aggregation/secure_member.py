@@ -2,8 +2,9 @@
 
 It trusts the coordinator with nothing but the run's progress. It takes a step only if it follows
 from the ones before, makes one reply to each, and repeats that reply bit for bit. In one round it
-reveals shares at most once: so whatever is asked of it later, no two sums of the round can be
-subtracted to give what a single worker has measured (decision 0059).
+reveals shares at most once, whichever run or session asks (`SumMemory`): so whatever is asked of it
+later, no two sums of the round can be subtracted to give what a single worker has measured
+(decision 0059).
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ from fedmezo_core.trust.secure_aggregation.masking import (
     transcript_of,
 )
 from fedmezo_core.trust.secure_aggregation.secret_sharing import SHARE_BYTES
-
-KEYS_KNOWN_MAX = 16_384
-"""Most names whose signing keys are remembered."""
+from fedmezo_core.trust.secure_aggregation.sum_memory import (
+    SumMemory,
+    numbers_digest_of,
+    revealed_sentence,
+)
 
 
 @dataclass(slots=True)
@@ -64,17 +67,25 @@ class _Attempt:
 class SecureMember:
     """Answers the steps of one attempt after the other. See the module's text."""
 
-    def __init__(self, genesis: Genesis, worker: str, signing_key: bytes = b"") -> None:
-        """`signing_key` is the public key that this worker signs with; empty if it does not."""
+    def __init__(
+        self,
+        genesis: Genesis,
+        worker: str,
+        signing_key: bytes = b"",
+        memory: SumMemory | None = None,
+    ) -> None:
+        """`signing_key` is the public key that this worker signs with; empty if it does not.
+
+        `memory` is that of the worker's process; None: this member's own.
+        """
         self._config = genesis.config
         self._run_digest = run_digest_of(genesis)
         self._worker = worker
         self._signing_key = signing_key
         self._attempt: _Attempt | None = None
         self._newest = (0, 0)
-        self._revealed_round = 0
-        # Worker -> the key that its keys were signed with; a name does not change it.
-        self._known_keys: dict[str, bytes] = {}
+        self._numbers = numbers_digest_of(genesis, worker)
+        self._memory = SumMemory() if memory is None else memory
 
     def check_seeds(self, round_: int, seeds: Sequence[int]) -> None:
         """Raise `ProtocolError` unless `seeds` are the round's own.
@@ -138,10 +149,8 @@ class SecureMember:
         return _Attempt(context, ticket.slot, MemberSecrets(event.entropy))
 
     def _reply(self, attempt: _Attempt, step: StepDown, projected_grads: Sequence[float]) -> StepUp:
-        if attempt.context.round == self._revealed_round:
-            raise SecureSumError(
-                f"this worker has helped to unmask a sum of round {attempt.context.round} already"
-            )
+        if self._memory.is_revealed(self._numbers, attempt.context.round):
+            raise SecureSumError(revealed_sentence(attempt.context.round))
         match step, len(attempt.replies):
             case KeysWanted(), 0:
                 return attempt.secrets.keys
@@ -190,7 +199,7 @@ class SecureMember:
 
     def _check_signature(self, attempt: _Attempt, peer: Peer) -> None:
         """Refuse keys that are not the named worker's, as far as this worker can know."""
-        known = self._known_keys.get(peer.worker)
+        known = self._memory.key_of(peer.worker)
         if peer.slot == attempt.slot:
             return
         if not peer.signing_key:
@@ -205,10 +214,7 @@ class SecureMember:
         text = keys_text(attempt.context, peer.slot, peer.worker, peer.keys)
         if not is_signed(peer.signing_key, text, peer.keys.signature):
             raise SecureSumError(f"the keys of worker {peer.worker} are not signed by its key")
-        self._known_keys.pop(peer.worker, None)
-        self._known_keys[peer.worker] = peer.signing_key
-        if len(self._known_keys) > KEYS_KNOWN_MAX:
-            del self._known_keys[next(iter(self._known_keys))]
+        self._memory.keep_key(peer.worker, peer.signing_key)
 
     def _mask(
         self,
@@ -241,7 +247,7 @@ class SecureMember:
         if attempt.slot not in chosen:
             raise SecureSumError("the sum would be without this worker")
         self._check_enough(len(chosen), attempt.threshold)
-        self._revealed_round = attempt.context.round
+        self._memory.reveal(self._numbers, attempt.context.round)
         return SharesRevealed(
             tuple(
                 (slot, of_mask if slot in chosen else of_key)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
 from fedmezo_core.errors import ProtocolError
 from fedmezo_core.events import (
     Assigned,
+    CommitReceived,
     Connected,
     KeysGiven,
     KeysWanted,
+    Measure,
     Measured,
     SendAnswer,
     SendSumStep,
@@ -21,7 +26,8 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.seeds import seeds_of
 from fedmezo_core.machines.session import SessionMachine
-from fedmezo_core.records import Genesis, Scalars
+from fedmezo_core.records import Committed, Genesis, Scalars
+from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory, numbers_digest_of
 from tests.core.secure.test_secure_sum import config_of, genesis_of
 
 HEAD = b"h" * 32
@@ -29,8 +35,8 @@ TICKET = Ticket(1, 1, 2)
 ASKED = SumAsked(TICKET, 1, KeysWanted(), b"e" * 32)
 
 
-def online(genesis: Genesis) -> SessionMachine:
-    machine = SessionMachine.of_worker(genesis, HEAD, "a")
+def online(genesis: Genesis, memory: SumMemory | None = None) -> SessionMachine:
+    machine = SessionMachine.of_worker(genesis, HEAD, "a", sum_memory=memory)
     machine.step(Connected())
     machine.step(Welcomed(1, 0, HEAD))
     return machine
@@ -76,3 +82,40 @@ def test_a_plain_run_has_no_sums() -> None:
     plain = config_of().model_copy(update={"secure_aggregation": False})
     with pytest.raises(ProtocolError, match="without secure_aggregation"):
         online(genesis_of(plain)).step(ASKED)
+
+
+# ---------------------------------------------------------------- what outlives a machine
+
+OTHERS = {
+    "a new machine of the same run": {},
+    "another run": {"run_id": "again"},
+    "a run without secure aggregation": {"run_id": "plain", "secure_aggregation": False},
+}
+
+
+@pytest.mark.parametrize("changes", OTHERS.values(), ids=OTHERS)
+def test_numbers_in_a_sum_are_not_measured_again(changes: dict[str, Any]) -> None:
+    """A machine that is made anew in the same process says nothing about rounds up to that one."""
+    genesis = genesis_of(config_of())
+    memory = SumMemory()
+    memory.reveal(numbers_digest_of(genesis, "a"), 1)
+    other = replace(genesis_of(config_of().model_copy(update=changes)), base_digest=b"B" * 32)
+    machine = online(other, memory)
+    [said] = machine.step(Assigned(TICKET, work_of(other)))
+    assert isinstance(said, SendUnable)
+    assert "with another seed" in said.reason
+    assert not machine.measuring
+    later = Ticket(1, 2, 2)
+    machine.step(CommitReceived(Committed(1, (), 0), b"bytes"))
+    seeds = seeds_of(other.config, 2, 0, None)
+    [measure] = machine.step(Assigned(later, Work(seeds, 0.5, 1e-3, want_digest=True)))
+    assert isinstance(measure, Measure)
+
+
+@pytest.mark.parametrize(("seed", "worker"), [(2, "a"), (1, "b")])
+def test_other_numbers_are_measured(seed: int, worker: str) -> None:
+    genesis = genesis_of(config_of())
+    memory = SumMemory()
+    memory.reveal(numbers_digest_of(genesis_of(config_of(seed=seed)), worker), 1)
+    [measure] = online(genesis, memory).step(Assigned(TICKET, work_of(genesis)))
+    assert isinstance(measure, Measure)

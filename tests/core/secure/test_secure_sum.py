@@ -30,10 +30,12 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.seeds import seeds_of
 from fedmezo_core.records import Genesis
+from fedmezo_core.trust.secure_aggregation import sum_memory
 from fedmezo_core.trust.secure_aggregation.fixed_point import quantised
 from fedmezo_core.trust.secure_aggregation.masking import SumContext, run_digest_of
 from fedmezo_core.trust.secure_aggregation.secure_member import SecureMember
 from fedmezo_core.trust.secure_aggregation.sum_collector import STEP_MS, SumCollector
+from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 
 BASE: dict[str, Any] = {
     "run_id": "test",
@@ -66,6 +68,7 @@ class Federation:
         members: dict[int, SecureMember] | None = None,
         slots: Iterable[int] | None = None,
         keys: dict[int, Ed25519PrivateKey] | None = None,
+        memories: Sequence[SumMemory] | None = None,
         **values: Any,
     ) -> None:
         self.config = config_of(cohort_size_max=8, **values)
@@ -73,7 +76,12 @@ class Federation:
         self.keys = keys or {}
         self.slots = list(slots if slots is not None else range(count))
         self.members = members or {
-            slot: SecureMember(self.genesis, f"w{slot}", self.public_key(slot))
+            slot: SecureMember(
+                self.genesis,
+                f"w{slot}",
+                self.public_key(slot),
+                None if memories is None else memories[slot],
+            )
             for slot in self.slots
         }
         self.attempt = attempt
@@ -208,6 +216,38 @@ def test_a_member_helps_to_unmask_one_sum_a_round() -> None:
     assert second.run().sums is None
     assert all("already" in refusal for refusal in second.refusals)
     assert len(second.refusals) == 3
+
+
+@pytest.mark.parametrize("run_id", ["test", "again"])
+def test_members_made_anew_in_the_same_process_help_to_unmask_no_second_sum(run_id: str) -> None:
+    """A coordinator can have sessions, models and runs begun anew; the process does not forget."""
+    memories = [SumMemory() for _ in range(4)]
+    first = Federation(4, memories=memories)
+    assert first.run().sums is not None
+    second = Federation(3, attempt=2, memories=memories, run_id=run_id)
+    assert second.run().sums is None
+    assert all("already" in refusal for refusal in second.refusals)
+    assert len(second.refusals) == 3
+
+
+def test_an_older_round_is_not_unmasked_after_a_newer_one() -> None:
+    memory, numbers = SumMemory(), b"n" * 32
+    memory.reveal(numbers, ROUND)
+    for round_ in (1, ROUND - 1, ROUND):
+        assert memory.is_revealed(numbers, round_)
+        with pytest.raises(SecureSumError, match="already"):
+            memory.reveal(numbers, round_)
+    memory.reveal(numbers, ROUND + 1)
+
+
+def test_a_full_memory_reveals_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It forgets no round to remember another."""
+    monkeypatch.setattr(sum_memory, "NUMBERS_KNOWN_MAX", 1)
+    memory = SumMemory()
+    memory.reveal(b"n" * 32, 1)
+    with pytest.raises(SecureSumError, match="restart it"):
+        memory.reveal(b"o" * 32, 1)
+    memory.reveal(b"n" * 32, 2)
 
 
 def test_an_attempt_that_was_not_unmasked_may_be_made_again() -> None:
@@ -361,6 +401,15 @@ def test_a_name_keeps_its_key() -> None:
     keys = signing_keys(4) | {3: Ed25519PrivateKey.from_private_bytes(b"x" * 32)}
     second = Federation(4, keys=keys, attempt=2, members=dict(first.members))
     second.members[3] = SecureMember(second.genesis, "w3", second.public_key(3))
+    assert second.run().sums is None
+    assert sum("another key than before" in refusal for refusal in second.refusals) == 3
+
+
+def test_a_name_keeps_its_key_from_run_to_run() -> None:
+    memories = [SumMemory() for _ in range(4)]
+    Federation(4, keys=signing_keys(4), memories=memories).run(lambda step, _slot: step < 2)
+    keys = signing_keys(4) | {3: Ed25519PrivateKey.from_private_bytes(b"x" * 32)}
+    second = Federation(4, keys=keys, memories=memories, run_id="again", seed=2)
     assert second.run().sums is None
     assert sum("another key than before" in refusal for refusal in second.refusals) == 3
 

@@ -24,6 +24,7 @@ from fedmezo_core.errors import (
     UnavailableError,
     VersionError,
 )
+from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_core.wire import reconnecting
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as wire
@@ -119,11 +120,19 @@ class Agents:
     def __init__(self) -> None:
         self.began: list[str] = []
         self.engines: dict[str, LoadedAtOnce] = {}
+        self.memories: list[SumMemory] = []
         self._ends: dict[str, asyncio.Future[None]] = {}
 
     def __call__(
-        self, settings: WorkerSettings, engine: Any, *_: Any, run_id: str, **__: Any
+        self,
+        settings: WorkerSettings,
+        engine: Any,
+        *_: Any,
+        run_id: str,
+        sum_memory: SumMemory,
+        **__: Any,
     ) -> Agents._One:
+        self.memories.append(sum_memory)
         return self._One(self, run_id, engine)
 
     class _One:
@@ -219,6 +228,19 @@ async def test_runs_come_one_after_another_and_no_finished_one_is_joined_again(
         # A new run of an old name is another run.
         offers.set(offer("c", rounds=9))
         await agents.have_begun("a", "b", "c", "c")
+
+
+async def test_all_runs_have_one_memory_of_what_this_worker_has_put_into_sums(
+    settings: WorkerSettings, agents: Agents
+) -> None:
+    """A run that gives way, or ends and comes back, begins with another session."""
+    async with staying(settings, offer("a"), offer("b")) as offers:
+        await agents.have_begun("a", "b")
+        agents.end("a")
+        await has(lambda: agents.engines["a"].is_closed, "it to end")
+        offers.set(offer("a", rounds=9), offer("b"))
+        await agents.have_begun("a", "b", "a")
+    assert all(memory is agents.memories[0] for memory in agents.memories)
 
 
 async def test_several_runs_are_served_at_a_time_and_the_log_names_them(

@@ -27,6 +27,7 @@ from fedmezo_core.errors import (
     VersionError,
 )
 from fedmezo_core.trust.identity import Identity
+from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_core.wire.admission import check_run_id
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.reconnecting import Reconnecting
@@ -114,6 +115,7 @@ class OfferedRuns:
         self._engine = engine
         self._client = client
         self._identity = identity
+        self._sum_memory = SumMemory()
         self._revision, self._more_may_come = 0, True
         self._offers: dict[str, wire.RunOffer] = {}
         self._gone_s: dict[str, float] = {}
@@ -339,6 +341,7 @@ class OfferedRuns:
                 run_id=offer.run_id,
                 files=offer.files,
                 may_go_on=lambda: self._may_go_on(offer),
+                sum_memory=self._sum_memory,
             ).run()
         finally:
             await engine.close()
