@@ -241,15 +241,15 @@ async def _with_adapter(
         offered = adapter_in(files)
         if not offered:
             return settings
-        folder = await downloaded_adapter(
+        async with downloaded_adapter(
             client,
             config.run_id,
             offered,
             disk_max_bytes=settings.policy.disk_max,
             give_up_after_s=60.0,
             cache=cache,
-        )
-    return settings.model_copy(update={"adapter": folder})
+        ) as folder:
+            return settings.model_copy(update={"adapter": folder})
 
 
 def _checked_rows(
