@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -67,6 +67,7 @@ async def downloaded_adapter(
     *,
     disk_max_bytes: int,
     give_up_after_s: float,
+    may_go_on: Callable[[], bool] = lambda: True,
     cache: Path | None = None,
 ) -> AsyncIterator[Path]:
     """The folder with the adapter that `files`, from `adapter_in`, describe, during the block.
@@ -75,7 +76,8 @@ async def downloaded_adapter(
     at most `disk_max_bytes`. Files that are there are used if their digests are right; others are
     downloaded. Raises `PolicyError` for files that are larger than `disk_max_bytes` together,
     `MismatchError` for bytes that are not what was offered, `ModelError` if the cache cannot be
-    written to, `NotReadyError` if others use all of it now, and `UnavailableError` after
+    written to, and `NotReadyError` if others use all of it now. What a retry may help is tried
+    again; its `UnavailableError` or `NotReadyError` is raised once `may_go_on` says no, or after
     `give_up_after_s` seconds without a byte.
     """
     _check_sizes(files, disk_max_bytes)
@@ -87,7 +89,9 @@ async def downloaded_adapter(
             if await asyncio.to_thread(_digest_of, path) == file.sha256:
                 continue
             with long_step(f"downloading {file.name}", file.file_bytes, "bytes") as step:
-                await _download(client, run_id, file, path, adapters, step, give_up_after_s)
+                await _download(
+                    client, run_id, file, path, adapters, step, give_up_after_s, may_go_on
+                )
             log.info("downloaded %s, %d bytes", file.name, file.file_bytes)
         yield folder
 
@@ -115,6 +119,7 @@ async def _download(
     adapters: AdapterCache,
     step: LongStep,
     give_up_after_s: float,
+    may_go_on: Callable[[], bool],
 ) -> None:
     """Download one file to `path`, which appears whole and right or not at all."""
     reconnecting = Reconnecting(log, give_up_after_s=give_up_after_s)
@@ -136,6 +141,8 @@ async def _download(
                     if offset < file.file_bytes:
                         raise UnavailableError("The coordinator ended the file early.")
                 except (UnavailableError, NotReadyError) as error:
+                    if not may_go_on():
+                        raise
                     if offset > before:
                         reconnecting.reached()
                     await reconnecting.wait_after(error)

@@ -154,5 +154,6 @@ class Agent:
             offered,
             disk_max_bytes=settings.policy.disk_max,
             give_up_after_s=settings.give_up_after_s,
+            may_go_on=self._may_go_on,
         ) as folder:
             yield settings.model_copy(update={"adapter": folder})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import stat
 import time
@@ -169,6 +170,33 @@ async def test_a_file_that_ends_early_is_waited_for(cache: Path) -> None:
             give_up_after_s=0.1,
         ):
             pass
+
+
+async def test_a_run_that_is_over_ends_its_download(cache: Path) -> None:
+    class Stopped(Sending):
+        """A client of a coordinator that does not host the run any more."""
+
+        async def read_run_file(
+            self, run_id: str, name: str, offset: int = 0
+        ) -> AsyncGenerator[bytes, None]:
+            self.asked.append((name, offset))
+            raise NotReadyError("The run is not served now.")
+            yield b""
+
+    sending = Stopped()
+    async with asyncio.timeout(5):
+        with pytest.raises(NotReadyError, match="not served now"):
+            async with downloaded_adapter(
+                cast("CoordinatorClient", sending),
+                "tiny-run",
+                adapter_in(offered()),
+                disk_max_bytes=1 << 20,
+                give_up_after_s=math.inf,
+                may_go_on=lambda: len(sending.asked) < 3,
+            ):
+                pass
+    assert len(sending.asked) == 3
+    assert not files_in(cache)
 
 
 async def test_an_adapter_that_no_run_begins_from_any_more_goes(cache: Path) -> None:

@@ -316,11 +316,15 @@ class OfferedRuns:
         now_s = time.monotonic()
         if any(serving.gives_way for serving in self._serving.values()):
             return
-        for run_id, serving in sorted(self._serving.items(), key=lambda one: -one[1].engine.idle_s):
+        loading = {k: one for k, one in self._serving.items() if not one.engine.model_bytes}
+        # Without models_max, only a run that is not loaded yet keeps the others from being begun.
+        could = self._serving if self._settings.models_max is not None or not loading else loading
+        for run_id, serving in sorted(could.items(), key=lambda one: -one[1].engine.idle_s):
             engine = serving.engine
             is_idle = engine.idle_s > max(IDLE_S, IDLE_LOADS * engine.load_s)
             turn_s = max(TURN_S, IDLE_LOADS * engine.load_s)
-            if engine.model_bytes and (is_idle or now_s - serving.began_s > turn_s):
+            # One that loads, or waits for its files, is never idle.
+            if (is_idle and run_id not in loading) or now_s - serving.began_s > turn_s:
                 log.info("run %s gives way to a run that waits", run_id)
                 serving.gives_way = True
                 engine.cut_short()
