@@ -23,7 +23,6 @@ from fedmezo.preflight.host_checks import (
     check_clock,
     check_folder,
     check_memory,
-    memory_available,
     model_is_here,
 )
 from fedmezo.preflight.row_checks import (
@@ -45,6 +44,7 @@ from fedmezo_core.events import Measure, Ticket, Work
 from fedmezo_core.machines.rates import schedule_factor
 from fedmezo_core.program import worker_packages
 from fedmezo_core.records import Genesis, first_seed_of
+from fedmezo_core.service.host_memory import memory_available
 from fedmezo_core.trust.identity import Identity, load_identity
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription
