@@ -24,6 +24,7 @@ from fedmezo_core.errors import (
     UnavailableError,
     VersionError,
 )
+from fedmezo_core.service.log_lines import shape_log
 from fedmezo_core.wire import reconnecting
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as wire
@@ -222,13 +223,18 @@ async def test_runs_come_one_after_another_and_no_finished_one_is_joined_again(
 
 
 async def test_several_runs_are_served_at_a_time_and_the_log_names_them(
-    settings: WorkerSettings, agents: Agents, caplog: pytest.LogCaptureFixture
+    settings: WorkerSettings,
+    agents: Agents,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(caplog.handler, "formatter", caplog.handler.formatter)
+    shape_log("text", "info")
     async with staying(settings, offer("a"), offer("b")):
         await agents.have_begun("a", "b")
-    assert "run a: takes part" in caplog.messages
-    assert "run b: takes part" in caplog.messages
+    assert "run a: takes part" in caplog.text
+    assert "run b: takes part" in caplog.text
     assert all(engine.is_closed for engine in agents.engines.values())
 
 

@@ -11,7 +11,6 @@ import logging
 import math
 import re
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +25,7 @@ from fedmezo_core.errors import (
     UnavailableError,
     VersionError,
 )
+from fedmezo_core.service.log_lines import log_with, name_runs_in_text
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.admission import check_run_id
 from fedmezo_core.wire.client import CoordinatorClient
@@ -59,17 +59,6 @@ TURN_S: Final = 1800.0
 """And if it has held its room for so long, busy or not."""
 LOOK_EVERY_S: Final = 1.0
 """How often runs that wait look for room."""
-
-_run_in_log: ContextVar[str] = ContextVar("run_in_log", default="")
-
-
-class _NamesTheRun(logging.Filter):
-    """Puts the name of the run before what a task says that serves it among others."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if run_id := _run_in_log.get():
-            record.msg = f"run {run_id}: {record.msg}"
-        return True
 
 
 @dataclass(slots=True)
@@ -131,8 +120,7 @@ class OfferedRuns:
         `UnavailableError` after `give_up_after_s`.
         """
         self._check_files()
-        names_the_run = _NamesTheRun()
-        log.addFilter(names_the_run)
+        name_runs_in_text()
         self._take(first)
         asking = asyncio.create_task(self._next_offers())
         telling: asyncio.Task[None] | None = None
@@ -156,7 +144,6 @@ class OfferedRuns:
                 if not self._more_may_come and self._has_nothing_left():
                     return
         finally:
-            log.removeFilter(names_the_run)
             for serving in self._serving.values():
                 serving.engine.cut_short()
             ending = [asking, *self._tasks(), *([telling] if telling is not None else [])]
@@ -333,7 +320,7 @@ class OfferedRuns:
 
     async def _serve(self, offer: wire.RunOffer, engine: EngineThread) -> None:
         """Take part in one run until it is finished."""
-        _run_in_log.set(offer.run_id)
+        log_with(run=offer.run_id)
         try:
             await Agent(
                 self._settings,
