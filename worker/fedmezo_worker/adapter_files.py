@@ -22,12 +22,11 @@ from fedmezo_core.folders import cache_home
 from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.reconnecting import Reconnecting
+from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
 from fedmezo_worker.adapter_cache import AdapterCache, Partial
 
 log = logging.getLogger("fedmezo.download")
 
-ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
-"""The files of an adapter in peft's layout; no other is ever read from a coordinator."""
 CONFIG_BYTES_MAX: Final = 1 << 20
 """Largest settings of an adapter; peft writes about a kilobyte."""
 _OF_ADAPTER: Final = "adapter/"
