@@ -111,7 +111,11 @@ class AdapterCache:
 
 
 def _bytes_in(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*"))
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # Another run has just renamed it.
+            total += path.lstat().st_size
+    return total
 
 
 @contextlib.contextmanager

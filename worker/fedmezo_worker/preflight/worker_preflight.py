@@ -63,7 +63,7 @@ DEADLINE_SHARE_MAX = 0.5
 
 
 class WorkerPreflightSettings(ReportSettings, WorkerSettings):
-    """Check whether this machine and its rows can take part in the coordinator's runs.
+    """Check whether this machine and its rows can take part in the offered runs; it joins nothing.
 
     It takes the worker's flags, environment and --config. Its status is 0, 1 if a check failed, and
     2 for settings that cannot be read. Rows are shown on a terminal alone, unless --show-rows.
