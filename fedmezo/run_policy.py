@@ -69,7 +69,7 @@ class RunPolicy(BaseModel):
     disk_max: ByteSize = Field(
         default=ByteSize(16 << 30),
         description="most that each of these may take on the disk: a model from the hub, a "
-        "snapshot, and the journal copy",
+        "snapshot, the journal copy, and all downloaded adapters together",
     )
 
     def check(

@@ -61,6 +61,8 @@ class Check:
     """What was found; of a warning or a failure, also what to do."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """What was found, for programs; numbers have their units in their names."""
+    section: str = ""
+    """What the check is about, where there are several of its kind; such as `run reviews`."""
 
     @property
     def line(self) -> str:
@@ -78,18 +80,24 @@ class Report:
     checks: list[Check] = field(default_factory=list)
     examples: list[str] = field(default_factory=list)
     """Rows as the model reads them, for the person at this terminal: they are private."""
+    _section: str = ""
+
+    def begin_section(self, about: str) -> None:
+        """Begin a section: the checks that follow are `about` one of several things."""
+        self._section = about
+        self.told(f"\n{about}:")
 
     def ok(self, name: str, said: str, **values: Any) -> None:
         """Note a check that found nothing wrong."""
-        self._note(Check(name, Outcome.OK, said, values))
+        self._note(Check(name, Outcome.OK, said, values, self._section))
 
     def warning(self, name: str, said: str, **values: Any) -> None:
         """Note what lets the run go on but should be known; `said` ends with what to do."""
-        self._note(Check(name, Outcome.WARNING, said, values))
+        self._note(Check(name, Outcome.WARNING, said, values, self._section))
 
     def failure(self, name: str, said: str, **values: Any) -> None:
         """Note what would end or hinder the program; `said` ends with what to do."""
-        self._note(Check(name, Outcome.FAILURE, said, values))
+        self._note(Check(name, Outcome.FAILURE, said, values, self._section))
 
     def _note(self, check: Check) -> None:
         self.checks.append(check)
@@ -138,6 +146,7 @@ class Report:
                     "outcome": str(check.outcome),
                     "said": check.said,
                     "values": dict(check.values),
+                    **({"section": check.section} if check.section else {}),
                 }
                 for check in self.checks
             ],

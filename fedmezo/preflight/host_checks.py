@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import socket
 import ssl
@@ -94,23 +93,6 @@ def check_memory(report: Report, what: str, peak_bytes: int, available_bytes: in
         )
     else:
         report.ok("memory", said, **values)
-
-
-def memory_available() -> int | None:
-    """Bytes of memory that programs can still take here, or in this process's group on Linux."""
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
-    if found is None:
-        return None
-    free = int(found[1]) * 1024
-    try:
-        most = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return free if most == "max" else max(0, min(free, int(most) - used))
-    except (OSError, ValueError):
-        return free
 
 
 def model_is_here(name_or_path: str) -> bool:

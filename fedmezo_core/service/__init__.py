@@ -1,1 +1,1 @@
-"""What a daemon owes whoever operates it: lines that a machine reads, and signs of life."""
+"""A daemon and its host: lines that a machine reads, signs of life, proxies, memory."""

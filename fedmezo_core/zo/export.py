@@ -23,7 +23,8 @@ from fedmezo_core.errors import ModelError
 from fedmezo_core.folders import whole_folder
 from fedmezo_core.zo.edge.adapter_file import AdapterFile, GgufShape
 from fedmezo_core.zo.edge.edge_export import adapter_matrices
-from fedmezo_core.zo.model.adapters import CONFIG_FILE, read_weights, without_adapter_name
+from fedmezo_core.zo.model.adapter_layout import CONFIG_FILE
+from fedmezo_core.zo.model.adapters import read_weights, without_adapter_name
 from fedmezo_core.zo.model.factored import plain_b
 from fedmezo_core.zo.model.loading import TOKENIZER_FILES, LoadedModel, load_model, quiet
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors

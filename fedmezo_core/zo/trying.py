@@ -17,7 +17,7 @@ from fedmezo_core.program import long_step
 from fedmezo_core.zo.data.held_out import Evaluation, evaluate
 from fedmezo_core.zo.data.rows import Example, read_rows
 from fedmezo_core.zo.data.task import Task
-from fedmezo_core.zo.model.adapters import CONFIG_FILE
+from fedmezo_core.zo.model.adapter_layout import CONFIG_FILE
 from fedmezo_core.zo.model.loading import LoadedModel, folder_of_hub_name, load_model, quiet
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.model.placement import Placement

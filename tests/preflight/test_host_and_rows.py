@@ -29,7 +29,6 @@ from fedmezo.preflight.host_checks import (
     check_folder,
     check_memory,
     check_port,
-    memory_available,
     model_is_here,
 )
 from fedmezo.preflight.row_checks import (
@@ -40,6 +39,7 @@ from fedmezo.preflight.row_checks import (
 )
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import IdentityError
+from fedmezo_core.service.host_memory import memory_available
 from fedmezo_core.zo.data.encoding import RowEncoder
 from fedmezo_core.zo.data.rows import Example
 from tests.core.zo.conftest import make_tokenizer

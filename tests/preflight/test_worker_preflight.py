@@ -13,10 +13,11 @@ import pytest
 
 from fedmezo.preflight.check_report import Report
 from fedmezo_coordinator.admission.state_folder import make_state
-from fedmezo_core.errors import StartingError, UnavailableError
+from fedmezo_core.errors import StartingError, UnavailableError, VersionError, WrongRunError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription
 from fedmezo_core.wire.snapshots import Suffix
+from fedmezo_proto.v1 import runs_pb2 as wire
 from fedmezo_worker.preflight import worker_preflight
 from fedmezo_worker.preflight.worker_preflight import preflight
 from fedmezo_worker.worker_settings import WorkerSettings
@@ -60,20 +61,36 @@ async def checked(
     tiny_genesis: Callable[..., Genesis],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Checking:
-    """Checks a worker in a run; returns the outcome and sentence of each check by its name."""
+    """Checks a worker in a run; returns the outcome and sentence of each check by its name.
+
+    `offers`: the runs, by their names, of a coordinator that hosts several.
+    """
 
     async def check(
         run: dict[str, Any] | None = None,
         about: dict[str, Any] | None = None,
         error: Exception | None = None,
+        offers: dict[str, dict[str, Any]] | None = None,
         **settings: Any,
     ) -> dict[str, tuple[str, str]]:
-        async def get_run(*_: Any) -> RunDescription:
+        async def get_run(_: CoordinatorClient, run_id: str) -> RunDescription:
             if error is not None:
                 raise error
-            return described(tiny_genesis(**(run or {})), **(about or {}))
+            if offers is None:
+                return described(tiny_genesis(**(run or {})), **(about or {}))
+            if run_id not in offers:
+                raise WrongRunError("Which run: several are going on.")
+            return described(tiny_genesis(run_id=run_id, **offers[run_id]))
+
+        async def offered_runs(*_: Any) -> wire.OfferRunsResponse:
+            if offers is None:
+                raise VersionError("It offers no runs.")
+            return wire.OfferRunsResponse(
+                offers=[wire.RunOffer(run_id=run_id) for run_id in offers], more_may_come=True
+            )
 
         monkeypatch.setattr(CoordinatorClient, "get_run", get_run)
+        monkeypatch.setattr(CoordinatorClient, "offered_runs", offered_runs)
         values: dict[str, Any] = {
             "name": "w1",
             "data": rows,
@@ -82,7 +99,13 @@ async def checked(
         }
         report = Report("test")
         await preflight(WorkerSettings(**(values | settings)), report)
-        return {check.name: (str(check.outcome), check.said) for check in report.checks}
+        return {
+            f"{check.section}: {check.name}" if check.section else check.name: (
+                str(check.outcome),
+                check.said,
+            )
+            for check in report.checks
+        }
 
     return check
 
@@ -138,6 +161,63 @@ async def test_a_run_that_the_policy_refuses(checked: Checking) -> None:
     assert found["policy"][0] == "failure"
     assert "raise policy.rounds_max" in found["policy"][1]
     assert "model" not in found
+
+
+async def test_each_offered_run_is_a_section_and_those_that_the_policy_refuses_are_told(
+    checked: Checking,
+) -> None:
+    offers: dict[str, dict[str, Any]] = {"long": {"rounds": 11}, "a": {}, "b": {"eps": 1e38}}
+    found = await checked(offers=offers, policy={"rounds_max": 10})
+    assert found["run long: policy"][0] == "warning"
+    assert "raise policy.rounds_max" in found["run long: policy"][1]
+    assert "run long: model" not in found
+    assert found["run a: policy"] == ("ok", "this worker's settings allow run a")
+    assert found["run a: measurement"][0] == "ok"
+    assert found["run b: measurement"][0] == "failure"
+    assert "all runs: policy" not in found
+
+
+async def test_a_worker_whose_policy_refuses_all_runs_fails(checked: Checking) -> None:
+    found = await checked(offers={"long": {"rounds": 11}}, policy={"rounds_max": 10})
+    assert found["all runs: policy"][0] == "failure"
+
+
+async def test_a_run_that_is_named_is_checked_alone(checked: Checking) -> None:
+    offers: dict[str, dict[str, Any]] = {"long": {"rounds": 11}, "a": {}}
+    found = await checked(offers=offers, policy={"rounds_max": 10}, run_id="long")
+    assert found["policy"][0] == "failure"
+    found = await checked(offers=offers, policy={"rounds_max": 10}, run_id="c")
+    assert found["coordinator"][0] == "failure"
+
+
+async def test_a_coordinator_without_a_run_yet_is_no_failure(checked: Checking) -> None:
+    found = await checked(offers={})
+    assert found["coordinator"][0] == "warning"
+    assert "offers no run now" in found["coordinator"][1]
+
+
+async def test_what_one_data_set_may_give_away_is_checked_with_its_run(
+    checked: Checking, rows: Path, tmp_path: Path
+) -> None:
+    reviews = {"path": rows, "privacy_epsilon": 2.0, "privacy_clip": 1.0}
+    data = {"reviews": {**reviews, "privacy_ledger": tmp_path / "ledger"}}
+    found = await checked(offers={"a": {"data_set": "reviews"}}, data=data)
+    assert found["run a: privacy"] == ("ok", "the rows have given away epsilon 0.00 of 2")
+
+
+def _rename_the_text(rows: Path, heldout: Path) -> None:
+    renamed = rows.read_text().replace('"text"', '"body"')
+    rows.write_text(renamed)
+    heldout.write_text(renamed.replace("film", "book"))
+
+
+async def test_held_out_rows_are_read_by_the_columns_of_the_data(
+    checked: Checking, rows: Path, tmp_path: Path
+) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    _rename_the_text(rows, heldout)
+    found = await checked(heldout=heldout, columns={"text": "body"})
+    assert {outcome for outcome, _ in found.values()} == {"ok"}
 
 
 def write(path: Path, *pairs: tuple[str, str]) -> None:

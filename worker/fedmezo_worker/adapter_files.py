@@ -7,9 +7,7 @@ import contextlib
 import hashlib
 import logging
 import os
-import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -20,19 +18,17 @@ from fedmezo_core.errors import (
     PolicyError,
     UnavailableError,
 )
-from fedmezo_core.folders import cache_home, make_private
+from fedmezo_core.folders import cache_home
 from fedmezo_core.program import LongStep, long_step
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.reconnecting import Reconnecting
+from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
+from fedmezo_worker.adapter_cache import AdapterCache, Partial
 
 log = logging.getLogger("fedmezo.download")
 
-ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors")
-"""The files of an adapter in peft's layout; no other is ever read from a coordinator."""
 CONFIG_BYTES_MAX: Final = 1 << 20
 """Largest settings of an adapter; peft writes about a kilobyte."""
-KEPT_S: Final = 30 * 24 * 3600.0
-"""An adapter that no run has begun from for so long leaves the cache."""
 _OF_ADAPTER: Final = "adapter/"
 
 
@@ -62,6 +58,7 @@ def _is_of_adapter(file: OfferedFile) -> bool:
     return file.name.startswith(_OF_ADAPTER)
 
 
+@contextlib.asynccontextmanager
 async def downloaded_adapter(
     client: CoordinatorClient,
     run_id: str,
@@ -69,31 +66,33 @@ async def downloaded_adapter(
     *,
     disk_max_bytes: int,
     give_up_after_s: float,
+    may_go_on: Callable[[], bool] = lambda: True,
     cache: Path | None = None,
-) -> Path:
-    """The folder with the adapter that `files`, from `adapter_in`, describe.
+) -> AsyncIterator[Path]:
+    """The folder with the adapter that `files`, from `adapter_in`, describe, during the block.
 
-    It lies in `cache`, by default this user's, readable by its owner only. Files that are there are
-    used if their digests are right; others are downloaded. Raises `PolicyError` for files that are
-    larger than `disk_max_bytes` together, `MismatchError` for bytes that are not what was offered,
-    `ModelError` if the cache cannot be written to, and `UnavailableError` after
+    It lies in `cache`, by default this user's, readable by its owner only; the adapters there take
+    at most `disk_max_bytes`. Files that are there are used if their digests are right; others are
+    downloaded. Raises `PolicyError` for files that are larger than `disk_max_bytes` together,
+    `MismatchError` for bytes that are not what was offered, `ModelError` if the cache cannot be
+    written to, and `NotReadyError` if others use all of it now. What a retry may help is tried
+    again; its `UnavailableError` or `NotReadyError` is raised once `may_go_on` says no, or after
     `give_up_after_s` seconds without a byte.
     """
     _check_sizes(files, disk_max_bytes)
     digest = hashlib.sha256(b"".join(file.sha256 for file in files.values())).hexdigest()
-    adapters = (cache or cache_home()) / "adapters"
-    folder = adapters / digest
-    await asyncio.to_thread(make_private, folder, ModelError)
-    os.utime(folder)
-    await asyncio.to_thread(_drop_unused, adapters)
-    for name, file in files.items():
-        path = folder / name
-        if await asyncio.to_thread(_digest_of, path) == file.sha256:
-            continue
-        with long_step(f"downloading {file.name}", file.file_bytes, "bytes") as step:
-            await _download(client, run_id, file, path, step, give_up_after_s)
-        log.info("downloaded %s, %d bytes", file.name, file.file_bytes)
-    return folder
+    adapters = AdapterCache((cache or cache_home()) / "adapters", disk_max_bytes)
+    async with adapters.kept(digest) as folder:
+        for name, file in files.items():
+            path = folder / name
+            if await asyncio.to_thread(_digest_of, path) == file.sha256:
+                continue
+            with long_step(f"downloading {file.name}", file.file_bytes, "bytes") as step:
+                await _download(
+                    client, run_id, file, path, adapters, step, give_up_after_s, may_go_on
+                )
+            log.info("downloaded %s, %d bytes", file.name, file.file_bytes)
+        yield folder
 
 
 def _check_sizes(files: dict[str, OfferedFile], disk_max_bytes: int) -> None:
@@ -116,17 +115,17 @@ async def _download(
     run_id: str,
     file: OfferedFile,
     path: Path,
+    adapters: AdapterCache,
     step: LongStep,
     give_up_after_s: float,
+    may_go_on: Callable[[], bool],
 ) -> None:
     """Download one file to `path`, which appears whole and right or not at all."""
     reconnecting = Reconnecting(log, give_up_after_s=give_up_after_s)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    hashed, offset = hashlib.sha256(), 0
+    offset = 0
     try:
-        descriptor = os.open(partial, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "wb") as out:
-            os.posix_fallocate(out.fileno(), 0, max(file.file_bytes, 1))
+        partial = await asyncio.to_thread(adapters.begin, path, file.file_bytes)
+        try:
             while offset < file.file_bytes:
                 before = offset
                 try:
@@ -136,29 +135,37 @@ async def _download(
                             offset += len(piece)
                             if offset > file.file_bytes:
                                 raise _is_another(run_id, file, f"has more than {file.file_bytes}")
-                            await asyncio.to_thread(out.write, piece)
-                            hashed.update(piece)
+                            await asyncio.to_thread(partial.out.write, piece)
                             step.advance(len(piece))
                     if offset < file.file_bytes:
                         raise UnavailableError("The coordinator ended the file early.")
                 except (UnavailableError, NotReadyError) as error:
+                    if not may_go_on():
+                        raise
                     if offset > before:
                         reconnecting.reached()
                     await reconnecting.wait_after(error)
-            out.truncate(file.file_bytes)
-            out.flush()
-            os.fsync(out.fileno())
-        if hashed.digest() != file.sha256:
-            begins = f"begins {hashed.hexdigest()[:16]} instead of {file.sha256.hex()[:16]}"
-            raise _is_another(run_id, file, f"is damaged: its SHA-256 {begins}")
-        partial.replace(path)
+            written = await asyncio.to_thread(_written, partial, file.file_bytes)
+            if written != file.sha256:
+                begins = f"begins {written.hex()[:16]} instead of {file.sha256.hex()[:16]}"
+                raise _is_another(run_id, file, f"is damaged: its SHA-256 {begins}")
+            partial.path.replace(path)
+        finally:
+            partial.out.close()
+            partial.path.unlink(missing_ok=True)
     except OSError as error:
         raise ModelError(
             f"{path.parent} cannot be written to ({error.strerror}); make room there, or name "
             "another cache folder in XDG_CACHE_HOME."
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _written(partial: Partial, file_bytes: int) -> bytes:
+    """The digest of the file as it is on the disk, once all is written."""
+    partial.out.flush()
+    partial.out.truncate(file_bytes)
+    os.fsync(partial.out.fileno())
+    return _digest_of(partial.path)
 
 
 def _is_another(run_id: str, file: OfferedFile, how: str) -> MismatchError:
@@ -174,11 +181,3 @@ def _digest_of(path: Path) -> bytes:
             return hashlib.file_digest(file, "sha256").digest()
     except OSError:
         return b""
-
-
-def _drop_unused(adapters: Path) -> None:
-    """Remove adapters that no run has begun from for a long time."""
-    for folder in adapters.iterdir():
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > KEPT_S:
-                shutil.rmtree(folder)

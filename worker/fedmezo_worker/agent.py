@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from fedmezo_core.errors import (
     JournalBehindError,
@@ -116,8 +117,8 @@ class Agent:
             config.rounds,
             settings.evaluations,
         )
-        settings = await self._with_adapter(settings, description.genesis)
-        await self._engine.load(settings, description.genesis)
+        async with self._with_adapter(settings, description.genesis) as loaded:
+            await self._engine.load(loaded, description.genesis)
         log.info("%d trainable elements", description.genesis.trainable_elements)
         if self._history is None:
             wanted = bytes.fromhex(settings.checkpoint_key) if settings.checkpoint_key else None
@@ -141,16 +142,24 @@ class Agent:
         await member.evaluate()
         return member
 
-    async def _with_adapter(self, settings: WorkerSettings, genesis: Genesis) -> WorkerSettings:
-        """The settings with the adapter that the coordinator offers, if they name none."""
+    @contextlib.asynccontextmanager
+    async def _with_adapter(
+        self, settings: WorkerSettings, genesis: Genesis
+    ) -> AsyncIterator[WorkerSettings]:
+        """The settings with the adapter that the coordinator offers, if they name none.
+
+        It is there for as long as the block, in which it is read.
+        """
         offered = adapter_in(self._files) if genesis.config.lora is not None else {}
         if not offered or settings.adapter is not None or settings.base_form is not None:
-            return settings
-        folder = await downloaded_adapter(
+            yield settings
+            return
+        async with downloaded_adapter(
             self._client,
             genesis.config.run_id,
             offered,
             disk_max_bytes=settings.policy.disk_max,
             give_up_after_s=settings.give_up_after_s,
-        )
-        return settings.model_copy(update={"adapter": folder})
+            may_go_on=self._may_go_on,
+        ) as folder:
+            yield settings.model_copy(update={"adapter": folder})

@@ -17,7 +17,6 @@ from fedmezo_coordinator.coordinator_settings import (
 from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
 from fedmezo_coordinator.runs.hosted_run import OfferedFile
-from fedmezo_coordinator.runs.run_folder import ADAPTER_FILES
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import journal_shown
@@ -26,6 +25,7 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.program import long_step
+from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
 
 log = logging.getLogger("fedmezo.coordinator")
 

@@ -34,8 +34,6 @@ SETTINGS_CHARS_MAX = 48_000
 """Longest settings; with the files they fit into a message."""
 ONE_FILE = ("adapter_rows", "heldout", "probe_rows")
 """Settings that name one file; `adapter` names a folder."""
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-"""Files of an adapter's folder, in peft's layout."""
 _FILE_NAME = re.compile(
     r"(adapter_rows|heldout|probe_rows)(\.[A-Za-z0-9_-]+)*|adapter/[A-Za-z0-9_-][\w.-]*"
 )

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.folders import is_git_lfs_pointer
+from fedmezo_core.zo.model.adapter_layout import CONFIG_FILE, WEIGHTS_FILE
 from fedmezo_core.zo.plain.entries import Manifest
 
-CONFIG_FILE: Final = "adapter_config.json"
-WEIGHTS_FILE: Final = "adapter_model.safetensors"
 _PLAIN: Final[dict[str, tuple[Any, ...]]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),

@@ -44,6 +44,7 @@ from fedmezo_core.errors import ModelError
 from fedmezo_core.program import long_step
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
+from fedmezo_core.zo.model.adapter_layout import CONFIG_FILE
 from fedmezo_core.zo.model.adapters import read_adapter, require_fetched
 from fedmezo_core.zo.model.factored import factor_b
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
@@ -126,7 +127,7 @@ def load_model(
     elif name_or_path.startswith((".", "/", "~")):
         raise ModelError(f"There is no model folder {name_or_path}; check the path.")
     local = folder if is_folder else _cached_folder(name_or_path, local_files_only)
-    if local is not None and (local / "adapter_config.json").exists():
+    if local is not None and (local / CONFIG_FILE).exists():
         # transformers would load the base that this file names, from wherever that is.
         raise _is_adapter(name_or_path)
     source = name_or_path if local is None else str(local)

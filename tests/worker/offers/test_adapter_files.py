@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import math
 import os
 import stat
 import time
@@ -12,11 +14,18 @@ from typing import cast
 
 import pytest
 
-from fedmezo_core.errors import FedMezoError, MismatchError, PolicyError, UnavailableError
+from fedmezo_core.errors import (
+    FedMezoError,
+    MismatchError,
+    NotReadyError,
+    PolicyError,
+    UnavailableError,
+)
 from fedmezo_core.wire import reconnecting
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as wire
-from fedmezo_worker.adapter_files import KEPT_S, adapter_in, downloaded_adapter
+from fedmezo_worker.adapter_cache import KEPT_S
+from fedmezo_worker.adapter_files import adapter_in, downloaded_adapter
 
 FILES = {"adapter_config.json": b'{"r": 4}', "adapter_model.safetensors": b"weights" * 5000}
 PIECE_BYTES = 10_000
@@ -66,16 +75,21 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
 
 
+def folders_in(cache: Path) -> list[Path]:
+    return sorted(cache.iterdir())
+
+
 async def download(
     sending: Sending, files: list[wire.RunFile], disk_max_bytes: int = 1 << 20
 ) -> Path:
-    return await downloaded_adapter(
+    async with downloaded_adapter(
         cast("CoordinatorClient", sending),
         "tiny-run",
         adapter_in(files),
         disk_max_bytes=disk_max_bytes,
         give_up_after_s=5.0,
-    )
+    ) as folder:
+        return folder
 
 
 async def test_it_is_downloaded_once_for_its_owner_only(cache: Path) -> None:
@@ -148,13 +162,41 @@ async def test_a_file_that_ends_early_is_waited_for(cache: Path) -> None:
     sending = Sending()
     sending.files["adapter_model.safetensors"] = b"short"
     with pytest.raises(FedMezoError, match="ended the file early"):
-        await downloaded_adapter(
+        async with downloaded_adapter(
             cast("CoordinatorClient", sending),
             "tiny-run",
             adapter_in(offered()),
             disk_max_bytes=1 << 20,
             give_up_after_s=0.1,
-        )
+        ):
+            pass
+
+
+async def test_a_run_that_is_over_ends_its_download(cache: Path) -> None:
+    class Stopped(Sending):
+        """A client of a coordinator that does not host the run any more."""
+
+        async def read_run_file(
+            self, run_id: str, name: str, offset: int = 0
+        ) -> AsyncGenerator[bytes, None]:
+            self.asked.append((name, offset))
+            raise NotReadyError("The run is not served now.")
+            yield b""
+
+    sending = Stopped()
+    async with asyncio.timeout(5):
+        with pytest.raises(NotReadyError, match="not served now"):
+            async with downloaded_adapter(
+                cast("CoordinatorClient", sending),
+                "tiny-run",
+                adapter_in(offered()),
+                disk_max_bytes=1 << 20,
+                give_up_after_s=math.inf,
+                may_go_on=lambda: len(sending.asked) < 3,
+            ):
+                pass
+    assert len(sending.asked) == 3
+    assert not files_in(cache)
 
 
 async def test_an_adapter_that_no_run_begins_from_any_more_goes(cache: Path) -> None:
@@ -165,6 +207,100 @@ async def test_an_adapter_that_no_run_begins_from_any_more_goes(cache: Path) -> 
     os.utime(old, (long_ago_s, long_ago_s))
     folder = await download(Sending(), offered())
     assert files_in(cache) == files_in(folder) == sorted(FILES)
+
+
+async def test_two_runs_from_one_adapter_do_not_write_to_one_file(cache: Path) -> None:
+    both_have_begun = asyncio.Barrier(2)
+
+    class Meeting(Sending):
+        """A client that stops in the middle of the weights until the other one is there, too."""
+
+        async def read_run_file(
+            self, run_id: str, name: str, offset: int = 0
+        ) -> AsyncGenerator[bytes, None]:
+            pieces = [piece async for piece in super().read_run_file(run_id, name, offset)]
+            yield pieces[0]
+            if pieces[1:]:
+                await both_have_begun.wait()
+            for piece in pieces[1:]:
+                yield piece
+
+    async with asyncio.timeout(5):
+        folders = await asyncio.gather(*(download(Meeting(), offered()) for _ in range(2)))
+    assert folders[0] == folders[1]
+    assert {path.name: path.read_bytes() for path in folders[0].iterdir()} == FILES
+
+
+async def test_a_file_is_checked_as_it_was_written(cache: Path) -> None:
+    def damage() -> None:
+        [partial] = cache.rglob("*.partial")
+        with partial.open("r+b") as file:
+            file.write(bytes(100))
+
+    class OnABadDisk(Sending):
+        """A client during whose work the file loses its beginning."""
+
+        async def read_run_file(
+            self, run_id: str, name: str, offset: int = 0
+        ) -> AsyncGenerator[bytes, None]:
+            async for piece in super().read_run_file(run_id, name, offset):
+                yield piece
+            damage()
+
+    sending = OnABadDisk()
+    sending.files["adapter_config.json"] = b"x" * 20_000  # more than what Python holds back
+    files = offered(adapter_config=20_000)
+    files[0].sha256 = hashlib.sha256(b"x" * 20_000).digest()
+    with pytest.raises(MismatchError, match="is damaged"):
+        await download(sending, files)
+    assert not files_in(cache)
+
+
+async def test_what_a_process_left_that_ended_goes(cache: Path) -> None:
+    folder = await download(Sending(), offered())
+    (folder / "adapter_config.json").unlink()
+    (left := folder / ".adapter_config.json.abc.partial").write_bytes(b"{")
+    left.chmod(0o600)
+    await download(Sending(), offered())
+    assert files_in(cache) == sorted(FILES)
+
+
+def adapter_of(kind: bytes) -> tuple[Sending, list[wire.RunFile]]:
+    sending = Sending()
+    sending.files["adapter_model.safetensors"] = kind * 1000
+    files = offered(adapter_model=1000 * len(kind))
+    files[1].sha256 = hashlib.sha256(kind * 1000).digest()
+    return sending, files
+
+
+async def test_the_cache_is_bounded_and_what_was_not_used_for_longest_goes_first(
+    cache: Path,
+) -> None:
+    room_for_two = 2 * (1000 + len(FILES["adapter_config.json"])) + 500
+    folders = []
+    for number, kind in enumerate((b"a", b"b")):
+        folders.append(await download(*adapter_of(kind), room_for_two))
+        os.utime(folders[-1], (time.time() - 100 + number,) * 2)
+    await download(*adapter_of(b"a"), room_for_two)
+    third = await download(*adapter_of(b"c"), room_for_two)
+    assert folders_in(cache) == sorted([folders[0], third])
+
+
+async def test_an_adapter_that_is_just_being_loaded_stays(cache: Path) -> None:
+    room_for_one = 1500
+    sending, files = adapter_of(b"a")
+    async with downloaded_adapter(
+        cast("CoordinatorClient", sending),
+        "tiny-run",
+        adapter_in(files),
+        disk_max_bytes=room_for_one,
+        give_up_after_s=5.0,
+    ) as loading:
+        with pytest.raises(NotReadyError, match=r"that runs are just loading take .*disk_max"):
+            await download(*adapter_of(b"b"), room_for_one)
+        assert files_in(loading) == sorted(FILES)
+    other = await download(*adapter_of(b"b"), room_for_one)
+    assert folders_in(cache) == [other]
 
 
 def test_only_the_two_files_of_an_adapter_are_taken() -> None:

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import psutil
 import pytest
 
-from fedmezo_worker.offers import free_memory
+from fedmezo_core.service import host_memory
+from fedmezo_core.service.host_memory import memory_available
 from fedmezo_worker.offers.free_memory import free_bytes
 
 GIB = 1 << 30
@@ -18,8 +18,11 @@ GIB = 1 << 30
 @pytest.fixture(autouse=True)
 def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The control group of a machine with 8 GiB free, in no container."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
-    monkeypatch.setattr(free_memory, "_GROUP", tmp_path)
+    (machine := tmp_path / "meminfo").write_text(
+        f"MemTotal: 1 kB\nMemAvailable:   {8 * GIB // 1024} kB\n"
+    )
+    monkeypatch.setattr(host_memory, "_MACHINE", machine)
+    monkeypatch.setattr(host_memory, "_GROUP", tmp_path)
     return tmp_path
 
 
@@ -43,7 +46,7 @@ def test_the_limit_of_a_container_counts(
 ) -> None:
     assert free_bytes("cpu") == 8 * GIB
     limit(group, most, used, inactive)
-    assert free_bytes("cpu") == free
+    assert free_bytes("cpu") == memory_available() == free
 
 
 def test_what_torch_keeps_of_a_gpu_is_free_for_the_next_model(

@@ -24,6 +24,7 @@ from fedmezo_core.errors import (
     UnavailableError,
     VersionError,
 )
+from fedmezo_core.service.log_lines import shape_log
 from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_core.wire import reconnecting
 from fedmezo_core.wire.client import CoordinatorClient
@@ -244,13 +245,18 @@ async def test_all_runs_have_one_memory_of_what_this_worker_has_put_into_sums(
 
 
 async def test_several_runs_are_served_at_a_time_and_the_log_names_them(
-    settings: WorkerSettings, agents: Agents, caplog: pytest.LogCaptureFixture
+    settings: WorkerSettings,
+    agents: Agents,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO)
+    monkeypatch.setattr(caplog.handler, "formatter", caplog.handler.formatter)
+    shape_log("text", "info")
     async with staying(settings, offer("a"), offer("b")):
         await agents.have_begun("a", "b")
-    assert "run a: takes part" in caplog.messages
-    assert "run b: takes part" in caplog.messages
+    assert "run a: takes part" in caplog.text
+    assert "run b: takes part" in caplog.text
     assert all(engine.is_closed for engine in agents.engines.values())
 
 
@@ -445,6 +451,48 @@ async def test_a_run_gives_its_room_to_one_that_waits_and_gets_it_back(
         if reason == "idle":
             agents.end("b")
         await has(lambda: agents.began[:3] == ["a", "b", "a"], "a to come back")
+
+
+@pytest.mark.parametrize("models_max", [None, 2])
+async def test_a_run_that_never_has_its_model_keeps_no_other_from_its_turn(
+    settings: WorkerSettings,
+    agents: Agents,
+    monkeypatch: pytest.MonkeyPatch,
+    models_max: int | None,
+) -> None:
+    monkeypatch.setattr(LoadedAtOnce, "model_bytes", 0)
+    settings = settings.model_copy(update={"models_max": models_max})
+    async with staying(settings, offer("stuck")) as offers:
+        await agents.have_begun("stuck")
+        agents.engines["stuck"].idle_s = 1000.0
+        if models_max is not None:
+            offers.set(offer("stuck"), offer("other"))
+            await agents.have_begun("stuck", "other")
+            agents.engines["other"].model_bytes = 100
+        offers.set(offer("stuck"), offer("other"), offer("waits"))
+        await asyncio.sleep(0.1)
+        assert "waits" not in agents.began
+        monkeypatch.setattr(offered_runs, "TURN_S", 0.2)
+        await has(lambda: "waits" in agents.began, "the run that waits to begin")
+        assert agents.engines["stuck"].is_closed
+
+
+async def test_a_loaded_run_does_not_give_way_while_another_one_loads(
+    settings: WorkerSettings, agents: Agents
+) -> None:
+    """Its room would not help: what loads takes an amount that nobody knows yet."""
+    async with staying(settings, offer("loaded")) as offers:
+        await agents.have_begun("loaded")
+        offers.set(offer("loaded"), offer("loads"))
+        await agents.have_begun("loaded", "loads")
+        agents.engines["loads"].model_bytes = 0
+        agents.engines["loaded"].idle_s = 1000.0
+        offers.set(offer("loaded"), offer("loads"), offer("waits"))
+        await asyncio.sleep(0.1)
+        assert agents.began == ["loaded", "loads"]
+        assert not agents.engines["loaded"].is_closed
+        agents.engines["loads"].model_bytes = 100
+        await agents.have_begun("loaded", "loads", "waits")
 
 
 async def test_two_runs_do_not_share_a_privacy_ledger_at_once(

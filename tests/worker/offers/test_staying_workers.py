@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedmezo.preflight.check_report import Report
 from fedmezo.run_policy import RunPolicy
 from fedmezo_coordinator.programs.run_commands.creating_run import upload
 from fedmezo_core.config import RunConfig
@@ -24,6 +25,8 @@ from fedmezo_core.zo.party import open_party
 from fedmezo_proto.v1 import runs_pb2 as wire
 from fedmezo_worker.data_sets import DataSet
 from fedmezo_worker.offers import offered_runs
+from fedmezo_worker.preflight.worker_preflight import preflight
+from fedmezo_worker.worker_settings import WorkerSettings
 from tests.coordinator.runs.hosting_runs import Hosting, hosted, settings_toml
 from tests.integration.support.harness import config_of, served, until
 from tests.integration.support.parties import Workers, write_rows
@@ -105,6 +108,28 @@ async def test_one_worker_serves_three_runs_and_then_two_at_once(
         await finished(at, "five", "w1", "w2")
         assert not first.task.done()
         assert not second.task.done()
+
+
+async def test_preflight_looks_at_all_runs_that_are_offered(
+    data_files: list[Path],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    describe: Describe,
+) -> None:
+    async with coordinator(tmp_path / "runs", monkeypatch, describe) as at:
+        await at.create("one", "two", workers_min=2, quorum=2)
+        await at.create("long", rounds=30)
+        report = Report("preflight")
+        values: dict[str, Any] = {"policy": RunPolicy(rounds_max=29), "model": str(model_folder)}
+        settings = WorkerSettings(
+            name="w1", coordinator=at.address, data=data_files[0], threads=1, **values
+        )
+        await preflight(settings, report)
+    policy = {check.section: check.outcome for check in report.checks if check.name == "policy"}
+    assert policy == {"run one": "ok", "run two": "ok", "run long": "warning"}
+    measured = [check.section for check in report.checks if check.name == "measurement"]
+    assert measured == ["run one", "run two"]
 
 
 async def test_the_shared_device_gives_the_numbers_of_a_device_of_its_own(

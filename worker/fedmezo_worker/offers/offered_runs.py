@@ -11,7 +11,6 @@ import logging
 import math
 import re
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,6 +25,7 @@ from fedmezo_core.errors import (
     UnavailableError,
     VersionError,
 )
+from fedmezo_core.service.log_lines import log_with, name_runs_in_text
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_core.wire.admission import check_run_id
@@ -60,17 +60,6 @@ TURN_S: Final = 1800.0
 """And if it has held its room for so long, busy or not."""
 LOOK_EVERY_S: Final = 1.0
 """How often runs that wait look for room."""
-
-_run_in_log: ContextVar[str] = ContextVar("run_in_log", default="")
-
-
-class _NamesTheRun(logging.Filter):
-    """Puts the name of the run before what a task says that serves it among others."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        if run_id := _run_in_log.get():
-            record.msg = f"run {run_id}: {record.msg}"
-        return True
 
 
 @dataclass(slots=True)
@@ -133,8 +122,7 @@ class OfferedRuns:
         `UnavailableError` after `give_up_after_s`.
         """
         self._check_files()
-        names_the_run = _NamesTheRun()
-        log.addFilter(names_the_run)
+        name_runs_in_text()
         self._take(first)
         asking = asyncio.create_task(self._next_offers())
         telling: asyncio.Task[None] | None = None
@@ -158,7 +146,6 @@ class OfferedRuns:
                 if not self._more_may_come and self._has_nothing_left():
                     return
         finally:
-            log.removeFilter(names_the_run)
             for serving in self._serving.values():
                 serving.engine.cut_short()
             ending = [asking, *self._tasks(), *([telling] if telling is not None else [])]
@@ -318,11 +305,15 @@ class OfferedRuns:
         now_s = time.monotonic()
         if any(serving.gives_way for serving in self._serving.values()):
             return
-        for run_id, serving in sorted(self._serving.items(), key=lambda one: -one[1].engine.idle_s):
+        loading = {k: one for k, one in self._serving.items() if not one.engine.model_bytes}
+        # Without models_max, only a run that is not loaded yet keeps the others from being begun.
+        could = self._serving if self._settings.models_max is not None or not loading else loading
+        for run_id, serving in sorted(could.items(), key=lambda one: -one[1].engine.idle_s):
             engine = serving.engine
             is_idle = engine.idle_s > max(IDLE_S, IDLE_LOADS * engine.load_s)
             turn_s = max(TURN_S, IDLE_LOADS * engine.load_s)
-            if engine.model_bytes and (is_idle or now_s - serving.began_s > turn_s):
+            # One that loads, or waits for its files, is never idle.
+            if (is_idle and run_id not in loading) or now_s - serving.began_s > turn_s:
                 log.info("run %s gives way to a run that waits", run_id)
                 serving.gives_way = True
                 engine.cut_short()
@@ -331,7 +322,7 @@ class OfferedRuns:
 
     async def _serve(self, offer: wire.RunOffer, engine: EngineThread) -> None:
         """Take part in one run until it is finished."""
-        _run_in_log.set(offer.run_id)
+        log_with(run=offer.run_id)
         try:
             await Agent(
                 self._settings,

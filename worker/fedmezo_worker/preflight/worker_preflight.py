@@ -1,17 +1,20 @@
-"""`fedmezo-worker preflight`: whether this machine and its rows can take part in the run.
+"""`fedmezo-worker preflight`: whether this machine and its rows can take part in what is offered.
 
-It asks the coordinator what the run is, and then does what a worker does up to its first answer,
+It asks the coordinator what its runs are, and then does what a worker does up to its first answer,
 which goes nowhere: it joins nothing, and changes nothing on the disk.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,6 @@ from fedmezo.preflight.host_checks import (
     check_clock,
     check_folder,
     check_memory,
-    memory_available,
     model_is_here,
 )
 from fedmezo.preflight.row_checks import (
@@ -33,7 +35,7 @@ from fedmezo.preflight.row_checks import (
     examples_of,
 )
 from fedmezo.run_policy import history_bytes
-from fedmezo_core.config import RunConfig
+from fedmezo_core.config import NAME_PATTERN, RunConfig
 from fedmezo_core.errors import (
     FedMezoError,
     ForbiddenError,
@@ -45,12 +47,14 @@ from fedmezo_core.events import Measure, Ticket, Work
 from fedmezo_core.machines.rates import schedule_factor
 from fedmezo_core.program import worker_packages
 from fedmezo_core.records import Genesis, first_seed_of
+from fedmezo_core.service.host_memory import memory_available
 from fedmezo_core.trust.identity import Identity, load_identity
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription
 from fedmezo_core.wire.enrolment import find_ca, identity_in, members_folder
 from fedmezo_core.zo.data.rows import Example, read_rows
-from fedmezo_worker.adapter_files import adapter_in, downloaded_adapter
+from fedmezo_proto.v1 import runs_pb2 as wire
+from fedmezo_worker.adapter_files import OfferedFile, adapter_in, downloaded_adapter
 from fedmezo_worker.worker_command import as_member, check_paths, computer_opener
 from fedmezo_worker.worker_settings import WorkerSettings
 
@@ -59,7 +63,7 @@ DEADLINE_SHARE_MAX = 0.5
 
 
 class WorkerPreflightSettings(ReportSettings, WorkerSettings):
-    """Check whether this machine and its rows can take part in the run; it joins nothing.
+    """Check whether this machine and its rows can take part in the offered runs; it joins nothing.
 
     It takes the worker's flags, environment and --config. Its status is 0, 1 if a check failed, and
     2 for settings that cannot be read. Rows are shown on a terminal alone, unless --show-rows.
@@ -94,32 +98,49 @@ async def preflight(settings: WorkerSettings, report: Report) -> None:
             report.ok("identity", f"member {identity.name}, whose certificate is valid now")
     if settings.is_member and identity is None:
         return  # There is nobody to be, so the coordinator would tell nothing.
-    description = await _described(settings, identity, report)
-    if description is None:
-        return
-    genesis, failures = description.genesis, report.failures
-    with report.failing("policy"):
-        settings = settings.for_run(genesis)
-        report.ok("policy", f"this worker's settings allow run {genesis.config.run_id}")
-    if report.failures > failures or not paths_are_there:
-        return
+    found = await _found_runs(settings, identity, report)
+    allowed = 0
+    for run in found.runs:
+        if found.stays:
+            report.begin_section(f"run {run.genesis.config.run_id}")
+        try:
+            of_run = settings.for_run(run.genesis)
+        except FedMezoError as error:
+            # A worker that stays serves the others.
+            tell = report.warning if found.stays else report.failure
+            tell("policy", str(error), error=type(error).__name__)
+            continue
+        allowed += 1
+        report.ok("policy", f"this worker's settings allow run {run.genesis.config.run_id}")
+        if of_run.privacy_budget != settings.privacy_budget:
+            _check_privacy(of_run, report)
+        if paths_are_there:
+            await _check_run(of_run, identity, run, report)
+    if found.stays and found.runs and not allowed:
+        report.begin_section("all runs")
+        report.failure(
+            "policy",
+            "This worker's settings refuse every run that is offered; change what they say of one.",
+        )
+
+
+async def _check_run(
+    settings: WorkerSettings, identity: Identity | None, run: _FoundRun, report: Report
+) -> None:
+    """What depends on the run; `settings` are those for it."""
+    failures = report.failures
     with tempfile.TemporaryDirectory(prefix="fedmezo-") as cache:
         with report.failing("adapter"):
-            settings = await _with_adapter(settings, identity, genesis, Path(cache))
-        if report.failures == failures:
-            _check_run(settings, description, report)
-
-
-def _check_run(settings: WorkerSettings, description: RunDescription, report: Report) -> None:
-    """What depends on the run; `settings` are those for it."""
-    genesis = description.genesis
-    if settings.journal_copy is not None:
-        needed = history_bytes(genesis.config)
-        check_folder(report, "the copy of the history", settings.journal_copy.parent, needed)
-    failures = report.failures
-    rows = _checked_rows(settings, genesis.config, report)
-    if rows and report.failures == failures:
-        _check_computing(settings, description, rows, report)
+            settings = await _with_adapter(settings, identity, run, Path(cache))
+        if report.failures > failures:
+            return
+        if settings.journal_copy is not None:
+            needed = history_bytes(run.genesis.config)
+            check_folder(report, "the copy of the history", settings.journal_copy.parent, needed)
+        failures = report.failures
+        rows = _checked_rows(settings, run.genesis.config, report)
+        if rows and report.failures == failures:
+            _check_computing(settings, run.description, rows, report)
 
 
 def _check_own_folders(settings: WorkerSettings, report: Report) -> None:
@@ -181,38 +202,103 @@ def _identity_of(settings: WorkerSettings, report: Report) -> Identity | None:
     return None
 
 
-async def _described(
+@dataclass(frozen=True, slots=True)
+class _FoundRun:
+    """A run that this worker may take part in."""
+
+    description: RunDescription
+    files: Sequence[OfferedFile]
+    """What the coordinator offers for it."""
+
+    @property
+    def genesis(self) -> Genesis:
+        """Its contract and the base's digests."""
+        return self.description.genesis
+
+
+@dataclass(slots=True)
+class _Found:
+    """What a coordinator says of its runs."""
+
+    runs: list[_FoundRun] = field(default_factory=list)
+    stays: bool = False
+    """Whether the worker would serve all that are offered, as others may come."""
+
+
+async def _found_runs(
     settings: WorkerSettings, identity: Identity | None, report: Report
-) -> RunDescription | None:
-    """What the coordinator says of its run; None if it says nothing."""
-    address = settings.coordinator
+) -> _Found:
+    """The runs that the worker would look at; none if the coordinator says nothing."""
     if settings.tls or settings.tls_ca is not None or identity is not None:
-        check_certificate(report, address)
-    description = None
+        check_certificate(report, settings.coordinator)
+    found = _Found()
+    with _answering(report):
+        async with _client(settings, identity) as client:
+            offers = await _offers(client, settings)
+            found.stays = offers.more_may_come and not settings.run_id
+            names = [one.run_id for one in offers.offers if re.fullmatch(NAME_PATTERN, one.run_id)]
+            if found.stays and not names:
+                report.warning(
+                    "coordinator",
+                    f"{settings.coordinator} offers no run now, so the worker would wait for one; "
+                    "run preflight again when fedmezo run list shows one.",
+                )
+            for run_id in names if found.stays else [settings.run_id]:
+                with _answering(report):
+                    began_s = time.monotonic()
+                    description = await client.get_run(run_id)
+                    took_s = time.monotonic() - began_s
+                    _check_described(settings, description, took_s, report)
+                    if not found.runs:
+                        check_clock(report, description.unix_ms)
+                    files = [
+                        file
+                        for one in offers.offers
+                        if one.run_id == description.genesis.config.run_id
+                        for file in one.files
+                    ]
+                    found.runs.append(_FoundRun(description, files))
+    return found
+
+
+async def _offers(client: CoordinatorClient, settings: WorkerSettings) -> wire.OfferRunsResponse:
     try:
-        async with CoordinatorClient(
-            address, settings.tls_ca, tls=settings.tls, identity=identity
-        ) as client:
-            began_s = time.monotonic()
-            description = await client.get_run(settings.run_id)
-            took_ms = 1000 * (time.monotonic() - began_s)
+        return await client.offered_runs(settings.name)
+    except (VersionError, ForbiddenError):
+        return wire.OfferRunsResponse()  # An older coordinator offers nothing.
+
+
+def _client(settings: WorkerSettings, identity: Identity | None) -> CoordinatorClient:
+    return CoordinatorClient(
+        settings.coordinator, settings.tls_ca, tls=settings.tls, identity=identity
+    )
+
+
+@contextmanager
+def _answering(report: Report) -> Iterator[None]:
+    """Note an error of the coordinator in this block."""
+    try:
+        yield
     except StartingError as error:
         report.warning("coordinator", f"{error} Run preflight again then.")
-        return None
     except FedMezoError as error:
         report.failure("coordinator", str(error), error=type(error).__name__)
-        return None
+
+
+def _check_described(
+    settings: WorkerSettings, description: RunDescription, took_s: float, report: Report
+) -> None:
     config = description.genesis.config
+    took_ms = 1000 * took_s
     report.ok(
         "coordinator",
-        f"{address} answered in {took_ms:.0f} ms: run {config.run_id} of model {config.model}, "
-        f"after round {description.round} of {config.rounds}",
+        f"{settings.coordinator} answered in {took_ms:.0f} ms: run {config.run_id} of model "
+        f"{config.model}, after round {description.round} of {config.rounds}",
         answer_ms=round(took_ms, 1),
         run_id=config.run_id,
         round=description.round,
         rounds=config.rounds,
     )
-    check_clock(report, description.unix_ms)
     key = description.checkpoint_key.hex()
     if settings.checkpoint_key and settings.checkpoint_key != key:
         report.failure(
@@ -220,36 +306,29 @@ async def _described(
             f"The coordinator signs with key {key or '(none)'}, not with "
             f"{settings.checkpoint_key}; check the address, or the worker's checkpoint_key.",
         )
-    return description
 
 
 async def _with_adapter(
-    settings: WorkerSettings, identity: Identity | None, genesis: Genesis, cache: Path
+    settings: WorkerSettings, identity: Identity | None, run: _FoundRun, cache: Path
 ) -> WorkerSettings:
     """The settings with the adapter that the coordinator offers, as the worker takes it."""
-    config = genesis.config
-    if config.lora is None or settings.adapter is not None or settings.base_form is not None:
+    config, offered = run.genesis.config, adapter_in(run.files)
+    if config.lora is None or not offered:
         return settings
-    async with CoordinatorClient(
-        settings.coordinator, settings.tls_ca, tls=settings.tls, identity=identity
-    ) as client:
-        try:
-            offers = (await client.offered_runs(settings.name)).offers
-        except (VersionError, ForbiddenError):
-            return settings  # An older coordinator offers nothing.
-        files = [file for offer in offers if offer.run_id == config.run_id for file in offer.files]
-        offered = adapter_in(files)
-        if not offered:
-            return settings
-        folder = await downloaded_adapter(
+    if settings.adapter is not None or settings.base_form is not None:
+        return settings
+    async with (
+        _client(settings, identity) as client,
+        downloaded_adapter(
             client,
             config.run_id,
             offered,
             disk_max_bytes=settings.policy.disk_max,
             give_up_after_s=60.0,
             cache=cache,
-        )
-    return settings.model_copy(update={"adapter": folder})
+        ) as folder,
+    ):
+        return settings.model_copy(update={"adapter": folder})
 
 
 def _checked_rows(
@@ -265,7 +344,7 @@ def _checked_rows(
         check_labels(report, "data", rows, config)
     with report.failing("heldout"):
         if settings.heldout is not None:
-            heldout = read_rows(settings.heldout, config.task)
+            heldout = read_rows(settings.heldout, config.task, names=settings.columns)
             check_labels(report, "heldout", heldout, config)
     if rows:
         check_repeated(report, "data", rows, config.task, heldout)
@@ -311,7 +390,7 @@ def _check_computing(
         party = engine.party
         dataset = party.task.encode(rows)
         check_lengths(report, "data", dataset, config)
-        report.examples = examples_of(party.task, engine.tokenizer, rows, dataset)
+        report.examples += examples_of(party.task, engine.tokenizer, rows, dataset)
     _check_measuring(engine, config, len(rows), description.round, report)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     check_memory(report, "loading and measuring", peak, free)

@@ -23,7 +23,6 @@ from fedmezo.preflight.host_checks import (
     check_folder,
     check_memory,
     check_port,
-    memory_available,
     model_is_here,
 )
 from fedmezo.preflight.row_checks import check_labels, check_repeated
@@ -46,6 +45,7 @@ from fedmezo_core.errors import ConfigError, IdentityError, JournalError
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.records import Committed, Genesis
+from fedmezo_core.service.host_memory import memory_available
 from fedmezo_core.trust.certificates import lifetime_s
 from fedmezo_core.zo.data.rows import read_rows
 

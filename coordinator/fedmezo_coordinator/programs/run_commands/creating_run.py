@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedmezo_coordinator.runs.run_folder import ADAPTER_FILES, ONE_FILE
+from fedmezo_coordinator.runs.run_folder import ONE_FILE
 from fedmezo_coordinator.runs.uploads import PIECE_BYTES_MAX
 from fedmezo_core.errors import ConfigError, NotReadyError
 from fedmezo_core.layered_settings import expanded, toml_text, toml_values
 from fedmezo_core.program import long_step
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
 from fedmezo_proto.v1 import runs_pb2 as wire
 
 log = logging.getLogger("fedmezo.command")

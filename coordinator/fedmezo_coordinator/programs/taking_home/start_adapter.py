@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
-from fedmezo_coordinator.runs.run_folder import ADAPTER_FILES
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import OneRunError, WrongRunError
 from fedmezo_core.program import long_step
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
 
 
 @contextlib.contextmanager
