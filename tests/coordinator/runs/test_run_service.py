@@ -260,6 +260,21 @@ async def test_reasons_are_for_those_who_may_see_every_worker(tmp_path: Path) ->
             assert bool(listed.runs[0].declined) is sees
 
 
+@pytest.mark.parametrize("readers", ["everyone", "observers"])
+async def test_the_list_tells_no_more_than_the_status(readers: str, tmp_path: Path) -> None:
+    config = config_of(journal_readers=readers)
+    async with served(tmp_path / "j.db", genesis_of(config)) as at:
+        service = Runs.of(at.daemon)
+        await service.pause(service.find(""), "w1 is a liar")
+        for caller in (Caller.ANYONE, Caller(Role.OBSERVER, "eye")):
+            call = Call(caller, "ipv4:10.0.0.7:1")
+            listed = await service.answer("ListRuns", wire.ListRunsRequest(), call)
+            assert isinstance(listed, wire.ListRunsResponse)
+            [run] = listed.runs
+            assert run.reason == at.daemon.status("", caller).reason
+            assert ("liar" in run.reason) is (readers == "everyone" or bool(caller.name))
+
+
 async def test_an_order_names_who_gave_it(tmp_path: Path) -> None:
     async with served(tmp_path / "j.db", genesis_of(config_of())) as at:
         service, call = Runs.of(at.daemon), Call(Caller(Role.OPERATOR, "ana"), "ipv4:10.0.0.7:1")
