@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from fedmezo_coordinator.admission.state_folder import make_state
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.programs import fedmezo_command
 from fedmezo_coordinator.runs import many_runs
 from fedmezo_core.errors import (
     ConfigError,
@@ -26,7 +28,7 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.roster import Phase
-from fedmezo_core.records import Answered, Paused, Resumed, Stopped
+from fedmezo_core.records import Answered, Paused, Resumed, SignedHead, Stopped
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.client import CoordinatorClient
@@ -124,6 +126,28 @@ async def test_orders_are_on_the_record_and_repeat_without_effect(
     assert [type(record) for record in told] == [Paused, Resumed, Stopped]
     assert isinstance(told[1], Resumed)
     assert told[1].rate_factor == 0.5
+
+
+async def test_an_export_of_a_run_ends_with_that_run_s_signed_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted(tmp_path / "runs", monkeypatch) as at:
+        await at.create("one", "two")
+        async with at.worker("two") as hand:
+            await hand.open()
+            assert await hand.work_to_the_end() == 3
+        for run_id in ("one", "two"):
+            file = tmp_path / f"{run_id}.journal"
+            said = await asyncio.to_thread(
+                CliRunner().invoke,
+                fedmezo_command.app,
+                f"export {file} --as journal --coordinator {at.address} --run-id {run_id}".split(),
+            )
+            assert said.exit_code == 0, said.output
+            [*_, signed] = [r for r in records_of(file) if isinstance(r, SignedHead)]
+            async with at.client() as client:
+                run = await client.get_run(run_id)
+            assert (signed.round, signed.head) == (run.round, run.round_head)
 
 
 async def test_a_run_is_created_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
