@@ -120,11 +120,17 @@ class Runs(RunService):
         self._changed = asyncio.Event()
 
     async def offers(self, known: int, wait_s: float) -> bytes:
-        """A serialised `OfferRunsResponse`, as soon as its revision is not `known`."""
+        """A serialised `OfferRunsResponse`, as soon as its revision is not `known`.
+
+        It has no offers if the revision is still `known` after `wait_s`.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while self.revision == known:
                     await self._changed.wait()
+        if self.revision == known:
+            unchanged = wire.OfferRunsResponse(revision=known, more_may_come=self.more_may_come)
+            return unchanged.SerializeToString()
         if not self._offers:
             answer = wire.OfferRunsResponse(
                 revision=self.revision,

@@ -58,7 +58,10 @@ class RunService(ABC):
 
     @abstractmethod
     async def offers(self, known: int, wait_s: float) -> bytes:
-        """A serialised `OfferRunsResponse`, as soon as its revision is not `known`."""
+        """A serialised `OfferRunsResponse`, as soon as its revision is not `known`.
+
+        It has no offers if the revision is still `known` after `wait_s`.
+        """
 
     @abstractmethod
     async def upload(self, request: wire.UploadFileRequest) -> int:

@@ -175,6 +175,10 @@ async def test_offers_change_with_the_runs(tmp_path: Path, monkeypatch: pytest.M
         genesis = decode_record(known.offers[0].genesis)
         assert isinstance(genesis, Genesis)
         assert genesis.config.run_id == "one"
+        unchanged = await client.offered_runs("w1", known.revision, 0.1)
+        assert (unchanged.revision, unchanged.more_may_come) == (known.revision, True)
+        assert not unchanged.offers
+        assert (await client.offered_runs("w1")) == known
 
         waiting = asyncio.create_task(client.offered_runs("w1", known.revision, 20))
         await asyncio.sleep(0.1)
