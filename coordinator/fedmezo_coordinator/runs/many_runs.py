@@ -36,7 +36,6 @@ from fedmezo_coordinator.runs.run_folder import (
     run_settings,
 )
 from fedmezo_coordinator.runs.uploads import Uploads
-from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import NAME_PATTERN
@@ -48,7 +47,7 @@ from fedmezo_core.errors import (
     WrongRunError,
 )
 from fedmezo_core.folders import make_private, sync
-from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.journal import Journal, JournalStore
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.service.log_lines import log_with, name_runs_in_text
 from fedmezo_proto.v1 import runs_pb2 as wire
@@ -109,7 +108,6 @@ class ManyRuns(Runs):
         self._private = private
         self._uploads = Uploads(folder / ".uploads")
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._lag = LoopLag()
         self._replicas = asyncio.Semaphore(process.replicas_max or RUNS_MAX)
         self._orders: set[asyncio.Task[Any]] = set()
         """Orders that are being carried out, whoever still waits for them."""
@@ -169,9 +167,8 @@ class ManyRuns(Runs):
         try:
             settings = await asyncio.to_thread(self._settings, run.run_id)
             daemon = await self._loaded(run, settings)
-            run.files = await asyncio.to_thread(offered_files, settings)
             run.loop, run.is_new = daemon, False
-            daemon.on_phase, daemon.lag = self.changed, self._lag
+            daemon.on_phase, daemon.lag = self.changed, self.lag
             self.changed()
             log.info("served from round %d on", daemon.round)
             await run.serve(self._replica_when_needed(settings, daemon))
@@ -186,7 +183,7 @@ class ManyRuns(Runs):
         return RunFolder(self._folder / run_id).settings(self._process)
 
     async def _loaded(self, run: HostedRun, settings: CoordinatorSettings) -> Daemon:
-        journal = Journal(await asyncio.to_thread(open_store, settings.journal))
+        journal = Journal(await _opened(settings.journal))
         try:
             if journal.is_empty:
                 run.is_new = True
@@ -197,6 +194,7 @@ class ManyRuns(Runs):
                 run.waits_for = "its journal is being read"
             else:
                 companions = await begun(settings, journal)
+            run.files = await asyncio.to_thread(offered_files, settings)
             return await loaded(settings, journal, companions, self.session_limit)
         except BaseException:
             journal.close()
@@ -347,6 +345,17 @@ class ManyRuns(Runs):
             path.chmod(0o600)
             file.write(json.dumps(line) + "\n")
         sync(path)
+
+
+async def _opened(journal: str) -> JournalStore:
+    """The opened store of a journal; it is closed again if this is cancelled meanwhile."""
+    opening = asyncio.create_task(asyncio.to_thread(open_store, journal))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        with contextlib.suppress(FedMezoError):
+            (await opening).close()
+        raise
 
 
 def _not_deleted(path: Path, error: OSError) -> NotReadyError:

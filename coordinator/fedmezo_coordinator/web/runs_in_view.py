@@ -18,7 +18,8 @@ from typing import Protocol
 from google.protobuf.message import DecodeError
 
 from fedmezo_coordinator.runs.hosted_run import HostedRun
-from fedmezo_coordinator.serving.loop_lag import AppendTimes
+from fedmezo_coordinator.serving.loop_lag import AppendTimes, LoopLag
+from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.web.run_alarms import Alarm, alarms_of
 from fedmezo_coordinator.web.run_series import RunSeries
 from fedmezo_core.errors import FedMezoError
@@ -221,9 +222,19 @@ class RunInView:
 class RunsInView:
     """All runs of a coordinator, in view."""
 
-    def __init__(self, runs: Callable[[], Sequence[WatchedRun]]) -> None:
-        """`runs` gives the runs that there are now, in the order in which they are shown."""
+    def __init__(
+        self,
+        runs: Callable[[], Sequence[WatchedRun]],
+        session_limit: SessionLimit | None = None,
+        lag: LoopLag | None = None,
+    ) -> None:
+        """`runs` gives the runs that there are now, in the order in which they are shown.
+
+        `session_limit` and `lag` are those of the process, which its runs share.
+        """
         self._runs = runs
+        self.session_limit = session_limit or SessionLimit()
+        self.lag = lag or LoopLag()
         self._views: dict[str, RunInView] = {}
         self._looked = asyncio.Event()
         self.looks = 0

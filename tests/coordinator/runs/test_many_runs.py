@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from tests.coordinator.runs.hosting_runs import Hosting, hosted, settings_toml
 from tests.integration.support.harness import (
     ScriptedWorker,
     config_of,
+    free_port,
     genesis_of,
     records_of,
     served,
@@ -368,6 +370,29 @@ async def test_a_stop_waits_for_nobody_who_waits_for_offers(
         assert not waiting.done()
         at.stop.set()
         assert (await asyncio.wait_for(waiting, 1.5)).more_may_come
+
+
+async def test_what_all_runs_share_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = f"127.0.0.1:{free_port()}"
+    async with hosted(tmp_path / "runs", monkeypatch, page=page) as at:
+        await at.create("one", "two")
+        async with at.worker("one") as first, at.worker("two") as second:
+            await first.open()
+            await second.open()
+            text = await asyncio.to_thread(_read, f"http://{page}/metrics")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert [line for line in lines if line.startswith("fedmezo_sessions")] == [
+        "fedmezo_sessions 2.0", "fedmezo_sessions_refused_total 0.0",
+    ]  # fmt: skip
+    assert len([line for line in lines if line.startswith("fedmezo_event_loop_lag_p99")]) == 1
+    assert len([line for line in lines if line.startswith("fedmezo_journal_records{")]) == 2
+
+
+def _read(url: str) -> str:
+    with urllib.request.urlopen(url) as answer:
+        return str(answer.read().decode())
 
 
 async def test_there_is_an_end_to_how_many_there_can_be(

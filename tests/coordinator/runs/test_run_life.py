@@ -100,11 +100,14 @@ class Held:
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self.is_called, self.may_go_on = threading.Event(), threading.Event()
+        self.has_returned = threading.Event()
 
     def __call__(self, *args: Any) -> Any:
         self.is_called.set()
         self.may_go_on.wait(20)
-        return self._function(*args)
+        self.result = self._function(*args)
+        self.has_returned.set()
+        return self.result
 
     async def leave(self, call: asyncio.Task[Any]) -> None:
         """Cancel a call once the function was called, then let the function go on."""
@@ -259,3 +262,18 @@ async def test_a_failed_run_that_two_resume_is_begun_once(
             await asyncio.gather(runs.resume(run, 1.0), runs.resume(run, 1.0))
             await in_phase(runs, "one", "RUNNING")
         assert len(opened) == 1
+
+
+async def test_a_journal_that_a_stop_finds_half_open_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = Held(many_runs.open_store)
+    with monkeypatch.context() as patched:
+        patched.setattr(many_runs, "open_store", held)
+        async with many(tmp_path / "runs", monkeypatch) as runs:
+            await runs.create(settings_toml("one"), [], "ana")
+            await asyncio.to_thread(held.is_called.wait, 20)
+            asyncio.get_running_loop().call_later(0.2, held.may_go_on.set)
+    await asyncio.to_thread(held.has_returned.wait, 20)
+    async with many(tmp_path / "runs", monkeypatch) as runs:
+        await in_phase(runs, "one", "RUNNING")
