@@ -343,7 +343,7 @@ class CoordinatorSettings(ServingSettings):
     def _one_run_or_many(self) -> Self:
         if self.runs is None and "replicas_max" in self.model_fields_set:
             raise ValueError("replicas_max has no meaning without runs; set both or neither")
-        of_many = {"runs", "replicas_max", "page"}
+        of_many = {"runs", "replicas_max", "page", "otel"}
         given = self.model_fields_set & CoordinatorSettings.model_fields.keys()
         of_a_run = sorted(given - ServingSettings.model_fields.keys() - of_many)
         if self.runs is not None and of_a_run:

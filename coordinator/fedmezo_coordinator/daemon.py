@@ -102,19 +102,16 @@ class Daemon(ServingLoop[Ready]):
         signer: Signer | None = None,
         snapshots: Path | None = None,
         compact_after_records: int = 0,
-        *,
-        has_replica: bool = False,
     ) -> None:
         """`journal` is opened and not yet loaded; it must hold a genesis record.
 
         Without a `signer` checkpoints are not signed. `snapshots` is the folder that the replica
         writes to; None: there are none. The oldest records are dropped when at least
-        `compact_after_records` of them can be; 0: never. With `has_replica`, workers whose weights
-        differ wait for the replica's word.
+        `compact_after_records` of them can be; 0: never.
         """
         super().__init__(session_limit)
         self._pages.journal = journal
-        self._machine = RoundMachine(has_replica=has_replica, slot_secret=secrets.token_bytes(32))
+        self._machine = RoundMachine(slot_secret=secrets.token_bytes(32))
         self._signer = signer
         self._snapshots = SnapshotStore(snapshots)
         self._folds.append(self._fold_snapshots)
@@ -263,6 +260,10 @@ class Daemon(ServingLoop[Ready]):
     def pause_reason(self) -> str:
         """Why the run is paused; empty if it is not."""
         return self._machine.reason if self._machine.phase is Phase.PAUSED else ""
+
+    def expect_replica(self) -> None:
+        """The replica's digests come from now on: workers whose weights differ wait for them."""
+        self._machine.has_replica = True
 
     def lose_replica(self) -> None:
         """No digest of the replica comes any more: workers whose weights differ are outvoted."""

@@ -472,6 +472,8 @@ class CoordinatorClient:
     ) -> runs.OfferRunsResponse:
         """The runs that `worker` may take part in; waits for a newer revision if there is none.
 
+        An answer with the same `revision` has no offers: they are as they were.
+
         Raises `VersionError` or `ForbiddenError` if the coordinator offers no runs.
         """
         request = runs.OfferRunsRequest(

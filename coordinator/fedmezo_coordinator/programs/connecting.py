@@ -239,7 +239,7 @@ def signed_head_from(link: Link) -> SignedHead | None:
 
     async def work() -> SignedHead | None:
         async with link.client() as client:
-            run = await client.get_run()
+            run = await client.get_run(link.run_id)
         if not run.signature:
             return None
         return SignedHead(run.epoch, run.round, run.round_head, run.checkpoint_key, run.signature)

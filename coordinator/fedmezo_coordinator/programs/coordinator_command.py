@@ -117,7 +117,7 @@ async def _serve_one(settings: CoordinatorSettings) -> None:
         )
         what = f"run {daemon.genesis.config.run_id} is"
         if page is not None:
-            page.show(runs.hosted)
+            page.show(runs)
         await host(settings, front, runs, stop, what, at_stop=give_up.set)
 
 
@@ -134,7 +134,7 @@ async def _serve_many(settings: CoordinatorSettings, folder: Path) -> None:
         count = len(runs.hosted())
         what = f"{folder}, with {count} run{'' if count == 1 else 's'}, is"
         if page is not None:
-            page.show(runs.hosted)
+            page.show(runs)
         await host(settings, front, runs, stop, what)
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from fedmezo_coordinator.serving.loop import ServingLoop
+from fedmezo_coordinator.serving.status_report import HIDDEN_REASON
 from fedmezo_core.errors import FedMezoError, StartingError, UnavailableError
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.service.log_lines import log_with
+from fedmezo_core.trust.authorisation import Caller, sees_everyone
 from fedmezo_proto.v1 import runs_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
@@ -87,6 +89,14 @@ class HostedRun:
     def reason(self) -> str:
         """Why it is not running, or what is done meanwhile; empty if it is running."""
         return self.failure or (self.waits_for if self.loop is None else self.loop.reason)
+
+    def shows_workers_to(self, caller: Caller) -> bool:
+        """Whether `caller` may read what is told of single workers, their losses included."""
+        return self.loop is None or sees_everyone(caller, self.loop.genesis.config)
+
+    def reason_for(self, caller: Caller) -> str:
+        """The reason as far as `caller` may read it, as in the status."""
+        return self.reason if not self.reason or self.shows_workers_to(caller) else HIDDEN_REASON
 
     def serving(self) -> ServingLoop[Any]:
         """The loop that serves it; raises the error for callers if there is none."""

@@ -14,8 +14,9 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fedmezo_coordinator.coordinator_settings import (
     RUNS_MAX,
@@ -35,7 +36,6 @@ from fedmezo_coordinator.runs.run_folder import (
     run_settings,
 )
 from fedmezo_coordinator.runs.uploads import Uploads
-from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import NAME_PATTERN
@@ -47,12 +47,14 @@ from fedmezo_core.errors import (
     WrongRunError,
 )
 from fedmezo_core.folders import make_private, sync
-from fedmezo_core.journal.journal import Journal
+from fedmezo_core.journal.journal import Journal, JournalStore
 from fedmezo_core.machines.roster import Phase
 from fedmezo_core.service.log_lines import log_with, name_runs_in_text
 from fedmezo_proto.v1 import runs_pb2 as wire
 
 log = logging.getLogger("fedmezo.coordinator")
+
+Result = TypeVar("Result")
 
 SWEEP_EVERY_S = 3600.0
 """Period in which files that no run uses are looked for."""
@@ -106,9 +108,11 @@ class ManyRuns(Runs):
         self._private = private
         self._uploads = Uploads(folder / ".uploads")
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._lag = LoopLag()
         self._replicas = asyncio.Semaphore(process.replicas_max or RUNS_MAX)
-        self._creating = asyncio.Lock()
+        self._orders: set[asyncio.Task[Any]] = set()
+        """Orders that are being carried out, whoever still waits for them."""
+        self._changing = asyncio.Lock()
+        """Held by an order that changes which runs there are, or begins one again."""
         self._describing = asyncio.Lock()
         found: list[HostedRun] = []
         for path in self._folder.iterdir():
@@ -134,7 +138,8 @@ class ManyRuns(Runs):
             await asyncio.sleep(SWEEP_EVERY_S)
 
     async def close(self) -> None:
-        """End all runs' tasks and close their journals."""
+        """Finish all orders, end all runs' tasks and close their journals."""
+        await asyncio.gather(*self._orders, return_exceptions=True)
         await asyncio.gather(*(self._end(run) for run in self._runs.values()))
 
     def _begin(self, run: HostedRun) -> None:
@@ -145,22 +150,25 @@ class ManyRuns(Runs):
         """End a run's task and close its journal; its sessions end with `error`, if it is given."""
         task = self._tasks.pop(run.run_id, None)
         if task is not None:
-            task.cancel()
+            if not run.failure:  # Otherwise it ends by itself, once its journal is closed.
+                task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         loop, run.loop = run.loop, None
         if loop is not None:
             if error is not None:
                 await loop.fail(error)
-            await loop.close()
+            try:
+                await loop.close()
+            except FedMezoError as failed:
+                log.warning("the journal of run %s did not close: %s", run.run_id, failed)
 
     async def _host(self, run: HostedRun) -> None:
         log_with(run=run.run_id)
         try:
             settings = await asyncio.to_thread(self._settings, run.run_id)
             daemon = await self._loaded(run, settings)
-            run.files = await asyncio.to_thread(offered_files, settings)
             run.loop, run.is_new = daemon, False
-            daemon.on_phase, daemon.lag = self.changed, self._lag
+            daemon.on_phase, daemon.lag = self.changed, self.lag
             self.changed()
             log.info("served from round %d on", daemon.round)
             await run.serve(self._replica_when_needed(settings, daemon))
@@ -175,7 +183,7 @@ class ManyRuns(Runs):
         return RunFolder(self._folder / run_id).settings(self._process)
 
     async def _loaded(self, run: HostedRun, settings: CoordinatorSettings) -> Daemon:
-        journal = Journal(await asyncio.to_thread(open_store, settings.journal))
+        journal = Journal(await _opened(settings.journal))
         try:
             if journal.is_empty:
                 run.is_new = True
@@ -186,6 +194,7 @@ class ManyRuns(Runs):
                 run.waits_for = "its journal is being read"
             else:
                 companions = await begun(settings, journal)
+            run.files = await asyncio.to_thread(offered_files, settings)
             return await loaded(settings, journal, companions, self.session_limit)
         except BaseException:
             journal.close()
@@ -203,6 +212,13 @@ class ManyRuns(Runs):
 
     # ------------------------------------------------------------ orders
 
+    async def _to_its_end(self, order: Coroutine[Any, Any, Result]) -> Result:
+        """Carry out an order, which goes on if its caller goes away."""
+        task = asyncio.create_task(order)
+        self._orders.add(task)
+        task.add_done_callback(self._orders.discard)
+        return await asyncio.shield(task)
+
     async def upload(self, request: wire.UploadFileRequest) -> int:
         """Take a piece of a file; returns where the next one begins."""
         return await asyncio.to_thread(self._uploads.take, request)
@@ -214,8 +230,11 @@ class ManyRuns(Runs):
         has the name.
         """
         check_files(settings, files)
+        return await self._to_its_end(self._create(settings, files, by))
+
+    async def _create(self, settings: str, files: Sequence[wire.RunFile], by: str) -> str:
         names = [file.name for file in files]
-        async with self._creating:
+        async with self._changing:
             # The paths are those that it will have, though the name comes from the settings.
             given = run_settings(settings, names, self._process, self._folder)
             config = given.run_config("the [run] settings")
@@ -251,6 +270,16 @@ class ManyRuns(Runs):
     def _make(
         self, run_id: str, settings: str, files: Sequence[wire.RunFile], by: str
     ) -> RunFolder:
+        if (self._folder / run_id).exists():
+            # An earlier call made it, and met an error before the run was begun.
+            found = RunFolder(self._folder / run_id)
+            if found.is_of(settings, files):
+                sync(self._folder)
+                return found
+            raise RunExistsError(
+                f"{found.path} holds another run; give the new one another run_id, or move that "
+                "folder away."
+            )
         self._note("create", run_id, by)
         return make_folder(self._folder, run_id, settings, files, self._uploads, by)
 
@@ -264,13 +293,22 @@ class ManyRuns(Runs):
                 f"Run {run.run_id} has failed and is loaded again first; resume it without a "
                 "factor."
             )
-        await self._end(run)
-        self._begin(run)
+        await self._to_its_end(self._load_again(run))
+
+    async def _load_again(self, run: HostedRun) -> None:
+        async with self._changing:
+            if self.find(run.run_id) is not run or not run.failure:
+                return  # Another call was faster.
+            await self._end(run)
+            self._begin(run)
         self.changed()
 
     async def delete(self, run: HostedRun, by: str) -> None:
         """Delete a run that is over, or has not begun, with all its files."""
-        async with self._creating:
+        await self._to_its_end(self._delete(run, by))
+
+    async def _delete(self, run: HostedRun, by: str) -> None:
+        async with self._changing:
             if not (run.is_over or run.is_new):
                 raise ConfigError(
                     f"Run {run.run_id} is not over; end it first with: fedmezo run stop "
@@ -282,16 +320,21 @@ class ManyRuns(Runs):
             gone = path.with_name(f"{DELETED}{path.name}-{time.time_ns()}")
             try:
                 await asyncio.to_thread(self._note, "delete", run.run_id, by)
-                await self._end(run, WrongRunError(f"Run {run.run_id} was deleted here; stop."))
-                path.rename(gone)
-                sync(self._folder)
             except OSError as error:
-                raise NotReadyError(
-                    f"Run {run.run_id} cannot be deleted ({error.strerror}); look at {path}."
-                ) from None
+                raise _not_deleted(path, error) from None
+            await self._end(run, WrongRunError(f"Run {run.run_id} was deleted here; stop."))
+            try:
+                await asyncio.to_thread(path.rename, gone)
+            except OSError as error:
+                refused = _not_deleted(path, error)
+                await run.fail(str(refused))
+                self.changed()
+                raise refused from None
             del self._runs[run.run_id]
         self.changed()
         log.warning("%s deleted run %s", by, run.run_id)
+        with contextlib.suppress(OSError):  # After a crash, a folder without files may be there.
+            await asyncio.to_thread(sync, self._folder)
         await asyncio.to_thread(shutil.rmtree, gone, ignore_errors=True)
 
     def _note(self, what: str, run_id: str, by: str) -> None:
@@ -302,3 +345,20 @@ class ManyRuns(Runs):
             path.chmod(0o600)
             file.write(json.dumps(line) + "\n")
         sync(path)
+
+
+async def _opened(journal: str) -> JournalStore:
+    """The opened store of a journal; it is closed again if this is cancelled meanwhile."""
+    opening = asyncio.create_task(asyncio.to_thread(open_store, journal))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        with contextlib.suppress(FedMezoError):
+            (await opening).close()
+        raise
+
+
+def _not_deleted(path: Path, error: OSError) -> NotReadyError:
+    return NotReadyError(
+        f"Run {path.name} cannot be deleted ({error.strerror}); look at {path}, then try again."
+    )

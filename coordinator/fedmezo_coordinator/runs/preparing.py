@@ -64,7 +64,6 @@ async def loaded(
         signer,
         settings.snapshots_folder,
         settings.compact_after_records,
-        has_replica=settings.has_replica,
     )
     await daemon.load()
     await asyncio.to_thread(companions.keep_mark, journal, signer)
@@ -97,6 +96,7 @@ async def keep_replica(settings: CoordinatorSettings, daemon: Daemon, address: s
     supervisor = ReplicaSupervisor(
         settings, address, daemon.genesis.config.run_id, daemon.replica_secret, daemon.replica
     )
+    daemon.expect_replica()
     await supervisor.keep()
     daemon.lose_replica()
 

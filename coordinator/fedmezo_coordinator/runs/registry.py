@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from fedmezo_coordinator.runs.hosted_run import HostedRun, OfferedFile
 from fedmezo_coordinator.runs.run_service import RunService
 from fedmezo_coordinator.serving.loop import ServingLoop
+from fedmezo_coordinator.serving.loop_lag import LoopLag
 from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_core.errors import ConfigError, OneRunError, WrongRunError
 from fedmezo_core.events import Ready
@@ -32,6 +33,8 @@ class Runs(RunService):
         """`session_limit` counts the sessions of all runs together."""
         super().__init__()
         self.session_limit = session_limit
+        self.lag = LoopLag()
+        """How late the event loop is, which serves all runs."""
         self._runs: dict[str, HostedRun] = {}
         # At random, so that a worker that was here before a restart sees a change.
         self.revision = 1 + secrets.randbits(62)
@@ -53,6 +56,7 @@ class Runs(RunService):
         run = HostedRun(loop.genesis.config.run_id, loop=loop, files=files or {})
         runs._alongside = alongside
         runs._runs[run.run_id] = run
+        runs.lag = loop.lag
         loop.on_phase = runs.changed
         return runs
 
@@ -120,11 +124,17 @@ class Runs(RunService):
         self._changed = asyncio.Event()
 
     async def offers(self, known: int, wait_s: float) -> bytes:
-        """A serialised `OfferRunsResponse`, as soon as its revision is not `known`."""
+        """A serialised `OfferRunsResponse`, as soon as its revision is not `known`.
+
+        It has no offers if the revision is still `known` after `wait_s`.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 while self.revision == known:
                     await self._changed.wait()
+        if self.revision == known:
+            unchanged = wire.OfferRunsResponse(revision=known, more_may_come=self.more_may_come)
+            return unchanged.SerializeToString()
         if not self._offers:
             answer = wire.OfferRunsResponse(
                 revision=self.revision,

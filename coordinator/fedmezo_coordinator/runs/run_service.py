@@ -58,7 +58,10 @@ class RunService(ABC):
 
     @abstractmethod
     async def offers(self, known: int, wait_s: float) -> bytes:
-        """A serialised `OfferRunsResponse`, as soon as its revision is not `known`."""
+        """A serialised `OfferRunsResponse`, as soon as its revision is not `known`.
+
+        It has no offers if the revision is still `known` after `wait_s`.
+        """
 
     @abstractmethod
     async def upload(self, request: wire.UploadFileRequest) -> int:
@@ -134,7 +137,7 @@ class RunService(ABC):
         runs = [self.find(request.run_id)] if request.run_id else self.hosted()
         # Without identities, whoever is on another machine may be one of the workers.
         sees = call.caller.role is not Role.ANYONE or call.peer.startswith(LOOPBACK)
-        found = [_summary(run, with_declines=sees) for run in runs]
+        found = [_summary(run, call.caller, with_declines=sees) for run in runs]
         return wire.ListRunsResponse(runs=reversed(found))
 
     def _decline(self, request: wire.DeclineRunRequest, call: Call) -> wire.DeclineRunResponse:
@@ -196,9 +199,12 @@ def _recorded(by: str, reason: str, otherwise: str) -> str:
     return f"{by}: {reason}" if reason else f"{by} {otherwise}"
 
 
-def _summary(run: HostedRun, *, with_declines: bool) -> wire.RunSummary:
+def _summary(run: HostedRun, caller: Caller, *, with_declines: bool) -> wire.RunSummary:
     summary = wire.RunSummary(
-        run_id=run.run_id, phase=run.phase, reason=run.reason, created_ms=run.created_ms
+        run_id=run.run_id,
+        phase=run.phase,
+        reason=run.reason_for(caller),
+        created_ms=run.created_ms,
     )
     loop = run.loop
     if loop is not None:

@@ -115,7 +115,7 @@ HEALTH_CALLS_PER_S = 20.0
 """Calls a second that one address makes there in the long run."""
 HEALTH_OPTIONS = (("grpc.max_receive_message_length", 1024), *ENROLMENT_OPTIONS[1:3])
 
-SERVICES = ("CoordinatorService", "MembershipService", "AdminService")
+SERVICES = ("CoordinatorService", "MembershipService", "AdminService", "RunService")
 """Services of the main port, whose health a probe can ask for."""
 
 OF_THE_RUN = frozenset({"ExcludeWorker", "ReadmitWorker"})

@@ -15,6 +15,9 @@ from fedmezo_core.machines.roster import Phase, Roster, RoundSummary, WorkerView
 from fedmezo_core.records import Genesis
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
+HIDDEN_REASON = "an observer or operator can read why"
+"""What callers read in place of a reason that tells of single workers."""
+
 _PHASES = {
     Phase.WAITING: wire.PHASE_WAITING,
     Phase.OPEN: wire.PHASE_OPEN,
@@ -154,7 +157,7 @@ def hide_others(status: wire.GetStatusResponse, name: str) -> None:
     for summary in status.recent_rounds:
         summary.ClearField("mean_loss")
     if status.reason:
-        status.reason = "an observer or operator can read why"
+        status.reason = HIDDEN_REASON
     status.ClearField("replica_complaint")
 
 

@@ -98,6 +98,18 @@ class Metrics(Collector):
         families.gauge(
             "fedmezo_page_watchers", "Browsers that watch the page now.", self._watchers()
         )
+        limit = self._runs.session_limit
+        families.gauge("fedmezo_sessions", "Open sessions of all runs.", limit.sessions)
+        families.counter(
+            "fedmezo_sessions_refused",
+            "Sessions refused because too many were open or joining.",
+            limit.refused,
+        )
+        families.gauge(
+            "fedmezo_event_loop_lag_p99_seconds",
+            "How late the event loop was over the last minute, for 99 of 100 events.",
+            self._runs.lag.percentile_ms(0.99) / 1000,
+        )
         ends_s = self._certificate_ends_s()
         if ends_s is not None:
             families.gauge(
@@ -182,19 +194,6 @@ def _of_status(families: _Families, view: RunInView, status: wire.GetStatusRespo
             run=name,
             direction=direction,
         )
-    families.gauge("fedmezo_sessions", "Open sessions.", status.sessions, run=name)
-    families.counter(
-        "fedmezo_sessions_refused",
-        "Sessions refused because too many were open or joining.",
-        status.sessions_refused,
-        run=name,
-    )
-    families.gauge(
-        "fedmezo_event_loop_lag_p99_seconds",
-        "How late the event loop was over the last minute, for 99 of 100 events.",
-        status.loop_lag_p99_ms / 1000,
-        run=name,
-    )
     losses = [one.mean_loss for one in status.recent_rounds if one.HasField("mean_loss")]
     if losses:
         families.gauge(

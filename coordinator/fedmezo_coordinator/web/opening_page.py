@@ -8,7 +8,7 @@ import logging
 import secrets
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from fedmezo_coordinator.admission.fleet import Fleet
 from fedmezo_coordinator.admission.state_folder import hosts_of
 from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings, is_loopback
-from fedmezo_coordinator.runs.hosted_run import HostedRun
+from fedmezo_coordinator.runs.registry import Runs
 from fedmezo_coordinator.serving.service import CoordinatorServicer
 from fedmezo_coordinator.web.page_access import PageAccess
 from fedmezo_coordinator.web.runs_in_view import RunsInView, served_runs
@@ -46,10 +46,12 @@ class OpenPage:
         """host:port that it listens on."""
         self.is_tls = server.is_tls
 
-    def show(self, hosted: Callable[[], Sequence[HostedRun]]) -> None:
-        """Show the runs that `hosted` gives from now on."""
+    def show(self, runs: Runs) -> None:
+        """Show these runs from now on."""
         caller = Caller.ANYONE if self._access is None else Caller(Role.OBSERVER)
-        self._server.show(RunsInView(served_runs(hosted, caller)))
+        self._server.show(
+            RunsInView(served_runs(runs.hosted, caller), runs.session_limit, runs.lag)
+        )
 
     def path_for(self, caller: Caller) -> str:
         """The path that lets `caller`, who has the right to it, look at the page once."""

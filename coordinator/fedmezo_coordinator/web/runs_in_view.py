@@ -18,12 +18,13 @@ from typing import Protocol
 from google.protobuf.message import DecodeError
 
 from fedmezo_coordinator.runs.hosted_run import HostedRun
-from fedmezo_coordinator.serving.loop_lag import AppendTimes
+from fedmezo_coordinator.serving.loop_lag import AppendTimes, LoopLag
+from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.web.run_alarms import Alarm, alarms_of
 from fedmezo_coordinator.web.run_series import RunSeries
 from fedmezo_core.errors import FedMezoError
 from fedmezo_core.journal.journal import ANSWERED, Row
-from fedmezo_core.trust.authorisation import Caller, sees_everyone
+from fedmezo_core.trust.authorisation import Caller
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import runs_pb2 as runs
 
@@ -39,8 +40,6 @@ ROWS_AT_ONCE = 512
 """Records that are read and folded at once."""
 CATCH_UP_PAUSE_S = 0.01
 """Pause after each of them, so that an old journal's records leave most of a core to the run."""
-HIDDEN = "an observer or operator can read why"
-"""What callers read in place of a reason that tells of single workers."""
 PACE_S = 120.0
 """Time over which rounds a minute are counted."""
 
@@ -100,13 +99,12 @@ class ServedRun:
     @property
     def phase_reason(self) -> str:
         """Why it stands still; empty if it does not."""
-        return self.hosted.reason if self.shows_workers or not self.hosted.reason else HIDDEN
+        return self.hosted.reason_for(self._caller)
 
     @property
     def shows_workers(self) -> bool:
         """Whether the callers may read what is told of single workers."""
-        loop = self.hosted.loop
-        return loop is None or sees_everyone(self._caller, loop.genesis.config)
+        return self.hosted.shows_workers_to(self._caller)
 
     @property
     def records_shown(self) -> int:
@@ -224,9 +222,19 @@ class RunInView:
 class RunsInView:
     """All runs of a coordinator, in view."""
 
-    def __init__(self, runs: Callable[[], Sequence[WatchedRun]]) -> None:
-        """`runs` gives the runs that there are now, in the order in which they are shown."""
+    def __init__(
+        self,
+        runs: Callable[[], Sequence[WatchedRun]],
+        session_limit: SessionLimit | None = None,
+        lag: LoopLag | None = None,
+    ) -> None:
+        """`runs` gives the runs that there are now, in the order in which they are shown.
+
+        `session_limit` and `lag` are those of the process, which its runs share.
+        """
         self._runs = runs
+        self.session_limit = session_limit or SessionLimit()
+        self.lag = lag or LoopLag()
         self._views: dict[str, RunInView] = {}
         self._looked = asyncio.Event()
         self.looks = 0

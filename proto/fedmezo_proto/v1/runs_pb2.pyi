@@ -518,7 +518,9 @@ class OfferRunsResponse(google.protobuf.message.Message):
     """Whether other runs may come later. If not, a worker ends with the run."""
     @property
     def offers(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RunOffer]:
-        """Runs that are not over, in the order in which they were created."""
+        """Runs that are not over, in the order in which they were created. Left out if `revision` is the one of
+        the request: they are as they were.
+        """
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Answered
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_proto.v1 import admin_pb2, coordinator_pb2, runs_pb2
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.fleets import served_fleet
 from tests.integration.support.harness import (
@@ -85,6 +86,7 @@ async def test_it_serves_once_its_journal_is_read_and_until_it_stops(tmp_path: P
             await until(serves, "the process to serve")
             assert await client.is_served(RUN)
             assert await client.is_served("fedmezo.v1.CoordinatorService")
+            assert await client.is_served("fedmezo.v1.RunService")
         async with CoordinatorClient(at) as probe:
             assert await probe.is_served()
             # Whoever reaches the port of probes learns no names of runs.
@@ -174,7 +176,12 @@ async def test_services_are_described_where_that_is_asked_for(tmp_path: Path) ->
         call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
         await call.write(ask(list_services=""))
         listed = (await call.read()).list_services_response.service
-        assert "fedmezo.v1.CoordinatorService" in {one.name for one in listed}
+        own = {
+            service.full_name
+            for file in (coordinator_pb2, admin_pb2, runs_pb2)
+            for service in file.DESCRIPTOR.services_by_name.values()
+        }
+        assert {one.name for one in listed} >= own - {"fedmezo.v1.EnrollmentService"}
         for service in listed:
             await call.write(ask(file_containing_symbol=service.name))
             assert (await call.read()).file_descriptor_response.file_descriptor_proto

@@ -18,7 +18,14 @@ from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal
 from fedmezo_core.journal.sqlite import SqliteStore
 from tests.coordinator.programs.test_rebuilding import records
-from tests.integration.support.harness import config_of, genesis_of, scripted_workers, served
+from tests.coordinator.runs.hosting_runs import hosted
+from tests.integration.support.harness import (
+    config_of,
+    free_port,
+    genesis_of,
+    scripted_workers,
+    served,
+)
 
 
 def commands(group: Any, name: str = "fedmezo") -> Iterator[tuple[str, click.Command]]:
@@ -100,3 +107,17 @@ async def test_watch_prints_a_status_for_each_change(tmp_path: Path) -> None:
     assert [one["round"] for one in found] == [2]
     assert (found[0]["phase"], status["phase"]) == ("finished", "finished")
     assert found[0].keys() == status.keys()
+
+
+async def test_health_and_the_page_s_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = f"127.0.0.1:{free_port()}"
+    async with hosted(tmp_path / "runs", monkeypatch, page=page) as at:
+        told = [
+            await asyncio.to_thread(lines, *command.split(), "--coordinator", at.address)
+            for command in ("health", "health --service fedmezo.v1.RunService", "page")
+        ]
+    assert told == [
+        [{"address": at.address, "service": "", "served": True}],
+        [{"address": at.address, "service": "fedmezo.v1.RunService", "served": True}],
+        [{"link": f"http://{page}/"}],
+    ]

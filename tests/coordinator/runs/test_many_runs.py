@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from fedmezo_coordinator.admission.state_folder import make_state
 from fedmezo_coordinator.daemon import Daemon
+from fedmezo_coordinator.programs import fedmezo_command
 from fedmezo_coordinator.runs import many_runs
 from fedmezo_core.errors import (
     ConfigError,
@@ -26,7 +29,7 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.machines.roster import Phase
-from fedmezo_core.records import Answered, Paused, Resumed, Stopped
+from fedmezo_core.records import Answered, Paused, Resumed, SignedHead, Stopped
 from fedmezo_core.trust.answer_signatures import AnswerSigner
 from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.client import CoordinatorClient
@@ -36,6 +39,7 @@ from tests.coordinator.runs.hosting_runs import Hosting, hosted, settings_toml
 from tests.integration.support.harness import (
     ScriptedWorker,
     config_of,
+    free_port,
     genesis_of,
     records_of,
     served,
@@ -124,6 +128,28 @@ async def test_orders_are_on_the_record_and_repeat_without_effect(
     assert [type(record) for record in told] == [Paused, Resumed, Stopped]
     assert isinstance(told[1], Resumed)
     assert told[1].rate_factor == 0.5
+
+
+async def test_an_export_of_a_run_ends_with_that_run_s_signed_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with hosted(tmp_path / "runs", monkeypatch) as at:
+        await at.create("one", "two")
+        async with at.worker("two") as hand:
+            await hand.open()
+            assert await hand.work_to_the_end() == 3
+        for run_id in ("one", "two"):
+            file = tmp_path / f"{run_id}.journal"
+            said = await asyncio.to_thread(
+                CliRunner().invoke,
+                fedmezo_command.app,
+                f"export {file} --as journal --coordinator {at.address} --run-id {run_id}".split(),
+            )
+            assert said.exit_code == 0, said.output
+            [*_, signed] = [r for r in records_of(file) if isinstance(r, SignedHead)]
+            async with at.client() as client:
+                run = await client.get_run(run_id)
+            assert (signed.round, signed.head) == (run.round, run.round_head)
 
 
 async def test_a_run_is_created_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,6 +370,29 @@ async def test_a_stop_waits_for_nobody_who_waits_for_offers(
         assert not waiting.done()
         at.stop.set()
         assert (await asyncio.wait_for(waiting, 1.5)).more_may_come
+
+
+async def test_what_all_runs_share_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = f"127.0.0.1:{free_port()}"
+    async with hosted(tmp_path / "runs", monkeypatch, page=page) as at:
+        await at.create("one", "two")
+        async with at.worker("one") as first, at.worker("two") as second:
+            await first.open()
+            await second.open()
+            text = await asyncio.to_thread(_read, f"http://{page}/metrics")
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    assert [line for line in lines if line.startswith("fedmezo_sessions")] == [
+        "fedmezo_sessions 2.0", "fedmezo_sessions_refused_total 0.0",
+    ]  # fmt: skip
+    assert len([line for line in lines if line.startswith("fedmezo_event_loop_lag_p99")]) == 1
+    assert len([line for line in lines if line.startswith("fedmezo_journal_records{")]) == 2
+
+
+def _read(url: str) -> str:
+    with urllib.request.urlopen(url) as answer:
+        return str(answer.read().decode())
 
 
 async def test_there_is_an_end_to_how_many_there_can_be(

@@ -175,6 +175,10 @@ async def test_offers_change_with_the_runs(tmp_path: Path, monkeypatch: pytest.M
         genesis = decode_record(known.offers[0].genesis)
         assert isinstance(genesis, Genesis)
         assert genesis.config.run_id == "one"
+        unchanged = await client.offered_runs("w1", known.revision, 0.1)
+        assert (unchanged.revision, unchanged.more_may_come) == (known.revision, True)
+        assert not unchanged.offers
+        assert (await client.offered_runs("w1")) == known
 
         waiting = asyncio.create_task(client.offered_runs("w1", known.revision, 20))
         await asyncio.sleep(0.1)
@@ -258,6 +262,21 @@ async def test_reasons_are_for_those_who_may_see_every_worker(tmp_path: Path) ->
             listed = await service.answer("ListRuns", wire.ListRunsRequest(), Call(caller, peer))
             assert isinstance(listed, wire.ListRunsResponse)
             assert bool(listed.runs[0].declined) is sees
+
+
+@pytest.mark.parametrize("readers", ["everyone", "observers"])
+async def test_the_list_tells_no_more_than_the_status(readers: str, tmp_path: Path) -> None:
+    config = config_of(journal_readers=readers)
+    async with served(tmp_path / "j.db", genesis_of(config)) as at:
+        service = Runs.of(at.daemon)
+        await service.pause(service.find(""), "w1 is a liar")
+        for caller in (Caller.ANYONE, Caller(Role.OBSERVER, "eye")):
+            call = Call(caller, "ipv4:10.0.0.7:1")
+            listed = await service.answer("ListRuns", wire.ListRunsRequest(), call)
+            assert isinstance(listed, wire.ListRunsResponse)
+            [run] = listed.runs
+            assert run.reason == at.daemon.status("", caller).reason
+            assert ("liar" in run.reason) is (readers == "everyone" or bool(caller.name))
 
 
 async def test_an_order_names_who_gave_it(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from fedmezo_core.records import (
     Started,
     Stopped,
 )
+from tests.coordinator.runs.hosting_runs import hosted
 
 RECORDS: list[Record] = [
     Started(1),
@@ -108,3 +109,31 @@ def test_a_round_is_a_span(entries: Sequence[Entry]) -> None:
     assert {span.attributes["fedmezo.run_id"] for span in exporter.get_finished_spans()} == {
         "reviews"
     }
+
+
+async def test_the_rounds_of_many_runs_are_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = pytest.importorskip("opentelemetry.sdk.trace")
+    export = pytest.importorskip("opentelemetry.sdk.trace.export")
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    exporter = memory.InMemorySpanExporter()
+    monkeypatch.setattr(
+        trace.TracerProvider,
+        "add_span_processor",
+        lambda self, _: self._active_span_processor.add_span_processor(
+            export.SimpleSpanProcessor(exporter)
+        ),
+    )
+    async with hosted(tmp_path / "runs", monkeypatch, otel=True) as at:
+        await at.create("one", "two", rounds=2)
+        for run_id in ("one", "two"):
+            async with at.worker(run_id) as hand:
+                await hand.open()
+                await hand.work_to_the_end()
+    found = [
+        (span.attributes["fedmezo.run_id"], span.attributes["fedmezo.round"])
+        for span in exporter.get_finished_spans()
+    ]
+    assert sorted(found) == [("one", 1), ("one", 2), ("two", 1), ("two", 2)]

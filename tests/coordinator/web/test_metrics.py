@@ -12,9 +12,12 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.operation.made_run import MadeRun
+from fedmezo_coordinator.serving.loop_lag import LoopLag
+from fedmezo_coordinator.serving.session_limit import SessionLimit
 from fedmezo_coordinator.web.metrics import Metrics
 from fedmezo_coordinator.web.run_alarms import AlarmKind
 from fedmezo_coordinator.web.runs_in_view import RunsInView, WatchedRun
+from fedmezo_core.errors import NotReadyError
 from fedmezo_proto.v1 import runs_pb2 as runs
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -31,13 +34,16 @@ def full_run(run_id: str = "reviews") -> MadeRun:
     run.append_times.add(0.0007)
     run.append_times.add(4.0)
     run.told.digests.add(party="replica", round=18, weights_digest=bytes(32))
-    run.told.sessions_refused = 7
-    run.told.loop_lag_p99_ms = 12
     return run
 
 
 async def scraped(*watched: WatchedRun) -> Samples:
-    view = RunsInView(lambda: watched)
+    limit, lag = SessionLimit(sessions_max=1), LoopLag()
+    for _ in range(7):
+        with limit.session(), pytest.raises(NotReadyError), limit.session():
+            pass
+    lag.add(0.012)
+    view = RunsInView(lambda: watched, limit, lag)
     for one in view.all():
         await one.follow()
     text = Metrics(view, lambda: 2_000_000_000, lambda: 2).text().decode()
@@ -60,6 +66,9 @@ async def test_a_scrape_says_how_a_run_does() -> None:
 
     assert value(found, "fedmezo_runs") == 1
     assert value(found, "fedmezo_page_watchers") == 2
+    assert value(found, "fedmezo_sessions") == 0
+    assert value(found, "fedmezo_sessions_refused_total") == 7
+    assert value(found, "fedmezo_event_loop_lag_p99_seconds") == pytest.approx(0.012)
     assert value(found, "fedmezo_certificate_expiry_timestamp_seconds") == 2_000_000_000
     assert (of("round"), of("rounds_planned")) == (20, 20)
     assert of("run_phase", phase="running") == 1
@@ -70,8 +79,6 @@ async def test_a_scrape_says_how_a_run_does() -> None:
     assert of("journal_append_seconds_bucket", le="0.001") == 1
     assert of("journal_append_seconds_count") == 2
     assert of("journal_append_seconds_sum") == pytest.approx(4.0007)
-    assert of("sessions_refused_total") == 7
-    assert of("event_loop_lag_p99_seconds") == pytest.approx(0.012)
     assert of("replica_lag_rounds") == 2
     assert of("alarms", kind="away") == 1
     assert 0 < of("training_loss") < 1

@@ -50,6 +50,7 @@ class Offers:
     def __init__(self) -> None:
         self.response = wire.OfferRunsResponse(revision=1, more_may_come=True)
         self.changed = asyncio.Event()
+        self.wait_is_over = False
         self.error: FedMezoError | None = None
         self.declined: list[tuple[str, str]] = []
         self.task: asyncio.Task[None] | None = None
@@ -74,6 +75,12 @@ class Offers:
         )
         self.changed.set()
 
+    async def answer_unchanged(self) -> None:
+        """Answer one question as when the wait is over."""
+        self.wait_is_over = True
+        self.changed.set()
+        await has(lambda: not self.wait_is_over, "the question")
+
     def fail(self, error: FedMezoError | None) -> None:
         """Let each question fail from now on, or none."""
         self.error = error
@@ -85,6 +92,9 @@ class Offers:
         while self.error is None and revision == self.response.revision:
             await self.changed.wait()
             self.changed.clear()
+            if self.wait_is_over:
+                self.wait_is_over = False
+                return wire.OfferRunsResponse(revision=revision, more_may_come=True)
         if self.error is not None:
             raise self.error
         return self.response
@@ -242,6 +252,21 @@ async def test_all_runs_have_one_memory_of_what_this_worker_has_put_into_sums(
         offers.set(offer("a", rounds=9), offer("b"))
         await agents.have_begun("a", "b", "a")
     assert all(memory is agents.memories[0] for memory in agents.memories)
+
+
+async def test_offers_stand_until_the_revision_is_another(
+    settings: WorkerSettings, agents: Agents
+) -> None:
+    async with staying(settings, offer("a"), offer("b")) as offers:
+        await agents.have_begun("a", "b")
+        agents.end("a")
+        await has(lambda: agents.engines["a"].is_closed, "it to end")
+        await offers.answer_unchanged()
+        await offers.answer_unchanged()  # By now it has looked at the first of the two.
+        agents.end("b", RuntimeError("CUDA out of memory"))
+        await has(lambda: [run_id for run_id, _ in offers.declined] == ["b"], "the refusal")
+        offers.set(offer("a"), offer("b"), offer("c"))
+        await agents.have_begun("a", "b", "c")
 
 
 async def test_several_runs_are_served_at_a_time_and_the_log_names_them(

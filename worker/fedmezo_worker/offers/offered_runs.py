@@ -198,6 +198,8 @@ class OfferedRuns:
 
     def _take(self, response: wire.OfferRunsResponse) -> None:
         """Look at all offers: each is begun, waits, or is declined."""
+        if response.revision == self._revision:
+            return  # Nothing has changed, so they were not sent again.
         self._revision, self._more_may_come = response.revision, response.more_may_come
         before, self._offers = (
             self._offers,

@@ -15,6 +15,7 @@ from fedmezo_coordinator.programs.connecting import (
     TlsCa,
     link_to,
 )
+from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, say
 from fedmezo_core.errors import StartingError
 
 
@@ -30,11 +31,13 @@ def add_health_to(app: typer.Typer) -> None:
         service: Annotated[
             str, typer.Option(help="a service's full name, or a run's ID; none: the process")
         ] = "",
+        format_: Format = OutputFormat.TEXT,
     ) -> None:
         """Ask a coordinator or relay whether it serves; for probes: exit status 0 if it does."""
         link = link_to(coordinator, tls_ca, tls, state)
         asyncio.run(_check(link, service))
-        print(f"{service or link.address} is served")
+        values = {"address": link.address, "service": service, "served": True}
+        say(format_, f"{service or link.address} is served", values)
 
 
 async def _check(link: Link, service: str) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from fedmezo_coordinator.programs.connecting import Coordinator, State, Tls, TlsCa, link_to
+from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, say
 from fedmezo_proto.v1 import runs_pb2 as wire
 
 
@@ -21,6 +22,7 @@ def page(
     browse: Annotated[
         bool, typer.Option("--open", help="open it in this machine's browser, too")
     ] = False,
+    format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Print a link to the coordinator's page; in a fleet it works once, within five minutes."""
     link = link_to(coordinator, tls_ca, tls, state)
@@ -30,7 +32,7 @@ def page(
             return await client.open_page()
 
     address = page_link(asyncio.run(work()), link.address)
-    print(address)
+    say(format_, address, {"link": address})
     if browse:
         webbrowser.open(address)
 
