@@ -33,9 +33,9 @@ from tests.integration.support.harness import (
 SMALL: dict[str, Any] = {"rounds": 3, "workers_min": 1, "quorum": 1, "local_steps": 1}
 
 
-def settings_toml(run_id: str, *, replica: bool = False, **changes: Any) -> str:
-    """The settings of a small run, with `changes` in [run]."""
-    top = {"model": "tiny", "replica": replica}
+def settings_toml(run_id: str, **changes: Any) -> str:
+    """The settings of a small run, with `changes` in [run], except for `replica`."""
+    top = {"model": "tiny", "replica": changes.pop("replica", False)}
     values = run_values(**(SMALL | {"run_id": run_id} | changes))
     values.pop("model", None)
     return toml_of({**top, "run": values})

@@ -16,8 +16,10 @@ from fedmezo_coordinator.daemon import Daemon
 from fedmezo_coordinator.runs import many_runs, preparing, run_folder
 from fedmezo_coordinator.runs.many_runs import ManyRuns, opened_runs
 from fedmezo_coordinator.serving.session_limit import SessionLimit
+from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import NotReadyError, RunExistsError, WrongRunError
+from fedmezo_core.folders import sync
 from fedmezo_core.records import Genesis
 from fedmezo_proto.v1 import runs_pb2 as wire
 from tests.coordinator.runs.hosting_runs import hosted, settings_toml
@@ -143,7 +145,7 @@ async def test_a_stop_finishes_what_was_ordered(
 async def test_the_folder_of_a_run_that_was_not_begun_is_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, root = run_folder.sync, tmp_path / "runs"
+    root = tmp_path / "runs"
 
     def full(path: Path) -> None:
         if path == root:
@@ -245,7 +247,6 @@ async def test_a_failed_run_that_two_resume_is_begun_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    open_store = many_runs.open_store
 
     def counted(journal: str) -> Any:
         opened.append(journal)
@@ -267,7 +268,7 @@ async def test_a_failed_run_that_two_resume_is_begun_once(
 async def test_a_journal_that_a_stop_finds_half_open_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held = Held(many_runs.open_store)
+    held = Held(open_store)
     with monkeypatch.context() as patched:
         patched.setattr(many_runs, "open_store", held)
         async with many(tmp_path / "runs", monkeypatch) as runs:
