@@ -588,14 +588,15 @@ class RunConfig(_Frozen):
         for name in ("workers_min", "quorum"):
             if getattr(self, name) < self.secure_cohort_min:
                 raise ValueError(
-                    f"secure_aggregation adds up at least secure_cohort_min = "
-                    f"{self.secure_cohort_min} answers; set {name} = {getattr(self, name)} to that "
-                    "or more"
+                    f"{name} = {getattr(self, name)} is too few for secure_aggregation, which adds "
+                    f"up at least secure_cohort_min = {self.secure_cohort_min} answers; set it to "
+                    f"{self.secure_cohort_min} or more"
                 )
         if self.cohort_size_max > SECURE_COHORT_MAX:
             raise ValueError(
-                f"secure_aggregation adds up at most {SECURE_COHORT_MAX} answers, because every "
-                f"two workers exchange secrets; lower cohort_size_max = {self.cohort_size_max}"
+                f"cohort_size_max = {self.cohort_size_max} is too many for secure_aggregation, "
+                f"which adds up at most {SECURE_COHORT_MAX} answers, because every two workers "
+                f"exchange secrets; set it to {SECURE_COHORT_MAX} or less"
             )
 
     def _check_buffered(self, pairs: int) -> None:
@@ -809,6 +810,11 @@ def _default_aggregation(values: Mapping[str, Any]) -> str:
     return "trimmed_mean" if is_shared and counts_alike else "mean"
 
 
+def asks_for_sums(values: Mapping[str, Any]) -> bool:
+    """Whether a contract's values, perhaps from the environment, ask for secure aggregation."""
+    return values.get("secure_aggregation") in (True, "true")
+
+
 def _secure_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a new run with secure aggregation needs, where its settings do not say."""
     fewest = values.get("secure_cohort_min", 3)
@@ -848,7 +854,7 @@ def parse_run(
         "rate_directions": RATE_DIRECTIONS,
         "aggregation": _default_aggregation(values),
     }
-    if values.get("secure_aggregation") in (True, "true"):
+    if asks_for_sums(values):
         newer |= _secure_defaults(values)
     if begun:
         newer = {key: getattr(begun, key) for key in newer}

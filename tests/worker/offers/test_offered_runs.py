@@ -447,7 +447,7 @@ async def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, agents: A
     rows = tmp_path / "rows.jsonl"
     rows.touch()
     async with staying(WorkerSettings(name="w1", data=rows, journal_copy=rows / "in")) as offers:
-        with pytest.raises(ConfigError, match="^journal_copy = .* cannot be made as a folder"):
+        with pytest.raises(ConfigError, match=r"^journal_copy = .* cannot be made as a folder"):
             await offers.ended()
 
 
