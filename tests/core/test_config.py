@@ -202,6 +202,11 @@ def test_more_than_one_problem_is_counted() -> None:
         parse_run(VALUES | {"rounds": 0, "eps": 0}, "run")
 
 
+def test_the_nearest_key_of_a_table_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"task\.templat is not .*; write template, or remove it"):
+        parse_run(VALUES | with_task(templat="{text}"), "run")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

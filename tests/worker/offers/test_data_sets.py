@@ -82,7 +82,7 @@ def test_a_flag_comes_before_the_tables(tmp_path: Path) -> None:
         ("data = 5\n", "data.file = 5 is not allowed: use the path of a file or folder"),
         ("[data.reviews]\n", "data.reviews.path is missing; set it"),
         ("[data.Reviews]\npath = 'x'\n", "data.Reviews"),
-        ("[data.a]\npth = 'x'\npath = 'x'\n", "data.a.pth is not a known setting"),
+        ("[data.a]\npth = 'x'\npath = 'x'\n", "data.a.pth is not .*; write path, or remove"),
         ("[data.a]\npath = 'x'\nprivacy_clip = 1\n", "privacy_clip needs privacy_epsilon"),
         ("[data.a]\npath = 'x'\nevaluations = 'x'\n", "evaluations needs heldout"),
         (
