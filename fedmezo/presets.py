@@ -13,11 +13,21 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any, Final
 
-from fedmezo_core.config import DEEP_UP, LAST_DOWN, LAST_UP, RunConfig, parse_run
+from fedmezo_core.config import DEEP_UP, LAST_DOWN, LAST_UP, RunConfig, asks_for_sums, parse_run
 from fedmezo_core.errors import ConfigError
 
 KEY: Final = "preset"
 """The key of a contract's settings that names a preset."""
+
+_OF_SINGLE_ANSWERS: Final = (
+    "report_losses",
+    "seed_policy",
+    "aggregation",
+    "clip_median_factor",
+    "weighting",
+    "personal_rate",
+)
+"""Keys of which secure aggregation leaves no choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,14 +165,18 @@ def with_preset(given: Mapping[str, Any]) -> dict[str, Any]:
     """A contract's values with those of the preset that `given` names, without its name.
 
     What is given wins, key by key also inside `lora` and `task`. Modules that `train` names take
-    the place of the preset's adapter. Values that name no preset come back as they are. Raises
-    `ConfigError` for a preset that there is not.
+    the place of the preset's adapter, and secure aggregation that of what needs single answers.
+    Values that name no preset come back as they are. Raises `ConfigError` for a preset that there
+    is not.
     """
     if KEY not in given:
         return dict(given)
     values = deepcopy(dict(preset_named(given[KEY]).values))
     if given.get("train"):
         values.pop("lora", None)
+    if asks_for_sums(given):
+        for key in _OF_SINGLE_ANSWERS:
+            values.pop(key, None)
     return merged(values, given)
 
 

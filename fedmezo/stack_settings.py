@@ -37,4 +37,4 @@ class StackSettings(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ConfigError(sentence_of(error, where)) from None
+            raise ConfigError(sentence_of(error, where, kind=cls)) from None

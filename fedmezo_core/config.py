@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -588,14 +589,15 @@ class RunConfig(_Frozen):
         for name in ("workers_min", "quorum"):
             if getattr(self, name) < self.secure_cohort_min:
                 raise ValueError(
-                    f"secure_aggregation adds up at least secure_cohort_min = "
-                    f"{self.secure_cohort_min} answers; set {name} = {getattr(self, name)} to that "
-                    "or more"
+                    f"{name} = {getattr(self, name)} is too few for secure_aggregation, which adds "
+                    f"up at least secure_cohort_min = {self.secure_cohort_min} answers; set it to "
+                    f"{self.secure_cohort_min} or more"
                 )
         if self.cohort_size_max > SECURE_COHORT_MAX:
             raise ValueError(
-                f"secure_aggregation adds up at most {SECURE_COHORT_MAX} answers, because every "
-                f"two workers exchange secrets; lower cohort_size_max = {self.cohort_size_max}"
+                f"cohort_size_max = {self.cohort_size_max} is too many for secure_aggregation, "
+                f"which adds up at most {SECURE_COHORT_MAX} answers, because every two workers "
+                f"exchange secrets; set it to {SECURE_COHORT_MAX} or less"
             )
 
     def _check_buffered(self, pairs: int) -> None:
@@ -723,31 +725,62 @@ class RunConfig(_Frozen):
         return recipe
 
 
-def sentence_of(error: ValidationError, where: str, prefix: Sequence[str] = ()) -> str:
-    """One sentence for all keys that are missing, or else for the first problem of another kind.
+def sentence_of(
+    error: ValidationError,
+    where: str,
+    prefix: Sequence[str] = (),
+    kind: type[BaseModel] | None = None,
+) -> str:
+    """One sentence: the first unknown key, else all missing keys, else the first other problem.
 
     It names the key, the given value and what is allowed. `where` is the file that the value comes
-    from, or empty, and `prefix` the path to the validated part.
+    from, or empty, and `prefix` the path to the validated part. With `kind`, the model that was
+    asked for, it says which known key is nearest to an unknown one.
     """
     problems = error.errors(include_url=False)
+    # Unknown keys come first: a misspelt one is a usual cause of a missing one.
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     missing = [_key_of(problem, prefix) for problem in problems if problem["type"] == "missing"]
-    rest = len(problems) - (len(missing) or 1)
+    rest = len(problems) - (1 if unknown else len(missing) or 1)
     more = f" ({rest} more after this one)" if rest else ""
     start = f"{where}: " if where else ""
+    if unknown:
+        near = None if kind is None else _nearest_key(unknown[0]["loc"], kind)
+        remedy = f"write {near}, or remove it" if near else "remove it or check its spelling"
+        return f"{start}{_key_of(unknown[0], prefix)} is not a known setting; {remedy}{more}."
     if missing:
         names = " and ".join([", ".join(missing[:-1])] * (len(missing) > 1) + missing[-1:])
         are, them = ("is", "it") if len(missing) == 1 else ("are", "them")
         return f"{start}{names} {are} missing; set {them}{more}."
     problem = problems[0]
     key = _key_of(problem, prefix)
-    if problem["type"] == "extra_forbidden":
-        return f"{start}{key} is not a known setting; remove it or check its spelling{more}."
     message = _allowed(problem)
     if not key:
         return f"{start}{message}{more}."
     given = problem.get("input")
     shown = f" = {_shortened(given)}" if isinstance(given, (str, int, float, bool)) else ""
     return f"{start}{key}{shown} is not allowed: {message}{more}."
+
+
+def _nearest_key(place: tuple[int | str, ...], kind: type[BaseModel]) -> str | None:
+    """The key of `kind`, or of the table in it, that is spelt most like the one at `place`."""
+    for part in place[:-1]:
+        field = kind.model_fields.get(str(part))
+        if field is None:
+            continue  # A name within a table of tables.
+        inner = _table_in(field.annotation)
+        if inner is None:
+            return None
+        kind = inner
+    near = get_close_matches(str(place[-1])[:_SHOWN_CHARS_MAX], kind.model_fields, n=1)
+    return near[0] if near else None
+
+
+def _table_in(annotation: object) -> type[BaseModel] | None:
+    """The kind of the table in a type such as `Table | None` or `dict[str, Table]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _table_in(part))), None)
 
 
 def _shortened(value: str | float) -> str:
@@ -809,6 +842,11 @@ def _default_aggregation(values: Mapping[str, Any]) -> str:
     return "trimmed_mean" if is_shared and counts_alike else "mean"
 
 
+def asks_for_sums(values: Mapping[str, Any]) -> bool:
+    """Whether a contract's values, perhaps from the environment, ask for secure aggregation."""
+    return values.get("secure_aggregation") in (True, "true")
+
+
 def _secure_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a new run with secure aggregation needs, where its settings do not say."""
     fewest = values.get("secure_cohort_min", 3)
@@ -848,7 +886,7 @@ def parse_run(
         "rate_directions": RATE_DIRECTIONS,
         "aggregation": _default_aggregation(values),
     }
-    if values.get("secure_aggregation") in (True, "true"):
+    if asks_for_sums(values):
         newer |= _secure_defaults(values)
     if begun:
         newer = {key: getattr(begun, key) for key in newer}
@@ -873,7 +911,7 @@ def parse_run(
             own = {"normalized_step": not is_plain, "learning_rate": rate}
             config = RunConfig.model_validate({**values, **own})
     except ValidationError as error:
-        raise ConfigError(sentence_of(error, where)) from None
+        raise ConfigError(sentence_of(error, where, kind=RunConfig)) from None
     if begun is None and config.task.holds_its_answer and not config.task.objective:
         raise ConfigError(
             f"{where}: task.template = {_shortened(config.task.template)} is not allowed: it names "

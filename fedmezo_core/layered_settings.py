@@ -155,7 +155,7 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
         loaded: Settings = _Loaded()
     except ValidationError as error:
         where = str(config_path) if config_path is not None else ""
-        raise ConfigError(sentence_of(error, where)) from None
+        raise ConfigError(sentence_of(error, where, kind=kind)) from None
     except SettingsError as error:
         keys = "|".join(map(re.escape, kind.model_fields))
         named = re.search(rf"\b({keys})\b", str(error))
@@ -184,7 +184,7 @@ def settings_of(kind: type[Settings], values: dict[str, Any], where: str) -> Set
     try:
         given: Settings = _Given()
     except ValidationError as error:
-        raise ConfigError(sentence_of(error, where)) from None
+        raise ConfigError(sentence_of(error, where, kind=kind)) from None
     return given
 
 

@@ -121,11 +121,14 @@ VERSION=$("$PREFIX/bin/fedmezo-worker" --version)
 say "$VERSION is in $PREFIX"
 
 # ---------------------------------------------------------------- settings
-(umask 077; mkdir -p "$CONFIG" "$STATE/worker" "$CACHE")
+# A file of each run goes into a folder; a device that has an earlier single copy keeps it.
+COPIES="$STATE/worker/journal-copies"
+[ ! -f "$STATE/worker/journal-copy.db" ] || COPIES="$STATE/worker/journal-copy.db"
+(umask 077; mkdir -p "$CONFIG" "$STATE/worker" "$CACHE"; [ -f "$COPIES" ] || mkdir -p "$COPIES")
 if [ -n "$DATA" ]; then
   {
     printf '# Written by install.sh.\ndata = "%s"\nstate = "%s"\njournal_copy = "%s"\n' \
-      "$DATA" "$STATE/worker/identity" "$STATE/worker/journal-copy.db"
+      "$DATA" "$STATE/worker/identity" "$COPIES"
     printf '%s' "$SETTINGS"
   } > "$CONFIG/worker.toml.new"
   mv "$CONFIG/worker.toml.new" "$CONFIG/worker.toml"

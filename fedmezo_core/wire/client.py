@@ -147,14 +147,17 @@ class CoordinatorClient:
             self._channel = _channel_of(address, identity)
         elif tls_ca is None and not tls:
             self._hint = (
-                "whether it serves TLS (then set tls or tls_ca), or wants an identity (then name "
-                "the folder of your identity with --state)"
+                "whether it wants an identity (then join with the operator's join string: a worker "
+                "with --join STRING, a person with fedmezo join STRING; or name the folder of "
+                "your identity with --state), or only TLS (then set tls or tls_ca)"
             )
             self._channel = grpc.aio.insecure_channel(address, options=channel_options(address))
         else:
             self._hint = (
                 "that it serves TLS, whether its certificate is of that CA and names that host, "
-                "and whether it wants an identity (then name the folder of yours with --state)"
+                "and whether it wants an identity (then leave out tls and tls_ca, and join with "
+                "the operator's join string: a worker with --join STRING, a person with fedmezo "
+                "join STRING; or name the folder of yours with --state)"
             )
             roots = system_roots() if tls_ca is None else _roots_in(tls_ca)
             self._channel = grpc.aio.secure_channel(

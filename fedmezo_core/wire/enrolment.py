@@ -117,8 +117,9 @@ def identity_in(folder: Path) -> Identity:
     identity = load_identity(folder / "operator") or load_identity(folder)
     if identity is None:
         raise IdentityError(
-            f"{folder} holds no identity; join first with the operator's join string, or name the "
-            "folder that holds it."
+            f"{folder} holds no identity; join first with the operator's join string (a worker: "
+            "--join STRING, join in its file, or FEDMEZO_WORKER_JOIN, and a relay likewise; a "
+            "person: fedmezo join STRING), or name the folder that holds it with --state."
         )
     return identity
 

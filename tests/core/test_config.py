@@ -202,6 +202,31 @@ def test_more_than_one_problem_is_counted() -> None:
         parse_run(VALUES | {"rounds": 0, "eps": 0}, "run")
 
 
+def test_the_nearest_key_of_a_table_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"task\.templat is not .*; write template, or remove it"):
+        parse_run(VALUES | with_task(templat="{text}"), "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"workers_min": 2},
+            "workers_min = 2 is too few for .* secure_cohort_min = 3 answers; set it to 3 or more",
+        ),
+        ({"secure_cohort_min": 4, "quorum": 3}, "quorum = 3 is too few .* set it to 4 or more"),
+        (
+            {"cohort_size_max": 4000},
+            "cohort_size_max = 4000 is too many for secure_.*; set it to [0-9]+ or less",
+        ),
+    ],
+)
+def test_the_size_of_a_secure_sum_is_told(changes: dict[str, Any], said: str) -> None:
+    secure = {k: v for k, v in VALUES.items() if k not in ("workers_min", "quorum")}
+    with pytest.raises(ConfigError, match=said):
+        parse_run(secure | {"secure_aggregation": True} | changes, "run")
+
+
 def test_instruction_tuning_needs_no_verbalizers() -> None:
     config = parse_run(
         VALUES | {"task": {"kind": "instruction", "template": "{q} {q} {a b}"}}, "run"

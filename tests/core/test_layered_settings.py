@@ -203,6 +203,22 @@ def test_all_missing_keys_are_named_at_once(flags: list[str], said: str) -> None
     assert str(caught.value) == said
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("thre = 1", "thre is not a known setting; write three, or remove it (3 more after"),
+        ("one = 'a'\ntwo = 2\nthree = 3\nzzz = 1", "zzz is not a known setting; remove it or"),
+    ],
+)
+def test_a_misspelt_key_is_named_before_the_missing_ones(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    (tmp_path / "settings.toml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(Required, ["--config", str(tmp_path / "settings.toml")], program="required")
+    assert f"settings.toml: {said}" in str(caught.value)
+
+
 def test_an_unknown_flag_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load("--prot-number", "3")

@@ -69,6 +69,21 @@ def test_modules_to_train_take_the_place_of_the_adapter() -> None:
     assert "lora" not in with_preset({"preset": "classification", "train": ["norm"]})
 
 
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+@pytest.mark.parametrize("written", [True, "true"])
+def test_secure_aggregation_takes_the_place_of_what_needs_single_answers(
+    preset: Preset, written: bool | str
+) -> None:
+    given: dict[str, Any] = {"run_id": "r", "model": "m", "preset": preset.name, "task": TASK}
+    config = parse_contract(given | {"secure_aggregation": written}, "here")
+    assert (config.secure_aggregation, config.seed_policy) == (True, "shared")
+    assert config.workers_min == config.secure_cohort_min
+    assert (config.rounds, config.report_losses) == (preset.values["rounds"], False)
+    # What is written is never changed silently.
+    with pytest.raises(ConfigError, match="set report_losses to false"):
+        parse_contract(given | {"secure_aggregation": True, "report_losses": True}, "here")
+
+
 def test_a_rate_follows_from_the_contract_unless_one_is_given() -> None:
     def rate(**more: Any) -> float:
         return parse_contract({"run_id": "r", "model": "m", "task": TASK} | more, "h").learning_rate

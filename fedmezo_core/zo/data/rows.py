@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from fedmezo_core.config import TaskConfig
@@ -31,8 +30,8 @@ _NAMES_SHOWN_MAX = 5
 """Files that are passed over and named in the log."""
 _BYTE_ORDER_MARK = "\ufeff"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_AS_THEY_ARE: Mapping[str, str] = MappingProxyType({})
-"""Columns have in the files the names that the run gives them."""
+_BARE_KEY = re.compile("[A-Za-z0-9_-]+")
+"""A key that TOML takes without quotes."""
 _WHOLE_NUMBER = re.compile(r"([+-]?[0-9]+)\.0+")
 
 
@@ -137,7 +136,7 @@ def read_rows(
     task: TaskConfig,
     *,
     keep_others: bool = False,
-    names: Mapping[str, str] = _AS_THEY_ARE,
+    names: Mapping[str, str] | None = None,
 ) -> list[Example]:
     """Read the columns that `task` needs, as `read_examples` does, by the rules of its run."""
     return read_examples(
@@ -155,7 +154,7 @@ def read_examples(
     *,
     keep_others: bool = False,
     plain_numbers: bool = False,
-    names: Mapping[str, str] = _AS_THEY_ARE,
+    names: Mapping[str, str] | None = None,
 ) -> list[Example]:
     """Read `columns` of a .jsonl, .csv or .parquet file, or of all such files in a folder.
 
@@ -165,7 +164,8 @@ def read_examples(
     them, dates and times in ISO 8601, bytes as UTF-8; a lone surrogate becomes U+FFFD. A UTF-8
     byte-order mark and lines without any value are skipped. NaN is a missing value. With
     `plain_numbers`, a number 5.0 becomes `5`, as software writes whole numbers with a gap between
-    them. `names` maps columns to their names in the files, where these are others.
+    them. `names` maps columns to their names in the files, where these are others; None: the caller
+    has no setting `columns` for that, so no message names it.
 
     Raises `DataError`, which names the file and row, if a file is not readable, not UTF-8,
     malformed or without rows, if no row has one of the columns, or if a row's value for one is
@@ -174,7 +174,8 @@ def read_examples(
     rows: list[Example] = []
     with long_step(f"reading {path}"):
         for file in _files(Path(path).expanduser()):
-            written = list(dict.fromkeys(names.get(column, column) for column in columns))
+            own = names or {}
+            written = list(dict.fromkeys(own.get(column, column) for column in columns))
             records = _records_of(file, written, keep_others)
             rows.extend(_examples_of(file, records, columns, keep_others, plain_numbers, names))
     return rows
@@ -185,7 +186,7 @@ def rows_of(
     task: TaskConfig,
     *,
     keep_others: bool = False,
-    names: Mapping[str, str] = _AS_THEY_ARE,
+    names: Mapping[str, str] | None = None,
     source: str = "the data given",
 ) -> list[Example]:
     """Rows that a program holds, such as a list of dicts or a `datasets.Dataset`, as `read_rows`.
@@ -258,7 +259,7 @@ def _examples_of(
     columns: Sequence[str],
     keep_others: bool,
     plain_numbers: bool,
-    names: Mapping[str, str],
+    names: Mapping[str, str] | None,
 ) -> list[Example]:
     """Numbered records with `columns` as text; `file` is their file, or their name in messages."""
     if plain_numbers:
@@ -267,12 +268,15 @@ def _examples_of(
             for number, record in records
         ]
     present = dict.fromkeys(name for _, record in records for name in record)
-    spelling = {column: spelling_in(present, names.get(column, column)) for column in columns}
+    own = names or {}
+    spelling = {column: spelling_in(present, own.get(column, column)) for column in columns}
     for column in columns:
         if spelling[column] not in present:
+            key = column if _BARE_KEY.fullmatch(column) else json.dumps(column)
+            remedy = f'; if one of them holds it, set columns = {{ {key} = "its name" }}'
             raise DataError(
                 f"{file} has no column {shown_columns([spelling[column]])}; its columns are "
-                f"{shown_columns(present)}."
+                f"{shown_columns(present)}{'' if names is None else remedy}."
             )
 
     def values(number: int, record: dict[str, Any]) -> dict[str, str]:

@@ -457,8 +457,12 @@ async def test_ones_own_identity_is_shown_to_its_own_coordinator_alone(
         return link_to(address, None, False, None)
 
     async with (await asyncio.to_thread(link, at.address)).client() as client:
-        with pytest.raises(UnavailableError, match="name the folder of your identity with --state"):
+        with pytest.raises(
+            UnavailableError, match="folder of your identity with --state"
+        ) as caught:
             await client.get_status()
+        said = str(caught.value)
+        assert said.index("--join STRING") < said.index("--state") < said.index("tls or tls_ca")
     (home / "coordinator").symlink_to(at.state)
     for given in (None, at.address, at.address.replace("127.0.0.1", "localhost")):
         found = await asyncio.to_thread(link, given)

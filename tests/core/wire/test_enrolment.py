@@ -63,8 +63,10 @@ def test_a_machines_name_becomes_a_members(
 
 
 def test_a_folder_without_an_identity_is_named(tmp_path: Path) -> None:
-    with pytest.raises(IdentityError, match="holds no identity; join first"):
+    with pytest.raises(IdentityError, match="holds no identity; join first") as caught:
         identity_in(tmp_path)
+    for way in ("--join STRING", "FEDMEZO_WORKER_JOIN", "fedmezo join STRING", "--state"):
+        assert way in str(caught.value)
 
 
 async def test_a_member_waits_for_a_coordinator_that_is_busy(

@@ -82,7 +82,7 @@ def test_a_flag_comes_before_the_tables(tmp_path: Path) -> None:
         ("data = 5\n", "data.file = 5 is not allowed: use the path of a file or folder"),
         ("[data.reviews]\n", "data.reviews.path is missing; set it"),
         ("[data.Reviews]\npath = 'x'\n", "data.Reviews"),
-        ("[data.a]\npth = 'x'\npath = 'x'\n", "data.a.pth is not a known setting"),
+        ("[data.a]\npth = 'x'\npath = 'x'\n", "data.a.pth is not .*; write path, or remove"),
         ("[data.a]\npath = 'x'\nprivacy_clip = 1\n", "privacy_clip needs privacy_epsilon"),
         ("[data.a]\npath = 'x'\nevaluations = 'x'\n", "evaluations needs heldout"),
         (
@@ -156,3 +156,17 @@ def test_a_column_that_is_not_there_is_named_as_in_the_data(tmp_path: Path) -> N
     (path := tmp_path / "rows.jsonl").write_text('{"text": "Good.", "label": "positive"}\n')
     with pytest.raises(DataError, match="has no column body; its columns are text, label"):
         read_rows(path, TASK_CONFIG, names={"text": "body"})
+
+
+@pytest.mark.parametrize(("column", "key"), [("text", "text"), ("the text", '"the text"')])
+def test_the_setting_that_names_a_missing_column_is_told_where_it_exists(
+    tmp_path: Path, column: str, key: str
+) -> None:
+    (path := tmp_path / "rows.jsonl").write_text('{"body": "Good.", "label": "positive"}\n')
+    task = TASK_CONFIG.model_copy(update={"template": f"{{{column}}} It was"})
+    with pytest.raises(DataError) as caught:
+        read_rows(path, task, names={})
+    remedy = f'its columns are body, label; if one of them holds it, set columns = {{ {key} = "its'
+    assert remedy in str(caught.value)
+    with pytest.raises(DataError, match=r"its columns are body, label\.$"):
+        read_rows(path, task)

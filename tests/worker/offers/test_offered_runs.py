@@ -417,9 +417,11 @@ async def test_it_ends_once_no_other_run_may_come(settings: WorkerSettings, agen
 
 
 async def test_a_file_for_one_run_is_refused(tmp_path: Path, agents: Agents) -> None:
-    rows = tmp_path / "rows.jsonl"
+    rows, copy = tmp_path / "rows.jsonl", tmp_path / "copy.db"
+    rows.touch()
+    copy.touch()
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"journal_copy": tmp_path / "copy.db"}, "journal_copy"),
+        ({"journal_copy": copy}, "journal_copy"),
         (
             {"data": {"reviews": DataSet(path=rows, heldout=rows, evaluations=rows)}},
             "data.reviews.evaluations",
@@ -430,6 +432,23 @@ async def test_a_file_for_one_run_is_refused(tmp_path: Path, agents: Agents) -> 
         async with staying(WorkerSettings(**values)) as offers:
             with pytest.raises(ConfigError, match=f"^{key} = .* is one file, but"):
                 await offers.ended()
+
+
+async def test_a_folder_for_a_file_of_each_run_is_made(
+    settings: WorkerSettings, agents: Agents, tmp_path: Path
+) -> None:
+    folders = {"journal_copy": tmp_path / "kept/copies", "evaluations": tmp_path / "found.d"}
+    async with staying(settings.model_copy(update=folders), offer("a")):
+        await agents.have_begun("a")
+    assert all(folder.is_dir() for folder in folders.values())
+
+
+async def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, agents: Agents) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.touch()
+    async with staying(WorkerSettings(name="w1", data=rows, journal_copy=rows / "in")) as offers:
+        with pytest.raises(ConfigError, match=r"^journal_copy = .* cannot be made as a folder"):
+            await offers.ended()
 
 
 # ---------------------------------------------------------------- room

@@ -121,7 +121,7 @@ class OfferedRuns:
         Raises an error that concerns the worker and not one run, such as `RevokedError`, and
         `UnavailableError` after `give_up_after_s`.
         """
-        self._check_files()
+        self._make_folders()
         name_runs_in_text()
         self._take(first)
         asking = asyncio.create_task(self._next_offers())
@@ -160,18 +160,28 @@ class OfferedRuns:
     def _tasks(self) -> list[asyncio.Task[None]]:
         return [serving.task for serving in self._serving.values()]
 
-    def _check_files(self) -> None:
-        """Refuse a file that can only hold one run."""
+    def _make_folders(self) -> None:
+        """Make the folders for a file of each run; refuse a file, which can only hold one run."""
         settings = self._settings
         files = {"journal_copy": settings.journal_copy, "evaluations": settings.evaluations}
         for name, one in settings.data_sets.items():
             files[f"data.{name}.evaluations"] = one.evaluations
         for key, path in files.items():
-            if path is not None and not path.is_dir():
+            if path is None or path.is_dir():
+                continue
+            if path.exists():
                 raise ConfigError(
                     f"{key} = {str(path)!r} is one file, but this coordinator has many runs; name "
                     "a folder, or one run with run_id."
                 )
+            try:
+                path.mkdir(parents=True)
+            except OSError as error:
+                raise ConfigError(
+                    f"{key} = {str(path)!r} cannot be made as a folder for a file of each run "
+                    f"({error.strerror}); name another, or mend that."
+                ) from None
+            log.info("made %s, the folder %s names, for a file of each run", path, key)
 
     # ------------------------------------------------------------ offers
 
