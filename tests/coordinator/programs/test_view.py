@@ -212,6 +212,7 @@ def test_what_stands_in_brackets_is_shown() -> None:
     )
     for shown in (
         "run[red] on org/model[bold]:smile:",
+        "fedmezo run resume run[red]",
         "loss [nan] [/] of round 3",
         "w[1]: no [text] in it [/red]",
         "round 1: w[1] holds",
