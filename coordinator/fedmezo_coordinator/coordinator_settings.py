@@ -38,6 +38,7 @@ from fedmezo_core.layered_settings import (
 from fedmezo_core.machines.divergence import REPLICA_PARTY
 from fedmezo_core.trust.certificates import CA_LIFE_S, MEMBER_LIFE_S
 from fedmezo_core.trust.join_string import parse_join_string
+from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
 
 SESSIONS_MAX = 16_000
 """Default of `sessions_max`."""
@@ -374,6 +375,16 @@ class CoordinatorSettings(ServingSettings):
         if self.adapter is not None and self.adapter_rows is not None:
             raise ValueError("adapter_rows fits an adapter and adapter names one; leave out either")
         return self
+
+    def check_files_are_there(self) -> None:
+        """Refuse settings of a new run that name a file that is not there, with its setting."""
+        for key in ("adapter_rows", "heldout", "probe_rows"):
+            rows: Path | None = getattr(self, key)
+            if rows is not None and not rows.exists():
+                raise ConfigError(f"There is no data file or folder {rows}; check {key}.")
+        for name in ADAPTER_FILES:
+            if self.adapter is not None and not (self.adapter / name).is_file():
+                raise ConfigError(f"There is no {name} in a folder {self.adapter}; check adapter.")
 
     @property
     def begins_from(self) -> Path | None:

@@ -435,8 +435,9 @@ def _named(error: apsw.Error, path: Path, doing: str) -> JournalError:
     match error:
         case apsw.BusyError() | apsw.LockedError():
             return JournalLockedError(
-                f"The journal {path} is open in another process; stop that coordinator first, or "
-                "give a command of `fedmezo` no file: it then asks the coordinator."
+                f"The journal {path} is open in another process; if that is a command which reads "
+                "it, wait until it ends; if it is a coordinator, stop it first, or give a command "
+                "of `fedmezo` no file: it then asks the coordinator."
             )
         case apsw.NotADBError():
             return JournalCorruptError(

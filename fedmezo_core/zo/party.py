@@ -178,7 +178,8 @@ class Party:
 
     def check_same_base(self, genesis: Genesis) -> None:
         """Refuse to go on from another base than the run's, and say what differs."""
-        also = ", and begin from the same adapter, or none" if genesis.config.lora else ""
+        also = ", and begin from the same adapter, or none (--adapter)"
+        also = also if genesis.config.lora else ""
         for what, digests in genesis.differences(self, self.tokenizer_parts):
             raise MismatchError(
                 f"The {what} loaded here differ from the run's: {digests}; load the same files of "

@@ -49,6 +49,21 @@ def work():
 
 sys.exit(run_program("command", work))
 """
+CLEANING = """
+import asyncio, sys, time
+from fedmezo_core.program import run_program
+
+async def work():
+    try:
+        print("ready", flush=True)
+        await asyncio.sleep(60)
+    finally:
+        print("cleaning", flush=True)
+        time.sleep({cleans_in_s})
+        print("cleaned", flush=True)
+
+sys.exit(run_program("command", lambda: asyncio.run(work())))
+"""
 IMPORTING = """
 import pathlib, sys, tempfile
 folder = tempfile.mkdtemp()
@@ -218,6 +233,30 @@ def test_a_signal_ends_a_command_that_cleans_up(number: signal.Signals, status: 
     process.send_signal(number)
     assert process.communicate(timeout=20) == ("cleaned\n", "")
     assert process.returncode == status
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_does_not_disturb_the_clean_up_of_a_command(
+    number: signal.Signals,
+) -> None:
+    process = started(CLEANING.format(cleans_in_s=0.5))
+    process.send_signal(number)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "cleaning\n"
+    process.send_signal(number)  # The same one, sent to the process and to its group.
+    assert process.communicate(timeout=20) == ("cleaned\n", "")
+    assert process.returncode == 128 + number
+
+
+def test_a_later_second_signal_ends_a_clean_up_that_hangs() -> None:
+    process = started(CLEANING.format(cleans_in_s=60))
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "cleaning\n"
+    time.sleep(1.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from fedmezo import Coordinator
+from fedmezo_core.config import parse_run
 from fedmezo_core.errors import ConfigError, FedMezoError, JournalCorruptError, MismatchError
 from fedmezo_core.journal.codec import encode_record
 from fedmezo_core.journal.journal import Journal
@@ -16,8 +20,9 @@ from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.signed_heads import open_signer
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.records import Answered, Committed, Evaluated, Genesis, Record, SignedHead
-from tests.home.conftest import ROUNDS, FinishedRun, invoked
-from tests.integration.support.harness import records_of, served
+from fedmezo_core.zo.party import open_party
+from tests.home.conftest import LORA, ROUNDS, FinishedRun, invoked
+from tests.integration.support.harness import records_of, run_values, served
 from tests.integration.support.parties import save_model
 
 pytestmark = pytest.mark.slow
@@ -96,6 +101,36 @@ def test_the_key_beside_a_journal_signs_any_round(full_run: FinishedRun, tmp_pat
     )  # fmt: skip
     assert f"signed up to round 3 by {key.hex()}" in again
     assert records_of(tmp_path / "again") == records_of(tmp_path / "out")
+
+
+def test_the_adapter_that_a_run_began_from_goes_with_it(
+    lora_run: FinishedRun, exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    adapter = exported(lora_run, "--as", "adapter")
+    assert "if the run began from an adapter, rebuild needs that too (--adapter)" in invoked(
+        "export", tmp_path / "first", "--as", "journal", "--journal", lora_run.journal
+    )
+    config = parse_run(run_values(run_id="second", lora=LORA), "run", None)
+    party = open_party(config, str(lora_run.model), adapter=adapter, threads=1)
+    Coordinator(party.genesis(), tmp_path / "journal.db").close()
+    second = replace(lora_run, journal=tmp_path / "journal.db")
+    file, beside = tmp_path / "run.journal", tmp_path / "run.journal.adapter"
+    with pytest.raises(ConfigError, match=r"gone cannot be copied"):
+        written(second, file, "--adapter", str(tmp_path / "gone"))
+    assert not file.exists()
+    assert not beside.exists()
+    assert written(second, file, "--adapter", str(adapter))["adapter"] == str(beside)
+    rebuilt(file, second, tmp_path / "model")
+    beside.rename(tmp_path / "elsewhere")
+    with pytest.raises(MismatchError, match=r"the same adapter, or none \(--adapter\)"):
+        rebuilt(file, second, tmp_path / "other")
+
+    # A coordinator keeps a fitted one beside its journal. A new file never meets another's adapter.
+    shutil.copytree(adapter, tmp_path / "journal.db.adapter")
+    assert written(second, tmp_path / "b")["adapter"] == str(tmp_path / "b.adapter")
+    (tmp_path / "b").unlink()
+    with pytest.raises(ConfigError, match=r"b\.adapter exists; name another file"):
+        written(second, tmp_path / "b")
 
 
 async def test_a_running_coordinators_own_signature(full_run: FinishedRun, tmp_path: Path) -> None:

@@ -307,18 +307,23 @@ async def test_the_coordinator_warns_of_its_held_out_rows_too(
     assert f"{path}: 1 rows, 1 of them cut to 32 tokens" in said.getMessage()
 
 
-async def test_a_held_out_file_that_is_missing_ends_the_start(
-    programs: Programs, model_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("key", ["heldout", "probe_rows", "adapter_rows", "adapter"])
+async def test_a_file_that_is_missing_ends_the_start_before_a_model_is_loaded(
+    programs: Programs, tmp_path: Path, key: str
 ) -> None:
-    settings = programs.settings(run_values())
+    lora = {"rank": 2, "alpha": 2.0, "target_modules": ["c_fc"], "freeze_a": True}
+    run = run_values(lora=lora) if "adapter" in key else run_values()
+    if key == "probe_rows":
+        del run["learning_rate"]
     program = programs.start(
-        *("fedmezo_coordinator", "--config", settings, "--model", model_folder),
-        *("--heldout", tmp_path / "gone.jsonl", "--journal", tmp_path / "journal.db"),
+        *("fedmezo_coordinator", "--config", programs.settings(run), "--model", "not-loaded"),
+        *(f"--{key.replace('_', '-')}", tmp_path / "gone", "--journal", tmp_path / "journal.db"),
         *("--listen", "127.0.0.1:0"),
     )
-    assert await program.wait() == 1
+    assert await program.wait() == 2
     said = only_sentence(program, "fedmezo-coordinator")
-    assert f"There is no data file or folder {tmp_path}/gone.jsonl" in said
+    assert f"folder {tmp_path}/gone; check {key}." in said
+    assert not (tmp_path / "journal.db").exists()
 
 
 # ---------------------------------------------------------------- the coordinator's journal
@@ -365,7 +370,7 @@ async def refused(
 async def test_a_second_coordinator_on_the_same_journal(programs: Programs, journal: Path) -> None:
     _, address = await programs.coordinator(journal, HAND_RUN, "--no-replica")
     said = await refused(programs, journal, HAND_RUN)
-    assert f"The journal {journal} is open in another process; stop" in said
+    assert f"The journal {journal} is open in another process; if that is a command" in said
     listed = programs.start(
         "fedmezo_coordinator.programs.fedmezo_command", "journal", "inspect", str(journal)
     )

@@ -170,7 +170,9 @@ async def _prepare(settings: CoordinatorSettings, journal: Journal) -> Daemon:
         await daemon.resume(settings.resume_rate_factor)
     elif daemon.pause_reason:
         log.error(
-            "the run is paused: %s; to continue all the same, start with --resume",
+            "the run is paused: %s; to continue all the same: fedmezo run resume %s, or start with "
+            "--resume",
             daemon.pause_reason,
+            daemon.genesis.config.run_id,
         )
     return daemon

@@ -25,6 +25,8 @@ from fedmezo_coordinator.programs.connecting import (
 )
 from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, say
 from fedmezo_coordinator.programs.taking_home.journal_file import (
+    adapter_beside,
+    copy_adapter,
     signer_of,
     write_journal_file,
 )
@@ -151,7 +153,7 @@ def export(
         return link_to(coordinator, tls_ca, tls, state, run_id)
 
     if as_ is ExportAs.JOURNAL:
-        _export_journal(out, journal, link, round_, best=best, format_=format_)
+        _export_journal(out, journal, adapter, link, round_, best=best, format_=format_)
         return
     with opened_journal(journal, link) as source:
         plan = plan_of(source, round_, best=best)
@@ -267,12 +269,14 @@ def evaluate(
 def _export_journal(
     out: Path,
     journal: str | None,
+    adapter: Path | None,
     link: Callable[[], Link],
     round_: int | None,
     *,
     best: bool,
     format_: OutputFormat,
 ) -> None:
+    beside = adapter_beside(out)
     # Asked before the journal is fetched, so that its commits are there.
     known_head = None if journal else signed_head_from(link())
     with opened_journal(journal, link) as source:
@@ -285,6 +289,15 @@ def _export_journal(
             signer=signer_of(journal) if journal else None,
             known_head=known_head,
         )
+    client = None if journal else link().client
+    try:
+        with start_adapter(adapter, journal, written.run, client) as begins_from:
+            has_adapter = begins_from is not None and written.run.lora is not None
+            if begins_from is not None and has_adapter:
+                copy_adapter(begins_from, beside)
+    except BaseException:
+        out.expanduser().unlink(missing_ok=True)
+        raise
     signed = written.signed
     by = (
         f"signed up to round {signed.round} by {signed.key.hex()}"
@@ -296,20 +309,26 @@ def _export_journal(
         if written.evaluated_round is None
         else f"with the digest of the weights after round {written.evaluated_round}"
     )
+    start = ""
+    if has_adapter:
+        start = f"; hand over {beside} with it, the adapter that the run began from"
+    elif written.run.lora is not None:
+        start = "; if the run began from an adapter, rebuild needs that too (--adapter)"
     say(
         format_,
         f"{out}: the journal up to round {written.round}, {size_text(written.byte_count)}, head "
-        f"{written.head.hex()}, {by}, {digest}",
+        f"{written.head.hex()}, {by}, {digest}{start}",
         {
             "out": str(out),
             "as": ExportAs.JOURNAL,
-            "run_id": written.run_id,
+            "run_id": written.run.run_id,
             "round": written.round,
             "head": written.head,
             "bytes": written.byte_count,
             "signed_round": signed.round if signed.signature else None,
             "key": signed.key if signed.signature else None,
             "evaluated_round": written.evaluated_round,
+            "adapter": str(beside) if has_adapter else None,
         },
     )
 

@@ -155,7 +155,7 @@ def run_view(
         paused = status.phase == wire.PHASE_PAUSED
         head.add_row("because", Text(status.reason, style="bold red" if paused else ""))
     if status.phase == wire.PHASE_PAUSED:
-        head.add_row("", "to continue all the same, start the coordinator with --resume")
+        head.add_row("", Text(f"to continue all the same: fedmezo run resume {config.run_id}"))
     losses = [r for r in status.recent_rounds if r.HasField("mean_loss")]
     if losses:
         head.add_row("training loss", f"{losses[-1].mean_loss:.4f}")

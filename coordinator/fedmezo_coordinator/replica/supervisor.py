@@ -57,13 +57,14 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
 
     The child also fits the adapter if there are `adapter_rows`, checks the held-out rows, and
     measures the values that `settings.run` leaves open if there are `probe_rows`. Raises the
-    `FedMezoError` that the child ended with.
+    `FedMezoError` that the child ended with, and `ConfigError` at once if a file is not there.
     """
     if not settings.model:
         raise ConfigError(
             "model is missing; set it to a Hugging Face name or a model folder, "
             "for example --model HuggingFaceTB/SmolLM2-135M."
         )
+    settings.check_files_are_there()  # Before the child loads a model, which can take minutes.
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", _MODULE, "describe", stdin=PIPE, stdout=PIPE, stderr=PIPE
     )

@@ -25,6 +25,7 @@ from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import admin_pb2, coordinator_pb2, runs_pb2
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.home.conftest import invoked
 from tests.integration.support.fleets import served_fleet
 from tests.integration.support.harness import (
     config_of,
@@ -75,6 +76,8 @@ async def test_it_serves_once_its_journal_is_read_and_until_it_stops(tmp_path: P
                 await client.is_served(RUN)
             with pytest.raises(StartingError):
                 await client.get_run()
+            with pytest.raises(StartingError, match="does not serve yet, or no more"):
+                await asyncio.to_thread(invoked, "health", "--coordinator", main)
             await daemon.load()
             hosting = asyncio.create_task(
                 host(settings, front, Runs.of(daemon), stop, "the run is")

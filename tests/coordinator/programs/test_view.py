@@ -191,6 +191,13 @@ def test_what_the_replica_is_still_to_do_and_what_is_wrong_with_it() -> None:
     assert run_line(due).endswith("; finished; the last weights are being evaluated")
 
 
+def test_a_paused_run_says_how_it_goes_on_among_others_too() -> None:
+    config = config_to_pb(config_of())
+    config.run_id = "r1"
+    said = text_of(status(config=config, phase=wire.PHASE_PAUSED, reason="the loss rose"))
+    assert "to continue all the same: fedmezo run resume r1" in said
+
+
 def test_what_stands_in_brackets_is_shown() -> None:
     config = config_to_pb(config_of())
     config.run_id, config.model = "run[red]", "org/model[bold]:smile:"
@@ -205,6 +212,7 @@ def test_what_stands_in_brackets_is_shown() -> None:
     )
     for shown in (
         "run[red] on org/model[bold]:smile:",
+        "fedmezo run resume run[red]",
         "loss [nan] [/] of round 3",
         "w[1]: no [text] in it [/red]",
         "round 1: w[1] holds",

@@ -12,10 +12,11 @@ from typing import Any
 
 from fedmezo_coordinator.runs.run_folder import ONE_FILE
 from fedmezo_coordinator.runs.uploads import PIECE_BYTES_MAX
-from fedmezo_core.errors import ConfigError, NotReadyError
+from fedmezo_core.errors import ConfigError, NotReadyError, UnavailableError
 from fedmezo_core.layered_settings import expanded, toml_text, toml_values
 from fedmezo_core.program import long_step
 from fedmezo_core.wire.client import CoordinatorClient
+from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
 from fedmezo_proto.v1 import runs_pb2 as wire
 
@@ -23,6 +24,8 @@ log = logging.getLogger("fedmezo.command")
 
 LOOK_EVERY_S = 0.5
 """Period in which a new run is looked at."""
+RECONNECT_S = 60.0
+"""How long a coordinator that restarts meanwhile is waited for."""
 
 
 def files_of(config: Path) -> tuple[str, dict[str, Path]]:
@@ -82,10 +85,14 @@ async def upload(client: CoordinatorClient, name: str, path: Path) -> wire.RunFi
 
 
 async def serves(client: CoordinatorClient, run_id: str) -> wire.RunSummary:
-    """Wait until a new run serves workers; raises `ConfigError` with the reason if it fails."""
+    """Wait until a new run serves workers; raises `ConfigError` with the reason if it fails.
+
+    Raises `UnavailableError` if the coordinator is gone for `RECONNECT_S`.
+    """
+    reconnecting = Reconnecting(log, give_up_after_s=RECONNECT_S)
     with long_step(f"creating run {run_id}") as step:
         while True:
-            [run] = await client.list_runs(run_id)
+            run = await _looked_at(client, run_id, reconnecting)
             if run.phase == wire.RUN_PHASE_FAILED:
                 raise ConfigError(
                     f"Run {run_id} could not begin: {run.reason}; mend that and say: fedmezo run "
@@ -100,12 +107,14 @@ async def serves(client: CoordinatorClient, run_id: str) -> wire.RunSummary:
 async def taken_up(client: CoordinatorClient, run_id: str, within_s: float) -> wire.RunSummary:
     """Wait until a worker takes part in a run; says meanwhile who does not, and why.
 
-    Raises `NotReadyError` with those reasons if none does `within_s`.
+    Raises `NotReadyError` with those reasons if none does `within_s`, and `UnavailableError` if the
+    coordinator is gone for `RECONNECT_S`.
     """
+    reconnecting = Reconnecting(log, give_up_after_s=RECONNECT_S)
     end_s, told = time.monotonic() + within_s, dict[str, str]()
     with long_step(f"waiting for a worker of run {run_id}"):
         while True:
-            [run] = await client.list_runs(run_id)
+            run = await _looked_at(client, run_id, reconnecting)
             for declined in run.declined:
                 if told.get(declined.worker) != declined.reason:
                     told[declined.worker] = declined.reason
@@ -119,3 +128,22 @@ async def taken_up(client: CoordinatorClient, run_id: str, within_s: float) -> w
                     f"{declines or 'none has come'}."
                 )
             await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def _looked_at(
+    client: CoordinatorClient, run_id: str, reconnecting: Reconnecting
+) -> wire.RunSummary:
+    """The run as it is now, once the coordinator can be reached."""
+    while True:
+        try:
+            [run] = await client.list_runs(run_id)
+        except UnavailableError as error:
+            try:
+                await reconnecting.wait_after(error)
+            except UnavailableError:
+                raise UnavailableError(
+                    f"{error} Run {run_id} is created there; the same command again waits for it."
+                ) from None
+        else:
+            reconnecting.reached()
+            return run

@@ -44,6 +44,5 @@ async def _check(link: Link, service: str) -> None:
     async with link.client() as client:
         if not await client.is_served(service):
             raise StartingError(
-                f"{service or 'The process'} at {link.address} is not served now: it starts, or "
-                "it stops."
+                f"{service or 'The process'} at {link.address} does not serve yet, or no more."
             )

@@ -16,8 +16,9 @@ from pathlib import Path
 from fedmezo_coordinator.programs.taking_home.rebuilding import check_follows
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import path_beside
+from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError, JournalCorruptError
-from fedmezo_core.folders import sync
+from fedmezo_core.folders import sync, whole_folder
 from fedmezo_core.journal.codec import encode_record
 from fedmezo_core.journal.journal import GENESIS, MOVES_HEAD, Journal
 from fedmezo_core.journal.party_copy import verified
@@ -25,13 +26,14 @@ from fedmezo_core.journal.signed_heads import Signer
 from fedmezo_core.journal.sqlite import SqliteStore
 from fedmezo_core.program import long_step
 from fedmezo_core.records import Committed, Evaluated, Genesis, SignedHead, Started
+from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
 
 
 @dataclass(frozen=True, slots=True)
 class JournalFile:
     """A journal that was written for others, and what it can prove."""
 
-    run_id: str
+    run: RunConfig
     round: int
     """Its last commit."""
     head: bytes
@@ -123,13 +125,39 @@ def write_journal_file(
             kept.append(encode_record(signed))
     byte_count = _write(target, kept)
     return JournalFile(
-        run_id=run_id,
+        run=genesis.config,
         round=last,
         head=heads[last],
         signed=signed,
         evaluated_round=max((round_ for round_ in evaluated if round_ <= last), default=None),
         byte_count=byte_count,
     )
+
+
+def adapter_beside(target: Path) -> Path:
+    """The folder where `fedmezo rebuild` looks for the adapter that a journal's run began from.
+
+    Raises `ConfigError` if it is there: a new file must not meet the adapter of another run.
+    """
+    beside = path_beside(str(target), ".adapter")
+    if beside.exists():
+        raise ConfigError(f"{beside} exists; name another file or remove it.")
+    return beside
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy an adapter's files to the new folder `target`, whole or not at all.
+
+    Raises `ConfigError` if one cannot be read or written.
+    """
+    try:
+        with whole_folder(target, ConfigError) as folder:
+            for name in ADAPTER_FILES:
+                shutil.copyfile(source / name, folder / name)
+    except OSError as error:
+        raise ConfigError(
+            f"The adapter {source} cannot be copied to {target} ({error.strerror}); check both."
+        ) from None
 
 
 def _write(target: Path, bodies: list[bytes]) -> int:
