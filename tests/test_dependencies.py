@@ -17,6 +17,9 @@ STACKS = {"flower", "nvflare"}
 RUNTIMES = {"onnx", "llama-cpp"}
 """Extras of workers without torch, which need newer versions than the lowest."""
 
+TOOLS = {"otel", "tensorboard"}
+"""Extras that only other tools read; their tests run with those of `make test`."""
+
 
 def _declared() -> dict[str, list[Requirement]]:
     """What the package needs, by extra; empty for the package alone."""
@@ -36,7 +39,7 @@ def _pinned(file: str) -> dict[str, Version]:
 def test_lower_bounds_are_the_lowest_tested_versions() -> None:
     tested = _pinned("requirements-lowest.lock")
     declared = _declared()
-    kept = declared.keys() - STACKS - RUNTIMES
+    kept = declared.keys() - STACKS - RUNTIMES - TOOLS
     for requirement in [one for extra in kept for one in declared[extra]]:
         [bound] = [one.version for one in requirement.specifier if one.operator == ">="]
         found = tested[canonicalize_name(requirement.name)]

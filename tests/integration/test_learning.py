@@ -176,7 +176,7 @@ async def test_a_diverging_run_pauses_and_a_person_lets_it_go_on(
     )
     await shown.wait()
     assert "PAUSED" in shown.said
-    assert "--resume" in shown.said
+    assert "fedmezo run resume" in " ".join(shown.said.split())
     paused.end()
 
     resumed, address = await programs.coordinator(
