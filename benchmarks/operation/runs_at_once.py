@@ -327,7 +327,14 @@ def starting(sizes: Sizes) -> Iterator[Figure]:
                 return all(len(one.committed_s) >= ROUNDS for one in loads.values())
 
             drive(loads, over, 120.0)
-        same = sum(coordinator.head(name) == loads[name].swarm.workers[0].head for name in names)
+
+            def agreeing() -> int:
+                heads = {name: load.swarm.workers[0].head for name, load in loads.items()}
+                return sum(coordinator.head(name) == head for name, head in heads.items())
+
+            with contextlib.suppress(TimeoutError):  # The last commit may be on its way.
+                drive(loads, lambda: agreeing() == len(names), 10.0)
+            same = agreeing()
         coordinator.stop()
         sound = sum(is_sound(coordinator.runs / name / "journal.db") for name in names)
     goal = f"at least {sizes.runs}"

@@ -146,13 +146,13 @@ async def outcome(channel: grpc.aio.Channel, path: str, run_id: str | None = Non
                     break  # A watcher is told of every change.
         else:
             await channel.unary_unary(path, write, read)(request, timeout=10)
-    except grpc.aio.AioRpcError as error:
-        metadata = dict(tuple(error.trailing_metadata() or ()))
-        return str(metadata.get(REASON_KEY, error.code().name))
-    except asyncio.InvalidStateError:  # The stream ended before it was written to.
-        error_code = await stream.code()
-        metadata = dict(tuple(await stream.trailing_metadata() or ()))
-        return str(metadata.get(REASON_KEY, error_code.name))
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+        if isinstance(error, asyncio.InvalidStateError) or method.client_streaming:
+            # The stream may have ended before it was written to.
+            code, found = await stream.code(), await stream.trailing_metadata()
+        else:
+            code, found = error.code(), error.trailing_metadata()
+        return str(dict(tuple(found or ())).get(REASON_KEY, code.name))
     return "OK"
 
 
