@@ -39,7 +39,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 class FormDescription(BaseModel):
     """What `form.json` says."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     version: Literal[1] = 1
     kind: Literal["onnx", "gguf"]
