@@ -50,8 +50,9 @@ SIGNATURE_BYTES = 64
 class Costs:
     """What a message costs a server, in seconds of one core, and a session in bytes of memory.
 
-    From `make bench-coordinator`: "CPU time of the coordinator each", and the core's busy share in
-    whole rounds, divided by their rate, less that. Memory is that of 10,000 idle workers.
+    From `make bench-coordinator`. Answers and memory (10,000 idle workers) are those of
+    docs/benchmarks.md. Handing down is from two Xeon cores: half a core at 1,350 answers a second
+    in whole rounds, less the 186 us that an answer alone took there.
     """
 
     submission_s: float = 286e-6
@@ -76,7 +77,7 @@ class Federation:
     spread: float = 0.5
     """Standard deviation of its logarithm."""
     delay_s: float = 0.08
-    """Median one-way delay between a device and its server; a third of it above a relay."""
+    """Mean one-way delay between a device and its server; a third of it above a relay."""
     deadline_s: float = 60.0
     """The run's; a relay gives its devices 0.8 of it."""
     lost_share: float = 0.002
@@ -148,8 +149,7 @@ class Simulation:
         self.rounds: list[tuple[float, float]] = []
         """When each round began and was committed."""
         self.sites = [self._site(genesis, number) for number in range(federation.sites)]
-        names = [site.name for site in self.sites] or [f"d{n}" for n in range(here)]
-        self.names = names
+        self.names = [site.name for site in self.sites] or [f"d{n}" for n in range(here)]
 
     def _present(self) -> int:
         """Devices of a site that are switched on."""
@@ -177,7 +177,7 @@ class Simulation:
             given = {m.worker: m for m in messages if isinstance(m, Assign)}
             answers = sorted(self._answers_to(given.items(), began_s))
             commit, messages, now_s = self._committed(answers)
-            self._hand_down(commit, now_s)
+            self._hand_down(commit)
             self.rounds.append((began_s, now_s))
 
     def _answers_to(
@@ -286,7 +286,7 @@ class Simulation:
                 ready = self._relay(site, Acknowledged(message.ticket, self.head))
                 site.server.bytes_down += size * len(ready.messages)
 
-    def _hand_down(self, commit: Committed, now_s: float) -> None:
+    def _hand_down(self, commit: Committed) -> None:
         """Give a commit to everybody; assignments go with it, and their cost is in it."""
         body = encode_record(commit)
         event = CommitReceived(commit, body, self.head)
@@ -373,10 +373,8 @@ def _measured(name: str, federation: Federation, costs: Costs) -> Iterator[Figur
     if simulation.sites:
         relays = [site.server for site in simulation.sites]
         busy_s = max(relay.busy_s for relay in relays)
-        up, down = (
-            max(relay.bytes_up for relay in relays),
-            max(relay.bytes_down for relay in relays),
-        )
+        up = max(relay.bytes_up for relay in relays)
+        down = max(relay.bytes_down for relay in relays)
         yield Figure(f"{name}: a relay, busy in a round", busy_s / ROUNDS, "s")
         yield Figure(f"{name}: a relay, up in a round", up / ROUNDS / 1e6, "MB")
         yield Figure(f"{name}: a relay, down in a round", down / ROUNDS / 1e6, "MB")

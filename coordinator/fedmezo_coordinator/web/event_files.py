@@ -9,7 +9,7 @@ from fedmezo_coordinator.web.run_series import Curve, RunSeries
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.journal.journal import Journal
 
-ROUNDS_AT_ONCE = 1 << 31
+EVERY_ROUND = 1 << 31
 """Room for every round: a file need not fit a screen."""
 
 
@@ -26,7 +26,7 @@ def write_event_file(journal: Journal, folder: Path) -> int:
             f"Event files need tensorboardX; run: {sys.executable} -m pip install "
             "'fedmezo[tensorboard]'"
         ) from None
-    series = RunSeries(points_max=ROUNDS_AT_ONCE)
+    series = RunSeries(points_max=EVERY_ROUND)
     for entry in journal.load():
         series.take(entry.row.body)
     curves: dict[str, Curve] = {
