@@ -206,9 +206,10 @@ class RoundMachine:
 
     @property
     def is_busy(self) -> bool:
-        """Whether there is something to compute: step with ticks, one after the other, until not.
+        """Whether it computes something long; it goes on with each tick.
 
-        Each of them takes some milliseconds, so that others can have their turn in between.
+        A driver that has nothing else to do may step with ticks, one after the other, until it is
+        done. Each of them takes some milliseconds, so that others can have their turn in between.
         """
         return self._sum is not None and self._sum.is_busy
 

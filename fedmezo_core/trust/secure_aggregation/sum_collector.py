@@ -235,12 +235,14 @@ class SumCollector:
             case 1:
                 return PeersNamed(self._peers)
             case 2:
-                others = [other for other in self._givers if other != slot]
-                sealed = tuple((other, self._shares[other][slot]) for other in others)
-                if not self._hashes:
-                    return SharesDelivered(sealed)
-                hashes = tuple(self._hashes.get(other, {}).get(slot, b"") for other in others)
-                return SharesDelivered(sealed, hashes)
+                sealed = tuple(
+                    (dealer, dealt[slot])
+                    for dealer, dealt in self._shares.items()
+                    if dealer != slot
+                )
+                nothing, found = {slot: b""}, self._hashes
+                hashes = tuple(found.get(dealer, nothing)[slot] for dealer, _ in sealed)
+                return SharesDelivered(sealed, hashes if found else ())
             case _:
                 return UnmaskingWanted(self.survivors)
 

@@ -25,7 +25,7 @@ from fedmezo_core.trust.secure_aggregation.masking import (
 )
 from fedmezo_core.trust.secure_aggregation.secret_sharing import combined_secret, weights_at_zero
 
-MASKS_A_STEP = 64
+MASKS_A_STEP = 32
 """Masks that are taken off before others have their turn; each takes about 0.1 ms."""
 
 

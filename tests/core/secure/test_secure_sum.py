@@ -31,7 +31,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.seeds import seeds_of
 from fedmezo_core.records import Genesis
-from fedmezo_core.trust.secure_aggregation import sum_memory
+from fedmezo_core.trust.secure_aggregation import sum_memory, unmasking
 from fedmezo_core.trust.secure_aggregation.fixed_point import quantised
 from fedmezo_core.trust.secure_aggregation.masking import (
     MemberSecrets,
@@ -536,6 +536,24 @@ def test_the_collector_takes_no_step_that_does_not_fit() -> None:
     assert federation.collector.asks()[0] == other
     with pytest.raises(SecureSumError, match="no one's"):
         federation.take(other, dataclasses.replace(sent, step=_SMALL))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_masks_of_many_are_taken_off_in_small_steps(
+    gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unmasking, "MASKS_A_STEP", 2)
+    federation = Federation(6)
+    collector = federation.run(lambda step, slot: not gone or step < 2 or slot != 5)
+    count = 0
+    while collector.is_busy:
+        assert collector.sums is None
+        assert not collector.advance(10 * STEP_MS), "what is computed is not given up"
+        collector.work()
+        count += 1
+    assert count >= (10 if gone else 6) // 2
+    assert collector.sums == federation.plain_sum(range(5 if gone else 6))
+    assert not collector.failure
 
 
 # ---------------------------------------------------------------- signatures
