@@ -49,6 +49,7 @@ from fedmezo_core.events import (
     SendUnable,
     SessionAction,
     SumAsked,
+    Tick,
     WorkerLost,
     WorkerReady,
 )
@@ -272,6 +273,8 @@ class InMemoryFederation:
             self._flush(self._machine.step(unable_from_pb(worker.name, message.unable)))
         elif kind == "sum_reply":
             self._flush(self._machine.step(sum_received_from_pb(worker.name, message.sum_reply)))
+            while self._machine.is_busy:
+                self._flush(self._machine.step(Tick(0)))
         else:
             report = message.weights_report
             assert (report.round, report.weights_digest) == (self.round, self._weights_digest())

@@ -642,7 +642,9 @@ class Coordinator:
 
     def _flush(self) -> None:
         """Append what the machine's steps asked for, then let it be sent, in this order."""
-        while self._owed:
+        while self._owed or self._machine.is_busy:
+            if self._machine.is_busy:
+                self._owed.append(self._machine.step(Tick(self._now_ms)))
             owed, self._owed = self._owed, []
             records = [record for ready in owed for record in ready.records]
             entries: Iterator[Entry] = iter(())

@@ -170,6 +170,9 @@ class SecureSumError(ProtocolError):
 
     status = "FAILED_PRECONDITION"
 
+    useless_shares_of: tuple[int, ...] = ()
+    """Slots of the members whose shares are the reason, if they are."""
+
 
 class NotReadyError(ProtocolError):
     """The request is sound but cannot be served now (full, starting, or finished)."""

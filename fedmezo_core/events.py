@@ -92,6 +92,9 @@ class SharesGiven:
     """Slot of each other member -> the shares for it, encrypted, in the order of the slots."""
 
     sealed: tuple[tuple[int, bytes], ...]
+    hashes: tuple[bytes, ...] = ()
+    """`share_hashes` (32 bytes) of each member's pair of shares, the giver's own included, in the
+    order of the slots; none from an older version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,9 @@ class SharesDelivered:
     """Slot of each other member that gave shares -> those for the receiver, encrypted."""
 
     sealed: tuple[tuple[int, bytes], ...]
+    hashes: tuple[bytes, ...] = ()
+    """What their givers said of them, 32 bytes each, in the same order; empty bytes from those that
+    said nothing, and none at all if nobody did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +172,8 @@ class UnableReceived:
     worker: str
     ticket: Ticket
     reason: str
+    useless_shares_of: tuple[int, ...] = ()
+    """In a sum that hides its terms: slots of the members whose shares it says it cannot use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -484,6 +492,8 @@ class SendUnable:
 
     ticket: Ticket
     reason: str
+    useless_shares_of: tuple[int, ...] = ()
+    """In a sum that hides its terms: slots of the members whose shares this worker cannot use."""
 
 
 @dataclass(frozen=True, slots=True)

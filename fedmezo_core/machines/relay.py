@@ -218,6 +218,11 @@ class RelayMachine:
         return Phase.WAITING if self._open is None else Phase.OPEN
 
     @property
+    def is_busy(self) -> bool:
+        """A relay computes nothing that takes long."""
+        return False
+
+    @property
     def reason(self) -> str:
         """Why the site does not take part; empty if it does."""
         if self._staffed or self.phase is Phase.FINISHED:

@@ -60,7 +60,13 @@ from fedmezo_core.machines.answers import checked, content_of, is_digest_round
 from fedmezo_core.machines.cohort import shuffled
 from fedmezo_core.machines.divergence import REPLICA_PARTY, DigestBoard, agreed_digest, differing
 from fedmezo_core.machines.rates import own_rates, schedule_factor
-from fedmezo_core.machines.roster import COMPLAINT_CHARS_MAX, Phase, Roster, RoundSummary
+from fedmezo_core.machines.roster import (
+    COMPLAINT_CHARS_MAX,
+    NAMED_MAX,
+    Phase,
+    Roster,
+    RoundSummary,
+)
 from fedmezo_core.machines.run_state import (
     EXCLUDED_MAX,
     RoundState,
@@ -133,6 +139,9 @@ class RoundMachine:
         self._failed_attempts = 0
         self._resumed_after = 0
         self._holding: set[str] = set()
+        # Workers whose shares were no use in a sum that failed, with what was wrong. They are left
+        # out of further ones for as long as they stay, if there are enough others.
+        self._useless: dict[str, str] = {}
         self._records: list[Record] = []
         self._messages: list[RoundMessage] = []
         self._warnings: list[str] = []
@@ -194,6 +203,15 @@ class RoundMachine:
         if self._replica_agrees:
             parties.discard(REPLICA_PARTY)
         return frozenset(parties)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it computes something long; it goes on with each tick.
+
+        A driver that has nothing else to do may step with ticks, one after the other, until it is
+        done. Each of them takes some milliseconds, so that others can have their turn in between.
+        """
+        return self._sum is not None and self._sum.is_busy
 
     @property
     def recent_rounds(self) -> Sequence[RoundSummary]:
@@ -339,6 +357,7 @@ class RoundMachine:
                 self._worker_ready(worker)
             case WorkerLost(worker):
                 self.roster.leave(worker)
+                self._useless.pop(worker, None)
                 if self._sum is not None:
                     self._sum.lost(worker)
             case AnswerReceived():
@@ -354,6 +373,8 @@ class RoundMachine:
                 self._judge_health()
             case Tick(now_ms):
                 self._now_ms = max(self._now_ms, now_ms)
+                if self._sum is not None:
+                    self._sum.work()
         self._advance()
         return self._take_ready()
 
@@ -381,6 +402,7 @@ class RoundMachine:
             self._messages.append(Finish(worker, self.state.round))
         elif self.phase is not Phase.PAUSED:
             self._holding.discard(worker)
+            self._useless.pop(worker, None)
             assignment = self.state.assignment_of(worker) or self._unsummed(worker)
             current = self.state.open
             # What is unmasked now takes no more answers.
@@ -443,9 +465,10 @@ class RoundMachine:
         ):
             raise self._stale(event)
         self.roster.unable(event)
-        self._holding.discard(event.worker)
+        if self._sum is None or not event.useless_shares_of:
+            self._holding.discard(event.worker)
         if self._sum is not None:
-            self._sum.refused(event.worker)
+            self._sum.refused(event.worker, event.useless_shares_of)
 
     def _held_of(self, event: AnswerReceived | UnableReceived) -> RoundState:
         """The round that the event's ticket names, if the slot is the worker's."""
@@ -559,11 +582,16 @@ class RoundMachine:
             # Those whose weights differ were sent away just now.
             members = {
                 answer.slot: worker
-                for answer in answers[: config.answers_max]
+                for answer in answers
                 if (worker := self.state.worker_of(answer)) in self.roster.ready
             }
+            useful = {s: worker for s, worker in members.items() if worker not in self._useless}
+            if len(useful) >= config.quorum:
+                for worker in self._useless.keys() & set(members.values()):
+                    self.roster.complain(worker, f"left out of sums: {self._useless[worker]}")
+                members = useful
             if len(members) >= config.quorum:
-                self._begin_sum(current, members)
+                self._begin_sum(current, dict(list(members.items())[: config.answers_max]))
                 return False
         self._extend(current, overdue)
         return False
@@ -579,6 +607,14 @@ class RoundMachine:
         )
         self._sum = SumCollector(self.config, context, members, self._now_ms)
         self._messages.extend(self._sum.asks())
+
+    def _named_wrong(self, current: RoundState, attempt: SumCollector) -> str:
+        """Remember whose shares were wrong in an attempt that is over; a sentence if any were."""
+        for worker, said in attempt.wrong.items():
+            self.roster.complain(worker, f"it {said}, in the sum of round {current.round}")
+        named = [f"worker {worker} {said}" for worker, said in attempt.wrong.items()]
+        more = f"; and {len(named) - NAMED_MAX} more" if len(named) > NAMED_MAX else ""
+        return "; ".join(named[:NAMED_MAX]) + more
 
     def _go_on_with_sum(self, current: RoundState) -> bool:
         """Go on with the attempt; returns whether the round was committed, or may be tried again.
@@ -600,6 +636,14 @@ class RoundMachine:
             wrong = attempt.failure
         if attempt is not None and not wrong and attempt.sums is None:
             return False
+        is_named = False
+        if attempt is not None and (named := self._named_wrong(current, attempt)):
+            if wrong:
+                wrong = f"{wrong}; {named}"
+                is_named = bool(attempt.wrong.keys() - self._useless)
+                self._useless |= {name: self.roster.view(name).complaint for name in attempt.wrong}
+            else:
+                self._warnings.append(f"round {current.round}: {named}")
         if current.masked is not None:
             sums = () if wrong or attempt is None or attempt.sums is None else attempt.sums
             self._record(Summed(current.round, sums))
@@ -618,7 +662,8 @@ class RoundMachine:
         self._warnings.append(
             f"round {current.round}: attempt {attempt.attempt} at the sum failed: {wrong}"
         )
-        self._holding -= attempt.dropped
+        # Who could not use the shares of those that are left out now still holds its measurement.
+        self._holding -= attempt.dropped - (attempt.refusers if is_named else set())
         self._sum = None
         self._pause_failing_sum(current, attempt, wrong)
         return True
@@ -946,8 +991,7 @@ class RoundMachine:
 
 
 _AFTER_SUMS = (
-    "look in the log at which worker it is each time, exclude it if it is always the same, and "
-    "resume the run"
+    "exclude a worker that is named here, or that the log names each time, and resume the run"
 )
 
 

@@ -339,7 +339,8 @@ class SessionMachine:
         try:
             return (self._secure.step(event, cached[1].scalars.projected_grads),)
         except SecureSumError as error:
-            return (SendUnable(ticket, str(error)[:REASON_CHARS_MAX]),)
+            reason = str(error)[:REASON_CHARS_MAX]
+            return (SendUnable(ticket, reason, error.useless_shares_of),)
 
     def _refused(self, event: RefusedByCoordinator) -> _Actions:
         if event.reason != "StaleTicketError":

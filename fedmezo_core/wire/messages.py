@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedmezo_core.config import PROTOCOL_VERSION, RunConfig
+from fedmezo_core.config import PROTOCOL_VERSION, SECURE_COHORT_MAX, RunConfig
 from fedmezo_core.errors import FedMezoError, ProtocolError, UnavailableError
 from fedmezo_core.events import (
     Ack,
@@ -158,14 +158,19 @@ def _scalars_in(message: wire.Answer) -> Scalars:
 def unable_to_pb(unable: SendUnable) -> wire.SessionRequest:
     """A worker's inability to measure as a session message; the reason is cut to 512 characters."""
     return wire.SessionRequest(
-        unable=wire.Unable(ticket=ticket_to_pb(unable.ticket), reason=unable.reason[:512])
+        unable=wire.Unable(
+            ticket=ticket_to_pb(unable.ticket),
+            reason=unable.reason[:512],
+            useless_shares_of=unable.useless_shares_of,
+        )
     )
 
 
 def unable_from_pb(worker: str, message: wire.Unable) -> UnableReceived:
     """A worker's inability to measure as an event, without control characters in its reason."""
     reason = "".join(c if c.isprintable() else " " for c in message.reason[:512])
-    return UnableReceived(worker=worker, ticket=ticket_from_pb(message.ticket), reason=reason)
+    useless = tuple(message.useless_shares_of[:SECURE_COHORT_MAX])
+    return UnableReceived(worker, ticket_from_pb(message.ticket), reason, useless)
 
 
 def hello_to_pb(

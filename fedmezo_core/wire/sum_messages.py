@@ -5,7 +5,7 @@ Decoding is strict: a missing field, or bytes of another length, is a `ProtocolE
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fedmezo_core.config import SECURE_COHORT_MAX
 from fedmezo_core.errors import ProtocolError
@@ -28,7 +28,7 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.records import SIGNATURE_BYTES
 from fedmezo_core.trust.answer_signatures import AnswerSigner
-from fedmezo_core.trust.secure_aggregation.masking import SEALED_BYTES
+from fedmezo_core.trust.secure_aggregation.masking import SEALED_BYTES, SHARE_HASHES_BYTES
 from fedmezo_core.trust.secure_aggregation.secret_sharing import SHARE_BYTES
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import secure_sum_pb2 as pb
@@ -44,8 +44,9 @@ def ask_to_pb(ask: AskSum) -> wire.SessionResponse:
             message.keys_wanted.SetInParent()
         case PeersNamed(peers):
             message.peers_named.peers.extend(map(_peer_to_pb, peers))
-        case SharesDelivered(sealed):
+        case SharesDelivered(sealed, hashes):
             message.shares_delivered.shares.extend(_shares_to_pb(sealed))
+            message.shares_delivered.hashes.extend(hashes)
         case UnmaskingWanted(survivors):
             message.unmasking_wanted.survivors.extend(survivors)
     return wire.SessionResponse(sum_ask=message)
@@ -64,7 +65,8 @@ def asked_from_pb(message: pb.SumAsk) -> SumAsked:
             return SumAsked(ticket, message.step.attempt, named)
         case "shares_delivered":
             sealed = _shares_in(message.shares_delivered.shares, SEALED_BYTES)
-            return SumAsked(ticket, message.step.attempt, SharesDelivered(sealed))
+            hashes = _hashes_in(message.shares_delivered.hashes, len(sealed), optional=True)
+            return SumAsked(ticket, message.step.attempt, SharesDelivered(sealed, hashes))
         case "unmasking_wanted":
             survivors = message.unmasking_wanted.survivors
             _check_count(survivors)
@@ -82,8 +84,9 @@ def sum_step_to_pb(action: SendSumStep, signer: AnswerSigner | None = None) -> w
             signature = signer.sign_text(action.text_to_sign) if signer else b""
             message.keys_given.CopyFrom(_keys_to_pb(action.step))
             message.keys_given.signature = signature
-        case SharesGiven(sealed):
+        case SharesGiven(sealed, hashes):
             message.shares_given.shares.extend(_shares_to_pb(sealed))
+            message.shares_given.hashes.extend(hashes)
         case MaskedGiven(values):
             message.masked_given.values.extend(values)
         case SharesRevealed(shares):
@@ -99,7 +102,8 @@ def sum_received_from_pb(worker: str, message: pb.SumReply) -> SumReceived:
             return SumReceived(worker, ticket, attempt, _keys_from_pb(message.keys_given))
         case "shares_given":
             sealed = _shares_in(message.shares_given.shares, SEALED_BYTES)
-            return SumReceived(worker, ticket, attempt, SharesGiven(sealed))
+            hashes = _hashes_in(message.shares_given.hashes, len(sealed) + 1)
+            return SumReceived(worker, ticket, attempt, SharesGiven(sealed, hashes))
         case "masked_given":
             values = tuple(message.masked_given.values)
             return SumReceived(worker, ticket, attempt, MaskedGiven(values))
@@ -168,6 +172,20 @@ def _shares_in(messages: Iterable[pb.SumShare], size: int) -> tuple[tuple[int, b
     _check_count(found)
     for _, share in found:
         _check_bytes(share, size, "share")
+    return found
+
+
+def _hashes_in(
+    messages: Sequence[bytes], count: int, *, optional: bool = False
+) -> tuple[bytes, ...]:
+    found = tuple(messages)
+    if found and len(found) != count:
+        raise ProtocolError(
+            f"A step of a sum has {len(found)} hashes of shares, not {count}; use the same FedMeZO "
+            "version."
+        )
+    for one in found:
+        _check_bytes(one, SHARE_HASHES_BYTES, "hash of shares", optional=optional)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedmezo import Session
 from fedmezo_coordinator.programs.signature_audit import SignatureAudit
+from fedmezo_coordinator.serving import loop
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.records import Answered, Genesis, Masked, Opened, Summed
+from fedmezo_core.trust.secure_aggregation import unmasking
 from fedmezo_core.trust.secure_aggregation.fixed_point import quantised
+from fedmezo_core.trust.secure_aggregation.unmasking import Unmasking
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.integration.support.harness import (
@@ -147,6 +151,47 @@ async def test_workers_that_sign_make_sums_and_their_answers_stay_checkable(tmp_
         state.apply(record)
         audit.take(entry, record, state)
     assert next(audit.lines()) == f"answers: {3 * ROUNDS} signed and checked, 0 unsigned"
+
+
+async def test_others_have_their_turn_while_the_masks_of_many_are_taken_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the coordinator goes on with that by itself, without waiting for its next tick."""
+    monkeypatch.setattr(unmasking, "MASKS_A_STEP", 1)
+    monkeypatch.setattr(loop, "TICK_MS", 3_600_000)
+    turns, between = 0, []
+    work = Unmasking.work
+
+    def noted(self: Unmasking) -> None:
+        between.append((self, turns))
+        work(self)
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(Unmasking, "work", noted)
+    genesis = genesis_of(config_of(**CONTRACT))
+    async with served(tmp_path / "journal.db", genesis) as coordinator:
+        other = asyncio.create_task(others())
+        keys = (Ed25519PrivateKey.generate() for _ in "abc")
+        digests = await asyncio.gather(
+            *(
+                _takes_part(coordinator.address, genesis, name, key)
+                for name, key in zip("abc", keys, strict=True)
+            )
+        )
+        other.cancel()
+    assert len(set(digests)) == 1
+    pairs = [
+        (before, after)
+        for (one, before), (other_one, after) in itertools.pairwise(between)
+        if one is other_one
+    ]
+    assert len(pairs) == 3 * ROUNDS, "each mask, and the end, is a step of its own"
+    assert all(before < after for before, after in pairs)
 
 
 async def test_a_relay_serves_no_such_run(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from tests.library.light_engine import LightEngine
 from tests.library.test_both_sides import records_in
-from tests.secure.test_secure_runs import NAMES, cut_after, run_in_order, secure_run
+from tests.secure.test_secure_runs import (
+    NAMES,
+    check_sums,
+    cut_after,
+    run_in_order,
+    secure_run,
+)
 
 TURN_MS = 10_000
 TURNS_MAX = 1_000
@@ -66,49 +72,87 @@ def undecryptable(name: str, message: wire.SessionRequest) -> None:
 
 
 class WrongShares:
-    """Workers a and b reveal wrong shares in rounds that a test chooses.
+    """Some workers reveal wrong shares in rounds that a test chooses; three of four must not."""
 
-    The shares of three of four workers are used, so those of one of the two always are.
-    """
-
-    def __init__(self, is_wrong: Callable[[int], bool]) -> None:
+    def __init__(self, is_wrong: Callable[[int], bool], names: str = "ab") -> None:
         self.is_wrong = is_wrong
+        self.names = names
 
     def __call__(self, name: str, message: wire.SessionRequest) -> None:
         reply = message.sum_reply
-        is_its_turn = name in "ab" and reply.HasField("shares_revealed")
+        is_its_turn = name in self.names and reply.HasField("shares_revealed")
         if is_its_turn and self.is_wrong(reply.step.round):
             for share in reply.shares_revealed.shares:
                 share.share = (1).to_bytes(len(share.share), "little")
 
 
-def test_shares_that_nobody_can_decrypt_pause_the_run_and_name_who_gave_them() -> None:
+def test_who_gives_shares_that_nobody_can_decrypt_is_named_and_left_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The others need it for no sum, and only its first round takes a second attempt."""
     store = MemoryStore()
     fleet = Fleet(secure_run(workers_min=3), store)
     fleet.run(undecryptable)
+    assert fleet.coordinator.finished
+    assert check_sums(store, fleet.coordinator.config) == [3, 3, 3, 3]
+    said = "worker d dealt shares that 3 of the 3 other members say they cannot use"
+    assert sum(said in record.getMessage() for record in caplog.records) == 1
+    complaint = fleet.coordinator._machine.roster.view("d").complaint
+    assert complaint.startswith("left out of sums: it dealt shares")
+    assert fleet.turn * TURN_MS < fleet.coordinator.config.deadline_ms, "nobody waited for one"
+
+
+def test_one_that_was_left_out_takes_part_again_once_it_has_joined_anew() -> None:
+    store = MemoryStore()
+    fleet = Fleet(secure_run(workers_min=3, rounds=6), store)
+
+    def bad_at_first(name: str, message: wire.SessionRequest) -> None:
+        if fleet.coordinator.round < 2:
+            undecryptable(name, message)
+        elif fleet.coordinator.round == 3 and "d" not in joined_again:
+            joined_again.add("d")
+            fleet.coordinator.disconnect("d")
+            for up in fleet.sessions["d"].connect():
+                fleet.coordinator.receive("d", up)
+
+    joined_again: set[str] = set()
+    fleet.run(bad_at_first)
+    sizes = check_sums(store, fleet.coordinator.config)
+    assert sizes[:3] == [3, 3, 3]
+    assert sizes[-1] == 4
+
+
+def test_who_reveals_wrong_shares_is_named_and_stops_no_sum(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = MemoryStore()
+    fleet = Fleet(secure_run(), store)
+    fleet.run(WrongShares(lambda _round: True, "b"))
+    assert check_sums(store, fleet.coordinator.config) == [4, 4, 4, 4]
+    said = "worker b revealed 4 shares that are not those it was dealt"
+    assert [said in record.getMessage() for record in caplog.records] == [True] * 4
+    assert said.removeprefix("worker b ") in fleet.coordinator._machine.roster.view("b").complaint
+
+
+def test_sums_that_need_who_gives_useless_shares_pause_the_run_and_name_it() -> None:
+    """Also after it is resumed with the same worker."""
+    store = MemoryStore()
+    fleet = Fleet(secure_run(quorum=4), store)
+    fleet.run(undecryptable)
     coordinator = fleet.coordinator
     assert coordinator.phase == "paused"
-    round_ = coordinator.round + 1
-    assert f"{FAILED_ATTEMPTS_MAX} attempts at the sum of round {round_}" in coordinator.reason
-    assert "the shares of worker d cannot be decrypted" in coordinator.reason
-    masked = [record.round for record in records_in(store) if isinstance(record, Masked)]
-    assert masked == list(range(1, round_))
-
-    coordinator.exclude("d", "it gives shares that nobody can decrypt")
+    assert f"{FAILED_ATTEMPTS_MAX} attempts at the sum of round 1" in coordinator.reason
+    assert "worker d dealt shares that 3 of the 3 other members" in coordinator.reason
+    assert not [record for record in records_in(store) if isinstance(record, Masked)]
+    first = coordinator.reason
     coordinator.resume(1.0)
     fleet.run(undecryptable)
+    assert coordinator.phase == "paused"
+    assert coordinator.reason == first
+
+    coordinator.resume(1.0)
+    fleet.run()
     assert coordinator.finished
-    assert coordinator.round == 4
-
-
-def test_a_run_that_is_resumed_with_the_same_worker_pauses_again() -> None:
-    fleet = Fleet(secure_run(), MemoryStore())
-    fleet.run(undecryptable)
-    first = fleet.coordinator.reason
-    fleet.coordinator.resume(1.0)
-    fleet.run(undecryptable)
-    assert fleet.coordinator.phase == "paused"
-    assert fleet.coordinator.reason == first
 
 
 def commits_of(store: MemoryStore) -> int:
@@ -123,7 +167,8 @@ def test_sums_that_never_come_out_pause_the_run() -> None:
     assert coordinator.phase == "paused"
     assert coordinator.round == commits_of(store) == EMPTY_SUMS_MAX
     assert f"the newest {EMPTY_SUMS_MAX} rounds were committed without a step" in coordinator.reason
-    assert "do not fit" in coordinator.reason
+    assert "worker a revealed 4 shares that are not those it was dealt" in coordinator.reason
+    assert "worker b revealed" in coordinator.reason
 
     coordinator.resume(1.0)
     fleet.run(WrongShares(lambda round_: round_ < 2 * EMPTY_SUMS_MAX))
@@ -154,7 +199,10 @@ def test_a_restart_goes_on_counting_rounds_without_a_sum() -> None:
     "tamper", [undecryptable, WrongShares(lambda _round: True)], ids=["shares", "unmasking"]
 )
 def test_no_run_pauses_whose_contract_says_never(tamper: Tamper) -> None:
-    fleet = Fleet(secure_run(pause_rounds=0, rounds=2 * EMPTY_SUMS_MAX), MemoryStore())
+    genesis = secure_run(pause_rounds=0, rounds=2 * EMPTY_SUMS_MAX, quorum=4)
+    if tamper is not undecryptable:
+        genesis = secure_run(pause_rounds=0, rounds=2 * EMPTY_SUMS_MAX)
+    fleet = Fleet(genesis, MemoryStore())
     if tamper is undecryptable:
         with pytest.raises(AssertionError, match="neither ended nor paused"):
             fleet.run(tamper)

@@ -1,6 +1,6 @@
 """Replay one seed with its transcript, or run many.
 
-python -m tests.sim [--sites] --seed 7 [--count 1000]
+python -m tests.sim [--sites | --secure] --seed 7 [--count 1000]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 
 from tests.sim.checker import ViolationError
 from tests.sim.hierarchy import HierarchyWorld
-from tests.sim.world import World
+from tests.sim.world import SecureWorld, World
 
 
 def main() -> int:
@@ -22,8 +22,9 @@ def main() -> int:
         "--count", type=int, default=1, help="seeds to run; one prints its transcript"
     )
     parser.add_argument("--sites", action="store_true", help="with relays among the workers")
+    parser.add_argument("--secure", action="store_true", help="with secure aggregation")
     options = parser.parse_args()
-    world = HierarchyWorld if options.sites else World
+    world = SecureWorld if options.secure else HierarchyWorld if options.sites else World
     began_s = time.monotonic()
     for seed in range(options.seed, options.seed + options.count):
         transcript: list[str] | None = [] if options.count == 1 else None

@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import repeat
 
 from fedmezo_core.config import RunConfig
-from fedmezo_core.events import SendAnswer, Ticket
+from fedmezo_core.events import SendAnswer, SendSumStep, Ticket
 from fedmezo_core.machines.aggregate import decay_of
 from fedmezo_core.machines.rates import schedule_factor
 from fedmezo_core.machines.seeds import Pool, seeds_of
@@ -21,14 +21,17 @@ from fedmezo_core.records import (
     Answered,
     Committed,
     Diverged,
+    Masked,
     Opened,
     Paused,
     Record,
     Resumed,
     Started,
+    Summed,
     digest64_of,
     rounding_seed_of,
 )
+from fedmezo_core.trust.secure_aggregation.fixed_point import mean_of_sums, quantised
 
 BASE_WEIGHTS = hashlib.sha256(b"base").digest()
 
@@ -88,6 +91,18 @@ class Checker:
     named: set[tuple[int, str, int]] = field(default_factory=set)
     keys: dict[str, bytes] = field(default_factory=dict)
     sent_answers: set[tuple[str, SendAnswer]] = field(default_factory=set)
+    masked: Masked | None = None
+    """What is unmasked now."""
+    summed: Summed | None = None
+    unmasked_rounds: set[int] = field(default_factory=set)
+    is_calm: bool = False
+    """Whether nothing has gone wrong for so long that every sum must come out."""
+    may_fail: bool = False
+    """Whether the sum that is unmasked now need not: there were faults, or a start since."""
+    sum_sizes: list[int] = field(default_factory=list)
+    """How many answers each committed sum is of; 0 where it did not come out."""
+    revelations: dict[tuple[str, int], SendSumStep] = field(default_factory=dict)
+    """Worker and round -> how it helped to unmask that round's sum."""
 
     def __post_init__(self) -> None:
         if self.config.seed_policy == "pool":
@@ -107,6 +122,7 @@ class Checker:
         match record:
             case Started(epoch):
                 self.epoch += 1
+                self.may_fail = True
                 _require(epoch == self.epoch, f"epoch {epoch} follows {self.epoch - 1}")
             case Opened(round_, first_slot, workers, rates):
                 _require(round_ == self.open_round, f"round {round_} opened out of turn")
@@ -123,6 +139,14 @@ class Checker:
                 key = self.keys.get(worker, b"")
                 _require(record.signature in (b"", 2 * key), f"no record has {worker}'s key")
                 self._answered(record)
+            case Masked():
+                self._masked(record)
+            case Summed(round_, sums):
+                _require(self.masked is not None, f"round {round_} is summed before it is masked")
+                _require(self.summed is None, f"round {round_} is summed twice")
+                _require(sums in (self._plain_sums(), ()), f"round {round_} is not the plain sum")
+                _require(bool(sums) or self.may_fail, f"round {round_} lost its sum for nothing")
+                self.summed = record
             case Committed():
                 self._committed(record)
             case Diverged():
@@ -145,6 +169,15 @@ class Checker:
     def sent(self, worker: str, answer: SendAnswer) -> None:
         """A worker sent an answer."""
         self.sent_answers.add((worker, replace(answer, head64=None)))
+
+    def revealed(self, worker: str, sent: SendSumStep) -> None:
+        """A worker helped to unmask a sum."""
+        before = self.revelations.setdefault((worker, sent.ticket.round), sent)
+        _require(before == sent, f"{worker} helps to unmask a second sum of one round: {sent}")
+        _require(
+            sent.ticket.round in self.unmasked_rounds,
+            f"{worker} helps to unmask round {sent.ticket.round} before that is durable",
+        )
 
     def acknowledged(self, worker: str, ticket: Ticket) -> None:
         """A worker was told that its answer is durable."""
@@ -178,6 +211,7 @@ class Checker:
         if self._is_sound(record):
             worker = self.cohorts[record.round][record.slot]
             grads, loss, rows = self._oracle(record)
+            grads = () if self.config.secure_aggregation else grads
             _require(
                 record.projected_grads == grads
                 and record.rows == (rows if self.config.weighting == "rows" else None)
@@ -206,7 +240,10 @@ class Checker:
     def _committed(self, record: Committed) -> None:
         round_ = record.round
         _require(round_ == self.open_round, f"commit of round {round_} out of turn")
-        sound = self._buffered(record) if self.config.buffer_answers else self._own(round_)
+        if self.config.secure_aggregation:
+            sound = self._in_sum(round_)
+        else:
+            sound = self._buffered(record) if self.config.buffer_answers else self._own(round_)
         most = self.config.answers_max
         _require(
             self.config.quorum <= len(sound) <= most, f"round {round_} has {len(sound)} answers"
@@ -225,9 +262,34 @@ class Checker:
             for seeds, grads in zip(drawn, self._clipped(sound), strict=True):
                 self.pool.measured(seeds, grads)
             self.pool.commit(record)
-        sizes = [size for size in map(_size, (a.projected_grads for a in sound)) if size]
+        self.masked = self.summed = None
+        sizes = [_size(a.projected_grads) for a in sound if any(a.projected_grads)]
         self.usual_sizes += [statistics.median_low(sizes)] if sizes else []
         self.weights.append(weights_after(self.weights[-1], record))
+
+    def _masked(self, record: Masked) -> None:
+        """A sum may be unmasked: of enough workers, all with the run's weights, once a round."""
+        _require(record.round == self.open_round, f"{record} is not of the open round")
+        _require(self.masked is None, f"round {record.round} has a second sum")
+        self.masked, self.may_fail = record, not self.is_calm
+        self.unmasked_rounds.add(record.round)
+        for slot in record.slots:
+            answer = self.answers.get((record.round, slot))
+            _require(answer is not None and self._is_sound(answer), f"{record} has unsound {slot}")
+
+    def _plain_sums(self) -> tuple[int, ...]:
+        """What the integers of those in the sum add up to."""
+        assert self.masked is not None
+        answers = [self.answers[self.masked.round, slot] for slot in self.masked.slots]
+        integers = [quantised(self._oracle(answer)[0], self.config) for answer in answers]
+        return tuple(map(sum, zip(*integers, strict=True)))
+
+    def _in_sum(self, round_: int) -> list[Answered]:
+        """The answers that the round's sum is of."""
+        assert self.masked is not None, f"round {round_} is committed without a sum"
+        assert self.summed is not None, f"round {round_} is committed without a sum"
+        self.sum_sizes.append(len(self.masked.slots) if self.summed.sums else 0)
+        return [self.answers[round_, slot] for slot in self.masked.slots]
 
     def _own(self, round_: int) -> list[Answered]:
         """What the commit of a synchronous round must be made of."""
@@ -302,7 +364,13 @@ class Checker:
         terms: list[tuple[int, float, float]] = []
         losses = [answer.mean_loss for answer in sound if answer.mean_loss is not None]
         clipped = self._clipped(sound)
-        if self.config.aggregation != "mean":
+        has_step = True
+        if self.summed is not None:
+            has_step, total = bool(self.summed.sums), 1
+            sums = self.summed.sums or (0,) * self.config.pairs_per_answer
+            clipped = [mean_of_sums(sums, len(sound), self.config)]
+            sound = sorted(sound, key=lambda answer: self.rates[answer.round][answer.slot])
+        elif self.config.aggregation != "mean":
             # One answer stands for all, whoever gave it.
             clipped = [tuple(map(self._combined, zip(*clipped, strict=True), repeat(clipped)))]
             losses = [statistics.median_low(losses)] if losses else []
@@ -318,8 +386,8 @@ class Checker:
         wanted: dict[int, list[float]] = {}
         for seed, _, term in terms:
             wanted.setdefault(seed, []).append(_binary32(term * factor))
-        sums = {seed: _binary32(math.fsum(terms)) for seed, terms in wanted.items()}
-        rate_factor = schedule_factor(self.config, record.round) * self.rate_factor
+        wanted_sums = {seed: _binary32(math.fsum(terms)) for seed, terms in wanted.items()}
+        rate_factor = schedule_factor(self.config, record.round) * self.rate_factor * has_step
         decay = decay_of(self.config, rate_factor * min(1.0, factor))
         whole = decay * (self.pool.decay if self.pool is not None and record.from_base else 1.0)
         _require(record.decay == _binary32(whole), f"round {record.round} decays otherwise")
@@ -327,13 +395,16 @@ class Checker:
             assert self.pool is not None
             for number, before in enumerate(self.pool.coefficients):
                 seed = self.pool.first_seed + number
-                sums[seed] = _binary32(decay * before + sums.get(seed, 0.0))
+                wanted_sums[seed] = _binary32(decay * before + wanted_sums.get(seed, 0.0))
         found = {
             seed_range.first_seed + number: coefficient
             for seed_range in record.seed_ranges
             for number, coefficient in enumerate(seed_range.coefficients)
         }
-        _require(found == sums, f"round {record.round} commits {found}, the oracle says {sums}")
+        _require(
+            found == wanted_sums,
+            f"round {record.round} commits {found}, the oracle says {wanted_sums}",
+        )
 
 
 def _size(grads: Sequence[float]) -> float:

@@ -154,7 +154,7 @@ class HierarchyWorld(World):
     ) -> None:
         self.make_relay = relay
         drawing = random.Random(f"sites {seed}")
-        scenario = scenario or draw_scenario(random.Random(seed))
+        scenario = scenario or draw_scenario(random.Random(seed), is_secure=False)
         # The checker finds a site's answer by the mean of what its workers measured.
         unclipped = scenario.config.model_copy(
             update={"clip_median_factor": 0.0, "aggregation": "mean"}

@@ -10,13 +10,16 @@ import pytest
 
 from fedmezo_core.events import AnswerReceived, Ready, RoundEvent, Ticket
 from fedmezo_core.machines.rounds import RoundMachine
+from fedmezo_core.records import Record, Summed
 from tests.sim.checker import ViolationError
 from tests.sim.slow_worker import play
-from tests.sim.world import World
+from tests.sim.world import SecureWorld, World
 
 SEEDS = 10_000
 SEEDS_A_BLOCK = 250
 CONTROL_SEEDS = 60
+SECURE_SEEDS = 300
+SECURE_SEEDS_A_BLOCK = 100
 
 
 @pytest.mark.parametrize("first", range(0, SEEDS, SEEDS_A_BLOCK))
@@ -33,6 +36,35 @@ def test_the_seeds_try_every_kind_of_fault() -> None:
         faults += world.faults
     assert len(faults) == 10
     assert min(faults.values()) >= 5, faults
+
+
+@pytest.mark.parametrize("first", range(0, SECURE_SEEDS, SECURE_SEEDS_A_BLOCK))
+def test_every_federation_with_secure_aggregation_stays_sound(first: int) -> None:
+    """Each commit is the plain sum of those in it, or none; most are, and some lack a worker."""
+    sizes: Counter[str] = Counter()
+    for seed in range(first, first + SECURE_SEEDS_A_BLOCK):
+        world = SecureWorld(seed)
+        world.run()
+        for size in world.checker.sum_sizes:
+            whole = min(world.scenario.workers, world.scenario.config.cohort_size_max)
+            sizes["none" if not size else "all" if size == whole else "some"] += 1
+    assert sizes["all"] > sizes["some"] > sizes["none"] > 0, sizes
+
+
+def test_control_a_second_sum_of_a_round_is_caught() -> None:
+    """Workers that helped to unmask the first one say nothing more, so nothing goes on."""
+
+    def make(seed: int) -> World:
+        scenario = SecureWorld(seed).scenario
+        scenario = replace(scenario, coordinator_crash_rate=0.3, heal_at_ms=20_000)
+        return SecureWorld(seed, scenario=scenario, machine=SecondSumMachine)
+
+    assert len(_caught(make, seeds=10)) >= 2
+
+
+def test_control_a_sum_that_is_off_by_one_is_caught() -> None:
+    found = _caught(lambda seed: SecureWorld(seed, machine=OffByOneMachine), seeds=10)
+    assert sum("is not the plain sum" in violation for violation in found) >= 5
 
 
 def test_a_seed_replays_exactly() -> None:
@@ -57,6 +89,26 @@ class RoundOnlyMachine(RoundMachine):
         return super().step(event)
 
 
+class SecondSumMachine(RoundMachine):
+    """A machine that forgets at its start that a sum was being unmasked."""
+
+    def start(self, now_ms: int = 0) -> Ready:
+        """Begin as if nobody had been asked to unmask anything."""
+        if self.state.open is not None:
+            self.state.open.masked = None
+        return super().start(now_ms)
+
+
+class OffByOneMachine(RoundMachine):
+    """A machine that does not take masks off quite right."""
+
+    def _record(self, record: Record) -> None:
+        if isinstance(record, Summed) and record.sums:
+            first, *rest = record.sums
+            record = Summed(record.round, (first + 1, *rest))
+        super()._record(record)
+
+
 class AgelessMachine(RoundMachine):
     """A machine that takes a late answer for one to the newest assignment, as if it had no age."""
 
@@ -77,7 +129,7 @@ def _caught(make: Callable[[int], World], seeds: int = CONTROL_SEEDS) -> list[st
             make(seed).run()
         except ViolationError as violation:
             found.append(str(violation))
-    assert all("python -m tests.sim --seed" in violation for violation in found)
+    assert all("replay with: python -m tests.sim " in violation for violation in found)
     return found
 
 

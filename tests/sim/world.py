@@ -14,7 +14,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -46,9 +46,12 @@ from fedmezo_core.events import (
     RoundMessage,
     SendAnswer,
     SendHello,
+    SendSumStep,
     SendUnable,
     SessionEvent,
+    SharesRevealed,
     SumAsked,
+    SumReceived,
     Tick,
     Ticket,
     UnableReceived,
@@ -73,6 +76,8 @@ from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.run_state import RunState
 from fedmezo_core.machines.session import SessionMachine
 from fedmezo_core.records import Committed, Genesis, Opened, Paused, Record, Scalars, digest64_of
+from fedmezo_core.trust.secure_aggregation.masking import ENTROPY_BYTES
+from fedmezo_core.trust.secure_aggregation.secure_member import SecureMember
 from tests.sim.checker import (
     BASE_WEIGHTS,
     Checker,
@@ -84,6 +89,8 @@ from tests.sim.checker import (
 
 TICK_MS = 200
 HOUR_MS = 3_600_000
+CALM_AFTER_MS = 5000
+"""Time after the faults until everybody who was away is back."""
 EVENTS_MAX = 60_000
 """A run that needs more has stopped making progress."""
 
@@ -156,8 +163,38 @@ def draw_aggregation(seed: int, learning: dict[str, Any]) -> str:
     return ("mean", "trimmed_mean", "median", "sign_vote")[seed // 36 % 4]
 
 
-def draw_scenario(rng: random.Random) -> Scenario:
-    """Any scenario in which honest parties can finish and a flipped worker can be told apart."""
+def secure_values(seed: int, workers: int, quorum: int, workers_min: int) -> dict[str, Any]:
+    """What a run with secure aggregation has in place of what was drawn, for three workers or more.
+
+    Its deadline is longer than a message and its reply take, because a sum's steps have to be in
+    time.
+    """
+    quorum = max(quorum, 3)
+    return {
+        "secure_aggregation": True,
+        "secure_threshold_percent": (50, 66)[seed // 1000 % 2],
+        "seed_policy": "shared",
+        "aggregation": "mean",
+        "weighting": "uniform",
+        "personal_rate": "frozen",
+        "report_losses": False,
+        "clip_median_factor": 0.0,
+        "projected_grad_abs_max": 100.0,
+        "quorum": quorum,
+        "workers_min": max(workers_min, 3),
+        "cohort_size_max": workers,
+        "deadline_ms": (3000, 10_000)[seed // 2000 % 2],
+        "buffer_answers": 0,
+        "staleness_max_rounds": RunConfig.model_fields["staleness_max_rounds"].default,
+        "staleness_exponent": RunConfig.model_fields["staleness_exponent"].default,
+    }
+
+
+def draw_scenario(rng: random.Random, *, is_secure: bool | None = None) -> Scenario:
+    """Any scenario in which honest parties can finish and a flipped worker can be told apart.
+
+    is_secure: whether it has secure aggregation, if it has three workers; None: as the dice say.
+    """
     workers = rng.randint(1, 6)
     quorum = rng.randint(1, workers)
     replica = rng.random() < 0.5
@@ -192,6 +229,13 @@ def draw_scenario(rng: random.Random) -> Scenario:
         **learning,
         **draw_buffering(rng, learning, quorum),
     )
+    if is_secure is None:
+        is_secure = seed // 144 % 12 == 0
+    if is_secure and workers >= 3:
+        secure = secure_values(seed, workers, quorum, config.workers_min)
+        config = RunConfig.model_validate(config.model_dump(exclude_unset=True) | secure)
+        flips_max = min(flips_max, workers - config.quorum)
+        config = config.model_copy(update={"digest_every_rounds": 1 if flips_max else 2})
     calm = rng.random() < 0.15
     hostile = rng.random() < 0.4
 
@@ -226,7 +270,7 @@ class Hello:
     head: bytes
 
 
-Up = Hello | SendAnswer | SendUnable
+Up = Hello | SendAnswer | SendSumStep | SendUnable
 Down = SessionEvent | Expel
 
 
@@ -259,7 +303,7 @@ class World:
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
-        self.scenario = scenario or draw_scenario(self.rng)
+        self.scenario = scenario or self.draw()
         self.now_ms = 0
         self.transcript = transcript
         self.make_machine = machine
@@ -270,8 +314,8 @@ class World:
         self.faults: Counter[str] = Counter()
         """What has gone wrong so far."""
         self.store = MemoryStore()
-        genesis = Genesis(self.scenario.config, bytes(32), bytes(32), bytes(32), 1, 4)
-        [entry] = Journal(self.store).append(encode_records([genesis]))
+        self.genesis = Genesis(self.scenario.config, bytes(32), bytes(32), bytes(32), 1, 4)
+        [entry] = Journal(self.store).append(encode_records([self.genesis]))
         self.genesis_head = entry.head
         self.checker = Checker(self.scenario.config)
         self.coordinator = Coordinator(self)
@@ -282,6 +326,10 @@ class World:
         self.everyone: list[Worker] = []
         self.populate()
         self.replica = Replica(self) if self.scenario.replica else None
+
+    def draw(self) -> Scenario:
+        """The scenario, if none was given."""
+        return draw_scenario(self.rng)
 
     def populate(self) -> None:
         """Nobody stands between the coordinator and those who measure."""
@@ -356,6 +404,16 @@ class World:
         if self.scenario.hostile:
             for worker in self.everyone:
                 worker.tear()
+
+
+class SecureWorld(World):
+    """A world whose runs have secure aggregation, if they have three workers or more."""
+
+    command = "python -m tests.sim --secure"
+
+    def draw(self) -> Scenario:
+        """As for any world, but for that."""
+        return draw_scenario(self.rng, is_secure=True)
 
 
 class Coordinator:
@@ -468,6 +526,8 @@ class Coordinator:
         for entry, record in zip(entries, records, strict=True):
             self.world.say("journal", record)
             self.world.faults["the run paused"] += isinstance(record, Paused)
+            calm_at_ms = self.world.scenario.heal_at_ms + CALM_AFTER_MS
+            self.world.checker.is_calm = self.world.now_ms > calm_at_ms
             self.world.checker.appended(record)
             self._remember(entry)
 
@@ -510,8 +570,13 @@ class Coordinator:
                 key = hashlib.sha256(name.encode()).digest()
                 signed = (2 * key, key) if key[0] % 2 else ()
                 self.step(AnswerReceived(name, message.ticket, message.scalars, *signed))
-            case SendUnable(ticket, reason):
-                self.step(UnableReceived(name, ticket, reason))
+            case SendUnable(ticket, reason, useless_shares_of):
+                self.step(UnableReceived(name, ticket, reason, useless_shares_of))
+            case SendSumStep(ticket, attempt, step) if not comes_late:
+                # A restarted process makes other secrets, so an ended stream's count no more.
+                self.step(SumReceived(name, ticket, attempt, step))
+            case SendSumStep():
+                pass
 
     def _greet(self, stream: Stream, hello: Hello) -> None:
         worker = stream.worker
@@ -612,8 +677,13 @@ class Worker:
             report_losses=config.report_losses,
             report_rows=config.weighting == "rows",
             staleness_max=config.staleness_max,
+            secure=self.secure_member() if config.secure_aggregation else None,
         )
         self.connect(self.session)
+
+    def secure_member(self) -> SecureMember:
+        """Its part in sums, in a process that remembers nothing of an earlier one."""
+        return SecureMember(self.world.genesis, self.name)
 
     def crash(self, why: str) -> None:
         """Everything is lost."""
@@ -711,6 +781,8 @@ class Worker:
     def step(self, event: SessionEvent) -> None:
         """One event through the machine, then what it asks for."""
         assert self.session is not None
+        if isinstance(event, SumAsked):
+            event = replace(event, entropy=self.world.rng.randbytes(ENTROPY_BYTES))
         self.world.say(self.name, event)
         try:
             actions = self.session.step(event)
@@ -754,6 +826,13 @@ class Worker:
                     self._up(action)
             case SendUnable():
                 self._up(action)
+            case SendSumStep():
+                if isinstance(action.step, SharesRevealed):
+                    world.checker.revealed(self.name, action)
+                self._up(action)
+                if world.chance(world.scenario.double_rate):
+                    world.faults["a message was doubled"] += 1
+                    self._up(action)
             case ReportWeights(round_):
                 assert round_ == world.scenario.config.rounds
                 self.above.ended_with(self.name, self.weights)

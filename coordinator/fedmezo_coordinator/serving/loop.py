@@ -115,6 +115,10 @@ ReadyT_co = TypeVar("ReadyT_co", bound=Ready, covariant=True)
 class Machine(MachineStatus, Protocol[ReadyT_co]):
     """The state machine that decides: a coordinator's or a relay's."""
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it computes something long; it goes on with each tick."""
+
     def step(self, event: RoundEvent) -> ReadyT_co:
         """Take one event; returns what the driver has to do."""
 
@@ -400,7 +404,7 @@ class ServingLoop(ABC, Generic[ReadyT]):
 
     async def _turn(self) -> None:
         """Take the items that wait, step the machine, append once, then send in order."""
-        items = [await self._items.get()]
+        items = await self._next_items()
         self._under_way = []
         until_s = time.monotonic() + SIBLINGS_S
         readies: list[ReadyT] = []
@@ -417,6 +421,13 @@ class ServingLoop(ABC, Generic[ReadyT]):
             # A worker that reads nothing blocks its stream; the run continues without it.
             await self._flush(self._step(_Left(self._overflowed.pop())))
         await self._after_turn()
+
+    async def _next_items(self) -> list[Item]:
+        """What comes next; a machine that computes goes on once all other tasks had their turn."""
+        if not self._machine.is_busy:
+            return [await self._items.get()]
+        await asyncio.sleep(0)
+        return [_Time(self._now_ms())]
 
     async def _take(self, items: Sequence[Item], readies: list[ReadyT]) -> list[ReadyT]:
         """Step through the items; returns what is left to flush, `readies` included."""

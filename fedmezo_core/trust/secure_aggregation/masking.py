@@ -35,6 +35,12 @@ MODULUS = 2**32
 SEALED_BYTES = 2 * SHARE_BYTES + 16
 """Size of the two shares that a member encrypts for another, with the tag of the encryption."""
 
+SHARE_HASH_BYTES = 16
+"""Size of what is said of one share. Whoever finds another share with that hash has tried 2^128;
+who dealt the share could look for two that share a hash, and would be blamed for both."""
+SHARE_HASHES_BYTES = 2 * SHARE_HASH_BYTES
+"""Size of what a member says of the two shares that it deals to one member."""
+
 _ANY_PRIVATE_KEY = bytes([1]) * 32
 _ZERO_NONCE = bytes(12)
 """Each key encrypts one message, so its nonce may be the same for all."""
@@ -110,6 +116,26 @@ def mask_of(key: bytes, directions: int) -> tuple[int, ...]:
 def self_mask_hash_of(self_mask: bytes) -> bytes:
     """What a member publishes of its self mask: SHA-256, 32 bytes."""
     return hashlib.sha256(b"fedmezo sum self mask v1\n" + self_mask).digest()
+
+
+def share_hash_of(
+    share: bytes, transcript: bytes, dealer: int, receiver: int, *, is_of_mask_key: bool
+) -> bytes:
+    """What slot `dealer` publishes of a share that it deals to slot `receiver`, 16 bytes.
+
+    A share is a random number of 257 bits to whoever lacks it, so its hash tells nothing of it.
+    """
+    head = b"fedmezo sum share v1\n" + transcript
+    place = struct.pack("<II?", dealer, receiver, is_of_mask_key)
+    return hashlib.sha256(head + place + share).digest()[:SHARE_HASH_BYTES]
+
+
+def share_hashes(pair: tuple[bytes, bytes], transcript: bytes, dealer: int, receiver: int) -> bytes:
+    """What is published of a share of a mask key, and then of one of a self mask, 32 bytes."""
+    of_key, of_mask = pair
+    return share_hash_of(of_key, transcript, dealer, receiver, is_of_mask_key=True) + share_hash_of(
+        of_mask, transcript, dealer, receiver, is_of_mask_key=False
+    )
 
 
 def public_key_of(private_key: bytes) -> bytes:

@@ -6,6 +6,7 @@ at another point. As many shares as the threshold give the secret, and fewer say
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 PRIME = 2**256 + 297
@@ -46,14 +47,10 @@ def split(secret: bytes, threshold: int, points: Sequence[int], random: bytes) -
 
 def weights_at_zero(points: Sequence[int]) -> list[int]:
     """What the shares at `points` are multiplied by to give the secret (Lagrange's weights)."""
-    weights = []
+    product, weights = math.prod(points) % PRIME, []
     for point in points:
-        above = below = 1
-        for other in points:
-            if other != point:
-                above = above * other % PRIME
-                below = below * (other - point) % PRIME
-        weights.append(above * pow(below, -1, PRIME) % PRIME)
+        below = math.prod(other - point for other in points if other != point)
+        weights.append(product * pow(point * below, -1, PRIME) % PRIME)
     return weights
 
 

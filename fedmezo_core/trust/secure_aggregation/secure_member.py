@@ -37,6 +37,7 @@ from fedmezo_core.trust.secure_aggregation.masking import (
     is_public_key,
     keys_text,
     run_digest_of,
+    share_hashes,
     transcript_of,
 )
 from fedmezo_core.trust.secure_aggregation.secret_sharing import SHARE_BYTES
@@ -156,8 +157,8 @@ class SecureMember:
                 return attempt.secrets.keys
             case PeersNamed(peers), 1:
                 return self._share(attempt, peers)
-            case SharesDelivered(sealed), 2:
-                return self._mask(attempt, sealed, projected_grads)
+            case SharesDelivered(sealed, hashes), 2:
+                return self._mask(attempt, sealed, hashes, projected_grads)
             case UnmaskingWanted(survivors), 3:
                 return self._reveal(attempt, survivors)
         raise SecureSumError(f"{type(step).__name__} came out of turn")
@@ -169,13 +170,15 @@ class SecureMember:
         attempt.threshold = self._config.sum_threshold(len(peers))
         shares = attempt.secrets.split(attempt.threshold, [peer.slot + 1 for peer in peers])
         sealed: list[tuple[int, bytes]] = []
+        hashes: list[bytes] = []
         for peer, pair in zip(peers, shares, strict=True):
+            hashes.append(share_hashes(pair, attempt.transcript, attempt.slot, peer.slot))
             if peer.slot == attempt.slot:
                 attempt.own_shares = pair
                 continue
             text = attempt.secrets.seal(b"".join(pair), attempt.transcript, attempt.slot, peer)
             sealed.append((peer.slot, text))
-        return SharesGiven(tuple(sealed))
+        return SharesGiven(tuple(sealed), tuple(hashes))
 
     def _check_peers(self, attempt: _Attempt, peers: tuple[Peer, ...]) -> None:
         config = self._config
@@ -220,6 +223,7 @@ class SecureMember:
         self,
         attempt: _Attempt,
         sealed: tuple[tuple[int, bytes], ...],
+        hashes: tuple[bytes, ...],
         projected_grads: Sequence[float],
     ) -> MaskedGiven:
         by_slot = {peer.slot: peer for peer in attempt.peers if peer.slot != attempt.slot}
@@ -228,13 +232,22 @@ class SecureMember:
             raise SecureSumError("shares came of who is no member, or twice")
         self._check_enough(len(slots) + 1, attempt.threshold)
         found = {attempt.slot: attempt.own_shares}
-        for slot, text in sealed:
-            pair = attempt.secrets.unseal(text, attempt.transcript, attempt.slot, by_slot[slot])
-            if pair is None:
-                raise SecureSumError(
-                    f"the shares of worker {by_slot[slot].worker} cannot be decrypted"
-                )
-            found[slot] = (pair[:SHARE_BYTES], pair[SHARE_BYTES:])
+        for (slot, text), hashed in zip(sealed, hashes or (b"",) * len(sealed), strict=True):
+            both = attempt.secrets.unseal(text, attempt.transcript, attempt.slot, by_slot[slot])
+            if both is None:
+                continue
+            pair = (both[:SHARE_BYTES], both[SHARE_BYTES:])
+            if not hashed or hashed == share_hashes(pair, attempt.transcript, slot, attempt.slot):
+                found[slot] = pair
+        useless = [slot for slot in slots if slot not in found]
+        if useless:
+            names = ", ".join(by_slot[slot].worker for slot in useless)
+            error = SecureSumError(
+                f"the shares of worker {names} cannot be decrypted, or are not those that it "
+                "announced"
+            )
+            error.useless_shares_of = tuple(useless)
+            raise error
         attempt.shares = found
         givers = [peer for peer in attempt.peers if peer.slot in found]
         values = quantised(projected_grads, self._config)

@@ -31,21 +31,16 @@ from fedmezo_core.trust.secure_aggregation.fixed_point import levels_of
 from fedmezo_core.trust.secure_aggregation.masking import (
     MODULUS,
     SumContext,
-    add_masks,
     is_public_key,
-    mask_of,
-    pair_mask_key,
-    public_key_of,
-    self_mask_hash_of,
-    self_mask_key,
     transcript_of,
 )
-from fedmezo_core.trust.secure_aggregation.secret_sharing import combined_secret, weights_at_zero
+from fedmezo_core.trust.secure_aggregation.unmasking import Unmasking
 
 STEP_MS = 30_000
 """Time that members have for one step, unless the run's deadline is shorter. No step measures."""
 
 _REPLIES = (KeysGiven, SharesGiven, MaskedGiven, SharesRevealed)
+_MASKING = 2
 _UNMASKING = 3
 
 
@@ -70,7 +65,11 @@ class SumCollector:
         self._transcript = b""
         self._shares: dict[int, dict[int, bytes]] = {}
         self._givers: tuple[int, ...] = ()
+        self._hashes: dict[int, dict[int, bytes]] = {}
         self._masked: dict[int, tuple[int, ...]] = {}
+        self._unmasking: Unmasking | None = None
+        # Dealer -> the members that say they cannot use its shares.
+        self._refusers: dict[int, set[int]] = {}
         self.failure = ""
         """Why there is no sum; empty as long as there may be one."""
         self.dropped: set[str] = set()
@@ -93,6 +92,39 @@ class SumCollector:
         """Slots that the sum is of, ascending; empty before the last step."""
         return tuple(sorted(self._masked)) if self._step == _UNMASKING else ()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is something to compute: call `work` until there is not."""
+        return self._unmasking is not None and self._unmasking.is_busy and not self.failure
+
+    @property
+    def wrong(self) -> dict[str, str]:
+        """Member -> what is wrong with its shares, as the end of a sentence.
+
+        It is proven, but for shares that others say they cannot use: then either that member lies,
+        or more of the others than may be missing from a sum.
+        """
+        found = {} if self._unmasking is None else self._unmasking.wrong
+        spare = len(self._peers) - max(self._wanted, self._config.sum_threshold(len(self._peers)))
+        refused = {
+            dealer: f"dealt shares that {len(refusers)} of the {len(self._peers) - 1} other "
+            "members say they cannot use"
+            for dealer, refusers in self._refusers.items()
+            if len(refusers) > max(spare, 1)
+        }
+        return {self._members[slot]: said for slot, said in sorted((refused | found).items())}
+
+    @property
+    def refusers(self) -> frozenset[str]:
+        """Members that dropped out because of shares which `wrong` names."""
+        wrong = self.wrong
+        return frozenset(
+            self._members[refuser]
+            for dealer, refusers in self._refusers.items()
+            if self._members[dealer] in wrong
+            for refuser in refusers
+        )
+
     # ------------------------------------------------------------ what happens
 
     def asks(self, workers: Iterable[str] | None = None) -> tuple[AskSum, ...]:
@@ -113,11 +145,14 @@ class SumCollector:
         """A member's session ended: nobody waits for its reply, unless it comes back in time."""
         self._silent.add(worker)
 
-    def refused(self, worker: str) -> None:
-        """A member takes no part any more."""
+    def refused(self, worker: str, useless_shares_of: Sequence[int] = ()) -> None:
+        """A member takes no part any more, perhaps because of shares that others have dealt."""
         for slot in [slot for slot, name in self._left.items() if name == worker]:
             if slot not in self._replies:
                 self._drop(slot)
+                for dealer in useless_shares_of if self._step == _MASKING else ():
+                    if dealer in self._givers and dealer != slot:
+                        self._refusers.setdefault(dealer, set()).add(slot)
 
     def take(self, event: SumReceived) -> None:
         """Take a member's reply.
@@ -137,6 +172,8 @@ class SumCollector:
             return
         self._check(slot, event)
         self._replies[slot] = step
+        if self._unmasking is not None and isinstance(step, SharesRevealed):
+            self._unmasking.reveal(slot, dict(step.shares))
         if event.key:
             self._signing_keys[slot] = event.key
 
@@ -149,8 +186,9 @@ class SumCollector:
             return False
         missing = [slot for slot in self._left if slot not in self._replies]
         overdue = now_ms >= self._ends_at_ms
-        if self._step == _UNMASKING:
-            return self._end_unmasking(overdue, missing)
+        if self._unmasking is not None:
+            self._go_on_unmasking(self._unmasking, overdue, missing)
+            return False
         if not overdue and any(self._left[slot] not in self._silent for slot in missing):
             return False
         for slot in missing:
@@ -166,6 +204,12 @@ class SumCollector:
         self._replies = {}
         self._ends_at_ms = self._end_after(now_ms)
         return True
+
+    def work(self) -> None:
+        """Compute a little, for some milliseconds, while it `is_busy`."""
+        if self._unmasking is not None and self.is_busy:
+            self._unmasking.work()
+            self._end_unmasking(self._unmasking)
 
     # ------------------------------------------------------------ small parts
 
@@ -191,10 +235,14 @@ class SumCollector:
             case 1:
                 return PeersNamed(self._peers)
             case 2:
-                others = (other for other in self._givers if other != slot)
-                return SharesDelivered(
-                    tuple((other, self._shares[other][slot]) for other in others)
+                sealed = tuple(
+                    (dealer, dealt[slot])
+                    for dealer, dealt in self._shares.items()
+                    if dealer != slot
                 )
+                nothing, found = {slot: b""}, self._hashes
+                hashes = tuple(found.get(dealer, nothing)[slot] for dealer, _ in sealed)
+                return SharesDelivered(sealed, hashes if found else ())
             case _:
                 return UnmaskingWanted(self.survivors)
 
@@ -208,10 +256,12 @@ class SumCollector:
                     raise self._error(event, "another member has its key")
                 if not (is_public_key(cipher_key) and is_public_key(mask_key)):
                     raise self._error(event, "its key is no one's")
-            case SharesGiven(sealed):
+            case SharesGiven(sealed, hashes):
                 receivers = [peer.slot for peer in self._peers if peer.slot != slot]
                 if [receiver for receiver, _ in sealed] != receivers:
                     raise self._error(event, "it has no shares for some member")
+                if hashes and len(hashes) != len(self._peers):
+                    raise self._error(event, "it has no hashes of some member's shares")
             case MaskedGiven(values):
                 if len(values) != self._context.directions:
                     raise self._error(event, f"it holds {len(values)} numbers")
@@ -236,54 +286,49 @@ class SumCollector:
                     if isinstance(given, SharesGiven)
                 }
                 self._givers = tuple(self._shares)
+                slots = [peer.slot for peer in self._peers]
+                self._hashes = {
+                    slot: dict(zip(slots, given.hashes, strict=True))
+                    for slot, given in replies.items()
+                    if isinstance(given, SharesGiven) and given.hashes
+                }
             case _:
                 self._masked = {
                     slot: masked.values
                     for slot, masked in replies.items()
                     if isinstance(masked, MaskedGiven)
                 }
+                self._unmasking = Unmasking(
+                    self._peers,
+                    self._transcript,
+                    self._config.sum_threshold(len(self._peers)),
+                    self._hashes,
+                    self._masked,
+                    self._givers,
+                )
 
     # ------------------------------------------------------------ unmasking
 
-    def _end_unmasking(self, overdue: bool, missing: Sequence[int]) -> bool:
+    def _go_on_unmasking(self, unmasking: Unmasking, overdue: bool, missing: Sequence[int]) -> None:
+        """Begin to take the masks off as soon as that can be; find that it cannot be any more."""
         threshold = self._config.sum_threshold(len(self._peers))
-        if len(self._replies) >= threshold:
-            self._unmask(sorted(self._replies)[:threshold])
-        elif overdue or len(self._replies) + len(missing) < threshold:
+        if unmasking.right >= threshold:
+            if not unmasking.is_busy:
+                unmasking.work()
+                self._end_unmasking(unmasking)
+        elif overdue or unmasking.right + len(missing) < threshold:
             self.dropped |= {self._left[slot] for slot in missing}
-            self.failure = f"{len(self._replies)} members unmasked it, and it takes {threshold}"
-        return False
+            self.failure = (
+                f"{unmasking.right} members revealed shares that fit, and it takes {threshold}"
+            )
 
-    def _unmask(self, revealers: Sequence[int]) -> None:
-        """Take the masks off the sum of what the survivors sent."""
-        weights = weights_at_zero([slot + 1 for slot in revealers])
-        revealed = {}
-        for slot in revealers:
-            reply = self._replies[slot]
-            assert isinstance(reply, SharesRevealed)
-            revealed[slot] = dict(reply.shares)
-        total = [sum(column) for column in zip(*self._masked.values(), strict=True)]
-        directions = self._context.directions
-        by_slot = {peer.slot: peer for peer in self._peers}
-        for giver in self._givers:
-            keys = by_slot[giver].keys
-            secret = combined_secret([revealed[slot][giver] for slot in revealers], weights)
-            if giver in self._masked:
-                if secret is None or self_mask_hash_of(secret) != keys.self_mask_hash:
-                    self.failure = f"the shares of worker {self._members[giver]} do not fit"
-                    return
-                key = self_mask_key(secret, self._transcript, giver)
-                total = add_masks(total, mask_of(key, directions), -1)
-                continue
-            if secret is None or public_key_of(secret) != keys.mask_key:
-                self.failure = f"the shares of worker {self._members[giver]} do not fit"
-                return
-            for slot in self._masked:
-                public = by_slot[slot].keys.mask_key
-                key = pair_mask_key(secret, public, self._transcript, giver, slot)
-                total = add_masks(total, mask_of(key, directions), -1 if slot < giver else 1)
+    def _end_unmasking(self, unmasking: Unmasking) -> None:
+        self.failure = unmasking.failure
+        if unmasking.totals is None:
+            return
         most = levels_of(self._config) * len(self._masked)
-        sums = tuple((value + MODULUS // 2) % MODULUS - MODULUS // 2 for value in total)
+        half = MODULUS // 2
+        sums = tuple((total + half) % MODULUS - half for total in unmasking.totals)
         if max(map(abs, sums)) > most:
             self.failure = "a member added more than the clip allows"
             return

@@ -463,20 +463,26 @@ class Unable(google.protobuf.message.Message):
 
     TICKET_FIELD_NUMBER: builtins.int
     REASON_FIELD_NUMBER: builtins.int
+    USELESS_SHARES_OF_FIELD_NUMBER: builtins.int
     reason: builtins.str
     """One sentence, at most 512 characters, without data."""
     @property
     def ticket(self) -> Global___Ticket:
         """The assignment's ticket."""
 
+    @property
+    def useless_shares_of(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """With secure aggregation: slots of the members whose shares it cannot use, if that is why."""
+
     def __init__(
         self,
         *,
         ticket: Global___Ticket | None = ...,
         reason: builtins.str = ...,
+        useless_shares_of: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["ticket", b"ticket"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["reason", b"reason", "ticket", b"ticket"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["reason", b"reason", "ticket", b"ticket", "useless_shares_of", b"useless_shares_of"]) -> None: ...
 
 Global___Unable: typing_extensions.TypeAlias = Unable
 

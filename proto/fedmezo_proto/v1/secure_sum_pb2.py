@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fedmezo_proto/v1/secure_sum.proto\x12\nfedmezo.v1\"F\n\x07SumStep\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\x83\x02\n\x06SumAsk\x12!\n\x04step\x18\x01 \x01(\x0b\x32\x13.fedmezo.v1.SumStep\x12-\n\x0bkeys_wanted\x18\x02 \x01(\x0b\x32\x16.fedmezo.v1.KeysWantedH\x00\x12-\n\x0bpeers_named\x18\x03 \x01(\x0b\x32\x16.fedmezo.v1.PeersNamedH\x00\x12\x37\n\x10shares_delivered\x18\x04 \x01(\x0b\x32\x1b.fedmezo.v1.SharesDeliveredH\x00\x12\x37\n\x10unmasking_wanted\x18\x05 \x01(\x0b\x32\x1b.fedmezo.v1.UnmaskingWantedH\x00\x42\x06\n\x04kind\"\xfb\x01\n\x08SumReply\x12!\n\x04step\x18\x01 \x01(\x0b\x32\x13.fedmezo.v1.SumStep\x12+\n\nkeys_given\x18\x02 \x01(\x0b\x32\x15.fedmezo.v1.KeysGivenH\x00\x12/\n\x0cshares_given\x18\x03 \x01(\x0b\x32\x17.fedmezo.v1.SharesGivenH\x00\x12/\n\x0cmasked_given\x18\x04 \x01(\x0b\x32\x17.fedmezo.v1.MaskedGivenH\x00\x12\x35\n\x0fshares_revealed\x18\x05 \x01(\x0b\x32\x1a.fedmezo.v1.SharesRevealedH\x00\x42\x06\n\x04kind\"\x0c\n\nKeysWanted\"\\\n\tKeysGiven\x12\x12\n\ncipher_key\x18\x01 \x01(\x0c\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\x16\n\x0eself_mask_hash\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"a\n\x07SumPeer\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12#\n\x04keys\x18\x03 \x01(\x0b\x32\x15.fedmezo.v1.KeysGiven\x12\x13\n\x0bsigning_key\x18\x04 \x01(\x0c\"0\n\nPeersNamed\x12\"\n\x05peers\x18\x01 \x03(\x0b\x32\x13.fedmezo.v1.SumPeer\"\'\n\x08SumShare\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05share\x18\x02 \x01(\x0c\"3\n\x0bSharesGiven\x12$\n\x06shares\x18\x01 \x03(\x0b\x32\x14.fedmezo.v1.SumShare\"7\n\x0fSharesDelivered\x12$\n\x06shares\x18\x01 \x03(\x0b\x32\x14.fedmezo.v1.SumShare\"\x1d\n\x0bMaskedGiven\x12\x0e\n\x06values\x18\x01 \x03(\x07\"$\n\x0fUnmaskingWanted\x12\x11\n\tsurvivors\x18\x01 \x03(\r\"6\n\x0eSharesRevealed\x12$\n\x06shares\x18\x01 \x03(\x0b\x32\x14.fedmezo.v1.SumShareb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!fedmezo_proto/v1/secure_sum.proto\x12\nfedmezo.v1\"F\n\x07SumStep\x12\r\n\x05\x65poch\x18\x01 \x01(\r\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x0c\n\x04slot\x18\x03 \x01(\r\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\x83\x02\n\x06SumAsk\x12!\n\x04step\x18\x01 \x01(\x0b\x32\x13.fedmezo.v1.SumStep\x12-\n\x0bkeys_wanted\x18\x02 \x01(\x0b\x32\x16.fedmezo.v1.KeysWantedH\x00\x12-\n\x0bpeers_named\x18\x03 \x01(\x0b\x32\x16.fedmezo.v1.PeersNamedH\x00\x12\x37\n\x10shares_delivered\x18\x04 \x01(\x0b\x32\x1b.fedmezo.v1.SharesDeliveredH\x00\x12\x37\n\x10unmasking_wanted\x18\x05 \x01(\x0b\x32\x1b.fedmezo.v1.UnmaskingWantedH\x00\x42\x06\n\x04kind\"\xfb\x01\n\x08SumReply\x12!\n\x04step\x18\x01 \x01(\x0b\x32\x13.fedmezo.v1.SumStep\x12+\n\nkeys_given\x18\x02 \x01(\x0b\x32\x15.fedmezo.v1.KeysGivenH\x00\x12/\n\x0cshares_given\x18\x03 \x01(\x0b\x32\x17.fedmezo.v1.SharesGivenH\x00\x12/\n\x0cmasked_given\x18\x04 \x01(\x0b\x32\x17.fedmezo.v1.MaskedGivenH\x00\x12\x35\n\x0fshares_revealed\x18\x05 \x01(\x0b\x32\x1a.fedmezo.v1.SharesRevealedH\x00\x42\x06\n\x04kind\"\x0c\n\nKeysWanted\"\\\n\tKeysGiven\x12\x12\n\ncipher_key\x18\x01 \x01(\x0c\x12\x10\n\x08mask_key\x18\x02 \x01(\x0c\x12\x16\n\x0eself_mask_hash\x18\x03 \x01(\x0c\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"a\n\x07SumPeer\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12#\n\x04keys\x18\x03 \x01(\x0b\x32\x15.fedmezo.v1.KeysGiven\x12\x13\n\x0bsigning_key\x18\x04 \x01(\x0c\"0\n\nPeersNamed\x12\"\n\x05peers\x18\x01 \x03(\x0b\x32\x13.fedmezo.v1.SumPeer\"\'\n\x08SumShare\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\r\n\x05share\x18\x02 \x01(\x0c\"C\n\x0bSharesGiven\x12$\n\x06shares\x18\x01 \x03(\x0b\x32\x14.fedmezo.v1.SumShare\x12\x0e\n\x06hashes\x18\x02 \x03(\x0c\"G\n\x0fSharesDelivered\x12$\n\x06shares\x18\x01 \x03(\x0b\x32\x14.fedmezo.v1.SumShare\x12\x0e\n\x06hashes\x18\x02 \x03(\x0c\"\x1d\n\x0bMaskedGiven\x12\x0e\n\x06values\x18\x01 \x03(\x07\"$\n\x0fUnmaskingWanted\x12\x11\n\tsurvivors\x18\x01 \x03(\r\"6\n\x0eSharesRevealed\x12$\n\x06shares\x18\x01 \x03(\x0b\x32\x14.fedmezo.v1.SumShareb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,13 +48,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SUMSHARE']._serialized_start=894
   _globals['_SUMSHARE']._serialized_end=933
   _globals['_SHARESGIVEN']._serialized_start=935
-  _globals['_SHARESGIVEN']._serialized_end=986
-  _globals['_SHARESDELIVERED']._serialized_start=988
-  _globals['_SHARESDELIVERED']._serialized_end=1043
-  _globals['_MASKEDGIVEN']._serialized_start=1045
-  _globals['_MASKEDGIVEN']._serialized_end=1074
-  _globals['_UNMASKINGWANTED']._serialized_start=1076
-  _globals['_UNMASKINGWANTED']._serialized_end=1112
-  _globals['_SHARESREVEALED']._serialized_start=1114
-  _globals['_SHARESREVEALED']._serialized_end=1168
+  _globals['_SHARESGIVEN']._serialized_end=1002
+  _globals['_SHARESDELIVERED']._serialized_start=1004
+  _globals['_SHARESDELIVERED']._serialized_end=1075
+  _globals['_MASKEDGIVEN']._serialized_start=1077
+  _globals['_MASKEDGIVEN']._serialized_end=1106
+  _globals['_UNMASKINGWANTED']._serialized_start=1108
+  _globals['_UNMASKINGWANTED']._serialized_end=1144
+  _globals['_SHARESREVEALED']._serialized_start=1146
+  _globals['_SHARESREVEALED']._serialized_end=1200
 # @@protoc_insertion_point(module_scope)

@@ -268,16 +268,24 @@ class SharesGiven(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SHARES_FIELD_NUMBER: builtins.int
+    HASHES_FIELD_NUMBER: builtins.int
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SumShare]:
         """One for each other member, by slot, ascending: encrypted, the mask key's share, then the self mask's."""
+
+    @property
+    def hashes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """Hashes of each member's two shares, by slot, ascending, the sender included. 32 bytes each: the first 16
+        of the hash of the mask key's share, then of the self mask's. None from versions that know of none.
+        """
 
     def __init__(
         self,
         *,
         shares: collections.abc.Iterable[Global___SumShare] | None = ...,
+        hashes: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["shares", b"shares"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hashes", b"hashes", "shares", b"shares"]) -> None: ...
 
 Global___SharesGiven: typing_extensions.TypeAlias = SharesGiven
 
@@ -288,16 +296,24 @@ class SharesDelivered(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     SHARES_FIELD_NUMBER: builtins.int
+    HASHES_FIELD_NUMBER: builtins.int
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___SumShare]:
         """One from each other member that gave shares, by slot, ascending."""
+
+    @property
+    def hashes(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """The hashes of these shares, as their senders gave them, in the same order; empty bytes if one gave none.
+        None if nobody did.
+        """
 
     def __init__(
         self,
         *,
         shares: collections.abc.Iterable[Global___SumShare] | None = ...,
+        hashes: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["shares", b"shares"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["hashes", b"hashes", "shares", b"shares"]) -> None: ...
 
 Global___SharesDelivered: typing_extensions.TypeAlias = SharesDelivered
 

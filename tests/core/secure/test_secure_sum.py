@@ -21,6 +21,7 @@ from fedmezo_core.events import (
     PeersNamed,
     SendSumStep,
     SharesDelivered,
+    SharesGiven,
     SharesRevealed,
     StepDown,
     SumAsked,
@@ -30,9 +31,13 @@ from fedmezo_core.events import (
 )
 from fedmezo_core.machines.seeds import seeds_of
 from fedmezo_core.records import Genesis
-from fedmezo_core.trust.secure_aggregation import sum_memory
+from fedmezo_core.trust.secure_aggregation import sum_memory, unmasking
 from fedmezo_core.trust.secure_aggregation.fixed_point import quantised
-from fedmezo_core.trust.secure_aggregation.masking import SumContext, run_digest_of
+from fedmezo_core.trust.secure_aggregation.masking import (
+    MemberSecrets,
+    SumContext,
+    run_digest_of,
+)
 from fedmezo_core.trust.secure_aggregation.secure_member import SecureMember
 from fedmezo_core.trust.secure_aggregation.sum_collector import STEP_MS, SumCollector
 from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
@@ -131,7 +136,7 @@ class Federation:
                     sent = self.answer(ask)
                 except SecureSumError as error:
                     self.refusals.append(str(error))
-                    self.collector.refused(ask.worker)
+                    self.collector.refused(ask.worker, error.useless_shares_of)
                     continue
                 self.seen.append((ask, sent))
                 self.take(ask, change(sent))
@@ -325,16 +330,180 @@ def test_steps_out_of_turn_are_refused() -> None:
         ask_of(federation, 0, UnmaskingWanted((0, 1, 2)))
 
 
-def test_a_wrong_share_spoils_the_sum_and_is_noticed() -> None:
+# ---------------------------------------------------------------- whose shares are wrong
+
+
+def revealing_zeros(*slots: int) -> Callable[[SendSumStep], SendSumStep]:
+    """These members reveal wrong shares."""
+
     def lie(sent: SendSumStep) -> SendSumStep:
-        if sent.ticket.slot or not isinstance(sent.step, SharesRevealed):
+        if sent.ticket.slot not in slots or not isinstance(sent.step, SharesRevealed):
             return sent
-        shares = ((0, bytes(33)), *sent.step.shares[1:])
+        shares = tuple((dealer, bytes(33)) for dealer, _ in sent.step.shares)
         return dataclasses.replace(sent, step=SharesRevealed(shares))
 
-    collector = Federation(4).run(change=lie)
+    return lie
+
+
+def without_hashes(*slots: int) -> Callable[[SendSumStep], SendSumStep]:
+    """These members are of a version that says nothing of the shares that it deals."""
+
+    def older(sent: SendSumStep) -> SendSumStep:
+        if sent.ticket.slot not in slots or not isinstance(sent.step, SharesGiven):
+            return sent
+        return dataclasses.replace(sent, step=SharesGiven(sent.step.sealed))
+
+    return older
+
+
+@pytest.mark.parametrize("liar", range(5))
+@pytest.mark.parametrize("gone", [False, True])
+def test_who_reveals_wrong_shares_is_named_and_the_sum_comes_out(liar: int, gone: bool) -> None:
+    """Of six members four unmask; for one that dropped out, shares of its mask key are revealed."""
+    federation = Federation(6, secure_threshold_percent=50)
+    collector = federation.run(
+        lambda step, slot: not gone or step < 2 or slot != 5, revealing_zeros(liar)
+    )
+    assert collector.sums == federation.plain_sum(range(5 if gone else 6))
+    assert collector.wrong == {f"w{liar}": "revealed 6 shares that are not those it was dealt"}
+
+
+def test_too_many_that_reveal_wrong_shares_leave_no_sum_and_are_named() -> None:
+    collector = Federation(4).run(change=revealing_zeros(0, 2))
+    assert collector.sums is None
+    assert collector.failure == "2 members revealed shares that fit, and it takes 3"
+    assert collector.wrong.keys() == {"w0", "w2"}
+
+
+def test_a_single_wrong_share_is_found_and_names_its_revealer() -> None:
+    def lie(sent: SendSumStep) -> SendSumStep:
+        if sent.ticket.slot != 2 or not isinstance(sent.step, SharesRevealed):
+            return sent
+        (first, share), *rest = sent.step.shares
+        wrong = bytes([share[0] ^ 1]) + share[1:]
+        return dataclasses.replace(sent, step=SharesRevealed(((first, wrong), *rest)))
+
+    federation = Federation(4)
+    collector = federation.run(change=lie)
+    assert collector.sums == federation.plain_sum(range(4))
+    assert collector.wrong == {"w2": "revealed 1 shares that are not those it was dealt"}
+
+
+class BadDealer(MemberSecrets):
+    """Deals shares of another secret to some points, and says the truth about each share."""
+
+    def __init__(self, entropy: bytes, wrong_points: set[int]) -> None:
+        super().__init__(entropy)
+        self.wrong_points = wrong_points
+
+    def split(self, threshold: int, points: Sequence[int]) -> list[tuple[bytes, bytes]]:
+        right = super().split(threshold, points)
+        other = MemberSecrets(b"other" + bytes(27)).split(threshold, points)
+        return [
+            other[n] if point in self.wrong_points else right[n] for n, point in enumerate(points)
+        ]
+
+
+@pytest.mark.parametrize("wrong_points", [{1}, {2}, {3, 4}, {1, 2, 3, 4, 5}])
+def test_who_deals_shares_that_do_not_belong_together_is_named(
+    wrong_points: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No honest member is: each has revealed what it was dealt."""
+    federation = Federation(5)
+    bad = federation.members[3]
+    begin = bad._begin
+
+    def begin_badly(event: SumAsked) -> Any:
+        attempt = begin(event)
+        attempt.secrets = BadDealer(event.entropy, wrong_points)
+        return attempt
+
+    monkeypatch.setattr(bad, "_begin", begin_badly)
+    collector = federation.run()
+    assert collector.sums is None
+    assert collector.failure == "the shares of worker w3 do not fit"
+    assert collector.wrong == {"w3": "dealt shares that do not give its secret"}
+
+
+@pytest.mark.parametrize("what", ["shares", "hashes"])
+def test_shares_that_others_cannot_use_name_their_dealer(what: str) -> None:
+    """As soon as more say so than may be missing from a sum."""
+
+    def deal_badly(sent: SendSumStep) -> SendSumStep:
+        if sent.ticket.slot or not isinstance(sent.step, SharesGiven):
+            return sent
+        sealed, hashes = sent.step.sealed, sent.step.hashes
+        if what == "shares":
+            sealed = tuple((slot, bytes(len(text))) for slot, text in sealed)
+        else:
+            hashes = tuple(bytes(len(hashed)) for hashed in hashes)
+        return dataclasses.replace(sent, step=SharesGiven(sealed, hashes))
+
+    collector = Federation(4).run(change=deal_badly)
+    assert collector.sums is None
+    said = "dealt shares that 3 of the 3 other members say they cannot use"
+    assert collector.wrong == {"w0": said}
+    assert collector.refusers == {"w1", "w2", "w3"}
+
+
+def test_one_that_says_it_cannot_use_shares_names_nobody_and_is_left_out() -> None:
+    federation = Federation(4)
+    federation.run(steps=2)
+    collector = federation.collector
+    collector.refused("w3", (0, 1, 2, 3, 77))
+    for ask in collector.asks():
+        federation.take(ask, federation.answer(ask))
+    assert collector.advance(0)
+    assert collector.wrong == {}
+    for ask in collector.asks():
+        federation.take(ask, federation.answer(ask))
+    collector.advance(0)
+    assert collector.sums == federation.plain_sum(range(3))
+
+
+def test_shares_are_no_use_only_where_they_are_delivered() -> None:
+    """Whoever leaves at another step has seen none."""
+    federation = Federation(5)
+    federation.run(steps=1)
+    for worker in ("w1", "w2", "w3"):
+        federation.collector.refused(worker, (0,))
+    assert federation.collector.wrong == {}
+
+
+@pytest.mark.parametrize("older", [(0,), (0, 1, 2), (0, 1, 2, 3)])
+def test_older_members_take_part_and_nobody_is_blamed_for_them(older: tuple[int, ...]) -> None:
+    federation = Federation(4)
+    collector = federation.run(change=without_hashes(*older))
+    assert collector.sums == federation.plain_sum(range(4))
+    assert collector.wrong == {}
+
+
+def test_an_older_member_that_reveals_wrong_shares_is_not_named() -> None:
+    """It does not compare what it was dealt with what was announced, so its dealers may lie."""
+    older, lie = without_hashes(1), revealing_zeros(1)
+    federation = Federation(4)
+    collector = federation.run(change=lambda sent: lie(older(sent)))
+    assert collector.sums == federation.plain_sum(range(4))
+    assert collector.wrong == {}
+
+
+def test_wrong_shares_among_older_members_alone_leave_no_sum_and_name_nobody() -> None:
+    older, lie = without_hashes(0, 1, 2, 3), revealing_zeros(1)
+    collector = Federation(4).run(change=lambda sent: lie(older(sent)))
     assert collector.sums is None
     assert "do not fit" in collector.failure
+    assert collector.wrong == {}
+
+
+def test_hashes_for_other_members_than_there_are_are_refused() -> None:
+    federation = Federation(4)
+    federation.run(steps=1)
+    ask = federation.collector.asks()[0]
+    sent = federation.answer(ask)
+    assert isinstance(sent.step, SharesGiven)
+    step = SharesGiven(sent.step.sealed, sent.step.hashes[1:])
+    with pytest.raises(SecureSumError, match="no hashes"):
+        federation.take(ask, dataclasses.replace(sent, step=step))
 
 
 def test_a_member_that_adds_more_than_the_clip_allows_is_noticed() -> None:
@@ -367,6 +536,24 @@ def test_the_collector_takes_no_step_that_does_not_fit() -> None:
     assert federation.collector.asks()[0] == other
     with pytest.raises(SecureSumError, match="no one's"):
         federation.take(other, dataclasses.replace(sent, step=_SMALL))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_masks_of_many_are_taken_off_in_small_steps(
+    gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unmasking, "MASKS_A_STEP", 2)
+    federation = Federation(6)
+    collector = federation.run(lambda step, slot: not gone or step < 2 or slot != 5)
+    count = 0
+    while collector.is_busy:
+        assert collector.sums is None
+        assert not collector.advance(10 * STEP_MS), "what is computed is not given up"
+        collector.work()
+        count += 1
+    assert count >= (10 if gone else 6) // 2
+    assert collector.sums == federation.plain_sum(range(5 if gone else 6))
+    assert not collector.failure
 
 
 # ---------------------------------------------------------------- signatures

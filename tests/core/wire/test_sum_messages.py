@@ -16,6 +16,7 @@ from fedmezo_core.events import (
     Peer,
     PeersNamed,
     SendSumStep,
+    SendUnable,
     SharesDelivered,
     SharesGiven,
     SharesRevealed,
@@ -24,12 +25,13 @@ from fedmezo_core.events import (
     SumAsked,
     SumReceived,
     Ticket,
+    UnableReceived,
     UnmaskingWanted,
 )
-from fedmezo_core.trust.secure_aggregation.masking import SEALED_BYTES
+from fedmezo_core.trust.secure_aggregation.masking import SEALED_BYTES, SHARE_HASHES_BYTES
 from fedmezo_core.trust.secure_aggregation.secret_sharing import SHARE_BYTES
 from fedmezo_core.wire.admission import Signing, event_from_request
-from fedmezo_core.wire.messages import event_from_pb
+from fedmezo_core.wire.messages import event_from_pb, unable_from_pb, unable_to_pb
 from fedmezo_core.wire.sum_messages import (
     ask_to_pb,
     asked_from_pb,
@@ -43,6 +45,7 @@ from tests.integration.support.harness import config_of
 TICKET = Ticket(3, 7, 2)
 KEYS = KeysGiven(b"c" * 32, b"m" * 32, b"h" * 32, b"s" * 64)
 SEALED = ((0, b"e" * SEALED_BYTES), (5, b"f" * SEALED_BYTES))
+SHARE = pb.SumShare(share=b"e" * SEALED_BYTES)
 SHARES = ((0, b"e" * SHARE_BYTES), (2, b"f" * SHARE_BYTES))
 
 
@@ -52,6 +55,7 @@ SHARES = ((0, b"e" * SHARE_BYTES), (2, b"f" * SHARE_BYTES))
         KeysWanted(),
         PeersNamed((Peer(0, "a", KEYS, b"k" * 32), Peer(2, "b", KEYS))),
         SharesDelivered(SEALED),
+        SharesDelivered(SEALED, (b"a" * SHARE_HASHES_BYTES, b"")),
         UnmaskingWanted((0, 2, 5)),
     ],
 )
@@ -66,6 +70,7 @@ def test_what_is_asked_comes_through(step: StepDown) -> None:
     [
         KeysGiven(b"c" * 32, b"m" * 32, b"h" * 32),
         SharesGiven(SEALED),
+        SharesGiven(SEALED, (b"a" * SHARE_HASHES_BYTES,) * 3),
         MaskedGiven((0, 2**32 - 1)),
         SharesRevealed(SHARES),
     ],
@@ -79,9 +84,17 @@ def test_what_is_replied_comes_through(step: StepUp) -> None:
 
 def test_the_largest_steps_fit_into_a_message() -> None:
     sealed = tuple((4095 - n, b"e" * SEALED_BYTES) for n in range(SECURE_COHORT_MAX))
-    for step in (SharesGiven(sealed), MaskedGiven((2**32 - 1,) * STEPS_MAX)):
+    hashes = (b"h" * SHARE_HASHES_BYTES,) * SECURE_COHORT_MAX
+    for step in (SharesGiven(sealed[1:], hashes), MaskedGiven((2**32 - 1,) * STEPS_MAX)):
         sent = sum_step_to_pb(SendSumStep(TICKET, 2**32 - 1, step))
         assert sent.ByteSize() < MESSAGE_BYTES_MAX
+
+
+def test_whose_shares_are_no_use_comes_through() -> None:
+    sent = unable_to_pb(SendUnable(TICKET, "no", (1, 4095)))
+    assert unable_from_pb("a", sent.unable) == UnableReceived("a", TICKET, "no", (1, 4095))
+    sent.unable.useless_shares_of.extend(range(SECURE_COHORT_MAX))
+    assert len(unable_from_pb("a", sent.unable).useless_shares_of) == SECURE_COHORT_MAX
 
 
 def keys(**changes: bytes) -> pb.SumReply:
@@ -98,6 +111,8 @@ def keys(**changes: bytes) -> pb.SumReply:
         keys(self_mask_hash=b"h" * 33),
         keys(signature=b"s"),
         pb.SumReply(shares_given=pb.SharesGiven(shares=[pb.SumShare(share=b"e" * 81)])),
+        pb.SumReply(shares_given=pb.SharesGiven(shares=[SHARE], hashes=[b"h" * 32])),
+        pb.SumReply(shares_given=pb.SharesGiven(shares=[SHARE], hashes=[b"h" * 32, b""])),
         pb.SumReply(shares_revealed=pb.SharesRevealed(shares=[pb.SumShare(share=b"e" * 82)])),
         pb.SumReply(
             shares_revealed=pb.SharesRevealed(
