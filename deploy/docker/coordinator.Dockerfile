@@ -51,7 +51,7 @@ WORKDIR /var/lib/fedmezo
 USER 65532:65532
 VOLUME ["/var/lib/fedmezo"]
 EXPOSE 7465 7466 7468
-HEALTHCHECK --interval=30s --timeout=10s --start-period=10m \
+HEALTHCHECK --interval=30s --timeout=30s --start-period=10m \
   CMD ["fedmezo", "health", "--coordinator", "127.0.0.1:7468"]
 ENTRYPOINT ["fedmezo-coordinator"]
 
