@@ -31,7 +31,10 @@ RUN python -m venv /opt/fedmezo \
  && /opt/fedmezo/bin/python -m pip uninstall --quiet --yes pip
 
 FROM ${PYTHON_IMAGE} AS runtime
-RUN useradd --system --uid 65532 --home-dir /var/lib/fedmezo --create-home fedmezo
+RUN groupadd --gid 65532 fedmezo \
+ && useradd --system --key SYS_UID_MAX=65532 --uid 65532 --gid 65532 --no-create-home \
+      --home-dir /var/lib/fedmezo fedmezo \
+ && install --directory --owner=fedmezo --group=fedmezo --mode=0700 /var/lib/fedmezo
 ENV PATH=/opt/fedmezo/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     XDG_STATE_HOME=/var/lib/fedmezo \
@@ -48,7 +51,7 @@ WORKDIR /var/lib/fedmezo
 USER 65532:65532
 VOLUME ["/var/lib/fedmezo"]
 EXPOSE 7465 7466 7468
-HEALTHCHECK --interval=30s --timeout=10s --start-period=10m --start-interval=5s \
+HEALTHCHECK --interval=30s --timeout=30s --start-period=10m \
   CMD ["fedmezo", "health", "--coordinator", "127.0.0.1:7468"]
 ENTRYPOINT ["fedmezo-coordinator"]
 

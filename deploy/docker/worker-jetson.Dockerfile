@@ -17,7 +17,10 @@ RUN python -m pip freeze > /tmp/all.txt \
  && python -m venv --system-site-packages /opt/fedmezo \
  && /opt/fedmezo/bin/python -m pip install --quiet -c /tmp/pins.txt -c /tmp/kept.txt \
       '.[worker,privacy]' \
- && useradd --system --uid 65532 --home-dir /var/lib/fedmezo --create-home fedmezo
+ && groupadd --gid 65532 fedmezo \
+ && useradd --system --key SYS_UID_MAX=65532 --uid 65532 --gid 65532 --no-create-home \
+      --home-dir /var/lib/fedmezo fedmezo \
+ && install --directory --owner=fedmezo --group=fedmezo --mode=0700 /var/lib/fedmezo
 ENV PATH=/opt/fedmezo/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     XDG_STATE_HOME=/var/lib/fedmezo \

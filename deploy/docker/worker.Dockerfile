@@ -21,7 +21,10 @@ RUN python -m venv /opt/fedmezo \
  && /opt/fedmezo/bin/python -m pip uninstall --quiet --yes pip
 
 FROM ${PYTHON_IMAGE} AS worker
-RUN useradd --system --uid 65532 --home-dir /var/lib/fedmezo --create-home fedmezo
+RUN groupadd --gid 65532 fedmezo \
+ && useradd --system --key SYS_UID_MAX=65532 --uid 65532 --gid 65532 --no-create-home \
+      --home-dir /var/lib/fedmezo fedmezo \
+ && install --directory --owner=fedmezo --group=fedmezo --mode=0700 /var/lib/fedmezo
 COPY --from=build /opt/fedmezo /opt/fedmezo
 ENV PATH=/opt/fedmezo/bin:$PATH \
     PYTHONUNBUFFERED=1 \

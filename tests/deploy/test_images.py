@@ -35,6 +35,7 @@ def test_what_it_sets_are_settings_and_nobody_is_root(file: Path) -> None:
         assert key.lower() in KINDS[program].model_fields
     assert re.findall(r"^USER (.*)", text, re.MULTILINE)[-1] == "65532:65532"
     assert "HEALTHCHECK" in text
+    assert "--start-interval" not in text, "Podman, Buildah and Docker before 25 do not know it"
     for image in re.findall(r"^ARG \w+_IMAGE=(\S+)", text, re.MULTILINE):
         assert re.search(r":\d+\.\d+", image), f"{image} is not pinned"
 
