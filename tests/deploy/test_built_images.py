@@ -90,7 +90,7 @@ def test_it_serves_a_fleet_from_a_system_that_cannot_be_written_and_stops_with_s
             assert time.monotonic() < until, output_of(engine, "logs", started)
         token = ["fedmezo", "token", "create", f"--state={STATE}", "--name=clinic-a"]
         assert "fedmezo1:" in output_of(engine, "exec", started, *token)
-        output_of(engine, "stop", "--time=10", started)
+        output_of(engine, "stop", "--time=60", started)
         assert output_of(engine, "wait", started).split()[-1] == "0"
     finally:
         output_of(engine, "rm", "--force", started)
