@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import torch
+from torch import nn
 
 from fedmezo.torch_engine import TorchEngine
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.snapshots import Snapshot
-from fedmezo_core.zo.model.loading import folder_of_hub_name
+from fedmezo_core.zo.model.loading import SharedBases, folder_of_hub_name
 from fedmezo_core.zo.objectives import load_objective
 from fedmezo_core.zo.snapshot_files import install_snapshot
 from fedmezo_core.zo.weights import Weights
@@ -26,7 +28,14 @@ class Engine(EngineThread):
     def __init__(self, thread: ThreadPoolExecutor | None = None) -> None:
         """Start with nothing loaded; `thread` as for `EngineThread`."""
         super().__init__(thread)
+        self._bases = SharedBases()
         self._loaded: TorchEngine | None = None
+
+    def another(self) -> Self:
+        """An engine with nothing loaded, on the same thread, with the same bases."""
+        made = super().another()
+        made._bases = self._bases
+        return made
 
     @property
     def loaded(self) -> TorchEngine:
@@ -53,9 +62,10 @@ class Engine(EngineThread):
         return self.loaded.party.weights
 
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
-        self._loaded = open_engine(settings, genesis)
-        parameters = self._loaded.model.parameters()
-        self.model_bytes = sum(one.numel() * one.element_size() for one in parameters)
+        self._loaded = open_engine(settings, genesis, self._bases)
+        base = self._loaded.party.loaded.base
+        self.model_bytes = _bytes_of(self._loaded.model)
+        self.shared_bytes = 0 if base is None else _bytes_of(base.model)
 
     def _forget(self) -> None:
         self._loaded = None
@@ -74,8 +84,14 @@ class Engine(EngineThread):
         )
 
 
-def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
-    """Load what a worker with these settings computes with.
+def _bytes_of(model: nn.Module) -> int:
+    return sum(one.numel() * one.element_size() for one in model.parameters())
+
+
+def open_engine(
+    settings: WorkerSettings, genesis: Genesis, bases: SharedBases | None = None
+) -> TorchEngine:
+    """Load what a worker with these settings computes with; `bases` as for `TorchEngine`.
 
     Raises what `WorkerSettings.for_run`, `folder_of_hub_name` and `TorchEngine` do.
     """
@@ -99,4 +115,5 @@ def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
         row_states_max_bytes=settings.row_states_max,
         policy=policy,
         privacy=settings.privacy_budget,
+        bases=bases,
     )
