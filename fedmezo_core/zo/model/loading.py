@@ -9,7 +9,7 @@ import logging
 import math
 import struct
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -117,9 +117,9 @@ class SharedBases:
     at a time may use it.
     """
 
-    def __init__(self) -> None:
-        """Begin with none."""
-        self._bases: WeakValueDictionary[Hashable, Base] = WeakValueDictionary()
+    def __init__(self, *, keeps: bool = False) -> None:
+        """Begin with none. keeps: each stays as long as this object does, for a program's steps."""
+        self._bases: MutableMapping[Hashable, Base] = {} if keeps else WeakValueDictionary()
 
     def get(self, key: Hashable) -> Base | None:
         """The base that was read under `key`, if anybody still has it."""
@@ -167,17 +167,16 @@ def load_model(
     if local is not None and (local / CONFIG_FILE).exists():
         # transformers would load the base that this file names, from wherever that is.
         raise _is_adapter(name_or_path)
-    key = None
-    # Whoever trains the base itself writes to it. A name that the hub resolves may mean another
-    # model the next time.
-    if bases is not None and lora is not None and local is not None:
-        key = (_identity(local), dtype, placement)
-    base = None if bases is None or key is None else bases.get(key)
+    if bases is None or lora is None:  # Whoever trains the base itself writes to it.
+        own = _read_base(name_or_path, is_folder, local, dtype, placement, trains=lora is None)
+        return _prepared(own, own.model, lora, adapter, train, run_seed)
+    key = (_identity(name_or_path, local), dtype, placement)
+    base = bases.get(key)
     if base is None:
-        base = _read_base(name_or_path, is_folder, local, dtype, placement, trains=lora is None)
+        base = _read_base(name_or_path, is_folder, local, dtype, placement, trains=False)
         # Files that were replaced meanwhile are another model; hooks belong to one model.
-        unchanged = local is not None and key == (_identity(local), dtype, placement)
-        if bases is None or not unchanged or has_hooks(base.model):
+        is_same = key == (_identity(name_or_path, local), dtype, placement)
+        if not is_same or has_hooks(base.model):
             return _prepared(base, base.model, lora, adapter, train, run_seed)
         bases.add(key, base)
     # Buffers are small, and some models write to them.
@@ -186,8 +185,16 @@ def load_model(
     return _prepared(base, model, lora, adapter, train, run_seed)
 
 
-def _identity(folder: Path) -> Hashable:
-    """What changes if somebody changes the files of the model in `folder`."""
+def _identity(name: str, folder: Path | None) -> Hashable:
+    """What changes if somebody changes a model: its files in `folder`, or its revision on the hub.
+
+    Raises `ModelError` if the hub does not give it.
+    """
+    if folder is None:
+        try:
+            return cached_file(name, "config.json")  # Its folder is of one revision.
+        except Exception as error:
+            raise _model_error(name, False, "model", error) from error
     files = sorted(path for path in folder.resolve().iterdir() if path.is_file())
     return tuple(
         (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)

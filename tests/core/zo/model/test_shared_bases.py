@@ -18,6 +18,7 @@ from torch import nn
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import MismatchError
 from fedmezo_core.zo.commits import Commit
+from fedmezo_core.zo.model import loading
 from fedmezo_core.zo.model.loading import SharedBases
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.party import Party, open_party
@@ -89,6 +90,52 @@ def test_another_dtype_or_other_files_are_another_base(folder: Path) -> None:
     assert storages(first).isdisjoint(storages(opened(folder, bases, dtype="bfloat16")))
     os.utime(folder / "model.safetensors", ns=(1, 1))
     assert storages(first).isdisjoint(storages(opened(folder, bases)))
+
+
+def test_a_program_reads_a_base_once_for_all_its_steps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    loader: Any = loading._auto_model
+
+    class Counting:
+        @staticmethod
+        def from_pretrained(source: str, **given: Any) -> Any:
+            read.append(source)
+            return loader.from_pretrained(source, **given)
+
+    monkeypatch.setattr(loading, "_auto_model", Counting)
+    bases = SharedBases(keeps=True)
+    digests = set()
+    for _ in range(2):
+        digests.add(opened(folder, bases).base_digest)
+        gc.collect()
+    assert len(read) == len(digests) == 1
+
+
+def test_a_name_on_the_hub_is_one_base_until_its_revision_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hub:
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
+
+        def from_pretrained(self, source: str, **given: Any) -> Any:
+            assert (source, given.pop("local_files_only")) == ("owner/model", False)
+            return self.loader.from_pretrained(folder, **given)
+
+    revisions = ["one", "one", "one", "one", "two", "two", "two"]
+    monkeypatch.setattr(loading, "_cached_folder", lambda *_: None)
+    monkeypatch.setattr(
+        loading, "cached_file", lambda *_, **__: str(folder / revisions.pop(0) / "config.json")
+    )
+    for name in ("_auto_model", "AutoTokenizer"):
+        monkeypatch.setattr(loading, name, Hub(getattr(loading, name)))
+    bases = SharedBases()
+    one, same, other = (opened(Path("owner/model"), bases) for _ in range(3))
+    assert not revisions
+    assert storages(one) & storages(same)
+    assert storages(one).isdisjoint(storages(other))
 
 
 def test_an_offloaded_base_is_its_own(folder: Path, tmp_path: Path) -> None:
