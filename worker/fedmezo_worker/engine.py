@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from fedmezo.torch_engine import TorchEngine
+from fedmezo_core.config import how_to_name_a_copy, is_folder_name
+from fedmezo_core.errors import MismatchError, ModelError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.snapshots import Snapshot
 from fedmezo_core.zo.model.loading import SharedBases, folder_of_hub_name
@@ -20,6 +23,8 @@ from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import HeldOutResult
 from fedmezo_worker.worker_settings import WorkerSettings
+
+log = logging.getLogger("fedmezo.worker")
 
 
 class Engine(EngineThread):
@@ -100,7 +105,7 @@ def open_engine(
     return TorchEngine(
         genesis,
         settings.name,
-        settings.model or folder_of_hub_name(config.model, policy.disk_max),
+        settings.model or _folder_of(config.model, policy.disk_max),
         settings.rows,
         heldout=settings.heldout,
         columns=settings.columns,
@@ -117,3 +122,18 @@ def open_engine(
         privacy=settings.privacy_budget,
         bases=bases,
     )
+
+
+def _folder_of(model: str, bytes_max: int) -> Path:
+    """The folder of a run's model that these settings do not name."""
+    try:
+        return folder_of_hub_name(model, bytes_max)
+    except ModelError as error:
+        if not is_folder_name(model):
+            raise
+        # Unlike other errors with models, this one is told to the coordinator's operator in full.
+        log.info("%s", error)
+        raise MismatchError(
+            f"The run's model = {model!r} is a folder of its coordinator, and this worker has none "
+            f"of that name; name its own copy: {how_to_name_a_copy(model)}."
+        ) from None

@@ -41,7 +41,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from fedmezo_core.config import LoraConfig
+from fedmezo_core.config import LoraConfig, how_to_name_a_copy, is_folder_name
 from fedmezo_core.errors import ModelError
 from fedmezo_core.program import long_step
 from fedmezo_core.zo.commits import Commit
@@ -512,9 +512,9 @@ def _model_error(shown: str, is_folder: bool, what: str, error: Exception | str)
         )
     advice = (
         "check the name and the network, or give the model's folder with --model"
-        if "/" in shown
-        # This is how a coordinator calls a base that it has loaded from a folder.
-        else "if it is a folder at the coordinator, give your copy of it with --model"
+        if not is_folder_name(shown)
+        else "if it is a folder at the coordinator, name your own copy: "
+        + how_to_name_a_copy(shown)
     )
     return ModelError(
         f"The {what} {shown} cannot be loaded: it is no folder here, and the model hub did not "
