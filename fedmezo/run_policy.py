@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from fedmezo_core.config import RunConfig
+from fedmezo_core.config import RunConfig, how_to_name_a_copy
 from fedmezo_core.errors import PolicyError, SnapshotError
 from fedmezo_core.records import Genesis
 
@@ -162,15 +162,16 @@ class RunPolicy(BaseModel):
 
     def _check_model(self, name: str) -> None:
         if not is_hub_name(name):
+            shown = name[:_SHOWN_CHARS_MAX]
             raise PolicyError(
-                f"The run's model = {name[:_SHOWN_CHARS_MAX]!r} is no name on the hub, and a "
-                "coordinator chooses no folder here; give your copy of it with --model."
+                f"The run's model = {shown!r} is no name on the hub, and a coordinator chooses no "
+                f"folder here; name this worker's own copy: {how_to_name_a_copy(shown)}."
             )
         if not any(fnmatchcase(name, pattern) for pattern in self.models):
             raise PolicyError(
                 f"The run's model = {name!r} is not one that this worker loads by its name "
-                f"(policy.models = {list(self.models)}); give it with --model, or add it to "
-                "policy.models in the worker's settings."
+                f"(policy.models = {list(self.models)}); add it to policy.models in the worker's "
+                f"settings, or name its own copy: {how_to_name_a_copy(name)}."
             )
 
 

@@ -36,6 +36,7 @@ from fedmezo_core.zo.data.held_out import Evaluation, evaluate
 from fedmezo_core.zo.data.rows import Example, read_rows, rows_of
 from fedmezo_core.zo.data.task import Batch
 from fedmezo_core.zo.forward.row_states import RowStates, SpooledRows
+from fedmezo_core.zo.model.loading import SharedBases
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.objectives import Objective, Predictions
 from fedmezo_core.zo.party import Party, open_party
@@ -81,6 +82,7 @@ class TorchEngine:
         row_states_max_bytes: int = ROW_STATES_MAX,
         policy: RunPolicy | None = _ORDINARY,
         privacy: PrivacyBudget | None = None,
+        bases: SharedBases | None = None,
     ) -> None:
         """Load `model` (folder or hub name) and `rows` for `worker` in the run of `genesis`.
 
@@ -88,10 +90,11 @@ class TorchEngine:
         contract names one. `heldout` are rows to evaluate on. `columns` maps columns that the run
         names to their names in `rows` and `heldout`, where these are others. `policy` is what a
         run may ask of this machine; None: anything. `privacy` makes each measurement
-        differentially private. The other arguments are settings of the same names of
-        `fedmezo-worker`. Raises `ConfigError` before anything is read if the policy refuses the
-        run, `MismatchError` if the base is not the run's, and what `open_party`, `read_rows` and
-        `Task.encode` raise.
+        differentially private. Engines on one thread that train adapters and get the same `bases`
+        keep a base that they have in common only once. The other arguments are settings of the same
+        names of `fedmezo-worker`. Raises `ConfigError` before anything is read if the policy
+        refuses the run, `MismatchError` if the base is not the run's, and what `open_party`,
+        `read_rows` and `Task.encode` raise.
         """
         genesis = decode_genesis(genesis)
         config = genesis.config
@@ -112,6 +115,7 @@ class TorchEngine:
             threads=threads,
             placement=Placement(device, device_memory_max_bytes, _path(offload_folder)),
             frozen_base_bits=frozen_base_bits,
+            bases=bases,
         )
         """The model, the task and the weights."""
         if policy is not None:

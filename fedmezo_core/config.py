@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -274,6 +275,20 @@ class LoraConfig(_Frozen):
         ):
             return None
         return first
+
+
+def is_folder_name(model: str) -> bool:
+    """Whether a contract's `model` names a folder of its coordinator, as far as the name shows.
+
+    A model on the hub is `owner/name`, but for a few old ones.
+    """
+    return "/" not in model
+
+
+def how_to_name_a_copy(model: str) -> str:
+    """What the operator of a worker does to give it its own copy of a run's `model`."""
+    key = json.dumps(model)  # TOML quotes in the same way.
+    return f'{key} = "FOLDER" under [models] in the worker\'s settings, or --model FOLDER'
 
 
 class RunConfig(_Frozen):

@@ -30,6 +30,7 @@ from fedmezo_core.program import long_step
 from fedmezo_core.zo.data.encoding import Dataset, EncodedExample
 from fedmezo_core.zo.data.rows import Example, read_rows
 from fedmezo_core.zo.export import write_adapter
+from fedmezo_core.zo.model.loading import SharedBases
 from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.party import Party, open_party
@@ -58,15 +59,16 @@ def write_fitted_adapter(
     *,
     rows_max: int = ROWS_MAX,
     threads: int | None = None,
+    bases: SharedBases | None = None,
 ) -> int:
     """Fit the adapter of a run to rows, and write the folder that the run begins from.
 
-    `model` is a hub name or folder, `data` as for a worker. Returns the count of rows. Raises as
-    `open_party`, `read_rows` and `fit_adapter` do.
+    `model` is a hub name or folder, `data` as for a worker, `bases` as for `open_party`. Returns
+    the count of rows. Raises as `open_party`, `read_rows` and `fit_adapter` do.
     """
     if config.lora is None:
         raise ConfigError("The run has no adapter to fit; give it a [run.lora].")
-    party = open_party(config, model, threads=threads)
+    party = open_party(config, model, threads=threads, bases=bases)
     party.check_can_begin()
     rows = read_rows(data, config.task)[:rows_max]
     fit_adapter(party, rows)

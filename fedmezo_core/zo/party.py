@@ -23,7 +23,7 @@ from fedmezo_core.zo.data.task import Task
 from fedmezo_core.zo.data.tokenizer_parts import digest_of_parts
 from fedmezo_core.zo.materialize import warm_up
 from fedmezo_core.zo.model.compressed import check_compressible, compress_frozen
-from fedmezo_core.zo.model.loading import ON_CPU, LoadedModel, load_model
+from fedmezo_core.zo.model.loading import ON_CPU, LoadedModel, SharedBases, load_model
 from fedmezo_core.zo.model.placement import Placement
 from fedmezo_core.zo.model.weight_digest import base_digest, tokenizer_digest
 from fedmezo_core.zo.noise import Distribution, Rounding
@@ -216,13 +216,15 @@ def open_party(
     placement: Placement = ON_CPU,
     frozen_base_bits: int | None = None,
     local_files_only: bool = False,
+    bases: SharedBases | None = None,
 ) -> Party:
     """Load `model` (hub name or folder) for a run and digest it.
 
     `adapter` is the folder of the LoRA adapter that the run begins from; without it, a fresh one.
     `threads` also sets torch's thread count for this process; `placement` says where the weights
     go, which changes no bit of them; `frozen_base_bits` compresses what a LoRA run leaves frozen
-    (see `compress_frozen`), after it was digested. Raises `ModelError`, `ConfigError`.
+    (see `compress_frozen`), after it was digested. `bases` are those that parties with an adapter
+    may have in common; a compressed one is a party's own. Raises `ModelError`, `ConfigError`.
     """
     if adapter is not None and config.lora is None:
         raise ConfigError(
@@ -251,6 +253,7 @@ def open_party(
             # Compressing reads the whole base, which the device may have no room for.
             placement=placement if frozen_base_bits is None else ON_CPU,
             local_files_only=local_files_only,
+            bases=bases if frozen_base_bits is None else None,
         )
     if loaded.lora is not None:
         config = config.model_copy(update={"lora": loaded.lora})

@@ -21,6 +21,7 @@ from fedmezo_core.journal.codec import config_to_pb
 from fedmezo_core.records import Genesis
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter
+from fedmezo_core.zo.model import loading
 from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.party import open_party
 from fedmezo_worker.engine import Engine
@@ -64,6 +65,32 @@ async def test_the_coordinator_begins_from_it(
     orders["config"] = config_to_pb(config_of()).SerializeToString().hex()
     with pytest.raises(ConfigError, match="this run trains no adapter"):
         replica.describe(orders | {"adapter": str(adapter)})
+
+
+def test_a_new_run_reads_its_base_once_to_fit_the_adapter_and_to_digest(
+    model_folder: Path, data_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    read_base = loading._read_base
+
+    def counted(shown: str, *given: Any, **named: Any) -> loading.Base:
+        read.append(shown)
+        return read_base(shown, *given, **named)
+
+    monkeypatch.setattr(loading, "_read_base", counted)
+    orders: dict[str, Any] = {
+        "config": config_to_pb(CONFIG).SerializeToString().hex(),
+        "model": str(model_folder),
+        "adapter": str(tmp_path / "fitted"),
+        "adapter_rows": str(data_files[0]),
+        "threads": 1,
+        "heldout": None,
+        "row_states_max": 0,
+    }
+    described = replica.describe(orders)["base_digest"]
+    assert read == [str(model_folder)]
+    fitted = open_party(CONFIG, str(model_folder), adapter=tmp_path / "fitted", threads=1)
+    assert fitted.base_digest.hex() == described
 
 
 async def test_a_worker_without_it_is_refused(

@@ -272,6 +272,8 @@ def test_the_command_loads_the_base_and_probes(
     values = {check["check"]: check["values"] for check in report["checks"]}
     assert values["contract"]["preset"] == "classification"
     assert values["model"]["target_modules"] == ["transformer.h.0.mlp.c_fc"]
+    [said] = [c["said"] for c in report["checks"] if c["check"] == "workers' model"]
+    assert f'"{model_folder.name}" = "FOLDER" under [models]' in said
     assert values["probe"]["learning_rate"] > 0
     assert values["memory"]["peak_bytes"] > 1 << 20
     assert sorted(path.name for path in tmp_path.iterdir()) == [

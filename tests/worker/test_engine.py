@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from fedmezo_core import program
-from fedmezo_core.errors import CutShortError, MismatchError
+from fedmezo_core.errors import CutShortError, FedMezoError, MismatchError, ModelError
 from fedmezo_core.events import Measure, Measured, Ticket, Work
 from fedmezo_core.records import Committed, Genesis, SeedRange, digest64_of, first_seed_of
 from fedmezo_core.zo.data.held_out import evaluate
@@ -25,7 +25,9 @@ from fedmezo_core.zo.data.rows import read_examples
 from fedmezo_core.zo.forward import row_states as row_states_module
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.plain.measurements import local_steps
+from fedmezo_worker import engine as engine_module
 from fedmezo_worker.engine import Engine
+from fedmezo_worker.offers.told_to_others import reason_to_decline
 from fedmezo_worker.worker_settings import WorkerSettings
 from tests.integration.support.harness import TASK, config_of
 
@@ -407,3 +409,31 @@ async def test_rows_that_come_often_go_through_the_frozen_part_once(
     finally:
         await engine.close()
         await plain.close()
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "told"),
+    [
+        ("my-base", MismatchError, '"my-base" = "FOLDER" under [models]'),
+        ("owner/my-base", ModelError, "its log says why"),
+    ],
+)
+async def test_a_model_that_is_a_folder_elsewhere_is_declined_with_the_line_to_write(
+    model: str,
+    kind: type[FedMezoError],
+    told: str,
+    settings: WorkerSettings,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_genesis: Callable[..., Genesis],
+) -> None:
+    def nowhere(name: str, _: int | None) -> Path:
+        raise ModelError(f"The model {name} is not in /home/secret.")
+
+    monkeypatch.setattr(engine_module, "folder_of_hub_name", nowhere)
+    engine = Engine()
+    with pytest.raises(kind) as caught:
+        await engine.load(settings.model_copy(update={"model": ""}), tiny_genesis(model=model))
+    await engine.close()
+    reason = reason_to_decline(caught.value, "w1")
+    assert told in reason
+    assert "secret" not in reason

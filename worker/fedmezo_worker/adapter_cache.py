@@ -27,6 +27,8 @@ log = logging.getLogger("fedmezo.download")
 
 KEPT_S: Final = 30 * 24 * 3600.0
 """An adapter that no run has begun from for so long leaves the cache."""
+_BEGUN: Final = ".begun.partial"
+"""How the name of a file ends that a later attempt goes on with."""
 LOOK_EVERY_S: Final = 0.05
 """How often to look whether a folder that is being removed is gone."""
 
@@ -37,7 +39,19 @@ class Partial:
 
     path: Path
     out: BinaryIO
-    """Open for writing at its beginning, and locked until it is closed."""
+    """Open for writing after those bytes, and locked until it is closed."""
+    begun_bytes: int
+    """Bytes that an earlier attempt has left in it."""
+
+    def leave(self, whole_bytes: int) -> None:
+        """Close the file, and let the next attempt go on after its first `whole_bytes`."""
+        try:
+            if whole_bytes:
+                self.out.truncate(whole_bytes)
+            else:
+                self.path.unlink(missing_ok=True)
+        finally:
+            self.out.close()
 
 
 class AdapterCache:
@@ -69,26 +83,28 @@ class AdapterCache:
     def begin(self, path: Path, file_bytes: int) -> Partial:
         """Reserve the space for the file that will be at `path`; removes adapters if need be.
 
-        Those go that were not used for longest. Raises `NotReadyError` while too much is in use,
-        and `OSError` if the disk refuses. Takes as long as the disk.
+        It goes on with what an earlier attempt has left, if nobody else does just now. Those
+        adapters go that were not used for longest. Raises `NotReadyError` while too much is in
+        use, and `OSError` if the disk refuses. Takes as long as the disk.
         """
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         replaced = path.stat().st_size if path.exists() else 0
         with _locked(self._root, fcntl.LOCK_EX, wait=True):
-            self._make_room(file_bytes - replaced)
-            descriptor = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            out = os.fdopen(descriptor, "wb")
+            partial = _opened(path.with_name(f".{path.name}{_BEGUN}"), file_bytes) or _opened(
+                path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial"), file_bytes
+            )
+            assert partial is not None, "nobody else has a name that was just made up"
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-                os.posix_fallocate(descriptor, 0, max(file_bytes, 1))
-            except OSError:
-                out.close()
-                partial.unlink(missing_ok=True)
+                self._make_room(file_bytes - replaced - partial.begun_bytes)
+                os.posix_fallocate(partial.out.fileno(), 0, max(file_bytes, 1))
+            except (OSError, NotReadyError):
+                partial.leave(partial.begun_bytes)
                 raise
-        return Partial(partial, out)
+        return partial
 
     def _make_room(self, needed_bytes: int) -> None:
         for left in self._root.glob("*/.*.partial"):
+            if left.name.endswith(_BEGUN):
+                continue  # Another attempt may go on with it.
             with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_EX):
                 left.unlink()
         folders = sorted(self._root.iterdir(), key=lambda folder: folder.stat().st_mtime)
@@ -116,6 +132,25 @@ def _bytes_in(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # Another run has just renamed it.
             total += path.lstat().st_size
     return total
+
+
+def _opened(path: Path, file_bytes: int) -> Partial | None:
+    """The partial file at `path`, made if need be; None if somebody else is writing to it."""
+    descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+    out = os.fdopen(descriptor, "r+b")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise FileNotFoundError(path)  # Whoever wrote it has just put it in its place.
+    except (BlockingIOError, FileNotFoundError):
+        out.close()
+        return None
+    # A process that was killed leaves the whole size, and nobody knows how much of it is there.
+    size = os.fstat(descriptor).st_size
+    begun_bytes = size if size < file_bytes else 0
+    out.truncate(begun_bytes)
+    out.seek(begun_bytes)
+    return Partial(path, out, begun_bytes)
 
 
 @contextlib.contextmanager

@@ -120,11 +120,15 @@ async def _download(
     give_up_after_s: float,
     may_go_on: Callable[[], bool],
 ) -> None:
-    """Download one file to `path`, which appears whole and right or not at all."""
+    """Download one file to `path`, which appears whole and right or not at all.
+
+    What is there when an attempt ends without it stays, and the next one goes on from there.
+    """
     reconnecting = Reconnecting(log, give_up_after_s=give_up_after_s)
-    offset = 0
     try:
         partial = await asyncio.to_thread(adapters.begin, path, file.file_bytes)
+        offset = kept_bytes = partial.begun_bytes
+        step.advance(offset)
         try:
             while offset < file.file_bytes:
                 before = offset
@@ -136,6 +140,7 @@ async def _download(
                             if offset > file.file_bytes:
                                 raise _is_another(run_id, file, f"has more than {file.file_bytes}")
                             await asyncio.to_thread(partial.out.write, piece)
+                            kept_bytes = offset
                             step.advance(len(piece))
                     if offset < file.file_bytes:
                         raise UnavailableError("The coordinator ended the file early.")
@@ -147,12 +152,18 @@ async def _download(
                     await reconnecting.wait_after(error)
             written = await asyncio.to_thread(_written, partial, file.file_bytes)
             if written != file.sha256:
+                if partial.begun_bytes:
+                    raise UnavailableError(
+                        f"What an earlier attempt left of {file.name} is damaged; it begins anew."
+                    )
                 begins = f"begins {written.hex()[:16]} instead of {file.sha256.hex()[:16]}"
                 raise _is_another(run_id, file, f"is damaged: its SHA-256 {begins}")
             partial.path.replace(path)
+        except (MismatchError, OSError):
+            kept_bytes = 0
+            raise
         finally:
-            partial.out.close()
-            partial.path.unlink(missing_ok=True)
+            partial.leave(kept_bytes)
     except OSError as error:
         raise ModelError(
             f"{path.parent} cannot be written to ({error.strerror}); make room there, or name "

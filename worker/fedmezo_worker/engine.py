@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import torch
+from torch import nn
 
 from fedmezo.torch_engine import TorchEngine
+from fedmezo_core.config import how_to_name_a_copy, is_folder_name
+from fedmezo_core.errors import MismatchError, ModelError
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.snapshots import Snapshot
-from fedmezo_core.zo.model.loading import folder_of_hub_name
+from fedmezo_core.zo.model.loading import SharedBases, folder_of_hub_name
 from fedmezo_core.zo.objectives import load_objective
 from fedmezo_core.zo.snapshot_files import install_snapshot
 from fedmezo_core.zo.weights import Weights
 from fedmezo_worker.engine_thread import EngineThread
 from fedmezo_worker.evaluations import HeldOutResult
 from fedmezo_worker.worker_settings import WorkerSettings
+
+log = logging.getLogger("fedmezo.worker")
 
 
 class Engine(EngineThread):
@@ -26,7 +33,14 @@ class Engine(EngineThread):
     def __init__(self, thread: ThreadPoolExecutor | None = None) -> None:
         """Start with nothing loaded; `thread` as for `EngineThread`."""
         super().__init__(thread)
+        self._bases = SharedBases()
         self._loaded: TorchEngine | None = None
+
+    def another(self) -> Self:
+        """An engine with nothing loaded, on the same thread, with the same bases."""
+        made = super().another()
+        made._bases = self._bases
+        return made
 
     @property
     def loaded(self) -> TorchEngine:
@@ -53,9 +67,10 @@ class Engine(EngineThread):
         return self.loaded.party.weights
 
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
-        self._loaded = open_engine(settings, genesis)
-        parameters = self._loaded.model.parameters()
-        self.model_bytes = sum(one.numel() * one.element_size() for one in parameters)
+        self._loaded = open_engine(settings, genesis, self._bases)
+        base = self._loaded.party.loaded.base
+        self.model_bytes = _bytes_of(self._loaded.model)
+        self.shared_bytes = 0 if base is None else _bytes_of(base.model)
 
     def _forget(self) -> None:
         self._loaded = None
@@ -74,8 +89,14 @@ class Engine(EngineThread):
         )
 
 
-def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
-    """Load what a worker with these settings computes with.
+def _bytes_of(model: nn.Module) -> int:
+    return sum(one.numel() * one.element_size() for one in model.parameters())
+
+
+def open_engine(
+    settings: WorkerSettings, genesis: Genesis, bases: SharedBases | None = None
+) -> TorchEngine:
+    """Load what a worker with these settings computes with; `bases` as for `TorchEngine`.
 
     Raises what `WorkerSettings.for_run`, `folder_of_hub_name` and `TorchEngine` do.
     """
@@ -84,7 +105,7 @@ def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
     return TorchEngine(
         genesis,
         settings.name,
-        settings.model or folder_of_hub_name(config.model, policy.disk_max),
+        settings.model or _folder_of(config.model, policy.disk_max),
         settings.rows,
         heldout=settings.heldout,
         columns=settings.columns,
@@ -99,4 +120,20 @@ def open_engine(settings: WorkerSettings, genesis: Genesis) -> TorchEngine:
         row_states_max_bytes=settings.row_states_max,
         policy=policy,
         privacy=settings.privacy_budget,
+        bases=bases,
     )
+
+
+def _folder_of(model: str, bytes_max: int) -> Path:
+    """The folder of a run's model that these settings do not name."""
+    try:
+        return folder_of_hub_name(model, bytes_max)
+    except ModelError as error:
+        if not is_folder_name(model):
+            raise
+        # Unlike other errors with models, this one is told to the coordinator's operator in full.
+        log.info("%s", error)
+        raise MismatchError(
+            f"The run's model = {model!r} is a folder of its coordinator, and this worker has none "
+            f"of that name; name its own copy: {how_to_name_a_copy(model)}."
+        ) from None

@@ -76,6 +76,8 @@ class EngineThread(ABC):
         """How long the newest load took."""
         self.model_bytes = 0
         """Bytes of the whole model; 0 until it is loaded."""
+        self.shared_bytes = 0
+        """Those of them that runs with an adapter on the same base have in common."""
         self._used_s = time.monotonic()
 
     def another(self) -> Self:
@@ -194,7 +196,7 @@ class EngineThread(ABC):
 
     @abstractmethod
     def _load(self, settings: WorkerSettings, genesis: Genesis) -> None:
-        """Load for the run, and note `model_bytes`; raises what is wrong."""
+        """Load for the run, and note `model_bytes` and `shared_bytes`; raises what is wrong."""
 
     @abstractmethod
     def _forget(self) -> None:
@@ -215,7 +217,7 @@ class EngineThread(ABC):
         self.load_s = time.monotonic() - began_s
 
     def _forget_all(self) -> None:
-        self.model_bytes = 0
+        self.model_bytes = self.shared_bytes = 0
         self._forget()
         gc.collect()
 

@@ -13,6 +13,7 @@ from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
 from fedmezo_core.zo.commits import commits_of
 from fedmezo_core.zo.data.encoding import Dataset
 from fedmezo_core.zo.data.rows import read_rows
+from fedmezo_core.zo.model.loading import SharedBases
 from fedmezo_core.zo.party import Party, open_party
 
 
@@ -54,9 +55,10 @@ def open_reference(
     *,
     adapter: Path | None = None,
     threads: int | None = None,
+    bases: SharedBases | None = None,
 ) -> Reference:
-    """Load the base of a run, and the rows of the worker that is tested."""
-    party = open_party(config, model, adapter=adapter, threads=threads)
+    """Load the base of a run, as `open_party` does, and the rows of the worker that is tested."""
+    party = open_party(config, model, adapter=adapter, threads=threads, bases=bases)
     dataset = None if data is None else party.encode(data, read_rows(data, config.task))
     return Reference(party, dataset)
 

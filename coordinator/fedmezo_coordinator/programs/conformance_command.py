@@ -135,8 +135,12 @@ def worker(
         check_can_lead(run)
         with worker_packages("compare weights"):
             from fedmezo_coordinator.conformance.reference import likeness, open_reference
-        with fitted_adapter(settings, run, threads) as adapter:
-            reference = open_reference(run, settings.model, data, adapter=adapter, threads=threads)
+            from fedmezo_core.zo.model.loading import SharedBases
+        bases = SharedBases(keeps=True)
+        with fitted_adapter(settings, run, threads, bases) as adapter:
+            reference = open_reference(
+                run, settings.model, data, adapter=adapter, threads=threads, bases=bases
+            )
         test = WorkerTest(
             reference.genesis, reference, likeness, correlation_min, difference_max, patience_s
         )

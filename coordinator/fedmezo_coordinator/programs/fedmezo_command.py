@@ -339,10 +339,12 @@ def export_form(
     )
     with worker_packages("export a form of a base"):
         from fedmezo_core.zo.edge.edge_export import export_gguf_form, export_onnx_form
+        from fedmezo_core.zo.model.loading import SharedBases
         from fedmezo_core.zo.party import open_party
     run = settings.run_config(f"[run] in {config}", rate_comes_later=True)
-    with fitted_adapter(settings, run, threads) as start:
-        party = open_party(run, settings.model, adapter=start, threads=threads)
+    bases = SharedBases(keeps=True)
+    with fitted_adapter(settings, run, threads, bases) as start:
+        party = open_party(run, settings.model, adapter=start, threads=threads, bases=bases)
     if gguf is None:
         name = export_onnx_form(party, folder)
     else:

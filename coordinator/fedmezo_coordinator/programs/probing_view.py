@@ -14,6 +14,7 @@ from fedmezo_core.config import RunConfig
 from fedmezo_core.zo.assignment import open_row_states
 from fedmezo_core.zo.data.rows import read_rows
 from fedmezo_core.zo.forward.row_states import SpooledRows
+from fedmezo_core.zo.model.loading import SharedBases
 from fedmezo_core.zo.party import open_party
 from fedmezo_core.zo.probing.proposal import (
     ROUNDS_FACTOR_MAX,
@@ -54,8 +55,9 @@ def probe_run(
     rows = read_rows(data, run.task)
     model = settings.model or run.model
     _tell(f"loading {model}")
-    with fitted_adapter(settings, run, threads) as adapter:
-        party = open_party(run, model, adapter=adapter, threads=threads)
+    bases = SharedBases(keeps=True)
+    with fitted_adapter(settings, run, threads, bases) as adapter:
+        party = open_party(run, model, adapter=adapter, threads=threads, bases=bases)
     party.check_can_begin()
     row_states = None
     if states_max := settings.replica_row_states_max:

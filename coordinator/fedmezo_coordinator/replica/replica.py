@@ -43,6 +43,7 @@ from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
 
 if TYPE_CHECKING:
+    from fedmezo_core.zo.model.loading import SharedBases
     from fedmezo_core.zo.party import Party
 
 log = logging.getLogger("fedmezo.replica")
@@ -87,15 +88,19 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
     """Load the base model and return its digests and sizes, and what `probe_rows` say.
 
     Fits the run's adapter to `adapter_rows` first, if there are any, and checks the held-out rows.
+    The base is read once for all of it.
     What is logged meanwhile as a warning is returned too, for the daemon to log.
     """
     config = config_from_pb(pb.RunConfig.FromString(bytes.fromhex(orders["config"])))
+    with worker_packages("load a base"):
+        from fedmezo_core.zo.model.loading import SharedBases
+    bases = SharedBases(keeps=True)
     warnings = _Warnings(logging.WARNING)
     logging.getLogger("fedmezo").addHandler(warnings)
     try:
         if orders.get("adapter_rows") is not None:
-            _fit_adapter(orders, config)
-        copy = _Copy(orders, config)
+            _fit_adapter(orders, config, bases)
+        copy = _Copy(orders, config, bases)
         copy.party.check_can_begin()
         genesis = copy.party.genesis()
         measured = _measured(copy.party, orders.get("probe_rows"))
@@ -114,7 +119,7 @@ def describe(orders: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _fit_adapter(orders: dict[str, Any], config: RunConfig) -> None:
+def _fit_adapter(orders: dict[str, Any], config: RunConfig, bases: SharedBases) -> None:
     """Fit a new run's adapter, in place of one that an earlier attempt has left."""
     with worker_packages("fit an adapter"):
         from fedmezo_core.zo.fitting import write_fitted_adapter
@@ -122,7 +127,7 @@ def _fit_adapter(orders: dict[str, Any], config: RunConfig) -> None:
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     write_fitted_adapter(
-        config, orders["model"], orders["adapter_rows"], new, threads=orders["threads"]
+        config, orders["model"], orders["adapter_rows"], new, threads=orders["threads"], bases=bases
     )
     shutil.rmtree(folder, ignore_errors=True)
     new.rename(folder)
@@ -155,7 +160,9 @@ class _Warnings(logging.Handler):
 class _Copy:
     """The replica's model, and the held-out rows that it is evaluated on."""
 
-    def __init__(self, orders: dict[str, Any], config: Any) -> None:
+    def __init__(
+        self, orders: dict[str, Any], config: Any, bases: SharedBases | None = None
+    ) -> None:
         with worker_packages("keep a replica"):
             from fedmezo_core.zo.assignment import open_row_states
             from fedmezo_core.zo.data.rows import read_rows
@@ -169,6 +176,7 @@ class _Copy:
             orders["model"],
             adapter=None if adapter is None else Path(adapter),
             threads=orders["threads"],
+            bases=bases,
         )
         heldout = None if orders["heldout"] is None else Path(orders["heldout"])
         self.heldout = (

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import math
 import struct
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 from typing import Any, Literal, cast
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from fedmezo_core.config import LoraConfig
+from fedmezo_core.config import LoraConfig, how_to_name_a_copy, is_folder_name
 from fedmezo_core.errors import ModelError
 from fedmezo_core.program import long_step
 from fedmezo_core.zo.commits import Commit
@@ -50,6 +52,7 @@ from fedmezo_core.zo.model.factored import factor_b
 from fedmezo_core.zo.model.manifest import manifest_of, trained_tensors
 from fedmezo_core.zo.model.offload import (
     execution_device,
+    has_hooks,
     move_into_mapped_memory,
     unique_parameters,
 )
@@ -93,6 +96,38 @@ class LoadedModel:
     """The folder that the model was loaded from; for a hub's model, the one in the local cache."""
     lora: LoraConfig | None = None
     """The run's adapter, with names of this model's layers (see `with_places_named`)."""
+    base: Base | None = None
+    """The base that `model` has in common with other models, which stays while one of them does."""
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """What was read from a model's files: without an adapter, and never written to."""
+
+    model: PreTrainedModel
+    """In eval mode, without gradients."""
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+
+class SharedBases:
+    """Bases that the adapters of several runs have in common, each for as long as a run has it.
+
+    The models of these runs have modules of their own around the same frozen parameters. One thread
+    at a time may use it.
+    """
+
+    def __init__(self, *, keeps: bool = False) -> None:
+        """Begin with none. keeps: each stays as long as this object does, for a program's steps."""
+        self._bases: MutableMapping[Hashable, Base] = {} if keeps else WeakValueDictionary()
+
+    def get(self, key: Hashable) -> Base | None:
+        """The base that was read under `key`, if anybody still has it."""
+        return self._bases.get(key)
+
+    def add(self, key: Hashable, base: Base) -> None:
+        """Let others have `base`."""
+        self._bases[key] = base
 
 
 def load_model(
@@ -105,6 +140,7 @@ def load_model(
     run_seed: int = 0,
     placement: Placement = ON_CPU,
     local_files_only: bool = False,
+    bases: SharedBases | None = None,
 ) -> LoadedModel:
     """Load a Hugging Face causal LM by hub name or from a folder.
 
@@ -113,7 +149,8 @@ def load_model(
     weights that depend on `run_seed`, a u64. With `train`, the manifest holds only the parameters
     of the modules that it names. `placement` says which device computes, and where the weights are
     that do not fit its memory. With `local_files_only`, a name is only looked up in the local
-    cache.
+    cache. With `bases`, a model with an adapter has its frozen parameters and its tokenizer in
+    common with others there that were loaded from the same files to the same place.
 
     Raises `ModelError` for a folder without a model, a name that cannot be reached, a checkpoint
     that lacks some of the model's tensors or holds a NaN or infinity, a missing tokenizer, or
@@ -130,7 +167,55 @@ def load_model(
     if local is not None and (local / CONFIG_FILE).exists():
         # transformers would load the base that this file names, from wherever that is.
         raise _is_adapter(name_or_path)
-    source = name_or_path if local is None else str(local)
+    if bases is None or lora is None:  # Whoever trains the base itself writes to it.
+        own = _read_base(name_or_path, is_folder, local, dtype, placement, trains=lora is None)
+        return _prepared(own, own.model, lora, adapter, train, run_seed)
+    key = (_identity(name_or_path, local), dtype, placement)
+    base = bases.get(key)
+    if base is None:
+        base = _read_base(name_or_path, is_folder, local, dtype, placement, trains=False)
+        # Files that were replaced meanwhile are another model; hooks belong to one model.
+        is_same = key == (_identity(name_or_path, local), dtype, placement)
+        if not is_same or has_hooks(base.model):
+            return _prepared(base, base.model, lora, adapter, train, run_seed)
+        bases.add(key, base)
+    # Buffers are small, and some models write to them.
+    shared = {id(parameter): parameter for parameter in base.model.parameters()}
+    model = copy.deepcopy(base.model, cast("dict[int, Any]", shared))
+    return _prepared(base, model, lora, adapter, train, run_seed)
+
+
+def _identity(name: str, folder: Path | None) -> Hashable:
+    """What changes if somebody changes a model: its files in `folder`, or its revision on the hub.
+
+    Raises `ModelError` if the hub does not give it.
+    """
+    if folder is None:
+        try:
+            return cached_file(name, "config.json")  # Its folder is of one revision.
+        except Exception as error:
+            raise _model_error(name, False, "model", error) from error
+    files = sorted(path for path in folder.resolve().iterdir() if path.is_file())
+    return tuple(
+        (path, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        for path, stat in ((path, path.stat()) for path in files)
+    )
+
+
+def _read_base(
+    shown: str,
+    is_folder: bool,
+    local: Path | None,
+    dtype: str,
+    placement: Placement,
+    *,
+    trains: bool,
+) -> Base:
+    """Read the model in `local`, or of the name `shown` on the hub; raises as `load_model`.
+
+    `trains`: whether its own parameters are trained.
+    """
+    source = shown if local is None else str(local)
     common = {"local_files_only": local is not None, "trust_remote_code": False}
     with quiet(), placement.loading() as place:
         try:
@@ -145,42 +230,55 @@ def load_model(
         except Exception as error:
             # transformers raises almost any type here, up to ImportError for an unknown
             # architecture.
-            raise _model_error(name_or_path, is_folder, "model", error) from error
+            raise _model_error(shown, is_folder, "model", error) from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **common)
         except Exception as error:
-            raise _model_error(name_or_path, is_folder, "tokenizer", error) from error
-        _require_vocabulary(name_or_path, tokenizer)
-        placement.check(name_or_path, loaded)
-        _require_complete(name_or_path, loaded, info)
+            raise _model_error(shown, is_folder, "tokenizer", error) from error
+        _require_vocabulary(shown, tokenizer)
+        placement.check(shown, loaded)
+        _require_complete(shown, loaded, info)
         if placement.offload_folder is not None:
             # Trained weights may not stay in the checkpoint's files, nor any in temporary files.
-            temporary = None if lora is None else Path(place["offload_folder"])
+            temporary = None if trains else Path(place["offload_folder"])
             move_into_mapped_memory(loaded, placement.offload_folder, only_from=temporary)
-    model: nn.Module = loaded
-    model.eval()
+    loaded.eval()
     head = loaded.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(_contiguous)
-    for name, stored in unique_parameters(model).items():
+    for name, stored in unique_parameters(loaded).items():
         if stored.offloaded is None:
             stored.parameter.data = stored.parameter.data.contiguous()
-        _require_finite(name_or_path, name, stored.read())
+        _require_finite(shown, name, stored.read())
+    loaded.requires_grad_(False)
+    if local is None:
+        # In the cache, where from_pretrained has put it.
+        local = Path(cast("str", cached_file(source, "config.json", local_files_only=True))).parent
+    return Base(loaded, tokenizer, local)
+
+
+def _prepared(
+    base: Base,
+    model: PreTrainedModel,
+    lora: LoraConfig | None,
+    adapter: Path | None,
+    train: Sequence[str],
+    run_seed: int,
+) -> LoadedModel:
+    """Put the run's adapter, if it has one, into `model`: that of `base`, or a copy of it."""
+    whole: nn.Module = model
     if lora is not None:
         lora = with_places_named(model, lora)
-        model = add_adapter(cast("PreTrainedModel", model), lora, run_seed, adapter)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+        whole = add_adapter(model, lora, run_seed, adapter)
+        whole.requires_grad_(False)
     manifest = manifest_of(
-        model,
+        whole,
         adapters_only=lora is not None,
         freeze_a=lora is not None and lora.freeze_a,
         train=train,
     )
-    if local is None:
-        # In the cache, where from_pretrained has put it.
-        local = Path(cast("str", cached_file(source, "config.json", local_files_only=True))).parent
-    return LoadedModel(model, tokenizer, manifest, local, lora)
+    kept = None if model is base.model else base
+    return LoadedModel(whole, base.tokenizer, manifest, base.folder, lora, kept)
 
 
 def folder_of_hub_name(name: str, bytes_max: int | None = None) -> Path:
@@ -414,9 +512,9 @@ def _model_error(shown: str, is_folder: bool, what: str, error: Exception | str)
         )
     advice = (
         "check the name and the network, or give the model's folder with --model"
-        if "/" in shown
-        # This is how a coordinator calls a base that it has loaded from a folder.
-        else "if it is a folder at the coordinator, give your copy of it with --model"
+        if not is_folder_name(shown)
+        else "if it is a folder at the coordinator, name your own copy: "
+        + how_to_name_a_copy(shown)
     )
     return ModelError(
         f"The {what} {shown} cannot be loaded: it is no folder here, and the model hub did not "

@@ -152,6 +152,11 @@ def put_back(model: nn.Module) -> None:
                 hook.post_forward(module, ())
 
 
+def has_hooks(model: nn.Module) -> bool:
+    """Whether accelerate moves values to the modules of `model` as they run."""
+    return any(True for module in model.modules() for _ in _hooks(module))
+
+
 def offload_hooks(module: nn.Module) -> Iterator[Any]:
     """accelerate's hooks that fill the module's parameters before it runs and empty them after."""
     return (hook for hook in _hooks(module) if getattr(hook, "offload", False))

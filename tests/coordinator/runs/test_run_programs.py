@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import signal
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
@@ -194,8 +195,9 @@ async def test_the_orders_from_a_command_line(programs: Programs, tmp_path: Path
 
 
 async def test_a_run_that_nobody_takes_up_says_who_refused_and_why(
-    programs: Programs, tmp_path: Path
+    programs: Programs, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     begin_run(tmp_path / "runs", "one")
     address = f"127.0.0.1:{free_port()}"
     daemon = programs.start("fedmezo_coordinator", "--runs", tmp_path / "runs", "--listen", address)
@@ -206,6 +208,7 @@ async def test_a_run_that_nobody_takes_up_says_who_refused_and_why(
     said = "takes part in run one after 0.1 s: w1: its policy allows at most 10 rounds"
     with pytest.raises(FedMezoError, match=said):
         await asyncio.to_thread(fedmezo, address, "create", str(config), "--wait", "0.1")
+    assert '"tiny" = "FOLDER" under [models]' in caplog.text, "the base is the coordinator's folder"
 
 
 @pytest.mark.parametrize(

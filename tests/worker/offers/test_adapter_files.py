@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 import os
@@ -109,6 +110,66 @@ async def test_a_broken_line_goes_on_where_it_broke(cache: Path) -> None:
     folder = await download(sending, offered())
     assert (folder / "adapter_model.safetensors").read_bytes() == FILES["adapter_model.safetensors"]
     assert ("adapter/adapter_model.safetensors", 2 * PIECE_BYTES) in sending.asked
+
+
+def partial_in(cache: Path) -> Path:
+    [partial] = cache.rglob("*.partial")
+    return partial
+
+
+async def broken_off(sending: Sending) -> None:
+    """A download that its worker cancels after two pieces of the weights, as for another run."""
+    two_came = asyncio.Event()
+    read_run_file = sending.read_run_file
+
+    async def halting(run_id: str, name: str, offset: int = 0) -> AsyncGenerator[bytes, None]:
+        count = 0
+        async for piece in read_run_file(run_id, name, offset):
+            yield piece
+            count += 1
+            if count == 2:
+                two_came.set()
+                await asyncio.Event().wait()
+
+    sending.read_run_file = halting  # type: ignore[method-assign]
+    downloading = asyncio.create_task(download(sending, offered()))
+    await asyncio.wait_for(two_came.wait(), 5)
+    downloading.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await downloading
+
+
+async def test_a_download_that_gave_way_goes_on_from_what_it_has(cache: Path) -> None:
+    await broken_off(Sending())
+    left = partial_in(cache)
+    assert left.stat().st_size == 2 * PIECE_BYTES
+    other = adapter_of(b"a")
+    await download(*other)
+    sending = Sending()
+    folder = await download(sending, offered())
+    assert sending.asked == [("adapter/adapter_model.safetensors", 2 * PIECE_BYTES)]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+
+
+@pytest.mark.parametrize("size", [5, len(FILES["adapter_model.safetensors"])])
+async def test_what_is_left_is_not_trusted(cache: Path, size: int) -> None:
+    await broken_off(Sending())
+    left = partial_in(cache)
+    left.write_bytes(bytes(size))
+    sending = Sending()
+    if size == 5:
+        with pytest.raises(UnavailableError, match="is damaged; it begins anew"):
+            await download(sending, offered())
+        sending.asked.clear()
+    folder = await download(sending, offered())
+    assert sending.asked == [("adapter/adapter_model.safetensors", 0)]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == FILES
+
+
+async def test_what_is_left_goes_if_its_room_is_wanted(cache: Path) -> None:
+    await broken_off(Sending())
+    folder = await download(*adapter_of(b"a"), 20_000)
+    assert folders_in(cache) == [folder]
 
 
 async def test_a_file_that_was_damaged_in_the_cache_comes_again(cache: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from fedmezo import encode_genesis
 from fedmezo.run_policy import RunPolicy
+from fedmezo_core.config import LoraConfig
 from fedmezo_core.errors import (
     ConfigError,
     DataError,
@@ -109,6 +110,7 @@ class LoadedAtOnce:
     """Stands in for an engine: it has loaded as soon as it is there."""
 
     model_bytes = 100
+    shared_bytes = 0
     idle_s = 0.0
     load_s = 0.0
 
@@ -474,6 +476,21 @@ async def test_the_memory_says_how_many_models_have_room(
         await asyncio.sleep(0.1)
         assert agents.began == ["a"]
         monkeypatch.setattr(offered_runs, "free_bytes", lambda _: 201)
+        await agents.have_begun("a", "b")
+
+
+async def test_a_base_that_is_in_memory_needs_no_room_again(
+    settings: WorkerSettings, agents: Agents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offered_runs, "free_bytes", lambda _: 120)
+    lora = LoraConfig(rank=2, alpha=4, target_modules=("c_attn",))
+    async with staying(settings, offer("a", lora=lora)) as offers:
+        await agents.have_begun("a")
+        agents.engines["a"].shared_bytes = 90
+        offers.set(offer("a", lora=lora), offer("whole"), offer("other", lora=lora, model="x"))
+        await asyncio.sleep(0.1)
+        assert agents.began == ["a"]
+        offers.set(offer("a", lora=lora), offer("b", lora=lora))
         await agents.have_begun("a", "b")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,9 @@ from fedmezo_core.records import Genesis
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.export import export_adapter
+from fedmezo_core.zo.model.loading import Base, SharedBases
 from fedmezo_core.zo.model.model_card import ModelCard
+from fedmezo_core.zo.model.weight_digest import base_digest
 from fedmezo_core.zo.party import open_party
 from fedmezo_proto.v1 import runs_pb2 as wire
 from fedmezo_worker.data_sets import DataSet
@@ -150,6 +152,47 @@ async def test_the_shared_device_gives_the_numbers_of_a_device_of_its_own(
             alone = workers.start(at.address, "w1", data_files[0], run_id=run_id)
             assert await alone.outcome() is None  # With run_id it ends with its run.
             assert await finished(at, run_id, "w1") == digest
+
+
+async def test_runs_with_adapters_on_one_base_have_it_in_memory_once(
+    workers: Workers,
+    data_files: list[Path],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offered_runs, "ASK_EVERY_S", 0.05)
+    found: list[tuple[Base, bytes]] = []
+    add = SharedBases.add
+
+    def note(self: SharedBases, key: Hashable, base: Base) -> None:
+        found.append((base, base_digest(base.model)))
+        add(self, key, base)
+
+    monkeypatch.setattr(SharedBases, "add", note)
+    changes: dict[str, dict[str, Any]] = {
+        "fast": {"lora": LORA},
+        "other": {"lora": LORA | {"rank": 3, "target_modules": ["c_proj"]}, "seed": 7},
+        "whole": {},
+    }
+
+    def described(config: RunConfig) -> Genesis:
+        return open_party(config, str(model_folder), threads=1).genesis()
+
+    async with coordinator(tmp_path / "runs", monkeypatch, described) as at:
+        for run_id, more in changes.items():
+            await at.create(run_id, rounds=6, **more)
+        workers.start(at.address, "w1", data_files[0])
+        together = {run_id: await finished(at, run_id, "w1") for run_id in changes}
+        await workers.end()
+    [(base, before)] = found
+    assert base_digest(base.model) == before, "somebody wrote to it"
+    async with coordinator(tmp_path / "others", monkeypatch, described) as at:
+        for run_id, more in changes.items():
+            await at.create(run_id, rounds=6, **more)
+            alone = workers.start(at.address, "w1", data_files[0], run_id=run_id)
+            assert await alone.outcome() is None
+            assert await finished(at, run_id, "w1") == together[run_id]
 
 
 async def test_a_run_that_does_not_fit_this_worker_is_declined_and_the_others_go_on(

@@ -25,6 +25,7 @@ from fedmezo_core.errors import (
     UnavailableError,
     VersionError,
 )
+from fedmezo_core.records import Genesis
 from fedmezo_core.service.log_lines import log_with, name_runs_in_text
 from fedmezo_core.trust.identity import Identity
 from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
@@ -51,7 +52,7 @@ TRY_AGAIN_AFTER_S: Final = 3600.0
 """A run that failed here for another reason than the settings is tried again after this time."""
 MODELS_OF_FREE_MEMORY: Final = 2.0
 """A further model is loaded while the memory has room for this many of the largest one so far:
-its weights, and what it computes with."""
+its weights, as far as they are not there yet, and what it computes with."""
 IDLE_S: Final = 60.0
 """A run gives its room to one that waits if it has had no work for so long."""
 IDLE_LOADS: Final = 10.0
@@ -70,6 +71,8 @@ class _Serving:
     engine: EngineThread
     ledger: str
     """The privacy ledger that only one run at a time can have open; empty without one."""
+    base: tuple[str, str] | None
+    """As `_base_of` says."""
     began_s: float
     gives_way: bool = False
 
@@ -294,23 +297,29 @@ class OfferedRuns:
             shown = "" if ledger is None else str(ledger)
             if shown and any(serving.ledger == shown for serving in self._serving.values()):
                 continue
-            if not self._has_room():
+            base = _base_of(genesis)
+            if not self._has_room(base):
                 self._make_room()
                 return
             self._waiting.remove(run_id)
             engine = self._engine.another()
             task = asyncio.create_task(self._serve(self._offers[run_id], engine))
-            self._serving[run_id] = _Serving(task, engine, shown, time.monotonic())
+            self._serving[run_id] = _Serving(task, engine, shown, base, time.monotonic())
 
-    def _has_room(self) -> bool:
-        """Whether the model of one more run can be loaded."""
+    def _has_room(self, base: tuple[str, str] | None) -> bool:
+        """Whether the model of one more run, with that `base`, can be loaded."""
         sizes = [serving.engine.model_bytes for serving in self._serving.values()]
         if not sizes:
             return True
         if self._settings.models_max is not None:
             return len(sizes) < self._settings.models_max
         # Those that are not loaded yet still take memory; only then the next one is looked at.
-        return all(sizes) and free_bytes(self._settings.device) > MODELS_OF_FREE_MEMORY * max(sizes)
+        if not all(sizes):
+            return False
+        alike = [one.engine for one in self._serving.values() if one.base == base]
+        there_bytes = max((engine.shared_bytes for engine in alike), default=0)
+        needed_bytes = MODELS_OF_FREE_MEMORY * max(sizes) - there_bytes
+        return free_bytes(self._settings.device) > needed_bytes
 
     def _make_room(self) -> None:
         """Let one run give way to those that wait, if one is idle or has had its turn."""
@@ -377,6 +386,12 @@ class OfferedRuns:
             if not isinstance(error, Exception):
                 raise error
             self._decline(run_id, error)
+
+
+def _base_of(genesis: Genesis) -> tuple[str, str] | None:
+    """What runs with adapters on one base have alike: model and dtype; None: no adapter."""
+    config = genesis.config
+    return (config.model, config.dtype) if config.lora is not None else None
 
 
 def _identity_of(offer: wire.RunOffer) -> bytes:

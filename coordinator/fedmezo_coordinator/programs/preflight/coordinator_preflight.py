@@ -40,7 +40,7 @@ from fedmezo_coordinator.serving.hosting import check_listen, enrolment_address
 from fedmezo_coordinator.stores.companions import Companions
 from fedmezo_coordinator.stores.location import is_url, journal_shown, path_beside
 from fedmezo_coordinator.stores.opening import open_store
-from fedmezo_core.config import RunConfig
+from fedmezo_core.config import RunConfig, how_to_name_a_copy, is_folder_name
 from fedmezo_core.errors import ConfigError, IdentityError, JournalError
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
 from fedmezo_core.journal.party_copy import verified
@@ -302,6 +302,12 @@ async def _check_base(
         trained_elements=described.trainable_elements,
         target_modules=list(described.config.lora.target_modules) if described.config.lora else [],
     )
+    if is_folder_name(config.model):
+        report.ok(
+            "workers' model",
+            f"the run calls it {config.model}; each worker needs a copy: "
+            f"{how_to_name_a_copy(config.model)}",
+        )
     if genesis is not None:
         for what, digests in genesis.differences(described, described.tokenizer_parts):
             report.failure(

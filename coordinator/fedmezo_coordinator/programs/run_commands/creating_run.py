@@ -12,6 +12,7 @@ from typing import Any
 
 from fedmezo_coordinator.runs.run_folder import ONE_FILE
 from fedmezo_coordinator.runs.uploads import PIECE_BYTES_MAX
+from fedmezo_core.config import how_to_name_a_copy, is_folder_name
 from fedmezo_core.errors import ConfigError, NotReadyError, UnavailableError
 from fedmezo_core.layered_settings import expanded, toml_text, toml_values
 from fedmezo_core.program import long_step
@@ -87,6 +88,7 @@ async def upload(client: CoordinatorClient, name: str, path: Path) -> wire.RunFi
 async def serves(client: CoordinatorClient, run_id: str) -> wire.RunSummary:
     """Wait until a new run serves workers; raises `ConfigError` with the reason if it fails.
 
+    Says what workers need if its model is a folder, which they are never sent.
     Raises `UnavailableError` if the coordinator is gone for `RECONNECT_S`.
     """
     reconnecting = Reconnecting(log, give_up_after_s=RECONNECT_S)
@@ -99,9 +101,16 @@ async def serves(client: CoordinatorClient, run_id: str) -> wire.RunSummary:
                     f"resume {run_id}, or: fedmezo run delete {run_id}"
                 )
             if run.phase != wire.RUN_PHASE_CREATING:
-                return run
+                break
             step.what = f"creating run {run_id}: {run.reason}"
             await asyncio.sleep(LOOK_EVERY_S)
+    if run.phase == wire.RUN_PHASE_RUNNING and is_folder_name(run.model):
+        log.info(
+            "model %r is a folder of the coordinator, so each worker needs a copy: %s",
+            run.model,
+            how_to_name_a_copy(run.model),
+        )
+    return run
 
 
 async def taken_up(client: CoordinatorClient, run_id: str, within_s: float) -> wire.RunSummary:

@@ -7,6 +7,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.stores.location import path_beside
@@ -15,6 +16,9 @@ from fedmezo_core.errors import OneRunError, WrongRunError
 from fedmezo_core.program import long_step
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.zo.model.adapter_layout import ADAPTER_FILES
+
+if TYPE_CHECKING:
+    from fedmezo_core.zo.model.loading import SharedBases
 
 
 @contextlib.contextmanager
@@ -44,11 +48,12 @@ def start_adapter(
 
 @contextlib.contextmanager
 def fitted_adapter(
-    settings: CoordinatorSettings, run: RunConfig, threads: int | None
+    settings: CoordinatorSettings, run: RunConfig, threads: int | None, bases: SharedBases
 ) -> Iterator[Path | None]:
     """The folder of the adapter that the run of these settings begins from, or would.
 
-    Before the run has begun, one is fitted for the time being; that takes torch.
+    Before the run has begun, one is fitted for the time being; that takes torch, and the base,
+    which is in `bases` then.
     """
     folder, rows = settings.begins_from, settings.adapter_rows
     if folder is None or rows is None or folder.is_dir():
@@ -58,7 +63,7 @@ def fitted_adapter(
 
     with tempfile.TemporaryDirectory(prefix="fedmezo-") as temporary:
         fitted = Path(temporary) / "adapter"
-        write_fitted_adapter(run, settings.model, rows, fitted, threads=threads)
+        write_fitted_adapter(run, settings.model, rows, fitted, threads=threads, bases=bases)
         yield fitted
 
 

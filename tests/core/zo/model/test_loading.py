@@ -258,8 +258,8 @@ def test_a_name_that_cannot_be_reached() -> None:
     ("name", "advice"),
     [
         ("some-one/no-such-model", "check the name and the network"),
-        ("no-such-model", "if it is a folder at the coordinator, give your copy"),
-        ("not a name", "if it is a folder at the coordinator, give your copy"),
+        ("no-such-model", "if it is a folder at the coordinator, name your own copy"),
+        ("not a name", "if it is a folder at the coordinator, name your own copy"),
     ],
 )
 def test_without_a_network_the_hub_is_asked_once(
