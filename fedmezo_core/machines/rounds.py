@@ -397,7 +397,7 @@ class RoundMachine:
             epochs.append(state.epoch)  # It may have been asked again.
         if ticket.epoch not in epochs:
             raise self._stale(event)
-        if accepted is None and held is not state.open:
+        if accepted is None and (held is not state.open or self.phase is Phase.FINISHED):
             self._check_not_too_late(event)
         scalars = checked(event, held.rates[ticket.slot], self.config)
         if accepted is None:
@@ -420,8 +420,13 @@ class RoundMachine:
         self._messages.append(Ack(event.worker, ticket))
 
     def _check_not_too_late(self, event: AnswerReceived) -> None:
-        """Refuse the answer to a committed round's ticket that no later commit can hold."""
+        """Refuse an answer that no later commit can hold."""
         ticket, oldest = event.ticket, self.config.staleness_max
+        if self.phase is Phase.FINISHED and ticket.round > self.state.round:
+            raise StaleTicketError(
+                f"The run was ended before round {ticket.round} was committed, so the answer of "
+                f"worker {event.worker} to slot {ticket.slot} cannot count; drop it."
+            )
         if self.phase is not Phase.FINISHED and self.state.age(ticket.round) <= oldest:
             return
         late = (
