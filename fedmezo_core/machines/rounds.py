@@ -250,6 +250,9 @@ class RoundMachine:
         self._fruitless_deadlines = self._failed_attempts = 0
         self._resumed_after = self.state.round
         self._restart_deadline()
+        current = self.state.open
+        if current is None or current.masked is None:
+            self._assign_outstanding()  # Who joined meanwhile was not told of its work.
         self._advance()
         return self._take_ready()
 
@@ -847,9 +850,7 @@ class RoundMachine:
             self._restart_deadline()
         if overdue:
             self.roster.miss(tuple(self.roster.assignments))
-            for worker, assignment in self._outstanding().items():
-                if worker in self.roster.ready:
-                    self._assign(assignment.round, (assignment.slot,))
+            self._assign_outstanding()
         if added:
             self._add_slots(added)
 
@@ -923,6 +924,12 @@ class RoundMachine:
             self.roster.assign(worker, RoundSlot(round_, slot), rate)
             work = Work(seeds_of(config, round_, slot, pool), rate, eps, want_digest)
             self._messages.append(Assign(worker, Ticket(epoch, round_, slot), work, deadline_ms))
+
+    def _assign_outstanding(self) -> None:
+        """Ask ready workers again for what they can still answer."""
+        for worker, assignment in self._outstanding().items():
+            if worker in self.roster.ready:
+                self._assign(assignment.round, (assignment.slot,))
 
     def _restart_deadline(self) -> None:
         self._closes_at_ms = self._now_ms + self.config.deadline_ms
