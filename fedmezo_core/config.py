@@ -807,7 +807,13 @@ def _shortened(value: str | float) -> str:
 
 def _key_of(problem: ErrorDetails, prefix: Sequence[str]) -> str:
     # Some kinds of values have no word of their own on the path to them.
-    return ".".join(str(part) for part in [*prefix, *problem["loc"]] if part != "")
+    return ".".join(_shown_part(str(part)) for part in [*prefix, *problem["loc"]] if part != "")
+
+
+def _shown_part(part: str) -> str:
+    """A part of a key as it is, or as code if it is long or has characters that do not print."""
+    is_plain = part.isprintable() and len(part) <= _SHOWN_CHARS_MAX
+    return part if is_plain else _shortened(part)
 
 
 _ALLOWED = {

@@ -192,7 +192,7 @@ def toml_values(text: str, where: str) -> dict[str, Any]:
     """The values in the text of a TOML file; raises `ConfigError`, which names `where` it is."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # Of numbers and arrays without end, too.
         raise ConfigError(f"{where} is not valid TOML: {error}.") from None
 
 

@@ -32,7 +32,7 @@ import os
 import uuid
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -121,7 +121,7 @@ def _read(path: Path) -> Ed25519PrivateKey:
         raise ConfigError(
             f"The key {path} cannot be read ({error.strerror}); check signing_key."
         ) from None
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(

@@ -13,6 +13,9 @@ the first appends, it reads the file as it was left by the last checkpoint, and 
 then from memory. Between two checkpoints nothing writes to the file itself (only to its log), so a
 connection that takes it for immutable reads it soundly. A checkpoint and such a read exclude each
 other; a checkpoint that finds a read under way is left to the next write.
+
+Whoever only reads opens the file in SQLite's normal locking mode, and holds a shared lock for as
+long as the file is open. Any number of processes read at a time, and none while one can write.
 """
 
 from __future__ import annotations
@@ -50,6 +53,9 @@ CHECKPOINT_PAGES = 1000
 """Once the write-ahead log has this many pages of 4 KiB, a write also folds it into the file."""
 LATE_CHECKPOINTS = 4
 """With so many times that length, the write waits for the read that keeps it from doing so."""
+
+READ_WAIT_MS = 2000
+"""Longest wait of a reader for a lock: another one may recover the log, or close."""
 
 MIGRATIONS: tuple[str, ...] = (
     """
@@ -89,15 +95,24 @@ class SqliteStore:
     """
 
     def __init__(
-        self, path: Path, *, create: bool = True, checkpoint_pages: int = CHECKPOINT_PAGES
+        self,
+        path: Path,
+        *,
+        create: bool = True,
+        read_only: bool = False,
+        checkpoint_pages: int = CHECKPOINT_PAGES,
     ) -> None:
-        """Open, lock and check the file; `JournalError` and its kinds say what is wrong with it."""
+        """Open, lock and check the file; `JournalError` and its kinds say what is wrong with it.
+
+        With `read_only` others may read it at the same time, and nothing can be appended.
+        """
         if _version() < SQLITE_VERSION_MIN:
             raise JournalError(
                 f"SQLite {apsw.sqlite_lib_version()} has the WAL-reset bug; install apsw 3.51.3 or "
                 "later."
             )
         self._path = path
+        self._read_only = read_only
         self._broken = False
         self._checkpoint_pages = checkpoint_pages
         self._log = _LogSize()
@@ -109,27 +124,48 @@ class SqliteStore:
         self._log_begins = 0
         _check_log_is_no_orphan(path)
         if not path.is_file():
-            if not create:
+            if not create or read_only:
                 raise JournalError(f"There is no journal at {path}; check the path.")
             _create(path)
         _forget_cache(Path(f"{path}-wal"))
-        with self._errors_named("opened"):
-            self._db = apsw.Connection(str(path))
-        # Not before: a layered file system may copy the file when it is opened.
-        self._identity = _identity(path)
+        self._connect()
         try:
             with self._errors_named("opened"):
-                self._prepare()
+                if read_only:
+                    self._prepare_reading()
+                else:
+                    self._prepare()
+                self._begins = self._db.execute("SELECT coalesce(max(seqno), 0) FROM origin").get
+                self._length = self._db.execute(
+                    "SELECT coalesce(max(seqno) + 1, ?) FROM journal", (self._begins,)
+                ).get
+            self._log_begins = self._length
             self._check_names()
         except BaseException:
             self._db.close(True)
             raise
 
-    def _prepare(self) -> None:
-        self._db.set_busy_timeout(0)
-        # Exclusive before WAL: the WAL index then lives in this process's memory only.
-        self._db.pragma("locking_mode", "EXCLUSIVE")
-        self._db.execute("BEGIN EXCLUSIVE; COMMIT")
+    def _connect(self) -> None:
+        with self._errors_named("opened"):
+            self._db = apsw.Connection(str(self._path))
+        # Not before: a layered file system may copy the file when it is opened.
+        self._identity = _identity(self._path)
+
+    def _prepare_reading(self) -> None:
+        """Take the shared lock; a file of an older schema is brought up to date before."""
+        self._db.set_busy_timeout(READ_WAIT_MS)
+        if self._version_checked() < SCHEMA_VERSION or self._db.pragma("journal_mode") != "wal":
+            self._db.close(True)
+            SqliteStore(self._path).close()
+            self._connect()
+            self._db.set_busy_timeout(READ_WAIT_MS)
+            self._version_checked()
+        # In WAL mode a connection that has read keeps its shared lock until it is closed.
+        self._db.pragma("query_only", True)
+        self._check_pages()
+
+    def _version_checked(self) -> int:
+        """The file's schema version; raises `JournalError` for a file that is no such journal."""
         application = self._db.pragma("application_id")
         version = self._db.pragma("user_version")
         is_new = application == 0 and not self._db.execute("SELECT count(*) FROM sqlite_schema").get
@@ -142,6 +178,15 @@ class SqliteStore:
                 f"{self._path} was written by a newer FedMeZO (schema {version}, this one knows "
                 f"{SCHEMA_VERSION}); upgrade FedMeZO to open it."
             )
+        return int(version)
+
+    def _prepare(self) -> None:
+        """Take the exclusive lock, bring the schema up to date and fold the log into the file."""
+        self._db.set_busy_timeout(0)
+        # Exclusive before WAL: the WAL index then lives in this process's memory only.
+        self._db.pragma("locking_mode", "EXCLUSIVE")
+        self._db.execute("BEGIN EXCLUSIVE; COMMIT")
+        version = self._version_checked()
         self._db.pragma("journal_mode", "wal")
         self._db.pragma("synchronous", "FULL")
         self._db.set_wal_hook(self._log)  # In place of SQLite's own, which checkpoints.
@@ -151,19 +196,17 @@ class SqliteStore:
                     self._db.execute(step)
                 self._db.pragma("application_id", APPLICATION_ID)
                 self._db.pragma("user_version", SCHEMA_VERSION)
+        self._check_pages()
+        _sync_folder(self._path)
+        self._db.wal_checkpoint()
+
+    def _check_pages(self) -> None:
         findings = self._db.pragma("quick_check")
         if findings != "ok":
             raise JournalCorruptError(
                 f"The journal {self._path} is damaged ({str(findings).splitlines()[0]}); "
                 "restore it from a copy."
             )
-        _sync_folder(self._path)
-        self._db.wal_checkpoint()
-        self._begins = self._db.execute("SELECT coalesce(max(seqno), 0) FROM origin").get
-        self._length = self._db.execute(
-            "SELECT coalesce(max(seqno) + 1, ?) FROM journal", (self._begins,)
-        ).get
-        self._log_begins = self._length
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write all rows in one transaction; returns once they are on the disk."""
@@ -288,6 +331,9 @@ class SqliteStore:
     def _reading_beside(self) -> Iterator[apsw.Connection]:
         """A connection that reads the file, which no checkpoint writes to meanwhile."""
         with self._file_is_used, self._errors_named("read"):
+            if self._read_only:
+                yield self._db  # Nothing is appended, and the file may lack what is in the log.
+                return
             if self._beside is None:
                 self._beside = apsw.Connection(
                     f"{self._path.absolute().as_uri()}?immutable=1",

@@ -268,6 +268,9 @@ class RoundMachine:
         self._fruitless_deadlines = self._failed_attempts = 0
         self._resumed_after = self.state.round
         self._restart_deadline()
+        current = self.state.open
+        if current is None or current.masked is None:
+            self._assign_outstanding()  # Who joined meanwhile was not told of its work.
         self._advance()
         return self._take_ready()
 
@@ -419,7 +422,7 @@ class RoundMachine:
             epochs.append(state.epoch)  # It may have been asked again.
         if ticket.epoch not in epochs:
             raise self._stale(event)
-        if accepted is None and held is not state.open:
+        if accepted is None and (held is not state.open or self.phase is Phase.FINISHED):
             self._check_not_too_late(event)
         scalars = checked(event, held.rates[ticket.slot], self.config)
         if accepted is None:
@@ -442,8 +445,13 @@ class RoundMachine:
         self._messages.append(Ack(event.worker, ticket))
 
     def _check_not_too_late(self, event: AnswerReceived) -> None:
-        """Refuse the answer to a committed round's ticket that no later commit can hold."""
+        """Refuse an answer that no later commit can hold."""
         ticket, oldest = event.ticket, self.config.staleness_max
+        if self.phase is Phase.FINISHED and ticket.round > self.state.round:
+            raise StaleTicketError(
+                f"The run was ended before round {ticket.round} was committed, so the answer of "
+                f"worker {event.worker} to slot {ticket.slot} cannot count; drop it."
+            )
         if self.phase is not Phase.FINISHED and self.state.age(ticket.round) <= oldest:
             return
         late = (
@@ -887,9 +895,7 @@ class RoundMachine:
             self._restart_deadline()
         if overdue:
             self.roster.miss(tuple(self.roster.assignments))
-            for worker, assignment in self._outstanding().items():
-                if worker in self.roster.ready:
-                    self._assign(assignment.round, (assignment.slot,))
+            self._assign_outstanding()
         if added:
             self._add_slots(added)
 
@@ -963,6 +969,12 @@ class RoundMachine:
             self.roster.assign(worker, RoundSlot(round_, slot), rate)
             work = Work(seeds_of(config, round_, slot, pool), rate, eps, want_digest)
             self._messages.append(Assign(worker, Ticket(epoch, round_, slot), work, deadline_ms))
+
+    def _assign_outstanding(self) -> None:
+        """Ask ready workers again for what they can still answer."""
+        for worker, assignment in self._outstanding().items():
+            if worker in self.roster.ready:
+                self._assign(assignment.round, (assignment.slot,))
 
     def _restart_deadline(self) -> None:
         self._closes_at_ms = self._now_ms + self.config.deadline_ms

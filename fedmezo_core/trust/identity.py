@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -50,7 +51,7 @@ class Keys:
         """The key that signs the member's answers."""
         try:
             loaded = load_pem_private_key(self.signing, password=None)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, UnsupportedAlgorithm):
             loaded = None
         if not isinstance(loaded, Ed25519PrivateKey):
             raise IdentityError(
@@ -188,7 +189,7 @@ def load_identity(folder: Path) -> Identity | None:
         )
     except OSError as error:
         raise _unusable(folder, error) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise IdentityError(
             f"{folder / _INDEX} is damaged; restore it, or move the folder away and join again "
             "with a new join string."

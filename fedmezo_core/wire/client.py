@@ -579,11 +579,16 @@ def system_roots() -> bytes | None:
     return Path(found).read_bytes() if found is not None else None
 
 
-def _channel_of(address: str, identity: Identity) -> grpc.aio.Channel:
+def credentials_of(identity: Identity) -> grpc.ChannelCredentials:
+    """What shows a member's identity; raises `IdentityError` if it is not valid now."""
     identity.check_time()
-    credentials = grpc.ssl_channel_credentials(
+    return grpc.ssl_channel_credentials(
         identity.server_ca or system_roots(), identity.keys.key, identity.certificate
     )
+
+
+def _channel_of(address: str, identity: Identity) -> grpc.aio.Channel:
+    credentials = credentials_of(identity)
     return grpc.aio.secure_channel(address, credentials, options=channel_options(address))
 
 

@@ -163,7 +163,7 @@ def row_of(task: TaskConfig, text: str) -> Example:
     if len(columns) > 1:
         try:
             values = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict) or not all(
             isinstance(values.get(column), str) for column in columns

@@ -63,7 +63,7 @@ def worker_command(settings: Path, given: dict[str, str]) -> list[str]:
     """The command of a worker with the node's settings; they come before what was `given`."""
     try:
         own = tomllib.loads(settings.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("%s cannot be read as TOML: %s", settings, error)
         # Flower sends this sentence to the server, which has no use for a path or its lines.
         raise ConfigError(

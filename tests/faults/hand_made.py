@@ -74,7 +74,9 @@ def copy_of(bodies: Sequence[bytes]) -> list[bytes]:
 
 
 def change(rng: random.Random, message: Any) -> None:
-    """Change one field somewhere in a message."""
+    """Change one field somewhere in a message; one without fields stays as it is."""
+    if not message.DESCRIPTOR.fields:
+        return
     field = rng.choice(message.DESCRIPTOR.fields)
     value = getattr(message, field.name)
     if field.message_type is None:

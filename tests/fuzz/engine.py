@@ -28,7 +28,7 @@ HANG_S: Final = 10.0
 REPORT_EVERY_S: Final = 0.5
 FINDINGS_MAX: Final = 20
 """Different findings that one process writes."""
-INSTRUMENTED: Final = ["fedmezo_core", "fedmezo_coordinator"]
+INSTRUMENTED: Final = ["fedmezo_core", "fedmezo_coordinator", "fedmezo_worker", "fedmezo"]
 
 
 class HangError(Exception):

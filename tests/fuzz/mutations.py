@@ -15,7 +15,10 @@ from tests.fuzz.targets import Target
 
 SIZE_MAX = 65_536
 """Largest input; the coordinator refuses longer messages before they are read."""
-_ODD_BYTES = (b"", b"\0", b"\xff", b"\x80", b"\x7f", b"\r\n", b"\xed\xa0\x80", b"\xff" * 9, b"{}[]")
+_ODD_BYTES = (
+    *(b"", b"\0", b"\xff", b"\x80", b"\x7f", b"\r\n", b"\xed\xa0\x80", b"\xff" * 9, b"{}[]"),
+    *(b"[" * 3000, b'{"a":' * 3000, b"a." * 3000, b"9" * 5000, b"1e999", b"nan"),
+)
 
 
 def mutated(rng: random.Random, target: Target, data: bytes, others: Sequence[bytes]) -> bytes:

@@ -13,9 +13,8 @@ import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
-import grpc
 from google.protobuf.message import DecodeError, Message
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
@@ -43,9 +42,30 @@ from fedmezo_core.trust.join_string import parse_join_string
 from fedmezo_core.trust.members import Members, Token
 from fedmezo_core.wire.messages import event_from_pb
 from fedmezo_core.zo.plain.snapshot_header import read_snapshot
-from fedmezo_proto.v1 import admin_pb2, origin_pb2
+from fedmezo_proto.v1 import admin_pb2, origin_pb2, secure_sum_pb2
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 from fedmezo_proto.v1 import journal_pb2 as pb
+from tests.fuzz.file_targets import (
+    read_adapter_files,
+    read_export,
+    read_journal_file,
+    read_journal_mark,
+    read_row_file,
+    read_run_folder,
+    read_signing_key,
+    read_worker_settings,
+)
+from tests.fuzz.in_process import ChangedStateError, Context, EndedError, awaited
+from tests.fuzz.page_target import read_page_request
+from tests.fuzz.run_targets import (
+    RUN_METHODS,
+    pieces_of,
+    read_exchange,
+    read_library_responses,
+    read_run_call,
+    read_sum_asks,
+    read_sum_replies,
+)
 from tests.fuzz.trust_targets import (
     ORDERS,
     folder,
@@ -92,52 +112,7 @@ class Target:
     """`messages` or `journals`, for the goals of `make fuzz`."""
 
 
-class ChangedStateError(AssertionError):
-    """A call that was refused has changed something."""
-
-
 # ---------------------------------------------------------------- calls of a coordinator
-
-
-class _EndedError(Exception):
-    """A call was ended with a status."""
-
-
-class _Context:
-    """A call's context: what a handler sees of gRPC."""
-
-    def __init__(self, messages: list[bytes] | None = None) -> None:
-        self._messages = messages or []
-        self._callbacks: list[Callable[[Any], None]] = []
-
-    def peer(self) -> str:
-        return "ipv4:127.0.0.1:50123"  # Without a fleet, orders come from this machine alone.
-
-    def time_remaining(self) -> float:
-        return 10.0
-
-    def auth_context(self) -> dict[str, list[bytes]]:
-        return {}
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        self._callbacks.append(callback)
-
-    async def read(self) -> Any:
-        return self._messages.pop(0) if self._messages else grpc.aio.EOF
-
-    async def write(self, message: bytes) -> None:
-        wire.SessionResponse.FromString(message)
-
-    async def abort(self, code: grpc.StatusCode, details: str, **_: Any) -> NoReturn:
-        assert code not in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN), details
-        # It travels in a header, which is bounded.
-        assert len(details.encode()) < 8192, details
-        raise _EndedError
-
-    def done(self) -> None:
-        """The call is over."""
-        for callback in self._callbacks:
-            callback(self)
 
 
 class _Coordinator:
@@ -160,7 +135,7 @@ class _Coordinator:
             self.serving = asyncio.create_task(self.daemon.serve())
             for worker in ("w1", "w2"):
                 request = wire.PollSessionRequest(messages=[hello(worker)])
-                context: Any = _Context()
+                context: Any = Context()
                 self.tokens.append((await self.servicer.PollSession(request, context)).token)
 
         self.loop.run_until_complete(begin())
@@ -197,12 +172,12 @@ class _Coordinator:
             self.daemon.session_limit.joining,
         )
 
-    def call(self, make: Callable[[_Context], Awaitable[None]], context: _Context) -> bool:
+    def call(self, make: Callable[[Context], Awaitable[None]], context: Context) -> bool:
         """Let a handler answer a call; returns whether it did so without an error."""
         try:
-            self.loop.run_until_complete(_awaited(make(context)))
+            self.loop.run_until_complete(awaited(make(context)))
             return True
-        except _EndedError:
+        except EndedError:
             return False
         finally:
             context.done()
@@ -222,10 +197,6 @@ class _Coordinator:
             self._fresh()
             if unchanged:
                 raise ChangedStateError("a call changed the state that it may not change")
-
-
-async def _awaited(what: Awaitable[None]) -> None:
-    await what
 
 
 @cache
@@ -273,14 +244,14 @@ def read_call(data: bytes) -> None:
             not request.token and bool(request.messages) and request.messages[0].HasField("hello")
         )
 
-    async def answer(context: _Context) -> None:
+    async def answer(context: Context) -> None:
         if method != "ReadSnapshot":
             await handler(request, context)
             return
         async for _ in handler(request, context):
             pass
 
-    went_well = coordinator.call(answer, _Context())
+    went_well = coordinator.call(answer, Context())
     if method in OF_THE_RUN or (may_change and not request.token):
         may_change = went_well
     coordinator.check(unchanged=not may_change)
@@ -292,11 +263,11 @@ def read_stream(data: bytes) -> int:
     messages = pieces_of(data)
     begins = _first_kind(messages) == "hello"
 
-    async def serve(context: _Context) -> None:
+    async def serve(context: Context) -> None:
         async with asyncio.timeout(20):
             await coordinator.servicer.session(None, context)  # type: ignore[arg-type]
 
-    coordinator.call(serve, _Context(messages))
+    coordinator.call(serve, Context(messages))
     coordinator.check(unchanged=not begins)
     return max(1, len(pieces_of(data)))
 
@@ -305,14 +276,6 @@ def _first_kind(messages: list[bytes]) -> str | None:
     with contextlib.suppress(DecodeError):
         return wire.SessionRequest.FromString(messages[0]).WhichOneof("kind") if messages else None
     return None
-
-
-def pieces_of(data: bytes) -> list[bytes]:
-    """The records of a serialized `ReadJournalResponse`; none for other bytes."""
-    try:
-        return [entry.record for entry in wire.ReadJournalResponse.FromString(data).entries]
-    except DecodeError:
-        return []
 
 
 # ---------------------------------------------------------------- what a worker reads
@@ -452,6 +415,14 @@ TARGETS: Final[dict[str, Target]] = {
     "calls": Target(read_call, methods=METHODS, counts_as="messages"),
     "streams": Target(read_stream, pieces=wire.SessionRequest, counts_as="messages"),
     "responses": Target(read_responses, pieces=wire.SessionResponse, counts_as="messages"),
+    "run-calls": Target(read_run_call, methods=RUN_METHODS, counts_as="messages"),
+    "sum-asks": Target(read_sum_asks, pieces=secure_sum_pb2.SumAsk, counts_as="messages"),
+    "sum-replies": Target(read_sum_replies, pieces=secure_sum_pb2.SumReply, counts_as="messages"),
+    "exchanges": Target(read_exchange, kind=wire.PollSessionRequest, counts_as="messages"),
+    "library-responses": Target(
+        read_library_responses, pieces=wire.SessionResponse, counts_as="messages"
+    ),
+    "page-requests": Target(read_page_request, counts_as="messages"),
     "enrolments": Target(read_enrolment, kind=admin_pb2.EnrollRequest, counts_as="messages"),
     "orders": Target(read_order, methods=ORDERS, counts_as="messages"),
     "signed-answers": Target(read_signed_answer, kind=wire.SessionRequest, counts_as="messages"),
@@ -466,4 +437,12 @@ TARGETS: Final[dict[str, Target]] = {
     "seals": Target(read_seal, kind=origin_pb2.SealedOrigin),
     "snapshots": Target(read_snapshot_file),
     "contracts": Target(read_contract),
+    "run-folders": Target(read_run_folder),
+    "worker-settings": Target(read_worker_settings),
+    "journal-files": Target(read_journal_file, counts_as="journals"),
+    "journal-marks": Target(read_journal_mark),
+    "signing-keys": Target(read_signing_key),
+    "adapters": Target(read_adapter_files),
+    "exports": Target(read_export),
+    "rows": Target(read_row_file),
 }

@@ -21,12 +21,15 @@ from fedmezo_core.records import (
     Answered,
     Committed,
     Diverged,
+    Excluded,
     Masked,
     Opened,
     Paused,
+    Readmitted,
     Record,
     Resumed,
     Started,
+    Stopped,
     Summed,
     digest64_of,
     rounding_seed_of,
@@ -80,6 +83,12 @@ class Checker:
     rate_factor: float = 1.0
     """What resumptions have made of the learning rates."""
     paused: bool = False
+    stopped: bool = False
+    """Whether an operator has ended the run."""
+    excluded: set[str] = field(default_factory=set)
+    """Workers that an operator has taken out of the run."""
+    void: set[tuple[int, int]] = field(default_factory=set)
+    """Round and slot of every answer that an exclusion took out."""
     pool: Pool | None = None
     usual_sizes: list[float] = field(default_factory=list)
     """Lower median of the sizes of the answers of each committed round."""
@@ -119,6 +128,11 @@ class Checker:
             not (self.paused and isinstance(record, (Opened, Committed))),
             f"the run is paused, but goes on with {record}",
         )
+        changes = (Opened, Answered, Committed, Paused, Resumed, Stopped)
+        _require(
+            not (self.stopped and isinstance(record, changes)),
+            f"the run was ended, but goes on with {record}",
+        )
         match record:
             case Started(epoch):
                 self.epoch += 1
@@ -128,6 +142,7 @@ class Checker:
                 _require(round_ == self.open_round, f"round {round_} opened out of turn")
                 cohort = self.cohorts.setdefault(round_, [])
                 _require(first_slot == len(cohort), f"slots of round {round_} have a gap")
+                _require(not self.excluded & {*workers}, f"{record} has an excluded worker")
                 cohort += workers
                 contract = [self.config.learning_rate] * len(workers)
                 self.rates.setdefault(round_, []).extend(rates or contract)
@@ -158,6 +173,20 @@ class Checker:
                 _require(self.paused, "resumed without a pause")
                 self.paused = False
                 self.rate_factor *= rate_factor
+            case Stopped(round_):
+                _require(round_ == self.open_round - 1, f"ended after round {round_}")
+                self.stopped = True
+            case Excluded(worker=worker):
+                _require(worker not in self.excluded, f"{worker} is excluded twice")
+                self.excluded.add(worker)
+                self.void |= {
+                    (answer.round, answer.slot)
+                    for answer in self.answers.values()
+                    if self.cohorts[answer.round][answer.slot] == worker
+                }
+            case Readmitted(worker=worker):
+                _require(worker in self.excluded, f"{worker} is readmitted, but not excluded")
+                self.excluded.remove(worker)
             case _:
                 pass
 
@@ -194,7 +223,8 @@ class Checker:
     def at_end(self, final: dict[str, bytes], flipped: set[str]) -> None:
         """Everyone has left."""
         _require(
-            self.open_round == self.config.rounds + 1, f"the run ended in round {self.open_round}"
+            self.stopped or self.open_round == self.config.rounds + 1,
+            f"the run ended in round {self.open_round}",
         )
         for worker, weights in final.items():
             _require(
@@ -293,7 +323,9 @@ class Checker:
 
     def _own(self, round_: int) -> list[Answered]:
         """What the commit of a synchronous round must be made of."""
-        answers = [self.answers[key] for key in sorted(self.answers) if key[0] == round_]
+        answers = [
+            self.answers[key] for key in sorted(self.answers.keys() - self.void) if key[0] == round_
+        ]
         sound = [answer for answer in answers if self._is_sound(answer)]
         for answer in answers:
             key = (round_ - 1, self.cohorts[round_][answer.slot], answer.weights_digest64)
@@ -305,6 +337,7 @@ class Checker:
         answers = [self.answers[place] for place in record.answers if place in self.answers]
         _require(len(answers) == len(record.answers), f"{record} holds an answer that nobody gave")
         for answer in answers:
+            _require((answer.round, answer.slot) not in self.void, f"{answer} is taken out")
             age = record.round - answer.round
             _require(
                 self._is_sound(answer) and 0 <= age <= self.config.staleness_max,

@@ -34,7 +34,7 @@ def test_the_seeds_try_every_kind_of_fault() -> None:
         world = World(seed)
         world.run()
         faults += world.faults
-    assert len(faults) == 10
+    assert len(faults) == 13
     assert min(faults.values()) >= 5, faults
 
 
@@ -133,6 +133,14 @@ def _caught(make: Callable[[int], World], seeds: int = CONTROL_SEEDS) -> list[st
     return found
 
 
+class GreedyMachine(RoundMachine):
+    """A machine that takes answers to the open round of a run that was ended."""
+
+    def _check_not_too_late(self, event: AnswerReceived) -> None:
+        if event.ticket.round <= self.state.round:
+            super()._check_not_too_late(event)
+
+
 def _with_lying_disk(
     seed: int, machine: Callable[[], RoundMachine] = RoundMachine, buffer_answers: int = 0
 ) -> World:
@@ -182,6 +190,24 @@ def test_control_forgetting_how_old_an_answer_is_is_caught() -> None:
 
     found = _caught(make)
     assert sum("not measured on that slot's seed" in violation for violation in found) >= 2
+
+
+def test_control_answers_to_a_run_that_was_ended_are_caught() -> None:
+    def make(seed: int) -> World:
+        scenario = replace(World(seed).scenario, orders=6)
+        return World(seed, scenario=scenario, machine=GreedyMachine)
+
+    assert any("was ended, but goes on" in violation for violation in _caught(make))
+
+
+def test_orders_end_in_runs_that_are_stopped_and_in_answers_that_do_not_count() -> None:
+    stopped = void = 0
+    for seed in range(SEEDS_A_BLOCK):
+        world = World(seed)
+        world.run()
+        stopped += world.checker.stopped
+        void += len(world.checker.void)
+    assert min(stopped, void) > 5
 
 
 def test_buffered_runs_are_among_the_federations_and_their_answers_grow_old() -> None:

@@ -3,8 +3,8 @@
 The round machine, the journal and the session machines are real. Their drivers, the network, the
 clock and the disk are simulated, and break as the seed says: streams tear; messages are delayed,
 doubled, lost or reordered; the coordinator and workers crash at the worst points and lose what was
-not appended; clocks jump; runs pause and an operator resumes them; weights flip. `Checker` knows
-the truth and raises `ViolationError`.
+not appended; clocks jump; runs pause; an operator pauses, resumes, stops, excludes and readmits;
+weights flip. `Checker` knows the truth and raises `ViolationError`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from fedmezo_core.config import RunConfig, TaskConfig
-from fedmezo_core.errors import FedMezoError, ProtocolError
+from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
 from fedmezo_core.events import (
     Ack,
     Acknowledged,
@@ -125,6 +125,8 @@ class Scenario:
     """Steps whose records wait for the next ones, to share an append: a crash loses them all."""
     clock_jump_rate: float = 0.0
     """Ticks that are an hour wrong; of those forward, the clock keeps the hour."""
+    orders: int = 0
+    """Orders that an operator gives, beside those that follow from them."""
 
 
 def draw_learning(rng: random.Random) -> dict[str, Any]:
@@ -259,6 +261,7 @@ def draw_scenario(rng: random.Random, *, is_secure: bool | None = None) -> Scena
         drop_rate=rate(0.05) if hostile else 0.0,
         hold_rate=rate(0.5),
         clock_jump_rate=rate(0.02),
+        orders=(0, 0, 1, 2, 5)[seed // 144 % 5],
     )
 
 
@@ -326,6 +329,7 @@ class World:
         self.everyone: list[Worker] = []
         self.populate()
         self.replica = Replica(self) if self.scenario.replica else None
+        self.operator = Operator(self)
 
     def draw(self) -> Scenario:
         """The scenario, if none was given."""
@@ -384,6 +388,7 @@ class World:
         if self.replica is not None:
             self.later(TICK_MS, self.replica.poll)
         self.later(self.scenario.heal_at_ms, self._heal)
+        self.operator.begin()
         for _ in range(EVENTS_MAX):
             if all(worker.left for worker in self.workers):
                 break
@@ -646,6 +651,75 @@ class Coordinator:
         return self.world.now_ms + self.clock_ahead_ms
 
 
+class Operator:
+    """Gives orders at any time, and each again until it is told that it was carried out.
+
+    A run that it pauses it resumes later, and a worker that it excludes it readmits.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        # Dice of its own: the other parties fare as they do without it, until its first order.
+        self.dice = random.Random(f"orders {world.seed}")
+
+    def begin(self) -> None:
+        """Choose when to give which orders."""
+        scenario = self.world.scenario
+        kinds = ["pause", "pause", "resume", "stop"]
+        if not scenario.flips_max:  # Otherwise those that are left could not tell who is right.
+            kinds += ["exclude"] * 3
+        for _ in range(scenario.orders):
+            kind, worker = self.dice.choice(kinds), self.dice.choice(self.world.parties).name
+            at_ms = self.dice.randint(0, scenario.heal_at_ms)
+            self.world.later(at_ms, partial(self.order, kind, worker))
+
+    def order(self, kind: str, worker: str) -> None:
+        """Give an order; if nobody answers, or the answer is lost, again later."""
+        world, coordinator = self.world, self.world.coordinator
+        machine = coordinator.machine
+        again = partial(self.order, kind, worker)
+        if not coordinator.up:
+            world.later(self.dice.randint(10, 500), again)
+            return
+        world.say("operator", f"{kind} {worker}")
+        try:
+            ready = self._obeyed(machine, kind, worker)
+        except ConfigError as error:
+            # As after an order that was carried out before a crash, or of a run that is over.
+            world.say("operator", error)
+        else:
+            coordinator.perform(ready)
+        if not coordinator.up or coordinator.machine is not machine:
+            world.faults["a crash cut an order off"] += 1
+            world.later(self.dice.randint(10, 500), again)
+        elif world.faulty and self.dice.random() < 0.3:
+            world.faults["an order was given twice"] += 1
+            world.later(self.dice.randint(0, 300), again)
+        elif kind in _LATER:
+            world.faults["an operator paused a run or excluded a worker"] += 1
+            world.later(self.dice.randint(0, 3000), partial(self.order, _LATER[kind], worker))
+
+    @staticmethod
+    def _obeyed(machine: RoundMachine, kind: str, worker: str) -> Ready:
+        """What the machine makes of an order, as a coordinator gives it to it."""
+        match kind:
+            case "pause":
+                return machine.pause("the operator wants to look")
+            case "resume":
+                is_paused = machine.phase is Phase.PAUSED
+                return machine.resume(0.5) if is_paused else Ready()
+            case "stop":
+                return machine.stop("the operator has seen enough")
+            case "exclude":
+                return machine.exclude(worker, "the operator has doubts")
+            case _:
+                return machine.readmit(worker)
+
+
+_LATER = {"pause": "resume", "exclude": "readmit"}
+"""An order -> the one that undoes it."""
+
+
 class Worker:
     """The agent's loop around a session machine, with an oracle for an engine."""
 
@@ -834,7 +908,7 @@ class Worker:
                     world.faults["a message was doubled"] += 1
                     self._up(action)
             case ReportWeights(round_):
-                assert round_ == world.scenario.config.rounds
+                assert round_ == world.scenario.config.rounds or world.checker.stopped
                 self.above.ended_with(self.name, self.weights)
             case Leave():
                 world.say(self.name, "leaves")

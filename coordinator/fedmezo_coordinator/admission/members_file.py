@@ -95,7 +95,7 @@ def read_members(path: Path) -> Members:
         try:
             for row in _rows(json.loads(line)):
                 members.apply(row)
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise ConfigError(
                 f"Line {number} of {path} is damaged; restore the file from a copy."
             ) from None

@@ -7,6 +7,7 @@ of the head, the same for all of them. So the coordinator must not have weights 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
 from collections.abc import Awaitable, Callable, Sequence
@@ -26,6 +27,7 @@ from fedmezo_coordinator.conformance.report import (
 )
 from fedmezo_core.config import PROTOCOL_VERSION, RunConfig
 from fedmezo_core.errors import ConfigError, FedMezoError, ProtocolError
+from fedmezo_core.events import Ticket
 from fedmezo_core.journal.codec import decode_commit, decode_record
 from fedmezo_core.journal.journal import (
     COMMITTED,
@@ -46,7 +48,9 @@ from fedmezo_core.records import (
     first_seed_of,
     rounding_seed_of,
 )
-from fedmezo_core.trust.answer_signatures import AnswerSigner
+from fedmezo_core.trust.answer_signatures import AnswerSigner, answer_text, is_signed
+from fedmezo_core.trust.authorisation import Role
+from fedmezo_core.trust.identity import Identity
 from fedmezo_core.wire.messages import answer_from_pb, assigned_from_pb, hello_to_pb
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -63,6 +67,10 @@ MESSAGE_BYTES = 70_000
 OTHER = b"\x01" * 32
 """A digest that is nobody's."""
 
+_Sequence = Callable[[], Awaitable[None]]
+_NamedSequence = tuple[str, int, _Sequence]
+"""What a check is called, the protocol's section, and what makes it."""
+
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorTest:
@@ -74,6 +82,21 @@ class CoordinatorTest:
     """A run of at most so many rounds is led to its end."""
     patience_s: float = 20.0
     """Longest wait for anything that the coordinator owes."""
+    identities: Sequence[Identity] = ()
+    """Members of the coordinator's fleet that the battery speaks as: workers, and perhaps one who
+    may read what a worker may not. None: it has no fleet."""
+
+    @property
+    def workers(self) -> list[Identity]:
+        """The members that are workers, by name."""
+        workers = [one for one in self.identities if one.role is Role.WORKER]
+        return sorted(workers, key=lambda one: one.name)
+
+    @property
+    def reader(self) -> Identity | None:
+        """The member that reads journal and status; None: there is no fleet."""
+        readers = [one for one in self.identities if one.role is not Role.WORKER]
+        return next(iter([*readers, *self.workers]), None)
 
 
 @dataclass(eq=False)
@@ -144,12 +167,25 @@ class History:
         return len(self.commits)
 
 
-def check_can_test(config: RunConfig) -> None:
-    """Raise `ConfigError` for a contract that the battery has no sequences for."""
+def check_can_test(config: RunConfig, members: int | None = None) -> None:
+    """Raise `ConfigError` for a contract that the battery has no sequences for.
+
+    `members` is how many workers of the coordinator's fleet it has; None: there is no fleet.
+    """
     needed = max(config.workers_min, config.quorum)
     if config.buffer_answers:
         raise ConfigError(
             "The battery for coordinators has no sequences for buffer_answers; use a run without."
+        )
+    if config.secure_aggregation:
+        raise ConfigError(
+            "The battery for coordinators has no sequences for secure_aggregation; use a run "
+            "without."
+        )
+    if members is not None and needed > members:
+        raise ConfigError(
+            f"A round of this run needs {needed} workers, and --state names {members}; name the "
+            "folders of more workers, or use a run with a smaller workers_min and quorum."
         )
     if needed > min(WORKERS_MAX, config.cohort_size_max):
         raise ConfigError(
@@ -164,7 +200,13 @@ class CoordinatorBattery:
     def __init__(self, test: CoordinatorTest, report: Report) -> None:
         self._test = test
         self._report = report
-        self._coordinator = RawCoordinator(test.address, test.tls_ca, test.patience_s)
+        self._workers = {one.name: self._connection(one) for one in test.workers}
+        self._keys = {one.name: one.keys.signing_key for one in test.workers}
+        """Name -> key that a member signs its answers with; empty without a fleet."""
+        self._reader = self._connection(test.reader)
+        """The connection that reads journal and status."""
+        self._coordinator = next(iter(self._workers.values()), self._reader)
+        """The first worker's connection."""
         self._genesis: Genesis
         self._run: wire.GetRunResponse
         self._history = History()
@@ -174,13 +216,19 @@ class CoordinatorBattery:
         self._signatures: list[bytes] = []
         """Of the last round's commit, one for each worker."""
 
+    def _connection(self, identity: Identity | None) -> RawCoordinator:
+        test = self._test
+        return RawCoordinator(test.address, test.tls_ca, test.patience_s, identity)
+
     @property
     def _config(self) -> RunConfig:
         return self._genesis.config
 
     async def run(self) -> None:
         """Make all checks."""
-        async with self._coordinator:
+        async with contextlib.AsyncExitStack() as connections:
+            for connection in (*self._workers.values(), self._reader):
+                await connections.enter_async_context(connection)
             if not await self._describes():
                 return
             for sequences in (self._before_a_session, self._in_sessions):
@@ -190,7 +238,7 @@ class CoordinatorBattery:
             for tester in self._testers.values():
                 tester.stream.cancel()
 
-    async def _in_time(self, sequence: Callable[[], Awaitable[None]]) -> None:
+    async def _in_time(self, sequence: _Sequence) -> None:
         try:
             await sequence()
         except CallEndedError as error:
@@ -211,7 +259,7 @@ class CoordinatorBattery:
             self._report.expect("describes its run", 5, False, str(error))
             return False
         self._genesis = record
-        check_can_test(record.config)
+        check_can_test(record.config, len(self._workers) if self._test.identities else None)
         rounds = record.config.rounds
         left = max(rounds - self._run.round, 0)
         if left < ROUNDS_MIN:
@@ -230,7 +278,7 @@ class CoordinatorBattery:
         """Raise `ConfigError` if the coordinator compares digests with weights of its own."""
         request = wire.GetStatusRequest()
         try:
-            status = await self._coordinator.call("GetStatus", request, wire.GetStatusResponse)
+            status = await self._reader.call("GetStatus", request, wire.GetStatusResponse)
         except (CallEndedError, CheckFailedError):
             return  # A worker needs no status.
         if any(digest.party == REPLICA_PARTY for digest in status.digests):
@@ -241,21 +289,22 @@ class CoordinatorBattery:
 
     # ------------------------------------------------------------ before a session
 
-    def _before_a_session(self) -> Sequence[tuple[str, int, Callable[[], Awaitable[None]]]]:
+    def _before_a_session(self) -> Sequence[_NamedSequence]:
         run_id = self._config.run_id
         invalid = ("INVALID_ARGUMENT", "ProtocolError")
 
-        def refused_run(status: str, reason: str, **fields: Any) -> Callable[[], Awaitable[None]]:
+        def refused_run(status: str, reason: str, **fields: Any) -> _Sequence:
             request = wire.GetRunRequest(**({"protocol_versions": [1]} | fields))
             return lambda: self._refused(
                 self._coordinator.call("GetRun", request, wire.GetRunResponse), status, reason
             )
 
-        def refused_page(**fields: Any) -> Callable[[], Awaitable[None]]:
+        def refused_page(**fields: Any) -> _Sequence:
             return lambda: self._refused(self._page(**fields), *invalid)
 
-        def refused_hello(status: str, reason: str, **fields: Any) -> Callable[[], Awaitable[None]]:
-            return lambda: self._refused_first(self._hello("tester-x", **fields), status, reason)
+        def refused_hello(status: str, reason: str, **fields: Any) -> _Sequence:
+            name = self._names[0] if self._keys else "tester-x"
+            return lambda: self._refused_first(self._hello(name, **fields), status, reason)
 
         no_hello = wire.SessionRequest(answer=wire.Answer())
         return (
@@ -303,9 +352,7 @@ class CoordinatorBattery:
                 13,
                 refused_hello("NOT_FOUND", "WrongRunError", run_id=f"not-{run_id}"[:64]),
             ),
-            ("refuses a bad name", 14, refused_hello(*invalid, worker="Not A Name")),
-            ("refuses a name that is too long", 14, refused_hello(*invalid, worker="a" * 65)),
-            ("refuses the replica's name", 14, refused_hello(*invalid, worker="replica")),
+            *(self._of_members() if self._keys else self._of_names(refused_hello)),
             *(
                 (
                     f"refuses another {what}",
@@ -331,6 +378,39 @@ class CoordinatorBattery:
             ),
             ("refuses a poll without hello", 12, self._poll_without_hello),
             ("refuses an unknown token", 12, self._unknown_token),
+        )
+
+    @staticmethod
+    def _of_names(refused_hello: Callable[..., _Sequence]) -> Sequence[_NamedSequence]:
+        """What a name may be, where anybody can take one."""
+        invalid = ("INVALID_ARGUMENT", "ProtocolError")
+        return (
+            ("refuses a bad name", 14, refused_hello(*invalid, worker="Not A Name")),
+            ("refuses a name that is too long", 14, refused_hello(*invalid, worker="a" * 65)),
+            ("refuses the replica's name", 14, refused_hello(*invalid, worker="replica")),
+        )
+
+    def _of_members(self) -> Sequence[_NamedSequence]:
+        """What a fleet asks of its members."""
+        name = self._names[0]
+        another = Ed25519PrivateKey.generate().public_key().public_bytes_raw()
+
+        def refused(key: bytes) -> _Sequence:
+            return lambda: self._refused_first(
+                self._hello(name, signing_key=key), "PERMISSION_DENIED", "SignatureError"
+            )
+
+        stranger = "not-a-member-of-this-fleet"
+        return (
+            (
+                "refuses a member under another name",
+                14,
+                lambda: self._refused_first(
+                    self._hello(stranger), "PERMISSION_DENIED", "ForbiddenError"
+                ),
+            ),
+            ("refuses a hello without the member's key", 7, refused(b"")),
+            ("refuses a hello with another key than the member's", 7, refused(another)),
         )
 
     async def _reads_journal(self) -> None:
@@ -409,12 +489,13 @@ class CoordinatorBattery:
 
     # ------------------------------------------------------------ in sessions
 
-    def _in_sessions(self) -> Sequence[tuple[str, int, Callable[[], Awaitable[None]]]]:
+    def _in_sessions(self) -> Sequence[_NamedSequence]:
         return (
             ("opens a round when enough workers are there", 17, self._opens_a_round),
             ("assigns the seeds of the slot", 3, self._seeds_are_the_slots),
             ("commits a round, with the same bytes for all", 17, self._commits),
             ("has recorded every acknowledged answer", 17, self._has_recorded),
+            ("keeps the signatures of its members' answers", 7, self._keeps_signatures),
             ("commits what the contract makes of the answers", 17, self._coefficients),
             ("signs each commit, if it has a key", 5, self._signs_commits),
             ("gives genesis and commits alone", 11, self._commits_alone),
@@ -446,10 +527,13 @@ class CoordinatorBattery:
     def _count(self) -> int:
         """Workers of the battery: what a round needs, and one more if the cohort has room."""
         needed = max(self._config.workers_min, self._config.quorum)
-        return min(max(needed + 1, 3), self._config.cohort_size_max)
+        most = len(self._keys) or WORKERS_MAX
+        return min(max(needed + 1, 3), self._config.cohort_size_max, most)
 
     @property
     def _names(self) -> list[str]:
+        if self._keys:
+            return list(self._keys)[: self._count]
         return [f"tester-{number:02}" for number in range(1, self._count + 1)]
 
     async def _opens_a_round(self) -> None:
@@ -511,7 +595,8 @@ class CoordinatorBattery:
 
     async def _stale_tickets(self) -> None:
         tester = self._any()
-        for change in ({"epoch": 1000}, {"round": 3}, {"slot": 4000}):
+        later = [] if self._keys else [{"round": 3}]  # Which nobody can sign: its head is unknown.
+        for change in ({"epoch": 1000}, {"slot": 4000}, *later):
             answer = self._answer(tester)
             for name, more in change.items():
                 setattr(answer.ticket, name, getattr(answer.ticket, name) + more)
@@ -557,10 +642,10 @@ class CoordinatorBattery:
 
     async def _not_signed(self) -> None:
         """A hello names a key, and the answer has no signature, or one of other keys or answers."""
-        key, genesis_head = Ed25519PrivateKey.generate(), self._head(0)
+        tester, genesis_head = self._any(), self._head(0)
+        key = self._keys.get(tester.name) or Ed25519PrivateKey.generate()
         signer = AnswerSigner(key, genesis_head)
         another = AnswerSigner(Ed25519PrivateKey.generate(), genesis_head)
-        tester = self._any()
         answer = self._answer(tester)
         event = answer_from_pb(tester.name, answer)
         head = self._head(event.ticket.round - 1)
@@ -581,7 +666,7 @@ class CoordinatorBattery:
             self._same_work(again, await again.take_work())
             answer.signature = signature
             await self._ends_with(wire.SessionRequest(answer=answer), *refused)
-        # The session has no key now.
+        # The session has no key now, or that of a member, who signed another answer.
         await self._ends_with(wire.SessionRequest(answer=answer), *refused)
 
     async def _second_hello(self) -> None:
@@ -600,7 +685,7 @@ class CoordinatorBattery:
             raise CheckSkippedError("a round of one worker is committed at its first answer")
         tester = self._any()
         for _ in range(2):
-            await tester.stream.send(wire.SessionRequest(answer=self._answer(tester)))
+            await tester.stream.send(self._signed(tester, self._answer(tester)))
             ack = (await tester.next("ack")).ack
             require(ack.ticket == self._ticket_of(tester), "the ack names another ticket")
             head = self._head(ack.ticket.round - 1)
@@ -621,12 +706,13 @@ class CoordinatorBattery:
         tester = self._last()
         tester.stream.cancel()
         messages = [self._hello(tester.name)]
+        connection = self._connection_of(tester.name)
         down: list[wire.SessionResponse] = []
         token = b""
         answered = acknowledged = False
         for _ in range(20):
             request = wire.PollSessionRequest(token=token, messages=messages, wait_ms=1000)
-            reply = await self._coordinator.call("PollSession", request, wire.PollSessionResponse)
+            reply = await connection.call("PollSession", request, wire.PollSessionResponse)
             require(len(reply.token) == 16, f"the token has {len(reply.token)} bytes")
             require(token in (b"", reply.token), "the token changed")
             require(reply.lease_ms > 0, "lease_ms is 0")
@@ -636,7 +722,7 @@ class CoordinatorBattery:
                 kind = message.WhichOneof("kind")
                 if kind == "assign":
                     self._same_work(tester, message.assign)
-                    messages.append(wire.SessionRequest(answer=self._answer(tester)))
+                    messages.append(self._signed(tester, self._answer(tester)))
                     answered = True
                 acknowledged |= kind == "ack"
             if acknowledged:
@@ -645,11 +731,11 @@ class CoordinatorBattery:
         require(answered, "no assignment came")
         require(acknowledged, "no ack came")
         too_long = wire.PollSessionRequest(token=token, wait_ms=60_000)
-        call = self._coordinator.call("PollSession", too_long, wire.PollSessionResponse)
+        call = connection.call("PollSession", too_long, wire.PollSessionResponse)
         await self._refused(call, "INVALID_ARGUMENT", "ProtocolError")
         leave = wire.PollSessionRequest(token=token, leave=True)
-        await self._coordinator.call("PollSession", leave, wire.PollSessionResponse)
-        call = self._coordinator.call(
+        await connection.call("PollSession", leave, wire.PollSessionResponse)
+        call = connection.call(
             "PollSession", wire.PollSessionRequest(token=token), wire.PollSessionResponse
         )
         await self._refused(call, "NOT_FOUND", "UnknownWorkerError")
@@ -665,16 +751,17 @@ class CoordinatorBattery:
         if tester.assign is None:
             await tester.take_work()
         tester.stream.cancel()
+        connection = self._connection_of(tester.name)
         round_ = self._history.round
         hello = self._hello(tester.name, round=round_, head=self._head(round_))
-        answer = wire.SessionRequest(answer=self._answer(tester))
+        answer = self._signed(tester, self._answer(tester))
         for nonce, messages, wanted in (
             (b"1", [hello], "assign"),
             (b"2", [hello, answer], "ack"),
             (b"2", [hello, answer], "ack"),
         ):
             request = wire.PollSessionRequest(messages=messages, nonce=nonce, wait_ms=1000)
-            reply = await self._coordinator.call("PollSession", request, wire.PollSessionResponse)
+            reply = await connection.call("PollSession", request, wire.PollSessionResponse)
             require(reply.nonce == nonce, f"the nonce of the response is {reply.nonce.hex()}")
             found = {message.WhichOneof("kind"): message for message in reply.messages}
             require(wanted in found, f"{', '.join(map(str, found)) or 'nothing'} came, no {wanted}")
@@ -696,6 +783,25 @@ class CoordinatorBattery:
         for slot, grads in self._sent.values():
             require(slot in found, f"slot {slot} was acknowledged, and is in no record")
             require(tuple(found[slot].projected_grads) == grads, f"slot {slot} has other numbers")
+
+    async def _keeps_signatures(self) -> None:
+        """Each answer to the last round is in the journal with its member's signature."""
+        if not self._keys:
+            raise CheckSkippedError("only with --state, whose members sign their answers")
+        last = self._history.round
+        require(last > 0, "no round is committed")
+        records = [decode_record(body) for body in self._history.bodies]
+        found = {r.slot: r for r in records if isinstance(r, Answered) and r.round == last}
+        for name, (slot, _) in self._sent.items():
+            require(slot in found, f"the answer of {name} is in no record")
+            answer = found[slot]
+            ticket = Ticket(self._run.epoch, answer.round, answer.slot)
+            text = answer_text(self._head(0), ticket, self._head(last - 1), answer.scalars)
+            key = self._keys[name].public_key().public_bytes_raw()
+            require(
+                is_signed(key, text, answer.signature),
+                f"the answer of {name} is recorded without its signature",
+            )
 
     async def _coefficients(self) -> None:
         """Fold the journal to just before its last commit, and compute that commit."""
@@ -776,7 +882,7 @@ class CoordinatorBattery:
             await self._round()
         answer = self._answer(tester)
         answer.weights_digest64 ^= 1
-        await tester.stream.send(wire.SessionRequest(answer=answer))
+        await tester.stream.send(self._signed(tester, answer))
         await self._round(without=tester.name)
         self._require_ending(await tester.ending(), "DATA_LOSS", "DivergedError")
         await self._join(tester.name)
@@ -834,7 +940,7 @@ class CoordinatorBattery:
         """
         if round_ is None:
             round_ = self._history.round
-        stream = self._coordinator.session()
+        stream = self._connection_of(name).session()
         head = self._head(round_)
         hello = self._hello(name, round=round_, head=head)
         hello.hello.MergeFromString(more)
@@ -899,7 +1005,7 @@ class CoordinatorBattery:
                 answer = self._answer(tester)
                 self._sent[tester.name] = (answer.ticket.slot, tuple(answer.projected_grads))
                 if answer.ticket not in tester.acknowledged:
-                    await tester.stream.send(wire.SessionRequest(answer=answer))
+                    await tester.stream.send(self._signed(tester, answer))
             message = await tester.next("commit", but="ack", more=("assign",))
             if message.WhichOneof("kind") == "assign":
                 require(tester.assign is None, f"{tester.name} got a second assignment")
@@ -923,7 +1029,9 @@ class CoordinatorBattery:
     def _hello(self, name: str, **changes: Any) -> wire.SessionRequest:
         """A hello at the base, or with changes."""
         head = self._head(0) if self._history.heads else OTHER
+        key = self._keys.get(name)
         message = hello_to_pb(self._genesis, name, 0, head)
+        message.hello.signing_key = b"" if key is None else key.public_key().public_bytes_raw()
         for field_, value in changes.items():
             setattr(message.hello, field_, value)
         return message
@@ -946,6 +1054,19 @@ class CoordinatorBattery:
         else:
             answer.head64 = digest64_of(head)
         return answer
+
+    def _signed(self, tester: Tester, answer: wire.Answer) -> wire.SessionRequest:
+        """The message of an answer, which a member of a fleet signs."""
+        key = self._keys.get(tester.name)
+        if key is not None:
+            event = answer_from_pb(tester.name, answer)
+            signer = AnswerSigner(key, self._head(0))
+            head = self._head(event.ticket.round - 1)
+            answer.signature = signer.sign(event.ticket, head, event.scalars)
+        return wire.SessionRequest(answer=answer)
+
+    def _connection_of(self, name: str) -> RawCoordinator:
+        return self._workers.get(name, self._coordinator)
 
     def _head(self, round_: int) -> bytes:
         """The head after a round of the journal, as it was read last."""
@@ -976,7 +1097,7 @@ class CoordinatorBattery:
             require(first == second, f"{name} is {second} now, and was {first}")
 
     async def _refused_answer(self, tester: Tester, answer: wire.Answer, *reasons: str) -> None:
-        await tester.stream.send(wire.SessionRequest(answer=answer))
+        await tester.stream.send(self._signed(tester, answer))
         refused = (await tester.next("refused")).refused
         require(refused.reason in reasons, f"{refused.reason}, not {' or '.join(reasons)}")
         require(refused.ticket == answer.ticket, "the refusal names another ticket")
@@ -1031,7 +1152,7 @@ class CoordinatorBattery:
 
     async def _page(self, **fields: Any) -> wire.ReadJournalResponse:
         request = wire.ReadJournalRequest(**fields)
-        return await self._coordinator.call("ReadJournal", request, wire.ReadJournalResponse)
+        return await self._reader.call("ReadJournal", request, wire.ReadJournalResponse)
 
 
 def _weights_digest(head: bytes) -> bytes:

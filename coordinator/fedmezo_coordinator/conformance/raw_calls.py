@@ -15,7 +15,8 @@ from google.protobuf.message import DecodeError, Message
 
 from fedmezo_coordinator.conformance.report import CheckFailedError
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.wire.client import channel_options
+from fedmezo_core.trust.identity import Identity
+from fedmezo_core.wire.client import channel_options, credentials_of
 from fedmezo_core.wire.grpc_status import REASON_KEY
 from fedmezo_proto.v1 import coordinator_pb2 as wire
 
@@ -41,12 +42,24 @@ class CallEndedError(Exception):
 class RawCoordinator:
     """One connection to a coordinator; use it as an async context manager."""
 
-    def __init__(self, address: str, tls_ca: Path | None, patience_s: float) -> None:
-        """`tls_ca` is a PEM file to trust; None: no TLS. `patience_s` bounds each wait."""
+    def __init__(
+        self,
+        address: str,
+        tls_ca: Path | None,
+        patience_s: float,
+        identity: Identity | None = None,
+    ) -> None:
+        """`tls_ca` is a PEM file to trust; None: no TLS. `patience_s` bounds each wait.
+
+        An `identity` is shown, and says itself what to trust. Raises `IdentityError` if it is not
+        valid now.
+        """
         self._address = address
         self._patience_s = patience_s
         self._credentials: grpc.ChannelCredentials | None = None
-        if tls_ca is not None:
+        if identity is not None:
+            self._credentials = credentials_of(identity)
+        elif tls_ca is not None:
             try:
                 self._credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes())
             except OSError as error:

@@ -28,6 +28,8 @@ from fedmezo_core.journal.journal import Journal
 from fedmezo_core.layered_settings import check_address, load_settings
 from fedmezo_core.program import worker_packages
 from fedmezo_core.records import Genesis
+from fedmezo_core.trust.authorisation import Role
+from fedmezo_core.wire.enrolment import identity_in
 
 conformance_app = typer.Typer(
     help="Test a coordinator or a worker, in any language, against docs/protocol.md.",
@@ -59,6 +61,13 @@ def coordinator(
     tls_ca: Annotated[
         Path | None, typer.Option(help="PEM file of the CA to trust; none: no TLS")
     ] = None,
+    state: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="folder of a member's identity, to test a fleet's coordinator: give it once for "
+            "each worker to speak as, and once for an operator or observer, who reads the journal",
+        ),
+    ] = None,
     rounds_max: Annotated[
         int, typer.Option(min=1, help="a run of at most so many rounds is led to its end")
     ] = 20,
@@ -66,8 +75,15 @@ def coordinator(
     format_: Format = ReportFormat.TABLE,
 ) -> None:
     """Take part in a run as several workers, with honest, repeated and hostile messages."""
+    identities = [identity_in(folder.expanduser()) for folder in state or ()]
+    if identities and tls_ca is not None:
+        raise ConfigError(
+            "--tls-ca has no meaning with --state, whose identities say what to trust."
+        )
+    if identities and not any(one.role is Role.WORKER for one in identities):
+        raise ConfigError("--state names no worker's folder; give one for each worker to speak as.")
     try:
-        test = CoordinatorTest(check_address(address), tls_ca, rounds_max, patience_s)
+        test = CoordinatorTest(check_address(address), tls_ca, rounds_max, patience_s, identities)
     except ValueError as error:
         raise ConfigError(f"{address!r} is not allowed: {error}.") from None
     report = _report("coordinator", format_)

@@ -38,6 +38,9 @@ _FILE_NAME = re.compile(
     r"(adapter_rows|heldout|probe_rows)(\.[A-Za-z0-9_-]+)*|adapter/[A-Za-z0-9_-][\w.-]*"
 )
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError)
+"""What reading a file can raise whose JSON is not what this module wrote."""
+
 
 class RunFolder:
     """A run's folder, which is there."""
@@ -50,7 +53,7 @@ class RunFolder:
             about: dict[str, Any] = json.loads((path / ABOUT).read_text(encoding="utf-8"))
             self.created_ms = int(about["created_ms"])
             self.files: dict[str, str] = dict(about["files"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise ConfigError(
                 f"{path} holds no run that can be read ({error}); put {SETTINGS} and {ABOUT} "
                 "back from a copy, or move the folder away."

@@ -20,7 +20,8 @@ def open_store(
 ) -> JournalStore:
     """Open the journal that the setting names; only one process can hold it for writing.
 
-    With `read_only` the journal must exist; one in PostgreSQL may be in use meanwhile. With
+    With `read_only` the journal must exist. Others may read it at the same time, and one in
+    PostgreSQL may be in use meanwhile. With
     `standby` this waits for as long as another coordinator holds the journal; `give_up` ends the
     wait with a `JournalLockedError`. Raises `ConfigError` for a wrong setting, and `JournalError`
     or one of its kinds for a journal that cannot be opened.
@@ -31,7 +32,7 @@ def open_store(
                 f"standby needs a journal that two machines can reach, not the file {journal}; "
                 "set journal to a postgresql:// URL, or leave standby out."
             )
-        return SqliteStore(Path(journal).expanduser(), create=not read_only)
+        return SqliteStore(Path(journal).expanduser(), read_only=read_only)
     location = parse_url(journal)
     try:
         from fedmezo_coordinator.stores.postgres import PostgresStore

@@ -110,7 +110,7 @@ class PageServer:
         """Port that it listens on, once it does."""
         return self._connections.port
 
-    def application(self) -> web.Application:
+    def _application(self) -> web.Application:
         """The application of aiohttp that answers requests with this page."""
         app = web.Application(middlewares=[self.guard], client_max_size=1024)
         app.on_response_prepare.append(_with_headers)
@@ -122,6 +122,21 @@ class PageServer:
         for path in FILES:
             app.router.add_get(path, self.file)
         return app
+
+    def runner(self) -> web.AppRunner:
+        """What answers the requests of connections with this page."""
+        return web.AppRunner(
+            self._application(),
+            access_log=None,
+            handle_signals=False,
+            handler_cancellation=True,
+            auto_decompress=False,
+            keepalive_timeout=15.0,
+            lingering_time=0.0,
+            max_line_size=LINE_BYTES_MAX,
+            max_field_size=LINE_BYTES_MAX,
+            shutdown_timeout=0.1,
+        )
 
     def listen(self, server: web.Server) -> None:
         """Accept connections, which `server` serves, from now on.
@@ -408,18 +423,7 @@ async def page_served(settings: PageSettings) -> AsyncIterator[PageServer]:
     Raises `ConfigError` for an address that cannot be used.
     """
     page = PageServer(settings)
-    runner = web.AppRunner(
-        page.application(),
-        access_log=None,
-        handle_signals=False,
-        handler_cancellation=True,
-        auto_decompress=False,
-        keepalive_timeout=15.0,
-        lingering_time=0.0,
-        max_line_size=LINE_BYTES_MAX,
-        max_field_size=LINE_BYTES_MAX,
-        shutdown_timeout=0.1,
-    )
+    runner = page.runner()
     await runner.setup()
     try:
         assert runner.server is not None

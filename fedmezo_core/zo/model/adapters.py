@@ -77,7 +77,7 @@ def _configuration(folder: Path) -> dict[str, Any]:
             f"There is no adapter in {folder}: it has no {CONFIG_FILE}; name a folder that peft's "
             "save_pretrained or fedmezo export --as adapter has written."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{CONFIG_FILE} in {folder} cannot be read ({error}).") from None
     if not isinstance(settings, dict):
         raise ModelError(f"{CONFIG_FILE} in {folder} is no JSON object; get the adapter again.")

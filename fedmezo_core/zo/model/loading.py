@@ -446,7 +446,7 @@ def _has_tokenizer(folder: Path) -> bool:
         return True
     try:
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(settings, dict) and settings.get("tokenizer_class") in _BYTE_TOKENIZERS
 

@@ -167,7 +167,7 @@ def _entries_in(lines: bytes, path: Path) -> Iterator[Entry]:
                     raise ValueError
                 continue
             yield _entry_of(read)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             raise PrivacyError(
                 f"Line {number} of {path} is not one of a privacy ledger; put the newest whole "
                 "ledger back, because what it holds is spent."

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import shutil
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import apsw
 import psutil
 import pytest
 
@@ -19,6 +22,7 @@ from fedmezo_core.errors import (
     JournalError,
     JournalLockedError,
 )
+from fedmezo_core.journal import sqlite
 from fedmezo_core.journal.codec import encode_records
 from fedmezo_core.journal.journal import Journal, JournalStore
 from fedmezo_core.journal.sqlite import SqliteStore
@@ -160,6 +164,74 @@ def test_a_second_process_cannot_open_it(tmp_path: Path) -> None:
     process.join()
     assert "is open in another process" in answer.get()
     store.close()
+
+
+def _read(path: Path, answer: multiprocessing.SimpleQueue[str]) -> None:
+    try:
+        store = SqliteStore(path, read_only=True)
+        answer.put(f"{len(store)} rows, {len(store.read(0, 100))} read, {store.origin()}")
+        store.close()
+    except JournalLockedError as error:
+        answer.put(str(error))
+
+
+def _elsewhere(what: Any, path: Path) -> str:
+    """What another process says that opens the journal to read or to write it."""
+    context = multiprocessing.get_context("spawn")
+    answer: multiprocessing.SimpleQueue[str] = context.SimpleQueue()
+    process = context.Process(target=what, args=(path, answer))
+    process.start()
+    process.join()
+    return answer.get()
+
+
+def test_readers_share_a_journal_and_keep_writers_out(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 3)
+    before = path.read_bytes()
+    reader = SqliteStore(path, read_only=True)
+    for _ in range(2):
+        assert _elsewhere(_read, path) == "3 rows, 3 read, None"
+        assert "is open in another process" in _elsewhere(_try_to_open, path)
+        assert len(reader.read(0, 100)) == 3
+    with pytest.raises(JournalError, match="it is read-only"):
+        reader.append([row(3)])
+    reader.close()
+    assert path.read_bytes() == before
+    writer = SqliteStore(path)
+    assert "is open in another process" in _elsewhere(_read, path)
+    writer.append([row(3)])
+    writer.close()
+    assert _elsewhere(_read, path) == "4 rows, 4 read, None"
+
+
+def test_a_reader_finds_what_a_killed_writer_left_in_the_log(tmp_path: Path) -> None:
+    path, left = tmp_path / "journal.db", tmp_path / "left.db"
+    written(path, 3)
+    writer = SqliteStore(path)
+    writer.append([row(3)])
+    for end in ("", "-wal"):
+        shutil.copyfile(f"{path}{end}", f"{left}{end}")
+    writer.close()
+    first, second = (SqliteStore(left, read_only=True) for _ in range(2))
+    assert len(first) == len(second.read(0, 100)) == 4
+    assert [one.seqno for one in first.read_beside([1, 3], 1000)] == [1, 3]
+    first.close()
+    assert len(second.read(0, 100)) == 4
+    second.close()
+    assert len(SqliteStore(left)) == 4
+
+
+def test_a_reader_brings_an_older_journal_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "journal.db"
+    db = apsw.Connection(str(path))
+    db.execute(sqlite.MIGRATIONS[0])
+    db.pragma("application_id", sqlite.APPLICATION_ID)
+    db.pragma("user_version", 1)
+    db.close()
+    reader = SqliteStore(path, read_only=True)
+    assert (len(reader), reader.origin(), reader.seals()) == (0, None, ())
+    reader.close()
 
 
 def test_a_flipped_byte_anywhere_is_found_and_never_changes_a_record(tmp_path: Path) -> None:

@@ -261,6 +261,28 @@ def test_a_commit_keeps_its_answers_on_the_wire_and_others_their_bytes() -> None
 # ---------------------------------------------------------------- restarts
 
 
+def test_workers_that_join_a_paused_run_get_their_work_when_it_is_resumed() -> None:
+    run = Buffered(workers_min=2)
+    run.ready("fast", "slow")
+    run.give("fast")
+    run.keep(run.machine.pause("a look"))
+    run.restart()
+    assert assigned(run.ready("fast", "slow")) == []
+    ready = run.keep(run.machine.resume(1.0))
+    assert sorted(assigned(ready)) == [("fast", 1), ("slow", 1)]
+
+
+def test_a_run_that_was_ended_takes_no_more_answers() -> None:
+    run = Buffered(workers_min=2)
+    run.ready("fast", "slow")
+    run.give("fast")
+    run.keep(run.machine.stop("enough"))
+    ready = run.give("fast")
+    assert kinds(ready) == ["Refuse"]
+    assert refusal(ready) == "StaleTicketError"
+    assert "was ended before round 1 was committed" in str(ready.messages)
+
+
 def test_a_restart_asks_again_for_what_was_assigned_in_earlier_rounds() -> None:
     run = Buffered(workers_min=2)
     run.ready("fast", "slow")
