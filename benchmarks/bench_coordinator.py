@@ -54,6 +54,8 @@ GRADS = tuple((k - 4.5) / 8 for k in range(STEPS))
 WEEK_MS = 7 * 24 * 3600 * 1000
 PATIENCE_S = 300.0
 UNARY_IN_FLIGHT = 64
+SETTLE_S = 0.1
+"""Rest before and after a burst, in which the coordinator ends what is left of the one before."""
 
 Ticket = tuple[int, int, int]
 
@@ -181,7 +183,7 @@ def submissions(sizes: Sizes) -> Iterator[Figure]:
         for _ in range(sizes.bursts):
             swarm.run(lambda: all(w.assigned for w in swarm.workers), PATIENCE_S, "assignments")
             cpu_before_s = coordinator.cpu_s
-            seconds += _burst(swarm, swarm.workers[1:])
+            seconds += _burst(swarm, _answers_of(swarm.workers[1:]))
             cpu_s += coordinator.cpu_s - cpu_before_s
             first = swarm.workers[0]
             assert first.assigned is not None
@@ -225,9 +227,14 @@ def _signatures(sizes: Sizes, *, pinned: bool) -> Iterator[Figure]:
         for burst in range(1 + sizes.bursts):
             swarm.run(lambda: all(w.assigned for w in swarm.workers), PATIENCE_S, "assignments")
             coordinator.keep_apart()
+            # Workers sign on machines of their own, so this comes before the time.
+            answers = {which: _answers_of(half) for which, half in halves.items()}
             for which in sorted(halves, reverse=burst % 2 == 1):
+                swarm.run_for(SETTLE_S)
                 cpu_before_s = coordinator.cpu_s
-                taken_s = _burst(swarm, halves[which])
+                taken_s = _burst(swarm, answers[which])
+                # What is left after the last acknowledgement belongs to this half, too.
+                swarm.run_for(SETTLE_S)
                 if burst:  # The first one starts the process that checks signatures.
                     seconds[which] += taken_s
                     cpu_s[which] += coordinator.cpu_s - cpu_before_s
@@ -251,11 +258,14 @@ def _signatures(sizes: Sizes, *, pinned: bool) -> Iterator[Figure]:
     yield Figure(f"throughput that signatures cost, {where}", loss, "%", "at most 15")
 
 
-def _burst(swarm: Swarm, workers: Sequence[Worker]) -> float:
+def _answers_of(workers: Sequence[Worker]) -> list[tuple[Worker, wire.SessionRequest]]:
+    """Each worker with its answer, signed if it signs."""
+    return [(w, signed_answer_to(w.assigned, GRADS, w)) for w in workers if w.assigned is not None]
+
+
+def _burst(swarm: Swarm, answers: Sequence[tuple[Worker, wire.SessionRequest]]) -> float:
     """Seconds from the first answer sent to the last one acknowledged."""
-    left = len(workers)
-    # Workers sign on machines of their own, so this comes before the time.
-    answers = [signed_answer_to(w.assigned, GRADS, w) for w in workers if w.assigned is not None]
+    left = len(answers)
 
     def took(worker: Worker, message: wire.SessionResponse) -> None:
         nonlocal left
@@ -263,7 +273,7 @@ def _burst(swarm: Swarm, workers: Sequence[Worker]) -> float:
 
     swarm.on_message = took
     begin = time.perf_counter()
-    for number, (worker, answer) in enumerate(zip(workers, answers, strict=True)):
+    for number, (worker, answer) in enumerate(answers):
         swarm.send(worker, answer)
         worker.assigned = None
         if number % 32 == 0:

@@ -1,10 +1,10 @@
-"""Checks of signatures, with the help of a process on another core where many come at a time.
+"""Checks of signatures by a process on another core, where many come at a time.
 
-A check takes a third as long as everything else that a coordinator does for an answer. A thread
+A check takes a quarter as long as everything else that a coordinator does for an answer. A thread
 would not help: it waits for Python's global lock after each check. The process gets them over a
-pipe, some at a time, and answers with a byte for each; more are on their way meanwhile. If it
-cannot keep up, whoever waits for it checks some of what it has not been sent. A few signatures are
-all checked here.
+pipe and answers with a byte for each. Nobody waits for it here: what is being checked stays in the
+loop's queue until there is a verdict, and the loop does other work meanwhile. Whatever the process
+has not been given is checked by the loop, when its turn comes.
 """
 
 from __future__ import annotations
@@ -15,160 +15,172 @@ import os
 import struct
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from fedmezo_core.records import SIGNATURE_BYTES
 from fedmezo_core.trust.answer_signatures import KEY_BYTES, is_signed
 
+if TYPE_CHECKING:  # Not in the process, which needs little memory without it.
+    from fedmezo_core.wire.admission import SignedAnswer
+
 log = logging.getLogger("fedmezo.coordinator")
 
 MANY = 8
-"""Fewest signatures that are worth the way to the other process."""
+"""Fewest signatures in one turn of the event loop that are worth the start of the process."""
+BATCH_MIN = 16
+"""Fewest that go there at a time while it has others; fewer wait until it has answered."""
 BATCH_MAX = 32
-"""Most signatures that go there at a time."""
-AWAY_MAX = 128
-"""Most signatures that the other process has not answered for. It checks them in 6 ms."""
+"""Most that it answers for at a time. It checks them in 2 ms."""
+AWAY_MAX = 512
+"""Most that are there or wait to go there. It checks them in 25 ms."""
 PATIENCE_S = 10.0
-"""Longest wait for the other process's answer."""
+"""Longest wait for an answer of the process."""
 READY = b"\x02"
-"""What the other process says first."""
-_COUNT, _LENGTH = struct.Struct("<I"), struct.Struct("<I")
-
-Signed = tuple[bytes, bytes, bytes]
-"""A public key, a text, and what may be the key's signature of it."""
-
-
-@dataclass(slots=True, eq=False)
-class Check:
-    """A signature that is to be checked, and the verdict once there is one."""
-
-    signed: Signed
-    good: bool | None = None
-    is_away: bool = False
-    """Whether the other process has it."""
+"""What the process says first."""
+_SIZES = struct.Struct("<II")
+"""Before a batch: the count of its signatures, and of its bytes."""
+_LENGTH = struct.Struct("<I")
 
 
-class SignatureChecker:
-    """Has signatures checked in the order in which they come, here and in the other process."""
+class SignatureChecker(asyncio.SubprocessProtocol):
+    """Has signatures checked in the order in which they come, as far as the process keeps up."""
 
-    def __init__(self) -> None:
-        self._waiting: deque[Check] = deque()
-        """What has not been sent, oldest first."""
-        self._away: deque[Check] = deque()
-        """What has been sent, in the order of the answers that will come."""
-        self._news = asyncio.Event()
-        """Set whenever answers have come, or will not come any more."""
-        self._settled: Check | None = None
-        self._process: asyncio.subprocess.Process | None = None
-        self._running: asyncio.Task[None] | None = None
-        """Starts the other process, and takes its answers."""
+    def __init__(self, on_verdicts: Callable[[], None]) -> None:
+        """`on_verdicts` is called when something that was awaited is awaited no more."""
+        self._on_verdicts = on_verdicts
+        self._waiting: list[SignedAnswer] = []
+        """What came in this turn of the event loop, or waits for the process's next answer."""
+        self._will_send = False
+        self._away: deque[SignedAnswer] = deque()
+        """What has been sent, in the order of the verdicts that will come."""
+        self._verdicts = 0
+        """Count of verdicts that have come."""
+        self._patience: asyncio.TimerHandle | None = None
+        self._starting: asyncio.Task[None] | None = None
+        """Starts the process."""
+        self._process: asyncio.SubprocessTransport | None = None
+        self._is_ready = False
+        """Whether the process has said that it is there."""
+        self._exited = asyncio.Event()
         self._is_of_use = _cores() > 1
 
-    def begin(self, signed: Signed) -> Check:
-        """Note a signature that will have to be checked; the other process may do it meanwhile."""
-        check = Check(signed)
-        if self._is_of_use and len(signed[2]) == SIGNATURE_BYTES:
-            self._waiting.append(check)
-            if len(self._waiting) % MANY == 0:
-                # Not at once: what else comes in this turn of the event loop goes along.
-                asyncio.get_running_loop().call_soon(self._send)
-        return check
-
-    async def settle(self, check: Check) -> None:
-        """Return as soon as there is a verdict, which `is_signed` then gives."""
-        if not check.is_away:
-            self._send()
-        while check.good is None and check.is_away:
-            if len(self._waiting) >= MANY:  # More than the other process can take.
-                _check_here(self._waiting.popleft())
-                await asyncio.sleep(0)
-            else:
-                await self._answers()
-        _check_here(check)
-        self._settled = check
-
-    def is_signed(self, key: bytes, text: bytes, signature: bytes) -> bool:
-        """Whether `signature` is the key's for `text`; at once for what was settled last."""
-        settled = self._settled
-        if settled is None or settled.good is None or settled.signed != (key, text, signature):
-            return is_signed(key, text, signature)
-        return settled.good
+    def begin(self, signed: SignedAnswer) -> None:
+        """Have a signature checked, which is awaited from now on if the process does it."""
+        if (
+            not self._is_of_use
+            or len(self._away) + len(self._waiting) >= AWAY_MAX
+            or len(signed.signature) != SIGNATURE_BYTES
+        ):
+            return
+        signed.is_awaited = True
+        self._waiting.append(signed)
+        if not self._will_send:
+            # Not at once: what else comes in this turn of the event loop goes along.
+            self._will_send = True
+            asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
-        """Send what waits to the other process, which the first call starts, if it is enough."""
-        if not self._is_of_use or len(self._waiting) < MANY:
+        """Send what waits, if the process is there; start it, if that is worth it."""
+        self._will_send = False
+        if not self._is_ready or self._process is None:
+            if len(self._waiting) >= MANY and self._starting is None and self._is_of_use:
+                self._starting = asyncio.create_task(self._start())
+            self._give_up(self._waiting)
             return
-        if self._running is None:
-            self._running = asyncio.create_task(self._run())
-        if self._process is None or self._process.stdin is None:
-            self._waiting.clear()
+        if not self._waiting or (self._away and len(self._waiting) < BATCH_MIN):
             return
-        while len(self._waiting) >= MANY and len(self._away) + BATCH_MAX <= AWAY_MAX:
-            batch: list[Check] = []
-            while self._waiting and len(batch) < BATCH_MAX:
-                check = self._waiting.popleft()
-                if check.good is None:
-                    check.is_away = True
-                    batch.append(check)
-            if batch:
-                self._away += batch
-                self._process.stdin.write(_request([check.signed for check in batch]))
+        stdin = self._process.get_pipe_transport(0)
+        assert isinstance(stdin, asyncio.WriteTransport)
+        batches = range(0, len(self._waiting), BATCH_MAX)
+        stdin.write(b"".join(_request(self._waiting[at : at + BATCH_MAX]) for at in batches))
+        self._away += self._waiting
+        self._waiting.clear()
+        if self._patience is None:
+            self._be_patient()
 
-    async def _answers(self) -> None:
-        """Wait for answers of the other process, but not for ever."""
-        self._news.clear()
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                await self._news.wait()
-        except TimeoutError:
-            self._go_on_alone("it does not answer")
+    def _give_up(self, checks: list[SignedAnswer] | deque[SignedAnswer]) -> None:
+        """Leave these checks to the loop."""
+        for signed in checks:
+            signed.is_awaited = False
+        checks.clear()
+        self._on_verdicts()
 
-    async def _run(self) -> None:
-        """Start the other process, and take its answers until it ends."""
+    # ------------------------------------------------------------ the process
+
+    async def _start(self) -> None:
         try:
-            process = self._process = await _started()
-            assert process.stdout is not None
-            while verdicts := await process.stdout.read(AWAY_MAX):
-                for good in verdicts:
-                    check = self._away.popleft()
-                    check.good = bool(good)
-                self._news.set()
-                self._send()
-            self._go_on_alone("it has ended")
-        except (OSError, EOFError) as error:
+            await asyncio.get_running_loop().subprocess_exec(
+                lambda: self,
+                *(sys.executable, "-m", __name__),
+                stderr=None,
+                # Ctrl-C at a terminal is for this process, which ends the other one.
+                start_new_session=True,
+            )
+        except OSError as error:
             self._go_on_alone(repr(error))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Note the process, which has started."""
+        assert isinstance(transport, asyncio.SubprocessTransport)
+        self._process = transport
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """Take verdicts; the first byte says that the process is ready."""
+        if not self._is_ready:
+            self._is_ready, data = True, data[len(READY) :]
+        for verdict in data[: len(self._away)]:
+            signed = self._away.popleft()
+            signed.good, signed.is_awaited = bool(verdict), False
+        self._verdicts += len(data)
+        self._on_verdicts()
+        self._send()
+
+    def process_exited(self) -> None:
+        """Note that the process has ended."""
+        self._exited.set()
+        self._go_on_alone("it has ended")
+
+    def _be_patient(self) -> None:
+        """Wait for verdicts, but not for ever."""
+        loop = asyncio.get_running_loop()
+        self._patience = loop.call_later(PATIENCE_S, self._lose_patience, self._verdicts)
+
+    def _lose_patience(self, verdicts: int) -> None:
+        self._patience = None
+        if not self._away:
+            return
+        if self._verdicts != verdicts:
+            self._be_patient()
+        else:
+            self._go_on_alone("it does not answer")
 
     def _go_on_alone(self, why: str) -> None:
         """Check everything here from now on."""
         if self._is_of_use:
             log.warning("signatures are checked in this process from now on (%s)", why)
-        self._is_of_use = False
-        for check in self._away:
-            check.is_away = False
-        self._away.clear()
-        self._waiting.clear()
-        self._news.set()
+        self._is_of_use = self._is_ready = False
+        self._give_up(self._away)
+        self._give_up(self._waiting)
+        self._end()
+
+    def _end(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                self._process.kill()
 
     async def close(self) -> None:
         """End the process."""
         self._is_of_use = False
-        running, self._running = self._running, None
-        if running is not None:
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-        process, self._process = self._process, None
-        if process is not None:
-            with suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-
-
-def _check_here(check: Check) -> None:
-    if check.good is None:
-        check.good = is_signed(*check.signed)
+        if self._starting is not None:
+            await asyncio.gather(self._starting, return_exceptions=True)
+        self._end()
+        if self._process is not None:
+            await self._exited.wait()
+            self._process.close()
 
 
 def _cores() -> int:
@@ -178,42 +190,28 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-async def _started() -> asyncio.subprocess.Process:
-    """The other process, once it is ready. It ends with this one, whose pipe it reads."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", __name__),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        # Ctrl-C at a terminal is for this process, which ends the other one.
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    try:
-        await process.stdout.readexactly(len(READY))
-    except BaseException:
-        with suppress(ProcessLookupError):
-            process.kill()
-        raise
-    return process
-
-
-def _request(batch: Sequence[Signed]) -> bytes:
-    parts = [_COUNT.pack(len(batch))]
-    for key, text, signature in batch:
-        parts += (key, signature, _LENGTH.pack(len(text)), text)
-    return b"".join(parts)
+def _request(batch: Sequence[SignedAnswer]) -> bytes:
+    parts: list[bytes] = []
+    for signed in batch:
+        parts += (signed.key, signed.signature, _LENGTH.pack(len(signed.text)), signed.text)
+    body = b"".join(parts)
+    return _SIZES.pack(len(batch), len(body)) + body
 
 
 def answer_requests(requests: BinaryIO, answers: BinaryIO) -> None:
-    """Check batches until there are no more: what the other process does."""
+    """Check batches until there are no more: what the process does."""
     answers.write(READY)
     answers.flush()
-    while head := requests.read(_COUNT.size):
-        found = bytearray()
-        for _ in range(_COUNT.unpack(head)[0]):
-            key, signature = requests.read(KEY_BYTES), requests.read(SIGNATURE_BYTES)
-            text = requests.read(_LENGTH.unpack(requests.read(_LENGTH.size))[0])
-            found.append(is_signed(key, text, signature))
+    signature_at, length_at = KEY_BYTES, KEY_BYTES + SIGNATURE_BYTES
+    text_at = length_at + _LENGTH.size
+    while head := requests.read(_SIZES.size):
+        count, size = _SIZES.unpack(head)
+        left, found = requests.read(size), bytearray()
+        for _ in range(count):
+            end = text_at + _LENGTH.unpack_from(left, length_at)[0]
+            key, signature = left[:signature_at], left[signature_at:length_at]
+            found.append(is_signed(key, left[text_at:end], signature))
+            left = left[end:]
         answers.write(found)
         answers.flush()
 

@@ -154,8 +154,6 @@ class Signing:
     """Head after the run's genesis, 32 bytes."""
     run_digest: bytes = b""
     """What names the run in the signed keys of a sum, 32 bytes."""
-    is_signed: Callable[[bytes, bytes, bytes], bool] = is_signed
-    """Says of a key, a text and a signature whether the signature is the key's for the text."""
 
 
 def signing_of(
@@ -163,7 +161,6 @@ def signing_of(
     caller: Caller,
     genesis: Genesis,
     genesis_head: bytes,
-    is_signed: Callable[[bytes, bytes, bytes], bool] = is_signed,
 ) -> Signing | None:
     """How the answers of the session that `hello` opens are signed; None if they are not.
 
@@ -185,9 +182,7 @@ def signing_of(
     if not hello.signing_key:
         return None
     check_signing_key(hello.signing_key)
-    return Signing(
-        hello.signing_key, genesis.config, genesis_head, run_digest_of(genesis), is_signed
-    )
+    return Signing(hello.signing_key, genesis.config, genesis_head, run_digest_of(genesis))
 
 
 def event_from_request(
@@ -262,7 +257,7 @@ def _signed_keys(event: SumReceived, signing: Signing | None) -> SumReceived:
         signing.config.pairs_per_answer,
     )
     text = keys_text(context, ticket.slot, event.worker, keys)
-    if not signing.is_signed(signing.key, text, keys.signature):
+    if not is_signed(signing.key, text, keys.signature):
         raise SignatureError(
             f"The keys of worker {event.worker} for the sum of round {ticket.round} are not signed "
             f"with key {signing.key.hex()[:16]}; find out what lies between worker and coordinator."
@@ -281,33 +276,39 @@ def _check_signature(
     The signature must be over what the journal will hold of the answer.
     """
     ticket = event.ticket
-    what = f"worker {event.worker}'s answer to round {ticket.round}, slot {ticket.slot}"
     if signing is None:
         raise SignatureError(
-            f"A signature came with {what}, but its hello named no signing_key; name the key "
-            "there, or send answers without signatures."
+            f"A signature came with {_named(event)}, but its hello named no signing_key; name the "
+            "key there, or send answers without signatures."
         )
     if not event.signature:
         raise SignatureError(
-            f"No signature came with {what}, but it must be signed with key "
+            f"No signature came with {_named(event)}, but it must be signed with key "
             f"{signing.key.hex()[:16]}; use a FedMeZO version that signs."
         )
     head = head_at(ticket.round - 1) if ticket.round else b""
     if not head:
         # The machine may be ahead of what is durable; it never takes an answer that nobody checked.
         raise StaleTicketError(
-            f"No work of round {ticket.round} is known here, so {what} cannot be checked; drop it "
-            "and connect again."
+            f"No work of round {ticket.round} is known here, so {_named(event)} cannot be checked; "
+            "drop it and connect again."
         )
     # The head after a round never changes once it is known.
-    text = _signed_text(event, signing, head) if signed is None else signed.text
-    if not signing.is_signed(signing.key, text, event.signature):
+    if signed is None:
+        text = _signed_text(event, signing, head)
+        signed = SignedAnswer(event, signing.key, text, event.signature)
+    if not signed.is_good():
         raise SignatureError(
-            f"The signature of {what} is not of key {signing.key.hex()[:16]} for this answer, "
-            f"ticket, run and history (head {head.hex()[:16]}): it was altered on its way, or made "
-            "for another one; find out what lies between worker and coordinator."
+            f"The signature of {_named(event)} is not of key {signing.key.hex()[:16]} for this "
+            f"answer, ticket, run and history (head {head.hex()[:16]}): it was altered on its way, "
+            "or made for another one; find out what lies between worker and coordinator."
         )
     event.key = signing.key
+
+
+def _named(event: AnswerReceived) -> str:
+    ticket = event.ticket
+    return f"worker {event.worker}'s answer to round {ticket.round}, slot {ticket.slot}"
 
 
 def _signed_text(event: AnswerReceived, signing: Signing, head: bytes) -> bytes:
@@ -328,17 +329,28 @@ class SignedAnswer:
     key: bytes
     text: bytes
     signature: bytes
+    good: bool | None = None
+    """What a check has found; None: nobody has checked it yet."""
+    is_awaited: bool = False
+    """Whether another process checks it now, so that `good` will come."""
+
+    def is_good(self) -> bool:
+        """Whether `signature` is the key's for `text`; checks it if nobody has done so."""
+        if self.good is None:
+            self.good = is_signed(self.key, self.text, self.signature)
+        return self.good
 
 
 def signed_answer(
     worker: str, message: wire.SessionRequest, signing: Signing, head_at: Callable[[int], bytes]
 ) -> SignedAnswer | None:
     """What `event_from_request` will ask about; None for what needs no check, or has none yet."""
-    if not message.HasField("answer") or not message.answer.signature:
+    answer = message.answer if message.HasField("answer") else None
+    if answer is None or not (signature := answer.signature):
         return None
-    event = answer_from_pb(worker, message.answer)
-    head = head_at(event.ticket.round - 1) if event.ticket.round else b""
+    event = answer_from_pb(worker, answer)
+    round_ = event.ticket.round
+    head = head_at(round_ - 1) if round_ else b""
     if not head:
         return None
-    text = _signed_text(event, signing, head)
-    return SignedAnswer(event, signing.key, text, message.answer.signature)
+    return SignedAnswer(event, signing.key, _signed_text(event, signing, head), signature)
