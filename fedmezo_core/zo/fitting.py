@@ -9,18 +9,19 @@ curvature of each parameter as AdamW does. This uses no labels.
 If B is P C (`lora.output_rank`), A and P are those directions of a module's inputs and outputs in
 which the gradients of small batches are largest (as LoRA-SB begins from one gradient, Ponkshe et
 al. 2024): the main eigenvectors of the sums of G^T G and of G G^T, with G the gradient of a batch's
-loss with respect to the module's weights. A is scaled as above, P is orthonormal. This uses the
-rows' labels. The classes' logits are first moved to equal means, because the gradients of a model
-that always prefers one class have only one direction.
+loss with respect to the module's weights. The sums are the mean over all ways to shuffle the rows
+into batches, so they do not depend on the rows' order. A is scaled as above, P is orthonormal. This
+uses the rows' labels. The classes' logits are first moved to equal means, because the gradients of a
+model that always prefers one class have only one direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -37,10 +38,6 @@ from fedmezo_core.zo.party import Party, open_party
 BATCH_ROWS = 32
 GRADIENT_BATCH_ROWS = 16
 """Rows of a batch whose gradient counts: fewer have more of the rows' own noise in it."""
-
-GRADIENT_PASSES = 2
-"""How often each row's gradient is taken, each time in a batch with other rows: how rows fall into
-batches turns the directions (decision 0044)."""
 
 _Use = tuple[str, torch.Tensor, torch.Tensor]
 """A module's name, and one input and output of it."""
@@ -87,6 +84,10 @@ def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
     if lora is None:
         raise ConfigError("The run has no adapter to fit; give it a [run.lora].")
     dataset = party.task.encode(rows)
+    if lora.output_rank is not None:
+        # One order, so that the fit has the same bits for every order of the rows.
+        by_tokens = sorted(dataset.examples, key=_content)
+        dataset = replace(dataset, examples=tuple(by_tokens))
     layers = _layers(party.loaded.model)
     inputs, mean_scores = _seen_inputs(party, dataset, layers)
     moments = None
@@ -145,12 +146,15 @@ def _seen_inputs(
 def _gradient_moments(
     party: Party, dataset: Dataset, layers: Mapping[str, Any], mean_scores: torch.Tensor
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The sums of G^T G [inputs, inputs] and of G G^T [outputs, outputs] of each module."""
+    """The moments of the inputs' [inputs, inputs] and of the outputs' side [outputs, outputs] of
+    each module's gradients: expected sums of G^T G and of G G^T over shuffled batches.
+    """
     model: Any = party.loaded.model
-    sums: dict[str, tuple[Any, Any]] = dict.fromkeys(layers, (0.0, 0.0))
-    rows = len(dataset) * GRADIENT_PASSES
-    with long_step("taking gradients for the adapter", rows, "rows") as step:
-        for examples in _shuffled_batches(dataset):
+    whole: dict[str, Any] = dict.fromkeys(layers, 0.0)
+    by_row: dict[str, tuple[Any, Any]] = dict.fromkeys(layers, (0.0, 0.0))
+    with long_step("taking gradients for the adapter", len(dataset), "rows") as step:
+        for first in range(0, len(dataset), GRADIENT_BATCH_ROWS):
+            examples = dataset.examples[first : first + GRADIENT_BATCH_ROWS]
             batch = party.task.collate(examples, "fitting", execution_device(model))
             seen: list[_Use] = []
             handles = [
@@ -168,24 +172,35 @@ def _gradient_moments(
             for name in layers:
                 # A module may be used several times in a pass.
                 own = [index for index, use in enumerate(seen) if use[0] == name]
-                x = torch.cat([seen[index][1].flatten(0, -2) for index in own]).double()
-                d = torch.cat([grads[index].flatten(0, -2) for index in own]).double()
-                of_inputs, of_outputs = sums[name]
-                # G is d^T x, which may be larger than the products of positions.
-                sums[name] = (
-                    of_inputs + x.T @ ((d @ d.T) @ x),
-                    of_outputs + d.T @ ((x @ x.T) @ d),
+                x = torch.cat([seen[index][1] for index in own], dim=1).double()
+                d = torch.cat([grads[index] for index in own], dim=1).double()
+                of_inputs, of_outputs = by_row[name]
+                # A row's gradient is d^T x, which may be larger than the products of positions.
+                by_row[name] = (
+                    of_inputs + _flat(x).T @ _flat((d @ d.mT) @ x),
+                    of_outputs + _flat(d).T @ _flat((x @ x.mT) @ d),
                 )
+                whole[name] = whole[name] + _flat(d).T @ _flat(x)
             step.advance(len(examples))
-    return sums
+    # Two rows share one of the batches of a shuffle with this probability.
+    share = min(1.0, (GRADIENT_BATCH_ROWS - 1) / max(1, len(dataset) - 1))
+    return {
+        name: (
+            (1 - share) * of_inputs + share * whole[name].T @ whole[name],
+            (1 - share) * of_outputs + share * whole[name] @ whole[name].T,
+        )
+        for name, (of_inputs, of_outputs) in by_row.items()
+    }
 
 
-def _shuffled_batches(dataset: Dataset) -> Iterator[list[EncodedExample]]:
-    """Batches of `GRADIENT_BATCH_ROWS`; files often hold one label after the other."""
-    for number in range(GRADIENT_PASSES):
-        order = np.random.default_rng(number).permutation(len(dataset))
-        for first in range(0, len(order), GRADIENT_BATCH_ROWS):
-            yield [dataset.examples[row] for row in order[first : first + GRADIENT_BATCH_ROWS]]
+def _flat(rows: torch.Tensor) -> torch.Tensor:
+    """[rows, positions, width] as [rows * positions, width]."""
+    return rows.flatten(0, 1)
+
+
+def _content(example: EncodedExample) -> tuple[Any, ...]:
+    """What orders rows, the short ones first."""
+    return example.token_count, example.prompt, example.response, example.label
 
 
 def _layers(model: Any) -> dict[str, Any]:
