@@ -10,9 +10,9 @@ If B is P C (`lora.output_rank`), A and P are those directions of a module's inp
 which the gradients of small batches are largest (as LoRA-SB begins from one gradient, Ponkshe et
 al. 2024): the main eigenvectors of the sums of G^T G and of G G^T, with G the gradient of a batch's
 loss with respect to the module's weights. The sums are the mean over all ways to shuffle the rows
-into batches, so they do not depend on the rows' order. A is scaled as above, P is orthonormal. This
-uses the rows' labels. The classes' logits are first moved to equal means, because the gradients of a
-model that always prefers one class have only one direction.
+into batches, so they do not depend on the rows' order. A is scaled as above, P is orthonormal.
+This uses the rows' labels. The classes' logits are first moved to equal means, because the
+gradients of a model that always prefers one class have only one direction.
 """
 
 from __future__ import annotations
