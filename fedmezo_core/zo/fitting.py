@@ -7,12 +7,12 @@ nearly uncorrelated. A step along random directions needs that, because it canno
 curvature of each parameter as AdamW does. This uses no labels.
 
 If B is P C (`lora.output_rank`), A and P are those directions of a module's inputs and outputs in
-which the gradients of small batches are largest (as LoRA-SB begins from one gradient, Ponkshe et
-al. 2024): the main eigenvectors of the sums of G^T G and of G G^T, with G the gradient of a batch's
-loss with respect to the module's weights. The sums are the mean over all ways to shuffle the rows
-into batches, so they do not depend on the rows' order. A is scaled as above, P is orthonormal.
-This uses the rows' labels. The classes' logits are first moved to equal means, because the
-gradients of a model that always prefers one class have only one direction.
+which the rows' gradients are largest (as LoRA-SB begins from one gradient, Ponkshe et al. 2024):
+the main eigenvectors of the sums over rows of G^T G and of G G^T, with G the gradient of a row's
+loss with respect to the module's weights. So the fit does not depend on the rows' order. A is
+scaled to inputs of unit size over all tokens of the rows, P is orthonormal. This uses the rows'
+labels. The classes' logits are first moved to equal means, because the gradients of a model that
+always prefers one class have only one direction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,11 +36,17 @@ from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.party import Party, open_party
 
 BATCH_ROWS = 32
-GRADIENT_BATCH_ROWS = 16
-"""Rows of a batch whose gradient counts: fewer have more of the rows' own noise in it."""
+GRADIENT_ROWS = 16
+"""Rows of a pass backward, which needs more memory than a pass forward."""
 
 _Use = tuple[str, torch.Tensor, torch.Tensor]
 """A module's name, and one input and output of it."""
+
+
+class _Moments(NamedTuple):
+    of_inputs: torch.Tensor
+    of_outputs: torch.Tensor
+    of_tokens: torch.Tensor
 
 
 ROWS_MAX = 1000
@@ -99,11 +105,13 @@ def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
             if moments is None or lora.output_rank is None:
                 fitted_a = _whitening(inputs[name], lora.rank, name)
             else:
-                of_inputs, of_outputs = moments[name]
-                fitted_a = _scaled(_main_directions(of_inputs, lora.rank, name).T, inputs[name])
+                own = moments[name]
+                fitted_a = _scaled(
+                    _main_directions(own.of_inputs, lora.rank, name).T, own.of_tokens
+                )
                 [b] = layer.lora_B.values()
                 with torch.inference_mode():
-                    b.outputs.weight.copy_(_main_directions(of_outputs, lora.output_rank, name))
+                    b.outputs.weight.copy_(_main_directions(own.of_outputs, lora.output_rank, name))
             with torch.inference_mode():
                 a.weight.copy_(fitted_a)
             step.advance()
@@ -145,16 +153,17 @@ def _seen_inputs(
 
 def _gradient_moments(
     party: Party, dataset: Dataset, layers: Mapping[str, Any], mean_scores: torch.Tensor
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The moments of the inputs' [inputs, inputs] and of the outputs' side [outputs, outputs] of
-    each module's gradients: expected sums of G^T G and of G G^T over shuffled batches.
+) -> dict[str, _Moments]:
+    """Three moments of each module.
+
+    They are the sums over rows of G^T G [inputs, inputs] and of G G^T [outputs, outputs], with G
+    the gradient of a row's loss, and the mean over tokens of x x^T [inputs, inputs].
     """
     model: Any = party.loaded.model
-    whole: dict[str, Any] = dict.fromkeys(layers, 0.0)
-    by_row: dict[str, tuple[Any, Any]] = dict.fromkeys(layers, (0.0, 0.0))
+    sums: dict[str, tuple[Any, Any, Any, int]] = dict.fromkeys(layers, (0.0, 0.0, 0.0, 0))
     with long_step("taking gradients for the adapter", len(dataset), "rows") as step:
-        for first in range(0, len(dataset), GRADIENT_BATCH_ROWS):
-            examples = dataset.examples[first : first + GRADIENT_BATCH_ROWS]
+        for first in range(0, len(dataset), GRADIENT_ROWS):
+            examples = dataset.examples[first : first + GRADIENT_ROWS]
             batch = party.task.collate(examples, "fitting", execution_device(model))
             seen: list[_Use] = []
             handles = [
@@ -174,22 +183,20 @@ def _gradient_moments(
                 own = [index for index, use in enumerate(seen) if use[0] == name]
                 x = torch.cat([seen[index][1] for index in own], dim=1).double()
                 d = torch.cat([grads[index] for index in own], dim=1).double()
-                of_inputs, of_outputs = by_row[name]
+                masks = [batch.attention_mask[:, -seen[index][1].shape[1] :] for index in own]
+                tokens = x[torch.cat(masks, dim=1).bool()]
+                of_inputs, of_outputs, of_tokens, count = sums[name]
                 # A row's gradient is d^T x, which may be larger than the products of positions.
-                by_row[name] = (
+                sums[name] = (
                     of_inputs + _flat(x).T @ _flat((d @ d.mT) @ x),
                     of_outputs + _flat(d).T @ _flat((x @ x.mT) @ d),
+                    of_tokens + tokens.T @ tokens,
+                    count + len(tokens),
                 )
-                whole[name] = whole[name] + _flat(d).T @ _flat(x)
             step.advance(len(examples))
-    # Two rows share one of the batches of a shuffle with this probability.
-    share = min(1.0, (GRADIENT_BATCH_ROWS - 1) / max(1, len(dataset) - 1))
     return {
-        name: (
-            (1 - share) * of_inputs + share * whole[name].T @ whole[name],
-            (1 - share) * of_outputs + share * whole[name] @ whole[name].T,
-        )
-        for name, (of_inputs, of_outputs) in by_row.items()
+        name: _Moments(of_inputs, of_outputs, of_tokens / count)
+        for name, (of_inputs, of_outputs, of_tokens, count) in sums.items()
     }
 
 
@@ -237,12 +244,12 @@ def _main_directions(moments: torch.Tensor, rank: int, name: str) -> torch.Tenso
     return main
 
 
-def _scaled(directions: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """The rows of `directions`, each over the root mean square of `inputs` along it."""
-    along = inputs.double() @ directions.double().T
-    sizes = along.square().mean(dim=0).sqrt()[:, None]
+def _scaled(directions: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """The rows of `directions`, each over the root mean square of the inputs along it."""
+    rows = directions.double()
+    sizes = ((rows @ moments) * rows).sum(dim=1, keepdim=True).sqrt()
     # A direction that the inputs never take must not become infinitely long.
-    return (directions.double() / sizes.clamp_min(1e-6 * float(sizes.max()))).float()
+    return (rows / sizes.clamp_min(1e-6 * float(sizes.max()))).float()
 
 
 def _collector(name: str, into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any:
