@@ -89,9 +89,8 @@ def test_a_and_p_span_the_largest_gradients_of_rows(
         loss = scored.loss_of_scores(scored.scores(model, batch), batch, mean)
         for n, grad in enumerate(torch.autograd.grad(loss, weights)):
             by_row[n].append(grad.double())  # [inputs, outputs]: GPT-2 keeps its weights so.
-    sums = [
-        (sum(g @ g.T for g in gradients), sum(g.T @ g for g in gradients)) for gradients in by_row
-    ]
+    stacked = [torch.stack(gradients) for gradients in by_row]
+    sums = [((g @ g.mT).sum(dim=0), (g.mT @ g).sum(dim=0)) for g in stacked]
     for a, b, (of_inputs, of_outputs) in zip(_a(party), _b(party), sums, strict=True):
         p = b.outputs.weight.double()
         assert torch.allclose(p.T @ p, torch.eye(3).double(), atol=1e-6)
