@@ -273,7 +273,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         "FedMeZO in deep layers against federated averaging with back-propagation",
         {
             "rounds": 60,
-            "learning_rate": 0.4,
+            "learning_rate": 0.5,
             "lora": DEEP_CORE_LORA,
             "distribution": "rademacher",
         },

@@ -7,20 +7,21 @@ nearly uncorrelated. A step along random directions needs that, because it canno
 curvature of each parameter as AdamW does. This uses no labels.
 
 If B is P C (`lora.output_rank`), A and P are those directions of a module's inputs and outputs in
-which the gradients of small batches are largest (as LoRA-SB begins from one gradient, Ponkshe et
-al. 2024): the main eigenvectors of the sums of G^T G and of G G^T, with G the gradient of a batch's
-loss with respect to the module's weights. A is scaled as above, P is orthonormal. This uses the
-rows' labels. The classes' logits are first moved to equal means, because the gradients of a model
-that always prefers one class have only one direction.
+which the rows' gradients are largest (as LoRA-SB begins from one gradient, Ponkshe et al. 2024):
+the main eigenvectors of the sums over rows of G^T G and of G G^T, with G the gradient of a row's
+loss with respect to the module's weights. So the fit does not depend on the rows' order. A is
+scaled to inputs of unit size over all tokens of the rows, P is orthonormal. This uses the rows'
+labels. The classes' logits are first moved to equal means, because the gradients of a model that
+always prefers one class have only one direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -36,15 +37,17 @@ from fedmezo_core.zo.model.offload import execution_device
 from fedmezo_core.zo.party import Party, open_party
 
 BATCH_ROWS = 32
-GRADIENT_BATCH_ROWS = 16
-"""Rows of a batch whose gradient counts: fewer have more of the rows' own noise in it."""
-
-GRADIENT_PASSES = 2
-"""How often each row's gradient is taken, each time in a batch with other rows: how rows fall into
-batches turns the directions (decision 0044)."""
+GRADIENT_ROWS = 16
+"""Rows of a pass backward, which needs more memory than a pass forward."""
 
 _Use = tuple[str, torch.Tensor, torch.Tensor]
 """A module's name, and one input and output of it."""
+
+
+class _Moments(NamedTuple):
+    of_inputs: torch.Tensor
+    of_outputs: torch.Tensor
+    of_tokens: torch.Tensor
 
 
 ROWS_MAX = 1000
@@ -89,6 +92,10 @@ def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
     if lora is None:
         raise ConfigError("The run has no adapter to fit; give it a [run.lora].")
     dataset = party.task.encode(rows)
+    if lora.output_rank is not None:
+        # One order, so that the fit has the same bits for every order of the rows.
+        by_tokens = sorted(dataset.examples, key=_content)
+        dataset = replace(dataset, examples=tuple(by_tokens))
     layers = _layers(party.loaded.model)
     inputs, mean_scores = _seen_inputs(party, dataset, layers)
     moments = None
@@ -100,11 +107,13 @@ def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
             if moments is None or lora.output_rank is None:
                 fitted_a = _whitening(inputs[name], lora.rank, name)
             else:
-                of_inputs, of_outputs = moments[name]
-                fitted_a = _scaled(_main_directions(of_inputs, lora.rank, name).T, inputs[name])
+                own = moments[name]
+                fitted_a = _scaled(
+                    _main_directions(own.of_inputs, lora.rank, name).T, own.of_tokens
+                )
                 [b] = layer.lora_B.values()
                 with torch.inference_mode():
-                    b.outputs.weight.copy_(_main_directions(of_outputs, lora.output_rank, name))
+                    b.outputs.weight.copy_(_main_directions(own.of_outputs, lora.output_rank, name))
             with torch.inference_mode():
                 a.weight.copy_(fitted_a)
             step.advance()
@@ -146,13 +155,17 @@ def _seen_inputs(
 
 def _gradient_moments(
     party: Party, dataset: Dataset, layers: Mapping[str, Any], mean_scores: torch.Tensor
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The sums of G^T G [inputs, inputs] and of G G^T [outputs, outputs] of each module."""
+) -> dict[str, _Moments]:
+    """Three moments of each module.
+
+    They are the sums over rows of G^T G [inputs, inputs] and of G G^T [outputs, outputs], with G
+    the gradient of a row's loss, and the mean over tokens of x x^T [inputs, inputs].
+    """
     model: Any = party.loaded.model
-    sums: dict[str, tuple[Any, Any]] = dict.fromkeys(layers, (0.0, 0.0))
-    rows = len(dataset) * GRADIENT_PASSES
-    with long_step("taking gradients for the adapter", rows, "rows") as step:
-        for examples in _shuffled_batches(dataset):
+    sums: dict[str, tuple[Any, Any, Any, int]] = dict.fromkeys(layers, (0.0, 0.0, 0.0, 0))
+    with long_step("taking gradients for the adapter", len(dataset), "rows") as step:
+        for first in range(0, len(dataset), GRADIENT_ROWS):
+            examples = dataset.examples[first : first + GRADIENT_ROWS]
             batch = party.task.collate(examples, "fitting", execution_device(model))
             seen: list[_Use] = []
             handles = [
@@ -170,24 +183,33 @@ def _gradient_moments(
             for name in layers:
                 # A module may be used several times in a pass.
                 own = [index for index, use in enumerate(seen) if use[0] == name]
-                x = torch.cat([seen[index][1].flatten(0, -2) for index in own]).double()
-                d = torch.cat([grads[index].flatten(0, -2) for index in own]).double()
-                of_inputs, of_outputs = sums[name]
-                # G is d^T x, which may be larger than the products of positions.
+                x = torch.cat([seen[index][1] for index in own], dim=1).double()
+                d = torch.cat([grads[index] for index in own], dim=1).double()
+                masks = [batch.attention_mask[:, -seen[index][1].shape[1] :] for index in own]
+                tokens = x[torch.cat(masks, dim=1).bool()]
+                of_inputs, of_outputs, of_tokens, count = sums[name]
+                # A row's gradient is d^T x, which may be larger than the products of positions.
                 sums[name] = (
-                    of_inputs + x.T @ ((d @ d.T) @ x),
-                    of_outputs + d.T @ ((x @ x.T) @ d),
+                    of_inputs + _flat(x).T @ _flat((d @ d.mT) @ x),
+                    of_outputs + _flat(d).T @ _flat((x @ x.mT) @ d),
+                    of_tokens + tokens.T @ tokens,
+                    count + len(tokens),
                 )
             step.advance(len(examples))
-    return sums
+    return {
+        name: _Moments(of_inputs, of_outputs, of_tokens / count)
+        for name, (of_inputs, of_outputs, of_tokens, count) in sums.items()
+    }
 
 
-def _shuffled_batches(dataset: Dataset) -> Iterator[list[EncodedExample]]:
-    """Batches of `GRADIENT_BATCH_ROWS`; files often hold one label after the other."""
-    for number in range(GRADIENT_PASSES):
-        order = np.random.default_rng(number).permutation(len(dataset))
-        for first in range(0, len(order), GRADIENT_BATCH_ROWS):
-            yield [dataset.examples[row] for row in order[first : first + GRADIENT_BATCH_ROWS]]
+def _flat(rows: torch.Tensor) -> torch.Tensor:
+    """[rows, positions, width] as [rows * positions, width]."""
+    return rows.flatten(0, 1)
+
+
+def _content(example: EncodedExample) -> tuple[Any, ...]:
+    """What orders rows, the short ones first."""
+    return example.token_count, example.prompt, example.response, example.label
 
 
 def _layers(model: Any) -> dict[str, Any]:
@@ -224,12 +246,12 @@ def _main_directions(moments: torch.Tensor, rank: int, name: str) -> torch.Tenso
     return main
 
 
-def _scaled(directions: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
-    """The rows of `directions`, each over the root mean square of `inputs` along it."""
-    along = inputs.double() @ directions.double().T
-    sizes = along.square().mean(dim=0).sqrt()[:, None]
+def _scaled(directions: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
+    """The rows of `directions`, each over the root mean square of the inputs along it."""
+    rows = directions.double()
+    sizes = ((rows @ moments) * rows).sum(dim=1, keepdim=True).sqrt()
     # A direction that the inputs never take must not become infinitely long.
-    return (directions.double() / sizes.clamp_min(1e-6 * float(sizes.max()))).float()
+    return (rows / sizes.clamp_min(1e-6 * float(sizes.max()))).float()
 
 
 def _collector(name: str, into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any:

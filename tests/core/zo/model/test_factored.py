@@ -17,7 +17,7 @@ from fedmezo_core.zo.assignment import measure, open_batches, open_estimator
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.data.rows import Example, read_examples
 from fedmezo_core.zo.export import export_adapter, export_model, write_adapter
-from fedmezo_core.zo.fitting import GRADIENT_BATCH_ROWS, GRADIENT_PASSES, fit_adapter
+from fedmezo_core.zo.fitting import fit_adapter
 from fedmezo_core.zo.model.loading import load_model
 from fedmezo_core.zo.model.model_card import ModelCard
 from fedmezo_core.zo.model.weight_digest import base_digest
@@ -64,7 +64,7 @@ def _use_twice(party: Party) -> None:
 
 @pytest.mark.parametrize("is_used_twice", [False, True])
 @pytest.mark.parametrize("task", [CLASSES, ANSWERS])
-def test_a_and_p_span_the_largest_gradients_of_batches(
+def test_a_and_p_span_the_largest_gradients_of_rows(
     task: dict[str, Any], is_used_twice: bool, folder: Path, rows: list[Example]
 ) -> None:
     party = open_party(_config({"output_rank": 3}, task=task), str(folder), threads=1)
@@ -83,16 +83,14 @@ def test_a_and_p_span_the_largest_gradients_of_batches(
     with torch.no_grad():
         whole = scored.collate(examples, "all")
         mean = scored.scores(model, whole).mean(dim=0)
-    sums: list[Any] = [(0.0, 0.0)] * len(weights)
-    orders = [np.random.default_rng(n).permutation(len(examples)) for n in range(GRADIENT_PASSES)]
-    firsts = range(0, len(examples), GRADIENT_BATCH_ROWS)
-    for rows_of in [order[first:][:GRADIENT_BATCH_ROWS] for order in orders for first in firsts]:
-        chosen = [examples[index] for index in rows_of]
-        batch = scored.collate(chosen, "some")
+    by_row: list[list[torch.Tensor]] = [[] for _ in weights]
+    for example in examples:
+        batch = scored.collate([example], "one")
         loss = scored.loss_of_scores(scored.scores(model, batch), batch, mean)
         for n, grad in enumerate(torch.autograd.grad(loss, weights)):
-            g = grad.double()  # [inputs, outputs]: GPT-2 keeps its weights so.
-            sums[n] = sums[n][0] + g @ g.T, sums[n][1] + g.T @ g
+            by_row[n].append(grad.double())  # [inputs, outputs]: GPT-2 keeps its weights so.
+    stacked = [torch.stack(gradients) for gradients in by_row]
+    sums = [((g @ g.mT).sum(dim=0), (g.mT @ g).sum(dim=0)) for g in stacked]
     for a, b, (of_inputs, of_outputs) in zip(_a(party), _b(party), sums, strict=True):
         p = b.outputs.weight.double()
         assert torch.allclose(p.T @ p, torch.eye(3).double(), atol=1e-6)
@@ -104,14 +102,36 @@ def test_a_and_p_span_the_largest_gradients_of_batches(
         assert not b.core.weight.any(), "the model computes what it did"
 
 
-def test_each_input_of_c_has_unit_size(folder: Path, rows: list[Example]) -> None:
+@pytest.mark.parametrize("task", [CLASSES, ANSWERS])
+def test_the_order_of_the_rows_changes_no_bit(
+    task: dict[str, Any], folder: Path, rows: list[Example]
+) -> None:
+    fits = []
+    for order in (rows, rows[::-1], rows[1::2] + rows[::2]):
+        party = open_party(_config({"output_rank": 3}, task=task), str(folder), threads=1)
+        fit_adapter(party, order)
+        fits.append([*(a.weight for a in _a(party)), *(b.outputs.weight for b in _b(party))])
+    for other in fits[1:]:
+        assert all(torch.equal(mine, its) for mine, its in zip(fits[0], other, strict=True))
+
+
+@pytest.mark.parametrize("is_used_twice", [False, True])
+def test_each_input_of_c_has_unit_size_over_all_tokens(
+    is_used_twice: bool, folder: Path, rows: list[Example]
+) -> None:
     party = open_party(_config({"output_rank": 3}), str(folder), threads=1)
+    if is_used_twice:
+        _use_twice(party)
     fit_adapter(party, rows)
     seen: list[torch.Tensor] = []
-    handle = _a(party)[0].register_forward_hook(lambda *_: seen.append(_[2][:, -1].double()))
-    party.task.loss(party.loaded.model, party.task.collate(party.task.encode(rows).examples, "all"))
+    handle = _a(party)[0].register_forward_hook(lambda *_: seen.append(_[2][0].double()))
+    examples = party.task.encode(rows).examples
+    assert len({example.token_count for example in examples}) > 1, "padding must not count"
+    for example in examples:
+        party.task.loss(party.loaded.model, party.task.collate([example], "one"))
     handle.remove()
-    assert torch.allclose(seen[0].square().mean(dim=0), torch.ones(6).double(), atol=1e-3)
+    sizes = torch.cat(seen).square().mean(dim=0)
+    assert torch.allclose(sizes, torch.ones(6).double(), atol=1e-3)
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "low_rank_1"])
