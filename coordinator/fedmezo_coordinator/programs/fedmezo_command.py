@@ -16,7 +16,6 @@ from rich.console import Console
 
 from fedmezo.auditing import TOLERANCE, audit_of, rounds_in, rounds_text
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
-from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
 from fedmezo_coordinator.programs.connecting import (
     Coordinator,
@@ -76,7 +75,7 @@ from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.program import (
     long_step,
     run_program,
-    show_steps_with,
+    show_steps_on_terminal,
     step_log,
     worker_packages,
 )
@@ -111,8 +110,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     for own in (log, step_log):
         own.setLevel(logging.INFO)
-    if sys.stderr.isatty():
-        show_steps_with(show_bar)
+    show_steps_on_terminal()
     return run_program("fedmezo", lambda: app(standalone_mode=True))
 
 
