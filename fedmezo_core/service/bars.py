@@ -104,13 +104,10 @@ def _draw(step: Step, over: threading.Event) -> None:
         _shown = bars
     try:
         while not over.wait(UPDATE_EVERY_S):
-            bars.update(
-                task,
-                description=step.what,
-                total=step.total,
-                completed=step.done,
-                counted=step.counted,
-            )
+            if bars.tasks[0].description != step.what:  # An update cannot take a total away.
+                bars.remove_task(task)
+                task = bars.add_task(step.what, total=step.total, counted=step.counted)
+            bars.update(task, total=step.total, completed=step.done, counted=step.counted)
     finally:
         with _writing:
             _shown = None

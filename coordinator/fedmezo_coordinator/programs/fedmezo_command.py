@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 
@@ -111,7 +112,39 @@ def main() -> int:
     for own in (log, step_log):
         own.setLevel(logging.INFO)
     show_steps_on_terminal()
-    return run_program("fedmezo", lambda: app(standalone_mode=True))
+    return run_program("fedmezo", _run_command)
+
+
+_NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What asks for help where arguments are missing; older versions of click print it themselves."""
+
+
+def _run_command() -> None:
+    """Run the command that the arguments name.
+
+    Raises `ConfigError` for arguments that name none, and `SystemExit` with a status that the
+    command ends with.
+    """
+    try:
+        status = app(prog_name="fedmezo", standalone_mode=False)
+    except _NO_ARGUMENTS as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.UsageError as error:
+        raise ConfigError(_usage_sentence(error)) from None
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    if isinstance(status, int) and status:
+        raise SystemExit(status)
+
+
+def _usage_sentence(error: click.UsageError) -> str:
+    """What is wrong with the arguments, and where it says what is right."""
+    see = f"see {'fedmezo' if error.ctx is None else error.ctx.command_path} --help."
+    said = error.format_message().strip()
+    if said.endswith("?"):  # Did you mean ...?
+        return f"{said} {see.capitalize()}"
+    return f"{said.removesuffix('.')}; {see}"
 
 
 def _print_version(asked: bool) -> None:
