@@ -232,7 +232,6 @@ def test_a_wrong_flag_is_told_in_one_sentence(flags: list[str], said: str) -> No
     assert said in complaint(*flags)
 
 
-
 class Paths(BaseSettings):
     """A program with addresses and paths."""
 

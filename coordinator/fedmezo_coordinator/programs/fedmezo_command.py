@@ -6,6 +6,7 @@ import asyncio
 import logging
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from fedmezo_coordinator.programs.connecting import (
     State,
     Tls,
     TlsCa,
+    data_path,
     link_to,
     opened_journal,
     user_path,
@@ -106,27 +108,30 @@ OutputFolder = Annotated[Path, typer.Argument(help="folder to write; must be new
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 
 
-def main() -> int:
-    """Run `fedmezo`; returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `fedmezo`; returns the exit status.
+
+    `arguments` are those of the command line; None: this process's own.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     for own in (log, step_log):
         own.setLevel(logging.INFO)
     show_steps_on_terminal()
-    return run_program("fedmezo", _run_command)
+    return run_program("fedmezo", lambda: _run_command(arguments))
 
 
 _NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
 """What asks for help where arguments are missing; older versions of click print it themselves."""
 
 
-def _run_command() -> None:
+def _run_command(arguments: Sequence[str] | None) -> None:
     """Run the command that the arguments name.
 
     Raises `ConfigError` for arguments that name none, and `SystemExit` with a status that the
     command ends with.
     """
     try:
-        status = app(prog_name="fedmezo", standalone_mode=False)
+        status = app(arguments, prog_name="fedmezo", standalone_mode=False)
     except _NO_ARGUMENTS as error:
         error.show()
         raise SystemExit(error.exit_code) from None
@@ -326,7 +331,10 @@ def adapter(
     ],
     data: Annotated[
         Path,
-        typer.Option(help="rows like the workers': a JSONL, CSV or Parquet file, or a folder"),
+        typer.Option(
+            callback=data_path,
+            help="rows like the workers': a JSONL, CSV or Parquet file, or a folder",
+        ),
     ],
     rows_max: Annotated[int, typer.Option(min=1, help="most rows to read")] = 1000,
     threads: Threads = None,
@@ -390,7 +398,10 @@ def export_form(
 def audit(
     worker: Annotated[str, typer.Option(help="name of the worker whose answers are repeated")],
     data: Annotated[
-        Path, typer.Option(help="the rows that it measured on, in files as it was given them")
+        Path,
+        typer.Option(
+            callback=data_path, help="the rows that it measured on, in files as it was given them"
+        ),
     ],
     rounds: Annotated[
         str, typer.Option(help="rounds to repeat, as in 3,7,11-13; default: all that it answered")
@@ -474,7 +485,10 @@ def probe(
     config: Annotated[Path, typer.Option(help="the coordinator's TOML file")],
     data: Annotated[
         Path,
-        typer.Option(help="rows like the workers': a JSONL, CSV or Parquet file, or a folder"),
+        typer.Option(
+            callback=data_path,
+            help="rows like the workers': a JSONL, CSV or Parquet file, or a folder",
+        ),
     ],
     workers: Annotated[
         int | None,
@@ -543,7 +557,10 @@ def privacy(
 def split(
     data: Annotated[
         Path,
-        typer.Argument(help="rows to split: a JSONL, CSV or Parquet file, or a folder of them"),
+        typer.Argument(
+            callback=data_path,
+            help="rows to split: a JSONL, CSV or Parquet file, or a folder of them",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder to write; must be new or empty")],
     splitter: Annotated[

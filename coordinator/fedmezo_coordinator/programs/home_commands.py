@@ -19,9 +19,11 @@ from fedmezo_coordinator.programs.connecting import (
     State,
     Tls,
     TlsCa,
+    data_path,
     link_to,
     opened_journal,
     signed_head_from,
+    user_path,
 )
 from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, say
 from fedmezo_coordinator.programs.taking_home.journal_file import (
@@ -69,8 +71,20 @@ LastRound = Annotated[
     typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
+
+
+def _finished(given: Path) -> Path:
+    folder = user_path(given)
+    if folder is None or not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}; name one that fedmezo export wrote.")
+    return folder
+
+
 Finished = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="model or adapter that fedmezo export wrote")
+    Path,
+    typer.Argument(
+        metavar="FOLDER", callback=_finished, help="model or adapter that fedmezo export wrote"
+    ),
 ]
 AdapterBase = Annotated[
     str,
@@ -241,7 +255,10 @@ def evaluate(
     folder: Finished,
     data: Annotated[
         Path,
-        typer.Option(help="rows like the run's: a JSONL, CSV or Parquet file, or a folder"),
+        typer.Option(
+            callback=data_path,
+            help="rows like the run's: a JSONL, CSV or Parquet file, or a folder",
+        ),
     ],
     batch_size: Annotated[
         int, typer.Option(min=1, help="rows at a time; the coordinator's evaluate_batch_size")
