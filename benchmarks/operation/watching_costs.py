@@ -24,7 +24,7 @@ from pathlib import Path
 
 from benchmarks.figures import Figure
 from benchmarks.integrations.rounds_over import save_subject
-from tests.integration.support.harness import Program, Programs, run_values, toml_of
+from tests.integration.support.harness import PATIENCE_S, Program, Programs, run_values, toml_of
 
 BROWSERS = 4
 SCRAPE_EVERY_S = 1.0
@@ -62,8 +62,8 @@ class Scene:
 
     async def at_a_round(self) -> int:
         """The number of a round, at the moment when the worker has measured it."""
-        path, before = self.worker.log_path, None
-        while True:
+        path, before, end_s = self.worker.log_path, None, time.monotonic() + PATIENCE_S
+        while time.monotonic() < end_s:
             with path.open("rb") as file:
                 file.seek(max(0, path.stat().st_size - TAIL_BYTES))
                 found = ROUND_LINE.findall(file.read().decode(errors="replace"))
@@ -73,6 +73,7 @@ class Scene:
                 return newest
             before = newest
             await asyncio.sleep(LOOK_EVERY_S)
+        raise TimeoutError(f"the worker measures no more:\n{self.worker.said[-1000:]}")
 
     async def phase(self, seconds: float) -> Spent:
         """What the rounds of about `seconds` take."""
@@ -156,7 +157,7 @@ def _read(link: socket.socket) -> None:
 
 def figures(small: bool) -> Iterator[Figure]:
     """CPU time of a worker's round and rounds in a second, with and without watchers."""
-    yield from asyncio.run(_figures(*((2, 0.2) if small else (25, 0.5))))
+    yield from asyncio.run(_figures(*((2, 0.2) if small else (15, 0.5))))
 
 
 async def _figures(turns: int, seconds: float) -> list[Figure]:
@@ -179,7 +180,14 @@ async def _figures(turns: int, seconds: float) -> list[Figure]:
 async def _scene(programs: Programs) -> Scene:
     folder = programs.folder
     model = save_subject(folder)
-    run = run_values(model="model", rounds=100_000, local_steps=1, workers_min=1, quorum=1)
+    run = run_values(
+        model="model",
+        rounds=100_000,
+        local_steps=1,
+        workers_min=1,
+        quorum=1,
+        learning_rate=1e-7,  # Far more rounds than such a model lasts at a rate that teaches it.
+    )
     coordinator, address = await programs.coordinator(
         folder / "journal.db",
         run,

@@ -73,7 +73,9 @@ class OpenPage:
         from fedmezo_coordinator.web.runs_in_view import RunsInView, served_runs
 
         caller = Caller.ANYONE if self._access is None else Caller(Role.OBSERVER)
-        shown = served_runs(self._runs.hosted, caller)
+        # Without identities, whoever is on another machine may be one of the workers.
+        with_declines = self._access is not None or is_loopback(self.address)
+        shown = served_runs(self._runs.hosted, caller, with_declines=with_declines)
         self._server.show(RunsInView(shown, self._runs.session_limit, self._runs.lag))
 
     def path_for(self, caller: Caller) -> str:
