@@ -52,15 +52,13 @@ def user_path(given: Path | None) -> Path | None:
         raise ConfigError(f"{given} is not allowed: {error}.") from None
 
 
-def data_path(given: Path | None) -> Path | None:
-    """A path of rows with `~` replaced; raises `ConfigError` if nothing is there.
+def check_data(path: Path) -> None:
+    """Refuse a path of rows at which nothing is; raises `ConfigError`.
 
-    Commands look at it before they load what computes, which takes seconds.
+    Commands look before they load what computes, which takes seconds.
     """
-    path = user_path(given)
-    if path is not None and not path.exists():
+    if not path.exists():
         raise ConfigError(f"There is no data file or folder {path}; check the path.")
-    return path
 
 
 Coordinator = Annotated[

@@ -27,7 +27,7 @@ from fedmezo_coordinator.programs.connecting import (
     State,
     Tls,
     TlsCa,
-    data_path,
+    check_data,
     link_to,
     opened_journal,
     user_path,
@@ -332,7 +332,7 @@ def adapter(
     data: Annotated[
         Path,
         typer.Option(
-            callback=data_path,
+            callback=user_path,
             help="rows like the workers': a JSONL, CSV or Parquet file, or a folder",
         ),
     ],
@@ -341,6 +341,7 @@ def adapter(
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Fit the adapter that a run begins from to texts; see docs/configuration.md."""
+    check_data(data)
     settings = load_settings(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo adapter"
     )
@@ -400,7 +401,7 @@ def audit(
     data: Annotated[
         Path,
         typer.Option(
-            callback=data_path, help="the rows that it measured on, in files as it was given them"
+            callback=user_path, help="the rows that it measured on, in files as it was given them"
         ),
     ],
     rounds: Annotated[
@@ -428,6 +429,7 @@ def audit(
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
+    check_data(data)
     wanted_rounds = rounds_in(rounds)
     link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
     with opened_journal(journal, link) as source:
@@ -486,7 +488,7 @@ def probe(
     data: Annotated[
         Path,
         typer.Option(
-            callback=data_path,
+            callback=user_path,
             help="rows like the workers': a JSONL, CSV or Parquet file, or a folder",
         ),
     ],
@@ -503,6 +505,7 @@ def probe(
     threads: Threads = None,
 ) -> None:
     """Measure which eps and learning rate suit a run, before it begins; see docs/choosing.md."""
+    check_data(data)
     settings = load_settings(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo probe"
     )
@@ -558,7 +561,7 @@ def split(
     data: Annotated[
         Path,
         typer.Argument(
-            callback=data_path,
+            callback=user_path,
             help="rows to split: a JSONL, CSV or Parquet file, or a folder of them",
         ),
     ],
@@ -597,6 +600,7 @@ def split(
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Split rows into one file for each worker and one of held-out rows, for an experiment."""
+    check_data(data)
     options = SplitOptions(
         splitter=splitter,
         workers=workers,

@@ -19,7 +19,7 @@ from fedmezo_coordinator.programs.connecting import (
     State,
     Tls,
     TlsCa,
-    data_path,
+    check_data,
     link_to,
     opened_journal,
     signed_head_from,
@@ -73,17 +73,10 @@ LastRound = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 
 
-def _finished(given: Path) -> Path:
-    folder = user_path(given)
-    if folder is None or not folder.is_dir():
-        raise ConfigError(f"There is no folder {folder}; name one that fedmezo export wrote.")
-    return folder
-
-
 Finished = Annotated[
     Path,
     typer.Argument(
-        metavar="FOLDER", callback=_finished, help="model or adapter that fedmezo export wrote"
+        metavar="FOLDER", callback=user_path, help="model or adapter that fedmezo export wrote"
     ),
 ]
 AdapterBase = Annotated[
@@ -256,7 +249,7 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Option(
-            callback=data_path,
+            callback=user_path,
             help="rows like the run's: a JSONL, CSV or Parquet file, or a folder",
         ),
     ],
@@ -270,6 +263,7 @@ def evaluate(
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Compute an exported model's loss and accuracy on rows, as the run's coordinator does."""
+    check_data(data)
     finished = _opened(folder, model, config, device, threads)
     found = finished.evaluate(data, batch_size)
     auc = "" if found.auc is None else f", AUC {found.auc:.4f}"
@@ -418,6 +412,8 @@ def _write_rebuilt(
 def _opened(
     folder: Path, model: str, config: Path | None, device: str, threads: int | None
 ) -> FinishedModel:
+    if not folder.is_dir():  # Before what computes is loaded, which takes seconds.
+        raise ConfigError(f"There is no folder {folder}; name one that fedmezo export wrote.")
     contract: RunConfig | None = None
     if config is not None:
         settings = load_settings(CoordinatorSettings, ["--config", str(config)], program="fedmezo")
