@@ -7,13 +7,14 @@ from functools import partial
 
 from benchmarks.figures import REPORTS, arguments_of, collect, publish
 from benchmarks.machine import Machine
-from benchmarks.operation import page_costs, runs_at_once, scale
+from benchmarks.operation import page_costs, runs_at_once, scale, watching_costs
 
 REPORT = REPORTS / "bench-operation.json"
 GROUPS = {
     "page": page_costs.figures,
     "runs": runs_at_once.figures,
     "scale": scale.figures,
+    "watching": watching_costs.figures,
 }
 
 

@@ -9,6 +9,7 @@ import re
 import tomllib
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -120,8 +121,7 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
 
     The name of an environment variable is the `env_prefix` of `kind` followed by the key in upper
     case. Two underscores separate nested keys: FEDMEZO_COORDINATOR_RUN__EPS. Raises `ConfigError`,
-    which names the key, the value and what is allowed. `--help` and unknown flags end the process,
-    as argparse does.
+    which names the key, the value and what is allowed. `--help` ends the process, as argparse does.
     """
     prefix = kind.model_config.get("env_prefix", "")
     arguments, config_path = _take_config_flag(arguments, f"{prefix}CONFIG")
@@ -143,6 +143,7 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
                     cli_implicit_flags=True,
                     cli_hide_none_type=True,
                     cli_avoid_json=False,
+                    cli_exit_on_error=False,
                     add_argument_method=partial(_add_flag, kind),
                 ),
                 EnvSettingsSource(settings_cls, env_nested_delimiter="__"),
@@ -157,6 +158,8 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
         where = str(config_path) if config_path is not None else ""
         raise ConfigError(sentence_of(error, where, kind=kind)) from None
     except SettingsError as error:
+        if str(error).startswith(_OF_FLAGS):
+            raise ConfigError(_flags_sentence(str(error), kind, program)) from None
         keys = "|".join(map(re.escape, kind.model_fields))
         named = re.search(rf"\b({keys})\b", str(error))
         raise ConfigError(
@@ -164,6 +167,24 @@ def load_settings(kind: type[Settings], arguments: Sequence[str], *, program: st
             f"for example --run '{{\"rounds\": 5}}', and check the flags and {prefix}*."
         ) from None
     return loaded
+
+
+_OF_FLAGS = "error parsing CLI: "
+"""How pydantic-settings begins what its parser of flags says."""
+
+
+def _flags_sentence(error: str, kind: type[BaseSettings], program: str) -> str:
+    """What is wrong with the flags, for a person."""
+    said = error.removeprefix(_OF_FLAGS)
+    unknown = re.match(r"unrecognized arguments: (\S+)", said)
+    if unknown is None:
+        return f"{said}; see {program} --help."
+    given = unknown[1].partition("=")[0]
+    if not given.startswith("-"):
+        return f"{given!r} is no flag, and {program} takes flags alone; see {program} --help."
+    flags = [f"--{key.replace('_', '-')}" for key in kind.model_fields]
+    near = get_close_matches(given, flags, 1)
+    return f"There is no flag {given}{f', but {near[0]}' if near else ''}; see {program} --help."
 
 
 def settings_of(kind: type[Settings], values: dict[str, Any], where: str) -> Settings:

@@ -38,6 +38,9 @@ REPEAT_AFTER_S = 1.0
 STOP_WITHIN_S = 4.0
 """Longest time that a daemon takes to stop; after that it ends, whatever it does then."""
 
+DUMB_TERMINALS = ("", "dumb", "unknown")
+"""Values of TERM that name a terminal without control sequences."""
+
 log = logging.getLogger("fedmezo.program")
 
 
@@ -80,7 +83,7 @@ def stop_signal() -> asyncio.Event:
             service_manager().stopping()
             threading.Thread(target=_end_in_time, daemon=True).start()
         elif number != signal.SIGHUP and now_s - first_s >= REPEAT_AFTER_S:
-            os._exit(128 + number)
+            _end_at_once(128 + number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if number == signal.SIGHUP and _reloads:
@@ -111,8 +114,14 @@ def _end_in_time() -> None:
     A thread that loads a model, or computes in native code, cannot be asked to stop.
     """
     time.sleep(STOP_WITHIN_S)
-    os.write(2, b"The work under way did not end in time, so it was cut off.\n")
-    os._exit(0)
+    _end_at_once(0, b"The work under way did not end in time, so it was cut off.\n")
+
+
+def _end_at_once(status: int, said: bytes = b"") -> NoReturn:
+    """End this process now, whatever it does."""
+    # A bar may stand in the terminal's last line.
+    os.write(2, (b"\r\x1b[K" if can_show_bars() else b"") + said)
+    os._exit(status)
 
 
 @contextmanager
@@ -131,7 +140,7 @@ def _ended_by_signals() -> Iterator[None]:
             first_s = now_s
             raise SystemExit(128 + number)
         if now_s - first_s >= REPEAT_AFTER_S:
-            os._exit(128 + number)
+            _end_at_once(128 + number)
 
     ours: list[signal.Signals] = []
     if threading.current_thread() is threading.main_thread():
@@ -222,6 +231,8 @@ def run_daemon(
     def work() -> None:
         settings = load()
         shape_log(settings.log_format, settings.log_level)
+        if settings.log_format == "text":
+            show_steps_on_terminal()
         asyncio.run(serve(settings))
 
     return run_program(program, work)
@@ -280,6 +291,10 @@ class LongStep:
         """Note that `count` more are done."""
         self.done += count
 
+    def become(self, what: str, total: int | None, unit: str, done: int) -> None:
+        """Go on as another step, which another process takes; the time counts from the first on."""
+        self.what, self.total, self.unit, self.done = what, total, unit, done
+
     @property
     def counted(self) -> str:
         """What is done, such as `1,200 of 3,000 records`; empty if nothing is counted."""
@@ -312,12 +327,26 @@ def show_steps_with(show: ShowStep) -> None:
     _show_step = show
 
 
+def can_show_bars() -> bool:
+    """Whether standard error is a terminal on which a bar can be drawn."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "") not in DUMB_TERMINALS
+
+
+def show_steps_on_terminal() -> None:
+    """Show this process's long steps as bars from now on, if standard error is a terminal."""
+    if can_show_bars():
+        from fedmezo_core.service.bars import keep_log_above_bars, show_bar
+
+        keep_log_above_bars()
+        show_steps_with(show_bar)
+
+
 @contextmanager
 def long_step(what: str, total: int | None = None, unit: str = "") -> Iterator[LongStep]:
     """Show how far this block is, if it takes long; the block calls `advance` if it counts.
 
-    A program shows its steps in its log, or as `show_steps_with` says. The arguments are the fields
-    of `LongStep`.
+    A program shows its steps in its log, on a terminal with bars, or as `show_steps_with` says. The
+    arguments are the fields of `LongStep`.
     """
     step, over = LongStep(what, total, unit), threading.Event()
     showing = threading.Thread(target=_show_step, args=(step, over), name="step", daemon=True)
@@ -331,10 +360,14 @@ def long_step(what: str, total: int | None = None, unit: str = "") -> Iterator[L
         showing.join()  # A terminal should be as it was.
 
 
+def newest_step() -> LongStep | None:
+    """The newest long step of this process that goes on; None if there is none."""
+    return next(iter(_steps[-1:]), None)
+
+
 def current_step() -> str:
     """How far the newest long step of this process is; empty if there is none."""
-    steps = _steps[-1:]
-    return str(steps[0]) if steps else ""
+    return str(newest_step() or "")
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class MadeRun:
         self.run_phase: int = runs.RUN_PHASE_RUNNING
         self.phase_reason = ""
         self.refused_answers: Counter[str] = Counter()
+        self.declines: dict[str, str] = {}
         self.append_times = AppendTimes()
         self._random = random.Random(seed)
         self.config = config_of(run_id, max(planned, rounds, 1))

@@ -16,6 +16,7 @@ import aiohttp
 from benchmarks.figures import Figure
 from benchmarks.operation.made_run import MadeRun
 from fedmezo_coordinator.web.page_server import PageServer, PageSettings, page_served
+from fedmezo_coordinator.web.page_socket import page_socket
 from fedmezo_coordinator.web.runs_in_view import RunsInView
 
 ROUNDS, WORKERS = 10_000, 1000
@@ -49,7 +50,7 @@ def figures(small: bool) -> Iterator[Figure]:
 @asynccontextmanager
 async def _shown(run: MadeRun) -> AsyncIterator[PageServer]:
     """A page of the run, whose curves have caught up."""
-    async with page_served(PageSettings(listen="127.0.0.1:0")) as page:
+    async with page_served(PageSettings(), page_socket("127.0.0.1:0")) as page:
         runs = RunsInView(lambda: [run])
         page.show(runs)
         while not runs.all()[0].is_caught_up:  # noqa: ASYNC110 - it tells nobody

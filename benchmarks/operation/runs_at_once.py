@@ -305,13 +305,15 @@ def starting(sizes: Sizes) -> Iterator[Figure]:
     """The time until all runs are served: at first, and after a kill under load."""
     names = names_of(sizes.runs)
     with serving(names, sizes.workers_of_a_run, rounds=ROUNDS) as coordinator:
-        coordinator.kill()
-        began_s = time.monotonic()
-        coordinator.start()
-        ready_s = time.monotonic() - began_s
-        what = f"start of {sizes.runs} empty runs, until all serve"
-        yield Figure(what, ready_s, "s", "at most 1")
-        yield Figure("processor time of that start", coordinator.cpu_s, "s")
+        for flags, how in (("--page", f"{HOST}:0"), ", with the page"), ((), ""):
+            coordinator.kill()
+            coordinator.more_flags = flags
+            began_s = time.monotonic()
+            coordinator.start()
+            ready_s = time.monotonic() - began_s
+            what = f"start of {sizes.runs} empty runs, until all serve{how}"
+            yield Figure(what, ready_s, "s", "at most 1")
+            yield Figure(f"processor time of that start{how}", coordinator.cpu_s, "s")
         with load_on(coordinator, sizes.workers_of_a_run) as loads:
 
             def under_way() -> bool:

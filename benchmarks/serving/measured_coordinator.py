@@ -82,6 +82,7 @@ class Coordinator:
         self._pinned = pinned
         unlimited = ("--caller-calls-per-s", "0", "--caller-connections-max", "20128")
         self._limits = () if limited else unlimited
+        self.more_flags: Sequence[str] = ()
         self._issue()
         with socket.socket() as free:
             free.bind((HOST, 0))
@@ -111,7 +112,6 @@ class Coordinator:
 
     def launch(self) -> None:
         """Start it only."""
-        roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker")]
         server_cores = cores()[0] if self._pinned else set(ALL_CORES)
         self._log = (self.folder / "coordinator.log").open("ab")
         self._process = subprocess.Popen(
@@ -120,15 +120,27 @@ class Coordinator:
                 *("--listen", f"{HOST}:{self.port}"),
                 *("--tls-cert", self.folder / "cert.pem", "--tls-key", self.folder / "key.pem"),
                 *self._limits,
+                *self.more_flags,
             ],
-            env={k: v for k, v in os.environ.items() if not k.startswith("FEDMEZO_")}
-            | {"PYTHONPATH": os.pathsep.join(roots)},
+            env=self._environment(),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
         )
         os.sched_setaffinity(self._process.pid, server_cores)
         self.process = psutil.Process(self._process.pid)
+
+    def _environment(self) -> dict[str, str]:
+        """Nobody's settings, our sources, and bytecode of the first start, as installed ones have.
+
+        Without it each start would compile all sources again where the caller writes no bytecode.
+        """
+        roots = [str(ROOT / folder) for folder in (".", "proto", "coordinator", "worker")]
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("FEDMEZO_", "PYTHON"))}
+        return kept | {
+            "PYTHONPATH": os.pathsep.join(roots),
+            "PYTHONPYCACHEPREFIX": str(self.folder / "bytecode"),
+        }
 
     def keep_apart(self) -> None:
         """Keep the process itself to its core, and the processes that it started off it."""

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings
 
 from fedmezo_core.errors import FedMezoError
 from fedmezo_core.layered_settings import load_settings
-from fedmezo_core.program import run_program
+from fedmezo_core.program import run_program, show_steps_on_terminal
 
 
 class Format(StrEnum):
@@ -171,6 +171,7 @@ def report_program(
     as `run_program`, so 2 for settings that cannot be read.
     """
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
+    show_steps_on_terminal()
     status = 0
 
     def work() -> None:

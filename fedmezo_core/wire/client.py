@@ -543,9 +543,9 @@ def errors_mapped(address: str, hint: str, *, shows_identity: bool = False) -> I
         reason = str(metadata.get(REASON_KEY, ""))
         details = error.details() or "no details"
         if not reason and error.code() in _NOBODY_THERE:
-            if any(words in details for words in _NOT_REACHED):
+            if words := next((words for words in _NOT_REACHED if words in details), ""):
                 raise UnavailableError(
-                    f"No coordinator answers at {address} ({details}); check the address, and that "
+                    f"No coordinator answers at {address} ({words}); check the address, and that "
                     "it is running."
                 ) from None
             if shows_identity and _is_of_another_ca(details):

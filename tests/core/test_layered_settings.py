@@ -219,11 +219,17 @@ def test_a_misspelt_key_is_named_before_the_missing_ones(
     assert f"settings.toml: {said}" in str(caught.value)
 
 
-def test_an_unknown_flag_ends_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        load("--prot-number", "3")
-    assert caught.value.code == 2
-    assert "unrecognized arguments: --prot-number" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prot-number", "3"], "There is no flag --prot-number, but --port-number; see"),
+        (["--zzz=3"], "There is no flag --zzz; see example --help."),
+        (["port"], "'port' is no flag, and example takes flags alone; see example --help."),
+        (["--port-number"], "argument --port-number: expected one argument; see example --help."),
+    ],
+)
+def test_a_wrong_flag_is_told_in_one_sentence(flags: list[str], said: str) -> None:
+    assert said in complaint(*flags)
 
 
 class Paths(BaseSettings):

@@ -44,8 +44,12 @@ def image(engine: str) -> Iterator[str]:
     docker_format = ["--format=docker"] if engine == "podman" else []
     output_of(
         *[engine, "build", *docker_format, *OPTIONS, f"--build-arg=PYTHON_IMAGE={BASE}"],
-        *["--file", DEPLOY / "docker/coordinator.Dockerfile", "--target=coordinator"],
-        *["--tag", name, ROOT],
+        "--file",
+        DEPLOY / "docker/coordinator.Dockerfile",
+        "--target=coordinator",
+        "--tag",
+        name,
+        ROOT,
         timeout=800,
     )
     yield name

@@ -52,6 +52,15 @@ def user_path(given: Path | None) -> Path | None:
         raise ConfigError(f"{given} is not allowed: {error}.") from None
 
 
+def check_data(path: Path) -> None:
+    """Refuse a path of rows at which nothing is; raises `ConfigError`.
+
+    Commands look before they load what computes, which takes seconds.
+    """
+    if not path.exists():
+        raise ConfigError(f"There is no data file or folder {path}; check the path.")
+
+
 Coordinator = Annotated[
     str | None,
     typer.Option(

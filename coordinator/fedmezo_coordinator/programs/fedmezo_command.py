@@ -6,17 +6,18 @@ import asyncio
 import logging
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 
 from fedmezo.auditing import TOLERANCE, audit_of, rounds_in, rounds_text
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
-from fedmezo_coordinator.programs.bars import show_bar
 from fedmezo_coordinator.programs.conformance_command import conformance_app
 from fedmezo_coordinator.programs.connecting import (
     Coordinator,
@@ -26,6 +27,7 @@ from fedmezo_coordinator.programs.connecting import (
     State,
     Tls,
     TlsCa,
+    check_data,
     link_to,
     opened_journal,
     user_path,
@@ -76,7 +78,7 @@ from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.program import (
     long_step,
     run_program,
-    show_steps_with,
+    show_steps_on_terminal,
     step_log,
     worker_packages,
 )
@@ -106,14 +108,48 @@ OutputFolder = Annotated[Path, typer.Argument(help="folder to write; must be new
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
 
 
-def main() -> int:
-    """Run `fedmezo`; returns the exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `fedmezo`; returns the exit status.
+
+    `arguments` are those of the command line; None: this process's own.
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     for own in (log, step_log):
         own.setLevel(logging.INFO)
-    if sys.stderr.isatty():
-        show_steps_with(show_bar)
-    return run_program("fedmezo", lambda: app(standalone_mode=True))
+    show_steps_on_terminal()
+    return run_program("fedmezo", lambda: _run_command(arguments))
+
+
+_NO_ARGUMENTS: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+"""What asks for help where arguments are missing; older versions of click print it themselves."""
+
+
+def _run_command(arguments: Sequence[str] | None) -> None:
+    """Run the command that the arguments name.
+
+    Raises `ConfigError` for arguments that name none, and `SystemExit` with a status that the
+    command ends with.
+    """
+    try:
+        status = app(arguments, prog_name="fedmezo", standalone_mode=False)
+    except _NO_ARGUMENTS as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.UsageError as error:
+        raise ConfigError(_usage_sentence(error)) from None
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    if isinstance(status, int) and status:
+        raise SystemExit(status)
+
+
+def _usage_sentence(error: click.UsageError) -> str:
+    """What is wrong with the arguments, and where it says what is right."""
+    see = f"see {'fedmezo' if error.ctx is None else error.ctx.command_path} --help."
+    said = error.format_message().strip()
+    if said.endswith("?"):  # Did you mean ...?
+        return f"{said} {see.capitalize()}"
+    return f"{said.removesuffix('.')}; {see}"
 
 
 def _print_version(asked: bool) -> None:
@@ -295,13 +331,17 @@ def adapter(
     ],
     data: Annotated[
         Path,
-        typer.Option(help="rows like the workers': a JSONL, CSV or Parquet file, or a folder"),
+        typer.Option(
+            callback=user_path,
+            help="rows like the workers': a JSONL, CSV or Parquet file, or a folder",
+        ),
     ],
     rows_max: Annotated[int, typer.Option(min=1, help="most rows to read")] = 1000,
     threads: Threads = None,
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Fit the adapter that a run begins from to texts; see docs/configuration.md."""
+    check_data(data)
     settings = load_settings(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo adapter"
     )
@@ -361,7 +401,10 @@ def export_form(
 def audit(
     worker: Annotated[str, typer.Option(help="name of the worker whose answers are repeated")],
     data: Annotated[
-        Path, typer.Option(help="the rows that it measured on, in files as it was given them")
+        Path,
+        typer.Option(
+            callback=user_path, help="the rows that it measured on, in files as it was given them"
+        ),
     ],
     rounds: Annotated[
         str, typer.Option(help="rounds to repeat, as in 3,7,11-13; default: all that it answered")
@@ -388,6 +431,7 @@ def audit(
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Measure again what a worker has answered, on its rows, and compare; see docs/operating.md."""
+    check_data(data)
     wanted_rounds = rounds_in(rounds)
     link = partial(link_to, coordinator, tls_ca, tls, state, run_id)
     with opened_journal(journal, link) as source:
@@ -445,7 +489,10 @@ def probe(
     config: Annotated[Path, typer.Option(help="the coordinator's TOML file")],
     data: Annotated[
         Path,
-        typer.Option(help="rows like the workers': a JSONL, CSV or Parquet file, or a folder"),
+        typer.Option(
+            callback=user_path,
+            help="rows like the workers': a JSONL, CSV or Parquet file, or a folder",
+        ),
     ],
     workers: Annotated[
         int | None,
@@ -460,6 +507,7 @@ def probe(
     threads: Threads = None,
 ) -> None:
     """Measure which eps and learning rate suit a run, before it begins; see docs/choosing.md."""
+    check_data(data)
     settings = load_settings(
         CoordinatorSettings, ["--config", str(config)], program="fedmezo probe"
     )
@@ -514,7 +562,10 @@ def privacy(
 def split(
     data: Annotated[
         Path,
-        typer.Argument(help="rows to split: a JSONL, CSV or Parquet file, or a folder of them"),
+        typer.Argument(
+            callback=user_path,
+            help="rows to split: a JSONL, CSV or Parquet file, or a folder of them",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="folder to write; must be new or empty")],
     splitter: Annotated[
@@ -551,6 +602,7 @@ def split(
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Split rows into one file for each worker and one of held-out rows, for an experiment."""
+    check_data(data)
     options = SplitOptions(
         splitter=splitter,
         workers=workers,

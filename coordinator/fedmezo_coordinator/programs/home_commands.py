@@ -19,9 +19,11 @@ from fedmezo_coordinator.programs.connecting import (
     State,
     Tls,
     TlsCa,
+    check_data,
     link_to,
     opened_journal,
     signed_head_from,
+    user_path,
 )
 from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, say
 from fedmezo_coordinator.programs.taking_home.journal_file import (
@@ -69,8 +71,13 @@ LastRound = Annotated[
     typer.Option("--round", min=0, help="round whose weights to write; default: the last"),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads")]
+
+
 Finished = Annotated[
-    Path, typer.Argument(metavar="FOLDER", help="model or adapter that fedmezo export wrote")
+    Path,
+    typer.Argument(
+        metavar="FOLDER", callback=user_path, help="model or adapter that fedmezo export wrote"
+    ),
 ]
 AdapterBase = Annotated[
     str,
@@ -241,7 +248,10 @@ def evaluate(
     folder: Finished,
     data: Annotated[
         Path,
-        typer.Option(help="rows like the run's: a JSONL, CSV or Parquet file, or a folder"),
+        typer.Option(
+            callback=user_path,
+            help="rows like the run's: a JSONL, CSV or Parquet file, or a folder",
+        ),
     ],
     batch_size: Annotated[
         int, typer.Option(min=1, help="rows at a time; the coordinator's evaluate_batch_size")
@@ -253,6 +263,7 @@ def evaluate(
     format_: Format = OutputFormat.TEXT,
 ) -> None:
     """Compute an exported model's loss and accuracy on rows, as the run's coordinator does."""
+    check_data(data)
     finished = _opened(folder, model, config, device, threads)
     found = finished.evaluate(data, batch_size)
     auc = "" if found.auc is None else f", AUC {found.auc:.4f}"
@@ -401,6 +412,8 @@ def _write_rebuilt(
 def _opened(
     folder: Path, model: str, config: Path | None, device: str, threads: int | None
 ) -> FinishedModel:
+    if not folder.is_dir():  # Before what computes is loaded, which takes seconds.
+        raise ConfigError(f"There is no folder {folder}; name one that fedmezo export wrote.")
     contract: RunConfig | None = None
     if config is not None:
         settings = load_settings(CoordinatorSettings, ["--config", str(config)], program="fedmezo")

@@ -34,7 +34,7 @@ from fedmezo_core.errors import (
 )
 from fedmezo_core.journal.codec import config_from_pb, decode_record
 from fedmezo_core.journal.journal import head_after
-from fedmezo_core.program import worker_packages
+from fedmezo_core.program import newest_step, worker_packages
 from fedmezo_core.records import Committed, Evaluated
 from fedmezo_core.wire.client import CoordinatorClient, RunDescription
 from fedmezo_core.wire.reconnecting import Reconnecting
@@ -54,6 +54,7 @@ COMPLAINT_CHARS_MAX = 512
 """Longest complaint that is sent to the daemon."""
 ROUNDS_BEHIND_MAX = 8
 """A replica further behind catches up in one pass and skips the digests on the way."""
+TELL_STEP_EVERY_S = 0.5
 OVERDUE_S = 30.0
 """Longest time that evaluations may take together which are due at once."""
 
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         if mode == "describe":
-            print(json.dumps(describe(orders)), flush=True)
+            threading.Thread(target=_tell_steps, daemon=True).start()
+            _tell(describe(orders))
         else:
             asyncio.run(follow(orders))
     except FedMezoError as error:
@@ -82,6 +84,20 @@ def _end_with_parent() -> None:
     while os.read(0, 4096):
         pass
     os._exit(0)
+
+
+def _tell_steps() -> None:
+    """Say again and again how far this process is, in lines of JSON before the answer."""
+    while True:
+        time.sleep(TELL_STEP_EVERY_S)
+        if (step := newest_step()) is not None:
+            told = {"what": step.what, "total": step.total, "unit": step.unit, "done": step.done}
+            _tell({"step": told})
+
+
+def _tell(values: dict[str, Any]) -> None:
+    sys.stdout.write(f"{json.dumps(values)}\n")  # In one piece: two threads tell.
+    sys.stdout.flush()
 
 
 def describe(orders: dict[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from fedmezo_coordinator.serving.status_report import ReplicaView
 from fedmezo_core.config import RunConfig, parse_run
 from fedmezo_core.errors import ConfigError, ModelError
 from fedmezo_core.journal.codec import config_to_pb
+from fedmezo_core.program import LongStep
 from fedmezo_core.records import Genesis
 from fedmezo_core.wire.backoff import delay_s
 from fedmezo_core.wire.grpc_status import BY_REASON
@@ -30,6 +31,8 @@ RETRY = 1
 """Exit status of a replica that a restart may help: it did not reach the daemon."""
 USER_ERROR = 2
 """Exit status of a replica that a restart cannot help."""
+ANSWER_BYTES_MAX = 1 << 24
+"""Longest line of the child that describes a base: a run may train many modules by name."""
 STOP_TIMEOUT_S = 2.0
 """Time that a replica gets to end before it is killed; less than `STOP_WITHIN_S` of the daemon."""
 _MODULE = "fedmezo_coordinator.replica.replica"
@@ -52,8 +55,12 @@ def _orders(settings: CoordinatorSettings, **more: Any) -> bytes:
     return json.dumps(orders).encode() + b"\n"
 
 
-async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Genesis:
+async def describe_base(
+    settings: CoordinatorSettings, config: RunConfig, step: LongStep | None = None
+) -> Genesis:
     """The genesis of a new run, from a child process that loads the base model.
+
+    `step` becomes whatever the child does, such as fitting the adapter.
 
     The child also fits the adapter if there are `adapter_rows`, checks the held-out rows, and
     measures the values that `settings.run` leaves open if there are `probe_rows`. Raises the
@@ -66,7 +73,11 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         )
     settings.check_files_are_there()  # Before the child loads a model, which can take minutes.
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", _MODULE, "describe", stdin=PIPE, stdout=PIPE, stderr=PIPE
+        *(sys.executable, "-m", _MODULE, "describe"),
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=PIPE,
+        limit=ANSWER_BYTES_MAX,
     )
     try:
         assert process.stdin is not None
@@ -83,7 +94,7 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         with contextlib.suppress(ConnectionError):
             process.stdin.write(orders)
             await process.stdin.drain()
-        out, err = await asyncio.gather(process.stdout.read(), process.stderr.read())
+        answer, err = await asyncio.gather(_answer(process.stdout, step), process.stderr.read())
         await process.wait()
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
@@ -91,7 +102,6 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         raise
     if process.returncode != 0:
         raise _reported(err)
-    answer = json.loads(out.splitlines()[-1])
     for warning in answer["warnings"]:
         log.warning("%s", warning)
     measured = {key: value for key, value in answer["measured"].items() if key not in settings.run}
@@ -111,6 +121,18 @@ async def describe_base(settings: CoordinatorSettings, config: RunConfig) -> Gen
         trainable_bytes=answer["trainable_bytes"],
         tokenizer_parts=tuple(map(bytes.fromhex, answer["tokenizer_parts"])),
     )
+
+
+async def _answer(lines: asyncio.StreamReader, step: LongStep | None) -> dict[str, Any]:
+    """The answer of a child that describes a base: its last line that tells no step."""
+    answer = b"{}"
+    async for line in lines:
+        if not line.startswith(b'{"step": '):
+            answer = line
+        elif step is not None:
+            step.become(**json.loads(line)["step"])
+    found: dict[str, Any] = json.loads(answer)
+    return found
 
 
 def _reported(err: bytes) -> Exception:

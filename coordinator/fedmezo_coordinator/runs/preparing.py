@@ -44,8 +44,8 @@ async def begun(settings: CoordinatorSettings, journal: Journal) -> Companions:
             "no learning_rate is set: it is %g, with normalised steps (docs/choosing.md)",
             config.learning_rate,
         )
-    with long_step(f"loading {config.model} to digest its base"):
-        genesis = await describe_base(settings, config)
+    with long_step(f"loading {config.model} to digest its base") as step:
+        genesis = await describe_base(settings, config, step)
     journal.append(encode_records([genesis]))
     return companions
 

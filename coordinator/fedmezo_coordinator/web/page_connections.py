@@ -10,8 +10,6 @@ from typing import Any
 
 from aiohttp import web
 
-from fedmezo_core.errors import ConfigError
-
 CONNECTIONS_MAX = 64
 """Most connections at a time; further ones are closed as soon as they come."""
 HANDSHAKE_S = 5.0
@@ -20,29 +18,22 @@ CONNECTION_LIFE_S = 60.0
 """A connection is closed after so long, unless it carries a live stream."""
 LAST_REQUEST_S = 5.0
 """Time that a request has to end which is under way then."""
-BACKLOG = 64
 ACCEPT_AGAIN_S = 1.0
 """Pause after a connection could not be accepted, for example because no file may be opened."""
 
 
 class PageConnections:
-    """Accepts connections at an address and gives them to an HTTP server of aiohttp."""
+    """Accepts connections at a socket and gives them to an HTTP server of aiohttp."""
 
-    def __init__(self, listen: str, server: web.Server, tls: ssl.SSLContext | None) -> None:
-        """Bind to `listen` (host:port); raises `ConfigError` if that is not possible."""
+    def __init__(
+        self, listening: socket.socket, server: web.Server, tls: ssl.SSLContext | None
+    ) -> None:
         self._server, self._tls = server, tls
         self._handshaking: set[asyncio.Task[None]] = set()
         self.streaming: set[Any] = set()
         """Protocols of the connections that carry a live stream."""
-        host, _, port = listen.rpartition(":")
-        try:
-            self._socket = _bound(host.strip("[]"), int(port))
-        except OSError as error:
-            raise ConfigError(
-                f"Cannot listen on page = {listen} ({error.strerror or error}): another process "
-                "uses the address, or it is not this machine's; choose another --page."
-            ) from None
-        self.port: int = self._socket.getsockname()[1]
+        self._socket = listening
+        self.port: int = listening.getsockname()[1]
         self._accepting = asyncio.create_task(self._accept())
 
     async def close(self) -> None:
@@ -88,18 +79,3 @@ class PageConnections:
         if protocol not in self.streaming:
             protocol.close()
             asyncio.get_running_loop().call_later(LAST_REQUEST_S, protocol.force_close)
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = found[0]
-    listening = socket.socket(family, kind, protocol)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(BACKLOG)
-        listening.setblocking(False)
-    except BaseException:
-        listening.close()
-        raise
-    return listening

@@ -13,6 +13,7 @@ import hmac
 import html
 import ipaddress
 import json
+import socket
 import ssl
 import string
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
@@ -77,9 +78,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class PageSettings:
-    """Where the page is, and for whom."""
+    """By which names browsers reach the page, and for whom it is."""
 
-    listen: str
     hosts: Collection[str] = ()
     """Names of this machine, as browsers may write them; addresses need not be among them."""
     access: PageAccess | None = None
@@ -97,7 +97,6 @@ class PageServer:
     def __init__(self, settings: PageSettings) -> None:
         self._settings = settings
         self._connections: PageConnections
-        self.is_tls = settings.tls is not None
         self._runs: RunsInView | None = None
         self._metrics: Metrics | None = None
         self._following: asyncio.Task[None] | None = None
@@ -138,12 +137,9 @@ class PageServer:
             shutdown_timeout=0.1,
         )
 
-    def listen(self, server: web.Server) -> None:
-        """Accept connections, which `server` serves, from now on.
-
-        Raises `ConfigError` for an address that cannot be used.
-        """
-        self._connections = PageConnections(self._settings.listen, server, self._settings.tls)
+    def accept(self, listening: socket.socket, server: web.Server) -> None:
+        """Accept connections at a socket from now on; `server` serves them."""
+        self._connections = PageConnections(listening, server, self._settings.tls)
 
     def show(self, runs: RunsInView) -> None:
         """Show these runs from now on; until then the page says what the start is doing."""
@@ -417,17 +413,19 @@ async def _with_headers(_request: web.Request, response: web.StreamResponse) -> 
 
 
 @contextlib.asynccontextmanager
-async def page_served(settings: PageSettings) -> AsyncIterator[PageServer]:
-    """Listen for browsers until the end of the block; `PageServer.show` gives them runs to see.
+async def page_served(
+    settings: PageSettings, listening: socket.socket
+) -> AsyncIterator[PageServer]:
+    """Serve browsers that connect to a socket until the end of the block, which closes it.
 
-    Raises `ConfigError` for an address that cannot be used.
+    `PageServer.show` gives them runs to see.
     """
     page = PageServer(settings)
     runner = page.runner()
     await runner.setup()
     try:
         assert runner.server is not None
-        page.listen(runner.server)
+        page.accept(listening, runner.server)
         try:
             yield page
         finally:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 
 from fedmezo_coordinator.web.run_series import Curve, RunSeries
 from fedmezo_core.records import digest64_hex
@@ -38,6 +39,7 @@ class AlarmKind(StrEnum):
     AWAY = "away"
     COMPLAINT = "complaint"
     EXCLUDED = "excluded"
+    DECLINED = "declined"
     REPLICA = "replica"
     OVERLOAD = "overload"
 
@@ -60,10 +62,19 @@ class Alarm:
 
 
 def alarms_of(
-    phase: int, reason: str, status: wire.GetStatusResponse | None, series: RunSeries
+    phase: int,
+    reason: str,
+    status: wire.GetStatusResponse | None,
+    series: RunSeries,
+    declines: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Alarm]:
-    """All alarms of a run, the urgent ones first; `phase` is a `RunPhase`."""
+    """All alarms of a run, the urgent ones first; `phase` is a `RunPhase`.
+
+    `declines` says for each worker that does not take part why.
+    """
     found = [*_of_the_run(phase, reason)]
+    for worker, why in declines.items():
+        found.append(Alarm(AlarmKind.DECLINED, f"{worker} does not take part: {why}"))
     if status is not None:
         found += [*_of_weights(status), *_of_losses(series), *_of_workers(phase, status)]
         if status.replica_complaint:

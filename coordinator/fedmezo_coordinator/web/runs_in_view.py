@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from google.protobuf.message import DecodeError
@@ -75,6 +75,10 @@ class WatchedRun(Protocol):
     def shows_workers(self) -> bool:
         """Whether who watches may read what is told of single workers, their losses included."""
 
+    @property
+    def declines(self) -> Mapping[str, str]:
+        """Worker -> why it does not take part, as far as who watches may read that."""
+
     def status(self) -> wire.GetStatusResponse | None:
         """The status of the run; None while nothing serves it."""
 
@@ -85,10 +89,11 @@ class WatchedRun(Protocol):
 class ServedRun:
     """A run of this process, to be watched by callers of a kind."""
 
-    def __init__(self, hosted: HostedRun, caller: Caller) -> None:
-        """What is shown is what `caller` may read."""
+    def __init__(self, hosted: HostedRun, caller: Caller, *, with_declines: bool) -> None:
+        """What is shown is what `caller` may read; `with_declines`: also who takes no part."""
         self.hosted = hosted
         self._caller = caller
+        self._with_declines = with_declines
         self.run_id = hosted.run_id
 
     @property
@@ -121,6 +126,11 @@ class ServedRun:
         """How long appends took since it was loaded."""
         return AppendTimes() if self.hosted.loop is None else self.hosted.loop.append_times
 
+    @property
+    def declines(self) -> Mapping[str, str]:
+        """Worker -> why it does not take part."""
+        return self.hosted.declines if self._with_declines else {}
+
     def status(self) -> wire.GetStatusResponse | None:
         """The status that the callers may read; None while nothing serves it."""
         loop = self.hosted.loop
@@ -132,14 +142,20 @@ class ServedRun:
 
 
 def served_runs(
-    hosted: Callable[[], Sequence[HostedRun]], caller: Caller
+    hosted: Callable[[], Sequence[HostedRun]], caller: Caller, *, with_declines: bool
 ) -> Callable[[], Sequence[ServedRun]]:
-    """What gives the runs of this process as `RunsInView` wants them: the same ones again."""
+    """What gives the runs of this process as `RunsInView` wants them: the same ones again.
+
+    `caller` and `with_declines` are as for `ServedRun`.
+    """
     known: dict[int, ServedRun] = {}
 
     def found() -> Sequence[ServedRun]:
         nonlocal known
-        runs = {id(run): known.get(id(run)) or ServedRun(run, caller) for run in hosted()}
+        runs = {
+            id(run): known.get(id(run)) or ServedRun(run, caller, with_declines=with_declines)
+            for run in hosted()
+        }
         known = runs
         return list(runs.values())
 
@@ -183,7 +199,7 @@ class RunInView:
     def alarms(self, age_max_s: float = LOOK_EVERY_S) -> list[Alarm]:
         """What a person should look at, by a status at most so old."""
         run, status = self.run, self.status(age_max_s)
-        return alarms_of(run.run_phase, run.phase_reason, status, self.series)
+        return alarms_of(run.run_phase, run.phase_reason, status, self.series, run.declines)
 
     @property
     def rounds_per_minute(self) -> float | None:

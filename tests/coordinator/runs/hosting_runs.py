@@ -56,7 +56,7 @@ class Hosting:
     described: list[str] = field(default_factory=list)
     """Runs whose base was loaded."""
 
-    async def describe(self, _: CoordinatorSettings, config: RunConfig) -> Genesis:
+    async def describe(self, _: CoordinatorSettings, config: RunConfig, _step: object) -> Genesis:
         """Stands for the child process that loads a base."""
         await self.loads.wait()
         self.described.append(config.run_id)

@@ -71,7 +71,7 @@ async def test_a_run_does_not_wait_for_a_replica_that_waits_for_its_turn(
 async def many(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ManyRuns]:
     """The runs in `folder`, without the service before them."""
 
-    async def describe(_: CoordinatorSettings, config: RunConfig) -> Genesis:
+    async def describe(_: CoordinatorSettings, config: RunConfig, _step: object) -> Genesis:
         return genesis_of(config)
 
     monkeypatch.setattr(preparing, "describe_base", describe)

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks.operation.made_run import MadeRun
 from fedmezo_coordinator.web.page_server import PageSettings, page_served
+from fedmezo_coordinator.web.page_socket import page_socket
 from fedmezo_coordinator.web.runs_in_view import RunsInView
 from fedmezo_core.records import Diverged, Excluded, Paused
 from fedmezo_core.wire.client import CoordinatorClient
@@ -50,7 +51,7 @@ WAIT_MS = 60_000
 @asynccontextmanager
 async def made(*watched: MadeRun) -> AsyncIterator[str]:
     """A page that shows made runs; its address."""
-    async with page_served(PageSettings(listen="127.0.0.1:0")) as page:
+    async with page_served(PageSettings(), page_socket("127.0.0.1:0")) as page:
         page.show(RunsInView(lambda: watched))
         yield f"http://127.0.0.1:{page.port}/"
 

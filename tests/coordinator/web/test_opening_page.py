@@ -8,6 +8,8 @@ import ssl
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import aiohttp
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from fedmezo_coordinator.admission.state_folder import make_state
 from fedmezo_coordinator.coordinator_settings import OF_A_RUN, PAGE_PORT, CoordinatorSettings
 from fedmezo_coordinator.programs.watching_commands.page_command import page_link
+from fedmezo_coordinator.web import opening_page
 from fedmezo_coordinator.web.opening_page import METRICS_TOKEN, check_page
 from fedmezo_core.errors import ConfigError
 from fedmezo_proto.v1 import runs_pb2 as wire
@@ -78,6 +81,33 @@ def test_without_identities_others_may_look_only_if_that_is_said(more: dict[str,
 def test_a_link_names_a_host_that_can_be_reached(listen: str, tls: bool, link: str) -> None:
     parts = wire.OpenPageResponse(listen=listen, tls=tls, path="/x")
     assert page_link(parts, "fleet.example.org:7465") == link
+
+
+async def test_a_page_says_what_a_start_does_that_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(opening_page, "WAIT_FOR_WORKERS_S", 0.1)
+    starting: Any = SimpleNamespace(is_served=lambda _name: False)
+    settings = CoordinatorSettings(page="127.0.0.1:0")
+    async with opening_page.paged(settings, starting, None) as page:
+        assert page is not None
+        async with (
+            aiohttp.ClientSession(f"http://{page.address}") as browser,
+            browser.get("/metrics") as answer,
+        ):
+            assert answer.status == 503
+            assert await answer.text() == "The coordinator is starting.\n"
+
+
+def test_workers_do_not_wait_until_the_page_is_loaded() -> None:
+    code = (
+        "import sys, fedmezo_coordinator.programs.coordinator_command\n"
+        "print({'aiohttp', 'prometheus_client'} & sys.modules.keys() or 'none')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "none\n"
 
 
 def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

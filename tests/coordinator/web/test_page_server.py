@@ -16,6 +16,7 @@ from benchmarks.operation.made_run import MadeRun
 from fedmezo_coordinator.web import page_connections, page_server
 from fedmezo_coordinator.web.page_access import PageAccess
 from fedmezo_coordinator.web.page_server import COOKIE, PageServer, PageSettings, page_served
+from fedmezo_coordinator.web.page_socket import page_socket
 from fedmezo_coordinator.web.runs_in_view import RunsInView
 from fedmezo_core.errors import ConfigError, RevokedError
 from fedmezo_core.trust.authorisation import Caller, Role
@@ -56,7 +57,7 @@ class Site:
 async def site(*runs: MadeRun, **settings: Any) -> AsyncIterator[Site]:
     jar = aiohttp.CookieJar(unsafe=True)  # Cookies of addresses, as browsers keep them.
     async with (
-        page_served(PageSettings(listen="127.0.0.1:0", **settings)) as page,
+        page_served(PageSettings(**settings), page_socket("127.0.0.1:0")) as page,
         aiohttp.ClientSession(cookie_jar=jar) as session,
     ):
         if runs:
@@ -338,8 +339,7 @@ async def test_what_is_no_request_gets_no_page(request_bytes: bytes) -> None:
 async def test_an_address_that_is_taken_gets_a_sentence() -> None:
     async with site() as at:
         with pytest.raises(ConfigError, match="Cannot listen on page = "):
-            async with page_served(PageSettings(listen=f"127.0.0.1:{at.page.port}")):
-                pass
+            page_socket(f"127.0.0.1:{at.page.port}")
 
 
 async def test_a_run_whose_journal_cannot_be_read_leaves_the_others_alone(

@@ -95,6 +95,13 @@ def test_a_run_that_stands_still_comes_first_and_says_why() -> None:
     assert kinds(None, phase=runs.RUN_PHASE_FAILED) == [AlarmKind.FAILED]
 
 
+def test_who_does_not_take_part_is_told_with_the_reason() -> None:
+    why = "this worker allows at most 10 rounds"
+    [alarm] = alarms_of(runs.RUN_PHASE_RUNNING, "", sound(), RunSeries(), {"w1": why})
+    assert (alarm.kind, alarm.is_urgent) == (AlarmKind.DECLINED, False)
+    assert alarm.sentence == f"w1 does not take part: {why}"
+
+
 def test_a_loss_that_rises_is_an_alarm_and_one_that_falls_is_not() -> None:
     rising, falling = RunSeries(), RunSeries()
     for round_ in range(1, 21):

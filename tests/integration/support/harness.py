@@ -178,9 +178,14 @@ class Program:
         )
 
     @property
+    def log_path(self) -> Path:
+        """The file that has everything it wrote so far."""
+        return Path(self._said.name)
+
+    @property
     def said(self) -> str:
         """Everything it wrote so far."""
-        return Path(self._said.name).read_text(errors="replace")
+        return self.log_path.read_text(errors="replace")
 
     @property
     def running(self) -> bool:

@@ -34,7 +34,7 @@ from fedmezo_coordinator.programs.run_commands.creating_run import (
     taken_up,
     upload,
 )
-from fedmezo_coordinator.programs.run_commands.watching import watch_run
+from fedmezo_coordinator.programs.run_commands.watching import decline_lines, watch_run
 from fedmezo_coordinator.programs.view import counted, run_view
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as wire
@@ -150,7 +150,7 @@ def status(
         print(f"run {run} is {_WORDS.get(summary.phase, summary.phase)}: {summary.reason}")
         return
     Console().print(run_view(found))
-    for line in _declines(summary):
+    for line in decline_lines(summary):
         print(line)
 
 
@@ -259,11 +259,6 @@ def _notes(run: wire.RunSummary) -> Iterator[str]:
         yield run.reason
     if run.declined:
         yield f"{counted(len(run.declined), 'worker')} declined; fedmezo run status says why"
-
-
-def _declines(run: wire.RunSummary) -> Iterator[str]:
-    for declined in run.declined:
-        yield f"{declined.worker} does not take part: {declined.reason}"
 
 
 def _when(created_ms: int) -> str:

@@ -7,7 +7,7 @@ const STATES = ["measuring", "ready", "slow", "diverged", "away", "done"];
 const KINDS = {
   failed: "Failed", paused: "Paused", digest_mismatch: "Digest mismatch", divergence: "Divergence",
   outlier: "Outlier", straggler: "Straggler", away: "Away", complaint: "Complaint",
-  excluded: "Excluded", replica: "Replica", overload: "Overload",
+  excluded: "Excluded", declined: "Declined", replica: "Replica", overload: "Overload",
 };
 const COLUMNS = [
   // Key, heading, how to write it, classes. The first is a row's heading.
