@@ -403,16 +403,17 @@ class RoundMachine:
             return
         if self.phase is Phase.FINISHED:
             self._messages.append(Finish(worker, self.state.round))
-        elif self.phase is not Phase.PAUSED:
-            self._holding.discard(worker)
-            self._useless.pop(worker, None)
+            return
+        self._holding.discard(worker)  # It may be a new process.
+        self._useless.pop(worker, None)
+        if self.phase is not Phase.PAUSED:
             assignment = self.state.assignment_of(worker) or self._unsummed(worker)
             current = self.state.open
             # What is unmasked now takes no more answers.
             if assignment is not None and (current is None or current.masked is None):
                 self._assign(assignment.round, (assignment.slot,))
-            if self._sum is not None:
-                self._messages.extend(self._sum.joined(worker))
+        if self._sum is not None:
+            self._messages.extend(self._sum.joined(worker))
 
     def _answer(self, event: AnswerReceived) -> None:
         state, ticket, held = self.state, event.ticket, self._held_of(event)
@@ -797,6 +798,12 @@ class RoundMachine:
             self.roster.miss(late)
         for worker, assignment in late.items():
             self.roster.release(worker, assignment)
+        # Workers get the commit first, so what this step has assigned again is too late for them.
+        self._messages[:] = [
+            message
+            for message in self._messages
+            if not (isinstance(message, Assign) and message.worker in late)
+        ]
         self._restart_deadline()
         self._fruitless_deadlines = 0
         for worker in dict(given):

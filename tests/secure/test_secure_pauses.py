@@ -7,11 +7,13 @@ from collections.abc import Callable
 import pytest
 
 from fedmezo import Coordinator, Session
+from fedmezo_core.events import AskSum, Assign, Ready
 from fedmezo_core.journal.journal import JournalStore, MemoryStore
 from fedmezo_core.machines.rounds import EMPTY_SUMS_MAX, FAILED_ATTEMPTS_MAX
 from fedmezo_core.records import Answered, Committed, Genesis, Masked
 from fedmezo_core.trust.secure_aggregation.sum_memory import SumMemory
 from fedmezo_proto.v1 import coordinator_pb2 as wire
+from tests.core.machines.rounds_driver import RoundsDriver
 from tests.library.light_engine import LightEngine
 from tests.library.test_both_sides import records_in
 from tests.secure.test_secure_runs import (
@@ -225,3 +227,35 @@ def test_a_round_whose_workers_say_nothing_more_pauses() -> None:
     # Other processes know nothing of it, as the sentence for the operator says.
     other, _ = run_in_order(genesis, cut_after(store, Answered))
     assert other.finished
+
+
+def paused_run(answering: str) -> RoundsDriver:
+    """A run with four workers that was paused after the answers of some."""
+    run = RoundsDriver(**secure_run(quorum=4).config.model_dump())
+    run.ready(*NAMES)
+    for name in answering:
+        run.answer(name, grads=())
+    run.keep(run.machine.pause("a look"))
+    return run
+
+
+def told(ready: Ready) -> list[tuple[type, str]]:
+    return [(type(message), message.worker) for message in ready.messages]
+
+
+def test_who_joins_a_paused_run_anew_need_not_hold_its_measurement_any_more() -> None:
+    run = paused_run("abc")
+    run.lost("c")
+    run.ready("c")
+    run.answer("d", grads=())
+    assert told(run.keep(run.machine.resume(1.0))) == [(Assign, "c")]
+    assert told(run.answer("c", grads=()))[1:] == [(AskSum, name) for name in NAMES]
+
+
+def test_who_joins_a_paused_run_anew_stays_in_the_sum_that_goes_on() -> None:
+    run = paused_run("abcd")
+    run.lost("d")
+    assert told(run.ready("d")) == [(AskSum, "d")]
+    assert (AskSum, "d") not in told(run.keep(run.machine.resume(1.0)))
+    assert run.machine._sum is not None
+    assert len(run.machine._sum.members) == 4

@@ -272,6 +272,19 @@ def test_workers_that_join_a_paused_run_get_their_work_when_it_is_resumed() -> N
     assert sorted(assigned(ready)) == [("fast", 1), ("slow", 1)]
 
 
+def test_a_round_that_closes_when_the_run_is_resumed_is_assigned_to_nobody() -> None:
+    """Workers get its commit first."""
+    run = Buffered(workers_min=2, staleness_max_rounds=0)
+    run.ready("fast", "other", "slow")
+    run.keep(run.machine.pause("a look"))
+    run.give("fast")
+    run.give("other")
+    ready = run.keep(run.machine.resume(1.0))
+    assert run.machine.round == 1
+    assert assigned(ready)
+    assert all(round_ == 2 for _, round_ in assigned(ready))
+
+
 def test_a_run_that_was_ended_takes_no_more_answers() -> None:
     run = Buffered(workers_min=2)
     run.ready("fast", "slow")
