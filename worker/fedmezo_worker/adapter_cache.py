@@ -39,9 +39,9 @@ class Partial:
 
     path: Path
     out: BinaryIO
-    """Open for writing after those bytes, and locked until it is closed."""
+    """Open for writing after `begun_bytes`, and locked until it is closed."""
     begun_bytes: int
-    """Bytes that an earlier attempt has left in it."""
+    """Count of the bytes that an earlier attempt has left in it."""
 
     def leave(self, whole_bytes: int) -> None:
         """Close the file, and let the next attempt go on after its first `whole_bytes`."""

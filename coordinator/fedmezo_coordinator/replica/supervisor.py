@@ -94,7 +94,7 @@ async def describe_base(
         with contextlib.suppress(ConnectionError):
             process.stdin.write(orders)
             await process.stdin.drain()
-        answer, err = await asyncio.gather(_answer(process.stdout, step), process.stderr.read())
+        told, err = await asyncio.gather(_told(process.stdout, step), process.stderr.read())
         await process.wait()
     except BaseException:
         with contextlib.suppress(ProcessLookupError):
@@ -102,6 +102,7 @@ async def describe_base(
         raise
     if process.returncode != 0:
         raise _reported(err)
+    answer = json.loads(told)
     for warning in answer["warnings"]:
         log.warning("%s", warning)
     measured = {key: value for key, value in answer["measured"].items() if key not in settings.run}
@@ -123,16 +124,15 @@ async def describe_base(
     )
 
 
-async def _answer(lines: asyncio.StreamReader, step: LongStep | None) -> dict[str, Any]:
-    """The answer of a child that describes a base: its last line that tells no step."""
-    answer = b"{}"
+async def _told(lines: asyncio.StreamReader, step: LongStep | None) -> bytes:
+    """What a child that describes a base says last; what it says of its steps becomes `step`."""
+    last = b""
     async for line in lines:
         if not line.startswith(b'{"step": '):
-            answer = line
+            last = line
         elif step is not None:
             step.become(**json.loads(line)["step"])
-    found: dict[str, Any] = json.loads(answer)
-    return found
+    return last
 
 
 def _reported(err: bytes) -> Exception:

@@ -10,10 +10,11 @@ import pytest
 
 from fedmezo_coordinator.coordinator_settings import CoordinatorSettings
 from fedmezo_coordinator.replica import supervisor
-from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor
+from fedmezo_coordinator.replica.supervisor import ReplicaSupervisor, describe_base
 from fedmezo_coordinator.serving.status_report import ReplicaView
+from fedmezo_core.errors import ModelError
 from fedmezo_core.program import STOP_WITHIN_S
-from tests.integration.support.harness import until
+from tests.integration.support.harness import config_of, until
 
 
 def supervised(
@@ -71,3 +72,12 @@ async def test_a_replica_that_does_not_end_is_killed_before_the_coordinator_is_c
     keeping.cancel()
     _, pending = await asyncio.wait([keeping], timeout=STOP_WITHIN_S - 1)
     assert not pending
+
+
+async def test_why_a_base_cannot_be_described_is_told_whatever_a_library_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "echo welcome to this library; echo 'ModelError: it is damaged.' >&2; exit 2"
+    supervised(shell(tmp_path / "program", text), monkeypatch)
+    with pytest.raises(ModelError, match=r"^it is damaged\.$"):
+        await describe_base(CoordinatorSettings(model="base"), config_of())
