@@ -266,6 +266,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
             "learning_rate": 0.5,
             "rate_directions": 64,
             "report_losses": False,
+            "lora": LAST_LORA,
         },
         settings=ON_A_CPU,
     ),

@@ -77,9 +77,7 @@ class _Page:
         return OLGA
 
     async def _begin(self) -> None:
-        settings = PageSettings(
-            listen="127.0.0.1:0", access=self.access, metrics_token=METRICS_TOKEN
-        )
+        settings = PageSettings(access=self.access, metrics_token=METRICS_TOKEN)
         self.page = PageServer(settings)
         self.page._connections = _Connections()  # type: ignore[assignment]
         self.runner = self.page.runner()

@@ -30,7 +30,7 @@ OBSERVER = Caller(Role.OBSERVER)
 
 def seen(at: Served, caller: Caller = OBSERVER) -> RunInView:
     hosted = HostedRun("tiny-run", loop=at.daemon)
-    [view] = RunsInView(served_runs(lambda: [hosted], caller)).all()
+    [view] = RunsInView(served_runs(lambda: [hosted], caller, with_declines=True)).all()
     return view
 
 
@@ -110,7 +110,7 @@ async def test_whoever_has_no_identity_sees_no_worker_of_a_private_run(tmp_path:
 
 def test_a_run_that_failed_before_it_was_loaded_says_why() -> None:
     hosted = HostedRun("r", failure="w1 has sent what cannot be")
-    [failed] = served_runs(lambda: [hosted], Caller.ANYONE)()
+    [failed] = served_runs(lambda: [hosted], Caller.ANYONE, with_declines=True)()
     assert failed.phase_reason == hosted.failure
     assert failed.status() is None
     assert run_head(RunInView(failed))["phase"] == "failed"
@@ -118,7 +118,7 @@ def test_a_run_that_failed_before_it_was_loaded_says_why() -> None:
 
 async def test_runs_come_and_go(tmp_path: Path) -> None:
     hosted = [HostedRun("one"), HostedRun("two")]
-    runs = RunsInView(served_runs(lambda: hosted, OBSERVER))
+    runs = RunsInView(served_runs(lambda: hosted, OBSERVER, with_declines=True))
     one, two = runs.all()
     assert runs.all() == [one, two]
     assert runs.find("two") is two
