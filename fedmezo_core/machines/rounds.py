@@ -885,6 +885,7 @@ class RoundMachine:
 
     def _finish_all(self) -> None:
         self.roster.release_all()  # Nothing more is committed.
+        self._sum = None
         self._messages.extend(
             Finish(worker, self.state.round)
             for worker in self.roster.workers

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from fedmezo import Coordinator, Session
-from fedmezo_core.events import AskSum, Assign, Ready
+from fedmezo_core.events import AskSum, Assign, Finish, Ready
 from fedmezo_core.journal.journal import JournalStore, MemoryStore
 from fedmezo_core.machines.rounds import EMPTY_SUMS_MAX, FAILED_ATTEMPTS_MAX
 from fedmezo_core.records import Answered, Committed, Genesis, Masked
@@ -259,3 +259,14 @@ def test_who_joins_a_paused_run_anew_stays_in_the_sum_that_goes_on() -> None:
     assert (AskSum, "d") not in told(run.keep(run.machine.resume(1.0)))
     assert run.machine._sum is not None
     assert len(run.machine._sum.members) == 4
+
+
+def test_a_run_that_is_ended_goes_on_with_no_sum() -> None:
+    run = RoundsDriver(**secure_run(quorum=4).config.model_dump())
+    run.ready(*NAMES)
+    for name in NAMES:
+        run.answer(name, grads=())
+    assert run.machine.asked_of("a")
+    run.keep(run.machine.stop("enough"))
+    assert run.machine.asked_of("a") == ()
+    assert told(run.ready("a")) == [(Finish, "a")]
