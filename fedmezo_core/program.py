@@ -119,8 +119,9 @@ def _end_in_time() -> None:
 
 def _end_at_once(status: int, said: bytes = b"") -> NoReturn:
     """End this process now, whatever it does."""
-    # A bar may stand in the terminal's last line.
-    os.write(2, (b"\r\x1b[K" if can_show_bars() else b"") + said)
+    with suppress(OSError):  # Nobody may read it any more.
+        # A bar may stand in the terminal's last line.
+        os.write(2, (b"\r\x1b[K" if can_show_bars() else b"") + said)
     os._exit(status)
 
 
@@ -329,7 +330,9 @@ def show_steps_with(show: ShowStep) -> None:
 
 def can_show_bars() -> bool:
     """Whether standard error is a terminal on which a bar can be drawn."""
-    return sys.stderr.isatty() and os.environ.get("TERM", "") not in DUMB_TERMINALS
+    if sys.stderr is None or not sys.stderr.isatty():  # None in a process that began without one.
+        return False
+    return os.environ.get("TERM", "") not in DUMB_TERMINALS
 
 
 def show_steps_on_terminal() -> None:

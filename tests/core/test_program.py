@@ -216,6 +216,30 @@ def test_a_daemon_ends_in_time_whatever_it_does(number: signal.Signals) -> None:
     assert 4 <= time.monotonic() - begin_s < 5 + SLACK_S
 
 
+def test_a_daemon_ends_in_time_if_nobody_reads_its_log_any_more() -> None:
+    with started(STUCK) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(timeout=20) == 0
+        finally:
+            process.kill()
+
+
+def test_a_daemon_needs_no_standard_error() -> None:
+    code = (
+        "from fedmezo_core.layered_settings import ProgramSettings\n"
+        "from fedmezo_core.program import run_daemon\n"
+        "async def run(_settings):\n"
+        "    print('it serves')\n"
+        "raise SystemExit(run_daemon('daemon', ProgramSettings, run, []))\n"
+    )
+    closed = ["sh", "-c", 'exec "$0" -c "$1" 2>&-', sys.executable, code]
+    process = subprocess.run(closed, stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert (process.returncode, process.stdout) == (0, "it serves\n")
+
+
 def test_a_second_sighup_is_no_haste() -> None:
     process = started(DAEMON.format(stops_in_s=1.5))
     process.send_signal(signal.SIGHUP)
