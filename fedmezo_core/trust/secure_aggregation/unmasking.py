@@ -83,7 +83,7 @@ class Unmasking:
             self._revealed[slot] = dict(shares)
         elif slot in self._hashes:
             # It knows hashes itself, so it has compared these, and would not have gone on.
-            self.wrong[slot] = f"revealed {len(off)} shares that are not those it was dealt"
+            self.wrong[slot] = f"revealed other shares than it was dealt: {len(off)}"
 
     def work(self) -> None:
         """Take some masks off; begin with that if `threshold` members have revealed theirs."""

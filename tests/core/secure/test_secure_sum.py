@@ -365,7 +365,7 @@ def test_who_reveals_wrong_shares_is_named_and_the_sum_comes_out(liar: int, gone
         lambda step, slot: not gone or step < 2 or slot != 5, revealing_zeros(liar)
     )
     assert collector.sums == federation.plain_sum(range(5 if gone else 6))
-    assert collector.wrong == {f"w{liar}": "revealed 6 shares that are not those it was dealt"}
+    assert collector.wrong == {f"w{liar}": "revealed other shares than it was dealt: 6"}
 
 
 def test_too_many_that_reveal_wrong_shares_leave_no_sum_and_are_named() -> None:
@@ -386,7 +386,7 @@ def test_a_single_wrong_share_is_found_and_names_its_revealer() -> None:
     federation = Federation(4)
     collector = federation.run(change=lie)
     assert collector.sums == federation.plain_sum(range(4))
-    assert collector.wrong == {"w2": "revealed 1 shares that are not those it was dealt"}
+    assert collector.wrong == {"w2": "revealed other shares than it was dealt: 1"}
 
 
 class BadDealer(MemberSecrets):
