@@ -273,10 +273,15 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
     "accuracy-deep": _accuracy(
         "FedMeZO in deep layers against federated averaging with back-propagation",
         {
-            "rounds": 60,
-            "learning_rate": 0.5,
+            "rounds": 80,
+            "probes": 63,
+            "learning_rate": 0.45,
             "lora": DEEP_CORE_LORA,
             "distribution": "rademacher",
+            # The frozen base alone is in bfloat16, which a CPU with AMX multiplies six times as
+            # fast. Differences of losses must then be larger than its rounding.
+            "dtype": "bfloat16",
+            "eps": 0.05,
         },
         0.01,
         {"FedMeZO: core-minutes, all workers": "at most 60"},
