@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
-from typer.testing import CliRunner
 
-from fedmezo_coordinator.programs.fedmezo_command import app
 from fedmezo_core.wire import admission
 from tests.integration.support.fleets import ServedFleet, served_fleet
-from tests.integration.support.harness import config_of, genesis_of
+from tests.integration.support.harness import config_of, environment, genesis_of
 
 RUN: dict[str, Any] = {"rounds": 9, "workers_min": 2, "quorum": 2, "digest_every_rounds": 2}
 NAMES = ("w1", "w2", "w3")
@@ -28,10 +26,21 @@ OWN = {
 }
 
 
-def called(address: str, folders: Sequence[Path], *more: str) -> Result:
-    states = [str(one) for folder in folders for one in ("--state", folder)]
-    arguments = ["conformance", "coordinator", address, *states, *more]
-    return CliRunner().invoke(app, arguments)
+async def called(address: str, folders: Sequence[Path], *more: str) -> tuple[str, str]:
+    """What the command writes: its output and its errors.
+
+    It has a process of its own: in one process all event loops would share one poller of gRPC.
+    """
+    states = [one for folder in folders for one in ("--state", folder)]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", "from fedmezo_coordinator.__main__ import fedmezo; fedmezo()"),
+        *("conformance", "coordinator", address, *states, *more),
+        env=environment(),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    output, errors = await process.communicate()
+    return output.decode(), errors.decode()
 
 
 async def outcomes(at: ServedFleet) -> dict[str, str]:
@@ -39,9 +48,9 @@ async def outcomes(at: ServedFleet) -> dict[str, str]:
     for name in NAMES:
         await at.member(name)
     folders = [at.state, *(at.folder / name for name in NAMES)]
-    result = await asyncio.to_thread(called, at.address, folders, "--format", "json")
-    assert result.stdout, result.output
-    checks = json.loads(result.stdout)["checks"]
+    output, errors = await called(at.address, folders, "--format", "json")
+    assert output, errors
+    checks = json.loads(output)["checks"]
     print(*(f"{one['name']}: {one['outcome']} {one.get('seen')}" for one in checks), sep="\n")
     return {one["name"]: one["outcome"] for one in checks}
 
@@ -66,7 +75,7 @@ async def test_one_that_checks_no_signature_is_found_out(
 async def test_members_that_are_too_few_or_no_workers_are_named(tmp_path: Path) -> None:
     async with served_fleet(tmp_path, genesis_of(config_of(**RUN))) as at:
         await at.member("w1")
-        few = await asyncio.to_thread(called, at.address, [at.state, at.folder / "w1"])
-        none = await asyncio.to_thread(called, at.address, [at.state])
-    assert "needs 2 workers, and --state names 1" in str(few.exception)
-    assert "names no worker's folder" in str(none.exception)
+        _, few = await called(at.address, [at.state, at.folder / "w1"])
+        _, none = await called(at.address, [at.state])
+    assert "needs 2 workers, and --state names 1" in few
+    assert "names no worker's folder" in none
