@@ -80,7 +80,8 @@ async def test_sound_settings(checked: Checking, tmp_path: Path) -> None:
     found = await checked()
     assert {outcome for outcome, _ in found.values()} == {"ok"}
     assert list(found) == [
-        "port", "journal", "contract", "disk", "labels", "repeated", "model", "workers' model", "memory",
+        "port", "journal", "contract", "disk", "labels", "repeated", "model",
+        "workers' model", "memory",
     ]  # fmt: skip
     assert [path.name for path in contents(tmp_path)] == ["heldout.jsonl"]
 

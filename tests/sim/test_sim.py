@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.records import Record, Summed
 from tests.sim.checker import ViolationError
 from tests.sim.slow_worker import play
-from tests.sim.world import SecureWorld, World
+from tests.sim.world import SecureWorld, World, draw_scenario
 
 SEEDS = 10_000
 SEEDS_A_BLOCK = 250
@@ -146,7 +147,7 @@ def _with_lying_disk(
 ) -> World:
     """A network and a disk bad enough that a round is opened twice, with other slots."""
     scenario = replace(
-        World(seed).scenario,
+        draw_scenario(random.Random(seed), is_secure=False),
         workers=4,
         hostile=True,
         lose_tail=True,
