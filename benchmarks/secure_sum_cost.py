@@ -76,17 +76,16 @@ def cost_of(workers: int, dropped: int) -> dict[str, float]:
             begin_s = time.process_time()
             collector.take(SumReceived(ask.worker, sent.ticket, 1, sent.step))
             of_coordinator_s += time.process_time() - begin_s
-        is_over = False
-        while not is_over or collector.is_busy:
-            begin_s = time.process_time()
-            if is_over:
-                collector.work()
-            else:
-                collector.advance((step + 1) * STEP_MS)
-            is_over = True
+        begin_s = time.process_time()
+        collector.advance((step + 1) * STEP_MS)
+        while True:
             took_s = time.process_time() - begin_s
             longest_s = max(longest_s, took_s)
             of_coordinator_s += took_s
+            if not collector.is_busy:
+                break
+            begin_s = time.process_time()
+            collector.work()
     assert collector.sums is not None
     return {
         "workers": workers,
