@@ -24,6 +24,7 @@ from pathlib import Path
 
 from benchmarks.figures import Figure
 from benchmarks.integrations.rounds_over import save_subject
+from benchmarks.serving.measured_coordinator import cpu_s_of
 from tests.integration.support.harness import PATIENCE_S, Program, Programs, run_values, toml_of
 
 BROWSERS = 4
@@ -84,8 +85,7 @@ class Scene:
         return Spent(1000 * (spent_s - cpu_s) / rounds, rounds / (ended_s - begun_s))
 
     def _cpu_s(self) -> float:
-        # The clock of another process, as clock_getcpuclockid(3) names it; /proc counts in 10 ms.
-        return time.clock_gettime((~self.worker.process.pid << 3) | 2)
+        return cpu_s_of(self.worker.process.pid)
 
     @asynccontextmanager
     async def page(self) -> AsyncIterator[None]:
