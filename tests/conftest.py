@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,21 @@ SLOW = (
     "sim",
 )
 """Folders and modules whose tests take more than a second, but for those marked `quick`."""
+
+
+def own_levels() -> dict[str, int]:
+    """Level of the root logger and of each of ours that exists, by name."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("fedmezo")]
+    return {name: logging.getLogger(name).level for name in [logging.root.name, *names]}
+
+
+@pytest.fixture(autouse=True)
+def logging_levels() -> Iterator[None]:
+    """Give each test the same logging levels: a program that ran inside a test sets them."""
+    before = own_levels()
+    yield
+    for name in own_levels():
+        logging.getLogger(name).setLevel(before.get(name, logging.NOTSET))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
