@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 from benchmarks.attacks.attacker import ATTACKS
 from benchmarks.bench_coordinator import (
@@ -122,6 +124,36 @@ class Honest:
             worker.assigned = None
 
 
+class SyncProbe:
+    """How long the disk takes to keep a block of another file, forty times a second.
+
+    An answer is acknowledged once it is on disk, so it waits at least as long. While both cores of
+    a virtual machine are busy, the host may hold up every sync for up to a second.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.waits_s: list[float] = []
+        self._file = folder / "sync-probe"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        with self._file.open("wb", buffering=0) as file:
+            while not self._ended.wait(0.025):
+                begin_s = time.perf_counter()
+                os.pwrite(file.fileno(), b"\1" * 4096, 0)
+                os.fdatasync(file.fileno())
+                self.waits_s.append(time.perf_counter() - begin_s)
+
+
 def _core_wait_s() -> float:
     """How long this process's main thread was ready to run so far while others had its core."""
     return int(Path("/proc/self/schedstat").read_text().split()[1]) / 1e9
@@ -175,7 +207,9 @@ def measure(name: str, sizes: Sizes) -> Iterator[Figure]:
             swarm.join_all()
             honest = Honest(swarm)
             honest.run_for(0.5)
-            yield from _beside(name, sizes, coordinator, honest)
+            with SyncProbe(Path(folder)) as probe:
+                yield from _beside(name, sizes, coordinator, honest)
+            yield Figure(f"{name}: a sync of another file, p99", _p99_ms(probe.waits_s), "ms")
 
 
 def follow(coordinator: Coordinator, swarm: Swarm) -> None:
