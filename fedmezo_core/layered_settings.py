@@ -10,6 +10,7 @@ import tomllib
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from difflib import get_close_matches
+from enum import StrEnum
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,13 @@ ProgramSettingsT = TypeVar("ProgramSettingsT", bound="ProgramSettings")
 
 ROW_STATES_MAX = ByteSize(256 << 20)
 """Default size of the file that keeps row states (decision 0024), in bytes."""
+
+
+class OutputFormat(StrEnum):
+    """How a command prints what it found or did."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 def check_address(value: str, *, port_min: int = 1) -> str:

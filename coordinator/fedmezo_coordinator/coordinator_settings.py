@@ -31,6 +31,7 @@ from fedmezo_core.layered_settings import (
     ListenAddress,
     OptionalAddress,
     OptionalListenAddress,
+    OutputFormat,
     ProgramSettings,
     UserPath,
     UserPathText,
@@ -194,6 +195,7 @@ class InitSettings(BaseSettings):
         default=None, description="PEM certificate of your own root CA; none: make one"
     )
     ca_key: UserPath | None = Field(default=None, description="PEM private key of ca_cert")
+    format: OutputFormat = Field(default=OutputFormat.TEXT, description="text, or json: one object")
 
     @model_validator(mode="after")
     def _both_ca_files(self) -> Self:

@@ -18,22 +18,15 @@ from pydantic import Field
 from pydantic_settings import BaseSettings
 
 from fedmezo_core.errors import FedMezoError
-from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.layered_settings import OutputFormat, load_settings
 from fedmezo_core.program import run_program, show_steps_on_terminal
-
-
-class Format(StrEnum):
-    """How a command prints."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 class ReportSettings(BaseSettings):
     """The flags of a command that reports."""
 
-    format: Format = Field(
-        default=Format.TEXT, description="text, or json: one object when all checks are made"
+    format: OutputFormat = Field(
+        default=OutputFormat.TEXT, description="text, or json: one object when all checks are made"
     )
     show_rows: bool = Field(
         default=False,
@@ -177,7 +170,7 @@ def report_program(
     def work() -> None:
         nonlocal status
         settings = load_settings(kind, arguments, program=program)
-        is_text = settings.format is Format.TEXT
+        is_text = settings.format is OutputFormat.TEXT
         report = Report(program, partial(print, flush=True) if is_text else lambda _line: None)
         asyncio.run(make(settings, report))
         if is_text:

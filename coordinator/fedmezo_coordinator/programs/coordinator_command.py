@@ -25,7 +25,7 @@ from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_coordinator.telemetry.round_spans import tracing
 from fedmezo_coordinator.web.opening_page import paged
 from fedmezo_core.journal.journal import Journal
-from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.layered_settings import OutputFormat, load_settings
 from fedmezo_core.program import first_of, run_daemon, run_program, stop_signal
 from fedmezo_core.service.service_manager import service_manager
 
@@ -47,12 +47,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def init(arguments: Sequence[str]) -> None:
     """Make a state folder, and say what to do next."""
     settings = load_settings(InitSettings, arguments, program="fedmezo-coordinator init")
-    if not make_state(settings.state, settings.name, settings.own_ca):
+    made = make_state(settings.state, settings.name, settings.own_ca)
+    if settings.format is OutputFormat.JSON:
+        from fedmezo_coordinator.programs.plain_values import json_line
+
+        hosts = open_state(settings.state).hosts
+        print(json_line({"state": str(settings.state), "made": made, "hosts": hosts}))
+    elif made:
+        _say_what_next(settings)
+    else:
         print(
             f"{settings.state} is a state folder already; nothing was changed. For other host "
             "names remove server.pem from it and run init again; members stay."
         )
-        return
+
+
+def _say_what_next(settings: InitSettings) -> None:
     print(
         f"{settings.state} holds the CA, the coordinator's certificate and the operator's identity."
         f"\nServe with:     fedmezo-coordinator --state {settings.state} ...\n"

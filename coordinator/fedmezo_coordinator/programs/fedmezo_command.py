@@ -37,7 +37,6 @@ from fedmezo_coordinator.programs.home_commands import add_to as add_home_to
 from fedmezo_coordinator.programs.plain_values import (
     AsJson,
     Format,
-    OutputFormat,
     chosen_format,
     json_line,
     origin_values,
@@ -72,7 +71,7 @@ from fedmezo_core.errors import ConfigError, DivergedError, JournalCorruptError
 from fedmezo_core.journal.journal import Journal, Row
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.journal.sealed import SealedState
-from fedmezo_core.layered_settings import installed_version, load_settings
+from fedmezo_core.layered_settings import OutputFormat, installed_version, load_settings
 from fedmezo_core.machines.rounds import RoundMachine
 from fedmezo_core.machines.state_codec import state_of
 from fedmezo_core.program import (

@@ -29,13 +29,13 @@ from fedmezo_coordinator.programs.connecting import (
 from fedmezo_coordinator.programs.plain_values import (
     AsJson,
     Format,
-    OutputFormat,
     chosen_format,
     json_line,
     say,
 )
 from fedmezo_core.errors import ConfigError
 from fedmezo_core.folders import state_home
+from fedmezo_core.layered_settings import OutputFormat
 from fedmezo_core.trust.authorisation import MEMBER_ROLES, Role
 from fedmezo_core.wire.enrolment import ROLES, become_member
 from fedmezo_proto.v1 import admin_pb2 as wire

@@ -25,7 +25,7 @@ from fedmezo_coordinator.programs.connecting import (
     signed_head_from,
     user_path,
 )
-from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, say
+from fedmezo_coordinator.programs.plain_values import Format, say
 from fedmezo_coordinator.programs.taking_home.journal_file import (
     adapter_beside,
     copy_adapter,
@@ -43,7 +43,7 @@ from fedmezo_coordinator.programs.view import size_text
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import RunConfig
 from fedmezo_core.errors import ConfigError
-from fedmezo_core.layered_settings import load_settings
+from fedmezo_core.layered_settings import OutputFormat, load_settings
 from fedmezo_core.program import long_step, worker_packages
 
 if TYPE_CHECKING:

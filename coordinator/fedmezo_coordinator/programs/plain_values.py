@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import MutableSequence
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -22,18 +21,12 @@ from fedmezo_core import records
 from fedmezo_core.journal.codec import config_from_pb
 from fedmezo_core.journal.journal import Row
 from fedmezo_core.journal.sealed import SealedState
+from fedmezo_core.layered_settings import OutputFormat
 from fedmezo_proto.v1.coordinator_pb2 import GetStatusResponse
 from fedmezo_proto.v1.journal_pb2 import RunConfig
 
 _NAMES = {"seed_ranges": "runs", "signedhead": "checkpoint"}
 """Names in the code -> their names in the .proto files."""
-
-
-class OutputFormat(StrEnum):
-    """How a command prints what it found or did."""
-
-    TEXT = "text"
-    JSON = "json"
 
 
 Format = Annotated[

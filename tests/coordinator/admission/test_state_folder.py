@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,16 @@ TOKEN = Token(b"t" * 8, b"h" * 32, Role.OBSERVER, "", 3, 2_000_000_000)
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_init_says_as_json_whether_it_made_the_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = str(tmp_path / "state")
+    for made in (True, False):
+        assert main(["init", "--state", state, "--name", "::1", "--format", "json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert said == {"state": state, "made": made, "hosts": ["::1", "localhost", "127.0.0.1"]}
 
 
 def test_a_second_init_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

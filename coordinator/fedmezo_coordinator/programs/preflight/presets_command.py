@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from fedmezo.presets import PRESETS, Preset, preset_named, preset_toml
-from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, json_line
+from fedmezo_coordinator.programs.plain_values import Format, json_line
+from fedmezo_core.layered_settings import OutputFormat
 
 
 def presets(

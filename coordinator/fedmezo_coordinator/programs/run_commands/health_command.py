@@ -15,8 +15,9 @@ from fedmezo_coordinator.programs.connecting import (
     TlsCa,
     link_to,
 )
-from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, say
+from fedmezo_coordinator.programs.plain_values import Format, say
 from fedmezo_core.errors import StartingError
+from fedmezo_core.layered_settings import OutputFormat
 
 
 def add_health_to(app: typer.Typer) -> None:

@@ -22,7 +22,6 @@ from fedmezo_coordinator.programs.connecting import (
 )
 from fedmezo_coordinator.programs.plain_values import (
     Format,
-    OutputFormat,
     json_line,
     message_values,
     say,
@@ -36,6 +35,7 @@ from fedmezo_coordinator.programs.run_commands.creating_run import (
 )
 from fedmezo_coordinator.programs.run_commands.watching import decline_lines, watch_run
 from fedmezo_coordinator.programs.view import counted, run_view
+from fedmezo_core.layered_settings import OutputFormat
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_proto.v1 import runs_pb2 as wire
 from fedmezo_proto.v1.coordinator_pb2 import GetStatusResponse

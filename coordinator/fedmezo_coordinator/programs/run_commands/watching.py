@@ -12,9 +12,10 @@ from rich.live import Live
 from rich.text import Text
 
 from fedmezo_coordinator.programs.connecting import Link
-from fedmezo_coordinator.programs.plain_values import OutputFormat, say, status_values
+from fedmezo_coordinator.programs.plain_values import say, status_values
 from fedmezo_coordinator.programs.view import Pace, run_line, run_view
 from fedmezo_core.errors import ForbiddenError, ProtocolError, StartingError
+from fedmezo_core.layered_settings import OutputFormat
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.reconnecting import Reconnecting
 from fedmezo_proto.v1 import coordinator_pb2 as wire

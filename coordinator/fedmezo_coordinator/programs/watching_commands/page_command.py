@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from fedmezo_coordinator.programs.connecting import Coordinator, State, Tls, TlsCa, link_to
-from fedmezo_coordinator.programs.plain_values import Format, OutputFormat, say
+from fedmezo_coordinator.programs.plain_values import Format, say
+from fedmezo_core.layered_settings import OutputFormat
 from fedmezo_proto.v1 import runs_pb2 as wire
 
 
