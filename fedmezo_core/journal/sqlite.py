@@ -16,6 +16,8 @@ other; a checkpoint that finds a read under way is left to the next write.
 
 Whoever only reads opens the file in SQLite's normal locking mode, and holds a shared lock for as
 long as the file is open. Any number of processes read at a time, and none while one can write.
+Where the folder cannot be written (an archive, another user's journal) there can be no lock. Then a
+journal that was closed, so that it has no log beside it, is read as a file that does not change.
 """
 
 from __future__ import annotations
@@ -119,6 +121,7 @@ class SqliteStore:
             )
         self._path = path
         self._read_only = read_only
+        self._is_archive = read_only and not _is_writable(path.parent)
         self._broken = False
         self._checkpoint_pages = checkpoint_pages
         self._log = _LogSize()
@@ -153,14 +156,25 @@ class SqliteStore:
 
     def _connect(self) -> None:
         with self._errors_named("opened"):
-            self._db = apsw.Connection(str(self._path))
+            if self._is_archive:
+                _check_has_no_log(self._path)
+                self._db = _unchanging(self._path)
+            else:
+                self._db = apsw.Connection(str(self._path))
         # Not before: a layered file system may copy the file when it is opened.
         self._identity = _identity(self._path)
 
     def _prepare_reading(self) -> None:
         """Take the shared lock; a file of an older schema is brought up to date before."""
         self._db.set_busy_timeout(READ_WAIT_MS)
-        if self._version_checked() < SCHEMA_VERSION or self._db.pragma("journal_mode") != "wal":
+        version = self._version_checked()
+        if self._is_archive:
+            if version < SCHEMA_VERSION:
+                raise JournalError(
+                    f"{self._path} was written by an older FedMeZO, and its folder cannot be "
+                    "written to bring it up to date; copy it into a folder that you can write."
+                )
+        elif version < SCHEMA_VERSION or self._db.pragma("journal_mode") != "wal":
             self._db.close(True)
             SqliteStore(self._path).close()
             self._connect()
@@ -324,10 +338,7 @@ class SqliteStore:
                 yield self._db  # Nothing is appended, and the file may lack what is in the log.
                 return
             if self._beside is None:
-                self._beside = apsw.Connection(
-                    f"{self._path.absolute().as_uri()}?immutable=1",
-                    flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI,
-                )
+                self._beside = _unchanging(self._path)
                 self._check_names()
             yield self._beside
 
@@ -354,6 +365,8 @@ class SqliteStore:
         Linux lets anybody delete, move or replace an open file. SQLite then writes on, and syncs
         what nobody will ever find.
         """
+        if self._is_archive:
+            return
         # Not `stat` for the log: each write after it would have to update the log's times, which
         # makes an append a third slower (Linux 6.13 and later).
         log = Path(f"{self._path}-wal")
@@ -402,6 +415,29 @@ def _check_log_is_no_orphan(path: Path) -> None:
             "records. Put the newest copy of the journal back beside it, or move the log away to "
             "go on without it."
         )
+
+
+def _is_writable(folder: Path) -> bool:
+    return os.access(folder, os.W_OK)
+
+
+def _check_has_no_log(path: Path) -> None:
+    """Refuse to read a journal as an archive while its newest records may be in its log."""
+    log = Path(f"{path}-wal")
+    if log.exists():
+        raise JournalError(
+            f"The newest records of {path} may be in {log}, and its folder cannot be written to "
+            "read them; once nobody has the journal open, copy both files into a folder that you "
+            "can write."
+        )
+
+
+def _unchanging(path: Path) -> apsw.Connection:
+    """A connection that reads the file alone, takes no lock and writes nothing beside it."""
+    return apsw.Connection(
+        f"{path.absolute().as_uri()}?immutable=1",
+        flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI,
+    )
 
 
 def _size(path: Path) -> int:

@@ -205,6 +205,45 @@ def test_readers_share_a_journal_and_keep_writers_out(tmp_path: Path) -> None:
     assert _elsewhere(_read, path) == "4 rows, 4 read, None"
 
 
+def test_an_archive_is_read_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 3)
+    monkeypatch.setattr(sqlite, "_is_writable", lambda _folder: False)
+    reader = SqliteStore(path, read_only=True)
+    assert [len(reader.read(0, 100)), len(reader.read_beside(range(3), 1 << 20))] == [3, 3]
+    with pytest.raises(JournalError, match="it is read-only"):
+        reader.append([row(3)])
+    reader.close()
+    assert [found.name for found in tmp_path.iterdir()] == ["journal.db"]
+
+
+def test_an_archive_of_an_older_schema_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 3)
+    older = apsw.Connection(str(path))
+    older.pragma("user_version", 1)
+    older.close()
+    monkeypatch.setattr(sqlite, "_is_writable", lambda _folder: False)
+    with pytest.raises(JournalError, match=r"by an older FedMeZO, .* copy it into a folder"):
+        SqliteStore(path, read_only=True)
+
+
+def test_an_archive_that_was_not_closed_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 3)
+    writer = SqliteStore(path)
+    monkeypatch.setattr(sqlite, "_is_writable", lambda _folder: False)
+    with pytest.raises(JournalError, match=r"newest records .* may be in .*copy both files into"):
+        SqliteStore(path, read_only=True)
+    writer.close()
+
+
 def test_a_reader_finds_what_a_killed_writer_left_in_the_log(tmp_path: Path) -> None:
     path, left = tmp_path / "journal.db", tmp_path / "left.db"
     written(path, 3)
