@@ -191,6 +191,7 @@ def _accuracy(
 def _instructions(title: str, data: str, splitters: tuple[str, ...]) -> Experiment:
     """FedMeZO beside back-propagation on instructions, IID and with `splitters`."""
     zo, same, layers = instructions.ZO, instructions.SAME, instructions.ALL_LAYERS
+    zo_deep, same_deep = instructions.ZO_DEEP, instructions.SAME_DEEP
     arms = [
         Arm(zo),
         Arm(same, first_order=instructions.SAME_RATE),
@@ -200,8 +201,20 @@ def _instructions(title: str, data: str, splitters: tuple[str, ...]) -> Experime
             {"evaluate_every_rounds": 6},
             instructions.ALL_LAYERS_RATE,
         ),
+        Arm(zo_deep, instructions.DEEP_ZO_RUN, instructions.DEEP_SETTINGS),
+        Arm(
+            same_deep,
+            instructions.DEEP_RUN,
+            instructions.DEEP_SETTINGS,
+            instructions.SAME_RATE,
+        ),
     ]
-    drops: dict[str, tuple[str, ...]] = {zo: (same, layers), same: (layers,)}
+    drops: dict[str, tuple[str, ...]] = {
+        zo: (same, layers),
+        same: (layers,),
+        zo_deep: (same_deep, layers),
+        same_deep: (layers,),
+    }
     for splitter in splitters:
         dealt = {"splitter": splitter}
         arms += [
