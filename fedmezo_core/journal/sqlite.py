@@ -16,8 +16,9 @@ other; a checkpoint that finds a read under way is left to the next write.
 
 Whoever only reads opens the file in SQLite's normal locking mode, and holds a shared lock for as
 long as the file is open. Any number of processes read at a time, and none while one can write.
-Where the folder cannot be written (an archive, another user's journal) there can be no lock. Then a
-journal that was closed, so that it has no log beside it, is read as a file that does not change.
+Where the file or its folder cannot be written (an archive, another user's journal) there can be no
+lock: SQLite would leave files beside it that its owner could not write to. Then a journal that was
+closed, so that it has no log beside it, is read as a file that does not change.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class SqliteStore:
             )
         self._path = path
         self._read_only = read_only
-        self._is_archive = read_only and not _is_writable(path.parent)
+        self._is_archive = read_only and not (_is_writable(path) and _is_writable(path.parent))
         self._broken = False
         self._checkpoint_pages = checkpoint_pages
         self._log = _LogSize()
@@ -171,7 +172,7 @@ class SqliteStore:
         if self._is_archive:
             if version < SCHEMA_VERSION:
                 raise JournalError(
-                    f"{self._path} was written by an older FedMeZO, and its folder cannot be "
+                    f"{self._path} was written by an older FedMeZO, and it or its folder cannot be "
                     "written to bring it up to date; copy it into a folder that you can write."
                 )
         elif version < SCHEMA_VERSION or self._db.pragma("journal_mode") != "wal":
@@ -417,8 +418,8 @@ def _check_log_is_no_orphan(path: Path) -> None:
         )
 
 
-def _is_writable(folder: Path) -> bool:
-    return os.access(folder, os.W_OK)
+def _is_writable(path: Path) -> bool:
+    return os.access(path, os.W_OK)
 
 
 def _check_has_no_log(path: Path) -> None:
@@ -426,9 +427,9 @@ def _check_has_no_log(path: Path) -> None:
     log = Path(f"{path}-wal")
     if log.exists():
         raise JournalError(
-            f"The newest records of {path} may be in {log}, and its folder cannot be written to "
-            "read them; once nobody has the journal open, copy both files into a folder that you "
-            "can write."
+            f"The newest records of {path} may be in {log}, and the journal or its folder cannot "
+            "be written to read them; once nobody has the journal open, copy both files into a "
+            "folder that you can write."
         )
 
 
