@@ -158,6 +158,7 @@ class SqliteStore:
     def _connect(self) -> None:
         with self._errors_named("opened"):
             if self._is_archive:
+                self._stamp = _stamp(self._path)
                 _check_has_no_log(self._path)
                 self._db = _unchanging(self._path)
             else:
@@ -337,6 +338,7 @@ class SqliteStore:
         with self._file_is_used, self._errors_named("read"):
             if self._read_only:
                 yield self._db  # Nothing is appended, and the file may lack what is in the log.
+                self._check_names()
                 return
             if self._beside is None:
                 self._beside = _unchanging(self._path)
@@ -367,6 +369,7 @@ class SqliteStore:
         what nobody will ever find.
         """
         if self._is_archive:
+            self._check_unchanged()
             return
         # Not `stat` for the log: each write after it would have to update the log's times, which
         # makes an append a third slower (Linux 6.13 and later).
@@ -381,6 +384,16 @@ class SqliteStore:
             "acknowledged. Put that file or the newest copy of the journal back, and start again."
         )
 
+    def _check_unchanged(self) -> None:
+        """Refuse what was read of an archive if somebody has opened it to write meanwhile."""
+        if _stamp(self._path) == self._stamp and not Path(f"{self._path}-wal").exists():
+            return
+        self._broken = True
+        raise JournalError(
+            f"{self._path} was written to while it was read, and it or its folder cannot be "
+            "written to keep others out; wait until nobody has it open, and begin again."
+        )
+
     @contextmanager
     def _errors_named(self, doing: str) -> Iterator[None]:
         """Turn SQLite's errors into ours, and make the first one final."""
@@ -393,6 +406,8 @@ class SqliteStore:
             yield
         except apsw.Error as error:
             self._broken = True
+            if self._is_archive:
+                self._check_unchanged()  # If it was, nothing is wrong with the file.
             raise _named(error, self._path, doing) from None
 
 
@@ -485,6 +500,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes if somebody writes to a file; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _sync_folder(path: Path) -> None:

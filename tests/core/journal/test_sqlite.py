@@ -232,6 +232,26 @@ def test_a_journal_of_another_user_in_a_shared_folder_gets_no_files_beside_it(
     reader.close()
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_an_archive_that_changes_while_it_is_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_closed: bool
+) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite, "_is_writable", lambda _path: False)
+        reader = SqliteStore(path, read_only=True)
+        beside = SqliteStore(path, read_only=True)
+    writer = SqliteStore(path)
+    writer.append([row(3)])
+    if is_closed:
+        writer.close()
+    for read in (lambda: reader.read(0, 100), lambda: beside.read_beside(range(3), 1 << 20)):
+        with pytest.raises(JournalError, match=r"was written to while it was read, .* begin again"):
+            read()
+    writer.close()
+
+
 def test_an_archive_of_an_older_schema_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
