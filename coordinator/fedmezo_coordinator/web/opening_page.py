@@ -208,7 +208,9 @@ class _Tls:
     def refresh(self) -> None:
         """Let new connections have the certificate that the files hold now."""
         if self._files.changed():
-            self._take()
+            # If they change again just now, the next look takes them.
+            with contextlib.suppress(OSError):
+                self._take()
 
     def _take(self) -> None:
         certificate, key = self._paths
