@@ -101,6 +101,21 @@ async def test_a_page_says_what_a_start_does_that_takes_long(
             assert await answer.text() == "The coordinator is starting.\n"
 
 
+async def test_nobody_waits_at_a_page_that_cannot_be_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(opening_page, "_SERVER", "fedmezo_coordinator.web.no_such_server")
+    serving: Any = SimpleNamespace(is_served=lambda _name: True)
+    async with opening_page.paged(CoordinatorSettings(page="127.0.0.1:0"), serving, None) as page:
+        assert page is not None
+        async with asyncio.timeout(10):
+            while "the page is not served" not in caplog.text:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+        host, _, port = page.address.rpartition(":")
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(host, int(port))
+
+
 async def test_a_page_outlives_a_certificate_that_changes_while_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
