@@ -287,7 +287,8 @@ def is_folder_name(model: str) -> bool:
 
 def how_to_name_a_copy(model: str) -> str:
     """What the operator of a worker does to give it its own copy of a run's `model`."""
-    key = json.dumps(model)  # TOML quotes in the same way.
+    # TOML quotes in the same way, but for characters that JSON writes as two.
+    key = json.dumps(model, ensure_ascii=not model.isprintable())
     return f'{key} = "FOLDER" under [models] in the worker\'s settings, or --model FOLDER'
 
 

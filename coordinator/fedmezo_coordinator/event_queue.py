@@ -70,11 +70,6 @@ class EventQueue(Generic[ItemT]):
         if self._reader is not None and not self._reader.done() and not self.empty():
             self._reader.set_result(None)
 
-    @property
-    def is_read(self) -> bool:
-        """Whether the reader waits for an item."""
-        return self._reader is not None
-
     def _let_write(self) -> None:
         while self._writers:
             room = self._writers.popleft()

@@ -16,8 +16,9 @@ other; a checkpoint that finds a read under way is left to the next write.
 
 Whoever only reads opens the file in SQLite's normal locking mode, and holds a shared lock for as
 long as the file is open. Any number of processes read at a time, and none while one can write.
-Where the folder cannot be written (an archive, another user's journal) there can be no lock. Then a
-journal that was closed, so that it has no log beside it, is read as a file that does not change.
+Where the file or its folder cannot be written (an archive, another user's journal) there can be no
+lock: SQLite would leave files beside it that its owner could not write to. Then a journal that was
+closed, so that it has no log beside it, is read as a file that does not change.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ class SqliteStore:
             )
         self._path = path
         self._read_only = read_only
-        self._is_archive = read_only and not _is_writable(path.parent)
+        self._is_archive = read_only and not (_is_writable(path) and _is_writable(path.parent))
         self._broken = False
         self._checkpoint_pages = checkpoint_pages
         self._log = _LogSize()
@@ -157,6 +158,7 @@ class SqliteStore:
     def _connect(self) -> None:
         with self._errors_named("opened"):
             if self._is_archive:
+                self._stamp = _stamp(self._path)
                 _check_has_no_log(self._path)
                 self._db = _unchanging(self._path)
             else:
@@ -171,7 +173,7 @@ class SqliteStore:
         if self._is_archive:
             if version < SCHEMA_VERSION:
                 raise JournalError(
-                    f"{self._path} was written by an older FedMeZO, and its folder cannot be "
+                    f"{self._path} was written by an older FedMeZO, and it or its folder cannot be "
                     "written to bring it up to date; copy it into a folder that you can write."
                 )
         elif version < SCHEMA_VERSION or self._db.pragma("journal_mode") != "wal":
@@ -336,6 +338,7 @@ class SqliteStore:
         with self._file_is_used, self._errors_named("read"):
             if self._read_only:
                 yield self._db  # Nothing is appended, and the file may lack what is in the log.
+                self._check_names()
                 return
             if self._beside is None:
                 self._beside = _unchanging(self._path)
@@ -366,6 +369,7 @@ class SqliteStore:
         what nobody will ever find.
         """
         if self._is_archive:
+            self._check_unchanged()
             return
         # Not `stat` for the log: each write after it would have to update the log's times, which
         # makes an append a third slower (Linux 6.13 and later).
@@ -380,6 +384,16 @@ class SqliteStore:
             "acknowledged. Put that file or the newest copy of the journal back, and start again."
         )
 
+    def _check_unchanged(self) -> None:
+        """Refuse what was read of an archive if somebody has opened it to write meanwhile."""
+        if _stamp(self._path) == self._stamp and not Path(f"{self._path}-wal").exists():
+            return
+        self._broken = True
+        raise JournalError(
+            f"{self._path} was written to while it was read, and it or its folder cannot be "
+            "written to keep others out; wait until nobody has it open, and begin again."
+        )
+
     @contextmanager
     def _errors_named(self, doing: str) -> Iterator[None]:
         """Turn SQLite's errors into ours, and make the first one final."""
@@ -392,6 +406,8 @@ class SqliteStore:
             yield
         except apsw.Error as error:
             self._broken = True
+            if self._is_archive:
+                self._check_unchanged()  # If it was, nothing is wrong with the file.
             raise _named(error, self._path, doing) from None
 
 
@@ -417,8 +433,8 @@ def _check_log_is_no_orphan(path: Path) -> None:
         )
 
 
-def _is_writable(folder: Path) -> bool:
-    return os.access(folder, os.W_OK)
+def _is_writable(path: Path) -> bool:
+    return os.access(path, os.W_OK)
 
 
 def _check_has_no_log(path: Path) -> None:
@@ -426,9 +442,9 @@ def _check_has_no_log(path: Path) -> None:
     log = Path(f"{path}-wal")
     if log.exists():
         raise JournalError(
-            f"The newest records of {path} may be in {log}, and its folder cannot be written to "
-            "read them; once nobody has the journal open, copy both files into a folder that you "
-            "can write."
+            f"The newest records of {path} may be in {log}, and the journal or its folder cannot "
+            "be written to read them; once nobody has the journal open, copy both files into a "
+            "folder that you can write."
         )
 
 
@@ -484,6 +500,15 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_dev, found.st_ino
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes if somebody writes to a file; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _sync_folder(path: Path) -> None:

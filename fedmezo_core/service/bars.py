@@ -96,7 +96,7 @@ def _draw(step: Step, over: threading.Event) -> None:
         console=_Console(stderr=True),
         transient=True,
         # What is printed on the same terminal appears above the bar. A file gets it as it is.
-        redirect_stdout=sys.stdout.isatty(),
+        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
     )
     task = bars.add_task(step.what, total=step.total, counted=step.counted)
     with _writing:

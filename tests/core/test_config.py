@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fedmezo_core.config import (
     LoraConfig,
     RunConfig,
     TaskConfig,
+    how_to_name_a_copy,
     parse_run,
 )
 from fedmezo_core.errors import ConfigError, ProtocolError
@@ -487,3 +489,12 @@ def test_plain_steps_need_a_rate(written: object) -> None:
     with pytest.raises(ConfigError, match=r"run: learning_rate is missing.*fedmezo probe"):
         parse_run(plain, "run")
     assert not parse_run(plain, "run", rate_comes_later=True).normalized_step
+
+
+@pytest.mark.parametrize(
+    "model", ["tiny", "my base", 'a "b" \\', "модель", "llama-\U0001f999", "a\nb"]
+)
+def test_the_line_that_names_a_copy_is_what_a_worker_reads(model: str) -> None:
+    line, _, _ = how_to_name_a_copy(model).partition(" under [models]")
+    assert "\n" not in line
+    assert tomllib.loads(f"[models]\n{line}") == {"models": {model: "FOLDER"}}

@@ -186,7 +186,7 @@ class _Coordinator:
         """Wait until the coordinator waits: sessions leave in tasks of their own."""
         items: Any = self.daemon._items
         polls = self.servicer._poll_sessions
-        while not items.empty() or not items.is_read or polls._leaving:  # noqa: ASYNC110
+        while not items.empty() or items._reader is None or polls._leaving:  # noqa: ASYNC110
             await asyncio.sleep(0)
 
     def check(self, *, unchanged: bool) -> None:

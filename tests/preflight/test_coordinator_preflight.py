@@ -117,6 +117,15 @@ async def test_with_many_runs_it_looks_at_what_they_share(
     assert not contents(tmp_path)
 
 
+async def test_workers_need_no_copy_of_a_model_on_the_hub(
+    checked: Checking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator_preflight, "model_is_here", lambda _name: True)
+    found = await checked(model="gpt2")
+    assert found["model"][0] == "ok"
+    assert "workers' model" not in found
+
+
 async def test_a_port_that_is_taken(checked: Checking) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         found = await checked(listen=f"127.0.0.1:{other.getsockname()[1]}")

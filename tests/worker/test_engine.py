@@ -437,3 +437,5 @@ async def test_a_model_that_is_a_folder_elsewhere_is_declined_with_the_line_to_w
     reason = reason_to_decline(caught.value, "w1")
     assert told in reason
     assert "secret" not in reason
+    if kind is MismatchError:
+        assert "or a model on the hub" in reason, "gpt2 is one"

@@ -103,7 +103,8 @@ class AdapterCache:
 
     def _make_room(self, needed_bytes: int) -> None:
         for left in self._root.glob("*/.*.partial"):
-            if left.name.endswith(_BEGUN):
+            whole = left.with_name(left.name[1:].removesuffix(_BEGUN))
+            if left.name.endswith(_BEGUN) and not whole.exists():
                 continue  # Another attempt may go on with it.
             with contextlib.suppress(OSError), _locked(left, fcntl.LOCK_EX):
                 left.unlink()

@@ -134,6 +134,7 @@ def _folder_of(model: str, bytes_max: int) -> Path:
         # Unlike other errors with models, this one is told to the coordinator's operator in full.
         log.info("%s", error)
         raise MismatchError(
-            f"The run's model = {model!r} is a folder of its coordinator, and this worker has none "
-            f"of that name; name its own copy: {how_to_name_a_copy(model)}."
+            f"This worker cannot load the run's model = {model!r}, which is a folder of its "
+            "coordinator, or a model on the hub that this worker's log says more of; name its own "
+            f"copy: {how_to_name_a_copy(model)}."
         ) from None

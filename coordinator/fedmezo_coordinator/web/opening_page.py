@@ -15,6 +15,7 @@ import secrets
 import socket
 import ssl
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -121,7 +122,7 @@ async def paged(
                 await _refresh(tls)
 
         serving = asyncio.create_task(serve())
-        serving.add_done_callback(_tell_end)
+        serving.add_done_callback(partial(_end, listening))
         servicer.page = page
         scheme = "http" if tls is None else "https"
         way = "" if access is None else " (links: fedmezo page)"
@@ -141,7 +142,8 @@ async def _workers_served(servicer: CoordinatorServicer) -> None:
                 await asyncio.sleep(LOOK_SERVED_EVERY_S)
 
 
-def _tell_end(serving: asyncio.Task[None]) -> None:
+def _end(listening: socket.socket, serving: asyncio.Task[None]) -> None:
+    listening.close()  # Browsers would wait there for ever.
     if not serving.cancelled() and (error := serving.exception()) is not None:
         log.error("the page is not served: %s", error)
 
@@ -208,7 +210,9 @@ class _Tls:
     def refresh(self) -> None:
         """Let new connections have the certificate that the files hold now."""
         if self._files.changed():
-            self._take()
+            # If they change again just now, the next look takes them.
+            with contextlib.suppress(OSError):
+                self._take()
 
     def _take(self) -> None:
         certificate, key = self._paths

@@ -7,7 +7,7 @@ at another point. As many shares as the threshold give the secret, and fewer say
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 PRIME = 2**256 + 297
 """The smallest prime above all secrets."""
@@ -65,8 +65,3 @@ def combined_secret(shares: Sequence[bytes], weights: Sequence[int]) -> bytes | 
     )
     value %= PRIME
     return value.to_bytes(SECRET_BYTES, "little") if value < 2**256 else None
-
-
-def combine(shares: Mapping[int, bytes]) -> bytes | None:
-    """The secret of shares by their points, as many as the threshold or more."""
-    return combined_secret(list(shares.values()), weights_at_zero(list(shares)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import cast
 
@@ -43,6 +44,16 @@ async def test_a_coordinator_that_restarts_is_waited_for(monkeypatch: pytest.Mon
     assert await serves(answering(CREATING, *restarts, CREATING, RUNNING), "r1") == RUNNING
     seen = answering(RUNNING, *restarts, RUNNING, TAKEN_UP)
     assert await taken_up(seen, "r1", within_s=60) == TAKEN_UP
+
+
+async def test_a_name_that_may_be_one_of_the_hub_is_called_no_folder(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    run = wire.RunSummary(run_id="r1", phase=wire.RUN_PHASE_RUNNING, model="gpt2")
+    assert await serves(answering(run), "r1") == run
+    assert "if model 'gpt2' is a folder" in caplog.text
+    assert '"gpt2" = "FOLDER" under [models]' in caplog.text
 
 
 async def test_one_that_stays_away_is_given_up_with_what_to_do(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shutil
 import ssl
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from fedmezo_coordinator.admission.state_folder import make_state
+from fedmezo_coordinator.admission.state_folder import make_state, open_state
+from fedmezo_coordinator.admission.tls_files import TlsFiles
 from fedmezo_coordinator.coordinator_settings import OF_A_RUN, PAGE_PORT, CoordinatorSettings
 from fedmezo_coordinator.programs.watching_commands.page_command import page_link
 from fedmezo_coordinator.web import opening_page
@@ -97,6 +99,61 @@ async def test_a_page_says_what_a_start_does_that_takes_long(
         ):
             assert answer.status == 503
             assert await answer.text() == "The coordinator is starting.\n"
+
+
+async def test_nobody_waits_at_a_page_that_cannot_be_served(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(opening_page, "_SERVER", "fedmezo_coordinator.web.no_such_server")
+    serving: Any = SimpleNamespace(is_served=lambda _name: True)
+    async with opening_page.paged(CoordinatorSettings(page="127.0.0.1:0"), serving, None) as page:
+        assert page is not None
+        async with asyncio.timeout(10):
+            while "the page is not served" not in caplog.text:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.01)
+        host, _, port = page.address.rpartition(":")
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(host, int(port))
+
+
+async def test_a_page_outlives_a_certificate_that_changes_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("old", "new"):
+        make_state(tmp_path / name, [], None)
+    certificate, key = open_state(tmp_path / "old").server_files
+    renewed, renewed_key = open_state(tmp_path / "new").server_files
+    read, looks = TlsFiles.changed, 0
+
+    def changed(files: TlsFiles) -> bool:
+        nonlocal looks
+        looks += 1
+        if looks == 1:
+            shutil.copy(renewed, certificate)
+            shutil.copy(renewed_key, key)
+        found = read(files)
+        if looks == 1:
+            certificate.write_text("The next certificate is just being written.")
+        elif looks == 2:
+            shutil.copy(renewed, certificate)
+        return found
+
+    monkeypatch.setattr(TlsFiles, "changed", changed)
+    monkeypatch.setattr(opening_page, "LOOK_AT_CERTIFICATE_EVERY_S", 0.05)
+    monkeypatch.setattr(opening_page, "WAIT_FOR_WORKERS_S", 0.1)
+    starting: Any = SimpleNamespace(is_served=lambda _name: False)
+    settings = CoordinatorSettings(page="127.0.0.1:0", tls_cert=certificate, tls_key=key)
+    tls = ssl.create_default_context(cafile=str(tmp_path / "new" / "ca.pem"))
+    async with opening_page.paged(settings, starting, None) as page:
+        assert page is not None
+        async with asyncio.timeout(10):
+            while looks < 5:  # noqa: ASYNC110 - it tells nobody
+                await asyncio.sleep(0.05)
+        async with (
+            aiohttp.ClientSession(f"https://{page.address}") as browser,
+            browser.get("/metrics", ssl=tls) as answer,
+        ):
+            assert answer.status == 503
 
 
 def test_workers_do_not_wait_until_the_page_is_loaded() -> None:

@@ -210,13 +210,48 @@ def test_an_archive_is_read_where_nothing_can_be_written(
 ) -> None:
     path = tmp_path / "journal.db"
     written(path, 3)
-    monkeypatch.setattr(sqlite, "_is_writable", lambda _folder: False)
+    monkeypatch.setattr(sqlite, "_is_writable", lambda _path: False)
     reader = SqliteStore(path, read_only=True)
     assert [len(reader.read(0, 100)), len(reader.read_beside(range(3), 1 << 20))] == [3, 3]
     with pytest.raises(JournalError, match="it is read-only"):
         reader.append([row(3)])
     reader.close()
     assert [found.name for found in tmp_path.iterdir()] == ["journal.db"]
+
+
+def test_a_journal_of_another_user_in_a_shared_folder_gets_no_files_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 3)
+    monkeypatch.setattr(sqlite, "_is_writable", lambda found: found != path)
+    reader = SqliteStore(path, read_only=True)
+    assert len(reader.read(0, 100)) == 3
+    # They would be this user's, and the journal's owner could not open it any more.
+    assert [found.name for found in tmp_path.iterdir()] == ["journal.db"]
+    reader.close()
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_an_archive_that_changes_while_it_is_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_closed: bool
+) -> None:
+    path = tmp_path / "journal.db"
+    written(path, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite, "_is_writable", lambda _path: False)
+        reader = SqliteStore(path, read_only=True)
+        beside = SqliteStore(path, read_only=True)
+    writer = SqliteStore(path)
+    writer.append([row(3)])
+    if is_closed:
+        writer.close()
+    said = r"was written to while it was read, .* begin again"
+    with pytest.raises(JournalError, match=said):
+        reader.read(0, 100)
+    with pytest.raises(JournalError, match=said):
+        beside.read_beside(range(3), 1 << 20)
+    writer.close()
 
 
 def test_an_archive_of_an_older_schema_is_refused(
@@ -227,7 +262,7 @@ def test_an_archive_of_an_older_schema_is_refused(
     older = apsw.Connection(str(path))
     older.pragma("user_version", 1)
     older.close()
-    monkeypatch.setattr(sqlite, "_is_writable", lambda _folder: False)
+    monkeypatch.setattr(sqlite, "_is_writable", lambda _path: False)
     with pytest.raises(JournalError, match=r"by an older FedMeZO, .* copy it into a folder"):
         SqliteStore(path, read_only=True)
 
@@ -238,7 +273,7 @@ def test_an_archive_that_was_not_closed_is_refused(
     path = tmp_path / "journal.db"
     written(path, 3)
     writer = SqliteStore(path)
-    monkeypatch.setattr(sqlite, "_is_writable", lambda _folder: False)
+    monkeypatch.setattr(sqlite, "_is_writable", lambda _path: False)
     with pytest.raises(JournalError, match=r"newest records .* may be in .*copy both files into"):
         SqliteStore(path, read_only=True)
     writer.close()

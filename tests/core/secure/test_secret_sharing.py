@@ -10,9 +10,10 @@ import pytest
 
 from fedmezo_core.trust.secure_aggregation.secret_sharing import (
     PRIME,
-    combine,
+    combined_secret,
     random_bytes_needed,
     split,
+    weights_at_zero,
 )
 
 SECRET = bytes(range(32))
@@ -25,6 +26,11 @@ def stream(seed: int, count: int) -> bytes:
 def shares_of(secret: bytes, threshold: int, points: list[int], seed: int = 1) -> dict[int, bytes]:
     random_bytes = stream(seed, random_bytes_needed(threshold))
     return dict(zip(points, split(secret, threshold, points, random_bytes), strict=True))
+
+
+def combine(shares: dict[int, bytes]) -> bytes | None:
+    """The secret of shares by their points."""
+    return combined_secret(list(shares.values()), weights_at_zero(list(shares)))
 
 
 def test_prime_is_prime() -> None:

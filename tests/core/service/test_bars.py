@@ -46,12 +46,14 @@ sys.exit(run_daemon("daemon", ProgramSettings, run))
 """
 
 
-def on_a_terminal(out: Path, *arguments: str, term: str = "xterm") -> str:
+def on_a_terminal(
+    out: Path, *arguments: str, term: str = "xterm", before: tuple[str, ...] = ()
+) -> str:
     """What the daemon writes to a terminal of 100 columns; its standard output is a file."""
     ours, its = pty.openpty()
     with out.open("wb") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", DAEMON, *arguments],
+            [*before, sys.executable, "-c", DAEMON, *arguments],
             stdout=file,
             stderr=its,
             env=environment(COLUMNS="100", TERM=term),
@@ -98,6 +100,12 @@ def test_bars_are_drawn_on_a_terminal_and_leave_the_log_whole(tmp_path: Path) ->
     assert re.fullmatch(r"\S+ \S+ INFO    a line of the log (that is long ?){9}", first)
     assert last.endswith("INFO    the end")
     assert (tmp_path / "out.txt").read_text() == "a line of the output\n"
+
+
+def test_bars_are_drawn_without_a_standard_output(tmp_path: Path) -> None:
+    drawn = on_a_terminal(tmp_path / "out.txt", before=("sh", "-c", 'exec "$@" >&-', "sh"))
+    assert "1,200 of 3,000 records" in drawn
+    assert "Traceback" not in drawn
 
 
 @pytest.mark.parametrize(("arguments", "term"), [(("--log-format=json",), "xterm"), ((), "dumb")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import math
 import os
@@ -324,6 +325,17 @@ async def test_what_a_process_left_that_ended_goes(cache: Path) -> None:
     left.chmod(0o600)
     await download(Sending(), offered())
     assert files_in(cache) == sorted(FILES)
+
+
+async def test_what_is_left_goes_if_another_worker_has_got_the_file(cache: Path) -> None:
+    await broken_off(Sending())
+    with partial_in(cache).open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        folder = await download(Sending(), offered())
+        await download(*adapter_of(b"a"))
+        assert partial_in(cache).parent == folder, "the other worker may still be writing to it"
+    await download(*adapter_of(b"b"))
+    assert files_in(folder) == sorted(FILES)
 
 
 def adapter_of(kind: bytes) -> tuple[Sending, list[wire.RunFile]]:

@@ -270,6 +270,16 @@ def _check_rows(settings: CoordinatorSettings, config: RunConfig, report: Report
     return report.failures == failures
 
 
+def _say_who_needs_a_copy(settings: CoordinatorSettings, config: RunConfig, report: Report) -> None:
+    """Workers find a model on the hub by themselves, and no folder of the coordinator."""
+    if is_folder_name(config.model) and Path(settings.model).expanduser().exists():
+        report.ok(
+            "workers' model",
+            f"the run calls it {config.model}; each worker needs a copy: "
+            f"{how_to_name_a_copy(config.model)}",
+        )
+
+
 async def _check_base(
     settings: CoordinatorSettings, config: RunConfig, genesis: Genesis | None, report: Report
 ) -> None:
@@ -302,12 +312,7 @@ async def _check_base(
         trained_elements=described.trainable_elements,
         target_modules=list(described.config.lora.target_modules) if described.config.lora else [],
     )
-    if is_folder_name(config.model):
-        report.ok(
-            "workers' model",
-            f"the run calls it {config.model}; each worker needs a copy: "
-            f"{how_to_name_a_copy(config.model)}",
-        )
+    _say_who_needs_a_copy(settings, config, report)
     if genesis is not None:
         for what, digests in genesis.differences(described, described.tokenizer_parts):
             report.failure(

@@ -88,7 +88,7 @@ async def upload(client: CoordinatorClient, name: str, path: Path) -> wire.RunFi
 async def serves(client: CoordinatorClient, run_id: str) -> wire.RunSummary:
     """Wait until a new run serves workers; raises `ConfigError` with the reason if it fails.
 
-    Says what workers need if its model is a folder, which they are never sent.
+    Says what workers need if its model may be a folder, which they are never sent.
     Raises `UnavailableError` if the coordinator is gone for `RECONNECT_S`.
     """
     reconnecting = Reconnecting(log, give_up_after_s=RECONNECT_S)
@@ -106,7 +106,7 @@ async def serves(client: CoordinatorClient, run_id: str) -> wire.RunSummary:
             await asyncio.sleep(LOOK_EVERY_S)
     if run.phase == wire.RUN_PHASE_RUNNING and is_folder_name(run.model):
         log.info(
-            "model %r is a folder of the coordinator, so each worker needs a copy: %s",
+            "if model %r is a folder of the coordinator, each worker needs a copy: %s",
             run.model,
             how_to_name_a_copy(run.model),
         )

@@ -14,7 +14,7 @@ from rich.text import Text
 from fedmezo_coordinator.programs.connecting import Link
 from fedmezo_coordinator.programs.plain_values import say, status_values
 from fedmezo_coordinator.programs.view import Pace, run_line, run_view
-from fedmezo_core.errors import ForbiddenError, ProtocolError, StartingError
+from fedmezo_core.errors import ForbiddenError, ProtocolError, StartingError, UnavailableError
 from fedmezo_core.layered_settings import OutputFormat
 from fedmezo_core.wire.client import CoordinatorClient
 from fedmezo_core.wire.reconnecting import Reconnecting
@@ -64,10 +64,12 @@ async def watch_run(link: Link, every_s: float, format_: OutputFormat) -> None:
 
 
 async def declines(client: CoordinatorClient, run_id: str) -> list[str]:
-    """A line for each worker that does not take part, if its words may be read here."""
+    """A line for each worker that does not take part, if its words may be read here and now."""
     try:
         [run] = await client.list_runs(run_id)
     except (ForbiddenError, ProtocolError):  # Not for this caller, or of an older coordinator.
+        return []
+    except UnavailableError:  # It may have ended with the run, whose last status is there.
         return []
     return decline_lines(run)
 
