@@ -395,12 +395,13 @@ def plot(experiment: Experiment, curves: Sequence[Curve], path: Path) -> None:
                 continue
             x, mean, least, most = zip(*line, strict=True)
             kind = number % len(COLOURS)
+            shape = (number + number // len(COLOURS)) % len(LINES)
             [handle] = axes.plot(
                 x,
                 mean,
                 color=COLOURS[kind],
-                linestyle=LINES[kind],
-                marker=MARKERS[kind],
+                linestyle=LINES[shape],
+                marker=MARKERS[shape],
                 markersize=5,
                 label=curve.arm,
             )
