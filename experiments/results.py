@@ -42,7 +42,7 @@ AXES: Final[dict[Axis, str]] = {
 PACE_ROUNDS: Final = 5
 """Number of successive rounds whose training losses are averaged before they are compared."""
 # Okabe and Ito's colours can be told apart with all common forms of colour blindness; lines and
-# markers differ as well.
+# markers differ as well, and tell arms of one colour apart.
 COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES: Final = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 1)))
 _LEGEND_CHARACTERS: Final = 130

@@ -142,7 +142,7 @@ def test_every_arm_is_a_run_that_is_allowed(quick: bool) -> None:
         # Quick runs are of one size, so arms that differ in size alone are then the same.
         distinct = len({run.model_dump_json() for run in made})
         assert distinct == len(made) or quick, experiment.title
-        assert len(experiment.arms) <= len(report.COLOURS)
+        assert len(experiment.arms) <= len(report.COLOURS) * len(report.LINES)
         names = {arm.name for arm in experiment.arms}
         others = {*experiment.against.values(), *filter(None, [experiment.paced_by])}
         assert {*experiment.against, *others} <= names
