@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from google.protobuf.descriptor import FieldDescriptor
 from rich.console import Console
 
 from fedmezo_coordinator.daemon import Daemon
@@ -94,6 +95,14 @@ def change(rng: random.Random, message: Any) -> None:
         value.SetInParent()
 
 
+_INTEGERS_MOST = {
+    FieldDescriptor.CPPTYPE_INT32: 2**31 - 1,
+    FieldDescriptor.CPPTYPE_INT64: 2**63 - 1,
+    FieldDescriptor.CPPTYPE_UINT32: 2**32 - 1,
+    FieldDescriptor.CPPTYPE_UINT64: 2**64 - 1,
+}
+
+
 def _value(rng: random.Random, field: Any) -> Any:
     match field.cpp_type:
         case field.CPPTYPE_STRING:
@@ -104,10 +113,9 @@ def _value(rng: random.Random, field: Any) -> Any:
             return rng.choice((*_FLOATS, rng.gauss(0, 1)))
         case field.CPPTYPE_ENUM:
             return rng.choice((*field.enum_type.values_by_number, 99))
-        case field.CPPTYPE_UINT32:
-            return rng.choice((*_INTEGERS[:-2], rng.randrange(20)))
         case _:
-            return rng.choice((*_INTEGERS, rng.randrange(20)))
+            most = _INTEGERS_MOST[field.cpp_type]
+            return rng.choice((*(one for one in _INTEGERS if one <= most), rng.randrange(20)))
 
 
 def _set(rng: random.Random, message: Any, field: Any) -> None:
