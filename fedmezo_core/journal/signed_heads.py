@@ -32,7 +32,7 @@ import os
 import uuid
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -43,6 +43,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from fedmezo_core.errors import ConfigError, DivergedError
 from fedmezo_core.folders import sync
+from fedmezo_core.journal.key_bytes import UNREADABLE
 
 
 def signed_head_text(run_id: str, round_: int, head: bytes) -> bytes:
@@ -121,7 +122,7 @@ def _read(path: Path) -> Ed25519PrivateKey:
         raise ConfigError(
             f"The key {path} cannot be read ({error.strerror}); check signing_key."
         ) from None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except UNREADABLE:
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         raise ConfigError(

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -27,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedmezo_core.errors import IdentityError, ProtocolError
+from fedmezo_core.journal.key_bytes import UNREADABLE
 
 CA_LIFE_S = 10 * 365 * 86_400
 SERVER_LIFE_S = 365 * 86_400
@@ -123,7 +123,7 @@ def key_of_request(request: bytes) -> bytes:
         parsed = x509.load_der_x509_csr(request)
         public = parsed.public_key()
         is_signed = parsed.is_signature_valid
-    except (ValueError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion):
+    except UNREADABLE:
         raise problem from None
     is_p256 = isinstance(public, ec.EllipticCurvePublicKey) and isinstance(
         public.curve, ec.SECP256R1
@@ -153,7 +153,7 @@ def load_certificate(certificate: bytes) -> x509.Certificate:
     """The first certificate in PEM; raises `IdentityError` if there is none."""
     try:
         return x509.load_pem_x509_certificate(certificate)
-    except ValueError:
+    except UNREADABLE:
         raise IdentityError(
             "There is no certificate in PEM where one should be; restore the state folder, or join "
             "again."
@@ -170,7 +170,7 @@ def lifetime_s(certificate: bytes) -> tuple[int, int]:
 def _private(key: bytes) -> ec.EllipticCurvePrivateKey:
     try:
         loaded = load_pem_private_key(key, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except UNREADABLE:
         loaded = None
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
         raise IdentityError(

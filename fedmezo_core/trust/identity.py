@@ -19,7 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -30,6 +29,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from fedmezo_core.errors import IdentityError
 from fedmezo_core.folders import make_private, write_private
+from fedmezo_core.journal.key_bytes import UNREADABLE
 from fedmezo_core.trust.authorisation import Role
 from fedmezo_core.trust.certificates import RENEW_AT, lifetime_s, new_key
 
@@ -51,7 +51,7 @@ class Keys:
         """The key that signs the member's answers."""
         try:
             loaded = load_pem_private_key(self.signing, password=None)
-        except (ValueError, TypeError, UnsupportedAlgorithm):
+        except UNREADABLE:
             loaded = None
         if not isinstance(loaded, Ed25519PrivateKey):
             raise IdentityError(

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ from tests.fuzz.mutations import mutated
 from tests.fuzz.targets import METHODS, TARGETS
 
 CHANGES = 200
+FOUND = Path(__file__).parent / "found"
+"""Inputs with which a target once failed, in a folder for each target."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +44,11 @@ def test_a_target_reads_the_kept_inputs_and_changes_of_them(name: str) -> None:
         try_one(name, data)
     for _ in range(CHANGES):
         try_one(name, mutated(rng, TARGETS[name], rng.choice(inputs), inputs))
+
+
+@pytest.mark.parametrize("path", sorted(FOUND.glob("*/*")), ids=lambda path: path.parent.name)
+def test_what_once_was_found_is_refused(path: Path) -> None:
+    try_one(path.parent.name, path.read_bytes())
 
 
 @pytest.mark.parametrize(
