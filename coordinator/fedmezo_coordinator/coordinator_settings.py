@@ -541,7 +541,10 @@ class RelaySettings(ServingSettings):
 def model_label(model: str) -> str:
     """The model's name as others see it: a hub name unchanged; a folder without its path."""
     path = Path(model).expanduser()
-    return path.resolve().name if path.exists() else model
+    try:
+        return path.resolve(strict=True).name
+    except OSError:  # Also where the text is too long for a path.
+        return model
 
 
 def check_same_run(journal: str, begun: RunConfig, asked: dict[str, Any], where: str) -> None:
