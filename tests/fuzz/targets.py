@@ -388,7 +388,7 @@ def read_seal(data: bytes) -> None:
     store.drop_before(stored)
     origin = Journal(store).origin()
     assert origin is not None
-    machine = RoundMachine()
+    machine = RoundMachine(slot_secret=bytes(32))
     machine.restore(state_of(origin))
     machine.start()
 
