@@ -127,8 +127,8 @@ class Honest:
 class SyncProbe:
     """How long the disk takes to keep a block of another file, forty times a second.
 
-    An answer is acknowledged once it is on disk, so it waits at least as long. While both cores of
-    a virtual machine are busy, the host may hold up every sync for up to a second.
+    An answer is acknowledged once it is on disk, so it waits at least as long. A disk that others
+    share has held up every sync for up to a second.
     """
 
     def __init__(self, folder: Path) -> None:

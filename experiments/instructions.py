@@ -3,8 +3,8 @@
 The paper's central experiment (FedMeZO, KDD 2024), at a size that a CPU carries: an adapter on the
 last layer, and rows of at most 64 tokens. `SAME` trains FedMeZO's own adapter with
 back-propagation, so it shows how far that adapter can go. `ALL_LAYERS` trains the paper's kind of
-adapter. `ZO_DEEP` and `SAME_DEEP` train few parameters in deep layers, where there is more to learn
-and a probe costs a third of a forward pass of the whole model.
+adapter. `ZO_DEEP` and `SAME_DEEP` train few parameters in deep layers, where there is more to
+learn; each probe then passes through the last third of the layers.
 """
 
 from __future__ import annotations

@@ -140,7 +140,14 @@ def key_fingerprint(public_key: bytes) -> bytes:
 
 def public_key_of(certificate: bytes) -> bytes:
     """The public key (DER) of a certificate in PEM; raises `IdentityError` if it is none."""
-    public = load_certificate(certificate).public_key()
+    loaded = load_certificate(certificate)
+    try:
+        public = loaded.public_key()
+    except UNREADABLE:
+        raise IdentityError(
+            "A certificate holds no public key that can be read; restore the state folder, or join "
+            "again."
+        ) from None
     return public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
 
 

@@ -134,7 +134,7 @@ def _folder_of(model: str, bytes_max: int) -> Path:
         # Unlike other errors with models, this one is told to the coordinator's operator in full.
         log.info("%s", error)
         raise MismatchError(
-            f"This worker cannot load the run's model = {model!r}, which is a folder of its "
-            "coordinator, or a model on the hub that this worker's log says more of; name its own "
-            f"copy: {how_to_name_a_copy(model)}."
+            f"This worker cannot load the run's model = {model!r}. It is a folder of the "
+            "coordinator, or a model on the hub. For a folder, name this worker's own copy: "
+            f"{how_to_name_a_copy(model)}. For the hub, this worker's log says why."
         ) from None

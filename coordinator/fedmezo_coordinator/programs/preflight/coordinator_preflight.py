@@ -271,7 +271,7 @@ def _check_rows(settings: CoordinatorSettings, config: RunConfig, report: Report
 
 
 def _say_who_needs_a_copy(settings: CoordinatorSettings, config: RunConfig, report: Report) -> None:
-    """Workers find a model on the hub by themselves, and no folder of the coordinator."""
+    """Report that each worker needs a copy of a folder; it loads a model of the hub by itself."""
     if is_folder_name(config.model) and Path(settings.model).expanduser().exists():
         report.ok(
             "workers' model",
