@@ -140,3 +140,11 @@ def cache_home() -> Path:
     given = os.environ.get("XDG_CACHE_HOME", "")
     base = Path(given) if given.startswith("/") else Path.home() / ".cache"
     return base / "fedmezo"
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file or folder of that name; False also for a name that none can have."""
+    try:
+        return path.exists()
+    except OSError:
+        return False

@@ -23,7 +23,7 @@ from fedmezo_core.config import (
     parse_run,
 )
 from fedmezo_core.errors import ConfigError, TokenError
-from fedmezo_core.folders import state_home
+from fedmezo_core.folders import is_there, state_home
 from fedmezo_core.layered_settings import (
     ROW_STATES_MAX,
     Address,
@@ -541,10 +541,7 @@ class RelaySettings(ServingSettings):
 def model_label(model: str) -> str:
     """The model's name as others see it: a hub name unchanged; a folder without its path."""
     path = Path(model).expanduser()
-    try:
-        return path.resolve(strict=True).name
-    except OSError:  # Also where the text is too long for a path.
-        return model
+    return path.resolve().name if is_there(path) else model
 
 
 def check_same_run(journal: str, begun: RunConfig, asked: dict[str, Any], where: str) -> None:

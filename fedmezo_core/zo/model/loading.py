@@ -43,6 +43,7 @@ from transformers.utils.hub import cached_file
 
 from fedmezo_core.config import LoraConfig, how_to_name_a_copy, is_folder_name
 from fedmezo_core.errors import ModelError
+from fedmezo_core.folders import is_there
 from fedmezo_core.program import long_step
 from fedmezo_core.zo.commits import Commit
 from fedmezo_core.zo.materialize import materialize
@@ -158,7 +159,7 @@ def load_model(
     does not have, and a device or offload folder that cannot be used.
     """
     folder = Path(name_or_path).expanduser()
-    is_folder = folder.exists()
+    is_folder = is_there(folder)
     if is_folder:
         _check_folder(folder, name_or_path)
     elif name_or_path.startswith((".", "/", "~")):

@@ -42,6 +42,7 @@ from fedmezo_coordinator.stores.location import is_url, journal_shown, path_besi
 from fedmezo_coordinator.stores.opening import open_store
 from fedmezo_core.config import RunConfig, how_to_name_a_copy, is_folder_name
 from fedmezo_core.errors import ConfigError, IdentityError, JournalError
+from fedmezo_core.folders import is_there
 from fedmezo_core.journal.journal import Journal, JournalStore, MemoryStore
 from fedmezo_core.journal.party_copy import verified
 from fedmezo_core.records import Committed, Genesis
@@ -272,7 +273,7 @@ def _check_rows(settings: CoordinatorSettings, config: RunConfig, report: Report
 
 def _say_who_needs_a_copy(settings: CoordinatorSettings, config: RunConfig, report: Report) -> None:
     """Report that each worker needs a copy of a folder; it loads a model of the hub by itself."""
-    if is_folder_name(config.model) and Path(settings.model).expanduser().exists():
+    if is_folder_name(config.model) and is_there(Path(settings.model).expanduser()):
         report.ok(
             "workers' model",
             f"the run calls it {config.model}; each worker needs a copy: "

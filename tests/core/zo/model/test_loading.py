@@ -300,3 +300,8 @@ def test_without_a_network_the_cache_is_taken_at_once(monkeypatch: pytest.Monkey
     with pytest.raises(ModelError, match="this test has no weights"):
         load_model("some-one/a-model")
     assert (seen["source"], seen["local_files_only"]) == ("/cache", True)
+
+
+def test_a_name_that_no_folder_can_have_is_refused_like_one_that_is_not_there() -> None:
+    with pytest.raises(ModelError, match="The model aaa"):
+        load_model("a" * 300, local_files_only=True)
