@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.figures import REPORTS, Figure, show, write
+from tests.fuzz.engine import LATE_S, InputInHand, input_in_hand
 from tests.fuzz.targets import TARGETS
 
 MINUTES: Final = 10.0
@@ -31,32 +32,41 @@ GUIDED_SHARE: Final = 1 / 3
 """Part of a target's time in which coverage guides the changes; without it they come faster."""
 GOALS: Final = {"messages": 1_000_000, "journals": 100_000}
 FINDINGS: Final = REPORTS.parent / "fuzz"
-START_S: Final = 120.0
-"""Most time that a process takes beside its fuzzing."""
 
 
 def fuzz(name: str, seconds: float, seed: int, guided: bool, folder: Path) -> dict[str, Any]:
     """What one process found."""
     report = folder / f"{name}-{seed}.json"
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "tests.fuzz.engine", name, "--seconds", f"{seconds:.1f}"),
-            *(() if guided else ("--unguided",)),
-            *("--seed", str(seed), "--report", report, "--findings", FINDINGS / name),
-        ],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        timeout=seconds + START_S,
-        check=False,
-    )
+    said = report.with_suffix(".stderr")
+    with said.open("w") as stderr:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tests.fuzz.engine", name, "--seconds", f"{seconds:.1f}"),
+                *(() if guided else ("--unguided",)),
+                *("--seed", str(seed), "--report", report, "--findings", FINDINGS / name),
+            ],
+            stderr=stderr,
+            stdout=subprocess.DEVNULL,
+        )
+    try:
+        # One that is late ends by itself and says where it was; this is for one that cannot.
+        code = str(process.wait(seconds + 2 * LATE_S))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        code = "nothing in time"
     found: dict[str, Any] = {"executions": 0, "messages": 0, "cpu_s": 0.0, "findings": []}
     if report.exists():
         found = json.loads(report.read_text())
-    if done.returncode:
-        found["findings"].append(f"{name}: the process ended with {done.returncode}")
+    if code != "0":
+        found["findings"].append(f"{name}, seed {seed}: the process ended with {code}")
+        if data := InputInHand.left(input_in_hand(report)):
+            kept = FINDINGS / name / f"in-hand-{seed}"
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(data)
+            found["findings"][-1] += f"; it tried {kept}"
     if found["findings"]:
-        print(done.stderr[-5000:], file=sys.stderr)
+        print(said.read_text(errors="replace")[-5000:], file=sys.stderr)
     print(f"{name}, seed {seed}: {found['executions']:,} inputs", flush=True)
     return found
 

@@ -3,16 +3,19 @@
     python -m tests.fuzz.engine TARGET --seconds 60 --seed 1 --report FILE --findings FOLDER
 
 With atheris, inputs that reach new code join the ones that are changed further. Every exception but
-a `FedMezoError`, and every input that takes too long, is written to the folder of findings.
+a `FedMezoError`, and every input that takes too long, is written to the folder of findings. A
+process that does not end in time shows where it is, and ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import hashlib
 import json
 import logging
+import mmap
 import random
 import signal
 import sys
@@ -25,14 +28,45 @@ from typing import Any, Final
 
 HANG_S: Final = 10.0
 """Time after which an input hangs, on a busy machine too."""
+LATE_S: Final = 60.0
+"""Most time that the process takes beside its fuzzing."""
 REPORT_EVERY_S: Final = 0.5
 FINDINGS_MAX: Final = 20
 """Different findings that one process writes."""
+INPUT_MAX: Final = 1 << 20
+_LENGTH_BYTES: Final = 4
 INSTRUMENTED: Final = ["fedmezo_core", "fedmezo_coordinator", "fedmezo_worker", "fedmezo"]
 
 
 class HangError(Exception):
     """An input took too long."""
+
+
+class InputInHand:
+    """Shares the input that is being tried with whoever started the process."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("w+b") as file:
+            file.truncate(_LENGTH_BYTES + INPUT_MAX)
+            self._shared = mmap.mmap(file.fileno(), 0)
+
+    def take(self, data: bytes) -> None:
+        """Keep an input; b"": none is being tried."""
+        shared, end = self._shared, _LENGTH_BYTES + len(data)
+        shared[_LENGTH_BYTES:end] = data
+        shared[:_LENGTH_BYTES] = len(data).to_bytes(_LENGTH_BYTES, "little")
+
+    @staticmethod
+    def left(path: Path) -> bytes:
+        """The input that a process had when it ended; b"": it had none."""
+        kept = path.read_bytes() if path.exists() else bytes(_LENGTH_BYTES)
+        length = int.from_bytes(kept[:_LENGTH_BYTES], "little")
+        return kept[_LENGTH_BYTES : _LENGTH_BYTES + length]
+
+
+def input_in_hand(report: Path) -> Path:
+    """Where a process that writes this report keeps the input that it tries."""
+    return report.with_suffix(".input")
 
 
 class Tried:
@@ -47,6 +81,7 @@ class Tried:
         self._findings = findings
         self._found: dict[str, str] = {}
         self._said_s = 0.0
+        self._current = InputInHand(input_in_hand(report))
         self.count = 0
         self.messages = 0
         """As many as the inputs held."""
@@ -54,7 +89,9 @@ class Tried:
 
     def one(self, data: bytes) -> None:
         """Try one input."""
-        signal.setitimer(signal.ITIMER_REAL, HANG_S)
+        self._current.take(data)
+        # Again each second: what swallows the first may not go on.
+        signal.setitimer(signal.ITIMER_REAL, HANG_S, 1.0)
         messages: int | None = 1
         try:
             messages = self._read(data)
@@ -64,6 +101,7 @@ class Tried:
             self._keep(error, data)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            self._current.take(b"")
         self.count += 1
         self.messages += messages or 1
         if time.monotonic() - self._said_s > REPORT_EVERY_S:
@@ -124,7 +162,8 @@ def with_coverage(atheris: Any, tried: Tried, name: str, seconds: float, seed: i
         return mutated(rng, TARGETS[name], data, inputs)[:size_max]
 
     options = [f"-max_total_time={max(1, int(seconds))}", f"-seed={seed}", "-max_len=65536"]
-    options += ["-verbosity=0", "-print_final_stats=0", f"-timeout={int(3 * HANG_S)}"]
+    # No -timeout: libFuzzer has none beside another handler of the alarm.
+    options += ["-verbosity=0", "-print_final_stats=0"]
     # The first folder gets what is new, and the kept inputs stay as they are.
     new = tried.report.with_suffix(".new")
     new.mkdir()
@@ -144,6 +183,7 @@ def main() -> None:
     parser.add_argument("--findings", type=Path, required=True)
     options = parser.parse_args()
     logging.disable()
+    faulthandler.dump_traceback_later(options.seconds + LATE_S, exit=True)
     atheris = None
     with contextlib.suppress(ImportError):
         if options.unguided:
