@@ -194,7 +194,7 @@ bench-operation: setup  ## many runs in one coordinator, its page; build/reports
 # `make experiments` does all of them; a finished run is kept, so an interrupted series goes on where it stopped.
 # EXPERIMENT takes flags, for example EXPERIMENT="--seeds 1 --set clients=8" or EXPERIMENT=--fresh.
 EXPERIMENT ?=
-EXPERIMENTS := accuracy accuracy-deep accuracy-gpu personalised local-steps clients distributions precision estimators topics questions instructions instructions-alpaca byzantine privacy
+EXPERIMENTS := accuracy accuracy-deep accuracy-gpu personalised local-steps clients distributions precision estimators topics questions instructions instructions-alpaca instructions-clients byzantine privacy
 .PHONY: $(EXPERIMENTS:%=experiment-%)
 
 experiments: setup  ## all experiments: build/reports/<name>.md, .png, .json; one alone: make experiment-accuracy

@@ -233,6 +233,45 @@ def _instructions(title: str, data: str, splitters: tuple[str, ...]) -> Experime
     )
 
 
+def _instruction_federations() -> Experiment:
+    """More clients, local steps and personal rates, on instructions and in the last layer."""
+    zo, same = instructions.ZO, instructions.SAME
+    differing: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
+        f"{clients} clients": ({}, {"clients": clients}) for clients in (3, 9, 20, 40)
+    }
+    differing["10 local steps"] = (instructions.LOCAL_STEPS, {"evaluate_every_rounds": 1})
+    both = [f"{zo}, {name}" for name in differing]
+    arms = [Arm(f"{zo}, {name}", *values) for name, values in differing.items()]
+    arms += [
+        Arm(f"{same}, {name}", *values, instructions.SAME_RATE)
+        for name, values in differing.items()
+    ]
+    arms += [
+        Arm(f"{zo}, personal rate: {name}", values)
+        for name, values in PERSONAL.items()
+        if name != "frozen"
+    ]
+    return Experiment(
+        "Instruction tuning: more clients, local steps and personal rates",
+        tuple(arms),
+        panels=(("loss", "round"), ("loss", "forwards")),
+        run={
+            **instructions.RUN,
+            "task": instructions.TASKS["hellaswag"],
+            "rounds": 20,
+            # As long as without the rule for the directions of three clients, and longer for more.
+            "learning_rate": 1.3,
+            "rate_directions": RATE_DIRECTIONS,
+        },
+        settings={
+            **instructions.SETTINGS,
+            "data": str(CACHE / "data/hellaswag"),
+            "evaluate_every_rounds": 5,
+        },
+        drops={name: (name.replace(zo, same),) for name in both},
+    )
+
+
 DEFAULT_CLIP: Final[dict[str, Any]] = {
     "clip_median_factor": CLIP_MEDIAN_FACTOR,
     "clip_spread": CLIP_SPREAD,
@@ -527,6 +566,7 @@ EXPERIMENTS: Final[dict[str, Experiment]] = {
         "Instruction tuning: how-to texts of six categories", "hellaswag", ("category", "dirichlet")
     ),
     "instructions-alpaca": _instructions("Instruction tuning: Alpaca's kind", "alpaca", ()),
+    "instructions-clients": _instruction_federations(),
 }
 
 

@@ -59,6 +59,7 @@ SAME_RATE: Final = FirstOrder(learning_rate=1e-2)
 ALL_LAYERS_RATE: Final = FirstOrder(learning_rate=1e-3)
 ALL_LAYERS_RUN: Final[dict[str, Any]] = {"lora": FIRST_ORDER_LORA, "rounds": 12}
 """A step takes 1.3 s on a core."""
+LOCAL_STEPS: Final[dict[str, Any]] = {"local_steps": 10, "rounds": 4}
 DEEP_RUN: Final[dict[str, Any]] = {"lora": DEEP_CORE_LORA}
 DEEP_ZO_RUN: Final[dict[str, Any]] = {
     **DEEP_RUN,
