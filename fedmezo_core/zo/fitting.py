@@ -10,14 +10,15 @@ If B is P C (`lora.output_rank`), A and P are those directions of a module's inp
 which the rows' gradients are largest (as LoRA-SB begins from one gradient, Ponkshe et al. 2024):
 the main eigenvectors of the sums over rows of G^T G and of G G^T, with G the gradient of a row's
 loss with respect to the module's weights. So the fit does not depend on the rows' order. A is
-scaled to inputs of unit size over all tokens of the rows, P is orthonormal. This uses the rows'
-labels. The classes' logits are first moved to equal means, because the gradients of a model that
-always prefers one class have only one direction.
+scaled to inputs of unit size over all tokens of the rows, P is orthonormal. Then A, P and with them
+the modules are weighted by their part of C's gradient (`_weights`). This uses the rows' labels. The
+classes' logits are first moved to equal means, because the gradients of a model that always prefers
+one class have only one direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,8 +41,17 @@ BATCH_ROWS = 32
 GRADIENT_ROWS = 16
 """Rows of a pass backward, which needs more memory than a pass forward."""
 
-_Use = tuple[str, torch.Tensor, torch.Tensor]
+_Seen = tuple[str, torch.Tensor, torch.Tensor]
 """A module's name, and one input and output of it."""
+
+
+class _Use(NamedTuple):
+    inputs: torch.Tensor
+    """[rows, positions, inputs]."""
+    gradients: torch.Tensor
+    """[rows, positions, outputs]."""
+    is_token: torch.Tensor
+    """[rows, positions]: False for padding."""
 
 
 class _Moments(NamedTuple):
@@ -98,25 +108,35 @@ def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
         dataset = replace(dataset, examples=tuple(by_tokens))
     layers = _layers(party.loaded.model)
     inputs, mean_scores = _seen_inputs(party, dataset, layers)
-    moments = None
     if lora.output_rank is not None:
-        moments = _gradient_moments(party, dataset, layers, mean_scores)
+        gradients = _Gradients(party, dataset, layers, mean_scores)
+        _fit_factors(gradients, lora.rank, lora.output_rank)
+        return
     with long_step("choosing the adapter's directions", len(layers), "modules") as step:
         for name, layer in layers.items():
             [a] = layer.lora_A.values()
-            if moments is None or lora.output_rank is None:
-                fitted_a = _whitening(inputs[name], lora.rank, name)
-            else:
-                own = moments[name]
-                fitted_a = _scaled(
-                    _main_directions(own.of_inputs, lora.rank, name).T, own.of_tokens
-                )
-                [b] = layer.lora_B.values()
-                with torch.inference_mode():
-                    b.outputs.weight.copy_(_main_directions(own.of_outputs, lora.output_rank, name))
             with torch.inference_mode():
-                a.weight.copy_(fitted_a)
+                a.weight.copy_(_whitening(inputs[name], lora.rank, name))
             step.advance()
+
+
+def _fit_factors(gradients: _Gradients, rank: int, output_rank: int) -> None:
+    """Replace A and P of each module."""
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for name, own in _gradient_moments(gradients).items():
+        directions = _main_directions(own.of_inputs, rank, name).T
+        factors[name] = (
+            _scaled(directions, own.of_tokens),
+            _main_directions(own.of_outputs, output_rank, name).double(),
+        )
+    weights = _weights(_core_energies(gradients, factors))
+    for name, layer in gradients.layers.items():
+        [a], [b] = layer.lora_A.values(), layer.lora_B.values()
+        fitted_a, fitted_p = factors[name]
+        of_inputs, of_outputs = weights[name]
+        with torch.inference_mode():
+            a.weight.copy_((fitted_a * of_inputs[:, None]).float())
+            b.outputs.weight.copy_((fitted_p * of_outputs).float())
 
 
 @torch.inference_mode()
@@ -153,53 +173,113 @@ def _seen_inputs(
     return {name: torch.cat(parts) for name, parts in seen.items()}, torch.cat(scores).mean(dim=0)
 
 
-def _gradient_moments(
-    party: Party, dataset: Dataset, layers: Mapping[str, Any], mean_scores: torch.Tensor
-) -> dict[str, _Moments]:
+class _Gradients:
+    """Gradients of rows with respect to modules' outputs, a batch at a time."""
+
+    def __init__(
+        self,
+        party: Party,
+        dataset: Dataset,
+        layers: Mapping[str, Any],
+        mean_scores: torch.Tensor,
+    ) -> None:
+        self.layers = layers
+        self._party = party
+        self._dataset = dataset
+        self._mean_scores = mean_scores
+
+    def each(self, what: str) -> Iterator[tuple[str, _Use]]:
+        """Each module's name with each batch: inputs, gradients of its outputs, and padding."""
+        party, layers = self._party, self.layers
+        model: Any = party.loaded.model
+        with long_step(what, len(self._dataset), "rows") as step:
+            for first in range(0, len(self._dataset), GRADIENT_ROWS):
+                examples = self._dataset.examples[first : first + GRADIENT_ROWS]
+                batch = party.task.collate(examples, "fitting", execution_device(model))
+                seen: list[_Seen] = []
+                handles = [
+                    layer.register_forward_hook(_watcher(seen, name))
+                    for name, layer in layers.items()
+                ]
+                try:
+                    with torch.enable_grad():
+                        loss = party.task.loss_of_scores(
+                            party.task.scores(model, batch), batch, self._mean_scores
+                        )
+                finally:
+                    for handle in handles:
+                        handle.remove()
+                grads = torch.autograd.grad(loss, [output for _, _, output in seen])
+                for name in layers:
+                    # A module may be used several times in a pass.
+                    own = [index for index, use in enumerate(seen) if use[0] == name]
+                    masks = [batch.attention_mask[:, -seen[index][1].shape[1] :] for index in own]
+                    yield (
+                        name,
+                        _Use(
+                            torch.cat([seen[index][1] for index in own], dim=1).double(),
+                            torch.cat([grads[index] for index in own], dim=1).double(),
+                            torch.cat(masks, dim=1).bool(),
+                        ),
+                    )
+                step.advance(len(examples))
+
+
+def _gradient_moments(gradients: _Gradients) -> dict[str, _Moments]:
     """Three moments of each module.
 
     They are the sums over rows of G^T G [inputs, inputs] and of G G^T [outputs, outputs], with G
     the gradient of a row's loss, and the mean over tokens of x x^T [inputs, inputs].
     """
-    model: Any = party.loaded.model
-    sums: dict[str, tuple[Any, Any, Any, int]] = dict.fromkeys(layers, (0.0, 0.0, 0.0, 0))
-    with long_step("taking gradients for the adapter", len(dataset), "rows") as step:
-        for first in range(0, len(dataset), GRADIENT_ROWS):
-            examples = dataset.examples[first : first + GRADIENT_ROWS]
-            batch = party.task.collate(examples, "fitting", execution_device(model))
-            seen: list[_Use] = []
-            handles = [
-                layer.register_forward_hook(_watcher(seen, name)) for name, layer in layers.items()
-            ]
-            try:
-                with torch.enable_grad():
-                    loss = party.task.loss_of_scores(
-                        party.task.scores(model, batch), batch, mean_scores
-                    )
-            finally:
-                for handle in handles:
-                    handle.remove()
-            grads = torch.autograd.grad(loss, [output for _, _, output in seen])
-            for name in layers:
-                # A module may be used several times in a pass.
-                own = [index for index, use in enumerate(seen) if use[0] == name]
-                x = torch.cat([seen[index][1] for index in own], dim=1).double()
-                d = torch.cat([grads[index] for index in own], dim=1).double()
-                masks = [batch.attention_mask[:, -seen[index][1].shape[1] :] for index in own]
-                tokens = x[torch.cat(masks, dim=1).bool()]
-                of_inputs, of_outputs, of_tokens, count = sums[name]
-                # A row's gradient is d^T x, which may be larger than the products of positions.
-                sums[name] = (
-                    of_inputs + _flat(x).T @ _flat((d @ d.mT) @ x),
-                    of_outputs + _flat(d).T @ _flat((x @ x.mT) @ d),
-                    of_tokens + tokens.T @ tokens,
-                    count + len(tokens),
-                )
-            step.advance(len(examples))
+    sums: dict[str, tuple[Any, Any, Any, int]] = dict.fromkeys(gradients.layers, (0.0, 0.0, 0.0, 0))
+    for name, (x, d, is_token) in gradients.each("taking gradients for the adapter"):
+        tokens = x[is_token]
+        of_inputs, of_outputs, of_tokens, count = sums[name]
+        # A row's gradient is d^T x, which may be larger than the products of positions.
+        sums[name] = (
+            of_inputs + _flat(x).T @ _flat((d @ d.mT) @ x),
+            of_outputs + _flat(d).T @ _flat((x @ x.mT) @ d),
+            of_tokens + tokens.T @ tokens,
+            count + len(tokens),
+        )
     return {
         name: _Moments(of_inputs, of_outputs, of_tokens / count)
         for name, (of_inputs, of_outputs, of_tokens, count) in sums.items()
     }
+
+
+def _core_energies(
+    gradients: _Gradients, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Sums over rows of the squared gradient of each module's C, [output_rank, rank]."""
+    sums: dict[str, Any] = dict.fromkeys(gradients.layers, 0.0)
+    for name, (x, d, _) in gradients.each("weighting the adapter's directions"):
+        a, p = factors[name]
+        sums[name] = sums[name] + ((d @ p).mT @ (x @ a.T)).square().sum(dim=0)
+    return sums
+
+
+def _weights(
+    energies: Mapping[str, torch.Tensor],
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Weights of each module's rows of A [rank] and columns of P [output_rank].
+
+    Random directions spend their noise on all parameters alike. So a parameter with a larger
+    gradient gets more of it: the fourth root of the gradient's mean square, as the product of a
+    module's, an input's and an output's part. Over all parameters their mean square is 1.
+    """
+    found = {
+        name: (_part(energy.mean(dim=0), energy.mean()), _part(energy.mean(dim=1), energy.mean()))
+        for name, energy in energies.items()
+    }
+    squares = [float(i.square().mean() * o.square().mean()) for i, o in found.values()]
+    whole = (sum(squares) / len(squares)) ** 0.5
+    return {name: (i / whole, o) for name, (i, o) in found.items()}
+
+
+def _part(energies: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    # What these rows do not move may still be trained.
+    return (energies.clamp_min(1e-6 * float(mean)) / mean.sqrt()) ** 0.25
 
 
 def _flat(rows: torch.Tensor) -> torch.Tensor:
@@ -221,7 +301,7 @@ def _layers(model: Any) -> dict[str, Any]:
     }
 
 
-def _watcher(into: list[_Use], name: str) -> Any:
+def _watcher(into: list[_Seen], name: str) -> Any:
     """A hook that makes a module's output one that gradients are taken with respect to."""
 
     def watch(
@@ -251,7 +331,7 @@ def _scaled(directions: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     rows = directions.double()
     sizes = ((rows @ moments) * rows).sum(dim=1, keepdim=True).sqrt()
     # A direction that the inputs never take must not become infinitely long.
-    return (rows / sizes.clamp_min(1e-6 * float(sizes.max()))).float()
+    return rows / sizes.clamp_min(1e-6 * float(sizes.max()))
 
 
 def _collector(name: str, into: list[torch.Tensor], ends: int, counts: torch.Tensor) -> Any:

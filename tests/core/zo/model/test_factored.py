@@ -93,6 +93,7 @@ def test_a_and_p_span_the_largest_gradients_of_rows(
     sums = [((g @ g.mT).sum(dim=0), (g.mT @ g).sum(dim=0)) for g in stacked]
     for a, b, (of_inputs, of_outputs) in zip(_a(party), _b(party), sums, strict=True):
         p = b.outputs.weight.double()
+        p = p / p.norm(dim=0)
         assert torch.allclose(p.T @ p, torch.eye(3).double(), atol=1e-6)
         directions = torch.linalg.qr(a.weight.double().T).Q
         for found, moments, rank in ((p, of_outputs, 3), (directions, of_inputs, 6)):
@@ -116,22 +117,44 @@ def test_the_order_of_the_rows_changes_no_bit(
 
 
 @pytest.mark.parametrize("is_used_twice", [False, True])
-def test_each_input_of_c_has_unit_size_over_all_tokens(
-    is_used_twice: bool, folder: Path, rows: list[Example]
+@pytest.mark.parametrize("task", [CLASSES, ANSWERS])
+def test_a_parameter_weighs_as_the_root_of_its_gradient(
+    task: dict[str, Any], is_used_twice: bool, folder: Path, rows: list[Example]
 ) -> None:
-    party = open_party(_config({"output_rank": 3}), str(folder), threads=1)
+    party = open_party(_config({"output_rank": 3}, task=task), str(folder), threads=1)
     if is_used_twice:
         _use_twice(party)
     fit_adapter(party, rows)
-    seen: list[torch.Tensor] = []
-    handle = _a(party)[0].register_forward_hook(lambda *_: seen.append(_[2][0].double()))
+    model: Any = party.loaded.model
     examples = party.task.encode(rows).examples
     assert len({example.token_count for example in examples}) > 1, "padding must not count"
+    with torch.no_grad():
+        mean = party.task.scores(model, party.task.collate(examples, "all")).mean(dim=0)
+    seen: list[list[torch.Tensor]] = [[] for _ in _a(party)]
+    for layer, inputs in zip(_a(party), seen, strict=True):
+        layer.register_forward_hook(lambda *_, into=inputs: into.append(_[2][0].double()))
+    cores = [b.core.weight for b in _b(party)]
+    for core in cores:
+        core.requires_grad_()
+    energies = [torch.zeros(3, 6).double() for _ in cores]
     for example in examples:
-        party.task.loss(party.loaded.model, party.task.collate([example], "one"))
-    handle.remove()
-    sizes = torch.cat(seen).square().mean(dim=0)
-    assert torch.allclose(sizes, torch.ones(6).double(), atol=1e-3)
+        batch = party.task.collate([example], "one")
+        loss = party.task.loss_of_scores(party.task.scores(model, batch), batch, mean)
+        for energy, grad in zip(energies, torch.autograd.grad(loss, cores), strict=True):
+            energy += grad.double().square()
+
+    # An input without a weight has unit size over all tokens, and a column of P unit length.
+    products, wanted = [], []
+    for inputs, b, energy in zip(seen, _b(party), energies, strict=True):
+        of_inputs = torch.cat([part.detach() for part in inputs]).square().mean(dim=0).sqrt()
+        weights = torch.outer(b.outputs.weight.double().norm(dim=0), of_inputs)
+        without = energy / weights.square()
+        products.append(weights)
+        parts = torch.outer(without.mean(dim=1), without.mean(dim=0))
+        wanted.append((parts / without.mean()) ** 0.25)
+    weights, roots = torch.stack(products), torch.stack(wanted)
+    assert float(weights.square().mean()) == pytest.approx(1, rel=1e-4)
+    assert torch.allclose(weights, roots / roots.square().mean().sqrt(), rtol=2e-3)
 
 
 @pytest.mark.parametrize("distribution", ["rademacher", "low_rank_1"])
