@@ -10,10 +10,10 @@ If B is P C (`lora.output_rank`), A and P are those directions of a module's inp
 which the rows' gradients are largest (as LoRA-SB begins from one gradient, Ponkshe et al. 2024):
 the main eigenvectors of the sums over rows of G^T G and of G G^T, with G the gradient of a row's
 loss with respect to the module's weights. So the fit does not depend on the rows' order. A is
-scaled to inputs of unit size over all tokens of the rows, P is orthonormal. Then A, P and with them
-the modules are weighted by their part of C's gradient (`_weights`). This uses the rows' labels. The
-classes' logits are first moved to equal means, because the gradients of a model that always prefers
-one class have only one direction.
+scaled to inputs of unit size over all tokens of the rows, P is orthonormal. This uses the rows'
+labels. The classes' logits are first moved to equal means, because the gradients of a model that
+always prefers one class have only one direction. If the responses are texts, A, P and with them the
+modules are then weighted by their part of C's gradient (`_weights`).
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
     inputs, mean_scores = _seen_inputs(party, dataset, layers)
     if lora.output_rank is not None:
         gradients = _Gradients(party, dataset, layers, mean_scores)
-        _fit_factors(gradients, lora.rank, lora.output_rank)
+        # The few directions of classes curve most where they are steepest (decision 0064).
+        is_weighted = party.config.task.kind != "classification"
+        _fit_factors(gradients, lora.rank, lora.output_rank, is_weighted=is_weighted)
         return
     with long_step("choosing the adapter's directions", len(layers), "modules") as step:
         for name, layer in layers.items():
@@ -120,7 +122,7 @@ def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
             step.advance()
 
 
-def _fit_factors(gradients: _Gradients, rank: int, output_rank: int) -> None:
+def _fit_factors(gradients: _Gradients, rank: int, output_rank: int, *, is_weighted: bool) -> None:
     """Replace A and P of each module."""
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, own in _gradient_moments(gradients).items():
@@ -129,14 +131,16 @@ def _fit_factors(gradients: _Gradients, rank: int, output_rank: int) -> None:
             _scaled(directions, own.of_tokens),
             _main_directions(own.of_outputs, output_rank, name).double(),
         )
-    weights = _weights(_core_energies(gradients, factors))
+    if is_weighted:
+        for name, (of_inputs, of_outputs) in _weights(_core_energies(gradients, factors)).items():
+            a, p = factors[name]
+            factors[name] = a * of_inputs[:, None], p * of_outputs
     for name, layer in gradients.layers.items():
-        [a], [b] = layer.lora_A.values(), layer.lora_B.values()
-        fitted_a, fitted_p = factors[name]
-        of_inputs, of_outputs = weights[name]
+        [own_a], [own_b] = layer.lora_A.values(), layer.lora_B.values()
+        a, p = factors[name]
         with torch.inference_mode():
-            a.weight.copy_((fitted_a * of_inputs[:, None]).float())
-            b.outputs.weight.copy_((fitted_p * of_outputs).float())
+            own_a.weight.copy_(a.float())
+            own_b.outputs.weight.copy_(p.float())
 
 
 @torch.inference_mode()
