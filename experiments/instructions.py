@@ -61,7 +61,7 @@ ALL_LAYERS_RUN: Final[dict[str, Any]] = {"lora": FIRST_ORDER_LORA, "rounds": 12}
 """A step takes 1.3 s on a core."""
 LOCAL_STEPS: Final[dict[str, Any]] = {"local_steps": 10, "rounds": 4}
 DEEP_RUN: Final[dict[str, Any]] = {"lora": DEEP_CORE_LORA, "rounds": 100}
-"""Back-propagation is at its best after about 120 rounds; then it fits the training rows alone."""
+"""Back-propagation is at its best after about 100 rounds; then it fits the training rows alone."""
 DEEP_ZO_RUN: Final[dict[str, Any]] = {
     **DEEP_RUN,
     "probes": 63,

@@ -110,7 +110,7 @@ def fit_adapter(party: Party, rows: Sequence[Example]) -> None:
     inputs, mean_scores = _seen_inputs(party, dataset, layers)
     if lora.output_rank is not None:
         gradients = _Gradients(party, dataset, layers, mean_scores)
-        # The few directions of classes curve most where they are steepest (decision 0064).
+        # Weights harm classes, whose loss curves most where it is steepest (decision 0064).
         is_weighted = party.config.task.kind != "classification"
         _fit_factors(gradients, lora.rank, lora.output_rank, is_weighted=is_weighted)
         return
