@@ -136,8 +136,9 @@ async def test_a_person_clicks_through_a_live_run(tmp_path: Path) -> None:
 
 async def _use_the_table(tab: Page) -> None:
     await tab.get_by_role("button", name="Worker").click()
+    # A function: the page's policy forbids an expression, which is evaluated again at each look.
     await tab.wait_for_function(
-        "document.querySelector('#workers th').textContent === 'gamma'", timeout=WAIT_MS
+        "() => document.querySelector('#workers th').textContent === 'gamma'", timeout=WAIT_MS
     )
     heading = tab.locator("#worker-heads th[aria-sort]")
     assert await heading.get_attribute("aria-sort") == "descending"
