@@ -188,7 +188,8 @@ class Author:
 
     def seal(self) -> None:
         """Seal some of what the rows come to, in place of what was sealed before."""
-        seqnos = self.rng.sample(range(1, len(self.journal) + 1), self.rng.randint(1, 3))
+        count = min(self.rng.randint(1, 3), len(self.journal))
+        seqnos = self.rng.sample(range(1, len(self.journal) + 1), count)
         rows = self.history.rows
         self.journal.keep_seals([state_at(n, rows[n - 1].chain) for n in sorted(seqnos)])
 

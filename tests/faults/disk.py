@@ -69,6 +69,8 @@ class Link:
 
     name: str
     inode: int
+    instead_of: str = ""
+    """The name that it had until now: a rename is one operation. Empty: it had none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +196,7 @@ def _rename(names: dict[str, int], ops: Sequence[Link | Unlink]) -> None:
     for op in ops:
         if isinstance(op, Link):
             names[op.name] = op.inode
+            names.pop(op.instead_of, None)
         else:
             names.pop(op.name, None)
 
@@ -358,7 +361,7 @@ class _WatchedFiles:
         names = self._recorder.names
         if before.name in names:
             inode = names[after.name] = names.pop(before.name)
-            self._trace += [Link(after.name, inode), Unlink(before.name)]
+            self._trace.append(Link(after.name, inode, before.name))
             self._was_renamed = True
 
 
