@@ -49,6 +49,30 @@ def logging_levels() -> Iterator[None]:
         logging.getLogger(name).setLevel(before.get(name, logging.NOTSET))
 
 
+class _SaysFailuresAtOnce:
+    """Prints each failure as it happens: a run that is ended from outside prints no summary."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Say which test failed, after how long, and the first line of why."""
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why, *_ = (crash.message if crash else report.longreprtext).splitlines() or [""]
+            self._terminal.write_line(
+                f"\n{report.nodeid} failed in {report.when} after {report.duration:.1f} s: {why}"
+            )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Print failures at once, in the one process that prints."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_SaysFailuresAtOnce(terminal))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what is slow as a whole; single slow tests carry the mark themselves."""
     for item in items:
