@@ -8,10 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Triton's interpreter runs the CUDA kernels without a GPU. Triton reads this once, on import.
 # `make test-gpu` sets 0, because it runs them on a GPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# How long an example takes depends on the machine; each test has its own limit.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent
 SLOW = (

@@ -30,7 +30,7 @@ from tests.faults.hand_made import try_journal, try_seal
 from tests.integration.support.harness import config_of, genesis_of
 
 SEEDS = st.integers(0, 2**32)
-SOME = settings(max_examples=100, deadline=None)
+SOME = settings(max_examples=100)
 
 
 @SOME

@@ -35,7 +35,7 @@ from tests.fuzz.run_targets import (
 from tests.fuzz.targets import GENESIS, METHODS, hello, read_call, read_record, read_stream
 from tests.integration.support.harness import run_values
 
-SOME = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SOME = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 FEW = settings(SOME, max_examples=20)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmezo_coordinator.programs.splits import (
@@ -43,7 +43,6 @@ def test_iid_shares_are_equal_and_hold_every_row_once(count: int, workers: int, 
     assert shares == split_iid(rows, workers, seed)
 
 
-@settings(deadline=None)
 @given(
     classes=CLASSES,
     workers=st.integers(1, 8),

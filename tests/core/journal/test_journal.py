@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmezo_core.config import LoraConfig, RunConfig, TaskConfig
@@ -125,7 +125,6 @@ def test_bytes_that_are_no_record_are_refused(body: bytes) -> None:
         decode_record(body)
 
 
-@settings(deadline=None)
 @given(st.lists(records, min_size=1, max_size=6), st.data())
 def test_one_flipped_bit_is_found(history: list[Record], data: st.DataObject) -> None:
     store = MemoryStore()

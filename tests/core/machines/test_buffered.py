@@ -390,7 +390,7 @@ moves = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     moves,
     st.integers(1, 4),

@@ -214,7 +214,7 @@ any_run = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(any_run, st.lists(any_action, max_size=50))
 def test_any_sequence_keeps_the_invariants(
     values: dict[str, int], actions: list[tuple[object, ...]]
@@ -290,7 +290,7 @@ def _check(run: RoundsDriver, ready: Ready, now_ms: int) -> None:
     assert machine.cohort == (tuple(machine.state.open.cohort) if machine.state.open else ())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(any_run, st.randoms(use_true_random=False))
 def test_a_run_of_honest_workers_always_finishes(values: dict[str, int], dice: object) -> None:
     run = RoundsDriver(**values)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmezo_core.config import STALENESS_MAX, STEPS_MAX
@@ -546,7 +546,6 @@ any_event = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(st.lists(any_event, max_size=40), st.sampled_from([0, 1, 2]))
 def test_any_sequence_acts_in_order_or_is_refused_without_a_trace(
     events: list[SessionEvent], staleness_max: int

@@ -48,13 +48,13 @@ def content(answer: tuple[bytes, Ticket, bytes, Scalars]) -> Any:
 
 
 @given(answers, answers)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_two_answers_have_one_text_only_if_they_are_the_same(one: Any, other: Any) -> None:
     assert (answer_text(*one) == answer_text(*other)) == (content(one) == content(other))
 
 
 @given(answers, st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_another_value_of_one_field_has_another_text(answer: Any, data: st.DataObject) -> None:
     run, ticket, head, scalars = answer
     others = [
@@ -73,7 +73,7 @@ def test_another_value_of_one_field_has_another_text(answer: Any, data: st.DataO
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_changed_bit_of_text_signature_or_key_does_not_fit(data: st.DataObject) -> None:
     ticket, scalars = data.draw(tickets), data.draw(scalars_of)
     parts = [
@@ -91,7 +91,7 @@ def test_a_changed_bit_of_text_signature_or_key_does_not_fit(data: st.DataObject
 
 
 @given(st.binary(max_size=100), st.binary(max_size=100))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_bytes_may_come_as_key_and_signature(key: bytes, signature: bytes) -> None:
     assert not is_signed(key, b"text", signature)
 

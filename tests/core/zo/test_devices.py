@@ -124,7 +124,7 @@ def test_whole_tiles_take_the_unmasked_path(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("without_kernels")
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(cases(sizes=st.integers(1, 700)))
 def test_the_portable_path_equals_the_specification(case: Case) -> None:
     check(case.commits, case.base, case.operands)
@@ -195,7 +195,7 @@ def test_a_fan_of_the_kernels(
         assert_fan(base, commits, Operands(4, distribution, storage[1], start, columns))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(fans(), st.booleans())
 def test_any_fan_equals_one_call_for_each_output(
     journal: tuple[list[Commit], np.random.Generator], by_kernels: bool

@@ -140,7 +140,7 @@ def specified(base: torch.Tensor, commits: Sequence[Commit], operands: Operands)
     return out
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(cases())
 def test_equals_the_reference(case: Case) -> None:
     base, commits, operands = case.base, case.commits, case.operands
@@ -159,7 +159,7 @@ def cut(draw: st.DataObject, whole: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(cases(), threads_used, st.data())
 def test_any_way_of_calling_gives_the_same_bits(
     case: Case, threads: int, data: st.DataObject
@@ -307,7 +307,7 @@ def fans(draw: st.DrawFn) -> tuple[list[Commit], np.random.Generator]:
     return commits, generator
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(cases(fans()), threads_used, st.data())
 def test_a_fan_equals_one_call_for_each_output(
     case: Case, threads: int, data: st.DataObject

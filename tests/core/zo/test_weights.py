@@ -71,9 +71,7 @@ commits_before = st.lists(st.tuples(st.sampled_from([1.0, 0.5]), st.booleans()),
 )
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     before=commits_before,
     after=st.integers(0, 2),

@@ -128,9 +128,7 @@ def test_control_tokens_are_marks_not_letters_or_spaces() -> None:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @pytest.mark.parametrize("template", TEMPLATES)
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 def test_only_the_template_holds_control_tokens(name: str, template: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
@@ -171,7 +169,7 @@ def test_an_unknown_token_that_is_the_end_of_text_comes_from_the_template_alone(
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "slow"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=TEXTS.filter(lambda text: "<" not in text and ">" not in text))
 def test_the_copy_that_reads_such_rows_reads_others_alike(name: str, text: str) -> None:
     encoder = PromptEncoder(TOKENIZERS[name], columns_are_plain=True)

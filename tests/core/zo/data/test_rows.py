@@ -37,9 +37,7 @@ def _write(path: Path, records: list[dict[str, str]]) -> None:
         pq.write_table(pa.Table.from_pylist(records), path)
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pairs=st.lists(st.tuples(_TEXT, _TEXT), min_size=1, max_size=5))
 def test_the_three_formats_give_the_same_text(pairs: list[tuple[str, str]], tmp_path: Path) -> None:
     records = [{"text": text, "other": "x", "label": label} for text, label in pairs]

@@ -258,9 +258,7 @@ def test_evaluation_of_diverged_weights(
 # ---------------------------------------------------------------------- text to tokens
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text(st.characters(exclude_categories=["Cs"]), max_size=200),
     other=st.text(st.sampled_from("ab é"), max_size=200),
@@ -434,9 +432,7 @@ def _dataset(task: Task, count: int) -> Dataset:
     return task.encode(_labelled([SENTENCES[i % 4][: 5 + i % 17] for i in range(count)]))
 
 
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     count=st.integers(1, 60),
     size=st.integers(1, 9),

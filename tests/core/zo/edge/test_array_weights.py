@@ -21,9 +21,7 @@ from fedmezo_core.zo.plain.arrays import materialize_array
 from fedmezo_core.zo.weights import Weights
 from tests.core.zo.edge.conftest import Run, contract
 
-SHARED = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+SHARED = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 commits = st.builds(
     lambda pairs, rounding, decay, from_base: Commit(
         np.array([seed for seed, _ in pairs], dtype=np.uint64),

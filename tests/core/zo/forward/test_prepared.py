@@ -177,7 +177,7 @@ def small_blocks(size_bytes: int) -> Iterator[None]:
         yield
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from(list(Distribution)),

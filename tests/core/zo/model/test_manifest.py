@@ -175,7 +175,7 @@ def test_a_model_that_is_not_the_manifests_is_refused() -> None:
         trained_tensors(_Small().to(torch.bfloat16), manifest)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=4),
     threads=st.integers(1, 3),
@@ -264,9 +264,7 @@ def _weights(model: nn.Module, threads: int | None = None) -> Weights:
     )
 
 
-@settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cuts=st.sets(st.integers(1, 5)), bfloat16=st.booleans())
 def test_rounds_fused_or_one_by_one_give_the_same_digest(
     cuts: set[int], bfloat16: bool, model_of: Callable[[str], nn.Module]

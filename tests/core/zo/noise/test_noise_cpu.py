@@ -72,7 +72,7 @@ def test_golden_vectors_of_low_rank(case: dict[str, Any], distribution: Distribu
     assert [f"{bits:08x}" for bits in values.view(np.uint32)] == expected
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     seeds,
     tensor_ids,
