@@ -2,16 +2,19 @@
 
 from typing import NoReturn
 
+from fedmezo_coordinator.serving.grpc_wakeups import this_process_has_one_loop
 from fedmezo_core.program import launch
 
 
 def main() -> NoReturn:
     """Run `fedmezo-coordinator`."""
+    this_process_has_one_loop()
     launch("fedmezo_coordinator.programs.coordinator_command")
 
 
 def relay() -> NoReturn:
     """Run `fedmezo-relay`."""
+    this_process_has_one_loop()
     launch("fedmezo_coordinator.programs.relay_command")
 
 

@@ -1,13 +1,11 @@
-"""The writes in one turn of the event loop, and the bytes that wake it."""
+"""The writes in one turn of the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 
 import pytest
 
-from fedmezo_coordinator.serving.grpc_wakeups import reading_all_wakeups
 from fedmezo_coordinator.serving.write_pacing import WritePacing
 
 
@@ -40,14 +38,3 @@ async def test_a_cancelled_write_delays_no_other() -> None:
     for _ in range(3):  # and afterwards it stands still
         await asyncio.sleep(0)
     await asyncio.wait_for(pacing.next_write(), 10)
-
-
-def test_all_wakeups_are_read_at_once() -> None:
-    make = socket.socketpair
-    with reading_all_wakeups():
-        reading, writing = socket.socketpair()
-    assert socket.socketpair is make
-    with reading, writing:
-        for _ in range(200):
-            writing.send(b"1")
-        assert reading.recv(1) == b"1" * 200
