@@ -64,10 +64,14 @@ PAGE_COMMITS = 4096
 """Records of the largest page."""
 MESSAGE_BYTES = 70_000
 """Bytes of a message that is too large."""
+EXCHANGES_MAX = 20
+"""Exchanges after which what has not come is missing."""
 OTHER = b"\x01" * 32
 """A digest that is nobody's."""
 
 _Sequence = Callable[[], Awaitable[None]]
+_Found = dict[str | None, wire.SessionResponse]
+"""Kind -> the message of that kind in one response."""
 _NamedSequence = tuple[str, int, _Sequence]
 """What a check is called, the protocol's section, and what makes it."""
 
@@ -755,18 +759,27 @@ class CoordinatorBattery:
         round_ = self._history.round
         hello = self._hello(tester.name, round=round_, head=self._head(round_))
         answer = self._signed(tester, self._answer(tester))
-        for nonce, messages, wanted in (
-            (b"1", [hello], "assign"),
-            (b"2", [hello, answer], "ack"),
-            (b"2", [hello, answer], "ack"),
-        ):
+
+        async def exchanged(nonce: bytes, *messages: wire.SessionRequest) -> _Found:
             request = wire.PollSessionRequest(messages=messages, nonce=nonce, wait_ms=1000)
             reply = await connection.call("PollSession", request, wire.PollSessionResponse)
             require(reply.nonce == nonce, f"the nonce of the response is {reply.nonce.hex()}")
-            found = {message.WhichOneof("kind"): message for message in reply.messages}
-            require(wanted in found, f"{', '.join(map(str, found)) or 'nothing'} came, no {wanted}")
-            if wanted == "assign":
-                self._same_work(tester, found["assign"].assign)
+            return {message.WhichOneof("kind"): message for message in reply.messages}
+
+        async def until(wanted: str, *messages: wire.SessionRequest) -> tuple[bytes, _Found]:
+            # A busy coordinator may send a part of what there is; the next exchange has the rest.
+            for number in range(EXCHANGES_MAX):
+                nonce = f"{wanted} {number}".encode()
+                found = await exchanged(nonce, *messages)
+                if wanted in found:
+                    return nonce, found
+            came = ", ".join(map(str, found)) or "nothing"
+            raise CheckFailedError(f"{came} came in {EXCHANGES_MAX} exchanges, no {wanted}")
+
+        _, found = await until("assign", hello)
+        self._same_work(tester, found["assign"].assign)
+        nonce, _ = await until("ack", hello, answer)
+        require("ack" in await exchanged(nonce, hello, answer), "repeated, it brought no ack")
         again = await self._join(tester.name)
         again.assign = tester.assign
         again.acknowledged.append(self._ticket_of(tester))
@@ -897,13 +910,20 @@ class CoordinatorBattery:
         return self._testers[name]
 
     async def _spare(self) -> Tester:
-        """The last tester, with its assignment, if a round can be committed without it."""
+        """The last tester that has not answered, if a round can be committed without it.
+
+        A check before may have answered the assignment of another one.
+        """
         if self._count < 3 or self._count <= self._config.quorum:
             raise CheckSkippedError(
                 f"it needs 3 workers in a round, and more than the quorum of {self._config.quorum} "
                 "(cohort_size_max)"
             )
         tester = self._last()
+        for name in sorted(self._testers):
+            one = self._testers[name]
+            if one.assign is None or one.assign.ticket not in one.acknowledged:
+                tester = one
         if tester.assign is None:
             await tester.take_work()
         return tester

@@ -51,7 +51,7 @@ async def outcomes(at: ServedFleet) -> dict[str, str]:
     output, errors = await called(at.address, folders, "--format", "json")
     assert output, errors
     checks = json.loads(output)["checks"]
-    print(*(f"{one['name']}: {one['outcome']} {one.get('seen')}" for one in checks), sep="\n")
+    print(*(f"{one['name']}: {one['outcome']} {one.get('detail')}" for one in checks), sep="\n")
     return {one["name"]: one["outcome"] for one in checks}
 
 
