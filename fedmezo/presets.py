@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any, Final
 
-from fedmezo_core.config import DEEP_UP, LAST_DOWN, LAST_UP, RunConfig, asks_for_sums, parse_run
+from fedmezo_core.config import (
+    DEEP_UP,
+    DEEP_VALUES,
+    LAST_DOWN,
+    LAST_UP,
+    RunConfig,
+    asks_for_sums,
+    parse_run,
+)
 from fedmezo_core.errors import ConfigError
 
 KEY: Final = "preset"
@@ -127,6 +135,24 @@ PRESETS: Final = (
             "task": {"kind": "instruction", "tokens_max": 64},
         },
         walk_length=0.37,
+    ),
+    Preset(
+        name="instruction-deep",
+        purpose="The same on GPUs and on CPUs with AMX; deep layers learn far more.",
+        result="RESULT",
+        values={
+            **_STEPS,
+            "rounds": 100,
+            "probes": 63,
+            "batch_size": 4,
+            "learning_rate": 0.4,
+            "rate_directions": 0,
+            "distribution": "rademacher",
+            "dtype": "bfloat16",
+            "eps": 0.05,
+            "lora": {**_adapter(16, DEEP_VALUES), "output_rank": 4},
+            "task": {"kind": "instruction", "tokens_max": 64},
+        },
     ),
     Preset(
         name="full",

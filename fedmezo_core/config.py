@@ -74,6 +74,10 @@ LAST_DOWN = "last-down"
 """In the same way, the down-projection of the last block's MLP."""
 DEEP_UP = "deep-up"
 """In the same way, the up-projections of the last third of the blocks but for the last two."""
+DEEP_VALUES = "deep-values"
+"""In the same way, the value projections of the attention in those blocks."""
+PLACES = (LAST_UP, LAST_DOWN, DEEP_UP, DEEP_VALUES)
+"""All words for places."""
 
 NEWEST_TEMPLATE_VERSION = 3
 """The `TaskConfig.template_version` of new runs."""
@@ -234,7 +238,7 @@ class LoraConfig(_Frozen):
         min_length=1,
         max_length=4096,
         description="Names of modules or their ends; or one regular expression; or all-linear; or, "
-        "in a new run, last-up, last-down or deep-up.",
+        f"in a new run, {', '.join(PLACES[:-1])} or {PLACES[-1]}.",
     )
     freeze_a: bool = Field(
         default=False,

@@ -14,10 +14,8 @@ from fedmezo.presets import KEY, merged, parse_contract, with_preset
 from fedmezo_coordinator.stores.location import path_beside
 from fedmezo_core.config import (
     COHORT_MAX,
-    DEEP_UP,
-    LAST_DOWN,
-    LAST_UP,
     NAME_PATTERN,
+    PLACES,
     RunConfig,
     TaskConfig,
     parse_run,
@@ -567,8 +565,7 @@ def check_same_run(journal: str, begun: RunConfig, asked: dict[str, Any], where:
 
 def _is_a_word(targets: object) -> bool:
     """Whether target modules are one of the words for a place in any model."""
-    words = (LAST_UP, LAST_DOWN, DEEP_UP)
-    return any(targets in (word, [word], (word,)) for word in words)
+    return any(targets in (word, [word], (word,)) for word in PLACES)
 
 
 def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:

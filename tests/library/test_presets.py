@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import fedmezo
 from fedmezo.presets import PRESETS, Preset, parse_contract, preset_toml, with_preset
@@ -158,7 +165,7 @@ def small(kind: str, layers: int) -> Any:
     return LlamaForCausalLM(LlamaConfig(**sizes))
 
 
-def test_the_words_for_places_mean_layers_by_their_shapes() -> None:
+def test_the_words_for_places_mean_layers_of_any_family() -> None:
     def named(model: Any, word: str) -> tuple[str, ...]:
         lora = LoraConfig(rank=2, alpha=2, target_modules=(word,))
         return with_places_named(model, lora).target_modules
@@ -168,8 +175,13 @@ def test_the_words_for_places_mean_layers_by_their_shapes() -> None:
         assert named(model, "last-up") == ("model.layers.5.mlp.up_proj",)
         assert named(model, "last-down") == ("model.layers.5.mlp.down_proj",)
         assert named(model, "deep-up") == ("model.layers.4.mlp.up_proj",)
-    deep = named(small("llama", 30), "deep-up")
-    assert deep == tuple(f"model.layers.{layer}.mlp.up_proj" for layer in range(20, 28))
+        assert named(model, "deep-values") == ("model.layers.4.self_attn.v_proj",)
+    large = small("llama", 30)
+    for word, name in (("deep-up", "mlp.up_proj"), ("deep-values", "self_attn.v_proj")):
+        deep = tuple(f"model.layers.{layer}.{name}" for layer in range(20, 28))
+        assert named(large, word) == deep
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=6, n_head=2, vocab_size=32))
+    assert named(gpt2, "deep-values") == ("transformer.h.4.attn.c_attn",)
     assert named(small("llama", 2), "q_proj") == ("q_proj",)
 
 

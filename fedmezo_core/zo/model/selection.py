@@ -12,9 +12,11 @@ from typing import Final, cast
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedmezo_core.config import ALL_LINEAR, DEEP_UP, LAST_DOWN, LAST_UP, LoraConfig
+from fedmezo_core.config import ALL_LINEAR, DEEP_UP, DEEP_VALUES, LAST_DOWN, PLACES, LoraConfig
 from fedmezo_core.errors import ConfigError, ModelError
 
+VALUE_LAYERS: Final = ("v_proj", "value", "v_lin", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
+"""What families call the layer that makes the values, alone or with queries and keys."""
 MATCHING_CPU_S_MAX: Final = 2
 """Longest CPU time that a run's regular expression may take over a model's names of modules."""
 
@@ -66,19 +68,25 @@ def parameters_inside(model: nn.Module, names: Iterable[str]) -> set[str]:
 def with_places_named(model: nn.Module, lora: LoraConfig) -> LoraConfig:
     """The same adapter with this model's names in the place of a word such as `LAST_UP`.
 
-    A layer is told by its shape, because every family of models has names of its own: a block's
-    MLP goes up in its last linear layer with more outputs than inputs, and down in its last one
-    with fewer. Raises `ModelError` if the model has no such layer.
+    A layer of an MLP is told by its shape, because every family of models has names of its own: a
+    block's MLP goes up in its last linear layer with more outputs than inputs, and down in its last
+    one with fewer. The layer of the values is told by its name (`VALUE_LAYERS`). Raises
+    `ModelError` if the model has no such layer.
     """
-    if len(lora.target_modules) > 1 or lora.target_modules[0] not in (LAST_UP, LAST_DOWN, DEEP_UP):
+    if len(lora.target_modules) > 1 or lora.target_modules[0] not in PLACES:
         return lora
     [word] = lora.target_modules
-    ups = word != LAST_DOWN
+
+    def is_meant(name: str, inputs: int, outputs: int) -> bool:
+        if word == DEEP_VALUES:
+            return _last(name) in VALUE_LAYERS
+        return outputs < inputs if word == LAST_DOWN else outputs > inputs
+
     # By the first number in its name, which is its block's; the last one of a block counts.
     of_blocks: dict[int, str] = {}
     for name, (inputs, outputs) in linear_shapes(model).items():
         block = next((int(part) for part in name.split(".") if part.isdecimal()), None)
-        if block is not None and inputs != outputs and (outputs > inputs) == ups:
+        if block is not None and is_meant(name, inputs, outputs):
             of_blocks[block] = name
     if not of_blocks:
         raise ModelError(
@@ -87,7 +95,8 @@ def with_places_named(model: nn.Module, lora: LoraConfig) -> LoraConfig:
         )
     places = [of_blocks[block] for block in sorted(of_blocks)]
     first = len(places) * 2 // 3
-    chosen = places[first : max(len(places) - 2, first + 1)] if word == DEEP_UP else places[-1:]
+    deep = places[first : max(len(places) - 2, first + 1)]
+    chosen = deep if word in (DEEP_UP, DEEP_VALUES) else places[-1:]
     return lora.model_copy(update={"target_modules": tuple(chosen)})
 
 

@@ -55,9 +55,11 @@ async def test_a_loop_that_ends_holds_no_other_up(tmp_path: Path) -> None:
         for channel in channels:
             await channel.close()
 
-    async with served(tmp_path / "run.db", genesis_of(config_of())) as coordinator:
-        async with grpc.aio.insecure_channel(coordinator.address) as channel:
-            stub = rpc.CoordinatorServiceStub(channel)
-            for _ in range(10):
-                await asyncio.to_thread(asyncio.run, come_and_go(coordinator.address))
-                await asyncio.wait_for(stub.GetRun(wire.GetRunRequest(protocol_versions=[1])), 10)
+    async with (
+        served(tmp_path / "run.db", genesis_of(config_of())) as coordinator,
+        grpc.aio.insecure_channel(coordinator.address) as channel,
+    ):
+        stub = rpc.CoordinatorServiceStub(channel)
+        for _ in range(10):
+            await asyncio.to_thread(asyncio.run, come_and_go(coordinator.address))
+            await asyncio.wait_for(stub.GetRun(wire.GetRunRequest(protocol_versions=[1])), 10)
