@@ -139,18 +139,20 @@ PRESETS: Final = (
     Preset(
         name="instruction-deep",
         purpose="The same on GPUs and on CPUs with AMX; deep layers learn far more.",
-        result="RESULT",
+        result="3 workers of 64 rows, an adapter fitted to 192 rows: held-out loss 3.087 after 100 "
+        "rounds, from 3.185; back-propagation on the same adapter comes to 3.049 (how-to texts, "
+        "SmolLM2-135M, make experiment-instructions).",
         values={
             **_STEPS,
             "rounds": 100,
             "probes": 63,
             "batch_size": 4,
-            "learning_rate": 0.4,
+            "learning_rate": 0.2,
             "rate_directions": 0,
             "distribution": "rademacher",
             "dtype": "bfloat16",
             "eps": 0.05,
-            "lora": {**_adapter(16, DEEP_VALUES), "output_rank": 4},
+            "lora": {**_adapter(64, DEEP_VALUES), "output_rank": 8},
             "task": {"kind": "instruction", "tokens_max": 64},
         },
     ),

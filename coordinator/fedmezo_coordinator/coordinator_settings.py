@@ -579,6 +579,12 @@ def check_compaction(settings: CoordinatorSettings, config: RunConfig) -> None:
         )
 
 
+def factors_stay_random(settings: CoordinatorSettings, config: RunConfig) -> bool:
+    """Whether a new run trains a C between factors that were never fitted to anything."""
+    is_factored = config.lora is not None and config.lora.output_rank is not None
+    return is_factored and settings.begins_from is None
+
+
 def no_loss_is_seen(settings: CoordinatorSettings, config: RunConfig) -> bool:
     """Whether nobody reports a loss, so that a run that diverges does not pause."""
     is_evaluated = settings.has_replica and settings.heldout is not None

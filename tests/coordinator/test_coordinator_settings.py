@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings
 from fedmezo_coordinator.coordinator_settings import (
     CoordinatorSettings,
     RelaySettings,
+    factors_stay_random,
     model_label,
 )
 from fedmezo_coordinator.runs.preparing import warn_if_no_loss_is_seen
@@ -256,6 +257,23 @@ def test_a_run_whose_loss_nobody_sees_is_told_so(
 ) -> None:
     warn_if_no_loss_is_seen(CoordinatorSettings(**settings), config_of(**run))
     assert ("goes unnoticed" in caplog.text) is warns
+
+
+@pytest.mark.parametrize(
+    ("settings", "lora", "random"),
+    [
+        ({}, {"output_rank": 2}, True),
+        ({}, {}, False),
+        ({"adapter": "folder"}, {"output_rank": 2}, False),
+        ({"adapter_rows": "rows.jsonl"}, {"output_rank": 2}, False),
+    ],
+)
+def test_factors_that_are_fitted_to_nothing_are_known(
+    settings: dict[str, Any], lora: dict[str, Any], random: bool
+) -> None:
+    adapter = {"rank": 2, "alpha": 2, "target_modules": ["q_proj"], "freeze_a": True, **lora}
+    given = CoordinatorSettings(model="m", **settings)
+    assert factors_stay_random(given, config_of(lora=adapter)) is random
 
 
 def test_a_relay_is_of_the_coordinator_whose_fleet_it_joins() -> None:

@@ -105,6 +105,13 @@ async def test_it_fits_an_adapter_and_leaves_none_behind(
     assert not contents(tmp_path)
 
 
+async def test_an_adapter_whose_factors_are_fitted_to_nothing(checked: Checking) -> None:
+    lora = {"rank": 2, "alpha": 2.0, "target_modules": ["c_fc"], "freeze_a": True, "output_rank": 2}
+    found = await checked(run={"lora": lora})
+    assert found["contract"][0] == "warning"
+    assert "two factors, which stay random; set adapter_rows" in found["contract"][1]
+
+
 async def test_with_many_runs_it_looks_at_what_they_share(
     checked: Checking, tmp_path: Path
 ) -> None:

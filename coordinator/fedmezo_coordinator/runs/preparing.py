@@ -12,6 +12,7 @@ from fedmezo_coordinator.coordinator_settings import (
     CoordinatorSettings,
     check_compaction,
     check_same_run,
+    factors_stay_random,
     no_loss_is_seen,
 )
 from fedmezo_coordinator.daemon import Daemon
@@ -38,6 +39,11 @@ async def begun(settings: CoordinatorSettings, journal: Journal) -> Companions:
         return companions
     config = settings.run_config("the [run] settings")
     check_compaction(settings, config)
+    if factors_stay_random(settings, config):
+        log.warning(
+            "lora.output_rank trains numbers between two factors, which stay random, because the "
+            "run begins from no adapter; set adapter_rows, to which they are fitted, or adapter"
+        )
     log.info("new run %s: loading %s to digest its base", config.run_id, config.model)
     if settings.probe_rows is None and "learning_rate" not in settings.contract:
         log.info(

@@ -33,6 +33,7 @@ from fedmezo_coordinator.coordinator_settings import (
     CoordinatorSettings,
     check_compaction,
     check_same_run,
+    factors_stay_random,
     no_loss_is_seen,
 )
 from fedmezo_coordinator.replica.supervisor import describe_base
@@ -242,6 +243,12 @@ def _check_contract(
         run_id=config.run_id,
         preset=preset,
     )
+    if genesis is None and factors_stay_random(settings, config):
+        report.warning(
+            "contract",
+            "lora.output_rank trains numbers between two factors, which stay random; set "
+            "adapter_rows, to which they are fitted, or adapter.",
+        )
     if no_loss_is_seen(settings, config):
         report.warning(
             "contract",
