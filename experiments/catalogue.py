@@ -209,7 +209,13 @@ def _instructions(title: str, data: str, splitters: tuple[str, ...]) -> Experime
             instructions.SAME_RATE,
         ),
     ]
+    few = instructions.ZO_FEW, instructions.SAME_FEW
+    arms += [
+        Arm(few[0], instructions.FEW_ZO_RUN, instructions.DEEP_SETTINGS),
+        Arm(few[1], instructions.FEW_RUN, instructions.DEEP_SETTINGS, instructions.FEW_RATE),
+    ]
     drops: dict[str, tuple[str, ...]] = {
+        few[0]: (few[1], layers),
         zo: (same, layers),
         same: (layers,),
         zo_deep: (same_deep, layers),

@@ -4,7 +4,8 @@ The paper's central experiment (FedMeZO, KDD 2024), at a size that a CPU carries
 last layer, and rows of at most 64 tokens. `SAME` trains FedMeZO's own adapter with
 back-propagation, so it shows how far that adapter can go. `ALL_LAYERS` trains the paper's kind of
 adapter. `ZO_DEEP` and `SAME_DEEP` train few parameters in deep layers, where there is more to
-learn; each probe then passes through the last third of the layers.
+learn; each probe then passes through the last third of the layers. `ZO_FEW` and `SAME_FEW` train
+fewer still.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ SAME: Final = "BP-FedAvg, the same adapter"
 ALL_LAYERS: Final = "BP-FedAvg, LoRA in all layers"
 ZO_DEEP: Final = "FedMeZO, deep layers"
 SAME_DEEP: Final = "BP-FedAvg, the same in deep layers"
+ZO_FEW: Final = "FedMeZO, 512 in deep layers"
+SAME_FEW: Final = "BP-FedAvg, the same 512"
 
 RUN: Final[dict[str, Any]] = {
     "rounds": 40,
@@ -71,5 +74,11 @@ DEEP_ZO_RUN: Final[dict[str, Any]] = {
     "dtype": "bfloat16",
     "eps": 0.05,
 }
+FEW_LORA: Final[dict[str, Any]] = {**DEEP_CORE_LORA, "rank": 16, "alpha": 16.0, "output_rank": 4}
+"""512 parameters of the same layers, of which directions tell more (0064)."""
+FEW_RUN: Final[dict[str, Any]] = {**DEEP_RUN, "lora": FEW_LORA}
+FEW_ZO_RUN: Final[dict[str, Any]] = {**DEEP_ZO_RUN, "lora": FEW_LORA, "learning_rate": 0.4}
+FEW_RATE: Final = FirstOrder(learning_rate=3e-2)
+"""With 1e-2 they still learn after 100 rounds."""
 DEEP_SETTINGS: Final[dict[str, Any]] = {"fit_rows": 32}
 """4,096 parameters take more rows to fit their factors to than the last layer's 2,304."""
