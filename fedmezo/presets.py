@@ -138,7 +138,7 @@ PRESETS: Final = (
     ),
     Preset(
         name="instruction-deep",
-        purpose="The same on GPUs and on CPUs with AMX; deep layers learn far more.",
+        purpose="Responses of free text, on GPUs and on CPUs with AMX; deep layers learn far more.",
         result="3 workers of 64 rows, an adapter fitted to 192 rows: held-out loss 3.087 after 100 "
         "rounds, from 3.185; back-propagation on the same adapter comes to 3.049 (how-to texts, "
         "SmolLM2-135M, make experiment-instructions).",
